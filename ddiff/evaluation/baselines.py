@@ -1,4 +1,4 @@
-"""Unigram and bigram scores of the same tokens: figures that a trained model has to beat."""
+"""Unigram and bigram baselines for the likelihood of a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tokens = tuple[Ints, Ints]
 
 
 class Baselines(NamedTuple):
-    """Nats per token of the validation text under unigrams and bigrams of the training text."""
+    """Cross-entropy of the validation text under n-gram models of the training text, in nats."""
 
     unigram_nats_per_token: float
     bigram_nats_per_token: float
@@ -26,17 +26,18 @@ def score_baselines(
     num_tokens: int,
     counted: NDArray[np.bool_] | slice = slice(None),
 ) -> Baselines:
-    """Score every validation token exactly, by counts of the training tokens.
+    """Compute the cross-entropy of validation tokens under unigrams and bigrams.
 
-    Unigram: counts plus one. Bigram: Witten-Bell, P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)),
-    c the counts and T(a) the number of distinct tokens after a; the first token of a document is
-    scored by the unigram.
+    The unigram model is P(b) proportional to the training count of b plus one. The bigram model is
+    Witten-Bell: P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)), where c are training counts and T(a)
+    is the number of distinct tokens that follow a. The first token of a document has probability
+    P(b).
 
     Args:
-        train: the training tokens.
-        validation: the m validation tokens.
+        train: training tokens.
+        validation: m validation tokens.
         num_tokens: size of the vocabulary.
-        counted: [m] bool, tokens of the mean; all by default.
+        counted: [m] bool, the tokens over which the mean is taken; all by default.
     """
     unigram = np.bincount(train[0], minlength=num_tokens) + 1.0
     log_unigram = np.log(unigram / unigram.sum())
@@ -55,7 +56,7 @@ def _score_bigrams(
     num_tokens: int,
     unigram: Floats,
 ) -> Floats:
-    """[m] log-probability of each validation token given the one before it."""
+    """Return log P(b|a) of each validation token b after its predecessor a, [m] float64."""
     pairs, _ = _encode_pairs(*train, num_tokens)
     codes, counts = np.unique(pairs, return_counts=True)
     seen = np.bincount(codes // num_tokens, weights=counts, minlength=num_tokens)  # c(a)
@@ -66,14 +67,14 @@ def _score_bigrams(
         place = np.searchsorted(codes, wanted)
         place = place.clip(
             0, len(codes) - 1
-        )  # a code above all of them has the place after the last
+        )  # searchsorted returns len(codes) for a code above the largest code
         known = np.where(codes[place] == wanted, counts[place], 0)
     before = wanted // num_tokens
     after = wanted % num_tokens
     total = seen[before] + followers[before]
     mass = known + followers[before] * unigram[after]
     smoothed = mass / np.maximum(total, 1)
-    # a token that nothing followed in training has no bigrams: the unigram takes their place
+    # a token without a successor in the training text has no bigrams: use the unigram
     bigram = np.where(total > 0, smoothed, unigram[after])
     ids = validation[0].astype(np.int64)
     log_p = np.log(unigram[ids])
@@ -84,7 +85,10 @@ def _score_bigrams(
 def _encode_pairs(
     ids: Ints, document: Ints, num_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Codes a * V + b of neighbours within a document, and [n-1] bool where they stand."""
+    """Encode pairs (a, b) of neighbouring tokens of one document as a * num_tokens + b.
+
+    Also returns [n-1] bool, True where a token and its successor are of the same document.
+    """
     inside = document[1:] == document[:-1]
     wide = ids.astype(np.int64)  # a code needs more than 32 bits
     codes = wide[:-1] * num_tokens + wide[1:]

@@ -1,8 +1,8 @@
 """Comparison of finished runs in one table: `ddiff compare RUN RUN ...`.
 
-Reads only files that runs have written, and imports no torch. Figures are compared only if they
-were measured alike: on the same validation tokens, with the same length, window and draws.
-Otherwise an error names what differs.
+The comparison reads only files in run directories and does not import torch. Runs are compared only
+if all were evaluated on the same validation tokens with the same length, window and draws.
+Otherwise an error lists the differences.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from ddiff.run_dir.identity import Difference, check_recorded, raise_differences
 
 PROTOCOL = ("unit", "length", "tokenizer", "data", "conditions", "window", "draws")
 BOUND_ONLY = ("window", "draws")  # an exact likelihood is not integrated over time
-OWN_KEYS = ("name", "run_dir", "seed")  # keys in which runs of one recipe may differ
+OWN_KEYS = ("name", "run_dir", "seed")  # keys in which the seeds of one recipe may differ
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or the mean of runs that differ only in their seed.
+    """Row of the table: one run, or the mean of runs that differ only in the seed.
 
     Attributes:
         bound: "NELBO", or "NLL" if the likelihood is exact.
         nats: the bound in nats per unit.
-        interval: 95 % interval of the bound, over documents for one run and over seeds for several;
-            None if there are too few.
+        interval: 95 % interval of the bound, over documents for one run and over seeds for several
+            runs; None for one document.
         sample_entropy: entropy in nats of the token frequencies within a sample, mean over samples.
         nfe: network evaluations per sample.
-        train_seconds: seconds per 1000 tokens.
-        sample_seconds: seconds per 1000 tokens, in batches as the recipe has them.
+        train_seconds: training seconds per 1000 tokens.
+        sample_seconds: sampling seconds per 1000 tokens, with the batch size of the recipe.
     """
 
     run: str
@@ -73,9 +73,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that were evaluated alike, with baselines on the same tokens.
+    """Table of runs with the same evaluation settings, and baselines on the same tokens.
 
-    `protocol` has the settings of the evaluation; `notes` are sentences to read the table by.
+    `protocol` contains the settings of the evaluation. `notes` are sentences that explain the table.
     """
 
     protocol: Mapping[str, Any]
@@ -87,9 +87,9 @@ class Comparison:
         return asdict(self)
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
-        """Return the titles, and the cells of each row, as text."""
+        """Return the column titles and the cells of each row, as text."""
         columns = dict(COLUMNS)
-        # a column of ones says nothing
+        # leave out a column of ones
         if all(row.seeds == 1 for row in self.rows):
             del columns["seeds"]
         unit = self.protocol["unit"]
@@ -100,7 +100,7 @@ class Comparison:
         return titles, cells
 
     def to_markdown(self, command: str) -> str:
-        """Return the table, under the command that made it and above the remarks."""
+        """Return the command, the table and the remarks as Markdown."""
         titles, cells = self.columns()
         lines = [titles, ["---"] * len(titles), *cells]
         table = "\n".join(_markdown_row(line) for line in lines)
@@ -108,7 +108,7 @@ class Comparison:
         return f"`{command}`\n\n{table}\n\n{notes}\n"
 
     def remarks(self) -> list[str]:
-        """List the protocol, the baselines and the notes as sentences."""
+        """Return the protocol, the baselines and the notes as sentences."""
         protocol = self.protocol
         unit = protocol["unit"]
         settings = [
@@ -118,7 +118,7 @@ class Comparison:
         return [
             f"Evaluated alike: {', '.join(settings)}; {protocol[f'{unit}s']:,} {unit}s in "
             f"{protocol['documents']} documents.",
-            f"By counting only, nats/{unit} on the same {unit}s: {', '.join(baselines)}.",
+            f"Baselines, nats/{unit} on the same {unit}s: {', '.join(baselines)}.",
             *self.notes,
         ]
 
@@ -157,18 +157,18 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def compare(run_dirs: Sequence[str | Path], *, group_seeds: bool = False) -> Comparison:
-    """Compare finished runs by their directories.
+    """Compare finished runs, given by their directories.
 
     `group_seeds` averages runs of one recipe with several seeds. Raises CheckpointError if a run is
-    not finished or a file of it is damaged, ArgumentError if the evaluations cannot be compared.
+    not finished or a file of a run is damaged, ArgumentError if the evaluation settings differ.
     """
     if not run_dirs:
-        raise ArgumentError("ddiff compare: name at least one run directory, such as runs/<name>.")
+        raise ArgumentError("ddiff compare: give at least one run directory, such as runs/<name>.")
     reports = [_Report(Path(run_dir)) for run_dir in run_dirs]
     counts = Counter(str(report.place) for report in reports)
     for place, count in counts.items():
         if count > 1:
-            raise ArgumentError(f"ddiff compare: {place} is named twice. Name each run once.")
+            raise ArgumentError(f"ddiff compare: {place} was given twice. Give each run once.")
     protocol = _common_protocol(reports)
     first = reports[0].evaluation
     for name in (f"{first['unit']}s", "documents"):
@@ -188,7 +188,7 @@ def _make_rows(reports: Sequence[_Report], group_seeds: bool) -> list[Row]:
     rows = [_average_seeds(group) for group in groups.values()]
     if len({row.run for row in rows}) == len(rows):
         return rows
-    # two recipes have one name: rows are then named by their directories
+    # two recipes have the same name: use the directories as names of the rows
     named = []
     for row, group in zip(rows, groups.values()):
         places = ", ".join(str(report.place) for report in group)
@@ -201,10 +201,10 @@ def write_comparison(
     directory: str | Path,
     command: str,
 ) -> list[Path]:
-    """Write compare.json and compare.md to a directory; return their paths.
+    """Write compare.json and compare.md to a directory; return both paths.
 
-    Raises ArgumentError if the directory takes no files, or if a file of that name was not written
-    by `ddiff compare`.
+    Raises ArgumentError if the directory is not writable, or if an existing file with one of these
+    names was not written by `ddiff compare`.
     """
     tree = {"command": command, **comparison.to_dict()}
     texts = {
@@ -214,9 +214,9 @@ def write_comparison(
     argument = "ddiff compare --out"
     folder = check_destination(directory, argument, folder=True)
     if folder.local is None:
-        raise ArgumentError(f"{argument}: a folder of this machine was expected; got {directory}.")
+        raise ArgumentError(f"{argument} must be a local folder; got {directory}.")
     paths = [Path(directory) / name for name in texts]
-    # all are checked before the first is written
+    # check both paths before the first file is written
     places = [check_destination(path, argument, owned=_is_comparison) for path in paths]
     for place, text in zip(places, texts.values()):
         write_text(place, text)
@@ -224,20 +224,20 @@ def write_comparison(
 
 
 def _is_comparison(file: IO[bytes]) -> bool:
-    """Return whether a file begins as compare.json and compare.md do."""
+    """Return True if `ddiff compare` wrote the file."""
     start = file.read(200).lstrip()
     return start.startswith(b"`ddiff compare") or b'"command": "ddiff compare' in start
 
 
 class _Report:
-    """The files of one run directory, checked against each other."""
+    """Files of one run directory, checked for consistency."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
         if not (place / RECIPE).is_file():
             raise CheckpointError(
-                f"{place} is not a run directory: it has no recipe.toml. Name one that `ddiff run` "
-                "wrote: runs/<name>."
+                f"{place} is not a run directory: there is no recipe.toml in it. Give a directory "
+                "that `ddiff run` wrote: runs/<name>."
             )
         self.recipe = read_recipe_tree(place / RECIPE)
         self.environment = self._read(ENVIRONMENT, read_json)
@@ -252,8 +252,8 @@ class _Report:
         path = self.place / name
         if not path.exists():
             raise CheckpointError(
-                f"{self.place} is not finished: it has no {name}. Repeat `ddiff run` with its "
-                "recipe, which resumes it."
+                f"{self.place} is not finished: {name} is missing. Repeat `ddiff run` with the "
+                "recipe of the run, which resumes the run."
             )
         return read(path)
 
@@ -268,24 +268,24 @@ class _Report:
         if len(set(steps.values())) > 1:
             found = ", ".join(f"{name} of step {step}" for name, step in steps.items())
             raise CheckpointError(
-                f"{self.place} is not finished: it holds {found}. Repeat `ddiff run` with its "
-                "recipe, so that all its files are of the last step."
+                f"{self.place} is not finished: it contains {found}. Repeat `ddiff run` with the "
+                "recipe of the run, which brings all files to the last step."
             )
 
     def _check_checkpoint(self) -> None:
         """Raise CheckpointError if the files do not belong to the newest checkpoint."""
         state = newest_state(str(self.place / CHECKPOINTS))
         if state is None:
-            return  # the weights were deleted; the figures are still those of the run
+            return  # the weights were deleted; the results are still valid
         check_recorded(self.place, state)
         was = state.get("fingerprints", {}).get("tokenizer")
         now = self.evaluation["protocol"].get("tokenizer")
         if was is not None and now is not None and was != now:
             difference = Difference("tokenizer of evaluation.json", was, now)
-            raise_differences(self.place, [difference], "Evaluate it again: ddiff eval.")
+            raise_differences(self.place, [difference], "Evaluate the run again: ddiff eval.")
 
     def protocol(self) -> dict[str, Any]:
-        """Settings of the evaluation; None for a setting that an exact likelihood does not have."""
+        """Return the evaluation settings; None for window and draws of an exact likelihood."""
         found = self.evaluation["protocol"] | {"unit": self.evaluation["unit"]}
         is_exact = self.evaluation["bound"] == "NLL"
         protocol = {}
@@ -295,14 +295,14 @@ class _Report:
         return protocol
 
     def recipe_without_seed(self) -> str:
-        """Return the recipe as text, without the keys in which runs of one recipe may differ."""
+        """Return the recipe as text, without name, run_dir and seed."""
         shared = dict(self.recipe)
         for key in OWN_KEYS:
             shared.pop(key, None)
         return json.dumps(shared, sort_keys=True)
 
     def row(self) -> Row:
-        """Return the figures of the run."""
+        """Return the table row of the run."""
         evaluation = self.evaluation
         unit = evaluation["unit"]
         tokens = sum(line["tokens"] for line in self.metrics)
@@ -329,14 +329,17 @@ class _Report:
         )
 
     def _describe_sampler(self) -> str:
-        """Kind and steps of the sampler; – if the number of steps depends on the draws."""
+        """Return kind and steps of the sampler, – if the number of steps is random."""
         keys = self.recipe["sample"]
-        steps = self.sampling.get("steps", keys["steps"])  # earlier versions did not write it
+        steps = self.sampling.get("steps", keys["steps"])  # earlier versions did not write steps
         return f"{keys['sampler']['kind']}, {'–' if steps is None else steps}"
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Kind of the process and of the time rule, unless it is flat; else kind of the objective."""
+    """Return the kind of the process, and of the time rule unless that is flat.
+
+    Without a process, return the kind of the objective.
+    """
     objective = recipe["objective"]
     if "process" not in recipe:
         return objective["kind"]
@@ -346,7 +349,7 @@ def _describe_process(recipe: Mapping[str, Any]) -> str:
 
 
 def _entropy(ids: Sequence[int]) -> float:
-    """Entropy of the token frequencies of one sample, in nats."""
+    """Return the entropy of the token frequencies of one sample, in nats."""
     entropy = 0.0
     for count in Counter(ids).values():
         share = count / len(ids)
@@ -359,7 +362,10 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
-    """Settings of all evaluations; ArgumentError with those that differ."""
+    """Return the settings that all evaluations share.
+
+    Raises ArgumentError with the list of settings that differ.
+    """
     protocols = {str(report.place): report.protocol() for report in reports}
     common: dict[str, Any] = {}
     differing: list[str] = []
@@ -376,22 +382,22 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
     if differing:
         lines = "\n".join(differing)
         raise ArgumentError(
-            "ddiff compare: these runs were not evaluated alike, so their figures do not belong in "
-            f"one table.\n{lines}\nTrain on the same [data] and [tokenizer]; window, draws and the "
-            "number of rows can be changed by ddiff eval RUN_DIR --set evaluate.draws=4."
+            "ddiff compare: these runs were not evaluated alike, so the results are not comparable. "
+            f"Different settings:\n{lines}\nTrain on the same [data] and [tokenizer]. To change "
+            "window, draws or rows, call ddiff eval RUN_DIR --set evaluate.draws=4."
         )
     return common
 
 
 def _average_seeds(reports: Sequence[_Report]) -> Row:
-    """Average runs over their seeds, with Student's interval; a single run is returned as it is."""
+    """Average runs over seeds, with Student's interval; return a single run unchanged."""
     rows = [report.row() for report in reports]
     if len(rows) == 1:
         return rows[0]
     _check_seeds(reports)
     nats = [row.nats for row in rows]
     mean = statistics.fmean(nats)
-    # over seeds only: the intervals of the runs, over documents, do not enter
+    # over seeds only: the intervals over documents of the single runs have no effect
     standard_error = statistics.stdev(nats) / math.sqrt(len(nats))
     half = student95(len(nats) - 1) * standard_error
     first = rows[0]
@@ -419,19 +425,19 @@ def _check_seeds(reports: Sequence[_Report]) -> None:
     if len(set(seeds)) < len(seeds):
         places = [f"{report.place} (seed {seed})" for report, seed in zip(reports, seeds)]
         raise ArgumentError(
-            "ddiff compare --seeds: the same recipe and seed stand there twice: "
-            f"{', '.join(places)}. Name each once."
+            "ddiff compare --seeds: two runs have the same recipe and seed: "
+            f"{', '.join(places)}. Give each seed once."
         )
 
 
 def _mean_if_known(values: Sequence[float | None]) -> float | None:
-    """Mean of the values; None if one of them is."""
+    """Return the mean of the values, or None if a value is None."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _join_names(names: Sequence[str]) -> str:
-    """Join names as a shell takes them: a_{0,1,2}."""
+    """Join names in the brace notation of a shell: a_{0,1,2}."""
     if len(names) == 1:
         return names[0]
     shared = os.path.commonprefix(names)  # noqa: RUF071  # by characters, not by folders
@@ -439,13 +445,13 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _notes(reports: Sequence[_Report]) -> list[str]:
-    """List what a reader must know before comparing two figures of the table."""
+    """Return sentences that explain the table, such as the meaning of ±."""
     notes = [
         "± is half the 95 % interval (Student): over documents for one run, over seeds for several."
     ]
     if any(report.evaluation["bound"] == "NLL" for report in reports):
         notes.append(
-            "NLL is exact; NELBO is an upper bound of it: the true NLL of those models is unknown."
+            "NLL is exact. NELBO is an upper bound of the NLL, which is unknown for those models."
         )
     places = set()
     for report in reports:
@@ -454,7 +460,7 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
         places.add(str(layout))
     if len(places) > 1:
         notes.append(
-            "Seconds were taken in different places (device, threads, machine): "
+            "Seconds were measured in different layouts (device, threads, machine): "
             f"{', '.join(sorted(places))}."
         )
     for report in reports:
@@ -462,11 +468,13 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
         if init:
             source = init.get("run") or init.get("model")
             notes.append(
-                f"{report.place} began with weights of {source}; its tokens seen do not count that "
-                "run's."
+                f"{report.place} started from the weights of {source}; tokens seen do not include "
+                "the training of these weights."
             )
     first = reports[0].evaluation
     entropy = first.get(f"entropy_rate_nats_per_{first['unit']}")
     if entropy is not None:
-        notes.append(f"Entropy rate of the source: {entropy:.4f} nats; no model is below it.")
+        notes.append(
+            f"Entropy rate of the source: {entropy:.4f} nats, a lower limit for every model."
+        )
     return notes

@@ -1,10 +1,10 @@
-"""Quantiles of Student's t distribution, for intervals of a mean of few figures."""
+"""Quantiles of Student's t distribution, for confidence intervals of a mean."""
 
 from __future__ import annotations
 
 
 def student95(freedom: float) -> float:
-    """Two-sided 95 % quantile of Student's t with `freedom` > 0 degrees of freedom.
+    """Return the two-sided 95 % quantile of Student's t with `freedom` > 0 degrees of freedom.
 
     The degrees of freedom need not be a whole number.
     """

@@ -1,9 +1,10 @@
-"""Likelihood bound of a text, with its terms, its parts and intervals.
+"""Likelihood bound of a text, with the terms of the bound and confidence intervals.
 
-Every token is scored once in each draw. Times are drawn uniformly in information time
-(`ddiff.core.information`), in which all times contribute alike, so that the estimate is not skewed.
-Times outside the window, [1e-3, 1 - 1e-3] by default, are charged by the decoding and closing
-terms, so the sum is a bound for any window.
+Every token is scored once in each draw. Diffusion times are uniform in information time
+(`ddiff.core.information`), in which all times contribute equally, so that the estimator has no
+heavy tails. The diffusion term integrates over a window of times, [1e-3, 1 - 1e-3] by default. The
+decoding term and the closing term account for the times outside the window, so the sum of all terms
+is a bound for any window.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from ddiff.evaluation.ratio import Error, RatioEstimate
 from ddiff.progress import show_progress
 
 Rows = NDArray[np.int64]
-"""Numbers of rows [B]."""
+"""Indices of rows, [B]."""
 
-LARGEST_MEAN = 700.0  # nats per token whose exponential is still a float64
+LARGEST_MEAN = 700.0  # exp(700) is still a finite float64
 
 
 class Scored(Protocol):
-    """Part of an objective that evaluation uses.
+    """Interface of an objective for evaluation.
 
-    `bound` names the figure: "NLL" if `nll` is exact, every draw the same, or "NELBO" if it is at
-    least the negative log-likelihood in expectation. `times` is the rule by which training draws
-    times, None if it draws none.
+    `bound` is "NLL" if `nll` returns the exact negative log-likelihood without randomness, or
+    "NELBO" if the expectation of `nll` is an upper bound of the negative log-likelihood. `times` is
+    the distribution of the diffusion times in training, None for an objective without times.
     """
 
     bound: str = "NELBO"
@@ -53,28 +54,27 @@ class Scored(Protocol):
         slots: Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Draw the nats of every position once, without bias."""
+        """Return one unbiased draw of the nats of every position."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A bound in nats per token, with the terms that it is made of.
+    """Likelihood bound in nats per token, with its terms and intervals.
 
-    For a source of symbols, `unit` is "symbol" and all figures are per symbol.
+    For a source of symbols, `unit` is "symbol" and all figures are per symbol. All intervals use
+    Student's t distribution.
 
     Attributes:
-        interval: 95 % interval of the bound of texts like these documents, None for one document.
-            It covers two errors: that of random times and noise, and the differences between
-            documents.
-        monte_carlo_interval: 95 % interval of the bound of these very documents, from the first
-            error only; None for one draw, in which the two cannot be separated.
-        standard_errors_nats_per_token: the errors by name: "total", "monte_carlo", "documents".
-        terms_nats_per_token: terms that add up to the bound.
-        parts_nats_per_token: parts that add up to the diffusion term.
+        interval: 95 % interval of the bound for documents from the same source, None for one
+            document. The interval includes the Monte-Carlo error of random times and noise, and the
+            differences between documents.
+        monte_carlo_interval: 95 % interval of the bound for exactly these documents. The interval
+            includes only the Monte-Carlo error; None for one draw.
+        standard_errors_nats_per_token: standard errors "total", "monte_carlo" and "documents".
+        terms_nats_per_token: terms whose sum is the bound.
+        parts_nats_per_token: parts whose sum is the diffusion term.
         protocol: settings of the evaluation.
-        bound: "NELBO", or "NLL" if the figure is the exact negative log-likelihood.
-
-    All intervals are Student's.
+        bound: "NELBO", or "NLL" for an exact negative log-likelihood.
     """
 
     nelbo_nats_per_token: float
@@ -102,7 +102,7 @@ class Evaluation:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields, named by figure and unit: `nll_nats_per_symbol`."""
+        """Return all fields as a dict. Keys contain bound and unit: `nll_nats_per_symbol`."""
         tree = {}
         for field, value in asdict(self).items():
             tree[_field_key(field, self.unit, self.bound)] = value
@@ -110,7 +110,10 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Evaluation:
-        """Read what `to_dict` returned, as JSON gives it back; KeyError if a field is missing."""
+        """Build an evaluation from the output of `to_dict`, also after a JSON round trip.
+
+        Raises KeyError if a field is missing.
+        """
         # bound and unit decide how the other fields are named
         unit = tree["unit"]
         bound = tree["bound"]
@@ -124,7 +127,7 @@ class Evaluation:
 
 
 def _field_key(field: str, unit: str, bound: str) -> str:
-    """Name a field by its figure and unit: nelbo_nats_per_token -> nll_nats_per_symbol."""
+    """Return the JSON key of a field, such as nelbo_nats_per_token -> nll_nats_per_symbol."""
     if field == "tokens":
         return f"{unit}s"
     named = field.replace("nelbo", bound.lower())
@@ -146,27 +149,28 @@ def evaluate(
     device: torch.device | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Score R rows `draws` times each, and estimate the bound of the text with its errors.
+    """Estimate the likelihood bound of a text and its standard errors.
 
-    In each draw the rows of a document share its strata of time, dealt out from a random first row:
-    the time of each row is uniform, and those of a document are evenly spread. Draws and documents
-    are independent of each other.
+    The bound of each of R rows is drawn `draws` times. Times are stratified within a document: in
+    each draw, a document of n rows divides the time interval into n strata and assigns one stratum
+    to each row, starting with a random stratum. The time of each row is therefore uniform, and the
+    times of a document are evenly spread. Draws and documents are independent.
 
     Args:
-        objective: scores a batch.
-        batch_of: (numbers of rows) -> their batch.
-        document: [R] the document of each row.
-        length: positions of a row.
-        times: draws the times of each position.
-        num_bytes: bytes of the text, None if they mean nothing.
-        draws: independent draws of times and noise for each row.
-        batch: rows scored at a time.
-        seed: of times and noise.
+        objective: computes the nats of a batch.
+        batch_of: returns the batch with given row indices.
+        document: [R], index of the document of each row.
+        length: positions per row.
+        times: distribution of the diffusion times of each position.
+        num_bytes: bytes of the text, or None if bits per byte have no meaning.
+        draws: number of independent draws of times and noise per row.
+        batch: rows per batch.
+        seed: seed of times and noise.
         unit: "token" or "symbol".
-        device: where the batches are.
-        console: where progress is shown.
+        device: device of the batches.
+        console: console of the progress bar.
 
-    Raises ArgumentError without rows, NonFiniteError if the bound is not a finite number.
+    Raises ArgumentError without rows or draws, NonFiniteError if the bound is not finite.
     """
     if len(document) == 0 or draws < 1:
         raise ArgumentError(
@@ -189,7 +193,7 @@ def evaluate(
             total = reduce(add, likelihood.terms.values())
             row_nats = total.sum(-1).cpu().numpy()
             scored = rows_batch.scored.sum(-1).cpu().numpy()
-            # add.at, since several rows of a batch may be of the same document
+            # np.add.at, since several rows of a batch may belong to one document
             np.add.at(nats[:, draw], index[rows], row_nats)
             np.add.at(tokens, index[rows], scored / draws)
             means.add(likelihood, float(scored.sum()))
@@ -208,9 +212,9 @@ def evaluate(
 def _check_finite(mean: float, unit: str) -> None:
     if not mean < LARGEST_MEAN:  # also for NaN
         raise NonFiniteError(
-            f"evaluate: the bound is {mean} nats per {unit}, too large for a perplexity: "
-            "some token has (nearly) no probability under the network. Its weights have exploded; "
-            "go back to an earlier checkpoint or train more slowly."
+            f"evaluate: the bound is {mean} nats per {unit}, which is too large for a perplexity: "
+            "the network assigns almost zero probability to a token. The weights have probably "
+            "diverged. Go back to an earlier checkpoint, or train with a smaller learning rate."
         )
 
 
@@ -255,15 +259,16 @@ def _deal_strata(
     batch: int,
     seed: int,
 ) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
-    """Yield (rows, slot, slots, draw) per batch.
+    """Yield (rows, slot, slots, draw) for each batch.
 
-    A document of n rows has n = `slots` strata of time; `slot` is the stratum of a row. In each
-    draw the strata are rotated by a random number, one for each document.
+    `slots` [B] is the number of rows of the document of each row, which equals the number of time
+    strata. `slot` [B] is the stratum of each row. In each draw, every document rotates its strata
+    by a random number.
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
-    first = np.cumsum(counts) - counts  # of each document, in the order of documents
-    place = np.empty(len(index), np.int64)  # number of a row within its document
+    first = np.cumsum(counts) - counts  # first row of each document, in the order of documents
+    place = np.empty(len(index), np.int64)  # index of a row within its document
     place[order] = np.arange(len(index)) - np.repeat(first, counts)
     documents = torch.arange(len(counts))
     slots = counts[index]
@@ -290,14 +295,14 @@ def _standard_error(error: Error | None) -> float | None:
 
 
 class _Means:
-    """Nats per token of each term and part, summed in float64."""
+    """Mean nats per token of each term and part, accumulated in float64."""
 
     def __init__(self) -> None:
         self._metrics: dict[tuple[str, str], Any] = {}
 
     def add(self, likelihood: Likelihood, tokens: float) -> None:
-        """Add the terms and parts of a batch with so many scored tokens."""
-        # imported here, since it takes long and only evaluation needs it
+        """Add the terms and parts of a batch with `tokens` scored tokens."""
+        # imported here, since the import is slow and only evaluation needs torchmetrics
         from torchmetrics.aggregation import MeanMetric
 
         figures = {("term", name): value for name, value in likelihood.terms.items()}

@@ -1,4 +1,4 @@
-"""Mean nats per token over documents, with its standard error and the Monte-Carlo part of it."""
+"""Mean nats per token over documents, with total and Monte-Carlo standard errors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Error:
-    """A standard error and the degrees of freedom of its estimate."""
+    """Standard error, with the degrees of freedom of its estimate."""
 
     standard: float
     freedom: float
 
     @property
     def half_width(self) -> float:
-        """Half the width of the 95 % interval."""
+        """Return half the width of the 95 % interval."""
         return student95(self.freedom) * self.standard
 
 
 @dataclass(frozen=True)
 class RatioEstimate:
-    """Nats per token of documents that were each scored in several draws.
+    """Estimate of the nats per token of a text from several draws of times and noise.
 
-    `total` is the error of the mean over documents like these, None for one document.
-    `monte_carlo` is the error of the mean of these very documents, from the random times and noise
-    of each draw, None for one draw. `total` contains `monte_carlo`.
+    `total` is the error as an estimate for other documents from the same source, None for one
+    document. `monte_carlo` is the error for exactly these documents, which comes from the random
+    diffusion times and noise, None for one draw. `total` includes `monte_carlo`.
     """
 
     mean: float
@@ -42,9 +42,9 @@ class RatioEstimate:
 
     @classmethod
     def of(cls, nats: Floats, tokens: Floats) -> Self:
-        """Estimate from `nats` [D,K], D documents in K independent draws, and `tokens` [D].
+        """Estimate from `nats` [D,K] of D documents in K independent draws, and `tokens` [D].
 
-        Documents without tokens are left out.
+        Documents without tokens are ignored.
         """
         nats = nats[tokens > 0]
         tokens = tokens[tokens > 0]
@@ -55,7 +55,10 @@ class RatioEstimate:
 
     @property
     def documents(self) -> float | None:
-        """Standard error from the differences between documents only; None if it is not known."""
+        """Standard error from the differences between documents, without the Monte-Carlo error.
+
+        None for one document or one draw.
+        """
         if self.total is None or self.monte_carlo is None:
             return None
         variance = self.total.standard**2 - self.monte_carlo.standard**2
@@ -63,12 +66,13 @@ class RatioEstimate:
 
 
 def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
-    """Error of the mean from residual_d = nats_d - mean * tokens_d of each document d.
+    """Estimate the error of the mean from residual_d = nats_d - mean * tokens_d of document d.
 
-    Let h_d = tokens_d / sum of tokens. If Var(nats_d) is proportional to tokens_d, residual_d^2 is
-    too small by the factor 1 - h_d; divided by it, the variance is unbiased even for documents of
-    different lengths. The degrees of freedom are Satterthwaite's under the same assumption: D - 1
-    for documents of equal length, fewer otherwise.
+    Let h_d = tokens_d / (sum of all tokens). If Var(nats_d) is proportional to tokens_d, the
+    expectation of residual_d^2 is too small by the factor 1 - h_d. Division by 1 - h_d makes the
+    variance unbiased for documents of any lengths. The degrees of freedom follow Satterthwaite
+    under the same assumption: D - 1 for D documents of equal length, fewer otherwise. Returns None
+    for fewer than two documents.
     """
     if len(tokens) < 2:
         return None
@@ -81,7 +85,10 @@ def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
 
 
 def _error_over_draws(nats: Floats, tokens: Floats) -> Error | None:
-    """Error of the mean from the differences between the draws of each document."""
+    """Estimate the error of the mean from the variance between draws of each document.
+
+    Returns None for fewer than two draws.
+    """
     draws = nats.shape[1]
     if draws < 2:
         return None

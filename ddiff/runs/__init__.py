@@ -1,1 +1,1 @@
-"""Runs: build a recipe, train, evaluate and sample it, and keep its directory."""
+"""Runs: build, train, evaluate and sample recipes, and manage run directories."""

@@ -1,8 +1,8 @@
 """Measured cost of a recipe: `ddiff run --dry-run --measure N`.
 
-Parameters, logits and FLOPs are counted; memory and speed are measured over the first N training
-steps of one process, with its share of every batch, in a temporary directory. Nothing is
-downloaded: random tokens of the recipe's vocabulary replace a text that is not on this machine.
+Parameters, logits and FLOPs are counted. Memory and speed are measured over the first N training
+steps of one process, on the fraction of the batch that one process gets, in a temporary directory.
+Nothing is downloaded. If the text is not on this machine, random tokens replace the text.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ from ddiff.training.trainer import Trainer
 STAND_IN_ROWS = 4096
 GROUPS = 16  # groups of rows over which the expected first loss is averaged
 GROUP_LOGITS = 2**25  # logits of a group: a second on a CPU
-ROUNDING = 1e-3  # relative error of the first loss, whose terms are summed in another order
-COPIES = 4  # of the parameters, with AdamW: themselves, their gradients, two moments
+ROUNDING = 1e-3  # allowed relative error of the first loss: float32 sums in another order
+COPIES = 4  # of all parameters with AdamW: weights, gradients and two moments
 
 
 class Cost(NamedTuple):
-    """Counted cost. FLOPs are those of a forward pass, per token.
+    """Counted cost of a recipe.
 
-    Bytes are those of one process that holds everything.
+    FLOPs are per token of one forward pass. Bytes are those of one process that holds the whole
+    model.
     """
 
     parameters: Parameters
@@ -67,12 +68,12 @@ class Cost(NamedTuple):
     head_flops: float
     logits: float  # per token
     footprint: Footprint
-    gathered: int  # bytes that a sharded model holds gathered at once
+    gathered: int  # bytes of weights that FSDP gathers at once
     checkpoint: float
 
     @property
     def flops(self) -> float:
-        """FLOPs of training, per token."""
+        """Return the FLOPs of a training step per token."""
         return TRAINING * (self.backbone_flops + self.head_flops)
 
 
@@ -81,12 +82,15 @@ class Pace(NamedTuple):
 
     tokens_per_second: float
     step_seconds: float
-    peak: float  # FLOPs per second that the device can do at most
+    peak: float  # peak FLOPs per second of the device
     peak_from: str
 
 
 class InitialLoss(NamedTuple):
-    """Loss of the head's initial distribution, in nats per token, without a backbone."""
+    """Loss of the initial distribution of the head, in nats per token.
+
+    The initial distribution does not depend on the backbone.
+    """
 
     mean: float  # over rows, times and noise
     error: float  # standard error of that mean
@@ -96,7 +100,10 @@ class InitialLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A recipe with its cost; `stand_in` says why random tokens replaced its text, or is empty."""
+    """Measured cost of a recipe.
+
+    `stand_in` is the reason why random tokens replaced the text, or empty if the text was used.
+    """
 
     recipe: Recipe
     device: torch.device
@@ -105,17 +112,20 @@ class Measurement:
     cost: Cost
     pace: Pace
     first_loss: float
-    initial: InitialLoss | None  # None: the run begins with other weights
+    initial: InitialLoss | None  # None: the weights of the head do not start at zero
     unigram: float  # nats per token
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: the share of the device's peak that training uses."""
+        """Return the model FLOPs utilization: training FLOPs per second over peak FLOPs."""
         return self.cost.flops * self.pace.tokens_per_second / self.pace.peak
 
     @property
     def is_off(self) -> bool:
-        """True if the first loss is not that of the initial distribution on the same draws."""
+        """True if the first loss differs from the loss of the initial distribution.
+
+        Both losses use the same rows, time steps and noise.
+        """
         if self.initial is None:
             return False
         allowed = ROUNDING * max(1.0, abs(self.initial.there))
@@ -123,7 +133,7 @@ class Measurement:
 
 
 def measure(recipe: Recipe, count: int) -> Measurement:
-    """Train `count` steps of the recipe as one of its processes, and count what they cost."""
+    """Train `count` steps of the recipe in one process and return the measured cost."""
     with tempfile.TemporaryDirectory(prefix="ddiff-measure-") as directory:
         single = _single_process(recipe, directory)
         _check_memory(single)
@@ -134,7 +144,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 
 def _single_process(recipe: Recipe, directory: str) -> Recipe:
-    """Recipe of one of the processes, with its share of the batch."""
+    """Return the recipe of one process, with the rows of one process per step."""
     settings = [
         f"run_dir={json.dumps(directory)}",
         f"train.batch={recipe.train.batch // recipe.backend_keys.processes}",
@@ -196,7 +206,7 @@ def _footprint(denoiser: Denoiser, trainer: Trainer, rise: float) -> Footprint:
 
 
 def _check_memory(recipe: Recipe) -> None:
-    """Raise ArgumentError if training cannot hold the parameters, or the activations of a step."""
+    """Raise ArgumentError if free memory cannot hold the parameters or the activations."""
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
     if vocabulary is None:
         return
@@ -214,9 +224,9 @@ def _check_memory(recipe: Recipe) -> None:
     if needed <= free < needed + kept:
         batch = max(1, int(rows * (free - needed) / (2 * kept)))
         raise ArgumentError(
-            f"--measure: {recipe.name} keeps about {kept / 2**30:.1f} GiB for the backward of "
-            f"{rows} rows at a time, next to {needed / 2**30:.1f} GiB of parameters, gradients and "
-            f"moments; {backend.device} has {free / 2**30:.1f} GiB free. Measure fewer at a time: "
+            f"--measure: the backward pass of {recipe.name} saves about {kept / 2**30:.1f} GiB for "
+            f"{rows} rows, next to {needed / 2**30:.1f} GiB of parameters, gradients and moments; "
+            f"{backend.device} has {free / 2**30:.1f} GiB free. Use fewer rows at a time: "
             "--set train.accumulate=N, more processes, or "
             f"--set backend.processes=1 --set train.batch={batch}."
         )
@@ -224,23 +234,23 @@ def _check_memory(recipe: Recipe) -> None:
         raise ArgumentError(
             f"--measure: {recipe.name} has {Parameters.of(denoiser).total:,} parameters, which "
             f"with gradients and the two moments of AdamW take {needed / 2**30:.1f} GiB; "
-            f"{backend.device} has {free / 2**30:.1f} GiB free. Measure where there is more, or a "
-            "part of it: --set denoiser.layers=2."
+            f"{backend.device} has {free / 2**30:.1f} GiB free. Use a device with more memory, or "
+            "measure a smaller network: --set denoiser.layers=2."
         )
 
 
 def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
-    """Count the bytes that the backbone saves of one row for its backward pass.
+    """Return the bytes that the backbone saves per row for the backward pass.
 
-    Attention scores are left out, since fused attention does not save them. Returns 0 if the
-    backbone cannot run on the meta device.
+    Attention scores [L,L] are not counted, since fused attention does not save them. Returns 0 if
+    the backbone cannot run on the meta device.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
         if tensor.shape[-2:] != (length, length):
-            # held, so that no later storage gets the same address
+            # keep a reference, so that no later storage gets the same address
             saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
@@ -250,7 +260,10 @@ def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
     try:
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             denoiser.backbone(ids, t, UNPADDED)
-    except (NotImplementedError, RuntimeError):  # the backbone computes with values
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # the backbone needs values, which meta tensors lack
         return 0
     sizes = [
         tensor.untyped_storage().nbytes()
@@ -264,7 +277,10 @@ def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
 
 
 def _open_session(recipe: Recipe) -> tuple[TrainingSession, str]:
-    """Open a session on the recipe's text, or on random tokens; also why they replace the text."""
+    """Open a training session on the text of the recipe, or on random tokens.
+
+    Returns the session, and the reason why random tokens replace the text (empty if they do not).
+    """
     try:
         return TrainingSession.open(recipe), ""
     except (DataError, OSError) as error:
@@ -273,7 +289,7 @@ def _open_session(recipe: Recipe) -> tuple[TrainingSession, str]:
         if num_tokens is None or vocabulary is None:
             raise
         reason = str(error).partition("\n")[0]
-    # no other run's weights: its tokenizer is another one
+    # weights of another run need its tokenizer, which random tokens do not have
     without_init = replace(recipe, train=recipe.train.model_copy(update={"init": None}))
     return _open_stand_in(without_init, vocabulary), reason
 
@@ -286,7 +302,7 @@ def _open_stand_in(recipe: Recipe, vocabulary: Vocabulary) -> TrainingSession:
 
 
 class RandomText(RunText):
-    """Rows of random tokens, with the frequencies of words in a text."""
+    """Rows of random tokens, whose frequencies follow Zipf's law."""
 
     def __init__(self, recipe: Recipe, num_tokens: int) -> None:
         super().__init__(recipe, _alphabet(num_tokens))
@@ -294,7 +310,7 @@ class RandomText(RunText):
 
     @cached_property
     def train_rows(self) -> PackedRows:
-        """Rows of independent tokens that follow Zipf's law."""
+        """Draw rows of independent tokens with frequencies proportional to 1 / (rank + 2.7)."""
         random = np.random.default_rng(self.recipe.seed)
         share = 1.0 / (np.arange(self.num_tokens) + 2.7)
         order = random.permutation(self.num_tokens)
@@ -308,14 +324,14 @@ class RandomText(RunText):
 
 
 def _alphabet(num_tokens: int) -> AlphabetTokenizer:
-    """A tokenizer of that size; it has nothing to encode."""
+    """Return a tokenizer with `num_tokens` tokens; nothing is encoded with the tokenizer."""
     surrogates = range(0xD800, 0xE000)
     codes = (code for code in range(num_tokens + len(surrogates)) if code not in surrogates)
     return AlphabetTokenizer([chr(code) for code, _ in zip(codes, range(num_tokens))])
 
 
 def _unigram_entropy(run: Run) -> float:
-    """Nats per token of the training text under its own counts, each raised by one."""
+    """Return the cross-entropy of the training text under its unigram counts plus one, in nats."""
     counts = run.data.train_rows.token_counts()
     log_share = np.log(counts + 1.0) - np.log(counts.sum() + len(counts))
     return -float((counts * log_share).sum() / counts.sum())
@@ -326,7 +342,7 @@ def _unigram_entropy(run: Run) -> float:
 
 @final
 class MemoryWatch:
-    """Measures how far memory rises above what is held after the first `window` steps."""
+    """Peak memory during training, minus the memory in use after the first `window` steps."""
 
     def __init__(self, device: torch.device, window: int, last: int) -> None:
         self.device = device
@@ -339,15 +355,16 @@ class MemoryWatch:
     def on_step(self, record: StepRecord) -> None:
         self.records.append(record)
         if self.rise is None and record.step == self.window:
-            self.rise = MemoryRise(
-                self.device
-            )  # the optimizer has its state now, and stays as large
+            self.rise = MemoryRise(self.device)  # the optimizer state exists now and keeps its size
         if self.rise is not None and record.step == self.last:
             self.bytes = self.rise.bytes()
 
 
 def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]:
-    """Train the first steps; their records, and the bytes that a step needs above what stays."""
+    """Train the first `count` steps.
+
+    Returns the record of each step, and the peak bytes of a step above the bytes between steps.
+    """
     window = _window(count)
     watch = MemoryWatch(trainer.backend.device, window, count)
     trainer.settings = replace(
@@ -361,15 +378,15 @@ def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]
 
 
 def _window(count: int) -> int:
-    """Steps between two reports: a quarter of all, or 1 if 4 does not divide it.
+    """Return the number of steps between two reports: `count` / 4, or 1 if not an integer.
 
-    The host waits for the device at each report, so few of them disturb the measurement.
+    The host waits for the device at each report, so frequent reports would slow training down.
     """
     return count // 4 if count % 4 == 0 else 1
 
 
 def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
-    """Average the steps after the first quarter, which warms up."""
+    """Return the mean speed of the steps; the first quarter is warm-up and is left out."""
     timed = steps[max(1, len(steps) // 4) :] or steps
     seconds = sum(step.seconds for step in timed)
     tokens = sum(step.tokens for step in timed)
@@ -377,7 +394,7 @@ def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
 
 
 def _backbone_flops(session: TrainingSession) -> float:
-    """FLOPs of the backbone per token, in one forward pass of the objective."""
+    """Return the FLOPs of the backbone per token in one forward pass of the objective."""
     run = session.run
     data = run.data
     rows = np.arange(2)
@@ -392,7 +409,7 @@ def _backbone_flops(session: TrainingSession) -> float:
 
 
 class ZeroBackbone(Backbone):
-    """A backbone whose hidden states [B,L,1] are zero."""
+    """Backbone that returns zero hidden states [B,L,1]."""
 
     width = 1
     reads_time = False
@@ -402,10 +419,11 @@ class ZeroBackbone(Backbone):
 
 
 def _initial_loss(session: TrainingSession) -> InitialLoss | None:
-    """Estimate the loss before any training; None if the head begins with other weights.
+    """Estimate the loss before training.
 
-    A head begins with a table of zeros. Its distribution is then that of its biases, whatever the
-    hidden states, so it can be had without the backbone.
+    The output table of a head starts at zero. The initial distribution then depends only on the
+    biases of the head and not on the hidden states, so no backbone is needed. Returns None if the
+    table is not zero.
     """
     run = session.run
     if bool(run.denoiser.head.table.any()):
@@ -434,7 +452,7 @@ def _initial_loss(session: TrainingSession) -> InitialLoss | None:
 
 
 def _biases_only(run: Run) -> Objective:
-    """The recipe's objective on a head that has the run's biases, and on no backbone."""
+    """Return the objective of the run on zero hidden states and the biases of the run's head."""
     model = assemble(
         run.recipe, run.vocabulary, run.device, process=run.process, backbone=ZeroBackbone()
     )
@@ -445,7 +463,7 @@ def _biases_only(run: Run) -> Objective:
 
 
 def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
-    """Loss on all rows of the first step, with its times and noise."""
+    """Return the loss of `objective` on the rows, time steps and noise of the first step."""
     keys = session.recipe.train
     batches = [session.data.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)
@@ -459,7 +477,10 @@ def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
 def _loss(
     objective: Objective, batch: Batch, rng: CounterRng, slots: int, tokens: int | None = None
 ) -> float:
-    """Loss of an objective on some rows, divided by its own counts or by `tokens`."""
+    """Return the loss of an objective on a batch.
+
+    The loss is divided by `tokens`, or by the counts of the batch if `tokens` is None.
+    """
     counts = {}
     for name, count in objective.counts(batch).items():
         own = torch.as_tensor(count, dtype=torch.float64)

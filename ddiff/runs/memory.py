@@ -1,7 +1,7 @@
-"""Lower bound of the memory that a run needs, compared with what the machine has.
+"""Check that the memory of the machine is at least a lower bound of the memory of a run.
 
-A lower bound never refuses a run that would fit. `ddiff run --dry-run --measure` measures what a
-run needs in fact.
+The lower bound never rejects a run that would fit. `ddiff run --dry-run --measure` measures the
+memory that a run uses.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
 
-TIME_BYTES = 8  # of the float64 time of each position
-STEP_BYTES = 32  # of a Python float in the list of a sampler's times
+TIME_BYTES = 8  # float64 time of each position
+STEP_BYTES = 32  # one Python float in a sampler's list of time steps
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that one device must hold at least.
+    """Lower bound of the bytes on one device.
 
-    `standing` is held all the time, `rows` while a step is computed, `sampling` while sampling.
+    `standing` bytes are allocated during the whole training, `rows` bytes during a training step,
+    `sampling` bytes during sampling.
     """
 
     parameters: int
@@ -42,9 +43,10 @@ class MemoryNeed:
 
 
 def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
-    """Return the verdict in words; ArgumentError if the run cannot fit.
+    """Return one line, such as `fits: 2.1 M parameters, ...`.
 
-    `denoiser` may be on the meta device, or None if its size is not known yet.
+    `denoiser` may be on the meta device, or None if its size is not known yet. Raises ArgumentError
+    if the lower bound exceeds the memory of the device.
     """
     need = estimate_need(recipe, denoiser)
     room = total_memory(resolve_device(recipe.backend_keys.device))
@@ -52,9 +54,9 @@ def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
     sizes = _describe_sizes(recipe, need)
     if need.total > room:
         raise ArgumentError(
-            f"{recipe.name} does not fit into memory: {sizes} need {amount}. Take a smaller "
-            "[denoiser], [train] batch (or more accumulate), [data] length, [sample] steps or "
-            "batch."
+            f"{recipe.name} does not fit into memory: {sizes} need {amount}. Reduce [denoiser], "
+            "[train] batch, [data] length, [sample] steps or [sample] batch, or increase [train] "
+            "accumulate."
         )
     verdict = "fits"
     if denoiser is None:
@@ -63,10 +65,10 @@ def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
 
 
 def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
-    """Count what cannot be avoided.
+    """Return a lower bound of the memory of a run.
 
-    Training holds weights, gradients and one moment, and of every row the input of each block.
-    Sampling holds the weights, hidden states, times and the canvas.
+    Training needs weights, gradients, one optimizer moment per weight, and the input of each block
+    of the backbone for each row. Sampling needs weights, hidden states, time steps and tokens.
     """
     train = recipe.train
     sample = recipe.sample
@@ -93,7 +95,7 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
 
 
 def total_memory(device: torch.device) -> float:
-    """Bytes of a GPU, or of this machine as far as its control group allows."""
+    """Return the memory of a GPU, or of this machine up to the limit of its control group."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     machine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

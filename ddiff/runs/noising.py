@@ -1,4 +1,4 @@
-"""Probabilities of a forward process that identify it in a checkpoint."""
+"""Probabilities that identify a forward process in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 def sample_noising(process: ForwardProcess | None) -> list[float]:
     """Evaluate q_t(. | x) at five times for the first, the middle and the last token x.
 
-    For each: the probability that the token is still x, that of the prior's likeliest state, and
-    sum_z q_t(z | x)^2, in which every state counts. They differ for other settings of a recipe,
-    for another process from Python and after a change in a plugin. Returns [] without a process.
+    For each pair (t, x) the list has three numbers: q_t(x | x), q_t(z* | x) for the most likely
+    state z* of the prior, and sum_z q_t(z | x)^2, which depends on every state z. The numbers
+    change with the settings of the process, with the process itself and with the code of a plugin.
+    Returns [] without a process.
     """
     if process is None:
         return []

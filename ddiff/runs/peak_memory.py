@@ -1,4 +1,4 @@
-"""Rise of memory while something runs: allocated bytes on a GPU, resident bytes on a CPU."""
+"""Peak memory of a computation: allocated bytes on a GPU, resident bytes on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class MemoryRise:
-    """Measures how far memory rises above what is held when the object is made."""
+    """Measurement of peak memory above the memory in use at construction."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,15 +25,15 @@ class MemoryRise:
             self._held = _reset_peak()
 
     def bytes(self) -> float:
-        """Peak since then minus what was held."""
+        """Return the peak since construction minus the memory in use at construction."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._held
         return max(0.0, _resident_peak() - self._held)
 
 
 def _reset_peak() -> float:
-    """Reset the peak of resident memory to what is resident now, and return that in bytes."""
-    # Freed memory that malloc keeps would hide a rise of the same size. Only glibc has the call.
+    """Reset the peak of resident memory to the current resident bytes and return these."""
+    # malloc keeps freed memory, which would hide a rise of the same size. Only glibc has malloc_trim.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:

@@ -1,4 +1,4 @@
-"""Prompts, which a sample continues, and infill texts, whose gaps it fills."""
+"""Prompts and infill texts: parts of a sample that are given."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
 
 
 class Template(NamedTuple):
-    """A partly given sequence: ids [n] long, and `given` [n] bool where they are kept.
+    """Partly given sequence of n tokens: `ids` [n] long, `given` [n] bool.
 
-    Positions after the template are free, or do not exist if it is `whole`.
+    The sampler keeps `ids` where `given` is True and samples the other positions. If `whole`, the
+    sample ends after n tokens; otherwise the sampler continues after the template.
     """
 
     text: str
@@ -32,15 +33,15 @@ class Template(NamedTuple):
 
     @property
     def has_suffix(self) -> bool:
-        """True if tokens are given after a gap."""
+        """True if a given token follows a gap."""
         return bool((self.given[1:] & ~self.given[:-1]).any())
 
 
 class Frame(NamedTuple):
-    """Templates on canvases of one length.
+    """Batch of templates, padded to L positions.
 
-    `tokens` [B,L] long are kept where `clamped` [B,L]; `valid` [B,L] is False beyond the end of a
-    whole template, None if no position is.
+    The sampler keeps `tokens` [B,L] long where `clamped` [B,L] bool is True. `valid` [B,L] bool is
+    False after the end of a whole template; None means that every position is valid.
     """
 
     tokens: Tensor
@@ -54,7 +55,10 @@ class Frame(NamedTuple):
 
 
 def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
-    """Encode a text that samples of `length` tokens begin with; ArgumentError if it is longer."""
+    """Encode a text that samples of `length` tokens begin with.
+
+    Raises ArgumentError if the text has more than `length` tokens.
+    """
     _check_text(text, "prompt")
     ids = _encode(text, text, tokenizer)
     given = torch.ones_like(ids, dtype=torch.bool)
@@ -64,9 +68,9 @@ def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
 def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     """Encode a text with gaps: `She [MASK:8] to Bath` has eight free tokens.
 
-    A sample ends where the text ends. One space before a gap belongs to the gap, since words that
-    fill it bring their own. Raises ArgumentError for a text without a gap, a gap without tokens,
-    and more than `length` tokens.
+    The sample ends with the text. One space before a gap belongs to the gap, since the sampled
+    tokens bring their own space. Raises ArgumentError for a text without a gap, for a gap of 0
+    tokens, and for a text of more than `length` tokens.
     """
     _check_text(text, "infill")
     ids: list[Tensor] = []
@@ -81,7 +85,7 @@ def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     if not ids:
         raise ArgumentError(
             "infill: the text must have a gap, such as [MASK:8] for eight tokens; got "
-            f"{shorten(text)!r}. A text to continue is a prompt."
+            f"{shorten(text)!r}. To continue a text, pass prompt."
         )
     last = _encode(text[rest:], text, tokenizer)
     ids.append(last)
@@ -96,11 +100,14 @@ def make_templates(
     tokenizer: Tokenizer,
     length: int,
 ) -> list[Template]:
-    """Encode one or several prompts or infill texts; ArgumentError for both kinds at once."""
+    """Encode one or several prompts or infill texts.
+
+    Raises ArgumentError if both prompts and infill texts are given.
+    """
     if prompts is not None and infills is not None:
         raise ArgumentError(
-            "run.sample: prompt and infill exclude each other; begin the infill text with the "
-            "prompt."
+            "run.sample: pass either prompt or infill; got both. To combine them, begin the infill "
+            "text with the prompt."
         )
     if prompts is not None:
         return [prompt(text, tokenizer, length) for text in _as_list(prompts)]
@@ -110,25 +117,32 @@ def make_templates(
 
 
 def _as_list(texts: str | Sequence[str]) -> list[str]:
-    # bytes and mappings can be iterated over, too, and would be taken for their numbers or keys
+    # bytes and dicts are iterable too, but their items are not texts
     if isinstance(texts, Iterable) and not isinstance(texts, str | bytes | dict):
         return list(texts)
     return [texts]
 
 
 def check_no_suffix(templates: Iterable[Template], subject: str, remedy: str) -> None:
-    """Raise ArgumentError for text after a gap, which `subject` does not attend to."""
+    """Raise ArgumentError for a template with text after a gap.
+
+    `subject` names the network or sampler that does not attend to later tokens; `remedy` is the end
+    of the message.
+    """
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {shorten(template.text)!r} has text after a gap, which would be ignored: "
-                f"{subject} goes from left to right and does not attend to later tokens. Give a "
-                f"prompt, or {remedy}."
+                f"infill: {shorten(template.text)!r} has text after a gap, but {subject} works from "
+                "left to right and does not attend to later tokens. Pass a prompt instead, or use "
+                f"{remedy}."
             )
 
 
 def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame:
-    """Lay the templates on canvases of `length`; `filler` stands beyond the end of a whole one."""
+    """Pad templates to `length` positions.
+
+    Positions after the end of a whole template contain the id `filler` and are not valid.
+    """
     shape = (len(templates), length)
     tokens = torch.full(shape, filler)
     clamped = torch.zeros(shape, dtype=torch.bool)
@@ -140,24 +154,24 @@ def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame
         if template.whole:
             valid[row, size:] = False
             clamped[row, size:] = True
-    # Whole templates get a mask even if none is padded, so that attention takes the same way for
-    # all of them and a sample does not depend on its batch.
+    # Whole templates have a mask even if no template is padded, so that every batch uses the same
+    # attention kernel and a sample does not depend on its batch.
     has_end = any(template.whole for template in templates)
     return Frame(tokens, clamped, valid if has_end else None)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read a UTF-8 file with one prompt on each line; blank lines are skipped."""
+    """Read a UTF-8 text file with one prompt per line; blank lines are skipped."""
     name = printable(str(path))
     try:
         with open_uncompressed(str(path)) as file:
             lines = [line for line in text_lines(file, name) if line and not line.isspace()]
     except DataError as error:
         raise DataError(
-            f"--prompts: {error} A UTF-8 text file is expected, one prompt a line."
+            f"--prompts: {error} The file must be UTF-8 text with one prompt per line."
         ) from error
     if not lines:
-        raise DataError(f"--prompts: {name} holds no prompt. Write one a line.")
+        raise DataError(f"--prompts: {name} contains no prompt. Write one prompt per line.")
     return lines
 
 
@@ -170,7 +184,7 @@ def _check_text(text: str, argument: str) -> None:
 
 
 def _encode(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
-    """Encode a piece of `text`, which an error names."""
+    """Encode a piece of `text`; an error message quotes `text`."""
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
     except Unencodable as error:
@@ -178,7 +192,10 @@ def _encode(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
 
 
 def _gap_size(gap: re.Match[str], text: str, length: int) -> int:
-    """Read the number of tokens of a gap, checked before a tensor of that size is made."""
+    """Parse the number of tokens of a gap.
+
+    Raises ArgumentError unless the number is in 1..length.
+    """
     written = gap[1]
     is_number = written is not None and written.isascii() and written.isdecimal()
     if not is_number or not written.strip("0"):
@@ -187,12 +204,12 @@ def _gap_size(gap: re.Match[str], text: str, length: int) -> int:
             f"{shorten(gap[0].strip())!r} in {shorten(text)!r}."
         )
     digits = written.lstrip("0")
-    # Python refuses to convert very long numbers, so the number of digits is looked at first
+    # int() refuses very long numbers, so the number of digits is checked first
     if len(digits) > 18 or int(digits) > length:
         raise ArgumentError(
-            f"infill: the canvas holds {length} tokens, [data] length of the run; got a gap of "
-            f"{shorten(digits)} in {shorten(text)!r}. Take a shorter gap, or train with a larger "
-            "length."
+            f"infill: a sample has {length} tokens ([data] length of the run); got a gap of "
+            f"{shorten(digits)} tokens in {shorten(text)!r}. Use a shorter gap, or train with a "
+            "larger length."
         )
     return int(digits)
 
@@ -201,8 +218,8 @@ def _check_length(template: Template, length: int) -> Template:
     if len(template.ids) > length:
         kind = "infill" if template.whole else "prompt"
         raise ArgumentError(
-            f"{kind}: the canvas holds {length} tokens, [data] length of the run; got a text of "
-            f"{len(template.ids)}, {shorten(template.text)!r}. Shorten it, or train with a larger "
-            "length."
+            f"{kind}: a sample has {length} tokens ([data] length of the run); got a text of "
+            f"{len(template.ids)} tokens, {shorten(template.text)!r}. Shorten the text, or train "
+            "with a larger length."
         )
     return template

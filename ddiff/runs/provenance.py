@@ -1,4 +1,4 @@
-"""Comparison of a run's components and data with those that its checkpoints were trained with."""
+"""Comparison of the components and data of a run with the record in its checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def run_fingerprints(data: RunData, model: Model) -> dict[str, str]:
 def check_checkpoint(
     checkpoint: Checkpoint, data: RunData, model: Model, overrides: Overrides
 ) -> None:
-    """Raise CheckpointError unless the checkpoint was trained with the components of this run."""
+    """Raise CheckpointError if the checkpoint was trained with other components than the run has.
+
+    Compared are the tokenizer, the vocabulary and the probabilities of the forward process.
+    """
     run_dir = Path(data.recipe.run_dir)
     components = component_fingerprints(data, model)
     # the data are left out: loading a run must not need them
@@ -42,18 +45,18 @@ def check_checkpoint(
         run_dir,
         checkpoint.state,
         components,
-        f"Restore the named files of {run_dir} from a copy; a run keeps those that it was "
-        "trained with.",
+        f"Restore the named files of {run_dir} from a copy; a run must keep the files from its "
+        "training.",
         components,
     )
-    remedy = "Install the version of the plugin that it was trained with, or train again."
+    remedy = "Install the version of the plugin that trained the run, or train again."
     if overrides.process is not None:
-        remedy = "Pass the process that it was trained with: ddiff.load(run_dir, process=...)."
+        remedy = "Pass the process from the training: ddiff.load(run_dir, process=...)."
     check_noising(run_dir, checkpoint.state, sample_noising(model.process), remedy)
 
 
 def find_changed_data(newest: Checkpoint | None, data: RunData, model: Model) -> list[Difference]:
-    """List the data that differ from those that the newest checkpoint was trained with."""
+    """List the data whose fingerprints differ from the record in the newest checkpoint."""
     if newest is None:
         return []
     recorded = newest.state.get("fingerprints", {})
@@ -61,12 +64,11 @@ def find_changed_data(newest: Checkpoint | None, data: RunData, model: Model) ->
 
 
 def changed_data_error(run_dir: Path, changed: list[Difference]) -> CheckpointError:
-    """Return the error for data that differ from those of the run; its message says what to do."""
+    """Return the CheckpointError for data that differ from the data of training."""
     return CheckpointError(
-        f"The data are not those that {run_dir} was trained and evaluated with: "
-        f"{'; '.join(map(str, changed))}. Its figures would change though the model did not, text "
-        "that was trained on may be scored, and the baselines count another corpus. Restore the "
-        "files of [data]; or score the data as they are now, next to the run's own figures: "
-        f"ddiff eval {run_dir} --out other_data.json (from Python, "
-        "run.evaluate(changed_data=True))."
+        f"The data differ from the data that {run_dir} was trained and evaluated with: "
+        f"{'; '.join(map(str, changed))}. The results would not be comparable, and the evaluation "
+        "could include training text. Restore the files of [data]. To evaluate the current data "
+        f"and keep the results of the run, call ddiff eval {run_dir} --out other_data.json, or "
+        "run.evaluate(changed_data=True) in Python."
     )

@@ -1,9 +1,9 @@
-"""Replay of recorded steps, compared with the record: `ddiff run --verify-resume K`.
+"""Replay of recorded training steps: `ddiff run --verify-resume K`.
 
-Compared are the lines of `metrics.jsonl`, apart from wall-clock times, and the state of a
-checkpoint if the steps lead to one. In the layout of the record (`[backend]`, device, processes,
-threads, torch) the bits must be equal. In another layout figures and weights may differ by rounding, since
-sums are taken in another order.
+The replay is compared with the lines of `metrics.jsonl`, except for wall-clock times, and with the
+state of a checkpoint if the replayed steps end at a checkpoint. In the recorded layout (`[backend]`,
+device, processes, threads, version of torch) both must be bitwise identical. In another layout,
+floating-point sums have another order, and differences up to the constants below are allowed.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ddiff.runs.session import TrainingSession
 from ddiff.training.metrics import FILE, WALL_CLOCK
 from ddiff.training.trainer import TrainingSummary
 
-# Relative difference of a figure in another layout: sums in float32, whose rounding the
-# orthogonalisation of Muon makes ten times as large.
+# Allowed relative difference of a figure in another layout: rounding of float32 sums (1e-7 each),
+# which the orthogonalization of Muon makes about ten times as large.
 ROUNDING = 1e-5
-# Of the norm of all weights. Adam divides each gradient by its own size, which for some entries is
-# rounding, so single weights may differ by more.
+# Allowed difference of all weights, relative in norm. Adam divides each gradient by its own size, and
+# some gradients are only rounding error, so single weights may differ by more.
 ROUNDING_OF_WEIGHTS = 1e-5
 
 Record = Mapping[str, float]
 
 
 class Span(NamedTuple):
-    """Steps to replay: those after `start`, up to `end`.
+    """Steps `start` + 1 to `end`, which are replayed.
 
-    `has_state`: whether there is a checkpoint of `end` to compare with.
+    `has_state` is True if the run has a checkpoint of step `end`.
     """
 
     start: int
@@ -51,17 +51,17 @@ class Span(NamedTuple):
 
 
 class Deviation(NamedTuple):
-    """Largest of several relative differences, and where it is."""
+    """Largest of several relative differences, and the place of the largest difference."""
 
     size: float
     where: str
 
 
 def verify_resume(recipe: Recipe, steps: int) -> int:
-    """Replay up to `steps` recorded steps of the recipe's run and print what differs.
+    """Replay up to `steps` recorded steps of a run and print the differences.
 
-    Returns 0 if nothing does, else 1. The files of the run are not changed. Raises CheckpointError
-    if there is nothing to replay.
+    Returns the exit code: 0 if all differences are allowed, 1 otherwise. The files of the run are
+    not changed. Raises CheckpointError if the run has no recorded step.
     """
     directory = Path(recipe.run_dir)
     checkpoints = open_checkpoints(directory)
@@ -69,9 +69,9 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     recorded_recipe = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
     if recorded_recipe.train.steps != recipe.train.steps:
         raise ArgumentError(
-            f"--verify-resume: train.steps must be the {recorded_recipe.train.steps} that "
-            f"{directory} was recorded with, as learning rates depend on it; got "
-            f"{recipe.train.steps}. Leave it as it was, or train on first."
+            f"--verify-resume: train.steps must be {recorded_recipe.train.steps}, the recorded value "
+            f"of {directory}, because the learning rates depend on train.steps; got "
+            f"{recipe.train.steps}. Use the recorded value, or train up to the new one first."
         )
     recorded = read_records(directory)
     span = choose_span(checkpoints.steps(), len(recorded), steps)
@@ -93,10 +93,10 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
 def _replay(
     session: TrainingSession, checkpoints: Checkpoints, span: Span, folder: Path
 ) -> TrainingSummary:
-    """Train the steps of a span again, into `folder`."""
+    """Repeat the training steps of a span; write the results to `folder`."""
     if session.backend.rank == 0:
         _make_empty(folder)
-        # the trainer wants a line for each step before `start`
+        # the trainer requires a line for each step up to `start`
         lines = read_text(folder.parent / FILE).splitlines(keepends=True)
         (folder / FILE).write_text("".join(lines[: span.start]), encoding="utf-8")
     session.backend.barrier()
@@ -107,15 +107,15 @@ def _replay(
 
 
 def _make_empty(folder: Path) -> None:
-    """Make an empty folder; what a killed verification left there is removed."""
+    """Create an empty folder and remove leftovers of a killed verification."""
     foreign = []
     for name in classify_contents(folder.parent).foreign:
         if Path(name).parts[0] == folder.name:
             foreign.append(name)
     if foreign:
         raise CheckpointError(
-            f"--verify-resume: the steps are written to {folder} for a while, and {folder.parent} "
-            f"holds {format_names(foreign)}, which ddiff did not write. Move that away."
+            f"--verify-resume needs {folder} as a temporary folder, but {folder.parent} contains "
+            f"{format_names(foreign)}, which ddiff did not write. Move these files away."
         )
     if folder.exists():
         shutil.rmtree(folder)
@@ -123,17 +123,18 @@ def _make_empty(folder: Path) -> None:
 
 
 def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
-    """Choose the steps to replay.
+    """Choose the training steps to replay.
 
-    They start at the newest checkpoint, or the beginning, after which `steps` steps are recorded,
-    else at the newest after which any is. They end at the last checkpoint among them if there is
-    one, so that its state can be compared.
+    The replay starts at the newest checkpoint (or at step 0) that is followed by at least `steps`
+    recorded steps; without one, at the newest checkpoint that is followed by any recorded step. The
+    replay ends at the last checkpoint within `steps` steps, so that the states can be compared, or
+    after `steps` steps if there is no such checkpoint.
     """
     starts = [start for start in (0, *checkpoints) if start < recorded]
     if not starts:
         raise CheckpointError(
-            "--verify-resume: metrics.jsonl records no step, so there is nothing to replay. Train "
-            "first."
+            "--verify-resume: metrics.jsonl records no step, so no step can be replayed. Train the "
+            "run first."
         )
     long_enough = [start for start in starts if start + steps <= recorded]
     start = max(long_enough or starts[-1:])
@@ -149,21 +150,19 @@ def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
 def _compare(
     directory: Path, folder: Path, span: Span, recorded: Sequence[Record], is_exact: bool
 ) -> int:
-    """Print how the replay differs from the record; return the exit code."""
+    """Print the differences between replay and record; return the exit code."""
     origin = f"step {span.start}" if span.start else "the beginning"
-    expected = "in another layout: equal to rounding"
+    expected = "in another layout: equality up to rounding is expected"
     if is_exact:
-        expected = "in the layout of the record: equal bits are due"
-    print(
-        f"{directory}: steps {span.start + 1} to {span.end} done again from {origin}, {expected}."
-    )
+        expected = "in the recorded layout: bitwise equality is expected"
+    print(f"{directory}: steps {span.start + 1} to {span.end} repeated from {origin}, {expected}.")
     replayed = read_records(folder)
     figures = compare_records(recorded[span.start : span.end], replayed[span.start :])
     good = _print_verdict("losses and other figures", figures, 0.0 if is_exact else ROUNDING)
     if not span.has_state:
         print(
-            "state: not compared, as no checkpoint lies among these steps; ask for more steps, or "
-            "keep more checkpoints."
+            "state: not compared, because the run has no checkpoint at these steps. Replay more "
+            "steps, or keep more checkpoints."
         )
         return int(not good)
     theirs = Checkpoints(str(directory / CHECKPOINTS)).load(span.end)
@@ -178,7 +177,7 @@ def _compare(
 
 
 def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) -> bool:
-    """Print the deviation; return whether it is allowed."""
+    """Print the deviation; return True if it is at most `allowed`."""
     if deviation is None:
         print(f"{subject}: equal")
         return True
@@ -196,7 +195,7 @@ def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) ->
 
 
 def compare_records(theirs: Sequence[Record], mine: Sequence[Record]) -> Deviation | None:
-    """Find the largest deviation between records of the same steps; None if they are equal."""
+    """Return the largest deviation between two records of the same steps, None if equal."""
     worst: Deviation | None = None
     for one, two in zip(theirs, mine, strict=True):
         for name in {**one, **two}:
@@ -204,7 +203,7 @@ def compare_records(theirs: Sequence[Record], mine: Sequence[Record]) -> Deviati
             b = two.get(name)
             if a == b:
                 continue
-            size = float("inf")  # a figure that only one of them has
+            size = float("inf")  # only one of the two records has the figure
             if a is not None and b is not None:
                 size = abs(a - b) / max(abs(a), abs(b))
             if worst is None or size > worst.size:
@@ -214,9 +213,10 @@ def compare_records(theirs: Sequence[Record], mine: Sequence[Record]) -> Deviati
 
 
 def compare_states(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
-    """Compare all that training continues from: model, average, optimizer, random state.
+    """Compare the training states of two checkpoints.
 
-    Returns the largest deviation, None if all is equal.
+    The state consists of weights, exponential moving average, optimizer and random generators.
+    Returns the largest deviation, or None if the states are bitwise identical.
     """
     one = _flatten_state(theirs)
     two = _flatten_state(mine)
@@ -229,7 +229,10 @@ def compare_states(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
 
 
 def _relative_difference(a: Any, b: Any) -> float | None:
-    """Largest difference of two values over the largest entry of the first; None if equal."""
+    """Return max |a - b| / max |a|, or None if the values are equal.
+
+    The result is infinity for values that are not tensors of one shape.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
         if torch.equal(a, b):
             return None
@@ -240,13 +243,13 @@ def _relative_difference(a: Any, b: Any) -> float | None:
 
 
 def compare_weights(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
-    """Norm of the difference of all weights over that of the weights; None if they are equal."""
+    """Return the norm of the weight difference over the norm of the weights, None if equal."""
     one = _flatten_weights(theirs)
     two = _flatten_weights(mine)
     if torch.equal(one, two):
         return None
     size = ((one - two).norm() / one.norm()).item()
-    return Deviation(size, "the norm of all of them together")
+    return Deviation(size, "the norm of all weights together")
 
 
 def _flatten_weights(checkpoint: Checkpoint) -> Tensor:
@@ -266,7 +269,7 @@ def _flatten_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """List the leaves of a tree of dicts and lists, each after its dotted place."""
+    """Yield (dotted key, value) for each leaf of nested dicts and lists."""
     if isinstance(tree, dict | list | tuple):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _leaves(value, f"{place}.{key}" if place else str(key))
@@ -278,10 +281,10 @@ def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_records(directory: Path) -> list[Record]:
-    """Read the lines of metrics.jsonl, without wall-clock times.
+    """Read the lines of metrics.jsonl without their wall-clock times.
 
-    Reading ends at the first line that is not the next step: a killed process may have left half of
-    one.
+    Stops at the first line that is not the record of the next step, since a killed process may
+    leave an incomplete last line.
     """
     path = directory / FILE
     records: list[Record] = []
@@ -301,7 +304,7 @@ def read_records(directory: Path) -> list[Record]:
 
 
 def _is_record(line: Any, step: int) -> bool:
-    """Return whether a line is the record of this step: numbers by name."""
+    """Return True if a line is a dict of numbers for the given step."""
     if not isinstance(line, dict) or line.get("step") != step:
         return False
     return all(isinstance(value, int | float) for value in line.values())

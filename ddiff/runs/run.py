@@ -1,4 +1,4 @@
-"""A run: a recipe with its model, its data and its directory."""
+"""Trained run: recipe, model and data, with the methods `evaluate`, `nelbo` and `sample`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from ddiff.sampling.loop import OnStep, Sampler
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A recipe with its model and its data.
+    """Recipe with its model and its data.
 
-    `ddiff.run` and `ddiff.load` return one whose network has the weights of the newest checkpoint.
+    `ddiff.run` and `ddiff.load` return a run with the weights of the newest checkpoint.
     """
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Run:
     def assemble(
         cls, text: RunText, vocabulary: Vocabulary, device: torch.device, overrides: Overrides
     ) -> Run:
-        """Assemble the model of a recipe next to its text; its weights are not trained."""
+        """Build a run with untrained weights from the text of a recipe."""
         model = assemble(text.recipe, vocabulary, device, process=overrides.process)
         data = RunData(text, model.denoiser.condition_dropout, model.denoiser.condition_forms)
         return cls(text.recipe, model, data, overrides)
@@ -96,12 +96,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Step of the newest checkpoint; 0 if there is none."""
+        """Training step of the newest checkpoint, or 0 without a checkpoint."""
         return max(self.checkpoints.steps(), default=0)
 
     @property
     def uses_ema(self) -> bool:
-        """True if the exponential moving average of the weights is evaluated and sampled."""
+        """True if evaluation and sampling use the exponential moving average of the weights."""
         weights = self.recipe.evaluate.weights
         if weights == "auto":
             return self.recipe.train.ema > 0.0
@@ -110,12 +110,12 @@ class Run:
     # ------------------------------------------------------------------ likelihood
 
     def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
-        """Compute the bound of the validation text, and the scores of counting baselines.
+        """Compute the likelihood bound of the validation text, and n-gram baselines.
 
-        Every token of the evaluated rows counts once. Raises CheckpointError if the data are not
-        those that the run was trained with, unless `changed_data` allows it.
+        Each token of the evaluated rows is scored once per draw. Raises CheckpointError if the data
+        differ from the data of training, unless `changed_data` is True.
         """
-        # checked here and not on loading, which must work without the data
+        # checked here and not in `ddiff.load`, which must work without the data
         if not changed_data:
             changed = find_changed_data(self.checkpoints.newest(), self.data, self.model)
             if changed:
@@ -131,14 +131,16 @@ class Run:
         *,
         conditions: Mapping[str, int | Sequence[float]] | None = None,
     ) -> Evaluation:
-        """Compute the bound of some texts, each a document, all under the `conditions`.
+        """Compute the likelihood bound of given texts, one document per text.
 
-        More draws of times and noise narrow the interval; the expected bound stays the same.
+        `draws` is the number of independent draws of diffusion times and noise; more draws narrow
+        the interval and do not change the expected bound. `conditions` maps a name to one value for
+        all texts or to one value per text.
         """
         return score_texts(self.model, self.recipe, self.tokenizer, texts, draws, conditions or {})
 
     def protocol(self) -> dict[str, Any]:
-        """Settings in which two runs must agree before their figures can be compared."""
+        """Return the evaluation settings in which two runs must agree to be comparable."""
         return evaluation_protocol(self.data, self.recipe)
 
     # ------------------------------------------------------------------ samples
@@ -158,23 +160,25 @@ class Run:
         settings: Sequence[str] = (),
         on_step: OnStep | None = None,
     ) -> list[dict[str, Any]]:
-        """Draw samples: dicts with `index`, `text`, `ids`, `nfe`, and the `prompt` or `infill`.
+        """Draw samples.
 
-        A sample is a function of its number and the seed; the size of its batch changes nothing.
-        Given tokens are kept bit for bit. Where an argument is None, the recipe decides.
+        Returns one dict per sample with `index`, `text`, `ids`, `nfe` (network evaluations), and
+        `prompt` or `infill` if given. A sample depends on its index and the seed, but not on the
+        batch size. Given tokens never change. The recipe replaces an argument that is None.
 
         Args:
-            count: samples of each prompt or infill text; 1 by default if several are given.
-            steps: steps of the sampler.
-            seed: the same seed gives the same samples.
-            batch: samples drawn at a time.
-            prompt: one text or several, continued to [data] length.
-            infill: one text or several with gaps, `She [MASK:8] to Bath`; a sample ends with it.
-            conditions: by name, a label (int) or a vector, or a list with one for each sample.
+            count: samples per prompt or infill text; the default is 1 for several texts.
+            steps: number of steps of the sampler.
+            seed: seed of the random generator.
+            batch: number of samples per batch.
+            prompt: one text or several; each sample continues its text to [data] length tokens.
+            infill: one text or several with gaps, such as `She [MASK:8] to Bath`. The sample ends
+                with the text.
+            conditions: maps a name to a label (int) or a vector, or to a list with one per sample.
             guidance: classifier-free guidance weight; above 1 follows the conditions more closely.
-            sampler: the kind of a sampler, or a sampler object.
-            settings: `key=value` texts over the keys of the sampler.
-            on_step: called as `on_step(step, canvas)` after every step.
+            sampler: name of a sampler, or a sampler object.
+            settings: `key=value` texts that override keys of the sampler.
+            on_step: callback `on_step(step, canvas)` after every step.
         """
         request = SampleRequest(
             count=count,
@@ -193,6 +197,9 @@ class Run:
     # ------------------------------------------------------------------ weights
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Load the weights of a checkpoint, or their moving average, into the network."""
+        """Load the weights of a checkpoint into the network.
+
+        If `uses_ema` is True, the exponential moving average of the weights is loaded.
+        """
         weights = checkpoint.read_weights(average=self.uses_ema)
         load_weights(self.objective.module, weights, str(self.run_dir))

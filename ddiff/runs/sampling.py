@@ -1,4 +1,4 @@
-"""Samples of a run: texts with their prompts, token ids and numbers of network evaluations."""
+"""Sampling from a run: text, token ids and number of network evaluations of each sample."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Arguments of `Run.sample`; what is None is as the recipe has it."""
+    """Arguments of `Run.sample`. The recipe replaces an argument that is None."""
 
     count: int | None = None
     steps: int | None = None
@@ -43,15 +43,16 @@ def build_sampler(
     settings: Sequence[str] = (),
     steps: int | None = None,
 ) -> Sampler:
-    """Build the recipe's sampler, or another kind, with `settings` over its keys.
+    """Build the sampler of the recipe, or a sampler of the kind `sampler`.
 
-    A sampler object is returned as it is; it takes neither settings nor steps.
+    `settings` are `key=value` texts that override keys of the sampler. A sampler object is returned
+    unchanged. Raises ArgumentError for a sampler object together with settings or steps.
     """
     if sampler is not None and not isinstance(sampler, str):
         if settings or steps is not None:
             raise ArgumentError(
-                "run.sample: steps and settings belong to samplers by kind; a sampler object has "
-                "its own."
+                "run.sample: steps and settings apply to the name of a sampler; got a sampler "
+                "object, which has its own steps and settings. Leave both arguments out."
             )
         return sampler
     spec = configure_sampler(recipe, sampler, settings)
@@ -66,7 +67,7 @@ def draw_samples(
     request: SampleRequest,
     on_step: OnStep | None = None,
 ) -> list[dict[str, Any]]:
-    """Draw samples batch by batch, once all arguments are known to be right; see `Run.sample`."""
+    """Check all arguments, then draw samples batch by batch. See `Run.sample`."""
     keys = recipe.sample
     seed = _or_default(request.seed, keys.seed)
     batch = _or_default(request.batch, keys.batch)
@@ -74,14 +75,16 @@ def draw_samples(
     count = _or_default(request.count, keys.count if len(templates) <= 1 else 1)
     _check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
     per_sample = [template for template in templates for _ in range(count)]
-    total = len(per_sample) or count  # without templates every sample is free
+    total = len(per_sample) or count  # without templates, every position is sampled
     plan = _check_request(recipe, model, request, total)
     _check_suffixes(templates, plan)
     model.objective.module.eval()  # no dropout
     writer = _BatchSampler(plan, tokenizer, recipe.length, seed)
     samples: list[dict[str, Any]] = []
     batches = range(0, total, batch)
-    steps = plan.sampler.steps  # None: the number depends on the draws, and the bar has no end
+    steps = (
+        plan.sampler.steps
+    )  # None: the number of steps is random, and the progress bar has no end
     with show_progress(None if steps is None else len(batches) * steps, "sampling") as bar:
         report = _report_steps(bar, on_step)
         for first in batches:
@@ -102,15 +105,17 @@ def _check_request(
 
 
 def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
-    """Raise ArgumentError for text after a gap that neither network nor sampler attends to."""
+    """Raise ArgumentError for text after a gap if network or sampler work from left to right."""
     if plan.model.denoiser.inputs == "previous":
-        check_no_suffix(templates, "this run's network", "take a run that attends to both sides")
+        check_no_suffix(
+            templates, "this run's network", "a run whose network attends to both sides"
+        )
     elif not plan.sampler.looks_ahead:
         check_no_suffix(
             templates,
             f"the sampler {type(plan.sampler).__name__}",
-            "a sampler that looks ahead (ancestral, or blockwise with sight=all) if the run was "
-            "trained so",
+            "a sampler that attends to later positions (ancestral, or blockwise with sight=all) if "
+            "the network was trained to do so",
         )
 
 
@@ -124,7 +129,7 @@ def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
 
 
 class _BatchSampler:
-    """Draws batches of samples and turns them into dictionaries."""
+    """Sampler of batches; returns each sample as a dictionary."""
 
     def __init__(self, plan: SamplingPlan, tokenizer: Tokenizer, length: int, seed: int) -> None:
         self.plan = plan
@@ -135,13 +140,16 @@ class _BatchSampler:
     def draw(
         self, numbers: slice, templates: Sequence[Template], on_step: OnStep
     ) -> list[dict[str, Any]]:
-        """Draw the samples with these numbers; `templates` has one for each of them, or none."""
+        """Draw the samples with indices `numbers`.
+
+        `templates` has one template per sample, or is empty.
+        """
         device = self.plan.model.device
-        # Noise is keyed by the number of a sample, so that a sample does not depend on its batch.
+        # The index of a sample keys the random generator, so a sample does not depend on its batch.
         index = torch.arange(numbers.start, numbers.stop, device=device)
         frame = None
         if templates:
-            filler = self.tokenizer.eos_id or 0  # never read: these positions are not valid
+            filler = self.tokenizer.eos_id or 0  # has no effect: these positions are not valid
             frame = make_frame(templates, self.length, filler).to(device)
         drawn = generate(
             self.plan.sampler,
@@ -169,7 +177,7 @@ class _BatchSampler:
         ]
 
     def _cut(self, rows: list[list[int]], templates: Sequence[Template]) -> list[list[int]]:
-        """Cut each row to the length of its infill text, which ends where the text ends."""
+        """Truncate each row of an infill template to the length of the template."""
         if not templates:
             return rows
         return [
@@ -186,7 +194,7 @@ def _template_field(templates: Sequence[Template], row: int) -> dict[str, str]:
 
 
 def _check_numbers(count: int, batch: int, seed: int, steps: int) -> None:
-    """Raise ArgumentError for numbers that a recipe would refuse too."""
+    """Raise ArgumentError for numbers out of range."""
     for name, number in (("count", count), ("batch", batch), ("steps", steps)):
         if not 1 <= number < COUNTS:
             raise ArgumentError(

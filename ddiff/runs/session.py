@@ -1,4 +1,4 @@
-"""Training sessions: one run on its backend, from the first weights to the last checkpoint."""
+"""Training session: one run on its backend, from initial weights to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -53,14 +53,15 @@ from ddiff.training.trainer import (
 def build_run(
     recipe: Recipe, overrides: Overrides = NO_OVERRIDES, backend: Backend | None = None
 ) -> Run:
-    """Build a run that is not trained: its text, its vocabulary, its model.
+    """Build the text, the vocabulary and the untrained model of a run.
 
-    `backend` is the one that trains it; None: one process on the recipe's device. What the network
-    cannot read, or memory cannot hold, is refused here, before anything is written.
+    `backend` is the backend of the training; None means one process on the recipe's device. Raises
+    an error before anything is written if the network cannot take the conditions as input or if
+    memory cannot hold the run.
     """
     backend = backend or build_single_backend(recipe)
     text = RunText(recipe)
-    # rank 0 tokenises, the others then find the shards in the cache
+    # rank 0 tokenizes first; the other ranks then find the shards in the cache
     with backend.main_process_first():
         text.train_rows  # noqa: B018
         text.check_repetitions()
@@ -81,17 +82,17 @@ def _choose_vocabulary(text: RunText, overrides: Overrides) -> Vocabulary:
 
 
 class TrainingSession:
-    """A run while it is trained.
+    """Training of one run, as a context manager.
 
         with TrainingSession.open(recipe) as session:
             session.initialize_weights()
             summary = session.fit()
         run = session.load_trained_run()
 
-    The session owns the backend and the network, which it compiles, wraps and shards in place. When
-    it is closed, both are released: a network for evaluation is assembled again and loaded from the
-    newest checkpoint. Leaving the block by an exception closes nothing, since the other ranks may
-    never come to the same place.
+    The session owns the backend and the network. `fit` compiles, wraps and shards the network in
+    place, and closing the session releases network and backend. `load_trained_run` then builds a
+    plain network and loads the newest checkpoint. After an exception the session is not closed,
+    because closing would wait for the other ranks.
     """
 
     def __init__(self, run: Run, backend: Backend) -> None:
@@ -111,7 +112,7 @@ class TrainingSession:
 
     @classmethod
     def open(cls, recipe: Recipe, overrides: Overrides = NO_OVERRIDES) -> TrainingSession:
-        """Start the backend of a recipe and build the run on it."""
+        """Start the backend of a recipe and build the run on the backend."""
         backend = build_backend(recipe)
         return cls(build_run(recipe, overrides, backend), backend)
 
@@ -129,15 +130,15 @@ class TrainingSession:
 
     @property
     def run(self) -> Run:
-        """The run with the network that is trained; hold it no longer than the session is open."""
+        """Run whose network is being trained; available until the session is closed."""
         assert self._run is not None, "the session is closed"
         return self._run
 
     def initialize_weights(self) -> dict[str, Any] | None:
-        """Set the first weights: head biases from token counts, then those of [train] init.
+        """Initialize the head biases from token counts, then load the weights of [train] init.
 
-        With the biases the first prediction is the unigram distribution of the training text, so
-        the first loss is known. Returns a record of what [train] init took, None without it.
+        The biases make the first prediction the unigram distribution of the training text, so the
+        first loss is known. Returns a record of the loaded weights, or None without [train] init.
         """
         counts = self.data.train_rows.token_counts()
         self.run.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
@@ -149,10 +150,11 @@ class TrainingSession:
     def fit(
         self, start: Checkpoint | None = None, accepted: Callable[[], None] = lambda: None
     ) -> TrainingSummary:
-        """Train to the recipe's last step, from `start` (None: from the weights as they are).
+        """Train to the last step of the recipe.
 
-        `accepted` is called once the checkpoint is known to be whole and to fit, before anything
-        is written.
+        Args:
+            start: checkpoint to resume from; None starts at step 0 with the current weights.
+            accepted: called after the checks of `start` and before anything is written.
         """
         if self.recipe.evaluate.every:
             # every rank evaluates; rank 0 packs the rows for all
@@ -168,7 +170,10 @@ class TrainingSession:
             return trainer.fit(start)
 
     def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
-        """Train again from `start` to step `end`, written to `folder`, without a tracker."""
+        """Repeat training from checkpoint `start` to step `end`; write to `folder`.
+
+        `start` None means step 0. No tracker is used.
+        """
         if start is not None:
             check_checkpoint(start, self.data, self.run.model, self.overrides)
         self.distribute()
@@ -176,13 +181,18 @@ class TrainingSession:
             return self.trainer(folder, end, NoTracker()).fit(start)
 
     def distribute(self) -> None:
-        """Compile, recompute and wrap the network as [backend] says, in this order."""
+        """Prepare the network for training, as [backend] says.
+
+        In this order: compile blocks, enable activation checkpointing, wrap for DDP or FSDP.
+        """
         keys = self.recipe.backend_keys
         objective = self.run.objective
-        # What is recomputed must be compiled first, and sharding wraps the blocks as they are then.
+        # Activation checkpointing needs compiled blocks, and sharding needs the final blocks.
         if keys.compile:
             compile_blocks(objective.module)
-            self.run.denoiser.fixed_shapes = True  # or each new number of rows compiles again
+            self.run.denoiser.fixed_shapes = (
+                True  # otherwise each new number of rows would trigger a compilation
+            )
         if keys.activation_checkpointing:
             recompute_activations(objective.module)
         objective.module = self.backend.wrap(objective.module)
@@ -193,7 +203,11 @@ class TrainingSession:
         end: int | None = None,
         tracker: Tracker | None = None,
     ) -> Trainer:
-        """Build the trainer of the recipe; a replay has another folder, last step and tracker."""
+        """Build the trainer of the recipe.
+
+        `folder`, `end` and `tracker` replace the run directory, the last step and the tracker of
+        the recipe; a replay passes all three.
+        """
         keys = self.recipe.train
         objective = self.run.objective
         multiplier = (
@@ -216,7 +230,7 @@ class TrainingSession:
         )
 
     def rng_at(self, step: int, batch: Batch) -> CounterRng:
-        """Random generator of a batch, a function of the seed, the step and its slots."""
+        """Return the random generator of a batch, which depends on seed, step and slots."""
         return CounterRng(self.recipe.seed, step, batch.index, self.recipe.length)
 
     def _trainer_settings(self, end: int | None) -> TrainerSettings:
@@ -256,8 +270,8 @@ class TrainingSession:
         return Validation(every, self._validate, self.run.uses_ema)
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
-        """Evaluate as after training, on the same rows; return figures by name and a sentence."""
-        quiet = Console(quiet=True, force_terminal=False)  # the bar of training stays in its place
+        """Evaluate the validation rows; return figures by name and one line of text."""
+        quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
         found = score_validation(self.run.model, self.data, self.recipe, quiet)
         unit = f"nats_per_{found.unit}"
         mean = found.nelbo_nats_per_token
@@ -271,17 +285,17 @@ class TrainingSession:
         return figures, f"{sentence} nats/{found.unit}"
 
     def close(self) -> None:
-        """Release the network, then leave the process group: shards must not outlive it."""
+        """Release the network, then destroy the process group, which shards must not outlive."""
         self._batches.close()
         self._run = None
         self.backend.close()
 
     def load_trained_run(self) -> Run:
-        """Assemble the plain network again and load the newest checkpoint, on every rank."""
+        """Build an unwrapped network and load the newest checkpoint, on every rank."""
         cores = get_machine_cores()
-        if cores:  # the other processes have ended, and leave their cores to this one
+        if cores:  # the other processes have ended, so this process may use all cores
             torch.set_num_threads(cores)
-        # the process holds no weights, so it is not built again
+        # the forward process has no weights, so the object is reused
         device = self.backend.device
         model = assemble(self.recipe, self._vocabulary, device, process=self._process)
         run = Run(self.recipe, model, self.data, self.overrides)

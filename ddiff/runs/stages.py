@@ -1,6 +1,6 @@
 """Stages of a run: train, evaluate, sample.
 
-Each stage writes its files to the run directory, and is skipped if they are there already.
+Each stage writes files to the run directory. A stage is skipped if its files already exist.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ddiff.runs.session import TrainingSession
 from ddiff.runs.summary import print_resume, print_start, print_summary
 from ddiff.training.trainer import TrainingSummary
 
-INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that SIGINT ended
+INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGINT
 
 
 def run(
@@ -53,23 +53,23 @@ def run(
     settings: Iterable[str] = (),
     fresh: bool = False,
 ) -> Run:
-    """Train, evaluate and sample as a recipe says, or resume where the run stopped.
+    """Train, evaluate and sample a recipe, or resume an interrupted run.
 
     Args:
-        recipe: a path, the name of a shipped recipe, or a recipe that has been read.
-        vocabulary: takes the place of the recipe's.
-        process: takes the place of the recipe's.
-        settings: `--set` texts, `key=value`.
-        fresh: delete the run in the run directory first, and start over.
+        recipe: path of a recipe, name of a shipped recipe, or Recipe object.
+        vocabulary: replaces the vocabulary of the recipe.
+        process: replaces the forward process of the recipe.
+        settings: `key=value` texts that override keys of the recipe, as `--set` does.
+        fresh: delete the existing run in the run directory and start from the beginning.
 
-    Raises an error of the DdiffError family. After SIGINT it raises KeyboardInterrupt, and
-    SystemExit after SIGTERM, once the current step is saved; the same call resumes.
+    Returns the trained run. Raises a DdiffError for a user error. SIGINT and SIGTERM save the
+    current step and then raise KeyboardInterrupt and SystemExit; the same call resumes the run.
     """
     if isinstance(recipe, Recipe):
         if tuple(settings):
             raise ArgumentError(
-                "ddiff.run: settings go over a recipe by path or name; got them with one already "
-                "read."
+                "ddiff.run: settings apply to a recipe given by path or name; got settings and a "
+                "Recipe object. Pass the path or name, or change the Recipe object."
             )
         resolved = recipe
     else:
@@ -83,19 +83,28 @@ def run(
 
 
 def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
-    """`ddiff run`: all stages and a summary; return the exit code, 130 or 143 after a signal."""
+    """Run `ddiff run`: train, evaluate, sample and print a summary.
+
+    Returns the exit code: 0, or 130 after SIGINT and 143 after SIGTERM.
+    """
     _, code = _run_stages(recipe, NO_OVERRIDES, fresh)
     return code
 
 
 def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) -> None:
-    """`ddiff sample`: print JSON lines; `arguments` are those of `Run.sample`."""
+    """Run `ddiff sample`: print one JSON line per sample.
+
+    `arguments` are keyword arguments of `Run.sample`.
+    """
     for sample in load(run_dir).sample(count, **arguments):
         print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
 
 
 def _writes_unicode() -> bool:
-    """Return whether standard output takes every character; JSON escapes mean the same."""
+    """Return True if the encoding of standard output is Unicode.
+
+    Otherwise JSON escapes represent the characters that are not ASCII.
+    """
     encoding = "utf-8"
     if sys.stdout is not None and sys.stdout.encoding:  # None if the stream is closed
         encoding = sys.stdout.encoding
@@ -103,7 +112,10 @@ def _writes_unicode() -> bool:
 
 
 def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
-    """Return the trained run and the exit code; no run if a signal ended the training."""
+    """Run all stages; return the trained run and the exit code.
+
+    The run is None if a signal stopped the training.
+    """
     directory = Path(recipe.run_dir)
     there = get_rank_info()  # None for one process
     check_directory(directory, recipe, overrides, fresh)
@@ -119,21 +131,21 @@ def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run 
             if leads:
                 _print_stop(summary)
             return None, summary.exit_code
-        # all ranks load the run, which `run` returns; only rank 0 evaluates and samples
+        # every rank loads the run, since `run` returns it; only rank 0 evaluates and samples
         trained = session.load_trained_run()
         code = _after_training(trained, summary) if leads else 0
         return trained, code
 
 
 def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
-    """Train to the last step, from the newest checkpoint unless `fresh`."""
+    """Train to the last step. Resume from the newest checkpoint unless `fresh` is True."""
     recipe = session.recipe
     leads = session.backend.rank == 0
     check_sampling(recipe, session.run.model)
     start = None if fresh else session.run.checkpoints.newest()
     init = session.initialize_weights() if start is None else None
     if fresh and leads:
-        # deleted last, when everything else is known to be right
+        # deleted only after all other checks
         delete_run(session.run.run_dir, tracked_names(recipe))
     session.backend.barrier()
 
@@ -145,11 +157,11 @@ def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
 
 
 def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> None:
-    """Write the recipe and the components of the run, and print where it starts."""
+    """Write the recipe and the components of the run, and print the first step."""
     recipe = session.recipe
     backend = session.backend
     recorded = None
-    if recipe.train.schedule == "cosine":  # only then the learning rate depends on the last step
+    if recipe.train.schedule == "cosine":  # only this learning rate depends on the last step
         recorded = read_recorded_steps(session.run.run_dir)
     record_run(session.run, backend, init)
     kind = recipe.backend.component.name
@@ -163,7 +175,7 @@ def _print_stop(summary: TrainingSummary) -> None:
     where = "before the first step"
     if summary.checkpoint:
         where = f"at step {summary.step} of {summary.steps}, saved"
-    print(f"Stopped {where}. The same command resumes.", file=sys.stderr)
+    print(f"Stopped {where}. The same command resumes the run.", file=sys.stderr)
 
 
 def _after_training(trained: Run, summary: TrainingSummary) -> int:
@@ -173,7 +185,7 @@ def _after_training(trained: Run, summary: TrainingSummary) -> int:
         samples = _sample_once(trained)
     except KeyboardInterrupt:
         print(
-            "Stopped after training, which is saved. The same command evaluates and samples.",
+            "Stopped after training. The weights are saved; the same command evaluates and samples.",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -194,7 +206,10 @@ def _after_training(trained: Run, summary: TrainingSummary) -> int:
 
 
 def _sample_once(trained: Run) -> list[dict[str, Any]]:
-    """Draw the samples of the recipe and write samples.jsonl, unless they are of this step."""
+    """Draw the samples of the recipe and write samples.jsonl.
+
+    If samples.jsonl already contains all samples of the newest step, the file is read instead.
+    """
     path = trained.run_dir / SAMPLES
     timing = trained.run_dir / SAMPLING
     step = trained.step
@@ -204,7 +219,7 @@ def _sample_once(trained: Run) -> list[dict[str, Any]]:
     if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
         return saved
     began = time.monotonic()
-    # built here for the number of steps that it takes, which may differ from the recipe's
+    # built here because sampler.steps may differ from [sample] steps
     sampler = build_sampler(trained.recipe, trained.model)
     samples = [{"step": step, **sample} for sample in trained.sample(sampler=sampler)]
     figures = {

@@ -1,4 +1,4 @@
-"""Printed output of a run: the first line, the evaluation, samples and what to try next."""
+"""Printed output of a run: start line, evaluation, samples and suggested commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddiff.training.trainer import TrainingSummary
 def print_start(
     name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str
 ) -> None:
-    """Print the size of the model, its dtypes and its devices, next to the progress bar."""
+    """Print number of parameters, dtypes and device to standard error."""
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     weights = _dtype_name(next(denoiser.parameters()).dtype)
     products = ""
@@ -34,32 +34,35 @@ def print_start(
     on_cpu = denoiser.precision == torch.bfloat16 and device.type == "cpu"
     if on_cpu and not _multiplies_bfloat16():
         console.print(
-            "This CPU has no units for bfloat16: a step may take ten times as long as in float32."
+            "This CPU has no bfloat16 instructions: a step may take ten times as long as in float32."
         )
 
 
 def _multiplies_bfloat16() -> bool:
-    # some CPUs with AVX-512 emulate bfloat16 too, but all without it do
+    # all CPUs without AVX-512 emulate bfloat16, and some CPUs with AVX-512 do
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def print_resume(done: int, steps: int, recorded: int | None) -> None:
-    """Print the step from which a run resumes; `recorded` is [train] steps as it was until now."""
+    """Print the step from which a run resumes.
+
+    `recorded` is [train] steps of the recorded recipe, or None if it has no effect.
+    """
     if done >= steps:
         line = f"All {steps} steps are done."
     elif recorded in (None, steps):
         line = f"Resuming from step {done} of {steps}."
     else:
         line = (
-            f"Resuming from step {done}. The run was of {recorded} steps, and its learning rate "
-            f"fell towards their end; from here it follows the schedule of {steps}. A run of "
-            f"{steps} from the start may end elsewhere."
+            f"Resuming from step {done}. Until now the learning rate followed the schedule of "
+            f"{recorded} steps; from here it follows the schedule of {steps} steps. A run of "
+            f"{steps} steps from the start may reach another result."
         )
     _progress_console().print(line)
 
 
 def _progress_console() -> Console:
-    # standard output is left to the summary, which may be piped
+    # standard output is reserved for the summary, which may be piped
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -77,7 +80,7 @@ def print_summary(
     entropy_rate: float | None,
     samples: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Print figures, samples, paths and commands to try next; `title` names process and states."""
+    """Print the results of a run: figures, samples, paths and suggested commands."""
     console = Console(soft_wrap=True, highlight=False)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     console.print(f"\n[bold]{run_dir}[/]  {title}")
@@ -99,7 +102,7 @@ def print_summary(
     )
     console.print(
         f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the "
-        "same command with --set train.steps=N, which trains on"
+        "same command with --set train.steps=N to train longer"
     )
 
 
@@ -109,9 +112,9 @@ def print_evaluation(
     entropy_rate: float | None,
     console: Console | None = None,
 ) -> None:
-    """Print the bound with its terms and parts, and the baselines.
+    """Print the bound, its terms, the parts of the diffusion term, and the baselines.
 
-    `entropy_rate` is that of the source in nats per symbol, None if it is not known.
+    `entropy_rate` is the entropy rate of the source in nats per symbol, None if unknown.
     """
     # soft_wrap: a line that is longer than the terminal is not cut
     console = console or Console(soft_wrap=True, highlight=False)
@@ -121,7 +124,7 @@ def print_evaluation(
     if evaluation.monte_carlo_interval:
         low, high = evaluation.monte_carlo_interval
         table.add_row(
-            "  of it from random times", f"± {(high - low) / 2:.4f}", "for these very documents"
+            "  Monte Carlo", f"± {(high - low) / 2:.4f}", "of times and noise, for these documents"
         )
     for name, value in evaluation.terms_nats_per_token.items():
         table.add_row(f"  {name}", f"{value:.4f}", "")
@@ -135,7 +138,9 @@ def print_evaluation(
     )
     table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
     if entropy_rate is not None:
-        table.add_row("entropy rate", f"{entropy_rate:.4f}", "of the source: no model is below it")
+        table.add_row(
+            "entropy rate", f"{entropy_rate:.4f}", "of the source: a lower limit for every model"
+        )
     console.print(table)
 
 
@@ -152,7 +157,7 @@ def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print each sample on one line, after the mean number of network evaluations."""
+    """Print the mean number of network evaluations, then each sample on one line."""
     if samples:
         nfe = sum(sample["nfe"] for sample in samples) / len(samples)
         console.print(f"\n{len(samples)} samples, {nfe:.4g} network evaluations for each:")

@@ -1,4 +1,4 @@
-"""Tokenising the text of a recipe ahead of its run, or into a folder to move: `ddiff data`."""
+"""Tokenize the text of a recipe before a run: `ddiff data`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddiff.runs.build import build_documents
 
 
 class Prepared(NamedTuple):
-    """Output of `ddiff data`: a table of sizes, one row for each part, then sentences."""
+    """Output of `ddiff data`: a table of sizes for training and validation, then remarks."""
 
     titles: list[str]
     parts: list[list[str]]
@@ -26,10 +26,10 @@ class Prepared(NamedTuple):
 
 
 def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
-    """Tokenise the text of a recipe into the cache, where its run will find it.
+    """Tokenize the text of a recipe and write the shards to the cache.
 
-    The shards are copied to `out`, a folder or any fsspec path, if it is given. Shards that are
-    there already are verified by their checksums.
+    A run of the recipe then uses the cached shards. If `out` is given, a folder or an fsspec URL,
+    the shards are also copied to `out`. Shards that already exist are verified by their checksums.
     """
     target = None
     if out is not None:
@@ -50,7 +50,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
         _verify_or_time(shards, began),
     ]
     if isinstance(documents, StreamedCorpus):
-        remarks.append("That is the head of a stream; the rest is tokenised while the run trains.")
+        remarks.append("The table counts only the start of a stream; training tokenizes the rest.")
     if target is not None:
         _copy(shards, target)
         remarks.append(
@@ -62,7 +62,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
 
 
 def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) -> list[str]:
-    """One row of the table: documents, tokens, bytes and packed rows of a part."""
+    """Return one row of the table: documents, tokens, bytes and packed rows of one part."""
     stream = shards.stream(part)
     rows = pack_stream(stream, tokenizer, length, separate=part == VALIDATION)
     sizes = (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows))
@@ -70,17 +70,17 @@ def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) ->
 
 
 def _verify_or_time(shards: Shards, began: float) -> str:
-    """Describe the work since `began`; verify the shards if none of them was made."""
+    """Return a remark on speed; verify the shards if none was written since `began`."""
     tokens, seconds = shards.written_since(began)
     if not tokens:
         shards.verify()
-        return "They were there already; every file has its checksum."
+        return "The shards existed already; the checksums of all files are correct."
     speed = tokens / seconds
-    return f"{tokens:,} tokens were made now, in {seconds:.1f} s: {speed:,.0f} tokens/s."
+    return f"{tokens:,} tokens were written in {seconds:.1f} s: {speed:,.0f} tokens/s."
 
 
 def _copy(shards: Shards, target: Destination) -> None:
-    """Copy the shards to the path that the user named."""
+    """Copy the shards to the path given by the user."""
     try:
         copy_shards(shards, target.name)
     except OSError as error:

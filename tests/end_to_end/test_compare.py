@@ -165,7 +165,7 @@ def test_exact_likelihood_has_no_window_and_is_called_nll(place: Path, tmp_path:
 def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run directory"):
         compare([tmp_path])
-    with pytest.raises(ArgumentError, match="named twice"):
+    with pytest.raises(ArgumentError, match="given twice"):
         compare([place / "flat", place / "flat"])
     shutil.copytree(place / "flat", tmp_path / "half")
     with pytest.raises(ArgumentError, match="same recipe and seed"):
@@ -216,9 +216,7 @@ def test_compare_imports_no_torch(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compare_shows_autoregression_with_its_exact_likelihood(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compare_shows_nll_for_autoregression(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.parent)
     monkeypatch.setenv("DDIFF_CACHE", str(place.parent / "cache"))
     recipe = (place.parent / "small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")

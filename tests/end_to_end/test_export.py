@@ -35,7 +35,7 @@ def test_export_writes_all_weights_to_one_file(folder: Path, ddiff: Command) -> 
     )
 
 
-def test_export_takes_the_average_if_the_run_has_one(folder: Path, ddiff: Command) -> None:
+def test_export_writes_ema_weights_if_the_run_has_them(folder: Path, ddiff: Command) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
     code, _, err = ddiff("export", "runs/small", "weights.safetensors", "--weights", "ema")
     assert code == 2
@@ -53,7 +53,7 @@ def test_export_takes_the_average_if_the_run_has_one(folder: Path, ddiff: Comman
     assert torch.equal(load_file("weights.safetensors")[name], weights[name])
 
 
-def test_export_refuses_with_a_reason(folder: Path, ddiff: Command) -> None:
+def test_export_refuses_untrained_runs_and_other_file_formats(folder: Path, ddiff: Command) -> None:
     code, _, err = ddiff("export", "runs/nowhere", "weights.safetensors")
     assert code == 2
     assert "is not a run directory" in err

@@ -49,7 +49,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_init_on_the_same_vocabulary_takes_every_tensor() -> None:
+def test_init_from_same_vocabulary_copies_every_tensor() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/flat"}')
     state = run.denoiser.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights("flat").items())
@@ -58,7 +58,7 @@ def test_init_on_the_same_vocabulary_takes_every_tensor() -> None:
 
 
 @pytest.mark.slow
-def test_init_of_a_tree_from_a_flat_run_averages_tokens_into_clusters() -> None:
+def test_init_of_cluster_embeddings_is_the_mean_of_token_embeddings() -> None:
     run, init = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
     state, vocabulary = run.denoiser.state_dict(), run.vocabulary
@@ -76,7 +76,7 @@ def test_init_of_a_tree_from_a_flat_run_averages_tokens_into_clusters() -> None:
 
 
 @pytest.mark.slow
-def test_init_keeps_the_token_distribution_within_clusters() -> None:
+def test_init_preserves_token_distribution_within_clusters() -> None:
     """Expected is the softmax of the old logits within each cluster, at random hidden rows."""
     run, _ = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
@@ -97,7 +97,7 @@ def test_init_keeps_the_token_distribution_within_clusters() -> None:
 
 
 @pytest.mark.slow
-def test_init_of_embeddings_leaves_other_weights() -> None:
+def test_init_of_embeddings_changes_no_other_weights() -> None:
     run, _ = initialized('train.init={run="runs/flat", parts="embeddings"}')
     plain, _ = initialized()
     theirs = weights("flat")
@@ -110,7 +110,7 @@ def test_init_of_embeddings_leaves_other_weights() -> None:
 
 
 @pytest.mark.slow
-def test_init_starts_an_incompatible_head_from_counts() -> None:
+def test_init_of_incompatible_head_uses_unigram_counts() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/tree"}')
     plain, _ = initialized(*FLAT)
     assert init["anew"] == ["head.table", "head.bias"]
@@ -120,7 +120,7 @@ def test_init_starts_an_incompatible_head_from_counts() -> None:
 
 
 @pytest.mark.slow
-def test_init_is_recorded_and_not_needed_to_resume(place: Path) -> None:
+def test_resume_works_after_the_init_run_is_deleted(place: Path) -> None:
     settings = [*SHORT, *FLAT, 'name="tuned"', 'train.init={run="runs/flat"}']
     api.run("small.toml", settings=settings)
     recorded = json.loads(Path("runs/tuned/environment.json").read_text())["init"]
@@ -141,7 +141,7 @@ def test_init_is_recorded_and_not_needed_to_resume(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_init_from_a_model_takes_its_embeddings(tmp_path: Path) -> None:
+def test_init_from_pretrained_model_copies_token_embeddings(tmp_path: Path) -> None:
     """Tokens take its rows, a cluster their mean; another width is refused."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
@@ -163,12 +163,12 @@ def test_init_from_a_model_takes_its_embeddings(tmp_path: Path) -> None:
         "tokenizer": run.tokenizer.fingerprint,
     }
     with pytest.raises(
-        ArgumentError, match="embeddings of width 16, and the network of this run has 32"
+        ArgumentError, match="embeddings of width 16, but the network of this run has 32"
     ):
         initialized(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
 
 
-def test_init_names_a_run_or_a_model() -> None:
+def test_init_requires_exactly_one_of_run_and_model() -> None:
     for init in ("{parts='all'}", "{run='a', model='b'}"):
         with pytest.raises(
             RecipeError, match='exactly one of the keys "run" and "model" must be given'
@@ -186,7 +186,7 @@ def test_cosine_schedule_ends_at_the_floor() -> None:
 
 
 @pytest.mark.slow
-def test_prefix_share_and_lengths_are_uniform() -> None:
+def test_train_prefix_sets_fraction_of_rows_and_uniform_lengths() -> None:
     """Of 256 rows of 8 a share of 1/2 has a prefix, 7/8 of these of length > 0; 4 sigma is 32."""
     run, _ = initialized("train.prefix=0.5", "train.batch=256")
     batch = run.data.batch_at(3, 0)
@@ -200,7 +200,7 @@ def test_prefix_share_and_lengths_are_uniform() -> None:
 
 
 @pytest.mark.slow
-def test_prefix_is_clean_and_not_scored() -> None:
+def test_prefix_tokens_are_clean_and_not_scored() -> None:
     run, _ = initialized("train.prefix=1.0", "train.batch=64")
     batch = run.data.batch_at(0, 0)
     drawn = run.objective._draw(

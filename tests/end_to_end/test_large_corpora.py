@@ -32,7 +32,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"text": CORPUS.splitlines()}), "corpus.parquet")
 
 
-def test_shards_train_and_evaluate_like_documents() -> None:
+def test_run_on_shards_is_bitwise_equal_to_run_on_documents() -> None:
     ddiff.run("small.toml", settings=['run_dir="text"', *BRIEF])
     ddiff.run("small.toml", settings=['run_dir="files"', *FILES, *BRIEF])
     command("data", "small.toml", "--out", "made", *(f"--set={setting}" for setting in FILES))
@@ -57,7 +57,7 @@ def test_shards_train_and_evaluate_like_documents() -> None:
     )
 
 
-def test_streamed_run_resumes_bit_for_bit() -> None:
+def test_resumed_run_on_a_stream_is_bitwise_equal() -> None:
     """A step takes one block of four rows; the second call starts in the middle of the text."""
     stream = [
         *FILES,
@@ -96,7 +96,7 @@ def test_data_command_prints_sizes_and_verifies_shards(
     command("data", "small.toml", *settings, "--out", "memory://there")
     second = capsys.readouterr().out
     assert second.splitlines()[:3] == first.splitlines()[:3]
-    assert "every file has its checksum" in second
+    assert "the checksums of all files are correct" in second
     assert 'path = "memory://there"' in second
     (shard,) = Path("cache").glob("shards/*/train_00000.tokens.npy")
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")

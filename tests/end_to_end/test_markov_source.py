@@ -191,7 +191,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
-def test_bound_of_a_trained_tree_reaches_the_entropy(name: str, folder: Path) -> None:
+def test_bound_falls_to_5_percent_above_entropy_and_never_below(name: str, folder: Path) -> None:
     process = swaps_and_masks() if name == "dense" else None
     readings = []
     for steps in (40, 120, 300):  # each goes on from the one before
@@ -209,7 +209,9 @@ def test_bound_of_a_trained_tree_reaches_the_entropy(name: str, folder: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_bound_of_every_other_family_reaches_the_entropy(name: str, folder: Path) -> None:
+def test_trained_families_reach_a_bound_within_5_percent_of_entropy(
+    name: str, folder: Path
+) -> None:
     settings = [*SMALL, *OTHERS[name], f"run_dir={str(folder / 'run')!r}"]
     reading = read(parse_recipe(RECIPE, settings=settings), 3)
     assert reading.bound + reading.half >= 1.0, f"a bound below the entropy: {reading}"
@@ -218,7 +220,7 @@ def test_bound_of_every_other_family_reaches_the_entropy(name: str, folder: Path
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_bound_of_the_exact_distribution_is_the_entropy(name: str) -> None:
+def test_mean_bound_under_exact_distribution_equals_nll(name: str) -> None:
     """The bound minus -ln P(row) has mean 0 over 4,096 rows of 8 symbols.
 
     Allowed are four standard errors (10 cases: 6e-4; seeds fixed), which are under 3 % of the
@@ -266,7 +268,7 @@ class Previous(Backbone):
         return torch.nn.functional.one_hot(ids, self.width).double()
 
 
-def test_exact_next_symbol_distribution_scores_minus_ln_p() -> None:
+def test_autoregressive_nll_of_exact_conditionals_equals_minus_ln_p() -> None:
     """No randomness, so it holds row by row; 1e-12 for sums of eight logarithms in float64."""
     source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
     head = TokenHead(vocabulary, vocabulary.num_states).double()

@@ -46,7 +46,7 @@ def autoregressive() -> str:
 # what is counted
 
 
-def test_backbone_flops_follow_from_its_shapes(folder: Path) -> None:
+def test_backbone_flops_equal_the_formula_in_width_and_length(folder: Path) -> None:
     """A block has 24 d^2 for its matrices (3 + 1 + 4 + 4 of 2 d^2) and 4 L d for attention."""
     found = measured([*FLAT, "denoiser.time=false"])
     assert found.cost.backbone_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
@@ -54,7 +54,7 @@ def test_backbone_flops_follow_from_its_shapes(folder: Path) -> None:
     assert found.cost.flops == 3 * (found.cost.backbone_flops + found.cost.head_flops)
 
 
-def test_logit_count_is_what_the_head_computes(folder: Path) -> None:
+def test_logit_count_equals_logits_computed_by_the_head(folder: Path) -> None:
     every = measured(AR, text=autoregressive())
     masked, tree = measured(FLAT, steps=10), measured(steps=10)
     assert every.cost.logits == every.num_tokens  # at each position all words
@@ -64,7 +64,7 @@ def test_logit_count_is_what_the_head_computes(folder: Path) -> None:
     assert tree.cost.logits < 0.2 * tree.num_tokens  # clusters, or the words of one
 
 
-def test_parameter_counts_separate_embedding_and_head(folder: Path) -> None:
+def test_parameter_counts_of_embedding_and_head_are_separate(folder: Path) -> None:
     found = measured(FLAT)
     states = found.num_tokens + 1
     assert found.cost.parameters.embedding == states * WIDTH
@@ -79,14 +79,14 @@ def test_parameter_counts_separate_embedding_and_head(folder: Path) -> None:
     assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
 
 
-def test_footprint_of_ddp_and_fsdp() -> None:
+def test_footprint_replicates_for_ddp_and_divides_for_fsdp() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
     assert one.replicate().total == one.total + 800.0  # the buckets in which gradients are summed
     assert one.shard(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
 
 
-def test_count_logits_stops_after_its_block(folder: Path) -> None:
+def test_count_logits_stops_after_the_with_block(folder: Path) -> None:
     from ddiff import FlatVocabulary, TokenHead
 
     head = TokenHead(FlatVocabulary(5), 3)
@@ -98,7 +98,7 @@ def test_count_logits_stops_after_its_block(folder: Path) -> None:
     assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
 
 
-def test_memory_rise_sees_freed_memory() -> None:
+def test_memory_rise_includes_memory_that_was_freed() -> None:
     """64 MiB are written and freed; the interpreter may account for half as much."""
     rise = MemoryRise(torch.device("cpu"))
     torch.ones(2**24).sum()
@@ -112,7 +112,7 @@ def test_memory_rise_sees_freed_memory() -> None:
     ("settings", "text"),
     [([], RECIPE), (FLAT, RECIPE), (AR, autoregressive()), (["train.accumulate=2"], RECIPE)],
 )
-def test_first_loss_equals_the_initial_loss_on_the_same_draws(
+def test_first_training_loss_equals_predicted_initial_loss(
     folder: Path, settings: list[str], text: str
 ) -> None:
     """Equal to rounding on the same rows, times and noise, with dropout too."""
@@ -133,7 +133,7 @@ def test_autoregressive_initial_loss_is_the_unigram_entropy(
     assert found.initial.mean == pytest.approx(found.unigram, abs=4 * found.initial.error)
 
 
-def test_measure_warns_of_a_wrong_denominator(
+def test_measure_warns_if_the_loss_has_a_wrong_denominator(
     folder: Path, ddiff: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = Trainer._denominators
@@ -148,7 +148,7 @@ def test_measure_warns_of_a_wrong_denominator(
     assert "WARNING: the first loss is" in out
 
 
-def test_initial_loss_is_unknown_with_other_weights(folder: Path, ddiff: Called) -> None:
+def test_initial_loss_is_none_for_pretrained_weights(folder: Path, ddiff: Called) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
     assert measured(["train.init={run='runs/small'}", "name=second"]).initial is None
 
@@ -181,14 +181,14 @@ def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called
     assert "WARNING" not in out
 
 
-def test_measure_needs_dry_run(folder: Path, ddiff: Called) -> None:
+def test_measure_option_requires_dry_run(folder: Path, ddiff: Called) -> None:
     code, _, err = ddiff("run", "small.toml", "--measure", "3")
     assert code == 2
     assert "--measure 3 needs --dry-run" in err
     assert not (folder / "runs").exists()
 
 
-def test_measure_replaces_missing_text_by_random_tokens(folder: Path) -> None:
+def test_measure_uses_random_tokens_if_the_text_is_missing(folder: Path) -> None:
     Path("nowhere").mkdir()  # and no name on the hub, which would be asked for
     found = measured([ABSENT])
     assert "nowhere" in found.stand_in
@@ -197,25 +197,25 @@ def test_measure_replaces_missing_text_by_random_tokens(folder: Path) -> None:
     assert measured().stand_in == ""
 
 
-def test_measure_refuses_missing_text_of_unknown_vocabulary_size(folder: Path) -> None:
+def test_measure_refuses_missing_text_if_vocabulary_size_is_unknown(folder: Path) -> None:
     Path("nowhere").mkdir()
     with pytest.raises(DataError, match="No tokenizer from 'nowhere'"):
         measured(["tokenizer={kind='pretrained', path='nowhere'}"])
 
 
-def test_measure_refuses_what_does_not_fit_into_memory(
+def test_measure_refuses_runs_larger_than_free_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ArgumentError, match=r"for the backward of 4000000 rows.*train.batch=\d+"):
+    with pytest.raises(ArgumentError, match=r"backward pass .* for 4000000 rows.*train.batch=\d+"):
         measured(["train.batch=4000000"])
     monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 1000.0)
     with pytest.raises(
-        ArgumentError, match=r"parameters, which with gradients .* free\. Measure where"
+        ArgumentError, match=r"parameters, which with gradients .* free\. Use a device"
     ):
         measured()
 
 
-def test_peak_flops_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_flops_of_known_gpus_match_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, figure in (
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
@@ -225,5 +225,5 @@ def test_peak_flops_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cost.peak_flops(torch.device("cuda"))[0] == figure
 
 
-def test_total_parameters_is_the_sum() -> None:
+def test_total_parameters_is_the_sum_of_backbone_embedding_head() -> None:
     assert Parameters(1, 2, 3).total == 6

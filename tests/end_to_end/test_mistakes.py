@@ -145,7 +145,7 @@ ONLY_THE_DATA_TELLS = {"symbols of another length"}
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))
-def test_impossible_recipe_says_why_and_writes_nothing(
+def test_invalid_recipe_is_refused_with_a_reason_and_no_files(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     settings, expected = MISTAKES[name]
@@ -154,7 +154,9 @@ def test_impossible_recipe_says_why_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))
-def test_dry_run_refuses_what_needs_no_data_to_see(name: str, folder: Path, ddiff: Command) -> None:
+def test_dry_run_refuses_mistakes_that_are_visible_without_data(
+    name: str, folder: Path, ddiff: Command
+) -> None:
     settings, expected = MISTAKES[name]
     answer = ddiff("run", "small.toml", "--dry-run", *settings)
     if name in ONLY_THE_DATA_TELLS:
@@ -180,7 +182,7 @@ CORPORA = {
 
 
 @pytest.mark.parametrize("name", list(CORPORA))
-def test_corpus_that_is_not_text_says_why_and_writes_nothing(
+def test_corpus_that_is_not_text_is_refused_and_no_file_is_written(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     content, expected = CORPORA[name]
@@ -189,7 +191,7 @@ def test_corpus_that_is_not_text_says_why_and_writes_nothing(
     assert not Path("runs").exists()
 
 
-def test_clusters_refuse_embeddings_with_nan(folder: Path, ddiff: Command) -> None:
+def test_cluster_command_refuses_embeddings_with_nan(folder: Path, ddiff: Command) -> None:
     np.save("embeddings.npy", np.full((270, 4), np.nan, np.float32))
     refused(
         ddiff("run", "small.toml", "--set", 'vocabulary.source="embeddings.npy"'), "embeddings.npy"
@@ -206,7 +208,9 @@ def test_commands_name_a_directory_that_is_not_a_run(
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
 
 
-def test_mistake_with_fresh_keeps_the_old_run(run_dir: Path, ddiff: Command) -> None:
+def test_invalid_recipe_with_fresh_does_not_delete_the_old_run(
+    run_dir: Path, ddiff: Command
+) -> None:
     before = files(run_dir)
     refused(ddiff("run", "small.toml", "--fresh", "--set", "vocabulary.sizes=[4000]"), "4000")
     refused(ddiff("run", "small.toml", "--fresh", "--set", 'process={kind="mdlm"}'), "mdlm")
@@ -252,7 +256,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
 )
-def test_truncated_checkpoint_is_named_and_kept(
+def test_error_names_truncated_checkpoint_and_deletes_nothing(
     file: str, name: str, run_dir: Path, ddiff: Command
 ) -> None:
     damaged = newest(run_dir, file)
@@ -266,7 +270,7 @@ def test_truncated_checkpoint_is_named_and_kept(
     "file", ["recipe.toml", "environment.json", "tokenizer.json", "vocabulary.safetensors"]
 )
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_truncated_run_file_is_named(
+def test_error_names_a_truncated_run_file(
     file: str, command: str, run_dir: Path, ddiff: Command
 ) -> None:
     damaged = run_dir / file
@@ -279,7 +283,7 @@ def test_truncated_run_file_is_named(
 @pytest.mark.parametrize(
     "file", ["recipe.toml", "environment.json", "evaluation.json", "samples.jsonl"]
 )
-def test_truncated_run_file_is_named_on_resuming(file: str, run_dir: Path, ddiff: Command) -> None:
+def test_resume_error_names_a_truncated_run_file(file: str, run_dir: Path, ddiff: Command) -> None:
     damaged = run_dir / file
     content = damaged.read_bytes()
     damaged.write_bytes(
@@ -288,7 +292,7 @@ def test_truncated_run_file_is_named_on_resuming(file: str, run_dir: Path, ddiff
     refused(ddiff(*COMMANDS["run"]), file)
 
 
-def test_mixed_file_formats_are_refused_unread(folder: Path, ddiff: Command) -> None:
+def test_mixed_file_formats_are_refused_before_reading(folder: Path, ddiff: Command) -> None:
     for name in ("a.jsonl", "b.parquet"):
         (folder / name).write_text('{"text": "It rained."}\n')
     corpus = 'data={kind="files", files=["*.jsonl", "*.parquet"], length=16}'
@@ -300,12 +304,12 @@ def test_mixed_file_formats_are_refused_unread(folder: Path, ddiff: Command) -> 
     )
 
 
-def test_run_without_a_checkpoint_cannot_be_loaded(run_dir: Path, ddiff: Command) -> None:
+def test_load_refuses_a_run_without_checkpoint(run_dir: Path, ddiff: Command) -> None:
     shutil.rmtree(run_dir / "checkpoints")
     refused(ddiff("eval", "runs/small"), "no complete checkpoint")
 
 
-def test_fewer_steps_than_trained_are_refused_with_a_remedy(run_dir: Path, ddiff: Command) -> None:
+def test_fewer_train_steps_than_recorded_are_refused(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     for mode in ([], ["--dry-run"]):
         refused(
@@ -332,7 +336,7 @@ def poison(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_nan_weights_neither_evaluate_nor_sample(
+def test_eval_and_sample_refuse_weights_with_nan(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     poison(run_dir)
@@ -341,7 +345,7 @@ def test_nan_weights_neither_evaluate_nor_sample(
     assert files(run_dir) == before
 
 
-def test_training_stops_after_only_nan_steps(run_dir: Path, ddiff: Command) -> None:
+def test_training_fails_if_every_step_is_nan(run_dir: Path, ddiff: Command) -> None:
     poison(run_dir)
     answer = ddiff("run", "small.toml", *SHORT, "--set", "train.steps=40")
     refused(answer, "not finite in 20 steps in a row", "step 24")
@@ -363,7 +367,7 @@ def test_vocabulary_of_another_tokenizer_is_refused(run_dir: Path, ddiff: Comman
     assert not Path("runs/other").exists()
 
 
-def test_weights_of_another_model_are_refused(run_dir: Path, ddiff: Command) -> None:
+def test_resume_refuses_weights_of_another_architecture(run_dir: Path, ddiff: Command) -> None:
     text = (run_dir / "recipe.toml").read_text()
     assert "width = 16\n" in text
     (run_dir / "recipe.toml").write_text(text.replace("width = 16\n", "width = 32\n"))
@@ -379,7 +383,7 @@ def test_resume_refuses_another_corpus(run_dir: Path, ddiff: Command) -> None:
     assert files(run_dir) == before
 
 
-def test_damaged_vocabulary_file_is_named(run_dir: Path, ddiff: Command) -> None:
+def test_error_names_a_damaged_vocabulary_file(run_dir: Path, ddiff: Command) -> None:
     tensors = load_file(run_dir / "vocabulary.safetensors")
     save_file({"something": next(iter(tensors.values()))}, run_dir / "vocabulary.safetensors")
     refused(ddiff("sample", "runs/small"), "vocabulary.safetensors")
@@ -389,12 +393,12 @@ def test_damaged_vocabulary_file_is_named(run_dir: Path, ddiff: Command) -> None
 
 
 @pytest.mark.parametrize("settings", ["train.steps=4", {"train.steps": 4}])
-def test_settings_that_are_not_a_list_are_explained(settings: Any, folder: Path) -> None:
+def test_settings_must_be_a_list_of_key_value_texts(settings: Any, folder: Path) -> None:
     with pytest.raises(ArgumentError, match=r'settings must be a list .*\["train.steps=200"\]'):
         api.run("small.toml", settings=settings)
 
 
-def test_nelbo_of_a_bare_text_and_zero_samples_are_explained(run_dir: Path) -> None:
+def test_nelbo_refuses_a_bare_str_and_sample_refuses_count_0(run_dir: Path) -> None:
     run = api.load(run_dir)
     with pytest.raises(ArgumentError, match=r"texts must be a list .*'the cat'"):
         run.nelbo("the cat")
@@ -403,7 +407,7 @@ def test_nelbo_of_a_bare_text_and_zero_samples_are_explained(run_dir: Path) -> N
             run.sample(**wrong)
 
 
-def test_rate_matrix_takes_lists_and_refuses_the_rest() -> None:
+def test_rate_matrix_accepts_nested_lists_of_numbers_only() -> None:
     vocabulary = api.FlatVocabulary(2, mask=False)
     rates = [[-1.0, 1.0], [2.0, -2.0]]
     t = torch.tensor([0.3], dtype=torch.float64)
@@ -416,7 +420,7 @@ def test_rate_matrix_takes_lists_and_refuses_the_rest() -> None:
             api.DenseProcess(vocabulary, wrong)  # type: ignore[arg-type]
 
 
-def test_process_class_instead_of_object_is_explained() -> None:
+def test_process_argument_refuses_a_class() -> None:
     with pytest.raises(ArgumentError, match=r"instance .*DenseProcess"):
         check_process(api.DenseProcess)  # type: ignore[arg-type]
 
@@ -424,7 +428,7 @@ def test_process_class_instead_of_object_is_explained() -> None:
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_signal_reaches_the_caller_and_the_same_call_resumes(
+def test_signal_raises_in_the_caller_and_the_same_call_resumes(
     number: int, error: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["train.steps=4", "train.log_every=2"]
@@ -456,7 +460,7 @@ def test_full_disk_is_reported_and_the_same_command_resumes(
     assert Checkpoints(folder / "runs/small/checkpoints").steps()[-1] == 4
 
 
-def test_run_directory_is_locked(run_dir: Path, ddiff: Command) -> None:
+def test_second_process_cannot_write_to_a_run_in_progress(run_dir: Path, ddiff: Command) -> None:
     """Even --fresh is refused while a run trains; the lock is released with its process."""
     before = files(run_dir)
     code = "from ddiff.runs.directory import lock_run_dir; from pathlib import Path; import time\n"
@@ -476,7 +480,9 @@ def test_run_directory_is_locked(run_dir: Path, ddiff: Command) -> None:
     assert not (run_dir.parent / ".small.lock").exists()
 
 
-def test_run_evaluates_by_its_recipe_after_other_evaluations(run_dir: Path, ddiff: Command) -> None:
+def test_run_restores_recipe_evaluation_after_other_eval_settings(
+    run_dir: Path, ddiff: Command
+) -> None:
     first = json.loads((run_dir / "evaluation.json").read_text())
     code, out, _ = ddiff("eval", "runs/small", "--set", "evaluate.draws=3")
     assert (code, "Written to runs/small/evaluation.json" in out) == (0, True)
@@ -485,7 +491,9 @@ def test_run_evaluates_by_its_recipe_after_other_evaluations(run_dir: Path, ddif
     assert json.loads((run_dir / "evaluation.json").read_text()) == first
 
 
-def test_changed_evaluation_keys_point_to_eval(run_dir: Path, ddiff: Command) -> None:
+def test_error_for_changed_evaluation_keys_suggests_ddiff_eval(
+    run_dir: Path, ddiff: Command
+) -> None:
     code, _, err = ddiff("run", "small.toml", *SHORT, "--set", "evaluate.draws=3")
     assert code == 2
     assert "evaluate.draws: was 1, is 3" in err
@@ -493,22 +501,22 @@ def test_changed_evaluation_keys_point_to_eval(run_dir: Path, ddiff: Command) ->
     assert "--fresh" not in err
 
 
-def test_extending_recipe_is_named_by_its_file(folder: Path) -> None:
+def test_recipe_that_extends_another_is_named_after_its_file(folder: Path) -> None:
     Path("mine.toml").write_text('extends = "small.toml"\n')
     assert api.read_recipe("mine.toml").run_dir == "runs/mine"
     assert api.read_recipe("mine.toml", ["name=other"]).run_dir == "runs/other"
 
 
-def test_key_outside_its_table_points_to_the_table(folder: Path, ddiff: Command) -> None:
+def test_error_for_misplaced_key_names_the_right_table(folder: Path, ddiff: Command) -> None:
     refused(ddiff("run", "small.toml", "--set", "steps=4"), 'Did you mean "train.steps"?')
 
 
-def test_export_makes_its_folder(run_dir: Path, ddiff: Command) -> None:
+def test_export_creates_missing_folder(run_dir: Path, ddiff: Command) -> None:
     assert ddiff("export", "runs/small", "new/folder/small.safetensors")[0] == 0
     assert Path("new/folder/small.safetensors").is_file()
 
 
-def test_tracker_is_closed_however_training_ends(
+def test_tracker_is_closed_after_a_training_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(tracker: NoTracker, step: int, metrics: object) -> None:
@@ -549,7 +557,7 @@ def test_text_shows_bits_per_byte_and_no_entropy_rate(run_dir: Path, ddiff: Comm
 # ---------------------------------------------------------------------- the cache
 
 
-def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path: Path) -> None:
+def test_cache_leftovers_of_killed_builds_are_removed_after_a_day(tmp_path: Path) -> None:
     abandoned, under_way = (tmp_path / "rows" / f"{name}.partial-0" for name in ("old", "new"))
     for partial in (abandoned, under_way):
         partial.mkdir(parents=True)
@@ -561,7 +569,7 @@ def test_leftovers_of_a_killed_build_are_removed_after_a_day(tmp_path: Path) -> 
     assert (abandoned.exists(), under_way.exists()) == (False, True)
 
 
-def test_directory_without_checkpoint_takes_another_recipe(folder: Path, ddiff: Command) -> None:
+def test_run_without_checkpoint_accepts_a_changed_recipe(folder: Path, ddiff: Command) -> None:
     """A run that died at its first step may be repeated with a changed recipe."""
     (folder / "runs/small").mkdir(parents=True)
     (folder / "runs/small/recipe.toml").write_text(api.read_recipe("small.toml").to_toml())
@@ -570,6 +578,6 @@ def test_directory_without_checkpoint_takes_another_recipe(folder: Path, ddiff: 
     assert code == 0, err
 
 
-def test_single_window_suits_every_sampler(folder: Path) -> None:
+def test_every_sampler_accepts_a_model_with_one_window(folder: Path) -> None:
     settings = ["train.steps=2", 'objective.times={kind="block", width=8}']
     assert api.run("small.toml", settings=settings).sample(1)

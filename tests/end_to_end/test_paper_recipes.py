@@ -82,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("no_answers")
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_recipe_step_never_waits_for_its_device(name: str, place: Path) -> None:
+def test_paper_recipe_training_step_has_no_device_synchronization(name: str, place: Path) -> None:
     run = build_run(read_recipe(name, small(name)))
     run.objective.module.to("meta")
     batch = run.data.batch_at(0, 0)
@@ -94,7 +94,7 @@ def test_paper_recipe_step_never_waits_for_its_device(name: str, place: Path) ->
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_shrunk_paper_recipe_trains(name: str, place: Path) -> None:
+def test_paper_recipe_with_reduced_sizes_trains(name: str, place: Path) -> None:
     recipe = read_recipe(name, small(name))
     published = read_recipe(name)
     changed = {key for key, _, _ in diff_recipes(published.to_dict(), recipe.to_dict())}

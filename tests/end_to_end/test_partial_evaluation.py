@@ -30,7 +30,7 @@ def place(folder: Path) -> None:
     Path("held_out.txt").write_text(Path("corpus.txt").read_text().replace("cat", "dog"))
 
 
-def test_partial_evaluation_and_its_baselines_use_the_same_rows() -> None:
+def test_partial_evaluation_and_baselines_score_the_same_rows() -> None:
     run = built("evaluate.rows=7")
     rows, (found, counted) = run.data.validation_rows, run.evaluate()
     chosen = np.arange(7) * len(rows) // 7
@@ -44,7 +44,7 @@ def test_partial_evaluation_and_its_baselines_use_the_same_rows() -> None:
     assert math.isclose(counted.unigram_nats_per_token, expected, rel_tol=1e-12)
 
 
-def test_untrained_bound_is_the_unigram_baseline_on_any_rows() -> None:
+def test_bound_of_untrained_model_equals_unigram_baseline() -> None:
     """The untrained distribution is that of the unigrams, so the bound of a row is its log-counts.
 
     Only the number of masked tokens is random; the mean over rows is that of the baseline.
@@ -53,12 +53,12 @@ def test_untrained_bound_is_the_unigram_baseline_on_any_rows() -> None:
     assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)
 
 
-def test_more_rows_than_there_are_means_all_rows() -> None:
+def test_evaluate_rows_above_the_row_count_scores_all_rows() -> None:
     whole, limited = built().evaluate(), built("evaluate.rows=10000").evaluate()
     assert limited == whole
     assert whole[0].bits_per_byte is not None
 
 
-def test_protocol_differs_with_the_evaluated_rows() -> None:
+def test_protocol_changes_with_the_number_of_evaluated_rows() -> None:
     assert built().protocol()["data"] != built("evaluate.rows=7").protocol()["data"]
     assert built().protocol() == built("evaluate.rows=10000").protocol()

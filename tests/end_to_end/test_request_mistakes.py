@@ -106,7 +106,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "prompt and infill": (
         "small",
         ("--infill", "[MASK:2]", "--prompt", "a"),
-        ("exclude each other",),
+        ("either prompt or infill",),
     ),
     "a prompt and a file of them": (
         "small",
@@ -179,7 +179,9 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SAMPLING))
-def test_impossible_sample_is_refused_with_a_reason(name: str, place: Path, ddiff: Command) -> None:
+def test_sample_command_refuses_invalid_requests_with_a_reason(
+    name: str, place: Path, ddiff: Command
+) -> None:
     run, arguments, expected = SAMPLING[name]
     (place / "empty.txt").write_text("\n \n")
     patched = [
@@ -189,13 +191,13 @@ def test_impossible_sample_is_refused_with_a_reason(name: str, place: Path, ddif
 
 
 @pytest.mark.slow
-def test_impossible_python_arguments_are_explained(place: Path) -> None:
+def test_sample_method_refuses_invalid_arguments_with_a_reason(place: Path) -> None:
     run = api.load(place / "runs/small")
     for expected, arguments in (
         ("steps", {"steps": 0}),
         ("at least 1", {"count": 0}),
-        ("exclude each other", {"prompt": "a", "infill": "[MASK:1]"}),
-        ("a sampler object has its own", {"sampler": api.AncestralSampler(3), "steps": 4}),
+        ("either prompt or infill", {"prompt": "a", "infill": "[MASK:1]"}),
+        ("a sampler object, which has its own", {"sampler": api.AncestralSampler(3), "steps": 4}),
         ("no conditions", {"conditions": {"kind": 1}}),
     ):
         with pytest.raises(ArgumentError, match=expected):
@@ -204,7 +206,7 @@ def test_impossible_python_arguments_are_explained(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whole_numbers_are_read_as_a_declared_vector(place: Path) -> None:
+def test_integers_are_accepted_for_a_declared_vector_condition(place: Path) -> None:
     run = api.load(place / "runs/styled")
     for whole in ([1, 0, -1], [[1, 0, -1], [2, 0, 3]]):
         fractions = torch.tensor(whole).float().tolist()
@@ -222,7 +224,7 @@ class Plain(Backbone):
     condition_dropout: ClassVar[dict[str, float]] = {"kind": 0.0}
 
 
-def test_undeclared_condition_form_follows_the_value() -> None:
+def test_undeclared_condition_is_a_label_if_integer_else_a_vector() -> None:
     denoiser = api.Denoiser(Plain(), api.TokenHead(api.FlatVocabulary(4), 4))
     for value, expected in (
         (7, [7, 7]),
@@ -238,7 +240,7 @@ def test_undeclared_condition_form_follows_the_value() -> None:
 
 
 @pytest.mark.slow
-def test_condition_never_dropped_must_be_given(place: Path) -> None:
+def test_condition_with_dropout_0_is_required_for_sampling(place: Path) -> None:
     run = api.load(place / "runs/always")
     assert len(run.sample()) == 2  # [sample] conditions tells it
     with pytest.raises(ArgumentError, match="given with every training sample"):
@@ -248,7 +250,7 @@ def test_condition_never_dropped_must_be_given(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_unsuited_sampler_is_refused_before_training(place: Path) -> None:
+def test_incompatible_sampler_is_refused_before_training(place: Path) -> None:
     """Unmasking by confidence cannot revise tokens, as a chain that changes them needs."""
     process = api.DenseProcess(api.FlatVocabulary(4), torch.tensor(SWAPPING).double())
     recipe = (place / "labelled.toml").read_text().replace('name = "labelled"', 'name = "swapping"')
@@ -267,7 +269,7 @@ SWAPPING = (np.full((5, 5), 0.2) - np.eye(5)).tolist()
 
 
 @pytest.mark.slow
-def test_sampling_refuses_weights_that_are_not_finite(place: Path, ddiff: Command) -> None:
+def test_sampling_refuses_non_finite_weights(place: Path, ddiff: Command) -> None:
     shutil.copytree(place / "runs/small", place / "runs/nan")
     [weights] = (place / "runs/nan/checkpoints").glob("*/model.safetensors")
     save_file(
@@ -366,7 +368,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(BEGINNING))
-def test_run_that_cannot_start_says_why_and_writes_nothing(
+def test_run_that_cannot_start_is_refused_and_writes_no_file(
     name: str, place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -377,7 +379,7 @@ def test_run_that_cannot_start_says_why_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_fresh_with_unfit_init_keeps_the_old_run(
+def test_fresh_with_invalid_init_does_not_delete_the_old_run(
     place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -398,7 +400,7 @@ def test_fresh_with_unfit_init_keeps_the_old_run(
 
 
 @pytest.mark.slow
-def test_load_takes_settings_of_evaluate_and_sample_only(place: Path, ddiff: Command) -> None:
+def test_load_accepts_only_evaluate_and_sample_settings(place: Path, ddiff: Command) -> None:
     run_dir = place / "runs/always"
     refused(
         ddiff("eval", str(run_dir), "--set", "train.steps=9"),

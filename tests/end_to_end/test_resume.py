@@ -69,7 +69,7 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_killed_and_interrupted_run_ends_like_an_undisturbed_one(
+def test_killed_and_interrupted_run_is_bitwise_equal_to_undisturbed(
     folder: Path, ddiff: Command
 ) -> None:
     """SIGKILL at a random step, SIGINT at a later one; dropout also tests torch's random state."""
@@ -117,7 +117,7 @@ def test_killed_and_interrupted_run_ends_like_an_undisturbed_one(
 SHORT = ("run", "small.toml", "--set", "train.steps=4")
 
 
-def test_finished_run_is_not_repeated(folder: Path, ddiff: Command) -> None:
+def test_repeated_command_does_not_retrain_a_finished_run(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     run_dir = Path("runs/small")
     before = {
@@ -136,7 +136,7 @@ def test_finished_run_is_not_repeated(folder: Path, ddiff: Command) -> None:
     )
 
 
-def test_more_steps_resume_and_fewer_are_refused(folder: Path, ddiff: Command) -> None:
+def test_run_resumes_to_more_steps_and_refuses_fewer_steps(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     run_dir = Path("runs/small")
     first = metrics(run_dir)
@@ -153,7 +153,7 @@ def test_more_steps_resume_and_fewer_are_refused(folder: Path, ddiff: Command) -
     assert len(metrics(run_dir)) == 6
 
 
-def test_changed_recipe_is_refused_with_its_changes(folder: Path, ddiff: Command) -> None:
+def test_resume_with_changed_recipe_lists_the_changed_keys(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     before = Path("runs/small/recipe.toml").read_bytes()
     code, out, err = ddiff(
@@ -162,13 +162,13 @@ def test_changed_recipe_is_refused_with_its_changes(folder: Path, ddiff: Command
     assert (code, out) == (2, "")
     assert "train.batch: was 4, is 8" in err
     assert "process.gamma: was" in err
-    assert "train.steps" not in err.split("Give this one")[0]
+    assert "train.steps" not in err.split("Give the new run")[0]
     assert "--fresh" in err
     assert Path("runs/small/recipe.toml").read_bytes() == before
     assert len(metrics(Path("runs/small"))) == 4
 
 
-def test_fresh_starts_over(folder: Path, ddiff: Command) -> None:
+def test_fresh_deletes_the_old_run_and_trains_again(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     first = records(Path("runs/small"))
     assert ddiff(*SHORT, "--fresh", "--set", "seed=1")[0] == 0
@@ -176,12 +176,14 @@ def test_fresh_starts_over(folder: Path, ddiff: Command) -> None:
     assert records(Path("runs/small")) != first
 
 
-def test_fresh_deletes_only_runs(folder: Path, ddiff: Command) -> None:
+def test_fresh_refuses_to_delete_a_directory_that_is_not_a_run(
+    folder: Path, ddiff: Command
+) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     code, out, err = ddiff(*SHORT, "--fresh", "--set", 'run_dir="mine"')
     assert (code, out) == (2, "")
-    assert "so it is not a run of ddiff's and nothing there is deleted" in err
+    assert "so the directory is not a run and nothing is deleted" in err
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
     Path("empty").mkdir()
     assert ddiff(*SHORT, "--fresh", "--set", 'run_dir="empty"')[0] == 0

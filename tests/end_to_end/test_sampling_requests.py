@@ -49,7 +49,7 @@ def share(samples: list[dict[str, Any]], symbols: str) -> float:
 
 
 @pytest.mark.slow
-def test_samples_follow_the_label(labelled: Run) -> None:
+def test_samples_under_a_label_have_symbols_of_that_label(labelled: Run) -> None:
     """A share above 0.99 of 512 symbols is right; without a condition both kinds occur."""
     assert share(labelled.sample(64, conditions={"kind": 0}, batch=64), "ab") > 0.95
     assert share(labelled.sample(64, conditions={"kind": 1}, batch=64), "cd") > 0.95
@@ -57,7 +57,7 @@ def test_samples_follow_the_label(labelled: Run) -> None:
 
 
 @pytest.mark.slow
-def test_label_per_sample_does_not_depend_on_the_batch(labelled: Run) -> None:
+def test_sample_with_its_own_label_does_not_depend_on_the_batch(labelled: Run) -> None:
     kinds = [0, 1, 1, 0, 1]
     samples = labelled.sample(5, conditions={"kind": kinds}, batch=2)
     assert [sample["ids"] for sample in samples] == [
@@ -68,7 +68,7 @@ def test_label_per_sample_does_not_depend_on_the_batch(labelled: Run) -> None:
 
 
 @pytest.mark.slow
-def test_guidance_interpolates_and_extrapolates(labelled: Run) -> None:
+def test_guidance_weight_0_is_unconditional_and_1_is_conditional(labelled: Run) -> None:
     """Weight 1 is the conditional distribution, bit for bit, 0 the unconditional one."""
     plain = labelled.sample(8, conditions={"kind": 1}, batch=8)
     assert labelled.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
@@ -82,7 +82,7 @@ def test_guidance_interpolates_and_extrapolates(labelled: Run) -> None:
 
 
 @pytest.mark.slow
-def test_text_is_likelier_under_its_own_label(labelled: Run) -> None:
+def test_nelbo_of_a_text_is_lower_under_its_own_label(labelled: Run) -> None:
     own, other = (
         labelled.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token
         for kind in (0, 1)
@@ -91,7 +91,7 @@ def test_text_is_likelier_under_its_own_label(labelled: Run) -> None:
 
 
 @pytest.mark.slow
-def test_evaluation_conditions_on_the_documents_labels(labelled: Run) -> None:
+def test_evaluation_conditions_each_document_on_its_own_label(labelled: Run) -> None:
     """The label is worth ln 2 per row of 8 and a symbol has ln 2 left: (9/8) ln 2 without it."""
     evaluation, _ = labelled.evaluate()
     unconditional = labelled.nelbo(labelled.data.documents.validation["text"][:], draws=1)
@@ -100,7 +100,9 @@ def test_evaluation_conditions_on_the_documents_labels(labelled: Run) -> None:
 
 
 @pytest.mark.slow
-def test_sample_command_takes_conditions(place: Path, labelled: Run, ddiff: Command) -> None:
+def test_sample_command_accepts_condition_options(
+    place: Path, labelled: Run, ddiff: Command
+) -> None:
     arguments = (
         "sample",
         str(place / "runs/labelled"),
@@ -118,7 +120,7 @@ def test_sample_command_takes_conditions(place: Path, labelled: Run, ddiff: Comm
 
 
 @pytest.mark.slow
-def test_vector_conditions_work_like_labels(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vector_conditions_change_the_samples(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are set by hand, so that other vectors give other distributions."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
@@ -164,7 +166,7 @@ def encoded(run: Run, text: str) -> list[int]:
 @pytest.mark.parametrize(
     "sampler", ["ancestral", "confidence", "first_hitting", "remdm", "tau_leaping"]
 )
-def test_prompts_of_any_length_are_kept(sampler: str, small: Run) -> None:
+def test_samples_begin_with_prompts_of_any_length(sampler: str, small: Run) -> None:
     prompts = ["the old cat", "the", "", "a red hat sat"]
     samples = small.sample(prompt=prompts, sampler=sampler, steps=3, batch=3)
     assert [sample["prompt"] for sample in samples] == prompts
@@ -190,7 +192,7 @@ def test_infill_changes_only_the_gaps(sampler: str, small: Run) -> None:
 
 
 @pytest.mark.slow
-def test_infill_does_not_depend_on_its_batch(small: Run) -> None:
+def test_infill_sample_does_not_depend_on_the_batch(small: Run) -> None:
     texts = ["the [MASK:3] sat", "[MASK:9]", "a[MASK:1] red hat sat on the [MASK:2]"]
     together = small.sample(infill=texts, steps=3, batch=3)
     assert together == small.sample(infill=texts, steps=3, batch=1)
@@ -225,7 +227,7 @@ def test_sample_command_reads_prompts_from_a_file(place: Path, small: Run, ddiff
 
 
 @pytest.mark.slow
-def test_sampler_settings_override_its_keys(labelled: Run, small: Run) -> None:
+def test_settings_argument_overrides_sampler_keys(labelled: Run, small: Run) -> None:
     """At temperature 0.01 the likelier symbol is always taken, so few distinct rows are left."""
     cold = {
         sample["text"]
@@ -239,7 +241,7 @@ def test_sampler_settings_override_its_keys(labelled: Run, small: Run) -> None:
 
 
 @pytest.mark.slow
-def test_sample_takes_a_sampler_object_and_a_step_callback(small: Run) -> None:
+def test_sample_accepts_a_sampler_object_and_a_step_callback(small: Run) -> None:
     seen: list[int] = []
     samples = small.sample(
         2, sampler=api.AncestralSampler(3), on_step=lambda step, canvas: seen.append(step)

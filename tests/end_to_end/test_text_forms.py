@@ -23,7 +23,7 @@ def components() -> list[str]:
 
 
 @pytest.mark.parametrize("name", components())
-def test_process_repr_is_one_line_of_settings(name: str) -> None:
+def test_process_repr_is_one_short_line(name: str) -> None:
     component = survey_plugins().registry.component("process", name)
     examples = getattr(component.load(), "examples", list)()
     for process in examples:
@@ -34,7 +34,7 @@ def test_process_repr_is_one_line_of_settings(name: str) -> None:
     assert not examples or len(texts) > 1 or len(examples) == 1, "settings tell the examples apart"
 
 
-def test_tree_process_repr_has_clock_and_xi() -> None:
+def test_tree_process_repr_contains_clock_and_xi() -> None:
     vocabulary = api.HierarchicalVocabulary([[0, 1, 0, 1]])
     process = api.TreeProcess(vocabulary, api.LogTimeClock((1.0, 2.5)), xi=0.9)
     assert "clock=LogTimeClock(rates=(1, 2.5))" in repr(process)
@@ -44,7 +44,7 @@ def test_tree_process_repr_has_clock_and_xi() -> None:
     assert repr(powers) == "CdfClock(schedules=(PowerSchedule(power=0.5), PowerSchedule(power=2)))"
 
 
-def test_nelbo_terms_repr_has_means() -> None:
+def test_nelbo_terms_repr_contains_the_mean_of_each_term() -> None:
     ones = torch.ones(2, 3, dtype=torch.float64)
     noisy = api.Noisy(ones.long(), ones, ones.bool())
     terms = NelboTerms(0 * ones, 2 * ones, ones / 4, noisy)
@@ -67,17 +67,19 @@ def test_nelbo_terms_repr_has_means() -> None:
         ),
     ],
 )
-def test_tokenizer_repr_has_size_and_fingerprint(tokenizer: api.Tokenizer, expected: str) -> None:
+def test_tokenizer_repr_contains_size_and_fingerprint(
+    tokenizer: api.Tokenizer, expected: str
+) -> None:
     assert re.fullmatch(expected, repr(tokenizer))
 
 
-def test_vocabulary_and_prior_repr_have_sizes() -> None:
+def test_vocabulary_and_prior_reprs_contain_their_sizes() -> None:
     vocabulary = api.FlatVocabulary(5)
     assert re.fullmatch(r"FlatVocabulary\(5 < 1; [0-9a-f]+\)", repr(vocabulary))
     assert repr(api.Prior.point(5, 6)) == "Prior(state 5 of 6)"
 
 
-def test_run_evaluation_and_checkpoint_repr_are_one_line(folder: Path) -> None:
+def test_reprs_of_run_evaluation_and_checkpoint_are_one_line(folder: Path) -> None:
     run = api.run("small.toml", settings=["train.steps=2"])
     for text in (repr(run), repr(api.load("runs/small"))):
         assert is_short(text), text

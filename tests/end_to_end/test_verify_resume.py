@@ -23,29 +23,29 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def test_verify_resume_finds_equal_steps_equal(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_reports_equal_for_an_unchanged_run(folder: Path, ddiff: Command) -> None:
     assert ddiff(*RUN)[0] == 0
     before = contents(Path("runs/small"))
     code, out, err = ddiff(*RUN, "--verify-resume", "3")
     assert code == 0, err
     assert out.splitlines() == [
-        "runs/small: steps 4 to 6 done again from step 3, in the layout of the record: equal bits "
-        "are due.",
+        "runs/small: steps 4 to 6 repeated from step 3, in the recorded layout: bitwise equality "
+        "is expected.",
         "losses and other figures: equal",
         "state after step 6: equal",
     ]
     assert contents(Path("runs/small")) == before
     code, out, _ = ddiff(*RUN, "--verify-resume", "2")
     assert code == 0
-    assert "steps 4 to 5 done again from step 3" in out
+    assert "steps 4 to 5 repeated from step 3" in out
     assert "state: not compared" in out
     code, out, _ = ddiff(*RUN, "--verify-resume", "5")
     assert code == 0
-    assert "steps 1 to 3 done again from the beginning" in out
+    assert "steps 1 to 3 repeated from the beginning" in out
     assert "state after step 3: equal" in out
 
 
-def test_verify_resume_names_a_differing_figure(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_reports_a_changed_loss_with_its_step(folder: Path, ddiff: Command) -> None:
     assert ddiff(*RUN)[0] == 0
     path = Path("runs/small/metrics.jsonl")
     lines = path.read_text().splitlines()
@@ -61,7 +61,7 @@ def test_verify_resume_names_a_differing_figure(folder: Path, ddiff: Command) ->
     assert "state after step 6: equal" in out
 
 
-def test_verify_resume_names_a_differing_state(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_reports_a_changed_checkpoint_state(folder: Path, ddiff: Command) -> None:
     assert ddiff(*RUN)[0] == 0
     checkpoints = Checkpoints("runs/small/checkpoints")
     found = checkpoints.newest()
@@ -76,7 +76,7 @@ def test_verify_resume_names_a_differing_state(folder: Path, ddiff: Command) -> 
     assert out.rstrip().endswith("in optimizer.muon.state.0.momentum_buffer")
 
 
-def test_verify_resume_refuses_what_cannot_be_replayed(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_refuses_untrained_and_changed_runs(folder: Path, ddiff: Command) -> None:
     code, _, err = ddiff(*RUN, "--verify-resume", "3")
     assert code == 2
     assert "is not a run directory" in err
@@ -103,19 +103,19 @@ def test_verify_resume_refuses_what_cannot_be_replayed(folder: Path, ddiff: Comm
         ([60], 60, 60, (0, 60, True)),
     ],
 )
-def test_choose_span_ends_at_a_checkpoint_if_it_can(
+def test_choose_span_ends_at_a_checkpoint_if_one_is_in_range(
     checkpoints: list[int], recorded: int, steps: int, span: tuple[int, int, bool]
 ) -> None:
     assert choose_span(checkpoints, recorded, steps) == span
 
 
-def test_choose_span_needs_a_record() -> None:
+def test_choose_span_raises_without_recorded_steps() -> None:
     with pytest.raises(CheckpointError, match="records no step"):
         choose_span([5], 0, 3)
 
 
 @pytest.mark.slow
-def test_verify_resume_allows_rounding_in_another_layout(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_on_two_processes_allows_rounding(folder: Path, ddiff: Command) -> None:
     run = (*RUN, "--set", "denoiser.dropout=0.0", "--set", "train.optimizer.kind=adamw")
     assert ddiff(*run)[0] == 0
     before = contents(Path("runs/small"))
@@ -125,7 +125,7 @@ def test_verify_resume_allows_rounding_in_another_layout(folder: Path, ddiff: Co
     )
     assert done.returncode == 0, done.stdout + done.stderr
     output = done.stdout
-    assert "steps 4 to 6 done again from step 3, in another layout: equal to rounding." in output
+    assert "steps 4 to 6 repeated from step 3, in another layout: equality up to" in output
     assert re.search(
         r"losses and other figures: (equal|within 1e-05; largest relative difference)", output
     )

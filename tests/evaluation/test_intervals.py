@@ -48,7 +48,7 @@ def test_document_variance_is_unbiased_if_proportional_to_tokens(
     assert expected == pytest.approx(1.0 / whole, rel=1e-12)
 
 
-def test_equal_documents_have_d_minus_1_degrees_of_freedom() -> None:
+def test_documents_of_equal_length_give_d_minus_1_degrees_of_freedom() -> None:
     for count in (2, 3, 50):
         estimate = RatioEstimate.of(np.arange(float(count))[:, None], np.full(count, 5.0))
         assert estimate.total is not None
@@ -67,7 +67,7 @@ def test_equal_documents_have_d_minus_1_degrees_of_freedom() -> None:
         (UNEQUAL, 0.92, 1.0),
     ],
 )
-def test_document_interval_covers_for_normal_nats(
+def test_document_interval_has_95_percent_coverage_for_normal_nats(
     tokens: np.ndarray, least: float, most: float, power: float
 ) -> None:
     """For errors that grow as the root of a document's tokens, and for ones in proportion.
@@ -87,9 +87,7 @@ def test_document_interval_covers_for_normal_nats(
 
 @pytest.mark.parametrize("tokens", [np.ones(1), np.ones(12), UNEQUAL])
 @pytest.mark.parametrize("readings", [2, 5])
-def test_monte_carlo_interval_covers_the_bound_of_these_documents(
-    tokens: np.ndarray, readings: int
-) -> None:
+def test_monte_carlo_interval_has_95_percent_coverage(tokens: np.ndarray, readings: int) -> None:
     """Documents differ by far more than their draws.
 
     10,000 repeats: 95 % +- 1.2 % is five standard errors. Pooled variances of unequal documents
@@ -108,7 +106,7 @@ def test_monte_carlo_interval_covers_the_bound_of_these_documents(
     assert abs(covered / 10_000 - 0.95) < allowed
 
 
-def test_error_parts_add_up_to_the_total_variance() -> None:
+def test_monte_carlo_and_document_variances_sum_to_total_variance() -> None:
     """Variance 0.25 between documents and 1 between draws; 400 documents give both to a tenth."""
     generator = np.random.default_rng(2)
     documents = 0.5 * generator.normal(size=400)
@@ -124,7 +122,7 @@ def test_error_parts_add_up_to_the_total_variance() -> None:
     )
 
 
-def test_single_draw_or_document_leaves_its_error_unknown() -> None:
+def test_standard_error_is_none_for_one_draw_or_one_document() -> None:
     once = RatioEstimate.of(np.ones((3, 1)), np.ones(3))
     assert once.monte_carlo is None
     assert once.documents is None
@@ -157,7 +155,7 @@ def examples() -> dict[str, ForwardProcess]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [(1e-3, 1.0 - 1e-3), (0.0, 1.0)])
-def test_intervals_cover_on_all_examples(window: tuple[float, float]) -> None:
+def test_intervals_of_all_examples_have_95_percent_coverage(window: tuple[float, float]) -> None:
     """93 to 97 % of 40 evaluations of each of 44 examples cover.
 
     Five standard errors about 95 % would be 2.5 %. Of 40 evaluations fewer than 31 cover with

@@ -59,7 +59,7 @@ def test_evaluate_scores_every_token_once_per_draw(draws: int, batch: int) -> No
     assert evaluation.documents == 4
 
 
-def test_evaluate_gives_a_document_each_stratum_once_per_draw() -> None:
+def test_rows_of_a_document_use_each_time_stratum_once_per_draw() -> None:
     objective, document = Known(processes()["masked"], constant(LAW)), [0, 0, 0, 1, 1, 2]
     score(objective, words(6, 4), document, draws=4, batch=6)
     for draw in range(4):
@@ -71,7 +71,7 @@ def test_evaluate_gives_a_document_each_stratum_once_per_draw() -> None:
     assert {(document[row], slots) for row, _, slots in objective.asked} == {(0, 3), (1, 2), (2, 1)}
 
 
-def test_evaluate_gives_a_row_any_stratum_of_its_document() -> None:
+def test_row_gets_each_time_stratum_of_its_document_equally_often() -> None:
     """Otherwise a row would always have the same times. 120 seeds, 3 strata: 5 sigma is 26."""
     found: Counter[int] = Counter()
     for seed in range(120):
@@ -82,7 +82,7 @@ def test_evaluate_gives_a_row_any_stratum_of_its_document() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_terms_add_up_to_the_bound_and_parts_to_diffusion(name: str) -> None:
+def test_terms_sum_to_the_bound_and_parts_to_the_diffusion_term(name: str) -> None:
     evaluation = score(network(processes()[name]), words(9, 5), draws=2, batch=4)
     terms = evaluation.terms_nats_per_token
     assert list(terms) == ["closing", "diffusion", "decoding"]
@@ -95,7 +95,7 @@ def test_terms_add_up_to_the_bound_and_parts_to_diffusion(name: str) -> None:
 
 @pytest.mark.parametrize("window", [(1e-3, 0.999), (0.02, 1.0), (0.3, 0.6)])
 @pytest.mark.parametrize("name", NAMES)
-def test_constant_distribution_scores_its_cross_entropy_in_any_window(
+def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
     name: str, window: tuple[float, float]
 ) -> None:
     """For independent symbols the bound is tight: E NELBO = -mean ln p(x) in any window.
@@ -115,7 +115,7 @@ def test_constant_distribution_scores_its_cross_entropy_in_any_window(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_exact_distribution_of_a_markov_source_scores_its_entropy(name: str) -> None:
+def test_bound_under_exact_markov_conditionals_is_the_entropy(name: str) -> None:
     """The entropy lies within 4 sigma of the bound (3 cases: probability 2e-4, seeds fixed).
 
     Times from 0.02 lose at most the dependence of symbols given a row that is 2 % noised: under
@@ -132,7 +132,7 @@ def test_exact_distribution_of_a_markov_source_scores_its_entropy(name: str) -> 
     assert abs(evaluation.nelbo_nats_per_token - entropy) < 4 / 1.96 * half
 
 
-def test_document_interval_covers_the_entropy() -> None:
+def test_document_interval_covers_the_entropy_at_95_percent() -> None:
     """The mean bound of 200 corpora of 40 documents, 1 to 3 padded rows each, is the entropy of LAW.
 
     Of 200 intervals at 95 %, fewer than 178 or more than 198 cover with probability 1e-3
@@ -150,14 +150,14 @@ def test_document_interval_covers_the_entropy() -> None:
     assert 178 <= covered <= 198
 
 
-def test_single_document_has_no_interval() -> None:
+def test_interval_of_a_single_document_is_none() -> None:
     assert (
         score(Known(processes()["masked"], constant(LAW)), words(4, 3), [5, 5, 5, 5]).interval
         is None
     )
 
 
-def test_bits_per_byte_divide_by_all_bytes() -> None:
+def test_bits_per_byte_divides_by_all_bytes_of_the_text() -> None:
     objective = Known(processes()["masked"], constant(LAW))
     evaluation = score(objective, words(6, 5), num_bytes=90, draws=2)
     assert evaluation.bits_per_byte == pytest.approx(
@@ -166,7 +166,7 @@ def test_bits_per_byte_divide_by_all_bytes() -> None:
     assert score(objective, words(6, 5)).bits_per_byte is None
 
 
-def test_evaluate_refuses_no_rows_and_no_draws() -> None:
+def test_evaluate_refuses_zero_rows_and_zero_draws() -> None:
     objective = Known(processes()["masked"], constant(LAW))
     with pytest.raises(ArgumentError, match="0 rows"):
         score(objective, words(1, 3)[:0])
@@ -248,7 +248,7 @@ def test_training_loss_does_not_change_the_bound(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_network_with_nan_has_no_bound(name: str, poison: float) -> None:
+def test_evaluate_raises_for_non_finite_network_output(name: str, poison: float) -> None:
     objective = network(processes()[name])
     with torch.no_grad():
         objective.denoiser.head.bias[1] = poison
@@ -266,7 +266,7 @@ def noise_of(index: Tensor) -> CounterRng:
 
 
 @pytest.mark.parametrize(("unit", "bound"), [("token", "NELBO"), ("symbol", "NLL")])
-def test_evaluation_dict_names_bound_and_unit_and_reads_back(unit: str, bound: str) -> None:
+def test_evaluation_round_trips_through_to_dict_and_from_dict(unit: str, bound: str) -> None:
     objective = Known(processes()["masked"], constant(LAW))
     objective.bound = bound  # type: ignore[attr-defined]
     evaluation = score(objective, words(6, 5), unit=unit)

@@ -264,7 +264,7 @@ def test_load_requires_a_process_that_training_got_from_python(
     with pytest.raises(CheckpointError):
         api.load(overridden_run)
     if environment is None:
-        with pytest.raises(CheckpointError, match="process given from Python"):
+        with pytest.raises(CheckpointError, match="process that was passed from Python"):
             api.load(overridden_run)
 
 

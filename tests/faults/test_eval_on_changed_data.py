@@ -90,7 +90,7 @@ def test_eval_out_scores_other_data_and_keeps_evaluation_json(
     before = files(run_dir)
     answer = ddiff(*EVAL, "--out", "other/data.json")
     assert answer.code == 0, answer.err
-    assert "other data than runs/tiny" in answer.err
+    assert "evaluation of runs/tiny" in answer.err
     assert files(run_dir) == before
     written = json.loads(Path("other/data.json").read_text())
     own = json.loads(before["evaluation.json"])

@@ -217,7 +217,7 @@ def test_run_refuses_bad_text(run: Run, kind: str) -> None:
 
 @pytest.mark.parametrize("texts", ["acgt", b"acgt", {"a": 1}, 3, None])
 def test_run_nelbo_requires_a_list_of_texts(run: Run, texts: Any) -> None:
-    with pytest.raises(ArgumentError, match="must be a list of texts"):
+    with pytest.raises(ArgumentError, match="must be a list of str"):
         run.nelbo(texts)
 
 
@@ -226,8 +226,8 @@ PROMPT_FILES: dict[str, tuple[bytes, str]] = {
     "Windows-1252": (b"caf\xe9\n", "0xe9 at offset 3"),
     "NUL": (b"a\0b\n", "NUL"),
     "packed": (b"\x1f\x8b\x08" + b"x" * 20, "gzip"),
-    "blank": (b" \n\t\r\n", "holds no prompt"),
-    "empty": (b"", "holds no prompt"),
+    "blank": (b" \n\t\r\n", "contains no prompt"),
+    "empty": (b"", "contains no prompt"),
 }
 
 
