@@ -201,7 +201,7 @@ def write_comparison(
     directory: str | Path,
     command: str,
 ) -> list[Path]:
-    """Write compare.json and compare.md to a directory; return both paths.
+    """Write compare.json and compare.md to a directory. Return both paths.
 
     Raises ArgumentError if the directory is not writable, or if an existing file with one of these
     names was not written by `ddiff compare`.
@@ -236,7 +236,7 @@ class _Report:
         self.place = place
         if not (place / RECIPE).is_file():
             raise CheckpointError(
-                f"{place} is not a run directory: there is no recipe.toml in it. Give a directory "
+                f"{place} is not a run directory: recipe.toml is missing. Give a directory "
                 "that `ddiff run` wrote: runs/<name>."
             )
         self.recipe = read_recipe_tree(place / RECIPE)
@@ -285,7 +285,10 @@ class _Report:
             raise_differences(self.place, [difference], "Evaluate the run again: ddiff eval.")
 
     def protocol(self) -> dict[str, Any]:
-        """Return the evaluation settings; None for window and draws of an exact likelihood."""
+        """Return the evaluation settings.
+
+        Window and draws are None for an exact likelihood, which has no integral over t.
+        """
         found = self.evaluation["protocol"] | {"unit": self.evaluation["unit"]}
         is_exact = self.evaluation["bound"] == "NLL"
         protocol = {}
@@ -390,7 +393,7 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
 
 
 def _average_seeds(reports: Sequence[_Report]) -> Row:
-    """Average runs over seeds, with Student's interval; return a single run unchanged."""
+    """Average runs over seeds, with Student's interval. Return a single run unchanged."""
     rows = [report.row() for report in reports]
     if len(rows) == 1:
         return rows[0]

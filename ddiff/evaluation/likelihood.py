@@ -174,7 +174,7 @@ def evaluate(
     """
     if len(document) == 0 or draws < 1:
         raise ArgumentError(
-            f"evaluate: need at least one row and one draw; got {len(document)} rows, "
+            f"evaluate needs at least one row and one draw; got {len(document)} rows, "
             f"{draws} draws."
         )
     names, index = np.unique(document, return_inverse=True)

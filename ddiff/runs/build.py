@@ -146,7 +146,7 @@ def _build_denoiser(
 
 
 def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser | None:
-    """Build the denoiser on the meta device, without memory for its weights.
+    """Build the denoiser on the meta device, without memory for the weights.
 
     Returns None if the constructor of a component computes with its weights, which the meta device
     does not support. Raises ArgumentError if the number of bytes of a tensor overflows 64 bits.
@@ -157,8 +157,8 @@ def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser |
     except (NotImplementedError, RuntimeError) as error:
         if "overflow" in str(error).lower():
             raise ArgumentError(
-                f"{recipe.denoiser.table}: a tensor of these sizes has more bytes than 64 bits can "
-                f"count ({error}). Take a smaller network."
+                f"{recipe.denoiser.table}: the sizes must give tensors of fewer than 2^63 bytes; got a "
+                f"larger tensor ({error}). Reduce the sizes of the network."
             ) from error
         return None
     return denoiser.to("meta")  # a library may have placed a buffer on a device of its choice
@@ -270,11 +270,11 @@ def check_tokenizer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     has_other_fingerprint = bool(theirs) and theirs != tokenizer.fingerprint
     if vocabulary.num_tokens != tokenizer.num_tokens or has_other_fingerprint:
         raise DataError(
-            "The vocabulary belongs to another tokenizer: it has "
-            f"{vocabulary.num_tokens} tokens for tokenizer {theirs or '(not recorded)'}, and the "
-            f"tokenizer in use has {tokenizer.num_tokens} tokens and fingerprint "
-            f"{tokenizer.fingerprint}. Build the vocabulary with this tokenizer, or use the "
-            "tokenizer that it was built for."
+            "The vocabulary belongs to another tokenizer: the vocabulary has "
+            f"{vocabulary.num_tokens} tokens of tokenizer {theirs or '(not recorded)'}, but the "
+            f"tokenizer of the run has {tokenizer.num_tokens} tokens and fingerprint "
+            f"{tokenizer.fingerprint}. Build the vocabulary from this tokenizer, or use the "
+            "tokenizer of the vocabulary."
         )
 
 

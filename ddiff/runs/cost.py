@@ -197,6 +197,6 @@ def free_bytes(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished all queued kernels; do nothing for a CPU."""
+    """Wait until a GPU has finished all queued kernels. Do nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

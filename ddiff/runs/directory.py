@@ -388,14 +388,14 @@ def open_checkpoints(directory: Path) -> Checkpoints:
     """
     if not (directory / RECIPE).is_file():
         raise CheckpointError(
-            f"{directory} is not a run directory: there is no {RECIPE} in it. Give a directory that "
+            f"{directory} is not a run directory: {RECIPE} is missing. Give a directory that "
             "`ddiff run` wrote, such as runs/<name>."
         )
     checkpoints = Checkpoints(str(directory / CHECKPOINTS))
     if not checkpoints.steps():
         raise CheckpointError(
             f"{directory} is not a trained run: it has a {RECIPE} but no complete checkpoint. "
-            "Repeat `ddiff run` with the same recipe to train it."
+            "Repeat `ddiff run` with the same recipe to train the run."
         )
     return checkpoints
 

@@ -17,7 +17,7 @@ from ddiff.runs.memory import check_memory
 
 
 def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
-    """Check a recipe without reading its data; return one line, `fits: 2.1 M parameters, ...`.
+    """Check a recipe without reading the data. Return one line, `fits: 2.1 M parameters, ...`.
 
     The checks cover the run directory, the existence of input files, the device and the memory. If
     the recipe determines the number of tokens, the model is also built on the meta device, on a

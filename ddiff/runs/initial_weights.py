@@ -109,7 +109,7 @@ def load_run_weights(
 def _check_components(
     directory: Path, newest: Checkpoint, tokenizer: str, vocabulary: Vocabulary
 ) -> None:
-    """Raise CheckpointError if tokenizer or vocabulary do not belong to the checkpoint."""
+    """Raise CheckpointError if the checkpoint records another tokenizer or vocabulary."""
     found = {"tokenizer": tokenizer, "vocabulary": vocabulary.fingerprint}
     remedy = f"Restore the files of {directory} from a copy."
     check_fingerprints(directory, newest.state, found, remedy, found)

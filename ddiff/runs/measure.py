@@ -324,14 +324,17 @@ class RandomText(RunText):
 
 
 def _alphabet(num_tokens: int) -> AlphabetTokenizer:
-    """Return a tokenizer with `num_tokens` tokens; nothing is encoded with the tokenizer."""
+    """Return a placeholder tokenizer with `num_tokens` tokens."""
     surrogates = range(0xD800, 0xE000)
     codes = (code for code in range(num_tokens + len(surrogates)) if code not in surrogates)
     return AlphabetTokenizer([chr(code) for code, _ in zip(codes, range(num_tokens))])
 
 
 def _unigram_entropy(run: Run) -> float:
-    """Return the cross-entropy of the training text under its unigram counts plus one, in nats."""
+    """Return the unigram entropy of the training text in nats per token.
+
+    The unigram distribution is proportional to the token counts plus one.
+    """
     counts = run.data.train_rows.token_counts()
     log_share = np.log(counts + 1.0) - np.log(counts.sum() + len(counts))
     return -float((counts * log_share).sum() / counts.sum())
@@ -386,7 +389,7 @@ def _window(count: int) -> int:
 
 
 def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
-    """Return the mean speed of the steps; the first quarter is warm-up and is left out."""
+    """Return the mean speed of the steps after the first quarter, which is warm-up."""
     timed = steps[max(1, len(steps) // 4) :] or steps
     seconds = sum(step.seconds for step in timed)
     tokens = sum(step.tokens for step in timed)

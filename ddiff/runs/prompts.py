@@ -106,7 +106,7 @@ def make_templates(
     """
     if prompts is not None and infills is not None:
         raise ArgumentError(
-            "run.sample: pass either prompt or infill; got both. To combine them, begin the infill "
+            "run.sample: pass either prompt or infill; got both. To use both, begin the infill "
             "text with the prompt."
         )
     if prompts is not None:
@@ -161,7 +161,7 @@ def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read a UTF-8 text file with one prompt per line; blank lines are skipped."""
+    """Read a UTF-8 text file with one prompt per line. Blank lines are skipped."""
     name = printable(str(path))
     try:
         with open_uncompressed(str(path)) as file:
@@ -184,7 +184,7 @@ def _check_text(text: str, argument: str) -> None:
 
 
 def _encode(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
-    """Encode a piece of `text`; an error message quotes `text`."""
+    """Encode `piece`, a part of `text`. An error message quotes `text`."""
     try:
         return torch.tensor(tokenizer.encode([piece])[0], dtype=torch.long)
     except Unencodable as error:
@@ -200,7 +200,7 @@ def _gap_size(gap: re.Match[str], text: str, length: int) -> int:
     is_number = written is not None and written.isascii() and written.isdecimal()
     if not is_number or not written.strip("0"):
         raise ArgumentError(
-            "infill: a gap is written [MASK:8], with the number of its tokens, at least 1; got "
+            "infill: a gap must be written [MASK:N] with the number of tokens N >= 1; got "
             f"{shorten(gap[0].strip())!r} in {shorten(text)!r}."
         )
     digits = written.lstrip("0")

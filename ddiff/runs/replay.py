@@ -71,7 +71,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
         raise ArgumentError(
             f"--verify-resume: train.steps must be {recorded_recipe.train.steps}, the recorded value "
             f"of {directory}, because the learning rates depend on train.steps; got "
-            f"{recipe.train.steps}. Use the recorded value, or train up to the new one first."
+            f"{recipe.train.steps}. Use the recorded value, or train to the new number of steps first."
         )
     recorded = read_records(directory)
     span = choose_span(checkpoints.steps(), len(recorded), steps)
@@ -93,7 +93,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
 def _replay(
     session: TrainingSession, checkpoints: Checkpoints, span: Span, folder: Path
 ) -> TrainingSummary:
-    """Repeat the training steps of a span; write the results to `folder`."""
+    """Repeat the training steps of a span and write the results to `folder`."""
     if session.backend.rank == 0:
         _make_empty(folder)
         # the trainer requires a line for each step up to `start`
@@ -150,7 +150,7 @@ def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
 def _compare(
     directory: Path, folder: Path, span: Span, recorded: Sequence[Record], is_exact: bool
 ) -> int:
-    """Print the differences between replay and record; return the exit code."""
+    """Print the differences between replay and record. Return the exit code."""
     origin = f"step {span.start}" if span.start else "the beginning"
     expected = "in another layout: equality up to rounding is expected"
     if is_exact:
@@ -177,7 +177,7 @@ def _compare(
 
 
 def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) -> bool:
-    """Print the deviation; return True if it is at most `allowed`."""
+    """Print the deviation. Return True if the deviation is at most `allowed`."""
     if deviation is None:
         print(f"{subject}: equal")
         return True
@@ -195,7 +195,10 @@ def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) ->
 
 
 def compare_records(theirs: Sequence[Record], mine: Sequence[Record]) -> Deviation | None:
-    """Return the largest deviation between two records of the same steps, None if equal."""
+    """Return the largest relative difference between two records of the same steps.
+
+    Returns None if the records are equal.
+    """
     worst: Deviation | None = None
     for one, two in zip(theirs, mine, strict=True):
         for name in {**one, **two}:
@@ -243,7 +246,10 @@ def _relative_difference(a: Any, b: Any) -> float | None:
 
 
 def compare_weights(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
-    """Return the norm of the weight difference over the norm of the weights, None if equal."""
+    """Return the norm of the weight difference, divided by the norm of the weights.
+
+    Returns None if the weights are bitwise identical.
+    """
     one = _flatten_weights(theirs)
     two = _flatten_weights(mine)
     if torch.equal(one, two):

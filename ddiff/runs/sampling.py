@@ -129,7 +129,7 @@ def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
 
 
 class _BatchSampler:
-    """Sampler of batches; returns each sample as a dictionary."""
+    """Sampling of batches. Each sample is returned as a dictionary."""
 
     def __init__(self, plan: SamplingPlan, tokenizer: Tokenizer, length: int, seed: int) -> None:
         self.plan = plan

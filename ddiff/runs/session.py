@@ -130,7 +130,7 @@ class TrainingSession:
 
     @property
     def run(self) -> Run:
-        """Run whose network is being trained; available until the session is closed."""
+        """Run whose network is being trained. Available until the session is closed."""
         assert self._run is not None, "the session is closed"
         return self._run
 
@@ -170,7 +170,7 @@ class TrainingSession:
             return trainer.fit(start)
 
     def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
-        """Repeat training from checkpoint `start` to step `end`; write to `folder`.
+        """Repeat training from checkpoint `start` to step `end` and write to `folder`.
 
         `start` None means step 0. No tracker is used.
         """
@@ -181,7 +181,7 @@ class TrainingSession:
             return self.trainer(folder, end, NoTracker()).fit(start)
 
     def distribute(self) -> None:
-        """Prepare the network for training, as [backend] says.
+        """Prepare the network for training with the settings of [backend].
 
         In this order: compile blocks, enable activation checkpointing, wrap for DDP or FSDP.
         """
@@ -270,7 +270,7 @@ class TrainingSession:
         return Validation(every, self._validate, self.run.uses_ema)
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
-        """Evaluate the validation rows; return figures by name and one line of text."""
+        """Evaluate the validation rows. Return figures by name and one line of text."""
         quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
         found = score_validation(self.run.model, self.data, self.recipe, quiet)
         unit = f"nats_per_{found.unit}"

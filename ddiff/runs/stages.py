@@ -112,7 +112,7 @@ def _writes_unicode() -> bool:
 
 
 def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
-    """Run all stages; return the trained run and the exit code.
+    """Run all stages. Return the trained run and the exit code.
 
     The run is None if a signal stopped the training.
     """
@@ -179,7 +179,7 @@ def _print_stop(summary: TrainingSummary) -> None:
 
 
 def _after_training(trained: Run, summary: TrainingSummary) -> int:
-    """Evaluate, sample and print the summary; return the exit code."""
+    """Evaluate, sample and print the summary. Return the exit code."""
     try:
         report = evaluate_once(trained)
         samples = _sample_once(trained)

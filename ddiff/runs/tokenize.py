@@ -62,7 +62,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
 
 
 def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) -> list[str]:
-    """Return one row of the table: documents, tokens, bytes and packed rows of one part."""
+    """Return one row of the table: documents, tokens, bytes and packed rows of one split."""
     stream = shards.stream(part)
     rows = pack_stream(stream, tokenizer, length, separate=part == VALIDATION)
     sizes = (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows))
@@ -70,7 +70,10 @@ def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) ->
 
 
 def _verify_or_time(shards: Shards, began: float) -> str:
-    """Return a remark on speed; verify the shards if none was written since `began`."""
+    """Return a remark on the speed of tokenization.
+
+    If no shard was written since the time `began`, verify the checksums of the shards instead.
+    """
     tokens, seconds = shards.written_since(began)
     if not tokens:
         shards.verify()
