@@ -315,7 +315,10 @@ class _Means:
             self._metrics[key].update(mean, tokens)
 
     def compute(self, kind: str) -> dict[str, float]:
-        """Return the mean of each term ("term") or part ("part")."""
+        """Return mean nats per token by name, for all terms or all parts.
+
+        `kind` is "term" or "part".
+        """
         found = {}
         for (own, name), metric in self._metrics.items():
             if own == kind:

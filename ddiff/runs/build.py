@@ -212,9 +212,10 @@ def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
 
 
 def build_backend(recipe: Recipe) -> Backend:
-    """Build the backend of the training.
+    """Build the backend for training.
 
-    Raises ArgumentError if the batch cannot be divided among the processes.
+    Raises ArgumentError if several processes were started for a backend of one process, or if the
+    batch cannot be divided among the processes.
     """
     train = recipe.train
     backend = _build_backend(recipe, recipe.backend_keys.processes)

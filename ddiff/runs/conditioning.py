@@ -179,8 +179,7 @@ class SamplingPlan:
         if not 0.0 <= guidance < LARGEST:
             raise ArgumentError(
                 f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 "
-                "are usual. Far larger weights leave only the token that is most likely under the "
-                "condition."
+                "are usual. A very large weight makes sampling almost deterministic."
             )
         # `generate` makes this check too, but only after a run is trained
         sampler.check_supported(model.process, model.denoiser.parameterization.predicts)

@@ -95,7 +95,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "a gap without a number": (
         "small",
         ("--infill", "the [MASK]"),
-        ("number of its tokens", "[MASK]"),
+        ("number of tokens", "[MASK]"),
     ),
     "a gap of words": ("small", ("--infill", "the [MASK:many]"), ("[MASK:many]",)),
     "text that a sampler from left to right would not see": (
