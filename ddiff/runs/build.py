@@ -119,7 +119,7 @@ def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | No
     if recipe.objective.takes_input("process"):
         raise ArgumentError(
             f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a '
-            "[process]."
+            "[process]. Add the table to the recipe."
         )
     return None
 

@@ -179,7 +179,7 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"evaluation\.json of step 2"):
         compare([tmp_path / "half"])
     (tmp_path / "half/samples.jsonl").unlink()
-    with pytest.raises(CheckpointError, match=r"has no samples\.jsonl"):
+    with pytest.raises(CheckpointError, match=r"samples\.jsonl is missing"):
         compare([tmp_path / "half"])
 
 

@@ -167,7 +167,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("--condition", "kind=[0,"),
         ("--condition kind=[0,:", "author=2"),
     ),
-    "labels for other samples": ("labelled", ("--condition", "kind=[0, 1, 0]"), ("or 2 of them",)),
+    "labels for other samples": ("labelled", ("--condition", "kind=[0, 1, 0]"), ("or 2 values",)),
     "guidance by nothing": ("labelled", ("--guidance", "2.0"), ("guidance", "needs a condition")),
     "guidance without trained dropout": (
         "always",
@@ -346,7 +346,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "weights on another tokenizer": (
         ('train.init={run="runs/small"}',),
-        ("[train] init", "another tokenizer"),
+        ("[train] init", "the same tokenizer"),
     ),
     "weights of another width": (
         ('train.init={run="runs/labelled"}', "denoiser.width=32"),
@@ -388,7 +388,7 @@ def test_fresh_with_invalid_init_does_not_delete_the_old_run(
     }
     refused(
         ddiff("run", "labelled.toml", "--fresh", "--set", 'train.init={run="runs/small"}'),
-        "another tokenizer",
+        "the same tokenizer",
     )
     refused(
         ddiff("run", "labelled.toml", "--fresh", "--set", "denoiser.conditions.kind.classes=1"),
