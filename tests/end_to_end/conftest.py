@@ -32,7 +32,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ddiff(capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
-    """`ddiff("run", "small.toml")` gives the exit code, standard output and standard error."""
+    """Return a function that runs a `ddiff` command.
+
+    `ddiff("run", "small.toml")` returns the exit code, standard output and standard error.
+    """
 
     def call(*arguments: str) -> Called:
         code = 0

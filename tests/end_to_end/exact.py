@@ -1,4 +1,4 @@
-"""Exact distribution of a Markov source as a network, for any process and any time rule."""
+"""Exact conditionals of a Markov source as a network, for any process and any time rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from ddiff.core.process import Query
 def exact_ask(
     process: ForwardProcess, source: MarkovSource, predicts: str = "distribution"
 ) -> Network:
-    """Network of P(x_i | what position i attends to, without its own state), or of its score."""
+    """Return the network of the exact distribution of each symbol, or of the exact score.
+
+    The distribution of x_i is conditioned on all states that position i attends to, except its own.
+    """
 
     def network(noisy: Noisy) -> Query:
         log_p = _law_of_rest(process, source, noisy).flatten(0, 1)
@@ -33,7 +36,7 @@ def exact_ask(
 
 
 def row_nats(source: MarkovSource, x0: Tensor) -> Tensor:
-    """[B] -ln P(x) of rows x0 [B,L]."""
+    """Return -ln P(x) [B] of rows x0 [B,L]."""
     move, start = (
         torch.from_numpy(source.transition).log(),
         torch.from_numpy(source.stationary).log(),
@@ -42,14 +45,17 @@ def row_nats(source: MarkovSource, x0: Tensor) -> Tensor:
 
 
 def ids_of(source: MarkovSource, count: int, length: int) -> Tensor:
-    """[count, length] symbols as numbers."""
+    """Return ids [count, length] of rows of the source."""
     return torch.tensor(
         [[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)]
     )
 
 
 def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) -> Tensor:
-    """[B,L,V] log-probabilities; states at the prior are no evidence, nor are later blocks."""
+    """Return the log-likelihood [B,L,V] of each state given each symbol.
+
+    States at the prior and states in later blocks carry no information.
+    """
     seen = (
         process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
         .softmax(-1)
@@ -69,7 +75,7 @@ def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) ->
 
 
 def _forward_backward(evidence: Tensor, source: MarkovSource) -> Tensor:
-    """[B,L,V] distribution of each symbol given the evidence [B,L,V] at all other positions."""
+    """Return the distribution [B,L,V] of each symbol given the evidence at other positions."""
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
     before, after = (
         [start.expand(len(evidence), -1)],

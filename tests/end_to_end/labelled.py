@@ -1,4 +1,4 @@
-"""Rows of two kinds, a-b and c-d, each with its kind as a label, and a recipe conditioned on it."""
+"""Labelled rows with symbols a, b (label 0) or c, d (label 1), and a recipe with this label."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ device = "cpu"
 
 
 def rows(count: int) -> str:
-    """JSON lines with both kinds equally often and symbols drawn uniformly."""
+    """Return JSON lines with both labels equally often and uniformly random symbols."""
     draw = random.Random(0)
     kinds = [(number % 2, "cd" if number % 2 else "ab") for number in range(count)]
     return "".join(

@@ -1,4 +1,4 @@
-"""`ddiff compare` makes one table of runs that were evaluated alike, from their files."""
+"""`ddiff compare`: one table of runs with the same evaluation settings."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compare_shows_the_steps_that_the_sampler_took(place: Path, tmp_path: Path) -> None:
-    """A sampler whose steps depend on the draws shows none, even if [sample] steps is set."""
+    """The table shows – for a sampler with a random number of steps, also if [sample] steps is set."""
     asked = api.load(place / "flat").recipe.sample
     shown = []
     for name, steps in (("took", 7), ("none", None)):

@@ -1,4 +1,4 @@
-"""Every shipped recipe is found by its name and runs all stages, with smaller sizes."""
+"""Every shipped recipe trains, evaluates and samples with reduced sizes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_shipped_recipe_is_listed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
-    """Only sizes and the corpus are changed. After two steps the bound is still near ln V."""
+    """Only sizes and the corpus differ from the recipe. After two steps the bound is near ln V."""
     network = (
         [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK
     )

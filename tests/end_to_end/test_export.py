@@ -1,4 +1,4 @@
-"""`ddiff export` writes the weights that are evaluated to one file, with their origin."""
+"""`ddiff export`: one safetensors file with weights and metadata."""
 
 from __future__ import annotations
 

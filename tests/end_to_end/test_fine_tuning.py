@@ -1,4 +1,4 @@
-"""`[train] init` starts from the weights of another run or model; prefixes in training."""
+"""`[train] init` from another run or model, and `[train] prefix`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def initialized(*settings: str) -> tuple[api.Run, dict[str, Any]]:
-    """Open a run with its first weights, not trained, and the record of their origin."""
+    """Return a run with initial weights, and the record of [train] init."""
     session = TrainingSession.open(read_recipe("small.toml", [*SHORT, *settings]))
     init = session.initialize_weights()
     return session.run, init or {}
@@ -77,7 +77,7 @@ def test_init_of_cluster_embeddings_is_the_mean_of_token_embeddings() -> None:
 
 @pytest.mark.slow
 def test_init_preserves_token_distribution_within_clusters() -> None:
-    """Expected is the softmax of the old logits within each cluster, at random hidden rows."""
+    """Compare with the softmax of the old logits within each cluster, at random hidden states."""
     run, _ = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
     vocabulary, hidden = (
@@ -142,7 +142,10 @@ def test_resume_works_after_the_init_run_is_deleted(place: Path) -> None:
 
 @pytest.mark.slow
 def test_init_from_pretrained_model_copies_token_embeddings(tmp_path: Path) -> None:
-    """Tokens take its rows, a cluster their mean; another width is refused."""
+    """Tokens get rows of the embedding table and a cluster the mean of its tokens.
+
+    A model of another width is refused.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
     model = transformers.AutoModel.from_config(config)
@@ -187,7 +190,11 @@ def test_cosine_schedule_ends_at_the_floor() -> None:
 
 @pytest.mark.slow
 def test_train_prefix_sets_fraction_of_rows_and_uniform_lengths() -> None:
-    """Of 256 rows of 8 a share of 1/2 has a prefix, 7/8 of these of length > 0; 4 sigma is 32."""
+    """Count rows with a prefix of length > 0.
+
+    Of 256 rows of 8 tokens, 1/2 have a prefix, and 7/8 of these prefixes have length > 0: 112 rows
+    are expected. Tolerance 32: four standard deviations.
+    """
     run, _ = initialized("train.prefix=0.5", "train.batch=256")
     batch = run.data.batch_at(3, 0)
     shown = (batch.valid & ~batch.scored).sum(-1)

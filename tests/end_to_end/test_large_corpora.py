@@ -1,4 +1,4 @@
-"""A run on shards of a corpus equals the run on the same documents in memory, bit for bit."""
+"""Runs on shards and on streams of a corpus."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_run_on_shards_is_bitwise_equal_to_run_on_documents() -> None:
 
 
 def test_resumed_run_on_a_stream_is_bitwise_equal() -> None:
-    """A step takes one block of four rows; the second call starts in the middle of the text."""
+    """Each step uses one block of four rows, so the second call resumes in the middle of the text."""
     stream = [
         *FILES,
         "data.streaming=true",

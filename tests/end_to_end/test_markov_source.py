@@ -3,16 +3,17 @@
 The source is a Markov chain. The entropy of its finite rows is known exactly, and the expectation of
 the bound is at least that entropy for any network. Tested for every family:
 
-- **never below**: the 95 % interval of each evaluation reaches up to the entropy. Even a perfect
-  model would miss that with probability 2.5 % each time; the seeds are fixed and the models a few
-  percent above.
-- **down to it**: the last evaluation is within 5 % of the entropy, and the half width of its
-  interval under 4 %. The unigram distribution is 29 % and more above, so the model uses the context.
+- **Never below the entropy**: the upper end of the 95 % interval of each evaluation is at least the
+  entropy. A perfect model would violate this condition with probability 2.5 %; the seeds are fixed
+  and the models are a few percent above the entropy.
+- **Close to the entropy**: the last evaluation is at most 5 % above the entropy, and the half width
+  of its interval is under 4 %. The unigram distribution is at least 29 % above the entropy, so the
+  model must use the context.
 
-Models of `FIRST` are evaluated three times during training. Those of `OTHERS` are evaluated once, on
-four symbols, after 160 steps (uniform noise 320, three levels 240 and the loss of their recipe,
-autoregression 60). A second test needs no training: the exact distribution of the source takes the
-place of the network, with the process, the times and the parameterization of each family.
+Models of `FIRST` are evaluated three times during training. Models of `OTHERS` are evaluated once,
+on four symbols, after 160 steps (320 for uniform noise, 240 for three levels with the loss of the
+recipe, 60 for autoregression). A second test needs no training: the exact distribution of the
+source replaces the network, with the process, the times and the parameterization of each family.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Reading(NamedTuple):
 
 
 def read(recipe: Recipe, draws: int, process: ForwardProcess | None = None) -> Reading:
-    """Train to the recipe's last step and evaluate."""
+    """Train to the last step of the recipe and evaluate."""
     run = ddiff.run(recipe, process=process)
     entropy = run.data.documents.entropy_rate
     assert entropy is not None
@@ -221,12 +222,12 @@ def test_trained_families_reach_a_bound_within_5_percent_of_entropy(
 
 @pytest.mark.parametrize("name", TWINS)
 def test_mean_bound_under_exact_distribution_equals_nll(name: str) -> None:
-    """The bound minus -ln P(row) has mean 0 over 4,096 rows of 8 symbols.
+    """The mean of bound minus -ln P(row) is 0 over 4,096 rows of 8 symbols.
 
-    Allowed are four standard errors (10 cases: 6e-4; seeds fixed), which are under 3 % of the
-    entropy. Decoding at t = 0.01, and the last draw of hybrid_epsilon, cost the dependence between
-    positions that are wrong together: under 1e-3 nats. tests/laws tests the same to 1e-9; this test
-    goes through the recipe.
+    Tolerance: four standard errors, which are under 3 % of the entropy (false alarm in one of 10
+    cases: 6e-4; seeds are fixed). Decoding at t = 0.01, and the final step of hybrid_epsilon, ignore
+    the dependence between positions that are noised together: under 1e-3 nats. tests/laws makes the
+    same comparison to 1e-9 without a recipe.
     """
     recipe = parse_recipe(RECIPE, settings={**FIRST, **OTHERS}[name])
     assert recipe.process is not None
@@ -269,7 +270,10 @@ class Previous(Backbone):
 
 
 def test_autoregressive_nll_of_exact_conditionals_equals_minus_ln_p() -> None:
-    """No randomness, so it holds row by row; 1e-12 for sums of eight logarithms in float64."""
+    """Compare row by row, without randomness.
+
+    Tolerance 1e-12: rounding of sums of eight float64 logarithms.
+    """
     source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
     head = TokenHead(vocabulary, vocabulary.num_states).double()
     laws = torch.from_numpy(

@@ -1,4 +1,4 @@
-"""Bad input on the command line gives one paragraph, exit code 2 and no partial file."""
+"""User errors on the command line: one paragraph, exit code 2 and no partial file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
 
 
 def refused(answer: tuple[int, str, str], *expected: str) -> str:
-    """Return the message of a command that was refused in the expected form."""
+    """Check exit code and form of an error message, and return the message."""
     code, out, err = answer
     shown = [line for line in err.splitlines() if not PROGRESS.match(line)]
     message = "\n".join(shown)
@@ -222,7 +222,7 @@ def test_invalid_recipe_with_fresh_does_not_delete_the_old_run(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run next to its recipe and corpus, to be copied and damaged."""
+    """Return a finished run, which tests copy and damage."""
     folder = tmp_path_factory.mktemp("finished")
     with working_in(folder):
         api.run("small.toml", settings=["train.steps=4", "train.checkpoint_every=2"])
@@ -461,7 +461,7 @@ def test_full_disk_is_reported_and_the_same_command_resumes(
 
 
 def test_second_process_cannot_write_to_a_run_in_progress(run_dir: Path, ddiff: Command) -> None:
-    """Even --fresh is refused while a run trains; the lock is released with its process."""
+    """--fresh is refused too. The lock is released when the process ends."""
     before = files(run_dir)
     code = "from ddiff.runs.directory import lock_run_dir; from pathlib import Path; import time\n"
     code += f"with lock_run_dir(Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
@@ -570,7 +570,7 @@ def test_cache_leftovers_of_killed_builds_are_removed_after_a_day(tmp_path: Path
 
 
 def test_run_without_checkpoint_accepts_a_changed_recipe(folder: Path, ddiff: Command) -> None:
-    """A run that died at its first step may be repeated with a changed recipe."""
+    """A run that was killed before its first checkpoint may be repeated with a changed recipe."""
     (folder / "runs/small").mkdir(parents=True)
     (folder / "runs/small/recipe.toml").write_text(api.read_recipe("small.toml").to_toml())
     refused(ddiff("sample", "runs/small"), "runs/small", "no complete checkpoint")

@@ -1,4 +1,4 @@
-"""`[evaluate] rows` scores a part of the validation rows, with baselines on the same tokens."""
+"""`[evaluate] rows`: evaluation and baselines on a subset of the validation rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def built(*settings: str) -> Run:
 
 @pytest.fixture(autouse=True)
 def place(folder: Path) -> None:
-    """Write one document to evaluate on."""
+    """Write a corpus with one validation document."""
     Path("held_out.txt").write_text(Path("corpus.txt").read_text().replace("cat", "dog"))
 
 
@@ -45,9 +45,9 @@ def test_partial_evaluation_and_baselines_score_the_same_rows() -> None:
 
 
 def test_bound_of_untrained_model_equals_unigram_baseline() -> None:
-    """The untrained distribution is that of the unigrams, so the bound of a row is its log-counts.
+    """An untrained model predicts the unigram distribution in any context.
 
-    Only the number of masked tokens is random; the mean over rows is that of the baseline.
+    Tolerance 2 %: the number of masked tokens per row is random.
     """
     found, counted = built("evaluate.rows=12", "evaluate.draws=400").evaluate()
     assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)

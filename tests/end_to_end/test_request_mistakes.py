@@ -1,4 +1,4 @@
-"""Impossible samples, starts and comparisons are refused with a reason and write nothing."""
+"""Invalid requests for samples, runs and comparisons are refused and write no file."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_integers_are_accepted_for_a_declared_vector_condition(place: Path) -> N
 
 
 class Plain(Backbone):
-    """Backbone that reads a condition and declares no form."""
+    """Backbone that uses a condition and declares no form for the condition."""
 
     width = 4
     condition_dropout: ClassVar[dict[str, float]] = {"kind": 0.0}
@@ -251,7 +251,7 @@ def test_condition_with_dropout_0_is_required_for_sampling(place: Path) -> None:
 
 @pytest.mark.slow
 def test_incompatible_sampler_is_refused_before_training(place: Path) -> None:
-    """Unmasking by confidence cannot revise tokens, as a chain that changes them needs."""
+    """The confidence sampler cannot change tokens, which the dense process requires."""
     process = api.DenseProcess(api.FlatVocabulary(4), torch.tensor(SWAPPING).double())
     recipe = (place / "labelled.toml").read_text().replace('name = "labelled"', 'name = "swapping"')
     (place / "swapping.toml").write_text(recipe + '\n[sample.sampler]\nkind = "confidence"\n')
@@ -281,7 +281,7 @@ def test_sampling_refuses_non_finite_weights(place: Path, ddiff: Command) -> Non
 
 
 def resealed(weights: Path) -> None:
-    """Update the marker after a change to a file."""
+    """Update complete.json after a change to a file."""
     marker = weights.with_name("complete.json")
     content, data = json.loads(marker.read_text()), weights.read_bytes()
     content["files"][weights.name] = {

@@ -1,4 +1,4 @@
-"""`ddiff run` again resumes bit for bit, refuses another recipe, and starts over with --fresh."""
+"""A repeated `ddiff run`: bitwise identical resume, changed recipes, and --fresh."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 def test_killed_and_interrupted_run_is_bitwise_equal_to_undisturbed(
     folder: Path, ddiff: Command
 ) -> None:
-    """SIGKILL at a random step, SIGINT at a later one; dropout also tests torch's random state."""
+    """SIGKILL at a random step and SIGINT at a later step.
+
+    The recipe has dropout, which also tests the random state of torch.
+    """
     torn, straight = Path("torn"), Path("straight")
     draw = random.Random(5)
 

@@ -50,7 +50,7 @@ def share(samples: list[dict[str, Any]], symbols: str) -> float:
 
 @pytest.mark.slow
 def test_samples_under_a_label_have_symbols_of_that_label(labelled: Run) -> None:
-    """A share above 0.99 of 512 symbols is right; without a condition both kinds occur."""
+    """More than 99 % of 512 symbols belong to the label. Without a label, both kinds occur."""
     assert share(labelled.sample(64, conditions={"kind": 0}, batch=64), "ab") > 0.95
     assert share(labelled.sample(64, conditions={"kind": 1}, batch=64), "cd") > 0.95
     assert 0.1 < share(labelled.sample(64, batch=64), "ab") < 0.9
@@ -69,7 +69,7 @@ def test_sample_with_its_own_label_does_not_depend_on_the_batch(labelled: Run) -
 
 @pytest.mark.slow
 def test_guidance_weight_0_is_unconditional_and_1_is_conditional(labelled: Run) -> None:
-    """Weight 1 is the conditional distribution, bit for bit, 0 the unconditional one."""
+    """Samples with weights 0 and 1 equal unconditional and conditional samples bitwise."""
     plain = labelled.sample(8, conditions={"kind": 1}, batch=8)
     assert labelled.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
     none = labelled.sample(8, conditions={"kind": 1}, guidance=0.0, batch=8)
@@ -92,7 +92,7 @@ def test_nelbo_of_a_text_is_lower_under_its_own_label(labelled: Run) -> None:
 
 @pytest.mark.slow
 def test_evaluation_conditions_each_document_on_its_own_label(labelled: Run) -> None:
-    """The label is worth ln 2 per row of 8 and a symbol has ln 2 left: (9/8) ln 2 without it."""
+    """Given the label, a symbol has ln 2 nats. Without the label, a row of 8 has ln 2 nats more."""
     evaluation, _ = labelled.evaluate()
     unconditional = labelled.nelbo(labelled.data.documents.validation["text"][:], draws=1)
     assert evaluation.nelbo_nats_per_token < unconditional.nelbo_nats_per_token
@@ -121,7 +121,7 @@ def test_sample_command_accepts_condition_options(
 
 @pytest.mark.slow
 def test_vector_conditions_change_the_samples(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are set by hand, so that other vectors give other distributions."""
+    """Random weights make the distribution depend on the vector."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
     lines = [
@@ -228,7 +228,7 @@ def test_sample_command_reads_prompts_from_a_file(place: Path, small: Run, ddiff
 
 @pytest.mark.slow
 def test_settings_argument_overrides_sampler_keys(labelled: Run, small: Run) -> None:
-    """At temperature 0.01 the likelier symbol is always taken, so few distinct rows are left."""
+    """At temperature 0.01 the most likely symbol is always chosen, so few rows are distinct."""
     cold = {
         sample["text"]
         for sample in labelled.sample(16, conditions={"kind": 0}, settings=["temperature=0.01"])
@@ -252,6 +252,6 @@ def test_sample_accepts_a_sampler_object_and_a_step_callback(small: Run) -> None
 
 @pytest.mark.slow
 def test_nfe_is_counted_per_sample(small: Run) -> None:
-    """A gap of one token takes fewer evaluations than a text that is open everywhere."""
+    """A gap of one token needs fewer network evaluations than a gap of 24 tokens."""
     closed, opened = small.sample(infill=["the old cat[MASK:1]", "[MASK:24]"], steps=24)
     assert closed["nfe"] < opened["nfe"] <= 24

@@ -1,4 +1,4 @@
-"""Startup with a warm cache: nothing is prepared, and importing torch takes most of the time."""
+"""Startup time of a run with a warm cache."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
 
 
 def test_start_with_warm_cache_tokenizes_and_builds_nothing(folder: Path) -> None:
-    """Measured in CPU seconds, which other work does not change; a cold start is the control."""
+    """Measured in CPU seconds, which are independent of other processes, against a cold start."""
     _, cold, _ = started(folder)
     seconds, built, loaded = started(folder, "--set", "name=again")
     assert {"byte_pairs", "clusters"} <= set(cold)

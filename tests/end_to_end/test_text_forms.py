@@ -14,7 +14,7 @@ from ddiff.plugin.loader import survey_plugins
 
 
 def is_short(text: str) -> bool:
-    """Return whether a text is one short line without tensors and addresses."""
+    """Return True if a text is one short line without tensors and memory addresses."""
     return "\n" not in text and len(text) <= 240 and "tensor(" not in text and " at 0x" not in text
 
 

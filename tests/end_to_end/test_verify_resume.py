@@ -1,4 +1,4 @@
-"""`ddiff run --verify-resume K` replays recorded steps and reports what differs, and where."""
+"""`ddiff run --verify-resume K`: replay of recorded steps and report of differences."""
 
 from __future__ import annotations
 

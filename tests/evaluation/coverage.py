@@ -21,7 +21,7 @@ ROWS = 2  # of a document
 
 
 class Recorded(Known):
-    """Objective that records the nats of every row in reading order."""
+    """Objective that records the nats of every row in the order of evaluation."""
 
     def __init__(self, process: ForwardProcess, prediction: Tensor) -> None:
         super().__init__(process, constant(prediction))
@@ -34,7 +34,7 @@ class Recorded(Known):
 
 
 class Repeats(NamedTuple):
-    """Bounds [runs] of repeated evaluations, and whether each interval covers the known value."""
+    """Bounds [runs] of repeated evaluations, and a flag [runs] for coverage of the known value."""
 
     bounds: np.ndarray
     covers: np.ndarray
@@ -51,8 +51,8 @@ def repeated(
 ) -> Repeats:
     """Evaluate `runs` new texts of independent tokens: 24 documents of two rows of 32 tokens.
 
-    The network predicts the tokens' own distribution in any context, so the bound is its entropy.
-    All runs are one call of `evaluate`, whose documents are read independently of each other.
+    The network predicts the true distribution of a token in any context, so the expected bound is
+    the entropy. All runs use one call of `evaluate`, which evaluates documents independently.
     """
     count = runs * DOCUMENTS * ROWS
     generator = torch.Generator().manual_seed(seed)

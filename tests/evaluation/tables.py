@@ -1,4 +1,4 @@
-"""Exact denoisers to evaluate instead of a network, and processes to evaluate them on."""
+"""Exact predictions that replace a network, and small processes for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Table = Callable[[Tensor, Tensor], Tensor]
 
 
 def processes() -> dict[str, ForwardProcess]:
-    """Masking, a tree with wrong parents (xi < 1), and an uneven dense chain, on four tokens."""
+    """Return three processes on four tokens: masked, tree with xi < 1, and dense chain."""
     rates = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).double() + 0.2
     return {
         "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
@@ -38,7 +38,7 @@ def processes() -> dict[str, ForwardProcess]:
 
 
 class Known(Scored):
-    """Objective of a table of distributions; records the rows and strata that it scores."""
+    """Objective of an exact prediction. Records the evaluated rows and time strata."""
 
     def __init__(self, process: ForwardProcess, table: Table) -> None:
         self.process, self.network = process, network_from_table(table, process.vocabulary)
@@ -54,12 +54,12 @@ class Known(Scored):
 
 
 def constant(dist: Tensor) -> Table:
-    """The same distribution of tokens at every position, in any context."""
+    """Return a network that predicts one distribution at every position, in any context."""
     return lambda zt, t: dist.log().expand(*zt.shape, -1)
 
 
 def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
-    """Exact distribution of each symbol of a Markov row given the other states, by sums."""
+    """Return the network of exact conditionals of a Markov row given the other states."""
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
@@ -80,12 +80,15 @@ def _law(weights: Tensor) -> Tensor:
 
 
 def full_rows(ids: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
-    """Rows of `ids` [R,L], all positions scored."""
+    """Return the batch function of rows `ids` [R,L] with all positions scored."""
     return scored_rows(ids, torch.full((len(ids),), ids.shape[1]))
 
 
 def scored_rows(ids: Tensor, num_valid: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
-    """The first `num_valid` [R] positions of each row are valid and scored, the rest is padding."""
+    """Return the batch function of rows whose first `num_valid` [R] positions are scored.
+
+    The other positions are padding.
+    """
     valid = torch.arange(ids.shape[1]) < num_valid[:, None]
 
     def batch_of(numbers: NDArray[np.int64]) -> Batch:
@@ -97,7 +100,7 @@ def scored_rows(ids: Tensor, num_valid: Tensor) -> Callable[[NDArray[np.int64]],
 
 
 def symbols(source: MarkovSource, count: int, length: int) -> Tensor:
-    """[count, length] ids of rows of the source."""
+    """Return ids [count, length] of rows of the source."""
     return torch.tensor(
         [[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)]
     )

@@ -1,4 +1,4 @@
-"""Counting baselines equal sums written out by hand."""
+"""Unigram and bigram baselines against explicit sums over tokens."""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ def test_student95_matches_published_tables(freedom: float, quantile: float) -> 
 def test_document_variance_is_unbiased_if_proportional_to_tokens(
     tokens: np.ndarray,
 ) -> None:
-    """Exact, since residuals are linear in the errors: the expected square is a sum over them."""
+    """Compare expectation and formula exactly.
+
+    Residuals are linear in the errors of documents, so the expected square is a sum over documents.
+    """
     whole = tokens.sum()
     expected = 0.0
     for document, own in enumerate(tokens):
@@ -70,10 +73,10 @@ def test_documents_of_equal_length_give_d_minus_1_degrees_of_freedom() -> None:
 def test_document_interval_has_95_percent_coverage_for_normal_nats(
     tokens: np.ndarray, least: float, most: float, power: float
 ) -> None:
-    """For errors that grow as the root of a document's tokens, and for ones in proportion.
+    """Errors are proportional to tokens^power of a document, for power 1/2 and 1.
 
-    10,000 texts: four standard errors are 0.9 %. For documents as unequal as 1 to 200 the degrees
-    of freedom are on the safe side if errors grow as the root.
+    Tolerance for 10,000 texts: four standard errors are 0.9 %. For documents of 1 to 200 tokens and
+    power 1/2, the degrees of freedom are conservative, so coverage may be higher.
     """
     generator = np.random.default_rng(0)
     covered = 0
@@ -88,10 +91,10 @@ def test_document_interval_has_95_percent_coverage_for_normal_nats(
 @pytest.mark.parametrize("tokens", [np.ones(1), np.ones(12), UNEQUAL])
 @pytest.mark.parametrize("readings", [2, 5])
 def test_monte_carlo_interval_has_95_percent_coverage(tokens: np.ndarray, readings: int) -> None:
-    """Documents differ by far more than their draws.
+    """Differences between documents are far larger than differences between draws.
 
-    10,000 repeats: 95 % +- 1.2 % is five standard errors. Pooled variances of unequal documents
-    leave up to 1.5 % more.
+    Tolerance for 10,000 repeats: 1.2 % is five standard errors; the pooled variance of documents of
+    unequal length adds up to 1.5 %.
     """
     generator = np.random.default_rng(1)
     own = tokens * (3.0 + generator.normal(size=len(tokens)))
@@ -107,7 +110,10 @@ def test_monte_carlo_interval_has_95_percent_coverage(tokens: np.ndarray, readin
 
 
 def test_monte_carlo_and_document_variances_sum_to_total_variance() -> None:
-    """Variance 0.25 between documents and 1 between draws; 400 documents give both to a tenth."""
+    """Variance 0.25 between documents and 1 between draws.
+
+    400 documents determine both standard errors to 10 and 20 %.
+    """
     generator = np.random.default_rng(2)
     documents = 0.5 * generator.normal(size=400)
     nats = documents[:, None] + generator.normal(size=(400, 4))
@@ -156,10 +162,10 @@ def examples() -> dict[str, ForwardProcess]:
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [(1e-3, 1.0 - 1e-3), (0.0, 1.0)])
 def test_intervals_of_all_examples_have_95_percent_coverage(window: tuple[float, float]) -> None:
-    """93 to 97 % of 40 evaluations of each of 44 examples cover.
+    """Coverage over 40 evaluations of each of 44 examples is between 93 and 97 %.
 
-    Five standard errors about 95 % would be 2.5 %. Of 40 evaluations fewer than 31 cover with
-    probability 5e-5 if 95 % do; seeds are fixed.
+    Five standard errors would be 2.5 %. For one example with 95 % coverage, fewer than 31 of 40
+    intervals cover with probability 5e-5. Seeds are fixed.
     """
     share = {}
     for number, (name, process) in enumerate(examples().items()):

@@ -1,4 +1,4 @@
-"""Evaluation scores every token once, bounds for any window, with intervals that cover."""
+"""Likelihood evaluation: every token once, a bound in any window, coverage of intervals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WINDOW = FlatTimes(0.05, 0.95)
 
 
 def words(rows: int, length: int, seed: int = 0) -> Tensor:
-    """Independent draws of LAW."""
+    """Return ids of independent tokens with distribution LAW."""
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(LAW, rows * length, replacement=True, generator=generator).reshape(
         rows, length
@@ -41,7 +41,7 @@ def words(rows: int, length: int, seed: int = 0) -> Tensor:
 def score(
     objective: Any, ids: Tensor, document: list[int] | None = None, **settings: Any
 ) -> Evaluation:
-    """Evaluate rows, each a separate document by default."""
+    """Evaluate rows. Each row is a separate document by default."""
     numbers = np.arange(len(ids)) if document is None else np.array(document)
     settings = {"batch_of": full_rows(ids), "length": ids.shape[1], "times": WINDOW} | settings
     return evaluate(objective, document=numbers, **settings)
@@ -72,7 +72,7 @@ def test_rows_of_a_document_use_each_time_stratum_once_per_draw() -> None:
 
 
 def test_row_gets_each_time_stratum_of_its_document_equally_often() -> None:
-    """Otherwise a row would always have the same times. 120 seeds, 3 strata: 5 sigma is 26."""
+    """Count the strata of one row over 120 seeds. Tolerance 26: five standard deviations."""
     found: Counter[int] = Counter()
     for seed in range(120):
         objective = Known(processes()["masked"], constant(LAW))
@@ -100,8 +100,8 @@ def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
 ) -> None:
     """For independent symbols the bound is tight: E NELBO = -mean ln p(x) in any window.
 
-    Sixteen seeds of times and noise on the same rows; |t_15| > 5 has probability 2e-4, in nine
-    cases 1.4e-3; seeds are fixed.
+    Sixteen seeds of times and noise on the same rows. Tolerance: five standard errors; Student's
+    |t| > 5 with 15 degrees of freedom has probability 2e-4, 1.4e-3 in nine cases. Seeds are fixed.
     """
     ids = words(24, 6)
     exact = -float(LAW.log()[ids].mean())
@@ -118,8 +118,8 @@ def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
 def test_bound_under_exact_markov_conditionals_is_the_entropy(name: str) -> None:
     """The entropy lies within 4 sigma of the bound (3 cases: probability 2e-4, seeds fixed).
 
-    Times from 0.02 lose at most the dependence of symbols given a row that is 2 % noised: under
-    1e-3 nats.
+    Decoding at t = 0.02 ignores the dependence of symbols given a row with 2 % noise: under 1e-3
+    nats.
     """
     source, process = MarkovSource(4, peakedness=2.0), processes()[name]
     known = Known(process, given_the_rest(process, source))
@@ -178,7 +178,7 @@ def test_evaluate_refuses_zero_rows_and_zero_draws() -> None:
 
 
 class Mean(Backbone):
-    """Backbone in which every valid position attends to all others."""
+    """Backbone in which every valid position attends to all valid positions."""
 
     width = 8
 
@@ -207,7 +207,7 @@ def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_size_does_not_change_the_bound(name: str) -> None:
-    """Beyond the order of float64 sums: 1e-12 of a few nats."""
+    """Tolerance 1e-12 of a few nats: float64 sums in another order."""
     scores = [
         score(network(processes()[name]), words(11, 5), batch=batch, draws=2)
         for batch in (1, 4, 64)
@@ -219,7 +219,7 @@ def test_batch_size_does_not_change_the_bound(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_does_not_change_the_bound(name: str) -> None:
-    """Equal up to float64 sums, since the noise of a position does not depend on the row length."""
+    """The noise of a position does not depend on the row length. Tolerance 1e-12: float64 sums."""
     ids, num_valid, bounds = words(8, 9), torch.tensor([4, 2, 1, 4, 3, 4, 4, 2]), []
     for length, filler in ((4, 0), (4, 3), (9, 0), (9, 2)):
         padded = torch.where(torch.arange(length) < num_valid[:, None], ids[:, :length], filler)
