@@ -43,7 +43,7 @@ class Parameters(NamedTuple):
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> Parameters:
-        """Count the parameters of a denoiser."""
+        """Count the parameters of a denoiser by group: backbone, embedding and head."""
         embedding = 0
         for module in denoiser.backbone.modules():
             if isinstance(module, StateEmbedding):

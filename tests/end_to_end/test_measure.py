@@ -82,7 +82,7 @@ def test_parameter_counts_of_embedding_and_head_are_separate(folder: Path) -> No
     assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
 
 
-def test_footprint_replicates_for_ddp_and_divides_for_fsdp() -> None:
+def test_ddp_footprint_adds_buckets_and_fsdp_divides_by_ranks() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
     assert one.replicate().total == one.total + 800.0  # the buckets in which gradients are summed
