@@ -297,4 +297,4 @@ def test_compare_accepts_a_run_initialised_from_a_pretrained_model(
     path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))
     answer = ddiff(*COMMANDS["compare"])
     assert answer.code == 0, answer.err
-    assert "began with weights of some/model" in answer.out
+    assert "started from the weights of some/model" in answer.out

@@ -157,7 +157,7 @@ def test_first_run_reports_and_keeps_foreign_files(folder: Path, ddiff: Command)
     put(Path("own/thesis.tex"))
     answer = ddiff("run", "tiny.toml", "--set", "run_dir=own", "--set", "train.steps=2")
     assert answer.code == 0, answer.err
-    assert "own already holds thesis.tex" in answer.err
+    assert "own already contains thesis.tex" in answer.err
     assert is_refusal(ddiff(*FRESH, "--set", "run_dir=own"), "thesis.tex")
     assert Path("own/thesis.tex").read_text() == "precious"
 
