@@ -17,7 +17,7 @@ from ddiff.core.numerics import EARLIEST, LATEST, interior
 # Number of cells of logit time, each with one rate of candidate events.
 NUM_CELLS = 1024
 
-# A smooth rate inside a cell exceeds the larger of its ends by a thousandth at most.
+# Within a cell a smooth rate exceeds the larger of its end values by at most 0.1 percent.
 MAX_RISE = 1.01
 
 
@@ -46,6 +46,7 @@ class CandidateEvents:
         low, high = torch.logit(ends).tolist()
         self.low = low
         self.width = (high - low) / NUM_CELLS
+        # Logit time resolves both ends, where rates grow as 1/t and 1/(1 - t).
         cells = torch.arange(NUM_CELLS + 1, dtype=torch.float64, device=zt.device)
         t = torch.sigmoid(low + self.width * cells)
         states, self.state_index = process.representative(zt).unique(return_inverse=True)

@@ -102,6 +102,7 @@ class LevelClock(SettingsRepr, ABC):
         for _ in range(6):
             total, rate = self._interpolate_integral(level, cell, position)
             newton_step = torch.where(rate > 0, (goal - total) / rate, 0.0)
+            # A full step may leave the cell if the rate is small at one end.
             position = position + newton_step.clamp(-1.0, 1.0)
         s = torch.sigmoid(LOWEST + CELL * (cell + position))
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
@@ -233,7 +234,7 @@ class LogTimeClock(LevelClock):
         if row is not None:
             powers = powers[:, row]
         count = len(powers)
-        # The rows of a sequence, or of a step, share their times.
+        # Many rows have the same time, since positions of a sequence mostly share it.
         times, time_index = torch.unique(tau, return_inverse=True)
         mean = (self._max_rate * times).unsqueeze(-1)
         k = torch.arange(1, count, dtype=tau.dtype, device=tau.device)
@@ -245,6 +246,7 @@ class LogTimeClock(LevelClock):
         return exponential.reshape(len(times), *powers.shape[1:])[time_index]
 
     def pi(self, t: Tensor) -> Tensor:
+        # log1p is accurate for small t; log-time is infinite at t = 1.
         log_time = -torch.log1p(-t.clamp(max=LATEST))
         levels = self._exponential(log_time, row=0)
         has_ended = (t >= 1.0).unsqueeze(-1)

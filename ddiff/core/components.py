@@ -41,7 +41,7 @@ class ComponentProcess(InterpolatingProcess):
         self.components = torch.stack(checked)
         self._components_on = Constant(self.components).on
         at_tokens = self.components[:, : vocabulary.num_tokens]
-        # Then b_t is one number per row over the tokens.
+        # If so, b_t is stored as one number per row for all tokens.
         self._is_even_on_tokens = bool((at_tokens == at_tokens[:, :1]).all())
         # Computed, since a subclass only defines alpha and c.
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -181,8 +181,9 @@ class ComponentProcess(InterpolatingProcess):
         upper = pick(cdf, component)
         previous = (component - 1).clamp(min=0)
         lower = torch.where(component > 0, pick(cdf, previous), 0.0)
-        # The place of the uniform within its component's interval is uniform again.
+        # Given the component, the relative position in its interval is uniform and independent.
         rest = (uniform - lower) / (upper - lower)
+        # Rounding may reach 1, but uniforms are in [0,1).
         rest = rest.clamp(0.0, 1.0 - 2.0**-53)
         for k, dist in enumerate(self._components_on(ids.device)):
             rows = component == k

@@ -120,9 +120,11 @@ class DenseProcess(ForwardProcess):
             return moved[pair_index]
         elapsed = self._log_alpha(start) - self._log_alpha(stop)
         exponent = elapsed[:, None, None] * self._matrix.to(t.device)
+        # Rounding may leave tiny negative probabilities, which sampling and logs reject.
         return torch.matrix_exp(exponent)[pair_index].clamp(min=0.0)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
+        # A schedule that closes has alpha(1) = 0, whose log is infinite.
         return self.schedule.alpha(t.clamp(max=LATEST)).log()
 
     def _tabulate(self) -> tuple[Tensor, Tensor]:
@@ -154,6 +156,7 @@ class DenseProcess(ForwardProcess):
         times, time_index = torch.unique(t, return_inverse=True)
         knots = self._table[0].to(t.device)
         reached = self._table[1].to(t.device)
+        # The latest knot before each time; the rest of the way is one short step.
         before = torch.searchsorted(knots, interior(times), right=True) - 1
         before = before.clamp(0, len(knots) - 1)
         size = self.vocabulary.num_states

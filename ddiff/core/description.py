@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Attributes that follow from others, by the beginnings of their names.
+# Prefixes of the names of attributes that are derived from other attributes.
 _DERIVED = (
     "closes_at_",
     "uniforms_per_",

@@ -220,7 +220,7 @@ def decoding_term(
     )
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
-        # A state in which nothing ever arrives then still holds its clean token.
+        # If the process closes, a state without arrivals is certain to be the clean token.
         evaluated = evaluated & (times.t > 0) & process.active(noisy.zt)
     nll = _evaluate_at(
         network,
@@ -250,7 +250,7 @@ def closing_term(
     counted = (times.speed > 0) & ~times.clean & scored
     evaluated = counted
     if process.closes_at_prior:
-        # At t = 1 the KL is then 0.
+        # The KL at t = 1 is 0 if the process closes.
         evaluated = counted & (times.t < 1)
     noisy = corrupt(
         process,

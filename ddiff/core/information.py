@@ -41,16 +41,16 @@ KNOTS = 257
 STEEP = 2.0
 # Halvings of a cell of logit t, until it is as wide as the rounding of its ends.
 REFINEMENTS = 40
-# Smaller shares of information are differences spoilt by rounding.
+# Smaller fractions of information are dominated by rounding errors.
 RELIABLE = 1e-11
-# Share of the information that the bound may leave out beyond the interior times.
+# Fraction of the information outside the interior times that the bound may neglect.
 NEGLIGIBLE = 1e-9
-# Probabilities of being noise below this are rounding.
+# Smaller probabilities of being noise are rounding errors.
 RAREST = 1e-15
 # Largest loss of information in nats per probability P of being noise: 1 + ln V + ln 1/P with
 # P >= 1e-15, by Fano's inequality.
 MOST_PER_NOISE = 50.0
-# Shares are kept this far from 0 and 1, so that slopes there are finite.
+# Smallest distance of tau from 0 and 1, so that slopes are finite.
 SMALLEST = 2.0**-53
 
 
@@ -179,6 +179,7 @@ class InformationTime:
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         width = self.last - self.first
+        # The map is defined on the open interval; the ends are set below.
         share = (self.first + width * tau).clamp(SMALLEST, 1.0 - SMALLEST)
         t, speed = self._map(share)
         t = torch.where(tau >= 1.0, self._last_t, t)
@@ -223,7 +224,7 @@ class InformationTime:
     def _noise_probability(self, tau: Tensor) -> Tensor:
         """Return P(tau) [n], the probability that a token has become noise since the first time."""
         changed = self._change_probability(self.at(tau)[0])
-        # Tokens that are noise from t = 0 on add nothing to the bound for becoming noise.
+        # Tokens that are already noise at t = 0 add nothing to the diffusion term.
         since_start = changed - self._change_at_start
         changed = (since_start / max(1.0 - self._change_at_start, RAREST)).clamp(min=RAREST)
         # If information jumps, since a discontinuous generator is integrated in steps, no token may

@@ -57,7 +57,7 @@ from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.token_divergence import TokenDivergence
 from ddiff.errors import ArgumentError
 
-# Differences of noise that are this small, relative to their terms, are rounding errors of 0.
+# Relative differences of noise below this are rounding errors of an exact 0.
 ROUNDING = 1e-12
 
 # Number of times, even in logit t, at which arrivals are checked to find the reachable states.
@@ -248,6 +248,7 @@ class InterpolatingProcess(ForwardProcess):
         noise, _ = self.split_noise(log_s, self.clamp_score_time(t))
         possible = log_s > -torch.inf
         log_s = where_or_zero(possible, log_s)
+        # 1 - b sum(s) / s in logs: expm1 keeps the digits of a small signal.
         signal = -torch.expm1(noise.log() - log_s)
         log_p = log_s + signal.clamp(min=FLOOR).log()
         return log_normalize(torch.where(possible, log_p, -torch.inf))
@@ -594,6 +595,7 @@ class InterpolatingProcess(ForwardProcess):
         """
         noise_s = self.noise_at(zt, s)
         noise_t = self.noise_at(zt, t)
+        # Decided before the network runs, so most rows of a short step cost nothing.
         bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
         zs = zt.clone()
         candidates = find_rows(u[:, 0] < bound)
@@ -629,7 +631,7 @@ class InterpolatingProcess(ForwardProcess):
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
         elsewhere = marginal.scatter(-1, zt.unsqueeze(-1), 0.0)
         total = elsewhere.double().sum(-1)
-        # A distribution that is certain of z leaves no mass elsewhere; such a row draws z.
+        # If the prediction gives z probability 1, no other state is possible: draw z.
         no_mass = to_column(total == 0, elsewhere)
         weights = elsewhere.scatter(-1, zt.unsqueeze(-1), no_mass)
         drawn = draw_index(weights, u[:, 1])

@@ -19,7 +19,7 @@ from ddiff.errors import ArgumentError
 # Largest number of states of a kernel that is solved as a dense matrix.
 MAX_DENSE = 512
 
-# Singular values below this share of the largest hold only the rounding errors of a vector.
+# Singular values below this fraction of the largest only amplify rounding errors.
 MIN_SINGULAR_SHARE = 1e-13
 
 
@@ -58,7 +58,7 @@ class Kernel(ABC):
             raise ArgumentError(
                 f"{type(self).__name__}.solve: the kernel must have at most {MAX_DENSE} states, "
                 f"since it is solved as a dense matrix; got {self.num_states}. Use a process whose "
-                "transition has its own structure."
+                "transition kernel overrides solve."
             )
         transposed = self.dense().transpose(-1, -2)
         target = vector.double().unsqueeze(-1)
@@ -85,8 +85,8 @@ def require_invertible(singular: Tensor, name: str) -> None:
         raise ArgumentError(
             f"{name}.solve: the kernel must be invertible in every row; {int(singular.sum())} of "
             f"{len(singular)} are singular, the first at row {int(singular.nonzero()[0, 0])}. A "
-            "transition up to t = 1 forgets where it came from, and a generator has no inverse: "
-            "start below t = 1."
+            "transition to t = 1 loses its start state, and a generator has no inverse. Use a "
+            "transition to a time below 1."
         )
 
 
@@ -109,6 +109,7 @@ def solve_nearest(
     formulas multiply small probabilities by factors of order 1/t.
     """
     reached = (base.unsqueeze(1) @ matrix).squeeze(1)
+    # States that no start reaches get scale 0; the division must not make inf * 0.
     inverse_reached = 1.0 / torch.where(reached > 0, reached, 1.0)
     scale = torch.where(reached > 0, inverse_reached, 0.0)
     scaled = matrix * scale.unsqueeze(1)
@@ -119,6 +120,7 @@ def solve_nearest(
     for k in range(len(matrix)):
         rows = find_rows(index == k)
         solved = base[k].expand(len(rows), -1)
+        # Refinement by the residual: each round removes errors that pinv makes in small entries.
         for _ in range(3):
             residual = targets[rows] - solved @ scaled[k]
             solved = solved + residual @ inverse[k]
@@ -184,7 +186,7 @@ class InterpolatingKernel(Kernel):
         |x| denotes the sum of the entries of x.
         """
         row_sum = self.stay + self.arrive.sum(-1)
-        # A row sum that is rounding of `stay` alone is the 0 of a generator.
+        # A row sum as small as the rounding error of `stay` is the exact 0 of a generator.
         is_rounding = row_sum.abs() <= 1e-15 * self.stay.abs()
         singular = (self.stay == 0) | is_rounding
         require_invertible(singular, type(self).__name__)

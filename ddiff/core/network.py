@@ -70,7 +70,7 @@ class EvaluationCounter(CountingNetwork):
 
         def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             queried = torch.zeros_like(evaluated).index_fill(0, (rows // length).cpu(), True)
-            # Queries of one state share its evaluation: only the first is a new call.
+            # Several queries of one noisy state use one evaluation: only the first counts.
             self._count(batch, queried & ~evaluated, new_call=not bool(evaluated.any()))
             evaluated.logical_or_(queried)
             return query(rows, node, fn, *per_row)

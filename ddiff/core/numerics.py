@@ -18,7 +18,7 @@ from ddiff.errors import NonFiniteError
 EARLIEST = 1e-12
 LATEST = 1.0 - 1e-12
 
-# Smallest share of its score that a token keeps as a probability if the score gives it none.
+# Least fraction of a token's score that is kept as its probability (see `tweedie`).
 FLOOR = 1e-14
 
 
@@ -129,6 +129,7 @@ def draw_index(weights: Tensor, u: Tensor) -> Tensor:
     index is clamped to the last positive weight, so that rounding at u near 1 never draws an index
     of weight 0. Raises NonFiniteError if the weights of a row have no positive finite sum.
     """
+    # Summed in float64: in float32 the cumulative sum loses the tail of a large vocabulary.
     cdf = weights.double().cumsum(-1)
     total = cdf[:, -1]
     drawable = (total > 0) & (total < torch.inf)
@@ -137,7 +138,7 @@ def draw_index(weights: Tensor, u: Tensor) -> Tensor:
             "draw_index: weights must have a positive, finite sum in every row; got "
             f"{cdf[~drawable, -1][0]}. Either the predicted distribution holds NaN (the network's "
             "weights or inputs are not finite: go back to an earlier checkpoint), or it gives no "
-            "probability to anything below the state that a row is in."
+            "probability to any token below the state of a row."
         )
     target = (u * total).unsqueeze(-1)
     index = torch.searchsorted(cdf, target, right=True).squeeze(-1)

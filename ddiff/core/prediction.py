@@ -178,6 +178,7 @@ class SubtreeDistribution(ABC):
         is_inside = is_after_start & (place < stop.unsqueeze(-1))
         inside = log_p.masked_fill(~is_inside, -torch.inf)
         peak = inside.amax(-1, keepdim=True)
+        # A row without mass below the node has peak -inf, and -inf - (-inf) is NaN.
         finite_peak = peak.masked_fill(peak == -torch.inf, 0.0)
         weights = (log_p - finite_peak).exp().masked_fill(~is_inside, 0.0)
         drawn_place = self._below[level].start + draw_index(weights, u)

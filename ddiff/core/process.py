@@ -114,6 +114,7 @@ class Prior:
         cdf = weights.cumsum(0)
         target = u.contiguous() * cdf[-1]
         drawn = torch.searchsorted(cdf, target, right=True)
+        # Rounding at u near 1 may search past the last state with positive probability.
         last_possible = int(weights.nonzero().max())
         return drawn.clamp(max=last_possible)
 
@@ -294,7 +295,7 @@ class ForwardProcess(ABC):
         inward = self._inward_rates(zt, t)
         arrives = inward > 0
         log_s = self._true_log_ratio(x0, zt, t)
-        # Zero where nothing arrives: there an infinite ratio would have a gradient of 0 * inf.
+        # Where no state arrives the ratio may be infinite, with the gradient 0 * inf = NaN.
         log_s_theta = where_or_zero(arrives, self._log_ratio(prediction, zt, t))
         s = log_s.exp()
         cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
@@ -427,6 +428,7 @@ class ForwardProcess(ABC):
 
     def _change_probability_of(self, x0: Tensor, t: Tensor) -> Tensor:
         marginal = self.log_marginal(self._log_one_hot(x0), t)
+        # 1 - q_t(x|x), accurate if q_t(x|x) is near 1.
         return -torch.expm1(pick(marginal, x0))
 
     def _mean_over_tokens(self, values: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Tensor:

@@ -146,6 +146,7 @@ class GeometricSchedule(Schedule):
         return -self._growth * sigma * torch.exp(-sigma)
 
     def one_minus_alpha(self, t: Tensor) -> Tensor:
+        # 1 - exp(-sigma) without cancellation for small sigma.
         return -torch.expm1(-self.sigma(t))
 
     @property

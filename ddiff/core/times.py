@@ -349,13 +349,14 @@ class WindowTimes:
         slots: int | Tensor,
         length: int,
     ) -> Times:
+        # One number per sample decides both the window and the time within it.
         v = _one_per_sample(rng, slot, slots).squeeze(-1)
         if self.shape == "slide":
             return self.at(clock, v, length)
         count = self._num_windows(length)
-        # Number of windows that are settled, as a real number: its fraction is the time.
+        # Number of decoded windows as a real number; its fractional part gives the time.
         settled = (1.0 - v).unsqueeze(-1) * count
-        # v = 0 would name a window beyond the last.
+        # v = 0 would give the index after the last window.
         current = settled.long().clamp(max=count - 1)
         t, speed = clock.draw(current + 1 - settled, self.start, self.stop, self.width)
         return self._one_open_block(t, speed * count, current, length)
@@ -484,7 +485,7 @@ class WindowTimes:
         """Return the ends of one randomly chosen position, which represents all positions."""
         place = torch.arange(length, device=slot.device)
         chosen = (rng.uniform("window")[:, :1] * length).floor()
-        # The chosen position is decoded while the next one is still at the prior ...
+        # The chosen position is at the left edge of the window when it is decoded ...
         before = (place - chosen) / self.width
         t, speed = self._at_share(clock, before.clamp(0.0, 1.0))
         window = before.floor().long()
@@ -495,7 +496,7 @@ class WindowTimes:
             before >= 1,
             window,
         )
-        # ... and leaves the prior when the last one has settled.
+        # ... and at the right edge of the window when it leaves the prior.
         after = before + 1.0
         t, speed = self._at_share(clock, after.clamp(0.0, 1.0))
         window = _window_numbers_at(after)

@@ -104,7 +104,7 @@ class StochasticParents:
         pushed = torch.zeros(size, dtype=torch.float64)
         if below is not None:
             pushed.index_add_(0, self.vocabulary.parents[j - 1], below)
-        # The part that `sure` loses is spread evenly; the remainder follows its own parents.
+        # The probability that `sure` loses is spread evenly; the remainder moves to its parents.
         self.stray[i][j] = a * pushed + b
 
     def _table_from_tokens(self, level: int) -> Tensor:
@@ -354,9 +354,9 @@ class TreeProcess(ForwardProcess):
             )
         if clock.num_levels != num_levels:
             raise ArgumentError(
-                f"{name}: clock must have one level per level above the tokens, {num_levels} for "
-                f"{vocabulary}; got a clock of {clock.num_levels}. Give it {num_levels} rates or "
-                "schedules."
+                f"{name}: clock must have {num_levels} levels, one per level of {vocabulary} above "
+                f"the tokens; got a clock with {clock.num_levels} levels. Make the clock from "
+                f"{num_levels} rates or schedules."
             )
         if decoding not in DECODING:
             raise ArgumentError(
@@ -671,7 +671,7 @@ class TreeProcess(ForwardProcess):
     def scope(self, zt: Tensor) -> Tensor:
         if not self.parents.is_deterministic:
             return torch.full_like(zt, self.vocabulary.root)
-        # Nothing is open below a token. If one is read at all, with a clock that does not close,
+        # Below a token there is nothing to predict. If a token is decoded (clock not closed),
         # its parent can be queried.
         return torch.where(self.active(zt), zt, self.vocabulary.parent(zt))
 
@@ -750,6 +750,7 @@ class TreeProcess(ForwardProcess):
         num_levels = self.clock.num_levels + 1
         index = level[:, None, None].expand(-1, num_levels, 1)
         arrive = self.clock.transition(s, t).gather(-1, index).squeeze(-1)
+        # The level of z_t is certain, so its posterior at s needs no prediction.
         target = draw_index(self.clock.pi(s) * arrive, u[:, 0])
         return self._draw_at_level(query, zt, target, u[:, 1])
 
@@ -961,6 +962,6 @@ def _check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]
         raise ArgumentError(
             f"TreeProcess: xi must be one number in (0, 1], or one for each of the {num_levels} "
             f"levels above the tokens; got {xi}. xi is the probability that a position moves to "
-            "its own parent; 1 is the plain tree."
+            "its own parent; 1 makes parents deterministic."
         )
     return values

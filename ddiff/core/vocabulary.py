@@ -170,7 +170,7 @@ class Vocabulary:
             ) from None
         except Exception as error:
             raise DataError(
-                f"Vocabulary.load: {path} is not a whole vocabulary file ({error}). Build the "
+                f"Vocabulary.load: {path} is not a complete vocabulary file ({error}). Build the "
                 "vocabulary again."
             ) from error
         if vocabulary.fingerprint != written:
@@ -261,8 +261,8 @@ class HierarchicalVocabulary(Vocabulary):
         if len(depths) != 1 or 0 in depths:
             raise ArgumentError(
                 "HierarchicalVocabulary.from_labels: label must name the same number of groups (at "
-                f"least one) for every token; got depths {sorted(depths)}. Give short branches a "
-                "group of their own."
+                f"least one) for every token; got depths {sorted(depths)}. Repeat a group "
+                "where a token has fewer."
             )
         parents = []
         below = [(i, *path) for i, path in enumerate(paths)]
@@ -394,7 +394,7 @@ def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
     """
     num_levels = vocabulary.num_levels
     num_rows = max(vocabulary.num_states, vocabulary.root + 1)
-    # Without a root state, the whole is still one level above the tokens.
+    # Without a root state, the id `root` (all tokens) is still one level above the tokens.
     level = torch.ones(num_rows, dtype=torch.long)
     ancestor = torch.full((num_rows, num_levels + 1), -1)
     for own in range(num_levels + 1):

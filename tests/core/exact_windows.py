@@ -1,8 +1,7 @@
 """Exact bound of a window rule on a joint of three symbols: every expectation is a sum.
 
-States, the window that an end is read at, and the nodes of a quadrature over times stand in place
-of noise; the terms are computed by the engine's own assembly, at the exact conditional laws of
-what a network would be shown.
+Sums over states, over the windows of the end terms, and over quadrature nodes in time replace random
+draws. The engine's `nelbo` computes the terms, with exact conditional distributions as predictions.
 """
 
 from __future__ import annotations
@@ -220,7 +219,7 @@ def cost_of_ends(
     """Cost of decoding all positions of a block at once, and of leaving the prior at once.
 
     The sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)] and the same of
-    Z_t1 without words.
+    Z_t1.
     """
     early, late = likelihoods(process, torch.tensor(window, dtype=torch.float64))
     cost = torch.zeros((), dtype=torch.float64)

@@ -43,7 +43,7 @@ def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
 
 
 @pytest.mark.parametrize("rates", RATES, ids=str)
-def test_log_time_clock_is_exact_to_ten_digits(rates: tuple[float, ...]) -> None:
+def test_log_time_clock_has_relative_error_below_1e_10(rates: tuple[float, ...]) -> None:
     t = torch.tensor(TIMES, dtype=torch.float64)
     expected = torch.tensor([exact_masses(rates, time) for time in TIMES], dtype=torch.float64)
     got = LogTimeClock(rates).pi(t)
@@ -51,12 +51,12 @@ def test_log_time_clock_is_exact_to_ten_digits(rates: tuple[float, ...]) -> None
 
 
 @pytest.mark.parametrize("rates", RATES, ids=str)
-def test_log_time_clock_passes_every_law(rates: tuple[float, ...]) -> None:
+def test_log_time_clock_passes_all_conformance_checks(rates: tuple[float, ...]) -> None:
     assert_laws(check_clock(LogTimeClock(rates)))
 
 
 @pytest.mark.parametrize("powers", [(1.0,), (1.0, 2.0), (0.8, 1.5, 3.0)], ids=str)
-def test_cdf_clock_passes_every_law(powers: tuple[float, ...]) -> None:
+def test_cdf_clock_passes_all_conformance_checks(powers: tuple[float, ...]) -> None:
     assert_laws(check_clock(CdfClock([PowerSchedule(power) for power in powers])))
 
 
@@ -72,12 +72,12 @@ def test_cdf_clock_passes_every_law(powers: tuple[float, ...]) -> None:
     ],
     ids=lambda schedule: f"{type(schedule).__name__} {vars(schedule)}",
 )
-def test_schedules_pass_every_law(schedule: Schedule) -> None:
+def test_schedules_pass_all_conformance_checks(schedule: Schedule) -> None:
     assert_laws(check_schedule(schedule))
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 1.0 - 1e-3), (0.05, 0.9)], ids=str)
-def test_flat_times_pass_every_law(window: tuple[float, float]) -> None:
+def test_flat_times_pass_all_conformance_checks(window: tuple[float, float]) -> None:
     assert_laws(check_time_rule(FlatTimes(*window)))
 
 
@@ -89,7 +89,7 @@ def test_flat_times_pass_every_law(window: tuple[float, float]) -> None:
     ],
     ids=["at the end", "in the last hundredth"],
 )
-def test_cdf_clock_rejects_crossing_near_the_ends(schedules: list[Schedule]) -> None:
+def test_cdf_clock_rejects_schedules_that_cross_near_the_ends(schedules: list[Schedule]) -> None:
     with pytest.raises(ArgumentError, match="do not keep that order"):
         CdfClock(schedules)
 
@@ -100,7 +100,7 @@ def test_cdf_clock_accepts_equal_schedules_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
-def test_slow_clock_sends_rest_to_root_after_last_interior_time(rate: float) -> None:
+def test_entry_time_of_slow_clock_may_follow_last_interior_time(rate: float) -> None:
     """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u.
 
     At rate .3 a share of 2.5e-4 enters the root within 1e-12 of the end; 1 - s is resolved to

@@ -60,9 +60,7 @@ def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2
 @pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
 @pytest.mark.parametrize("length", [1, 4096])
 @pytest.mark.parametrize("noise", ["mask", "tokens"])
-def test_bound_counts_all_of_a_process_that_starts_late(
-    noise: str, length: int, start: float
-) -> None:
+def test_bound_of_process_that_starts_late_is_exact(noise: str, length: int, start: float) -> None:
     masked = noise == "mask"
     vocabulary = MASKED if masked else BARE
     target = mask_distribution(vocabulary) if masked else token_distribution(vocabulary)
@@ -72,7 +70,7 @@ def test_bound_counts_all_of_a_process_that_starts_late(
         assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
 
 
-def test_time_draws_do_not_cluster_where_discontinuous_chain_pauses() -> None:
+def test_time_draws_do_not_cluster_where_chain_pauses() -> None:
     matrix = torch.ones(3, 3, dtype=torch.float64) - 3.0 * torch.eye(3, dtype=torch.float64)
 
     def late(t: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def test_time_draws_do_not_cluster_where_discontinuous_chain_pauses() -> None:
 
 
 @pytest.mark.parametrize("name", ["one token", "one masked token", "no rates"])
-def test_time_draws_are_even_without_information_to_lose(name: str) -> None:
+def test_time_draws_are_uniform_if_no_information_is_lost(name: str) -> None:
     alone = FlatVocabulary(1, mask=False)
     hidden = FlatVocabulary(1)
     process: ForwardProcess = {
@@ -105,7 +103,7 @@ def test_time_draws_are_even_without_information_to_lose(name: str) -> None:
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
-def test_single_token_noise_is_counted_at_that_token(t: float) -> None:
+def test_density_of_single_token_noise_equals_derived_density(t: float) -> None:
     """x = 0 can only be in state 0, but the prediction expects other tokens there."""
     target = torch.tensor([1.0, 0.0, 0.0])
     process = MixtureProcess(BARE, LinearSchedule(), target)
@@ -132,7 +130,7 @@ def test_bound_is_minus_log_p_for_single_token_noise(token: int) -> None:
     assert mean_charge(process, token, 64) == pytest.approx(expected, abs=1e-3)
 
 
-def test_tree_density_is_zero_at_tokens_whatever_the_prediction() -> None:
+def test_tree_density_is_zero_at_tokens_for_any_prediction() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
     process = TreeProcess.examples()[1]
     certain = torch.eye(5, dtype=torch.float64).log()[[4, 4]]

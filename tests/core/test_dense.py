@@ -51,7 +51,7 @@ chain = torch.tensor([[-1.0, 0.5, 0.5], [0.2, -0.2, 0.0], [1.0, 3.0, -4.0]], dty
         "function late",
     ],
 )
-def test_dense_process_rejects_matrix_that_is_no_generator(
+def test_dense_process_rejects_matrix_that_is_not_a_generator(
     matrix: Tensor | Callable[[Tensor], Tensor], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):

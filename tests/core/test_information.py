@@ -55,7 +55,7 @@ def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_equals_that_of_joint_table(name: str) -> None:
+def test_information_equals_mutual_information_of_joint_table(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     expected = enumerated_information(process, t)
@@ -66,7 +66,7 @@ def test_information_equals_that_of_joint_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_overrides_equal_the_derived_information(name: str) -> None:
+def test_information_overrides_equal_the_default_formula(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-9, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     for method in ("information", "change_probability"):
@@ -88,7 +88,7 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_speed_is_exact_derivative_of_t(name: str) -> None:
+def test_information_time_speed_is_exact_derivative_of_t(name: str) -> None:
     """By autograd through the interpolant: interpolation biases no estimate in tau."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
@@ -179,7 +179,7 @@ def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
     assert charged == pytest.approx([expected] * 5, rel=5e-3)
 
 
-def test_information_beyond_interior_times_is_left_to_end_terms() -> None:
+def test_information_outside_interior_times_is_covered_by_end_terms() -> None:
     """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time."""
     early = PROCESSES["early masks"].information_time
     assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)
@@ -191,7 +191,7 @@ def test_information_beyond_interior_times_is_left_to_end_terms() -> None:
     assert plain.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
-def test_process_that_closes_at_neither_end_keeps_its_window() -> None:
+def test_information_time_of_unclosed_process_spans_all_of_t() -> None:
     process = MixtureProcess(
         FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0])
     )

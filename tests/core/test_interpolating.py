@@ -113,7 +113,7 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
 
 @pytest.mark.parametrize("name", THINNED)
 @pytest.mark.parametrize(("t", "s"), [(0.77, 0.31), (0.5, 0.49), (1.0, 0.6), (0.4, 0.0)])
-def test_thinned_step_follows_the_dense_posterior(name: str, t: float, s: float) -> None:
+def test_thinned_step_follows_posterior_of_dense_process(name: str, t: float, s: float) -> None:
     process = THINNED[name]()
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     reached = process.log_marginal(log_p, full(t, log_p[:, 0]))[0].exp() > 1e-12
@@ -165,7 +165,7 @@ class WideDoubles(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
+def test_component_process_makes_no_float64_tensor_of_vocabulary_width(even: bool) -> None:
     vocabulary, rows = FlatVocabulary(500), 64
     process = MaskAndWords(vocabulary)
     process._is_even_on_tokens = even
@@ -201,7 +201,7 @@ def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
         )  # the distribution is float32
 
 
-def test_step_keeps_state_that_the_prediction_is_certain_of() -> None:
+def test_step_keeps_state_with_predicted_probability_one() -> None:
     process = uneven()
     log_p = torch.eye(4).double().log()
     zt, u = torch.arange(4), torch.tensor([[0.0, 0.5]]).double().expand(4, -1)
@@ -300,7 +300,7 @@ def test_event_time_is_zero_if_nothing_arrives() -> None:
     assert not uneven().is_monotone
 
 
-def test_process_without_events_raises_with_advice() -> None:
+def test_event_time_of_process_without_events_raises_argument_error() -> None:
     chain = torch.tensor([[-1.0, 1.0], [2.0, -2.0]])
     process = DenseProcess(FlatVocabulary(2, mask=False), chain)
     assert not process.has_events
@@ -355,7 +355,7 @@ def test_component_process_equals_process_with_explicit_noise() -> None:
         )
 
 
-def test_component_process_derives_its_ends_from_coefficients() -> None:
+def test_component_process_derives_prior_and_closing_from_coefficients() -> None:
     assert MaskAndWords(MASKED).closes_at_clean
     assert MaskAndWords(MASKED).closes_at_prior
     assert MaskAndWords(MASKED).prior.log_prob.exp().tolist() == [0.0, 0.0, 0.0, 1.0]

@@ -28,7 +28,7 @@ def test_draw_index_gives_each_index_a_half_open_interval() -> None:
     assert drawn([1.0, 2.0, 1.0], 0.0, 0.2499, 0.25, 0.7499, 0.75, LARGEST) == [0, 0, 1, 1, 2, 2]
 
 
-def test_draw_index_needs_no_normalization() -> None:
+def test_draw_index_does_not_depend_on_scale_of_weights() -> None:
     u = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.rand(500, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # powers of two scale without rounding, so the draws agree exactly
@@ -68,7 +68,7 @@ def test_draw_index_without_rows_gives_no_draws() -> None:
     assert draw_index(torch.empty(0, 3), torch.empty(0).double()).shape == (0,)
 
 
-def test_interior_changes_only_the_ends() -> None:
+def test_interior_changes_only_t_0_and_t_1() -> None:
     t = torch.tensor([0.0, 1e-12, 0.3, 1.0], dtype=torch.float64)
     assert interior(t).tolist() == [1e-12, 1e-12, 0.3, 1.0 - 1e-12]
 
@@ -105,7 +105,7 @@ def race_in_single_precision(reveal: float) -> Tensor:
     """[V] exact P(token is revealed) if token and mask race with float32 uniforms.
 
     A float32 uniform is a multiple of 2^-24, so the exponential -ln(1 - k 2^-24) takes steps of e
-    = 6e-8 near 0. A word of weight w beats the mask's E/(1 - reveal) with probability sum_k 2^-24
+    = 6e-8 near 0. A token of weight w beats the mask's E/(1 - reveal) with probability sum_k 2^-24
     exp(-k a) = 2^-24 / (e^a - 1), where a = e (1 - reveal)/w; in exact arithmetic with 2^-24 / a
     = w/(1 - reveal).
     """
@@ -118,7 +118,7 @@ def test_float32_uniforms_are_multiples_of_2_to_the_minus_24() -> None:
     assert torch.equal(u, u.round())
 
 
-def test_joint_float32_race_starves_the_tail() -> None:
+def test_joint_float32_race_loses_probability_of_rare_tokens() -> None:
     """A quarter of the mass almost vanishes, and the text looks more likely than it is."""
     revealed = race_in_single_precision(reveal=2 * STEP)
     share = revealed / revealed.sum()
@@ -128,10 +128,10 @@ def test_joint_float32_race_starves_the_tail() -> None:
     assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer tokens are revealed at all
 
 
-def test_deciding_before_drawing_keeps_tail_mass_in_float32() -> None:
+def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
     """One step of masked diffusion with a float32 prediction, over a grid of uniforms.
 
-    Words stand in order of -ln p, so the grid's error in its mean is at most its range, ln V,
+    Tokens are in order of -ln p, so the grid's error in its mean is at most its range, ln V,
     over the number of points.
     """
     vocabulary, points, chunk = FlatVocabulary(len(ZIPF)), 1024, 64

@@ -41,7 +41,7 @@ def mass(tree: Vocabulary, log_p: Tensor, node: int) -> Tensor:
 
 @given(trees(), st.integers(0, 99), st.booleans())
 @many
-def test_masses_are_sums_over_tokens_below(
+def test_log_mass_is_log_of_sum_over_tokens_below_node(
     tree: HierarchicalVocabulary, seed: int, impossible: bool
 ) -> None:
     log_p = random_log_p(tree.num_tokens, seed, impossible=impossible)
@@ -77,7 +77,7 @@ def test_log_child_of_equal_nodes_is_zero_even_if_impossible() -> None:
         assert dist.log_child(torch.tensor([node]), torch.tensor([node])).tolist() == [0.0]
 
 
-def test_distribution_keeps_dtype_of_wide_tensors() -> None:
+def test_distribution_results_keep_dtype_of_log_p() -> None:
     dist = DenseDistribution(random_log_p(7, 0).float(), some_tree)
     assert {dist.log_mass(level).dtype for level in range(3)} == {torch.float32}
 
@@ -183,7 +183,7 @@ def test_draw_below_node_without_probability_raises() -> None:
 
 @given(trees(max_levels=3), st.integers(0, 99))
 @many
-def test_subtree_distribution_agrees_with_whole_below_its_top(
+def test_subtree_distribution_equals_whole_distribution_below_top(
     tree: HierarchicalVocabulary, seed: int
 ) -> None:
     log_p, u = random_log_p(tree.num_tokens, seed), torch.tensor([0.2, 0.8], dtype=torch.float64)
@@ -207,7 +207,7 @@ def test_subtree_distribution_agrees_with_whole_below_its_top(
                     )
 
 
-def test_subtree_distribution_rejects_reads_above_its_top() -> None:
+def test_subtree_distribution_rejects_queries_above_its_top() -> None:
     dist = DenseDistribution(torch.zeros(1, 2).double().log_softmax(-1), some_tree, top=7)
     for network in (lambda: dist.log_prob(torch.tensor([1])), lambda: dist.log_mass(0)):
         with pytest.raises(ArgumentError, match="the rows were queried below node 7 only"):
@@ -243,7 +243,7 @@ def test_segment_without_mass_sends_no_gradient() -> None:
 # ---------------------------------------------------------------------- own evidence
 
 
-def test_full_conditional_trains_below_node_that_rules_tokens_out() -> None:
+def test_full_conditional_gradient_is_zero_at_tokens_outside_node() -> None:
     process = TreeProcess(HierarchicalVocabulary([[0, 1, 0, 1]]), LogTimeClock((1.0, 1.0)))
     logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     node, x0, t = torch.tensor([4]), torch.tensor([2]), torch.tensor([0.4], dtype=torch.float64)

@@ -21,7 +21,7 @@ def test_point_prior_is_drawn_for_every_uniform() -> None:
     assert Prior.point(2, 4).draw(u).tolist() == [2, 2, 2]
 
 
-def test_prior_draw_makes_no_table_of_rows_by_states() -> None:
+def test_prior_draw_makes_no_tensor_of_shape_rows_by_states() -> None:
     many = 2**20  # such a table would take 8 TB
     assert bool(
         (Prior.point(many - 1, many).draw(torch.zeros(many, dtype=torch.float64)) == many - 1).all()

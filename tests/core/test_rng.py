@@ -24,7 +24,7 @@ def uniform(
     return CounterRng(seed, step, index, length, purpose).uniform("channel")
 
 
-def test_rng_numbers_never_change() -> None:
+def test_rng_numbers_equal_stored_values() -> None:
     assert torch.equal(uniform(), uniform())
     # runs are resumed and repeated by these numbers: a change of the generator changes
     # every result
@@ -50,7 +50,7 @@ def test_rng_channels_samples_and_positions_have_distinct_numbers() -> None:
     assert len(everything.unique()) == 6 * 7 * 4
 
 
-def test_rng_roles_of_seed_step_and_index_are_not_interchangeable() -> None:
+def test_rng_swapping_seed_step_and_index_changes_the_numbers() -> None:
     draws = [
         uniform(seed=a, step=b, index=torch.tensor([c]))
         for a, b, c in itertools.permutations((3, 4, 5))
@@ -69,14 +69,14 @@ def test_rng_position_does_not_depend_on_length() -> None:
         assert torch.equal(uniform(length=33)[:, :length], uniform(length=length))
 
 
-def test_rng_first_of_several_uniforms_equals_the_single_one() -> None:
+def test_rng_first_of_count_uniforms_equals_the_uniform_of_count_one() -> None:
     rng = CounterRng(3, 1, INDEX, 4)
     three = rng.uniform("x", 3)
     assert three.shape == (3, 4, 3)
     assert torch.equal(three[..., 0], rng.uniform("x"))
 
 
-def test_rng_group_number_does_not_depend_on_the_samples() -> None:
+def test_rng_group_uniform_does_not_depend_on_samples_in_the_group() -> None:
     one, other = (
         CounterRng(4, 5, index, length).uniform_per_group("x")
         for index, length in [(INDEX, 3), (torch.tensor([8]), 9)]
@@ -87,7 +87,7 @@ def test_rng_group_number_does_not_depend_on_the_samples() -> None:
     assert 0.0 <= float(one[0]) < 1.0
 
 
-def test_rng_groups_have_distinct_shared_numbers() -> None:
+def test_rng_group_uniforms_differ_between_groups() -> None:
     group = torch.tensor([3, 7, 3])
     index = torch.arange(3)
     shared = CounterRng(4, 5, index, 2, group=group).uniform_per_group("x")

@@ -46,7 +46,7 @@ def test_flat_times_put_one_sample_in_every_stratum(slots: int, step: int) -> No
 
 
 @pytest.mark.parametrize("slots", [4, 16, 64, 512])
-def test_contiguous_quarter_of_power_of_two_is_stratified(slots: int) -> None:
+def test_contiguous_quarter_of_power_of_two_slots_is_stratified(slots: int) -> None:
     for step in range(5):
         for quarter in drawn(slots, step=step)[:, 0].reshape(4, -1):
             share = len(quarter)
@@ -54,7 +54,7 @@ def test_contiguous_quarter_of_power_of_two_is_stratified(slots: int) -> None:
 
 
 @pytest.mark.parametrize("slots", [20, 48, 96, 100, 300, 500])
-def test_contiguous_quarter_of_any_batch_has_mean_time_near_half(slots: int) -> None:
+def test_contiguous_quarter_of_any_batch_has_mean_time_near_one_half(slots: int) -> None:
     """m points of the order have a mean within 1.2/m of 1/2 (measured up to 500).
 
     Their draws change it by half a stratum.
@@ -65,12 +65,12 @@ def test_contiguous_quarter_of_any_batch_has_mean_time_near_half(slots: int) -> 
         assert float((means - 0.5).abs().max()) < 1.2 / share + 0.5 / slots
 
 
-def test_plain_order_would_give_uneven_quarters() -> None:
+def test_strata_in_plain_order_have_uneven_quarters() -> None:
     """Contiguous strata would give the first rank a mean time of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
 
-def test_rank_draws_its_slice_of_the_global_batch() -> None:
+def test_flat_times_of_a_rank_are_a_slice_of_the_global_batch() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
         parts = [
@@ -81,7 +81,9 @@ def test_rank_draws_its_slice_of_the_global_batch() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.001, 0.999), (0.2, 0.3)])
-def test_flat_times_stay_in_window_with_its_width_as_speed(start: float, stop: float) -> None:
+def test_flat_times_stay_in_window_and_have_speed_equal_to_its_width(
+    start: float, stop: float
+) -> None:
     slot = torch.arange(64)
     rule, rng = FlatTimes(start, stop), CounterRng(0, 0, slot, 3)
     times = rule.draw(IdentityTime(), rng, slot, 64, 3)

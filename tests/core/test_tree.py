@@ -82,7 +82,7 @@ def test_token_below_node_follows_formula_of_decoding_rule(decoding: str, node: 
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_decoding_rules_agree_at_the_root(decoding: str) -> None:
+def test_all_decoding_rules_agree_at_the_root(decoding: str) -> None:
     zt, t = torch.full((POINTS,), 9), torch.full((POINTS,), 0.4, dtype=torch.float64)
     drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], P, rtol=0.0, atol=1.5 / POINTS)
@@ -132,7 +132,7 @@ def test_tree_step_keeps_tokens_without_querying() -> None:
     assert torch.equal(process().decode(never, zt, t, u[:, :1]), zt)
 
 
-def test_levels_without_strays_below_others_decode_exactly() -> None:
+def test_tree_decodes_exactly_if_only_upper_levels_are_stochastic() -> None:
     """xi = 1 at a level below one with xi < 1; Bayes by enumeration of all paths."""
     deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
@@ -150,7 +150,7 @@ def test_levels_without_strays_below_others_decode_exactly() -> None:
         torch.testing.assert_close(shares(drawn, 12)[:5], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
-def test_node_with_underflowing_mass_is_counted_and_trained() -> None:
+def test_node_with_underflowing_mass_has_finite_loss_and_gradient() -> None:
     three = HierarchicalVocabulary([[0, 0, 1, 1], [0, 1], [0, 0]])
     process = TreeProcess(three, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.8, 1.0))
     logits = torch.tensor(
@@ -256,7 +256,7 @@ def test_tree_process_rejects_invalid_xi(
 def test_tree_process_rejects_clock_with_other_number_of_levels(clock: LevelClock) -> None:
     with pytest.raises(
         ArgumentError,
-        match=rf"one level per level above the tokens, 2 .* a clock of {clock.num_levels}",
+        match=rf"2 levels, one per level .* a clock with {clock.num_levels}",
     ):
         TreeProcess(tree, clock)
 

@@ -87,7 +87,7 @@ def test_children_are_descendants_one_level_down_in_tree_order(
             assert children == [c for c in tree.order(level - 1).tolist() if c in children]
 
 
-def test_lookups_keep_shape_and_take_a_level_per_id() -> None:
+def test_vocabulary_lookups_keep_shape_and_accept_a_level_per_id() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
     assert tree.level_of(ids).tolist() == [[0, 0, 0], [1, 1, 2]]
@@ -147,7 +147,7 @@ def test_from_labels_makes_a_node_per_distinct_path() -> None:
     assert far[0] == far[1] == far[3] != far[2]
 
 
-def test_from_labels_takes_plain_label_as_one_level() -> None:
+def test_from_labels_treats_plain_label_as_one_level() -> None:
     tree = HierarchicalVocabulary.from_labels(["a", "1", "b"], str.isalpha)
     assert tree.level_sizes == (3, 2, 1)
     assert tree.ancestor(torch.arange(3), 1).tolist() == [3, 4, 3]
@@ -179,7 +179,7 @@ def test_from_labels_rejects_ragged_or_empty_labels(
         ([[0, 1], [0, 0, 0]], r"parents\[0\] names 2 nodes, but parents\[1\] has 3 entries"),
     ],
 )
-def test_hierarchical_vocabulary_rejects_lists_that_are_no_tree(
+def test_hierarchical_vocabulary_rejects_parent_lists_of_no_tree(
     parents: Parents, message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -290,13 +290,13 @@ def test_vocabulary_load_names_missing_file() -> None:
 @pytest.mark.parametrize("kept", [0, 5, 60, -1])
 def test_vocabulary_load_rejects_truncated_file(kept: int) -> None:
     content = _saved(HierarchicalVocabulary([[0, 1, 0]]))
-    with pytest.raises(DataError, match="not a whole vocabulary file"):
+    with pytest.raises(DataError, match="not a complete vocabulary file"):
         Vocabulary.load(_written(content[:kept]))
 
 
 def test_vocabulary_load_rejects_other_tensors() -> None:
     for metadata in (None, {"format": "pt"}):
-        with pytest.raises(DataError, match="not a whole vocabulary file"):
+        with pytest.raises(DataError, match="not a complete vocabulary file"):
             Vocabulary.load(_written(save({"weight": torch.zeros(2)}, metadata)))
 
 
@@ -309,5 +309,5 @@ def test_vocabulary_load_rejects_changed_tree() -> None:
     ):
         Vocabulary.load(_written(bytes(content)))
     content[where] = 7  # no tree at all
-    with pytest.raises(DataError, match="not a whole vocabulary file"):
+    with pytest.raises(DataError, match="not a complete vocabulary file"):
         Vocabulary.load(_written(bytes(content)))

@@ -104,7 +104,7 @@ def test_masking_on_whole_time_has_no_cost_of_ends(rule: str) -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_process_closing_at_neither_end_has_cost_of_ends(process: str) -> None:
+def test_slide_end_terms_are_zero_exactly_if_process_closes(process: str) -> None:
     rule = RULES["slide 2, paired"]
     terms = exact_terms(PROCESSES[process], rule)
     closes = PROCESSES[process].closes_at_clean
@@ -115,14 +115,16 @@ def test_process_closing_at_neither_end_has_cost_of_ends(process: str) -> None:
 
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("paired", [True, False])
-def test_blocks_of_one_equal_autoregression_for_every_sequence(process: str, paired: bool) -> None:
+def test_windows_of_width_one_give_autoregressive_nll_of_every_sequence(
+    process: str, paired: bool
+) -> None:
     """NELBO(x) = -ln p(x) for every x: the prediction at the one noisy position is constant."""
     terms = exact_terms(PROCESSES[process], WindowTimes(1, "block", paired).with_window(*WINDOW))
     torch.testing.assert_close(sum(terms), -LOG_JOINT.reshape(-1), rtol=0, atol=10 * QUADRATURE)
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_block_as_long_as_sequence_equals_flat_times_exactly(paired: bool) -> None:
+def test_window_as_wide_as_sequence_equals_flat_times_exactly(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
     network, scored = (
         network_from_noisy(exact_prediction(process), process.vocabulary),
@@ -176,7 +178,7 @@ class WithoutSpeed:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_bound_without_speed_differs_from_entropy(rule: str) -> None:
+def test_bound_of_rule_that_ignores_speed_differs_from_entropy(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(PROCESSES["masked"], WithoutSpeed(times))))
     assert abs(total - float(ENTROPY) - cost(PROCESSES["masked"], times, WINDOW)) > 0.05
@@ -206,7 +208,7 @@ def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None
     assert seeing == pytest.approx(total, abs=1e-12)
 
 
-def test_exact_prediction_is_that_of_the_joint() -> None:
+def test_exact_prediction_equals_conditional_of_joint_distribution() -> None:
     """Against explicit sums: x_1 after a clean x_0, next to a masked or a clean x_2."""
     joint, dist = JOINT.reshape(3, 3, 3), exact_prediction(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
@@ -225,7 +227,7 @@ def test_exact_prediction_is_that_of_the_joint() -> None:
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (0.05, 0.9)], ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_window_times_pass_every_law(rule: str, window: tuple[float, float]) -> None:
+def test_window_times_pass_all_conformance_checks(rule: str, window: tuple[float, float]) -> None:
     assert_laws(check_time_rule(RULES[rule].with_window(*window)))
 
 
@@ -267,7 +269,7 @@ def test_jointly_stratified_windows_are_uniform() -> None:
     assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5
 
 
-def test_slide_times_rise_from_settled_side_as_window_moves() -> None:
+def test_slide_times_rise_from_decoded_side_as_window_moves() -> None:
     tau = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     times = WindowTimes(4, "slide").at(IdentityTime(), tau, 12)
     assert times.at_prior is not None
