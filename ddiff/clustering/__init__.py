@@ -1,1 +1,1 @@
-"""Token hierarchies from embeddings, co-occurrence counts or files, as arrays of parents."""
+"""Token hierarchies from embeddings, co-occurrence counts or files."""

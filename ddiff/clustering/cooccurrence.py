@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from ddiff.errors import ArgumentError
 
-# The most frequent tokens serve as contexts; more would cost memory of V * contexts.
+# The most frequent tokens are the contexts. The counts need memory for V * MAX_CONTEXTS numbers.
 MAX_CONTEXTS = 2048
 _PAIRS_AT_ONCE = 1 << 22
 _CONTEXT_POWER = 0.75  # flattens the contexts' frequencies, so that rare contexts do not dominate
-_SMALLEST_DIRECTION = 1e-5  # singular values below this share of the largest are rounding errors
+_SMALLEST_DIRECTION = 1e-5  # singular values below 1e-5 of the largest are rounding errors
 
 
 def compute_cooccurrence_embeddings(
@@ -24,13 +24,15 @@ def compute_cooccurrence_embeddings(
     window: int = 4,
     seed: int = 0,
 ) -> NDArray[np.float32]:
-    """Compute embeddings [V, width] of the tokens in a stream `ids` [n].
+    """Compute embeddings [V, width] of V = `num_tokens` tokens from a token stream `ids` [n].
 
-    Tokens up to `window` positions before and after each token, in the same `document` [n], are
-    counted separately with weight 1/distance. The counts become positive pointwise mutual
-    information, max(0, ln P(token, context) / (P(token) P(context))), of which the `width` largest
-    singular values S are kept: the result is U sqrt(S). A token that never occurs has the zero
-    vector. The same input and seed give the same embeddings.
+    Contexts of a token are the tokens up to `window` positions before and after it in the same
+    document (`document` [n] is the document number of each position). Contexts before and after
+    are counted separately, with weight 1/distance. The counts are converted to positive pointwise
+    mutual information, max(0, ln P(token, context) / (P(token) P(context))). With the singular
+    value decomposition U S W^T of this matrix, truncated to the `width` largest singular values,
+    the embeddings are U sqrt(S). A token that does not occur has the zero vector. The same input
+    and seed give the same embeddings.
     """
     if width < 1 or window < 1:
         raise ArgumentError(
@@ -44,7 +46,7 @@ def compute_cooccurrence_embeddings(
     if ids.min() < 0 or ids.max() >= num_tokens:
         raise ArgumentError(
             f"compute_cooccurrence_embeddings: ids must lie in 0..{num_tokens - 1}; got "
-            f"{ids.min()}..{ids.max()}. Were the rows made with another tokenizer?"
+            f"{ids.min()}..{ids.max()}. Use the tokenizer with which the rows were made."
         )
     before, after = _count_contexts(ids, document, num_tokens, window)
     information = _positive_information(np.concatenate([before, after], axis=1))
@@ -54,7 +56,10 @@ def compute_cooccurrence_embeddings(
 def _count_contexts(
     ids: NDArray[np.int32], document: NDArray[np.integer], num_tokens: int, window: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Count the C most frequent tokens before and after each token, [V, C] each."""
+    """Count how often the C most frequent tokens occur before and after each of V tokens.
+
+    Returns two arrays [V, C], weighted by 1/distance.
+    """
     frequency = np.bincount(ids, minlength=num_tokens)
     # A stable sort, so that tokens of equal frequency are always taken in the same order.
     by_frequency = np.argsort(-frequency, kind="stable")
@@ -87,16 +92,16 @@ def _add_pairs(
     columns = columns[is_context]
     # 64 bits, because V * C may exceed 32 bits.
     flat = rows.astype(np.int64) * counts.shape[1] + columns
-    # Cells are made unique first, because indexed addition counts a repeated cell only once.
+    # `np.unique` merges repeated cells first, because indexed addition adds to each cell only once.
     cells, times = np.unique(flat, return_counts=True)
     counts.ravel()[cells] += (weight * times).astype(np.float32)
 
 
 def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return max(0, ln n_wc N / (n_w n_c)), 0 for pairs that never occur.
+    """Return the positive pointwise mutual information max(0, ln(n_wc N / (n_w n_c))).
 
-    n_wc are the counts of token w with context c, n_w and n_c their sums, N the total. The n_c are
-    raised to the power 0.75.
+    n_wc is the count of token w with context c, n_w the sum over contexts, n_c the sum over tokens
+    raised to the power 0.75, and N the sum of the n_c. Pairs that do not occur get 0.
     """
     # Sums in float64: float32 loses single counts in sums of many millions.
     token = counts.sum(1, keepdims=True, dtype=np.float64)
@@ -105,13 +110,16 @@ def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     total = max(context.sum(), np.finfo(float).tiny)
     context /= total
     expected = (token * context).astype(np.float32)
-    # A ratio of 1 has the logarithm 0, and stays where nothing was counted.
+    # The ratio stays 1, with logarithm 0, for pairs that do not occur.
     ratio = np.divide(counts, expected, out=np.ones_like(counts), where=counts > 0)
     return np.log(np.maximum(ratio, 1.0))
 
 
 def _leading_directions(matrix: NDArray[np.float32], width: int, seed: int) -> NDArray[np.float32]:
-    """Return U sqrt(S) of the largest singular values, padded with zeros to `width` columns."""
+    """Return U sqrt(S) of the truncated singular value decomposition U S W^T of a matrix.
+
+    The result has `width` columns; columns beyond the rank of the matrix are zero.
+    """
     rank = min(width, *matrix.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -122,7 +130,7 @@ def _leading_directions(matrix: NDArray[np.float32], width: int, seed: int) -> N
     right = right[:, :rank]
     is_reliable = singular > _SMALLEST_DIRECTION * singular[0]
     scale = torch.where(is_reliable, singular.rsqrt(), torch.zeros_like(singular))
-    # U sqrt(S) as M V / sqrt(S), which is exactly zero for a token without any context.
+    # U sqrt(S) = M W / sqrt(S), which is exactly zero for a token without any context.
     projected = torch.from_numpy(matrix) @ right
     embeddings = (projected * scale).numpy()
     padding = ((0, 0), (0, width - rank))

@@ -1,4 +1,4 @@
-"""Read hierarchies and embeddings made elsewhere: cluster files, matrices, pretrained models."""
+"""Read token clusters and embeddings from files and pretrained models."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from ddiff.errors import DataError
 
 _Ints = NDArray[np.int64]
 _NO_PICKLE = (
-    "Pickled files (.pt, .pkl) are not read, because they can run code: load it where you trust it "
-    "and save the array with numpy.save or safetensors."
+    "Pickled files (.pt, .pkl) are not read, because they can run code: load such a file where you "
+    "trust it, and save the array with numpy.save or safetensors."
 )
 
 
 def read_clusters(
     paths: Sequence[str], num_tokens: int, *, extra: int = 0, mask_token_id: int | None = None
 ) -> list[_Ints]:
-    """Read parents per level, finest level first: token to cluster, then cluster to cluster.
+    """Read a tree over tokens from one file per level, finest level first.
 
-    A file is .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor)
-    of integers from 0 without gaps. The first has an entry for each of the `num_tokens` tokens.
+    The first file has the cluster of each of the `num_tokens` tokens, the second the parent of each
+    of these clusters, and so on. A file is .npy, .json (a list, or an object from index to cluster)
+    or .safetensors (one tensor), and holds integers from 0 without gaps.
 
     The layout published with arXiv 2510.08632 (one int64 for each token except the mask) needs two
-    settings. `extra` entries at its end, for special tokens that this tokenizer does not have, are
-    left out. `mask_token_id` is a token without an entry; it joins the cluster of the token before
-    it, which has no effect, since it never occurs in text. Raises DataError with both numbers for a
-    wrong length.
+    settings. The last `extra` entries of the first file, for special tokens that this tokenizer
+    does not have, are ignored. `mask_token_id` is a token without an entry. This token joins the
+    cluster of the token before it, without effect, because the mask does not occur in text.
+
+    Raises DataError with the expected and the actual length for a file of a wrong length.
     """
     if not paths:
         raise DataError(
@@ -59,7 +61,7 @@ def read_clusters(
             if len(level) != clusters_below:
                 raise DataError(
                     f"{path} has {len(level)} entries, but the level below it has {clusters_below} "
-                    "clusters. Each needs one parent."
+                    "clusters. Give one parent for each cluster."
                 )
         _check_no_gap(path, level)
     return levels
@@ -78,9 +80,9 @@ def _check_length(
     if has_mask:
         reason += ", one of them the mask"
     raise DataError(
-        f"{path} has {length} entries, but {expected} are due: {reason}. The file was made for "
-        "another tokenizer, or it counts special tokens otherwise: set extra (entries at the end "
-        "that the tokenizer has not) or mask_token_id (a token that the file leaves out)."
+        f"{path} has {length} entries, but {expected} are expected: {reason}. Use the tokenizer "
+        "for which the file was made, or set extra (number of entries at the end that have no "
+        "token) or mask_token_id (a token that has no entry)."
     )
 
 
@@ -90,22 +92,23 @@ def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
     if matrix.ndim != 2 or matrix.dtype.kind != "f" or len(matrix) != num_tokens:
         raise DataError(
             f"{path} must hold one float matrix with a row for each of the tokenizer's "
-            f"{num_tokens} tokens; it holds {matrix.dtype} of shape {matrix.shape}. Was it made "
-            "for another tokenizer?"
+            f"{num_tokens} tokens; it holds {matrix.dtype} of shape {matrix.shape}. Use the "
+            "tokenizer for which the file was made."
         )
     if not np.isfinite(matrix).all():
         row = int(np.argmin(np.isfinite(matrix).all(1)))
         raise DataError(
-            f"{path} holds NaN or infinity, first in row {row}. Make or export the embeddings "
+            f"{path} holds NaN or infinity, first in row {row}. Compute or export the embeddings "
             "again."
         )
     return matrix.astype(np.float32)
 
 
 def load_model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
-    """Load the input embeddings [V, d] of a `transformers` model by directory or hub name.
+    """Load the input embeddings [num_tokens, d] of a `transformers` model.
 
-    Rows that only pad the model's table are left out.
+    `source` is a local directory or a hub name. Rows of the embedding table after the first
+    `num_tokens` rows are padding and are left out.
     """
     from transformers import AutoModel  # takes seconds to import
 
@@ -135,11 +138,12 @@ def _read_integers(path: str) -> _Ints:
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise DataError(
             f"{path} must hold one list of integers (the cluster of each entry); "
-            f"it holds {array.dtype} of shape {array.shape}."
+            f"it holds {array.dtype} of shape {array.shape}. Save a one-dimensional integer array."
         )
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise DataError(
-            f"{path}: clusters are numbered from 0 without gaps; it holds {array.max()}."
+            f"{path}: clusters must be numbered from 0 without gaps; the file holds {array.max()}. "
+            "Number the clusters again."
         )
     return array.astype(np.int64)
 
@@ -157,14 +161,14 @@ def _read_array(path: str) -> NDArray[Any]:
         return readers[suffix](content)
     except Exception as error:  # each format has different error classes for a damaged file
         raise DataError(
-            f"{path} is not a whole {suffix} file of one array ({error}). {_NO_PICKLE}"
+            f"{path} is not a complete {suffix} file of one array ({error}). {_NO_PICKLE}"
         ) from error
 
 
 def _from_npy(content: bytes) -> NDArray[Any]:
     found = np.load(BytesIO(content), allow_pickle=False)
     if not isinstance(found, np.ndarray):
-        raise ValueError("it is an archive of arrays (.npz)")
+        raise ValueError("the file is an archive of arrays (.npz)")
     return found
 
 
@@ -173,7 +177,7 @@ def _from_json(content: bytes) -> NDArray[Any]:
     if isinstance(values, dict):
         keys = sorted(values, key=int)
         if [int(key) for key in keys] != list(range(len(keys))):
-            raise ValueError("its keys are not 0, 1, 2, ... without gaps")
+            raise ValueError("the keys are not 0, 1, 2, ... without gaps")
         values = [values[key] for key in keys]
     return np.array(values)
 
@@ -181,30 +185,32 @@ def _from_json(content: bytes) -> NDArray[Any]:
 def _check_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
 def _from_safetensors(content: bytes) -> NDArray[Any]:
     tensors = load_safetensors(content)
     if len(tensors) != 1:
-        raise ValueError(f"it holds {len(tensors)} tensors: {', '.join(sorted(tensors))}")
+        raise ValueError(f"the file holds {len(tensors)} tensors: {', '.join(sorted(tensors))}")
     return next(iter(tensors.values()))
 
 
 def _check_no_gap(path: str, level: _Ints) -> None:
     if level.min() < 0:
-        raise DataError(f"{path}: clusters are numbered from 0; it holds {level.min()}.")
+        raise DataError(
+            f"{path}: clusters must be numbered from 0; the file holds {level.min()}. Number the "
+            "clusters again."
+        )
     # Checked before members are counted: the counts of a huge cluster number would fill the memory.
     if level.max() >= len(level):
         raise DataError(
-            f"{path}: it has {len(level)} entries and holds the cluster {level.max()}, so that not "
-            "every cluster up to that one can have a member. Number the clusters from 0 without "
-            "gaps."
+            f"{path} has {len(level)} entries and holds the cluster {level.max()}, so that some "
+            "cluster below it has no member. Number the clusters from 0 without gaps."
         )
     empty = np.flatnonzero(np.bincount(level) == 0)
     if len(empty):
         raise DataError(
-            f"{path}: cluster {empty[0]} of {level.max() + 1} has no member ({len(empty)} such). "
-            "Number the clusters without gaps."
+            f"{path}: cluster {empty[0]} has no member ({len(empty)} of {level.max() + 1} clusters "
+            "are empty). Number the clusters without gaps."
         )

@@ -1,19 +1,21 @@
-"""Nested spherical k-means with limits on cluster sizes: a tree over tokens, finest level first.
+"""Nested spherical k-means with limits on cluster sizes, which builds a tree over tokens.
 
-Each level clusters the points of the level below (tokens, then nodes) by faiss's k-means on unit
-vectors. Then points are moved until every cluster holds between `min_share` and `max_share` times
-the mean number of points:
+Each level clusters the points of the level below (tokens, then nodes) with the k-means of faiss on
+unit vectors. Then points are moved until every cluster has between `min_share` and `max_share`
+times the mean number of points. Moving a point to another cluster loses similarity, the difference
+of its cosines with the two centroids:
 
-1. A cluster above the upper limit gives away the points that lose least similarity by moving to the
-   best cluster with room.
-2. A cluster below the lower limit (at least one point) takes the points that lose least, from
-   clusters above theirs.
+1. From a cluster above the upper limit, the points with the least loss move to the best cluster
+   below the upper limit.
+2. To a cluster below the lower limit (at least one point), the points with the least loss move from
+   clusters above the lower limit.
 
-Both run in a fixed order, so that the same input and seed give the same tree. The special tokens
-form one separate node, the last one, at every level that has at least two nodes.
+Both steps run in a fixed order, so that the same input and seed give the same tree. The special
+tokens form one separate node, the last node, at every level that has at least two nodes.
 
-The start centroids are drawn here by k-means++: both initializations of faiss (random points and
-its own k-means++) give other clusters, and would change the published results of hierarchies.
+The start centroids are drawn in this module by k-means++. The two initializations of faiss (random
+points and its own k-means++) give other clusters, and would change published results of
+hierarchies.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ def nested_kmeans(
 ) -> tuple[list[_Ints], list[_Floats]]:
     """Build a tree over the rows of `embeddings` [V, d] by k-means.
 
-    Level l has `sizes[l]` nodes; sizes must decrease strictly. The result is (parents, centroids):
-    `parents[l]` [sizes[l-1]] (V for l = 0) holds the index of each node's parent, `centroids[l]`
-    [sizes[l], d] the mean of the embeddings of the node's tokens. Raises ArgumentError for
-    impossible sizes or shares, DataError for NaN.
+    V is the number of tokens and d the width of the embeddings. Level l has `sizes[l]` nodes; sizes
+    must decrease strictly. The result is (parents, centroids). `parents[l]` holds the parent in
+    level l of each node of level l - 1 (of each token for l = 0). `centroids[l]` [sizes[l], d]
+    holds the mean embedding of the tokens below each node. Raises ArgumentError for impossible
+    sizes or limits, DataError for NaN or infinity.
     """
     vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
     token_ids = np.arange(len(vectors))
@@ -81,9 +84,8 @@ def _check(
     """Check the arguments; `num_regular` is the number of tokens that are not special."""
     if len(sizes) == 0 or min(sizes) < 1:
         raise ArgumentError(
-            f"sizes must name at least one cluster on every level; got {list(sizes)}. Zero "
-            'clusters hold no token: use a flat vocabulary (kind = "flat") for a model '
-            "without clusters."
+            "sizes must have at least one level, and at least one cluster on every level; got "
+            f'{list(sizes)}. For a model without clusters use a flat vocabulary (kind = "flat").'
         )
     if any(above >= below for below, above in pairwise(sizes)):
         raise ArgumentError(
@@ -93,25 +95,26 @@ def _check(
     num_special = len(vectors) - num_regular
     most = num_regular + (num_special > 0 and sizes[0] > 1)
     if sizes[0] > most:
-        branch = f" and one branch of {num_special} special ones" if num_special else ""
+        branch = f" and one branch of {num_special} special tokens" if num_special else ""
         raise ArgumentError(
-            f"sizes asks for {sizes[0]} clusters, but there are only {num_regular} tokens to "
-            f"cluster{branch}. Every cluster needs a token: choose at most {most}."
+            f"sizes has {sizes[0]} clusters on the finest level, but there are only {num_regular} "
+            f"tokens to cluster{branch}. Every cluster needs a token: choose at most {most}."
         )
     if not 0 <= min_share <= 1 <= max_share:
         raise ArgumentError(
-            "min_share must lie in [0, 1] and max_share be at least 1 (in mean cluster sizes); "
-            f"got {min_share} and {max_share}."
+            "min_share must lie in [0, 1] and max_share must be at least 1 (in units of the mean "
+            f"cluster size); got {min_share} and {max_share}."
         )
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(1)))
         raise DataError(
-            f"The embeddings hold NaN or infinity, first in row {row}. Make or export them again."
+            f"The embeddings hold NaN or infinity, first in row {row}. Compute or export the "
+            "embeddings again."
         )
 
 
 def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share: float) -> _Ints:
-    """Return the cluster of each point: k-means from k-means++ starts, then balance."""
+    """Return the cluster of each point, by k-means from k-means++ starts and balancing."""
     import faiss  # slow to import, and only clustering needs it
 
     # Without minimum, faiss would warn of every small cluster.
@@ -135,17 +138,18 @@ def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share:
 
 
 def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Floats:
-    """Draw k-means++ starts.
+    """Draw `size` start centroids from unit vectors `points` by k-means++.
 
-    Each is drawn with probability proportional to 1 - cos to the nearest start before it. If all of
-    them are 0 (more starts than different points), the last point is taken.
+    Each start is drawn with probability proportional to 1 - cos, the distance to the nearest start
+    drawn before. If all distances are 0 (more starts than different points), the last point is
+    chosen.
     """
     chosen = [int(rng.integers(len(points)))]
     distance = np.full(len(points), 2.0)
     for _ in range(size - 1):
         to_last = np.maximum(1.0 - points @ points[chosen[-1]], 0.0)
         distance = np.minimum(distance, to_last)
-        distance[chosen[-1]] = 0.0  # by rounding, the distance to itself may be above 0
+        distance[chosen[-1]] = 0.0  # rounding may give a distance above 0 to the point itself
         total = np.cumsum(distance)
         threshold = rng.random() * total[-1]
         place = np.searchsorted(total, threshold, side="right")
@@ -155,9 +159,10 @@ def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Float
 
 
 def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _Ints:
-    """Move the points that lose least until each cluster holds lower..upper points.
+    """Move points with the least loss of similarity until each cluster has lower..upper points.
 
-    `affinity` [n,k] is the cosine of each point with each centroid, `assignment` [n] its cluster.
+    `affinity` [n,k] is the cosine of each of n points with each of k centroids, and `assignment`
+    [n] the cluster of each point.
     """
     assignment = assignment.copy()
     counts = np.bincount(assignment, minlength=affinity.shape[1])
@@ -165,7 +170,7 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
     for cluster in too_large.tolist():
         while counts[cluster] > upper:
             _give_away(affinity, assignment, counts, cluster, upper)
-    # After the large ones, because these have given points to small clusters.
+    # Small clusters come second, because large clusters have given points to them.
     too_small = np.flatnonzero(counts < lower)
     for cluster in too_small.tolist():
         _take_in(affinity, assignment, counts, cluster, lower)
@@ -175,9 +180,10 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
 def _give_away(
     affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int
 ) -> None:
-    """Move points of `cluster` to the best clusters with room.
+    """Move points of `cluster` to the most similar clusters below the upper limit.
 
-    It stops if a target is full; the caller then repeats it with the changed targets.
+    The function returns early if a target cluster is full; the caller then calls it again with the
+    remaining targets.
     """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)
@@ -196,7 +202,7 @@ def _give_away(
 
 
 def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, lower: int) -> None:
-    """Move points to `cluster` until it has `lower` points, from clusters above the limit."""
+    """Move points from clusters with more than `lower` points until `cluster` has `lower`."""
     points = np.arange(len(assignment))
     to_own_cluster = affinity[points, assignment]
     loss = to_own_cluster - affinity[:, cluster]
@@ -212,14 +218,14 @@ def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, 
 
 
 def _normalize(vectors: _Floats) -> _Floats:
-    """Scale rows to length one; zero rows stay zero."""
+    """Scale rows to unit length; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     lengths = np.maximum(lengths, np.finfo(np.float32).tiny)
     return np.ascontiguousarray(vectors / lengths, dtype=np.float32)
 
 
 def _means(vectors: _Floats, node: _Ints, size: int) -> _Floats:
-    """Return the mean of the vectors of each node, summed in float64."""
+    """Return the mean vector of each of `size` nodes, computed in float64."""
     sums = np.zeros((size, vectors.shape[1]))
     np.add.at(sums, node, vectors)
     counts = np.bincount(node, minlength=size)

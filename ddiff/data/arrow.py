@@ -21,7 +21,7 @@ def read_table(path: Path) -> Dataset:
 
 
 def build_table_in_memory(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Dataset:
-    """Build the same table as `write_table` without a file."""
+    """Build a table from record batches in memory, without a file."""
     sink = pa.BufferOutputStream()
     _write_batches(schema, batches, sink)
     return Dataset.from_buffer(sink.getvalue())

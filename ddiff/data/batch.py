@@ -1,4 +1,4 @@
-"""A batch of packed rows, as the network and the bound take it."""
+"""Batch of packed rows, the input of the network and of the bound."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 @final
 @dataclass(frozen=True)
 class Batch:
-    """A batch of B rows of L tokens.
+    """Batch of B rows of L tokens.
 
     ids: [B,L] long.
     valid: [B,L] bool, False at padding.
     scored: [B,L] bool, True at the positions that metrics count; never at padding.
     document: [B,L] long, number of the document at each position.
     index: [B] long, slot in the global batch (training) or row number (evaluation).
-    packed: whether at least one row holds two documents.
-    conditions: values by name, one per row, or one per position if `packed`.
+    packed: whether at least one row holds tokens of two documents.
+    conditions: values of each condition by name, one per row, or one per position if `packed`.
     """
 
     ids: Tensor
@@ -41,12 +41,12 @@ class Batch:
         return f"Batch({text})"
 
     def with_prefixes(self, sizes: Tensor) -> Batch:
-        """Return the batch with the first `sizes` [B] positions of each row not scored."""
+        """Return a copy of the batch in which the first `sizes` [B] positions are not scored."""
         is_after_prefix = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
         return replace(self, scored=self.scored & is_after_prefix)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch on a device."""
+        """Return a copy of the batch on a device."""
         return Batch(
             ids=self.ids.to(device),
             valid=self.valid.to(device),

@@ -1,4 +1,4 @@
-"""Disk cache of built files, found again by the content they were built from."""
+"""Disk cache of built files, addressed by a fingerprint of the inputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fingerprint(inputs: object) -> str:
 
 
 def default_root() -> Path:
-    """Return $DDIFF_CACHE, or `ddiff` in the user's cache folder if it is not set."""
+    """Return $DDIFF_CACHE, or `ddiff` in the user's cache folder if the variable is not set."""
     if os.environ.get("DDIFF_CACHE"):
         return Path(os.environ["DDIFF_CACHE"]).expanduser()
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -39,12 +39,13 @@ def default_root() -> Path:
 
 
 class Cache:
-    """Folder of entries, each a directory named by the fingerprint of its inputs.
+    """Cache folder; each entry is a directory named by the fingerprint of its inputs.
 
     The root is a local folder, because entries are memory-mapped. An entry is complete or absent:
-    it is built under another name and then renamed. A damaged entry is built again. Damage is found
-    by the sizes of all files, and by the SHA-256 of small files and of files modified since.
-    Directories that killed processes left unfinished are removed by the next build of that kind.
+    each entry is built under a temporary name and then renamed. A damaged entry is built again.
+    Damage is detected by the sizes of all files, and by the SHA-256 of small files and of files
+    that were modified after the build. The next build of the same kind removes the unfinished
+    directories of killed processes.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -59,10 +60,11 @@ class Cache:
     def load_or_build(
         self, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]
     ) -> Path:
-        """Return the directory of these inputs; call `build(directory)` to fill a missing one.
+        """Return the directory for `inputs`, building the directory if there is none.
 
-        `inputs` are the JSON values that determine the content: fingerprints and settings. Raises
-        DataError if the root cannot be written. If `build` raises, no entry is left behind.
+        `inputs` are the JSON values that determine the content: fingerprints and settings.
+        `build(directory)` writes the files of a new entry; if `build` raises, the entry is removed.
+        Raises DataError if the cache root cannot be written.
         """
         identity = json.loads(json.dumps({"format": FORMAT, "kind": kind, "inputs": dict(inputs)}))
         place = self.root / kind / fingerprint(identity)
@@ -94,14 +96,14 @@ def not_writable_error(root: Path, error: OSError) -> DataError:
     """Return the error for a cache folder that cannot be written."""
     return DataError(
         f"Cache: the folder {root} cannot be written ({error.strerror}). "
-        "Set DDIFF_CACHE to a folder that can, or make room there."
+        "Set DDIFF_CACHE to a writable folder, or free space in this folder."
     )
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove unfinished entries whose process has ended."""
+    """Remove the unfinished entries of processes that have ended."""
     for partial in folder.glob(f"*{PARTIAL}*"):
-        # Its own process, or another one that cleans up, may remove it in the meantime.
+        # The building process, or another process that cleans up, may remove the entry first.
         with suppress(OSError):
             if _is_abandoned(partial):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -112,8 +114,8 @@ def _is_abandoned(partial: Path) -> bool:
         with (partial / _LOCK).open("r+") as lock:
             return lock_file(lock)
     except OSError:
-        # Not locked yet, finished just now, or on a file system without locks: only the time of
-        # the last write can tell.
+        # The entry is not locked yet, was finished just now, or is on a file system without
+        # locks: only the time of the last write shows whether the build is alive.
         newest = max(file.stat().st_mtime for file in (partial, *partial.rglob("*")))
         return time.time() - newest > _STALE
 
@@ -130,7 +132,7 @@ def _write_contents(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
-    """Return whether the entry exists and is intact; warn if it is damaged."""
+    """Return whether an entry exists and is intact, with a warning if the entry is damaged."""
     if not place.exists():
         return False
     try:
@@ -143,13 +145,13 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
         is_whole = False
     if not is_whole:
         _log.warning(
-            "The cache entry %s is truncated, damaged or is not ours; it is built again.", place
+            "The cache entry %s is damaged or was not written by ddiff. It is built again.", place
         )
     return is_whole
 
 
 def _is_intact(file: Path, size: int, modified_ns: int, sha256: str) -> bool:
-    """Return whether a file has the content that was written."""
+    """Return whether a file is unchanged since the entry was built."""
     about = file.stat()
     if about.st_size != size:
         return False
@@ -165,7 +167,7 @@ def _sha256(path: Path) -> str:
 
 
 def _publish(partial: Path, place: Path, identity: dict[str, Any]) -> None:
-    """Rename the finished directory; keep the equal entry of a process that was faster."""
+    """Rename the finished directory, unless another process has published the same entry."""
     if place.exists() and not _is_whole(place, identity):
         damaged = place.with_name(partial_name(place.name))
         os.rename(place, damaged)

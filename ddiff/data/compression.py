@@ -36,23 +36,26 @@ _BUFFER_BYTES = 1 << 20
 
 @contextmanager
 def open_uncompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a file that must not be compressed; DataError names the format if it is."""
+    """Open a file that must not be compressed.
+
+    Raises DataError with the format of a compressed file.
+    """
     with open_file(path) as file:
         head, whole = _peek(file)
         if (found := detect_format(head)) is not None:
             raise DataError(
-                f"{printable(path)} is not plain text: it begins as a {found} file does. Unpack or "
-                'convert it. A corpus may stay packed with [data] kind = "files", which reads '
-                "gzip, bzip2, xz, zstd, lz4 and parquet by the endings."
+                f"{printable(path)} is not plain text: its first bytes are those of a {found} "
+                'file. Decompress or convert the file, or set [data] kind = "files", which reads '
+                "gzip, bzip2, xz, zstd, lz4 and parquet files by their endings."
             )
         yield whole
 
 
 @contextmanager
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a text file, decompressed if its ending names a compression.
+    """Open a text file, decompressed if the file ending names a compression format.
 
-    Raises DataError if the content does not match the ending, is cut off or damaged.
+    Raises DataError if the content does not match the ending, is truncated or is damaged.
     """
     expected = None
     for ending, name in ENDINGS.items():
@@ -83,11 +86,12 @@ def _check_ending(path: str, expected: str | None, found: str | None, head: byte
     if expected is None:
         endings = [ending for ending, name in ENDINGS.items() if name == found]
         if endings:
-            remedy = f"Name it ...{endings[0]}"
+            remedy = f"Rename the file to ...{endings[0]}"
         else:
-            remedy = f'Convert it, or say format = "{found}" if it is parquet'
+            remedy = f'Convert the file, or set format = "{found}" if it is parquet'
         raise DataError(
-            f"{printable(path)} is not plain text: it begins as a {found} file does. {remedy}."
+            f"{printable(path)} is not plain text: its first bytes are those of a {found} file. "
+            f"{remedy}."
         )
     if not head:
         content = "is empty"
@@ -96,8 +100,8 @@ def _check_ending(path: str, expected: str | None, found: str | None, head: byte
     else:
         content = f"begins with {head[:8]!r}"
     raise DataError(
-        f"{printable(path)} is named as a {expected} file, but it {content}. Download it again if "
-        "it should be packed; else give it the ending of what it holds."
+        f"{printable(path)} has the ending of a {expected} file, but it {content}. Download the "
+        "file again if it should be compressed; otherwise give it the ending of its format."
     )
 
 
@@ -112,20 +116,20 @@ def _explain_damage(path: str, compression: str) -> Iterator[None]:
         if "Truncated" in str(error):
             raise _cut_off_error(path, compression) from error
         raise DataError(
-            f"{printable(path)} is damaged: it cannot be unpacked as {compression} ({error}). "
-            "Download or pack it again."
+            f"{printable(path)} is damaged: it cannot be decompressed as {compression} ({error}). "
+            "Download or compress the file again."
         ) from error
 
 
 def _cut_off_error(path: str, compression: str) -> DataError:
     return DataError(
-        f"{printable(path)} is cut off: the {compression} data ends before its end mark. Download "
-        "or copy it again."
+        f"{printable(path)} is truncated: the {compression} data has no end mark. Download or copy "
+        "the file again."
     )
 
 
 class _PrependedFile(io.RawIOBase):
-    """Bytes that were read already, followed by the rest of their file."""
+    """File object that gives the bytes `head` and then the rest of `file`."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head = head
@@ -145,7 +149,7 @@ class _PrependedFile(io.RawIOBase):
 
 
 def _peek(file: BinaryIO) -> tuple[bytes, BinaryIO]:
-    """Return the first bytes of a file, and an unread copy of the file."""
+    """Return the first bytes of a file, and a file object that starts with these bytes."""
     head = file.read(_HEAD_BYTES)
     # Not `seek(0)`: not every remote file system can seek.
     return head, io.BufferedReader(_PrependedFile(head, file), _BUFFER_BYTES)

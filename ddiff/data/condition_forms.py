@@ -1,4 +1,4 @@
-"""Forms of a condition on a sample: a class label or a vector of numbers."""
+"""Types of a condition: a class label or a vector of numbers."""
 
 from __future__ import annotations
 

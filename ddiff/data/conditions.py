@@ -1,4 +1,4 @@
-"""Conditions of documents (class labels and vectors), and their values in a batch."""
+"""Conditions of documents: class labels and vectors, selected for each batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ ABSENT = -1  # label of a document that has none; an absent vector is NaN
 @final
 @dataclass(frozen=True)
 class Conditions:
-    """Values of D documents by name: labels [D] long (-1: absent), vectors [D,d] float32 (NaN)."""
+    """Values of the conditions of D documents, by the name of the condition.
+
+    Labels are [D] long, with -1 for an absent label. Vectors are [D,d] float32, with NaN for an
+    absent vector.
+    """
 
     values: Mapping[str, Tensor]
 
@@ -30,16 +34,17 @@ class Conditions:
         return f"Conditions({shapes or 'none'})"
 
     def select(self, document: Tensor, packed: bool) -> dict[str, Tensor]:
-        """Return the values of a batch whose positions belong to `document` [B,L].
+        """Return the values of all conditions for a batch.
 
-        One value per position if rows are packed, else one per row.
+        `document` [B,L] is the document at each position. Packed rows get one value per position,
+        other rows one value per row.
         """
         numbers = document if packed else document[:, 0]
         return {name: value[numbers] for name, value in self.values.items()}
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the SHA-256 of names and values."""
+        """SHA-256 of the names and values, 32 hexadecimal digits."""
         digest = hashlib.sha256()
         for name, value in sorted(self.values.items()):
             header = f"{name} {tuple(value.shape)} {value.dtype}"
@@ -53,9 +58,9 @@ def read_conditions(
 ) -> Conditions:
     """Read the columns `names` of documents as conditions.
 
-    Whole numbers from 0 are labels, lists of numbers are vectors, None is absent. Raises DataError
-    if a column is missing, holds anything else or vectors of several lengths, or if it contradicts
-    the form that `forms` expects of it.
+    Whole numbers from 0 are labels, lists of numbers are vectors, and None means that the document
+    has no value. Raises DataError if a column is missing, holds other values or vectors of
+    different lengths, or does not match the type that `forms` expects for the column.
     """
     return Conditions({name: _read_column(documents, name, forms.get(name)) for name in names})
 
@@ -64,9 +69,9 @@ def _read_column(documents: Dataset, name: str, form: Form | None) -> Tensor:
     if name not in documents.column_names:
         others = [column for column in documents.column_names if column not in ("text", "name")]
         raise DataError(
-            f'[denoiser] conditions names "{name}", but the documents have no such column: next to '
-            f"their text they have {others or 'none'}. Take a [data] kind that carries it, such as "
-            '"jsonl", or leave the condition out.'
+            f'[denoiser] conditions has "{name}", but the documents have no such column. Their '
+            f"columns besides the text: {others or 'none'}. Use a [data] kind that reads this "
+            'column, such as "jsonl", or remove the condition.'
         )
     column: list[Any] = documents[name][:]
     present = [value for value in column if value is not None]
@@ -81,9 +86,9 @@ def _read_column(documents: Dataset, name: str, form: Form | None) -> Tensor:
         return torch.full((len(column), form.width), torch.nan)
     example = next((value for value in present if not is_whole or value < 0), None)
     raise DataError(
-        f'The column "{name}" of the documents is to be a condition: it must hold whole numbers '
-        "from 0 (labels) or lists of numbers (vectors), and None if there is none; it holds "
-        f"{example!r}. Number the classes."
+        f'The column "{name}" of the documents cannot be a condition: each value must be a whole '
+        "number from 0 (a label), a list of numbers (a vector) or None (no value); it holds "
+        f"{example!r}. Give each class a number."
     )
 
 
@@ -92,16 +97,16 @@ def _check_labels(present: list[int], name: str, form: Form | None) -> None:
         return
     if isinstance(form, Vector):
         raise DataError(
-            f'The documents have labels in "{name}", but to the denoiser it is {form}. Write '
+            f'The documents have labels in "{name}", but [denoiser] conditions expects {form}. Set '
             f"[denoiser] conditions.{name} = {{ classes = N }}, or name a field of vectors in "
             "[data] vectors."
         )
     largest = max(present, default=0)
     if form.classes is not None and largest >= form.classes:
         raise DataError(
-            f'The documents have the label {largest} in "{name}", but to the denoiser it is '
-            f"{form}. Set [denoiser] conditions.{name}.classes = {largest + 1}, or number the "
-            "classes from 0 without gaps."
+            f'The documents have the label {largest} in "{name}", but [denoiser] conditions '
+            f"expects {form}. Set [denoiser] conditions.{name}.classes = {largest + 1}, or "
+            "number the classes from 0 without gaps."
         )
 
 
@@ -109,14 +114,14 @@ def _stack_vectors(column: list[Any], name: str, form: Form | None) -> Tensor:
     widths = sorted({len(value) for value in column if value is not None})
     if len(widths) > 1:
         raise DataError(
-            f'The column "{name}" of the documents holds vectors of several lengths, {widths}; a '
-            "condition has one."
+            f'The column "{name}" of the documents holds vectors of lengths {widths}, but all '
+            "vectors of a condition must have one length. Fix the data."
         )
     if form is not None and form != Vector(widths[0]) and form != Vector():
         raise DataError(
-            f'The documents have vectors of length {widths[0]} in "{name}", but to the denoiser it '
-            f"is {form}. Write [denoiser] conditions.{name} = {{ width = {widths[0]} }}, or fix "
-            "the data."
+            f'The documents have vectors of length {widths[0]} in "{name}", but [denoiser] '
+            f"conditions expects {form}. Set [denoiser] conditions.{name} = "
+            f"{{ width = {widths[0]} }}, or fix the data."
         )
     absent = np.full(widths[0], np.nan, np.float32)
     vectors = [absent if value is None else np.asarray(value, np.float32) for value in column]

@@ -1,6 +1,7 @@
-"""Corpora too large for memory: read once while they are tokenized into shards.
+"""Corpora too large for memory, tokenized into shards or streamed.
 
-Afterwards only the shards are read, unless the corpus is tokenized while it is trained on.
+The text of a sharded corpus is read once; training then reads only the shards. A streamed corpus
+is tokenized during training.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from ddiff.errors import DISK_FULL, ArgumentError, DataError
 
 
 class Corpus(Protocol):
-    """Texts that are read in order, and shards of their tokens; an alternative to `Documents`.
+    """Texts in a fixed order and token shards of the texts, an alternative to `Documents`.
 
-    `train["text"]` and `validation["text"]` iterate over texts, from which tokenizers are learned.
+    Tokenizers are learned from the iterables `train["text"]` and `validation["text"]`.
     """
 
     train: Any
@@ -38,14 +39,14 @@ class Corpus(Protocol):
     entropy_rate: float | None
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the token shards of both parts, built now or earlier."""
+        """Return the token shards of both parts, and build the shards if they are missing."""
         ...
 
 
 def build_train_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> Rows:
-    """Pack the joined training documents into rows."""
+    """Concatenate the training documents and cut the token stream into rows."""
     if isinstance(documents, StreamedCorpus):
         return documents.train_rows(tokenizer, length, cache)
     shards = load_or_build_shards(documents, tokenizer, cache)
@@ -55,7 +56,7 @@ def build_train_rows(
 def build_validation_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> PackedRows:
-    """Pack the validation documents into rows, each document in separate rows."""
+    """Pack the validation documents into rows; each document starts a new row."""
     shards = load_or_build_shards(documents, tokenizer, cache)
     return pack_stream(shards.stream(VALIDATION), tokenizer, length, separate=True)
 
@@ -63,8 +64,9 @@ def build_validation_rows(
 def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
     """Raise DataError if all validation documents are in the training text.
 
-    Some of them, or many repetitions within a part, give a warning. Generated sources with known
-    entropy are not checked: their rows may repeat each other by chance.
+    A warning is logged if only some validation documents are in the training text, or if many
+    documents of a part repeat an earlier document. Generated sources with known entropy are not
+    checked, because their rows may repeat by chance.
     """
     if documents.entropy_rate is None:
         source = documents if isinstance(documents, SourceCorpus) else "The corpus"
@@ -74,7 +76,7 @@ def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
 def load_or_build_shards(
     documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache
 ) -> Shards:
-    """Return the token shards of both parts, built now or earlier."""
+    """Return the token shards of the training and validation parts, building missing shards."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
     source = dict(zip(PARTS, documents.part_fingerprints))
@@ -104,7 +106,7 @@ def copy_shards(made: Shards, path: str) -> None:
     if system.exists(f"{place}/{MANIFEST}"):
         if system.cat_file(f"{place}/{MANIFEST}") == manifest:
             return
-        raise DataError(f"{path} holds other shards. Name another folder, or delete that one.")
+        raise DataError(f"{path} holds other shards. Name another folder, or delete {path}.")
     names = made.files()
     for name in names:
         target = f"{place}/{name}"
@@ -112,8 +114,8 @@ def copy_shards(made: Shards, path: str) -> None:
         # Another size therefore means another file.
         if system.exists(target) and system.size(target) != (made.folder / name).stat().st_size:
             raise DataError(
-                f"{path} holds a file {name} of another kind, which would be written over. Name "
-                "another folder, or move that file away."
+                f"{path} holds another file named {name}, which would be overwritten. Name another "
+                "folder, or move that file away."
             )
     system.makedirs(place, exist_ok=True)
     for name in (*names, MANIFEST):
@@ -123,10 +125,10 @@ def copy_shards(made: Shards, path: str) -> None:
 @final
 @dataclass(frozen=True)
 class SourceCorpus:
-    """Corpus of a source of texts.
+    """Corpus of the texts of a source.
 
-    Validation texts come from `validation_source`; without it, a share `held_out` of the documents
-    is held out by the hash of their text.
+    Validation texts come from `validation_source`. Without a validation source, a fraction
+    `held_out` of the documents is held out by the hash of the text.
     """
 
     source: TextSource
@@ -138,15 +140,16 @@ class SourceCorpus:
     def __post_init__(self) -> None:
         if self.validation_source is None and not 0 < self.held_out < 1:
             raise ArgumentError(
-                f"held_out must lie in (0, 1); got {self.held_out}. Or name validation texts."
+                f"held_out must lie in (0, 1); got {self.held_out}. Set held_out, or name "
+                "validation texts."
             )
         if self.validation_source is not None:
             check_disjoint(self.source.paths, self.validation_source.paths)
             if self.source.identity == self.validation_source.identity:
                 raise DataError(
                     f"{self.source} is named for training and for validation: the model would be "
-                    "evaluated on text that it was trained on. Name another split or other files, "
-                    "or no validation texts: then a share is held out."
+                    "evaluated on its training text. Name another split or other files for "
+                    "validation, or name none: then a fraction of the documents is held out."
                 )
 
     def __str__(self) -> str:
@@ -162,7 +165,7 @@ class SourceCorpus:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Source of the texts and rule of the held-out part, as JSON."""
+        """Identity of the training and validation sources, as JSON."""
         if self.validation_source is None:
             return {"source": self.source.identity, "held_out": self.held_out}
         return {"source": self.source.identity, "validation": self.validation_source.identity}
@@ -175,7 +178,10 @@ class SourceCorpus:
         return made
 
     def write_shards(self, tokenizer: Tokenizer, folder: Path) -> Shards:
-        """Tokenize both parts into a folder; DataError if a part has no text."""
+        """Tokenize the training and validation documents into a folder.
+
+        Raises DataError if the training or the validation part has no text.
+        """
         made = write_shards(
             folder,
             self.chunks,
@@ -188,12 +194,12 @@ class SourceCorpus:
         return made
 
     def check_parts(self, made: Shards) -> None:
-        """Raise DataError if a part has no text."""
+        """Raise DataError if the training or the validation part has no text."""
         for part in (TRAIN, VALIDATION):
             if not made.records(part):
                 raise DataError(
-                    f"{self.source} gave no text for {part} (held_out = {self.held_out}). Take "
-                    "another share, or name validation texts."
+                    f"{self.source} has no text for {part} (held_out = {self.held_out}). Set "
+                    "another held_out, or name validation texts."
                 )
 
     def train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
@@ -207,10 +213,10 @@ class SourceCorpus:
         return [self.train_chunks(), self.validation_source.chunks(part=VALIDATION)]
 
     def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
-        """Yield all texts in order: those to train on, then those of the validation source.
+        """Yield the chunks of the training source, then those of the validation source.
 
-        Without a validation source, chunks have no part. With one, a cursor is (part, cursor of
-        that source).
+        Without a validation source, the part of a chunk is None. With a validation source, a cursor
+        is the pair of a part and the cursor in the source of that part.
         """
         if self.validation_source is None:
             yield from self.source.chunks(cursor, part=None)
@@ -228,7 +234,7 @@ class SourceCorpus:
         return self.select_texts(self.chunks(), part)
 
     def select_texts(self, chunks: Iterable[Chunk], part: str) -> Iterator[str]:
-        """Yield the texts of some chunks that belong to a part."""
+        """Yield the texts in `chunks` that belong to a part."""
         for chunk in chunks:
             for text in chunk.texts:
                 if (chunk.part or self._part_by_hash(text)) == part:
@@ -240,11 +246,12 @@ class SourceCorpus:
 
 @final
 class StreamedCorpus:
-    """Corpus that is tokenized while it is trained on.
+    """Corpus that is tokenized during training.
 
-    Only the first `head` documents are stored (of the validation source too, if there is one). The
-    held-out ones among them are the validation part; token counts, clusters and learned tokenizers
-    come from the others. Rows are shuffled within blocks of `block` rows.
+    Only the first `head` documents of the training source and of the validation source are stored.
+    Without a validation source, the held-out documents among the first `head` are the validation
+    part. Token counts, clusters and learned tokenizers come from the first training documents. Rows
+    are shuffled within blocks of `block` rows.
     """
 
     entropy_rate: float | None = None
@@ -270,7 +277,7 @@ class StreamedCorpus:
         return CorpusPart(self, VALIDATION)
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the token shards of the head, built now or earlier."""
+        """Return the token shards of the first documents, building missing shards."""
         corpus = self._corpus
         inputs = {**self.identity, "tokenizer": tokenizer.fingerprint}
 
@@ -289,7 +296,7 @@ class StreamedCorpus:
         return made
 
     def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> StreamedRows:
-        """Pack the stream into rows that are read while it is trained on."""
+        """Return endless training rows, tokenized from the source as they are read."""
         identity = [self.identity, tokenizer.fingerprint, length, self._block_rows]
         name = fingerprint(identity)
         head = self.shards(tokenizer, cache).stream(TRAIN)
@@ -308,12 +315,12 @@ class StreamedCorpus:
     def _train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         chunks = self._corpus.train_chunks(cursor)
         if self._corpus.validation_source is None:
-            # Equal documents have equal hashes, so that none can be in both parts.
+            # Equal documents have equal hashes, so no document can be in both parts.
             return chunks
         return self._monitor.watch(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
-        """Read the texts of a part of the head again from the source."""
+        """Read the first documents of a part again from the source."""
         return self._corpus.select_texts(self._head_chunks(), part)
 
     def _head_chunks(self) -> Iterator[Chunk]:
@@ -330,7 +337,7 @@ class StreamedCorpus:
 @final
 @dataclass(frozen=True)
 class CorpusPart:
-    """Part of a corpus, with one column "text" to iterate over, identified by its source."""
+    """Training or validation part of a corpus, with one iterable column "text"."""
 
     corpus: SourceCorpus | StreamedCorpus
     part: str
@@ -347,12 +354,12 @@ class CorpusPart:
 
 @final
 class ShardedCorpus:
-    """Corpus of existing shards, made here or on another machine, without their text."""
+    """Corpus of existing token shards, without the text."""
 
     entropy_rate: float | None = None
 
     def __init__(self, path: str, cache: Cache | None = None) -> None:
-        """Open a local folder, or copy one at an fsspec path into the cache."""
+        """Open a local folder of shards, or copy a remote folder (fsspec path) into the cache."""
         folder = _fetch_shards(path, cache) if "://" in path else Path(path)
         self._made = read_shards(folder)
 
@@ -385,27 +392,27 @@ class PartWithoutTexts:
 
     def _missing_error(self) -> DataError:
         return DataError(
-            f"{self.folder} holds tokens and no text to learn a tokenizer from. Take the one that "
-            'they were made with: [tokenizer] kind = "saved", path = '
+            f"{self.folder} holds token shards, but no text to learn a tokenizer from. Use the "
+            'tokenizer of the shards: [tokenizer] kind = "saved", path = '
             f'"{self.folder / "tokenizer.json"}".'
         )
 
 
 def _fetch_shards(path: str, cache: Cache | None) -> Path:
-    """Copy a remote folder of shards into the cache, once per manifest."""
+    """Copy a remote folder of shards into the cache, unless it was copied before."""
     try:
         system, place = fsspec.url_to_fs(path.rstrip("/"))
         manifest = system.cat_file(f"{place}/{MANIFEST}")
         manifest.decode()
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
-            f"{path} cannot be read as a folder of token shards: {error}. Give the folder that has "
-            f"{MANIFEST}."
+            f"{path} cannot be read as a folder of token shards: {error}. Name the folder that "
+            f"contains {MANIFEST}."
         ) from error
 
     def fetch(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(manifest)
-        # Reading the manifest checks that no name leads out of the folder, before any download.
+        # Reading the manifest first checks that no file name leads out of the folder.
         shards = read_shards(folder, name=path)
         for record in shards.all_records():
             for file, sha256 in shards.checksums(record):
@@ -420,7 +427,11 @@ def _fetch_shards(path: str, cache: Cache | None) -> Path:
 
 
 def _fetch_file(system: Any, place: str, file: Path, sha256: str | None, source: str) -> None:
-    """Download a file; DataError if two downloads do not have the SHA-256 of the manifest."""
+    """Download a file and compare its SHA-256 with the manifest.
+
+    A file with a wrong checksum is downloaded once more. Raises DataError if the second checksum is
+    wrong too.
+    """
     for _ in range(2):
         try:
             system.get_file(place, str(file))
@@ -428,12 +439,12 @@ def _fetch_file(system: Any, place: str, file: Path, sha256: str | None, source:
             if error.errno in DISK_FULL:
                 raise
             raise DataError(
-                f"{source}: {file.name}, which its {MANIFEST} names, cannot be fetched ({error}). "
-                "Copy the folder there again from where the shards were made."
+                f"{source}: the file {file.name} of its {MANIFEST} cannot be downloaded ({error}). "
+                "Copy the folder again from the machine that made the shards."
             ) from error
         if sha256 is None or file_sha256(file) == sha256:
             return
     raise DataError(
-        f"{source}: {file.name} is damaged: fetched twice, its SHA-256 is not the one that "
-        f"{MANIFEST} has. Copy the folder there again from where the shards were made."
+        f"{source}: {file.name} is damaged: after two downloads its SHA-256 still differs from "
+        f"that in {MANIFEST}. Copy the folder again from the machine that made the shards."
     )

@@ -1,7 +1,7 @@
-"""Read corpora as documents: the bundled novels, text files, rows of symbols.
+"""Read documents from the bundled novels, text files and rows of symbols.
 
-Evaluation intervals are over documents, so every reader defines its unit: a chapter, a file, a
-paragraph or a line.
+Evaluation intervals are computed over documents, so every reader defines the unit of a document: a
+chapter, a file, a paragraph or a line.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _FEWER_PER_DOCUMENT = {
 class Documents:
     """Training and validation documents, each a `datasets.Dataset` with columns "text" and "name".
 
-    `entropy_rate` is the true entropy of the source in nats per symbol, if it is known (generated
-    sources). Raises DataError if a part is empty, has no column "text", or holds anything that is
-    not text.
+    `entropy_rate` is the true entropy of a generated source in nats per symbol, otherwise None.
+    Raises DataError if the training or validation part is empty, has no column "text", or holds
+    values that are not text.
     """
 
     train: Dataset
@@ -57,19 +57,19 @@ class Documents:
 
     @cached_property
     def part_fingerprints(self) -> tuple[str, str]:
-        """Fingerprints of the training and the validation text."""
+        """Fingerprints of the training documents and of the validation documents."""
         return fingerprint_texts(self.train), fingerprint_texts(self.validation)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Fingerprint of the text of both parts."""
+        """Fingerprint of the training and validation documents together."""
         return hashlib.sha256("".join(self.part_fingerprints).encode()).hexdigest()[:32]
 
 
 def fingerprint_texts(documents: Any) -> str:
     """Return 32 hexadecimal digits of the SHA-256 of the texts and their boundaries.
 
-    A part of a corpus that is read as a stream has a fingerprint already, which is returned.
+    For a part of a streamed corpus, return the attribute `fingerprint` of the part.
     """
     if not isinstance(documents, Dataset):
         return documents.fingerprint
@@ -84,7 +84,10 @@ def fingerprint_texts(documents: Any) -> str:
 
 
 def documents_from_texts(texts: Iterable[str], names: Iterable[str] | None = None) -> Dataset:
-    """Build documents in memory; DataError for content that is not text or holds NUL."""
+    """Build a data set of documents in memory.
+
+    Raises DataError for a value that is not text, or that contains NUL or a lone surrogate.
+    """
     texts = list(texts)
     if names is None:
         names = [f"text {number}" for number in range(len(texts))]
@@ -94,9 +97,10 @@ def documents_from_texts(texts: Iterable[str], names: Iterable[str] | None = Non
 
 
 def load_bundled_novels() -> Documents:
-    """Load Jane Austen's six novels by chapter.
+    """Load Jane Austen's six novels, one document per chapter.
 
-    Five novels are for training (245 chapters), Persuasion (24) is for validation.
+    Five novels (245 chapters) are the training part, Persuasion (24 chapters) is the validation
+    part.
     """
     train: list[tuple[str, str]] = []
     validation: list[tuple[str, str]] = []
@@ -121,17 +125,18 @@ def read_text_files(
 ) -> Documents:
     """Read UTF-8 text files, given by fsspec paths or globs.
 
-    A document is a file, a paragraph (separated by blank lines) or a line, by `split`. Without
-    validation files each document is held out with probability `held_out` in (0,1) by the hash of
-    its text: equal documents get into the same part, and adding files moves no document. Blank
-    documents are left out. `ddiff.data.text` has the rule for line ends. A file that matches two
-    patterns is read once. Raises DataError for files that are missing, empty, compressed, not UTF-8
-    or hold NUL, and for a file that is named both for training and for validation.
+    `split` says whether a document is a file, a paragraph (separated by blank lines) or a line.
+    Without validation files, each document is held out with probability `held_out` in (0,1) by the
+    hash of its text: equal documents are assigned to the same part, and adding files moves no
+    document. Blank documents are left out. Line ends are defined in `ddiff.data.text`. A file that
+    matches two patterns is read once. Raises DataError for a file that is missing, empty,
+    compressed, not UTF-8 or contains NUL, and for a file that is named both for training and for
+    validation.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
-            f"read_text_files: held_out must lie in (0, 1); got {held_out}. Or name validation "
-            "files."
+            f"read_text_files: held_out must lie in (0, 1); got {held_out}. Set held_out, or "
+            "name validation files."
         )
     paths, validation_paths = find_train_and_validation(train, validation)
     corpus = _read(paths, split, cache)
@@ -143,8 +148,8 @@ def read_text_files(
 def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
     """Hold out each document with probability `held_out` by the hash of its text.
 
-    `kind` names the unit of a document in the message ("by line"). Raises DataError if a part
-    stays empty.
+    `kind` names the unit of a document in error messages ("by line"). Raises DataError if the
+    training or the validation part is empty.
     """
     train: list[int] = []
     validation: list[int] = []
@@ -155,7 +160,7 @@ def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
         raise DataError(
             f"{len(corpus)} document(s) {kind} cannot be divided with held_out = {held_out}: "
             f"{len(train)} for training and {len(validation)} for validation. Name validation "
-            f"files, or choose {_FEWER_PER_DOCUMENT.get(kind, '')}another share."
+            f"files, or choose {_FEWER_PER_DOCUMENT.get(kind, '')}another held_out."
         )
     return Documents(corpus.select(train), corpus.select(validation))
 
@@ -168,10 +173,10 @@ def read_symbol_rows(
     held_out: float = 0.05,
     cache: Cache | None = None,
 ) -> Documents:
-    """Read text files of fixed-length rows of symbols, one per line, such as aligned DNA.
+    """Read text files with one row of symbols per line, all rows of one length (aligned DNA).
 
-    Blank lines are left out. Raises DataError with file and line of a row that does not have
-    `length` symbols. See `read_text_files` for the other arguments.
+    Blank lines are left out. Raises DataError with the file and line of a row that does not have
+    `length` symbols. `read_text_files` describes the other arguments.
     """
     documents = read_text_files(
         train, validation=validation, held_out=held_out, split="line", cache=cache
@@ -182,7 +187,7 @@ def read_symbol_rows(
                 raise DataError(
                     f"read_symbol_rows: {row['name']} has {len(row['text'])} symbols, but every "
                     f"row must have length = {length}. Fix the file, or set [data] length to the "
-                    "length of its rows."
+                    "length of the rows."
                 )
     return documents
 
@@ -208,10 +213,10 @@ def _check_part(part: Dataset, name: str) -> None:
     if part.features["text"] not in (Value("string"), Value("large_string")):
         raise DataError(
             f'Documents: the column "text" of {name} must hold strings; it holds '
-            f"{part.features['text']}. Numbers and NaN are not text: convert or drop them."
+            f"{part.features['text']}. Convert numbers to text, and drop NaN."
         )
     if len(part) == 0:
-        raise DataError(f"Documents: {name} is empty. A corpus needs at least one document there.")
+        raise DataError(f"Documents: {name} is empty. Give at least one document.")
     if part.data.column("text").null_count:
         raise DataError(
             f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those '
@@ -220,7 +225,7 @@ def _check_part(part: Dataset, name: str) -> None:
 
 
 def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
-    """Read the documents of all files, memory-mapped from the cache if there is one."""
+    """Read the documents of all files, memory-mapped from the cache if a cache is given."""
     if cache is None:
         corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))
     else:
@@ -243,7 +248,7 @@ def check_not_empty(corpus: Dataset, paths: Sequence[str]) -> None:
         if len(paths) > 5:
             listed += ", ..."
         raise DataError(
-            f"The corpus is empty: {listed} holds no text. Name files with text in them."
+            f"The corpus is empty: {listed} holds no text. Name files that contain text."
         )
 
 

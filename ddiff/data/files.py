@@ -1,6 +1,6 @@
-"""Small files at any fsspec path, read and written as a whole.
+"""Read and write small files at any fsspec path.
 
-A file is written under another name and then renamed, so that it is complete or absent.
+A file is written under a temporary name and then renamed, so that the file is complete or absent.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from ddiff.errors import DataError
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write JSON to a local or fsspec path; missing folders are created."""
+    """Write JSON to a local or fsspec path, creating missing folders."""
     write_atomic(str(path), json.dumps(content, ensure_ascii=False))
 
 
 def read_bytes(path: str, what: str) -> bytes:
-    """Return the content of a file; the DataError of an unreadable one begins with `what`."""
+    """Return the content of a file.
+
+    Raises DataError if the file cannot be read. The message begins with `what`.
+    """
     try:
         with open_file(str(path)) as file:
             return file.read()
@@ -28,11 +31,14 @@ def read_bytes(path: str, what: str) -> bytes:
 
 
 def read_json(path: str, what: str) -> Any:
-    """Return the JSON in a file; the DataError of a damaged one begins with `what`."""
+    """Return the parsed content of a JSON file.
+
+    Raises DataError if the file cannot be read or parsed. The message begins with `what`.
+    """
     content = read_bytes(path, what)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{what}: {path} is not a whole JSON file ({error}). Make it again."
+            f"{what}: {path} is not a complete JSON file ({error}). Write the file again."
         ) from error

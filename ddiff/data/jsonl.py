@@ -39,17 +39,18 @@ def read_json_lines(
     held_out: float = 0.05,
     cache: Cache | None = None,
 ) -> Documents:
-    """Read JSON-lines files, given by fsspec paths or globs; field `text` is the document.
+    """Read documents from JSON-lines files, given by fsspec paths or globs.
 
-    Fields `labels` hold whole numbers from 0, fields `vectors` hold lists of numbers; each becomes
-    a column of the same name. A field that is null or missing is absent. See `read_text_files` for
-    `validation` and `held_out`. Raises DataError with file and line of an unreadable object, and
-    for a field that has no value in any line of `train`.
+    The field `text` holds the text of a document. The fields `labels` hold whole numbers from 0,
+    the fields `vectors` hold lists of numbers; each of these fields becomes a column of the same
+    name. A field that is null or missing has no value. `read_text_files` describes `validation` and
+    `held_out`. Raises DataError with the file and line of an unreadable object, and for a field
+    that has no value in any line of `train`.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
-            f"read_json_lines: held_out must lie in (0, 1); got {held_out}. Or name validation "
-            "files."
+            f"read_json_lines: held_out must lie in (0, 1); got {held_out}. Set held_out, or "
+            "name validation files."
         )
     reader = _Reader(text, tuple(labels), tuple(vectors))
     paths, validation_paths = find_train_and_validation(train, validation)
@@ -61,10 +62,10 @@ def read_json_lines(
 
 
 def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield (number, place, object) for a file of JSON lines or of one JSON array.
+    """Yield (number, place, object) for each object in a file of JSON lines or one JSON array.
 
-    The number is that of the line, or of the object in the array, from 1. The place names it in
-    messages. Raises DataError at a value that is not an object.
+    `number` counts lines, or objects of the array, from 1. `place` names the file and the line or
+    object in error messages. Raises DataError for a value that is not an object.
     """
     lines = enumerate(text_lines(file, printable(path)), start=1)
     name = base_name(path)
@@ -82,15 +83,15 @@ def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str
 
 
 def check_no_duplicates(found: dict[str, Any], fields: Iterable[str], place: str) -> None:
-    """Raise DataError if an object has one of these fields twice.
+    """Raise DataError if a JSON object has one of `fields` twice.
 
-    JSON does not define which of them counts.
+    JSON does not define which of two values of a field is valid.
     """
     if not isinstance(found, _ObjectWithDuplicates):
         return
     duplicates = sorted(found.duplicates & set(fields))
     if duplicates:
-        raise DataError(f'{place} has the field "{duplicates[0]}" twice. Leave one of them out.')
+        raise DataError(f'{place} has the field "{duplicates[0]}" twice. Remove one of the two.')
 
 
 class _ObjectWithDuplicates(dict[str, Any]):
@@ -145,9 +146,9 @@ class _Reader:
     def check_fields_occur(
         self, corpus: Dataset, paths: Sequence[str], patterns: Sequence[str]
     ) -> None:
-        """Raise DataError for a label or vector that no document has.
+        """Raise DataError for a label or vector field without a value in any document.
 
-        A misspelt name would otherwise be absent everywhere without notice.
+        A misspelt field name would otherwise stay unnoticed.
         """
         for name in (*self.labels, *self.vectors):
             if corpus.data.column(name).null_count < len(corpus):
@@ -159,10 +160,10 @@ class _Reader:
             others = sorted(fields - {self.text, name})
             key = "labels" if name in self.labels else "vectors"
             raise DataError(
-                f'read_json_lines: {key} names the field "{name}", but it has a value in no line '
-                f"of {', '.join(map(printable, patterns))}; next to the text the lines have "
-                f"{others or 'no fields'}.{suggest(name, others)} Fix [data] {key}, or leave the "
-                "field out."
+                f'read_json_lines: {key} names the field "{name}", but no line of '
+                f"{', '.join(map(printable, patterns))} has a value for it. Fields besides the "
+                f"text: {others or 'none'}.{suggest(name, others)} Fix [data] {key}, or remove the "
+                "field."
             )
 
     def _batches(self, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -185,14 +186,17 @@ class _Reader:
                 yield document
 
     def _objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield every object of a file with its place; DataError for one without the text."""
+        """Yield (place, object) for each object of a file.
+
+        Raises DataError for an object without the text field.
+        """
         with open_uncompressed(path) as file:
             for _, place, found in json_objects(file, path):
                 check_no_duplicates(found, (self.text, *self.labels, *self.vectors), place)
                 if self.text not in found:
                     raise DataError(
-                        f'{place} must be an object with the field "{self.text}"; it has '
-                        f'{sorted(found)}. Name the field of the text: text = "...".'
+                        f'{place} has no field "{self.text}"; its fields are {sorted(found)}. Name '
+                        'the field that holds the text: text = "...".'
                     )
                 yield place, found
 
@@ -203,7 +207,7 @@ class _Reader:
             return value
         raise DataError(
             f'{place}: the label "{name}" must be a whole number from 0 (to {_LARGEST_LABEL}), or '
-            f"null; got {_shorten(value)}. Number the classes."
+            f"null; got {_shorten(value)}. Give each class a number."
         )
 
     def _check_vector(self, value: Any, name: str, place: str) -> list[float] | None:
@@ -249,7 +253,7 @@ def _parse(written: str, place: str) -> Any:
         return _DECODER.decode(written)
     except RecursionError as error:
         raise DataError(
-            f"{place} is nested too deeply to be read as JSON. Drop the line."
+            f"{place} is nested too deeply to be read as JSON. Remove the line."
         ) from error
     except ValueError as error:  # also raised for a number with more digits than Python converts
         raise DataError(
@@ -267,7 +271,7 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return with_duplicates
 
 
-# Made once, because json.loads with a hook would make a new decoder for each line.
+# One decoder for all lines, because json.loads with a hook would make a decoder for each line.
 _DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
 
 

@@ -1,4 +1,4 @@
-"""Markov source of symbols with known entropy, a lower limit for every valid bound."""
+"""Markov source of symbols with known entropy, below which no valid bound can lie."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ SYMBOLS = "abcdefghijklmnop"
 class MarkovSource:
     """Stationary first-order Markov chain over 4 to 16 symbols, drawn from a seed.
 
-    Row y of `transition` P [k,k] is softmax(peakedness * g_y) with standard normal g: 0 is uniform,
-    larger is more predictable. `stationary` pi [k] is its invariant distribution, from which the
-    first symbol of every row is drawn.
+    The alphabet has k symbols. Row y of the transition matrix P [k,k] (`transition`) is
+    softmax(peakedness * g_y) with standard normal g_y: peakedness 0 gives uniform rows, larger
+    values give more predictable rows. `stationary` pi [k] is the invariant distribution of P, from
+    which the first symbol of every row is drawn.
     """
 
     def __init__(self, alphabet: int = 8, *, peakedness: float = 2.0, seed: int = 0) -> None:
@@ -40,19 +41,26 @@ class MarkovSource:
 
     @property
     def entropy_rate(self) -> float:
-        """-sum_y pi_y sum_z P_yz ln P_yz, nats per symbol."""
+        """Entropy rate -sum_y pi_y sum_z P_yz ln P_yz of the chain, in nats per symbol.
+
+        P is the transition matrix and pi its invariant distribution.
+        """
         return float(self.stationary @ _entropy(self.transition))
 
     def row_entropy(self, length: int) -> float:
         """Return the entropy of a row in nats per symbol.
 
-        It is (H(pi) + (length - 1) * rate) / length, and never below the rate.
+        The entropy is (H(pi) + (length - 1) * entropy_rate) / length, where H(pi) is the entropy of
+        the stationary distribution. The entropy is never below the entropy rate.
         """
         entropy = _entropy(self.stationary) + (length - 1) * self.entropy_rate
         return float(entropy / length)
 
     def rows(self, count: int, length: int, *, stream: int = 0) -> list[str]:
-        """Draw `count` independent rows of `length` symbols; another `stream` gives other rows."""
+        """Draw `count` independent rows of `length` symbols.
+
+        Different values of `stream` give independent sets of rows.
+        """
         rng = np.random.default_rng([self._seed, 1, stream])
         uniforms = rng.random((length, count))
         letters = np.array(list(self.symbols))
@@ -61,7 +69,10 @@ class MarkovSource:
         return ["".join(letters[row]) for row in states]
 
     def documents(self, *, rows: int, validation: int, length: int) -> Documents:
-        """Draw a corpus of rows; its `entropy_rate` is the entropy of a row per symbol."""
+        """Draw a corpus of rows.
+
+        The `entropy_rate` of the corpus is the entropy of a row in nats per symbol.
+        """
         train = self.rows(rows, length)
         held_out = self.rows(validation, length, stream=1)
         return Documents(
@@ -71,7 +82,7 @@ class MarkovSource:
         )
 
     def _walk(self, uniforms: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
-        """Yield the state of all rows at each position, drawn by inversion."""
+        """Yield the states of all rows at each position, sampled by inversion of the CDF."""
         state = _sample_by_inversion(np.cumsum(self.stationary)[None], uniforms[0])
         cumulative = np.cumsum(self.transition, axis=1)
         yield state
@@ -81,14 +92,14 @@ class MarkovSource:
 
 
 def _entropy(distribution: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the entropy along the last axis."""
+    """Return the entropy of distributions along the last axis, in nats."""
     # A probability that has underflowed to 0 would give 0 * -inf = NaN.
     log = np.log(np.maximum(distribution, np.finfo(float).tiny))
     return -(distribution * log).sum(-1)
 
 
 def _invariant_distribution(transition: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve pi P = pi with sum(pi) = 1, by least squares over both conditions."""
+    """Solve pi P = pi with sum(pi) = 1 by least squares, where P is the transition matrix."""
     size = len(transition)
     invariance = transition.T - np.eye(size)
     conditions = np.vstack([invariance, np.ones(size)])

@@ -1,8 +1,8 @@
-"""Repeated documents: validation documents in the training text, and duplicates within a part.
+"""Detect validation documents in the training text, and duplicates within a part.
 
-Documents are compared by their tokens, so that every kind of corpus is checked in the same way:
-when its token shards are written, in one pass of some hundred million tokens per second. The
-counts are stored in the manifest.
+Documents are compared by their tokens when the token shards are written, so that every kind of
+corpus is checked in the same way. The check is one pass over the tokens (some hundred million
+tokens per second). The counts are stored in the manifest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ddiff.data.tokenizer_workers import Chunk, hash_to_unit
 from ddiff.errors import DataError
 
 _AT_ONCE = 2**13  # tokens or documents per step, so that the arrays of a step fit into the cache
-_MANY = 0.05  # share of repeated documents in a part above which a warning is given
+_MANY = 0.05  # fraction of repeated documents in a part above which a warning is logged
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the constants of splitmix64
 _OTHER_ODD = np.uint64(0xBF58476D1CE4E5B9)
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _Hashes = NDArray[np.uint64]
 
 
 class DocumentCount(NamedTuple):
-    """Number of affected documents, and of all documents of the part."""
+    """Number `documents` of affected documents, out of `of` documents in the part."""
 
     documents: int
     of: int
@@ -48,8 +48,9 @@ def find_overlap(
 ) -> dict[str, list[int]]:
     """Count validation documents that occur in the training text, and repetitions in each part.
 
-    The result is JSON for the manifest. The 64-bit hashes of the training documents are sorted in
-    a temporary file in `folder` instead of in memory.
+    Each entry of the result is a list [affected documents, all documents], as stored in the
+    manifest. The 64-bit hashes of the training documents are sorted in a temporary file in
+    `folder`, not in memory.
     """
     held_out = np.concatenate([np.empty(0, np.uint64), *map(document_hashes, validation.shards)])
     with TemporaryFile(dir=folder) as file:
@@ -69,21 +70,22 @@ def find_overlap(
 
 
 def check_overlap(found: dict[str, list[int]], source: object) -> None:
-    """Raise DataError if every validation document was trained on.
+    """Raise DataError if all validation documents are in the training text.
 
-    Some of them, or many repetitions within a part, give a warning.
+    A warning is logged if only some validation documents are in the training text, or if many
+    documents of a part repeat an earlier document. `found` is the result of `find_overlap`.
     """
     seen = DocumentCount(*found["validation_in_train"])
     if seen.documents and seen.documents == seen.of:
         raise DataError(
             f"{source}: all {seen.of:,} validation documents are in the training text too, so that "
-            "the evaluation would measure what was learned by heart. Name other validation text, "
-            "or none: then a share of the documents is held out by the hash of their text."
+            "the evaluation would measure memorization. Name other validation text, or name none: "
+            "then a fraction of the documents is held out by the hash of their text."
         )
     if seen.documents:
         _log.warning(
-            "%s: %s for validation (%.2g %%) are in the training text too: on them the evaluation "
-            "measures what was learned by heart. Drop them from one of the two.",
+            "%s: %s for validation (%.2g %%) are in the training text too: on these documents the "
+            "evaluation measures memorization. Remove them from one of the two parts.",
             source,
             seen,
             100 * seen.share,
@@ -96,8 +98,8 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
         repeated = DocumentCount(*found[f"{part}_repeated"])
         if repeated.share > _MANY:
             _log.warning(
-                "%s: %s of the part %s repeat an earlier one. What is repeated %s; drop it unless "
-                "that is meant.",
+                "%s: %s of the part %s repeat an earlier document. A repeated document %s. Remove "
+                "the repetitions unless they are intended.",
                 source,
                 repeated,
                 part,
@@ -107,7 +109,7 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
 
 @final
 class OverlapMonitor:
-    """Warns of the first validation document in a stream of training text."""
+    """Monitor that warns of the first validation document in a stream of training text."""
 
     def __init__(self, validation: Callable[[], Iterable[str]], source: object) -> None:
         self._validation = validation
@@ -115,7 +117,7 @@ class OverlapMonitor:
         self._has_warned = False
 
     def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Yield the same chunks, each checked as it passes."""
+        """Yield `chunks` unchanged, with a warning at the first validation document."""
         for chunk in chunks:
             if not self._has_warned:
                 self._check(chunk)
@@ -130,8 +132,9 @@ class OverlapMonitor:
             if hash_to_unit(text.encode()) in self._hashes:
                 self._has_warned = True
                 _log.warning(
-                    "%s: the document %r is in the validation text too, and is trained on all the "
-                    "same. Others are not reported. Drop them from one of the two.",
+                    "%s: the training document %r is in the validation text too. The run trains on "
+                    "this document. Further such documents are not reported. Remove them from one "
+                    "of the two parts.",
                     self._source,
                     text if len(text) <= 60 else f"{text[:60]} ...",
                 )
@@ -139,9 +142,9 @@ class OverlapMonitor:
 
 
 def document_hashes(shard: Shard) -> _Hashes:
-    """Return a 64-bit hash [k] of each document.
+    """Return a 64-bit hash [k] of each of the k documents in a shard.
 
-    It is the sum of the document's tokens, each mixed with its position in the document.
+    The hash of a document is a sum over its tokens, each mixed with its position in the document.
     """
     ends = shard.ends
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
@@ -178,7 +181,7 @@ def _mix_in_place(values: _Hashes) -> _Hashes:
 
 
 def _count_seen(held_out: _Hashes, trained: _Hashes) -> int:
-    """Count the hashes that occur in the sorted hashes `trained`."""
+    """Count the hashes `held_out` that occur in the sorted hashes `trained`."""
     if not len(trained):
         return 0
     places = np.searchsorted(trained, held_out)
@@ -187,10 +190,10 @@ def _count_seen(held_out: _Hashes, trained: _Hashes) -> int:
 
 
 def _count_repeated(hashes: _Hashes) -> int:
-    """Count the sorted hashes that equal the one before."""
+    """Count the entries of the sorted `hashes` that equal the previous entry."""
     count = 0
     for start in range(0, len(hashes), _AT_ONCE):
-        # One more than a step holds, so that the border between two steps is compared too.
+        # One more entry than a step has, so that neighbors across two steps are compared too.
         window = hashes[start : start + _AT_ONCE + 1]
         count += int((np.diff(window) == 0).sum())
     return count

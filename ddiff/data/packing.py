@@ -1,9 +1,9 @@
-"""Pack documents of any length into rows of one length, every token exactly once.
+"""Pack documents of any length into rows of one length; each token is in exactly one row.
 
-For training, documents are joined, each followed by its end mark, and the stream is cut into rows.
-A row keeps the document number of each position, so that attention can separate documents. For
-evaluation, each document starts a new row. Only the last row of the stream, or of a document, is
-padded. Rows are cut when they are read; what is stored is the stream.
+For training, documents are concatenated, each followed by its end mark, and the token stream is cut
+into rows. A row keeps the document number of each position, so that attention can separate
+documents. For evaluation, each document starts a new row. Only the last row of the stream, or of a
+document, is padded. The token stream is stored; rows are cut when they are read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ _Ints = NDArray[np.int32]
 @final
 @dataclass(frozen=True)
 class Block:
-    """Some rows: `ids` [k, length] int32, `document` [k, length] int64, `num_valid` [k] int32."""
+    """Block of k rows of `length` tokens.
+
+    ids: [k, length] int32.
+    document: [k, length] int64, number of the document at each position.
+    num_valid: [k] int32, number of tokens before the padding of each row.
+    """
 
     ids: _Ints
     document: NDArray[np.int64]
@@ -48,41 +53,47 @@ class Block:
 class Rows(Protocol):
     """Rows of `length` tokens, read by number.
 
-    Padding is at the end of a row. Its ids are the end mark (0 if there is none), and its document
-    number is that of the document before it.
+    Padding is at the end of a row. The id of padding is that of the end mark (0 for a tokenizer
+    without end mark). Padding has the document number of the last token of the row.
     """
 
     length: int
 
     def __len__(self) -> int:
-        """Number of rows; 2**62 for an endless stream."""
+        """Return the number of rows (2**62 for an endless stream)."""
         ...
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        """Return the rows with these numbers [k], in this order."""
+        """Return the rows `numbers` [k], in the order of `numbers`."""
         ...
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
-        """Return the row numbers for the global sample numbers `positions`."""
+        """Return the row number of each global sample number in `positions`."""
         ...
 
     def token_counts(self) -> NDArray[np.int64]:
-        """Return the number of occurrences of each token, [V]."""
+        """Return the number of occurrences of each of the V tokens, [V]."""
         ...
 
     def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
-        """Return the first ids in order [n] and the document of each [n], without padding."""
+        """Return the first n ids and the document of each id, both [n], without padding.
+
+        n is at most `at_most`, by default all tokens of the rows.
+        """
         ...
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that identify the rows."""
+        """Identifier of the rows, 32 hexadecimal digits."""
         ...
 
 
 @final
 class PackedRows:
-    """Rows cut from a token stream: joined, or one document after another (`separate`)."""
+    """Rows cut from a token stream.
+
+    With `separate`, each document starts a new row.
+    """
 
     def __init__(
         self, stream: TokenStream, length: int, *, filler: int, separate: bool = False
@@ -112,13 +123,14 @@ class PackedRows:
         is_outside = wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))
         if wanted.ndim != 1 or is_outside:
             raise ArgumentError(
-                f"rows: numbers must be a list of numbers in 0..{len(self) - 1}; got {numbers!r}."
+                f"rows: numbers must be a list of row numbers in 0..{len(self) - 1}; got "
+                f"{numbers!r}."
             )
         starts, stops = self._spans(wanted)
         shape = (len(wanted), self.length)
         ids = np.full(shape, self._filler, np.int32)
         document = np.empty(shape, np.int64)
-        # Row by row, because neighboring rows of a batch are anywhere in the stream.
+        # Row by row, because the rows of a batch are not adjacent in the stream.
         spans = zip(starts.tolist(), stops.tolist())
         for row, (start, stop) in enumerate(spans):
             size = stop - start
@@ -143,9 +155,9 @@ class PackedRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the SHA-256 of the ids, documents and lengths of all rows.
+        """SHA-256 of the ids, documents and lengths of all rows, 32 hexadecimal digits.
 
-        Beyond 2**26 tokens, which take long to read, the checksums of the shards are used instead.
+        For more than 2**26 tokens, the checksums of the shards are hashed instead of the rows.
         """
         if self.tokens.num_tokens > _READ_WHOLE:
             is_separate = self._ends is not None
@@ -161,14 +173,14 @@ class PackedRows:
         return digest.hexdigest()[:32]
 
     def first_documents(self) -> NDArray[np.int64]:
-        """Return the document [R] that each row begins with."""
+        """Return the number of the first document of each of the R rows, [R]."""
         if self._last_rows is not None:
             rows_of_document = np.diff(self._last_rows, prepend=0)
             return np.repeat(np.arange(len(self._last_rows)), rows_of_document)
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask [n] of the stream's tokens in the rows `numbers`."""
+        """Return a mask [n] of the n stream tokens, True for tokens in the rows `numbers`."""
         starts, stops = self._spans(numbers)
         # +1 where a row starts, -1 where it stops: the running sum counts the rows at a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
@@ -177,7 +189,7 @@ class PackedRows:
         return border.cumsum()[:-1] > 0
 
     def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the start and stop of rows in the stream."""
+        """Return the start and stop positions of the rows `numbers` in the stream."""
         if self._ends is None or self._last_rows is None:
             starts = numbers * self.length
             stops = np.minimum(starts + self.length, self.tokens.num_tokens)
@@ -200,7 +212,7 @@ class PackedRows:
                 yield self._read_joined(start)
 
     def _read_joined(self, first: int) -> Block:
-        """Read the next rows of a joined stream in one piece."""
+        """Read up to 4096 rows of a concatenated stream, from row `first`, in one read."""
         size = min(_ROWS_AT_ONCE, len(self) - first)
         start = first * self.length
         end_of_rows = start + size * self.length
@@ -219,11 +231,11 @@ class PackedRows:
 def pack(
     documents: Dataset, tokenizer: Tokenizer, length: int, *, separate: bool = False
 ) -> PackedRows:
-    """Pack documents into rows of `length` ids in memory, numbered in the order of `documents`.
+    """Pack documents into rows of `length` ids in memory.
 
-    `separate` starts a new row with every document (evaluation). A tokenizer with unit "symbol"
-    gives one row per document, which must have `length` symbols. Raises DataError if the
-    documents have no token.
+    Documents are numbered in the order of `documents`. With `separate`, each document starts a new
+    row (evaluation). A tokenizer with unit "symbol" gives one row per document, and each document
+    must have `length` symbols. Raises DataError if the documents have no token.
     """
     stream = encode_in_memory(chunks_of(documents), tokenizer)
     return pack_stream(stream, tokenizer, length, separate=separate)
@@ -232,20 +244,21 @@ def pack(
 def pack_stream(
     stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False
 ) -> PackedRows:
-    """Pack a tokenized part into rows.
+    """Pack the token stream of a part into rows of `length` tokens.
 
-    Raises DataError if it has no token, or if rows of symbols do not have `length` symbols.
+    With `separate`, each document starts a new row. Raises DataError if the stream has no token, or
+    if a row of symbols does not have `length` symbols.
     """
     if length < 1:
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
     if not stream.num_tokens:
         raise DataError(
-            f"pack: {stream.num_documents} document(s) gave no token. Give texts that are not "
+            f"pack: {stream.num_documents} document(s) have no token. Give texts that are not "
             "empty."
         )
     if tokenizer.unit == "symbol" and (wrong := stream.find_wrong_size(length)) is not None:
         raise DataError(
-            f"pack: row {wrong[0]} has {wrong[1]} symbols, but an alphabet's rows must all have "
+            f"pack: row {wrong[0]} has {wrong[1]} symbols, but every row of symbols must have "
             f"length = {length}. Fix the row, or set [data] length to the length of the rows."
         )
     filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
@@ -255,12 +268,12 @@ def pack_stream(
 
 
 def pack_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
-    """Pack the rows of `ids` [R,L], each as a document."""
+    """Pack token ids [R,L] into R rows, each one document of L tokens."""
     return PackedRows(stream_from_ids(ids, num_tokens), ids.shape[1], filler=0)
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> PackedRows:
-    """Pack texts into rows in memory, each text as a separate document."""
+    """Pack texts into rows in memory; each text starts a new row."""
     return pack(documents_from_texts(texts), tokenizer, length, separate=True)
 
 
@@ -273,8 +286,8 @@ def batch_rows(
 ) -> Batch:
     """Read the rows `indices` as a batch.
 
-    `index` [B] is their slot in the global batch, by default `indices`. `conditions` are those of
-    the documents from which the rows were packed.
+    `index` [B] is the slot of each row in the global batch, by default `indices`. `conditions` are
+    the conditions of the documents from which the rows were packed.
     """
     numbers = np.asarray(indices, dtype=np.int64)
     block = rows[numbers]
@@ -297,6 +310,6 @@ def batch_rows(
 
 
 def chunks_of(documents: Dataset, part: str = TRAIN) -> Iterator[Chunk]:
-    """Yield documents in memory as chunks of a part, without cursors."""
+    """Yield a data set of documents as chunks of the part `part`, without cursors."""
     for batch in documents.iter(DOCUMENTS_AT_ONCE):
         yield Chunk(batch["text"], None, part, batch.get("name", []))

@@ -1,7 +1,7 @@
 """Find files by paths and globs, and open them.
 
-A path that exists as it is written is that file, even if its name contains characters of a glob.
-Local files are opened directly and not through fsspec, which would interpret "::", "#" and others.
+A path that exists is taken literally, even if its name contains glob characters. Local files are
+opened without fsspec, which would interpret "::", "#" and other characters in names.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ _VERSION_KEYS = (
 
 
 def find_files(pattern: str) -> list[str]:
-    """Return the files that a path or glob names, sorted.
+    """Return the files that match a path or glob, sorted.
 
-    `**` matches folders at any depth; names that begin with a dot are matched only by a dot. Raises
-    DataError for a missing file, a folder, a broken link, a pipe or a device.
+    `**` matches folders at any depth. A name that begins with a dot matches only a pattern that
+    begins with a dot. Raises DataError for a missing file, a folder, a broken link, a pipe or a
+    device.
     """
     local = _local_path(pattern)
     found = _find_remote(pattern) if local is None else _find_local(local)
@@ -49,7 +50,7 @@ def find_files(pattern: str) -> list[str]:
 
 
 def find_all_files(patterns: Sequence[str]) -> list[str]:
-    """Return the files of several patterns in their order, each file once."""
+    """Return the files that match any of the patterns, in order of patterns, without duplicates."""
     found: dict[Any, str] = {}
     for pattern in patterns:
         for path in find_files(pattern):
@@ -60,7 +61,10 @@ def find_all_files(patterns: Sequence[str]) -> list[str]:
 def find_train_and_validation(
     train: Sequence[str], validation: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Find training and validation files; DataError if a file is among both."""
+    """Find training and validation files.
+
+    Raises DataError if a file is both a training and a validation file.
+    """
     paths = find_all_files(train)
     validation_paths = find_all_files(validation)
     check_disjoint(paths, validation_paths)
@@ -68,7 +72,10 @@ def find_train_and_validation(
 
 
 def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
-    """Raise DataError if a file is among both, even under two different paths."""
+    """Raise DataError if a file is both a training and a validation file.
+
+    Two paths of the same file are recognized.
+    """
     trained = {_identity(path): path for path in train}
     for path in validation:
         same = trained.get(_identity(path))
@@ -77,14 +84,14 @@ def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
         alias = "" if same == path else f" (there as {printable(same)})"
         raise DataError(
             f"{printable(path)} is named by validation and by files{alias}: the model would be "
-            "evaluated on text that it was trained on. Leave it out of files: move it to another "
-            "folder, or name the training files so that no pattern matches it. Without validation "
-            "files a share of the documents is held out."
+            "evaluated on its training text. Remove it from files: move it to another folder, or "
+            "name the training files so that no pattern matches it. Without validation files a "
+            "fraction of the documents is held out."
         )
 
 
 def base_name(path: str) -> str:
-    """Return the last part of a path, with unprintable characters escaped."""
+    """Return the file name of a path, with unprintable characters escaped."""
     return printable(path.rsplit("/", 1)[-1])
 
 
@@ -94,7 +101,10 @@ def printable(path: str) -> str:
 
 
 def file_version(path: str) -> list[Any]:
-    """Return name, size, and tag or time of modification, which change when the file does."""
+    """Return [name, size, version] of a file.
+
+    The version is an entity tag, a checksum or the modification time, and changes with the content.
+    """
     with explain_errors(path):
         local = _local_path(path)
         if local is not None:
@@ -109,7 +119,10 @@ def file_version(path: str) -> list[Any]:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file to read bytes; errors become DataErrors that name it."""
+    """Open a file to read bytes.
+
+    Errors are raised as DataError with the name of the file.
+    """
     with explain_errors(path):
         local = _local_path(path)
         if local is not None:
@@ -123,7 +136,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def explain_errors(path: str) -> Iterator[None]:
-    """Turn every error of the block into a DataError that names the file."""
+    """Convert any error in the `with` block to a DataError that names the file."""
     try:
         yield
     except (DdiffError, MemoryError):
@@ -139,7 +152,7 @@ def explain_errors(path: str) -> Iterator[None]:
 
 
 def _local_path(pattern: str) -> str | None:
-    """Return the path on this machine, or None for another file system."""
+    """Return the local path of a pattern, or None for a remote file system."""
     for scheme in _LOCAL:
         if pattern.startswith(scheme) and "::" not in pattern:
             return pattern.removeprefix(scheme)
@@ -203,7 +216,7 @@ def _matching_names(folder: str, part: str) -> list[str]:
 def _folders(folder: str) -> Iterator[str]:
     """Yield a folder and all folders below it.
 
-    Links are followed, but each folder is entered only once, so that a circle of links ends.
+    Links are followed, but each folder is entered only once, so that a cycle of links ends.
     """
     entered: set[tuple[int, int]] = set()
     pending = [folder]
@@ -225,12 +238,13 @@ def _list_names(folder: str) -> list[str]:
         return sorted(os.listdir(folder or "."))
     except PermissionError as error:
         raise DataError(
-            f"The folder {printable(folder or '.')} must not be listed: permission denied."
+            f"The folder {printable(folder or '.')} cannot be listed: permission denied. Change "
+            "its permissions."
         ) from error
 
 
 def _check_regular(path: str) -> None:
-    """Raise DataError for anything but a regular file: a pipe can be read only once."""
+    """Raise DataError for a path that is not a regular file, such as a pipe or a folder."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -247,7 +261,7 @@ def _check_regular(path: str) -> None:
         inside = f"{printable(path.rstrip('/'))}/*.txt"
         raise DataError(
             f"{printable(path)} is a folder, but a file is expected. Name the files in it, for "
-            f"instance {inside}, or .../**/*.txt for those of its folders too."
+            f"instance {inside}, or .../**/*.txt to include its subfolders."
         )
     if stat.S_ISREG(mode) and not os.access(path, os.R_OK):
         raise _permission_error(path)
@@ -287,7 +301,7 @@ def _find_remote(pattern: str) -> list[str]:
 
 
 def _remote_path(pattern: str, name: str, system: Any) -> str:
-    """Return the full path to open the file that its file system calls `name`.
+    """Return the full fsspec path of the file `name` in the file system of `pattern`.
 
     A chain of file systems ("zip://...::s3://...") is kept.
     """
@@ -302,7 +316,7 @@ def _remote_path(pattern: str, name: str, system: Any) -> str:
 
 def _permission_error(path: str) -> DataError:
     return DataError(
-        f"{printable(path)} must not be read: permission denied. Change its permissions."
+        f"{printable(path)} cannot be read: permission denied. Change its permissions."
     )
 
 
@@ -310,20 +324,20 @@ def _not_found_message(pattern: str, local: str | None) -> str:
     marks = "".join(mark for mark in _MARKS if mark in pattern)
     message = f"There is no file {printable(pattern)}"
     if marks:
-        message += f", and none that it matches as a pattern (it holds {' '.join(marks)})"
+        message += f", and no file matches it as a pattern (it contains {' '.join(marks)})"
     if local is None:
         return f"{message}. Check the path."
-    message += f" (looked from {Path.cwd()})."
+    message += f" (working directory: {Path.cwd()})."
     places = [place for place, mark in enumerate(local) if mark in _MARKS]
     before_marks = local[: places[0]] if places else local
     folder = os.path.dirname(before_marks)
     if folder and not os.path.isdir(folder):
         message += f" There is no folder {printable(folder)} either."
-    return f"{message} Check the path; relative paths start where ddiff runs."
+    return f"{message} Check the path; relative paths start in the working directory."
 
 
 def _identity(path: str) -> Any:
-    """Return a value that is equal for all paths of one file."""
+    """Return a key of the file at a path, equal for all paths of the same file."""
     local = _local_path(path)
     if local is None:
         return path

@@ -1,8 +1,9 @@
 """Shuffled row order as a pure function of seed, epoch and position.
 
-An epoch is a keyed permutation of the rows: a Feistel network on the smallest even number of bits
-that covers them, applied again while the result is outside the range ("cycle walking"). Resuming,
-the number of workers and the world size therefore cannot change the order.
+The order of an epoch is a keyed permutation of the rows: a Feistel network on the smallest even
+number of bits that can represent all row numbers, applied again while the result is not a row
+number ("cycle walking"). The order therefore does not depend on the number of workers, the world
+size or interruptions.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _feistel(value: _UINT, key: _UINT, half_bits: int) -> _UINT:
 
 
 def _mix(value: _UINT | np.uint64) -> _UINT:
-    """Finalizer of splitmix64: every input bit changes every output bit."""
+    """Mix the bits of 64-bit integers with the finalizer of splitmix64."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         z = np.atleast_1d(value) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

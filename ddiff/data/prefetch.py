@@ -1,4 +1,4 @@
-"""Prefetch batches in threads of this process, ahead of the step that needs them."""
+"""Prefetch batches in threads of this process, while training steps compute."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ _GRACE = 1.0  # seconds that `close` gives the threads to finish a read
 
 @final
 class Prefetcher(Generic[Item]):
-    """Read-ahead of `batch_at(step, micro)`, a pure function: the same batches, earlier.
+    """Prefetcher of the batches `batch_at(step, micro)`, a pure function.
 
-    The next `ahead` calls are started in advance. They are taken to be those of the next of
-    `accumulate` micro-batches, then of the next step; any other call works too, and discards what
-    was prefetched. `workers` threads read, because reading waits for the disk and copies
-    memory-mapped arrays; with 0 nothing is prefetched. An exception of `batch_at` is raised by the
-    call that needs the batch. While a call waits, a line is printed every ten seconds, unless
-    `quiet`.
+    Each call starts the next `ahead` calls in `workers` threads. The expected order is by
+    micro-batch (`accumulate` micro-batches per step), then by step. A call out of this order
+    returns the right batch too, and discards the prefetched batches. With `workers` = 0 nothing is
+    prefetched. An exception of `batch_at` is raised by the call that needs the batch. While a call
+    waits, a line is printed every ten seconds, unless `quiet`.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Prefetcher(Generic[Item]):
         return item
 
     def fetch(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
-        """Return the batch, or None if `stopped()` becomes true during the wait."""
+        """Return the batch of a step, or None if `stopped()` becomes true during the wait."""
         if self._threads is None:
             return self._batch_at(step, micro)
         wanted = (step, micro)
@@ -74,7 +73,7 @@ class Prefetcher(Generic[Item]):
         return self._pending.pop(wanted).result()
 
     def _wait(self, future: Future[Item], step: int, stopped: Callable[[], bool]) -> bool:
-        """Wait for a batch; return False if it is given up."""
+        """Wait for a batch and return True, or return False if `stopped()` becomes true."""
         began = time.monotonic()
         last_line = began
         while not _is_done(future, _POLL):
@@ -87,7 +86,10 @@ class Prefetcher(Generic[Item]):
         return True
 
     def close(self) -> None:
-        """End the threads, after at most a second; later calls read directly."""
+        """Stop the threads, waiting at most one second for unfinished reads.
+
+        Calls after `close` read the batch in the calling thread.
+        """
         if self._threads is not None:
             self._discard_pending()
             self._threads.close()
@@ -114,8 +116,8 @@ class Prefetcher(Generic[Item]):
 class _ThreadPool:
     """Pool of daemon threads.
 
-    Not a ThreadPoolExecutor: the interpreter waits for its threads at exit, so that a stalled
-    source would keep a run from stopping.
+    A ThreadPoolExecutor is not used, because the interpreter waits for the threads of an executor
+    at exit: a run could not stop while its source is stalled.
     """
 
     def __init__(self, size: int) -> None:
@@ -153,10 +155,10 @@ class _ThreadPool:
 
 
 def _is_done(future: Future[Any], seconds: float) -> bool:
-    """Return whether a call ends within `seconds`, successfully or not."""
+    """Return whether a call has a result or an exception within `seconds`."""
     try:
         future.exception(seconds)
     except TimeoutError:
-        # `exception` may also be a TimeoutError of the call itself, as `done` then tells.
+        # The TimeoutError may be that of the call itself: the call is then done.
         return future.done()
     return True

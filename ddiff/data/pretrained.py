@@ -1,6 +1,6 @@
-"""Load tokenizers and models of the transformers library safely.
+"""Load tokenizers and models of the transformers library without running repository code.
 
-Code that comes with a repository never runs, and loading a local folder makes no request.
+Loading a local folder makes no network request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddiff.errors import DataError, DdiffError
 Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
 
-# Package that reads a vocabulary file other than the tokenizer.json of a fast tokenizer, by ending.
+# Package that reads a vocabulary file without tokenizer.json, by the ending of the file.
 _READERS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
 _REQUIRED = re.compile(
     r"(?:requires? (?:the )?|`)([A-Za-z][\w-]+)`?(?: library)?(?:,? is required| but it was not)"
@@ -29,11 +29,12 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def load_pretrained(
     load: Callable[..., Loaded], source: str, what: str, *, name: str | None = None, **options: Any
 ) -> Loaded:
-    """Call a `from_pretrained` of the transformers library on a local folder or hub name.
+    """Call `load`, a `from_pretrained` method, on a local folder or hub name.
 
-    Code of the repository (`auto_map`) is never run, and no prompt offers to run it. A local folder
-    is read without any request. `what` ("tokenizer", "model") is for messages, where `name`
-    replaces the source. Raises DataError with the cause of any failure.
+    Python code of the repository (`auto_map`) is never run, and no prompt offers to run it. A local
+    folder is read without any network request. Error messages call the object `what` ("tokenizer"
+    or "model") and show `name`, if given, instead of the source. Raises DataError with the cause if
+    loading fails.
     """
     shown = name or source
     is_local = is_folder(source)
@@ -51,36 +52,36 @@ def load_pretrained(
 
 
 def _warn_of_custom_code(loaded: Any, shown: str) -> None:
-    """Warn if the library's class replaces the repository's own."""
+    """Warn if a class of the transformers library replaces the class of the repository."""
     from transformers import PreTrainedModel  # slow to import, but loading a model has imported it
 
     if isinstance(loaded, PreTrainedModel) and loaded.config.to_dict().get("auto_map"):
         _log.warning(
-            "%s names its own Python code (auto_map), which is not run; the library's own %s is "
-            "taken in its place.",
+            "%s has custom Python code (auto_map), which ddiff does not run. The class %s of the "
+            "transformers library is used instead.",
             shown,
             type(loaded).__name__,
         )
 
 
 def custom_code_error(shown: str, what: str) -> DataError:
-    """Return the error for a repository that defines its tokenizer or model by Python code."""
+    """Return the error for a repository whose tokenizer or model needs custom Python code."""
     return DataError(
-        f"No {what} from {shown!r}: it names its own Python code (auto_map), and ddiff runs no "
-        "code of a tokenizer or model (trust_remote_code is always False). What is needed is one "
-        "of a class that the transformers library itself has: load it on a machine where you trust "
-        "its code, save it as such a class, and name that folder."
+        f"No {what} from {shown!r}: it has custom Python code (auto_map), and ddiff runs no code "
+        f"of a tokenizer or model (trust_remote_code is always False). Load the {what} on a "
+        "machine where you trust its code, save it as a class of the transformers library, and "
+        "name the folder."
     )
 
 
 def is_folder(source: str) -> bool:
-    """Return whether a text names a folder of this machine."""
+    """Return whether `source` is an existing local folder."""
     # pathlib takes an empty text for the working directory.
     return bool(source.strip()) and Path(source).is_dir()
 
 
 def is_local_path(source: str) -> bool:
-    """Return whether a text can only be a local path."""
+    """Return whether `source` can be a local path only, and not a name on the hub."""
     # Names on the hub are NAME or OWNER/NAME.
     return (
         not source.strip()
@@ -91,7 +92,10 @@ def is_local_path(source: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, after its class if that is needed."""
+    """Return the first line of an error message.
+
+    The line begins with the error class, unless the error is an OSError or ValueError.
+    """
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -101,17 +105,17 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_hub_name(source: str, shown: str, what: str) -> None:
-    """Raise DataError for a local path, before the hub is asked for it."""
+    """Raise DataError for a source that cannot be a name on the hub, without any request."""
     path = Path(source)
     if path.is_file():
         raise DataError(
-            f"No {what} from {shown!r}: it is a file, but the folder that contains it is expected. "
-            f"Name {str(path.parent)!r}."
+            f"No {what} from {shown!r}: this is a file, but a folder is expected. Name the folder "
+            f"{str(path.parent)!r}."
         )
     if is_local_path(source):
         raise DataError(
             f"No {what} from {shown!r}: there is no such folder, and it is not a name on the hub "
-            "(NAME or OWNER/NAME). Check the path; it is relative to where ddiff runs."
+            "(NAME or OWNER/NAME). Check the path; relative paths start in the working directory."
         )
 
 
@@ -123,15 +127,15 @@ def _explain(error: Exception, source: str, shown: str, what: str, is_local: boo
     if package is not None:
         return DataError(
             f"No {what} from {shown!r}: reading it needs the package {package}, which is not "
-            f"installed here. Run `pip install {package}`, or save the {what} as a fast tokenizer "
-            "(tokenizer.json) in that place."
+            f"installed. Run `pip install {package}`, or save the {what} as a fast tokenizer "
+            "(tokenizer.json) in the same folder."
         )
     if is_local:
         return _explain_local(error, Path(source), shown, what)
     return DataError(
-        f"No {what} from {shown!r}. It is not a local directory, and the hub did not give it: "
-        f"without a connection, fetch the {what} on a machine that has one and name the directory. "
-        f"({first_line(error)})"
+        f"No {what} from {shown!r}. It is not a local directory, and the download from the hub "
+        f"failed ({first_line(error)}). Without a connection, download the {what} on another "
+        "machine and name the directory."
     )
 
 
@@ -145,18 +149,21 @@ def _explain_local(error: Exception, folder: Path, shown: str, what: str) -> Dat
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
     if what == "model" and pickled and not list(folder.glob("*.safetensors")):
         return DataError(
-            f"No {what} from {shown!r}: its weights {pickled[0]} are damaged, or hold more than "
-            f"tensors, which is not loaded because it can run code ({first_line(error)}). Load the "
-            "model on a machine where you trust it, save it with safetensors, and name that folder."
+            f"No {what} from {shown!r}: its weights {pickled[0]} are damaged, or hold pickled "
+            f"objects other than tensors, which can run code ({first_line(error)}). Load the model "
+            "on a machine where you trust it, save it with safetensors, and name the new folder."
         )
     return DataError(
-        f"No {what} from {shown!r}. That directory holds no {what} that can be read. "
-        f"({first_line(error)})"
+        f"No {what} from {shown!r}: the directory has no readable {what} ({first_line(error)}). "
+        f"Name a directory in which transformers has saved a {what}."
     )
 
 
 def _missing_package(error: Exception, folder: Path, what: str, is_local: bool) -> str | None:
-    """Return the missing package, by the vocabulary files of a folder or the library's message."""
+    """Return the name of a package that loading needs and that is not installed, or None.
+
+    The name follows from the vocabulary files of a folder, or from the message of the error.
+    """
     if what == "tokenizer" and is_local and not (folder / "tokenizer.json").exists():
         for file in sorted(folder.iterdir()):
             # The ending .model would mean sentencepiece, but this name is that of tiktoken.
@@ -173,7 +180,7 @@ def _missing_package(error: Exception, folder: Path, what: str, is_local: bool) 
 
 
 def _damaged_file(folder: Path) -> tuple[str, str] | None:
-    """Return the first damaged JSON or safetensors file of a folder, and the reason."""
+    """Return (file name, reason) of the first damaged JSON or safetensors file, or None."""
     for file in sorted(folder.glob("*.json")):
         if file.is_dir():
             return file.name, "it is a folder"

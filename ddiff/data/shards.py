@@ -1,16 +1,16 @@
-"""Token shards: a corpus tokenized once and memory-mapped wherever it is read.
+"""Token shards: memory-mapped files of a tokenized corpus.
 
-A folder holds the ids of every shard and the ends of its documents, both as plain `.npy` arrays:
+A folder of shards holds, for a tokenizer of V tokens and shards of n tokens in k documents:
 
-    train_00000.tokens.npy   [n] uint16 (uint32 above 65536 tokens), documents with their end marks
-    train_00000.ends.npy     [k] int64, place after each document's last token, within the shard
+    train_00000.tokens.npy   [n] uint16 (uint32 if V > 65536), ids of documents with end marks
+    train_00000.ends.npy     [k] int64, position after the last token of each document in the shard
     train.counts.npy         [V] int64, number of occurrences of each token in the part
-    manifest.json            tokenizer, source, and of every shard its size and checksums
+    manifest.json            tokenizer, source, and the size and checksums of every shard
 
-Rows of any length are cut when they are read (`ddiff.data.packing`), so that another length needs
-no other shards. A shard is written under another name and renamed; the manifest is written last.
-A build that was killed resumes after its last complete shard, for which `journal.json` keeps the
-cursor of the source.
+Rows are cut when they are read (`ddiff.data.packing`), so that the same shards serve rows of any
+length. A file is written under a temporary name and then renamed; the manifest is written last. A
+build that was killed resumes after its last complete shard: `journal.json` keeps the cursor of the
+source at the end of that shard.
 """
 
 from __future__ import annotations
@@ -58,27 +58,30 @@ SHARD_TOKENS = 2**25  # 64 MiB of 16-bit ids: few files, and little to repeat af
 _COUNT_AT_ONCE = 2**22  # tokens; np.bincount makes a 64-bit copy of them
 _NO_ENDS: NDArray[np.int64] = np.empty(0, np.int64)
 Chunks = Callable[[Any], Iterable[Chunk]]
-"""Function (cursor): yield the chunks of a source after a cursor, all for None."""
+"""Function (cursor) that yields the chunks of a source after a cursor, all chunks for None."""
 
 
 @final
 @dataclass(frozen=True)
 class Shards:
-    """Folder of token shards: its manifest, and its parts as streams."""
+    """Folder of token shards with a manifest."""
 
     folder: Path
     manifest: Mapping[str, Any]
 
     def records(self, part: str) -> list[ShardRecord]:
-        """Return the manifest's entries of a part."""
+        """Return the manifest entries of all shards in a part ("train" or "validation")."""
         return [ShardRecord(**record) for record in self.manifest["parts"][part]]
 
     def all_records(self) -> list[ShardRecord]:
-        """Return the manifest's entries of both parts."""
+        """Return the manifest entries of all shards, training shards first."""
         return [record for part in PARTS for record in self.records(part)]
 
     def stream(self, part: str) -> TokenStream:
-        """Memory-map the shards of a part; DataError if one is missing or has another size."""
+        """Memory-map the shards of a part as one token stream.
+
+        Raises DataError if a shard is missing or its size differs from the manifest.
+        """
         dtype = np.dtype(self.manifest["dtype"])
         shards = []
         for record in self.records(part):
@@ -92,20 +95,24 @@ class Shards:
             shards.append(shard)
         counts = self.folder / f"{part}.counts.npy"
         num_tokens = self.manifest["tokenizer"]["num_tokens"]
-        # Counts are read when they are needed: training does not need them.
+        # Counts are read on demand, because training does not need them.
         return TokenStream(shards, partial(_memory_map, counts, np.dtype(np.int64), num_tokens))
 
     @cached_property
     def overlap(self) -> dict[str, list[int]]:
-        """Numbers of repeated documents, as `find_overlap` counts them.
+        """Numbers of repeated documents, the result of `find_overlap`.
 
-        They are in the manifest, except for that of an older version: then they are counted now.
+        The numbers are read from the manifest. For a manifest of an older version, which lacks
+        them, the documents are compared again.
         """
         stored = self.manifest.get("overlap")
         return stored or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise DataError with the differences if the shards were made with another tokenizer."""
+        """Raise DataError if the shards were made with another tokenizer.
+
+        The message lists the properties that differ.
+        """
         stored = self.manifest["tokenizer"]
         differences = []
         for key, value in describe_tokenizer(tokenizer).items():
@@ -114,7 +121,7 @@ class Shards:
         if differences:
             raise DataError(
                 f"The shards in {self.folder} were made with another tokenizer: "
-                f"{'; '.join(differences)}. Take the tokenizer that they were made with "
+                f"{'; '.join(differences)}. Use the tokenizer of the shards "
                 f'([tokenizer] kind = "saved", path = "{self.folder / "tokenizer.json"}"), or '
                 "tokenize the text again with `ddiff data`."
             )
@@ -131,9 +138,9 @@ class Shards:
         return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
-        """Return the tokens written since a time, and the seconds until the end.
+        """Return (tokens written since the time `began`, seconds from `began` to the manifest).
 
-        `began` is in seconds since 1970.
+        `began` is a time in seconds since 1970.
         """
         tokens = 0
         for record in self.all_records():
@@ -142,7 +149,7 @@ class Shards:
         return tokens, _modification_time(self.folder / MANIFEST) - began
 
     def verify(self) -> None:
-        """Read every shard and compare it with its checksum, and the counts with the tokens.
+        """Verify the checksums of all shards, their ids and document ends, and the token counts.
 
         Raises DataError with the name of a damaged file and the remedy.
         """
@@ -151,20 +158,21 @@ class Shards:
             for record in records:
                 for path, expected in self.checksums(record):
                     if not path.is_file() or file_sha256(path) != expected:
-                        raise _damage_error(path, "its checksum is not the manifest's")
+                        raise _damage_error(path, "its checksum differs from the manifest")
                 bar.advance(1)
         for part in PARTS:
             self._check_counts(part)
 
     def checksums(self, record: ShardRecord) -> Iterator[tuple[Path, str]]:
-        """Yield both files of a shard with their SHA-256."""
+        """Yield (path, expected SHA-256) of the tokens file and of the ends file of a shard."""
         for kind, expected in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
             yield self.folder / f"{record.name}.{kind}.npy", expected
 
     def check_modified(self) -> None:
-        """Compare small files, and large files modified after the manifest, with their checksums.
+        """Verify the checksums of small files, and of large files modified after the manifest.
 
-        Unlike `verify`, it takes almost no time. Raises DataError as `verify` does.
+        This check takes almost no time; `verify` reads all files. Raises DataError with the name of
+        a damaged file and the remedy.
         """
         finished = _modification_time(self.folder / MANIFEST)
         for record in self.all_records():
@@ -173,12 +181,12 @@ class Shards:
                     is_small = path.stat().st_size <= SMALL
                     is_suspect = is_small or _modification_time(path) > finished
                     if is_suspect and file_sha256(path) != expected:
-                        raise _damage_error(path, "its checksum is not the manifest's")
+                        raise _damage_error(path, "its checksum differs from the manifest")
                 except OSError as error:
                     raise _damage_error(path, f"it cannot be read ({error})") from error
 
     def _check_counts(self, part: str) -> None:
-        """Count the tokens again, because the counts have no checksum, and check ids and ends."""
+        """Compare the token counts with the tokens, and check ids and document ends."""
         stream = self.stream(part)
         num_tokens = self.manifest["tokenizer"]["num_tokens"]
         counts = stream.counts()
@@ -187,32 +195,33 @@ class Shards:
             if size and int(shard.tokens.max()) >= num_tokens:
                 raise _damage_error(
                     self.folder / f"{shard.record.name}.tokens.npy",
-                    f"it holds the id {shard.tokens.max()}, and the tokenizer has {num_tokens} "
+                    f"it holds the id {shard.tokens.max()}, but the tokenizer has {num_tokens} "
                     "tokens",
                 )
             is_decreasing = (np.diff(shard.ends, prepend=0) < 0).any()
             if is_decreasing or shard.ends[-1:].tolist() != [size]:
                 raise _damage_error(
                     self.folder / f"{shard.record.name}.ends.npy",
-                    "documents do not end one after another, the last where the shard does",
+                    "its document ends must increase up to the number of tokens in the shard",
                 )
         if not np.array_equal(counts, _count_tokens(stream.shards, num_tokens)):
             raise _damage_error(
-                self.folder / f"{part}.counts.npy", "the tokens of the shards are others"
+                self.folder / f"{part}.counts.npy",
+                "its counts differ from the tokens of the shards",
             )
 
 
 def read_shards(folder: Path, name: str | None = None) -> Shards:
-    """Read the manifest of a folder that `write_shards` finished.
+    """Read the manifest of a finished folder of shards.
 
-    `name` replaces the folder in messages. Raises DataError for a manifest that is
-    missing, damaged, newer, or names files outside the folder.
+    Messages show `name`, if given, instead of the folder. Raises DataError for a manifest that is
+    missing, damaged, of another format, or names files outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
         unfinished = ""
         if (folder / JOURNAL).is_file():
-            unfinished = " It holds a stopped build: the command that began it resumes it."
+            unfinished = " The folder holds an interrupted build: run the same command to resume."
         raise DataError(
             f"{folder} is not a folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff "
             f"data RECIPE --out {folder}` makes one."
@@ -221,19 +230,19 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
     shown = f"{name.rstrip('/')}/{MANIFEST}" if name else path
     if manifest.get("format") != FORMAT or "parts" not in manifest:
         raise DataError(
-            f"{shown} is not a manifest that this ddiff reads: format {manifest.get('format')!r}, "
-            f"but {FORMAT} is expected. Tokenize the text again with `ddiff data`, or take the "
-            "ddiff that wrote it."
+            f"{shown} has a format that this version of ddiff does not read: "
+            f"{manifest.get('format')!r}, but {FORMAT} is expected. Tokenize the text again with "
+            "`ddiff data`, or use the version of ddiff that wrote the manifest."
         )
     check_manifest(manifest, shown)
     return Shards(folder, manifest)
 
 
 def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
-    """Raise DataError unless a manifest has every value by which shards are read.
+    """Raise DataError unless a manifest has all required values.
 
-    The names of shards must have the form that ddiff writes: a name becomes part of a path, and
-    another form could lead out of the folder.
+    The names of shards must have the form that ddiff writes. A name becomes part of a path, and a
+    name of another form could lead out of the folder.
     """
     parts = manifest.get("parts")
     tokenizer = manifest.get("tokenizer")
@@ -244,7 +253,7 @@ def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
             path, f"dtype must be uint16 or uint32; it is {manifest.get('dtype')!r}"
         )
     if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("num_tokens")):
-        raise _manifest_error(path, "tokenizer must say its num_tokens")
+        raise _manifest_error(path, "tokenizer must have a whole number num_tokens")
     for part, records in parts.items():
         if not isinstance(records, list):
             raise _manifest_error(path, f"{part} must be a list of shards")
@@ -264,8 +273,7 @@ def _check_record(record: Any, part: str, path: Path | str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not name.startswith(f"{part}_"):
         raise _manifest_error(
             path,
-            f"the shards of {part} are named {part}_00000, {part}_00001, ... and lie in its "
-            f"folder; got {name!r}",
+            f"the shards of {part} must be named {part}_00000, {part}_00001, ...; got {name!r}",
         )
     for key, value in record.items():
         if key.endswith("sha256"):
@@ -285,14 +293,14 @@ def _is_count(value: Any) -> bool:
 
 def _manifest_error(path: Path | str, what: str) -> DataError:
     return DataError(
-        f"{path} is not a manifest of token shards that ddiff wrote: {what}. Nothing was read by "
-        "it. Copy the folder again from where the shards were made, or tokenize the text again "
-        "with `ddiff data`."
+        f"{path} is not a valid manifest of token shards: {what}. No shard was read. Copy the "
+        "folder again from the machine that made the shards, or tokenize the text again with "
+        "`ddiff data`."
     )
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the properties of a tokenizer that its shards depend on, as JSON."""
+    """Return the properties of a tokenizer that shards depend on, as JSON."""
     return {
         "fingerprint": tokenizer.fingerprint,
         "num_tokens": tokenizer.num_tokens,
@@ -311,7 +319,7 @@ def encode_in_memory(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStre
 
 
 def stream_from_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
-    """Build a stream in memory from documents of one length, ids [R,L]."""
+    """Build a token stream in memory from ids [R,L]: R documents of L tokens."""
     documents, size = ids.shape
     record = ShardRecord(
         name="",
@@ -343,12 +351,13 @@ def write_shards(
     shard_tokens: int = SHARD_TOKENS,
     total: int | None = None,
 ) -> Shards:
-    """Tokenize a source into `folder`, resuming after an earlier call that was stopped.
+    """Tokenize a source into shards in `folder`, resuming an interrupted build.
 
-    A pair of shards, train and validation, is written once both together hold `shard_tokens`
-    tokens, at the end of a chunk: the files do not depend on `workers`. `source` (JSON) and the
-    tokenizer identify the shards; `total` is the number of documents, if known. Two processes that
-    build the same folder take turns. Raises DataError if the source has no token.
+    At the end of the chunk with which the unwritten tokens reach `shard_tokens`, they are written
+    as a pair of shards (training and validation). The files do not depend on `workers`. `source`
+    (JSON) and the tokenizer identify the shards. `total` is the number of documents, if known. A
+    second process that builds the same folder waits for the first. Raises DataError if the source
+    has no token, or if the folder holds shards of another source or tokenizer.
     """
     identity = {
         "format": FORMAT,
@@ -358,7 +367,7 @@ def write_shards(
         "dtype": token_dtype(tokenizer.num_tokens).name,
         "shard_tokens": shard_tokens,
     }
-    # As it is after reading: JSON has no tuples and only string keys.
+    # Convert to the form that JSON gives after reading: no tuples, only string keys.
     identity = json.loads(json.dumps(identity))
     # Finished shards are read without a lock, and so also from a folder that cannot be written.
     if not (folder / MANIFEST).is_file():
@@ -372,8 +381,8 @@ def write_shards(
     if differing:
         made.check_tokenizer(tokenizer)
         raise DataError(
-            f"{folder} holds shards of something else: {', '.join(differing)} differ. Name another "
-            "folder, or delete it."
+            f"{folder} holds shards of another corpus: {', '.join(differing)} differ. Name another "
+            f"folder, or delete {folder}."
         )
     return made
 
@@ -396,7 +405,7 @@ class _UnfinishedShard:
         tokens = _concatenate(ids, dtype)
         sizes = _concatenate([chunk.sizes for chunk in self._chunks], np.dtype(np.int64))
         num_bytes = sum(int(chunk.num_bytes.sum()) for chunk in self._chunks)
-        # Checksums are those of the files, and so known only when they are written.
+        # The checksums are those of the files, and are set when the files are written.
         record = ShardRecord(
             name=self.name,
             documents=len(sizes),
@@ -411,7 +420,7 @@ class _UnfinishedShard:
 
 
 class _Build:
-    """Unfinished folder of shards, resumed from its journal."""
+    """Build of a folder of shards, resumed from the journal of an interrupted build."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], shard_tokens: int) -> None:
         self._folder = folder
@@ -451,7 +460,7 @@ class _Build:
         if self._num_unwritten():
             self._write_pair(cursor)
         if not self._sum("tokens"):
-            raise DataError("The source gave no token. Give texts that are not empty.")
+            raise DataError("The source has no token. Give texts that are not empty.")
         self._finish(tokenizer)
 
     def _open_shards(self) -> None:
@@ -464,9 +473,9 @@ class _Build:
         return sum(record[key] for records in self.parts.values() for record in records)
 
     def _write_pair(self, cursor: Any) -> None:
-        """Write both shards, then the journal that lists them.
+        """Write a training and a validation shard, then the journal that lists the shards.
 
-        After a kill in between, files that the journal does not list are written again.
+        Shards that the journal does not list, because of a kill, are written again.
         """
         for part, unfinished in self._unfinished.items():
             shard = unfinished.finish(self._dtype)
@@ -506,16 +515,16 @@ class _Build:
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _written_shards(self, part: str) -> Iterator[Shard]:
-        """Yield the written shards of a part one by one, without ends."""
+        """Yield the written shards of a part, without document ends."""
         for record in self.parts[part]:
             path = self._folder / f"{record['name']}.tokens.npy"
             yield Shard(np.load(path, mmap_mode="r"), _NO_ENDS, ShardRecord(**record))
 
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the journal of an earlier build of the same shards, or {}.
+    """Return the journal of an interrupted build of the same shards, or {}.
 
-    A journal with wrong entries is ignored, and everything is done again.
+    A journal with invalid entries is ignored, and the build starts again.
     """
     if not path.is_file():
         return {}
@@ -538,7 +547,10 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when the process ends."""
+    """Lock a folder for the duration of the `with` block.
+
+    The operating system releases the lock if the process is killed.
+    """
     try:
         lock = (folder / "lock").open("w")
     except OSError as error:
@@ -562,7 +574,10 @@ def _count_tokens(shards: Iterable[Shard], num_tokens: int) -> NDArray[np.int64]
 
 
 def _memory_map(path: Path, dtype: np.dtype[Any], size: int) -> Any:
-    """Memory-map a one-dimensional array; DataError if it has another type or size."""
+    """Memory-map a one-dimensional array.
+
+    Raises DataError if the file cannot be read, or has another dtype or size.
+    """
     try:
         # An array without entries cannot be mapped, so it is read.
         array = np.load(path, mmap_mode="r" if size else None)
@@ -578,8 +593,8 @@ def _memory_map(path: Path, dtype: np.dtype[Any], size: int) -> Any:
 
 def _damage_error(path: Path, what: str) -> DataError:
     return DataError(
-        f"The shard {path} is damaged: {what}. Copy it again from where the shards were made; or "
-        f"delete the folder {path.parent} and tokenize again: the same command does it."
+        f"The shard {path} is damaged: {what}. Copy the file again from the machine that made the "
+        f"shards, or delete the folder {path.parent} and run the same command to tokenize again."
     )
 
 
@@ -609,5 +624,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     raise DataError(
-        f"{path} is damaged. Delete the folder {path.parent}; the same command makes it again."
+        f"{path} is damaged. Delete the folder {path.parent} and run the same command to make the "
+        "folder again."
     )

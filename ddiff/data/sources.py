@@ -1,7 +1,7 @@
 """Stream the texts of a large corpus from hub data sets or files.
 
-Texts are not stored. The cursor of a chunk is the position in the stream after it: another process
-can continue there without reading the earlier files again.
+Texts are not stored. The cursor of a chunk is the position in the stream after the chunk: another
+process can continue from the cursor without reading the earlier files again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ddiff.data.text import RULES, Split, check_text, text_documents
 from ddiff.data.tokenizer_workers import DOCUMENTS_AT_ONCE, TRAIN, Chunk
 from ddiff.errors import ArgumentError, DataError, suggest
 
-# The library would report every opening to the hub, even of local files. Without a network each
-# such request waits for its timeout.
+# By default the datasets library reports each opened data set to the hub, even for local files.
+# Without a network, each such request waits for its timeout.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 Format = Literal["parquet", "json", "text"]
@@ -46,11 +46,13 @@ _ENDINGS: dict[str, Format] = {
 @final
 @dataclass(frozen=True)
 class TextSource:
-    """Texts of a corpus in order.
+    """Source of texts in a fixed order.
 
-    `name` is for messages; `identity` (JSON) distinguishes sources. `read(cursor)` yields lists of
-    texts from a cursor on (None: from the start), each with the cursor after it (JSON). `paths` are
-    the files that are read, if known. Blank and missing texts are left out.
+    name: name of the source in error messages.
+    identity: JSON that distinguishes sources.
+    read: function (cursor) that yields pairs (list of texts, cursor after these texts), from the
+        start for None. A cursor is JSON.
+    paths: the files that the source reads, if known.
     """
 
     name: str
@@ -62,9 +64,10 @@ class TextSource:
         return self.name
 
     def chunks(self, cursor: Any = None, part: str | None = TRAIN) -> Iterator[Chunk]:
-        """Yield the texts after a cursor (None: all) in order.
+        """Yield the texts after a cursor (all texts for None) as chunks, in order.
 
-        Raises DataError if the source cannot be read, or its column is missing or not text.
+        Blank and missing texts are left out. Raises DataError if the source cannot be read, or if
+        the text column is missing or is not text.
         """
         for found, after in self.read(cursor):
             texts = [text for text in found if text is not None and text and not text.isspace()]
@@ -82,23 +85,26 @@ def open_hub_source(
 ) -> TextSource:
     """Open a hub data set or a local folder as a stream.
 
-    The source is identified by name, split and `revision`. Give a revision (a commit): without it,
-    shards of an older state of the data set are taken for those of the present one.
+    Name, configuration, split, column and `revision` identify the source. Give a revision (a
+    commit): without a revision, a changed data set has the same identity, and shards of the earlier
+    version are used.
     """
     if Path(path).is_file() or (is_local_path(path) and not is_folder(path)):
         raise DataError(
             f"The data set {path!r} cannot be read: it is neither a folder nor a name on the hub "
-            "(NAME or OWNER/NAME). Correct it, or name the folder of the data files, relative to "
-            'where ddiff runs; single files are read by [data] kind = "files".'
+            "(NAME or OWNER/NAME). Correct the name, or name the folder of the data files; "
+            "relative paths start in the working directory. Single files are read by [data] "
+            'kind = "files".'
         )
     name = f"The data set {path} ({split})"
     if os.path.isdir(path):
-        remedy = 'Check its files, or take kind = "files", which names the file that is at fault.'
+        remedy = 'Check its files, or set kind = "files", which names the unreadable file.'
     else:
         remedy = (
-            "Check name, config and split. One made by a script is read with revision = "
-            '"refs/convert/parquet". Without a connection, download it on a machine that has one '
-            f"(`hf download {path} --repo-type dataset --local-dir FOLDER`) and name the folder."
+            "Check name, config and split. For a data set with a loading script, set revision = "
+            '"refs/convert/parquet". Without a connection, download the data set on another '
+            f"machine (`hf download {path} --repo-type dataset --local-dir FOLDER`) and name "
+            "the folder."
         )
     load = partial(load_dataset, path, config, split=split, revision=revision, streaming=True)
     stream = _HubStream(name, column, load, remedy)
@@ -119,13 +125,19 @@ def open_file_source(
     column: str = "text",
     split: Split = "line",
 ) -> TextSource:
-    """Open files of parquet, JSON lines or text, given by fsspec paths and globs.
+    """Open parquet, JSON-lines or text files, given by fsspec paths and globs.
 
-    Files are read in the order of the patterns, then of their names, each once. `format` follows
-    from the endings by default; files may be compressed. A document is a row, or a `split` of a
-    text file. Files are identified by name, size and time or tag of change, without reading them.
-    Raises DataError if there are no files, or files of several formats.
+    Files are read in the order of the patterns, then of their names, each file once. By default,
+    `format` follows from the file endings. Files may be compressed. A document is a row of a table,
+    an object of a JSON file, or a line, paragraph or file of text (`split`). Name, size, and
+    modification time or tag identify a file. Raises ArgumentError if `patterns` is empty or the
+    files have different formats, DataError if a pattern matches no file.
     """
+    if not patterns:
+        raise ArgumentError(
+            "open_file_source: patterns must hold at least one path or glob; got an empty list. "
+            "Name the files of the corpus."
+        )
     paths = find_all_files(patterns)
     found = format or _detect_format(paths)
     identity: dict[str, Any] = {
@@ -143,7 +155,11 @@ def open_file_source(
 
 @dataclass(frozen=True)
 class _HubStream:
-    """One column of a stream of the datasets library; `remedy` is for messages."""
+    """Column of a streamed data set of the datasets library.
+
+    name: name of the data set in error messages.
+    remedy: last sentences of the error message for a data set that cannot be read.
+    """
 
     name: str
     column: str
@@ -184,13 +200,16 @@ class _HubStream:
 
 
 Records = Callable[[str, int], Iterator[tuple[int, str | None]]]
-"""Function (path, done): yield (number, text) of the records after record `done`, from 1."""
+"""Function (path, done) that yields (number, text) of the records after number `done`.
+
+Numbers count from 1.
+"""
 
 
 def _read_files(paths: Sequence[str], records: Records, cursor: Any) -> Iterator[tuple[Texts, Any]]:
-    """Yield the texts of files one after another.
+    """Yield pairs (list of texts, cursor after these texts) of files in order.
 
-    A cursor is the index of a file and the number of its last record that was read.
+    A cursor is the pair of a file index and the number of the last record read from that file.
     """
     first, done = (0, 0) if cursor is None else cursor
     texts: Texts = []
@@ -237,8 +256,8 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
 def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
     if path.lower().endswith(tuple(PACKED)):
         raise DataError(
-            f"{printable(path)} is a packed parquet file. Unpack it: parquet compresses its "
-            "columns itself."
+            f"{printable(path)} is a compressed parquet file. Decompress the file: parquet "
+            "compresses its columns itself."
         )
     with open_file(path) as file:
         table = pq.ParquetFile(file)
@@ -285,8 +304,8 @@ def _detect_format(paths: Sequence[str]) -> Format:
         endings = sorted({_ending(path) for path in paths})
         raise ArgumentError(
             f"files: the format does not follow from the endings {endings}; all files must have "
-            f"one of the formats {sorted(set(_ENDINGS.values()))}. Say it (format = ...), or name "
-            "files of one format."
+            f"one of the formats {sorted(set(_ENDINGS.values()))}. Set format = ..., or name files "
+            "of one format."
         )
     return format
 

@@ -1,9 +1,10 @@
-"""Rows of a text that is tokenized during training; only cursors are stored.
+"""Rows of a corpus that is tokenized during training; only cursors are stored.
 
-The stream is cut into rows, and the rows into blocks of a fixed number, each shuffled by a separate
-permutation. The rows of a step are therefore a function of the step, as with shards. Resuming reads
-forward from the cursor of the checkpoint; any other block is found from the nearest stored cursor
-before it, at worst from the start.
+The token stream is cut into rows, and the rows are grouped into blocks of a fixed number of rows.
+Each block is shuffled by a separate permutation. The rows of a training step are therefore a
+function of the step, as with token shards. A resumed run reads forward from the cursor of the
+checkpoint. To read any other block, the stream is read from the nearest stored cursor before the
+block, or from the start.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from ddiff.errors import ArgumentError, DataError
 
 ENDLESS = 2**62  # number of rows of a stream without end
 _log = logging.getLogger(__name__)
-_BLOCKS = 3  # in memory: a batch may need two, and a prefetched one a third
+_BLOCKS = 3  # blocks in memory: a batch may need two, and a prefetched batch a third
 
 
 @final
 @dataclass(frozen=True)
 class Cursor:
-    """Position in the stream at which a block begins, as JSON.
+    """Position in the stream at which a block begins.
 
     block: number of the block.
-    source: cursor of the source.
-    skip: tokens to skip after that cursor.
-    document: number of the first document after that cursor.
+    source: cursor in the source (JSON), at or before the start of the block.
+    skip: number of tokens between `source` and the start of the block.
+    document: number of the first document after `source`.
     """
 
     block: int = 0
@@ -50,10 +51,13 @@ class Cursor:
 
 
 class _Piece(NamedTuple):
-    """Tokens of the stream, the document of each, and the position of the first.
+    """Piece of the stream.
 
-    `period` is the number of tokens and of documents after which the source begins again, if the
-    piece is longer than that.
+    ids: [n] tokens.
+    document: [n] document of each token.
+    place: position of the first token.
+    period: number of tokens and of documents in one pass over the source, if the piece repeats the
+        source; otherwise None.
     """
 
     ids: NDArray[Any]
@@ -73,12 +77,12 @@ class _Piece(NamedTuple):
 
 @final
 class StreamedRows:
-    """Endless rows: the source is read repeatedly, and each block of `block` rows is shuffled.
+    """Endless rows of a source that is tokenized while the rows are read.
 
-    A source with fewer tokens than a block is read once and repeated from memory, with a warning.
-    `head` are the packed rows of the first documents, in which tokens are counted. `cursors` is a
-    file (JSON lines) of the positions at which blocks begin, or None. `fingerprint` identifies the
-    rows.
+    The source is read repeatedly, and each block of `block` rows is shuffled. A source with fewer
+    tokens than a block is read once and repeated from memory, with a warning. `head` holds the
+    packed rows of the first documents, from which tokens are counted. `cursors` is a file (JSON
+    lines) of the positions at which blocks begin, or None. `fingerprint` identifies the rows.
     """
 
     def __init__(
@@ -143,19 +147,20 @@ class StreamedRows:
         return self.head.stream(at_most)
 
     def state(self) -> dict[str, Any]:
-        """Return the position of the next unread block as JSON, for `restore`."""
+        """Return the position of the next unread block as JSON, the argument of `restore`."""
         return asdict(self._cursor)
 
     def restore(self, state: Cursor | dict[str, Any]) -> None:
-        """Continue at a position that `state` returned."""
+        """Continue from a position that `state` has returned."""
         self._cursor = state if isinstance(state, Cursor) else Cursor(**state)
         self._pieces = self._read(self._cursor)
-        self._rest: _Piece | None = None  # of the last piece, after the end of a block
+        self._rest: _Piece | None = None  # remainder of the last piece after the end of a block
 
     def _block(self, number: int) -> Block:
         if number not in self._blocks and number != self._cursor.block:
             nearest = self._nearest_cursor(number)
-            # Reading on is best, unless the block is behind, or a stored cursor is closer to it.
+            # Reading forward is fastest, unless the block lies before the current position, or a
+            # stored cursor is closer to the block.
             if number < self._cursor.block or nearest.block > self._cursor.block:
                 self.restore(nearest)
         while number not in self._blocks:
@@ -167,7 +172,7 @@ class StreamedRows:
         return self._blocks[number]
 
     def _next_block(self) -> Block:
-        """Read one block, and store the position at which the next one begins."""
+        """Read one block, and store the position at which the next block begins."""
         size = self._rows * self.length
         ids = np.empty(size, np.int32)
         document = np.empty(size, np.int64)
@@ -192,7 +197,7 @@ class StreamedRows:
         )
 
     def _read(self, start: Cursor) -> Iterator[_Piece]:
-        """Yield the pieces of the stream from a position on, without end."""
+        """Yield the endless stream from the position `start` in pieces."""
         source = start.source
         skip = start.skip
         document = start.document
@@ -231,9 +236,9 @@ class StreamedRows:
         return num_tokens < self._rows * self.length
 
     def _repeat(self, found: list[EncodedChunk], skip: int, document: int) -> Iterator[_Piece]:
-        """Yield a source smaller than a block from memory, without end.
+        """Yield the endless repetition of a source smaller than a block, from memory.
 
-        Reading it again for every few rows would take thousands of passes before the first step.
+        Reading such a source again from disk would take thousands of passes before the first step.
         """
         ids = np.concatenate([chunk.ids for chunk in found])
         sizes = np.concatenate([chunk.sizes for chunk in found])
@@ -242,9 +247,9 @@ class StreamedRows:
         num_documents = len(sizes)
         passes = -(-self._rows * self.length // num_tokens)
         _log.warning(
-            "The source has %d tokens to train on, fewer than a block of %d rows of %d: each block "
-            "repeats it about %d times. Leave streaming out, which shows every row once an epoch, "
-            "or set block to at most %d.",
+            "The source has %d training tokens, fewer than a block of %d rows of length %d: each "
+            "block repeats the source about %d times. Remove streaming, so that every row is read "
+            "once per epoch, or set block to at most %d.",
             num_tokens,
             self._rows,
             self.length,
@@ -253,7 +258,7 @@ class StreamedRows:
         )
         skipped_passes, skip = divmod(skip, num_tokens)
         document += skipped_passes * num_documents
-        # One piece holds at least a block, so that a block needs at most two pieces.
+        # One piece has at least the tokens of a block, so that a block needs at most two pieces.
         all_ids = np.tile(ids, passes)
         first_documents = np.repeat(np.arange(passes) * num_documents, num_tokens)
         all_numbers = np.tile(numbers, passes) + first_documents
@@ -265,7 +270,7 @@ class StreamedRows:
             document += passes * num_documents
 
     def _nearest_cursor(self, number: int) -> Cursor:
-        """Return the stored cursor of the latest block that is not after block `number`."""
+        """Return the stored cursor of the last block at or before block `number`."""
         best = Cursor()
         if self._cursors is None or not self._cursors.is_file():
             return best
@@ -283,13 +288,13 @@ class StreamedRows:
         try:
             self._cursors.parent.mkdir(parents=True, exist_ok=True)
             with self._cursors.open("a", encoding="utf-8") as lines:
-                # The line break comes first, so that an incomplete line spoils no other.
+                # The line break comes first, so that an incomplete line does not damage the next.
                 lines.write("\n" + json.dumps(asdict(cursor)))
         except OSError as error:  # a full disk or a read-only cache: training can continue
             _log.warning(
-                "Where blocks of the stream begin can no longer be kept in %s (%s): resuming will "
-                "read the text from an earlier place on. Make room there, or set DDIFF_CACHE to a "
-                "folder that can be written.",
+                "The start positions of blocks of the stream can no longer be written to %s (%s): "
+                "a resumed run will read the text from an earlier position. Free space on that "
+                "disk, or set DDIFF_CACHE to a writable folder.",
                 self._cursors,
                 error.strerror or error,
             )

@@ -1,9 +1,9 @@
-"""Decode files as text and split them into documents, by one rule for every reader.
+"""Decode files as text and split the text into documents, by the same rules for every reader.
 
-The encoding is UTF-8; a byte order mark is dropped, NUL is refused. A line ends with "\\n", with
-"\\r", or with any number of "\\r" before a "\\n"; all of them are read as "\\n". A line is blank if
-it holds only white space; blank lines separate paragraphs. Files are read block by block, so that
-memory is needed only for the largest document.
+The encoding is UTF-8. A byte order mark is dropped; NUL is refused. A line ends with "\\n", with
+"\\r", or with any number of "\\r" before a "\\n"; every line end is read as "\\n". A line is blank
+if it holds only white space; blank lines separate paragraphs. Files are read block by block, so
+that memory is needed only for the largest document.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ddiff.errors import DataError
 
 Split = Literal["file", "paragraph", "line"]
 
-RULES = 2  # raise it if the same file gives other documents: cached documents are then read again
+RULES = 2  # version of the rules; increase it to read cached documents again
 _BLOCK = 1 << 20
 _RETURNS = re.compile(r"(?<!\r)\r++\n")
 _OTHER_ENCODINGS = {
@@ -29,9 +29,9 @@ _OTHER_ENCODINGS = {
 
 
 def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of the documents that are not blank.
+    """Yield (number, text) of each document that is not blank.
 
-    The number is that of the line or paragraph, from 1.
+    The number counts lines or paragraphs of the file from 1, including blank lines.
     """
     if split == "file":
         documents: Iterable[tuple[int, str]] = [(1, "".join(_blocks(file, name)))]
@@ -45,9 +45,9 @@ def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[in
 
 
 def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the lines of a file without their ends.
+    """Yield the lines of a file without line ends.
 
-    The last line is the text after the last line end, which may be "".
+    The last line is the text after the last line end, which may be empty.
     """
     # Pieces are joined once per line: adding them up would be quadratic for a file of one line.
     pieces: list[str] = []
@@ -61,15 +61,18 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def check_text(text: str, name: str) -> str:
-    """Return the text; DataError for other types, NUL and lone surrogates."""
+    """Return `text` unchanged if it is valid.
+
+    Raises DataError for other types than str, for NUL and for lone surrogates.
+    """
     if not isinstance(text, str):
         found = repr(text)
         if len(found) > 80:
             found = f"{found[:60]} ..."
-        hint = " Decode it: .decode()." if isinstance(text, bytes | bytearray) else ""
+        hint = " Decode the bytes: .decode()." if isinstance(text, bytes | bytearray) else ""
         raise DataError(
-            f"{name} is not text but {found} ({type(text).__name__}).{hint} Drop it, or convert it "
-            "to a string."
+            f"{name} is not text but {found} ({type(text).__name__}).{hint} Remove the value, or "
+            "convert it to a string."
         )
     if "\0" in text:
         raise _nul_error(name, text.index("\0"))
@@ -78,17 +81,17 @@ def check_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise DataError(
-            f"{name} holds half a surrogate pair at {error.start} ({code}): this is not a "
-            "character. It comes from an emoji that was cut in half, or from bytes that are not "
-            'UTF-8. Drop it, or fix the text: text.encode("utf-8", "replace").decode().'
+            f"{name} holds half of a surrogate pair at character {error.start} ({code}), which is "
+            "no character. The cause is an emoji that was cut in half, or bytes that are not "
+            'UTF-8. Remove the text, or fix it: text.encode("utf-8", "replace").decode().'
         ) from error
     return text
 
 
 def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
     """Yield the text of a file block by block, with all line ends as "\\n"."""
-    # Number of "\r" at the end of the last block: whether they are one line end or several is
-    # decided by the next block.
+    # Number of "\r" at the end of the last block. The next block decides whether these are one line
+    # end or several.
     returns = 0
     for block in _decode_blocks(file, name):
         rest = block.lstrip("\r")
@@ -107,7 +110,10 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def _decode_blocks(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the decoded blocks of a file; DataError names an invalid byte."""
+    """Yield the decoded blocks of a file.
+
+    Raises DataError with the offset of an invalid byte.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     block = file.read(_BLOCK)
     _check_encoding(block, name)
@@ -150,8 +156,8 @@ def _check_encoding(head: bytes, name: str) -> None:
     for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
             raise DataError(
-                f"{name} is {encoding} (it begins with that byte order mark), not UTF-8. Convert "
-                f"it, for instance with iconv -f {encoding[:6]} -t UTF-8."
+                f"{name} begins with the byte order mark of {encoding}, but UTF-8 is expected. "
+                f"Convert the file, for instance with iconv -f {encoding[:6]} -t UTF-8."
             )
 
 
@@ -159,17 +165,18 @@ def _encoding_error(name: str, error: UnicodeDecodeError, offset: int) -> DataEr
     byte = error.object[error.start]
     if error.reason == "unexpected end of data":
         return DataError(
-            f"{name} is not UTF-8: it ends within a character, at offset {offset}. Is it cut off?"
+            f"{name} is not UTF-8: the file ends within a character, at offset {offset}. Copy or "
+            "download the file again if it is truncated."
         )
     return DataError(
-        f"{name} is not UTF-8: byte {byte:#04x} at offset {offset}. Convert it to UTF-8, for "
-        "instance with iconv (Windows-1252 or Latin-1 text has such bytes: iconv -f WINDOWS-1252 "
-        "-t UTF-8)."
+        f"{name} is not UTF-8: byte {byte:#04x} at offset {offset}. Convert the file to UTF-8, for "
+        "instance from Windows-1252 or Latin-1, which have such bytes (iconv -f WINDOWS-1252 -t "
+        "UTF-8)."
     )
 
 
 def _nul_error(name: str, place: int) -> DataError:
     return DataError(
-        f"{name} holds the NUL character at {place}: this is not plain text (a binary file, or "
-        "UTF-16?). Convert it to UTF-8."
+        f"{name} is not plain text: it holds the NUL character at character {place}, as binary and "
+        "UTF-16 files do. Convert the file to UTF-8."
     )

@@ -1,4 +1,4 @@
-"""Token stream: the shards of a part of a corpus, read as one sequence of token ids."""
+"""Token stream: one sequence of token ids, stored in shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddiff.data.cache import fingerprint
 @final
 @dataclass(frozen=True)
 class ShardRecord:
-    """Entry of a shard in the manifest: sizes, and the SHA-256 of both files.
+    """Manifest entry of a shard: its sizes, and the SHA-256 of its tokens and ends files.
 
     `shortest` and `longest` are the numbers of tokens of the shortest and the longest document.
     """
@@ -34,10 +34,11 @@ class ShardRecord:
 @final
 @dataclass(frozen=True)
 class Shard:
-    """Documents one after another.
+    """Shard of n tokens in k consecutive documents.
 
     tokens: [n] ids.
-    ends: [k] place after the last token of each document.
+    ends: [k] position after the last token of each document.
+    record: manifest entry.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -45,7 +46,10 @@ class Shard:
     record: ShardRecord
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-        """Return ids [stop - start] and the document of each, counted from the shard's first."""
+        """Return the ids and the document numbers of the positions start..stop-1.
+
+        Both arrays are [stop - start]. Document numbers count from the first document of the shard.
+        """
         # The document at a position is the number of ends at or before it. Only the ends within
         # the range are searched for each position.
         first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
@@ -57,10 +61,13 @@ class Shard:
 
 @final
 class TokenStream:
-    """Shards of a part as one stream of tokens, read from disk on demand."""
+    """Token stream of consecutive shards, read from disk on demand."""
 
     def __init__(self, shards: Sequence[Shard], counts: Callable[[], NDArray[np.int64]]) -> None:
-        """Take the shards; `counts()` returns the number of occurrences of each token, [V]."""
+        """Join `shards` to a stream.
+
+        `counts()` returns the number of occurrences of each of the V tokens, [V].
+        """
         self.shards = shards
         self.counts = counts
         # [number of shards + 1] tokens and documents before each shard, the totals last.
@@ -77,11 +84,15 @@ class TokenStream:
 
     @property
     def num_bytes(self) -> int:
-        """Number of UTF-8 bytes of the text."""
+        """Number of UTF-8 bytes of the original text."""
         return sum(shard.record.bytes for shard in self.shards)
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return ids [stop - start] of a range, and the document of each."""
+        """Return the ids and the document numbers of the positions start..stop-1.
+
+        Both arrays are [stop - start]. Document numbers count from the first document of the
+        stream.
+        """
         ids = np.empty(stop - start, np.int32)
         document = np.empty(stop - start, np.int64)
         # Number of the shard that contains `start`: side="right" skips empty shards before it.
@@ -99,16 +110,16 @@ class TokenStream:
         return ids, document
 
     def document_ends(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the ends of the documents in the stream, shard by shard."""
+        """Yield, for each shard, the end positions of its documents in the stream."""
         for start, shard in zip(self._starts, self.shards):
             yield start + shard.ends
 
     def find_wrong_size(self, size: int) -> tuple[int, int] | None:
-        """Return number and size of the first document without `size` tokens, or None."""
+        """Return (number, size) of the first document that does not have `size` tokens, or None."""
         for first, shard in zip(self._documents, self.shards):
             record = shard.record
             if record.documents and not record.shortest == record.longest == size:
-                # Only now are the ends read: the record tells for most shards.
+                # The ends are read only here: for most shards the record is sufficient.
                 sizes = np.diff(shard.ends, prepend=0)
                 wrong = int(np.argmax(sizes != size))
                 return int(first) + wrong, int(sizes[wrong])
@@ -116,7 +127,7 @@ class TokenStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the content, from the checksums of its shards."""
+        """Fingerprint of the checksums of all shards, 32 hexadecimal digits."""
         records = [shard.record for shard in self.shards]
         return fingerprint([[record.tokens_sha256, record.ends_sha256] for record in records])
 

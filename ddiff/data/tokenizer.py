@@ -1,7 +1,7 @@
-"""Tokenizers: from text to token ids and back.
+"""Tokenizers, which convert text to token ids and ids to text.
 
-A tokenizer adds no special tokens: packing appends the end-of-document id. Each is saved as one
-JSON file that names its kind, and restored by `load_tokenizer`.
+A tokenizer adds no special tokens: packing appends the end-of-document id. A tokenizer is saved as
+one JSON file that names its kind, and restored by `load_tokenizer`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import show_activity
 
 EOS = "<|eos|>"
-# In characters. The time to learn byte pairs grows as the square of a word's length.
+# In characters. The time to learn byte pairs is quadratic in the length of a word.
 LONGEST_WORD = 1000
 MOST_TOKENS = 2**24
-# The pattern by which GPT-2 (and ByteLevel) splits text into words, with a limit on their length.
+# The pattern with which GPT-2 (and ByteLevel) splits text into words, with a limit on the length.
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d"
     rf"| ?\p{{L}}{{1,{LONGEST_WORD}}}"
@@ -55,9 +55,9 @@ class Tokenizer(Protocol):
 
     num_tokens: V.
     eos_id: id of the end mark of a document; None if documents have no end mark.
-    special_ids: ids that no text encodes to.
+    special_ids: ids that do not occur in encoded text.
     fingerprint: hexadecimal digits that identify the tokenizer.
-    unit: unit of metrics, "token", or "symbol" if documents are rows of one fixed length.
+    unit: unit of metrics: "token", or "symbol" if documents are rows of one fixed length.
     """
 
     num_tokens: int
@@ -67,39 +67,43 @@ class Tokenizer(Protocol):
     unit: Unit
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, without special tokens; DataError for text without ids."""
+        """Return the ids of each text, without special tokens.
+
+        Raises DataError for text that the tokenizer cannot encode.
+        """
         ...
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each list of ids, special tokens spelled out.
+        """Return the text of each list of ids, including the text of special tokens.
 
         Raises ArgumentError for ids outside 0..V-1.
         """
         ...
 
     def tokens(self) -> list[str]:
-        """Return the spellings of the V tokens, by id."""
+        """Return the V tokens as strings, in the order of their ids."""
         ...
 
     def save(self, path: str) -> None:
-        """Write one JSON file at any fsspec path."""
+        """Save the tokenizer as one JSON file at any fsspec path."""
         ...
 
 
 class Unencodable(DataError):
-    """Text that a tokenizer cannot encode: number `row` of the call.
+    """Error for text that a tokenizer cannot encode.
 
-    Subclasses give the reason."""
+    `row` is the index of the text in the call of `encode`. Subclasses give the reason.
+    """
 
     row: int
 
     def at(self, row: int, name: str) -> Unencodable:
-        """Return the same error for another row number and name, those in the corpus."""
+        """Return a copy of the error with the row number and name of the text in the corpus."""
         raise NotImplementedError
 
 
 class UnknownSymbol(Unencodable):
-    """Character outside the alphabet, in text number `row` of the call."""
+    """Error for a character outside the alphabet, in the text with index `row`."""
 
     def __init__(self, symbol: str, row: int, name: str, symbols: Sequence[str]) -> None:
         self.symbol = symbol
@@ -107,9 +111,9 @@ class UnknownSymbol(Unencodable):
         self.name = name
         self.symbols = symbols
         super().__init__(
-            f"{name} holds the character {symbol!r}, which is none of the alphabet's "
-            f"{len(symbols)} symbols ({' '.join(symbols[:40])}). Fix the row, or add the symbol to "
-            "the tokenizer's symbols."
+            f"{name} holds the character {symbol!r}, which is not one of the {len(symbols)} "
+            f"symbols of the alphabet ({' '.join(symbols[:40])}). Fix the row, or add the "
+            "character to the symbols of the tokenizer."
         )
 
     # An exception is pickled with its message as the only argument, which does not fit __init__.
@@ -121,7 +125,10 @@ class UnknownSymbol(Unencodable):
 
 
 class UnknownWord(Unencodable):
-    """Piece of text number `row` of the call without ids; `reason` and `remedy` explain it."""
+    """Error for a piece of text that has no ids, in the text with index `row`.
+
+    The message gives `reason` and `remedy`.
+    """
 
     def __init__(self, word: str, row: int, name: str, reason: str, remedy: str) -> None:
         self.word = word
@@ -143,13 +150,13 @@ class UnknownWord(Unencodable):
 class BytePairTokenizer:
     """Byte-level byte-pair encoding learned from a corpus.
 
-    It is lossless on any text and has one special token, `<|eos|>` with id 0.
+    The encoding is lossless on any text. The only special token is `<|eos|>` with id 0.
     """
 
     unit: Unit = "token"
 
     def __init__(self, definition: str) -> None:
-        """Build from `definition`, the JSON of the `tokenizers` library that `train` makes."""
+        """Build the tokenizer from `definition`, JSON of the `tokenizers` library."""
         self._definition = definition
         self._tokenizer = TokenizersTokenizer.from_str(definition)
         # "<|eos|>" in a text is encoded as text: only packing ends documents.
@@ -159,25 +166,26 @@ class BytePairTokenizer:
         if vocabulary.get(EOS) != 0 or sorted(vocabulary.values()) != list(range(self.num_tokens)):
             raise DataError(
                 "BytePairTokenizer: the definition must number its tokens 0, 1, 2, ... without "
-                f"holes, {EOS} first; it has {self.num_tokens} tokens, and {EOS} is "
-                f"{vocabulary.get(EOS)}. Take it as ddiff saved it; one of another origin is read "
-                'from its folder by [tokenizer] kind = "pretrained".'
+                f"gaps, and {EOS} must have the id 0; it has {self.num_tokens} tokens, and the id "
+                f"of {EOS} is {vocabulary.get(EOS)}. Use a tokenizer that ddiff has saved, or "
+                'read another tokenizer with [tokenizer] kind = "pretrained".'
             )
         self.eos_id: int | None = 0
         self.special_ids: tuple[int, ...] = (0,)
         self.fingerprint = fingerprint(["bytepair", json.loads(definition)])[:16]
 
-    # Without it, the pickle of the library would lose encode_special_tokens.
+    # The pickle of the tokenizers library loses encode_special_tokens.
     def __reduce__(self) -> tuple[type[BytePairTokenizer], tuple[str]]:
         return BytePairTokenizer, (self._definition,)
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> BytePairTokenizer:
-        """Learn at most `size` >= 257 tokens (the bytes and `<|eos|>`), deterministically.
+        """Learn a vocabulary of at most `size` tokens, deterministically.
 
-        Words of more than LONGEST_WORD characters are learned in pieces of that length. If the
-        texts hold such words, the tokenizer also cuts them when it encodes; otherwise its
-        definition is that of plain byte-level pairs.
+        `size` is at least 257, for the 256 bytes and `<|eos|>`. Words of more than LONGEST_WORD
+        characters are cut into pieces of that length. If the texts have such words, the tokenizer
+        cuts long words in encoding too; otherwise the definition is that of plain byte-level
+        byte-pair encoding.
         """
         if size < 257:
             raise ArgumentError(
@@ -233,7 +241,7 @@ class BytePairTokenizer:
 class AlphabetTokenizer:
     """Tokenizer with one id per character and no special token.
 
-    It is for DNA, amino acids and generated sources. Metrics are per symbol.
+    Suitable for DNA, amino acids and generated sources. Metrics are per symbol.
     """
 
     unit: Unit = "symbol"
@@ -241,17 +249,18 @@ class AlphabetTokenizer:
     special_ids: tuple[int, ...] = ()
 
     def __init__(self, symbols: Sequence[str]) -> None:
-        """Take distinct single characters in id order, as a string or list."""
+        """Build the tokenizer from distinct single characters, a string or list in id order."""
         self._symbols = list(symbols)
         if not self._symbols or any(len(symbol) != 1 for symbol in self._symbols):
             raise ArgumentError(
                 "AlphabetTokenizer: symbols must be one or more single characters; got "
-                f'{self._symbols}. Write them as one string, for instance "ACGT".'
+                f'{self._symbols}. Give the symbols as one string, for instance "ACGT".'
             )
         if len(set(self._symbols)) != len(self._symbols):
             twice = sorted({symbol for symbol in self._symbols if self._symbols.count(symbol) > 1})
             raise ArgumentError(
-                f"AlphabetTokenizer: symbols must be distinct; {twice} come more than once."
+                f"AlphabetTokenizer: symbols must be distinct; {twice} occur more than once. "
+                "Remove the repetitions."
             )
         self.num_tokens = len(self._symbols)
         self.fingerprint = fingerprint(["alphabet", self._symbols])[:16]
@@ -261,7 +270,7 @@ class AlphabetTokenizer:
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> AlphabetTokenizer:
-        """Build the alphabet of all characters in the texts, in code-point order."""
+        """Build a tokenizer of all characters that occur in the texts, in code-point order."""
         return cls(sorted(set().union(*texts)))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -287,7 +296,7 @@ class AlphabetTokenizer:
         return cls(saved["symbols"])
 
     def _encode(self, text: str, row: int) -> list[int]:
-        # "surrogatepass": a lone surrogate is refused below, as any other unknown character.
+        # "surrogatepass": a lone surrogate is refused below like any other unknown character.
         content = text.encode("utf-32-le", "surrogatepass")
         codes = np.frombuffer(content, dtype=np.uint32).astype(np.int64)
         # Code points beyond the table read its last entry, which `where` then replaces.
@@ -303,7 +312,7 @@ class AlphabetTokenizer:
 class PretrainedTokenizer:
     """Tokenizer of the `transformers` library.
 
-    Its files are stored in the saved JSON, so that resuming a run needs no hub.
+    The saved JSON contains all files of the tokenizer, so that a resumed run needs no hub access.
     """
 
     unit: Unit = "token"
@@ -311,8 +320,8 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
         """Wrap a tokenizer of `transformers.AutoTokenizer.from_pretrained`.
 
-        V is one more than the highest id, including added tokens. Some ids below V may be unused.
-        `name` is for messages.
+        The number of tokens is one more than the highest id, including added tokens. Some ids may
+        be unused. Error messages show `name`.
         """
         self._tokenizer = tokenizer
         self._backend = _fast_backend(tokenizer)
@@ -321,15 +330,14 @@ class PretrainedTokenizer:
             self._spellings[number] = token
         if not self._spellings:
             raise DataError(
-                f"{name} has no tokens: its vocabulary is empty. Name the folder of a trained "
-                "tokenizer."
+                f"{name} has an empty vocabulary. Name the folder of a trained tokenizer."
             )
         self.num_tokens = max(self._spellings) + 1
         if self.num_tokens > MOST_TOKENS:
             raise DataError(
                 f"{name} has {len(self._spellings)} tokens with ids up to {self.num_tokens - 1}, "
-                f"and every id takes a row of the network: at most {MOST_TOKENS} are possible. "
-                "Number its tokens 0, 1, 2, ..."
+                f"but ids must be less than {MOST_TOKENS}, because the network has a row for every "
+                "id. Number the tokens 0, 1, 2, ..."
             )
         self.eos_id: int | None = tokenizer.eos_token_id
         unused = set(range(self.num_tokens)) - set(self._spellings)
@@ -338,16 +346,16 @@ class PretrainedTokenizer:
         self.fingerprint = fingerprint(["pretrained", self._definition()])[:16]
         self._find_dropped = _dropped_character_finder(self._backend)
 
-    # Only the library's tokenizer is pickled: the function of `_find_dropped` cannot be.
+    # Only the tokenizer of the library is pickled: the function `_find_dropped` cannot be pickled.
     def __reduce__(self) -> tuple[type[PretrainedTokenizer], tuple[Any]]:
         return PretrainedTokenizer, (self._tokenizer,)
 
     @classmethod
     def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:
-        """Load from a local directory or by the name of a model on the hub.
+        """Load a tokenizer from a local directory or by the name of a model on the hub.
 
-        Raises DataError with the cause for a missing tokenizer, or one that is defined by Python
-        code of its repository. `name` replaces the source in messages.
+        Error messages show `name`, if given, instead of `source`. Raises DataError with the cause
+        for a missing tokenizer, and for a tokenizer that needs Python code of its repository.
         """
         # Imported here, because it takes seconds and only this tokenizer needs it.
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -378,7 +386,7 @@ class PretrainedTokenizer:
         )["input_ids"]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each list of ids; unused ids have no text."""
+        """Return the text of each list of ids, without text for unused ids."""
         checked = _check_ids(ids, self.num_tokens)
         spelled = [[number for number in row if number in self._spellings] for row in checked]
         return self._tokenizer.batch_decode(
@@ -412,7 +420,7 @@ class PretrainedTokenizer:
             return cls.from_pretrained(directory, name)
 
     def _definition(self) -> Any:
-        """Return the JSON that determines the ids, or class and vocabulary of a slow tokenizer."""
+        """Return the JSON definition of a fast tokenizer, or class and vocabulary of a slow one."""
         if self._backend is None:
             return [type(self._tokenizer).__name__, self._tokenizer.get_vocab()]
         definition = json.loads(self._backend.to_str())
@@ -423,7 +431,7 @@ class PretrainedTokenizer:
 
 
 def _fast_backend(tokenizer: Any) -> Any:
-    """Return the Rust tokenizer behind a fast tokenizer; None for one written in Python."""
+    """Return the Rust tokenizer of a fast tokenizer, or None for a slow (Python) tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     return tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
@@ -437,19 +445,22 @@ _KINDS: dict[str, Any] = {
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Load a saved tokenizer; DataError if the file cannot be used."""
+    """Load a tokenizer that `save` has written.
+
+    Raises DataError if the file is missing, damaged or not a tokenizer saved by ddiff.
+    """
     saved = read_json(path, "load_tokenizer")
     if _is_huggingface(saved):
         raise DataError(
             f"load_tokenizer: {path} is a tokenizer.json of the tokenizers library (HuggingFace), "
-            'not one that ddiff saved. Read it with [tokenizer] kind = "pretrained", path = '
-            f'"{Path(path).parent}": the folder that it is in.'
+            "but a tokenizer saved by ddiff is expected. Name its folder: "
+            f'[tokenizer] kind = "pretrained", path = "{Path(path).parent}".'
         )
     kind = saved.get("kind") if isinstance(saved, dict) else None
     if not isinstance(kind, str) or kind not in _KINDS:
         raise DataError(
-            f"load_tokenizer: {path} is not a saved tokenizer: kind {kind!r} is none of "
-            f"{sorted(_KINDS)}."
+            f"load_tokenizer: {path} is not a tokenizer saved by ddiff: kind must be one of "
+            f"{sorted(_KINDS)}; got {kind!r}."
         )
     try:
         return _KINDS[kind].restore(saved, path)
@@ -457,31 +468,35 @@ def load_tokenizer(path: str) -> Tokenizer:
         if isinstance(error, DataError) and kind == "pretrained":
             raise  # the message names the file and the cause already
         raise DataError(
-            f"load_tokenizer: the {kind} tokenizer in {path} is damaged ({error}). Make it again."
+            f"load_tokenizer: the {kind} tokenizer in {path} is damaged ({error}). Save the "
+            "tokenizer again."
         ) from error
 
 
 def _representation(tokenizer: Tokenizer) -> str:
-    """Return `BytePairTokenizer(512 tokens; 3f2a...)`, the fingerprint last."""
+    """Return class, size and fingerprint as `BytePairTokenizer(512 tokens; 3f2a...)`."""
     size = f"{tokenizer.num_tokens} {tokenizer.unit}s"
     return f"{type(tokenizer).__name__}({size}; {tokenizer.fingerprint})"
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    """Warn if decoding does not restore the texts: metrics per byte count the original bytes."""
+    """Warn if decoding the encoded texts does not restore them.
+
+    Metrics per byte count the bytes of the original texts.
+    """
     short = [text[:200] for text in texts[:16]]
     for before, after in zip(short, tokenizer.decode(tokenizer.encode(short))):
         if before != after:
             _log.warning(
-                "The tokenizer does not give every text back: %r comes back as %r. What it drops "
-                "is not modelled, and bits per byte count the bytes of the text as it was.",
+                "The tokenizer loses text: %r is decoded as %r. The lost text is not modelled, but "
+                "bits per byte count the bytes of the original text.",
                 *_around_difference(before, after),
             )
             return
 
 
 def _around_difference(before: str, after: str) -> tuple[str, str]:
-    """Return both texts from a few characters before the first difference."""
+    """Return excerpts of both texts around the first difference."""
     shorter = min(len(before), len(after))
     same = 0
     while same < shorter and before[same] == after[same]:
@@ -491,12 +506,12 @@ def _around_difference(before: str, after: str) -> tuple[str, str]:
 
 
 def _is_huggingface(saved: Any) -> bool:
-    """Return whether JSON defines a tokenizer of the HuggingFace library."""
+    """Return whether `saved` is the tokenizer.json format of the HuggingFace tokenizers library."""
     return isinstance(saved, dict) and "kind" not in saved and isinstance(saved.get("model"), dict)
 
 
 def _check_not_saved_by_ddiff(source: Path, shown: str) -> None:
-    """Raise DataError for a tokenizer saved by ddiff and for a single file."""
+    """Raise DataError for a tokenizer saved by ddiff, and for the path of a tokenizer.json."""
     file = source / "tokenizer.json" if source.is_dir() else source
     if not file.is_file():
         return
@@ -506,30 +521,34 @@ def _check_not_saved_by_ddiff(source: Path, shown: str) -> None:
         saved = None  # the error of the transformers library explains it
     if isinstance(saved, dict) and saved.get("kind") in list(_KINDS):
         raise DataError(
-            f"No tokenizer from {shown!r}: {file} is one that ddiff saved. Read it with "
+            f"No tokenizer from {shown!r}: {file} is a tokenizer saved by ddiff. Set "
             f'[tokenizer] kind = "saved", path = "{file}".'
         )
     if file == source and _is_huggingface(saved):
         raise DataError(
-            f"No tokenizer from {shown!r}: it is a tokenizer.json of the tokenizers library "
-            "(HuggingFace), but its folder is expected, in which tokenizer_config.json says which "
-            f'token ends a text. Set path = "{source.parent}".'
+            f"No tokenizer from {shown!r}: this is a tokenizer.json of the tokenizers library "
+            "(HuggingFace), but its folder is expected, because tokenizer_config.json defines the "
+            f'end-of-text token. Set path = "{source.parent}".'
         )
 
 
-_NO_TOKEN = "the tokenizer has no token for it, and no token for what is unknown"
+_NO_TOKEN = "the tokenizer has no token for this text, and no unknown token"
 _OTHER_TOKENIZER = (
-    "Take a tokenizer that has an unknown token or knows all bytes, add the word to this one, or "
-    "leave the text out."
+    "Use a tokenizer that has an unknown token or a token for every byte, add the text to the "
+    "vocabulary, or remove it from the corpus."
 )
-_NO_UNICODE = "it has a lone surrogate, half of a character, which UTF-8 does not have"
+_NO_UNICODE = "this is a lone surrogate (half of a character), which UTF-8 cannot encode"
 _WRITE_AGAIN = "Write the text again as UTF-8."
 
 
 def _encode_or_explain(
     encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]
 ) -> list[list[int]]:
-    """Return `encode(texts)`; UnknownWord with the first text and word without ids if it fails."""
+    """Return `encode(texts)`.
+
+    If `encode` fails, raise UnknownWord for the first text that cannot be encoded. The error names
+    the first piece of the text that cannot be encoded.
+    """
     try:
         return encode(texts)
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -556,7 +575,7 @@ def _fails(encode: Callable[[Sequence[str]], list[list[int]]], text: str) -> boo
 
 
 def _find_surrogate(text: str) -> str | None:
-    """Return the first lone surrogate, which UTF-8 cannot encode."""
+    """Return the first lone surrogate of a text (which UTF-8 cannot encode), or None."""
     for character in text:
         if "\ud800" <= character <= "\udfff":
             return character
@@ -564,11 +583,12 @@ def _find_surrogate(text: str) -> str | None:
 
 
 def _dropped_character_finder(backend: Any) -> Callable[[str], str] | None:
-    """Return a function that finds a character that byte pairs silently drop.
+    """Return a function that finds characters which the tokenizer silently drops.
 
-    The function takes a text and returns "" if there is none. Byte pairs without an unknown token
-    leave out characters for which they have no token. The result is None if nothing can be
-    dropped: for other models, which raise an error, and if all bytes have tokens.
+    Byte-pair encoding without an unknown token drops characters that have no token. The function
+    takes a text and returns one dropped character, or "". The result is None if the tokenizer drops
+    no characters: models other than byte pairs raise an error instead, and byte pairs with a token
+    for every byte encode all text.
     """
     if backend is None:
         return None
@@ -599,9 +619,9 @@ def _find_dropped_character(backend: Any, alphabet: set[str], text: str) -> str:
 
 
 class _CheckedTexts:
-    """Texts for a trainer, checked as they are read.
+    """Texts for a trainer, checked for lone surrogates while they are read.
 
-    `has_long_words` is True afterwards if a word was cut.
+    After reading, `has_long_words` says whether a text has a word above LONGEST_WORD characters.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -618,7 +638,7 @@ class _CheckedTexts:
 
 
 def _has_long_word(text: str) -> bool:
-    """Return whether the text has a word that training would cut."""
+    """Return whether the text has a word of more than LONGEST_WORD characters."""
     # A quick test decides for most texts: a word is either blanks, or other characters after at
     # most one blank.
     if max(map(len, text.split()), default=0) <= LONGEST_WORD and not _LONG_GAP.search(text):
@@ -633,7 +653,7 @@ def _check_ids(ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]
         if row.size and (row.min() < 0 or row.max() >= num_tokens):
             raise ArgumentError(
                 f"decode: ids must lie in 0..{num_tokens - 1}; row {number} holds "
-                f"{row.min()}..{row.max()}. Masks and other nodes are not tokens: decode only "
-                "finished rows."
+                f"{row.min()}..{row.max()}. Masks and inner nodes of a tree are not tokens: decode "
+                "only finished samples."
             )
     return [row.tolist() for row in rows]

@@ -1,13 +1,13 @@
-"""Encode chunks of texts as token ids, in this process or in several.
+"""Encode chunks of texts as token ids, in this process or in worker processes.
 
-The worker processes speak over pipes and are not those of a `ProcessPoolExecutor`:
+The workers communicate over pipes. A `ProcessPoolExecutor` is not used, for these reasons:
 
-- A fork would copy the locks of the threads of torch and of the tokenizers library.
-- A spawn runs the caller's script again, so that a script without `if __name__ == "__main__"`, or
-  one read from standard input, fails in every worker.
-- A spawned worker outlives a killed parent, since it holds the write end of the call queue.
-  Here it reads the end of its input and stops.
-- If a worker is killed, the executor reports neither which one nor its exit code.
+- A forked worker would copy the locks of the threads of torch and of the tokenizers library.
+- A spawned worker runs the script of the caller again. A script without
+  `if __name__ == "__main__"`, or a script read from standard input, would fail in every worker.
+- A spawned worker would outlive a killed parent, because the worker holds the write end of the call
+  queue. A worker of this module stops at the end of its standard input.
+- If a worker is killed, the executor reports neither the worker nor its exit code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ddiff.errors import ArgumentError, DataError
 TRAIN = "train"
 VALIDATION = "validation"
 DOCUMENTS_AT_ONCE = 64
-_AHEAD = 3  # chunks in flight per worker: one is encoded while the others are queued
+_AHEAD = 3  # chunks per worker in the queue or in work, so that no worker is idle
 _WORKER = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from ddiff.data.tokenizer_workers import run_worker; run_worker()"
@@ -48,10 +48,12 @@ _WORKER = (
 @final
 @dataclass(frozen=True)
 class Chunk:
-    """Documents of a source, and the `cursor` (JSON) from which the source continues after them.
+    """Chunk of consecutive documents of a source.
 
-    `part` is "train", "validation", or None if the hash of each text decides. `names` of the
-    documents are for messages.
+    texts: texts of the documents.
+    cursor: position in the source after these documents (JSON).
+    part: "train", "validation", or None if the hash of each text decides.
+    names: names of the documents for error messages, or [].
     """
 
     texts: list[str]
@@ -65,7 +67,7 @@ class Chunk:
 class EncodedChunk:
     """Token ids of k documents.
 
-    ids: [n] of all documents in order, with end marks.
+    ids: [n] ids of all documents in order, with end marks.
     sizes: [k] number of ids of each document.
     num_bytes: [k] UTF-8 bytes of each text.
     held_out: [k] whether each document is for validation.
@@ -77,7 +79,7 @@ class EncodedChunk:
     held_out: NDArray[np.bool_]
 
     def select(self, *, held_out: bool) -> EncodedChunk:
-        """Return the documents that are (not) held out."""
+        """Return the documents whose flag `held_out` has the given value."""
         chosen = self.held_out == held_out
         if chosen.all():  # the usual case, without a copy
             return self
@@ -95,17 +97,20 @@ def token_dtype(num_tokens: int) -> np.dtype[Any]:
 
 
 def hash_to_unit(text: bytes) -> float:
-    """Hash a document to [0, 1): those below the share held out are for validation."""
+    """Hash a document to a number in [0, 1).
+
+    Documents with a number below the held-out fraction are validation documents.
+    """
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
 
 
 def encode_chunks(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, *, held_out: float = 0.0, workers: int = 1
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
-    """Yield every chunk with its ids, in the order of the chunks.
+    """Yield (chunk, encoded chunk) for each chunk, in the order of `chunks`.
 
-    More than one worker means as many other processes. Documents of a chunk without a part are held
-    out with probability `held_out` by the hash of their text.
+    With `workers` = 1, this process encodes; otherwise `workers` other processes do. Documents of a
+    chunk without a part are held out with probability `held_out` by the hash of their text.
     """
     if workers < 1:
         raise ArgumentError(f"workers must be at least 1 process; got {workers}.")
@@ -125,7 +130,10 @@ def encode_chunks(
 
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> EncodedChunk:
-    """Encode a chunk; DataError if the tokenizer returns ids outside 0..num_tokens-1."""
+    """Encode the documents of a chunk, each followed by its end mark.
+
+    Raises DataError if the tokenizer returns ids outside 0..num_tokens-1.
+    """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = [ids + end for ids in tokenizer.encode(chunk.texts)]
     sizes = np.array([len(ids) for ids in documents], np.int64)
@@ -133,8 +141,8 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> E
     wide = np.fromiter(chain.from_iterable(documents), np.int64, int(sizes.sum()))
     if wide.size and (wide.min() < 0 or wide.max() >= tokenizer.num_tokens):
         raise DataError(
-            f"The tokenizer says that it has {tokenizer.num_tokens} tokens, but gave the ids "
-            f"{wide.min()}..{wide.max()}. Its num_tokens must count added tokens too."
+            f"The tokenizer has num_tokens = {tokenizer.num_tokens}, but returned the ids "
+            f"{wide.min()}..{wide.max()}. Fix the tokenizer: num_tokens must include added tokens."
         )
     contents = [text.encode() for text in chunk.texts]
     if chunk.part is None:
@@ -150,8 +158,9 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> E
 
 
 def run_worker() -> None:
-    """Read chunks from standard input and write their ids to standard output, until the end."""
-    # Ctrl-C reaches the whole process group; the parent decides, and its end closes our input.
+    """Read chunks from standard input and write their ids to standard output, until end of file."""
+    # Ctrl-C reaches the whole process group. The parent handles it, and closes the input of the
+    # workers when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source = sys.stdin.buffer
     results = os.fdopen(os.dup(1), "wb")
@@ -177,7 +186,7 @@ def run_worker() -> None:
 
 
 class _WorkerPool:
-    """Worker processes, each served by a thread of this process."""
+    """Pool of worker processes; a thread of this process sends chunks to each worker."""
 
     def __init__(self, tokenizer: Tokenizer, held_out: float, workers: int) -> None:
         # One thread per process; by default each would start as many as there are processors.
@@ -229,9 +238,9 @@ class _WorkerPool:
             result = pickle.load(_pipe(process.stdout))
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             raise DataError(
-                f"A tokenizing process ended (exit code {process.wait()}): out of memory, or a "
-                "tokenizer that another process cannot import? Take fewer workers; the same "
-                "command continues after the shards that are complete."
+                f"A tokenizing process ended with exit code {process.wait()}. Possible causes: too "
+                "little memory, or a tokenizer that another process cannot import. Set fewer "
+                "workers and run the same command to resume after the last complete shard."
             ) from error
         finally:
             self._idle.put(process)
@@ -246,7 +255,7 @@ def _pipe(pipe: Any) -> Any:
 
 
 def _number_documents(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Yield each chunk with the number of its first document, from 0."""
+    """Yield (number of the first document, chunk) for each chunk; numbers count from 0."""
     first = 0
     for chunk in chunks:
         yield first, chunk
@@ -261,7 +270,7 @@ def _await_oldest(
 
 
 def _locate_errors(encode: Callable[[], EncodedChunk], chunk: Chunk, first: int) -> EncodedChunk:
-    """Call `encode`; errors name the row of the text in the corpus."""
+    """Return `encode()`, with the row of the text in the corpus added to an Unencodable error."""
     try:
         return encode()
     except Unencodable as error:

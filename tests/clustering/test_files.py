@@ -71,14 +71,14 @@ def test_read_clusters_accepts_the_published_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_tokens", [5, 7])
 def test_read_clusters_names_both_lengths(tmp_path: Path, num_tokens: int) -> None:
-    with pytest.raises(DataError, match=f"has 6 entries, but {num_tokens} are due"):
+    with pytest.raises(DataError, match=f"has 6 entries, but {num_tokens} are expected"):
         read_clusters([write(tmp_path, "npy", CLUSTERS)], num_tokens)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([0, 2, 2]), "cluster 1 of 3 has no member"),
+        (np.array([0, 2, 2]), "cluster 1 has no member"),
         (np.array([0, -1, 1]), "numbered from 0"),
         (np.array([0.0, 1.0, 1.0]), "integers"),
         (np.zeros((3, 1), dtype=np.int64), "one list"),
@@ -100,12 +100,12 @@ def test_read_clusters_refuses_pickles_and_damaged_files(tmp_path: Path) -> None
     with pytest.raises(DataError, match="can run code"):
         read_clusters([str(tmp_path / "c.pt")], 3)
     np.save(tmp_path / "o.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="not a whole"):
+    with pytest.raises(DataError, match="not a complete"):
         read_clusters([str(tmp_path / "o.npy")], 2)
     for kind in ("npy", "json", "safetensors"):
         path = Path(write(tmp_path, kind, CLUSTERS))
         path.write_bytes(path.read_bytes()[:-3])
-        with pytest.raises(DataError, match="not a whole"):
+        with pytest.raises(DataError, match="not a complete"):
             read_clusters([str(path)], 6)
     with pytest.raises(DataError, match=r"missing\.npy"):
         read_clusters([str(tmp_path / "missing.npy")], 3)
@@ -116,13 +116,13 @@ def test_read_clusters_refuses_pickles_and_damaged_files(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"0": 0, "0": 1, "1": 1}', "comes twice"),
+        ('{"0": 0, "0": 1, "1": 1}', "occurs twice"),
         ('{"0": 0, "2": 1}', "without gaps"),
-        ('{"a": 0}', "not a whole"),
-        ("[[0], [1, 2]]", "not a whole"),
+        ('{"a": 0}', "not a complete"),
+        ("[[0], [1, 2]]", "not a complete"),
         ("[0, null]", "integers"),
         ('"01"', "one list"),
-        ("[" * 5000 + "]" * 5000, "not a whole"),
+        ("[" * 5000 + "]" * 5000, "not a complete"),
     ],
 )
 def test_read_clusters_refuses_json_that_is_no_clusters(

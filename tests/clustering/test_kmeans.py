@@ -159,8 +159,8 @@ def test_nested_kmeans_does_not_modify_its_input() -> None:
     ("arguments", "message"),
     [
         ({"sizes": []}, "at least one cluster"),
-        ({"sizes": [0]}, "Zero clusters"),
-        ({"sizes": [51]}, "51 clusters, but there are only 50 tokens"),
+        ({"sizes": [0]}, "at least one cluster"),
+        ({"sizes": [51]}, "51 clusters on the finest level, but there are only 50 tokens"),
         (
             {"sizes": [50], "special_ids": [1, 2]},
             "only 48 tokens.*one branch of 2 special.*at most 49",

@@ -147,7 +147,7 @@ def test_read_text_files_drops_carriage_returns_and_byte_order_mark(tmp_path: Pa
         (b"", "corpus is empty"),
         (b" \n\n \n", "corpus is empty"),
         (b"caf\xe9 au lait", "0xe9 at offset 3"),
-        (b"nul\0here", "NUL character at 3"),
+        (b"nul\0here", "NUL character at character 3"),
     ],
 )
 def test_read_text_files_refuses_content_that_is_not_text(

@@ -217,7 +217,7 @@ def corpora_of(tmp_path: Path) -> Any:
 
 
 def test_read_conditions_refuses_a_corpus_without_columns(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match='kind that carries it, such as "jsonl"'):
+    with pytest.raises(DataError, match='kind that reads this column, such as "jsonl"'):
         read_conditions(corpora(tmp_path)["hub"].train, ["author"], {"author": Label(2)})
 
 
@@ -301,6 +301,11 @@ def test_file_source_asks_for_an_ambiguous_format(tmp_path: Path) -> None:
     assert read(open_file_source([str(tmp_path / "a.csv")], format="text")) == ["text", "a"]
 
 
+def test_file_source_refuses_an_empty_list_of_patterns() -> None:
+    with pytest.raises(ArgumentError, match="open_file_source: patterns must hold at least one"):
+        open_file_source([])
+
+
 def test_file_source_drops_missing_and_blank_texts(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "", " \n", "b"]}), tmp_path / "a.parquet")
     assert read(open_file_source([str(tmp_path / "a.parquet")])) == ["a", "b"]
@@ -311,7 +316,7 @@ def test_source_corpus_explains_a_part_without_text(tmp_path: Path) -> None:
     few = json_file(tmp_path / "few.jsonl", ["a"])
     cases = [
         ([str(tmp_path / "empty.txt")], "no token"),
-        ([few], "gave no text for (train|validation)"),
+        ([few], "has no text for (train|validation)"),
     ]
     for files, message in cases:
         with pytest.raises(DataError, match=message):

@@ -159,7 +159,7 @@ def test_pretrained_fingerprint_is_unchanged_by_encoding(model_folder: Path) -> 
 def test_from_pretrained_explains_a_missing_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="no readable tokenizer"):
         PretrainedTokenizer.from_pretrained(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"not a local directory.*without a connection"):
@@ -170,9 +170,9 @@ def test_from_pretrained_explains_a_missing_tokenizer(
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ('{"kind": "bytep', "not a whole JSON"),
-        ("[1, 2]", "not a saved tokenizer"),
-        ('{"kind": "pickle"}', "kind 'pickle'"),
+        ('{"kind": "bytep', "not a complete JSON"),
+        ("[1, 2]", "not a tokenizer saved by ddiff"),
+        ('{"kind": "pickle"}', "got 'pickle'"),
         ('{"kind": "bytepair", "definition": {"model": 3}}', "damaged"),
         ('{"kind": "alphabet"}', "damaged"),
     ],

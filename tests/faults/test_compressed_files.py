@@ -90,7 +90,9 @@ def test_file_source_names_a_truncated_file(tmp_path: Path, ending: str, kept: f
     for number in range(3):
         write(tmp_path / f"part-{number}.txt{ending}", packed)
     write(tmp_path / f"part-1.txt{ending}", packed[:size])
-    with pytest.raises(DataError, match=r"part-1\.txt\S* is (cut off|named as)") as raised:
+    with pytest.raises(
+        DataError, match=r"part-1\.txt\S* (is truncated|has the ending of)"
+    ) as raised:
         read(tmp_path / f"*{ending}")
     assert "part-0" not in str(raised.value)
 
@@ -100,7 +102,7 @@ def test_file_source_names_a_damaged_file(tmp_path: Path, ending: str) -> None:
     packed = bytearray(PACKERS[ending](PLAIN))
     middle = len(packed) // 2
     packed[middle : middle + 40] = b"\xff" * 40
-    with pytest.raises(DataError, match=r"a\.txt\S* (is damaged|is cut off|is not UTF-8)"):
+    with pytest.raises(DataError, match=r"a\.txt\S* (is damaged|is truncated|is not UTF-8)"):
         read(write(tmp_path / f"a.txt{ending}", bytes(packed)))
 
 
@@ -110,7 +112,7 @@ def test_file_source_refuses_plain_text_with_a_compressed_ending(
 ) -> None:
     with pytest.raises(
         DataError,
-        match=rf"a\.txt\{ending} is named as a {NAMES[ending]} file, but it begins with b'line",
+        match=rf"a\.txt\{ending} has the ending of a {NAMES[ending]} file, but it begins with b'line",
     ):
         read(write(tmp_path / f"a.txt{ending}", PLAIN))
     with pytest.raises(DataError, match="but it is empty"):
@@ -122,7 +124,7 @@ def test_file_source_refuses_an_ending_of_another_compression(tmp_path: Path, en
     packed = PACKERS[ending](PLAIN)
     with pytest.raises(
         DataError,
-        match=rf"a\.txt is not plain text: it begins as a {NAMES[ending]} file.*\{ending}",
+        match=rf"a\.txt is not plain text: its first bytes are those of a {NAMES[ending]} file.*\{ending}",
     ):
         read(write(tmp_path / "a.txt", packed))
     other = ".xz" if ending == ".gz" else ".gz"
@@ -145,7 +147,7 @@ def test_plain_readers_point_to_the_kind_that_decompresses(
 ) -> None:
     path = write(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))
     with pytest.raises(
-        DataError, match=rf'begins as a {NAMES[ending]} file.*Unpack.*kind = "files"'
+        DataError, match=rf'those of a {NAMES[ending]} file.*Decompress.*kind = "files"'
     ):
         PLAIN_READERS[kind](str(path))
 
@@ -153,11 +155,13 @@ def test_plain_readers_point_to_the_kind_that_decompresses(
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
 def test_plain_readers_name_the_binary_format(tmp_path: Path, kind: str) -> None:
     pq.write_table(pa.table({"text": LINES}), tmp_path / "a.txt")
-    with pytest.raises(DataError, match="begins as a parquet file"):
+    with pytest.raises(DataError, match="first bytes are those of a parquet file"):
         PLAIN_READERS[kind](str(tmp_path / "a.txt"))
-    with pytest.raises(DataError, match="begins as a zip file"):
+    with pytest.raises(DataError, match="first bytes are those of a zip file"):
         PLAIN_READERS[kind](str(write(tmp_path / "b.txt", b"PK\x03\x04" + b"x" * 40)))
-    with pytest.raises(DataError, match=r"a\.txt is not plain text: it begins as a parquet file"):
+    with pytest.raises(
+        DataError, match=r"a\.txt is not plain text: its first bytes are those of a parquet file"
+    ):
         read(tmp_path / "a.txt")
 
 
@@ -218,7 +222,10 @@ UNEQUAL: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"row 2: .* holds 1 \(int\)",
     ),
     "a column of lists": (lambda path: parquet(path, text=[["a"]]), r"row 1: .*\(list\)"),
-    "NUL": (lambda path: parquet(path, text=["ok", "a\0b"]), "row 2 holds the NUL character at 1"),
+    "NUL": (
+        lambda path: parquet(path, text=["ok", "a\0b"]),
+        "row 2 holds the NUL character at character 1",
+    ),
     "not UTF-8": (
         lambda path: parquet(path, text=not_utf8()),
         "cannot be read: UnicodeDecodeError",
@@ -246,7 +253,7 @@ def test_file_source_names_an_unusable_parquet_file(tmp_path: Path, kind: str) -
 
 def test_file_source_refuses_a_compressed_parquet_file(tmp_path: Path) -> None:
     packed = gzip.compress(parquet(tmp_path / "a.parquet", text=LINES).read_bytes())
-    with pytest.raises(DataError, match="Unpack it"):
+    with pytest.raises(DataError, match="Decompress the file"):
         read(write(tmp_path / "a.parquet.gz", packed))
 
 

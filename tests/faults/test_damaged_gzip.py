@@ -21,8 +21,8 @@ files = [{files}]
 size = 260
 """
 FILES = {
-    "cut.txt.gz": (gzip.compress(TEXT)[:-200], "cut.txt.gz is cut off"),
-    "fake.txt.gz": (TEXT, "fake.txt.gz is named as a gzip file"),
+    "cut.txt.gz": (gzip.compress(TEXT)[:-200], "cut.txt.gz is truncated"),
+    "fake.txt.gz": (TEXT, "fake.txt.gz has the ending of a gzip file"),
     "zeros.txt.gz": (gzip.compress(TEXT)[:100] + bytes(500), "zeros.txt.gz is"),
 }
 
@@ -66,5 +66,5 @@ def test_text_kind_points_to_files_for_gzip(
     )
     code, output = run_command(capsys, "run", "g.toml")
     assert code == 2
-    assert "begins as a gzip file" in " ".join(output.split())
+    assert "first bytes are those of a gzip file" in " ".join(output.split())
     assert 'kind = "files"' in " ".join(output.split())

@@ -165,7 +165,7 @@ def broken(folder: Path) -> dict[str, tuple[str, str]]:
         "nothing": ("none.txt", r"There is no file none\.txt"),
         "nothing, with brackets": (
             "none[1].txt",
-            r"none\[1\]\.txt, and none that it matches as a pattern",
+            r"none\[1\]\.txt, and no file matches it as a pattern",
         ),
         "a missing folder": ("missing/*.txt", "There is no folder missing either"),
         "an empty path": ("", "There is no file"),
@@ -228,7 +228,7 @@ def test_readers_name_a_file_without_permission(
 
     monkeypatch.setattr("builtins.open", refuse)
     for reader in (read_text_files, lambda paths: list(open_file_source(paths).chunks())):
-        with pytest.raises(DataError, match=r"a\.txt must not be read: permission denied"):
+        with pytest.raises(DataError, match=r"a\.txt cannot be read: permission denied"):
             reader(["a.txt"])
 
 
@@ -280,5 +280,5 @@ def test_tilde_is_expanded_to_the_home_folder(
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\ufeff{}x", ""])
 def test_read_json_names_a_damaged_file(folder: Path, content: str) -> None:
     (folder / "a[1]::b.json").write_text(content)
-    with pytest.raises(DataError, match=r"clusters: a\[1\]::b\.json is not a whole JSON file"):
+    with pytest.raises(DataError, match=r"clusters: a\[1\]::b\.json is not a complete JSON file"):
         read_json("a[1]::b.json", "clusters")

@@ -43,10 +43,19 @@ def read(
 
 
 BAD: dict[str, tuple[str, str]] = {
-    "half a pair": (r'{"text": "a \ud800 b"}', r"holds half a surrogate pair at 2 \(U\+D800\)"),
-    "the other half": (r'{"text": "\udc00"}', r"half a surrogate pair at 0 \(U\+DC00\)"),
-    "halves in the wrong order": (r'{"text": "\ude00\ud83d"}', "half a surrogate pair at 0"),
-    "NUL": (r'{"text": "a\u0000b"}', "holds the NUL character at 1"),
+    "half a pair": (
+        r'{"text": "a \ud800 b"}',
+        r"holds half of a surrogate pair at character 2 \(U\+D800\)",
+    ),
+    "the other half": (
+        r'{"text": "\udc00"}',
+        r"half of a surrogate pair at character 0 \(U\+DC00\)",
+    ),
+    "halves in the wrong order": (
+        r'{"text": "\ude00\ud83d"}',
+        "half of a surrogate pair at character 0",
+    ),
+    "NUL": (r'{"text": "a\u0000b"}', "holds the NUL character at character 1"),
     "a label of 64 bits": (
         '{"text": "a", "y": 9223372036854775808}',
         'the label "y" must be .* got 9223372036854775808',
@@ -88,7 +97,7 @@ BAD: dict[str, tuple[str, str]] = {
     "a label twice": ('{"text": "a", "y": 1, "y": 0}', 'has the field "y" twice'),
     "a number as text": ('{"text": 3}', "is not text but 3"),
     "a long list as text": ('{"text": [%s1]}' % ("1," * 50_000), "is not text but"),
-    "no text": ('{"y": 1}', 'an object with the field "text"'),
+    "no text": ('{"y": 1}', 'has no field "text"'),
     "a string": ('"text"', "must be an object"),
     "a number": ("3", "must be an object"),
     "half a line": ('{"text": "a', "is not JSON"),
@@ -132,9 +141,12 @@ def test_read_json_lines_keeps_values_at_the_limits(tmp_path: Path) -> None:
 
 
 NOT_TEXT: dict[str, tuple[Any, str]] = {
-    "half a pair": ("\ud800", "half a surrogate pair at 0"),
-    "an argument that is not UTF-8": ("\udcff\udcfe hello", "half a surrogate pair at 0"),
-    "NUL": ("a\0b", "NUL character at 1"),
+    "half a pair": ("\ud800", "half of a surrogate pair at character 0"),
+    "an argument that is not UTF-8": (
+        "\udcff\udcfe hello",
+        "half of a surrogate pair at character 0",
+    ),
+    "NUL": ("a\0b", "NUL character at character 1"),
     "bytes": (b"She", r"is not text but b'She' \(bytes\)"),
     "a number": (3, "is not text but 3"),
     "nothing": (None, "is not text but None"),
@@ -258,5 +270,5 @@ def test_sample_command_refuses_a_prompt_that_is_not_utf8(
             main(["sample", "runs/small", option, text])
         output = " ".join(capsys.readouterr().err.split())
         assert stopped.value.code == 2
-        assert "half a surrogate pair at 0" in output
+        assert "half of a surrogate pair at character 0" in output
         assert "Traceback" not in output

@@ -29,7 +29,7 @@ ODD = {
     "half a surrogate pair": (
         '{"text":"\\ud800 bad"}\n' * 99,
         "",
-        "odd.jsonl line 1 holds half a surrogate pair",
+        "odd.jsonl line 1 holds half of a surrogate pair",
     ),
     "deep nesting": ('{"text":' + "[" * 100_000 + "}", "", "odd.jsonl line 1 is nested too deeply"),
     "a label of 32 digits": (

@@ -144,7 +144,7 @@ def test_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFixtu
     documents = np.repeat(np.arange(3), [12, 4, 3])
     passes = np.arange(-(-found.ids.size // 19))[:, None] * 3
     assert (found.document.ravel() == (documents + passes).ravel()[: found.ids.size]).all()
-    assert "19 tokens to train on, fewer than a block of 4096 rows of 8" in caplog.text
+    assert "19 training tokens, fewer than a block of 4096 rows of length 8" in caplog.text
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 50])
@@ -175,7 +175,7 @@ def test_streamed_rows_continue_without_a_cursor_file(
     (tmp_path / "file").write_text("")
     rows = streamed(Source(["hello world"]), 4, cursors=tmp_path / "file" / "c.jsonl")
     assert len(rows[np.arange(40)].ids) == 40
-    assert caplog.text.count("can no longer be kept") == 1
+    assert caplog.text.count("can no longer be written") == 1
 
 
 class StalledSource:

@@ -87,9 +87,7 @@ def test_manifest_names_outside_the_folder_are_refused(
     named = name.format(out=outside) if isinstance(name, str) else name
     change(made.folder, lambda manifest: manifest["parts"]["train"][0].update(name=named))
     before = tree(outside)
-    with pytest.raises(
-        DataError, match=r"manifest\.json is not a manifest of token shards that ddiff wrote"
-    ):
+    with pytest.raises(DataError, match=r"manifest\.json is not a valid manifest of token shards"):
         ShardedCorpus(str(made.folder) if place == "local" else url(made.folder), cache)
     assert tree(outside) == before
     assert not tree(tmp_path / "cache")
@@ -118,7 +116,7 @@ EDITS: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_read_shards_refuses_a_wrong_manifest(made: Shards, edit: str) -> None:
     change(made.folder, EDITS[edit])
-    with pytest.raises(DataError, match="is not a manifest of token shards that ddiff wrote"):
+    with pytest.raises(DataError, match="is not a valid manifest of token shards"):
         read_shards(made.folder)
 
 
@@ -193,7 +191,7 @@ def test_fetched_shards_refuse_ids_beyond_num_tokens(made: Shards, cache: Cache)
     np.save(path, tokens)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     change(made.folder, lambda manifest: manifest["parts"]["train"][0].update(tokens_sha256=sha256))
-    with pytest.raises(DataError, match="holds the id 60000, and the tokenizer has 257 tokens"):
+    with pytest.raises(DataError, match="holds the id 60000, but the tokenizer has 257 tokens"):
         ShardedCorpus(url(made.folder), cache)
 
 

@@ -103,8 +103,11 @@ def test_blank_lines_separate_paragraphs(tmp_path: Path, reader: Any, blank: str
 
 
 REFUSED = {
-    "NUL": (b"fine\na\0b\n", "NUL character at 6"),
-    "NUL behind many characters": ("é".encode() * 600_000 + b"\0", "NUL character at 600000"),
+    "NUL": (b"fine\na\0b\n", "NUL character at character 6"),
+    "NUL behind many characters": (
+        "é".encode() * 600_000 + b"\0",
+        "NUL character at character 600000",
+    ),
     "Windows-1252": ("“quoted”".encode("cp1252"), r"0x93 at offset 0.*WINDOWS-1252"),
     "Windows-1252 far on": (b"x" * 1_500_000 + b"\x93", r"0x93 at offset 1500000"),
     "a byte amiss where blocks meet": (b"x" * (2**20 - 1) + b"\xc3\xff", "0xc3 at offset 1048575"),
@@ -157,5 +160,5 @@ def test_single_document_error_suggests_a_finer_split(
     (tmp_path / "a.txt").write_text("one line and no more")
     with pytest.raises(DataError, match=rf"1 document\(s\) by {split} cannot be divided") as raised:
         read_text_files([str(tmp_path / "a.txt")], split=split)
-    assert (f"(split = {advice})" if advice else "another share") in str(raised.value)
+    assert (f"(split = {advice})" if advice else "another held_out") in str(raised.value)
     assert ("split =" in str(raised.value)) == (advice is not None)

@@ -194,8 +194,8 @@ def test_repeated_documents_within_a_part_are_counted(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         build_run(recipe("text", ["corp/*.txt"], ["v.txt"]), Overrides())
     output = "\n".join(caplog.messages)
-    assert "50 of the 200 documents of the part train repeat an earlier one" in output
-    assert "20 of the 70 documents of the part validation repeat an earlier one" in output
+    assert "50 of the 200 documents of the part train repeat an earlier document" in output
+    assert "20 of the 70 documents of the part validation repeat an earlier document" in output
 
 
 def test_source_corpus_refuses_one_hub_split_for_both_parts() -> None:
