@@ -28,7 +28,7 @@ def two_topics(length: int = 6000) -> tuple[NDArray[np.int32], NDArray[np.int32]
 def reference_counts(
     ids: NDArray[np.int32], document: NDArray[np.int32], num_tokens: int, window: int
 ) -> NDArray[np.float64]:
-    """Count contexts before, then after, pair by pair."""
+    """Count the contexts before and after each token, pair by pair."""
     counts = np.zeros((2, num_tokens, num_tokens))
     for i in range(len(ids)):
         for distance in range(1, window + 1):
@@ -40,7 +40,7 @@ def reference_counts(
 
 
 @pytest.mark.parametrize("pairs_at_once", [7, 1 << 22])
-def test_context_counts_equal_a_direct_count(
+def test_cooccurrence_counts_equal_a_count_pair_by_pair(
     pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", pairs_at_once)
@@ -52,7 +52,7 @@ def test_context_counts_equal_a_direct_count(
     assert np.stack(found) == pytest.approx(expected, abs=1e-5)  # float32 sums of thirds
 
 
-def test_embeddings_of_tokens_in_one_topic_are_similar() -> None:
+def test_cooccurrence_embeddings_of_one_topic_are_similar() -> None:
     # Each document has one topic, so a window across two documents would mix topics.
     ids, document = two_topics()
     similarity = cosine(compute_cooccurrence_embeddings(ids, document, 10, width=4))
@@ -60,7 +60,7 @@ def test_embeddings_of_tokens_in_one_topic_are_similar() -> None:
     assert within > similarity[:5, 5:].max() + 0.5
 
 
-def test_embeddings_of_unseen_tokens_are_zero() -> None:
+def test_cooccurrence_embeddings_of_absent_tokens_are_zero() -> None:
     ids, document = two_topics(500)
     vectors = compute_cooccurrence_embeddings(ids, document, 30, width=64)
     assert (vectors.shape, vectors.dtype) == ((30, 64), np.float32)
@@ -68,7 +68,7 @@ def test_embeddings_of_unseen_tokens_are_zero() -> None:
     assert np.isfinite(vectors).all()
 
 
-def test_embeddings_are_deterministic_and_keep_the_global_generator() -> None:
+def test_cooccurrence_embeddings_do_not_use_the_global_generator() -> None:
     ids, document = two_topics(500)
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -78,14 +78,16 @@ def test_embeddings_are_deterministic_and_keep_the_global_generator() -> None:
     assert np.array_equal(first, compute_cooccurrence_embeddings(ids, document, 10, width=4))
 
 
-def test_contexts_are_limited_to_frequent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cooccurrence_contexts_are_the_most_frequent_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cooccurrence, "MAX_CONTEXTS", 3)
     ids, document = two_topics(500)
     before, after = cooccurrence._count_contexts(ids, document, 10, 2)
     assert before.shape == after.shape == (10, 3)
 
 
-def test_embeddings_of_isolated_tokens_are_zero() -> None:
+def test_cooccurrence_embeddings_without_contexts_are_zero() -> None:
     vectors = compute_cooccurrence_embeddings(
         np.array([0, 1, 2], np.int32), np.array([0, 1, 2], np.int32), 3, width=2
     )
@@ -101,7 +103,7 @@ def test_embeddings_of_isolated_tokens_are_zero() -> None:
         ([0], {"window": 0}, "window"),
     ],
 )
-def test_cooccurrence_embeddings_explain_impossible_input(
+def test_cooccurrence_embeddings_refuse_impossible_arguments(
     ids: list[int], settings: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):

@@ -1,4 +1,4 @@
-"""Clusters and embeddings are read from files, or refused with the sizes that differ."""
+"""Clusters and embeddings are read from files; errors name the sizes that differ."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_read_clusters_accepts_fsspec_paths(tmp_path: Path) -> None:
 
 
 def test_read_clusters_accepts_the_published_layout(tmp_path: Path) -> None:
-    # Tokens 0..4 and a padding token without a mask, for tokenizers with neither of the special
-    # tokens or with both.
+    # The file has tokens 0..4 and a padding token, but no mask. One tokenizer has neither token,
+    # the other has both.
     path = write(tmp_path, "npy", np.array([0, 1, 1, 2, 0, 0], dtype=np.int64))
     assert read_clusters([path], 5, extra=1)[0].tolist() == [0, 1, 1, 2, 0]
     assert read_clusters([path], 7, mask_token_id=6)[0].tolist() == [0, 1, 1, 2, 0, 0, 0]
@@ -70,7 +70,9 @@ def test_read_clusters_accepts_the_published_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [5, 7])
-def test_read_clusters_names_both_lengths(tmp_path: Path, num_tokens: int) -> None:
+def test_read_clusters_error_names_expected_and_actual_length(
+    tmp_path: Path, num_tokens: int
+) -> None:
     with pytest.raises(DataError, match=f"has 6 entries, but {num_tokens} are expected"):
         read_clusters([write(tmp_path, "npy", CLUSTERS)], num_tokens)
 
@@ -88,7 +90,7 @@ def test_read_clusters_names_both_lengths(tmp_path: Path, num_tokens: int) -> No
         (np.array([0, 1, 2**63 + 5], dtype=np.uint64), "numbered from 0"),
     ],
 )
-def test_read_clusters_refuses_arrays_that_are_no_clusters(
+def test_read_clusters_refuses_arrays_that_are_not_cluster_numbers(
     tmp_path: Path, values: np.ndarray, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -125,7 +127,7 @@ def test_read_clusters_refuses_pickles_and_damaged_files(tmp_path: Path) -> None
         ("[" * 5000 + "]" * 5000, "not a complete"),
     ],
 )
-def test_read_clusters_refuses_json_that_is_no_clusters(
+def test_read_clusters_refuses_json_that_is_not_cluster_numbers(
     tmp_path: Path, text: str, message: str
 ) -> None:
     (tmp_path / "c.json").write_text(text)
@@ -170,6 +172,6 @@ def test_load_model_embeddings_reads_the_input_table(tmp_path: Path) -> None:
         load_model_embeddings(str(tmp_path), 21)
 
 
-def test_load_model_embeddings_explains_a_missing_model(tmp_path: Path) -> None:
+def test_load_model_embeddings_error_names_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No model from"):
         load_model_embeddings(str(tmp_path), 3)

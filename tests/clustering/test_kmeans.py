@@ -16,7 +16,7 @@ from ddiff.errors import ArgumentError, DataError
 def planted(
     groups: int, members: int, width: int = 16, noise: float = 0.1
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return points around orthogonal directions, and the group of each."""
+    """Return points around orthogonal directions, and the group of each point."""
     rng = np.random.default_rng(0)
     group = np.arange(groups * members) % groups
     points = 3 * np.eye(width)[group] + noise * rng.standard_normal((groups * members, width))
@@ -41,7 +41,7 @@ def test_nested_kmeans_finds_planted_clusters() -> None:
     assert len({(a, b) for a, b in zip(parents[0].tolist(), group.tolist())}) == 8
 
 
-def test_nested_kmeans_is_not_misled_by_a_common_offset() -> None:
+def test_nested_kmeans_ignores_a_common_offset_of_embeddings() -> None:
     """Embeddings of language models share a large mean, so that all have similar directions."""
     points, group = planted(8, 20)
     plain, _ = nested_kmeans(points, [8])
@@ -78,7 +78,7 @@ def test_nested_kmeans_has_the_given_sizes_and_no_empty_node(
     assert [c.shape for c in centroids] == [(size, 8) for size in sizes]
 
 
-def test_nested_kmeans_separates_all_tokens_if_sizes_allow() -> None:
+def test_nested_kmeans_with_one_cluster_per_token_separates_all_tokens() -> None:
     points = np.random.default_rng(2).standard_normal((200, 8)).astype(np.float32)
     assert sorted(nested_kmeans(points, [200])[0][0]) == list(range(200))
 
@@ -91,7 +91,7 @@ def test_nested_kmeans_separates_special_tokens_at_every_level() -> None:
         assert np.flatnonzero(below == size - 1).tolist() == [3, 4, 50]
 
 
-def test_special_embeddings_do_not_change_other_clusters() -> None:
+def test_nested_kmeans_ignores_the_embeddings_of_special_tokens() -> None:
     points = np.random.default_rng(4).standard_normal((100, 8)).astype(np.float32)
     moved = points.copy()
     moved[5] *= 1000
@@ -99,7 +99,7 @@ def test_special_embeddings_do_not_change_other_clusters() -> None:
     assert np.array_equal(*trees)
 
 
-def test_centroids_are_means_of_their_tokens_at_every_level() -> None:
+def test_nested_kmeans_centroids_are_the_means_of_their_tokens() -> None:
     points = np.random.default_rng(5).standard_normal((90, 6)).astype(np.float32)
     parents, centroids = nested_kmeans(points, [12, 3])
     for level, means in enumerate(centroids, start=1):
@@ -124,13 +124,13 @@ def test_nested_kmeans_keeps_cluster_sizes_within_limits(
     assert counts.max() <= np.ceil(max_share * 20)
 
 
-def test_balance_moves_the_point_with_least_loss_from_a_full_cluster() -> None:
+def test_balance_moves_the_least_loss_point_from_a_full_cluster() -> None:
     affinity = np.array([[0.9, 0.1], [0.9, 0.8], [0.9, 0.3], [0.0, 1.0]], dtype=np.float32)
     moved = _balance(affinity, np.array([0, 0, 0, 1]), lower=1, upper=2)
     assert moved.tolist() == [0, 1, 0, 1]
 
 
-def test_balance_fills_an_empty_cluster_with_least_loss() -> None:
+def test_balance_fills_an_empty_cluster_with_the_least_loss_point() -> None:
     affinity = np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.85], [0.1, 0.9, 0.88]], dtype=np.float32)
     # Point 2 has the least loss, but is the only point of its cluster.
     assert _balance(affinity, np.array([0, 0, 1]), lower=1, upper=3).tolist() == [0, 2, 1]
@@ -143,7 +143,7 @@ def test_nested_kmeans_is_reproducible_by_seed() -> None:
     assert not np.array_equal(trees[0][0], trees[2][0])
 
 
-def test_nested_kmeans_places_zero_embeddings() -> None:
+def test_nested_kmeans_assigns_zero_embeddings_to_a_cluster() -> None:
     parents, _ = nested_kmeans(np.zeros((20, 4), dtype=np.float32), [4])
     assert len(np.unique(parents[0])) == 4
 
@@ -171,7 +171,7 @@ def test_nested_kmeans_does_not_modify_its_input() -> None:
         ({"sizes": [4], "max_share": 0.5}, "max_share"),
     ],
 )
-def test_nested_kmeans_explains_impossible_arguments(
+def test_nested_kmeans_refuses_impossible_arguments(
     arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -179,7 +179,7 @@ def test_nested_kmeans_explains_impossible_arguments(
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nested_kmeans_names_the_row_of_a_non_finite_embedding(bad: float) -> None:
+def test_nested_kmeans_error_names_the_row_of_a_non_finite_embedding(bad: float) -> None:
     points = np.ones((50, 4), dtype=np.float32)
     points[17, 2] = bad
     with pytest.raises(DataError, match="row 17"):

@@ -1,4 +1,4 @@
-"""Cache entries are found by content, complete or absent, and rebuilt when damaged."""
+"""Cache entries are determined by their inputs, complete or absent, and rebuilt if damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Builder:
         (place / "file").write_text(self.content)
 
 
-def test_cache_entry_is_found_by_its_inputs_only(tmp_path: Path) -> None:
+def test_cache_entry_is_determined_by_its_inputs_only(tmp_path: Path) -> None:
     build = Builder()
     first = Cache(tmp_path).load_or_build("rows", {"a": 1, "b": [2, 3]}, build)
     assert Cache(tmp_path).load_or_build("rows", {"b": [2, 3], "a": 1}, build) == first
@@ -51,7 +51,7 @@ def test_cache_removes_the_directory_of_a_failed_build(tmp_path: Path) -> None:
     assert (Cache(tmp_path).load_or_build("rows", {}, Builder()) / "file").read_text() == "content"
 
 
-def test_cache_ignores_the_directory_of_a_killed_build(tmp_path: Path) -> None:
+def test_cache_ignores_the_unfinished_directory_of_a_killed_build(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from ddiff.data.cache import Cache\n"
@@ -91,7 +91,7 @@ def test_cache_rebuilds_a_damaged_entry(
     assert [place.name for place in (tmp_path / "rows").iterdir()] == [entry.name]
 
 
-def test_cache_keeps_the_entry_of_the_faster_process(tmp_path: Path) -> None:
+def test_cache_keeps_the_entry_that_another_process_built_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
 
     def slow(place: Path) -> None:
@@ -111,7 +111,7 @@ def test_default_root_follows_environment_variables(
     assert default_root() == tmp_path / "ddiff"
 
 
-def test_cache_explains_an_unusable_root(tmp_path: Path) -> None:
+def test_cache_error_names_a_root_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="memory-mapped"):
         Cache("memory://cache")
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Dataset, tokenizer and vocabulary components, built as recipes build them."""
+"""Dataset, tokenizer and vocabulary components, built from a recipe."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_clusters(
     return Clusters.build(Clusters.Config(**keys), tokenizer=tokenizer, rows=rows, cache=cache)
 
 
-def test_components_under_test_are_all_registered_ones() -> None:
+def test_data_component_tests_cover_all_registered_components() -> None:
     here = {
         "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
         "tokenizer": (Alphabet, BytePair, Pretrained, Saved),
@@ -57,7 +57,7 @@ def test_components_under_test_are_all_registered_ones() -> None:
         }
 
 
-def test_component_modules_import_no_heavy_library() -> None:
+def test_data_component_modules_import_no_heavy_libraries() -> None:
     script = (
         "import sys, ddiff_core.data, ddiff_core.tokenizers, ddiff_core.vocabularies\n"
         "heavy = ('torch', 'datasets', 'transformers', 'faiss', 'numpy')\n"
@@ -66,7 +66,7 @@ def test_component_modules_import_no_heavy_library() -> None:
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
 
 
-def test_text_component_reads_both_parts(tmp_path: Path) -> None:
+def test_text_component_reads_training_and_validation_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "v.txt").write_text("three")
     config = Text.Config(
@@ -76,7 +76,7 @@ def test_text_component_reads_both_parts(tmp_path: Path) -> None:
     assert (built.train["text"], built.validation["text"]) == (["one", "two"], ["three"])
 
 
-def test_symbols_component_checks_the_length_of_the_recipe(tmp_path: Path) -> None:
+def test_symbols_component_refuses_rows_of_another_length(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ACGT\n" * 3)
     (tmp_path / "v.txt").write_text("AAAA\n")
     config = Symbols.Config(files=(str(tmp_path / "a.txt"),), validation=(str(tmp_path / "v.txt"),))
@@ -85,7 +85,7 @@ def test_symbols_component_checks_the_length_of_the_recipe(tmp_path: Path) -> No
         Symbols.build(config, length=5, seed=0, cache=None)
 
 
-def test_markov_component_has_its_entropy_and_its_own_seed() -> None:
+def test_markov_component_reports_entropy_and_uses_its_own_seed() -> None:
     config = Markov.Config(alphabet=5, rows=6, validation=2, seed=4)
     built = [Markov.build(config, length=9, seed=seed, cache=None) for seed in (0, 1)]
     assert built[0].fingerprint == built[1].fingerprint
@@ -115,7 +115,7 @@ def test_byte_pair_component_learns_from_training_part_and_is_cached(
     )
 
 
-def test_byte_pair_component_warns_of_fewer_tokens_than_asked(
+def test_byte_pair_component_warns_if_it_learns_fewer_tokens_than_size(
     documents: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
     built = BytePair.build(BytePair.Config(size=5000), documents=documents, cache=None)
@@ -211,7 +211,7 @@ def test_clusters_component_of_an_alphabet_has_no_special_branch() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(10_000,), (8, 8), (4, 8)])
-def test_clusters_component_explains_impossible_sizes(
+def test_clusters_component_error_names_impossible_sizes(
     documents: Documents, tokenizer: BytePairTokenizer, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
     rows = pack(documents.train, tokenizer, 16)
@@ -220,7 +220,7 @@ def test_clusters_component_explains_impossible_sizes(
     assert not list((tmp_path / "clusters").iterdir())
 
 
-def test_clusters_component_explains_missing_rows(tokenizer: BytePairTokenizer) -> None:
+def test_clusters_component_error_names_missing_training_rows(tokenizer: BytePairTokenizer) -> None:
     with pytest.raises(DataError, match="packed training rows"):
         build_clusters(tokenizer)
 
@@ -249,7 +249,7 @@ def test_component_config_refuses_impossible_values(config: Any, keys: dict[str,
 def test_clusters_component_of_one_cluster_keeps_a_separate_root(
     tokenizer: BytePairTokenizer,
 ) -> None:
-    """The levels are all tokens, one node and the root, both in the preview and when built."""
+    """The levels are all tokens, one node and the root, in the preview and in the built tree."""
     embeddings = (
         np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 4)).astype(np.float32)
     )
@@ -263,7 +263,7 @@ def test_clusters_component_of_one_cluster_keeps_a_separate_root(
     assert built.level_sizes == seen.level_sizes == (tokenizer.num_tokens, 1, 1)
 
 
-def test_pretrained_component_refuses_another_size(
+def test_pretrained_component_refuses_a_size_unlike_the_tokenizer(
     tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     """The tokenizer is a directory written by the transformers library."""

@@ -47,7 +47,7 @@ def read(file: str, cache: Cache | None = None) -> Documents:
     )
 
 
-def test_read_json_lines_keeps_labels_vectors_and_absence(file: str, tmp_path: Path) -> None:
+def test_read_json_lines_reads_labels_vectors_and_missing_values(file: str, tmp_path: Path) -> None:
     documents = read(file)
     assert documents.train["text"][:] == [line["text"] for line in LINES]
     values = read_conditions(documents.train, ["author", "style"]).values
@@ -76,7 +76,7 @@ def test_packed_batch_has_one_condition_per_position(file: str) -> None:
     assert batch.conditions["author"].shape == batch.ids.shape
     expected = torch.tensor([2, -1, 0])[batch.document]
     assert torch.equal(batch.conditions["author"], expected)
-    # Otherwise the rows would not test packing.
+    # Rows with one document each would not test packing.
     assert len(expected[0].unique()) > 1 or len(expected[1].unique()) > 1
     assert batch.conditions["style"].shape == (*batch.ids.shape, 2)
     assert torch.equal(batch.conditions["style"].isnan().any(-1), expected == -1)
@@ -115,7 +115,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", list(BAD_LINES))
-def test_read_json_lines_names_the_faulty_line(name: str, tmp_path: Path) -> None:
+def test_read_json_lines_error_names_the_invalid_line(name: str, tmp_path: Path) -> None:
     line, expected = BAD_LINES[name]
     with pytest.raises(DataError) as raised:
         read(written(tmp_path, [LINES[0], line]))  # each line is followed by a blank one
@@ -130,7 +130,7 @@ def test_read_json_lines_refuses_broken_json_and_repeated_names(tmp_path: Path, 
         read_json_lines([file], labels=["author"], vectors=["author"], validation=[file])
 
 
-def test_read_conditions_explains_unusable_columns() -> None:
+def test_read_conditions_error_names_an_unusable_column() -> None:
     documents = Dataset.from_dict(
         {"text": ["a", "b"], "kind": ["x", "y"], "wide": [[1.0], [1.0, 2.0]], "none": [None] * 2}
     )
@@ -146,7 +146,7 @@ def test_read_conditions_explains_unusable_columns() -> None:
         read_conditions(Dataset.from_dict({"text": ["a"], "kind": [-3]}), ["kind"])
 
 
-def test_read_conditions_accepts_a_part_without_values(tmp_path: Path) -> None:
+def test_read_conditions_accepts_a_column_without_values(tmp_path: Path) -> None:
     file, bare = written(tmp_path, LINES), written(tmp_path, [{"text": "x"}], "bare.jsonl")
     part = read_json_lines(
         [file], labels=["author"], vectors=["style"], validation=[bare]
@@ -179,7 +179,7 @@ def test_read_json_lines_refuses_a_field_without_values(
         read_json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
 
 
-def test_read_conditions_refuses_a_column_of_another_form() -> None:
+def test_read_conditions_refuses_a_column_of_another_type() -> None:
     documents = Dataset.from_dict({"text": ["a", "b"], "kind": [0, 4], "wide": [[1.0, 2.0], None]})
     for name, form in (
         ("kind", Label(5)),

@@ -1,4 +1,4 @@
-"""Documents are read by file, paragraph or line, split by hash, and refused if not text."""
+"""Documents are files, paragraphs or lines, are split by hash, and must be text."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_bundled_novels_are_split_by_chapter_and_hold_out_persuasion(novels: Doc
     )
 
 
-def test_bundled_novels_lose_no_word_to_the_split(novels: Documents) -> None:
-    # Words as the files' README counts them, headings included.
+def test_bundled_novels_contain_every_word_after_the_chapter_split(novels: Documents) -> None:
+    # Numbers of words in the README of the novels, including headings.
     words = {}
     for part in (novels.train, novels.validation):
         for row in part:
@@ -150,7 +150,7 @@ def test_read_text_files_drops_carriage_returns_and_byte_order_mark(tmp_path: Pa
         (b"nul\0here", "NUL character at character 3"),
     ],
 )
-def test_read_text_files_refuses_content_that_is_not_text(
+def test_read_text_files_refuses_bytes_that_are_not_utf8_text(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
@@ -168,19 +168,19 @@ def test_read_text_files_caches_nothing_after_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nosuchprotocol://a.txt"])
-def test_read_text_files_names_a_missing_file(tmp_path: Path, path: str) -> None:
+def test_read_text_files_error_names_a_missing_file(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match=r"missing|nosuchprotocol"):
         read_text_files([path if "://" in path else str(tmp_path / path)])
 
 
-def test_read_text_files_explains_a_corpus_too_small_to_split(tmp_path: Path) -> None:
+def test_read_text_files_refuses_a_corpus_too_small_to_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="paragraph"):
         read_text_files(write(tmp_path, a="one document"))
     with pytest.raises(ArgumentError, match="held_out"):
         read_text_files(write(tmp_path, a="one document"), held_out=1.0)
 
 
-def test_read_symbol_rows_requires_the_length(tmp_path: Path) -> None:
+def test_read_symbol_rows_refuses_rows_of_another_length(tmp_path: Path) -> None:
     paths = write(tmp_path, a="acgt\n\nttga\n", v="aaaa\n")
     documents = read_symbol_rows(paths[:1], validation=paths[1:], length=4)
     assert documents.train["text"] == ["acgt", "ttga"]

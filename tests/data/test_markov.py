@@ -10,14 +10,14 @@ from ddiff.errors import ArgumentError
 
 
 @pytest.mark.parametrize("alphabet", [4, 9, 16])
-def test_markov_probabilities_sum_to_one_and_stationary_is_invariant(alphabet: int) -> None:
+def test_markov_stationary_distribution_is_invariant(alphabet: int) -> None:
     source = MarkovSource(alphabet, seed=3)
     assert source.transition.sum(1) == pytest.approx(1.0, abs=1e-12)
     assert (source.stationary > 0).all()
     assert source.stationary @ source.transition == pytest.approx(source.stationary, abs=1e-12)
 
 
-def test_markov_source_without_peaks_has_entropy_log_k() -> None:
+def test_markov_source_with_peakedness_zero_has_entropy_log_k() -> None:
     source = MarkovSource(8, peakedness=0.0)
     assert source.entropy_rate == pytest.approx(np.log(8), abs=1e-12)
     assert source.row_entropy(5) == pytest.approx(np.log(8), abs=1e-12)
@@ -32,7 +32,7 @@ def test_markov_entropy_rate_falls_with_peakedness() -> None:
     assert rates[-1] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_row_entropy_equals_that_of_enumerated_rows() -> None:
+def test_markov_row_entropy_equals_the_entropy_of_enumerated_rows() -> None:
     source = MarkovSource(4, seed=2)
     joint = source.stationary
     for _ in range(3):  # all 256 rows of four symbols
@@ -42,13 +42,13 @@ def test_row_entropy_equals_that_of_enumerated_rows() -> None:
     assert source.row_entropy(1) > source.row_entropy(4) > source.entropy_rate
 
 
-def test_markov_rows_have_the_likelihood_of_the_chain() -> None:
+def test_markov_row_likelihood_averages_to_the_row_entropy() -> None:
     source = MarkovSource(6, seed=5)
     ids = np.array([[source.symbols.index(c) for c in row] for row in source.rows(4000, 25)])
     log_prob = np.log(source.stationary[ids[:, 0]]) + np.log(
         source.transition[ids[:, :-1], ids[:, 1:]]
     ).sum(1)
-    # -log P / length averages to the row entropy; five standard errors, fixed seed.
+    # The mean of -log P / length is the row entropy. Tolerance: five standard errors, fixed seed.
     error = log_prob.std() / 25 / np.sqrt(len(ids))
     assert abs(-log_prob.mean() / 25 - source.row_entropy(25)) < 5 * error
     first = np.bincount(ids[:, 0], minlength=6) / len(ids)

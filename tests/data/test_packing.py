@@ -32,7 +32,7 @@ def encode_with_end_mark(texts: list[str]) -> list[list[int]]:
 
 
 def valid_tokens(rows: PackedRows) -> tuple[list[int], list[int]]:
-    """Return ids and documents of all valid positions of all rows."""
+    """Return the ids and the documents of all valid positions of all rows."""
     batch = batch_rows(rows, np.arange(len(rows)))
     return batch.ids[batch.valid].tolist(), batch.document[batch.valid].tolist()
 
@@ -43,7 +43,7 @@ def valid_tokens(rows: PackedRows) -> tuple[list[int], list[int]]:
     length=st.integers(1, 40),
     separate=st.booleans(),
 )
-def test_pack_keeps_every_token_once_and_valid_tokens(
+def test_pack_puts_every_token_in_exactly_one_valid_position(
     texts: list[str], length: int, separate: bool
 ) -> None:
     rows = pack(documents_from_texts(texts), TOKENIZER, length, separate=separate)
@@ -56,7 +56,7 @@ def test_pack_keeps_every_token_once_and_valid_tokens(
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 1000])
-def test_pack_fills_every_joined_row_except_the_last(length: int) -> None:
+def test_pack_pads_only_the_last_of_the_joined_rows(length: int) -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, length)
     total = sum(map(len, encode_with_end_mark(TEXTS)))
     assert len(rows) == -(-total // length)
@@ -65,7 +65,7 @@ def test_pack_fills_every_joined_row_except_the_last(length: int) -> None:
     assert 1 <= num_valid[-1] <= length
 
 
-def test_pack_separate_puts_one_document_in_a_row() -> None:
+def test_pack_separate_starts_a_new_row_with_each_document() -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
     batch = batch_rows(rows, np.arange(len(rows)))
     assert (batch.document == batch.document[:, :1]).all()
@@ -80,7 +80,7 @@ def test_pack_joins_documents_across_chunks() -> None:
     assert document[-1] == 199
 
 
-def test_padding_is_unscored_end_marks_of_the_last_document() -> None:
+def test_padding_has_end_mark_ids_and_is_not_scored() -> None:
     batch = batch_rows(pack(documents_from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
     padding = ~batch.valid[0]
     assert padding.any()
@@ -96,7 +96,7 @@ def test_end_mark_of_each_document_is_scored() -> None:
     assert int(ends.sum()) == 2
 
 
-def test_batch_is_packed_if_a_row_holds_two_documents() -> None:
+def test_batch_is_packed_only_if_a_row_has_two_documents() -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16)
     documents = rows[:].document
     holds_two = (documents != documents[:, :1]).any(1)
@@ -120,7 +120,7 @@ def test_batch_rows_keeps_the_order_of_its_indices() -> None:
     )
 
 
-def test_batch_to_moves_conditions_too() -> None:
+def test_batch_to_device_moves_conditions() -> None:
     batch = batch_rows(pack(documents_from_texts(TEXTS), TOKENIZER, 8), [0, 1])
     batch.conditions["label"] = torch.zeros(2)
     moved = batch.to("meta")
@@ -133,7 +133,7 @@ def test_batch_to_moves_conditions_too() -> None:
     assert moved.packed == batch.packed
 
 
-def test_stream_of_packed_rows_has_no_padding() -> None:
+def test_packed_rows_stream_contains_no_padding() -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
     ids, document = rows.stream()
     assert (ids.tolist(), document.tolist()) == valid_tokens(rows)
@@ -148,7 +148,7 @@ def test_pack_texts_puts_each_text_in_separate_rows() -> None:
     assert rows[[1]].document[0, 0] == 1
 
 
-def test_pack_texts_encodes_a_spelled_end_mark_as_text() -> None:
+def test_pack_texts_encodes_the_string_of_the_end_mark_as_text() -> None:
     ids, _ = valid_tokens(pack_texts([f"the {EOS} cat"], TOKENIZER, 64))
     assert ids.count(0) == 1
 
@@ -173,7 +173,7 @@ def test_pack_refuses_symbol_rows_of_another_length(texts: list[str], message: s
         pack(documents_from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
-def test_pack_names_the_row_of_an_unknown_symbol() -> None:
+def test_pack_error_names_the_row_of_an_unknown_symbol() -> None:
     texts = ["ACGT"] * 100
     texts[90] = "ACNT"
     with pytest.raises(DataError, match=r"Row 90 \(text 90\).*'N'"):
@@ -202,14 +202,14 @@ def test_tokens_are_cached_by_text_and_tokenizer_and_not_by_length(
         assert len(list((tmp_path / "tokens").iterdir())) == 3
 
 
-def test_rows_cache_nothing_after_an_unknown_symbol(tmp_path: Path) -> None:
+def test_failed_tokenization_leaves_no_cache_entry(tmp_path: Path) -> None:
     documents = Documents(documents_from_texts(["ACGT", "ACNT"]), documents_from_texts(["ACGT"]))
     with pytest.raises(DataError, match=r"Row 1 \(text 1\)"):
         build_train_rows(documents, AlphabetTokenizer("ACGT"), 4, Cache(tmp_path))
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
-def test_rows_fingerprint_depends_on_length_and_separation() -> None:
+def test_packed_rows_fingerprint_depends_on_length_and_separate() -> None:
     made = [
         pack(documents_from_texts(TEXTS), TOKENIZER, length, separate=s)
         for length in (8, 16)
@@ -218,7 +218,7 @@ def test_rows_fingerprint_depends_on_length_and_separation() -> None:
     assert len({rows.fingerprint for rows in made}) == 4
 
 
-def test_pack_explains_impossible_input() -> None:
+def test_pack_refuses_length_zero_and_empty_documents() -> None:
     with pytest.raises(ArgumentError, match="length"):
         pack(documents_from_texts(TEXTS), TOKENIZER, 0)
     with pytest.raises(DataError, match="no token"):

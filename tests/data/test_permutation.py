@@ -47,7 +47,7 @@ def test_row_at_is_uniform_over_seeds(num_rows: int) -> None:
     assert chi_square < 45
 
 
-def test_row_at_rarely_gives_consecutive_rows() -> None:
+def test_row_at_gives_few_consecutive_rows() -> None:
     shown = row_at(0, np.arange(1000), 1000)
     consecutive = sum(after - before == 1 for before, after in pairwise(shown.tolist()))
     assert consecutive < 12  # one on average
@@ -65,6 +65,8 @@ def test_row_at_is_exact_at_large_positions() -> None:
 @pytest.mark.parametrize(
     ("position", "num_rows", "named"), [(0, 0, "num_rows"), (-1, 5, "position")]
 )
-def test_row_at_names_an_impossible_argument(position: int, num_rows: int, named: str) -> None:
+def test_row_at_refuses_negative_positions_and_empty_data(
+    position: int, num_rows: int, named: str
+) -> None:
     with pytest.raises(ArgumentError, match=named):
         row_at(0, position, num_rows)

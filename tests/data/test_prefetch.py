@@ -43,7 +43,7 @@ def test_prefetched_batches_do_not_depend_on_the_number_of_workers(
         assert [ahead(*call) for call in calls] == expected
 
 
-def test_prefetcher_starts_the_next_calls_in_advance() -> None:
+def test_prefetcher_reads_the_next_batches_in_advance() -> None:
     calls: list[tuple[int, int]] = []
     ready = threading.Event()
 
@@ -62,7 +62,7 @@ def test_prefetcher_starts_the_next_calls_in_advance() -> None:
     assert len(calls) == len(set(calls))  # nothing is read twice
 
 
-def test_prefetcher_overlaps_reading_with_the_steps() -> None:
+def test_prefetcher_reads_batches_while_training_steps_run() -> None:
     """Twenty reads of 10 ms and twenty steps of 10 ms take 0.4 s one after another."""
 
     def batch_at(step: int, micro: int) -> int:
@@ -80,7 +80,7 @@ def test_prefetcher_overlaps_reading_with_the_steps() -> None:
     assert spent[1] < 0.85 * spent[0]
 
 
-def test_prefetcher_raises_an_error_at_the_call_of_its_batch() -> None:
+def test_prefetcher_raises_a_read_error_when_the_batch_is_requested() -> None:
     def batch_at(step: int, micro: int) -> int:
         if step == 2:
             raise ValueError("torn row")
@@ -93,7 +93,7 @@ def test_prefetcher_raises_an_error_at_the_call_of_its_batch() -> None:
         assert ahead(3, 0) == 3
 
 
-def test_closed_prefetcher_reads_without_threads() -> None:
+def test_closed_prefetcher_reads_batches_without_threads() -> None:
     ahead = Prefetcher(lambda step, micro: step, 2)
     before = threading.active_count()
     ahead(0, 0)

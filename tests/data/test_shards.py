@@ -1,4 +1,4 @@
-"""Shards hold the same tokens for any number of workers and after kills; damage is named."""
+"""Shards do not depend on the number of workers or on kills; errors name damaged files."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return build(tmp_path_factory.mktemp("shards"))
 
 
-def test_shards_give_the_rows_of_packing_in_memory(made: Shards) -> None:
-    """Split, rows and documents are equal, also across the borders of many shards."""
+def test_shards_give_the_same_rows_as_packing_in_memory(made: Shards) -> None:
+    """Split, rows and documents are equal, even if rows extend over several shards."""
     assert len(made.records(TRAIN)) > 5
     direct = split_documents(documents_from_texts(TEXTS), HELD_OUT, "")
     for part, documents, separate in (
@@ -62,7 +62,7 @@ def test_shards_give_the_rows_of_packing_in_memory(made: Shards) -> None:
         assert made.stream(part).num_bytes == sum(len(text.encode()) for text in documents["text"])
 
 
-def test_rows_of_shards_are_read_in_any_order(made: Shards) -> None:
+def test_rows_of_shards_do_not_depend_on_the_reading_order(made: Shards) -> None:
     for part, separate in ((TRAIN, False), (TRAIN, True)):
         rows = pack_stream(made.stream(part), TOKENIZER, 16, separate=separate)
         order = np.random.default_rng(0).permutation(len(rows))
@@ -115,7 +115,7 @@ build(Path(sys.argv[1]), workers={workers})
 def test_write_shards_resumes_a_killed_build(
     made: Shards, tmp_path: Path, after: int, workers: int
 ) -> None:
-    """It is killed within a file, between the files of a shard, and between a pair of shards."""
+    """The build is killed within a file, between files of a shard, and between two shards."""
     script = KILLED.format(here=str(Path(__file__).parent), after=after, workers=workers)
     ended = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "killed")], stderr=subprocess.DEVNULL
@@ -140,7 +140,7 @@ def test_write_shards_resumes_a_killed_build(
     assert len(cursors) == 1  # finished shards are not built again
 
 
-def test_shards_can_be_copied_to_another_folder(made: Shards, tmp_path: Path) -> None:
+def test_copied_shards_give_the_same_rows(made: Shards, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path / "copy")
     copy = read_shards(tmp_path / "copy")
     copy.verify()
@@ -148,7 +148,7 @@ def test_shards_can_be_copied_to_another_folder(made: Shards, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "wide"])
-def test_verify_names_a_damaged_shard_and_the_remedy(
+def test_shards_verify_names_a_damaged_file_and_the_remedy(
     made: Shards, tmp_path: Path, damage: str
 ) -> None:
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
@@ -210,7 +210,7 @@ def test_write_shards_writes_no_manifest_for_an_empty_source(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_encode_chunks_names_the_row_of_an_unknown_symbol(workers: int) -> None:
+def test_encode_chunks_error_names_the_row_of_an_unknown_symbol(workers: int) -> None:
     texts = ["ACGT"] * 90 + ["ACNT"] + ["ACGT"] * 9
     chunks = [
         Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)])
@@ -220,8 +220,8 @@ def test_encode_chunks_names_the_row_of_an_unknown_symbol(workers: int) -> None:
         list(encode_chunks(chunks, AlphabetTokenizer("ACGT"), workers=workers))
 
 
-def test_tokenizer_in_a_worker_encodes_a_spelled_end_mark_as_text() -> None:
-    """`<|eos|>` in a text is not the end mark of a document, in a worker either."""
+def test_worker_encodes_the_string_of_the_end_mark_as_text() -> None:
+    """The string `<|eos|>` in a text is not encoded as the end mark of a document."""
     text = ["the <|eos|> cat"]
     assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == TOKENIZER.encode(text)
     (_, found), *_ = encode_chunks([Chunk(text)], TOKENIZER, workers=2)
@@ -288,7 +288,7 @@ print(max(peaks) - peaks[0], made.stream(TRAIN).num_documents)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from Linux")
 def test_write_shards_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Only 64 bits for each of a hundred times as many documents would take 1.6 MB."""
+    """With 64 bits per document in memory, the larger corpus would need 1.6 MB more."""
     grown = []
     for documents in (2000, 200_000):
         command = [sys.executable, "-c", MEASURED, str(tmp_path / str(documents)), str(documents)]

@@ -1,4 +1,4 @@
-"""Hub data sets, files and existing shards give the same rows, and their faults are explained."""
+"""Hub data sets, files and existing shards give the same rows; errors name the cause."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_file_source_reads_every_format_and_file_system(tmp_path: Path) -> None:
         assert read(open_file_source([place])) == TEXTS, place
 
 
-def test_file_source_sorts_files_within_each_pattern(tmp_path: Path) -> None:
+def test_file_source_reads_the_files_of_a_pattern_in_sorted_order(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         json_file(tmp_path / f"{name}.jsonl", [name])
     assert read(open_file_source([f"{tmp_path}/[bc].jsonl", f"{tmp_path}/a.jsonl"])) == [
@@ -81,8 +81,10 @@ def test_hub_source_reads_a_local_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made", ["parquet", "json"])
-def test_file_source_resumes_exactly_from_every_cursor(tmp_path: Path, made: str) -> None:
-    """Cursors are JSON, and lie between files, within files and within row groups."""
+def test_file_source_continues_from_any_cursor_without_gap_or_repeat(
+    tmp_path: Path, made: str
+) -> None:
+    """Cursors are JSON; some lie between files, some within files and within row groups."""
     texts = sentences(400)
     folder = tmp_path / "files"
     place = (
@@ -109,7 +111,7 @@ def corpora(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_sharded_corpora_have_the_rows_of_in_memory_packing(tmp_path: Path) -> None:
+def test_sharded_corpora_give_the_same_rows_as_packing_in_memory(tmp_path: Path) -> None:
     direct = split_documents(documents_from_texts(TEXTS), 0.2, "")
     train, validation = (
         pack(direct.train, TOKENIZER, 16),
@@ -127,7 +129,7 @@ def test_sharded_corpora_have_the_rows_of_in_memory_packing(tmp_path: Path) -> N
         assert list(corpus.validation["text"]) == direct.validation["text"][:]
 
 
-def test_source_corpus_takes_validation_from_its_second_source(tmp_path: Path) -> None:
+def test_source_corpus_reads_validation_from_its_validation_source(tmp_path: Path) -> None:
     source, other = (
         parquet_files(tmp_path / "t", TEXTS),
         json_file(tmp_path / "v.jsonl", ["held", "out"]),
@@ -143,7 +145,7 @@ def test_source_corpus_takes_validation_from_its_second_source(tmp_path: Path) -
     assert list(corpus.validation["text"]) == ["held", "out"]
 
 
-def test_source_corpus_resumes_exactly_from_every_cursor(tmp_path: Path) -> None:
+def test_source_corpus_continues_from_any_cursor_without_gap_or_repeat(tmp_path: Path) -> None:
     corpus = SourceCorpus(
         open_file_source([parquet_files(tmp_path / "t", sentences(150))]),
         open_file_source([parquet_files(tmp_path / "v", TEXTS)]),
@@ -287,13 +289,13 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_source_explains_its_fault(tmp_path: Path, fault: str) -> None:
+def test_source_error_names_the_cause(tmp_path: Path, fault: str) -> None:
     open_source, message = faults(tmp_path)[fault]
     with pytest.raises(DataError, match=rf"(?s){message}"):
         read(open_source())
 
 
-def test_file_source_asks_for_an_ambiguous_format(tmp_path: Path) -> None:
+def test_file_source_refuses_endings_without_a_unique_format(tmp_path: Path) -> None:
     faults(tmp_path)
     for names in (["a.csv"], ["a.jsonl", "latin.txt"]):
         with pytest.raises(ArgumentError, match="format ="):
@@ -311,7 +313,7 @@ def test_file_source_drops_missing_and_blank_texts(tmp_path: Path) -> None:
     assert read(open_file_source([str(tmp_path / "a.parquet")])) == ["a", "b"]
 
 
-def test_source_corpus_explains_a_part_without_text(tmp_path: Path) -> None:
+def test_source_corpus_refuses_a_part_without_text(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     few = json_file(tmp_path / "few.jsonl", ["a"])
     cases = [

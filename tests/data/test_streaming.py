@@ -1,4 +1,4 @@
-"""Streamed rows equal the repeated packed text, and any block is found again by a cursor."""
+"""Streamed rows equal the repeated packed text, and any block can be read from a cursor."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_streamed_order_permutes_each_block_separately() -> None:
 
 
 class CountingSource:
-    """Source that counts the texts that were read."""
+    """Source that counts the texts it has yielded."""
 
     def __init__(self, chunks: Any) -> None:
         self.chunks = chunks
@@ -90,7 +90,7 @@ class CountingSource:
 
 @pytest.mark.parametrize("place", ["list", "parquet", "json"])
 def test_streamed_rows_resume_from_stored_cursors(tmp_path: Path, place: str) -> None:
-    """Resume at every block of two epochs; an incomplete line of the cursors is ignored."""
+    """Reading resumes at every block of two epochs and ignores an incomplete line of cursors."""
     if place == "list":
         chunks: Any = chunks_of(TEXTS)
     else:
@@ -114,11 +114,11 @@ def test_streamed_rows_resume_from_stored_cursors(tmp_path: Path, place: str) ->
         assert (found.ids == ids[numbers]).all()
         assert (found.document == document[numbers]).all()
         if place == "list":
-            # A few chunks, and at most one text per token.
+            # At most a few chunks are read, with at most one text per token.
             assert counted.texts <= 8 * 3 + BLOCK * LENGTH
 
 
-def test_streamed_rows_resume_from_a_json_state() -> None:
+def test_streamed_rows_resume_from_a_state_stored_as_json() -> None:
     rows, ids = streamed(), expected(100)[0]
     rows[np.arange(40)]
     counted = CountingSource(chunks_of(TEXTS))
@@ -141,7 +141,7 @@ def test_streamed_rows_refuse_a_source_without_tokens() -> None:
         streamed(block=0)
 
 
-def test_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> None:
+def test_streamed_corpus_evaluates_and_counts_its_first_documents(tmp_path: Path) -> None:
     config = Files.Config(
         files=(parquet_files(tmp_path / "p", TEXTS),),
         held_out=HELD_OUT,
@@ -170,7 +170,7 @@ def test_streamed_corpus_evaluates_and_counts_on_its_head(tmp_path: Path) -> Non
     assert len(list((tmp_path / "cache" / "streams").iterdir())) == 1
 
 
-def test_streamed_corpus_head_has_documents_of_both_sources(tmp_path: Path) -> None:
+def test_streamed_corpus_stores_first_documents_of_both_sources(tmp_path: Path) -> None:
     train, other = (
         parquet_files(tmp_path / "t", TEXTS),
         parquet_files(tmp_path / "v", sentences(30, seed=1)),

@@ -1,4 +1,4 @@
-"""Tokenizers restore text, add no tokens, are saved as one file, and refuse unknown text."""
+"""Tokenizers decode exactly, add no tokens, are saved as one file, and refuse unknown text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ddiff.data.tokenizer import (
 from ddiff.errors import ArgumentError, DataError
 
 CORPUS = ["the cat sat on the mat", "the dog sat on the cat", "a mat, a cat; a dog!"] * 20
-# Bytes that the corpus lacks, combined characters, and the special token spelled out.
+# Bytes that the corpus lacks, combined characters, and the string of the special token.
 STRANGE = ["", " ", "\n\tnaïve £20,000", "日本語", "👩‍👩‍👧", f"a {EOS} b", "the" * 50]
 
 
@@ -56,14 +56,14 @@ def test_tokenizer_round_trip_restores_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(texts)) == texts
 
 
-def test_encode_gives_ids_in_range_and_no_special_ids(tokenizer: Tokenizer) -> None:
+def test_encode_returns_ids_in_range_and_no_special_ids(tokenizer: Tokenizer) -> None:
     texts = CORPUS + ([] if tokenizer.unit == "symbol" else STRANGE)
     ids = {number for row in tokenizer.encode(texts) for number in row}
     assert ids <= set(range(tokenizer.num_tokens))
     assert not ids & set(tokenizer.special_ids)
 
 
-def test_tokens_have_one_spelling_per_id(tokenizer: Tokenizer) -> None:
+def test_tokenizer_tokens_returns_one_string_per_id(tokenizer: Tokenizer) -> None:
     assert len(set(tokenizer.tokens())) == tokenizer.num_tokens
 
 
@@ -129,7 +129,7 @@ def test_alphabet_tokenizer_numbers_symbols_in_order() -> None:
 
 
 @pytest.mark.parametrize("symbol", ["N", "\x00", "日"])
-def test_alphabet_tokenizer_names_an_unknown_symbol_and_its_row(symbol: str) -> None:
+def test_alphabet_tokenizer_error_names_the_unknown_symbol_and_row(symbol: str) -> None:
     with pytest.raises(UnknownSymbol) as caught:
         AlphabetTokenizer("ACGT").encode(["ACGT", f"AC{symbol}T"])
     assert caught.value.row == 1
@@ -156,13 +156,13 @@ def test_pretrained_fingerprint_is_unchanged_by_encoding(model_folder: Path) -> 
     assert PretrainedTokenizer(tokenizer._tokenizer).fingerprint == tokenizer.fingerprint
 
 
-def test_from_pretrained_explains_a_missing_tokenizer(
+def test_from_pretrained_error_names_a_missing_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match="no readable tokenizer"):
         PretrainedTokenizer.from_pretrained(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"not a local directory.*without a connection"):
+    with pytest.raises(DataError, match=r"not a local directory.*Without a connection"):
         PretrainedTokenizer.from_pretrained("nobody/no-such-model")
 
 
@@ -177,7 +177,7 @@ def test_from_pretrained_explains_a_missing_tokenizer(
         ('{"kind": "alphabet"}', "damaged"),
     ],
 )
-def test_load_tokenizer_explains_an_unusable_file(
+def test_load_tokenizer_refuses_an_unusable_file(
     tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "t.json"
@@ -187,7 +187,7 @@ def test_load_tokenizer_explains_an_unusable_file(
         load_tokenizer(str(path))
 
 
-def test_saved_tokenizer_is_json_with_its_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saved_tokenizer_is_json_that_names_its_kind(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "t.json"))
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["kind"] in (
         "bytepair",

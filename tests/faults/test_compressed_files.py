@@ -1,4 +1,4 @@
-"""Compressed files are read, damaged and mis-named files are refused by name and cause."""
+"""Compressed files are read; errors for damaged and misnamed files give the file and cause."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_file_source_decompresses_every_format(tmp_path: Path, ending: str, cont
 
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("kept", [0, 1, 3, 12, 0.5, -1, -9])
-def test_file_source_names_a_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
+def test_file_source_error_names_a_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
     packed = PACKERS[ending](PLAIN)
     size = (
         int(len(packed) * kept)
@@ -98,7 +98,7 @@ def test_file_source_names_a_truncated_file(tmp_path: Path, ending: str, kept: f
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
-def test_file_source_names_a_damaged_file(tmp_path: Path, ending: str) -> None:
+def test_file_source_error_names_a_damaged_file(tmp_path: Path, ending: str) -> None:
     packed = bytearray(PACKERS[ending](PLAIN))
     middle = len(packed) // 2
     packed[middle : middle + 40] = b"\xff" * 40
@@ -120,11 +120,13 @@ def test_file_source_refuses_plain_text_with_a_compressed_ending(
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
-def test_file_source_refuses_an_ending_of_another_compression(tmp_path: Path, ending: str) -> None:
+def test_file_source_refuses_compressed_files_without_matching_ending(
+    tmp_path: Path, ending: str
+) -> None:
     packed = PACKERS[ending](PLAIN)
     with pytest.raises(
         DataError,
-        match=rf"a\.txt is not plain text: its first bytes are those of a {NAMES[ending]} file.*\{ending}",
+        match=rf"a\.txt is not plain text: .* those of a {NAMES[ending]} file.*\{ending}",
     ):
         read(write(tmp_path / "a.txt", packed))
     other = ".xz" if ending == ".gz" else ".gz"
@@ -142,7 +144,7 @@ PLAIN_READERS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("named", [True, False])
-def test_plain_readers_point_to_the_kind_that_decompresses(
+def test_text_readers_error_suggests_kind_files_for_compressed_files(
     tmp_path: Path, kind: str, ending: str, named: bool
 ) -> None:
     path = write(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))
@@ -153,7 +155,7 @@ def test_plain_readers_point_to_the_kind_that_decompresses(
 
 
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
-def test_plain_readers_name_the_binary_format(tmp_path: Path, kind: str) -> None:
+def test_text_readers_error_names_the_binary_format(tmp_path: Path, kind: str) -> None:
     pq.write_table(pa.table({"text": LINES}), tmp_path / "a.txt")
     with pytest.raises(DataError, match="first bytes are those of a parquet file"):
         PLAIN_READERS[kind](str(tmp_path / "a.txt"))
@@ -165,7 +167,7 @@ def test_plain_readers_name_the_binary_format(tmp_path: Path, kind: str) -> None
         read(tmp_path / "a.txt")
 
 
-def test_text_that_begins_like_a_format_is_read_as_text(tmp_path: Path) -> None:
+def test_text_that_begins_like_a_compressed_file_is_read_as_text(tmp_path: Path) -> None:
     for number, line in enumerate(["BZh9 is how bzip2 begins", "PK", "P", "B", "%PDF"]):
         assert read(write(tmp_path / f"{number}.txt", line.encode())) == [line]
 
@@ -179,7 +181,7 @@ def parquet(path: Path, **columns: Any) -> Path:
 TEXT = pa.string()
 
 
-def test_parquet_parts_without_text_are_skipped(tmp_path: Path) -> None:
+def test_file_source_skips_parquet_files_without_text(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=pa.array([], TEXT))
     parquet(tmp_path / "b.parquet", text=LINES[:20])
     parquet(tmp_path / "c.parquet", text=pa.array([], TEXT))
@@ -191,7 +193,7 @@ def test_parquet_parts_without_text_are_skipped(tmp_path: Path) -> None:
         corpus.shards(BytePairTokenizer.train(["a"], 257), Cache(tmp_path / "cache"))
 
 
-def test_parquet_files_may_differ_in_other_columns(tmp_path: Path) -> None:
+def test_file_source_accepts_parquet_files_with_different_columns(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=LINES[:9], url=["u"] * 9)
     parquet(tmp_path / "b.parquet", n=list(range(9)), text=LINES[9:18])
     parquet(
@@ -205,7 +207,7 @@ def test_parquet_files_may_differ_in_other_columns(tmp_path: Path) -> None:
 
 
 def not_utf8() -> pa.Array:
-    """Return strings with one that is not UTF-8, which writers in other languages accept."""
+    """Return an Arrow array of strings of which one is not valid UTF-8."""
     return pa.StringArray.from_buffers(
         2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe")
     )
@@ -241,7 +243,7 @@ UNEQUAL: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", list(UNEQUAL))
-def test_file_source_names_an_unusable_parquet_file(tmp_path: Path, kind: str) -> None:
+def test_file_source_error_names_an_unusable_parquet_file(tmp_path: Path, kind: str) -> None:
     write_part, message = UNEQUAL[kind]
     parquet(tmp_path / "part-0.parquet", text=LINES[:9])
     parquet(tmp_path / "part-2.parquet", text=LINES[:9])
@@ -259,7 +261,7 @@ def test_file_source_refuses_a_compressed_parquet_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "json", "text"])
 def test_file_source_resumes_across_empty_and_compressed_files(tmp_path: Path, form: str) -> None:
-    """Blank records count, and some files are empty or compressed."""
+    """Cursors count blank records; some of the files are empty or compressed."""
     if form == "parquet":
         parquet(tmp_path / "a.parquet", text=LINES[:90])
         parquet(tmp_path / "b.parquet", text=pa.array([None], TEXT))
@@ -284,7 +286,7 @@ def test_file_source_resumes_across_empty_and_compressed_files(tmp_path: Path, f
         )
 
 
-def test_file_source_asks_for_the_format_of_an_unknown_ending(tmp_path: Path) -> None:
+def test_file_source_refuses_an_unknown_ending_without_format(tmp_path: Path) -> None:
     for name in ("a.csv.gz", "a.zip", "a"):
         with pytest.raises(ArgumentError, match="format ="):
             read(write(tmp_path / name, PLAIN))

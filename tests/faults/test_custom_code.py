@@ -1,4 +1,4 @@
-"""Code of a tokenizer or model is never run, without a prompt; pickles run nothing."""
+"""Python code and pickles of a tokenizer or model repository are never run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def model_folder(tmp_path: Path, custom_code: str) -> Path:
 
 @pytest.mark.parametrize("named", [{}, {"tokenizer_class": "Custom"}, {"tokenizer_class": None}])
 @pytest.mark.parametrize("form", ["pair", "list"])
-def test_tokenizer_with_custom_code_is_refused(
+def test_from_pretrained_refuses_a_tokenizer_with_custom_code(
     tokenizer_folder: Path, tmp_path: Path, named: dict[str, Any], form: str
 ) -> None:
     auto_map: Any = {"AutoTokenizer": AUTO_MAPS["AutoTokenizer"]}
@@ -151,7 +151,7 @@ class FileOnUnpickling:
 
 @pytest.mark.parametrize("content", ["pickle", "torch", "junk", "nothing"])
 @pytest.mark.parametrize("reader", ["backbone", "embeddings"])
-def test_pickled_weights_with_code_are_a_data_error(
+def test_pickled_weights_with_code_raise_data_error(
     model_folder: Path, tmp_path: Path, reader: str, content: str
 ) -> None:
     (model_folder / "model.safetensors").unlink()
@@ -187,7 +187,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("file", "content"), [(file, content) for file in DAMAGES for content in DAMAGES[file]]
 )
-def test_damaged_model_files_are_data_errors(
+def test_damaged_model_files_raise_data_error(
     model_folder: Path, reader: str, file: str, content: bytes
 ) -> None:
     (model_folder / file).write_bytes(content)
@@ -214,7 +214,9 @@ def test_load_pretrained_does_not_wrap_errors_of_ddiff() -> None:
         load_pretrained(load, str(Path.cwd()), "model")
 
 
-def test_run_command_never_asks_to_run_custom_code(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_run_command_does_not_prompt_to_run_custom_code(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     edit_json(
         tokenizer_folder,
         "tokenizer_config.json",

@@ -1,4 +1,4 @@
-"""A damaged .gz file ends every command with one paragraph that names it."""
+"""Every command that reads a damaged .gz file ends with a one-paragraph error naming the file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
 
 @pytest.mark.parametrize("command", ["run", "data"])
 @pytest.mark.parametrize("name", list(FILES))
-def test_commands_name_a_damaged_gzip_file(
+def test_run_and_data_commands_name_a_damaged_gzip_file(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
     content, message = FILES[name]
@@ -57,7 +57,7 @@ def test_commands_name_a_damaged_gzip_file(
     assert not (folder / "runs").exists()
 
 
-def test_text_kind_points_to_files_for_gzip(
+def test_text_kind_error_suggests_kind_files_for_gzip(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))

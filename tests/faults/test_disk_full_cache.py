@@ -29,7 +29,7 @@ TEXTS = [f"text number {number}" for number in range(3000)]  # 100 kB of tokens
 
 
 def mount(place: Path, *options: str) -> bool:
-    """Mount a small file system in memory; return whether this process has the right to."""
+    """Mount a small file system in memory, and return whether the mount succeeded."""
     command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -64,7 +64,7 @@ def test_shards_on_a_full_disk_raise_enospc_and_leave_no_file(small_disk: Path) 
 
 
 def test_write_shards_resumes_after_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """Complete shards in the journal are kept, partial files are removed."""
+    """Complete shards in the journal are kept, and partial files are removed."""
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
     with pytest.raises(OSError, match="No space left"):
@@ -84,7 +84,9 @@ def test_save_on_a_full_disk_leaves_no_partial_file(small_disk: Path) -> None:
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-def test_finished_shards_are_read_from_a_read_only_cache(small_disk: Path, tmp_path: Path) -> None:
+def test_corpora_read_finished_shards_from_a_read_only_cache(
+    small_disk: Path, tmp_path: Path
+) -> None:
     assert mount(small_disk, "remount", "size=4000k")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS[:200]))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
@@ -158,13 +160,13 @@ def test_command_reports_every_full_disk_error_in_one_line(
     [OSError(errno.EACCES, "Permission denied"), ValueError("written"), OSError("cannot read")],
     ids=str,
 )
-def test_find_disk_full_ignores_other_errors(error: Exception) -> None:
+def test_find_disk_full_returns_none_for_other_errors(error: Exception) -> None:
     assert find_disk_full(error) is None
     assert errno.ENOSPC in errors.DISK_FULL
 
 
-def test_run_under_a_file_size_limit_ends_with_one_line(tmp_path: Path) -> None:
-    """`ulimit -f` has the effect of a quota and needs no root."""
+def test_run_under_a_file_size_limit_prints_a_one_line_error(tmp_path: Path) -> None:
+    """The limit `ulimit -f` acts like a disk quota and needs no root rights."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -185,7 +187,7 @@ def test_run_under_a_file_size_limit_ends_with_one_line(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob("*.partial*"))
 
 
-def test_next_cache_build_removes_a_killed_one(tmp_path: Path) -> None:
+def test_cache_build_removes_the_directory_of_a_killed_build(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from ddiff.data.cache import Cache\n"
@@ -200,7 +202,7 @@ def test_next_cache_build_removes_a_killed_one(tmp_path: Path) -> None:
     assert list((tmp_path / "rows").iterdir()) == [entry]
 
 
-def test_cache_build_keeps_another_unfinished_build(tmp_path: Path) -> None:
+def test_cache_build_keeps_the_directory_of_a_running_build(tmp_path: Path) -> None:
     def build(place: Path) -> None:
         (place / "file").write_text("half")
         Cache(tmp_path).load_or_build("rows", {"other": 1}, lambda other: None)

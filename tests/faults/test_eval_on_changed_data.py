@@ -83,7 +83,7 @@ def test_eval_accepts_the_same_data_at_another_path(run_dir: Path, ddiff: Comman
     assert ddiff(*EVAL).code == 0
 
 
-def test_eval_out_scores_other_data_and_keeps_evaluation_json(
+def test_eval_out_evaluates_other_data_and_keeps_evaluation_json(
     run_dir: Path, ddiff: Command
 ) -> None:
     write(change(LINES))

@@ -1,4 +1,4 @@
-"""An existing path is that file; only other paths are globs. Unreadable paths are named."""
+"""Existing paths are read literally, other paths are globs, and errors name unreadable paths."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def documents(kind: str, path: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["text", "files"])
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_existing_path_wins_over_its_meaning_as_a_glob(
+def test_existing_path_is_not_interpreted_as_a_glob(
     folder: Path, kind: str, absolute: bool, name: str
 ) -> None:
-    # Files that the names would match as globs.
+    # Files that these names would match if they were interpreted as globs.
     for other in ("b1.txt", "bx1.txt", "x.txt", "a.txt", "star.txt"):
         (folder / other).write_text("another file")
     (folder / name).write_text(f"text of {name}")
@@ -74,7 +74,7 @@ def test_existing_path_wins_over_its_meaning_as_a_glob(
 
 
 @pytest.mark.parametrize("kind", ["text", "files"])
-def test_folder_name_with_brackets_is_taken_literally(folder: Path, kind: str) -> None:
+def test_folder_name_with_brackets_is_not_interpreted_as_a_glob(folder: Path, kind: str) -> None:
     (folder / "[x] y").mkdir()
     (folder / "x y").mkdir()
     (folder / "[x] y" / "a.txt").write_text("in brackets")
@@ -151,7 +151,7 @@ def test_find_all_files_lists_each_file_once(folder: Path) -> None:
 
 
 def broken(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return unreadable paths and the expected messages, by name of the fault."""
+    """Return (unreadable path, expected message) for each kind of fault, by name."""
     (folder / "d").mkdir()
     (folder / "dangling.txt").symlink_to("nowhere.txt")
     os.mkfifo(folder / "pipe.txt")
@@ -196,7 +196,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("reader", [read_text_files, read_json_lines, open_file_source])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_readers_name_a_path_that_is_not_a_regular_file(
+def test_file_readers_refuse_paths_that_are_not_regular_files(
     folder: Path, reader: Any, kind: str
 ) -> None:
     path, message = broken(folder)[kind]
@@ -218,7 +218,7 @@ def test_readers_name_a_path_that_is_not_a_regular_file(
         raise refused[0]
 
 
-def test_readers_name_a_file_without_permission(
+def test_file_readers_error_names_a_file_without_permission(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "a.txt").write_text("secret")
@@ -232,7 +232,7 @@ def test_readers_name_a_file_without_permission(
             reader(["a.txt"])
 
 
-def test_check_disjoint_follows_links(folder: Path) -> None:
+def test_check_disjoint_refuses_two_paths_of_one_file(folder: Path) -> None:
     (folder / "a.txt").write_text("a")
     (folder / "link.txt").symlink_to("a.txt")
     with pytest.raises(
@@ -242,7 +242,7 @@ def test_check_disjoint_follows_links(folder: Path) -> None:
     check_disjoint(["a.txt"], ["held_out.txt"])
 
 
-def test_readers_accept_fsspec_file_systems_and_chains(folder: Path) -> None:
+def test_file_readers_accept_fsspec_file_systems_and_chains(folder: Path) -> None:
     with zipfile.ZipFile("x.zip", "w") as archive:
         for name in ("a.txt", "b.txt", "c.md"):
             archive.writestr(name, f"zipped {name}")
@@ -278,7 +278,7 @@ def test_tilde_is_expanded_to_the_home_folder(
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\ufeff{}x", ""])
-def test_read_json_names_a_damaged_file(folder: Path, content: str) -> None:
+def test_read_json_error_names_a_damaged_file(folder: Path, content: str) -> None:
     (folder / "a[1]::b.json").write_text(content)
     with pytest.raises(DataError, match=r"clusters: a\[1\]::b\.json is not a complete JSON file"):
         read_json("a[1]::b.json", "clusters")

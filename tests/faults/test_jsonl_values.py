@@ -1,4 +1,4 @@
-"""Bad text, labels and vectors are refused with file and line, and prompts like texts."""
+"""Errors for invalid text, labels and vectors name the file and line; prompts are checked too."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ BAD: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_read_json_lines_names_the_line_of_a_bad_value(tmp_path: Path, kind: str) -> None:
+def test_read_json_lines_error_names_the_line_of_an_invalid_value(
+    tmp_path: Path, kind: str
+) -> None:
     line, message = BAD[kind]
     with pytest.raises(DataError, match=rf"x\.jsonl line 61\b.*{message}") as raised:
         read(tmp_path, line)
@@ -117,7 +119,7 @@ def test_read_json_lines_names_the_line_of_a_bad_value(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     "kind", [kind for kind in BAD if not kind.startswith(("a label", "a vector", "no text"))]
 )
-def test_file_source_names_the_line_of_a_bad_text(tmp_path: Path, kind: str) -> None:
+def test_file_source_error_names_the_line_of_an_invalid_text(tmp_path: Path, kind: str) -> None:
     line, message = BAD[kind]
     (tmp_path / "x.jsonl").write_text("\n".join([*GOOD, line]), encoding="utf-8")
     message = message.replace("is not text but", "must hold text; it holds")
@@ -154,7 +156,7 @@ NOT_TEXT: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(NOT_TEXT))
-def test_prompts_and_texts_in_memory_refuse_bad_text(kind: str) -> None:
+def test_prompts_and_texts_in_memory_must_be_valid_text(kind: str) -> None:
     text, message = NOT_TEXT[kind]
     with pytest.raises(DataError, match=f"text 1.*{message}"):
         documents_from_texts(["fine", text])
@@ -214,7 +216,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("kind", list(NOT_TEXT))
-def test_run_refuses_bad_text(run: Run, kind: str) -> None:
+def test_run_methods_refuse_invalid_text(run: Run, kind: str) -> None:
     text, message = NOT_TEXT[kind]
     with pytest.raises(DataError, match=f"run.nelbo: text 0.*{message}"):
         run.nelbo([text])
@@ -244,7 +246,7 @@ PROMPT_FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(PROMPT_FILES))
-def test_read_prompts_follows_the_rules_of_text_files(tmp_path: Path, kind: str) -> None:
+def test_read_prompts_decodes_files_like_text_files(tmp_path: Path, kind: str) -> None:
     content, message = PROMPT_FILES[kind]
     (tmp_path / "p[1].txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"--prompts: \S*p\[1\]\.txt.*{message}"):

@@ -1,4 +1,4 @@
-"""Unusable values in legal JSON end a run with one paragraph that names file and line."""
+"""A run on valid JSON with unusable values ends with an error that names the file and line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ["jsonl", "files"])
 @pytest.mark.parametrize("name", list(ODD))
-def test_run_command_names_file_and_line_of_a_bad_value(
+def test_run_command_names_file_and_line_of_an_invalid_value(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

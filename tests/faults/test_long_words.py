@@ -1,4 +1,4 @@
-"""Words beyond a limit are learned in pieces; other text gives the plain tokenizer."""
+"""Words above a length limit are learned in pieces; other text gives the standard tokenizer."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def plain(texts: list[str], size: int) -> str:
     return tokenizer.to_str()
 
 
-def test_text_without_long_words_gives_the_plain_tokenizer() -> None:
+def test_text_without_long_words_gives_the_standard_bpe_tokenizer() -> None:
     found = BytePairTokenizer.train(ORDINARY, 320)
     assert json.loads(found._definition) == json.loads(plain(ORDINARY, 320))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_short_words_are_split_like_byte_level_splits_them(seed: int) -> None:
+def test_short_words_are_split_as_by_the_byte_level_pre_tokenizer(seed: int) -> None:
     text = letters(3000, "ab1'srtlve \t\n\u00a0é日.,-_", seed)
     theirs = [place for _, place in ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
     assert [place for _, place in _CUT.pre_tokenize_str(text)] == theirs
 
 
 def test_byte_pair_training_time_is_linear_in_word_length() -> None:
-    """Without cutting, two million letters take hours, and the time grows fourfold."""
+    """If long words were not cut, two million letters would take hours, with quadratic time."""
     seconds = []
     for count in (250_000, 500_000):
         began = time.process_time()
@@ -79,7 +79,7 @@ def test_byte_pair_training_time_is_linear_in_word_length() -> None:
     ],
     ids=["letters", "digits", "marks", "blanks", "newlines", "beyond ascii"],
 )
-def test_long_word_is_learned_in_pieces_and_restored(word: str) -> None:
+def test_long_word_is_learned_in_pieces_and_decoded_exactly(word: str) -> None:
     texts = [f"a {word} b", "a short text", word]
     tokenizer = BytePairTokenizer.train(texts, 300)
     assert tokenizer.decode(tokenizer.encode(texts)) == texts
@@ -93,7 +93,7 @@ def test_long_word_is_learned_in_pieces_and_restored(word: str) -> None:
 
 
 def test_encoding_time_is_linear_in_word_length() -> None:
-    """The tokenizer has learned no long word, so it does not cut them."""
+    """A tokenizer trained on short words does not cut long words when it encodes."""
     tokenizer = BytePairTokenizer.train([letters(20, seed=seed) for seed in range(500)], 300)
     seconds = []
     for count in (200_000, 800_000):

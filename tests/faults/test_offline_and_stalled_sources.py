@@ -31,7 +31,7 @@ from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.data.tokenizer_workers import Chunk
 from ddiff.errors import DataError
 
-# One token per byte, and one at the end of each document.
+# One token per byte, and an end mark after each document.
 BYTES = BytePairTokenizer.train(["text"], 257)
 
 # Run in a separate process, because the libraries read their settings when they are imported.
@@ -68,7 +68,7 @@ print(counts)
 """
 
 
-def test_reading_local_files_makes_no_request(tmp_path: Path) -> None:
+def test_reading_local_files_makes_no_network_request(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(9)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "a.txt").write_text("\n".join(texts))
@@ -107,7 +107,7 @@ def test_reading_local_files_makes_no_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "", "file.txt"])
-def test_open_hub_source_does_not_ask_the_hub_for_a_missing_path(
+def test_open_hub_source_makes_no_request_for_a_missing_local_path(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_open_hub_source_does_not_ask_the_hub_for_a_missing_path(
 
 
 class Source:
-    """Source that counts how often it was opened."""
+    """Source that counts the calls that open it."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
@@ -149,7 +149,7 @@ def test_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 50])
 def test_small_streamed_source_resumes_from_every_cursor(tmp_path: Path, block: int) -> None:
-    """Blocks are smaller and larger than the source, and each is also read by itself."""
+    """Blocks are smaller and larger than the source; each block is also read by a new object."""
     texts = ["hello", "abc", "de", "fghijk", "l"]
     count = 20 * block
     whole = streamed(Source(texts), block, cursors=tmp_path / "c.jsonl")[np.arange(count)]
@@ -162,7 +162,7 @@ def test_small_streamed_source_resumes_from_every_cursor(tmp_path: Path, block: 
         assert source.opened <= 2 + 8 * block // 22
 
 
-def test_source_of_one_token_is_streamed_in_seconds() -> None:
+def test_streamed_rows_of_a_one_token_source_take_seconds() -> None:
     began = time.monotonic()
     rows = streamed(Source([""]), 65536)
     assert not rows[np.arange(200_000)].ids.any()
@@ -193,7 +193,7 @@ class StalledSource:
         return self.batch_at(step, micro)
 
 
-def test_prefetcher_reports_and_gives_up_a_stalled_batch(
+def test_prefetcher_reports_a_stalled_batch_and_stops_on_request(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prefetch, "LINE_EVERY_SECONDS", 0.1)
@@ -207,7 +207,7 @@ def test_prefetcher_reports_and_gives_up_a_stalled_batch(
     assert "waiting for the data of step 4: " in capfd.readouterr().err
 
 
-def test_prefetcher_raises_a_timeout_of_the_source_at_once() -> None:
+def test_prefetcher_raises_a_timeout_error_of_the_source_immediately() -> None:
     def batch_at(step: int, micro: int) -> int:
         raise TimeoutError("of the source")
 
@@ -239,7 +239,7 @@ main(sys.argv[2:])
 def test_first_signal_ends_a_run_that_waits_for_data(
     tmp_path: Path, number: int, blocks: int
 ) -> None:
-    """Before the first step nothing is saved; later the trained steps are."""
+    """Before the first step nothing is saved; later the finished steps are saved."""
     (tmp_path / "one.txt").write_text("hello world\n" * 3)
     (tmp_path / "two.txt").write_text("hello\nworld\n")
     settings = [

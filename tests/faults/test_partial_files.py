@@ -1,4 +1,4 @@
-"""Partial files in a run directory: the next run removes them, and resumes if there is room."""
+"""The next run removes partial files from a run directory, and resumes if the disk has space."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OWN = [
 ]
 
 
-def test_partial_files_of_a_run_are_removed_and_no_others(tmp_path: Path) -> None:
+def test_remove_leftovers_removes_only_partial_files_of_the_run(tmp_path: Path) -> None:
     for name in (*LEFT, *OWN, "recipe.toml"):
         (tmp_path / name).write_text(name)
     (tmp_path / "sampling.json.part").mkdir()
@@ -43,7 +43,7 @@ def test_partial_files_of_a_run_are_removed_and_no_others(tmp_path: Path) -> Non
     remove_leftovers(tmp_path / "none")
 
 
-def test_run_removes_partial_files_of_an_earlier_one(
+def test_run_removes_partial_files_of_an_earlier_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))

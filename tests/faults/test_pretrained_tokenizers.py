@@ -1,4 +1,4 @@
-"""Pretrained tokenizers with unused ids, without an unknown token, or damaged."""
+"""Pretrained tokenizers that have unused ids, have no unknown token, or are damaged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_pretrained_num_tokens_is_the_highest_id_plus_one(holes: Path) -> None:
     assert packed[[0]].ids.tolist() == [[10, 12, 1, 14, 1]]
 
 
-def test_ids_without_token_have_unique_spellings_and_no_text(holes: Path) -> None:
+def test_unused_ids_have_unique_token_names_and_no_text(holes: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     assert len(set(tokenizer.tokens())) == 15
     assert [tokenizer.tokens()[number] for number in HOLES.values()] == list(HOLES)
@@ -69,7 +69,7 @@ def test_ids_without_token_have_unique_spellings_and_no_text(holes: Path) -> Non
     assert tokenizer.decode([[10, 3, 12], [3]]) == ["cat dog", ""]
 
 
-def test_ids_without_token_survive_saving(holes: Path, tmp_path: Path) -> None:
+def test_unused_ids_are_kept_by_save_and_load(holes: Path, tmp_path: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     tokenizer.save(str(tmp_path / "t.json"))
     again = load_tokenizer(str(tmp_path / "t.json"))
@@ -87,7 +87,7 @@ def test_ids_without_token_survive_saving(holes: Path, tmp_path: Path) -> None:
     ],
     ids=["WordLevel", "WordPiece", "Unigram", "BPE"],
 )
-def test_pretrained_encode_names_row_and_word_without_ids(model: Any, tmp_path: Path) -> None:
+def test_pretrained_encode_error_names_the_row_and_unknown_word(model: Any, tmp_path: Path) -> None:
     """Byte pairs would drop the letters silently; other models raise a plain Exception."""
     tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(model))))
     assert len(tokenizer.encode(["cat dog"])[0]) > 1
@@ -103,7 +103,7 @@ def test_pretrained_encode_names_row_and_word_without_ids(model: Any, tmp_path: 
     )
 
 
-def test_worker_names_the_row_without_ids(tmp_path: Path) -> None:
+def test_encode_chunks_in_workers_names_the_row_of_an_unknown_word(tmp_path: Path) -> None:
     letters = models.BPE({letter: number for number, letter in enumerate("catdgo")}, [])
     tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(letters))))
     chunks = [Chunk(["cat"] * 3, names=["a"] * 3), Chunk(["dog", "zebu"], names=["b.txt", "c.txt"])]
@@ -111,7 +111,7 @@ def test_worker_names_the_row_without_ids(tmp_path: Path) -> None:
         list(encode_chunks(chunks, tokenizer, workers=2))
 
 
-def test_byte_level_pairs_without_all_bytes_refuse_missing_bytes(tmp_path: Path) -> None:
+def test_byte_level_bpe_refuses_text_with_bytes_that_have_no_token(tmp_path: Path) -> None:
     made = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -126,7 +126,7 @@ def test_byte_level_pairs_without_all_bytes_refuse_missing_bytes(tmp_path: Path)
     [BytePairTokenizer.train(["a b"], 257), AlphabetTokenizer("ab")],
     ids=["bytes", "alphabet"],
 )
-def test_tokenizers_refuse_a_lone_surrogate_with_its_row(tokenizer: Any) -> None:
+def test_tokenizers_refuse_a_lone_surrogate_and_name_its_row(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="Row 1"):
         tokenizer.encode(["ab", "a\ud800b"])
     with pytest.raises(DataError, match=r"Row 1.*surrogate"):
@@ -138,7 +138,7 @@ def test_pretrained_tokenizer_refuses_an_empty_vocabulary(tmp_path: Path) -> Non
         PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(models.WordLevel({})))))
 
 
-def test_pretrained_tokenizer_refuses_huge_ids(tmp_path: Path) -> None:
+def test_pretrained_tokenizer_refuses_ids_above_the_limit(tmp_path: Path) -> None:
     folder = save(tmp_path / "d", fast(models.WordLevel({"cat": 0, "dog": 2**30})))
     with pytest.raises(DataError, match="2 tokens with ids up to 1073741824"):
         PretrainedTokenizer.from_pretrained(str(folder))
@@ -185,7 +185,9 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("file", "content"), [(file, text) for file in DAMAGES for text in DAMAGES[file]]
 )
-def test_damaged_tokenizer_files_are_data_errors(whole: Path, file: str, content: str) -> None:
+def test_from_pretrained_raises_data_error_for_damaged_files(
+    whole: Path, file: str, content: str
+) -> None:
     (whole / file).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"No tokenizer from .*whole") as caught:
         PretrainedTokenizer.from_pretrained(str(whole))
@@ -201,7 +203,7 @@ def test_damaged_tokenizer_files_are_data_errors(whole: Path, file: str, content
         ("tiktoken.model", "tiktoken"),
     ],
 )
-def test_from_pretrained_names_a_missing_package(
+def test_from_pretrained_error_names_a_missing_package(
     whole: Path, file: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole / "tokenizer.json").unlink()
@@ -219,7 +221,7 @@ def test_from_pretrained_names_a_missing_package(
         PretrainedTokenizer.from_pretrained(str(whole))
 
 
-def test_tokenizer_json_of_huggingface_is_recognized(whole: Path) -> None:
+def test_load_tokenizer_error_names_a_huggingface_tokenizer_json(whole: Path) -> None:
     file = whole / "tokenizer.json"
     with pytest.raises(
         DataError, match=r"tokenizers library \(HuggingFace\).*\"pretrained\".*whole\""
@@ -237,7 +239,7 @@ def test_from_pretrained_recognizes_a_tokenizer_saved_by_ddiff(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./no", "../no", "no/such/folder", "", " "])
-def test_from_pretrained_does_not_ask_the_hub_for_a_missing_path(source: str) -> None:
+def test_from_pretrained_makes_no_request_for_a_missing_local_path(source: str) -> None:
     with pytest.raises(DataError, match="there is no such folder"):
         PretrainedTokenizer.from_pretrained(source)
 

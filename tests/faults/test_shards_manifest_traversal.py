@@ -1,4 +1,4 @@
-"""Manifests never lead out of their folder; fetched and cached files are checked by SHA-256."""
+"""Manifests cannot name files outside their folder; shards are verified by SHA-256."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", ["local", "fetched"])
-def test_manifest_names_outside_the_folder_are_refused(
+def test_manifest_with_shard_names_outside_the_folder_is_refused(
     made: Shards, cache: Cache, tmp_path: Path, name: Any, place: str
 ) -> None:
-    """A shard exists under the wrong name; files outside the folder keep their content."""
+    """A shard file exists under each wrong name, and files outside the folder are not changed."""
     outside = tmp_path / "outside"
     outside.mkdir()
     for kind in ("tokens", "ends"):
@@ -161,7 +161,7 @@ def test_sharded_corpus_refuses_a_damaged_local_shard(
         ShardedCorpus(str(made.folder)).shards(BYTES, cache)
 
 
-def test_shard_damaged_in_transfer_is_fetched_again(
+def test_shard_damaged_in_transfer_is_downloaded_again(
     made: Shards, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = type(fsspec.filesystem("file"))
@@ -183,8 +183,10 @@ def test_shard_damaged_in_transfer_is_fetched_again(
             assert hashlib.sha256(file.read_bytes()).hexdigest() == expected
 
 
-def test_fetched_shards_refuse_ids_beyond_num_tokens(made: Shards, cache: Cache) -> None:
-    """The checksum is right, so the id is found by counting tokens."""
+def test_downloaded_shards_with_ids_beyond_num_tokens_are_refused(
+    made: Shards, cache: Cache
+) -> None:
+    """The checksums match, so only counting the tokens finds the invalid id."""
     path = made.folder / "train_00000.tokens.npy"
     tokens = np.load(path)
     tokens[3] = 60000
@@ -196,7 +198,9 @@ def test_fetched_shards_refuse_ids_beyond_num_tokens(made: Shards, cache: Cache)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
-def test_damaged_cached_copy_is_fetched_again(made: Shards, cache: Cache, damage: str) -> None:
+def test_damaged_cached_shards_are_downloaded_again(
+    made: Shards, cache: Cache, damage: str
+) -> None:
     copy = ShardedCorpus(url(made.folder), cache)._made.folder
     path = copy / "train_00000.tokens.npy"
     whole = path.read_bytes()
@@ -210,7 +214,7 @@ def test_damaged_cached_copy_is_fetched_again(made: Shards, cache: Cache, damage
     assert path.read_bytes() == whole
 
 
-def test_cache_detects_changed_content_of_equal_size_and_time(
+def test_cache_detects_changed_content_with_unchanged_size_and_time(
     tmp_path: Path,
 ) -> None:
     def build(place: Path) -> None:
@@ -232,8 +236,8 @@ def test_source_corpus_refuses_damaged_cached_shards(tmp_path: Path, cache: Cach
         corpus.shards(BYTES, cache)
 
 
-def test_write_shards_ignores_a_journal_with_other_file_names(tmp_path: Path) -> None:
-    """A stopped build resumes by its journal, whose names become paths too."""
+def test_write_shards_ignores_a_journal_with_foreign_file_names(tmp_path: Path) -> None:
+    """An interrupted build resumes from its journal, whose names become file paths too."""
 
     def stopped(cursor: Any) -> Any:
         yield Chunk(["abc"], 1)
@@ -313,7 +317,9 @@ def test_checkpoint_refuses_a_wrong_json_file(checkpoint: Path, file: str, conte
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".."])
-def test_checkpoint_refuses_a_marker_with_other_file_names(checkpoint: Path, name: str) -> None:
+def test_checkpoint_refuses_complete_json_with_foreign_file_names(
+    checkpoint: Path, name: str
+) -> None:
     marker = json.loads((checkpoint / "complete.json").read_text())
     marker["files"][name] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     (checkpoint / "complete.json").write_text(json.dumps(marker))
@@ -325,7 +331,7 @@ def test_checkpoint_refuses_a_marker_with_other_file_names(checkpoint: Path, nam
     "marker",
     [b"", b"[]", b'{"format": null, "files": {}}', b'{"format": 2, "files": [1]}', b"\xff"],
 )
-def test_checkpoint_refuses_a_damaged_marker(checkpoint: Path, marker: bytes) -> None:
+def test_checkpoint_refuses_a_damaged_complete_json(checkpoint: Path, marker: bytes) -> None:
     (checkpoint / "complete.json").write_bytes(marker)
     with pytest.raises(CheckpointError, match=r"complete\.json"):
         Checkpoints(checkpoint.parent).load(8)

@@ -55,7 +55,7 @@ def expected(written: str, split: str) -> list[str]:
 @pytest.mark.parametrize("split", SPLITS)
 @given(written=ODD, block=st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
-def test_text_documents_do_not_depend_on_the_block_size(
+def test_text_documents_do_not_depend_on_the_read_block_size(
     split: Any, written: str, block: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +68,7 @@ def test_text_documents_do_not_depend_on_the_block_size(
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("seed", range(12))
-def test_text_and_files_kinds_read_the_same_documents(
+def test_text_and_files_kinds_find_the_same_documents(
     tmp_path: Path, split: Any, seed: int
 ) -> None:
     pieces = ["a b", "c", "\r", "\n", "\r\n", "\r\r\n", " ", "\t", "\ufeff", "\u2028", "é"]
@@ -97,7 +97,9 @@ def test_text_readers_accept_lf_crlf_and_cr_line_ends(
 
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("blank", ["", " \t", "\u3000", "\x0c"])
-def test_blank_lines_separate_paragraphs(tmp_path: Path, reader: Any, blank: str) -> None:
+def test_text_readers_separate_paragraphs_at_blank_lines(
+    tmp_path: Path, reader: Any, blank: str
+) -> None:
     (tmp_path / "a.txt").write_text(f"\n{blank}\n".join(PARAGRAPHS))
     assert reader(tmp_path / "a.txt", "paragraph") == PARAGRAPHS
 
@@ -122,7 +124,7 @@ REFUSED = {
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_readers_refuse_other_encodings_with_the_offset(
+def test_text_readers_refuse_other_encodings_and_name_the_offset(
     tmp_path: Path, reader: Any, split: Any, kind: str
 ) -> None:
     content, message = REFUSED[kind]
@@ -133,7 +135,9 @@ def test_readers_refuse_other_encodings_with_the_offset(
 
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
-def test_readers_accept_one_line_of_megabytes(tmp_path: Path, reader: Any, split: Any) -> None:
+def test_text_readers_accept_a_line_of_several_megabytes(
+    tmp_path: Path, reader: Any, split: Any
+) -> None:
     line = "abcdefg " * 600_000
     (tmp_path / "a.txt").write_text(line)
     assert reader(tmp_path / "a.txt", split) == [line]
@@ -154,7 +158,7 @@ def test_json_lines_accept_every_kind_of_line_end(tmp_path: Path, end: str) -> N
     ("split", "advice"),
     [("file", '"paragraph" or "line"'), ("paragraph", '"line"'), ("line", None)],
 )
-def test_single_document_error_suggests_a_finer_split(
+def test_error_for_a_single_document_suggests_a_finer_split(
     tmp_path: Path, split: Any, advice: str | None
 ) -> None:
     (tmp_path / "a.txt").write_text("one line and no more")

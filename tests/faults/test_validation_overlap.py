@@ -1,4 +1,4 @@
-"""Validation text in the training text is found by path and content, for every corpus."""
+"""Validation text in the training text is detected by path and content, for every corpus."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def written(kind: str, **parts: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("files", ["corp/*", "corp/a", "./corp/../corp/a"])
-def test_file_named_for_both_parts_is_refused_unread(kind: str, files: str) -> None:
+def test_dry_run_refuses_a_file_named_for_training_and_validation(kind: str, files: str) -> None:
     ending = KINDS[kind][0]
     Path("corp").mkdir()
     Path(f"corp/a{ending}").write_bytes(b"\xff no text of any kind, which reading would find")
@@ -120,7 +120,7 @@ def test_file_named_for_both_parts_is_refused_unread(kind: str, files: str) -> N
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_copy_of_the_training_text_is_refused_for_validation(kind: str) -> None:
+def test_run_refuses_a_copy_of_the_training_text_as_validation(kind: str) -> None:
     lines = KINDS[kind][1]
     written(kind, a=lines, copy=lines)
     parsed = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/copy{KINDS[kind][0]}"])
@@ -151,7 +151,7 @@ def test_validation_documents_in_the_training_text_are_counted(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_distinct_documents_give_no_overlap_warning(
+def test_corpus_of_distinct_documents_gives_no_overlap_warning(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = KINDS[kind][1]
@@ -164,7 +164,7 @@ def test_distinct_documents_give_no_overlap_warning(
 
 
 @pytest.mark.parametrize("held_out", [0.05, 0.5])
-def test_held_out_share_has_no_training_document(held_out: float) -> None:
+def test_documents_held_out_by_hash_do_not_occur_in_training(held_out: float) -> None:
     write("text", "a.txt", LINES * 3)
     parts = read_text_files(["a.txt"], split="line", held_out=held_out)
     found = load_or_build_shards(parts, BytePairTokenizer.train(LINES, 270), Cache()).overlap
@@ -198,13 +198,13 @@ def test_repeated_documents_within_a_part_are_counted(caplog: pytest.LogCaptureF
     assert "20 of the 70 documents of the part validation repeat an earlier document" in output
 
 
-def test_source_corpus_refuses_one_hub_split_for_both_parts() -> None:
+def test_source_corpus_refuses_the_same_hub_split_for_validation() -> None:
     with pytest.raises(DataError, match="is named for training and for validation"):
         SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="train"))
     SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="test"))
 
 
-def test_shards_store_their_overlap_counts() -> None:
+def test_shards_manifest_stores_the_overlap_counts() -> None:
     documents = Documents(documents_from_texts(LINES[:100]), documents_from_texts(LINES[50:150]))
     tokenizer = BytePairTokenizer.train(LINES, 270)
     made = load_or_build_shards(documents, tokenizer, Cache())
@@ -244,8 +244,8 @@ def test_repetitions_of_a_generated_source_give_no_warning(
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_overlap_counts_equal_those_of_sets(seed: int) -> None:
-    """Documents are empty, permutations of each other or share a beginning, in several shards."""
+def test_find_overlap_counts_equal_counts_with_python_sets(seed: int) -> None:
+    """Documents are empty, are permutations of each other, or have a common beginning."""
     rng = np.random.default_rng(seed)
     parts = {
         part: ["".join(rng.choice(list("ab"), rng.integers(0, 6))) for _ in range(150)]
@@ -284,7 +284,7 @@ def test_document_hashes_do_not_depend_on_the_step_size(
         assert np.array_equal(document_hashes(shard), whole)
 
 
-def test_empty_parts_have_no_overlap() -> None:
+def test_find_overlap_of_empty_parts_is_zero() -> None:
     documents = Documents(documents_from_texts(LINES), documents_from_texts(["held out"]))
     made = load_or_build_shards(documents, BytePairTokenizer.train(LINES, 270), Cache())
     none = type(made.stream(TRAIN))([], made.stream(TRAIN).counts)
@@ -295,7 +295,7 @@ def test_empty_parts_have_no_overlap() -> None:
     assert DocumentCount(0, 0).share == 0.0
 
 
-def test_read_symbol_rows_refuses_a_file_named_for_both_parts() -> None:
+def test_read_symbol_rows_refuses_a_training_file_as_validation() -> None:
     write("text", "a.txt", ROWS)
     with pytest.raises(DataError, match="named by validation and by files"):
         read_symbol_rows(["a.txt"], length=8, validation=["a.txt"])
