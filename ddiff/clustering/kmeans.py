@@ -2,8 +2,8 @@
 
 Each level clusters the points of the level below (tokens, then nodes) with the k-means of faiss on
 unit vectors. Then points are moved until every cluster has between `min_share` and `max_share`
-times the mean number of points. Moving a point to another cluster loses similarity, the difference
-of its cosines with the two centroids:
+times the mean number of points. The loss of a move is the cosine of the point with the old centroid
+minus its cosine with the new centroid:
 
 1. From a cluster above the upper limit, the points with the least loss move to the best cluster
    below the upper limit.

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def fingerprint(inputs: object) -> str:
-    """Return 32 hexadecimal digits of the SHA-256 of `inputs` as canonical JSON."""
+    """Return the SHA-256 of `inputs` as canonical JSON, 32 hexadecimal digits."""
     canonical = json.dumps(inputs, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 

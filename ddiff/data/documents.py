@@ -67,7 +67,7 @@ class Documents:
 
 
 def fingerprint_texts(documents: Any) -> str:
-    """Return 32 hexadecimal digits of the SHA-256 of the texts and their boundaries.
+    """Return the SHA-256 of texts and text boundaries, 32 hexadecimal digits.
 
     For a part of a streamed corpus, return the attribute `fingerprint` of the part.
     """
@@ -207,20 +207,21 @@ def _split_chapters(compressed: bytes) -> list[str]:
 def _check_part(part: Dataset, name: str) -> None:
     if "text" not in part.column_names:
         raise DataError(
-            f'Documents: {name} must have a column "text"; it has {part.column_names}. Rename the '
-            "column."
+            f'Documents: {name} must have a column "text"; its columns are '
+            f"{part.column_names}. Rename the column with the text."
         )
     if part.features["text"] not in (Value("string"), Value("large_string")):
         raise DataError(
             f'Documents: the column "text" of {name} must hold strings; it holds '
-            f"{part.features['text']}. Convert numbers to text, and drop NaN."
+            f"{part.features['text']}. Convert numbers to text, and remove missing "
+            "values."
         )
     if len(part) == 0:
         raise DataError(f"Documents: {name} is empty. Give at least one document.")
     if part.data.column("text").null_count:
         raise DataError(
-            f'Documents: the column "text" of {name} has missing values (None or NaN). Drop those '
-            "rows."
+            f'Documents: the column "text" of {name} has missing values (None or NaN). Remove '
+            "the rows without text."
         )
 
 

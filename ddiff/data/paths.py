@@ -216,7 +216,8 @@ def _matching_names(folder: str, part: str) -> list[str]:
 def _folders(folder: str) -> Iterator[str]:
     """Yield a folder and all folders below it.
 
-    Links are followed, but each folder is entered only once, so that a cycle of links ends.
+    Links are followed, but each folder is entered only once, so that the search ends
+    if links form a cycle.
     """
     entered: set[tuple[int, int]] = set()
     pending = [folder]

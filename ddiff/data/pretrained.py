@@ -81,7 +81,7 @@ def is_folder(source: str) -> bool:
 
 
 def is_local_path(source: str) -> bool:
-    """Return whether `source` can be a local path only, and not a name on the hub."""
+    """Return whether `source` cannot be a hub name, and is therefore a local path."""
     # Names on the hub are NAME or OWNER/NAME.
     return (
         not source.strip()

@@ -127,7 +127,7 @@ class Shards:
             )
 
     def files(self) -> list[str]:
-        """Return the names of all files except the manifest."""
+        """Return the names of all files in the folder except the manifest."""
         names = []
         for record in self.all_records():
             names += [f"{record.name}.{kind}.npy" for kind in KINDS]

@@ -496,7 +496,7 @@ def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
 
 
 def _around_difference(before: str, after: str) -> tuple[str, str]:
-    """Return excerpts of both texts around the first difference."""
+    """Return excerpts of the two texts around the first difference."""
     shorter = min(len(before), len(after))
     same = 0
     while same < shorter and before[same] == after[same]:
