@@ -456,7 +456,7 @@ def check(
     ],
     settings: Settings = None,
 ) -> None:
-    """Check that a component obeys its laws, and print the largest error of each law."""
+    """Check the mathematical properties of a component, and print the largest error of each."""
     from ddiff.testing.check_command import check_component
 
     raise typer.Exit(check_component(name, settings or []))

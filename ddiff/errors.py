@@ -20,27 +20,27 @@ class DdiffError(Exception):
 
 
 class ArgumentError(DdiffError, ValueError):
-    """An argument of a Python call is out of range, has the wrong shape or contradicts another."""
+    """Invalid argument of a Python call: out of range, wrong shape, or conflicting arguments."""
 
 
 class RecipeError(DdiffError):
-    """A recipe is wrong. The message begins with `file:line:`."""
+    """Invalid recipe. The message begins with `file:line:`."""
 
 
 class PluginError(DdiffError):
-    """A plugin or component is unknown, is registered twice, or cannot be loaded."""
+    """Plugin or component that is unknown, registered twice, or cannot be loaded."""
 
 
 class DataError(DdiffError):
-    """A text, corpus, tokenizer or cluster file is unusable."""
+    """Unusable text, corpus, tokenizer or cluster file."""
 
 
 class CheckpointError(DdiffError):
-    """A checkpoint or run directory is missing, is damaged, or belongs to another run."""
+    """Checkpoint or run directory that is missing, damaged, or of another run."""
 
 
 class NonFiniteError(DdiffError):
-    """A result is NaN or infinite."""
+    """NaN or infinite result."""
 
 
 # ---------------------------------------------------------------------- formatting of messages
@@ -81,7 +81,7 @@ _DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
 def find_disk_full(error: BaseException) -> OSError | None:
-    """Find an error about a full disk or an exceeded quota in an exception and its causes.
+    """Search an exception and its causes for an error about a full disk or an exceeded quota.
 
     Returns None if there is none. The message texts are searched too, because some libraries raise
     errors without an error number.

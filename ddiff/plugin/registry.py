@@ -176,8 +176,8 @@ class Component:
         if not (isinstance(config, type) and issubclass(config, ComponentConfig)):
             raise PluginError(
                 f"The {self} has a Config that is not a ddiff.ComponentConfig: "
-                f'"{self.target}.Config" is {config!r}. Derive it from ddiff.ComponentConfig, so '
-                "that unknown keys are refused."
+                f'"{self.target}.Config" is {config!r}. Derive this class from '
+                "ddiff.ComponentConfig, so that unknown keys are refused."
             )
 
 

@@ -134,7 +134,7 @@ def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) 
 
 
 def format_value(value: Any) -> str:
-    """Format a value as in TOML. A string is marked as such, in case its quotes are the error."""
+    """Format a value as in TOML. Strings are followed by "(a string)" to point out quotes."""
     # not only ASCII, so that text in all scripts stays readable
     text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text

@@ -35,7 +35,7 @@ from ddiff.run_dir.identity import flatten_keys
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """A component with its settings, ready to be built.
+    """Component with its settings, which can be built.
 
     Args:
         component: the registered component.
@@ -66,7 +66,7 @@ class ComponentSpec:
         return self._call("preview", self.members.preview, inputs)
 
     def input_paths(self) -> tuple[str, ...]:
-        """List the paths and globs that `build` will read."""
+        """List the paths and globs of the files that `build` of the component will read."""
         return self._call("reads", self.members.reads, {})
 
     def takes_input(self, name: str) -> bool:
@@ -75,7 +75,10 @@ class ComponentSpec:
 
     @contextmanager
     def prefix_errors(self) -> Iterator[None]:
-        """Put the table before the message of an ArgumentError or DataError raised in the block."""
+        """Prefix error messages of a `with` block with the recipe table of the component.
+
+        Only messages of ArgumentError and DataError are changed.
+        """
         try:
             yield
         except (ArgumentError, DataError) as error:
@@ -194,14 +197,18 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of `to_dict` as sixteen hexadecimal digits."""
+        """Hash of all values in the recipe, as sixteen hexadecimal digits."""
         # sorted, so that the hash does not depend on the order of tables in the schema
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List the differences of two `Recipe.to_dict` as (dotted key, old value, new value).
+    """List the keys that differ between two recipes, as (dotted key, old value, new value).
+
+    Args:
+        old: first recipe, from `Recipe.to_dict`.
+        new: second recipe, from `Recipe.to_dict`.
 
     The value of an absent key is None.
     """

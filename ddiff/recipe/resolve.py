@@ -3,7 +3,7 @@
     recipe = read_recipe("recipes/mine.toml", settings=["train.steps=200"])
     recipe.process.build(vocabulary=vocabulary)
 
-Every step raises RecipeError with the file and the line:
+A recipe is resolved in four steps, which raise RecipeError with the file and the line:
 
 1. `sources.read_tree`, `sources.merge_bases`: read the file and the recipes that it extends.
 2. `resolve`: apply `--set` texts, check the names of tables, load the listed plugins.
@@ -375,8 +375,8 @@ def _check_reserved_keys(
     for key in ("kind", *slots):
         if key in config.model_fields:
             raise PluginError(
-                f'The Config of the {component} has the key "{key}", which is reserved: in that '
-                "table of a recipe it names a component. Rename the key of the Config."
+                f'The Config of the {component} has the reserved key "{key}", which names a '
+                "component in that table of a recipe. Rename the key of the Config."
             )
 
 

@@ -234,7 +234,7 @@ def _parse_key(key: str) -> tuple[str, ...]:
         raise tomllib.TOMLDecodeError("a key must be on one line")
     # checked before tomllib, which recurses once per dot
     if key.count(".") > DEEPEST:
-        raise ValueError(f"the key has more than {DEEPEST} parts")
+        raise ValueError(f"the dotted key has more than {DEEPEST} parts, the limit for a recipe")
     path: tuple[str, ...] = ()
     tree: Any = tomllib.loads(f"{key} = 0")
     while isinstance(tree, dict):
@@ -257,7 +257,7 @@ def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
     for name in path:
         if not isinstance(tree, dict) or list(tree) != [name]:
             raise tomllib.TOMLDecodeError(
-                "one setting has one key; repeat the option for the next key"
+                "a setting must have exactly one key; repeat the option for another key"
             )
         tree = tree[name]
     return tree

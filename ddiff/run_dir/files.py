@@ -73,7 +73,7 @@ OBJECTS: dict[str, Shape] = {
 
 
 def _evaluation_figures(found: Mapping[str, Any]) -> Shape:
-    """Return the shape of the numbers in evaluation.json, whose keys contain bound and unit."""
+    """Return the keys of evaluation.json whose names contain the unit, with their types."""
     unit = found["unit"]
     return {
         f"{found['bound'].lower()}_nats_per_{unit}": NUMBER,

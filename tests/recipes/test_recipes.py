@@ -108,7 +108,7 @@ def test_component_key_named_like_an_engine_key_gets_engine_value(write):
 
 
 def test_component_key_named_like_a_slot_is_refused(write):
-    with pytest.raises(PluginError, match=r'backbone "greedy" .*has the key "head"'):
+    with pytest.raises(PluginError, match=r'backbone "greedy" .*has the reserved key "head"'):
         read_recipe(write(), ["denoiser.kind=greedy"])
 
 
