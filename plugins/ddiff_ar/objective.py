@@ -32,14 +32,16 @@ from ddiff import (
 class AutoregressiveObjective:
     """Objective that trains a causal denoiser on the negative log-likelihood.
 
-    The denoiser gets the token before each position as input (`inputs = "previous"`). There is no
-    process and no time, and `nll` is exact. `module` is the module that the trainer and its backend
-    run. Raises ArgumentError for a vocabulary without a mask, which starts every document, and for
-    a head that predicts scores.
+    The input of the denoiser at each position is the token before that position
+    (`inputs = "previous"`). There is no process and no time, and `nll` is exact. The trainer and
+    its backend run `module`.
+
+    Raises ArgumentError if the vocabulary has no mask, since the mask is the input before the first
+    token of a document, or if the head predicts scores.
     """
 
-    bound = "NLL"  # name in tables: the exact likelihood and not a bound
-    times: TimeRule | None = None  # no times are drawn
+    bound = "NLL"  # name in tables: the negative log-likelihood is exact and not a bound
+    times: TimeRule | None = None  # no noise times are drawn
 
     def __init__(self, denoiser: Denoiser) -> None:
         if denoiser.inputs != "previous":
@@ -69,7 +71,10 @@ class AutoregressiveObjective:
     def __call__(
         self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
-        """Sum of -ln p over the scored tokens of this micro-batch / tokens of the global batch."""
+        """Return the sum of -ln p of this micro-batch, divided by the tokens of the global batch.
+
+        Only scored tokens count, in the sum and in `denominators["tokens"]`.
+        """
         device = get_device(self.module)
         context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
         rows, node, targets = self._scored_rows(batch, device)
@@ -77,6 +82,7 @@ class AutoregressiveObjective:
 
         def loss_of_rows(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, Tensor]:
             nats = -dist.log_prob(targets[idx])
+            # The head forms gradients chunk by chunk, so that each row is divided here.
             return nats / tokens, nats.detach()
 
         inputs = to_device(_clean_input(batch), device)
@@ -90,7 +96,10 @@ class AutoregressiveObjective:
     def nll(
         self, batch: Batch, rng: CounterRng, slot: Tensor, slots: int | Tensor, times: TimeRule
     ) -> Likelihood:
-        """-ln p(x_i | x_<i) at every scored position; rng and times are not used."""
+        """Return -ln p(x_i | x_<i) [B,L], 0 at positions that are not scored.
+
+        The likelihood needs no random numbers and no noise times: `rng` and `times` are not used.
+        """
         rows, node, targets = self._scored_rows(batch, batch.ids.device)
         nats = torch.zeros(batch.ids.numel(), dtype=torch.float64, device=batch.ids.device)
         if len(rows):
@@ -102,8 +111,8 @@ class AutoregressiveObjective:
     def _scored_rows(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return the scored positions, their query nodes (the root) and their tokens.
 
-        Positions and tokens are on `device`; the nodes stay with the batch, since heads group rows
-        by node on the host.
+        Positions and tokens are on `device`. The nodes stay on the device of the batch, since heads
+        group rows by node on the host.
         """
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
         node = torch.full_like(rows, self.vocabulary.root)
@@ -116,14 +125,14 @@ def _nats(dist: CleanDistribution, targets: Tensor) -> Tensor:
 
 
 def _clean_input(batch: Batch) -> Noisy:
-    """Return all tokens as clean; the causal denoiser hides later ones from each position."""
+    """Return all tokens as clean input; the causal denoiser hides later tokens from a position."""
     times = torch.zeros(batch.ids.shape, device=batch.ids.device).double()
     return Noisy(batch.ids, times, torch.ones_like(batch.scored))
 
 
 @final
 class Autoregression:
-    """Autoregressive likelihood from left to right, without [process], loss and times."""
+    """Autoregressive objective from left to right, without [process], loss and times."""
 
     slots = ()
     inputs = "previous"  # input of the denoiser: the token before each position

@@ -1,4 +1,4 @@
-"""Left-to-right sampling, one token after the other."""
+"""Left-to-right sampling, one token per network call."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ from ddiff import (
 
 @final
 class LeftToRightSampler(Sampler):
-    """Exact sampler that draws every position in turn from P(x_i | x_<i).
+    """Exact sampler that draws the positions in order, each from P(x_i | x_<i).
 
-    It makes one network call per free position, which runs one column with a cache. Given tokens
-    are kept; a position is not conditioned on tokens given after it.
+    The sampler makes one network call per free position. With a cache of keys and values a call
+    runs the backbone on one column. Given tokens are kept, but a position is not conditioned on
+    given tokens to its right.
     """
 
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
@@ -51,13 +52,14 @@ class LeftToRightSampler(Sampler):
     def check_supported(self, process: ForwardProcess | None, predicts: str) -> None:
         if process is not None:
             raise ArgumentError(
-                "LeftToRightSampler: the model must predict the next token, trained without a "
-                f"process; this one was trained to reverse {type(process).__name__}. "
+                "LeftToRightSampler: the model must predict the next token and be trained without "
+                f"a process; got a model that was trained to reverse {type(process).__name__}. "
                 'Use sampler = "ancestral" or "blockwise".'
             )
 
     def run(self, process: Any, network: Network, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         place = torch.arange(canvas.zt.shape[1], device=canvas.zt.device)
+        # One uniform per position, drawn at once: a token does not depend on its batch.
         rng: CounterRng = rng_at(1)
         u = rng.uniform("word").reshape(-1)
         free = canvas.free
@@ -71,6 +73,7 @@ class LeftToRightSampler(Sampler):
 
         for position in place.tolist():
             here = free & (place == position)
+            # Given tokens cost no call, for example a prompt that all samples share.
             if not bool(here.any()):
                 continue
             canvas = replace(canvas, free=here)
@@ -88,7 +91,7 @@ class LeftToRight:
     """Exact left-to-right sampling, one network call per free position; `steps` is not used."""
 
     class Config(ComponentConfig):
-        """Transformations of every conditional before the draw; the defaults change nothing."""
+        """Transformations of each distribution P(x_i | x_<i) before the draw; none by default."""
 
         temperature: NonNegativeFloat = 1.0
         """Draw from p^(1/temperature), normalized; 0 is greedy."""
@@ -97,7 +100,7 @@ class LeftToRight:
         top_p: Share = 1.0
         """Draw only from the most likely tokens with this total probability."""
         min_p: Probability = 0.0
-        """Draw only from tokens with at least this share of the largest probability."""
+        """Draw only from tokens whose probability is at least this fraction of the largest."""
 
     @staticmethod
     def build(config: Config, *, steps: int, vocabulary: Vocabulary) -> Sampler:

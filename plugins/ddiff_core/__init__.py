@@ -1,4 +1,4 @@
-"""Built-in components, registered through the same hook as those of any other plugin."""
+"""Built-in components, registered through the same hook as the components of any plugin."""
 
 from __future__ import annotations
 

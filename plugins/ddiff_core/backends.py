@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ddiff import ArgumentError, ComponentConfig
 
-if TYPE_CHECKING:  # importing torch's sharding takes a second, which a single process need not pay
+# Importing torch's sharding takes a second, which a run in a single process does not need.
+if TYPE_CHECKING:
     import torch
 
     from ddiff import Backend, SingleBackend
@@ -19,8 +20,8 @@ class Single:
     def build(config: ComponentConfig, *, device: str, processes: int) -> SingleBackend:
         if processes != 1:
             raise ArgumentError(
-                f'the kind "single" runs one process; got processes = {processes}. '
-                'Leave it out, or take kind = "ddp" or "fsdp".'
+                f'[backend] kind = "single" runs one process; got processes = {processes}. '
+                'Leave processes out, or use kind = "ddp" or "fsdp".'
             )
         from ddiff import SingleBackend
 
@@ -28,9 +29,9 @@ class Single:
 
 
 class DataParallel:
-    """Data parallelism: every process holds the whole model and a share of every batch.
+    """Data parallelism: every process has the whole model and a part of every batch.
 
-    Under torchrun the number of processes is torchrun's.
+    Under torchrun the number of processes comes from torchrun.
     """
 
     is_distributed = True
@@ -39,15 +40,16 @@ class DataParallel:
     def build(config: ComponentConfig, *, device: str, processes: int) -> Backend:
         from ddiff import DistributedBackend, SingleBackend
 
+        # One process needs no process group, except under torchrun, which has started one.
         if processes == 1 and not DistributedBackend.is_started():
             return SingleBackend(device)
         return DistributedBackend(device, processes)
 
 
 class FullySharded:
-    """Fully sharded data parallelism: every process holds a shard of the model and of every batch.
+    """Fully sharded data parallelism: every process has a shard of the model and of every batch.
 
-    Under torchrun the number of processes is torchrun's.
+    Under torchrun the number of processes comes from torchrun.
     """
 
     is_distributed = True
@@ -58,6 +60,7 @@ class FullySharded:
     ) -> Backend:
         from ddiff import ShardedBackend, SingleBackend
 
+        # One process needs no process group, except under torchrun, which has started one.
         if processes == 1 and not ShardedBackend.is_started():
             return SingleBackend(device)
         return ShardedBackend(device, processes, precision)

@@ -1,6 +1,7 @@
 """Corpora of the engine as recipe components.
 
-The modules that read text are imported when a corpus is built, so that reading a recipe stays fast.
+The modules of the engine that read text are imported inside `build`, so that parsing a recipe stays
+fast.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 Paths = Annotated[tuple[str, ...], Field(min_length=1)]
 HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
 
-MOST_SYMBOLS = 2**30  # of a generated corpus, which is held in memory
+# Largest number of symbols of a generated corpus, which is kept in memory.
+MOST_SYMBOLS = 2**30
 
 
 class Bundled:
@@ -51,9 +53,9 @@ class Text:
         files: Paths
         """Paths or globs, local or of any fsspec protocol."""
         validation: tuple[str, ...] = ()
-        """Paths or globs of the validation documents; without them a share is held out."""
+        """Paths or globs of the validation documents; without them `held_out` selects some."""
         held_out: HeldOut = 0.05
-        """Share of the documents for validation, chosen by the hash of their text."""
+        """Fraction of the documents for validation, chosen by the hash of their text."""
         split: Literal["file", "paragraph", "line"] = "file"
         """Unit that counts as one document; blank lines separate paragraphs."""
 
@@ -80,7 +82,7 @@ class Text:
 
 
 class JsonLines:
-    """JSON lines with texts, and optionally labels and vectors for [denoiser] conditions."""
+    """JSON lines with texts, and optionally labels and vectors as [denoiser] conditions."""
 
     class Config(ComponentConfig):
         files: Paths
@@ -88,13 +90,13 @@ class JsonLines:
         text: str = "text"
         """Field with the text."""
         labels: tuple[str, ...] = ()
-        """Fields with integer labels from 0; null means no label. Conditions are named by field."""
+        """Fields with integer labels from 0; null is no label. The field names the condition."""
         vectors: tuple[str, ...] = ()
-        """Fields with lists of numbers; null means no vector."""
+        """Fields with lists of numbers; null is no vector. The field names the condition."""
         validation: tuple[str, ...] = ()
-        """Paths or globs of the validation documents; without them a share is held out."""
+        """Paths or globs of the validation documents; without them `held_out` selects some."""
         held_out: HeldOut = 0.05
-        """Share of the documents for validation, chosen by the hash of their text."""
+        """Fraction of the documents for validation, chosen by the hash of their text."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -121,18 +123,18 @@ class JsonLines:
 
 
 class Symbols:
-    """Fixed-length rows of symbols, such as DNA or proteins, one row per line.
+    """Rows of symbols, such as DNA or proteins; every line is one row.
 
-    Every row has [data] length symbols. The tokenizer is "alphabet".
+    All rows have `length` symbols, the key of [data]. The tokenizer must be "alphabet".
     """
 
     class Config(ComponentConfig):
         files: Paths
         """Paths or globs, local or of any fsspec protocol."""
         validation: tuple[str, ...] = ()
-        """Paths or globs of the validation rows; without them a share is held out."""
+        """Paths or globs of the validation rows; without them `held_out` selects some."""
         held_out: HeldOut = 0.05
-        """Share of the rows for validation, chosen by hash: equal rows are never divided."""
+        """Fraction of the rows for validation, chosen by hash: equal rows stay together."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -163,37 +165,37 @@ def _check_files(config: Text.Config | JsonLines.Config | Symbols.Config) -> Non
 
 
 class TokenizedConfig(ComponentConfig):
-    """Keys of every corpus that is tokenized into shards, or on the fly while training."""
+    """Keys of corpora that are tokenized ahead into shards, or during training."""
 
     held_out: HeldOut = 0.005
-    """Share of the documents for validation, chosen by the hash of their text."""
+    """Fraction of the documents for validation, chosen by the hash of their text."""
     workers: Annotated[int, Field(gt=0, le=1024)] = 1
-    """Tokenizer processes; the rows do not depend on their number."""
+    """Number of tokenizer processes; it does not change the rows."""
     streaming: bool = False
-    """Tokenize while training, without writing shards; docs/data.md lists the limits."""
+    """Tokenize during training, without writing shards; docs/data.md lists the limits."""
     head: PositiveInt = 20_000
-    """Streaming: documents read first, for validation, token counts and the tokenizer."""
+    """Streaming: number of first documents, for validation, token counts and the tokenizer."""
     block: PositiveInt = 4096
-    """Streaming: rows that are shuffled together."""
+    """Streaming: number of consecutive rows that are shuffled together."""
 
 
 class Files:
     """Large corpus in parquet, JSON lines or text files.
 
-    It is tokenized once into memory-mapped shards.
+    The corpus is tokenized once, into memory-mapped shards.
     """
 
     class Config(TokenizedConfig):
         files: Paths
         """Paths or globs, local or of any fsspec protocol (s3://, hf://); may be compressed."""
         format: Literal["auto", "parquet", "json", "text"] = "auto"
-        """File format; "auto" takes it from the file endings."""
+        """File format; "auto" finds the format from the file endings."""
         column: str = "text"
         """Column or field with the text."""
         split: Literal["file", "paragraph", "line"] = "line"
-        """Unit of a text file that counts as one document."""
+        """Unit of a text file that counts as one document; blank lines separate paragraphs."""
         validation: tuple[str, ...] = ()
-        """Paths or globs of the validation documents; without them a share is held out."""
+        """Paths or globs of the validation documents; without them `held_out` selects some."""
 
     @classmethod
     def build(
@@ -203,7 +205,10 @@ class Files:
 
     @staticmethod
     def preview(config: Config) -> SourceCorpus | StreamedCorpus:
-        """Return the corpus without reading a file; missing files and mixed formats are refused."""
+        """Return the corpus without reading texts.
+
+        Raises an error if files are missing or have several formats.
+        """
         train = _open_files(config, config.files)
         validation = _open_files(config, config.validation) if config.validation else None
         return _make_corpus(config, train, validation)
@@ -216,6 +221,7 @@ class Files:
 def _open_files(config: Files.Config, files: tuple[str, ...]) -> TextSource:
     from ddiff import open_file_source
 
+    # The engine finds the format from the file endings if it gets None.
     format = None if config.format == "auto" else config.format
     return open_file_source(files, format=format, column=config.column, split=config.split)
 
@@ -223,7 +229,7 @@ def _open_files(config: Files.Config, files: tuple[str, ...]) -> TextSource:
 class Hub:
     """Dataset of the Hugging Face hub.
 
-    It is streamed and tokenized once into memory-mapped shards.
+    The dataset is streamed and tokenized once, into memory-mapped shards.
     """
 
     class Config(TokenizedConfig):
@@ -236,9 +242,9 @@ class Hub:
         column: str = "text"
         """Column with the text."""
         revision: str | None = None
-        """Commit on the hub; without one, shards made earlier are kept when the hub changes."""
+        """Commit on the hub. Without it, existing shards are used even if the hub has changed."""
         validation: str | None = None
-        """Split of the validation documents; without it a share is held out."""
+        """Split of the validation documents; without it `held_out` selects some documents."""
 
     @staticmethod
     def build(
@@ -268,6 +274,7 @@ def _make_corpus(
 ) -> SourceCorpus | StreamedCorpus:
     from ddiff import SourceCorpus, StreamedCorpus
 
+    # A stream wraps the corpus that would write shards, whose documents and hashes are the same.
     corpus = SourceCorpus(source, validation, held_out=config.held_out, workers=config.workers)
     if config.streaming:
         return StreamedCorpus(corpus, head=config.head, block=config.block)
@@ -275,11 +282,11 @@ def _make_corpus(
 
 
 class Shards:
-    """Token shards written by `ddiff data`, on this machine or another."""
+    """Token shards written by `ddiff data`, on this machine or on another machine."""
 
     class Config(ComponentConfig):
         path: str
-        """Folder, local or of any fsspec protocol; a remote one is fetched into the cache."""
+        """Folder, local or of any fsspec protocol; a remote folder is copied into the cache."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> ShardedCorpus:
@@ -289,10 +296,11 @@ class Shards:
 
 
 class Markov:
-    """Rows of a generated Markov chain of known entropy, below which no correct bound can be.
+    """Rows of a generated Markov chain of known entropy.
 
-    The tokenizer is "alphabet". The rows depend only on the keys of this table and not on the
-    recipe's seed, so that runs with other seeds train on the same data.
+    A mean bound below the entropy is therefore wrong. The tokenizer must be "alphabet". The rows
+    depend only on the keys of [data] and not on the seed of the recipe, so that runs with different
+    seeds train on the same data.
     """
 
     class Config(ComponentConfig):
@@ -320,14 +328,14 @@ class Markov:
         symbols = (config.rows + config.validation) * length
         if symbols > MOST_SYMBOLS:
             raise ArgumentError(
-                f"rows and validation must have at most {MOST_SYMBOLS:,} symbols together, since "
-                f"they are held in memory; got {config.rows} + {config.validation} rows of length "
-                f"{length}, {symbols:,}. Take fewer rows."
+                f"[data] rows and validation must have at most {MOST_SYMBOLS:,} symbols together, "
+                f"since all rows are kept in memory; got {config.rows} + {config.validation} rows "
+                f"of length {length}, which are {symbols:,} symbols. Use fewer rows."
             )
 
     @staticmethod
     def source(config: Config) -> MarkovSource:
-        """Return the chain with exact `entropy_rate` and `row_entropy(length)`, nats per symbol."""
+        """Return the chain, whose `entropy_rate` and `row_entropy(length)` are exact."""
         from ddiff import MarkovSource
 
         return MarkovSource(config.alphabet, peakedness=config.peakedness, seed=config.seed)

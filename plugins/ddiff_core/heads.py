@@ -6,7 +6,10 @@ from ddiff import ComponentConfig, TokenHead, TreeHead, Vocabulary
 
 
 class Tokens:
-    """One logit per token; P(node) sums over its tokens, and every row computes all logits."""
+    """Head with one logit per token; every row computes all logits.
+
+    The probability of a node is the sum over the tokens below the node.
+    """
 
     class Config(ComponentConfig):
         """No keys."""
@@ -17,9 +20,10 @@ class Tokens:
 
 
 class Tied:
-    """One logit per token; P(node) sums over its tokens.
+    """Head with one logit per token; a row computes only the logits of the tokens that it needs.
 
-    A row computes only the logits of the tokens below its query node.
+    The probability of a node is the sum over the tokens below the node. The bound needs the tokens
+    below the node of a row: all tokens at masks, the tokens of one cluster at a cluster.
     """
 
     class Config(ComponentConfig):
@@ -31,9 +35,10 @@ class Tied:
 
 
 class Levelwise:
-    """Logits among siblings at every level of the tree, a hierarchical softmax.
+    """Head with separate logits for the children of every node, a hierarchical softmax.
 
-    A row computes only the logits of the children of its query node.
+    A row computes only the logits of the children of one node, the node whose children the bound
+    compares.
     """
 
     class Config(ComponentConfig):

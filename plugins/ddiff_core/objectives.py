@@ -26,7 +26,7 @@ from ddiff import (
 
 @final
 class Nelbo:
-    """Diffusion objective: the integrand of the NELBO, weighted by [objective] loss."""
+    """Diffusion objective: the NELBO at random times t, weighted by [objective] loss."""
 
     @staticmethod
     def build(
@@ -42,7 +42,7 @@ class Nelbo:
 
 @final
 class Elbo:
-    """The NELBO without reweighting: gradients are unbiased."""
+    """Training loss without reweighting: its gradient is an unbiased gradient of the NELBO."""
 
     @staticmethod
     def build(config: ComponentConfig, *, process: ForwardProcess) -> ElboLoss:
@@ -51,13 +51,13 @@ class Elbo:
 
 @final
 class Clip:
-    """The NELBO with every row's weight clipped to a range."""
+    """Training loss with the weight of every position clipped to a range."""
 
     class Config(ComponentConfig):
         smallest: NonNegativeFloat = 0.0
-        """Smaller weights are raised to this."""
+        """Lower limit: smaller weights are raised to this value."""
         largest: PositiveFloat = 2.0
-        """Larger weights are lowered to this."""
+        """Upper limit: larger weights are lowered to this value."""
 
     @staticmethod
     def build(config: Config, *, process: ForwardProcess) -> ClippedLoss:
@@ -65,7 +65,11 @@ class Clip:
 
 
 class TauConfig(ComponentConfig):
-    """Range of the training times, in tau: the share of the token's information that is lost."""
+    """Range of the training times in tau, the fraction of the information on a token that is lost.
+
+    tau is 0 for clean tokens and 1 if the state carries no information on the token. Equal steps of
+    tau are equally informative, whatever the schedule of the process.
+    """
 
     start: Probability = 1e-3
     """Smallest tau."""
@@ -75,31 +79,34 @@ class TauConfig(ComponentConfig):
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         if not self.start < self.stop:
-            raise ValueError(f"start must be before stop; got {self.start} and {self.stop}")
+            raise ValueError(
+                "start must be before stop, both values of tau; "
+                f"got start = {self.start} and stop = {self.stop}"
+            )
         return self
 
 
 class PairedConfig(TauConfig):
-    """Keys of rules that noise a window of positions behind a clean prefix."""
+    """Keys of time rules that noise a window of positions after a clean prefix."""
 
     paired: bool = True
-    """Train all windows in one pass over [clean; noisy]; if false, one random window per row."""
+    """Train all windows in one pass over [clean; noisy] tokens; false: a random window per row."""
 
 
 class WindowConfig(PairedConfig):
-    """Keys of rules with windows of a chosen width."""
+    """Keys of time rules with windows of a chosen width."""
 
     width: PositiveInt
-    """Positions of a window; earlier positions are clean, later ones are at the prior."""
+    """Number of positions in a window; positions before it are clean, after it at the prior."""
 
 
 @final
 class Flat:
-    """One time per sequence, stratified over the global batch."""
+    """Time rule with one noise time per sequence, stratified over the global batch."""
 
     class Config(TauConfig):
         tokens: PositiveInt = 8
-        """Sequence length for which the draw of times minimizes variance; fewer draw less noise."""
+        """Sequence length for which the times have least variance; smaller means less noise."""
 
     @staticmethod
     def build(config: Config) -> FlatTimes:
@@ -108,9 +115,9 @@ class Flat:
 
 @final
 class Block:
-    """Block diffusion: adjacent windows, each at its own time.
+    """Block diffusion: adjacent windows, each with a separate noise time.
 
-    Blocks are generated in order, so that the model is autoregressive between them.
+    Blocks are generated in order, so that the model is autoregressive between blocks.
     """
 
     Config = WindowConfig
@@ -122,7 +129,10 @@ class Block:
 
 @final
 class Slide:
-    """Window that slides from left to right; times in it rise from its clean to its noisy side."""
+    """Window that slides from left to right.
+
+    Noise times rise within the window, from the clean tokens on the left to the prior on the right.
+    """
 
     Config = WindowConfig
 
@@ -133,7 +143,7 @@ class Slide:
 
 @final
 class Quenched:
-    """Windows of one position, in order: autoregression with any process."""
+    """Windows of one position, from left to right: autoregression with any process."""
 
     Config = PairedConfig
 

@@ -13,9 +13,9 @@ from ddiff import ComponentConfig, JointOptimizer, NonNegativeFloat, PositiveFlo
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Decay rate of a moving average, in [0, 1)."""
 
-# Below 1e-30 eps can round to 0 in float32, and an update with no gradient would be 0/0.
+# Below 1e-30 eps can round to 0 in float32, and the update of a parameter without gradient is 0/0.
 Epsilon = Annotated[float, Field(ge=1e-30, le=1.0)]
-"""Term added to the root of the second moment before the division."""
+"""Positive number added to the square root of the second moment, the denominator of AdamW."""
 
 
 class AdamW:
@@ -29,9 +29,9 @@ class AdamW:
         weight_decay: NonNegativeFloat = 0.01
         """Decoupled weight decay."""
         eps: Epsilon = 1e-8
-        """Term added to the denominator."""
+        """Positive number added to the square root of the second moment, the denominator."""
         decay: Literal["matrices", "all"] = "matrices"
-        """Parameters with weight decay: hidden matrices only, or tables, norms and biases too."""
+        """Parameters with weight decay: hidden matrices only, or all with tables and biases."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> torch.optim.AdamW:
@@ -39,7 +39,7 @@ class AdamW:
 
 
 class Muon:
-    """Muon for hidden matrices, AdamW for tables, norms and biases."""
+    """Muon for hidden matrices and AdamW for tables, norms and biases."""
 
     class Config(ComponentConfig):
         lr: PositiveFloat = 0.02
@@ -53,7 +53,7 @@ class Muon:
         table_betas: tuple[Decay, Decay] = (0.9, 0.98)
         """Decay rates of the first and second moments of AdamW."""
         float32: bool = False
-        """Orthogonalize in float32 instead of bfloat16 on a GPU; any layout gives equal numbers."""
+        """Orthogonalize in float32, not bfloat16, on a GPU: results do not depend on sharding."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> JointOptimizer:

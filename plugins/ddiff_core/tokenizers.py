@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# A limit that catches typing errors: a hundred times the vocabulary of today's models.
+# A limit that detects typing errors: a hundred times the vocabulary of large models.
 MOST_TOKENS = 2**24
 
 
@@ -30,6 +30,7 @@ class BytePair:
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> Tokenizer:
         from ddiff import BytePairTokenizer, fingerprint_texts, load_tokenizer
 
+        # The key is a hash of the texts, so that changed documents train a new tokenizer.
         def train() -> Tokenizer:
             return BytePairTokenizer.train(documents.train["text"], config.size)
 
@@ -64,7 +65,7 @@ class Alphabet:
 
     class Config(ComponentConfig):
         symbols: Annotated[str, Field(min_length=1)] = "auto"
-        """Characters in the order of their ids, such as "ACGT"; "auto" collects the corpus's."""
+        """Characters in the order of their ids, such as "ACGT"; "auto": those of the corpus."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> AlphabetTokenizer:
@@ -72,27 +73,28 @@ class Alphabet:
 
         if config.symbols != "auto":
             return AlphabetTokenizer(config.symbols)
+        # Validation rows count too: a symbol that is missing in training must have an id.
         return AlphabetTokenizer.from_texts(
             text for part in (documents.train, documents.validation) for text in part["text"]
         )
 
     @staticmethod
     def preview(config: Config) -> int | None:
-        """Return the number of tokens if the recipe lists them."""
+        """Return the number of symbols if the recipe lists them, else None."""
         return None if config.symbols == "auto" else len(config.symbols)
 
 
 class Pretrained:
     """Tokenizer of the transformers library, from a directory or the hub.
 
-    Code that the hub repository ships is never run.
+    Code in the repository of the tokenizer is never run.
     """
 
     class Config(ComponentConfig):
         path: str
         """Local directory, or a name on the hub."""
         size: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
-        """Expected number of tokens; lets a dry run work without loading the tokenizer."""
+        """Expected number of tokens, with which a dry run need not load the tokenizer."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> PretrainedTokenizer:
@@ -101,14 +103,15 @@ class Pretrained:
         tokenizer = PretrainedTokenizer.from_pretrained(config.path)
         if config.size not in (None, tokenizer.num_tokens):
             raise DataError(
-                f"size must be the number of tokens of {config.path!r}, {tokenizer.num_tokens}; "
-                f"got {config.size}. Leave it out, or name the tokenizer that has so many."
+                f"[tokenizer] size must be the number of tokens of {config.path!r}, "
+                f"{tokenizer.num_tokens}; got {config.size}. "
+                f"Leave size out, or set path to a tokenizer with {config.size} tokens."
             )
         return tokenizer
 
     @staticmethod
     def preview(config: Config) -> int | None:
-        """Return the number of tokens if the recipe gives it."""
+        """Return the number of tokens if the recipe has `size`, else None."""
         return config.size
 
 

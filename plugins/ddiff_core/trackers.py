@@ -1,4 +1,7 @@
-"""Trackers of the engine as recipe components. `metrics.jsonl` is written with any of them."""
+"""Trackers of the engine as recipe components.
+
+A run writes `metrics.jsonl` with every tracker.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from urllib.parse import urlsplit
 
 from ddiff import ComponentConfig, NoTracker, PluginError, Tracker
 
-MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of wandb.init
+# Modes that wandb.init accepts.
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 class Disabled:
-    """No tracker."""
+    """Disabled tracker: metrics are written to `metrics.jsonl` only."""
 
     class Config(ComponentConfig):
         """No keys."""
@@ -27,20 +31,21 @@ class Disabled:
 
 
 class WeightsAndBiases:
-    """Weights & Biases.
+    """Weights & Biases tracker.
 
-    A resumed run continues under its id, which is stored in the run directory.
+    The run directory stores the wandb id of the run. A resumed run continues under the same id.
     """
 
-    writes = ("wandb", "wandb_id")  # names in the run directory, which --fresh removes
+    # Names in the run directory that --fresh removes.
+    writes = ("wandb", "wandb_id")
 
     class Config(ComponentConfig):
         mode: Literal["auto", "online", "offline", "off"] = "auto"
-        """With "auto": WANDB_MODE if set, else "online" if logged in to wandb, else "off"."""
+        """Mode; "auto" is WANDB_MODE if set, else "online" if logged in to wandb, else "off"."""
         project: str = "ddiff"
-        """Project in wandb."""
+        """Name of the project in wandb."""
         entity: str | None = None
-        """User or team in wandb."""
+        """Name of the user or team in wandb."""
 
     @staticmethod
     def build(config: Config, *, run_dir: str, recipe: Mapping[str, Any]) -> Tracker:
@@ -52,13 +57,16 @@ class WeightsAndBiases:
         if mode not in MODES:
             raise PluginError(
                 f'tracker "wandb": WANDB_MODE must be one of {", ".join(MODES)}; got {mode!r}. '
-                "Unset it, or set [tracker] mode."
+                "Unset WANDB_MODE, or set [tracker] mode."
             )
         return WandbTracker(mode, config.project, config.entity, run_dir, recipe)
 
 
 class WandbTracker:
-    """Tracker of one wandb run. Raises PluginError if wandb cannot start the run."""
+    """Tracker of one wandb run.
+
+    Raises PluginError if wandb cannot start the run.
+    """
 
     def __init__(
         self, mode: str, project: str, entity: str | None, run_dir: str, recipe: Mapping[str, Any]
@@ -91,9 +99,9 @@ class WandbTracker:
 
 
 def has_login() -> bool:
-    """Return whether wandb would find a key in the environment or in the netrc file.
+    """Return whether the environment or the netrc file has a key for wandb.
 
-    wandb itself is not imported, since that takes seconds.
+    The function does not import wandb, since the import takes seconds.
     """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -108,7 +116,7 @@ def has_login() -> bool:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id"
     if not path.exists():
-        # Written aside and renamed, so that a killed process never leaves an empty id.
+        # Written to a temporary file and renamed, so that a killed process leaves no empty id.
         part = path.with_suffix(".part")
         part.write_text(uuid.uuid4().hex[:8])
         part.replace(path)

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from ddiff import Cache, FlatVocabulary, HierarchicalVocabulary, Rows, Tokenizer, Vocabulary
 
 COOCCURRENCE = "cooccurrence"
-COUNTED = 2**26  # tokens of the corpus that are counted: more take long and change little
+# Number of tokens in which co-occurrences are counted: more take long and change little.
+COUNTED = 2**26
 
 
 class Flat:
-    """The tokens and, unless `mask = false`, one mask state."""
+    """Flat vocabulary: the tokens and, unless `mask = false`, one mask state."""
 
     class Config(ComponentConfig):
         mask: bool = True
-        """Add a mask state."""
+        """Add a mask state to the tokens."""
 
     @staticmethod
     def build(
@@ -37,26 +38,27 @@ class Flat:
     def preview(config: Config, *, num_tokens: int | None) -> FlatVocabulary | None:
         from ddiff import FlatVocabulary
 
+        # Without tokenizer there is no fingerprint, and shapes do not depend on the fingerprint.
         return FlatVocabulary(num_tokens, config.mask) if num_tokens else None
 
 
 class Clusters:
-    """Tree of token clusters, by nested k-means of token embeddings.
+    """Tree of token clusters, from nested k-means of token embeddings.
 
-    The centroids are stored with the tree. Special tokens form a separate branch.
+    The vocabulary stores the centroids with the tree. Special tokens form a separate branch.
     """
 
     class Config(ComponentConfig):
         sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=64)] = (64,)
-        """Clusters per level, finest first; the root comes on top: `[512, 32]` is three levels."""
+        """Clusters per level, finest first; `[512, 32]` with the mask is a tree of three levels."""
         source: str = COOCCURRENCE
-        """Embeddings: "cooccurrence" (of the training rows), or a .npy or .safetensors file."""
+        """Token embeddings: "cooccurrence" in the training rows, or a .npy or .safetensors file."""
         model: str | None = None
-        """Transformers model (directory or hub name) with the embeddings, instead of source."""
+        """Transformers model (directory or hub name) with token embeddings; replaces source."""
         width: Annotated[int, Field(gt=0, le=65536)] = 64
         """Dimensions of the co-occurrence embeddings."""
         window: Annotated[int, Field(gt=0, le=1024)] = 4
-        """Largest distance of two tokens that count as co-occurring."""
+        """Largest distance, in tokens, at which two tokens count as co-occurring."""
         min_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
         """Smallest cluster, as a multiple of the mean cluster size."""
         max_share: Annotated[float, Field(ge=1.0, le=1e9)] = 5.0
@@ -68,8 +70,8 @@ class Clusters:
         def _check_one_source(self) -> Clusters.Config:
             if self.model is not None and self.source != COOCCURRENCE:
                 raise ValueError(
-                    f"source and model both name embeddings; got {self.source!r} and "
-                    f"{self.model!r}, keep one"
+                    "only one of source and model may name token embeddings; got source = "
+                    f"{self.source!r} and model = {self.model!r}, leave one out"
                 )
             return self
 
@@ -81,6 +83,7 @@ class Clusters:
 
         if cache is None:
             return cls._cluster(config, tokenizer, rows)
+        # Every input of the clustering is part of the key: an equal key means an equal tree.
         inputs = config.model_dump() | {
             "tokenizer": tokenizer.fingerprint,
             "embeddings": cls._source_fingerprint(config, tokenizer, rows),
@@ -98,9 +101,9 @@ class Clusters:
 
     @staticmethod
     def preview(config: Config, *, num_tokens: int | None) -> HierarchicalVocabulary | None:
-        """Return a tree of the same sizes with evenly divided nodes, for a dry run.
+        """Return a tree of the same sizes whose nodes have equally many children, for a dry run.
 
-        The shapes of model parameters and the memory they need are those of the real tree.
+        Model parameters have the same shapes as with the real tree, and need as much memory.
         """
         import torch
 
@@ -109,13 +112,14 @@ class Clusters:
         if not num_tokens:
             return None
         sizes = (num_tokens, *config.sizes)
-        # The tokens may be as many as the clusters above them; further levels must shrink.
+        # There may be one cluster per token, but each level above must be smaller than the last.
         shrinks = all(above < below for below, above in pairwise(config.sizes))
         if num_tokens < config.sizes[0] or min(sizes) < 1 or not shrinks:
             raise ArgumentError(
-                f"sizes must decrease strictly, from at most the {num_tokens} tokens to at least "
-                f"one cluster; got {list(config.sizes)}."
+                f"[vocabulary] sizes must decrease strictly, from at most {num_tokens}, the number "
+                f"of tokens, to at least 1; got {list(config.sizes)}."
             )
+        # Node i of `below` nodes goes to parent floor(i * above / below): equal contiguous groups.
         parents = [torch.arange(below) * above // below for below, above in pairwise(sizes)]
         return HierarchicalVocabulary([*parents, *_root_level(config.sizes)])
 
@@ -157,23 +161,26 @@ class Clusters:
 
     @classmethod
     def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> str:
-        """Return a fingerprint of what the embeddings are computed from."""
+        """Return a fingerprint of the data that determine the token embeddings.
+
+        The data are the training rows for co-occurrence embeddings, else the embedding matrix.
+        """
         if config.model is None and config.source == COOCCURRENCE:
-            # Counting co-occurrences costs more than hashing the rows; reading a matrix does not.
+            # Hashing the rows is cheaper than counting co-occurrences, which a cached tree avoids.
             return _require_rows(rows).fingerprint
         return hashlib.sha256(cls._embeddings(config, tokenizer, rows).tobytes()).hexdigest()
 
 
 class File:
-    """Tree of token clusters, from token-to-cluster files."""
+    """Tree of token clusters, read from token-to-cluster files."""
 
     class Config(ComponentConfig):
         paths: Annotated[tuple[str, ...], Field(min_length=1)]
-        """.npy, .json or .safetensors: token to cluster, then cluster to coarser cluster, ..."""
+        """Files (.npy, .json, .safetensors): cluster of each token, then of each cluster."""
         extra: NonNegativeInt = 0
-        """Entries at the end of the first file for special tokens that the tokenizer lacks."""
+        """Number of last entries of the first file, for tokens that the tokenizer lacks."""
         mask_token_id: NonNegativeInt | None = None
-        """Token without an entry in the first file."""
+        """Id of a token that has no entry in the first file."""
 
     @staticmethod
     def build(
@@ -195,14 +202,17 @@ class File:
 
 
 def _root_level(sizes: tuple[int, ...]) -> list[list[int]]:
-    """Return a root level for a tree of one cluster, which would itself be taken for the root."""
+    """Return an explicit root level for a tree of one cluster, else no level.
+
+    A single cluster without a level above would become the root, which is the mask.
+    """
     return [[0]] if sizes == (1,) else []
 
 
 def _require_rows(rows: Rows | None) -> Rows:
     if rows is None:
         raise DataError(
-            'Clusters with source = "cooccurrence" are counted in the packed training rows, and '
-            "there are none here. Give a file of embeddings as source, or a model."
+            '[vocabulary] source = "cooccurrence" needs packed training rows; got none. '
+            "Set source to a file of token embeddings, or model to a transformers model."
         )
     return rows

@@ -1,9 +1,9 @@
 """Diffusion transformer (DiT, arXiv 2212.09748) as a backbone.
 
-Pre-norm blocks with adaLN-zero modulation, rotary positions and full attention. One network turns
-times and conditions into a modulation that all blocks share, and every block adds six learned
-vectors (arXiv 2310.00426). A time per position then costs one matrix product per pass instead of
-one per block.
+Pre-norm blocks with adaLN-zero modulation, rotary positions and full attention. One network maps
+times and conditions to a modulation that all blocks share, and every block adds six learned vectors
+(arXiv 2310.00426). With this network a noise time per position costs one matrix product per forward
+pass; with a network per block it would cost one product per block.
 
 Shapes: B sequences, L positions, `width` channels.
 """
@@ -42,16 +42,16 @@ SIZES: dict[str, tuple[int, int]] = {  # width, layers
     "base": (1024, 24),
     "1B": (2048, 24),
 }
-HEAD_WIDTH = 64
-TIME_FEATURES = 64
-TIME_WIDTH = 128
+HEAD_WIDTH = 64  # channels of an attention head by default
+TIME_FEATURES = 64  # cosines and sines of 32 frequencies
+TIME_WIDTH = 128  # width of the embeddings of time and conditions
 ROTARY_BASE = 10_000.0
 
 Layers = Annotated[int, Field(gt=0, le=4096)]
 
 # Shifts, scales and gates, each [B,L or 1,width].
 ModulationVectors = tuple[Tensor, ...]
-# Prepends the cached keys and values of a layer: (k, v) -> (k, v).
+# Prepends the cached keys and values of a layer: (k, v) -> (k, v) of all columns so far.
 ExtendCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -59,16 +59,19 @@ class Condition(ComponentConfig):
     """Condition of a sample or of each position: a label or a vector."""
 
     classes: PositiveInt | None = None
-    """Number of labels."""
+    """Number of labels, for a condition that is a label."""
     width: PositiveInt | None = None
-    """Length of the vector, instead of classes."""
+    """Length of the vector, for a condition that is a vector."""
     dropout: Probability = 0.1
-    """Share of the training samples without the condition; guidance needs it above 0."""
+    """Fraction of training samples without the condition; guidance needs dropout above 0."""
 
     @model_validator(mode="after")
     def _check_one_form(self) -> Condition:
         if (self.classes is None) == (self.width is None):
-            raise ValueError("a condition has either classes (labels) or width (vectors)")
+            raise ValueError(
+                "a condition must have exactly one of classes (labels) and width (vectors); "
+                f"got classes = {self.classes} and width = {self.width}"
+            )
         return self
 
     @property
@@ -80,14 +83,16 @@ class DiT(Backbone):
     """Diffusion transformer: ids [B,L] of any level and times t [B,L] -> hidden states [B,L,width].
 
     With `time=False` the hidden states do not depend on t. Embeddings of conditions are added to
-    that of t; an absent condition (label -1, vector NaN, or not in the context) adds a learned
-    vector. Raises ArgumentError if width is not a multiple of 2 * heads.
+    the embedding of t. An absent condition (label -1, vector NaN, or not in the context) adds a
+    learned vector.
+
+    Raises ArgumentError if width is not a multiple of 2 * heads.
     """
 
     caches = True
 
     class Config(ComponentConfig):
-        """Width and layers come from `size`; explicit numbers override it."""
+        """Settings of the backbone; explicit `width`, `layers` and `heads` override `size`."""
 
         size: Size = "tiny"
         """Width x layers: tiny 512 x 8, small 768 x 12, base 1024 x 24, 1B 2048 x 24."""
@@ -96,30 +101,34 @@ class DiT(Backbone):
         layers: Layers | None = None
         """Number of blocks."""
         heads: PositiveInt | None = None
-        """Attention heads; width / 64 by default."""
+        """Number of attention heads; width / 64 by default."""
         time: bool = True
-        """Condition the network on t."""
+        """Condition the network on the noise time t."""
         dropout: Probability = 0.0
-        """Dropout after attention and MLP."""
+        """Dropout probability after attention and after the MLP."""
         conditions: dict[str, Condition] = Field(default_factory=dict)
         """Conditions of the network by name: labels or vectors."""
 
         @field_validator("conditions")
         @classmethod
         def _check_names(cls, conditions: dict[str, Condition]) -> dict[str, Condition]:
-            # The embedding of a condition is a submodule of that name, which torch restricts.
+            # The embedding of a condition is a submodule with the name of the condition. Torch
+            # refuses names with dots and names of attributes of its modules.
             taken = dir(nn.ModuleDict)
             for name in conditions:
                 if not name or "." in name or name in taken:
                     raise ValueError(
-                        "the name of a condition must have no dots and must not be an attribute "
-                        f"of torch modules; got {name!r}. Rename the field, for example author"
+                        "the name of a condition must not be empty, have dots or be an attribute "
+                        f"of torch modules; got {name!r}. Rename the condition, for example author"
                     )
             return conditions
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> DiT:
-        """Build the backbone of a recipe; rotary positions do not limit the `length`."""
+        """Build the backbone of a recipe.
+
+        `length` is not used, since rotary positions do not limit the length of a sequence.
+        """
         width, layers = SIZES[config.size]
         width = config.width or width
         return cls(
@@ -157,11 +166,13 @@ class DiT(Backbone):
         self.condition_forms = {name: condition.form for name, condition in conditions.items()}
         self.modulation = Modulation(width, time, conditions) if time or conditions else None
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
         self.out_modulation = nn.Parameter(torch.zeros(2, 1, width))
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         self._check_conditions(context)
         x = self.embedding(ids)
+        # Mask, rotation and shared modulation are the same in every block: computed once.
         seen = context.kernel_mask(x, self.head_width)
         positions = context.positions(ids.shape[1], ids.device)
         rotation = Rotation(x, self.head_width, positions)
@@ -173,6 +184,7 @@ class DiT(Backbone):
             if context.cache is not None:
                 extend = partial(context.cache.update, layer)
             x = block(x, shared, rotation, seen, extend)
+        # Vectors 0 to 5 are for the blocks, 6 and 7 for the final norm.
         shift, scale = add_shared(self.out_modulation, None if shared is None else shared[6:])
         return modulate(x, shift, scale)
 
@@ -181,16 +193,16 @@ class DiT(Backbone):
         unknown = sorted(set(context.conditions) - set(known))
         if unknown:
             raise ArgumentError(
-                "DiT: context.conditions must be among those of this backbone, "
+                "DiT: context.conditions must be among the conditions of this backbone, "
                 f"{known or 'none'}; got {unknown}. "
-                "Name them in [denoiser] conditions, or take them out of the batch."
+                "Add these names to [denoiser] conditions, or remove them from the batch."
             )
 
 
 class Block(nn.Module):
     """Transformer block: x + gate * attention(norm(x)), then x + gate * MLP(norm(x)).
 
-    Gates start at zero, so that the block starts as the identity.
+    Gates are zero at initialization, so that the block starts as the identity.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -202,9 +214,10 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
-        # Three dimensions, so that Muon does not take it for a hidden matrix.
+        # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
         self.modulation = nn.Parameter(torch.zeros(6, 1, width))
         for linear in (self.qkv, self.attended, self.up, self.down):
+            # Variance 1 / inputs keeps the scale of normalized activations.
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.up, self.down):
             nn.init.zeros_(linear.bias)
@@ -228,23 +241,24 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Rotation, seen: AttentionMask, extend: ExtendCache | None
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width))
-        # Queries and keys are rotated in one operation; values are not rotated.
+        # Queries and keys are rotated together, in one operation. Values are not rotated.
         qk, v = qkv.split([2, 1], 2)
         q, k = rotation(qk).transpose(1, 3).unbind(2)
         v = v.squeeze(2).transpose(1, 2)
         if extend is not None:
+            # Keys are cached after the rotation: their positions do not change any more.
             k, v = extend(k, v)
         out = attend(q, k, v, seen)  # [B, heads, L, head width]
         return self.attended(out.transpose(1, 2).flatten(2))
 
 
 class Modulation(nn.Module):
-    """Times [B,L] and conditions -> eight vectors [B,L or 1,width].
+    """Modulation network: noise times [B,L] and conditions -> eight vectors [B,L or 1,width].
 
-    Six are shared by all blocks, two are for the final norm. Times are embedded as sines and
-    cosines of 32 frequencies from 1 to 256 radians per unit, followed by an MLP of width 128.
-    Labels are rows of a table, vectors go through a linear map. The sum of the embeddings goes
-    through a matrix that starts at zero.
+    All blocks share the first six vectors; the last two are for the final norm. A noise time is
+    embedded as sines and cosines at 32 frequencies from 1 to 256 radians per unit of t, followed by
+    an MLP of width 128. A label selects a row of a table, a vector is mapped linearly. The sum of
+    the embeddings is multiplied by a matrix that is zero at initialization.
     """
 
     frequencies: Tensor
@@ -263,6 +277,7 @@ class Modulation(nn.Module):
             {name: ConditionEmbedding(name, c) for name, c in conditions.items()}
         )
         self.out = Channels(TIME_WIDTH, 8 * width)
+        # Not persistent: the frequencies are constants and no part of a checkpoint.
         frequencies = 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -274,20 +289,21 @@ class Modulation(nn.Module):
             features.append(self.mlp(self._embed_time(t, dtype)))
         for name, embedding in self.conditions.items():
             features.append(embedding(conditions.get(name), t.shape, dtype))
+        # The sum starts at the first tensor: `sum` would start at the integer 0.
         return self.out(sum(features[1:], features[0])).chunk(8, -1)
 
     def _embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        # At least float32: in bfloat16 an angle of 256 radians is off by half a radian.
+        # At least float32: in bfloat16 an angle of 256 radians has an error of half a radian.
         angle_dtype = torch.promote_types(dtype, torch.float32)
         angle = t.to(angle_dtype).unsqueeze(-1) * self.frequencies
         return torch.cat([angle.cos(), angle.sin()], -1).to(dtype)
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding of a condition, [B,L or 1,128].
+    """Embedding [B,L or 1,128] of one condition.
 
-    A label selects a row of a table, a vector goes through a linear map. An absent condition is a
-    learned vector.
+    A label selects a row of a table, a vector is mapped linearly. An absent condition is embedded
+    as a learned vector.
     """
 
     def __init__(self, name: str, condition: Condition) -> None:
@@ -309,30 +325,33 @@ class ConditionEmbedding(nn.Module):
         else:
             is_present, embedded = self._embed_vector(value, dtype)
         embedded = torch.where(is_present.unsqueeze(-1), embedded, self.absent).to(dtype)
-        # A condition of the whole sample gets a dimension that broadcasts over positions.
+        # A condition of a whole sample is [B,128]; the new dimension broadcasts over positions.
         return embedded if embedded.dim() == 3 else embedded.unsqueeze(1)
 
     def _embed_label(self, value: Tensor) -> tuple[Tensor, Tensor]:
         assert self.table is not None
         classes = self.table.num_embeddings
-        # Only on the CPU: reading the largest label of a GPU would wait for the GPU.
+        # Only on the CPU: on a GPU `int(value.max())` would make the host wait for the GPU.
         if value.device.type == "cpu" and int(value.max()) >= classes:
             raise ArgumentError(
                 f'DiT: a label of the condition "{self.name}" must be below its {classes} classes '
                 f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. "
                 "Labels count from 0; -1 is no label."
             )
+        # Absent labels select row 0, which the caller replaces by the learned vector.
         return value >= 0, self.table(value.clamp(min=0))
 
     def _embed_vector(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert self.matrix is not None
+        # NaN is replaced before the product, else it would reach the gradient of the matrix.
         return ~value.isnan().any(-1), self.matrix(value.nan_to_num(0.0).to(dtype))
 
 
 class Channels(nn.Linear):
     """Linear map to the channels of a modulation, initialized to zero."""
 
-    is_table = True  # AdamW and not Muon: its rows are independent channels
+    # AdamW instead of Muon trains the matrix: its rows are independent channels.
+    is_table = True
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -340,24 +359,26 @@ class Channels(nn.Linear):
 
 
 class Rotation:
-    """Rotary positions (arXiv 2104.09864) for x [B,L,...,w].
+    """Rotary position embedding (arXiv 2104.09864) for x [B,L,...,w] with w channels.
 
-    Channels i and i + w/2 are rotated by the angle position * base^(-2i/w). The product of a
-    rotated query and a rotated key depends only on the difference of their positions, so that
-    packed documents need no separate position numbers.
+    Channels i and i + w/2 are rotated by the angle position * base^(-2i/w), with base 10,000. The
+    product of a rotated query and a rotated key depends only on the difference of their positions.
+    Position numbers therefore need not restart at every packed document.
     """
 
     def __init__(self, x: Tensor, width: int, positions: Tensor) -> None:
-        # At least float32: in bfloat16 an angle of hundreds of radians is off by whole turns.
+        # At least float32: in bfloat16 an angle of 500 radians has an error of up to 1 radian.
         dtype = torch.promote_types(x.dtype, torch.float32)
         pair = torch.arange(0, width, 2, device=x.device, dtype=dtype)
         frequency = torch.exp(pair * (-math.log(ROTARY_BASE) / width))
         angle = positions.to(dtype).unsqueeze(-1) * frequency
-        # Signs of the sine go with `roll` below: (a, b) -> (a cos - b sin, b cos + a sin).
+        # `roll` in __call__ swaps the halves a and b of the channels. With these signs the result
+        # is the rotation (a, b) -> (a cos - b sin, b cos + a sin).
         self.cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)
         self.sin = torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        # Dimensions between positions and channels (q or k, heads) share the angles.
         broadcast = (1,) * (x.dim() - 3)
         shape = (x.shape[1], *broadcast, x.shape[-1])
         cos = self.cos.to(x.dtype).view(shape)
@@ -366,12 +387,12 @@ class Rotation:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift, with a layer norm that has no parameters."""
+    """Return norm(x) * (1 + scale) + shift, where norm is a layer norm without parameters."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
 def add_shared(own: Tensor, shared: ModulationVectors | None) -> ModulationVectors:
-    """Add the shared vectors, if any, to a block's own vectors [n,1,width]."""
+    """Add the shared vectors, if any, to the n vectors [n,1,width] of a block."""
     if shared is None:
         return own.unbind()
     return tuple(vector + common for vector, common in zip(own, shared))

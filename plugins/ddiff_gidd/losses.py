@@ -1,4 +1,7 @@
-"""Training weights of the paper (arXiv 2503.04482). The reported bound never uses them."""
+"""Dynamic training weights of GIDD (arXiv 2503.04482).
+
+The reported bound does not use training weights.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,31 @@ from ddiff import (
 )
 from ddiff_gidd.process import GeneralizedInterpolation
 
-WIDEST = 20.0  # range of ln(alpha/(1 - alpha)), as published
+# Largest absolute value of ln(alpha/(1 - alpha)) in the weights, as published.
+WIDEST = 20.0
 
 
 @final
 class Dynamic(TrainingLoss[ForwardProcess]):
-    """Dynamic weights: 2 at masks, 1 at wrong tokens, b e^(gamma L/2) at the clean token, clipped.
+    """Training loss with the dynamic weights of GIDD, clipped to a range.
 
-    They multiply the mismatch of the bound. With L = -ln(alpha/(1 - alpha)) ("snr") the three
-    weights are 2 t (1 - t) times those of the bound at gamma = 1 and few wrong tokens. The
-    published code as it is has L = 1/(1 + e^t) ("sigmoid"), and the weight at the clean token
-    hardly depends on t. b is `Mixing.per_token`.
+    The weight is 2 at masks, 1 at wrong tokens and b e^(gamma L/2) at the clean token, and
+    multiplies `process.mismatch`. gamma is the exponent of the process and b is
+    `Mixing.per_token`. alpha_t is the probability that a token is clean at time t.
+
+    With `clean = "snr"`, L = -ln(alpha/(1 - alpha)). The three weights are then 2 t (1 - t) times
+    the weights of the bound, for gamma = 1 and few wrong tokens. With `clean = "sigmoid"`, as in
+    the current published code, L = 1/(1 + e^t), and the weight at the clean token hardly depends
+    on t.
     """
 
     class Config(ComponentConfig):
         clean: Literal["snr", "sigmoid"] = "snr"
-        """L at the clean token: "snr" follows the bound, "sigmoid" the published code."""
+        """Weight at the clean token: "snr" as in the bound, "sigmoid" as in the published code."""
         smallest: NonNegativeFloat = 0.0
-        """Smaller weights are raised to this."""
+        """Lower limit: smaller weights are raised to this value."""
         largest: PositiveFloat = 2.0
-        """Larger weights are lowered to this."""
+        """Upper limit: larger weights are lowered to this value."""
 
     def __init__(
         self, clean: Literal["snr", "sigmoid"] = "snr", smallest: float = 0.0, largest: float = 2.0
@@ -60,6 +68,7 @@ class Dynamic(TrainingLoss[ForwardProcess]):
         gidd = _require_gidd(process)
         if self.clean == "snr":
             alpha = gidd.alpha(t)
+            # log1p keeps precision near alpha = 0; the clamp removes infinities at both ends.
             growth = (torch.log1p(-alpha) - alpha.log()).clamp(-WIDEST, WIDEST)
         else:
             growth = torch.sigmoid(-t)
@@ -70,9 +79,10 @@ class Dynamic(TrainingLoss[ForwardProcess]):
     def divergence(
         self, process: ForwardProcess, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, as published.
+        """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, as published.
 
-        q_t-bar is the marginal under the predicted distribution, rho = q_t(z|x)/q_t-bar(z).
+        q_t-bar is the marginal of z_t if x follows the predicted distribution, and
+        rho = q_t(z_t|x)/q_t-bar(z_t).
         """
         return _require_gidd(process).mismatch(prediction, x0, zt, t)
 
@@ -80,7 +90,7 @@ class Dynamic(TrainingLoss[ForwardProcess]):
 def _require_gidd(process: ForwardProcess) -> GeneralizedInterpolation:
     if not isinstance(process, GeneralizedInterpolation):
         raise ArgumentError(
-            '[objective] loss = "dynamic" needs the process gidd, whose mixing defines it; '
-            f'got {type(process).__name__}. Use loss = "elbo" or "clip".'
+            '[objective] loss = "dynamic" needs the process gidd, whose mixing defines the '
+            f'weights; got {type(process).__name__}. Use loss = "elbo" or "clip".'
         )
     return process

@@ -1,7 +1,8 @@
-"""Generalized interpolating diffusion: masking with a hump of uniform noise (arXiv 2503.04482).
+"""Generalized interpolating diffusion: masks and uniform noise (arXiv 2503.04482).
 
-A state is the clean token with probability alpha_t, the mask with c_mask(t) and a token drawn
-uniformly with c_tokens(t). gamma shapes the hump of c_tokens over time.
+At time t a state is the clean token with probability alpha(t), the mask with probability c_mask(t)
+and a uniformly drawn token with probability c_tokens(t). c_tokens is 0 at both ends of time and
+largest in the middle; gamma sets how broad this peak is.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ from ddiff import (
 )
 
 Form = Literal["current", "original"]
-# Largest share of the tokens that may be noise at the earliest time that is evaluated. Training
-# never draws the times before it, at which these tokens change.
+# Largest fraction of the tokens that may be noise at the earliest evaluated time. Training never
+# draws the times before, at which these tokens become noise.
 MOST_AT_ONCE = 0.02
 
 
 class Mixing(Protocol):
-    """Shares of clean token, mask and uniform noise as functions of time."""
+    """Probabilities of clean token, mask and uniform noise as functions of time."""
 
     @property
     def gamma(self) -> float: ...
 
     @property
     def per_token(self) -> float:
-        """b, the height of the hump for one token, which the dynamic training weights use."""
+        """Height b of the peak of uniform noise on one token, for the dynamic training weights."""
 
     def shares(self, t: Tensor) -> Tensor:
-        """Times [r] -> [r,3]: alpha, c_mask and c_tokens, which sum to 1."""
+        """Return alpha, c_mask and c_tokens [r,3] at times t [r]; each row sums to 1."""
 
 
 @final
 @dataclass(frozen=True)
 class CurrentMixing:
-    """Shares (1 - t, t, c)/(1 + c), the published code as it is.
+    """Mixing of the current published code: alpha, c_mask, c_tokens = (1 - t, t, c)/(1 + c).
 
-    c = B (t (1-t))^(gamma/2) with B = 2^gamma p_uniform/(1 - p_uniform), `height`.
+    Here c = B (t (1 - t))^(gamma/2), with B = 2^gamma p_uniform/(1 - p_uniform) as `height`.
     """
 
     p_uniform: float
@@ -73,11 +74,12 @@ class CurrentMixing:
 @final
 @dataclass(frozen=True)
 class OriginalMixing:
-    """Shares (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c), the older published code.
+    """Mixing of the older published code.
 
-    N is the number of tokens, w the time of that code, v = 1 - w and c = b (v w)^(gamma/2). alpha
-    reaches 0 at the w with v^(gamma/2) = b w^(gamma/2), which is t = 1 here:
-    w = t/(1 + b^(2/gamma)).
+    alpha, c_mask, c_tokens = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c), where N
+    is the number of tokens, w the time of the published code, v = 1 - w, c = b (v w)^(gamma/2) and
+    b = `per_token`. alpha reaches 0 at the w with v^(gamma/2) = b w^(gamma/2). That time is t = 1
+    in this class, so that w = t/(1 + b^(2/gamma)).
     """
 
     p_uniform: float
@@ -93,8 +95,8 @@ class OriginalMixing:
     def shares(self, t: Tensor) -> Tensor:
         power = self.gamma / 2
         b = self.per_token
-        # v and w to the power gamma/2, both times (1 + b^(2/gamma))^(gamma/2): the common factor
-        # cancels in the normalization, and the root of alpha at t = 1 stays exact.
+        # left = v^(gamma/2) and gone = w^(gamma/2), both multiplied by (1 + b^(2/gamma))^(gamma/2).
+        # The common factor cancels in the normalization, and alpha is exactly 0 at t = 1.
         left = (1.0 - t + b ** (1.0 / power)) ** power
         gone = t**power
         token = left * (left - b * gone).clamp(min=0.0)
@@ -111,16 +113,16 @@ MIXINGS: dict[Form, type[CurrentMixing] | type[OriginalMixing]] = {
 class GeneralizedInterpolation(ComponentProcess):
     """Process with q_t(.|x) = alpha delta_x + c_mask delta_mask + c_tokens (uniform over tokens).
 
-    The shares come from a `Mixing`. The bound is exact.
+    A `Mixing` defines alpha, c_mask and c_tokens. The density of the bound is exact.
     """
 
     class Config(ComponentConfig):
         p_uniform: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-        """Share of uniform noise at t = 1/2; 0 is masked diffusion."""
+        """Fraction of uniform noise at t = 1/2; 0 is masked diffusion."""
         gamma: Annotated[float, Field(ge=0.3, le=2.0)] = 1.0
-        """Exponent of the hump of uniform noise over time; smaller is broader."""
+        """Exponent of the peak of uniform noise over time; smaller values are broader."""
         form: Form = "current"
-        """Mixing of the published code, or the older one that the code of HDLM uses too."""
+        """Mixing of the "current" published code, or of the "original" code, which HDLM uses."""
 
     def __init__(self, vocabulary: Vocabulary, mixing: Mixing) -> None:
         self.mixing = mixing
@@ -138,14 +140,15 @@ class GeneralizedInterpolation(ComponentProcess):
             )
         mixing = MIXINGS[config.form](config.p_uniform, config.gamma, vocabulary.num_tokens)
         process = cls(vocabulary, mixing)
+        # `interior` moves t = 0 to the earliest time at which rates are evaluated.
         earliest = interior(torch.zeros(1, dtype=torch.float64))
         noisy = 1.0 - float(process.alpha(earliest))
         if noisy > MOST_AT_ONCE:
             raise ArgumentError(
-                f"The process gidd with p_uniform = {config.p_uniform} and gamma = {config.gamma}: "
-                f"{noisy:.0%} of the tokens are noise already at the earliest time that is "
-                "evaluated, t = 1e-12, so that training never draws the times at which they turn "
-                "into noise. Use a larger gamma, or a smaller p_uniform."
+                f"The process gidd with p_uniform = {config.p_uniform} and gamma = {config.gamma} "
+                f"must have at most {MOST_AT_ONCE:.0%} noise at the earliest evaluated time, "
+                f"t = 1e-12; got {noisy:.0%}. Training never draws the times at which these tokens "
+                "become noise. Use a larger gamma, or a smaller p_uniform."
             )
         return process
 

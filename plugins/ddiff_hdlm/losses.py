@@ -1,4 +1,7 @@
-"""Training losses of the published code (arXiv 2510.08632). The reported bound never uses them."""
+"""Training losses of the published code of hierarchical diffusion (arXiv 2510.08632).
+
+The reported bound does not use them.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ def _require_tree(process: ForwardProcess, name: str, levels: int | None = None)
 
 @final
 class Empirical(TrainingLoss[ForwardProcess]):
-    """Fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
+    """Training loss with the fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
 
-    They replace the weight of the bound; the divergence is that of the bound.
+    The fitted weights replace the weights of the bound. The divergence is the one of the bound.
     """
 
     @classmethod
@@ -47,11 +50,14 @@ class Empirical(TrainingLoss[ForwardProcess]):
 
 @final
 class HardTokens(TrainingLoss[ForwardProcess]):
-    """Hard tokens: the clipped weight of the bound times -ln P(token | node), at every level."""
+    """Training loss that predicts the token at every level: clipped weight * -ln P(token | node).
+
+    The bound predicts only the child of the node: at a mask, the cluster and not the token.
+    """
 
     class Config(ComponentConfig):
         largest: NonNegativeFloat = 2.0
-        """Larger weights are lowered to this."""
+        """Upper limit: larger weights are lowered to this value."""
 
     def __init__(self, largest: float) -> None:
         self.largest = largest
@@ -67,4 +73,5 @@ class HardTokens(TrainingLoss[ForwardProcess]):
     def divergence(
         self, process: ForwardProcess, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
+        # The decoding term of the bound is -ln P(token | node) of a node at any level.
         return process.decode_nll(prediction, x0, zt, t)

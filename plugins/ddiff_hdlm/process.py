@@ -1,8 +1,9 @@
 """Hierarchical diffusion (arXiv 2510.08632): tokens become clusters, coarser clusters, the mask.
 
 Levels count from the tokens (0) to the mask (L). pi_l(t) is the probability of level l at time t,
-F_l = pi_l + ... + pi_L that of having reached level l, and the hazard of a level is the rate of
-leaving it for the next one. xi is the probability of moving to the node's own parent.
+and F_l = pi_l + ... + pi_L is the probability of having reached level l. The hazard of a level is
+the rate of leaving the level for the next one. xi is the probability that a node moves to its own
+parent and not to another node of that level.
 """
 
 from __future__ import annotations
@@ -25,34 +26,37 @@ from ddiff import (
     Vocabulary,
 )
 
-# Below 0.3 a position reaches the mask so late that float64 times cannot resolve it, and q_1 is
-# not the prior. Above 20 the probability of a token at late times leaves float64.
+# Below 0.3 too many positions reach the mask at times that float64 does not distinguish from 1.
+# Above 20 the probability of a token at late times is too small for float64.
 Rate = Annotated[float, Field(ge=0.3, le=20.0)]
-# As for Rate; above 10 hardly any position has moved at t = 1/2.
+# The lower limit is that of Rate. Above 10 hardly any position has moved at t = 1/2.
 Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 
 @final
 class HierarchicalDiffusion(TreeProcess):
-    """Tree process with the clock of the paper: hazard gamma/(1-t) of tokens, 1/(1-t) above.
+    """Hierarchical diffusion: a tree process with hazard gamma/(1 - t) of tokens, 1/(1 - t) above.
 
-    With u = 1 - t, pi_0 = u^gamma (alpha of the paper). With two levels the share of clusters is
-    pi_1 = gamma (u - u^gamma)/(gamma - 1) (beta_c), its limit -u ln u at gamma = 1, and pi_2 is
-    the rest (beta_m). `rates` sets the hazard of every level instead, `powers` sets
-    F_l = t^power_l.
+    With u = 1 - t, the probability of a token is pi_0 = u^gamma (alpha of the paper). With two
+    levels above the tokens, the probability of clusters is pi_1 = gamma (u - u^gamma)/(gamma - 1)
+    (beta_c), or the limit -u ln u at gamma = 1, and the probability of the mask is
+    pi_2 = 1 - pi_0 - pi_1 (beta_m).
+
+    `rates` replaces the hazards: level l is left at the rate rates_l/(1 - t). `powers` sets the
+    probabilities F_l = t^powers_l instead of hazards.
     """
 
     class Config(ComponentConfig):
         gamma: Rate | None = None
-        """Hazard of leaving the tokens, relative to the levels above; 1 by default."""
+        """Rate of leaving the tokens, relative to the rate of the levels above; 1 by default."""
         rates: Annotated[tuple[Rate, ...], Field(min_length=2)] | None = None
-        """One hazard per level, from the tokens up; replaces gamma."""
+        """One rate per level, from the tokens up; the level is left at rate/(1 - t)."""
         powers: tuple[Power, ...] | None = None
-        """One power per level: level l is reached by t with probability t^power; replaces gamma."""
+        """One power per level: the level is reached by time t with probability t^power."""
         xi: Share | tuple[Share, ...] = 1.0
-        """Probability of moving to the node's own parent: one number, or one per level."""
+        """Probability that a node moves to its own parent: one number, or one per level."""
         decoding: Literal["bayes", "within", "between", "free"] = "bayes"
-        """Rule by which a reverse step draws below a node if xi < 1; "bayes" is exact."""
+        """Rule for the reverse draw below a node if xi < 1; "bayes" is the exact posterior."""
 
         @model_validator(mode="after")
         def _check_one_clock(self) -> HierarchicalDiffusion.Config:
@@ -60,7 +64,8 @@ class HierarchicalDiffusion(TreeProcess):
             given = [name for name, value in clocks.items() if value is not None]
             if len(given) > 1:
                 raise ValueError(
-                    f"only one of gamma, rates and powers may be given; got {' and '.join(given)}"
+                    "only one of gamma, rates and powers may be given, since each defines the "
+                    f"rates; got {' and '.join(given)}"
                 )
             return self
 
@@ -87,13 +92,14 @@ class HierarchicalDiffusion(TreeProcess):
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
         two = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
+        # Clusters of unequal size, and tokens that are not sorted by cluster.
         three = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
         settings: list[tuple[HierarchicalVocabulary, dict[str, object]]] = [
             (two, {"gamma": 0.5}),
             (two, {"gamma": 1.0}),
             (two, {"gamma": 2.0, "xi": 0.9}),
             (two, {"gamma": 1.0, "xi": 0.8}),
-            # Nearly equal rates, for which partial fractions would cancel.
+            # Nearly equal rates: a formula with differences of rates would lose all digits.
             (three, {"rates": (1.0, 1.0001, 0.7), "xi": (0.8, 0.9)}),
             (three, {"powers": (0.8, 1.5, 3.0)}),
         ]

@@ -1,7 +1,7 @@
 """Encoders and decoders of the transformers library as backbones.
 
-The model contributes its stack of layers. Embeddings have a row per state of the vocabulary, and
-the attention mask is that of the denoiser.
+The backbone uses the layers of the model. The embedding is replaced by a table with one row per
+state of the vocabulary, and the attention mask comes from the denoiser.
 """
 
 from __future__ import annotations
@@ -31,31 +31,33 @@ if TYPE_CHECKING:
 
 @final
 class PretrainedBackbone(Backbone):
-    """Pretrained model: ids [B,L] of any level -> last hidden states [B,L,width].
+    """Pretrained backbone: ids [B,L] of any level -> last hidden states [B,L,width].
 
-    Times are not used. The denoiser's mask replaces the model's own mask, a decoder's causal mask
-    included, so that by default every position attends to every position. Tokens keep the model's
-    first V embeddings, nodes start as the mean of the embeddings of their tokens. Raises
-    ArgumentError for models without these parts.
+    Noise times are not used. The attention mask of the denoiser replaces the mask of the model, a
+    causal mask included. By default every position therefore attends to every position. The V
+    tokens keep the first V embeddings of the model, and a node starts as the mean of the embeddings
+    of its tokens.
+
+    Raises ArgumentError if the model has too few positions or embeddings.
     """
 
     reads_time = False
 
     class Config(ComponentConfig):
-        """Model and the parts of it that are used."""
+        """Settings of the backbone: a model by `path`, or a new one by `architecture`."""
 
         path: str | None = None
-        """Local directory, or a name on the hub."""
+        """Local directory with the model, or its name on the hub."""
         pretrained: bool = True
-        """Load the pretrained weights; if false, only the architecture with random weights."""
+        """Load the pretrained weights; false: the architecture of the model with random weights."""
         architecture: str | None = None
-        """Instead of path: a model type, such as "bert" or "llama", with random weights."""
+        """Model type such as "bert" or "llama", with random weights; replaces path."""
         settings: dict[str, int | float | bool | str] = Field(default_factory=dict)
-        """Configuration of that architecture: `hidden_size`, `num_hidden_layers`, ..."""
+        """Configuration of the architecture: `hidden_size`, `num_hidden_layers`, ..."""
         bidirectional: bool = True
-        """Every position attends to every position; false keeps a decoder causal."""
+        """Let every position attend to every position; false keeps a decoder causal."""
         mask_token: NonNegativeInt | None = None
-        """Token id whose embedding the mask starts from; by default the mean of the tokens."""
+        """Token id whose embedding initializes the mask; by default the mean of all tokens."""
 
         @model_validator(mode="after")
         def _check_one_model(self) -> Self:
@@ -63,7 +65,9 @@ class PretrainedBackbone(Backbone):
             settings_of_path = self.settings and self.architecture is None
             if both_or_none or settings_of_path:
                 raise ValueError(
-                    "name either a path or an architecture; only an architecture takes settings"
+                    "exactly one of path and architecture must be given, and settings only with "
+                    f"an architecture; got path = {self.path!r}, architecture = "
+                    f"{self.architecture!r} and {len(self.settings)} settings"
                 )
             return self
 
@@ -90,13 +94,15 @@ class PretrainedBackbone(Backbone):
         self.bidirectional = bidirectional
         self.width: int = model.config.hidden_size
         self.first_position = _find_first_position(model)
+        # RoBERTa's family reserves the first rows of the position table for padding.
         table_size = getattr(model.config, "max_position_embeddings", None)
         if table_size is not None and length > table_size - self.first_position:
             raise ArgumentError(
-                f"PretrainedBackbone: {type(model).__name__} has "
-                f"{table_size - self.first_position} positions; got rows of {length} tokens. "
-                "Set [data] length to at most that."
+                f"PretrainedBackbone: [data] length must be at most "
+                f"{table_size - self.first_position}, the positions of {type(model).__name__}; "
+                f"got {length}. Use shorter rows or another model."
             )
+        # Models differ in the arguments that they accept; unknown arguments would be an error.
         parameters = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.takes_cache = "use_cache" in parameters
@@ -107,18 +113,20 @@ class PretrainedBackbone(Backbone):
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         if context.conditions:
             raise ArgumentError(
-                "PretrainedBackbone: this backbone takes no conditions; "
-                f"got {sorted(context.conditions)}. "
-                'Take the backbone "dit", or leave them out of the batch.'
+                "PretrainedBackbone: context.conditions must be empty, since this backbone has no "
+                f"conditions; got {sorted(context.conditions)}. "
+                'Use the backbone "dit", or remove the conditions from the batch.'
             )
         options: dict[str, Any] = {"use_cache": False} if self.takes_cache else {}
         positions = context.positions(ids.shape[1], ids.device)
         if self.takes_positions:
+            # A clean and a noisy token of one position have the same number.
             options["position_ids"] = (positions + self.first_position).expand(ids.shape)
         elif context.layout is not None and context.layout.noisy is not None:
             raise ArgumentError(
-                f"PretrainedBackbone: {type(self.model).__name__} numbers its positions itself, so "
-                "that a clean and a noisy token cannot share one. "
+                f"PretrainedBackbone: paired windows need a model that takes position_ids; "
+                f"{type(self.model).__name__} numbers its positions itself, so that the clean and "
+                "the noisy token of a position would get different numbers. "
                 "Set [objective] times.paired = false."
             )
         mask = self._make_mask(ids, positions, context)
@@ -126,14 +134,14 @@ class PretrainedBackbone(Backbone):
 
     @property
     def table(self) -> StateEmbedding:
-        """Embeddings of all states, which the model holds."""
+        """Embedding table of all states, a submodule of the model."""
         embedding: Any = self.model.get_input_embeddings()
         return embedding
 
     def _make_mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Return the additive attention mask [B,1,L,L]: 0 where a position is attended to.
+        """Return the additive attention mask [B,1,L,L]: 0 at visible positions, else very negative.
 
-        It is never None, since a decoder would then apply its causal mask.
+        The result is never None, since a decoder without a mask would apply its causal mask.
         """
         visible = context.attention_mask()
         length = ids.shape[1]
@@ -151,14 +159,15 @@ class PretrainedBackbone(Backbone):
 def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
     """Load the model of a directory or hub name without its output layer, in float32.
 
-    Code that the model ships is never run. Raises DataError if there is no model, ArgumentError
-    for an encoder-decoder.
+    Code in the repository of the model is never run.
+
+    Raises DataError if there is no model, and ArgumentError if the model is an encoder-decoder.
     """
     from transformers import AutoConfig, AutoModel  # takes seconds to import
 
     config = load_pretrained(AutoConfig.from_pretrained, path, "model")
     _check_one_stack(config)
-    # On the meta device only shapes are needed, and the library refuses to load weights there.
+    # On the meta device only shapes are needed, and the library refuses to load weights onto it.
     on_meta = torch.get_default_device().type == "meta"
     if pretrained and not on_meta:
         return load_pretrained(AutoModel.from_pretrained, path, "model", dtype=torch.float32)
@@ -171,9 +180,9 @@ def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
 
 
 def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Build a model of one of the library's types with random weights.
+    """Build a model of a type of the transformers library, with random weights.
 
-    Raises ArgumentError if the library has no such type.
+    Raises ArgumentError if the library has no such type or the type has no such setting.
     """
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -181,16 +190,16 @@ def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedMode
     if architecture not in MODEL_MAPPING_NAMES:
         raise ArgumentError(
             "PretrainedBackbone: architecture must be a model type of the transformers library; "
-            f'got "{architecture}". Some are bert, roberta, modernbert, gpt2, llama, qwen3.'
+            f'got "{architecture}". Use e.g. bert, roberta, modernbert, gpt2, llama or qwen3.'
         )
     config = AutoConfig.for_model(architecture, **settings)
-    # A configuration accepts any keyword, so that misspelt keys must be found here.
+    # The library accepts any keyword without an error, so that misspelt keys are found here.
     known = set(type(config)().to_dict()) | set(config.attribute_map)
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ArgumentError(
             f"PretrainedBackbone: settings must be keys of {type(config).__name__}; "
-            f"it knows no {', '.join(unknown)}."
+            f"got the unknown keys {', '.join(unknown)}. Correct or remove them."
         )
     _check_one_stack(config)
     return AutoModel.from_config(config, dtype=torch.float32)
@@ -199,31 +208,33 @@ def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedMode
 def _check_one_stack(config: Any) -> None:
     if config.is_encoder_decoder:
         raise ArgumentError(
-            "PretrainedBackbone: the model must be one stack, an encoder or a decoder; "
-            f"a {config.model_type} is both. Take e.g. a BERT, GPT-2 or Llama."
+            "PretrainedBackbone: the model must be an encoder or a decoder; got the "
+            f"encoder-decoder {config.model_type}. Use e.g. a BERT, GPT-2 or Llama."
         )
 
 
 def _make_embedding(
     model: PreTrainedModel, vocabulary: Vocabulary, mask_token: int | None, pretrained: bool
 ) -> StateEmbedding:
-    """Return an embedding with a row per state that starts from the model's own embedding."""
+    """Return an embedding with one row per state, initialized from the embedding of the model."""
     table: Any = model.get_input_embeddings()
     weight: Tensor = table.weight.detach()
     if mask_token is not None and (mask_token >= len(weight) or vocabulary.mask_id is None):
         raise ArgumentError(
-            f"PretrainedBackbone: mask_token must be one of the model's {len(weight)} embeddings, "
-            f"for a vocabulary with a mask; got {mask_token} for {vocabulary}."
+            f"PretrainedBackbone: mask_token must be below {len(weight)}, the number of embeddings "
+            f"of the model, and the vocabulary must have a mask; got {mask_token} and {vocabulary}."
+            " Use the id of the model's mask token, or leave mask_token out."
         )
     embedding = StateEmbedding(vocabulary, weight.shape[1])
     if not pretrained:
         return embedding
     if len(weight) < vocabulary.num_tokens:
         raise ArgumentError(
-            f"PretrainedBackbone: the model has embeddings of {len(weight)} tokens; got a "
-            f"vocabulary of {vocabulary.num_tokens} tokens. Use the model's tokenizer, "
+            f"PretrainedBackbone: the vocabulary must have at most {len(weight)} tokens, the "
+            f"embeddings of the model; got {vocabulary.num_tokens}. Use the model's tokenizer, "
             '[tokenizer] kind = "pretrained" with the same path, or pretrained = false.'
         )
+    # Models may have more rows than tokens, for example padded to a multiple of 64.
     embedding.start_from_tokens(weight[: vocabulary.num_tokens])
     if mask_token is not None:
         with torch.no_grad():
@@ -232,7 +243,7 @@ def _make_embedding(
 
 
 def _find_first_position(model: PreTrainedModel) -> int:
-    """Return the number of the first position: one past the padding id for RoBERTa's family."""
+    """Return the number of the first position: padding id + 1 for RoBERTa's family, else 0."""
     table = dict(model.named_modules()).get("embeddings.position_embeddings")
     if isinstance(table, nn.Embedding) and table.padding_idx is not None:
         return int(table.padding_idx) + 1

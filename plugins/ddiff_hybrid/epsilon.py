@@ -56,8 +56,8 @@ class EpsilonHybrid(ComponentProcess):
         def _check_power(self) -> EpsilonHybrid.Config:
             if (self.power is not None) != (self.schedule == "power"):
                 raise ValueError(
-                    'power and schedule = "power" need each other; '
-                    f'got schedule = "{self.schedule}", power = {self.power}'
+                    'power must be given if and only if schedule = "power"; '
+                    f'got schedule = "{self.schedule}" and power = {self.power}'
                 )
             return self
 

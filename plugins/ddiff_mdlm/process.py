@@ -23,8 +23,8 @@ from ddiff import (
     Vocabulary,
 )
 
-# Below 0.3 tokens are masked before the earliest time that is evaluated (1e-12); above 10 hardly
-# any token is masked at t = 1/2.
+# Below 0.3 too many tokens are masked before the earliest evaluated time, t = 1e-12. Above 10
+# hardly any token is masked at t = 1/2.
 Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 
@@ -32,21 +32,22 @@ Power = Annotated[float, Field(ge=0.3, le=10.0)]
 class MaskedDiffusion(TreeProcess):
     """Masked diffusion process, q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask.
 
-    The density of the bound is (-alpha'/(1 - alpha)) (-ln p(x)) at masks and 0 at tokens.
+    The density of the bound is (-alpha'/(1 - alpha)) (-ln p(x)) at masks and 0 at tokens, where p
+    is the predicted distribution of the clean token x.
     """
 
     class Config(ComponentConfig):
         schedule: Literal["linear", "cosine", "power"] = "linear"
-        """alpha, the unmasked share: 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
+        """Unmasked fraction of the tokens: 1 - t, 1 - sin(pi t / 2) or 1 - t^power."""
         power: Power | None = None
-        """Exponent of the power schedule, which requires it."""
+        """Exponent of the power schedule, required for this schedule and only for it."""
 
         @model_validator(mode="after")
         def _check_power(self) -> MaskedDiffusion.Config:
             if (self.power is not None) != (self.schedule == "power"):
                 raise ValueError(
-                    'power and schedule = "power" need each other; '
-                    f'got schedule = "{self.schedule}", power = {self.power}'
+                    'power must be given if and only if schedule = "power"; '
+                    f'got schedule = "{self.schedule}" and power = {self.power}'
                 )
             return self
 

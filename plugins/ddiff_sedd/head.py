@@ -1,8 +1,8 @@
-"""Score head: ratios of probabilities of all states to the current state (arXiv 2310.16834).
+"""Score head: probability ratios of all states to the current state (arXiv 2310.16834).
 
-The score of z_t is s(y) = q_t-bar(y)/q_t-bar(z_t) for every state y, where q_t-bar is the
-distribution of the position's state given the other positions. sigma is the total noise of the
-process, V the number of tokens.
+The score at z_t is s(y) = q_t-bar(y)/q_t-bar(z_t) for every state y. q_t-bar is the distribution
+of the state of a position at time t, given the other positions. sigma is the total noise of the
+process up to t, and V the number of tokens.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ HeadCallback = Callable[[Any, Tensor], Any]
 
 @final
 class RatioDistribution(SubtreeDistribution):
-    """Log-ratios `raw` [r,S] before scaling, with the token distribution softmax(raw).
+    """Distribution softmax(raw) over the V tokens, from unscaled log-ratios `raw` [r,S].
 
-    The softmax is over the tokens: ratios between tokens do not depend on the mask's noise.
+    S is the number of states. Only ratios between tokens enter, which do not depend on the noise
+    of the mask.
     """
 
     def __init__(self, raw: Tensor, vocabulary: Vocabulary) -> None:
@@ -49,27 +50,28 @@ class RatioDistribution(SubtreeDistribution):
 @final
 @dataclass(frozen=True)
 class Ratios:
-    """Score parameterization: log s(y) = raw(y), and 0 at y = z_t.
+    """Score parameterization: log s(y) = raw(y), and 0 at the current state y = z_t.
 
-    If scaled, ln V + ln(e^sigma - 1) is subtracted at masks, so that raw = ln p + ln V gives the
-    score p/(e^sigma - 1) of a predicted distribution p.
+    `raw` is the head output. If `scaled`, ln V + ln(e^sigma - 1) is subtracted at masks, so that
+    raw = ln p + ln V gives the score p/(e^sigma - 1) of a predicted distribution p.
     """
 
     scaled: bool
     predicts: ClassVar[Literal["score"]] = "score"
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
-        """[k] ln(V (e^sigma - 1)) at masks, 0 elsewhere.
+        """Return ln(V (e^sigma - 1)) [k] at masks, 0 at tokens.
 
-        e^sigma - 1 is the probability of the mask over that of all tokens together. It is taken
-        from the marginal, so that it holds for any process with a mask.
+        e^sigma - 1 is the probability of the mask divided by the probability of all tokens
+        together. The ratio is computed from the marginal, so that the scale is right for any
+        process with a mask.
         """
         scale = torch.zeros_like(t)
         masked = ((zt == process.vocabulary.root) & self.scaled).nonzero().squeeze(-1)
         if len(masked) == 0:
             return scale
         num_tokens = process.vocabulary.num_tokens
-        # Rows share few times, and a marginal has S entries: compute one per distinct time.
+        # Many rows have the same time, and a marginal has S entries: one per distinct time.
         distinct, place = t[masked].clamp(max=LATEST).unique(return_inverse=True)
         zeros = torch.zeros(len(distinct), num_tokens, dtype=t.dtype, device=t.device)
         log_uniform = zeros.log_softmax(-1)
@@ -83,6 +85,7 @@ class Ratios:
     def wrap_callback(
         self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
     ) -> HeadCallback:
+        # The callback `fn` gets a Score in place of the raw output of the head.
         def question(dist: RatioDistribution, idx: Tensor) -> Any:
             own = zt[idx].unsqueeze(-1)
             log_ratio = dist.raw - prepared[idx].to(dist.raw.dtype).unsqueeze(-1)
@@ -96,17 +99,17 @@ class Ratios:
 
 @final
 class ScoreHead(Head):
-    """Score head: one logit per state, the log-ratio to the current state.
+    """Score head with one logit per state, the log-ratio to the current state (see `Ratios`).
 
-    Scaled, its first prediction is the exact score of the unigram distribution; unscaled, every
-    ratio starts at 1. `Ratios` is its parameterization.
+    A scaled head starts at the score of the uniform distribution, and after `start_from_counts` at
+    the score of the unigram distribution. An unscaled head starts with all ratios equal to 1.
     """
 
     parameterization: Ratios
 
     class Config(ComponentConfig):
         scaled: bool | None = None
-        """Divide ratios to the mask by V (e^sigma - 1); by default if the vocabulary has a mask."""
+        """Divide ratios at masks by V (e^sigma - 1); by default if the vocabulary has a mask."""
 
     def __init__(self, vocabulary: Vocabulary, width: int, scaled: bool) -> None:
         if vocabulary.num_levels > 1:
@@ -117,8 +120,8 @@ class ScoreHead(Head):
             )
         if scaled and vocabulary.mask_id is None:
             raise ArgumentError(
-                "The head score scales ratios to the mask, and this vocabulary has no mask: "
-                "leave scaled out."
+                "The head score with scaled = true needs a vocabulary with a mask; "
+                f"got {vocabulary}. Leave scaled out."
             )
         super().__init__(vocabulary, width, vocabulary.num_states)
         self.parameterization = Ratios(scaled)
@@ -138,6 +141,7 @@ class ScoreHead(Head):
     def start_from_counts(self, counts: Tensor) -> None:
         """Set the biases so that exp(bias)/V is the unigram distribution; only if scaled."""
         if self.parameterization.scaled:
+            # One is added to every count, so that unseen tokens have finite biases.
             share = counts.double().add(1)
             tokens = (share / share.mean()).log()
             self.bias[: len(tokens)] = tokens.to(self.bias)

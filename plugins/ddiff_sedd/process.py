@@ -1,6 +1,6 @@
 """Score entropy diffusion: tokens are masked, or replaced by uniform tokens (arXiv 2310.16834).
 
-sigma(t) is the total noise up to t; a token has not been touched by t with probability
+sigma(t) is the total noise up to time t. A token has no noise event until t with probability
 alpha = e^-sigma.
 """
 
@@ -25,7 +25,7 @@ from ddiff import (
 )
 
 Floor = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Outside these ranges alpha rounds to 1 at t = 0, or to 0 long before t = 1.
+# Below 1e-12 alpha would round to 1 at t = 0. Above 100 alpha would be 0 long before t = 1.
 LeastSigma = Annotated[float, Field(ge=1e-12, le=1.0)]
 MostSigma = Annotated[float, Field(gt=0.0, le=100.0)]
 PUBLISHED_FLOOR = 1e-3
@@ -36,20 +36,20 @@ PUBLISHED_SIGMA_MAX = 20.0
 class ScoreEntropyDiffusion:
     """Process with q_t(.|x) = e^-sigma delta_x + (1 - e^-sigma) target.
 
-    The target is the mask or the uniform distribution of tokens.
+    The target is the mask or the uniform distribution over the tokens.
     """
 
     class Config(ComponentConfig):
         graph: Literal["absorb", "uniform"] = "absorb"
-        """Noise: the mask, or a uniform token (the vocabulary then needs mask = false)."""
+        """Target of the noise: the mask, or a uniform token ([vocabulary] mask = false)."""
         noise: Literal["loglinear", "geometric"] = "loglinear"
         """Schedule: e^-sigma = 1 - (1 - floor) t, or sigma = sigma_min^(1-t) sigma_max^t."""
         floor: Floor | None = None
-        """Log-linear noise: share of untouched tokens at t = 1; 0.001 by default."""
+        """For log-linear noise: e^-sigma at t = 1; 0.001 by default."""
         sigma_min: LeastSigma | None = None
-        """Geometric noise: total noise at t = 0; 0.0001 by default."""
+        """For geometric noise: sigma at t = 0; 0.0001 by default."""
         sigma_max: MostSigma | None = None
-        """Geometric noise: total noise at t = 1; 20 by default."""
+        """For geometric noise: sigma at t = 1; 20 by default."""
 
         @model_validator(mode="after")
         def _check_keys_of_noise(self) -> ScoreEntropyDiffusion.Config:
@@ -57,6 +57,7 @@ class ScoreEntropyDiffusion:
                 foreign = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
             else:
                 foreign = {"floor": self.floor}
+            # The defaults are None, so that a key of the other schedule is noticed.
             given = [name for name, value in foreign.items() if value is not None]
             if given:
                 raise ValueError(f'noise = "{self.noise}" takes no {" and no ".join(given)}')
@@ -65,6 +66,7 @@ class ScoreEntropyDiffusion:
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> MixtureProcess:
         masked = config.graph == "absorb"
+        # Levels above the tokens: one (the mask) or none.
         if vocabulary.num_levels != int(masked):
             raise ArgumentError(
                 f'The process sedd with graph = "{config.graph}" needs tokens '

@@ -210,7 +210,7 @@ def test_ar_refuses_parts_that_are_not_autoregressive() -> None:
     with pytest.raises(ArgumentError, match="must have a mask"):
         AutoregressiveObjective(Denoiser(backbone, TokenHead(bare, 8), inputs="previous"))
     process = ddiff.MixtureProcess(bare, ddiff.LinearSchedule(), torch.full((3,), 1 / 3))
-    with pytest.raises(ArgumentError, match="trained without a process"):
+    with pytest.raises(ArgumentError, match="be trained without a process"):
         LeftToRightSampler(TREE).check_supported(process, "distribution")
 
 

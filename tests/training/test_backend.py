@@ -28,7 +28,7 @@ def test_resolve_device_refuses_unusable_devices(device: str, reason: str) -> No
 
 
 def test_single_backend_refuses_more_than_one_process() -> None:
-    with pytest.raises(ArgumentError, match='kind "single" runs one process; got processes = 2'):
+    with pytest.raises(ArgumentError, match='kind = "single" runs one process; got processes = 2'):
         Single.build(ComponentConfig(), device="cpu", processes=2)
 
 
