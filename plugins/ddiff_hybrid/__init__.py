@@ -1,4 +1,7 @@
-"""Masks combined with uniform noise: epsilon-hybrid and gamma-hybrid (arXiv 2504.06416)."""
+"""Masks combined with uniform noise: the processes epsilon-hybrid and gamma-hybrid.
+
+Source: arXiv 2504.06416.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Epsilon-hybrid: some tokens are replaced at t = 0, then all are masked (arXiv 2504.06416).
 
-epsilon is the share of tokens that are replaced by a uniform token ("shuffled"). p = 1 - alpha_t is
-the share of masks at time t.
+epsilon is the probability that a token is replaced by a uniform token ("shuffled") at t = 0.
+p = 1 - alpha_t is the probability of a mask at time t, with alpha_t of the schedule.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ddiff import (
 
 # At 1 every token is replaced and nothing can be learned.
 Shuffled = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Below 0.3 tokens are masked before the earliest time that is evaluated (1e-12); above 20 none is
-# masked at t = 1/2.
+# Below 0.3 too many tokens are masked before the earliest evaluated time, t = 1e-12. Above 20
+# no token is masked at t = 1/2.
 Power = Annotated[float, Field(ge=0.3, le=20.0)]
 
 
@@ -39,18 +39,19 @@ Power = Annotated[float, Field(ge=0.3, le=20.0)]
 class EpsilonHybrid(ComponentProcess):
     """Process with q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask.
 
-    The chain shuffles at t = 0 and only masks afterwards. The density is that of masked diffusion
-    for the shuffled token. Only the last draw undoes the shuffling, and its term -ln P(x | z)
-    belongs to the bound.
+    The chain shuffles tokens at t = 0 and only masks tokens afterwards. The density of the bound is
+    the density of masked diffusion, with the shuffled token in place of the clean token. The final
+    sampling step (decoding) reverses the shuffling, and the decoding term -ln P(x | z) of the
+    bound scores this step.
     """
 
     class Config(ComponentConfig):
         epsilon: Shuffled = 0.01
-        """Share of tokens replaced by a uniform token (possibly the same one), in [0, 1)."""
+        """Fraction of tokens that are replaced by a uniform token, possibly the same, in [0, 1)."""
         schedule: Literal["linear", "cosine", "power"] = "linear"
-        """Unmasked share: 1 - t; 1 - sin(pi t / 2); 1 - t^power."""
+        """Unmasked fraction of the tokens: 1 - t, 1 - sin(pi t / 2) or 1 - t^power."""
         power: Power | None = None
-        """Exponent of the power schedule, which requires it."""
+        """Exponent of the power schedule, required for this schedule and only for it."""
 
         @model_validator(mode="after")
         def _check_power(self) -> EpsilonHybrid.Config:
@@ -65,8 +66,8 @@ class EpsilonHybrid(ComponentProcess):
         require_tokens_and_mask(vocabulary, "hybrid_epsilon")
         if not 0.0 <= epsilon < 1.0:
             raise ArgumentError(
-                "EpsilonHybrid: epsilon must be in [0, 1), the share that is shuffled; "
-                f"got {epsilon}."
+                "EpsilonHybrid: epsilon must be in [0, 1), since epsilon is the fraction of tokens "
+                f"that are replaced by uniform tokens; got {epsilon}."
             )
         self.schedule = schedule
         self.epsilon = epsilon
@@ -97,7 +98,10 @@ class EpsilonHybrid(ComponentProcess):
         return torch.stack([self.epsilon * d_alpha, -d_alpha], -1)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """At tokens only the last draw trains the prediction, and only if epsilon > 0."""
+        """Return TrainedPart.ALL at masks, and at tokens if epsilon > 0.
+
+        At tokens only the decoding term trains the prediction.
+        """
         at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
         return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))
 

@@ -1,13 +1,13 @@
 """Gamma-hybrid: tokens are redrawn at one rate and masked at another (arXiv 2504.06416).
 
-The generator is Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ]. Both parts commute, so
-that two independent clocks describe the chain:
+The generator is Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ]. The two generators
+commute, so that two independent clocks describe the chain:
 
-    A_t = e^{-(1 - gamma) sigma}    probability that a position is not masked by t
-    B_t = e^{-gamma sigma}          probability that its token was never redrawn by t
+    A_t = e^{-(1 - gamma) sigma}    probability that a position is not masked until t
+    B_t = e^{-gamma sigma}          probability that the token was not redrawn until t
 
-The token, whether visible or under the mask, follows uniform diffusion with alpha = B. With V
-tokens, x the clean token and p a distribution of it,
+Without masks, tokens would follow uniform diffusion with alpha = B; the mask hides such a token.
+With V tokens, the clean token x, the state z and a predicted distribution p of x:
 
     r_t(y|x) = B_t 1[y = x] + (1 - B_t)/V
     r_t(y|p) = B_t p(y) + (1 - B_t)/V
@@ -19,8 +19,8 @@ tokens, x the clean token and p a distribution of it,
     reverse step    a mask stays with probability (1 - A_s)/(1 - A_t), else becomes y ~ r_s(.|p);
                     tokens move as in uniform diffusion
 
-The marginals are those of an interpolating process, but rates and transitions are not: no state is
-reached from a mask.
+The marginals are those of an interpolating process, but rates and transitions are not: in the
+forward process a mask never changes.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from ddiff import (
 from .epsilon import require_tokens_and_mask
 from .kernel import RedrawKernel
 
-# Above this gamma redrawing is over 19 times as fast as masking, and B_t leaves float64 before the
-# last token is masked.
+# Above this gamma redrawing is over 19 times as fast as masking, and B_t is too small for float64
+# before the last token is masked.
 MAX_GAMMA = 0.95
 # Smallest masking rate in units of 1/(1 - t). At 0.3 one token in 4000 is still visible at the
-# last time that float64 distinguishes from 1; at smaller rates too many are.
+# last time that float64 distinguishes from 1. At smaller rates the bound would miss too many masks.
 MIN_MASKING = 0.3
 PUBLISHED_FLOOR = 0.005
 
@@ -67,7 +67,7 @@ Gamma = Annotated[float, Field(ge=0.0, le=MAX_GAMMA)]
 
 @final
 class PowerOf(Schedule):
-    """Power of another schedule, alpha^power with power >= 0."""
+    """Schedule alpha^power, a power >= 0 of the schedule alpha."""
 
     def __init__(self, schedule: Schedule, power: float) -> None:
         self.schedule = schedule
@@ -86,16 +86,16 @@ class PowerOf(Schedule):
         return -torch.expm1(self.log_alpha(t))
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """[r] ln alpha, accurate both near alpha = 1 and near alpha = 0."""
+        """Return ln alpha [r], accurate both near alpha = 1 and near alpha = 0."""
         alpha = self.schedule.alpha(t)
         power = torch.full_like(t, self.power)
-        # xlogy and xlog1py are 0 for power 0, also where the logarithm is infinite.
+        # xlogy and xlog1py are 0 for power 0, even if the logarithm is infinite.
         near_one = torch.special.xlog1py(power, -self.schedule.one_minus_alpha(t))
         near_zero = torch.special.xlogy(power, alpha)
         return torch.where(alpha > 0.5, near_one, near_zero)
 
     def lost(self, s: Tensor, t: Tensor) -> Tensor:
-        """[r] 1 - alpha_t / alpha_s, and 0 where s = t."""
+        """Return 1 - alpha_t/alpha_s [r], and 0 if s = t."""
         log_ratio = self.log_alpha(t) - self.log_alpha(s)
         return torch.where(s < t, -torch.expm1(log_ratio), 0.0)
 
@@ -104,15 +104,16 @@ class PowerOf(Schedule):
 class GammaHybrid(ForwardProcess):
     """Gamma-hybrid process, Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ].
 
-    With time "masked", A = 1 - t: t is the expected share of masks for every gamma. With time
-    "noise", as published, e^{-sigma} = 1 - (1 - floor) t, and some tokens are visible at t = 1.
-    Both are the same chain at different speeds.
+    With time "masked", A = 1 - t, so that t is the expected fraction of masks for every gamma. With
+    time "noise", as published, e^{-sigma} = 1 - (1 - floor) t, and some tokens are visible at
+    t = 1. The two settings are the same chain at different speeds.
 
-    `visible` and `kept` are the schedules A and B, powers `masking` and `redrawing` of
-    alpha = 1 - (1 - floor) t. `uniform` is uniform diffusion of the tokens with alpha = B, which
-    gives the formulas at visible tokens.
+    `visible` and `kept` are the schedules A and B: alpha = 1 - (1 - floor) t to the powers
+    `masking` and `redrawing`. `uniform` is uniform diffusion of the tokens with alpha = B; the
+    formulas at visible tokens come from it.
     """
 
+    # Uniform numbers per row that each method takes in its argument u.
     uniforms_per_sample = 3
     uniforms_per_step = 3
     uniforms_per_decode = 2
@@ -122,18 +123,18 @@ class GammaHybrid(ForwardProcess):
 
     class Config(ComponentConfig):
         gamma: Gamma = 0.01
-        """Share of the uniform generator, 0 to 0.95; 0 is masked diffusion."""
+        """Weight of the uniform generator in the mixture, 0 to 0.95; 0 is masked diffusion."""
         time: Literal["masked", "noise"] = "masked"
-        """Meaning of t: the share of masks, or e^-sigma = 1 - (1 - floor) t as published."""
+        """Meaning of t: the fraction of masks, or e^-sigma = 1 - (1 - floor) t as published."""
         floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-        """For time = "noise": e^-sigma at t = 1; 0.005 by default, 0 is allowed to gamma 0.7."""
+        """For time = "noise": e^-sigma at t = 1; 0.005 by default; 0 needs gamma <= 0.7."""
 
         @model_validator(mode="after")
         def _check_floor(self) -> GammaHybrid.Config:
             if self.floor is not None and self.time != "noise":
                 raise ValueError(
-                    'floor belongs to time = "noise"; '
-                    f'got time = "{self.time}", floor = {self.floor}'
+                    'floor may be given only with time = "noise"; '
+                    f'got time = "{self.time}" and floor = {self.floor}'
                 )
             return self
 
@@ -147,19 +148,20 @@ class GammaHybrid(ForwardProcess):
         require_tokens_and_mask(vocabulary, "hybrid_gamma")
         if not 0.0 <= gamma <= MAX_GAMMA:
             raise ArgumentError(
-                f"GammaHybrid: gamma must be in [0, {MAX_GAMMA}], the share of uniform noise; "
-                f"got {gamma}."
+                f"GammaHybrid: gamma, the weight of the uniform generator, must be in "
+                f"[0, {MAX_GAMMA}]; got {gamma}."
             )
         if time == "noise" and floor == 0.0 and 1.0 - gamma < MIN_MASKING:
             raise ArgumentError(
-                f"GammaHybrid: with time = noise, floor = 0 and gamma = {gamma} tokens are masked "
-                f"at 1 - gamma = {1.0 - gamma:.2g}/(1 - t), so slowly that many are still visible "
-                "at the last time that float64 distinguishes from 1. "
-                f"Use gamma <= {1.0 - MIN_MASKING}, a floor, or time = masked."
+                'GammaHybrid: with time = "noise" and floor = 0, gamma must be at most '
+                f"{1.0 - MIN_MASKING}; got {gamma}. Otherwise many tokens are not masked until the "
+                "last time that float64 distinguishes from 1. "
+                'Use a smaller gamma, a floor above 0, or time = "masked".'
             )
         self.vocabulary = vocabulary
         self.gamma = gamma
         self.noise = LinearSchedule(floor)
+        # Masking and redrawing have the ratio (1 - gamma) : gamma in both settings.
         if time == "noise":
             self.masking = 1.0 - gamma
             self.redrawing = gamma
@@ -181,7 +183,7 @@ class GammaHybrid(ForwardProcess):
         return cls(vocabulary, config.gamma, config.time, floor)
 
     def _make_prior(self) -> Prior:
-        """Return the marginal at t = 1 of a uniform token."""
+        """Return the marginal at t = 1, starting from a uniform token."""
         num_tokens = self.vocabulary.num_tokens
         masked = self.visible.one_minus_alpha(torch.ones(1, dtype=torch.float64))
         per_token = (1.0 - masked) / num_tokens
@@ -190,6 +192,7 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ forward
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
+        # Logarithms of float64 schedules, rounded at the end: log_p may be float32.
         log_visible = self.visible.log_alpha(t).to(log_p.dtype)
         log_masked = self.visible.one_minus_alpha(t).log().to(log_p.dtype)
         tokens = self.uniform.log_marginal(log_p, t) + log_visible.unsqueeze(-1)
@@ -202,17 +205,19 @@ class GammaHybrid(ForwardProcess):
         return torch.where(self._is_masked(zt).unsqueeze(-1), log_masked, at_token)
 
     def information(self, t: Tensor) -> Tensor:
-        """A_t I(X; Z_t) of uniform diffusion: a mask carries no information on the token."""
+        """Return A_t times the information of uniform diffusion; a mask has no information."""
         return self.visible.alpha(t) * self.uniform.information(t)
 
     def change_probability(self, t: Tensor) -> Tensor:
-        """Probability of being masked, or redrawn as another token."""
-        return self.visible.one_minus_alpha(t) + self.visible.alpha(
-            t
-        ) * self.uniform.change_probability(t)
+        """Return the probability [r] of being masked, or redrawn as another token."""
+        masked = self.visible.one_minus_alpha(t)
+        return masked + self.visible.alpha(t) * self.uniform.change_probability(t)
 
     def rates(self, t: Tensor) -> Kernel:
-        """Tokens are masked at (1 - gamma) sigma' and redrawn at gamma sigma'; masks stay."""
+        """Return the generator: tokens are masked at (1 - gamma) sigma', redrawn at gamma sigma'.
+
+        Masks have the rate 0.
+        """
         t = interior(t)
         hazard = -self.noise.d_alpha(t) / self.noise.alpha(t)
         masked = self.masking * hazard
@@ -246,7 +251,10 @@ class GammaHybrid(ForwardProcess):
         return self._corrupt(zs, self.visible.lost(s, t), self.kept.lost(s, t), u)
 
     def _corrupt(self, ids: Tensor, masked: Tensor, redrawn: Tensor, u: Tensor) -> Tensor:
-        """Mask or redraw every token with the probabilities `masked` and `redrawn`; u [r,3]."""
+        """Mask or redraw the tokens `ids` [r] with probabilities `masked` and `redrawn` [r].
+
+        The uniforms u [r,3] decide on masking, on redrawing, and on the new token, in this order.
+        """
         uniform_token = (u[:, 2] * self.vocabulary.num_tokens).long()
         is_redrawn = (u[:, 1] < redrawn) & ~self._is_masked(ids)
         token = torch.where(is_redrawn, uniform_token, ids)
@@ -255,9 +263,9 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Total true reverse rate.
+        """Return the total true reverse rate [r].
 
-        -A'/(1 - A) at masks, -B'/(V B) (1 - r_t(z|x)) / r_t(z|x) at tokens.
+        The rate is -A'/(1 - A) at masks and -B'/(V B) (1 - r_t(z|x))/r_t(z|x) at tokens z.
         """
         t = interior(t)
         at_mask = -self.visible.d_alpha(t) / self.visible.one_minus_alpha(t)
@@ -267,11 +275,12 @@ class GammaHybrid(ForwardProcess):
     def divergence(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """KL( r_t(.|x) || r_t(.|p) ) at masks; the divergence of uniform diffusion at tokens."""
+        """Return KL( r_t(.|x) || r_t(.|p) ) at masks, as in uniform diffusion at tokens."""
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
         at_mask = self.uniform.closing_kl(prediction, x0, interior(t))
-        if self.gamma == 0.0:  # tokens are never noise and cost nothing
+        # Without redrawing, tokens are never noise and have no term in the bound.
+        if self.gamma == 0.0:
             return torch.where(self._is_masked(zt), at_mask, 0.0)
         at_token = self.uniform.divergence(prediction, x0, self._token(zt), t)
         return torch.where(self._is_masked(zt), at_mask, at_token)
@@ -282,19 +291,20 @@ class GammaHybrid(ForwardProcess):
         if isinstance(prediction, Score):
             return super().density(prediction, x0, zt, t)
         weight = self.weight(x0, zt, t)
+        # Rows of weight 0 may have an infinite divergence, and 0 * inf is NaN.
         return torch.where(weight > 0, weight * self.divergence(prediction, x0, zt, t), 0.0)
 
     def decode_nll(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """-ln p(x) at masks; as in uniform diffusion at tokens."""
+        """Return the decoding term [r]: -ln p(x) at masks, as in uniform diffusion at tokens."""
         if isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
         at_token = self.uniform.decode_nll(prediction, x0, self._token(zt), t)
         return torch.where(self._is_masked(zt), -prediction.log_prob(x0), at_token)
 
     def closing_kl(self, prediction: CleanDistribution | Score, x0: Tensor, t: Tensor) -> Tensor:
-        """A KL( r_t(.|x) || r_t(.|p) )."""
+        """Return the closing term A KL( r_t(.|x) || r_t(.|p) ) [r]."""
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
         return self.visible.alpha(t) * self.uniform.closing_kl(prediction, x0, t)
@@ -312,10 +322,11 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ reverse
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Reveal masks with probability 1 - (1 - A_s)/(1 - A_t); move tokens by uniform diffusion.
+        """Unmask with probability 1 - (1 - A_s)/(1 - A_t), and move tokens by uniform diffusion.
 
-        The first probability does not depend on the network, and that of a token is bounded
-        without it, so that the network is queried only at rows that may move.
+        The probability of unmasking does not depend on the network, and the probability that a
+        token moves has a bound that does not either. The network is therefore queried only at rows
+        that may move.
         """
         masked_s = self.visible.one_minus_alpha(s)
         masked_t = self.visible.one_minus_alpha(t)
@@ -333,18 +344,20 @@ class GammaHybrid(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Move masks with probability `reveal` [r], tokens at most with a bound from `arrive` [r].
+        """Unmask with probability `reveal` [r], and move tokens with probability from `arrive` [r].
 
-        A mask becomes y ~ r_s(.|p). A token z leaves with probability
-        arrive (1 - r_s(z|p))/r_t(z|p), for y != z with y ~ r_s(.|p). Since r >= (1 - B)/V, putting
-        (1 - B)/V for r bounds that probability without the network, which is queried only at rows
-        below the bound. u [r,3].
+        A mask becomes y ~ r_s(.|p). A token z moves with probability
+        arrive (1 - r_s(z|p))/r_t(z|p), to a token y != z with y ~ r_s(.|p). Since
+        r >= (1 - B)/V, the probability is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), which
+        does not depend on the network. The network is queried only at rows whose first uniform is
+        below this bound. u [r,3] decides on the move, on the token, and on its source.
         """
         masked = self._is_masked(zt)
         noise_s = self._redrawn_per_token(s)
         noise_t = self._redrawn_per_token(t)
         bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
         zs = zt.clone()
+        # Rows that may move; `_draw_move` rejects tokens between probability and bound.
         moving = (u[:, 0] < torch.where(masked, reveal, bound)).nonzero().squeeze(-1)
         if len(moving) == 0:
             return zs
@@ -365,22 +378,23 @@ class GammaHybrid(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the new states of the rows [k] of a query; a token may stay.
+        """Draw the new states of the k queried rows; a token may stay.
 
-        The new token of a row that leaves comes from r_s without z, a mixture of uniform noise with
-        the mass `by_noise` and of the prediction with the mass `by_prediction`.
+        A new token is drawn from r_s(.|p) without z. This distribution is a mixture of uniform
+        noise, with mass `by_noise`, and the predicted distribution, with mass `by_prediction`.
         """
         u_leave, u_token, u_source = u.unbind(-1)
         log_p_z = torch.where(masked, -torch.inf, dist.log_prob(self._token(z)).double())
-        # Tokens other than z; a mask may become any token.
+        # Number of tokens other than z; a mask may become any token.
         others = self.vocabulary.num_tokens - (~masked).long()
         by_noise = others * noise_s
+        # B_s (1 - p(z)); expm1 is accurate if p(z) is near 1.
         by_prediction = -self.kept.alpha(s) * torch.expm1(log_p_z)
         leaving_mass = by_noise + by_prediction  # 1 - r_s(z|p)
         r_t = noise_t + self.kept.alpha(t) * log_p_z.exp()
         leaves = masked | (u_leave < arrive * leaving_mass / r_t)
         uniform_token = (u_token * others).long()
-        # Skip z, so that the uniform token is another one.
+        # Numbers from z on are shifted by one, so that the uniform token is never z.
         uniform_token = uniform_token + (uniform_token >= z).long()
         drawn = torch.where(leaves, uniform_token, z)
         from_prediction = leaves & (u_source * leaving_mass >= by_noise)
@@ -391,32 +405,35 @@ class GammaHybrid(ForwardProcess):
     def _draw_other_token(
         self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor
     ) -> Tensor:
-        """[k] tokens drawn from `rows` [k] of a distribution, excluding the tokens z [k].
+        """Draw tokens [k] from `rows` [k] of a distribution, excluding the tokens z [k].
 
-        At masks (z = V) no token is excluded.
+        At masks (z = V, the number of tokens) no token is excluded.
         """
         log_p = dist.log_mass(0)[rows]
-        # One more column stands for the mask, so that z = V excludes only that column.
+        # Column V stands for the mask: z = V excludes this column and no token.
         padded = torch.cat([log_p, log_p[:, :1]], -1)
         others = padded.scatter(-1, z.unsqueeze(-1), -torch.inf)[:, :-1]
         root = torch.full_like(z, self.vocabulary.root)
         return DenseDistribution(others, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """As in uniform diffusion, from the ratios of tokens: the mask's ratio tells nothing."""
+        """Return the clean distribution by Tweedie's formula, as in uniform diffusion.
+
+        Only ratios of tokens are used: the ratio of the mask has no information on the token.
+        """
         log_ratio = score.log_ratio[:, : self.vocabulary.num_tokens]
-        # If no token is possible the gradient of softmax is NaN; such rows are made uniform.
+        # If no token is possible, the gradient of the softmax is NaN; such rows are made uniform.
         some_possible = (log_ratio > -torch.inf).any(-1, keepdim=True)
         return self.uniform.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Keep a token z with probability B p(z) / r_t(z|p); else, and at masks, draw x ~ p."""
+        """Keep a token z with probability B p(z)/r_t(z|p); otherwise, and at masks, draw x ~ p."""
         if bool((t == 0.0).all()):
             return zt.clone()
         x0 = zt.clone()
         masked = self._is_masked(zt)
         noise = self._redrawn_per_token(t)
-        # Tokens at times without noise are clean: the network is not queried there.
+        # A token at a time without redrawing is clean, so that its row needs no query.
         uncertain = (masked | (noise > 0)).nonzero().squeeze(-1)
         if len(uncertain) == 0:
             return x0
@@ -434,7 +451,7 @@ class GammaHybrid(ForwardProcess):
         noise: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the clean tokens of the rows [k] of a query."""
+        """Draw the clean tokens of the k queried rows."""
         dist = self._clean_distribution(prediction, t)
         kept_mass = self.kept.alpha(t) * dist.log_prob(self._token(z)).double().exp()
         stays = torch.where(masked, 0.0, kept_mass / (kept_mass + noise))
@@ -452,11 +469,12 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Time of the next reveal of a mask, or of the next candidate move of a token.
+        """Return the time s of the next event: a mask is unmasked, or a token may move.
 
-        Masks: 1 - A_s = u (1 - A_t). Tokens: (1 - B_s)/B_s = u (1 - B_t)/B_t. A token leaves at the
-        rate gamma sigma' (1 - r)/(V r), which is below gamma sigma'/(1 - B), so that its event is
-        a candidate that `event` accepts or rejects.
+        With u uniform, masks have 1 - A_s = u (1 - A_t), tokens (1 - B_s)/B_s = u (1 - B_t)/B_t. A
+        token moves at the rate gamma sigma' (1 - r)/(V r). Events of tokens have the larger rate
+        gamma sigma'/(1 - B), which does not depend on the network; `event` accepts or rejects the
+        move.
         """
         t = interior(t)
         log_noise = torch.log1p(-u * self.visible.one_minus_alpha(t)) / self.masking
@@ -465,14 +483,15 @@ class GammaHybrid(ForwardProcess):
             log_noise = torch.where(self._is_masked(zt), log_noise, log_kept / self.redrawing)
         # log_noise is ln(1 - (1 - floor) s), the logarithm of the schedule at the event.
         s = -torch.expm1(log_noise) / (1.0 - self.noise.floor)
+        # Before the earliest evaluated time a token is clean: no further event.
         token_moves = (self.redrawing > 0.0) & (s >= interior(s))
         happens = self._is_masked(zt) | token_moves
         return torch.where(happens, torch.minimum(s, t), 0.0)
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Reveal a mask as y ~ r_t(.|p); accept the candidate move of a token.
+        """Unmask with y ~ r_t(.|p), and accept or reject the proposed move of a token z.
 
-        It is accepted with probability ((1 - B)/V) (1 - r(z))/r(z).
+        The move is accepted with probability ((1 - B)/V) (1 - r_t(z|p))/r_t(z|p).
         """
         t = interior(t)
         return self._move(query, zt, t, t, torch.ones_like(t), self._redrawn_per_token(t), u)
@@ -480,14 +499,14 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ terms of the formulas above
 
     def _redrawn_per_token(self, t: Tensor) -> Tensor:
-        """[r] (1 - B_t)/V, the part of r_t(y) that is noise."""
+        """Return (1 - B_t)/V [r], the probability in r_t that a token was redrawn as y."""
         return self.kept.one_minus_alpha(t) / self.vocabulary.num_tokens
 
     def _is_masked(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root
 
     def _token(self, zt: Tensor) -> Tensor:
-        """[r] z_t with token 0 for the mask, for formulas whose value at masks is not used."""
+        """Return z_t [r] with token 0 in place of masks, at which the result is not used."""
         return torch.where(self._is_masked(zt), 0, zt)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Operator of the gamma-hybrid: tokens are kept, redrawn uniformly or masked; masks stay."""
+"""Kernel of the gamma-hybrid, in which tokens are kept, redrawn uniformly or masked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ddiff import ArgumentError, Kernel
 
 @final
 class RedrawKernel(Kernel):
-    """Kernel K = keep I + each 1 1^T on tokens, with `leave` from every token to the mask.
+    """Kernel K = keep I + each 1 1^T between tokens, with `leave` from every token to the mask.
 
-    The mask is the last state; its row is `rest` on the diagonal. All four have shape [r], one
-    value per row. A transition has keep = A B, each = A (1 - B)/V, leave = 1 - A and rest = 1, in
-    the symbols of `gamma`.
+    The mask is the last state; its row of K has `rest` on the diagonal and is 0 elsewhere. `keep`,
+    `each`, `leave` and `rest` have shape [r], one value per kernel of a batch. A transition from
+    time s to t has keep = A B, each = A (1 - B)/V, leave = 1 - A and rest = 1. There V is the
+    number of tokens, A the probability of not being masked between s and t, and B the probability
+    of not being redrawn.
     """
 
     def __init__(
@@ -54,20 +56,20 @@ class RedrawKernel(Kernel):
         return torch.cat([keep * tokens + each * total, leave * total + rest * mask], -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Return x with x K = v.
+        """Return the row vectors x with x K = v.
 
-        x = (v - each |x|)/keep on tokens, with the sum |x| = |v|/(keep + V each) over tokens, and
-        x = (v - leave |x|)/rest at the mask.
+        With |x| = |v|/(keep + V each), where |.| is the sum over the V tokens, the solution is
+        x = (v - each |x|)/keep on tokens and x = (v - leave |x|)/rest at the mask.
         """
         total_factor = self.keep + self.num_tokens * self.each
-        # The total factor of a generator is 0 up to rounding of its terms.
+        # The total factor of a generator is 0, up to the rounding of keep and V each.
         is_zero = total_factor.abs() <= 1e-15 * self.keep.abs()
         is_singular = (self.keep == 0) | (self.rest == 0) | is_zero
         if bool(is_singular.any()):
             raise ArgumentError(
-                "RedrawKernel.solve: the kernel must be invertible in every row. A transition up "
-                "to t = 1 forgets its initial state, and a generator has no inverse: start below "
-                "t = 1."
+                "RedrawKernel.solve: the kernel must be invertible in every row; got a "
+                "generator, or a transition to t = 1, which forgets the initial state. "
+                "Use transitions to t < 1."
             )
         keep, each, leave, rest = self._coefficients(vector.dtype)
         tokens = vector[:, :-1]
@@ -76,7 +78,7 @@ class RedrawKernel(Kernel):
         return torch.cat([(tokens - each * total) / keep, (mask - leave * total) / rest], -1)
 
     def _coefficients(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return keep, each, leave and rest as [r,1] of the given dtype."""
+        """Return keep, each, leave and rest with shape [r,1] in the given dtype."""
         coefficients = (self.keep, self.each, self.leave, self.rest)
         return [value.to(dtype).unsqueeze(-1) for value in coefficients]
 

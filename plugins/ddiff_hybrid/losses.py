@@ -1,6 +1,6 @@
 """Training losses of the published code (arXiv 2504.06416), kind "published".
 
-The reported bound never uses them. Symbols are those of `epsilon` and `gamma`.
+The reported bound does not use these losses. The modules `epsilon` and `gamma` define the symbols.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Published:
 
     class Config(ComponentConfig):
         lam: NonNegativeFloat | None = None
-        """hybrid_epsilon: weight of visible tokens, lambda of the paper; 1 by default."""
+        """For hybrid_epsilon: weight of visible tokens, lambda of the paper; 1 by default."""
         weights: Literal["flat", "annealing"] | None = None
-        """hybrid_epsilon: "flat" (default) divides visible tokens by 1 - p, "annealing" not."""
+        """For hybrid_epsilon: "flat" (default) divides the weight of visible tokens by 1 - p."""
 
     @classmethod
     def build(
@@ -55,20 +55,24 @@ class Published:
             )
         if config.lam is not None or config.weights is not None:
             raise ArgumentError(
-                '[objective] loss = "published": lam and weights belong to the process '
-                "hybrid_epsilon, in which visible tokens have a separate weight; with hybrid_gamma "
-                "leave them out."
+                '[objective] loss = "published" takes lam and weights only with the process '
+                "hybrid_epsilon, in which visible tokens have a separate weight; got the process "
+                "hybrid_gamma. Leave lam and weights out."
             )
         return MixedEntropies(process)
 
 
 @final
 class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
-    """Cross-entropy -ln P(x | z) of the clean token at every position, for hybrid_epsilon.
+    """Cross-entropy -ln P(x | z) of the clean token x at every position z, for hybrid_epsilon.
 
-    Masks weigh 1/p, visible tokens lam (1 - epsilon) if they were shuffled and lam epsilon if
-    not. With weights "flat" visible tokens are divided by their share 1 - p. A token that was
-    shuffled onto itself looks like one that was not shuffled: both have the mean weight.
+    p is the probability of a mask at time t, epsilon the probability that a token was shuffled,
+    that is, replaced by a uniform token. The weight is 1/p at masks, lam (1 - epsilon) at shuffled
+    tokens and lam epsilon at tokens that were not shuffled. With weights "flat" the two weights of
+    visible tokens are divided by 1 - p.
+
+    A token that was replaced by itself cannot be distinguished from one that was not shuffled.
+    Both get the mean of the two weights, given that x = z.
     """
 
     name = "published"
@@ -78,7 +82,7 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
         self.weights = weights
 
     def select_rows(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
-        """bool [B,L]: masks, and visible tokens if their weight is not 0."""
+        """Return bool [B,L], true at masks, and at visible tokens if their weight is not 0."""
         rows = (times.speed > 0) & ~noisy.clean
         if self.lam * process.epsilon > 0.0:
             return rows
@@ -86,10 +90,9 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
 
     def weight(self, process: EpsilonHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         epsilon = process.epsilon
-        masked = process.schedule.one_minus_alpha(t).clamp(
-            min=1e-4
-        )  # the floor of the published code
-        # Probability that the token was shuffled, given x0 and z; 1 if they differ.
+        # The published code has the floor 1e-4.
+        masked = process.schedule.one_minus_alpha(t).clamp(min=1e-4)
+        # Probability that the token was shuffled, given x0 and z; 1 if x0 and z differ.
         onto_itself = epsilon / process.vocabulary.num_tokens
         shuffled_if_equal = onto_itself / (1.0 - epsilon + onto_itself)
         shuffled = torch.ones_like(t).masked_fill(zt == x0, shuffled_if_equal)
@@ -105,11 +108,12 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
 
 @final
 class MixedEntropies(TrainingLoss[GammaHybrid]):
-    """Mixed score entropies of masked and uniform diffusion, for hybrid_gamma.
+    """Mixture of the score entropies of masked and uniform diffusion, for hybrid_gamma.
 
-    (1 - gamma) times the loss of masked diffusion at masks, gamma times that of uniform diffusion
-    at tokens. Both use the whole noise, e^sigma in place of e^{(1 - gamma) sigma} and
-    e^{gamma sigma}, so that the sum is not a bound for 0 < gamma < 1.
+    The loss is (1 - gamma) times the loss of masked diffusion at masks, and gamma times the loss of
+    uniform diffusion at tokens. The published code uses e^sigma in both losses. The bound has
+    e^{(1 - gamma) sigma} at masks and e^{gamma sigma} at tokens, so that the published loss is not
+    a bound for 0 < gamma < 1.
     """
 
     name = "published"
@@ -143,7 +147,11 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
         return torch.where(zt == root, at_mask, at_token)
 
     def _split(self, zt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return states [r] for both formulas: all masks, and z_t with token 0 for the mask."""
+        """Return the states [r] for the masked loss and for the uniform loss.
+
+        The first are masks in all rows. The second are z_t, with token 0 in place of masks. Each
+        loss is used only at the rows at which its states are z_t.
+        """
         root = self.masked.vocabulary.root
         return torch.full_like(zt, root), zt.remainder(root)
 
@@ -151,7 +159,7 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
 def _log_ratio(
     process: ForwardProcess, prediction: CleanDistribution | Score, zt: Tensor, t: Tensor
 ) -> Tensor:
-    """[r,S] log of the probability of each state over that of z_t."""
+    """Return the log-ratio [r,S] of the probability of each of S states to that of z_t."""
     if isinstance(prediction, Score):
         return prediction.log_ratio
     log_marginal = process.log_marginal(prediction.log_mass(0), t)

@@ -162,14 +162,12 @@ def test_hf_weights_get_gradients_and_tables_go_to_adamw(path: str) -> None:
 
 def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str) -> None:
     config = PretrainedBackbone.Config(path=path)
-    with pytest.raises(
-        ArgumentError, match=r"embeddings of 13 tokens; got a vocabulary of 20 tokens"
-    ):
+    with pytest.raises(ArgumentError, match="at most 13 tokens, the embeddings of .*; got 20"):
         PretrainedBackbone.build(config, vocabulary=FlatVocabulary(20), length=8)
-    with pytest.raises(ArgumentError, match="[data\] length must be at most .*; got 64"):
+    with pytest.raises(ArgumentError, match="length must be at most .*; got 64"):
         PretrainedBackbone.build(config, vocabulary=TREE, length=64)
-    with pytest.raises(ArgumentError, match="mask_token must be one of"):
-        build_backbone(path, mask_token=99)
+    with pytest.raises(ArgumentError, match="mask_token must be below"):
+                build_backbone(path, mask_token=99)
     with pytest.raises(ArgumentError, match=r"has no conditions; got \['author'\]"):
         build_backbone(path)(*inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)}))
     with pytest.raises(DataError, match="That directory holds no model that can be read"):
@@ -178,7 +176,7 @@ def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str)
     transformers.T5Config(
         vocab_size=V, d_model=16, d_ff=16, num_layers=1, num_heads=2
     ).save_pretrained(both)
-    with pytest.raises(ArgumentError, match="both"):
+    with pytest.raises(ArgumentError, match="encoder-decoder t5"):
         load_model(str(both))
 
 
@@ -196,7 +194,7 @@ def test_hf_builds_an_architecture_from_settings() -> None:
     with pytest.raises(ArgumentError, match="got the unknown keys hiden_size"):
         make_model("bert", {"hiden_size": 3})
     for wrong in ({}, {"path": "a", "architecture": "bert"}, {"path": "a", "settings": settings}):
-        with pytest.raises(ValueError, match="either a path or an architecture"):
+        with pytest.raises(ValueError, match="exactly one of path and architecture"):
             PretrainedBackbone.Config(**wrong)
 
 

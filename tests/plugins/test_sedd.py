@@ -488,7 +488,7 @@ def test_weight_transfer_skips_a_score_head_of_another_scale(scaled: bool) -> No
 def test_score_head_refuses_trees_and_scaling_without_a_mask() -> None:
     with pytest.raises(ArgumentError, match='"tied" or "levelwise"'):
         ScoreHead(HierarchicalVocabulary([[0, 1, 0, 1]]), 4, scaled=False)
-    with pytest.raises(ArgumentError, match="leave scaled out"):
+    with pytest.raises(ArgumentError, match="Leave scaled out"):
         ScoreHead(FlatVocabulary(4, mask=False), 4, scaled=True)
 
 
