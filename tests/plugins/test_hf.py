@@ -162,14 +162,16 @@ def test_hf_weights_get_gradients_and_tables_go_to_adamw(path: str) -> None:
 
 def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str) -> None:
     config = PretrainedBackbone.Config(path=path)
-    with pytest.raises(ArgumentError, match="at most 13 tokens, the embeddings of .*; got 20"):
+    with pytest.raises(ArgumentError, match=r"at most 13 tokens, the embeddings of .*; got 20"):
         PretrainedBackbone.build(config, vocabulary=FlatVocabulary(20), length=8)
-    with pytest.raises(ArgumentError, match="length must be at most .*; got 64"):
+    with pytest.raises(ArgumentError, match=r"length must be at most .*; got 64"):
         PretrainedBackbone.build(config, vocabulary=TREE, length=64)
     with pytest.raises(ArgumentError, match="mask_token must be below"):
-                build_backbone(path, mask_token=99)
+        build_backbone(path, mask_token=99)
     with pytest.raises(ArgumentError, match=r"has no conditions; got \['author'\]"):
-        build_backbone(path)(*inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)}))
+        build_backbone(path)(
+            *inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)})
+        )
     with pytest.raises(DataError, match="That directory holds no model that can be read"):
         load_model(str(tmp_path))
     both = tmp_path / "t5"

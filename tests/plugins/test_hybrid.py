@@ -553,7 +553,9 @@ def test_epsilon_hybrid_settings_out_of_range_are_refused(keys: dict[str, Any]) 
 
 
 def test_gamma_hybrid_refuses_masking_too_slow_for_float64() -> None:
-    with pytest.raises(ArgumentError, match=r'gamma must be at most 0\.7; got 0\.9\d*\..*time = "masked"'):
+    with pytest.raises(
+        ArgumentError, match=r'gamma must be at most 0\.7; got 0\.9\d*\..*time = "masked"'
+    ):
         gamma_hybrid(0.9, time="noise")
 
 
