@@ -101,7 +101,7 @@ TEXTS = [
 
 
 class Fault(NamedTuple):
-    """A recipe with an unacceptable answer."""
+    """Recipe to which the command line reacted with a fault."""
 
     number: int
     what: str
@@ -119,7 +119,7 @@ class Answer(NamedTuple):
 
 
 def bases() -> list[dict[str, Any]]:
-    """Return the shipped small recipes with all defaults written out, reduced, on two datasets."""
+    """Return the shipped small recipes with all defaults, reduced in size, on two data sets."""
     plugins = [name for name in installed_plugins() if name != "core"]
     found = []
     for name in find_shipped_recipes():
@@ -351,7 +351,7 @@ def wrong_with(answer: Answer, running: bool) -> str | None:
     if answer.code == 0:
         return None if running or "\n# fits" in answer.out else "no verdict"
     if not answer.err.strip():
-        return "a refusal without a word"
+        return "a refusal with an empty message"
     return (
         f"a refusal of {len(answer.err)} characters"
         if len(answer.err) > LONGEST and not running

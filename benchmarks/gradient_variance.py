@@ -32,7 +32,7 @@ TOKENS = (64, 16, 4, 1)
 
 
 class Even:
-    """Another clock's times, drawn evenly in its tau."""
+    """Times of another clock, drawn uniformly in the information time tau of that clock."""
 
     def __init__(self, clock: TimeChange) -> None:
         self.clock = clock
@@ -46,7 +46,7 @@ class Even:
 
 
 class Tokens(Even):
-    """Another clock's times, drawn for sequences of so many tokens."""
+    """Times of another clock, drawn as for sequences of `tokens` tokens."""
 
     def __init__(self, clock: TimeChange, tokens: int) -> None:
         super().__init__(clock)
@@ -57,7 +57,7 @@ class Tokens(Even):
 
 
 def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
-    """[DRAWS, parameters] float32 gradients of one batch, whose rows are always the same."""
+    """Return float32 gradients [DRAWS, parameters] of one fixed batch with different noise."""
     objective = run.objective
     run.process.__dict__["information_time"] = clock
     objective.loss = loss
@@ -74,7 +74,7 @@ def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
 
 
 def relative_variance(gradient: Tensor) -> float:
-    """trace(Cov) / |mean|^2, the mean's own share of the variance taken off."""
+    """Return trace(Cov) / |mean|^2, with |mean|^2 corrected for the variance of the mean."""
     mean = gradient.double().mean(0)
     variance = float((gradient.double() - mean).square().sum()) / (len(gradient) - 1)
     return variance / (float(mean.square().sum()) - variance / len(gradient))

@@ -1,6 +1,6 @@
-"""Every sampler on every process that it accepts: how far its samples are from the truth, and for how many network calls.
+"""Measure error and network calls of every sampler on every process that the sampler supports.
 
-python benchmarks/sampler_matrix.py                      # all of it into docs/samplers.md, about half an hour
+python benchmarks/sampler_matrix.py                      # write docs/samplers.md, about half an hour
 python benchmarks/sampler_matrix.py --only mdlm gidd --points 4096 --out /tmp/samplers.md
 """
 
@@ -121,7 +121,7 @@ SAMPLERS: dict[str, Entry] = {
 
 
 def processes() -> dict[str, Callable[[], ForwardProcess]]:
-    """Every family, by the name of its component, on three words."""
+    """Return a constructor for every process by name, on a vocabulary of three tokens."""
     masked, bare, tree = (
         FlatVocabulary(3),
         FlatVocabulary(3, mask=False),
@@ -166,7 +166,7 @@ def rows(
 
 
 def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
-    """Whether the sampler reads scores, and a head says them on the vocabulary of the process."""
+    """Return whether sampler and vocabulary of the process support score heads."""
     if process.vocabulary.num_levels > 1:
         return False
     try:
@@ -185,7 +185,7 @@ def row(
     predicts: str,
     name: str,
 ) -> str:
-    """One line of a table: distances and network calls over the numbers of steps."""
+    """Return one table row: distances and network calls for each number of steps."""
     begun = time.perf_counter()
     share = points if entry.apart else 4 * points
     cells = []
@@ -202,7 +202,7 @@ def row(
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
-    """The page after each process: whole tables only."""
+    """Yield the page after each process, with complete tables only."""
     refused: dict[str, str] = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())
     far = 0.5 * float((torch.outer(JOINT.sum(1), JOINT.sum(0)) - JOINT).abs().sum())

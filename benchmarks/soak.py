@@ -186,7 +186,7 @@ class Run:
             )
 
     def killed(self, fate: Fate) -> str:
-        """Kill the run at the given moment, unless it ends before, and return when that was."""
+        """Kill the run at the given moment and return a description of the moment."""
         before = self._lines()
         ranks = self._start()
         deadline = time.monotonic() + PATIENCE
@@ -233,7 +233,7 @@ class Run:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def _unfinished(self) -> list[str]:
-        """Checkpoints without a marker: being written, or interrupted."""
+        """Return the checkpoints without a marker file, which are being written or incomplete."""
         folder = self.place / "checkpoints"
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [name for name in names if not (folder / name / "complete.json").exists()]

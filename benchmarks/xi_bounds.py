@@ -91,7 +91,7 @@ def laws(process: TreeProcess) -> dict[str, Table]:
 
 
 def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
-    """[B,L,V] the prediction that minimizes the published expression.
+    """Return the prediction [B,L,V] that minimizes the published expression.
 
     From the exact distribution p of x given the rest, with b = (1 - xi)/(n - 1). At masks
     P_k = (mu p_k - b)+/(xi - b), mu such that it sums to 1. At a cluster k that is right with
@@ -125,7 +125,7 @@ def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
 
 
 def single_words() -> Tensor:
-    """[V] log of the distribution of a single token, at either position."""
+    """Return the log-distribution [V] of a single token, averaged over both positions."""
     return (0.5 * (LOG_JOINT.exp().sum(0) + LOG_JOINT.exp().sum(1))).log()
 
 
@@ -134,7 +134,7 @@ def entropy() -> float:
 
 
 def surprise_of_single_words() -> float:
-    """E[-ln p(x_1) p(x_2)], the bound of the constant prediction."""
+    """Return E[-ln p(x_1) p(x_2)], the bound of the constant prediction."""
     single = single_words()
     return -mean((single.unsqueeze(-1) + single).reshape(-1))
 
@@ -182,7 +182,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=README,
-        help="a page with the two marks that the table stands between",
+        help="Markdown file with two HTML comments; the table between them is replaced",
     )
     page = parser.parse_args().out
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)

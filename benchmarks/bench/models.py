@@ -73,7 +73,8 @@ class Case(NamedTuple):
 def cluster_sizes(num_words: int, clusters: int) -> list[int]:
     """Return cluster sizes as unequal as those of the published clustering.
 
-    They are log-normal quantiles between its smallest and largest; fewer than 16 clusters are equal.
+    The sizes are log-normal quantiles between the smallest and the largest published size. Fewer
+    than 16 clusters have equal sizes.
     """
     mean = num_words / clusters
     if clusters < 16:
@@ -195,7 +196,7 @@ def step_of(
 
 
 def our_sampler(case: Case) -> Callable[[], float]:
-    """Return a function that samples once and returns the share of tokens among the states, 1."""
+    """Return a function that samples once and returns the fraction of states that are tokens, 1."""
     denoiser = denoiser_of(case).eval()
     index, length = torch.arange(case.size.samples), case.size.length
     if case.family == "ar":

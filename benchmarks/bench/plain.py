@@ -1,8 +1,8 @@
-"""The plain side: each family in the direct way of paper code, eager, on the same backbone.
+"""Plain implementation of each family, written as in paper code, eager, on the same backbone.
 
 Every position goes through the head, tokens are one-hot rows, distributions of z_t are tensors
 [B,L,S], and a sampler draws by Gumbel noise in float64 over the whole vocabulary at every position
-of every step. The code is not made slower on purpose: one line of torch does what it can do.
+of every step. The code is not made slower on purpose: it uses torch operations on whole tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ddiff.core.times import Noisy
 
 
 class PlainModel(nn.Module):
-    """The backbone and one linear head over all states."""
+    """Backbone with one linear head over all states."""
 
     def __init__(self, case: Case, vocabulary: Vocabulary, outputs: int) -> None:
         super().__init__()
@@ -31,18 +31,18 @@ class PlainModel(nn.Module):
 
 
 def stratified(batch: int) -> Tensor:
-    """[B] one time per sequence."""
+    """Draw one stratified noise time per sequence, [B]."""
     return 1e-3 + (1.0 - 1e-3) * (torch.rand(1) + torch.arange(batch) / batch) % 1.0
 
 
 def gumbel_draw(probs: Tensor) -> Tensor:
-    """argmax of probs over exponential noise, in float64: in float32 the tail of the vocabulary loses mass."""
+    """Draw by the arg-max of probs / exponential noise, in float64 so that rare tokens are drawn."""
     noise = -(torch.rand_like(probs, dtype=torch.float64) + 1e-30).log()
     return (probs / noise).argmax(-1)
 
 
 def categorical(probs: Tensor) -> Tensor:
-    """Inverse CDF over the last dimension, as for noising."""
+    """Draw by the inverse CDF over the last dimension."""
     cdf = probs.cumsum(-1)
     return (
         (cdf < torch.rand(*probs.shape[:-1], 1) * cdf[..., -1:])

@@ -14,7 +14,7 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_plain_side_computes_the_density_of_the_process(family: str) -> None:
+def test_plain_implementation_computes_the_density_of_the_process(family: str) -> None:
     """Float32 against float64, with weights of at most some hundreds: 1e-4."""
     torch.manual_seed(0)
     case = Case(family, SMALL)
@@ -36,7 +36,7 @@ def test_plain_side_computes_the_density_of_the_process(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_plain_sampling_leaves_no_mask(family: str) -> None:
+def test_plain_implementation_samples_have_no_masks(family: str) -> None:
     """No cluster remains either, except for hdlm, which moves down one level per step."""
     torch.manual_seed(0)
     side, steps = side_of(Case(family, SMALL)), 8
@@ -48,7 +48,7 @@ def test_plain_sampling_leaves_no_mask(family: str) -> None:
     assert (zt < (side.mask if family == "hdlm" else 20)).all()
 
 
-def test_handwritten_loss_is_cross_entropy() -> None:
+def test_handwritten_chunked_loss_equals_cross_entropy() -> None:
     torch.manual_seed(0)
     hidden, table = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (40, 7))
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
@@ -66,7 +66,7 @@ def test_handwritten_loss_is_cross_entropy() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_cluster_sizes_are_as_unequal_as_published() -> None:
+def test_bench_cluster_sizes_have_the_published_extremes() -> None:
     """128 clusters of GPT-2's tokens: mean 393, least 24, greatest about 1801, 626 weighted by size."""
     sizes = torch.tensor(cluster_sizes(50257, CLUSTERS[50257])).double()
     assert sizes.sum() == 50257

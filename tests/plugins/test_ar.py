@@ -202,7 +202,7 @@ def test_left_to_right_samples_follow_the_scored_distribution() -> None:
 # ---------------------------------------------------------------------- refusals
 
 
-def test_ar_refuses_parts_that_are_not_autoregressive() -> None:
+def test_ar_refuses_own_token_inputs_missing_mask_and_a_process() -> None:
     backbone = DiT(TREE, 8, layers=1, heads=2)
     with pytest.raises(ArgumentError, match='inputs = "previous"; got "own"'):
         AutoregressiveObjective(Denoiser(backbone, TokenHead(TREE, 8)))

@@ -91,7 +91,7 @@ def test_sampler_takes_all_four_filters_in_their_order(component: Any) -> None:
     ],
     ids=str,
 )
-def test_sampler_is_built_from_its_settings(
+def test_sampler_components_pass_their_settings_to_the_sampler(
     component: Any, settings: Any, attributes: dict[str, Any]
 ) -> None:
     sampler = built(component, **settings)
@@ -155,7 +155,7 @@ def test_clip_keeps_weights_in_its_range() -> None:
     assert (Clip.Config().smallest, Clip.Config().largest) == (0.0, 2.0)
 
 
-def test_window_rules_have_the_named_shape() -> None:
+def test_window_time_rules_build_the_shape_of_their_kind() -> None:
     block = Block.build(WindowConfig(width=3, start=0.1, stop=0.8, paired=False))
     slide = Slide.build(WindowConfig(width=4))
     single = Quenched.build(Quenched.Config())

@@ -84,7 +84,7 @@ def test_oracle_law_detects_rates_without_redrawing() -> None:
     assert not chain.transition_is_oracle(faulty).passed
 
 
-def test_restless_tree_without_redrawing_is_the_tree() -> None:
+def test_restless_tree_without_redrawing_equals_the_tree_process() -> None:
     process, tree = restless(2, 0.0), TreeProcess(TREE, LogTimeClock((1.0, 1.0)))
     t = times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
@@ -94,7 +94,7 @@ def test_restless_tree_without_redrawing_is_the_tree() -> None:
     torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
 
 
-def test_restless_tree_without_clusters_is_the_gamma_hybrid() -> None:
+def test_restless_tree_without_clusters_equals_the_gamma_hybrid() -> None:
     """Redrawing at gamma/(1 - gamma) times the rate of masking is the gamma-hybrid."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (
@@ -134,7 +134,7 @@ def test_restless_tree_bound_of_exact_prediction_is_the_entropy(below: int) -> N
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_ancestral_samples_of_restless_tree_tend_to_the_joint(below: int) -> None:
+def test_restless_tree_ancestral_samples_converge_to_the_joint(below: int) -> None:
     """Order 1: 16 times the steps leave a 16th of .14 or .17; .007 to .017 over five seeds."""
     far, near = (
         measure_sampler(
@@ -172,7 +172,7 @@ RULES: dict[str, TimeRule] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_hdlm_bound_is_the_entropy_under_every_time_rule(rule: str) -> None:
+def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
     """The marginals of gamma = 2 are polynomials, so that quadrature is exact up to rounding."""
     closing, diffusion, decoding = exact_terms(hdlm(gamma=2.0), RULES[rule])
     assert not closing.any()

@@ -48,7 +48,7 @@ def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_gidd_weight_and_density_are_those_of_the_paper(gamma: float) -> None:
+def test_gidd_weight_and_density_equal_those_of_the_paper(gamma: float) -> None:
     process = make(0.2, gamma)
     rows = ReachableRows(process, times(INNER))
     t, (c, d_c) = rows.t, hump(process, rows.t)
@@ -80,7 +80,7 @@ def test_gidd_weight_and_density_are_those_of_the_paper(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_gidd_older_bound_is_equal_on_average(form: Form) -> None:
+def test_gidd_density_equals_the_older_published_bound_on_average(form: Form) -> None:
     """It has alpha'/alpha instead of -1 in the bracket: the mean of omega/q is -alpha'/alpha."""
     process, t = make(0.3, 1.5, form), times(INNER)
     for x in range(WORDS):
@@ -99,7 +99,7 @@ def test_gidd_older_bound_is_equal_on_average(form: Form) -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("p_uniform", [0.0, 0.2, 0.6])
-def test_gidd_original_form_is_the_published_one_while_alpha_is_positive(
+def test_gidd_original_form_equals_published_code_if_alpha_is_positive(
     p_uniform: float, gamma: float
 ) -> None:
     """The older code has alpha = (v^g - c)/C, t^g/C at the mask and c/C at every token, with
@@ -122,7 +122,7 @@ def test_gidd_original_form_is_the_published_one_while_alpha_is_positive(
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_gidd_p_uniform_is_the_share_of_uniform_noise_half_way(gamma: float) -> None:
+def test_gidd_p_uniform_is_the_uniform_noise_fraction_at_t_one_half(gamma: float) -> None:
     half = times((0.5,))
     assert make(0.3, gamma).coefficients(half)[0, 1].item() == pytest.approx(0.3, abs=1e-14)
     # In the original form it is p/S on every token, at time 1/2 of that code.
@@ -174,7 +174,7 @@ def test_gidd_arrival_rates_are_never_negative(form: Form, words: int) -> None:
 # ---------------------------------------------------------------------- training weights
 
 
-def test_gidd_dynamic_weights_are_the_published_ones() -> None:
+def test_gidd_dynamic_weights_equal_the_published_weights() -> None:
     process = make(0.2, 1.5)
     t = times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
@@ -191,7 +191,7 @@ def test_gidd_dynamic_weights_are_the_published_ones() -> None:
     assert at(Dynamic("snr", smallest=0.5, largest=1.5), 0).min() == 0.5
 
 
-def test_gidd_snr_dynamic_weight_is_that_of_the_bound_without_poles() -> None:
+def test_gidd_snr_weight_is_bound_weight_times_two_t_one_minus_t() -> None:
     """The weight is 2 t (1 - t) omega/q at gamma = 1, exactly at masks and wrong tokens. At the
     clean token it holds for few wrong tokens and a large vocabulary: 0.2 % with one wrong token in
     a million and 1000 tokens. "sigmoid" is not proportional."""
@@ -228,7 +228,7 @@ def test_gidd_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("form", ["current", "original"])
-def test_gidd_refuses_noise_before_the_earliest_time(form: Form) -> None:
+def test_gidd_refuses_much_noise_before_the_earliest_evaluated_time(form: Form) -> None:
     build = lambda **keys: GeneralizedInterpolation.build(  # noqa: E731
         GeneralizedInterpolation.Config(form=form, **keys), vocabulary=FlatVocabulary(WORDS)
     )

@@ -41,7 +41,7 @@ def number(written: str) -> float:
     return float(written.strip("*"))
 
 
-def test_readme_table_is_what_xi_bounds_computes() -> None:
+def test_hdlm_readme_table_equals_the_output_of_xi_bounds() -> None:
     written = README.partition(command.BEGIN)[2].partition(command.END)[0]
     for gamma, xi in ((0.5, 0.8), (2.0, 0.95)):
         (*_, line) = command.table(command.rows((gamma,), (xi,))).splitlines()
@@ -88,7 +88,7 @@ def test_readme_quotes_the_entropies_of_xi_bounds() -> None:
     ]
 
 
-def test_flattering_minimizes_the_published_expression() -> None:
+def test_xi_bounds_flattering_prediction_minimizes_published_expression() -> None:
     """`flattering` is its minimum: any change of the prediction at any state increases it."""
     published = command.process_of(command.Published, 1.0, 0.8)
     best = command.laws(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
@@ -106,7 +106,7 @@ def test_flattering_minimizes_the_published_expression() -> None:
         assert nats(0.05 * tilt) > least + 1e-4
 
 
-def test_xi_bounds_writes_only_between_its_marks(
+def test_xi_bounds_changes_only_the_table_in_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"

@@ -162,7 +162,7 @@ def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and is charged otherwise
 
 
-def test_gamma_hybrid_times_describe_one_chain() -> None:
+def test_gamma_hybrid_time_settings_describe_the_same_chain() -> None:
     """At equal noise transitions are equal, and densities differ by the speed of the time."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
@@ -364,7 +364,7 @@ def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Te
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_published_gamma_loss_is_that_of_the_code(keys: dict[str, Any]) -> None:
+def test_published_gamma_loss_equals_the_published_code(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
     loss, rows = MixedEntropies(process), ReachableRows(process, times(INNER))
     sigma, speed = noise_of(process, rows.t)
@@ -404,7 +404,7 @@ def test_published_gamma_loss_is_not_the_bound() -> None:
 
 @pytest.mark.parametrize("weights", ["flat", "annealing"])
 @pytest.mark.parametrize("lam", [1.0, 0.1])
-def test_published_epsilon_weights_are_those_of_the_code(weights: Any, lam: float) -> None:
+def test_published_epsilon_weights_equal_the_published_code(weights: Any, lam: float) -> None:
     """1/p at masks; lam (1 - e) at shuffled tokens and lam e at the others, over 1 - p if flat. It
     is a mean if a token was drawn onto itself, since the state does not show that."""
     process, loss, t = epsilon_hybrid(), EverywhereCrossEntropy(lam, weights), times(INNER)
@@ -493,7 +493,7 @@ def visible_gradient(denoiser: Denoiser) -> float:
     return denoiser.backbone.embedding.weight.grad[:WORDS].abs().max().item()
 
 
-def test_epsilon_hybrid_elbo_trains_the_last_draw() -> None:
+def test_epsilon_hybrid_elbo_trains_the_decoding_term() -> None:
     """Only the last draw trains the prediction at visible tokens."""
     terms, denoiser = trained_on(epsilon_hybrid(), ElboLoss())
     assert visible_gradient(denoiser) > 0

@@ -462,7 +462,7 @@ def test_sedd_refuses_sigmas_in_the_wrong_order() -> None:
         make("uniform", "geometric", sigma_min=0.5, sigma_max=0.2)
 
 
-def test_sedd_graph_refuses_the_other_vocabulary() -> None:
+def test_sedd_refuses_a_vocabulary_that_does_not_match_its_graph() -> None:
     build = ScoreEntropyDiffusion.build
     with pytest.raises(
         ArgumentError, match=r'graph = "absorb" needs tokens and a mask.*mask = true'

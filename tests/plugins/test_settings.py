@@ -175,7 +175,7 @@ def test_gidd_p_uniform_zero_has_no_wrong_tokens() -> None:
 # ---------------------------------------------------------------------- losses of hdlm
 
 
-def test_hdlm_empirical_weights_are_the_fitted_ones() -> None:
+def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
     """t^2 - t + 3 at masks and 3 - 2t at clusters for any clock; the divergence is the bound's."""
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=2.0), vocabulary=TWO)
     loss = Empirical.build(ComponentConfig(), process=process)
@@ -228,7 +228,7 @@ def test_gamma_hybrid_floor_is_the_noise_left_at_time_one() -> None:
     )
 
 
-def test_defaults_are_the_documented_ones() -> None:
+def test_component_defaults_equal_the_documented_defaults() -> None:
     assert (Flat.Config().start, Flat.Config().stop) == (1e-3, 1.0)
     assert (Dynamic.Config().clean, Dynamic.Config().smallest, Dynamic.Config().largest) == (
         "snr",
