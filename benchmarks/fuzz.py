@@ -1,6 +1,6 @@
 """Mutate recipes and pass them to the command line: each must be refused with a message or run.
 
-python benchmarks/fuzz.py                          # 1,000 dry runs, and two-step runs of a tenth of what passes
+python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 of the accepted recipes for two steps
 python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
 Everything runs in one process and in a temporary directory. A fault is a traceback, an empty or very

@@ -309,7 +309,7 @@ GPU_BATCHES = (64, 128, 256)  # rows of 512 tokens; larger batches test which fi
 
 
 def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
-    """The small transformer at 64x512: ratios of HDLM, MDLM and AR, and the batches that fit."""
+    """Measure training steps of all families on a GPU, and which batch sizes fit into memory."""
     say("\n## On an accelerator: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
     if not rehearsal and not torch.cuda.is_available():
         say("no GPU here")

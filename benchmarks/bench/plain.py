@@ -102,7 +102,7 @@ class Mixed:
         return ((1.0 - t) / (1.0 + hump))[:, None, None] * words + noise.unsqueeze(1)
 
     def weight(self, zt: Tensor, t: Tensor) -> Tensor:
-        """[B,L] rate of arriving at z_t."""
+        """Return the rate [B,L] of arriving at z_t from other states."""
         root, t = (t * (1.0 - t)).sqrt().unsqueeze(-1), t.unsqueeze(-1)
         each = self.height / (2.0 * root * (1.0 + self.height * root) * (self.states - 1))
         return torch.where(zt == self.mask, 1.0 / ((1.0 + self.height * root) * (1.0 - t)), each)
