@@ -120,11 +120,14 @@ class RestlessTree(ForwardProcess):
     # ------------------------------------------------------------------ families
 
     def is_restless(self, states: Tensor) -> Tensor:
-        """bool like states: below level `below`."""
+        """Return whether each state is below level `below`."""
         return self.vocabulary.level_of(states) < self.below
 
     def family(self, states: Tensor) -> Tensor:
-        """Node under whose tokens a state is redrawn; from level `below` on the state itself."""
+        """Return the ancestor at level `below`, among whose tokens a state is redrawn.
+
+        For states at level `below` or higher this is the state itself.
+        """
         level = self.vocabulary.level_of(states).clamp(min=self.below)
         return self.vocabulary.ancestor(states, level)
 
