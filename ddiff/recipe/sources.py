@@ -82,7 +82,7 @@ def merge_bases(tree: RecipeTree, chain: tuple[str, ...] = ()) -> RecipeTree:
 
 
 def expand_shorthand(tree: RecipeTree) -> RecipeTree:
-    """Expand `optimizer = "muon"` to `optimizer = {kind = "muon"}` in every slot, in place."""
+    """Replace names of components by tables: `optimizer = {kind = "muon"}` for `"muon"`."""
     for path in SLOTS:
         table: Any = tree.values
         for key in path[:-1]:

@@ -115,7 +115,7 @@ def test_export_replaces_only_files_of_an_export(run_dir: Path, ddiff: Command) 
     for content in (own, b"precious", b"", b"\xff" * 64):
         Path("mine.safetensors").write_bytes(content)
         assert is_refusal(
-            ddiff(*EXPORT, "mine.safetensors"), "mine.safetensors", "did not write it"
+            ddiff(*EXPORT, "mine.safetensors"), "mine.safetensors", "did not write this file"
         )
         assert Path("mine.safetensors").read_bytes() == content
 
