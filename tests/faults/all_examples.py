@@ -1,4 +1,4 @@
-"""The example instances of every process, of the core and of the plugins, by a readable name."""
+"""Example instances of every process of the core and of the plugins, with readable names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = (
 
 
 def every_example() -> list[object]:
-    """One pytest parameter per instance."""
+    """Return one pytest parameter per example instance."""
     parameters = []
     for family in FAMILIES:
         for number, process in enumerate(family.examples()):

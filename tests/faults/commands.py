@@ -1,4 +1,4 @@
-"""Run the command line in this process, on two small recipes that the tests vary."""
+"""Helpers that run the command line in this process, on two small recipes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ Answer = tuple[int, str, str]
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
-    """Run `ddiff ARGUMENTS` in this process; return exit code, stdout and stderr."""
+    """Run `ddiff ARGUMENTS` in this process, and return exit code, stdout and stderr."""
     code = 0
     try:
         main(list(arguments))
@@ -92,7 +92,10 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
 
 
 def refusal(answer: Answer) -> str:
-    """Check that a command was refused with one short paragraph and no traceback; return it."""
+    """Check that a command failed with one short paragraph and no traceback.
+
+    Return the paragraph.
+    """
     code, _, err = answer
     assert code == 2, err
     assert "Traceback" not in err
@@ -103,7 +106,7 @@ def refusal(answer: Answer) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Working directory with both recipes, the corpus and a separate cache; one thread."""
+    """Working directory with both recipes, the corpus and a separate cache; sets one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Make helpers of these tests and of the evaluation's importable, and share a tiny run."""
+"""Make test helpers importable, and share the fixtures of a tiny run."""
 
 from __future__ import annotations
 

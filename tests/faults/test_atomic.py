@@ -1,4 +1,4 @@
-"""Atomic writes on local and remote paths, what they leave behind, and locks between processes."""
+"""Atomic writes on local and remote paths, their partial files, and locks between processes."""
 
 from __future__ import annotations
 

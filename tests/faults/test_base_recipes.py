@@ -1,4 +1,4 @@
-"""Base recipes for reproducing faults: seconds on one core, on novels or lines of a file."""
+"""Small base recipes for reproducing faults, which train in seconds on one core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults planted in the draws of `nelbo` break the law of its terms."""
+"""Law of the bound terms: it holds for `nelbo` and detects planted faults in its random draws."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNMASKED = FlatVocabulary(3, mask=False)
 
 
 class NoisyAtBothEnds(Schedule):
-    """alpha = 0.9 - 0.6 t: noise at t = 0, tokens at t = 1."""
+    """Schedule alpha = 0.9 - 0.6 t, with noise at t = 0 and clean tokens left at t = 1."""
 
     closes_at_clean = False
     closes_at_prior = False
@@ -63,7 +63,10 @@ DECODING = elbo.decoding_term
 def closing_with(
     make_states: Callable[..., Tensor], query_t: float | None = 1.0
 ) -> Callable[..., Tensor]:
-    """Closing term that queries other states, or at another time (None: the end of the window)."""
+    """Build a closing term that queries the network in other states or at another time.
+
+    `query_t = None` is the end of the time window.
+    """
 
     def closing(
         process: Any, network: Network, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng
@@ -130,7 +133,7 @@ def decode_noised_at_zero(
 
 
 def corrupt_by(name: str) -> Callable[..., Noisy]:
-    """Every draw reads the same channel of the random generator."""
+    """Use the same channel of the random generator for every draw."""
 
     def corrupt(
         process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
@@ -143,7 +146,7 @@ def corrupt_by(name: str) -> Callable[..., Noisy]:
 def corrupt_with_shared_uniforms(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
-    """Both positions read the uniforms of the first one."""
+    """Use the uniforms of the first position for both positions."""
 
     class FirstPosition(CounterRng):
         def uniform(self, channel: str, count: int = 1) -> Tensor:
@@ -211,9 +214,9 @@ def test_law_of_bound_terms_detects_planted_faults(
     monkeypatch.setattr(elbo, where, fault)
     report = terms_have_their_expectations(PROCESSES[name])
     assert not report.passed, str(report)
-    # the law must find it by its numbers, not because the planted code raises
+    # The law must fail because of wrong values, not because the planted code raises.
     assert "raised" not in report.where
-    if where != "corrupt":  # all three terms use that one
+    if where != "corrupt":  # all three terms use `corrupt`
         assert term in report.where
 
 
@@ -223,8 +226,7 @@ def test_law_of_bound_terms_detects_planted_faults(
 def test_entropy_law_detects_swapped_channels_of_the_random_generator(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The enumeration encodes other states in each channel, so a wrong channel has wrong
-    probabilities."""
+    """Each channel enumerates other states, so that a swapped channel gives wrong probabilities."""
     process = PROCESSES["uniform"]
     assert bound.entropy_equality(process).passed
     monkeypatch.setattr(elbo, "corrupt", fault)
@@ -240,7 +242,7 @@ def test_check_process_includes_the_law_of_bound_terms(monkeypatch: pytest.Monke
 def test_closing_term_is_too_low_if_its_states_are_drawn_from_q_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With tokens left at t = 1, q_1(.|x0) at one position leaks x0 into predictions at the other."""
+    """If clean tokens are left at t = 1, states drawn from q_1(z | x0) reveal x0 to the network."""
     from ddiff.testing.bound_terms import Enumeration, draw_terms, sensitive_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]
@@ -261,7 +263,7 @@ def test_sobol_rng_uses_separate_dimensions_for_each_channel() -> None:
     drawn = torch.cat([rng.uniform("a"), rng.uniform("b", 3).flatten(1), rng.uniform("c")], 1)
     assert torch.equal(rng.uniform("a"), drawn[:, :2])
     assert rng.queries == {"a": 2, "b": 1, "c": 1}
-    assert float((drawn.mean(0) - 0.5).abs().max()) < 1e-9  # every dimension is evenly covered
+    assert float((drawn.mean(0) - 0.5).abs().max()) < 1e-9  # exact for Sobol points
     correlation = torch.corrcoef(drawn.T) - torch.eye(drawn.shape[1], dtype=torch.float64)
     assert float(correlation.abs().max()) < 0.2
 
@@ -279,7 +281,7 @@ def test_information_path_equals_the_integral_of_its_speed(name: str) -> None:
 
 
 def test_positions_at_the_prior_are_independent_of_x0() -> None:
-    """A position before its window is a draw of the prior, even if tokens are left at t = 1."""
+    """Positions at the prior are drawn from the prior, even if clean tokens are left at t = 1."""
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
     rng = CounterRng(0, 0, torch.arange(len(x0)), 2)
@@ -292,6 +294,6 @@ def test_positions_at_the_prior_are_independent_of_x0() -> None:
     )
     noisy = CORRUPT(process, x0, times, everywhere, rng, "diffusion")
     stays = float((noisy.zt == x0).double().mean())
-    assert stays == pytest.approx(1 / 3, abs=0.02)  # four standard errors; q_1 gives 0.53
+    assert stays == pytest.approx(1 / 3, abs=0.02)  # 4 standard errors; 0.53 with q_1
     begun = CORRUPT(process, x0, times._replace(at_prior=~everywhere), everywhere, rng, "diffusion")
     assert float((begun.zt == x0).double().mean()) == pytest.approx(0.3 + 0.7 / 3, abs=0.02)

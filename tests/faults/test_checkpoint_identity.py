@@ -1,4 +1,4 @@
-"""A checkpoint is read only by the process, the network and the tree that it was trained with."""
+"""Checkpoints load only with the process, network and vocabulary tree of their training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def replace_key(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Copy nested tables with another value at a dotted key; None: without the key."""
+    """Copy nested tables with another value at a dotted key; None removes the key."""
     copy = json.loads(json.dumps(tree))
     place = copy
     *tables, last = key.split(".")
@@ -105,7 +105,7 @@ def test_load_error_names_each_changed_key_of_the_trained_recipe(
 
 
 def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
-    """TOML leaves None out, so hdlm's `rates` and `powers` are absent unless they are set."""
+    """TOML has no null, so keys whose value is None, such as hdlm's `rates`, are absent."""
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
@@ -185,7 +185,7 @@ COMMANDS = {
 def test_every_command_refuses_a_checkpoint_of_another_process(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
-    """Even if the recipe that is run was changed in the same way."""
+    """The command is refused even if its own recipe was changed in the same way."""
     edit_recipe(run_dir, "xi = 1.0", "xi = 0.7")
     before = files(run_dir)
     assert is_refusal(ddiff(*COMMANDS[command]), "process.xi: was 1.0, is 0.7", "recipe.toml")
@@ -195,7 +195,7 @@ def test_every_command_refuses_a_checkpoint_of_another_process(
 
 
 def replace_tree(run_dir: Path) -> None:
-    """Replace the tree of a run by another one over the same tokens."""
+    """Replace the vocabulary tree of a run by another tree over the same tokens."""
     path = str(run_dir / "vocabulary.safetensors")
     vocabulary = api.Vocabulary.load(path)
     parents = (
@@ -222,7 +222,7 @@ def test_load_refuses_another_vocabulary_tree_over_the_same_tokens(
 
 @pytest.fixture(scope="module")
 def run_with_overrides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a tree and a process that were passed in from Python."""
+    """Run whose vocabulary and process were given from Python instead of the recipe."""
     place = tmp_path_factory.mktemp("given")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

@@ -1,4 +1,4 @@
-"""Damaged files of a run: a command works, or names the file and the remedy in one paragraph."""
+"""Commands on damaged files of a run: they succeed, or name the file and the remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = [
 
 
 def replace_by_null(content: bytes) -> bytes:
-    """Replace every value of every object by null, and other files by the word null."""
+    """Replace every value of a JSON object by null, and any other JSON file by null."""
     try:
         lines = [json.loads(line) for line in content.splitlines()]
     except ValueError:
@@ -96,7 +96,7 @@ def damage_file(run_dir: Path, file: str, kind: str) -> None:
 
 
 def works_or_names(answer: Any, file: str) -> bool:
-    """Whether a command worked, or was refused with the name of the file and no traceback."""
+    """Whether a command succeeded, or failed with the name of the file and no traceback."""
     assert "Traceback" not in answer.err
     if answer.code in (0, 1):  # 1: a verification that found a difference
         return answer.code == 0 or "NOT equal" in answer.out
@@ -121,7 +121,7 @@ def check_commands(file: str, kind: str, run_dir: Path, ddiff: Command, commands
 
 
 WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
-"""Kinds of damage tried on every command; the others are tried only on the shared reader."""
+"""Kinds of damage that are tested with every command. All others are tested with the reader."""
 
 
 @pytest.mark.parametrize("kind", WORST)

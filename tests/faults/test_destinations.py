@@ -1,4 +1,4 @@
-"""What a command writes where the user says destroys nothing, and is there whole or not at all."""
+"""Output paths given by the user: no foreign file is overwritten and no partial file is left."""
 
 from __future__ import annotations
 

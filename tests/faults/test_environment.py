@@ -1,4 +1,4 @@
-"""Environment variables, encodings and outputs that a shell may hand to the command."""
+"""Unusual environment variables, encodings and standard outputs of a command."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_eval_of_unchanged_data_writes_the_same_results(run_dir: Path, ddiff: Co
 
 
 def test_eval_accepts_the_same_data_at_another_path(run_dir: Path, ddiff: Command) -> None:
-    """The text has moved, and the recipe of the run names the new place."""
+    """The corpus is moved, and the recipe of the run names the new path."""
     Path("moved.txt").write_text(CORPUS)
     Path("corpus.txt").unlink()
     recipe = run_dir / "recipe.toml"
@@ -118,7 +118,7 @@ def test_run_evaluate_refuses_changed_data(run_dir: Path) -> None:
 
 
 def test_repeated_run_refuses_changed_data(run_dir: Path, ddiff: Command) -> None:
-    """Also if its figures are missing and only the validation text differs."""
+    """The run has no evaluation.json, and only the validation text has changed."""
     write(drop_validation(LINES))
     (run_dir / "evaluation.json").unlink()
     before = files(run_dir)

@@ -1,4 +1,4 @@
-"""A prediction that excludes the true token costs infinity, or what Bayes' rule gives; never NaN."""
+"""Bound of a prediction that excludes the true token: infinite or exact, but never NaN."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ddiff.testing.report import evaluate_laws
 
 
 def absorbing(num_tokens: int = 2) -> list[ForwardProcess]:
-    """The masked process in all of its implementations."""
+    """Return all implementations of the masked process."""
     vocabulary = FlatVocabulary(num_tokens)
     states = num_tokens + 1
     rates = -torch.eye(states, dtype=torch.float64)
@@ -62,8 +62,8 @@ def test_bound_of_a_visible_token_is_zero_in_masked_processes(process: ForwardPr
 
 
 def test_sedd_decoding_of_visible_tokens_is_zero() -> None:
-    """With geometric noise, sedd evaluates the decoding term at visible tokens too, since the
-    process does not close at the clean end."""
+    """With geometric noise, states are noisy at t = 0, so that sedd evaluates the decoding term at
+    visible tokens too."""
     config = ScoreEntropyDiffusion.Config(graph="absorb", noise="geometric")
     process = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(2))
     prediction = DenseDistribution(
@@ -85,7 +85,7 @@ def test_processes_satisfy_the_law_of_excluded_tokens(process: ForwardProcess) -
 
 @pytest.mark.parametrize("process", every_example())
 def test_nelbo_is_not_nan_if_predictions_exclude_the_true_token(process: ForwardProcess) -> None:
-    """For a network that is certain of token 0 everywhere."""
+    """The network predicts token 0 with probability 1 at every position."""
     num_tokens = process.vocabulary.num_tokens
     certain = torch.full((num_tokens,), -torch.inf, dtype=torch.float64)
     certain[0] = 0.0

@@ -1,4 +1,4 @@
-"""A plugin that ends the process is reported like a broken one by every command."""
+"""Plugins that end the process, for example by sys.exit, are reported like broken plugins."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def __getattr__(name):
 
 
 def at_an_attribute(ending: str) -> dict[str, str]:
-    """Exit when an attribute is read; pluggy reads every attribute of a module."""
+    """Return plugin code that exits when an attribute is read; pluggy reads every attribute."""
     return {"bad_mod": ATTRIBUTE.format(body=ending)}
 
 
@@ -146,7 +146,7 @@ def test_plugins_command_lists_valid_components_next_to_a_broken_one(
 def test_command_fails_if_a_component_exits(
     ending: str, distribution: Distribution, folder: Path, ddiff: Command
 ) -> None:
-    """Here `build` exits; the recipe and the import are right."""
+    """The recipe is valid and the import succeeds, but `build` exits."""
     body = "registry.add('time_rule', 'leaver', 'leaver_parts:Good')"
     modules = {"bad_mod": HOOK.format(body=body), "leaver_parts": RULE.format(body=ending)}
     distribution("leaver-dist", "1.0", {"leaver": "bad_mod"}, modules)

@@ -92,7 +92,10 @@ VOCABULARIES = [FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 1]])]
 
 
 def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
-    """Of a position at the prior: p = 0.5, 0.3, 0.2 with the condition and 0.2, 0.3, 0.5 without."""
+    """Return the guided distribution of a position at the prior.
+
+    The prediction is (0.5, 0.3, 0.2) with the condition and (0.2, 0.3, 0.5) without.
+    """
     log_p = P.log().float()
     network = network_from_table(lambda zt, t: log_p.expand(*zt.shape, 3), vocabulary)
     null = network_from_table(lambda zt, t: log_p.flip(-1).expand(*zt.shape, 3), vocabulary)

@@ -1,4 +1,4 @@
-"""Gradients of every term are finite where the term is, for networks that are certain of a token."""
+"""Gradients of finite bound terms are finite, even if a token has probability 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddiff.testing.report import evaluate_laws
 
 @pytest.mark.parametrize("state", [4, 1])
 def test_hybrid_gamma_0_has_finite_gradients_at_masks_and_tokens(state: int) -> None:
-    """A head whose logits differ by 2e4 is certain of token 1, the true one."""
+    """The logits differ by 2e4, so that the true token 1 has the predicted probability 1."""
     process = GammaHybrid(FlatVocabulary(4), 0.0)
     head = TokenHead(process.vocabulary, 4)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_processes_satisfy_the_law_of_finite_gradients(process: ForwardProcess) 
 def test_bound_terms_have_finite_gradients_at_extreme_logits(
     process: ForwardProcess, difference: float
 ) -> None:
-    """Logits of a head, in float32: certain of every token in turn, the true one and others."""
+    """The float32 logits give every token in turn, true or not, the probability 1."""
     vocabulary = process.vocabulary
     certain = difference * torch.eye(vocabulary.num_tokens)
     log_probs = certain.double().log_softmax(-1)
@@ -71,7 +71,7 @@ def test_bound_terms_have_finite_gradients_at_extreme_logits(
 
 
 def test_law_of_finite_gradients_detects_zero_times_infinity() -> None:
-    """The planted fault masks an infinite value but keeps its gradient, 0 * inf."""
+    """The planted fault masks an infinite value with torch.where, so that its gradient is NaN."""
     process = GammaHybrid(FlatVocabulary(3), 0.0)
 
     def divergence(

@@ -1,4 +1,7 @@
-"""First hitting ends at a share of noise, not at a time, so that it is exact for fast early noise."""
+"""First-hitting sampler: exact for processes with fast early noise.
+
+The sampler ends at a given fraction of noisy positions instead of at a fixed time.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def gidd(
 
 
 def stay_probability(process: ForwardProcess, t: float) -> float:
-    """q_t(x | x) for token 0."""
+    """Return q_t(x | x), the probability that token 0 is unchanged at time t."""
     return float(
         process.stay_probability(torch.tensor([0]), torch.tensor([t], dtype=torch.float64))
     )
@@ -57,7 +60,7 @@ def stay_probability(process: ForwardProcess, t: float) -> float:
     ],
 )
 def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Form) -> None:
-    """With the default `until`. Ending at a fixed time has a distance of 0.274 at p 0.9, gamma 0.5."""
+    """A sampler that ends at a fixed time has an error of 0.274 at p_uniform 0.9 and gamma 0.5."""
     result = measure_sampler(
         FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS
     )
@@ -69,8 +72,8 @@ def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Fo
 def test_first_hitting_range_is_set_by_until_at_any_length(
     p_uniform: float, gamma: float, length: int
 ) -> None:
-    """At the last time that events are followed, `until` positions of a sequence are expected to be
-    noise; at the first, `until` are expected to be clean."""
+    """At the last simulated time the expected number of noisy positions is `until`; at the first
+    simulated time the expected number of clean positions is `until`."""
     until = 1e-3
     process = gidd(p_uniform, gamma)
     begin, finish = between(process, until, length)
@@ -88,7 +91,7 @@ def test_first_hitting_follows_events_longer_in_longer_sequences() -> None:
 
 
 def test_first_hitting_range_is_set_by_the_token_that_decays_fastest() -> None:
-    """With uneven noise, the token that is lost fastest decides."""
+    """The noise distribution is uneven, so that tokens decay at different rates."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))
     _, finish = between(process, 1e-3, 10)
@@ -99,8 +102,8 @@ def test_first_hitting_range_is_set_by_the_token_that_decays_fastest() -> None:
 
 
 def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
-    """With p 0.9, gamma 0.5, 1.3 % of the tokens are noise at the earliest time that rates are
-    evaluated."""
+    """With p_uniform 0.9 and gamma 0.5, 1.3 % of the tokens are noisy at the earliest time at which
+    rates are evaluated."""
     process = gidd(0.9, 0.5)
     with pytest.raises(
         ArgumentError,
@@ -112,7 +115,8 @@ def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
 
 
 def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
-    """5 % of the tokens are noise at t = 0; the last draw of any sampler removes it."""
+    """5 % of the tokens are noisy at t = 0; the final decoding step of every sampler removes this
+    noise."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.05, 20.0), token_distribution(vocabulary)

@@ -1,4 +1,4 @@
-"""`--fresh` deletes only files of a run, and no run overwrites files of others."""
+"""Option --fresh deletes only files of a run, and a run never overwrites foreign files."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_fresh_refuses_a_run_dir_that_is_a_link(run_dir: Path, ddiff: Command) -
 def test_fresh_refuses_a_directory_above_the_working_directory(
     place: str, run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them holds a run, so that only its position is a reason to refuse."""
+    """Each directory contains a valid run, so that only its position can be the reason."""
     Path("work").mkdir()
     before = files(run_dir)
     if place == "~":
@@ -222,7 +222,7 @@ def test_run_refuses_a_run_dir_inside_a_checkpoints_folder(run_dir: Path, ddiff:
 def test_deleting_old_checkpoints_keeps_foreign_files_in_their_folders(
     run_dir: Path, ddiff: Command
 ) -> None:
-    """`[train] keep` deletes the checkpoint of step 2, but no notes or weights of others in it."""
+    """`[train] keep` deletes the checkpoint of step 2, but not foreign files in its folder."""
     old = run_dir / "checkpoints/step_00000002"
     put(old / "notes.txt")
     put(old / "kept/exported.safetensors")

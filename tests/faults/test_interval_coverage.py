@@ -1,7 +1,8 @@
-"""Confidence intervals cover the truth for processes that corrupt mostly near one end of time.
+"""Coverage of confidence intervals for processes whose noise is concentrated near t = 0 or t = 1.
 
-With t drawn evenly, most evaluations of these processes report less than the truth, and 10 to 70 %
-of the intervals lie below it. Information time removes the heavy tail.
+If noise times were uniform in t, most evaluations of these processes would underestimate the bound,
+and 10 to 70 % of the intervals would lie below the true value. Noise times that are uniform in
+information time remove this heavy tail.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ CASES = [
 
 @pytest.mark.slow
 def test_confidence_intervals_have_coverage_near_95_percent() -> None:
-    """60 evaluations of each of ten cases: 93 to 97 % of all intervals cover.
+    """Of 60 evaluations of each of ten cases, 93 to 97 % of all intervals contain the true value.
 
-    A median has a standard error of 1.25 sd/sqrt(60); one of ten is three standard errors below
-    with probability 1 %. If 95 % of the intervals cover, fewer than 50 of 60 do with probability
-    5e-4. Seeds are fixed.
+    A median has a standard error of 1.25 sd/sqrt(60), and the probability that one of ten medians
+    is three standard errors too low is 1 %. With a coverage of 95 %, fewer than 50 of 60 intervals
+    contain the true value with probability 5e-4. The seeds are fixed.
     """
     covered = []
     for number, (process, window) in enumerate(CASES):

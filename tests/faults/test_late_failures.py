@@ -1,4 +1,4 @@
-"""Values of a recipe that would fail late in a run are refused by a dry run; limits work."""
+"""Recipe values that would fail late in a run are refused by a dry run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_bounded_config_types_refuse_values_outside_their_limits() -> None:
 
 
 def test_every_integer_key_of_every_component_has_an_upper_limit() -> None:
-    """Every integer of every component has a largest value, which torch can represent."""
+    """The upper limit of every integer key is a number that torch can represent."""
     open_ended = []
     for component in survey_plugins().registry.components():
         for key, schema in (

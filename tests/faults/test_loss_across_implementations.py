@@ -1,4 +1,4 @@
-"""Weight, divergence and clipped loss of one chain are equal in all of its implementations."""
+"""Weight, divergence and clipped loss are equal in all implementations of a Markov chain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 
 
 def masks() -> dict[str, ForwardProcess]:
-    """Masked processes with alpha = 1 - t."""
+    """Return implementations of the masked process with alpha = 1 - t."""
     vocabulary = FlatVocabulary(4)
     rates = -torch.eye(5, dtype=torch.float64)
     rates[:, -1] = 1.0
@@ -53,7 +53,7 @@ def masks() -> dict[str, ForwardProcess]:
 
 
 def uniform() -> dict[str, ForwardProcess]:
-    """Processes with uniform noise and alpha = 1 - t."""
+    """Return implementations of the process with uniform noise and alpha = 1 - t."""
     vocabulary = FlatVocabulary(4, mask=False)
     rates = torch.full((4, 4), 0.25, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
     sedd = ScoreEntropyDiffusion.Config(graph="uniform", floor=0.0)
@@ -67,7 +67,7 @@ def uniform() -> dict[str, ForwardProcess]:
 def evaluate_loss(
     process: ForwardProcess, rows: ReachableRows, predicts: str, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, divergence and clipped loss at every row."""
+    """Return weight, divergence and clipped loss of every row."""
     prediction: Prediction = DenseDistribution(rows.log_p, process.vocabulary)
     if predicts == "score":
         prediction = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -82,7 +82,7 @@ def evaluate_loss(
 def test_implementations_of_one_markov_chain_have_equal_losses(
     chain: object, predicts: str
 ) -> None:
-    """Tolerance: the dense process computes a matrix exponential."""
+    """Tolerance 1e-8 relative, 1e-9 absolute: error of the matrix exponential (dense process)."""
     processes = chain()  # type: ignore[operator]
     rows = ReachableRows(processes["mixture"], times(TIMES))
     expected = evaluate_loss(processes["mixture"], rows, predicts, 10.0)
@@ -92,7 +92,7 @@ def test_implementations_of_one_markov_chain_have_equal_losses(
 
 
 def test_clipped_loss_at_t_0_99_equals_the_unclipped_loss() -> None:
-    """At t = 0.99 the weight of -ln p(x) is 1/t in both processes, far below a clip of 10."""
+    """The weight of -ln p(x) at t = 0.99 is 1/t in both processes, less than the clip of 10."""
     rows = ReachableRows(masks()["mdlm"], times((0.99,)))
     mask = rows.select(rows.zt == 4)
     surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
@@ -110,8 +110,8 @@ def test_processes_satisfy_the_law_of_the_loss_weight(process: ForwardProcess) -
 
 @pytest.mark.parametrize("process", every_example())
 def test_clipped_loss_is_at_most_the_density_of_the_bound(process: ForwardProcess) -> None:
-    """Near t = 0 the divergence at the clean token grows as 1/t and its weight falls as t, so that
-    the loss is the density, which is finite there. `smallest` above 0 would break this."""
+    """Near t = 0 the divergence of a clean token grows as 1/t and its weight decreases as t, so
+    their product is finite. With `smallest` > 0 the clipped loss would diverge."""
     rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
     density = process.density(rows.dist, *rows.args)
     _, _, clipped = evaluate_loss(process, rows, "distribution", 10.0)

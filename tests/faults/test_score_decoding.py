@@ -1,4 +1,4 @@
-"""Scores are decoded by Tweedie's formula: for a perfect score the last draw is the posterior."""
+"""Decoding of scores by Tweedie's formula: the exact score gives the exact posterior."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> 
 
 
 def test_score_decoding_of_constant_data_gives_its_only_token() -> None:
-    """Uniform noise on 7 tokens, t = 0.7, data that are always token 1, z = 6: P(x = 1) = 1."""
+    """Uniform noise on 7 tokens; the data are always token 1, so P(x = 1 | z) = 1 at z = 6."""
     process = uniform(7)
     log_p = torch.full((1, 7), -torch.inf, dtype=torch.float64)
     log_p[0, 1] = 0.0
@@ -84,8 +84,8 @@ def test_score_decoding_of_constant_data_gives_its_only_token() -> None:
 
 @pytest.mark.parametrize("process", every_example())
 def test_decoding_the_exact_score_gives_the_exact_posterior(process: ForwardProcess) -> None:
-    """Tolerance: 1e-12 up to a condition number of 100, and 1e-14 times it above, the rounding of
-    the score."""
+    """Tolerance 1e-12 up to a condition number of 100 of the transition matrix, above it 1e-14
+    times the condition number: the rounding error of the score is amplified."""
     path = times(PATH)
     rows = ReachableRows(process, path, random_log_probs(process.vocabulary.num_tokens))
     now = process.clamp_score_time(rows.t)
@@ -104,7 +104,7 @@ def test_decoding_the_exact_score_gives_the_exact_posterior(process: ForwardProc
 
 @pytest.mark.parametrize("process", every_example())
 def test_decode_nll_of_exact_scores_and_exact_posteriors_is_equal(process: ForwardProcess) -> None:
-    """At t = 0.1 and at t = 0."""
+    """Compared at t = 0 and t = 0.1; tolerance 1e-9."""
     rows = ReachableRows(process, times((0.0, 0.1)))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     of_score = process.decode_nll(score, rows.x0, rows.zt, rows.t)
@@ -152,7 +152,7 @@ def test_score_laws_detect_decoding_without_tweedies_formula() -> None:
 def test_sampler_error_is_equal_for_scores_and_probabilities(
     sampler: Any, process: ForwardProcess
 ) -> None:
-    """Both use the same random numbers, so that they differ by rounding only."""
+    """Both samplers use the same random numbers, so that results differ only by rounding."""
     for steps in (8, 32):
         of_distribution, of_score = (
             measure_sampler(
@@ -164,7 +164,7 @@ def test_sampler_error_is_equal_for_scores_and_probabilities(
 
 
 def test_score_samplers_draw_no_token_of_probability_zero() -> None:
-    """Uniform noise, data without tokens 4 and 5."""
+    """The noise is uniform on 6 tokens, and the data never contain tokens 4 and 5."""
     process = uniform(6)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
     joint = torch.outer(p, p)
@@ -180,7 +180,7 @@ def test_score_samplers_draw_no_token_of_probability_zero() -> None:
 
 @pytest.mark.parametrize("process", every_example())
 def test_arbitrary_scores_have_finite_decode_nll_and_gradient(process: ForwardProcess) -> None:
-    """The ratios belong to no distribution, as those of an untrained network."""
+    """The random ratios, like those of an untrained network, belong to no distribution."""
     rows = ReachableRows(process, times((1e-3, 0.02, 0.5, 0.97)))
     generator = torch.Generator().manual_seed(1)
     raw = 6.0 * torch.randn(
@@ -227,7 +227,7 @@ def test_uninformative_score_decodes_to_the_uniform_distribution() -> None:
 
 
 def test_from_clean_transition_includes_the_noise_at_t_0() -> None:
-    """With sigma_min = 0.2 tokens are noisy at t = 0; `transition(0, t)` starts after that noise."""
+    """With sigma_min = 0.2, states are noisy at t = 0; `transition(0, t)` excludes this noise."""
     vocabulary = FlatVocabulary(4, mask=False)
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.2, 5.0), token_distribution(vocabulary)
@@ -248,7 +248,7 @@ def test_from_clean_transition_includes_the_noise_at_t_0() -> None:
 
 
 def test_dense_kernel_rejects_singular_matrices() -> None:
-    """Only decoding has a fallback."""
+    """`solve` raises for a singular matrix; only decoding has a fallback."""
     process = DenseProcess(FlatVocabulary(2, mask=False), [[-1.0, 1.0], [1.0, -1.0]])
     kernel = process.transition(times((0.0,)), times((1.0,)))
     with pytest.raises(ArgumentError, match="must be invertible in every row"):

@@ -16,7 +16,7 @@ from ddiff.atomic import original_name
 
 __all__ = ["place"]
 
-# The stage prints that it has begun and then sleeps, like one that takes long.
+# The stage prints "begun" and then sleeps, to simulate a long computation.
 STAGE = """
 import sys, time
 import {module}

@@ -1,4 +1,4 @@
-"""A recipe that trains in less than a second, and a finished run of it to copy and damage."""
+"""Recipe that trains in less than a second, and fixtures with a finished run of the recipe."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ Command = Callable[..., Answer]
 
 
 def prepare(place: Path) -> None:
-    """Write the recipe and its corpus."""
+    """Write the recipe and its corpus into a folder."""
     (place / "tiny.toml").write_text(RECIPE)
     (place / "corpus.txt").write_text(CORPUS)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Working directory with tiny.toml and corpus.txt; the cache is elsewhere."""
+    """Working directory with tiny.toml and corpus.txt, and a cache outside this directory."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a finished run, to be copied."""
+    """Directory of a finished run, which tests copy."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -114,7 +114,7 @@ def run_dir(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Function that runs a command in this process, as in `ddiff("eval", "runs/tiny")`."""
+    """Function that runs a command in this process, for example `ddiff("eval", "runs/tiny")`."""
 
     def call(*arguments: str) -> Answer:
         return Answer(*run_command(capsys, *arguments))
@@ -123,7 +123,7 @@ def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def files(place: Path) -> dict[str, bytes]:
-    """Return every file below a folder with its bytes."""
+    """Return the content of every file below a folder, by relative path."""
     return {
         str(path.relative_to(place)): path.read_bytes()
         for path in place.rglob("*")
@@ -132,7 +132,7 @@ def files(place: Path) -> dict[str, bytes]:
 
 
 def is_refusal(answer: Answer, *expected: str) -> bool:
-    """Whether a command was refused with a message that contains all of `expected`."""
+    """Whether a command failed with exit code 2 and a message that contains all of `expected`."""
     assert answer.code == 2, answer
     assert "Traceback" not in answer.err
     missing = [text for text in expected if text not in answer.err]

@@ -1,4 +1,4 @@
-"""Let the tests of this folder import `toy`, which is also a program that they start and kill."""
+"""Make the module `toy` importable for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Programs for several processes, forked from one that has imported everything to be cheap."""
+"""Programs that tests run on several ranks.
+
+The ranks are forked from a process that has already imported all modules, to save time.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,15 @@ from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.session import TrainingSession
 from ddiff.training.protocols import LossTerms
 
-START = 60.0  # seconds a rank may take; one that waits for a dead one would wait for ever
+START = 60.0  # seconds until a rank is killed; a rank that waits for a dead rank would never end
 SYMBOLS = Path(__file__).parent / "symbols.toml"
 
 
 def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(*arguments)` on every rank; AssertionError with the output of a rank that fails."""
+    """Run `work(*arguments)` on every rank.
+
+    Raises AssertionError with the output of a rank that fails.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -80,7 +86,7 @@ def _rank(
 
 
 def train_symbols(settings: list[str], cache: str) -> None:
-    """Train the recipe of this folder with the settings."""
+    """Train the recipe symbols.toml with the given settings."""
     os.environ["DDIFF_CACHE"] = cache
     with TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings)) as session:
         start = session.run.checkpoints.newest()
@@ -90,7 +96,7 @@ def train_symbols(settings: list[str], cache: str) -> None:
 
 
 class BrokenOn(Identify):
-    """The toy's loss, NaN in one step on one rank."""
+    """Loss of the toy model that is NaN in one step on one rank."""
 
     def __init__(self, module: torch.nn.Module, rank: int, step: int) -> None:
         super().__init__(module)
@@ -120,7 +126,7 @@ def shares_at(backend: DistributedBackend, accumulate: int) -> Callable[[int, in
 
 
 def train_toys(folder: str) -> None:
-    """Train the toy whole, in micro-batches, and with a broken step on the last rank."""
+    """Train the toy model without and with micro-batches, and with a NaN step on the last rank."""
     backend = DistributedBackend("cpu")
     for name, accumulate in (("whole", 1), ("micro", 2)):
         torch.manual_seed(0)
@@ -147,11 +153,11 @@ def train_toys(folder: str) -> None:
     _save(backend, objective, place)
     del objective, trainer
     backend.close()
-    backend.close()  # a second time, as nothing
+    backend.close()  # a second call must have no effect
 
 
 def train_with_dropout(folder: str) -> None:
-    """Train the toy with few checkpoints, with many, and stopped by a signal in between."""
+    """Train the toy model with few checkpoints, with many, and with a signal in between."""
     backend = DistributedBackend("cpu")
     rows = shares_at(backend, 1)
     for name, checkpoint_every, starts in (("few", 6, 1), ("many", 1, 1), ("stopped", 6, 2)):
@@ -182,9 +188,10 @@ def _save(backend: DistributedBackend, objective: Identify, place: Path) -> None
 
 
 def stop_one(folder: str) -> None:
-    """Send SIGTERM to the last rank only, in the third step: all ranks stop after the fourth.
+    """Send SIGTERM to the last rank only, in the third step. All ranks stop after the fourth step.
 
-    Figures are read when the next step is under way.
+    The other ranks receive the signal with the results of the third step, which are read while the
+    fourth step is computed.
     """
     backend = DistributedBackend("cpu")
     torch.manual_seed(0)

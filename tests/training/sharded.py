@@ -1,4 +1,4 @@
-"""Programs for ranks of a sharded model: save it, change it during the save, load it."""
+"""Programs that save and load checkpoints of a sharded model on several ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ STEP = 7
 
 
 class Uneven(nn.Module):
-    """Tied tables of five rows, a matrix of one row, a scale, a buffer: uneven shares."""
+    """Model with tied tables of 5 rows, a matrix of 1 row, a scale and a buffer.
+
+    The shards of the ranks have unequal sizes, and some are empty.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ def made(seed: int, *, sharded: bool) -> tuple[Uneven, torch.optim.AdamW]:
 
 
 def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Take a step with gradients that depend only on the step and the parameter's name."""
+    """Take an optimizer step with gradients that depend only on step and name of a parameter."""
     for place, parameter in enumerate(net.parameters()):
         generator = torch.Generator().manual_seed(100 * number + place)
         gradient = torch.randn(tuple(parameter.shape), generator=generator)
@@ -60,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Gather model, optimizer and average as whole tensors."""
+    """Gather model, optimizer state and weight average as unsharded tensors."""
     state = optimizer.state_dict()["state"]
     moments = {
         f"{i}.{name}": value for i, values in state.items() for name, value in values.items()
@@ -82,7 +85,7 @@ def trained(sharded: bool, rank: int = 0) -> tuple[Uneven, torch.optim.AdamW, di
 
 
 def save_in_shards(folder: str) -> None:
-    """Save, and continue before the checkpoint is written."""
+    """Save asynchronously, and take another step before the checkpoint is written."""
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True, rank=backend.rank)
     checkpoints = Checkpoints(folder)
@@ -97,7 +100,7 @@ def save_in_shards(folder: str) -> None:
 
 
 def load_in_shards(folder: str, expected: str) -> None:
-    """Load a checkpoint in the shards of these ranks, and take one step."""
+    """Load a checkpoint into a model that is sharded over these ranks, and take one step."""
     backend = DistributedBackend("cpu")
     net, optimizer = made(1, sharded=True)
     found = Checkpoints(folder).newest()
@@ -133,7 +136,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 class Full:
-    """File system that is full where shards are written."""
+    """File system that raises "No space left" for files of shards."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -148,7 +151,10 @@ class Full:
 
 
 def fail_on_one_rank(folder: str) -> None:
-    """Rank 1 cannot write: all ranks raise in `wait`, no marker is written, saving still works."""
+    """Save while rank 1 cannot write: `wait` raises on all ranks and no marker is written.
+
+    The next save succeeds.
+    """
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True)
     checkpoints = Checkpoints(folder)

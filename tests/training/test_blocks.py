@@ -1,4 +1,4 @@
-"""Recomputed and compiled blocks compute the same; only matrix products are in bfloat16."""
+"""Activation recomputation, compilation and mixed precision of the blocks of a backbone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 
 
 def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, the first if nothing is said, and its gradients."""
+    """Return the loss of a batch (by default the first batch) and its gradients."""
     torch.manual_seed(1)  # dropout
     batch = run.data.batch_at(number, 0)
     rng = CounterRng(0, number, batch.index, run.recipe.length)
@@ -88,7 +88,7 @@ def test_compile_blocks_compiles_equal_blocks_once(run: Run) -> None:
 
     with_random_head(run)
     for block in run.denoiser.backbone.blocks:
-        block.dropout.p = 0.0  # a compiled dropout draws other numbers
+        block.dropout.p = 0.0  # compiled dropout uses other random numbers
     loss, gradients = step(run)
     torch._dynamo.reset()
     counters.clear()
@@ -98,7 +98,7 @@ def test_compile_blocks_compiles_equal_blocks_once(run: Run) -> None:
         compiled, theirs = step(run)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    # float32, fused in another order
+    # Fused kernels sum float32 values in another order.
     torch.testing.assert_close(compiled, loss, rtol=1e-6, atol=0.0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
@@ -118,7 +118,7 @@ def test_padding_rows_keep_the_loss_and_limit_the_number_of_shapes(
                 run.denoiser.head, "total", lambda h, *rest: shapes.add(len(h)) or total(h, *rest)
             )
             filled, theirs = step(run, number)
-        # float32 sums in another order
+        # Padding changes the order of float32 sums.
         torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0.0)
         for name, gradient in gradients.items():
             torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
@@ -146,5 +146,5 @@ def test_only_matrix_products_are_in_bfloat16(run: Run, monkeypatch: pytest.Monk
     rounded, gradients = step(run)
     assert seen == {"distribution": torch.float32, "product": torch.bfloat16}
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
-    # bfloat16 has eight bits: a mean of a hundred losses is off by less than a percent.
+    # bfloat16 has 8 bits of precision: a mean of 100 losses has an error below 1 %.
     assert 0.0 < abs(rounded - exact) < 1e-2 * exact

@@ -1,4 +1,4 @@
-"""Checkpoints restore the same tree, are complete or absent, and name damaged files."""
+"""Saving, interrupted saving, loading and damage of checkpoints."""
 
 from __future__ import annotations
 
@@ -80,11 +80,14 @@ def test_checkpoints_keep_only_the_newest(tmp_path: Path) -> None:
 
 
 class Death(BaseException):
-    """Exception that no code catches, as no code runs after SIGKILL."""
+    """Exception that simulates SIGKILL: no code under test catches it."""
 
 
 class Store:
-    """Local folder that behaves like an object store: no rename, objects appear at once."""
+    """Local file system that behaves like an object store.
+
+    Files cannot be renamed, and a file appears only when it is complete.
+    """
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -94,7 +97,7 @@ class Store:
 
 
 class Mortal(Store):
-    """Object store that dies before its `last`-th change."""
+    """Object store that raises `Killed` before its `last`-th change."""
 
     def __init__(self, fs: Any, last: int) -> None:
         super().__init__(fs)
@@ -151,7 +154,8 @@ def test_kill_during_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
         assert [path.name for path in root.iterdir()] == ["step_00000015"], (
             "what the dead process left is swept up"
         )
-    # A folder, three files, the marker, the old marker and its folder: it has died at each of them.
+    # The changes are: the folder, three files, the marker, the old marker and its folder. The save
+    # was killed before each of them.
     assert survived[0] == 7
 
 
@@ -288,7 +292,7 @@ def test_read_weights_of_a_missing_ema_raises_checkpoint_error(tmp_path: Path) -
 
 
 def test_save_async_writes_the_values_at_the_time_of_the_call(tmp_path: Path) -> None:
-    """The file is written after the change, and holds the values from before it."""
+    """The tensor changes before the file is written; the file must contain the old values."""
     checkpoints, changed = Checkpoints(tmp_path), threading.Event()
     weight, moments = torch.ones(3), {"rate": torch.zeros(2)}
 

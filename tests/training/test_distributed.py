@@ -1,4 +1,7 @@
-"""Several processes compute the same as one: equal draws, losses equal up to rounding of sums."""
+"""Training on several processes compared with training in one process.
+
+Random draws must be equal, and losses equal up to the rounding of sums in another order.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, Tensor]:
-    """Draws of a step over all ranks and micro-batches, by slot; scored tokens of each share."""
+    """Return the random draws of a step over all ranks and micro-batches, ordered by slot.
+
+    "counts" has the number of scored tokens of each micro-batch.
+    """
     recipe, parts = built.recipe, []
     object.__setattr__(recipe.train, "accumulate", accumulate)
     for rank in range(world_size):
@@ -83,7 +89,7 @@ def losses(run_dir: Path) -> Tensor:
 
 
 def farthest(run_dir: Path, other: Path, step: int) -> float:
-    """Relative distance of the parameters of two runs."""
+    """Return the relative distance between the parameters of two runs."""
     files = [Checkpoints(place / "checkpoints").read_weights(step) for place in (run_dir, other)]
     assert files[0].keys() == files[1].keys()
     one, two = (torch.cat([file[name].double().ravel() for name in sorted(file)]) for file in files)
@@ -92,7 +98,7 @@ def farthest(run_dir: Path, other: Path, step: int) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[..., Path]:
-    """Run of one process with these settings, trained once."""
+    """Return a run of one process with these settings, which is trained on the first call."""
 
     @functools.cache
     def trained(*long: str) -> Path:
@@ -119,10 +125,10 @@ def test_training_does_not_depend_on_the_number_of_processes(
     numbers: tuple[int, ...],
     allowed: float,
 ) -> None:
-    # float32 sums in another order are off by 1e-7 relative. Fifty steps of AdamW may carry that to
-    # 1e-6 of the loss, and the orthogonalization of Muon, whose small singular values are all
-    # rounding, to 1e-5. The parameters get ten times as much: Adam divides by the gradient's own
-    # size, which for some entries is all rounding.
+    # float32 sums in another order have a relative error of 1e-7. After 50 steps of AdamW the loss
+    # may differ by 1e-6. With Muon it may differ by 1e-5, because the smallest singular values are
+    # dominated by rounding. The tolerance of the parameters is ten times larger: AdamW divides by
+    # the size of the gradient, and some gradient entries are dominated by rounding.
     long = (
         f"train.steps={STEPS}",
         f"train.optimizer.kind={optimizer}",
@@ -161,10 +167,10 @@ def test_resumed_run_on_equally_many_ranks_is_bitwise_identical(
 
 @pytest.mark.slow
 def test_transformers_backbone_trains_with_fsdp_in_bfloat16(tmp_path: Path, cache: str) -> None:
-    """A backbone whose layer norms have weights trains in shards as in one process.
+    """Compare sharded training of a backbone with layer-norm weights with one process.
 
-    The first losses differ by the order of float32 sums; gradients are products in bfloat16, eight
-    bits, summed over a rank's rows before they are summed over ranks.
+    The first losses differ by the order of float32 sums. Later losses differ more, because
+    gradients are bfloat16 products (8 bits), summed over the rows of a rank and then over ranks.
     """
     sizes = "hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32"
     bert = f"denoiser={{kind='hf', architecture='bert', settings={{{sizes}}}}}"
@@ -194,7 +200,7 @@ def test_rank_losses_sum_to_the_loss_and_all_ranks_skip_a_nan_step(
 
     alone = toy_trainer(tmp_path / "alone", 6, batch_at=rows_at(1), log_every=2)
     alone.fit()
-    # float64: sums of another order, through the orthogonalisation of Muon
+    # float64 sums in another order, amplified by the orthogonalization of Muon
     expected = alone.objective.module.state_dict()
     for rank in range(number):
         for name in ("whole", "micro"):
@@ -221,7 +227,7 @@ def test_rank_losses_sum_to_the_loss_and_all_ranks_skip_a_nan_step(
 def test_dropout_on_ranks_does_not_depend_on_checkpoint_times(
     tmp_path: Path,
 ) -> None:
-    """Neither their number nor a signal between two of them changes the run."""
+    """Neither the number of checkpoints nor a signal between two checkpoints changes the run."""
     on_ranks(2, train_with_dropout, str(tmp_path))
     expected = torch.load(tmp_path / "few" / "rank0.pt")
     for name in ("many", "stopped"):
@@ -264,7 +270,7 @@ def test_killed_run_resumes_on_another_backend_and_process_count(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    time.sleep(0.5)  # its workers end with it: what they held was its standard input
+    time.sleep(0.5)  # the workers end with the launcher, because their standard input is closed
     ended = file.read_text()
     time.sleep(0.5)
     assert file.read_text() == ended
@@ -278,7 +284,7 @@ def test_killed_run_resumes_on_another_backend_and_process_count(
     process = ddiff_run(torn, 2, cache, *long, "train.steps=70", kind="ddp")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.count("NELBO") == 2  # its row and the word under it: rank 0 alone tells
+    assert out.count("NELBO") == 2  # the row and its explanation, printed by rank 0 only
     assert "Warning" not in err
     torch.testing.assert_close(losses(torn), losses(straight), rtol=2e-6, atol=0.0)
 
@@ -310,7 +316,7 @@ def test_run_resumes_with_another_backend_but_not_another_recipe(tmp_path: Path)
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     Checkpoints(tmp_path / "checkpoints").save(
         1, {}, {}
-    )  # without one there is nothing that could be mixed
+    )  # without checkpoints, two runs cannot be mixed
     check_directory(
         tmp_path,
         parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)),

@@ -30,7 +30,7 @@ def test_ema_equals_the_weighted_mean_of_all_past_parameters() -> None:
     expected = (weights[:, None, None] * torch.stack(shown)).sum(0)
     torch.testing.assert_close(
         average.weights["weight"], expected, rtol=1e-14, atol=1e-14
-    )  # seven sums in float64
+    )  # rounding of seven float64 sums
 
 
 def test_ema_ignores_skipped_steps() -> None:
@@ -44,7 +44,7 @@ def test_ema_ignores_skipped_steps() -> None:
     average.update(YES)
     torch.testing.assert_close(
         average.weights["weight"], before + 0.9, rtol=1e-6, atol=1e-7
-    )  # as the first step's
+    )  # equal to the average after the first step
     assert not torch.equal(average.weights["weight"], before)
 
 

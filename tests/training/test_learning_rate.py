@@ -19,7 +19,7 @@ def test_warmup_cosine_reaches_its_floor_at_the_last_step() -> None:
     assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert rate(7) == pytest.approx(
         0.55
-    )  # half-way of the eight steps: the mean of 1 and the floor
+    )  # halfway through the 8 decay steps the factor is the mean of 1 and the floor
     assert rate(11) == pytest.approx(0.1)
     assert all(rate(step) > rate(step + 1) for step in range(3, 11))
 

@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next step."""
+"""Reuse of freed memory by the next training step."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_keep_freed_memory_reduces_page_faults() -> None:
         return [int(number) for number in answer.stdout.split()]
 
     is_kept, kept = run_and_count_faults()
-    # 320 MB in all: 80,000 pages of 4 KB, or 160 large ones. A step that keeps them needs none, but
-    # other work of the process needs a few.
+    # The steps allocate 320 MB in total: 80,000 pages of 4 KB, or 160 pages of 2 MB. With kept
+    # memory these page faults disappear, and only a few of the rest of the process remain.
     assert is_kept == 1
     assert kept < 80
     is_kept, given_back = run_and_count_faults(MALLOC_MMAP_THRESHOLD_="1048576")

@@ -1,4 +1,7 @@
-"""A training step never waits for its device: it runs on "meta", whose tensors have no values."""
+"""Training steps do not wait for the device.
+
+The tests run steps on the device "meta", whose tensors have no values: reading a value would fail.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def test_training_step_does_not_wait_for_the_device(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Draws, forward, backward, clipping, skipping, Muon, moving average and metrics."""
+    """The step includes random draws, clipping, a skipped step, the optimizer, EMA and metrics."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = [f"train.optimizer={optimizer}", "train.ema=0.9", "train.accumulate=2"]
     session = TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings))

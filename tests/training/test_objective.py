@@ -1,4 +1,4 @@
-"""Diffusion objective: rows, decoding term, training losses, dropped conditions."""
+"""Diffusion objective: selected rows, decoding term, training losses and dropped conditions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RULES = {
 
 
 class RecordingLoss(TrainingLoss[ForwardProcess]):
-    """Loss of the bound that records the times of its rows."""
+    """Training loss equal to the bound that records the noise times of its rows."""
 
     def __init__(self) -> None:
         self.times: list[Tensor] = []
@@ -87,11 +87,11 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 @pytest.mark.parametrize("rule", RULES)
 def test_noise_times_stay_uniform_without_the_decoded_sequences(rule: str) -> None:
-    """Over 100 steps each tenth of the window holds a tenth of the other sequences' times.
+    """Over 100 steps, each tenth of the time window contains 10 % of the other sequences' times.
 
-    The process has its own time here, so that even draws are even in t. The share of a bin of
-    12 000 independent rows has a standard error of 0.003; 0.015 is five of them. If the decoded
-    sequences were those of early times, the first tenth would be empty.
+    The information time is replaced by t, so that the noise times are uniform in t. Tolerance
+    0.015: five standard errors of the fraction in one bin, for 12 000 independent rows. If the
+    decoded sequences were those with the smallest times, the first bin would be empty.
     """
     watching, everything = RecordingLoss(), torch.arange(SLOTS)
     one = objective(watching, RULES[rule], share=0.1)
@@ -111,7 +111,10 @@ def test_noise_times_stay_uniform_without_the_decoded_sequences(rule: str) -> No
 
 @pytest.mark.parametrize("rule", RULES)
 def test_expected_loss_equals_diffusion_plus_decoding_term(rule: str) -> None:
-    """Compared with `nll` on the same text, 60 steps each; 5 sigma, sigma is at most 8 %."""
+    """Compare the mean loss of 60 steps with the mean of 60 evaluations of `nll` on the same text.
+
+    Tolerance: five standard errors, each at most 8 % of the value.
+    """
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     losses, parts = torch.tensor([loss_at(one, step, everything) for step in range(60)]).T
     terms = [
@@ -150,7 +153,7 @@ def test_drop_conditions_drops_each_condition_at_its_own_rate() -> None:
         context, {"label": 0.3, "vector": 0.1, "always": 0.0, "absent": 0.5}, rng
     ).conditions
     without = shown["label"] == -1
-    assert float(without.double().mean()) == pytest.approx(0.3, abs=0.05)  # 5 sigma
+    assert float(without.double().mean()) == pytest.approx(0.3, abs=0.05)  # five standard errors
     apart = shown["vector"].isnan().all((1, 2))
     assert float(apart.double().mean()) == pytest.approx(0.1, abs=0.035)
     assert torch.equal(shown["vector"].isnan().any((1, 2)), apart), (
@@ -182,7 +185,7 @@ def test_loss_with_default_divergence_computes_it_only_once(share: float) -> Non
 
 
 class OneNat(MixtureProcess):
-    """Every row costs one nat, per unit of time in the diffusion term."""
+    """Process whose decoding term is 1 nat and whose diffusion term is 1 nat per unit of time."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -200,25 +203,27 @@ class OneNat(MixtureProcess):
 def test_decoding_and_diffusion_rows_are_weighted_by_inverse_share(
     rule: str, loss: ElboLoss | RecordingLoss, share: float
 ) -> None:
-    """Of 20 sequences a share is decoded with factor 1/share, the others have 1/(1 - share).
+    """Each term costs 1 nat per unit, so that the exact value of the loss is known.
 
-    So the diffusion rows sum to the width of the window per token, and those of the decoding term
-    to one. Times are even: with one nat per unit of t, crowded draws would leave a variance.
+    Of 20 sequences, a fraction `share` is decoded with weight 1/share; the others have the weight
+    1/(1 - share). The diffusion rows then sum to the width of the time window per token, and the
+    rows of the decoding term to 1. The information time is replaced by t, so that the noise times
+    are uniform and the sums have no variance.
     """
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
     one.process.__dict__["information_time"] = IdentityTime()
-    count = 40 if rule == "slide" else 2  # there a position is charged by chance
+    count = 40 if rule == "slide" else 2  # the sliding rule scores random positions
     steps = [loss_at(one, step, torch.arange(SLOTS)) for step in range(count)]
     total, diffusion = (sum(values) / len(steps) for values in zip(*steps))
     tolerance = (0.02, 0.1) if rule == "slide" else (1e-9, 1e-9)
     assert diffusion == pytest.approx(1.0 - START, abs=tolerance[0])
-    # The sliding rule settles one position at a time, so which of them are decoded is random.
+    # With the sliding rule, the positions of the decoding term are random.
     assert total == pytest.approx(1.0 - START + (share > 0.0), abs=tolerance[1])
 
 
 def test_default_decoding_share_depends_on_process_and_loss() -> None:
-    """0 differs from None; the default depends on `closes_at_clean` and `select_rows`."""
+    """None selects a default that depends on `closes_at_clean` and `select_rows`; 0 does not."""
 
     class Choosing(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
@@ -238,7 +243,7 @@ def test_default_decoding_share_depends_on_process_and_loss() -> None:
 
 
 class EarlyNoise(LinearSchedule):
-    """alpha = 0.9 (1 - t)."""
+    """Schedule with alpha = 0.9 (1 - t), so that states are noisy at t = 0."""
 
     closes_at_clean = False
 
@@ -267,7 +272,7 @@ def test_clipped_loss_clips_the_weight_before_the_speed_factor() -> None:
 
 
 def test_reported_bound_does_not_depend_on_the_training_loss() -> None:
-    """A clipped loss changes the loss; the logged diffusion part stays that of the bound."""
+    """Clipping changes the training loss, but not the logged diffusion term of the bound."""
     slots = torch.arange(SLOTS)
     (bound, reported), (clipped, still) = (
         loss_at(objective(loss, RULES["flat"], 0.0), 3, slots)
@@ -292,7 +297,7 @@ def test_prompt_tokens_are_not_counted_and_have_no_loss() -> None:
 
 
 def test_level_metrics_contain_only_rows_at_that_tree_level() -> None:
-    """On a tree where clusters cost nothing and masks one nat, only the second level has a cost."""
+    """On a tree where clusters cost 0 and masks 1 nat, only the metric of level 2 is not 0."""
 
     class MasksCost(TreeProcess):
         def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

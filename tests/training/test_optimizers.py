@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, and Muon against torch and against its mathematics."""
+"""Optimizers: parameter groups, and Muon compared with torch and with its definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddiff.training.optimizers import (
 
 
 class Everything(nn.Module):
-    """A parameter of each kind."""
+    """Module with a parameter of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ def test_orthogonalize_keeps_singular_vectors_and_maps_values_near_1(
     result = orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     core = u.T @ result @ v.T
-    # An odd polynomial of the matrix has its singular vectors; these coefficients bring s to
-    # 0.7 .. 1.2.
+    # An odd matrix polynomial keeps the singular vectors. These coefficients map the singular
+    # values s to values between 0.7 and 1.2.
     torch.testing.assert_close(core, torch.diag(core.diag()), rtol=0, atol=1e-12)
     assert (s / s.norm()).min() > 0.01
     assert core.diag().min() > 0.6
@@ -113,8 +113,8 @@ def steps_of(make: type[torch.optim.Optimizer], shape: tuple[int, int]) -> Tenso
 def test_muon_on_a_cpu_equals_torch_muon_up_to_bfloat16_rounding(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch's iterates are bfloat16, 8 bits: four steps of 0.1 times a matrix of norm < 3 differ by
-    # a few times 2^-8.
+    # torch computes in bfloat16 (8 bits of precision). Four steps, each 0.1 times a matrix of norm
+    # below 3, differ by a few times 2^-8.
     torch.testing.assert_close(
         steps_of(Muon, shape), steps_of(torch.optim.Muon, shape), rtol=0, atol=0.02
     )
@@ -189,7 +189,7 @@ def test_optimizer_converges_to_a_distant_minimum(make: type) -> None:
     [
         lambda net: adamw(net),
         lambda net: muon(net),
-        lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),  # decides on the host
+        lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),  # no step_if
     ],
     ids=["adamw", "muon", "sgd"],
 )
@@ -211,5 +211,5 @@ def test_step_if_false_changes_neither_parameters_nor_state(
             plain.step()
         step_if(torch.tensor(not broken), deciding)
         for one, two in zip(*(net.state_dict().values() for net in nets)):
-            # float64: a factor of one that is a tensor may round elsewhere
+            # float64: a multiplication by a 0-d tensor may be rounded in another order
             torch.testing.assert_close(two, one, rtol=1e-13, atol=1e-15)

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed equals an uninterrupted one, bit for bit."""
+"""A run that is killed and resumed is bitwise identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def start(run_dir: Path) -> subprocess.Popen[str]:
 
 
 def steps_until_killed(process: subprocess.Popen[str], step: int, number: int) -> list[int]:
-    """Send a signal in step `step`; return the steps that the process had begun."""
+    """Start the toy run, send a signal in step `step`, and return the steps that had begun."""
     assert process.stdout
     begun = []
     for line in process.stdout:
@@ -64,7 +64,7 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tmp_pat
                 "the step under way is finished and saved"
             )
         else:
-            # A checkpoint that was being written is not complete; at most one is being written.
+            # At most one checkpoint, which was being written, may be incomplete.
             assert begun[-1] - 2 * EVERY - 1 <= went_on_from < begun[-1]
     process = start(killed)
     output, _ = process.communicate()
@@ -81,7 +81,7 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tmp_pat
 
 
 def test_toy_run_depends_on_the_random_state_of_torch(tmp_path: Path) -> None:
-    # What the test above would not notice without: the toy's loss depends on torch's own generator.
+    # The test above needs this: otherwise it would not notice a wrong random state of torch.
     runs = []
     for name, seed in (("a", 0), ("b", 1)):
         trainer = toy.toy_trainer(tmp_path / name, 2, dropout=0.2)

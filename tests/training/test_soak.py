@@ -1,4 +1,4 @@
-"""Three of the fifty trials of `make soak`: runs killed at random moments."""
+"""Three of the fifty trials of `make soak`, which kills runs at random times."""
 
 from __future__ import annotations
 

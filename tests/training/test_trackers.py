@@ -1,4 +1,4 @@
-"""Trackers: wandb is off without a login, and imported only when used."""
+"""Tracker for wandb: its mode, its import and its run id."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, mode: str) -> str:
-    """Mode that wandb would be started in, or "off"."""
+    """Return the mode in which the tracker starts wandb, or "off"."""
     monkeypatch.setattr(trackers, "WandbTracker", lambda mode, *rest: mode)
     tracker = WeightsAndBiases.build(
         WeightsAndBiases.Config(mode=mode), run_dir="unused", recipe={}

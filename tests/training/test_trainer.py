@@ -53,7 +53,7 @@ class Broken(Identify):
             return terms
         if self.kind == "loss":
             return LossTerms(terms.loss * float("nan"), terms.metrics)
-        # finite value, infinite slope: sqrt at 0
+        # sqrt has a finite value and an infinite derivative at 0
         return LossTerms(
             terms.loss + (0.0 * self.module.hidden.weight).abs().sqrt().sum(), terms.metrics
         )
@@ -69,9 +69,9 @@ def broken_trainer(
 
 
 def test_training_does_not_depend_on_accumulation(tmp_path: Path) -> None:
-    # Rows score between 1 and 6 symbols each, so that a mean of micro-batch means would be off by
-    # per cents. Allowed is the float64 rounding of sums in another order, ~1e-16 relative, grown by
-    # six steps.
+    # Rows have between 1 and 6 scored symbols, so that a mean of micro-batch means would have an
+    # error of several percent. The tolerance allows the rounding of float64 sums in another order,
+    # about 1e-16 relative per sum, over six steps.
     whole = toy_trainer(tmp_path / "1", 6, optimizer=sgd, accumulate=1)
     whole.fit()
     for accumulate in (2, 4, 8):
@@ -109,7 +109,7 @@ def test_clip_bounds_the_update_and_reports_the_norm_before_clipping(tmp_path: P
     moved = torch.cat(
         [(weights(trainer)[name] - value).flatten() for name, value in before.items()]
     )
-    # clip_grad divides by norm + 1e-6
+    # clip_grads_with_norm_ divides by norm + 1e-6
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-4)
     assert lines(tmp_path)[0]["grad_norm"] > 0.1
 
@@ -160,7 +160,7 @@ def test_twenty_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     ):
         trainer.fit()
     again = broken_trainer(tmp_path / "run", 30, set(range(3, 30)))
-    with pytest.raises(NonFiniteError, match="step 23"):  # the count is resumed too
+    with pytest.raises(NonFiniteError, match="step 23"):  # resumed count
         again.fit(again.checkpoints.newest())
 
 
@@ -350,7 +350,7 @@ def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
 
 def test_max_steps_counts_from_the_resumed_step_and_keeps_results(tmp_path: Path) -> None:
     first = toy_trainer(tmp_path / "run", 12)
-    assert first.fit(max_steps=7).step == 7  # its newest checkpoint is of step 5
+    assert first.fit(max_steps=7).step == 7  # the newest checkpoint is of step 5
     second = toy_trainer(tmp_path / "run", 12)
     assert second.fit(second.checkpoints.newest(), max_steps=5).step == 10
     third = toy_trainer(tmp_path / "run", 12)

@@ -1,4 +1,4 @@
-"""Validation during training: same figures as `evaluate`, and no bit of training changes."""
+"""Validation during training: same results as `evaluate`, without an effect on training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENDS = ("validation_interval_low_nats_per_symbol", "validation_interval_high_nat
 DROPOUT = (
     "denoiser.dropout=0.3",
     "train.checkpoint_every=2",
-)  # the random state of torch matters too
+)  # dropout, so that the random state of torch has an effect
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Toy model, objective and trainer; also a program that trains it.
+"""Toy model, objective and trainer, and a program that trains the toy model.
 
 python toy.py RUN_DIR STEPS [SECONDS_PER_STEP]
 """
@@ -32,7 +32,7 @@ class Rows:
 
 
 class Net(nn.Module):
-    """Embedding, hidden matrix, dropout, output table."""
+    """Network with an embedding, a hidden matrix, dropout and an output table."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -47,7 +47,10 @@ class Net(nn.Module):
 
 
 class Identify:
-    """Cross-entropy of each symbol given itself; `noise` adds one number per row to its weight."""
+    """Objective: cross-entropy of each symbol given itself.
+
+    `noise` is added to the weights of the rows.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -92,7 +95,10 @@ def rng_at(step: int, batch: Rows) -> Tensor:
 def toy_trainer(
     run_dir: str | Path, steps: int = 20, *, dropout: float = 0.0, **settings: Any
 ) -> Trainer:
-    """A trainer of `Net` in float64 with Muon; `settings` replace its settings or its parts."""
+    """Build a trainer of `Net` in float64 with Muon.
+
+    `settings` override the defaults of `TrainerSettings` and the arguments of `Trainer`.
+    """
     torch.manual_seed(0)
     objective = settings.pop("objective", None) or Identify(Net(dropout).double())
     optimizer = settings.pop("optimizer", muon)(objective.module)
@@ -114,7 +120,7 @@ def toy_trainer(
 
 
 def main(run_dir: str, steps: str, seconds: str = "0") -> int:
-    """Train with dropout from the newest checkpoint, printing the steps that are taken here."""
+    """Train with dropout from the newest checkpoint, and print each step of this process."""
     rows = rows_at(1)
 
     def batch_at(step: int, micro: int) -> Rows:
