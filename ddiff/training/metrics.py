@@ -97,7 +97,7 @@ class MetricsFile:
         self._file = self._fs.open(self.path, "ab")
 
     def append(self, record: StepRecord, validation: Mapping[str, float] = {}) -> None:
-        """Write the line of a step, with the figures of a validation after the step if given."""
+        """Append the metrics of a step, and those of a validation after the step, as one line."""
         figures = {"step": record.step} | summarize([record]) | dict(validation)
         line = json.dumps(figures, allow_nan=False) + "\n"
         self._file.write(line.encode())

@@ -283,7 +283,7 @@ def orthogonalize(
 
 @final
 class JointOptimizer:
-    """Several optimizers of disjoint parameters with the interface of one optimizer."""
+    """Combination of optimizers for disjoint parameters, with the interface of one optimizer."""
 
     def __init__(self, parts: Mapping[str, Optimizer]) -> None:
         self.parts = dict(parts)

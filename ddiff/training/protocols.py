@@ -43,8 +43,9 @@ class Objective(Protocol):
     module: nn.Module
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor | float]:
-        """Count the scored items of a batch, by field, from the data only.
+        """Return the number of scored items of a batch by name, for example the scored tokens.
 
+        The counts must depend on the data only, not on the network.
         The trainer sums these counts over the global batch before any forward pass.
         """
         ...

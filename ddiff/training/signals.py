@@ -23,7 +23,7 @@ class StopSignals:
     """Context manager that records the first SIGINT or SIGTERM in `signal`.
 
     A second signal raises KeyboardInterrupt or SystemExit(128 + signal). Code that waits for data
-    polls `signal` and stops waiting, because no step would be lost.
+    polls `signal` and stops waiting after the first signal, because no step is lost.
 
     Python installs signal handlers only in the main thread. In other threads this context manager
     has no effect.

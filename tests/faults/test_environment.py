@@ -145,7 +145,7 @@ def test_closed_or_full_stdout_ends_a_command_without_a_traceback() -> None:
         (ConnectionError("gone"), "gone"),
     ],
 )
-def test_explain_error_explains_errors_of_python_and_torch(
+def test_explain_error_turns_python_and_torch_errors_into_advice(
     error: BaseException, expected: str, monkeypatch, capsys
 ) -> None:
     assert expected in str(explain_error(error))

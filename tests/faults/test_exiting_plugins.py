@@ -71,7 +71,7 @@ PLACES = {"import": at_import, "hook": in_the_hook, "attribute": at_an_attribute
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("place", PLACES)
-def test_plugins_command_reports_an_exiting_plugin_and_lists_all_others(
+def test_plugins_command_reports_a_plugin_that_exits_and_lists_the_rest(
     place: str, ending: str, distribution: Distribution, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))

@@ -37,7 +37,7 @@ def put(path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("mode", [(), ("--dry-run",)], ids=["run", "dry run"])
-def test_fresh_refuses_and_names_a_foreign_file(
+def test_fresh_option_refuses_a_run_directory_with_foreign_files(
     kind: str, mode: tuple[str, ...], run_dir: Path, ddiff: Command
 ) -> None:
     put(run_dir / FOREIGN[kind])
