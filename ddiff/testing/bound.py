@@ -1,7 +1,8 @@
 """Laws of the bound as `core.elbo.nelbo` assembles it, with exact expectations.
 
 `exact_nelbo` runs `nelbo` with enumerated states in place of random draws and quadrature nodes in
-place of drawn times. It returns the exact expectation of what training and evaluation estimate.
+place of random noise times. The result is the exact expectation of the quantity that training and
+evaluation estimate.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ Table = Callable[[Tensor, Tensor], Tensor]
 FINITE: tuple[Window, ...] = ((1e-3, 1.0 - 1e-3), (0.05, 0.9))
 WHOLE: Window = (0.0, 1.0)
 NODES = 10  # per panel
-FEWER_NODES = 7  # for two positions, whose states are many: the quadrature error is still 1e-11
+FEWER_NODES = 7  # for two positions, which have many states; the quadrature error is still 1e-11
 
 
 # ------------------------------------------------------------------ enumeration in place of draws
 
 
 class Expectation(NamedTuple):
-    """Exact expectations of the three terms in nats [n], for every clean sequence x0 [n,L]."""
+    """Exact expectations [n] in nats of the three terms of the bound, for n clean sequences."""
 
     closing: Tensor
     diffusion: Tensor
@@ -62,7 +63,7 @@ class Expectation(NamedTuple):
 
 
 class NodeTimes:
-    """Time rule that returns given quadrature nodes t, speed [B,L] and the ends of the window."""
+    """Time rule that returns given quadrature nodes t, speed [B,L], and the ends of the window."""
 
     def __init__(
         self,
@@ -102,10 +103,10 @@ CHANNELS = ("diffusion", "decoding", "prior")  # random channels that `nelbo` dr
 class EnumeratedRng(CounterRng):
     """Random generator whose uniforms encode enumerated states zt [B,L].
 
-    A channel returns the middle of the cell (state, state + 1) / S, from which the process of
-    `enumerate_draws` reads the state back. The state is zt shifted by the index of the channel:
-    every state still occurs once, but a term that reads the channel of another term gets states
-    that its probabilities do not belong to.
+    For S states, a uniform is the middle of the cell [state, state + 1) / S. `enumerate_draws`
+    makes a process that decodes the state from the uniform. The states of each channel are shifted
+    by the index of the channel. Every state still occurs once, but a term that uses the channel of
+    another term gets states whose probabilities are wrong.
     """
 
     def __init__(
@@ -139,15 +140,16 @@ def shift_states(
     channel: str,
     num_states: int,
 ) -> Tensor:
-    """States that a channel of `EnumeratedRng` encodes."""
+    """Return the states that a channel of `EnumeratedRng` encodes."""
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
 
 
 class EnumeratedPrior(Prior):
-    """Prior that reads the state off the uniform, from above.
+    """Prior that computes the state from a uniform u as floor((1 - u) S), for S states.
 
-    Samples read it from below, so that mistaking one for the other changes the bound.
+    Samples of an enumerated process use floor(u S), so that a term that confuses prior and samples
+    changes the bound.
     """
 
     def draw(self, u: Tensor) -> Tensor:
@@ -155,7 +157,11 @@ class EnumeratedPrior(Prior):
 
 
 def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
-    """Copy a process so that its draws are read off the uniforms: state = floor(u S)."""
+    """Copy a process and replace its draws by functions of the uniform u.
+
+    `sample` returns the state floor(u S), where S is the number of states. `prior.draw` is that of
+    `EnumeratedPrior`.
+    """
     states = process.vocabulary.num_states
 
     def sample(
@@ -175,7 +181,7 @@ def straight_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Path that all positions share: evenly in logit t."""
+    """Path with the same time for all positions, linear in logit t."""
     return v, torch.ones_like(v)
 
 
@@ -183,13 +189,13 @@ def bent_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Path between the same ends that differs from position to position."""
+    """Path that differs from position to position, between the same ends."""
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
 
 
 def all_sequences(count: int, length: int) -> Tensor:
-    """Every sequence of `length` ids below `count`: [count^length, length]."""
+    """Return every sequence of `length` ids below `count`: [count^length, length]."""
     axes = [torch.arange(count)] * length
     return torch.cartesian_prod(*axes).reshape(-1, length)
 
@@ -202,10 +208,11 @@ def exact_nelbo(
     path: Path = straight_path,
     finer: int = 1,
 ) -> Expectation:
-    """Exact expectations of `nelbo` for every sequence in `all_sequences(V, length)`.
+    """Return the exact expectations of `nelbo` for every sequence in `all_sequences(V, length)`.
 
-    Costs O(nodes (V S)^length), so only for toys. `path` gives position i's time when the window is
-    at v in [0,1]; `finer` multiplies the quadrature nodes.
+    For V tokens and S states, the cost is O(nodes (V S)^length), so processes must be small. `path`
+    gives the time of each position when the window is at v in [0,1]. `finer` multiplies the number
+    of quadrature nodes.
     """
     vocabulary = process.vocabulary
     order = NODES if length == 1 else FEWER_NODES
@@ -223,7 +230,7 @@ def exact_nelbo(
     x0 = sequences[sequence]
     zt = states[state]
     probabilities = _probabilities(process, t, window, node, x0, zt)
-    # states that no term can have are not shown to the network
+    # the network is not evaluated on states of probability 0
     possible = sum(probabilities) > 0
     node = node[possible]
     x0 = x0[possible]
@@ -252,7 +259,10 @@ def exact_nelbo(
 def _times_of_nodes(
     v: Tensor, weight: Tensor, window: Window, length: int, path: Path
 ) -> tuple[Tensor, Tensor]:
-    """Times [n,L] of every position at the nodes v [n], and dt_i/dv times the node's weight."""
+    """Return the noise time t_i [n,L] of every position i at nodes v [n], and its speed.
+
+    The speed is dt_i/dv times the quadrature weight of the node.
+    """
     # rates are evaluated at interior times only
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
     t = []
@@ -269,13 +279,13 @@ def _times_of_nodes(
 def _probabilities(
     process: ForwardProcess, t: Tensor, window: Window, node: Tensor, x0: Tensor, zt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities [B] of the states of the closing, diffusion and decoding term.
+    """Return the probabilities [B] of the states for the closing, diffusion and decoding terms.
 
-    The end terms do not depend on the node, so they count at node 0 only.
+    The closing and decoding terms do not depend on the node, so they count at node 0 only.
     """
     states = process.vocabulary.num_states
     at_first_node = node == 0
-    # EnumeratedPrior reads states from above
+    # EnumeratedPrior maps u to floor((1 - u) S)
     prior_states = states - 1 - shift_states(zt, "prior", states)
     closing = process.prior.log_prob.exp()[prior_states].prod(-1) * at_first_node
     decoded_states = shift_states(zt, "decoding", states)
@@ -297,11 +307,11 @@ def constant_denoiser(
     process: ForwardProcess,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """The bound of a denoiser that always predicts p is -ln p(x), on any window.
+    """Check that the bound of a denoiser that always predicts p is -ln p(x) for every token x.
 
-    It gives the exact reversal for data distributed as p. On [0, 1] quadrature ends at 1e-12 from
-    the ends; what is left there is added. Tolerance: quadrature and rounding have an error of
-    1e-10.
+    For data with distribution p this prediction is exact, so the bound is tight on any window. On
+    [0, 1], the quadrature stops at 1e-12 from the ends, and the remaining part is added. Tolerance
+    1e-9: quadrature and rounding have an error of 1e-10.
     """
     num_tokens = process.vocabulary.num_tokens
     tokens = torch.arange(num_tokens)
@@ -316,7 +326,7 @@ def constant_denoiser(
 
 
 def constant_table(log_p: Tensor) -> Table:
-    """Network that predicts log_p [V] at every row."""
+    """Make a network that predicts log_p [V] at every row."""
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
         return log_p.expand(*zt.shape, -1)
@@ -325,7 +335,10 @@ def constant_table(log_p: Tensor) -> Table:
 
 
 def _beyond_quadrature(process: ForwardProcess, log_p: Tensor) -> Tensor:
-    """Part [V] of the bound within 1e-12 of the ends: end terms there minus those at the ends."""
+    """Return the part [V] of the bound within 1e-12 of the ends.
+
+    This part is the closing and decoding terms at 1e-12 from the ends, minus those at the ends.
+    """
     missing = _closing(process, log_p, LATEST) + _decoding(process, log_p, EARLIEST)
     if not process.closes_at_prior:
         missing = missing - _closing(process, log_p, 1.0)
@@ -339,7 +352,7 @@ def _closing(
     log_p: Tensor,
     t: float,
 ) -> Tensor:
-    """Closing term [V] at time t for the constant prediction log_p [V]."""
+    """Return the closing term of the bound [V] at time t for the constant prediction log_p [V]."""
     tokens = torch.arange(process.vocabulary.num_tokens)
     prediction = DenseDistribution(
         log_p.expand(len(tokens), -1),
@@ -354,7 +367,7 @@ def _decoding(
     log_p: Tensor,
     t: float,
 ) -> Tensor:
-    """Decoding term [V] at time t for the constant prediction log_p [V]."""
+    """Return the decoding term of the bound [V] at time t for the constant prediction log_p [V]."""
     p = log_p.exp().unsqueeze(-1)
     joint = p * likelihoods(process, times((t,)))[0]
     posterior = joint / joint.sum(0)
@@ -370,7 +383,7 @@ def random_joint(
     length: int = 2,
     seed: int = 4,
 ) -> Tensor:
-    """Log-probabilities [V, ..., V] of sequences whose positions depend on each other strongly."""
+    """Return random log-probabilities [V, ..., V] of sequences with dependent positions."""
     shape = (num_tokens,) * length
     generator = torch.Generator().manual_seed(seed)
     # 1.5 makes positions strongly dependent, as in text
@@ -379,10 +392,11 @@ def random_joint(
 
 
 def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
-    """Exact distribution P(x_i | z_j) of each of two positions given the other one's state.
+    """Make a network that predicts each of two tokens given the other position's state.
 
-    The row's own evidence is excluded, as the bound's formulas require. At t = 1 it is the
-    distribution under the joint, which the closing term requires.
+    The prediction P(x_i | z_j) is exact under `log_joint` and excludes the own state z_i, as the
+    formulas of the bound require. At t = 1 the prediction is the marginal distribution of the
+    token, as the closing term of the bound requires.
     """
     joint = log_joint.exp()
 
@@ -396,9 +410,10 @@ def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
 
 
 def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
-    """Exact distribution P(x_i | z) given ALL states, own evidence included.
+    """Make a network that predicts each of two tokens given the states of both positions.
 
-    The bound's formulas must not be given this one: they multiply the evidence in themselves.
+    The prediction P(x_i | z) includes the own state z_i and is wrong for the bound, whose formulas
+    multiply the prediction by q_t(z_i|x_i).
     """
     rest = rest_conditional_table(process, log_joint)
 
@@ -417,7 +432,7 @@ def _evidence(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """q_t(z|x) [B,V] over the tokens x; 1 at t = 1."""
+    """Return q_t(z|x) [B,V] over the tokens x; 1 at t = 1."""
     evidence = token_likelihoods(process, zt, t)
     return torch.where((t < 1.0).unsqueeze(-1), evidence, 1.0)
 
@@ -429,11 +444,13 @@ def entropy_equality(
     denoiser: Callable[..., Table] = rest_conditional_table,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """With exact conditionals, the expected bound is the entropy plus the cost of factorization.
+    """Check the expected bound of exact conditionals against the entropy of the data.
 
-    For a random joint of two positions and the exact distribution of each position given the REST,
-    E NELBO - H(X) = [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] on any window
-    (t0, t1). Tolerance: quadrature and rounding of logarithms have an error of 1e-9.
+    X is a pair of tokens from a random joint distribution, and Z_t its noisy state. The network
+    predicts the exact distribution of each token given the state of the other position. On a window
+    (t0, t1), the expected bound must be H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) -
+    H(Z_t1)], where H is the entropy and the brackets are the cost of predicting tokens
+    independently. Tolerance 1e-8: quadrature and rounding have an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     terms = exact_nelbo(
@@ -455,10 +472,11 @@ def entropy_equality(
 def speed_equality(
     process: ForwardProcess, window: Window = (0.05, 0.9), path: Path = bent_path, finer: int = 1
 ) -> Iterator[Gap]:
-    """The bound does not change if each position follows its own path between the same ends.
+    """Check that the bound is unchanged if every position follows its own path of noise times.
 
-    With paths t_i = f_i(tau), the factor dt_i/dtau makes it equal to that of the common path,
-    because only the ends matter. Tolerance: quadrature has an error of 1e-9.
+    The paths t_i(v) of positions i have the same ends, and the speed dt_i/dv weights the integrand.
+    The bound must equal the value for a common path, because it depends on the ends only. Tolerance
+    1e-8: the quadrature has an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     table = rest_conditional_table(process, log_joint)
@@ -480,7 +498,10 @@ def entropy_of_window(
     log_joint: Tensor,
     window: Window,
 ) -> Tensor:
-    """H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] in nats."""
+    """Return H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] in nats.
+
+    X is a pair of tokens, Z_t its noisy state, and H the entropy.
+    """
     joint = log_joint.exp()
     early, late = likelihoods(process, times(window))
     # the joint distribution of tokens and states
@@ -502,21 +523,22 @@ def _conditional_entropy(
     p: Tensor,
     unknown: tuple[int, ...],
 ) -> Tensor:
-    """H(unknown axes | the other axes)."""
+    """Return H(unknown axes | other axes)."""
     return _entropy(p) - _entropy(p.sum(unknown))
 
 
 # ------------------------------------------------------------------ discrete steps
 
 
-@law("bound: the discrete-time bound converges to it as O(1/N)", tolerance=1e-3)
+@law("bound: the bound over N discrete steps converges as O(1/N)", tolerance=1e-3)
 def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
-    """The bound over N discrete steps converges to the integral of the density as O(1/N).
+    """Check that the bound over N discrete steps converges to the diffusion term as O(1/N).
 
-    sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ) differs from the integral by c/N +
-    d/N^2 + ...; after both are removed by extrapolation from N = 32, 64, 128, an error of order
-    (c/N)^3 is left. The prediction depends on state and time, so density and reverse step must
-    belong to the same generator. Tolerance: relative, down to 1e-9 nats.
+    The discrete bound is sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ) over the steps k
+    from t to s. It is extrapolated from N = 32, 64, 128 and compared with the integral of the
+    density, relative to the integral. The prediction depends on state and time, so the law fails if
+    density and reverse step belong to different generators. Tolerance 1e-3: extrapolation removes
+    the errors of order 1/N and 1/N^2, and leaves an error of order 1/N^3.
     """
     window = FINITE[1]
     table = state_and_time_table(process)
@@ -536,7 +558,7 @@ def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def state_and_time_table(process: ForwardProcess) -> Table:
-    """Network without symmetry: logits linear in t, with coefficients of the row's own state."""
+    """Make a network whose logits are linear in t, with random coefficients per state."""
     generator = torch.Generator().manual_seed(6)
     shape = (2, process.vocabulary.num_states, process.vocabulary.num_tokens)
     level, slope = torch.randn(
@@ -557,7 +579,10 @@ def _discrete_bound(
     window: Window,
     steps: int,
 ) -> Tensor:
-    """Discrete-time bound [V] without its end terms, with steps even in logit t."""
+    """Return the discrete-time bound [V] without its closing and decoding terms.
+
+    The steps are even in logit t.
+    """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     first, last = torch.logit(times(window))
@@ -594,10 +619,11 @@ def _discrete_bound(
 def weights_are_level_flows(
     process: ForwardProcess, windows: Sequence[Window] = FINITE
 ) -> Iterator[Gap]:
-    """In a tree, the expected weight of a level integrates to the flow into that level.
+    """Check that the expected weight of a tree level integrates to the flow into that level.
 
-    The flow is F_l(t1) - F_l(t0), where F_l(t) is the probability of having entered level l by time
-    t; it is 1 over [0,1] if the clock closes. Tolerance: quadrature has an error of 1e-9.
+    F_l(t) is the probability that a token has entered level l by time t. Over a window (t0, t1),
+    the flow is F_l(t1) - F_l(t0); the flow over [0,1] is 1 if the clock ends at the root. Tolerance
+    1e-8: the quadrature has an error of 1e-9.
     """
     if not isinstance(process, TreeProcess):
         return
@@ -612,7 +638,7 @@ def weights_are_level_flows(
 
 
 def _expected_weight_by_level(process: TreeProcess, window: Window) -> Tensor:
-    """Integral of the expected weight over the window, per token and level: [V, levels + 1]."""
+    """Integrate the expected weight over the window, per token and level: [V, levels + 1]."""
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     v, y, node_weight = logit_nodes(*window, num_panels(*window))

@@ -1,8 +1,8 @@
-"""Law of the bound with its own random draws, against an enumeration that shares no code with it.
+"""Law of the bound with random draws, compared with an enumeration that shares no code with it.
 
-`bound.exact_nelbo` replaces the draws of the bound and multiplies their probabilities in, so it
-cannot detect that a term draws from a wrong distribution. Here the process draws its own states,
-from uniforms that cover the unit cube evenly.
+`bound.exact_nelbo` replaces the draws of the bound, so it cannot detect that a term draws from a
+wrong distribution. Here the process draws its states itself, from uniforms that cover the unit cube
+evenly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddiff.testing.bound import (
 from ddiff.testing.probes import likelihoods, likelihoods_by_row, product, times
 from ddiff.testing.report import Gap, compare, law
 
-INNER_SHARES = (0.2, 0.6)  # shares of the information lost at the ends of the inner window
+INNER_SHARES = (0.2, 0.6)  # fractions of the information lost at the ends of the inner window
 POINTS = 8192
 DIMENSIONS = 64  # of the Sobol points; two positions with four uniforms use 2 + 3 * 8 + 2 * 2
 CELLS = 128  # times of a window, each combined with POINTS / CELLS points
@@ -46,10 +46,11 @@ Formula = Callable[[DenseDistribution, Tensor, Tensor, Tensor], Tensor]
 
 
 class SobolRng(CounterRng):
-    """Random generator that reads Sobol points: each channel uses dimensions of its own.
+    """Random generator that returns Sobol points, with separate dimensions for each channel.
 
-    A channel that is queried twice returns the same numbers twice, as in `CounterRng`; `queries`
-    counts the queries. `point` [B] is the index below `points` of the point that a sequence reads.
+    A channel that is queried twice returns the same numbers twice, as in `CounterRng`. `queries`
+    counts the queries of each channel. `point` [B] is the index of the Sobol point of each
+    sequence, below `points`.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class SobolRng(CounterRng):
 
 
 class InformationPath:
-    """Paths t_i(v) through the window along which the diffusion term varies little.
+    """Paths t_i(v) through the window along which the diffusion term of the bound varies little.
 
-    With times even in t, or in logit t, the diffusion term of some processes is a rare and large
-    number. With times at which the information I(X; Z_t) of a uniform X falls evenly, its mean
-    hardly depends on the time. v covers that information from end to end, slowly at the ends, and
-    `bent_path` makes the path of every position different.
+    For some processes, the diffusion term at times uniform in t or logit t is rarely large, which
+    makes its mean inaccurate. Along these paths, the information I(X; Z_t) of a uniform token X
+    decreases evenly, and the mean of the term hardly depends on time. v runs from 0 to 1, more
+    slowly at the ends of the window. `bent_path` makes the path of every position i different.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class InformationPath:
         q = likelihoods(process, torch.sigmoid(self.y)) / process.vocabulary.num_tokens
         # H(X | Z), which is the information up to its sign and a constant
         lost = torch.where(q > 0, q * (q.sum(1, keepdim=True) / q).log(), 0.0).sum((1, 2))
-        # rounding near the ends must not reverse the path; a share of logit t keeps it increasing
+        # rounding near the ends must not reverse the path; a term linear in logit t keeps it increasing
         steps = lost.diff().clamp(min=0.0)
         steps = 0.98 * steps / steps.sum() + 0.02 / len(steps)
         self.tau = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
@@ -117,7 +118,7 @@ class InformationPath:
         v: Tensor,
         length: int,
     ) -> tuple[Tensor, Tensor]:
-        """Times [n,L] of every position when the window is at v [n] in [0,1], and dt_i/dv."""
+        """Return the noise time t_i [n,L] of every position at v [n] in [0, 1], and dt_i/dv."""
         t = []
         speed = []
         for position in range(length):
@@ -134,7 +135,7 @@ class InformationPath:
         self,
         tau: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(t, d logit t / dtau) at tau [n], linear between the nodes."""
+        """Return (t, d logit t / dtau) at tau [n], linear between the nodes."""
         cell = torch.searchsorted(self.tau, tau.contiguous(), right=True)
         right = cell.clamp(1, len(self.tau) - 1)
         left = right - 1
@@ -144,7 +145,7 @@ class InformationPath:
 
 
 def inner_information_window(process: ForwardProcess) -> Window:
-    """Window over which 40 % of the information is lost, so that every term is large."""
+    """Return a window over which 40 % of the information is lost, so that every term is large."""
     path = InformationPath(process, WHOLE)
     cell = torch.searchsorted(
         path.tau,
@@ -154,20 +155,20 @@ def inner_information_window(process: ForwardProcess) -> Window:
     return start, stop
 
 
-# ------------------------------------------------------------------ the case that is compared
+# ------------------------------------------------------------------ network, prior and times
 
 
 def sensitive_table(process: ForwardProcess) -> Table:
-    """Network for two positions whose predictions depend on state and time at every t <= 1.
+    """Make a network for two positions whose predictions depend on state and time at every t <= 1.
 
-    Up to a `latest` time it predicts the exact distribution of each token given the other
-    position's state. An exact network ignores all states at t = 1 of a process that closes, and so
-    would hide a wrong state there. Above `latest` this one reads states as of `latest` and predicts
-    the flatter the later it is: a state that was drawn from x0 shows, and so does a wrong time.
-    States that no token leads to count as no evidence.
+    Up to a time `latest`, the prediction is the exact distribution of each token given the other
+    position's state. An exact network would ignore all states at t = 1 if the process closes at the
+    prior, and so hide a wrong state at t = 1. Above `latest`, the network therefore treats states
+    as if they were at time `latest`, and its prediction becomes flatter with time. States that
+    cannot occur count as uninformative.
     """
     latest = inner_information_window(process)[1]
-    # the factor 0.5 keeps predictions far from certain, so that no term is tiny
+    # the factor 0.5 flattens the joint, so that no term is tiny
     joint = (0.5 * random_joint(process.vocabulary.num_tokens)).exp()
     joint = joint / joint.sum()
 
@@ -190,9 +191,11 @@ def sensitive_table(process: ForwardProcess) -> Table:
 
 
 def replace_prior(process: ForwardProcess) -> ForwardProcess:
-    """Copy a process with a prior that is not q_1: later states are likelier, all are possible.
+    """Copy a process and replace its prior by one that differs from q_1, the marginal at t = 1.
 
-    If the prior is q_1, a network that is given q_1(.|x0) in the closing term is right by accident.
+    If the prior is q_1, a closing term that draws states from q_1(.|x0) in place of the prior
+    cannot be detected. In the new prior, all states have positive probabilities, which increase
+    with the id.
     """
     twin = copy.copy(process)
     weights = torch.arange(1.0, process.vocabulary.num_states + 1.0).double()
@@ -208,16 +211,17 @@ def draw_terms(
     window: Window,
     points: int = POINTS,
 ) -> tuple[NelboTerms, SobolRng]:
-    """Evaluate `nelbo` of x0 [n,L] at every Sobol point: terms [n,points,L], and the generator.
+    """Evaluate `nelbo` of sequences x0 [n,L] at every Sobol point.
 
-    Times lie on an `InformationPath`.
+    Noise times lie on an `InformationPath`. Returns the terms [n,points,L] and the random
+    generator.
     """
     length = x0.shape[1]
     sequence, point = product(
         torch.arange(len(x0)),
         torch.arange(points),
     )
-    # every sequence has points of its own, so that errors do not add up in their sum
+    # separate points per sequence, so that errors do not add up over sequences
     rng = SobolRng(
         sequence * points + point,
         len(x0) * points,
@@ -247,9 +251,10 @@ def draw_terms(
 
 
 class Moments(NamedTuple):
-    """Moments of a term in nats for n sequences.
+    """Moments of a term of the bound in nats for n sequences.
 
-    Its mean [n,L], the mean of its square [n,L], and the mean square of its sum over positions [n].
+    `mean` [n,L] is the mean of the term, `square` [n,L] the mean of its square, and `square_of_sum`
+    [n] the mean square of its sum over positions.
     """
 
     mean: Tensor
@@ -258,10 +263,10 @@ class Moments(NamedTuple):
 
 
 class Enumeration:
-    """Moments of the three terms for x0 [n,L], from the formulas of the process only.
+    """Moments of the three terms of the bound for x0 [n,L], from the formulas of the process only.
 
-    Each is the sum over all states of the scored positions of their probability times the term.
-    Positions that are not scored keep their tokens at time 0.
+    A moment is the sum over all states of the scored positions: probability of the state times
+    (square of) the term. Positions that are not scored keep their tokens at time 0.
     """
 
     def __init__(
@@ -274,7 +279,10 @@ class Enumeration:
         self.window = window
 
     def closing(self) -> Moments:
-        """The network is queried at t = 1; the term is evaluated at the end of the window."""
+        """Return the moments of the closing term of the bound.
+
+        The network is queried at t = 1; the term is evaluated at the end of the window.
+        """
 
         def formula(
             prediction: DenseDistribution,
@@ -329,7 +337,7 @@ class Enumeration:
         )
 
     def _everywhere(self, t: float) -> Tensor:
-        """[1,L]"""
+        """Return time t for every position, [1,L]."""
         return torch.full(
             (1, self.x0.shape[1]),
             t,
@@ -337,17 +345,17 @@ class Enumeration:
         )
 
     def _marginals(self, t: Tensor) -> Tensor:
-        """q_t(z|x) [n,L,V,S] at t [n,L]."""
+        """Return q_t(z|x) [n,L,V,S] at times t [n,L]."""
         q = likelihoods_by_row(self.process, t.reshape(-1))
         return q.reshape(*t.shape, *q.shape[1:])
 
     def _moments(
         self, t: Tensor, weight: Tensor, probabilities: Tensor, formula: Formula, query_t: Tensor
     ) -> Moments:
-        """Moments of weight * formula at a node drawn evenly and states from `probabilities`.
+        """Return the moments of weight * formula over nodes and states.
 
-        t, weight [nodes,L]; probabilities [nodes, 1 or L, V, S]; query_t [nodes,L], the times that
-        the network is given.
+        t, weight [nodes,L]; probabilities of the states [nodes, 1 or L, V, S]; query_t [nodes,L]
+        are the times passed to the network. All nodes have the same probability.
         """
         vocabulary = self.process.vocabulary
         length = self.x0.shape[1]
@@ -397,7 +405,7 @@ class Enumeration:
         n: Tensor,
         zt: Tensor,
     ) -> Tensor:
-        """Probability [r] of the states zt [r,L] of sequence n [r] at a node [r]."""
+        """Return the probability [r] of the states zt [r,L] of sequence n [r] at node [r]."""
         length = self.x0.shape[1]
         x0 = self.x0[n]
         position = torch.arange(length)
@@ -415,20 +423,20 @@ def terms_have_their_expectations(
     process: ForwardProcess,
     points: int = POINTS,
 ) -> Iterator[Gap]:
-    """Every term that `nelbo` draws has the expectation of an enumeration over all states.
+    """Check that every term of `nelbo` with random draws has its exact expectation.
 
-    Closing, diffusion and decoding terms are compared one by one and position by position, on [0,
-    1] and on a window within. Positions that are not scored keep their tokens and cost nothing. No
-    channel of the random generator is used for two draws. The prediction depends on the other
-    position. Tolerance: the unit of the error is 0.5 % plus two standard errors of as many random
-    points; Sobol points use half of it.
+    The expectation is an enumeration over all states. Closing, diffusion and decoding terms are
+    compared separately, for each position, on the window [0, 1] and on an inner window. Positions
+    that are not scored must keep their tokens and have terms of 0. Each channel of the random
+    generator must be used for one draw only. Tolerance 1: the error is divided by 0.5 % of the term
+    plus two standard errors of as many random points; the error on Sobol points is half of that.
     """
     table = sensitive_table(process)
     # first, middle and last token, at either position
     last = process.vocabulary.num_tokens - 1
     x0 = torch.tensor([[0, last], [last, last // 2], [last // 2, 0]])
     scored = torch.tensor([[True, True], [True, True], [True, False]])
-    # a prior that is not q_1 exposes closing states that are drawn from q_1
+    # a prior that differs from q_1 exposes a closing term that draws states from q_1
     process = replace_prior(process)
     for window in (WHOLE, inner_information_window(process)):
         terms, rng = draw_terms(
@@ -462,14 +470,17 @@ def terms_have_their_expectations(
             labels,
         )
         for channel, count in rng.queries.items():
-            label = {"times that a channel of the random generator is used": channel}
+            label = {"number of draws from the random channel": channel}
             yield compare(torch.tensor(count), 1.0, label)
 
 
 def _moment_gaps(
     drawn: Tensor, exact: Moments, x0: Tensor, labels: Mapping[str, object]
 ) -> Iterator[Gap]:
-    """Compare the mean of a drawn term [n,points,L] with its expectation, each and in sum."""
+    """Compare the mean of a drawn term [n,points,L] with its expectation.
+
+    The means are compared for each position, and in total.
+    """
     points = drawn.shape[1]
     got = drawn.mean(1)
     position = torch.arange(x0.shape[1]).expand(x0.shape)
@@ -499,5 +510,5 @@ def _allowed(
     square: Tensor,
     points: int,
 ) -> Tensor:
-    """Largest accepted distance of a mean over `points` points from its expectation."""
+    """Return the largest accepted distance of a mean over `points` points from its expectation."""
     return 0.005 * mean + 2.0 * (square / points).sqrt() + EXACT

@@ -38,8 +38,10 @@ TRIPLES = (
 
 @law("rates: rows sum to zero", tolerance=1e-9)
 def rates_rows_sum_to_zero(process: ForwardProcess) -> Iterator[Gap]:
-    """Each row of the generator Q_t sums to 0, because probability is conserved. Tolerance:
-    relative to the largest rate, rounding of sums over the states."""
+    """Check that each row of the generator Q_t sums to 0, because probability is conserved.
+
+    The error is relative to the largest rate. Tolerance 1e-9: rounding of sums over the states.
+    """
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
     scale = rates.abs().amax((1, 2)).clamp(min=1.0).unsqueeze(-1)
@@ -48,8 +50,11 @@ def rates_rows_sum_to_zero(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("rates: off-diagonal entries are not negative", tolerance=1e-9)
 def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
-    """Q_t[y,z] >= 0 for y != z. Tolerance: relative to the largest rate, since a difference of two
-    terms may round below 0."""
+    """Check that the generator Q_t has Q_t[y,z] >= 0 for all states y != z.
+
+    The error is relative to the largest rate. Tolerance 1e-9: a rate that is computed as a
+    difference may round below 0.
+    """
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
     # the diagonal is negative by definition
@@ -65,8 +70,11 @@ def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("kernels: row, column and apply agree", tolerance=1e-12)
 def kernels_agree(process: ForwardProcess) -> Iterator[Gap]:
-    """`row`, `column`, `apply` and `dense` describe one matrix, for rates and for transitions.
-    Tolerance: relative, the order of sums differs."""
+    """Check that `row`, `column`, `apply` and `dense` of a kernel describe one matrix.
+
+    The kernels are `rates(t)` and `transition(0.3 t, t)`. The error is relative to the largest
+    entry. Tolerance 1e-12: the methods sum in different orders.
+    """
     t, ids = product(
         times(INNER, NEAR_ENDS, ENDS),
         torch.arange(process.vocabulary.num_states),
@@ -81,7 +89,7 @@ def kernel_gaps(
     ids: Tensor,
     labels: dict[str, Tensor],
 ) -> Iterator[Gap]:
-    """Compare the structured methods of a kernel with its rows, at states ids [r]."""
+    """Compare the methods of a kernel with its single rows, at states ids [r]."""
     states = torch.arange(kernel.num_states)
     # single rows are the definition, because a subclass may override `dense`
     dense = torch.stack(
@@ -116,8 +124,11 @@ def kernel_gaps(
 
 @law("transition: rows are distributions", tolerance=1e-9)
 def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
-    """P(z_t | z_s) >= 0 with sum 1, also over the whole interval and for s = t. Tolerance: rounding
-    of time-ordered products."""
+    """Check that the transition probabilities P(z_t | z_s) are >= 0 and sum to 1 over z_t.
+
+    The pairs (s, t) include (0, 1) and pairs with s = t. Tolerance 1e-9: rounding of products over
+    many small time steps.
+    """
     s, t = times(*PAIRS, *PAIRS_TO_ENDS).reshape(-1, 2).T
     kernel = process.transition(s, t).dense()
     yield compare(kernel.sum(-1), 1.0, {"s": s, "t": t})
@@ -130,8 +141,11 @@ def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("transition = time-ordered integral of the rates", tolerance=1e-7)
 def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
-    """The transition solves dP/dt = P Q_t with P(s,s) = 1. Tolerance: the Magnus integrator that it
-    is compared with has an error of at most 1e-8 with 300 steps."""
+    """Check that `transition(s, t)` solves dP/dt = P Q_t with P(s,s) = 1.
+
+    Q_t are the process's own rates. The transition is compared with a Magnus integrator with 300
+    steps. Tolerance 1e-7: the integrator has an error of at most 1e-8.
+    """
 
     def generator(time: Tensor) -> Tensor:
         return process.rates(time).dense()
@@ -153,8 +167,11 @@ def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("Chapman-Kolmogorov", tolerance=1e-6)
 def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
-    """P(s,u) P(u,t) = P(s,t), also from the clean end to the prior. Tolerance: a numerical product
-    over all of [0,1] has an error of 1e-7."""
+    """Check that the transition matrix P of the states satisfies P(s,u) P(u,t) = P(s,t).
+
+    The triples (s, u, t) with s < u < t include s = 0 with t = 1. Tolerance 1e-6: a transition that
+    is computed numerically over all of [0,1] has an error of 1e-7.
+    """
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     whole = process.transition(s, t).dense()
     composed = process.transition(s, u).dense() @ process.transition(u, t).dense()
@@ -167,8 +184,12 @@ def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("marginal follows the transitions", tolerance=1e-6)
 def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
-    """q_t(.|x) = q_s(.|x) P(s,t), also from s = 0. Tolerance: a numerical product over all of [0,1]
-    has an error of 1e-7."""
+    """Check that the marginal at t is the marginal at s times the transition from s to t.
+
+    As a formula: q_t(.|x) = q_s(.|x) P(s,t) for every token x. The pairs (s, t) include s = 0.
+    Tolerance 1e-6: a transition that is computed numerically over all of [0,1] has an error of
+    1e-7.
+    """
     s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
     # row vectors: q_t = q_s P
     moved = likelihoods(process, s) @ process.transition(s, t).dense()
@@ -181,9 +202,9 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("marginal: total probability", tolerance=1e-10)
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
-    """log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p, and sums to 1.
+    """Check that log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p, and sums to 1.
 
-    Both ends are included. Tolerance: rounding of sums over the tokens.
+    The times include t = 0 and t = 1. Tolerance 1e-10: rounding of sums over the tokens.
     """
     t = times(INNER, NEAR_ENDS, ENDS)
     num_tokens = process.vocabulary.num_tokens
@@ -196,8 +217,12 @@ def total_probability(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("ends: marginals are as declared", tolerance=1e-9)
 def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
-    """closes_at_clean: q_0(.|x) = delta_x; closes_at_prior: q_1(.|x) = prior; the prior sums to 1.
-    Tolerance: the error of dense chains."""
+    """Check that the marginals at t = 0 and t = 1 are as the flags of the process declare.
+
+    With `closes_at_clean`, q_0(.|x) must be 1 at x. With `closes_at_prior`, q_1(.|x) must be the
+    prior. The prior must sum to 1. Tolerance 1e-9: the error of processes that integrate dense
+    rates.
+    """
     vocabulary = process.vocabulary
     # [V,S] each
     at_clean, at_prior = likelihoods(process, times(ENDS))
@@ -212,12 +237,15 @@ def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("ends: marginals are continuous", tolerance=0.8)
 def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
-    """A thousand times nearer to an end, the marginal is nearer to its value there; the bound would
-    miss a jump.
+    """Check that the marginals are continuous at t = 0 and t = 1.
 
-    The error is the ratio of the two distances: 10^(-3a) for a chain that closes as (1-t)^a, so a
-    tolerance of 0.8 admits a >= 0.04 and rejects a jump (ratio 1). Distances below 1e-7 count as 0,
-    because that is the error of a numerical transition.
+    The bound would miss a jump. The marginal at a distance of 1e-12 from an end must be nearer to
+    the marginal at the end than the marginal at a distance of 1e-9. The error is the ratio of the
+    two differences. Differences below 1e-7 count as 0, because that is the error of a numerical
+    transition.
+
+    Tolerance 0.8: if the marginal approaches its end as (1-t)^a, the ratio is 10^(-3a), which is
+    below 0.8 for a >= 0.04; a jump has the ratio 1.
     """
     for end, far, near in ((0.0, 1e-9, 1e-12), (1.0, 1.0 - 1e-9, 1.0 - 1e-12)):
         at_end, at_far, at_near = likelihoods(process, times((end, far, near)))
@@ -232,9 +260,9 @@ def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("ends: no NaN and finite rates", tolerance=0.0)
 def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
-    """At both ends no marginal, likelihood or transition is NaN, and rates are finite.
+    """Check that no marginal, likelihood or transition is NaN at t = 0 or t = 1.
 
-    Tolerance: none.
+    Rates must be finite at both ends. Tolerance 0: the conditions are exact.
     """
     vocabulary = process.vocabulary
     t, zt = product(

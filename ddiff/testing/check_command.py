@@ -1,4 +1,4 @@
-"""`ddiff check NAME`: check small instances of a component and print every law with its error."""
+"""`ddiff check NAME`: apply the laws to small instances of a component and print every error."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from ddiff.testing.time_rule import check_time_rule
 
 WIDTH = 6  # of the hidden states of checked heads
 LENGTH = 6  # of checked sequences
-KINDS_OF_PLUGINS = ("process", "sampler")  # kinds that are checked by the name of their plugin
-PIPED_WIDTH = 140  # columns of a table that no terminal limits
+KINDS_OF_PLUGINS = ("process", "sampler")  # kinds that `ddiff check PLUGIN` checks
+PIPED_WIDTH = 140  # columns of the table if there is no terminal
 
 
 class Instance(NamedTuple):
@@ -43,7 +43,7 @@ class Instance(NamedTuple):
 
 
 class LabelledReport(NamedTuple):
-    """Report of a law with the label of its instance."""
+    """Report of a law, with the label of the checked instance."""
 
     label: str
     report: LawReport
@@ -52,11 +52,13 @@ class LabelledReport(NamedTuple):
 def check_component(
     name: str, settings: Sequence[str], plugins: Sequence[str] | None = None
 ) -> int:
-    """Check a component, or every process and sampler of a plugin; 0 if all laws hold, else 1.
+    """Check a component, or every process and sampler of a plugin, and print the results.
 
-    `settings` are key=value texts for the component's Config. Without `plugins`, all installed
-    plugins are searched. Raises PluginError for an unknown name, RecipeError for a wrong setting,
-    ArgumentError if no small instance accepts the settings.
+    `settings` are texts key=value for the component's Config. If `plugins` is None, all installed
+    plugins are searched. Returns 0 if all laws hold, else 1.
+
+    Raises PluginError for an unknown name, RecipeError for a wrong setting, and ArgumentError if no
+    small instance accepts the settings.
     """
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
     instances = []
@@ -75,10 +77,11 @@ def find_components(
     plugins: Sequence[str] | None,
     configured: bool,
 ) -> list[Component]:
-    """Find the components called NAME that have laws, and those of the plugin called NAME.
+    """Find the components called NAME that have laws, and the components of the plugin called NAME.
 
-    Of a plugin, only processes and samplers count. Settings belong to one component, so with them a
-    plugin is only meant if no component has the name.
+    Only processes and samplers of a plugin are returned. If `configured` is true, the components of
+    a plugin are returned only if no component is called NAME, since settings belong to one
+    component.
     """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
@@ -90,7 +93,7 @@ def find_components(
             found += [one for one in registry.components(kind) if one.plugin == name]
     if found:
         return list(dict.fromkeys(found))
-    # a plugin that failed to load may have had the name
+    # NAME may be a plugin that failed to load
     for plugin, _, error in survey.reports:
         if plugin.name == name and error is not None:
             raise error
@@ -105,16 +108,16 @@ def _not_found_message(
     known = [component for component in registry.components() if component.kind in MAKERS]
     listed = ", ".join(f"{component.kind} {component.name}" for component in known) or "nothing"
     if same_name:
-        return f"ddiff check: the {same_name[0]} has no laws to check. Those that have: {listed}."
+        return f"ddiff check: the {same_name[0]} has no laws to check. Components with laws: {listed}."
     if any(component.plugin == name for component in registry.components()):
         return (
             f'ddiff check: the plugin "{name}" registers no process and no sampler. '
-            f"By name: {listed}."
+            f"Components with laws: {listed}."
         )
     names = [component.name for component in known] + [component.plugin for component in known]
     return (
         f'ddiff check: there is no component or plugin "{name}".{suggest(name, names)} '
-        f"There is: {listed}."
+        f"Components with laws: {listed}."
     )
 
 
@@ -122,9 +125,9 @@ def _not_found_message(
 
 
 def small_vocabularies() -> list[Vocabulary]:
-    """Small vocabularies, of which most processes accept one.
+    """Build four small vocabularies; most processes accept at least one.
 
-    Tokens only, tokens and a mask, and trees of two and three levels.
+    The vocabularies are: tokens only, tokens and a mask, and trees of two and three levels.
     """
     return [
         FlatVocabulary(4, mask=False),
@@ -151,7 +154,10 @@ def _make_processes(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """The class's own examples; with settings, the configured process on their vocabularies."""
+    """Make the examples of a process class.
+
+    If settings are given, make the configured process on the vocabularies of the examples.
+    """
     processes = _load_examples(component)
     if configured or not processes:
         processes = _build_on(component, spec, _example_vocabularies(component, processes))
@@ -171,9 +177,10 @@ def _check_process_and_parts(process: ForwardProcess) -> list[LawReport]:
 
 
 def _load_examples(component: Component) -> list[ForwardProcess]:
-    """Examples of the component's process class, if it defines any of its own.
+    """Return the examples of the component's process class if the class defines `examples`.
 
-    The examples that a plugin's class inherits from an engine class are of the engine class.
+    Examples that a plugin's class inherits from a class of ddiff.core are ignored, because they are
+    instances of the class of ddiff.core.
     """
     found = component.load()
     classes = found.__mro__ if isinstance(found, type) else ()
@@ -188,7 +195,11 @@ def _example_vocabularies(
     component: Component,
     examples: list[ForwardProcess],
 ) -> list[Vocabulary]:
-    """`example_vocabularies()` of the component, else those of its examples, else small ones."""
+    """Return the vocabularies on which a component is built.
+
+    These are `example_vocabularies()` of the component, else the vocabularies of its examples, else
+    small vocabularies.
+    """
     offered = component.members().example_vocabularies
     if offered is not None:
         return offered()
@@ -199,7 +210,10 @@ def _example_vocabularies(
 def _build_on(
     component: Component, spec: ComponentSpec, vocabularies: list[Vocabulary], **inputs: Any
 ) -> list[Any]:
-    """Build the component on every vocabulary that it accepts; ArgumentError if it accepts none."""
+    """Build the component on every vocabulary that the component accepts.
+
+    Raises ArgumentError if the component accepts none.
+    """
     built = []
     rejection = None
     for vocabulary in vocabularies:
@@ -212,8 +226,8 @@ def _build_on(
         return built
     raise ArgumentError(
         f"ddiff check: the {component} accepts none of {len(vocabularies)} small vocabularies with "
-        f"these settings. The last error was: {rejection} A class may offer its own vocabularies "
-        "in example_vocabularies()."
+        f"these settings. The last error was: {rejection} A component may define "
+        "example_vocabularies() to be built on other vocabularies."
     )
 
 
@@ -242,7 +256,7 @@ def _make_backbones(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """A backbone with a plain head, on a masked process."""
+    """Make a denoiser from the backbone and a plain head, to be checked with a masked process."""
     vocabulary = FlatVocabulary(5)
     backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
@@ -256,7 +270,7 @@ def _make_samplers(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """The sampler on each small process that it accepts."""
+    """Make one instance for each small process that the sampler accepts."""
 
     def build(vocabulary: Vocabulary, steps: int) -> Any:
         return spec.build(steps=steps, vocabulary=vocabulary)
@@ -313,7 +327,7 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
 def _print_reports(reports: list[LabelledReport]) -> None:
     """Print one line per law, for its worst instance, and then explain every broken law."""
     worst = _find_worst(reports)
-    # without a terminal rich assumes 80 columns and wraps the names
+    # rich assumes 80 columns if there is no terminal, which would wrap the names
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
     table = Table(
         "law",
@@ -348,7 +362,7 @@ def _print_reports(reports: list[LabelledReport]) -> None:
 
 
 def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
-    """The report with the largest relative error of every law, in the order of the laws."""
+    """Return the report with the largest relative error of every law, in the order of the laws."""
     worst: dict[str, LabelledReport] = {}
     for one in reports:
         known = worst.get(one.report.law)
@@ -358,5 +372,5 @@ def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
 
 
 def _relative_error(report: LawReport) -> float:
-    """Error in units of the tolerance; if that is 0, an error outranks all others."""
+    """Return the error divided by the tolerance; with tolerance 0, errors above 0 rank first."""
     return report.error / report.tolerance if report.tolerance > 0 else report.error * 1e300

@@ -1,4 +1,4 @@
-"""Laws of predicted clean-token distributions: every method describes one distribution."""
+"""Laws of predicted clean-token distributions: all methods must describe one distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def below(
     node: int,
     level: int,
 ) -> Tensor:
-    """Ids of `level` that lie below a node, in tree order."""
+    """Return the ids of `level` that lie below a node, in tree order."""
     start, stop = vocabulary.node_range(torch.tensor(node), level)
     return vocabulary.order(level)[int(start) : int(stop)]
 
@@ -27,7 +27,7 @@ def _level_of(vocabulary: Vocabulary, node: int) -> int:
 
 
 def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
-    """Every node in the subtree of `top`, with every level below that node."""
+    """Return every node in the subtree of `top`, paired with every level below that node."""
     vocabulary = prediction.vocabulary
     # level 0 has no levels below it
     nodes = [prediction.top]
@@ -41,7 +41,7 @@ def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
 
 
 def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
-    """log P(node | top) [r], summed over the leaf tokens below the node."""
+    """Return log P(node | top) [r], summed over the leaf tokens below the node."""
     vocabulary = prediction.vocabulary
     first, _ = vocabulary.node_range(torch.tensor(prediction.top), 0)
     start, stop = vocabulary.node_range(torch.tensor(node), 0)
@@ -49,11 +49,12 @@ def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
     return prediction.log_below(0).double()[:, tokens].logsumexp(-1)
 
 
-@law("clean distribution: masses add up", tolerance=1e-10)
+@law("clean distribution: probabilities sum to 1 at every level", tolerance=1e-10)
 def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
-    """Masses sum to 1 at every level, and a node's mass is that of its leaf tokens.
+    """Check that probabilities sum to 1 at every level of the tree.
 
-    Tolerance: rounding of log-sum-exps.
+    The probability of a node must be the sum over its leaf tokens. Tolerance 1e-10: rounding of
+    sums of exponentials.
     """
     vocabulary = prediction.vocabulary
     tokens = below(vocabulary, prediction.top, 0)
@@ -82,10 +83,11 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
 
 @law("clean distribution: log_child is conditional", tolerance=1e-10)
 def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
-    """log_child is the ratio of the masses of child and node, at any depth.
+    """Check that log_child(node, child) is log P(child) - log P(node), at any depth of the tree.
 
-    It is 0 for the node itself; log_prob is the same ratio from the root. Tolerance: rounding of
-    log-sum-exps.
+    log_child of a node and itself must be 0. `log_step` must agree with `log_child` for children of
+    the queried node, and `log_prob` for the root. Tolerance 1e-10: rounding of sums of
+    exponentials.
     """
     rows = len(prediction.log_below(0))
     vocabulary = prediction.vocabulary
@@ -110,13 +112,14 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
                 yield compare(prediction.log_prob(ids), mass, {"node": child})
 
 
-@law("clean distribution: draws follow it", tolerance=1e-9)
+@law("clean distribution: draw is the inverse CDF", tolerance=1e-9)
 def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
-    """draw(node, level, u) is the inverse CDF over the descendants in tree order.
+    """Check that draw(node, level, u) is the inverse CDF over the node's descendants of `level`.
 
-    It returns the descendant whose cell of the unit interval holds u, cells having the width
-    exp(log_child). Tried in the middle of every cell and just inside its ends. Tolerance: ids are
-    exact.
+    Descendants in tree order divide the unit interval into cells of width exp(log_child). `draw`
+    must return the descendant whose cell contains u. Each cell is tested at its middle and just
+    inside its ends. Tolerance 1e-9: ids are integers, so every wrong draw has an error of at least
+    1.
     """
     rows = len(prediction.log_below(0))
     for node, level in _nodes_and_levels(prediction):
@@ -154,5 +157,5 @@ CLEAN_DISTRIBUTION_LAWS: tuple[Law, ...] = (
 
 
 def check_clean_distribution(prediction: CleanDistribution) -> list[LawReport]:
-    """Apply every law of a clean-token distribution, in float64 on a small vocabulary."""
+    """Apply every law of clean-token distributions, in float64 on a small vocabulary."""
     return evaluate_laws(prediction, CLEAN_DISTRIBUTION_LAWS)

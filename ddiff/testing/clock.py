@@ -18,8 +18,11 @@ PAIRS_FROM_CLEAN = ((0.0, 1e-6), (0.0, 0.31), (0.0, 1.0), (0.02, 0.77), (0.5, 1.
 
 @law("clock: occupation is a distribution", tolerance=1e-12)
 def occupation_is_a_distribution(clock: LevelClock) -> Iterator[Gap]:
-    """The probability pi_l(t) of level l is >= 0 and sums to 1, also at both ends. Tolerance:
-    rounding of sums over the levels."""
+    """Check that the level probabilities pi_l(t) are >= 0 and sum to 1.
+
+    pi_l(t) is the probability that a token is at level l of the tree at time t. The times include t
+    = 0 and t = 1. Tolerance 1e-12: rounding of sums over the levels.
+    """
     t = times(OPEN, ENDS)
     pi = clock.pi(t)
     yield compare(pi.sum(-1), 1.0, {"t": t})
@@ -28,29 +31,34 @@ def occupation_is_a_distribution(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: ends as declared", tolerance=1e-9)
 def clock_ends(clock: LevelClock) -> Iterator[Gap]:
-    """closes_at_clean: level 0 has all mass at t = 0; closes_at_prior: the root has all mass at
-    t = 1. Tolerance: rounding."""
+    """Check that the clock ends where its flags declare.
+
+    With `closes_at_clean`, level 0 must have probability 1 at t = 0. With `closes_at_prior`, the
+    root must have probability 1 at t = 1, and every level must reach the root by the transition
+    from 0.3 to 1. Tolerance 1e-9: rounding, and the error of numerical transitions.
+    """
     start, stop = clock.pi(times(ENDS))
     if clock.closes_at_clean:
         yield compare(start[0], 1.0, {"level 0 at t": 0})
     if clock.closes_at_prior:
         yield compare(stop[-1], 1.0, {"the root at t": 1})
-        # a numerical transition must arrive as well, not only the occupation
+        # the numerical transition must reach the root too
         to_root = clock.transition(times((0.3,)), times((1.0,)))[0, :, -1]
         yield compare(to_root, 1.0, {"the root from 0.3 to t": 1})
 
 
 @law("clock: inflow = derivative of the fraction that has entered", tolerance=1e-9)
 def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
-    """inflow_l is the derivative of F_l(t), the probability of having entered level l by t.
+    """Check that the integral of inflow_l equals the growth of F_l.
 
-    F_l(t) - F_l(t/1000) is compared with the integral of inflow_l, relative to itself for t >=
-    1e-6, so that no digits are lost while a level is rare. Tolerance: quadrature and rounding have
-    an error of 1e-11.
+    F_l(t) is the probability that a token has entered level l by time t. The difference F_l(t) -
+    F_l(t/1000) is compared with the integral of inflow_l from t/1000 to t. The error is relative to
+    the integral, so that the law is also sharp at t = 1e-6, where F_l is small. Tolerance 1e-9:
+    quadrature and rounding have an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:
-        # three decades of growth, so that the law also tests small t
+        # t/1000 to t, so that the law also tests small t
         start = t / 1000.0
         grown = (clock.cdf(times((t,))) - clock.cdf(times((start,))))[0]
         flow = integral(clock.inflow, start, t)
@@ -64,8 +72,11 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: hazard = inflow / occupation", tolerance=1e-9)
 def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
-    """The rate lambda_l of leaving level l satisfies lambda_l pi_l = dF_{l+1}/dt. Tolerance:
-    relative, two roundings."""
+    """Check that hazard_l times pi_l equals the inflow into level l + 1.
+
+    hazard_l is the rate at which tokens leave level l, and pi_l is the probability of level l. The
+    error is relative to the inflow. Tolerance 1e-9: two roundings, with a margin.
+    """
     t = times(OPEN)
     inflow = clock.inflow(t)
     yield compare(
@@ -78,9 +89,11 @@ def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: transition = time-ordered integral of the hazards", tolerance=1e-8)
 def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
-    """The transition of the levels solves the chain of the hazards; its rows sum to 1.
+    """Check that the transition matrix of the levels solves the Kolmogorov equation of the hazards.
 
-    Tolerance: the integrator has an error of 1e-9 with 600 Magnus steps.
+    `transition(s, t)` is compared with a numerical integration of the hazards from s to t, and each
+    of its rows must sum to 1. Tolerance 1e-8: the integrator has an error of 1e-9 with 600 Magnus
+    steps.
     """
     s, t = times(*PAIRS).reshape(-1, 2).T
     got = clock.transition(s, t)
@@ -101,10 +114,10 @@ def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: Chapman-Kolmogorov", tolerance=1e-6)
 def clock_chapman_kolmogorov(clock: LevelClock) -> Iterator[Gap]:
-    """K(s,u) K(u,t) = K(s,t) for the transition K of the levels.
+    """Check that the transition matrix K of the levels satisfies K(s,u) K(u,t) = K(s,t).
 
-    Tried also from the clean end to the prior. Tolerance: a numerical product over all of [0,1] has
-    an error of 1e-7.
+    The triples (s, u, t) with s < u < t include s = 0 with t = 1. Tolerance 1e-6: a transition that
+    is computed numerically over all of [0,1] has an error of 1e-7.
     """
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     composed = clock.transition(s, u) @ clock.transition(u, t)
@@ -117,8 +130,12 @@ def clock_chapman_kolmogorov(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: occupation follows the transitions", tolerance=1e-6)
 def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
-    """pi(t) = pi(s) K(s,t), also from s = 0. Tolerance: a numerical product over all of [0,1] has
-    an error of 1e-7."""
+    """Check that the level probabilities satisfy pi(t) = pi(s) K(s,t).
+
+    pi(t) is the row vector of level probabilities, and K(s,t) is the transition matrix of the
+    levels. The pairs (s, t) include s = 0. Tolerance 1e-6: a transition that is computed
+    numerically over all of [0,1] has an error of 1e-7.
+    """
     s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
     moved = (clock.pi(s).unsqueeze(1) @ clock.transition(s, t)).squeeze(1)
     yield compare(moved, clock.pi(t), {"s": s, "t": t})
@@ -126,11 +143,12 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: entry_time inverts its distribution", tolerance=1e-7)
 def entry_time_inverts(clock: LevelClock) -> Iterator[Gap]:
-    """entry_time(l, t, u) is the u-quantile of the time at which level l was entered.
+    """Check that entry_time(l, t, u) is the u-quantile of the time at which level l was entered.
 
-    At s = entry_time(l, t, u), the probability that level l was entered before s, given level l at
-    t, is pi_l(s) K_ll(s,t) / pi_l(t) = u. Tolerance: the bisection ends at the rounding of s, and
-    numerical transitions have an error of 1e-9.
+    Given level l at time t, the probability that level l was entered before s is pi_l(s) K_ll(s,t)
+    / pi_l(t), where pi_l is the probability of level l and K_ll that of staying at level l. At s =
+    entry_time(l, t, u) this probability must be u. Tolerance 1e-7: bisection finds s up to
+    rounding, and numerical transitions have an error of 1e-9.
     """
     levels = torch.arange(1, clock.num_levels + 1)
     level, t, u = product(
@@ -162,5 +180,5 @@ CLOCK_LAWS: tuple[Law, ...] = (
 
 
 def check_clock(clock: LevelClock) -> list[LawReport]:
-    """Apply every law of a level clock."""
+    """Apply every law of level clocks to a clock."""
     return evaluate_laws(clock, CLOCK_LAWS)

@@ -1,4 +1,4 @@
-"""Laws of a denoiser: a row's prediction depends on nothing that it must not depend on."""
+"""Laws of a denoiser: which inputs the prediction of a position may depend on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _log_p(
     noisy: Noisy,
     context: Context,
 ) -> Tensor:
-    """Predicted log-distribution of every row at the root: [B,L,V] float64."""
+    """Return the predicted log-distribution of every position at the root: [B,L,V] float64."""
 
     def log_mass(prediction: CleanDistribution) -> Tensor:
         return prediction.log_mass(0).double()
@@ -67,13 +67,15 @@ def _slice(noisy: Noisy, *index: slice) -> Noisy:
     return Noisy(*parts)
 
 
-@law("denoiser: a distribution for every row", tolerance=1e-9)
+@law("denoiser: predictions sum to 1", tolerance=1e-9)
 def rows_have_distributions(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """Every row's prediction is a distribution over the tokens with sum 1. Tolerance: rounding of
-    float64 softmaxes."""
+    """Check that the predicted probabilities of the tokens sum to 1 at every position.
+
+    Tolerance 1e-9: rounding of float64 softmaxes.
+    """
     twin, noisy = _prepare(denoiser, process)
     p = _log_p(twin, process, noisy, Context()).exp()
     yield compare(p.sum(-1), 1.0, {"zt": noisy.zt})
@@ -84,8 +86,11 @@ def batches_agree(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """A sequence has the same predictions in a batch of one as in a larger batch. Tolerance:
-    float64 matrix products of other shapes."""
+    """Check that a sequence has the same predictions in a batch of one and of three.
+
+    Probabilities are compared. Tolerance 1e-9: float64 matrix products of different shapes round
+    differently.
+    """
     twin, noisy = _prepare(denoiser, process)
     in_batch = _log_p(twin, process, noisy, Context()).exp()
     for i in range(BATCH):
@@ -99,11 +104,15 @@ def padding_is_invisible(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """Neither the contents nor the presence of padding changes a prediction at a valid row.
-    Tolerance: float64 matrix products of other shapes."""
+    """Check that padding changes no prediction at a valid position.
+
+    Predictions for padded sequences are compared with those for the sequences without padding, for
+    two different contents of the padding. Tolerance 1e-9: float64 matrix products of different
+    shapes round differently.
+    """
     twin, noisy = _prepare(denoiser, process)
     length = LENGTH - 2
-    # padding at the end, as batches have it
+    # padding at the end, as in batches
     valid = (torch.arange(LENGTH) < length).expand(BATCH, -1)
     unpadded = _slice(noisy, slice(None), slice(length))
     expected = _log_p(twin, process, unpadded, Context()).exp()
@@ -121,22 +130,25 @@ def padding_is_invisible(
         )
 
 
-@law("denoiser: documents in one row do not attend to each other", tolerance=1e-12)
+@law("denoiser: documents in one sequence do not attend to each other", tolerance=1e-12)
 def documents_are_separate(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """Changing one packed document changes no prediction in the other. Tolerance: masked attention
-    adds exact zeros."""
+    """Check that documents that are packed into one sequence do not attend to each other.
+
+    All states of the second document are changed. The predictions in the first document must be the
+    same as before. Tolerance 1e-12: masked attention adds exact zeros.
+    """
     twin, noisy = _prepare(denoiser, process)
     second = torch.arange(LENGTH) >= LENGTH // 2
-    # both halves of a row are documents of their own
+    # each half of a sequence is one document
     context = Context(document=second.long().expand(BATCH, -1))
     before = _log_p(twin, process, noisy, context).exp()
     other = (noisy.zt + 1) % process.vocabulary.num_states
     changed = noisy._replace(zt=torch.where(second, other, noisy.zt))
     after = _log_p(twin, process, changed, context).exp()
-    labels = {"a row of": "the first document"}
+    labels = {"position in": "the first document"}
     yield compare(
         after[:, ~second].flatten(0, 1),
         before[:, ~second].flatten(0, 1),
@@ -144,13 +156,16 @@ def documents_are_separate(
     )
 
 
-@law("denoiser: predictions exclude the row's own evidence", tolerance=1e-9)
+@law("denoiser: predictions exclude the position's own state", tolerance=1e-9)
 def evidence_is_dropped(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """With parameterization "rest", the engine uses the head's distribution unchanged; with "all"
-    it uses p(x) / q_t(z|x), normalized. Tolerance: rounding."""
+    """Check that the bound's prediction for a position excludes the position's own state z_t.
+
+    With parameterization "rest", the prediction must be the head's distribution p(x). With "all",
+    it must be p(x) / q_t(z_t|x), normalized over the tokens x. Tolerance 1e-9: rounding.
+    """
     twin, noisy = _prepare(denoiser, process)
     rows = torch.arange(noisy.zt.numel())
     root = torch.full_like(rows, process.vocabulary.root)
@@ -187,5 +202,8 @@ def check_denoiser(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> list[LawReport]:
-    """Apply every law of a denoiser (backbone and head), with a small process on its vocabulary."""
+    """Apply every law of denoisers to a backbone with a head.
+
+    `process` is a small process on the vocabulary of the denoiser.
+    """
     return evaluate_laws(denoiser, DENOISER_LAWS, process=process)

@@ -1,7 +1,7 @@
-"""Laws of the formulas derived from the chain: posterior, bound density, end terms.
+"""Laws of the formulas that are derived from the chain: posterior, density and end terms.
 
-A process may override a derived formula for speed or accuracy; "override = derived" laws compare
-the override with `ForwardProcess`.
+A process may override a derived formula for speed or accuracy. The laws named "override = derived"
+compare the override with the formula of `ForwardProcess`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEAR_ENDS = (1e-3, 1.0 - 1e-3)
 
 
 def is_overridden(process: ForwardProcess, method: str) -> bool:
-    """True if a subclass replaces this method of `ForwardProcess`."""
+    """Return True if a subclass replaces this method of `ForwardProcess`."""
     for cls in type(process).__mro__:
         if method in vars(cls):
             return cls is not ForwardProcess
@@ -46,24 +46,25 @@ def score_from_distribution(
     zt: Tensor,
     t: Tensor,
 ) -> Score:
-    """Score of the states [r,S] that a distribution log_p [r,V] of the clean token implies."""
+    """Return the score of the states [r,S] under a distribution log_p [r,V] of the clean token."""
     log_marginal = process.log_marginal(log_p, t)
     return Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1)))
 
 
 def make_certain(process: ForwardProcess, x0: Tensor) -> DenseDistribution:
-    """Predictions that put all their mass on the tokens x0 [r]."""
+    """Return predictions that give the tokens x0 [r] probability 1."""
     vocabulary = process.vocabulary
     return DenseDistribution(certain_log_probs(vocabulary.num_tokens)[x0], vocabulary)
 
 
 @law("posterior = Bayes' rule", tolerance=1e-6)
 def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
-    """reverse_log_probs = sum_x p(x) q_s(y|x) P(z|y) / sum_x p(x) q_t(z|x), with P integrated from
-    the rates; s = t is included.
+    """Check that `reverse_log_probs` is Bayes' rule with transitions integrated from the rates.
 
-    Tolerance: the integration has an error of 1e-9, which is divided by the probability of z, here
-    at least 1e-3.
+    As a formula: P(y | z) = sum_x p(x) q_s(y|x) P(z|y) / sum_x p(x) q_t(z|x), where z is the state
+    at t, y the state at s, p the prediction, and P(z|y) the integrated transition. The pairs (s, t)
+    include s = t. Tolerance 1e-6: the integration has an error of 1e-9, which is divided by the
+    probability of z, at least 1e-3.
     """
 
     def generator(time: Tensor) -> Tensor:
@@ -106,8 +107,11 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: density", tolerance=1e-9)
 def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """The process's density is the score entropy of its own rates and marginals. Tolerance:
-    relative, since the derived formula subtracts."""
+    """Check that an overridden `density` equals the score entropy of the process.
+
+    The score entropy is computed from the rates and marginals of the process. The error is relative
+    to 1 + density. Tolerance 1e-9: the score entropy subtracts large numbers.
+    """
     if is_overridden(process, "density"):
         rows = ReachableRows(process, times(INNER, NEAR_ENDS))
         derived = ForwardProcess.density(process, rows.dist, *rows.args)
@@ -122,10 +126,10 @@ def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("density: equal for a score and its distribution", tolerance=1e-9)
 def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
-    """A score has the density of the distribution that it is computed from.
+    """Check that a score has the same density as the distribution from which it is computed.
 
-    The score holds the ratios of the marginals under the distribution. Tolerance: relative
-    rounding.
+    The score is the ratio of the marginals of two states under the distribution. The error is
+    relative to 1 + density. Tolerance 1e-9: rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -141,11 +145,11 @@ def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: weight", tolerance=1e-9)
 def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """The weight is the total true reverse rate, sum_y Q[y,z] q_t(y|x)/q_t(z|x), and 0 if nothing
-    arrives in z.
+    """Check that the weight is the total true reverse rate out of z.
 
-    A loss that clips weights is then the same function for every implementation of one chain.
-    Tolerance: relative rounding.
+    As a formula, the weight is sum_y Q[y,z] q_t(y|x)/q_t(z|x) over states y != z, where Q are the
+    forward rates; it is 0 if no state moves to z. Then a loss that clips weights is the same
+    function for every implementation of a chain. The error is relative. Tolerance 1e-9: rounding.
     """
     rows = ReachableRows(process, times(INNER, NEAR_ENDS))
     expected = ForwardProcess.weight(process, *rows.args)
@@ -159,8 +163,10 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("weight * divergence = density", tolerance=1e-9)
 def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]:
-    """The two factors of the diffusion term multiply to the density, and neither is negative.
-    Tolerance: relative rounding."""
+    """Check that weight times divergence is the density, and that neither factor is negative.
+
+    The error is relative to 1 + density. Tolerance 1e-9: rounding.
+    """
     rows = ReachableRows(process, times(INNER))
     weight = process.weight(*rows.args)
     divergence = process.divergence(rows.dist, *rows.args)
@@ -178,10 +184,10 @@ def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]
 
 @law("density: finite, not negative, zero for the true token", tolerance=1e-9)
 def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
-    """The density is finite and >= 0, and 0 for a prediction certain of the clean token.
+    """Check that the density is finite, never negative, and 0 for a certain and true prediction.
 
-    Tolerance: relative to the weight of the row, since at 1e-6 from an end a weight of 1e6
-    multiplies the rounding of a divergence of 0.
+    The error is relative to 1 + weight, because at 1e-6 from an end a weight of 1e6 multiplies the
+    rounding of a divergence of 0. Tolerance 1e-9: rounding.
     """
     rows = ReachableRows(
         process,
@@ -214,8 +220,11 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: log_likelihood", tolerance=1e-10)
 def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """log_likelihood(z, t) lists log q_t(z|x) over the tokens x, as given by the marginal.
-    Tolerance: rounding of probabilities."""
+    """Check that an overridden `log_likelihood(z, t)` returns log q_t(z|x) for every token x.
+
+    The expected values are computed from `log_marginal`. Probabilities are compared. Tolerance
+    1e-10: rounding.
+    """
     if is_overridden(process, "log_likelihood"):
         t, zt = product(
             times(INNER, ENDS),
@@ -231,9 +240,9 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: reverse_log_probs", tolerance=1e-9)
 def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """The posterior is Bayes' rule applied to the process's own marginal and transition.
+    """Check an overridden `reverse_log_probs` against Bayes' rule with the process's transitions.
 
-    Tried also from t = 1 to s = 0. Tolerance: rounding.
+    The pairs (s, t) include s = 0 with t = 1. Tolerance 1e-9: rounding.
     """
     if is_overridden(process, "reverse_log_probs"):
         for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.5)):
@@ -246,9 +255,10 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """decode_nll includes the row's own evidence; it is not -ln p(x).
+    """Check that an overridden `decode_nll` is -ln of the posterior of the token x given z.
 
-    It is -ln of p(x) q_t(z|x), normalized over x. Tolerance: relative rounding.
+    The posterior is p(x) q_t(z|x), normalized over x, where p is the prediction. In particular,
+    `decode_nll` is not -ln p(x). The error is relative. Tolerance 1e-9: rounding.
     """
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
@@ -266,9 +276,9 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: closing_kl", tolerance=1e-9)
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """closing_kl is KL( q_t(.|x) || marginal under the prediction ) over all states.
+    """Check that `closing_kl` is KL( q_t(.|x) || marginal under the prediction ) over all states.
 
-    It is 0 at t = 1 if the process closes at the prior. Tolerance: rounding.
+    It must be 0 at t = 1 if the process has `closes_at_prior`. Tolerance 1e-9: rounding.
     """
     vocabulary = process.vocabulary
     log_probs = random_log_probs(vocabulary.num_tokens)
@@ -281,7 +291,7 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     prediction = DenseDistribution(log_probs[index], vocabulary)
     got = process.closing_kl(prediction, x0, t)
     if is_overridden(process, "closing_kl"):
-        # a prediction of its own, so that nothing that the first call computed is used again
+        # a new prediction, so that results cached by the first call are not reused
         prediction = DenseDistribution(log_probs[index], vocabulary)
         expected = ForwardProcess.closing_kl(process, prediction, x0, t)
         yield compare(got, expected, {"x0": x0, "t": t})
@@ -294,13 +304,15 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
         )
 
 
-# ------------------------------------------------------------------ what the formulas read
+# ------------------------------------------------------------------ inputs of the formulas
 
 
-@law("active: the density is zero in other states", tolerance=1e-12)
+@law("active: the density is 0 in inactive states", tolerance=1e-12)
 def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
-    """The density is 0 in states that `active` excludes, since the bound skips them. Tolerance:
-    relative rounding of the derived formula."""
+    """Check that the density is 0 in states that `active` excludes.
+
+    The bound skips these states. Tolerance 1e-12: rounding of the derived formula.
+    """
     rows = ReachableRows(process, times(INNER))
     inactive = ~process.active(rows.zt)
     density = process.density(rows.dist, *rows.args)
@@ -311,17 +323,21 @@ def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
     )
 
 
-@law("scope: formulas need nothing above the scope node", tolerance=1e-9)
+@law("scope: formulas use only tokens below the scope node", tolerance=1e-9)
 def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
-    """A prediction restricted to what lies below scope(z) gives the same divergence and the same
-    decoding term; every scope is an inner node. Tolerance: rounding of normalizers."""
+    """Check that `divergence` and `decode_nll` use only the tokens below the node `scope(z)`.
+
+    A prediction that is restricted to these tokens must give the same values as the whole
+    prediction, in relative terms. Every scope must be an inner node of the tree. Tolerance 1e-9:
+    rounding of normalization.
+    """
     rows = ReachableRows(process, times(INNER))
     scope = process.scope(rows.zt)
     is_node = scope >= process.vocabulary.num_tokens
     yield compare(
         is_node.double(),
         1.0,
-        {"more than one token in the scope of zt": rows.zt},
+        {"the scope is an inner node, zt": rows.zt},
     )
     # the divergence is only evaluated in active states
     everywhere = torch.ones_like(rows.zt, dtype=torch.bool)
@@ -348,10 +364,13 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
         )
 
 
-@law("trained_part: the density ignores the rest", tolerance=1e-9)
+@law("trained_part: the density depends on this part only", tolerance=1e-9)
 def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
-    """The density is equal for two predictions that differ only outside of what
-    `trained_part` names in a state. Tolerance: rounding."""
+    """Check that the density uses only the part of the prediction that `trained_part` names.
+
+    Two predictions that differ only outside of this part must have the same density, in relative
+    terms. Tolerance 1e-9: rounding.
+    """
     rows = ReachableRows(process, times(INNER))
     trained = process.trained_part(rows.zt)
     expected = process.density(rows.dist, *rows.args)
@@ -373,7 +392,7 @@ def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _change_everywhere(log_p: Tensor) -> Tensor:
-    # another seed than the predictions have
+    # the seed differs from that of the predictions
     tilt = random_log_probs(log_p.shape[-1], 1, seed=5)
     return (0.5 * log_p + tilt).log_softmax(-1)
 
@@ -383,7 +402,7 @@ def _change_outside(
     log_p: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Keep the conditional distribution below z_t; change the mass of z_t and everything else."""
+    """Keep the conditional distribution below z_t; change all other probabilities."""
     vocabulary = process.vocabulary
     tokens = torch.arange(vocabulary.num_tokens).unsqueeze(0)
     ancestor = vocabulary.ancestor(

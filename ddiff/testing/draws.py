@@ -1,8 +1,8 @@
-"""Laws of what a process draws: samples, reverse steps and last draws.
+"""Laws of the states that a process draws: samples, reverse steps and the final decoding.
 
-A draw is a map from the unit cube to the states. Its distribution is measured by mapping Sobol
-points, which cover the cube evenly, so that no law here is random. With n points a probability has
-an error of about (pieces of the map) * log n / n.
+A draw is a map from uniforms in the unit cube to states. Its distribution is measured on Sobol
+points, which cover the cube evenly, so that the laws are not random. With n points, the error of a
+probability is about (number of pieces of the map) * log n / n.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ def estimate_distribution(
     dimensions: int,
     states: int,
 ) -> Tensor:
-    """Distribution [rows,states] of draw(row, uniforms) over POINTS Sobol points per row."""
+    """Return the distribution [rows,states] of draw(row, uniforms).
+
+    Every row is drawn with the same POINTS Sobol points as uniforms.
+    """
     cube = grid_of_uniforms(POINTS, dimensions)
     row, point = product(
         torch.arange(rows),
         torch.arange(POINTS),
     )
-    # every row sees the same points, so that rows can be compared
+    # every row uses the same points, so that rows can be compared
     drawn = draw(row, cube[point])
     counts = torch.zeros(rows * states, dtype=torch.float64)
     counts.index_add_(
@@ -58,7 +61,7 @@ def estimate_distribution(
 
 
 def make_query(process: ForwardProcess, rows: int) -> TableQuery:
-    """Query that predicts the same random distribution at every row."""
+    """Make a query that predicts the same random distribution at every row."""
     log_p = random_log_probs(
         process.vocabulary.num_tokens,
         1,
@@ -75,13 +78,13 @@ def possible_states(
     t: float,
     least: float = 0.0,
 ) -> Tensor:
-    """States whose probabilities at time t, summed over the clean tokens, exceed `least`."""
+    """Return the states whose probability at time t, summed over clean tokens, exceeds `least`."""
     total = likelihoods(process, times((t,)))[0].sum(0)
     return (total > least).nonzero().squeeze(-1)
 
 
 def full_time(like: Tensor, t: float) -> Tensor:
-    """Time t for every row of `like`, in float64."""
+    """Return time t for every row of `like`, in float64."""
     return torch.full(like.shape, t, dtype=torch.float64)
 
 
@@ -90,8 +93,11 @@ def full_time(like: Tensor, t: float) -> Tensor:
 
 @law("sample: distributed as the marginal", tolerance=5e-3)
 def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """z_t drawn given x0 has the distribution q_t(.|x0), also at both ends, and `prior.draw` that
-    of the prior. Tolerance: 2048 Sobol points resolve a probability to 5e-3."""
+    """Check that `sample(x0, t)` draws the state z_t from the marginal q_t(.|x0).
+
+    The times include t = 0 and t = 1. `prior.draw` must draw from the prior. Tolerance 5e-3: 2048
+    Sobol points resolve a probability to 5e-3.
+    """
 
     def draw(row: Tensor, u: Tensor) -> Tensor:
         return process.sample(x0[row], t[row], u)
@@ -124,10 +130,10 @@ def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("step: distributed as the posterior", tolerance=5e-3)
 def step_follows_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """z_s drawn given z_t has the distribution reverse_log_probs.
+    """Check that `step` from t to s draws z_s from the distribution `reverse_log_probs`.
 
-    Tried also in one step from t = 1 to s = 0. Tolerance: 2048 Sobol points resolve a probability
-    to 5e-3.
+    The steps include one from t = 1 to s = 0. Tolerance 5e-3: 2048 Sobol points resolve a
+    probability to 5e-3.
     """
     for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.31)):
         yield from _step_gaps(process, s, t)
@@ -171,9 +177,12 @@ def _step_gaps(
 
 @law("decode: distributed by Bayes' rule", tolerance=5e-3)
 def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
-    """The last draw has the distribution p(x) q_t(z|x) / sum_x' p(x') q_t(z|x'), own evidence
-    included; at t = 0 a process that closes at the clean end returns the state. Tolerance: 2048
-    Sobol points resolve a probability to 5e-3."""
+    """Check that `decode`, the final sampling step, draws the token x from its posterior given z_t.
+
+    The posterior is p(x) q_t(z|x) / sum_x' p(x') q_t(z|x'), where p is the prediction. At t = 0, a
+    process with `closes_at_clean` must return the state z. Tolerance 5e-3: 2048 Sobol points
+    resolve a probability to 5e-3.
+    """
     for t in (0.0, 0.02, 0.5, 0.97):
         yield from _decode_gaps(process, t)
 
@@ -188,7 +197,7 @@ def _decode_gaps(
 
     vocabulary = process.vocabulary
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
-    # the last draw includes the evidence of the state
+    # decoding multiplies the prediction by q_t(z|x)
     joint = log_p.exp().T * likelihoods(process, times((t,)))[0]  # [V,S]
     zt = (joint.sum(0) > 1e-9).nonzero().squeeze(-1)
     now = full_time(zt, t)
@@ -207,8 +216,11 @@ def _decode_gaps(
 
 @law("step: queries the network at most once, never if s = t", tolerance=0.0)
 def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
-    """A step takes one network call; only rows that it queries may change; a step with s = t
-    changes nothing and makes no call. Tolerance: none."""
+    """Check that a sampling step queries the network at most once, and not at all if s = t.
+
+    Rows that are not queried must keep their states; a step with s = t must change no state.
+    Tolerance 0: calls are counted.
+    """
     zt, point = product(
         possible_states(process, 0.5),
         torch.arange(64),
@@ -249,9 +261,10 @@ def compare_not_queried(
 
 @law("decode: queries the network at most once", tolerance=0.0)
 def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
-    """The last draw takes at most one network call.
+    """Check that `decode`, the final sampling step, queries the network at most once.
 
-    It takes none at t = 0 if the process closes at the clean end. Tolerance: none.
+    At t = 0, a process with `closes_at_clean` must not query the network. Tolerance 0: calls are
+    counted.
     """
     x0, point = product(
         torch.arange(process.vocabulary.num_tokens),
@@ -273,7 +286,7 @@ def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
 
 
 class RowDraws(NamedTuple):
-    """The draws of a process at fixed rows; each method is a `Draw`."""
+    """Draw functions of a process at fixed rows; each method is a `Draw`."""
 
     process: ForwardProcess
     x0: Tensor
@@ -334,8 +347,12 @@ class RowDraws(NamedTuple):
 
 @law("draws: a row depends on its own uniforms only", tolerance=0.0)
 def draws_depend_on_own_uniforms(process: ForwardProcess) -> Iterator[Gap]:
-    """A row draws the same state in any batch, in any order, and again; the uniforms of other rows
-    do not matter. Tolerance: none."""
+    """Check that the state drawn at a row depends only on the uniforms of that row.
+
+    `sample`, `forward_step`, `step` and `decode` must draw the same states again, in another order,
+    in a smaller batch, and with different uniforms at the other rows. Tolerance 0: states are
+    integers.
+    """
     num_tokens = process.vocabulary.num_tokens
     x0 = torch.arange(num_tokens).repeat_interleave(24)
     count = len(x0)
@@ -411,7 +428,11 @@ def _batch_gaps(
 
 @law("no function modifies its arguments", tolerance=0.0)
 def arguments_are_unchanged(process: ForwardProcess) -> Iterator[Gap]:
-    """Every tensor argument of a method has the same values after the call. Tolerance: none."""
+    """Check that no method of the process modifies a tensor argument in place.
+
+    Arguments are compared with copies that are made before the call. Tolerance 0: the values must
+    be identical.
+    """
     num_tokens = process.vocabulary.num_tokens
     log_p = random_log_probs(num_tokens, num_tokens)
     for name, (call, arguments) in _calls(process, log_p).items():
@@ -428,7 +449,10 @@ def _calls(
     process: ForwardProcess,
     log_p: Tensor,
 ) -> dict[str, Call]:
-    """Methods of a process with tensor arguments for one row per token, by name."""
+    """Return the methods of a process that take tensors, by name, with arguments.
+
+    Every argument has one row per token.
+    """
     x0 = torch.arange(process.vocabulary.num_tokens)
     t = full_time(x0, 0.5)
     # inside (0, 1), where every method is defined

@@ -1,4 +1,7 @@
-"""Laws for predictions with probabilities of 0 and 1e-400: a term may be infinite but never NaN."""
+"""Laws for predictions with probabilities of 0 and 1e-400.
+
+A term of the bound may be infinite but never NaN.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ TERMS = ("divergence", "density", "decode_nll", "closing_kl")
 
 
 def extreme_distributions(num_tokens: int) -> Tensor:
-    """Log-distributions [3V,V] with a token impossible, of probability 1e-400, or certain."""
+    """Return log-distributions [3V,V] in which one token has probability 0, 1e-400 or 1."""
     middle = random_log_probs(num_tokens, 1)[0]
     token = torch.arange(num_tokens)
     impossible = middle.repeat(num_tokens, 1)
@@ -43,7 +46,7 @@ def _extreme_rows(process: ForwardProcess) -> ReachableRows:
 def _evaluate(
     process: ForwardProcess, term: str, prediction: Prediction, rows: ReachableRows
 ) -> Tensor:
-    """One of TERMS in nats [r], for a prediction at the rows."""
+    """Return one of TERMS in nats [r], for a prediction at the rows."""
     if term == "divergence":
         return process.divergence(prediction, *rows.args)
     if term == "density":
@@ -58,10 +61,11 @@ def _evaluate(
 
 @law("edges: gradients are finite where values are", tolerance=0.0)
 def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
-    """The gradient of every term with respect to the prediction is finite wherever the term is.
+    """Check that the gradient of every term of the bound is finite wherever the term is finite.
 
-    Tried for distributions with probabilities of 0, 1e-400 and 1, and for the scores of those that
-    do not exclude z_t. Tolerance: none.
+    Gradients are taken with respect to the prediction. Predictions are distributions with
+    probabilities of 0, 1e-400 and 1, and the scores of those distributions under which z_t can
+    occur. Tolerance 0: the condition is exact.
     """
     rows = _extreme_rows(process)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
@@ -107,10 +111,10 @@ def _gradient_gaps(
     if not value.requires_grad:
         return
     finite = value.isfinite()
-    # as a loss would mask infinite values
+    # mask infinite values, as a loss would do
     torch.where(finite, value, 0.0).sum().backward()
     assert leaf.grad is not None
-    # the whole row: 0 * inf may occur in any column
+    # check all columns: 0 * inf may occur in any of them
     has_gradient = leaf.grad.isfinite().all(-1)[finite]
     labels = {"finite gradient of": name, **rows.select(finite).labels}
     yield compare(has_gradient.double(), 1.0, labels)
@@ -120,15 +124,16 @@ def _gradient_gaps(
 
 
 @law(
-    "edges: excluding the true token costs infinity, or what Bayes' rule gives",
+    "edges: terms equal their definitions if tokens have probability 0",
     tolerance=1e-9,
 )
 def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
-    """Every term has the value of its definition for predictions with probabilities of 0.
+    """Check the terms of the bound for predictions that give tokens probability 0.
 
-    The value may be +inf but is never NaN. If the prediction excludes z_t, the terms are infinite.
-    Two exceptions are 0: every term if z_t can only have come from x0, and the density if nothing
-    arrives in z_t. Tolerance: relative rounding.
+    Every term must equal its definition, computed by enumeration; the value may be +inf but not
+    NaN. If z_t cannot occur under the prediction, the terms must be infinite, with two exceptions:
+    every term is 0 if only x0 can have become z_t, and the density is 0 if no state moves to z_t.
+    Errors are relative. Tolerance 1e-9: rounding.
     """
     rows = _extreme_rows(process)
     for term in TERMS:
@@ -138,7 +143,7 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
             0.0,
             {"NaN in": term, **rows.labels},
         )
-    # float64 holds the logarithm of 1e-400 but not the number, which the definitions below need
+    # float64 cannot represent 1e-400, which the definitions below need
     tiny = (rows.log_p < TINY / 2) & ~rows.log_p.isneginf()
     rows = rows.select(~tiny.any(-1))
     expected = {
@@ -180,31 +185,31 @@ def _value_gaps(
 
 
 def _true_marginal(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """q_t(.|x0) [r,S]."""
+    """Return q_t(.|x0) [r,S]."""
     row = torch.arange(len(rows.zt))
     return likelihoods_by_row(process, rows.t)[row, rows.x0]
 
 
 def _evidence(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """q_t(z_t|x) [r,V]."""
+    """Return q_t(z_t|x) [r,V]."""
     row = torch.arange(len(rows.zt))
     return likelihoods_by_row(process, rows.t)[row, :, rows.zt]
 
 
 def _has_one_origin(evidence: Tensor) -> Tensor:
-    """bool [r]: only one token can have become z_t."""
+    """Return a bool mask [r] of the rows whose z_t can have come from one token only."""
     return (evidence > 0).sum(-1) == 1
 
 
 def _expected_closing(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """KL( q_t(.|x0) || marginal under the prediction ), by its definition; [r]."""
+    """Return KL( q_t(.|x0) || marginal under the prediction ), by its definition; [r]."""
     truth = _true_marginal(process, rows)
     log_model = process.log_marginal(rows.log_p, rows.t)
     return torch.where(truth > 0, truth * (truth.log() - log_model), 0.0).sum(-1)
 
 
 def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """-ln P(x0 | z_t) by Bayes' rule; [r]."""
+    """Return -ln P(x0 | z_t) by Bayes' rule; [r]."""
     row = torch.arange(len(rows.zt))
     evidence = _evidence(process, rows)
     log_p = rows.log_p[row, rows.x0]
@@ -215,11 +220,11 @@ def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
 
 
 def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Score entropy, summed over all states; [r], NaN if the density is not determined.
+    """Return the score entropy, summed over all states; [r], NaN where the density is undefined.
 
-    It is not determined if the prediction excludes z_t, several tokens may have become z_t, and
-    every one of them implies the same reverse rates: then 0, the value for nearby predictions, and
-    infinity are both right.
+    The density is undefined if z_t cannot occur under the prediction, several tokens may have
+    become z_t, and all of these tokens imply the same reverse rates. Then 0, the value for nearby
+    predictions, and infinity are both correct.
     """
     own_state = rows.zt.unsqueeze(-1)
     # Q[y,z] for y != z
@@ -245,7 +250,10 @@ def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
 def _has_equal_reverse_rates(
     process: ForwardProcess, rows: ReachableRows, inward: Tensor
 ) -> Tensor:
-    """bool [r]: q_t(y|x)/q_t(z|x) is the same for every token x that can have become z_t."""
+    """Return a bool mask [r] of the rows whose possible clean tokens imply equal reverse rates.
+
+    Rates are equal if q_t(y|x)/q_t(z|x) is the same for every token x that can have become z_t.
+    """
     forward = likelihoods_by_row(process, rows.t)  # [r,V,S]
     evidence = _evidence(process, rows).unsqueeze(-1)
     ratio = torch.where(

@@ -1,4 +1,7 @@
-"""Laws of a head: its chunked results equal one dense distribution, in value and in gradient."""
+"""Laws of a head: its chunked results must equal those of one dense distribution.
+
+Values and gradients are compared.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def randomize_in_float64(
 ) -> Module:
     """Copy a module to float64, in evaluation mode, with random parameters.
 
-    Parameters that are initialized to zero would hide faults.
+    Random parameters replace those that are initialized to zero, which would hide faults.
     """
     twin = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -42,7 +45,11 @@ def randomize_in_float64(
 
 
 class HeadRows(NamedTuple):
-    """Rows on which a head is queried: hidden [n,d], the queried node [n], a token below it [n]."""
+    """Rows on which a head is queried.
+
+    `hidden` [n,d] are hidden states, `node` [n] the queried nodes, and `token` [n] one leaf token
+    below each node.
+    """
 
     hidden: Tensor
     node: Tensor
@@ -53,7 +60,7 @@ class HeadRows(NamedTuple):
         prediction: CleanDistribution,
         idx: Tensor,
     ) -> Tensor:
-        """A nonlinear function of log P(token | node), so that a wrong gradient shows."""
+        """Return (log P)^2 - log P for P = P(token | node); the square exposes wrong gradients."""
         log_p = prediction.log_child(self.node[idx], self.token[idx])
         return log_p.square() - log_p
 
@@ -101,8 +108,11 @@ def _query_values(
 
 @law("head: query below a node = query at the root", tolerance=1e-10)
 def scopes_agree(head: Head) -> Iterator[Gap]:
-    """A row queried below its node has the same conditional distribution as one queried at the
-    root. Tolerance: relative rounding."""
+    """Check that a query below a node gives the same conditionals as a query at the root.
+
+    log P(token | node) of both queries is compared, relative to its size. Tolerance 1e-10:
+    rounding.
+    """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
     at_root = torch.full_like(rows.node, head.vocabulary.root)
@@ -121,11 +131,13 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     )
 
 
-@law("head: chunking changes nothing", tolerance=1e-10)
+@law("head: results do not depend on the chunk size", tolerance=1e-10)
 def chunks_agree(head: Head) -> Iterator[Gap]:
-    """`query` and `total` return the same values for chunks of one row as for all rows.
+    """Check that a head returns the same values for chunks of one row as for all rows at once.
 
-    Values are in row order. Tolerance: relative rounding.
+    `query` and `total` with the smallest chunk size are compared with `query` at the default chunk
+    size. Values must be in row order, and the total must be the sum of the values. The error is
+    relative. Tolerance 1e-10: rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -158,9 +170,11 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
 
 @law("head: gradients = autograd of the dense distribution", tolerance=1e-9)
 def gradients_agree(head: Head) -> Iterator[Gap]:
-    """The chunked `total` has the gradient that autograd computes from all logits at once.
+    """Check that the chunked `total` has the same gradient as the dense distribution.
 
-    Tolerance: relative rounding.
+    `total` is evaluated in chunks of one row. The expected gradient is that of autograd through the
+    logits of all rows at once. Gradients with respect to the hidden states and all parameters are
+    compared, relative to the largest entry. Tolerance 1e-9: rounding.
     """
     twin = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -192,9 +206,10 @@ HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
 
 
 def check_head(head: Head) -> list[LawReport]:
-    """Apply every law of a head on a small vocabulary.
+    """Apply every law of heads to a head on a small vocabulary.
 
-    Its distributions at the root and below each node are checked too.
+    The laws of clean-token distributions are applied to the distributions that the head returns at
+    the root and below each node.
     """
     reports = evaluate_laws(head, HEAD_LAWS)
     vocabulary = head.vocabulary

@@ -1,4 +1,4 @@
-"""Laws of information time, the clock by which times of the bound are drawn."""
+"""Laws of information time, the time change by which noise times of the bound are drawn."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, likelihoods, product, t
 from ddiff.testing.report import Gap, compare, law
 
 WINDOWS = ((1e-3, 1.0 - 1e-3), (0.0, 1.0))
-TOKENS = 64  # length of the sequence that draws are made for
-OUTER = 0.01  # share of the draws at each end
+TOKENS = 64  # length of the sequence for which times are drawn
+OUTER = 0.01  # fraction of tau at each end
 
 
 @law("information: matches the enumerated joint of token and state", tolerance=1e-9)
 def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
-    """For X uniform, `information` is I(X; Z_t), `information_lost` is I(X; Z_0) - I(X; Z_t) and
-    `change_probability` is P(Z_t != X). Tolerance: rounding."""
+    """Check the information of a process against an enumeration of tokens and states.
+
+    For a uniform token X and its noisy state Z_t, `information` must be I(X; Z_t),
+    `information_lost` must be I(X; Z_0) - I(X; Z_t), and `change_probability` must be P(Z_t != X).
+    Tolerance 1e-9: rounding.
+    """
     t = times(ENDS, NEAR_ENDS, INNER)
     q = likelihoods(process, t)
     # the marginal for X uniform
@@ -44,15 +48,18 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
     yield compare(
         process.change_probability(t),
         1.0 - stayed,
-        {"change_probability at t": t},
+        {"change_probability, t": t},
     )
 
 
 @law("information time: increasing, with dt/dtau its derivative", tolerance=1e-3)
 def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
-    """t increases with tau, and the integral of dt/dtau between two tau is the difference of t;
-    otherwise every estimate of the bound would be biased. Tolerance: relative, Simpson's rule on
-    2000 panels."""
+    """Check that t increases with information time tau, and that dt/dtau is its derivative.
+
+    The integral of dt/dtau between two values of tau is compared with the difference of t, relative
+    to the difference. A wrong derivative would bias every estimate of the bound. Tolerance 1e-3:
+    the error of Simpson's rule on 2000 panels.
+    """
     tau = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     t, speed = process.information_time.at(tau)
     yield compare(
@@ -72,10 +79,13 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
     )
 
 
-@law("information time: equal shares of tau lose equal information", tolerance=0.01)
+@law("information time: tau is the fraction of the information lost", tolerance=0.01)
 def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
-    """tau is the share of the information lost between tau = 0 and tau = 1. Tolerance: a percent of
-    interpolation error, which affects only the variance of estimates."""
+    """Check that tau is the fraction of the information that is lost by time t(tau).
+
+    The fraction is that of the information lost between tau = 0 and tau = 1. Tolerance 0.01: the
+    error of interpolation, which affects only the variance of estimates.
+    """
     tau = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)
     t, _ = process.information_time.at(tau)
     information = process.information(t)
@@ -83,14 +93,18 @@ def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
     yield compare(lost, tau, {"tau": tau})
 
 
-@law("bound: the ends of the window hold little of the variance", tolerance=0.4)
+@law("bound: extreme noise times hold little of the variance", tolerance=0.4)
 def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
-    """The outermost draws hold at most 0.4 of E[(speed * density)^2].
+    """Check that extreme noise times hold at most 0.4 of E[(speed * density)^2].
 
-    Outermost are the first and the last percent, for the uniform prediction. With a larger share,
-    most estimates of the bound miss the few expensive draws and report too little. With information
-    time, shipped processes are below 0.35; with t drawn evenly they are between 0.5 and 1. Remedy:
-    correct overridden `information` and `change_probability`; otherwise start the window later.
+    The expectation is over information time tau, for the uniform prediction; speed is dt/dtau, and
+    density is the integrand of the bound. Extreme are the first and last percent of tau. With a
+    larger fraction, most estimates of the bound miss a few large terms and are too low. Tolerance
+    0.4: the fraction of every shipped process is below 0.35, and between 0.5 and 1 with t drawn
+    uniformly.
+
+    Remedy for a broken law: correct overridden `information` and `change_probability`, or let the
+    window start later.
     """
     for window in WINDOWS:
         share = tail_variance_share(process, process.information_time, window)
@@ -100,9 +114,10 @@ def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
 def tail_variance_share(
     process: ForwardProcess, clock: TimeChange, window: tuple[float, float]
 ) -> Tensor:
-    """Share of the second moment of a token's diffusion term in the outermost draws.
+    """Return the fraction of the second moment of the diffusion term from extreme noise times.
 
-    It is NaN if the second moment is infinite, which breaks the law.
+    Extreme are the first and last percent of information time. The fraction is NaN if the second
+    moment is infinite; NaN breaks the law.
     """
     # fine cells where the integrand may be steep
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
@@ -121,7 +136,7 @@ def tail_variance_share(
 
 
 def _mean_square_density(process: ForwardProcess, t: Tensor) -> Tensor:
-    """E[density^2] [n] over x uniform and z ~ q_t(.|x), for the uniform prediction."""
+    """Return E[density^2] [n] over uniform x and z ~ q_t(.|x), for the uniform prediction."""
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     time, x0, zt = product(

@@ -1,6 +1,6 @@
-"""Inputs on which laws are tried: distributions, times, grids of uniforms, quadrature nodes.
+"""Inputs on which laws are tested: distributions, noise times, Sobol points, quadrature nodes.
 
-Everything here is the same at every call.
+All inputs are the same at every call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PANEL = 2.3  # units of logit t that one panel of a quadrature covers
 
 
 def times(*groups: tuple[float, ...]) -> Tensor:
-    """Concatenate groups of times to one float64 tensor."""
+    """Concatenate groups of noise times to one float64 tensor."""
     return torch.tensor(
         [t for group in groups for t in group],
         dtype=torch.float64,
@@ -41,7 +41,7 @@ def random_log_probs(
     count: int = 3,
     seed: int = 0,
 ) -> Tensor:
-    """Draw log-distributions [count,V], from nearly even to peaked."""
+    """Draw log-distributions [count,V], from nearly uniform to peaked."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(
         count,
@@ -55,12 +55,12 @@ def random_log_probs(
 
 
 def certain_log_probs(num_tokens: int) -> Tensor:
-    """Log-distributions [V,V]: row x puts all its mass on token x."""
+    """Return one-hot log-distributions [V,V]: row x puts probability 1 on token x."""
     return torch.eye(num_tokens, dtype=torch.float64).log()
 
 
 def product(*axes: Tensor) -> tuple[Tensor, ...]:
-    """All combinations of the entries of 1-d tensors, as one flat tensor per axis."""
+    """Return all combinations of the entries of 1-d tensors, as one flat tensor per axis."""
     indices = [torch.arange(len(axis)) for axis in axes]
     # "ij": the last axis varies fastest, as in nested loops
     places = torch.meshgrid(*indices, indexing="ij")
@@ -68,7 +68,7 @@ def product(*axes: Tensor) -> tuple[Tensor, ...]:
 
 
 def grid_of_uniforms(count: int, dimensions: int) -> Tensor:
-    """Sobol points [count,dimensions] in float64, which cover the unit cube evenly."""
+    """Return Sobol points [count,dimensions] in float64, which cover the unit cube evenly."""
     return torch.quasirandom.SobolEngine(dimensions).draw(count, dtype=torch.float64)
 
 
@@ -79,7 +79,7 @@ def logit_ends(
     start: float,
     stop: float,
 ) -> tuple[Tensor, Tensor]:
-    """Logits of two times, which are moved into the open interval (0, 1) first."""
+    """Return the logits of two times, after moving the times into the open interval (0, 1)."""
     first, last = torch.logit(interior(times((start, stop))))
     return first, last
 
@@ -87,9 +87,10 @@ def logit_ends(
 def logit_nodes(
     start: float, stop: float, panels: int, order: int = 10
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gauss-Legendre nodes on equal panels of logit t, which resolve both ends of [start, stop].
+    """Return Gauss-Legendre nodes on equal panels of logit t, from logit start to logit stop.
 
-    Returns v in [0,1] (logit t, rescaled), logit t, and the weights of dv.
+    Equal panels of logit t resolve integrands that are steep at t = 0 and t = 1. Returns v in [0,1]
+    (logit t, rescaled), logit t, and the weights of dv.
     """
     # nodes in [-1, 1], moved to each panel
     x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
@@ -105,11 +106,11 @@ def num_panels(
     stop: float,
     finer: int = 1,
 ) -> int:
-    """Number of quadrature panels for [start, stop]: one per 2.3 units of logit t.
+    """Return the number of quadrature panels for [start, stop]: one per 2.3 units of logit t.
 
-    With ten nodes each, this suffices for integrands that are analytic within pi of the real axis
-    of logit t, as most are here. Steeper ones (a schedule that is an exponential of an exponential)
-    need `finer` times as many panels.
+    With ten nodes per panel, this resolves integrands that are analytic within pi of the real axis
+    of logit t. A steeper integrand (a schedule that is an exponential of an exponential) needs
+    `finer` times as many panels.
     """
     first, last = logit_ends(start, stop)
     return finer * max(2, math.ceil(float(last - first) / PANEL))
@@ -137,7 +138,10 @@ def integral(
 
 
 def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
-    """q_t(z|x) as [r,V,S] for t [r], computed from `log_marginal` only."""
+    """Return q_t(z|x) as [r,V,S] for V tokens x and S states z at times t [r].
+
+    Only `log_marginal` of the process is used.
+    """
     num_tokens = process.vocabulary.num_tokens
     log_p = certain_log_probs(num_tokens).repeat(len(t), 1)
     rows = process.log_marginal(log_p, t.repeat_interleave(num_tokens))
@@ -145,7 +149,7 @@ def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 def likelihoods_by_row(process: ForwardProcess, t: Tensor) -> Tensor:
-    """q_t(z|x) as [r,V,S] for times t [r] with repeats: each distinct time is computed once."""
+    """Return q_t(z|x) as [r,V,S] at times t [r], computing each distinct time once."""
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place]
 
@@ -155,16 +159,16 @@ def token_likelihoods(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """q_t(z|x) of each row's state z, over all tokens x: [r,V] for zt, t [r]."""
+    """Return q_t(z|x) of each row's state z for every token x: [r,V] for zt, t [r]."""
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place, :, zt]
 
 
 class ReachableRows:
-    """Every combination of distribution, clean token, state and time in which the state can occur.
+    """Every combination of predicted distribution, clean token, state and time that can occur.
 
-    Row-wise tensors: x0, zt [r] long, t [r], weight [r] = q_t(zt|x0), log_p [r,V]; `dist` holds
-    log_p as a distribution of the clean token.
+    A row can occur if q_t(zt|x0) > 0. The attributes are row-wise tensors: x0, zt [r] long, t [r],
+    weight [r] = q_t(zt|x0), log_p [r,V]. `dist` is log_p as a distribution of the clean token.
     """
 
     def __init__(
@@ -205,7 +209,7 @@ class ReachableRows:
 
     @property
     def args(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(x0, zt, t), the arguments of the formulas of a process after the prediction."""
+        """(x0, zt, t): the arguments of a process formula that follow the prediction."""
         return self.x0, self.zt, self.t
 
     @property
@@ -217,10 +221,11 @@ class ReachableRows:
 
 
 class TableQuery:
-    """Query that answers from fixed log-distributions log_p [n,V].
+    """Query that returns predictions from fixed log-distributions log_p [n,V].
 
-    A row's prediction holds only what lies below its `node`, so that a formula which needs more
-    fails. `calls` counts the calls; `queried` holds the rows of the last one.
+    The prediction of a row covers only the tokens below the queried `node`, so that a formula that
+    needs other tokens fails. `calls` is the number of calls; `queried` holds the rows of the latest
+    call.
     """
 
     def __init__(
@@ -235,14 +240,14 @@ class TableQuery:
 
     def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         self.calls += 1
-        # of the last call only: laws test single calls
+        # rows of the latest call only: laws test single calls
         self.queried = rows
         indices = []
         results = []
         for idx, dist in distributions_below(self.log_p[rows], node, self.vocabulary):
             indices.append(idx)
             results.append(fn(dist, *(value[idx] for value in per_row)))
-        # groups come sorted by node, but results must be in the order of `rows`
+        # results are grouped by node and must be restored to the order of `rows`
         order = torch.cat(indices)
         if isinstance(results[0], tuple):
             return tuple(_restore_order(order, column) for column in zip(*results))
@@ -252,7 +257,7 @@ class TableQuery:
 def distributions_below(
     log_p: Tensor, node: Tensor, vocabulary: Vocabulary
 ) -> Iterator[tuple[Tensor, CleanDistribution]]:
-    """Group rows by their node: yields (row indices, distribution of what lies below the node)."""
+    """Group rows by node; yield (row indices, predicted distribution below the node)."""
     for top in node.unique().tolist():
         idx = (node == top).nonzero().squeeze(-1)
         if top == vocabulary.root:
@@ -260,7 +265,7 @@ def distributions_below(
             continue
         start, stop = vocabulary.node_range(torch.tensor(top), 0)
         tokens = vocabulary.order(0)[int(start) : int(stop)]
-        # the mass of the node is dropped, so that a formula cannot use it
+        # conditional on the node, so that a formula cannot use the node's probability
         conditional = log_p[idx][:, tokens].log_softmax(-1)
         yield idx, DenseDistribution(conditional, vocabulary, top)
 
@@ -272,7 +277,10 @@ def evaluate_below(
     vocabulary: Vocabulary,
     *arguments: Tensor,
 ) -> Tensor:
-    """Evaluate formula(prediction, *arguments) with predictions restricted to below `node`; [r]."""
+    """Evaluate formula(prediction, *arguments) with predictions restricted to tokens below `node`.
+
+    Returns one value per row, [r].
+    """
     rows = torch.arange(len(log_p))
     return TableQuery(log_p, vocabulary)(rows, node, formula, *arguments)
 

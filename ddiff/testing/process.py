@@ -1,4 +1,4 @@
-"""All laws of a forward process, cheap ones first."""
+"""All laws of a forward process, in the order in which they are evaluated: fast laws first."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ PROCESS_LAWS: tuple[Law, ...] = (
     bound_terms.terms_have_their_expectations,
 )
 
-# laws that a process which declares `exact_step = False` need not obey
+# laws that do not apply to a process with `exact_step = False`
 LAWS_OF_EXACT_STEPS = (
     draws.step_follows_posterior,
     draws.decode_follows_bayes,
@@ -90,7 +90,7 @@ LAWS_OF_EXACT_STEPS = (
 
 
 def check_parts(process: ForwardProcess) -> list[LawReport]:
-    """Apply the laws of the vocabulary, clocks and schedules that a process has as attributes."""
+    """Apply the laws of vocabularies, clocks and schedules to the attributes of a process."""
     reports = check_vocabulary(process.vocabulary)
     for part in vars(process).values():
         if isinstance(part, LevelClock):
@@ -105,14 +105,16 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
 def check_process(process: ForwardProcess) -> list[LawReport]:
     """Apply every law of a process to a small instance (at most 64 states), in float64.
 
-    A process that declares `exact_step = False` need not draw from its posterior. Raises
-    ArgumentError for a larger instance. A law that is broken, or in which the process raises, is a
-    report that has not passed.
+    For a process that declares `exact_step = False`, the laws in `LAWS_OF_EXACT_STEPS` are left
+    out. A law during which the process raises an exception counts as broken. A broken law gives a
+    report whose `passed` is False.
+
+    Raises ArgumentError for an instance with more than 64 states.
     """
     if not isinstance(process, ForwardProcess):
         raise ArgumentError(
             f"check_process: process must be an instance of a ForwardProcess; got {process!r}. "
-            "Build one first on a small vocabulary: a class is no process, its `examples()` are."
+            "Build an instance on a small vocabulary, or use one of the class's `examples()`."
         )
     require_small(process)
     laws = list(PROCESS_LAWS)

@@ -1,4 +1,4 @@
-"""Laws as callables, and reports on the objects that they are applied to."""
+"""Laws as callable objects, and reports of their results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ddiff.errors import ArgumentError
 
-FINER = 4  # factor on the quadrature nodes when an integral law seems to be broken
+FINER = 4  # factor on the quadrature nodes when a failed law is evaluated again
 
 
 class LawReport(NamedTuple):
-    """Result of one law on one object: largest `error`, `tolerance`, and `where` it occurred.
+    """Result of one law on one object.
 
-    `probes` counts the numbers that were compared; a law with none does not apply to the object.
+    `error` is the largest error, `tolerance` the largest allowed error, and `where` the place of
+    the error. `probes` is the count of compared numbers. A law with 0 probes does not apply to the
+    object.
     """
 
     law: str
@@ -41,7 +43,7 @@ class LawReport(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Largest difference among `probes` compared numbers, and its place."""
+    """Largest difference among `probes` compared numbers, and where the difference occurred."""
 
     error: float
     where: str
@@ -56,9 +58,9 @@ def compare(
 ) -> Gap:
     """Find the largest |got - expected| / relative_to.
 
-    NaN, and infinity on one side only, count as infinite. `where` labels the place in the report:
-    tensor labels are indexed at the worst place (their dimensions are the first ones of `got`),
-    other labels are printed unchanged.
+    A difference with NaN, or with infinity on one side only, counts as infinite. `where` labels the
+    place of the difference in the report. Labels that are tensors are indexed at that place; their
+    dimensions are the first dimensions of `got`. Other labels are printed unchanged.
     """
     target = torch.as_tensor(expected, dtype=torch.float64).detach()
     # float64 even for ids and float32 results, so that the comparison adds no rounding
@@ -101,12 +103,13 @@ Measure = Callable[..., Iterator[Gap]]
 
 
 class Law:
-    """Named law: calling it with an object (and options) returns a `LawReport`.
+    """Named law: a call with an object (and options) returns a `LawReport`.
 
-    `measure` yields gaps; its docstring states the property and the reason for the tolerance. An
-    exception in `measure` breaks the law, since code that relies on the law would meet the same
-    exception. A measure that integrates takes `finer`, a factor on its quadrature nodes. It runs
-    again with `finer=FINER` before the law counts as broken, because a steep integrand is no fault.
+    `measure` is a generator of gaps. Its docstring states the property and the reason for the
+    tolerance. If `measure` raises an exception, the law counts as broken, since code that relies on
+    the law would raise the same exception. If `measure` has an argument `finer`, a factor on the
+    number of quadrature nodes, a failed law is evaluated again with `finer=FINER` before it counts
+    as broken, because a steep integrand is not a fault.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ def law(
     name: str,
     tolerance: float,
 ) -> Callable[[Measure], Law]:
-    """Decorate a generator of gaps so that it becomes a `Law`."""
+    """Decorate a generator of gaps as a `Law`."""
 
     def decorate(measure: Measure) -> Law:
         return Law(name, tolerance, measure)
@@ -169,18 +172,22 @@ def law(
 
 
 def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
-    """Return the reports of all laws that apply to the object."""
+    """Evaluate laws on an object and return the reports of those that apply."""
     reports = [one(subject, **options) for one in laws]
     # a law that yields nothing does not apply, which is neither passed nor broken
     return [report for report in reports if report.probes > 0]
 
 
 def assert_laws(reports: Iterable[LawReport]) -> None:
-    """Raise AssertionError naming every broken law; ArgumentError if there is no report."""
+    """Raise AssertionError that names every broken law.
+
+    Raises ArgumentError if `reports` is empty.
+    """
     reports = list(reports)
     if not reports:
         raise ArgumentError(
-            "assert_laws: reports must hold at least one report; got none, so nothing was proven."
+            "assert_laws: reports must hold at least one report; got an empty sequence, so no law "
+            "was checked. Pass the result of a check, such as check_process(process)."
         )
     broken = [str(report) for report in reports if not report.passed]
     if broken:

@@ -1,7 +1,4 @@
-"""Laws of the chain in reverse time, and of what samplers use of it.
-
-Covers the decoding of scores, reverse rates, forward steps and events.
-"""
+"""Laws of the reverse-time chain: decoding of scores, reverse rates, forward steps and events."""
 
 from __future__ import annotations
 
@@ -37,16 +34,16 @@ from ddiff.testing.probes import (
 )
 from ddiff.testing.report import Gap, compare, law
 
-UNIFORMS = (0.9, 0.5, 0.05)  # uniforms for which the time of the next event is computed
+UNIFORMS = (0.9, 0.5, 0.05)  # uniforms passed to `event_time`
 NEAR = 1e-5  # relative step in u of the difference quotient for the rate of events
-READABLE = 1e10  # condition numbers up to which a clean token can be read off a score
+READABLE = 1e10  # largest condition number at which a score determines the clean token
 
 
 # ------------------------------------------------------------------ scores
 
 
 class ScoreQuery:
-    """Query that answers with the scores of a fixed distribution log_p [1,V]."""
+    """Query that returns the scores of a fixed distribution log_p [1,V]."""
 
     def __init__(
         self,
@@ -71,10 +68,13 @@ class ScoreQuery:
         return fn(score, *per_row)
 
 
-@law("decode: a score is drawn as decode_nll charges it", tolerance=5e-3)
+@law("decode: tokens drawn from a score follow exp(-decode_nll)", tolerance=5e-3)
 def scores_are_decoded(process: ForwardProcess) -> Iterator[Gap]:
-    """The last draw under a score has the distribution exp(-decode_nll). Tolerance: 2048 Sobol
-    points resolve a probability to 5e-3."""
+    """Check that `decode`, given a score, draws tokens x from the distribution exp(-decode_nll(x)).
+
+    `decode` is the final sampling step, and `decode_nll` is the decoding term of the bound.
+    Tolerance 5e-3: 2048 Sobol points resolve a probability to 5e-3.
+    """
     for t in (0.02, 0.5, 0.97):
         yield from _decoded_score_gaps(process, t)
 
@@ -111,14 +111,15 @@ def _decoded_score_gaps(
     yield compare(drawn, expected, {"zt": zt, "t": t})
 
 
-@law("tweedie: a perfect score decodes to the posterior", tolerance=1e-12)
+@law("tweedie: an exact score gives the posterior", tolerance=1e-12)
 def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """Tweedie's formula recovers from a score the distribution that it is computed from.
+    """Check that `tweedie` recovers the distribution p of the clean token from its score.
 
-    The formula is p = s K^-1 with K = `from_clean(t)`. The posterior p(x) q_t(z|x), normalized, is
-    then exact for every z from t = 1e-6 on. Tolerance: rounding of s, multiplied by
-    `condition_number`. Above 1e10 the score carries no information on the token, and only a
-    distribution is required.
+    The score is computed from p. Tweedie's formula is p = s K^-1, where s is the score and K =
+    `from_clean(t)`. The posterior p(x) q_t(z|x), normalized, must be exact for every z at all t >=
+    1e-6. The error is relative to `condition_number` of K. Above a condition number of 1e10 the
+    score carries no information on the token, and `tweedie` must only return a distribution.
+    Tolerance 1e-12: rounding of s.
     """
     grid = times(
         (1e-6, 1e-3),
@@ -163,7 +164,7 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _distributions_with_zeros(num_tokens: int) -> Tensor:
-    """Log-distributions of tokens, of which the last excludes half of them."""
+    """Return log-distributions of tokens; the last gives half of the tokens probability 0."""
     count = max(1, num_tokens // 2)
     weights = torch.zeros(1, num_tokens, dtype=torch.float64)
     weights[0, :count] = torch.arange(1, count + 1)
@@ -171,9 +172,10 @@ def _distributions_with_zeros(num_tokens: int) -> Tensor:
 
 
 def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Condition number [n] of q_t(z|x) [V,S] for recovering p from its marginal, at t [n].
+    """Return the condition number [n] of recovering the clean token at times t [n].
 
-    It says how much the noise of time t hides the clean token. Columns are scaled to equal means.
+    It is that of the matrix q_t(z|x) [V,S], with columns scaled to equal means. A large number
+    means that the noise at time t hides the clean token.
     """
     forward = likelihoods(process, t)
     mean = forward.mean(1, keepdim=True)
@@ -187,12 +189,13 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
     return singular[:, 0] / singular[:, -1].clamp(min=1e-300)
 
 
-@law("score: end terms equal those of its distribution", tolerance=1e-9)
+@law("score: same terms of the bound as its distribution", tolerance=1e-9)
 def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
-    """decode_nll and closing_kl of a score equal those of its distribution, and weight * divergence
-    is its density.
+    """Check that a score gives the same terms of the bound as the distribution it is computed from.
 
-    Tolerance: relative rounding, which reaches the decoding term multiplied by `condition_number`.
+    `decode_nll` and `closing_kl` of the score must equal those of the distribution, and weight *
+    divergence of the score must be its density. Errors are relative; those of the decoding term are
+    also relative to `condition_number`. Tolerance 1e-9: rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -235,10 +238,11 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("from_clean: row x is the marginal of token x", tolerance=1e-9)
 def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """Row x of `from_clean(t)` is q_t(.|x), and `solve` inverts it.
+    """Check that row x of the kernel `from_clean(t)` is q_t(.|x).
 
-    The row includes the noise that a process may have at t = 0. Tolerance: rounding of an
-    elimination, scaled by its condition number.
+    `solve` must invert the kernel. Row x includes noise at t = 0 if the process has any. The error
+    of `solve` is relative to the condition number of the kernel. Tolerance 1e-9: rounding of a
+    matrix elimination.
     """
     t, x0 = product(
         times((0.0,), INNER),
@@ -264,8 +268,10 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: stay_probability", tolerance=1e-9)
 def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """alpha_t = q_t(x|x), the probability that z_t is the clean token, is that of the marginal.
-    Tolerance: rounding."""
+    """Check that `stay_probability` is q_t(x|x), computed from the marginal.
+
+    q_t(x|x) is the probability that z_t is the clean token x. Tolerance 1e-9: rounding.
+    """
     t, x0 = product(
         times(INNER, (0.0, 1.0)),
         torch.arange(process.vocabulary.num_tokens),
@@ -280,9 +286,12 @@ def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("kernels: solve inverts apply", tolerance=1e-9)
 def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
-    """`transition.solve(v)` returns the x with x K = v. Tolerance: rounding of an elimination,
-    times a tenth of the condition number of K."""
-    # short steps: long ones forget the state and cannot be inverted
+    """Check that `transition.solve` inverts `transition.apply`.
+
+    For a transition matrix K, solve(v) must return the x with x K = v. The error is relative to a
+    tenth of the condition number of K. Tolerance 1e-9: rounding of a matrix elimination.
+    """
+    # short steps: the transition of a long step cannot be inverted
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
     kernel = process.transition(s, t)
     vector = random_log_probs(process.vocabulary.num_states, len(s)).exp()
@@ -300,10 +309,11 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: probability flows balance", tolerance=1e-9)
 def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
-    """The reverse flow from z to y equals the forward flow from y to z.
+    """Check that the reverse flow from z to y equals the forward flow from y to z.
 
-    q_t(z) R[z,y] = q_t(y) Q_t[y,z], where q_t is the marginal under a distribution and R are its
-    reverse rates, or those of its score. Tolerance: rounding, relative to the largest flow.
+    As a formula: q_t(z) R[z,y] = q_t(y) Q_t[y,z]. Here q_t is the marginal under a predicted
+    distribution, Q_t are the forward rates, and R are the reverse rates of the distribution or of
+    its score. The error is relative to the largest flow. Tolerance 1e-9: rounding.
     """
     rows = ReachableRows(process, times(INNER))
     own_state = rows.zt.unsqueeze(-1)
@@ -321,10 +331,11 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the density", tolerance=1e-9)
 def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
-    """The density is the divergence between true and predicted reverse rates.
+    """Check that the density is the divergence between true and predicted reverse rates.
 
-    It is sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)), where R are the reverse rates out of z under
-    the prediction and R* those for the clean token. Tolerance: relative rounding.
+    As a formula, the density is sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)). R are the reverse rates
+    out of z under the prediction, and R* those for the true clean token. The error is relative.
+    Tolerance 1e-9: rounding.
     """
     rows = ReachableRows(process, times(INNER))
     model = process.reverse_rates(rows.dist, rows.zt, rows.t)
@@ -350,10 +361,10 @@ def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the posterior", tolerance=1e-6)
 def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """The chain with the reverse rates, run from t to s, has reverse_log_probs as transition.
+    """Check that integrated reverse rates give the transition `reverse_log_probs` from t to s.
 
-    This holds for a prediction that does not depend on z. Tolerance: the 4th-order integrator has
-    an error of 1e-8.
+    The prediction does not depend on z, so that the reverse chain is exact. Tolerance 1e-6: the
+    4th-order integrator has an error of 1e-8.
     """
     vocabulary = process.vocabulary
     num_states = vocabulary.num_states
@@ -387,11 +398,12 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     )
 
 
-@law("monotone: reverse transitions only reveal", tolerance=0.0)
+@law("monotone: reverse transitions lead only to descendants", tolerance=0.0)
 def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
-    """In a monotone process, reverse rates lead only to states below the current one.
+    """Check that the reverse rates of a monotone process lead only to states below the current one.
 
-    Applies if the process declares `is_monotone`. Tolerance: none.
+    A state is below another if it is a descendant in the tree. The law applies if the process
+    declares `is_monotone`. Tolerance 0: other rates must be exactly 0.
     """
     if not process.is_monotone:
         return
@@ -415,9 +427,9 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("forward_step: distributed as the transition", tolerance=5e-3)
 def forward_step_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
-    """z_t drawn given z_s has the distribution P(z_t | z_s), and is z_s if s = t.
+    """Check that `forward_step` from s to t draws z_t from the transition P(z_t | z_s).
 
-    Tried also over the whole interval. Tolerance: 2048 Sobol points resolve a probability to 5e-3.
+    With s = t it must return z_s. Tolerance 5e-3: 2048 Sobol points resolve a probability to 5e-3.
     """
     for s, t in ((0.31, 0.77), (0.02, 0.5), (0.5, 1.0), (0.0, 0.97)):
         yield _forward_step_gap(process, s, t)
@@ -455,11 +467,12 @@ def _forward_step_gap(
 
 @law("events: occur at the reverse rates", tolerance=6e-3)
 def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
-    """Candidate events come at a rate g(s), which follows from `event_time`; `event` accepts each
-    of them as a move to y with some probability. The product is the reverse rate to y.
+    """Check that events move a state z to y at the reverse rate from z to y.
 
-    If `event_time` finds no event, the integral of the rates is at most -ln u. Tolerance: as shares
-    of g, 2048 Sobol points resolve a probability to 5e-3.
+    `event_time` draws candidate events, which occur at a rate g(s); `event` accepts a candidate as
+    a move to y with some probability. The product must be the reverse rate. If `event_time` finds
+    no event, the integral of the reverse rates out of z must be at most -ln u for its uniform u.
+    Errors are relative to g. Tolerance 6e-3: 2048 Sobol points resolve a probability to 5e-3.
     """
     if not process.has_events:
         return
@@ -494,7 +507,10 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
 def _event_gap(
     process: ForwardProcess, log_p: Tensor, zt: Tensor, s: Tensor, u: Tensor, start: Tensor
 ) -> Gap:
-    """Compare the moves at the next event s, times the rate of events there, with the rates."""
+    """Compare accepted moves at the next event s with the reverse rates.
+
+    Both are relative to the rate of candidate events.
+    """
 
     def draw(row: Tensor, v: Tensor) -> Tensor:
         query = TableQuery(log_p.expand(len(row), -1), vocabulary)
@@ -511,7 +527,7 @@ def _event_gap(
         process.uniforms_per_event,
         vocabulary.num_states,
     )
-    # a rejected candidate leaves the state unchanged, which is no event
+    # a rejected candidate leaves the state unchanged and is not an event
     moved = drawn.scatter(-1, zt.unsqueeze(-1), 0.0)
     prediction = DenseDistribution(log_p.expand(len(zt), -1), vocabulary)
     rates = process.reverse_rates(prediction, zt, s)
@@ -529,7 +545,7 @@ def _no_event_gap(
     u: Tensor,
     t: float,
 ) -> Gap:
-    """Excess of the integrated reverse rates from 0 to t over -ln u, if no event was found."""
+    """Compare the integrated reverse rates with their limit -ln u where no event was found."""
     states, place = zt.unique(return_inverse=True)
 
     def leaving(time: Tensor) -> Tensor:
@@ -552,8 +568,10 @@ def _no_event_gap(
 
 @law("events: one query at most, and only queried rows change", tolerance=0.0)
 def events_query_once(process: ForwardProcess) -> Iterator[Gap]:
-    """One network call serves the events of all rows; rows that it does not query keep their
-    states. Tolerance: none."""
+    """Check that `event` queries the network at most once, for all rows together.
+
+    Rows that are not queried must keep their states. Tolerance 0: calls are counted.
+    """
     if not process.has_events:
         return
     zt, point = product(

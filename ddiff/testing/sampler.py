@@ -1,8 +1,9 @@
-"""Laws of a sampler: what it declares, compared with the distribution of its samples.
+"""Laws of a sampler: its declarations, compared with the distribution of its samples.
 
-Samples are drawn on small known joints of two tokens under an exact network, so the total variation
-distance to the joint is the sampler's own error. A check takes `steps -> Sampler`, because an order
-of convergence shows only over several numbers of steps.
+Samples are pairs of tokens, drawn under a network that predicts exactly for a known joint
+distribution. The total variation distance of the samples to the joint is then the sampler's own
+error. A check takes a function from a number of steps to a `Sampler`, because an order of
+convergence shows only over several numbers of steps.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ JOINT = torch.tensor(
 )
 """P(x_1, x_2); its total variation distance to the product of its marginals is 0.41."""
 
-POINTS = 2**15  # samples; a distance of 0 is then measured as about 0.006
-SAMPLING = 0.006  # what the randomness of the samples adds to a distance
+POINTS = 2**15  # samples; a true distance of 0 is measured as about 0.006
+SAMPLING = 0.006  # contribution of the random samples to a distance
 NOISE = 0.02
-MEASURABLE = 0.05  # distances from which an order can be measured
+MEASURABLE = 0.05  # smallest distance from which an order is measured
 FEW = 2  # fewest steps from which an order is measured
 MANY = 8  # most steps from which an order is measured
 SLACK = (
-    0.6  # of an order: on this joint, rates are clipped at 0, which costs second order half of it
+    0.6  # of an order: rates are clipped at 0 on this joint, which halves second order
 )
 
 
 class SamplerCase(NamedTuple):
-    """Sampler for any number of steps, the process that it reverses, and what the network predicts.
+    """Sampler to check: a builder for any number of steps, a process, and the kind of prediction.
 
     The process is None for next-token models.
     """
@@ -67,7 +68,7 @@ class SamplerCase(NamedTuple):
         return count_evaluations(exact, self.predicts)
 
     def generate(self, steps: int, index: Tensor, seed: int, **options: Any) -> Tensor:
-        """Ids [B,2] of the samples numbered `index` [B]."""
+        """Generate the samples numbered `index` [B]: ids [B,2]."""
         sampler = self.build(steps)
         network = self.make_network()
         samples = generate(
@@ -77,14 +78,14 @@ class SamplerCase(NamedTuple):
 
 
 class NextTokenNetwork:
-    """Network of a next-token model: each token of the joint given the one before it."""
+    """Network of a next-token model: predicts each token of the joint given the previous token."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
     def __call__(self, noisy: Noisy) -> Query:
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            # a state that is no token may stand there before the first draw
+            # before the first draw, the state may be a mask
             before = noisy.zt[rows // 2, 0].clamp(max=len(JOINT) - 1)
             is_first = (rows % 2 == 0).unsqueeze(-1)
             p = torch.where(is_first, JOINT.sum(1), JOINT[before])
@@ -95,7 +96,7 @@ class NextTokenNetwork:
 
 
 def small_processes() -> dict[str, ForwardProcess | None]:
-    """Processes on three tokens by name: masks, a tree, uniform noise, and None."""
+    """Return processes on three tokens by name: masks, a tree, uniform noise, and None."""
     unmasked = FlatVocabulary(3, mask=False)
     tree = HierarchicalVocabulary([[0, 1, 0]])
     return {
@@ -122,7 +123,10 @@ def check_sampler(
 
 
 def measure_distance(case: SamplerCase, steps: int) -> float:
-    """Total variation distance between the joint and the samples (`POINTS` of a process)."""
+    """Measure the total variation distance between the joint distribution and the samples.
+
+    The number of samples is POINTS for a process, and POINTS / 4 for a next-token model.
+    """
     if case.process is None:
         final = case.generate(
             steps,
@@ -144,7 +148,7 @@ def _draw_samples(
     process: ForwardProcess,
     steps: int,
 ) -> Tensor:
-    """Final states [POINTS,2], with a faster random generator than `generate` uses."""
+    """Return final states [POINTS,2], with a faster random generator than `generate` uses."""
     rng = FastRng(POINTS, seed=7)
     canvas = make_canvas(
         process.prior.draw(rng.uniform("start")),
@@ -161,8 +165,11 @@ def _draw_samples(
 
 @law("sampler: declarations are consistent", tolerance=0.0)
 def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
-    """`quality` is "exact", "of an order" or "heuristic"; `order` is at least 1 for the second and
-    0 for the others. Tolerance: none."""
+    """Check that the declared `quality` and `order` of a sampler are consistent.
+
+    `quality` must be "exact", "of an order" or "heuristic". `order` must be at least 1 for "of an
+    order", and 0 otherwise. Tolerance 0: the conditions are exact.
+    """
     sampler = case.build(FEW)
     is_unknown = sampler.quality not in get_args(Quality)
     yield compare(
@@ -180,8 +187,10 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: yields as many canvases as steps", tolerance=0.0)
 def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
-    """`run` yields as many canvases as the property `steps` states, unless it is None. Tolerance:
-    none."""
+    """Check that `run` yields as many canvases as the property `steps` declares, unless it is None.
+
+    Tolerance 0: canvases are counted.
+    """
     for steps in (1, 3):
         declared = case.build(steps).steps
         if declared is not None:
@@ -200,9 +209,12 @@ def _count_canvases(case: SamplerCase, steps: int) -> int:
     return len(seen)
 
 
-@law("sampler: ends in tokens and keeps given positions", tolerance=0.0)
+@law("sampler: returns tokens and keeps the prompt", tolerance=0.0)
 def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
-    """The last canvas holds only tokens, and given positions keep their tokens. Tolerance: none."""
+    """Check that the final canvas holds only tokens, and that prompt positions keep their tokens.
+
+    Tolerance 0: ids are integers.
+    """
     index = torch.arange(64)
     prompt = torch.stack([index % 3, (index // 3) % 3], -1)
     for positions in ([False, False], [True, False], [True, True]):
@@ -216,15 +228,16 @@ def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
         )
         not_tokens = (ids >= len(JOINT)).sum()
         changed = (prompt_mask & (ids != prompt)).sum()
-        yield compare(not_tokens, 0.0, {"states that are no token, given": positions})
-        yield compare(changed, 0.0, {"changed tokens, given": positions})
+        yield compare(not_tokens, 0.0, {"states that are not tokens, prompt at": positions})
+        yield compare(changed, 0.0, {"changed tokens of the prompt, prompt at": positions})
 
 
 @law("sampler: a sample does not depend on its batch", tolerance=0.0)
 def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
-    """A sample depends on its number and the seed only.
+    """Check that a sample depends only on its number and the seed.
 
-    Drawn again, in a smaller batch and in another order it is the same. Tolerance: none.
+    Samples are drawn again, in a smaller batch, and in reverse order, and must be the same.
+    Tolerance 0: ids are integers.
     """
     index = torch.arange(24)
     expected = case.generate(3, index, seed=11)
@@ -244,8 +257,11 @@ def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: exact if declared exact", tolerance=NOISE)
 def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
-    """Samples of an exact sampler have the joint distribution for any number of steps. Tolerance:
-    the randomness of the samples is 0.006."""
+    """Check that a sampler declared "exact" draws from the joint, for any number of steps.
+
+    The error is the total variation distance between samples and joint distribution. Tolerance
+    0.02: the randomness of the samples adds 0.006.
+    """
     if case.build(FEW).quality != "exact":
         return
     has_steps = case.build(1).steps is not None
@@ -256,12 +272,13 @@ def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: reaches its declared order", tolerance=SLACK)
 def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
-    """For some number of steps, four times as many divide the distance by 4^order; the error is by
-    how much the best measured order falls short.
+    """Check that a sampler reaches its declared order of convergence.
 
-    Steps grow until the distance is too small to tell an order from the randomness of the samples.
-    Not measured on trees, where orders show only after many steps. Tolerance: on this joint rates
-    are clipped at 0, which costs up to 0.6 of an order.
+    With order p, four times as many steps must divide the total variation distance to the joint by
+    4^p, for some number of steps. The error is the declared order minus the largest measured order.
+    The number of steps grows until the distance is too small to measure. Trees are left out,
+    because orders show only after many steps. Tolerance 0.6: rates are clipped at 0 on this joint,
+    which costs up to 0.6 of an order.
     """
     sampler = case.build(FEW)
     if sampler.quality != "of an order" or case.vocabulary.num_levels > 1:
@@ -282,7 +299,7 @@ def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
         distance = measure_distance(case, steps)
     missing = max(0.0, sampler.order - best)
     if best == -math.inf and distance < MEASURABLE:
-        missing = 0.0  # too near to the joint from the start
+        missing = 0.0  # the first distance is too small to measure an order
     labels = {"order": sampler.order, "best measured": f"{best:.2f}"}
     yield compare(torch.tensor(missing), 0.0, labels)
 
@@ -297,13 +314,13 @@ SAMPLER_LAWS = (
 )
 
 
-# ------------------------------------------------------------------ which processes a sampler takes
+# ------------------------------------------------------------------ processes that a sampler accepts
 
 
 def find_accepted_processes(
     build: Callable[[Vocabulary, int], Sampler],
 ) -> tuple[dict[str, SamplerCase], list[str]]:
-    """Find the small processes that a sampler accepts, by name, and its reasons to reject others.
+    """Find the small processes that a sampler accepts, by name, and the reasons for its rejections.
 
     `build(vocabulary, steps)` makes the sampler. Only an ArgumentError counts as a rejection; other
     exceptions are raised.

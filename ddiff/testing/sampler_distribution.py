@@ -1,7 +1,7 @@
 """Distribution of a sampler's output on a joint of two tokens, under an exact network.
 
-The network predicts the exact distribution of each token given the other position's state, so the
-distance to the joint is the sampler's own error.
+The network predicts the exact distribution of each token given the other position's state. The
+distance of the output to the joint is then the sampler's own error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.loop import Canvas, Sampler
 from ddiff.testing.derived_formulas import score_from_distribution
 
-FEW_TIMES = 64  # up to this number, a table over times and states is smaller than one over rows
-FEWEST = 64  # draws from a canvas, however improbable it is
+FEW_TIMES = 64  # largest number of distinct times for which a table over states is used
+FEWEST = 64  # smallest number of draws from a possible canvas
 DIMENSIONS = 32  # of the Sobol points: uniforms of one step
 
 
@@ -34,7 +34,7 @@ class SamplerMeasurement(NamedTuple):
     runs: float
 
     def distance(self, joint: Tensor) -> float:
-        """Total variation distance to `joint` [V,V]."""
+        """Return the total variation distance to `joint` [V,V]."""
         whole = torch.zeros_like(self.dist)
         whole[: len(joint), : len(joint)] = joint
         return 0.5 * float((self.dist - whole).abs().sum())
@@ -46,13 +46,13 @@ class SamplerMeasurement(NamedTuple):
 def condition_on_other(
     process: ForwardProcess, joint: Tensor, zt: Tensor, t: Tensor, clean: Tensor
 ) -> Tensor:
-    """Log-distributions [B,2,V] of each token given the other position's state.
+    """Return log-distributions [B,2,V] of each token given the other position's state.
 
-    zt, t, clean [B,2]; a clean position's state is its token.
+    The arguments zt, t, clean have the shape [B,2]. The state of a clean position is its token.
     """
     evidence = _evidence(process, zt, t)
     token = torch.where(clean, zt, 0)
-    # a clean position is certain, whatever its state would mean at time 0
+    # a clean position has its token with probability 1, also if q_0 has noise
     certain = torch.nn.functional.one_hot(token, len(joint)).to(evidence)
     evidence = torch.where(clean.unsqueeze(-1), certain, evidence)
     p = torch.stack(
@@ -67,7 +67,7 @@ def _evidence(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """q_t(zt|x) [B,2,V]."""
+    """Return q_t(zt|x) [B,2,V] for every token x."""
     times, place = t.unique(return_inverse=True)
     if len(times) > FEW_TIMES:
         log_likelihood = process.log_likelihood(zt.reshape(-1), t.reshape(-1))
@@ -80,9 +80,9 @@ def _evidence(
 
 @final
 class ExactNetwork:
-    """Network that knows `joint` [V,V].
+    """Network that predicts exactly for tokens with the distribution `joint` [V,V].
 
-    With `predicts = "score"` it returns the scores of the same distributions.
+    With `predicts = "score"` the predictions are the scores of the same distributions.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class ExactQuery:
 
 @final
 class FastRng(CounterRng):
-    """Uniforms of one ordinary generator, for hundreds of thousands of samples of two positions.
+    """Random generator that draws the uniforms of all samples from one `torch.Generator`.
 
-    `CounterRng` seeds every sample separately, which takes longer.
+    It is faster than `CounterRng`, which seeds every sample separately. Samples have two positions.
     """
 
     def __init__(
@@ -165,9 +165,9 @@ class FastRng(CounterRng):
 
 @final
 class ShiftedSobolRng(CounterRng):
-    """Sobol points for `counts` [c] rows of each canvas, with a random shift per canvas.
+    """Random generator of Sobol points, with a random shift per canvas that makes them unbiased.
 
-    The shift makes them unbiased.
+    Canvas i has `counts[i]` rows, and every canvas uses the first Sobol points.
     """
 
     def __init__(
@@ -218,10 +218,12 @@ def measure_sampler(
 ) -> SamplerMeasurement:
     """Measure the distribution of a sampler's output under the exact network of `joint` [V,V].
 
-    `points` draws per step are distributed over the canvases by their probability. A sampler on a
-    grid, which keeps nothing but the canvas from step to step, starts every step from all canvases.
-    With `apart` (positions move independently given the canvas), the product of both positions'
-    distributions is taken. Other samplers draw `points` whole samples.
+    A `GridSampler` that keeps only the canvas from step to step is measured step by step: every
+    step starts from all possible canvases, and `points` draws are divided among them by
+    probability. Other samplers draw `points` whole samples.
+
+    `apart` declares that positions move independently given the canvas. The distribution after a
+    step is then the product of the distributions of both positions.
     """
     network = ExactNetwork(process, joint, predicts)
     sampler.check_supported(process, predicts)
@@ -259,9 +261,9 @@ def _measure_by_step(
     dist = torch.outer(prior, prior).reshape(-1)
     for k, (t, s) in enumerate(itertools.pairwise(times)):
         possible = (dist > 0).nonzero().squeeze(-1)
-        # in proportion to the probability of the canvas
+        # draws of a canvas in proportion to its probability
         counts = (points * dist[possible]).long().clamp(min=FEWEST)
-        # so that the draws of a canvas sum to its probability
+        # the weights of a canvas sum to its probability
         weight = (dist[possible] / counts).repeat_interleave(counts)
         rng = ShiftedSobolRng(counts, seed + 1000 * k)
         counted = count_evaluations(network)
@@ -295,7 +297,7 @@ def _sum_of_products(
     canvas: Tensor,
     size: int,
 ) -> Tensor:
-    """Sum over canvases of the product of both positions' distributions: [S,S].
+    """Return the sum over canvases of the product of both positions' distributions: [S,S].
 
     Rows zt [n,2] of the same canvas have the same weight.
     """
@@ -316,7 +318,7 @@ def _sum_of_products(
 
 
 def make_canvas(zt: Tensor, t: float) -> Canvas:
-    """Canvas on which every position is free, at time t."""
+    """Make a canvas at time t without a prompt."""
     free = torch.ones(zt.shape, dtype=torch.bool)
     return Canvas(
         zt,
@@ -331,7 +333,7 @@ def _histogram(
     weight: Tensor,
     process: ForwardProcess,
 ) -> Tensor:
-    """Distribution [S,S] of rows zt [n,2] with weights [n]."""
+    """Return the distribution [S,S] of rows zt [n,2] with weights [n]."""
     size = process.vocabulary.num_states
     cell = zt[:, 0] * size + zt[:, 1]
     counts = torch.bincount(

@@ -16,8 +16,10 @@ OPEN = (*INNER, 1e-6, 1e-3, 1.0 - 1e-3, 1.0 - 1e-6)  # times inside (0, 1)
 
 @law("schedule: derivative = autograd", tolerance=1e-9)
 def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
-    """d_alpha is the derivative of alpha with respect to t, as computed by autograd. Tolerance:
-    relative rounding of both."""
+    """Check that d_alpha(t) equals the derivative of alpha(t) that autograd computes.
+
+    The error is relative to 1 + |d_alpha|. Tolerance 1e-9: rounding of both derivatives.
+    """
     t = times(OPEN)
     # the base class differentiates alpha by autograd
     expected = Schedule.d_alpha(schedule, t)
@@ -31,7 +33,11 @@ def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: alpha decreases within [0, 1]", tolerance=1e-12)
 def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
-    """alpha is a probability that never increases with t. Tolerance: rounding of alpha."""
+    """Check that alpha(t) lies in [0, 1] and never increases with t.
+
+    alpha is evaluated at 1001 times, and its derivative d_alpha at some times in (0, 1). Tolerance
+    1e-12: rounding of alpha.
+    """
     t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
     alpha = schedule.alpha(t)
     yield compare(alpha.clamp(0.0, 1.0), alpha, {"t": t})
@@ -50,8 +56,11 @@ def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: ends as declared", tolerance=1e-12)
 def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
-    """closes_at_clean: alpha(0) = 1; closes_at_prior: alpha(1) = 0; alpha is finite at both ends.
-    Tolerance: rounding."""
+    """Check that alpha ends where the flags of the schedule declare.
+
+    With `closes_at_clean`, alpha(0) must be 1. With `closes_at_prior`, alpha(1) must be 0. alpha
+    must be finite at both ends. Tolerance 1e-12: rounding.
+    """
     ends = times(ENDS)
     alpha = schedule.alpha(ends)
     if schedule.closes_at_clean:
@@ -70,9 +79,12 @@ def one_minus_alpha_is_accurate(
     schedule: Schedule,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """one_minus_alpha + alpha = 1. From t/1000 to t, one_minus_alpha grows by the integral of
-    -d_alpha, relative to itself, so that no digits are lost when alpha is near 1. Tolerance: the
-    quadrature has an error of 1e-11."""
+    """Check that one_minus_alpha equals 1 - alpha, with full relative accuracy near t = 0.
+
+    one_minus_alpha + alpha must be 1. The growth of one_minus_alpha from t/1000 to t is compared
+    with the integral of -d_alpha, relative to one_minus_alpha(t), because 1 - alpha loses its
+    digits when alpha is near 1. Tolerance 1e-9: the quadrature has an error of 1e-11.
+    """
 
     def growth(t: Tensor) -> Tensor:
         return -schedule.d_alpha(t).unsqueeze(-1)
@@ -102,5 +114,5 @@ SCHEDULE_LAWS: tuple[Law, ...] = (
 
 
 def check_schedule(schedule: Schedule) -> list[LawReport]:
-    """Apply every law of a schedule."""
+    """Apply every law of noise schedules to a schedule."""
     return evaluate_laws(schedule, SCHEDULE_LAWS)

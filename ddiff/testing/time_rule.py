@@ -1,4 +1,4 @@
-"""Laws of a time rule, which draws the times at which each position of a batch is noised."""
+"""Laws of a time rule, which draws the noise times of every position of a batch."""
 
 from __future__ import annotations
 
@@ -56,32 +56,38 @@ def _ends(
 
 
 def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
-    """First and last time [L] at which each position is charged, according to `ends`."""
+    """Return the first and last noise time [L] at which each position is scored by the bound."""
     first, last = _ends(rule)
-    return _mean_read_time(first), _mean_read_time(last)
+    return _mean_scored_time(first), _mean_scored_time(last)
 
 
-def _mean_read_time(end: Times) -> Tensor:
-    """Mean time [L] over the sequences in which a position is read."""
-    # a position is read in some sequences only if the rule uses windows
-    read = (end.speed > 0).double()
-    return (end.t * read).sum(0) / read.sum(0)
+def _mean_scored_time(end: Times) -> Tensor:
+    """Return the mean noise time [L] of each position over the sequences that score the position.
+
+    A sequence scores a position if the speed of the position is above 0.
+    """
+    # with windows, only some sequences score a position
+    scored = (end.speed > 0).double()
+    return (end.t * scored).sum(0) / scored.sum(0)
 
 
 def _at_prior(times: Times) -> Tensor:
-    """bool [B,L]: positions that hold a draw of the prior."""
+    """Return a bool mask [B,L] of the positions whose state is drawn from the prior."""
     return torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
 
 
 def _outside(times: Times) -> Tensor:
-    """bool [B,L]: positions that are clean or at the prior, and so not charged."""
+    """Return a bool mask [B,L] of the positions that are not scored: clean or at the prior."""
     return times.clean | _at_prior(times)
 
 
 @law("times: within [0, 1], speeds not negative", tolerance=0.0)
 def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
-    """Every t is in [0, 1]; every speed is >= 0 and finite, and 0 at positions that are clean or at
-    the prior. Tolerance: none."""
+    """Check that noise times lie in [0, 1] and that speeds are finite and >= 0.
+
+    The speed is the weight of a position in the bound. It must be 0 at positions that are clean or
+    at the prior. Tolerance 0: the conditions are exact.
+    """
     drawn = _draw_batch(rule)
     yield compare(
         drawn.t.clamp(0.0, 1.0),
@@ -95,14 +101,15 @@ def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
         {"speed": drawn.speed},
     )
     outside = torch.where(_outside(drawn), drawn.speed, 0.0)
-    yield compare(outside, 0.0, {"speed of an uncharged position at t": drawn.t})
+    yield compare(outside, 0.0, {"speed of a position that is not scored, t": drawn.t})
 
 
 @law("times: a sample's time does not depend on its batch", tolerance=0.0)
 def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
-    """A slot has the same times in the whole batch and in any part of it.
+    """Check that a sample has the same noise times and speeds in the whole batch as in any subset.
 
-    Ranks and micro-batches then agree. Tolerance: none.
+    Ranks and micro-batches then draw the same times as one process would. Tolerance 0: the values
+    must be bitwise identical.
     """
     whole = _draw_batch(rule)
     for slots in (torch.arange(8), torch.arange(40, 48), torch.arange(3, SLOTS, 7)):
@@ -121,11 +128,11 @@ def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: weighted sums are unbiased over the window", tolerance=0.04)
 def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
-    """The mean of speed * g(t) is the integral of g over each position's window.
+    """Check that the mean of speed * g(t) is the integral of g over the window of each position.
 
-    Tried for g = 1, t, t^2. Tolerance: relative, for 128 batches of 64 strata. The standard error
-    is at most 0.01. It is largest for a rule that charges a position in one of five sequences, for
-    all five, where the ends of the window cut one stratum of every batch.
+    Tested for g = 1, t and t^2, with the error relative to the integral. Tolerance 0.04: the
+    standard error over 128 batches of 64 samples is at most 0.01. The largest standard error is
+    that of a rule that scores each position in one of five sequences, with weight 5.
     """
     batches = [_draw_batch(rule, step) for step in range(DRAWS)]
     t = torch.stack([times.t for times in batches])
@@ -138,12 +145,13 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
         yield compare(got, expected, labels, relative_to=expected)
 
 
-@law("times: every position is read once at each end", tolerance=0.1)
-def ends_are_read_once(rule: TimeRule) -> Iterator[Gap]:
-    """Each position is read at the ends of its window, with a mean speed of 1.
+@law("times: every position is scored once at each end of its window", tolerance=0.1)
+def ends_are_scored_once(rule: TimeRule) -> Iterator[Gap]:
+    """Check that the bound scores every position once at either end of its window, on average.
 
-    Tolerance: if one of four positions is read with speed 4, the mean over 128 batches of 64 has a
-    standard error of 0.02.
+    The mean speed at each end must be 1, and the noise time of a scored position must be that end.
+    Tolerance 0.1: for a position scored in one of four sequences with speed 4, the mean over 128
+    batches of 64 samples has a standard error of 0.02.
     """
     first, last = _window(rule)
     pairs = [_ends(rule, step) for step in range(DRAWS)]
@@ -172,21 +180,22 @@ def _end_gaps(
     )
     t = torch.stack([torch.where(end.speed > 0, end.t, expected) for end in ends])
     largest = (t - expected).abs().amax((0, 1))
-    yield compare(largest, 0.0, {"end": name, "t where it is read": expected})
+    yield compare(largest, 0.0, {"end": name, "t of scored positions": expected})
 
 
-@law("times: every part of the batch covers the whole window", tolerance=0.15)
+@law("times: every part of a batch covers the whole window", tolerance=0.15)
 def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
-    """Eight contiguous parts of a batch (ranks, micro-batches) have nearly the same mean time.
+    """Check that eight contiguous parts of a batch have nearly the same mean noise time.
 
-    Times are in units of the window, with clean positions at 0 and positions at the prior at 1.
-    Tolerance: with 8 strata in van der Corput order the mean differs by up to the width 1/8 of a
-    stratum of the part; with contiguous slices it differs by 0.45.
+    Parts stand for ranks or micro-batches. Noise times are rescaled to [0, 1] over the window;
+    clean positions count as 0 and positions at the prior as 1. Tolerance 0.15: with 8 samples per
+    part in van der Corput order, means differ by up to 1/8. If each part drew a contiguous slice of
+    times, means would differ by 0.45.
     """
     drawn = _draw_batch(rule)
     first, last = _window(rule)
     place = (drawn.t - first) / (last - first)
-    # clean is before the window, the prior is after it
+    # a clean position is before its window, a position at the prior after it
     place = place.masked_fill(drawn.clean, 0.0).masked_fill(_at_prior(drawn), 1.0)
     means = place.reshape(8, -1).mean(-1)
     yield compare(
@@ -198,23 +207,24 @@ def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: the path moves forward at its declared speed", tolerance=1e-9)
 def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
-    """Along `at`, positions go from clean through their windows to the prior, and never back.
+    """Check that noise times along `at` never decrease and grow at the declared speed.
 
-    tau runs from 0 to 1. While a position is charged, dt/dtau is its speed. Tolerance: difference
-    quotients of straight lines have an error of 1e-10.
+    tau runs from 0 to 1. Each position must be clean at first, then move through its window, and
+    then be at the prior. Within the window, difference quotients of t are compared with speed =
+    dt/dtau. Tolerance 1e-9: difference quotients of straight lines have an error of 1e-10.
     """
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
     path = rule.at(IdentityTime(), tau, LENGTH)
     labels = {"after tau": tau[:-1].unsqueeze(-1).expand(-1, LENGTH)}
-    stage = 1.0 - path.clean.double() + _at_prior(path).double()  # 0 clean, 1 charged, 2 at prior
+    stage = 1.0 - path.clean.double() + _at_prior(path).double()  # 0 clean, 1 scored, 2 at prior
     yield compare(
         stage.diff(dim=0).clamp(max=0.0),
         0.0,
         labels,
     )
-    charged = path.speed > 0
+    scored = path.speed > 0
     # a quotient across an end of the window mixes two speeds
-    both = charged[1:] & charged[:-1]
+    both = scored[1:] & scored[:-1]
     quotient = path.t.diff(dim=0) / tau.diff().unsqueeze(-1)
     got = torch.where(both, quotient, 0.0)
     expected = torch.where(both, path.speed[1:], 0.0)
@@ -226,12 +236,13 @@ def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
     )
 
 
-@law("times: no charged position attends to one at the prior", tolerance=0.0)
+@law("times: no scored position attends to a position at the prior", tolerance=0.0)
 def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
-    """No charged position attends to a position at the prior.
+    """Check that no scored position attends to a position at the prior.
 
-    Block numbers rise from left to right; no clean position is in a later block, and no position at
-    the prior in an earlier or the same block, than a charged one. Tolerance: none.
+    A position attends to all positions in its own block and in earlier blocks. Block numbers must
+    not decrease from left to right. Clean positions must be in earlier blocks than every scored
+    position, and positions at the prior in later blocks. Tolerance 0: block numbers are integers.
     """
     path = rule.at(
         IdentityTime(),
@@ -240,7 +251,7 @@ def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
     )
     for times in (_draw_batch(rule), path):
         if times.block is None:
-            labels = {"no blocks, and yet a position is clean or at the prior, t": times.t}
+            labels = {"a clean or prior position without blocks, t": times.t}
             yield compare(_outside(times).double(), 0.0, labels)
         else:
             yield from _block_gaps(
@@ -258,10 +269,10 @@ def _block_gaps(
         0.0,
         {"block": block[:, 1:]},
     )
-    charged = times.speed > 0
-    # per sequence; no charged position: no constraint
-    latest = torch.where(charged, block, -torch.inf).amax(-1, keepdim=True)
-    earliest = torch.where(charged, block, torch.inf).amin(-1, keepdim=True)
+    scored = times.speed > 0
+    # per sequence; a sequence without scored positions has no constraint
+    latest = torch.where(scored, block, -torch.inf).amax(-1, keepdim=True)
+    earliest = torch.where(scored, block, torch.inf).amin(-1, keepdim=True)
     too_early = _at_prior(times) & (block <= latest)
     too_late = times.clean & (block >= earliest)
     yield compare(too_early.double(), 0.0, {"block of a position at the prior": block})
@@ -272,7 +283,7 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
     times_are_valid,
     times_are_independent_of_batch,
     speeds_are_unbiased,
-    ends_are_read_once,
+    ends_are_scored_once,
     parts_are_balanced,
     paths_move_forward,
     prior_positions_are_hidden,
@@ -280,5 +291,8 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
 
 
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
-    """Apply every law of a rule whose batches are stratified and cover each position's window."""
+    """Apply every law of time rules to a time rule.
+
+    The batches of the rule must be stratified, and must cover the window of every position.
+    """
     return evaluate_laws(rule, TIME_RULE_LAWS)

@@ -1,4 +1,4 @@
-"""Laws of a vocabulary: its tables describe one tree."""
+"""Laws of a vocabulary: its tables must describe one tree."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 
-@law("vocabulary: ids run level by level", tolerance=0.0)
+@law("vocabulary: ids are numbered level by level", tolerance=0.0)
 def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """Leaf tokens come first, then the nodes of each level; the root (= mask) is last and the only
-    node of its level. Tolerance: none."""
+    """Check that ids are numbered level by level, from the leaf tokens to the root.
+
+    `level_of` must be 0 for the first ids and must rise by `level_sizes`. The root must be the last
+    id, the only node of its level, and the mask token. Tolerance 0: ids are integers.
+    """
     sizes = torch.tensor(vocabulary.level_sizes)
     levels = torch.repeat_interleave(
         torch.arange(vocabulary.num_levels + 1),
@@ -34,7 +37,7 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
         {"sizes": vocabulary.level_sizes},
     )
     if vocabulary.num_levels:
-        # -1 if there is no mask, which differs from the root
+        # -1 if there is no mask; then the comparison with the root fails
         mask = torch.tensor(vocabulary.mask_id or -1)
         yield compare(sizes[-1], 1.0, {"size of": "the last level"})
         yield compare(mask, num_states - 1.0, {"mask_id": "the root"})
@@ -42,9 +45,11 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: ancestors follow parents", tolerance=0.0)
 def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """ancestor(id, l+1) is the parent of ancestor(id, l), and a node of level l+1.
+    """Check that `ancestor`, `parent` and `level_of` describe one tree.
 
-    ancestor(id, own level) is the id itself. Tolerance: none.
+    The ancestor of an id at level l + 1 must be the parent of its ancestor at level l, and must be
+    at level l + 1. The ancestor of an id at its own level must be the id. Tolerance 0: ids are
+    integers.
     """
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)
@@ -68,9 +73,10 @@ def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: in tree order every node covers a contiguous range", tolerance=0.0)
 def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """node_range(node, l) holds exactly the ids of level l below the node, in tree order.
+    """Check that node_range(node, l) covers the ids of level l below the node, in tree order.
 
-    order(l) is a permutation with inverse position(l); no node is empty. Tolerance: none.
+    The range must hold exactly these ids. order(l) must be a permutation of the ids of level l,
+    position(l) must be its inverse, and no range may be empty. Tolerance 0: ids are integers.
     """
     for level in range(vocabulary.num_levels + 1):
         yield from _order_gaps(vocabulary, level)
@@ -116,7 +122,7 @@ def _range_gaps(
     yield compare(
         inside.any(-1).double(),
         1.0,
-        {"something below node": nodes, "level": level},
+        {"non-empty range of node": nodes, "level": level},
     )
     whole = torch.stack(vocabulary.node_range(torch.tensor(vocabulary.root), level))
     expected = torch.tensor([0.0, len(order)])
@@ -125,8 +131,10 @@ def _range_gaps(
 
 @law("vocabulary: children = inverse of parent", tolerance=0.0)
 def children_invert_parent(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """children(node) lists the ids whose parent is the node, and num_children counts them.
-    Tolerance: none."""
+    """Check that children(node) lists exactly the ids whose parent is the node.
+
+    num_children(node) must be the length of the list. Tolerance 0: ids are integers.
+    """
     ids = torch.arange(vocabulary.num_states)
     for node in ids.tolist():
         # the root is its own parent
@@ -149,7 +157,10 @@ def children_invert_parent(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: saving and loading preserve the tree", tolerance=0.0)
 def survives_saving(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """A loaded vocabulary has the fingerprints and parents of the saved one. Tolerance: none."""
+    """Check that a saved and loaded vocabulary has the same fingerprints and parents as before.
+
+    Tolerance 0: fingerprints and ids are exact.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "vocabulary.safetensors")
         vocabulary.save(path)
@@ -176,5 +187,5 @@ VOCABULARY_LAWS: tuple[Law, ...] = (
 
 
 def check_vocabulary(vocabulary: Vocabulary) -> list[LawReport]:
-    """Apply every law of a vocabulary. It should be small, since each node is visited in turn."""
+    """Apply every law of vocabularies to a small vocabulary. The laws loop over all nodes."""
     return evaluate_laws(vocabulary, VOCABULARY_LAWS)

@@ -111,9 +111,9 @@ def test_planted_faults_break_their_laws() -> None:
     assert broken(Declares) == set()
     assert broken(StopsEarly) == {
         "yields as many canvases as steps",
-        "ends in tokens and keeps given positions",
+        "returns tokens and keeps the prompt",
     }
-    assert "ends in tokens and keeps given positions" in broken(ForgetsGiven)
+    assert "returns tokens and keeps the prompt" in broken(ForgetsGiven)
     assert "a sample does not depend on its batch" in broken(SharesRandomness)
 
 
