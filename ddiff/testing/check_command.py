@@ -108,7 +108,9 @@ def _not_found_message(
     known = [component for component in registry.components() if component.kind in MAKERS]
     listed = ", ".join(f"{component.kind} {component.name}" for component in known) or "nothing"
     if same_name:
-        return f"ddiff check: the {same_name[0]} has no laws to check. Components with laws: {listed}."
+        return (
+            f"ddiff check: the {same_name[0]} has no laws to check. Components with laws: {listed}."
+        )
     if any(component.plugin == name for component in registry.components()):
         return (
             f'ddiff check: the plugin "{name}" registers no process and no sampler. '

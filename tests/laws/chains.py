@@ -1,4 +1,4 @@
-"""Processes on which the laws are tried, in addition to the shipped ones."""
+"""Processes on which the laws are tested, in addition to the shipped processes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])
 
 
 class HumpedNoise(InterpolatingProcess):
-    """Mask noise with a hump of uniform noise.
+    """Mask noise plus uniform noise whose amount is largest in the middle.
 
-    q = [(1-t) x + t mask + c u] / (1 + c) with c proportional to sqrt(t(1-t)).
+    q = [(1-t) x + t mask + c u] / (1 + c), where u is uniform and c is proportional to
+    sqrt(t(1-t)).
     """
 
     def __init__(self, share: float = 0.2) -> None:
@@ -53,7 +54,10 @@ class HumpedNoise(InterpolatingProcess):
 
 
 class HumpedComponents(ComponentProcess):
-    """`HumpedNoise` as two components, mask and tokens (arXiv 2503.04482), with any power gamma."""
+    """`HumpedNoise` as a mixture of two components, mask and tokens (arXiv 2503.04482).
+
+    The power gamma is arbitrary.
+    """
 
     def __init__(self, vocabulary: FlatVocabulary, share: float = 0.2, gamma: float = 1.0) -> None:
         self.height = 2.0**gamma * share / (1.0 - share)
@@ -74,9 +78,9 @@ class HumpedComponents(ComponentProcess):
 
 
 class CorruptedThenMasked(ComponentProcess):
-    """Tokens are corrupted at t = 0 and then masked, so that it does not close at the clean end.
+    """Process whose tokens are corrupted at t = 0 and masked later.
 
-    q = (1-t) [(1-e) x + e noise] + t mask.
+    q = (1-t) [(1-e) x + e noise] + t mask, so the process does not start at the clean token.
     """
 
     def __init__(
@@ -99,10 +103,10 @@ class CorruptedThenMasked(ComponentProcess):
 
 
 class ShuffledThenMasked(ForwardProcess):
-    """Tokens are redrawn at one rate and masked at another; masks stay.
+    """Process whose tokens are redrawn at one rate and masked at another rate; masks are final.
 
-    Its marginals are those of an interpolating process, its generator is not: nothing leaves the
-    mask.
+    The marginals are those of an interpolating process. The generator differs, since no token
+    leaves the mask.
     """
 
     num_tokens = 3
@@ -114,7 +118,7 @@ class ShuffledThenMasked(ForwardProcess):
         self.prior = Prior.point(self.num_tokens, self.num_tokens + 1)
 
     def _finite(self, left: Tensor) -> Tensor:
-        """Transition [r,S,S] over which 1 - t is multiplied by `left` [r]."""
+        """Return the transition [r,S,S] over which 1 - t is multiplied by `left` [r]."""
         size = self.num_tokens
         kept = (left**self.redraw)[:, None, None]
         unmasked = (left**self.mask)[:, None, None]
@@ -146,7 +150,7 @@ class ShuffledThenMasked(ForwardProcess):
 
 
 def kimura(ts: float = 2.0, tv: float = 1.0) -> DenseProcess:
-    """Nucleotide substitution with two rates (Kimura 1980), states A, G, C, T."""
+    """Build the nucleotide substitution process with two rates (Kimura 1980), states A, G, C, T."""
     matrix = torch.full((4, 4), tv, dtype=torch.float64)
     for a, b in ((0, 1), (2, 3)):
         matrix[a, b] = matrix[b, a] = ts
@@ -169,7 +173,7 @@ def masked(schedule: CosineSchedule | LinearSchedule | PowerSchedule) -> Mixture
 
 
 def trees() -> dict[str, TreeProcess]:
-    """Trees of one to four levels, with all clocks, and xi < 1 at zero, one and two levels."""
+    """Build trees of one to four levels, with all clocks, with and without xi < 1."""
     log_time, three_powers = LogTimeClock, (0.8, 1.5, 3.0)
     powers = lambda *p: CdfClock([PowerSchedule(power) for power in p])  # noqa: E731
     made = {
@@ -201,7 +205,7 @@ def trees() -> dict[str, TreeProcess]:
 
 
 def others() -> dict[str, ForwardProcess]:
-    """All processes that are not trees."""
+    """Build all processes that are not trees."""
     examples = DenseProcess.examples()
     return {
         "mixture: mask, cosine": masked(CosineSchedule()),

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `chains`."""
+"""Pytest configuration that lets the tests of this folder import `chains` and `faults`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Planted faults: pairs of an object that obeys a law and one that breaks it.
+"""Planted faults: pairs of a correct object and a faulty object, which differ in one line.
 
-The two differ in a line.
+A law of the kit must pass on the correct object and fail on the faulty one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ddiff.testing.report import Law
 
 
 class Fault(NamedTuple):
-    """A law with a builder of an object that obeys it and of one that does not."""
+    """A law, with builders of an object that obeys the law and of an object that breaks it."""
 
     name: str
     law: Law
@@ -36,7 +36,7 @@ class Fault(NamedTuple):
 
 
 def assert_detected(fault: Fault) -> None:
-    """Assert that the law holds for the healthy object and is broken by the faulty one."""
+    """Assert that the law passes on the healthy object and fails on the faulty object."""
     healthy = fault.law(fault.build_healthy(), **fault.options)
     assert healthy.passed, str(healthy)
     assert healthy.probes > 0
@@ -60,62 +60,62 @@ STOCHASTIC_PARENTS = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), 0.8)
 def build_with_parents(
     kind: type[StochasticParents], tree: HierarchicalVocabulary, xi: float
 ) -> TreeProcess:
-    """Tree process whose stochastic parents are of this kind."""
+    """Build a tree process with stochastic parents of the given class."""
     process = TreeProcess(tree, LogTimeClock((1.0,) * tree.num_levels), xi)
     process.parents = kind(tree, (xi,) * tree.num_levels)
     return process
 
 
 def tree_on_pair(kind: type[TreeProcess], xi: float = 1.0) -> Callable[[], TreeProcess]:
-    """Builder of a two-level tree process."""
+    """Return a builder of a two-level tree process."""
     return lambda: kind(PAIR, CLOCK2, xi)
 
 
 def tree_with_clock(clock: LevelClock) -> Callable[[], TreeProcess]:
-    """Builder of a two-level tree process with this clock."""
+    """Return a builder of a two-level tree process with the given clock."""
     return lambda: TreeProcess(PAIR, clock)
 
 
 def power_masking(kind: type[TreeProcess]) -> Callable[[], TreeProcess]:
-    """Builder of a masked process with alpha = 1 - t^0.3."""
+    """Return a builder of a masked process with alpha = 1 - t^0.3."""
     return lambda: kind(FlatVocabulary(4), CdfClock([PowerSchedule(0.3)]))
 
 
 def uniform_noise(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Builder of a process with uniform noise."""
+    """Return a builder of a process with uniform noise."""
     return lambda: kind(UNMASKED, LinearSchedule(), EVEN)  # type: ignore[call-arg]
 
 
 def uneven_noise(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Builder of a process with noise of unequal probabilities."""
+    """Return a builder of a process whose noise gives tokens unequal probabilities."""
     return lambda: kind(UNMASKED, LinearSchedule(), UNEVEN)  # type: ignore[call-arg]
 
 
 def masking(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Builder of a masked process, as a mixture."""
+    """Return a builder of a masked process as a `MixtureProcess`."""
     vocabulary = ONE_LEVEL.vocabulary
     noise = mask_distribution(vocabulary)
     return lambda: kind(vocabulary, LinearSchedule(), noise)  # type: ignore[call-arg]
 
 
 def noisy_from_the_start(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Builder of a process with noise at t = 0."""
+    """Return a builder of a process that has noise at t = 0."""
     schedule = GeometricSchedule(0.1, 5.0)
     return lambda: kind(UNMASKED, schedule, EVEN)  # type: ignore[call-arg]
 
 
 def non_commuting(kind: type[DenseProcess]) -> Callable[[], DenseProcess]:
-    """Builder of a dense process whose generators at different times do not commute."""
+    """Return a builder of a dense process whose generators at different times do not commute."""
     return lambda: kind.examples()[1]  # type: ignore[return-value]
 
 
 def small_tree(kind: type[HierarchicalVocabulary]) -> Callable[[], HierarchicalVocabulary]:
-    """Builder of a two-level vocabulary."""
+    """Return a builder of a two-level vocabulary."""
     return lambda: kind([[0, 1, 0, 0]], tokenizer_fingerprint="of a tokenizer")
 
 
 class MeanBackbone(Backbone):
-    """Every position attends to the valid positions of its own document, by their mean."""
+    """Backbone in which each position attends equally to all valid positions of its document."""
 
     width = 4
 
@@ -143,7 +143,7 @@ def build_denoiser(backbone: type[MeanBackbone], head: type[TokenHead] = TokenHe
 
 
 class OneLevelAtATime(LogTimeClock):
-    """A finite transition in which no token rises two levels."""
+    """Fault: the transition over a finite step never rises by two levels."""
 
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
         single = super().transition(s, t).tril(1)
@@ -151,7 +151,7 @@ class OneLevelAtATime(LogTimeClock):
 
 
 class FalselyClosing(LinearSchedule):
-    """alpha(1) = 0.01, declared 0."""
+    """Fault: the schedule declares alpha(1) = 0, but alpha(1) is 0.01."""
 
     def __init__(self, floor: float) -> None:
         super().__init__(floor)
@@ -159,7 +159,7 @@ class FalselyClosing(LinearSchedule):
 
 
 class RawDecoding(TreeProcess):
-    """-ln p(x) in place of -ln P(x|z)."""
+    """Fault: the decoding term is -ln p(x) instead of -ln P(x|z)."""
 
     def decode_nll(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
@@ -168,17 +168,21 @@ class RawDecoding(TreeProcess):
 
 
 class NoClosingTerm(TreeProcess):
+    """Fault: the closing term of the bound is 0."""
+
     def closing_kl(self, prediction: CleanDistribution, x0: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
 
 class LatePosterior(MixtureProcess):
-    """Posterior of a later time than s."""
+    """Fault: the posterior is that of a time between s and t instead of s."""
 
     def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return super().reverse_log_probs(log_p, zt, t, s + 0.5 * (t - s))
 
 
 class InactiveMasks(TreeProcess):
+    """Fault: masked states count as inactive."""
+
     def active(self, zt: Tensor) -> Tensor:
         return self.vocabulary.level_of(zt) == 1

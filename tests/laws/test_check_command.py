@@ -1,4 +1,4 @@
-"""`ddiff check NAME` checks components of any plugin, and its exit code tells the result."""
+"""Tests of `ddiff check NAME` on components of plugins, with their exit codes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def swap_plugin(distribution: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_uses_examples_of_a_plugins_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_command_uses_examples_of_plugin_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("swap", []) == 0
     out = capsys.readouterr().out
     assert "bound: -ln p(x) for a constant denoiser" in out
@@ -66,7 +66,7 @@ def test_check_uses_examples_of_a_plugins_process(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_applies_settings_on_the_examples_vocabularies(
+def test_check_command_builds_settings_on_example_vocabularies(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("swap", ["rate=3.0"]) == 0
@@ -74,7 +74,7 @@ def test_check_applies_settings_on_the_examples_vocabularies(
 
 
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_reports_broken_law_and_returns_1(
+def test_check_command_reports_broken_law_and_returns_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("swap_broken", []) == 1
@@ -84,7 +84,7 @@ def test_check_reports_broken_law_and_returns_1(
 
 
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_of_a_plugin_covers_all_its_processes() -> None:
+def test_check_command_checks_all_processes_of_plugin() -> None:
     with pytest.raises(
         ArgumentError, match=r"accepts none of .* small vocabularies.*nothing is good enough"
     ):
@@ -92,17 +92,19 @@ def test_check_of_a_plugin_covers_all_its_processes() -> None:
 
 
 @pytest.mark.parametrize("name", ["levelwise", "flat"])
-def test_check_accepts_heads_and_time_rules(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_command_accepts_heads_and_time_rules(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert check_component(name, []) == 0
     assert "0 broken" in capsys.readouterr().out
 
 
-def test_check_puts_a_backbone_into_a_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_command_checks_backbone_as_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("dit", ["width=16", "layers=1", "heads=2"]) == 0
     assert "padding does not matter" in capsys.readouterr().out
 
 
-def test_shipped_processes_obey_every_law(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_command_passes_mdlm_and_hdlm(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_component("mdlm", []) == 0
     assert check_component("hdlm", ["gamma=0.5", "xi=0.9"]) == 0
     assert capsys.readouterr().out.count("0 broken") == 2
@@ -115,11 +117,11 @@ def test_shipped_processes_obey_every_law(capsys: pytest.CaptureFixture[str]) ->
         ("adamw", 'the optimizer "adamw" .* has no laws to check'),
     ],
 )
-def test_check_explains_names_without_laws(name: str, message: str) -> None:
+def test_check_command_rejects_names_without_laws(name: str, message: str) -> None:
     with pytest.raises(PluginError, match=message):
         check_component(name, [])
 
 
-def test_check_explains_wrong_settings() -> None:
+def test_check_command_rejects_unknown_setting() -> None:
     with pytest.raises(RecipeError, match="gama"):
         check_component("hdlm", ["gama=0.5"])

@@ -1,4 +1,4 @@
-"""Every law of the kit has a planted fault that it detects."""
+"""Test that every law of the kit detects at least one planted fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults planted in the bound, each found by the law meant for it."""
+"""Faults planted in the bound; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from ddiff.testing.bound import bent_path, full_conditional_table
 
 
 class SwappedWeights(TreeProcess):
+    """Fault: masks have the weight of clusters, and clusters the weight of masks."""
+
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         other = torch.where(
             zt == self.vocabulary.root, self.vocabulary.ancestor(x0, 1), self.vocabulary.root
@@ -37,31 +39,31 @@ class SwappedWeights(TreeProcess):
 
 FAULTS = [
     Fault(
-        "-ln p(x) as decoding term, in the bound",
+        "the bound has -ln p(x) as decoding term",
         bound.constant_denoiser,
         tree_on_pair(TreeProcess, 0.8),
         tree_on_pair(RawDecoding, 0.8),
     ),
     Fault(
-        "swapped level weights",
+        "the weights of two levels are swapped",
         bound.weights_are_level_flows,
         tree_on_pair(TreeProcess),
         tree_on_pair(SwappedWeights),
     ),
     Fault(
-        "posterior of a later time, in the limit of small steps",
+        "the discrete bound uses the posterior of a later time",
         bound.discrete_bound_converges,
         uniform_noise(MixtureProcess),
         uniform_noise(LatePosterior),
     ),
     Fault(
-        "closing term of 0, in the bound",
+        "the bound has no closing term",
         bound.constant_denoiser,
         tree_on_pair(TreeProcess),
         tree_on_pair(NoClosingTerm),
     ),
     Fault(
-        "inactive masks, in the bound",
+        "the bound skips masks",
         bound.entropy_equality,
         tree_on_pair(TreeProcess),
         tree_on_pair(InactiveMasks),
@@ -75,21 +77,21 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("process", [uniform(), STOCHASTIC_PARENTS], ids=["uniform", "xi < 1"])
-def test_full_conditional_breaks_entropy_equality(process: Any) -> None:
+def test_entropy_law_detects_full_conditional(process: Any) -> None:
     assert bound.entropy_equality(process).passed
     report = bound.entropy_equality(process, denoiser=full_conditional_table)
     assert report.error > 0.05  # nats
 
 
-def test_full_conditional_passes_on_masked_process() -> None:
-    """A masked state is no evidence on its token, so the mistake does not show there."""
+def test_entropy_law_accepts_full_conditional_on_masked_process() -> None:
+    """A masked state has no evidence on its token, so both conditionals are equal."""
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 
 
 @pytest.mark.parametrize(
     "process", [uniform(), STOCHASTIC_PARENTS, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"]
 )
-def test_path_without_speed_breaks_speed_equality(process: Any) -> None:
+def test_speed_law_detects_missing_speed_factor(process: Any) -> None:
     assert bound.speed_equality(process).passed
     assert not bound.speed_equality(process, path=path_without_speed).passed
 
@@ -98,7 +100,7 @@ def path_without_speed(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
     return bent_path(v, position)[0], torch.ones_like(v)
 
 
-def test_nelbo_with_mean_speed_breaks_speed_equality(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_law_detects_nelbo_with_mean_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddiff.core import elbo
 
     original = elbo.diffusion_term
@@ -112,7 +114,7 @@ def test_nelbo_with_mean_speed_breaks_speed_equality(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("term", ["closing_term", "decoding_term"])
-def test_nelbo_without_end_term_breaks_constant_denoiser(
+def test_constant_denoiser_law_detects_missing_end_term(
     term: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ddiff.core import elbo

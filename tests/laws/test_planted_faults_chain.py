@@ -1,4 +1,4 @@
-"""Faults planted in the forward chain, each found by the law meant for it."""
+"""Faults planted in the forward chain; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ddiff.testing import chain
 
 
 class JumpAtTheEnd(FalselyClosing):
-    """alpha falls to 0.1 and then jumps to 0, so that the end itself looks right."""
+    """Fault: alpha decreases to 0.1 and jumps to 0 at t = 1."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.where(t < 1.0, super().alpha(t), 0.0)
@@ -44,7 +44,7 @@ class JumpAtTheEnd(FalselyClosing):
 
 
 class WrongSharesOfParents(StochasticParents):
-    """The wrong parents share 1 - xi among n instead of n - 1, so that rows miss (1 - xi)/n."""
+    """Fault: 1 - xi is divided by n instead of n - 1 wrong parents, so rows do not sum to 1."""
 
     def _add_level(self, i: int, j: int) -> None:
         super()._add_level(i, j)
@@ -55,7 +55,7 @@ class WrongSharesOfParents(StochasticParents):
 
 
 class DivisionByZeroNodes(StochasticParents):
-    """(1 - xi)/(n - 1) at a level with one node."""
+    """Fault: the formula (1 - xi)/(n - 1) is evaluated for a level with n = 1 node."""
 
     def _add_level(self, i: int, j: int) -> None:
         super()._add_level(i, j)
@@ -64,17 +64,21 @@ class DivisionByZeroNodes(StochasticParents):
 
 
 class RowAsColumn(TreeKernel):
+    """Fault: `column` returns the row."""
+
     def column(self, ids: Tensor) -> Tensor:
         return self.row(ids)
 
 
 class RowAsColumnRates(TreeProcess):
+    """Fault: the rates have the kernel `RowAsColumn`."""
+
     def rates(self, t: Tensor) -> Kernel:
         return RowAsColumn(self.clock.generator(interior(t)), self.parents)
 
 
 class RatesWithoutDiagonal(ShuffledThenMasked):
-    """A generator without its diagonal."""
+    """Fault: the diagonal of the generator is 0."""
 
     def rates(self, t: Tensor) -> Kernel:
         matrix = super().rates(t).dense()
@@ -82,12 +86,17 @@ class RatesWithoutDiagonal(ShuffledThenMasked):
 
 
 class NegatedRates(ShuffledThenMasked):
+    """Fault: the rates have the wrong sign."""
+
     def rates(self, t: Tensor) -> Kernel:
         return DenseKernel(-super().rates(t).dense())
 
 
 class OtherGeneratorOfSameMarginals(ShuffledThenMasked):
-    """The generator of the interpolating process with the same marginals: tokens leave the mask."""
+    """Fault: the generator is that of another process with the same marginals.
+
+    Tokens leave the mask in the other process, which interpolates between tokens and noise.
+    """
 
     def rates(self, t: Tensor) -> Kernel:
         left = 1.0 - interior(t)
@@ -102,7 +111,10 @@ class OtherGeneratorOfSameMarginals(ShuffledThenMasked):
 
 
 class OneExponential(DenseProcess):
-    """exp of the integrated generator, right only if generators commute."""
+    """Fault: the transition is one exponential of the integrated generator.
+
+    This is correct only if the generators at all times commute.
+    """
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         grid = torch.linspace(0.0, 1.0, 401, dtype=torch.float64)[:-1] + 1.0 / 800.0
@@ -112,20 +124,22 @@ class OneExponential(DenseProcess):
 
 
 class MarginalOfDoubleNoise(MixtureProcess):
-    """Corrupted twice as much as its rates imply."""
+    """Fault: the marginal applies the noise twice."""
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         return super().log_marginal(super().log_marginal(log_p, t), t)
 
 
 class WrongPrior(MixtureProcess):
+    """Fault: the prior is not the marginal at t = 1."""
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.prior.log_prob = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 
 
 class NaNAtTheEnd(MixtureProcess):
-    """0/0 if alpha is 0."""
+    """Fault: the marginal divides 0 by 0 if alpha is 0."""
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         alpha = self.alpha(t).unsqueeze(-1)
@@ -133,7 +147,7 @@ class NaNAtTheEnd(MixtureProcess):
 
 
 class FalselyEvenComponents(HumpedComponents):
-    """Treats the noise as equal for all tokens, although a component is uneven."""
+    """Fault: noise counts as equal for all tokens, although one component is uneven."""
 
     def __init__(self) -> None:
         super().__init__(FlatVocabulary(3))
@@ -144,6 +158,8 @@ class FalselyEvenComponents(HumpedComponents):
 
 
 class UnevenComponents(FalselyEvenComponents):
+    """Correct counterpart of `FalselyEvenComponents`."""
+
     def __init__(self) -> None:
         super().__init__()
         self._is_even_on_tokens = False
@@ -151,31 +167,34 @@ class UnevenComponents(FalselyEvenComponents):
 
 FAULTS = [
     Fault(
-        "rows of stochastic parents that do not sum to one",
+        "transition rows do not sum to 1",
         chain.transition_rows_are_distributions,
         lambda: build_with_parents(StochasticParents, PAIR, 0.8),
         lambda: build_with_parents(WrongSharesOfParents, PAIR, 0.8),
     ),
     Fault(
-        "right marginals, wrong generator",
+        "the generator is wrong but the marginals are right",
         chain.transition_is_oracle,
         ShuffledThenMasked,
         OtherGeneratorOfSameMarginals,
     ),
     Fault(
-        "division by zero at a level of one node",
+        "a level of one node causes a division by zero",
         chain.transition_rows_are_distributions,
         lambda: build_with_parents(StochasticParents, SINGLE, 0.8),
         lambda: build_with_parents(DivisionByZeroNodes, SINGLE, 0.8),
     ),
     Fault(
-        "rates without a diagonal",
+        "the generator has no diagonal",
         chain.rates_rows_sum_to_zero,
         ShuffledThenMasked,
         RatesWithoutDiagonal,
     ),
     Fault(
-        "rates of the wrong sign", chain.rates_are_not_negative, ShuffledThenMasked, NegatedRates
+        "the rates have the wrong sign",
+        chain.rates_are_not_negative,
+        ShuffledThenMasked,
+        NegatedRates,
     ),
     Fault(
         "column returns the row",
@@ -184,49 +203,49 @@ FAULTS = [
         tree_on_pair(RowAsColumnRates),
     ),
     Fault(
-        "one exponential for all times",
+        "the transition is one matrix exponential",
         chain.transition_is_oracle,
         non_commuting(DenseProcess),
         non_commuting(OneExponential),
     ),
     Fault(
-        "transitions one level at a time",
+        "transitions rise by at most one level",
         chain.chapman_kolmogorov,
         tree_with_clock(CLOCK2),
         tree_with_clock(OneLevelAtATime((0.5, 1.0))),
     ),
     Fault(
-        "marginals faster than the rates",
+        "the marginal applies the noise twice",
         chain.marginal_follows_transitions,
         uniform_noise(MixtureProcess),
         uniform_noise(MarginalOfDoubleNoise),
     ),
     Fault(
-        "stochastic parents that lose mass",
+        "the marginal does not sum to 1",
         chain.total_probability,
         lambda: build_with_parents(StochasticParents, PAIR, 0.8),
         lambda: build_with_parents(WrongSharesOfParents, PAIR, 0.8),
     ),
     Fault(
-        "a prior that is not q_1",
+        "the prior is not q_1",
         chain.ends_as_declared,
         uniform_noise(MixtureProcess),
         uniform_noise(WrongPrior),
     ),
     Fault(
-        "a jump at the end",
+        "alpha jumps to 0 at t = 1",
         chain.ends_are_approached,
         lambda: MixtureProcess(UNMASKED, LinearSchedule(0.1), EVEN),
         lambda: MixtureProcess(UNMASKED, JumpAtTheEnd(0.1), EVEN),
     ),
     Fault(
-        "0/0 at the end",
+        "the marginal is 0/0 at t = 1",
         chain.safe_at_ends,
         uniform_noise(MixtureProcess),
         uniform_noise(NaNAtTheEnd),
     ),
     Fault(
-        "uneven noise treated as even",
+        "uneven noise counts as even",
         chain.total_probability,
         UnevenComponents,
         FalselyEvenComponents,

@@ -1,4 +1,4 @@
-"""Faults planted in clocks and schedules, each found by the law meant for it."""
+"""Faults planted in clocks and schedules; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ddiff.testing import clock, schedule
 
 
 class InflowWithoutFactor(LogTimeClock):
-    """beta_m' without 1/(gamma - 1), as published: right for gamma = 2 only."""
+    """Fault: the published formula for beta_m' lacks 1/(gamma - 1), correct for gamma = 2 only."""
 
     def inflow(self, t: Tensor) -> Tensor:
         return super().inflow(t) * torch.tensor([1.0, self.rates[0] - 1.0], dtype=torch.float64)
 
 
 class ByPartialFractions(LogTimeClock):
-    """Partial fractions for distinct rates, with the remaining mass at the root."""
+    """Fault: partial fractions lose all digits if two rates are nearly equal."""
 
     def pi(self, t: Tensor) -> Tensor:
         left, levels = (1.0 - t).log(), []
@@ -37,24 +37,28 @@ class ByPartialFractions(LogTimeClock):
 
 
 class ReversedEntryTime(LogTimeClock):
+    """Fault: `entry_time` uses 1 - u in place of u."""
+
     def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().entry_time(level, t, 1.0 - u)
 
 
 class ExcessMass(LogTimeClock):
+    """Fault: the level probabilities sum to more than 1."""
+
     def pi(self, t: Tensor) -> Tensor:
         return super().pi(t) * (1.0 + 1e-6 * t.unsqueeze(-1))
 
 
 class EarlierMasses(LogTimeClock):
-    """Masses of an earlier time: at t = 1 some are not at the root."""
+    """Fault: level probabilities are those of the earlier time 0.999 t."""
 
     def pi(self, t: Tensor) -> Tensor:
         return super().pi(0.999 * t)
 
 
 class ScaledCosine(CosineSchedule):
-    """Cosine scaled by 1 - eps, both the function and its derivative."""
+    """Correct cosine schedule, scaled by 1 - eps together with its derivative."""
 
     eps = 1e-3
 
@@ -71,51 +75,56 @@ class ScaledCosine(CosineSchedule):
 
 
 class ScaledFunctionOnly(ScaledCosine):
-    """As in a published cosine schedule; every bound is 0.1 % too high."""
+    """Fault: alpha is scaled and its derivative is not, as in a published schedule.
+
+    Every bound is then 0.1 % too high.
+    """
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return CosineSchedule.d_alpha(self, t)
 
 
 class IncreasingAlpha(PowerSchedule):
+    """Fault: alpha increases with t over a part of [0, 1]."""
+
     def alpha(self, t: Tensor) -> Tensor:
         return super().alpha(t) + 0.2 * (6.2831853 * 2.0 * t).sin() * t
 
 
 class SubtractedAlpha(PowerSchedule):
-    """1 - alpha by subtraction: at t = 1e-6 no digit of t^3 is left."""
+    """Fault: 1 - alpha is computed by subtraction, which loses all digits of t^3 at t = 1e-6."""
 
     one_minus_alpha = Schedule.one_minus_alpha
 
 
 FAULTS = [
     Fault(
-        "missing 1/(gamma-1)",
+        "the inflow lacks 1/(gamma - 1)",
         clock.inflow_is_growth,
         lambda: CLOCK2,
         lambda: InflowWithoutFactor((0.5, 1.0)),
     ),
     Fault(
-        "derivative without its 1-eps",
+        "the derivative lacks the factor 1 - eps",
         schedule.derivative_is_autograd,
         ScaledCosine,
         ScaledFunctionOnly,
     ),
     Fault(
-        "nearly equal rates by partial fractions",
+        "partial fractions lose digits for nearly equal rates",
         clock.inflow_is_growth,
         lambda: LogTimeClock((1.0, 1.0001, 0.7)),
         lambda: ByPartialFractions((1.0, 1.0001, 0.7)),
     ),
     Fault(
-        "a schedule falsely declared to close",
+        "the schedule does not reach 0 as declared",
         schedule.schedule_ends,
         LinearSchedule,
         lambda: FalselyClosing(0.01),
     ),
     Fault("alpha increases", schedule.alpha_decreases, PowerSchedule, IncreasingAlpha),
     Fault(
-        "digits lost near t = 0",
+        "1 - alpha loses its digits near t = 0",
         schedule.one_minus_alpha_is_accurate,
         lambda: PowerSchedule(3.0),
         lambda: SubtractedAlpha(3.0),
@@ -127,37 +136,37 @@ FAULTS = [
         lambda: InflowWithoutFactor((0.5, 1.0)),
     ),
     Fault(
-        "no two-level jumps in the transition",
+        "the transition has no two-level jumps",
         clock.clock_transition_is_oracle,
         lambda: CLOCK3,
         lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
     ),
     Fault(
-        "entry time of 1 - u",
+        "entry_time uses 1 - u",
         clock.entry_time_inverts,
         lambda: CLOCK2,
         lambda: ReversedEntryTime((0.5, 1.0)),
     ),
     Fault(
-        "masses above one",
+        "level probabilities sum to more than 1",
         clock.occupation_is_a_distribution,
         lambda: CLOCK2,
         lambda: ExcessMass((0.5, 1.0)),
     ),
     Fault(
-        "a clock falsely declared to close",
+        "the clock does not end at the root as declared",
         clock.clock_ends,
         lambda: CLOCK2,
         lambda: EarlierMasses((0.5, 1.0)),
     ),
     Fault(
-        "one level per step",
+        "transitions rise by at most one level",
         clock.clock_chapman_kolmogorov,
         lambda: CLOCK3,
         lambda: OneLevelAtATime((1.0, 2.0, 1.0)),
     ),
     Fault(
-        "masses of an earlier time",
+        "level probabilities are those of an earlier time",
         clock.occupation_follows_transitions,
         lambda: CLOCK2,
         lambda: EarlierMasses((0.5, 1.0)),

@@ -1,4 +1,4 @@
-"""Faults planted in the derived formulas and their edge cases, found by their laws."""
+"""Faults planted in the derived formulas and their edge cases; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddiff.testing import derived_formulas, edge_cases
 
 
 class SurpriseOfTheToken(TreeProcess):
-    """Charges for the leaf token at every node, instead of the next node down."""
+    """Fault: the divergence at a node is that of the leaf token instead of the node's child."""
 
     def _kl_below(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
@@ -39,7 +39,7 @@ class SurpriseOfTheToken(TreeProcess):
 
 
 class OneTermOfTheDivergence(TreeProcess):
-    """For xi < 1, the published loss keeps only the term of the true cluster."""
+    """Fault: for xi < 1, the divergence keeps only the term of the true cluster, as published."""
 
     def _kl_at_level(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: int
@@ -54,7 +54,7 @@ class OneTermOfTheDivergence(TreeProcess):
 
 
 class NoTwoLevelPosterior(TreeProcess):
-    """Posterior in which a mask becomes a cluster at most, never a leaf token."""
+    """Fault: in the posterior, a mask becomes a cluster but never a leaf token."""
 
     def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         log_probs = super().reverse_log_probs(log_p, zt, t, s)
@@ -64,12 +64,14 @@ class NoTwoLevelPosterior(TreeProcess):
 
 
 class NormalizedLikelihood(TreeProcess):
+    """Fault: likelihoods are normalized over the tokens."""
+
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         return super().log_likelihood(zt, t).log_softmax(-1)
 
 
 class DivergencePlusOne(MixtureProcess):
-    """KL + rho - ln rho without the -1, so that it is not 0 for the true token."""
+    """Fault: the divergence lacks the term -1, so it is not 0 for the true token."""
 
     def divergence(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
@@ -78,8 +80,10 @@ class DivergencePlusOne(MixtureProcess):
 
 
 class PublishedFactors(MixtureProcess):
-    """omega/q times (KL + rho - 1 - ln rho), as published: right density, wrong weight for
-    clipping."""
+    """Fault: weight and divergence are the published factors omega/q and KL + rho - 1 - ln rho.
+
+    Their product is the correct density, but the weight is wrong for a loss that clips weights.
+    """
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().weight(x0, zt, t) / self._elsewhere(x0, zt, interior(t))
@@ -89,12 +93,14 @@ class PublishedFactors(MixtureProcess):
 
 
 class DoubledDensity(TreeProcess):
+    """Fault: the density is doubled, but weight and divergence are not."""
+
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return 2.0 * super().density(prediction, x0, zt, t)
 
 
 class InfinityTimesZero(MixtureProcess):
-    """Masks inactive rows after the logarithm of a probability of 0 was taken."""
+    """Fault: inactive rows are masked after the logarithm of a probability of 0."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         surprise = prediction.log_prob(x0).exp().log() if not isinstance(prediction, Score) else 0.0
@@ -104,7 +110,7 @@ class InfinityTimesZero(MixtureProcess):
 
 
 class InfinityMinusInfinity(MixtureProcess):
-    """-ln P(x|z) as a difference of two logarithms that may both be infinite."""
+    """Fault: -ln P(x|z) is the difference of two logarithms that may both be infinite."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         joint = self._log_decode_weights(prediction, zt, t)
@@ -112,7 +118,7 @@ class InfinityMinusInfinity(MixtureProcess):
 
 
 class DoubledScoreDensity(MixtureProcess):
-    """Doubles the density of scores."""
+    """Fault: the density of scores is doubled."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         charged = super().density(prediction, x0, zt, t)
@@ -120,110 +126,112 @@ class DoubledScoreDensity(MixtureProcess):
 
 
 class ScopeOfItself(TreeProcess):
-    """Uses z itself as scope, even if it is a leaf token."""
+    """Fault: the scope of a leaf token is the token itself."""
 
     def scope(self, zt: Tensor) -> Tensor:
         return zt
 
 
 class TooFewTrainedParts(TreeProcess):
+    """Fault: `trained_part` is limited to the tokens below the node, although xi < 1."""
+
     def trained_part(self, zt: Tensor) -> Tensor:
         return torch.where(self.active(zt), int(TrainedPart.BELOW_NODE), int(TrainedPart.NONE))
 
 
 FAULTS = [
     Fault(
-        "-ln p(x) as decoding term",
+        "the decoding term is -ln p(x)",
         derived_formulas.decode_nll_is_derived,
         tree_on_pair(TreeProcess, 0.8),
         tree_on_pair(RawDecoding, 0.8),
     ),
     Fault(
-        "surprise of the leaf token at every level",
+        "the divergence at a node is that of the leaf token",
         derived_formulas.density_is_derived,
         tree_on_pair(TreeProcess),
         tree_on_pair(SurpriseOfTheToken),
     ),
     Fault(
-        "posterior without two-level jumps",
+        "the posterior has no two-level jumps",
         derived_formulas.posterior_is_bayes,
         tree_on_pair(TreeProcess),
         tree_on_pair(NoTwoLevelPosterior),
     ),
     Fault(
-        "one term of the divergence at the mask",
+        "the divergence at the mask has one term only",
         derived_formulas.density_is_derived,
         tree_on_pair(TreeProcess, 0.8),
         tree_on_pair(OneTermOfTheDivergence, 0.8),
     ),
     Fault(
-        "posterior of a later time",
+        "the posterior is that of a later time",
         derived_formulas.posterior_is_derived,
         lambda: NoTwoLevelPosterior(FlatVocabulary(3), LogTimeClock((1.0,))),
         uniform_noise(LatePosterior),
     ),
     Fault(
-        "normalized likelihoods",
+        "likelihoods are normalized over tokens",
         derived_formulas.likelihood_is_derived,
         tree_on_pair(TreeProcess),
         tree_on_pair(NormalizedLikelihood),
     ),
     Fault(
-        "divergence not 0 for the true token",
+        "the divergence is not 0 for the true token",
         derived_formulas.density_is_a_divergence,
         uniform_noise(MixtureProcess),
         uniform_noise(DivergencePlusOne),
     ),
     Fault(
-        "published weight and divergence",
+        "weight and divergence are the published factors",
         derived_formulas.weight_is_derived,
         uniform_noise(MixtureProcess),
         uniform_noise(PublishedFactors),
     ),
     Fault(
-        "infinity times zero in the gradient",
+        "the gradient is infinity times 0",
         edge_cases.gradients_are_finite,
         masking(MixtureProcess),
         masking(InfinityTimesZero),
     ),
     Fault(
-        "inf - inf",
+        "the decoding term is inf - inf",
         edge_cases.impossible_truth_is_bayes,
         masking(MixtureProcess),
         masking(InfinityMinusInfinity),
     ),
     Fault(
-        "factors that do not multiply to the density",
+        "weight times divergence is not the density",
         derived_formulas.weight_times_divergence_is_density,
         tree_on_pair(TreeProcess),
         tree_on_pair(DoubledDensity),
     ),
     Fault(
-        "doubled density of scores",
+        "the density of scores is doubled",
         derived_formulas.density_accepts_scores,
         uniform_noise(MixtureProcess),
         uniform_noise(DoubledScoreDensity),
     ),
     Fault(
-        "closing term of 0",
+        "the closing term is 0",
         derived_formulas.closing_kl_is_derived,
         tree_on_pair(TreeProcess),
         tree_on_pair(NoClosingTerm),
     ),
     Fault(
-        "inactive masks",
+        "masks are inactive",
         derived_formulas.active_covers_density,
         tree_on_pair(TreeProcess),
         tree_on_pair(InactiveMasks),
     ),
     Fault(
-        "scope without its siblings",
+        "the scope of a leaf token is the token",
         derived_formulas.scope_suffices,
         tree_on_pair(TreeProcess),
         tree_on_pair(ScopeOfItself),
     ),
     Fault(
-        "trained_part names too little",
+        "trained_part is too small",
         derived_formulas.trained_part_suffices,
         tree_on_pair(TreeProcess, 0.8),
         tree_on_pair(TooFewTrainedParts, 0.8),

@@ -1,4 +1,4 @@
-"""Faults planted in draws of a process, each found by the law meant for it."""
+"""Faults planted in the draws of a process; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ddiff.testing import draws
 
 
 class StepDrawsAtT(MixtureProcess):
-    """Step that draws from the marginal at t instead of s."""
+    """Fault: `step` draws from the marginal at t instead of s."""
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         return self._leave(query, zt, t, t, self._arrive_at(zt, s, t), u)
 
 
 class StepAcceptsAll(MixtureProcess):
-    """Step that accepts all candidate moves."""
+    """Fault: `step` accepts all candidate moves."""
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         arrive, before, now = self._arrive_at(zt, s, t), self.noise_at(zt, s), self.noise_at(zt, t)
@@ -32,7 +32,7 @@ class StepAcceptsAll(MixtureProcess):
 
 
 class SampleOneLevelOff(TreeProcess):
-    """Samples one level too low."""
+    """Fault: `sample` returns states that are one level too low."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         level = (u[:, :1] < self.clock.cdf(t)[:, :-1]).sum(-1)
@@ -40,19 +40,21 @@ class SampleOneLevelOff(TreeProcess):
 
 
 class UniformsOfNeighbours(TreeProcess):
-    """Draws from the right distribution, with the uniforms of the row before."""
+    """Fault: `sample` uses the uniforms of the previous row."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().sample(x0, t, u.roll(1, 0))
 
 
 class WritesIntoX0(TreeProcess):
+    """Fault: `sample` writes its result into the argument x0."""
+
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return x0.copy_(super().sample(x0, t, u))
 
 
 class StepOneLevelAtATime(TreeProcess):
-    """Step that descends at most one level: a mask never becomes a leaf token at once."""
+    """Fault: `step` descends at most one level, so a mask never becomes a leaf token."""
 
     def _draw_at_level(self, query: Query, zt: Tensor, target: Tensor, u: Tensor) -> Tensor:
         return super()._draw_at_level(
@@ -61,19 +63,23 @@ class StepOneLevelAtATime(TreeProcess):
 
 
 class MedianDecode(TreeProcess):
-    """Last draw with the uniform fixed at 0.5."""
+    """Fault: `decode` uses the uniform 0.5 for all rows."""
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().decode(query, zt, t, torch.full_like(u, 0.5))
 
 
 class TwoQueriesInAStep(TreeProcess):
+    """Fault: `step` queries the network twice."""
+
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         halfway = super().step(query, zt, t, (s + t) / 2.0, u)
         return super().step(query, halfway, (s + t) / 2.0, s, u)
 
 
 class QueryForNothing(MixtureProcess):
+    """Fault: `decode` queries the network once more and ignores the result."""
+
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         query(torch.arange(len(zt)), self.scope(zt), lambda prediction: torch.arange(len(zt)))
         return super().decode(query, zt, t, u)
@@ -81,19 +87,19 @@ class QueryForNothing(MixtureProcess):
 
 FAULTS = [
     Fault(
-        "sample one level too low",
+        "sample returns states one level too low",
         draws.sample_follows_marginal,
         tree_on_pair(TreeProcess),
         tree_on_pair(SampleOneLevelOff),
     ),
     Fault(
-        "step without two-level jumps",
+        "step has no two-level jumps",
         draws.step_follows_posterior,
         tree_on_pair(TreeProcess),
         tree_on_pair(StepOneLevelAtATime),
     ),
     Fault(
-        "uniforms of another row",
+        "sample uses the uniforms of another row",
         draws.draws_depend_on_own_uniforms,
         tree_on_pair(TreeProcess),
         tree_on_pair(UniformsOfNeighbours),
@@ -111,19 +117,19 @@ FAULTS = [
         uneven_noise(StepAcceptsAll),
     ),
     Fault(
-        "last draw without randomness",
+        "decode uses no randomness",
         draws.decode_follows_bayes,
         tree_on_pair(TreeProcess),
         tree_on_pair(MedianDecode),
     ),
     Fault(
-        "two queries in a step",
+        "step queries the network twice",
         draws.step_queries_once,
         tree_on_pair(TreeProcess),
         tree_on_pair(TwoQueriesInAStep),
     ),
     Fault(
-        "a query for nothing",
+        "decode queries the network without need",
         draws.decode_queries_once,
         uniform_noise(MixtureProcess),
         uniform_noise(QueryForNothing),

@@ -1,4 +1,4 @@
-"""Faults planted in the gidd and sedd processes, each found by the law meant for it."""
+"""Faults planted in the gidd and sedd processes; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -34,24 +34,28 @@ def mixed(
 
 
 class SnrWeight(GeneralizedInterpolation):
-    """The weight of a training loss in place of the bound's."""
+    """Fault: the weight is that of a training loss instead of the bound."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return Dynamic("snr").weight(self, x0, zt, t)
 
 
 class SigmoidWeight(GeneralizedInterpolation):
+    """Fault: the weight is the sigmoid weight of a training loss."""
+
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return Dynamic("sigmoid").weight(self, x0, zt, t)
 
 
 class ClippedBound(GeneralizedInterpolation):
+    """Fault: the weight of the bound is clipped at 2."""
+
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().weight(x0, zt, t).clamp(0.0, 2.0)
 
 
 class ConstantUniformNoise(GeneralizedInterpolation):
-    """The rates without c', as if the uniform noise were constant."""
+    """Fault: the rates lack c', as if the uniform noise c were constant."""
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         slope = super().d_coefficients(t)
@@ -59,7 +63,7 @@ class ConstantUniformNoise(GeneralizedInterpolation):
 
 
 class MissingGamma(GeneralizedInterpolation):
-    """(v^g)' = -v^(g-1), as published in an older version: right for g = 1 only."""
+    """Fault: the derivative of v^g lacks the factor g, as published; correct for g = 1 only."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return super().d_alpha(t) + self._missing(t) * (1.0 - self.alpha(t))
@@ -68,28 +72,28 @@ class MissingGamma(GeneralizedInterpolation):
         return super().d_coefficients(t) - self._missing(t).unsqueeze(-1) * self.coefficients(t)
 
     def _missing(self, t: Tensor) -> Tensor:
-        """(g - 1) v^(g-1)/C, both with the factor that makes the token end at t = 1."""
+        """Return (g - 1) v^(g-1)/C, the error of the derivative."""
         gamma = self.mixing.gamma
         left = 1.0 - t + self.mixing.per_token ** (2.0 / gamma)
         return (gamma - 1.0) * left ** (gamma - 1.0) * self.coefficients(t)[:, 0] / t**gamma
 
 
 class DivergencePlusOne(GeneralizedInterpolation):
-    """The older form, KL + rho - ln rho, without the -1."""
+    """Fault: the divergence lacks the term -1, as in an older version of the paper."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(prediction, x0, zt, t) + 1.0
 
 
 class InactiveTokens(GeneralizedInterpolation):
-    """Charges rows at masks only, as if visible tokens were never wrong."""
+    """Fault: only masked rows are active, as if visible tokens were always correct."""
 
     def active(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root
 
 
 class FreeDecodingOfTokens(GeneralizedInterpolation):
-    """Takes a visible token at the end for the clean token, although noise may have replaced it."""
+    """Fault: the decoding term of visible tokens is 0, although noise may have replaced them."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(
@@ -118,7 +122,7 @@ def _as(kind: type[MixtureProcess], process: MixtureProcess) -> MixtureProcess:
 
 
 class UnscaledScores(MixtureProcess):  # type: ignore[misc]
-    """Ratios to the mask without 1/(e^sigma - 1): p in place of p/(e^sigma - 1)."""
+    """Fault: the score at the mask is p instead of p/(e^sigma - 1)."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(prediction, Score):
@@ -129,7 +133,7 @@ class UnscaledScores(MixtureProcess):  # type: ignore[misc]
 
 
 class ScoresOfHalfTheNoise(MixtureProcess):  # type: ignore[misc]
-    """The ratios of e^(sigma/2) in place of those of e^sigma."""
+    """Fault: the score is that of half the noise sigma."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(
@@ -141,7 +145,7 @@ class ScoresOfHalfTheNoise(MixtureProcess):  # type: ignore[misc]
 
 
 class FalselyClosing(MixtureProcess):  # type: ignore[misc]
-    """Geometric noise, declared to end at the prior and to start at the clean token."""
+    """Fault: geometric noise is declared to reach the clean token and the prior."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -149,120 +153,127 @@ class FalselyClosing(MixtureProcess):  # type: ignore[misc]
 
 
 class SlopeWithoutLogarithm(GeometricSchedule):  # type: ignore[misc]
-    """d sigma/dt without ln(sigma_max/sigma_min)."""
+    """Fault: d sigma/dt lacks the factor ln(sigma_max/sigma_min)."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.sigma(t) * self.alpha(t)
 
 
 class FalselyClosingAtClean(GeometricSchedule):  # type: ignore[misc]
-    """Noise that starts before t = 0, declared to start at the clean token."""
+    """Fault: a schedule with noise at t = 0 declares that it starts at the clean token."""
 
     closes_at_clean = True
 
 
 class SubtractedAlpha(GeometricSchedule):  # type: ignore[misc]
+    """Fault: 1 - alpha is computed by subtraction, which loses digits at low noise."""
+
     one_minus_alpha = Schedule.one_minus_alpha
 
 
 FAULTS = [
     Fault(
-        "snr weight in the density",
+        "the density has the snr weight",
         derived_formulas.density_is_derived,
         mixed,
         lambda: mixed(SnrWeight),
     ),
-    Fault("snr weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(SnrWeight)),
+    Fault("the bound has the snr weight", bound.constant_denoiser, mixed, lambda: mixed(SnrWeight)),
     Fault(
-        "sigmoid weight in the bound",
+        "the bound has the sigmoid weight",
         bound.entropy_equality,
         mixed,
         lambda: mixed(SigmoidWeight),
     ),
     Fault(
-        "clipped weight in the bound", bound.constant_denoiser, mixed, lambda: mixed(ClippedBound)
+        "the bound has a clipped weight",
+        bound.constant_denoiser,
+        mixed,
+        lambda: mixed(ClippedBound),
     ),
     Fault(
-        "c' missing in the rates",
+        "the rates lack c'",
         chain.transition_is_oracle,
         mixed,
         lambda: mixed(ConstantUniformNoise),
     ),
     Fault(
-        "c' missing in the bound",
+        "the bound lacks c'",
         bound.constant_denoiser,
         mixed,
         lambda: mixed(ConstantUniformNoise),
     ),
     Fault(
-        "gamma missing in (v^gamma)', rates",
+        "(v^gamma)' lacks gamma in the rates",
         chain.transition_is_oracle,
         lambda: mixed(gamma=2.0, form="original"),
         lambda: mixed(MissingGamma, 2.0, "original"),
     ),
     Fault(
-        "gamma missing in (v^gamma)', bound",
+        "(v^gamma)' lacks gamma in the bound",
         bound.constant_denoiser,
         lambda: mixed(gamma=2.0, form="original"),
         lambda: mixed(MissingGamma, 2.0, "original"),
     ),
     Fault(
-        "rho - ln rho without -1",
+        "the divergence lacks the term -1",
         derived_formulas.density_is_a_divergence,
         mixed,
         lambda: mixed(DivergencePlusOne),
     ),
-    Fault("inactive tokens", bound.entropy_equality, mixed, lambda: mixed(InactiveTokens)),
     Fault(
-        "no decoding term at tokens",
+        "visible tokens are inactive", bound.entropy_equality, mixed, lambda: mixed(InactiveTokens)
+    ),
+    Fault(
+        "visible tokens have no decoding term",
         derived_formulas.decode_nll_is_derived,
         mixed,
         lambda: mixed(FreeDecodingOfTokens),
     ),
     Fault(
-        "no decoding term at tokens, in the bound",
+        "the bound has no decoding term at visible tokens",
         bound.constant_denoiser,
         mixed,
         lambda: mixed(FreeDecodingOfTokens),
     ),
     Fault(
-        "e^sigma - 1 missing",
+        "the score lacks 1/(e^sigma - 1)",
         derived_formulas.density_accepts_scores,
         absorbing,
         lambda: absorbing(UnscaledScores),
     ),
     Fault(
-        "ratios of half the noise",
+        "the score is that of half the noise",
         derived_formulas.density_accepts_scores,
         uniform,
         lambda: uniform(ScoresOfHalfTheNoise),
     ),
     Fault(
-        "falsely declared to close",
+        "the process does not end as declared",
         chain.ends_as_declared,
         uniform,
         lambda: uniform(FalselyClosing),
     ),
     Fault(
-        "sigma' without its logarithm",
+        "sigma' lacks its logarithm",
         schedule.derivative_is_autograd,
         lambda: GeometricSchedule(0.05, 3.0),
         lambda: SlopeWithoutLogarithm(0.05, 3.0),
     ),
     Fault(
-        "sigma' without its logarithm, integrated",
+        "the integral of sigma' lacks its logarithm",
         schedule.one_minus_alpha_is_accurate,
         GeometricSchedule,
         lambda: SlopeWithoutLogarithm(),
     ),
     Fault(
-        "noise before t = 0, not declared",
+        "the schedule has undeclared noise at t = 0",
         schedule.schedule_ends,
         GeometricSchedule,
         FalselyClosingAtClean,
     ),
     Fault(
-        "digits lost at low noise",
+        "1 - alpha loses its digits at low noise",
         schedule.one_minus_alpha_is_accurate,
         lambda: GeometricSchedule(1e-9, 1.0),
         lambda: SubtractedAlpha(1e-9, 1.0),
@@ -277,15 +288,15 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_full_conditional_breaks_entropy_equality(form: Form) -> None:
-    """Plain cross-entropy at visible rows trains P(x|z), which includes the row's own evidence."""
+def test_entropy_law_detects_full_conditional(form: Form) -> None:
+    """Cross-entropy at visible tokens trains P(x|z), which includes the own state of the row."""
     process = mixed(form=form)
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
-def test_only_scaled_ratios_give_the_density_of_the_distribution() -> None:
-    """A head that outputs ln p + ln V gives the score of p with the scale, and not without it."""
+def test_ratio_head_gives_exact_density_only_if_scaled() -> None:
+    """A head that outputs ln p + ln V gives the score of p only with the scale."""
     process = absorbing()
     rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))

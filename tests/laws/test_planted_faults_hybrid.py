@@ -1,4 +1,4 @@
-"""Faults planted in the hybrid processes, each found by the law meant for it."""
+"""Faults planted in the hybrid processes; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def epsilon_hybrid(kind: type[EpsilonHybrid] = EpsilonHybrid) -> Callable[[], Ep
 
 @law("rates = the paper's", tolerance=1e-12)
 def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
-    """Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ] with (1 - gamma) sigma' = 1/(1 - t);
-    relative rounding.
+    """Check that the rates Q_t are those of the paper.
 
-    No law of the kit detects a change of rates and transitions together.
+    As a formula: Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ] with (1 - gamma) sigma' =
+    1/(1 - t). No law of the kit detects a fault that changes rates and transitions together.
+    Tolerance 1e-12: relative rounding.
     """
     t = times(INNER)
     mixed = -torch.eye(NUM_TOKENS + 1, dtype=torch.float64)
@@ -58,7 +59,7 @@ def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
 
 
 class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
-    """The loss of the published code, used as the density."""
+    """Fault: the density is the loss of the published code."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -72,7 +73,7 @@ class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
 
 
 class TotalNoiseInDensity(GammaHybrid):  # type: ignore[misc]
-    """e^sigma in place of e^{gamma sigma}, in the density at visible tokens."""
+    """Fault: the density at visible tokens uses e^sigma in place of e^(gamma sigma)."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         own = self.uniform
@@ -87,17 +88,19 @@ class TotalNoiseInDensity(GammaHybrid):  # type: ignore[misc]
 
 
 class TotalNoiseInSample(GammaHybrid):  # type: ignore[misc]
+    """Fault: `sample` uses e^sigma in place of e^(gamma sigma)."""
+
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._corrupt(x0, self.visible.one_minus_alpha(t), _all(self).one_minus_alpha(t), u)
 
 
 def _all(process: GammaHybrid) -> PowerOf:
-    """e^-sigma."""
+    """Return the schedule with alpha = e^-sigma."""
     return PowerOf(process.noise, process.masking + process.redrawing)
 
 
 class InterpolatingRates(GammaHybrid):  # type: ignore[misc]
-    """The interpolating process with the same marginals: tokens arrive from the mask."""
+    """Fault: the rates are those of an interpolating process with the same marginals."""
 
     def rates(self, t: Tensor) -> Kernel:
         t = interior(t)
@@ -108,7 +111,7 @@ class InterpolatingRates(GammaHybrid):  # type: ignore[misc]
 
 
 class InterpolatingTransitions(InterpolatingRates):
-    """Rates and transitions of the interpolating process."""
+    """Fault: rates and transitions are those of an interpolating process."""
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         left = torch.where(s < t, (1.0 - t) / (1.0 - s), 1.0) ** (self.masking + self.redrawing)
@@ -123,7 +126,7 @@ class InterpolatingTransitions(InterpolatingRates):
 
 
 class RevealsPredictedToken(GammaHybrid):  # type: ignore[misc]
-    """Reveals masks as clean tokens, although tokens may be redrawn before they are masked."""
+    """Fault: masks become clean tokens, although tokens may be redrawn before they are masked."""
 
     def _move(
         self,
@@ -148,7 +151,7 @@ class RevealsPredictedToken(GammaHybrid):  # type: ignore[misc]
 
 
 class ScoreWithoutEvidence(GammaHybrid):  # type: ignore[misc]
-    """Draws from a score without the evidence of the row's own state."""
+    """Fault: `decode` with a score ignores the own state of the row."""
 
     def decode(self, query: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         def draw(prediction: Any, z: Tensor, u: Tensor) -> Tensor:
@@ -160,7 +163,7 @@ class ScoreWithoutEvidence(GammaHybrid):  # type: ignore[misc]
 
 
 class FreeDecoding(EpsilonHybrid):  # type: ignore[misc]
-    """Leaves out the decoding term of redrawn tokens."""
+    """Fault: the decoding term of redrawn tokens is 0."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(
@@ -169,7 +172,7 @@ class FreeDecoding(EpsilonHybrid):  # type: ignore[misc]
 
 
 class RawDecoding(EpsilonHybrid):  # type: ignore[misc]
-    """-ln p(x) in place of -ln P(x | z)."""
+    """Fault: the decoding term is -ln p(x) instead of -ln P(x|z)."""
 
     def decode_nll(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
@@ -178,13 +181,15 @@ class RawDecoding(EpsilonHybrid):  # type: ignore[misc]
 
 
 class FalselyClosing(EpsilonHybrid):  # type: ignore[misc]
+    """Fault: the process declares that it starts at the clean token."""
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.closes_at_clean = True
 
 
 class NeverRedrawnAsItself(EpsilonHybrid):  # type: ignore[misc]
-    """A redrawn token is never the same token."""
+    """Fault: a redrawn token is never the same token."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         drawn = super().sample(x0, t, u)
@@ -194,79 +199,79 @@ class NeverRedrawnAsItself(EpsilonHybrid):  # type: ignore[misc]
 
 FAULTS = [
     Fault(
-        "published loss as density",
+        "the density is the published loss",
         derived_formulas.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(PublishedAsBound),
     ),
     Fault(
-        "published loss as density, in the bound",
+        "the bound has the published loss as density",
         bound.constant_denoiser,
         gamma_hybrid(),
         gamma_hybrid(PublishedAsBound),
     ),
     Fault(
-        "e^sigma for e^(gamma sigma)",
+        "the density has e^sigma for e^(gamma sigma)",
         derived_formulas.density_is_derived,
         gamma_hybrid(),
         gamma_hybrid(TotalNoiseInDensity),
     ),
     Fault(
-        "e^sigma for e^(gamma sigma) in samples",
+        "samples have e^sigma for e^(gamma sigma)",
         draws.sample_follows_marginal,
         gamma_hybrid(),
         gamma_hybrid(TotalNoiseInSample),
     ),
     Fault(
-        "interpolating rates",
+        "the rates are interpolating",
         chain.transition_is_oracle,
         gamma_hybrid(),
         gamma_hybrid(InterpolatingRates),
     ),
     Fault(
-        "interpolating rates and transitions",
+        "rates and transitions are interpolating",
         rates_are_the_papers,
         gamma_hybrid(),
         gamma_hybrid(InterpolatingTransitions),
     ),
     Fault(
-        "masks reveal clean tokens",
+        "masks become clean tokens",
         draws.step_follows_posterior,
         gamma_hybrid(),
         gamma_hybrid(RevealsPredictedToken),
     ),
     Fault(
-        "score drawn without own evidence",
+        "decode with a score ignores the own state",
         reverse_process.scores_are_decoded,
         gamma_hybrid(),
         gamma_hybrid(ScoreWithoutEvidence),
     ),
     Fault(
-        "no decoding term",
+        "the decoding term is missing",
         derived_formulas.decode_nll_is_derived,
         epsilon_hybrid(),
         epsilon_hybrid(FreeDecoding),
     ),
     Fault(
-        "no decoding term, in the bound",
+        "the bound has no decoding term",
         bound.constant_denoiser,
         epsilon_hybrid(),
         epsilon_hybrid(FreeDecoding),
     ),
     Fault(
-        "-ln p(x) as decoding term",
+        "the decoding term is -ln p(x)",
         bound.constant_denoiser,
         epsilon_hybrid(),
         epsilon_hybrid(RawDecoding),
     ),
     Fault(
-        "falsely declared to close",
+        "the process does not end as declared",
         chain.ends_as_declared,
         epsilon_hybrid(),
         epsilon_hybrid(FalselyClosing),
     ),
     Fault(
-        "never redrawn as itself",
+        "a token is never redrawn as itself",
         draws.sample_follows_marginal,
         epsilon_hybrid(),
         epsilon_hybrid(NeverRedrawnAsItself),
@@ -279,9 +284,8 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
-def test_only_pinned_rates_detect_interpolating_transitions() -> None:
-    """A chain with another generator everywhere is consistent, so its rates are compared with the
-    paper's."""
+def test_only_paper_rates_detect_interpolating_chain() -> None:
+    """A consistent chain with another generator obeys all other laws."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (
         chain.transition_is_oracle,
@@ -295,18 +299,23 @@ def test_only_pinned_rates_detect_interpolating_transitions() -> None:
 @pytest.mark.parametrize(
     "process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"]
 )
-def test_full_conditional_breaks_entropy_equality(
+def test_entropy_law_detects_full_conditional(
     process: Any,
 ) -> None:
-    """The published epsilon-loss trains the full conditional; the engine needs the rest
-    conditional."""
+    """The published epsilon loss trains the conditional given all states.
+
+    The bound requires the conditional given the other states.
+    """
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05  # nats
 
 
 def test_published_epsilon_loss_is_minimal_for_full_conditional() -> None:
-    """At a visible token its expected cross-entropy is minimal for P(x | z). The rest conditional
-    does worse in its place, and exactly as well once the own evidence is multiplied in."""
+    """The expected cross-entropy at a visible token is minimal for the full conditional P(x | z).
+
+    The conditional given the other states is worse, and equal after multiplication by the own
+    evidence.
+    """
     process = epsilon_hybrid()()
     log_joint = random_joint(NUM_TOKENS)
     t = times((0.4,))

@@ -1,4 +1,4 @@
-"""Faults planted in information time, each found by the law meant for it."""
+"""Faults planted in information time; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ddiff.testing import information
 
 
 class InformationWithoutNodes(TreeProcess):  # type: ignore[misc]
-    """Leaves out the information of clusters about their tokens."""
+    """Fault: the information that clusters have about their tokens is left out."""
 
     def information(self, t: Tensor) -> Tensor:
         return self.clock.pi(t)[:, 0] * math.log(self.vocabulary.num_tokens)
 
 
 class HalfSpeedClock:
-    """Times of another clock with half their speed."""
+    """Fault: the speed dt/dtau is half the true speed."""
 
     def __init__(self, clock: InformationTime) -> None:
         self.clock = clock
@@ -33,6 +33,8 @@ class HalfSpeedClock:
 
 
 class HalfSpeedTree(TreeProcess):  # type: ignore[misc]
+    """Fault: the information time is a `HalfSpeedClock`."""
+
     @property
     def information_time(self) -> Any:  # type: ignore[override]
         return HalfSpeedClock(
@@ -41,7 +43,7 @@ class HalfSpeedTree(TreeProcess):  # type: ignore[misc]
 
 
 class EvenTimesForEarlyMasks(TreeProcess):  # type: ignore[misc]
-    """Times are drawn evenly in t, although t^0.3 of the tokens are masked by t."""
+    """Fault: times are uniform in t, although the fraction t^0.3 of tokens is masked by time t."""
 
     @property
     def information_time(self) -> Any:  # type: ignore[override]
@@ -50,25 +52,25 @@ class EvenTimesForEarlyMasks(TreeProcess):  # type: ignore[misc]
 
 FAULTS = [
     Fault(
-        "information without that of clusters",
+        "the information of clusters is left out",
         information.information_is_enumerated,
         tree_on_pair(TreeProcess),
         tree_on_pair(InformationWithoutNodes),
     ),
     Fault(
-        "half the speed",
+        "the speed is halved",
         information.clock_is_a_time_change,
         tree_on_pair(TreeProcess),
         tree_on_pair(HalfSpeedTree),
     ),
     Fault(
-        "even times for early masks",
+        "times are uniform although masks are early",
         information.tau_is_the_share_lost,
         power_masking(TreeProcess),
         power_masking(EvenTimesForEarlyMasks),
     ),
     Fault(
-        "even times for early masks, variance",
+        "uniform times have a large variance at the ends",
         information.variance_has_no_tail,
         power_masking(TreeProcess),
         power_masking(EvenTimesForEarlyMasks),

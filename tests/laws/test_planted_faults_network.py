@@ -1,4 +1,4 @@
-"""Faults planted in clean distributions, heads and denoisers, found by their laws."""
+"""Faults planted in clean distributions, heads and denoisers; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddiff.testing import clean_distribution, denoiser, head
 
 
 class UnnormalizedDistribution(SubtreeDistribution):
-    """Logits that are not normalized among siblings."""
+    """Fault: the probabilities of a level do not sum to 1."""
 
     def log_below(self, level: int) -> Tensor:
         width = len(clean_distribution.below(self.vocabulary, self.top, level))
@@ -26,7 +26,7 @@ class UnnormalizedDistribution(SubtreeDistribution):
 
 
 class NormalizedDistribution(UnnormalizedDistribution):
-    """The healthy counterpart: normalized tokens, and nodes as their sums."""
+    """Correct counterpart: normalized tokens, and nodes with the sums over their tokens."""
 
     def log_below(self, level: int) -> Tensor:
         words = super().log_below(0).log_softmax(-1)
@@ -36,26 +36,28 @@ class NormalizedDistribution(UnnormalizedDistribution):
 
 
 class JointAsConditional(NormalizedDistribution):
+    """Fault: `log_child` is the joint probability instead of the conditional probability."""
+
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
         return self.log_prob(child)
 
 
 class StepFromTop(NormalizedDistribution):
-    """log_step from the top, even if the row is already at the node."""
+    """Fault: `log_step` starts at the top node instead of the row's node."""
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         return self.log_prob(child)
 
 
 class DrawsBelowTop(NormalizedDistribution):
-    """Draws below the top, whatever node a row is at."""
+    """Fault: `draw` draws below the top node instead of the row's node."""
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         return super().draw(torch.full_like(node, self.top), level, u)
 
 
 class ReversedTokens(TreeHead):
-    """Reverses the tokens below a node."""
+    """Fault: the tokens below a node are in reverse order."""
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         def flipped(a, b):
@@ -65,95 +67,101 @@ class ReversedTokens(TreeHead):
 
 
 class DetachedHiddenStates(TokenHead):
-    """Head that passes no gradient to the backbone."""
+    """Fault: the head passes no gradient to the backbone."""
 
     def total(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
         return super().total(hidden.detach() + 0.0 * hidden, node, fn)
 
 
 class FirstRowForAll(TokenHead):
+    """Fault: the head returns the result of the first row for all rows."""
+
     def query(self, hidden: Tensor, node: Tensor, fn: Any) -> Any:
         predictions = super().query(hidden, node, fn)
         return tuple(prediction[:1].expand_as(prediction) for prediction in predictions)
 
 
 class LogitsAsLogProbs(TokenHead):
-    """Head that returns logits as log-probabilities."""
+    """Fault: the head returns logits as log-probabilities."""
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         return DenseDistribution(logits(0, self.vocabulary.num_tokens), self.vocabulary)
 
 
 class BatchNormalized(MeanBackbone):
+    """Fault: hidden states depend on the mean over the batch."""
+
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         hidden = super().forward(ids, t, context)
         return hidden - hidden.mean((0, 1))
 
 
 class IgnoresMasks(MeanBackbone):
+    """Fault: the backbone ignores padding and document boundaries."""
+
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         return super().forward(ids, t, Context())
 
 
 FAULTS = [
     Fault(
-        "joint in place of conditional probabilities",
+        "log_child is a joint probability",
         clean_distribution.children_are_conditional,
         lambda: NormalizedDistribution(THREE, THREE.root),
         lambda: JointAsConditional(THREE, THREE.root),
     ),
     Fault(
-        "log_step from the top",
+        "log_step starts at the top node",
         clean_distribution.children_are_conditional,
         lambda: NormalizedDistribution(THREE, THREE.root),
         lambda: StepFromTop(THREE, THREE.root),
     ),
     Fault(
-        "draws below the top",
+        "draw starts at the top node",
         clean_distribution.draws_follow_distribution,
         lambda: NormalizedDistribution(THREE, THREE.root),
         lambda: DrawsBelowTop(THREE, THREE.root),
     ),
     Fault(
-        "logits as log-probabilities",
+        "the head returns logits as log-probabilities",
         denoiser.rows_have_distributions,
         lambda: build_denoiser(MeanBackbone),
         lambda: build_denoiser(MeanBackbone, LogitsAsLogProbs),
         {"process": ONE_LEVEL},
     ),
     Fault(
-        "unnormalized distribution",
+        "probabilities do not sum to 1",
         clean_distribution.masses_add_up,
         lambda: NormalizedDistribution(THREE, THREE.root),
         lambda: UnnormalizedDistribution(THREE, THREE.root),
     ),
     Fault(
-        "reversed tokens below a node",
+        "tokens below a node are reversed",
         head.scopes_agree,
         lambda: TreeHead(PAIR, 4, "tied"),
         lambda: ReversedTokens(PAIR, 4, "tied"),
     ),
     Fault(
-        "no gradient to the backbone",
+        "the backbone gets no gradient",
         head.gradients_agree,
         lambda: TokenHead(PAIR, 4),
         lambda: DetachedHiddenStates(PAIR, 4),
     ),
     Fault(
-        "first row's result for all rows",
+        "all rows get the result of the first row",
         head.chunks_agree,
         lambda: TokenHead(PAIR, 4),
         lambda: FirstRowForAll(PAIR, 4),
     ),
     Fault(
-        "batch statistics",
+        "hidden states depend on the batch mean",
         denoiser.batches_agree,
         lambda: build_denoiser(MeanBackbone),
         lambda: build_denoiser(BatchNormalized),
         {"process": ONE_LEVEL},
     ),
     Fault(
-        "padding is attended to",
+        "positions attend to padding",
         denoiser.padding_is_invisible,
         lambda: build_denoiser(MeanBackbone),
         lambda: build_denoiser(IgnoresMasks),
@@ -174,7 +182,7 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
-def test_unconverted_full_conditional_breaks_evidence_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_law_detects_unconverted_full_conditional(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddiff.nn import parameterization as engine
 
     given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), parameterization="all")

@@ -1,4 +1,4 @@
-"""Faults planted in the chain in reverse time, each found by the law meant for it."""
+"""Faults planted in the reverse-time chain; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from ddiff.testing import reverse_process
 
 
 class DecodedWithoutNoise(MixtureProcess):
-    """Decodes a score by the probabilities of its tokens, ignoring that noise is mixed in."""
+    """Fault: `tweedie` returns the normalized score of the tokens and ignores the noise."""
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         return score.log_ratio[:, : self.vocabulary.num_tokens].log_softmax(-1)
 
 
 class FromNoisyStart(MixtureProcess):
-    """Operator that starts at z_0, which is already noisy."""
+    """Fault: `from_clean` starts at z_0, which is already noisy."""
 
     def from_clean(self, t: Tensor) -> Kernel:
         return self.transition(torch.zeros_like(t), t)
 
 
 class AlphaAsStayProbability(MixtureProcess):
-    """Counts a token that noise replaces by itself as changed."""
+    """Fault: `stay_probability` leaves out tokens that noise replaces by themselves."""
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         return self.alpha(t)
 
 
 class DecodedWithoutEvidence(MixtureProcess):
-    """Decodes a score without the evidence of the row's own state."""
+    """Fault: `decode_nll` of a score ignores the own state of the row."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if not isinstance(prediction, Score):
@@ -58,7 +58,7 @@ class DecodedWithoutEvidence(MixtureProcess):
 
 
 class ForwardRatesOut(MixtureProcess):
-    """Q[z,y] in place of Q[y,z]."""
+    """Fault: reverse rates use Q[z,y] in place of Q[y,z]."""
 
     def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
         outward = self.rates(t).row(zt).scatter(-1, zt.unsqueeze(-1), 0.0)
@@ -66,65 +66,77 @@ class ForwardRatesOut(MixtureProcess):
 
 
 class HalvedRates(MixtureProcess):
+    """Fault: reverse rates are half the true rates."""
+
     def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
         return 0.5 * super().reverse_rates(prediction, zt, t)
 
 
 class ForwardStepFromZero(TreeProcess):
+    """Fault: `forward_step` starts at time 0 instead of s."""
+
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().forward_step(zs, torch.zeros_like(s), t, u)
 
 
 class ParentsOfTheWrongLevel(TreeProcess):
-    """Draws wrong parents as if every row started at its leaf token."""
+    """Fault: wrong parents are drawn as if every row started at its leaf token."""
 
     def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
         return super()._draw_stray(ancestor, 0, j, u)
 
 
 class AcceptEveryEvent(MixtureProcess):
-    """No thinning: every candidate event is accepted."""
+    """Fault: every candidate event is accepted."""
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().event(query, zt, t, u * torch.tensor([0.0, 1.0], dtype=torch.float64))
 
 
 class EventsSkipLevels(TreeProcess):
-    """An event reveals the leaf token and skips the clusters."""
+    """Fault: an event reveals the leaf token and skips the clusters."""
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self.decode(query, zt, t, u)
 
 
 class EventsAtDoubleRate(TreeProcess):
-    """Candidate events at twice the rate."""
+    """Fault: candidate events occur at twice the rate."""
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().event_time(zt, t, u.sqrt())
 
 
 class MissedEvents(MixtureProcess):
+    """Fault: `event_time` finds no event for token 0."""
+
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return torch.where(zt == 0, 0.0, super().event_time(zt, t, u))
 
 
 class TwoQueriesInAnEvent(TreeProcess):
+    """Fault: `event` queries the network twice."""
+
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().event(query, super().event(query, zt, t, u), t, u)
 
 
 class FalselyMonotone(TreeProcess):
-    """Declares monotone although clusters may be wrong."""
+    """Fault: the process declares itself monotone, although clusters may be wrong."""
 
     is_monotone = True
 
 
 class DiagonalSolveKernel(InterpolatingKernel):
+    """Fault: `solve` divides by the diagonal."""
+
     def solve(self, vector: Tensor) -> Tensor:
         return vector / self.stay.unsqueeze(-1)
 
 
 class DiagonalSolve(MixtureProcess):
+    """Fault: the transition has the kernel `DiagonalSolveKernel`."""
+
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         kernel = super().transition(s, t)
         return DiagonalSolveKernel(kernel.stay, kernel.arrive)  # type: ignore[attr-defined]
@@ -132,61 +144,61 @@ class DiagonalSolve(MixtureProcess):
 
 FAULTS = [
     Fault(
-        "score decoded as if there were no noise",
+        "tweedie ignores the noise",
         reverse_process.scores_decode_to_posterior,
         uniform_noise(MixtureProcess),
         uniform_noise(DecodedWithoutNoise),
     ),
     Fault(
-        "operator from z_0 instead of x",
+        "from_clean starts at z_0 instead of x",
         reverse_process.from_clean_is_marginal,
         noisy_from_the_start(MixtureProcess),
         noisy_from_the_start(FromNoisyStart),
     ),
     Fault(
-        "alpha in place of q(x|x)",
+        "stay_probability is alpha instead of q(x|x)",
         reverse_process.stay_probability_is_derived,
         uniform_noise(MixtureProcess),
         uniform_noise(AlphaAsStayProbability),
     ),
     Fault(
-        "score decoded without own evidence",
+        "decode_nll of a score ignores the own state",
         reverse_process.scores_at_ends,
         uneven_noise(MixtureProcess),
         uneven_noise(DecodedWithoutEvidence),
     ),
     Fault(
-        "forward rates out of the state",
+        "reverse rates use the forward rates out of the state",
         reverse_process.reverse_flows_balance,
         uneven_noise(MixtureProcess),
         uneven_noise(ForwardRatesOut),
     ),
     Fault(
-        "halved rates",
+        "reverse rates are halved",
         reverse_process.reverse_rates_make_density,
         uneven_noise(MixtureProcess),
         uneven_noise(HalvedRates),
     ),
     Fault(
-        "posterior of a later time",
+        "the posterior is that of a later time",
         reverse_process.reverse_rates_make_posterior,
         uneven_noise(MixtureProcess),
         uneven_noise(LatePosterior),
     ),
     Fault(
-        "forward step from time 0",
+        "forward_step starts at time 0",
         reverse_process.forward_step_follows_transition,
         tree_on_pair(TreeProcess),
         tree_on_pair(ForwardStepFromZero),
     ),
     Fault(
-        "wrong parents of the wrong level",
+        "wrong parents are drawn for the wrong level",
         reverse_process.forward_step_follows_transition,
         lambda: TreeProcess(THREE, CLOCK3, (0.8, 0.7)),
         lambda: ParentsOfTheWrongLevel(THREE, CLOCK3, (0.8, 0.7)),
     ),
     Fault(
-        "every candidate event accepted",
+        "every candidate event is accepted",
         reverse_process.events_follow_reverse_rates,
         uneven_noise(MixtureProcess),
         uneven_noise(AcceptEveryEvent),
@@ -198,25 +210,25 @@ FAULTS = [
         tree_on_pair(EventsSkipLevels),
     ),
     Fault(
-        "events at double rate",
+        "events occur at twice the rate",
         reverse_process.events_follow_reverse_rates,
         tree_on_pair(TreeProcess),
         tree_on_pair(EventsAtDoubleRate),
     ),
     Fault(
-        "missed events",
+        "event_time misses events",
         reverse_process.events_follow_reverse_rates,
         uneven_noise(MixtureProcess),
         uneven_noise(MissedEvents),
     ),
     Fault(
-        "two queries in an event",
+        "event queries the network twice",
         reverse_process.events_query_once,
         tree_on_pair(TreeProcess),
         tree_on_pair(TwoQueriesInAnEvent),
     ),
     Fault(
-        "falsely declared monotone",
+        "the process is not monotone as declared",
         reverse_process.monotone_moves_reveal,
         tree_on_pair(TreeProcess),
         tree_on_pair(FalselyMonotone, 0.8),

@@ -1,4 +1,4 @@
-"""Faults planted in time rules, each found by the law meant for it."""
+"""Faults planted in time rules; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddiff.testing import time_rule
 
 
 class ContiguousSlices(FlatTimes):
-    """Slot i of n has time (i + u)/n: every rank has its own slice of time."""
+    """Fault: sample i of n has time (i + u)/n, so every rank has one slice of time."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         t = (slot.unsqueeze(-1) + noise.uniform("time")[:, :1]) / slots
@@ -22,7 +22,7 @@ class ContiguousSlices(FlatTimes):
 
 
 class SquaredUniformTimes(FlatTimes):
-    """t drawn as u^2 with the speed of a uniform draw."""
+    """Fault: times are squared uniforms, but the speed is that of uniforms."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         drawn = super().draw(clock, noise, slot, slots, length)
@@ -30,18 +30,22 @@ class SquaredUniformTimes(FlatTimes):
 
 
 class NegativeSpeeds(FlatTimes):
+    """Fault: speeds are negative."""
+
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         drawn = super().draw(clock, noise, slot, slots, length)
         return drawn._replace(speed=-drawn.speed)
 
 
 class TimesByBatchPosition(FlatTimes):
+    """Fault: times depend on the index within the batch instead of the global index."""
+
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         return super().draw(clock, noise, torch.arange(len(slot)), slots, length)
 
 
 class StrataSharedByWindows(WindowTimes):  # type: ignore[misc]
-    """Strata shared by all windows: a window then always has the same quarter of time."""
+    """Fault: all windows share strata, so a window always has the same quarter of time."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         drawn = super().draw(clock, noise, slot, slots, length)
@@ -50,7 +54,7 @@ class StrataSharedByWindows(WindowTimes):  # type: ignore[misc]
 
 
 class TwoWindowsDecoded(WindowTimes):  # type: ignore[misc]
-    """Reads the window that gets clean and the next one at the first end."""
+    """Fault: two windows instead of one are scored at the first end."""
 
     def ends(
         self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int
@@ -60,13 +64,15 @@ class TwoWindowsDecoded(WindowTimes):  # type: ignore[misc]
 
 
 class HalvedPathSpeed(WindowTimes):  # type: ignore[misc]
+    """Fault: the declared speed of the path is half the true speed."""
+
     def at(self, clock: Any, tau: Tensor, length: int) -> Times:
         path = super().at(clock, tau, length)
         return path._replace(speed=path.speed / 2)
 
 
 class PriorInSight(WindowTimes):  # type: ignore[misc]
-    """Clean positions are in one block, all others in the next."""
+    """Fault: positions at the prior are in the same block as scored positions."""
 
     def at(self, clock: Any, tau: Tensor, length: int) -> Times:
         path = super().at(clock, tau, length)
@@ -74,44 +80,49 @@ class PriorInSight(WindowTimes):  # type: ignore[misc]
 
 
 FAULTS = [
-    Fault("contiguous slices of time", time_rule.parts_are_balanced, FlatTimes, ContiguousSlices),
     Fault(
-        "strata shared by the windows",
+        "each rank has a contiguous slice of time",
+        time_rule.parts_are_balanced,
+        FlatTimes,
+        ContiguousSlices,
+    ),
+    Fault(
+        "all windows share their strata",
         time_rule.speeds_are_unbiased,
         lambda: WindowTimes(1),
         lambda: StrataSharedByWindows(1),
     ),
     Fault(
-        "two windows read at one end",
-        time_rule.ends_are_read_once,
+        "two windows are scored at one end",
+        time_rule.ends_are_scored_once,
         lambda: WindowTimes(2, "slide"),
         lambda: TwoWindowsDecoded(2, "slide"),
     ),
     Fault(
-        "a path at half its speed",
+        "the declared speed of the path is halved",
         time_rule.paths_move_forward,
         lambda: WindowTimes(2, "slide", paired=False),
         lambda: HalvedPathSpeed(2, "slide", paired=False),
     ),
     Fault(
-        "positions at the prior in a charged block",
+        "positions at the prior are in a scored block",
         time_rule.prior_positions_are_hidden,
         lambda: WindowTimes(2, paired=False),
         lambda: PriorInSight(2, paired=False),
     ),
     Fault(
-        "squared uniforms with the speed of uniforms",
+        "times are squared but speeds are not adapted",
         time_rule.speeds_are_unbiased,
         FlatTimes,
         SquaredUniformTimes,
     ),
     Fault(
-        "times by position in the batch",
+        "times depend on the index within the batch",
         time_rule.times_are_independent_of_batch,
         FlatTimes,
         TimesByBatchPosition,
     ),
-    Fault("negative speeds", time_rule.times_are_valid, FlatTimes, NegativeSpeeds),
+    Fault("speeds are negative", time_rule.times_are_valid, FlatTimes, NegativeSpeeds),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Faults planted in vocabularies, each found by the law meant for it."""
+"""Faults planted in vocabularies; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from ddiff.testing import clean_distribution, vocabulary
 
 
 class IdOrderAsTreeOrder(HierarchicalVocabulary):  # type: ignore[misc]
-    """Returns ids in id order instead of tree order."""
+    """Fault: `order` returns ids in id order instead of tree order."""
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
         return self.offsets[level] + torch.arange(self.level_sizes[level])
 
 
 class RootBelowItsLevel(HierarchicalVocabulary):  # type: ignore[misc]
+    """Fault: `level_of` gives the root one level too low."""
+
     def level_of(self, ids: Tensor) -> Tensor:
         return super().level_of(ids).clamp(max=self.num_levels - 1)
 
 
 class RootAsEveryParent(HierarchicalVocabulary):  # type: ignore[misc]
+    """Fault: the parent of every id is the root."""
+
     def parent(self, ids: Tensor) -> Tensor:
         return torch.full_like(ids, self.root)
 
 
 class GrandchildrenAsChildren(HierarchicalVocabulary):  # type: ignore[misc]
+    """Fault: `children` of a node returns its leaf tokens."""
+
     def children(self, node: int) -> Tensor:
         return (
             clean_distribution.below(self, node, 0)
@@ -39,37 +45,39 @@ class GrandchildrenAsChildren(HierarchicalVocabulary):  # type: ignore[misc]
 
 
 class FingerprintNotSaved(HierarchicalVocabulary):  # type: ignore[misc]
+    """Fault: `save` leaves out the fingerprint of the tokenizer."""
+
     def save(self, path: str) -> None:
         HierarchicalVocabulary(self.parents).save(path)
 
 
 FAULTS = [
     Fault(
-        "id order in place of tree order",
+        "order returns ids in id order",
         vocabulary.ranges_are_contiguous,
         lambda: PAIR,
         lambda: IdOrderAsTreeOrder([[0, 1, 0, 0]]),
     ),
     Fault(
-        "root below its level",
+        "the root has the wrong level",
         vocabulary.ids_run_by_level,
         lambda: PAIR,
         small_tree(RootBelowItsLevel),
     ),
     Fault(
-        "the root as every parent",
+        "the parent of every id is the root",
         vocabulary.ancestors_follow_parents,
         lambda: PAIR,
         small_tree(RootAsEveryParent),
     ),
     Fault(
-        "grandchildren in place of children",
+        "children returns grandchildren",
         vocabulary.children_invert_parent,
         lambda: PAIR,
         small_tree(GrandchildrenAsChildren),
     ),
     Fault(
-        "a fingerprint that is not saved",
+        "save leaves out the fingerprint",
         vocabulary.survives_saving,
         small_tree(HierarchicalVocabulary),
         small_tree(FingerprintNotSaved),

@@ -1,4 +1,4 @@
-"""Every process obeys every law of the kit."""
+"""Tests that every process obeys every law of the kit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNMASKED = FlatVocabulary(3, mask=False)
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tensors are tiny here, so that a second thread only costs time."""
+    """Use one thread: the tensors are so small that a second thread costs time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def test_process_obeys_every_law(name: str) -> None:
     assert len(reports) >= len(PROCESS_LAWS) - 8 - undeclared
 
 
-def test_every_law_applies_to_some_process() -> None:
+def test_every_law_applies_to_at_least_one_process() -> None:
     chains = (EVERY["three levels, powers, xi"], EVERY["mixture: mask, cosine"])
     seen = {report.law for process in chains for report in check_process(process)}
     # only planted faults override the dense posterior
@@ -57,16 +57,16 @@ def test_every_law_applies_to_some_process() -> None:
 @pytest.mark.parametrize(
     "name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"]
 )
-def test_parts_of_a_process_obey_their_laws(name: str) -> None:
+def test_clocks_and_schedules_of_process_obey_every_law(name: str) -> None:
     assert_laws(check_parts(EVERY[name]))
 
 
 EXTREME_AND_CORRECT: dict[str, tuple[Law, object]] = {
-    "noise from t = 0 on": (
+    "noise at t = 0": (
         schedule.one_minus_alpha_is_accurate,
         GeometricSchedule(0.5, 0.5001),
     ),
-    "one token, which costs nothing": (
+    "a vocabulary of one token": (
         bound.discrete_bound_converges,
         MixtureProcess(FlatVocabulary(1), LinearSchedule(), mask_distribution(FlatVocabulary(1))),
     ),
@@ -74,7 +74,7 @@ EXTREME_AND_CORRECT: dict[str, tuple[Law, object]] = {
         reverse_process.solve_inverts,
         MixtureProcess(UNMASKED, GeometricSchedule(1.0, 100.0), token_distribution(UNMASKED)),
     ),
-    "early masks over redrawn tokens": (
+    "early masks and redrawn tokens": (
         bound.constant_denoiser,
         EpsilonHybrid(FlatVocabulary(3), PowerSchedule(0.5), 0.1),
     ),
@@ -82,7 +82,7 @@ EXTREME_AND_CORRECT: dict[str, tuple[Law, object]] = {
 
 
 @pytest.mark.parametrize("name", EXTREME_AND_CORRECT)
-def test_correct_extreme_cases_pass(name: str) -> None:
+def test_laws_accept_correct_extreme_processes(name: str) -> None:
     one, subject = EXTREME_AND_CORRECT[name]
     assert_laws([one(subject)])
 
@@ -95,11 +95,11 @@ def test_check_process_rejects_large_instances() -> None:
 
 
 def test_assert_laws_rejects_empty_reports() -> None:
-    with pytest.raises(ArgumentError, match="nothing was proven"):
+    with pytest.raises(ArgumentError, match="so no law was checked"):
         assert_laws([])
 
 
-def test_broken_law_message_has_place_and_error() -> None:
+def test_assert_laws_message_contains_place_and_error() -> None:
     report = LawReport("rows sum to one", 0.25, 1e-9, "zt = 3, t = 0.5", "Because.")
     with pytest.raises(AssertionError) as raised:
         assert_laws([report])
@@ -109,7 +109,7 @@ def test_broken_law_message_has_place_and_error() -> None:
     )
 
 
-def test_process_that_raises_breaks_the_law() -> None:
+def test_law_is_broken_if_process_raises() -> None:
     class Raising(type(EVERY["kimura"])):  # type: ignore[misc]
         def rates(self, t: torch.Tensor) -> None:
             raise RuntimeError("no rates today")

@@ -1,5 +1,4 @@
-"""Processes that are special cases of each other agree with each other and with published closed
-forms."""
+"""Tests that special cases of processes agree with each other and with published formulas."""
 
 from __future__ import annotations
 
@@ -43,8 +42,10 @@ def test_tree_of_one_level_equals_absorbing_mixture(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 def test_masked_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
-    """arXiv 2406.07524, eq. 10, and arXiv 2310.16834 with the score s(y) = alpha/(1-alpha) p(y) at
-    the mask."""
+    """The formulas are eq. 10 of arXiv 2406.07524, and the score entropy of arXiv 2310.16834.
+
+    The score at the mask is s(y) = alpha/(1-alpha) p(y).
+    """
     process = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
     log_p, x0, t = (
         random_log_probs(4, 4)[:, None].expand(-1, 5, -1).reshape(20, 4),
@@ -63,9 +64,11 @@ def test_masked_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
     )
 
 
-def test_uniform_noise_has_closed_form_score_entropy() -> None:
-    """arXiv 2310.16834: sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ), for any
-    distribution."""
+def test_uniform_density_equals_published_score_entropy() -> None:
+    """The formula is sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ).
+
+    It is from arXiv 2310.16834 and holds for any prediction.
+    """
     process, size = uniform(4), 4
     rows = ReachableRows(process, times(INNER))
     alpha = (1.0 - rows.t).unsqueeze(-1)
@@ -79,7 +82,7 @@ def test_uniform_noise_has_closed_form_score_entropy() -> None:
 
 
 def masses(gamma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """alpha, beta_c, beta_m and beta_m' of arXiv 2510.08632 with u = 1 - t."""
+    """Return alpha, beta_c, beta_m and beta_m' of arXiv 2510.08632 with u = 1 - t."""
     u = 1.0 - t
     alpha = u**gamma
     if gamma == 1.0:
@@ -109,7 +112,7 @@ def test_two_level_density_equals_published_cross_entropies(gamma: float) -> Non
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
-def test_level_transitions_equal_published_ones(gamma: float) -> None:
+def test_level_transitions_equal_published_formulas(gamma: float) -> None:
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.7, 0.95)))
     ratio = (1.0 - t) / (1.0 - s)
     to_cluster = masses(gamma, 1.0 - ratio)[1]  # token -> own cluster is beta_c at u = ratio
@@ -123,8 +126,11 @@ def test_level_transitions_equal_published_ones(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("xi", [0.9, 0.8])
-def test_stochastic_parents_density_has_closed_form(xi: float) -> None:
-    """w_m KL(rho_x || rho^) at masks, w_c (-ln [ rho_x(k) p(x) / rho^_k ]) at any cluster k."""
+def test_density_with_stochastic_parents_equals_closed_form(xi: float) -> None:
+    """The density is w_m KL(rho_x || rho^) at masks.
+
+    At a cluster k it is w_c (-ln [ rho_x(k) p(x) / rho^_k ]).
+    """
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), xi)
     rows = ReachableRows(process, times(INNER))
     _, beta_c, beta_m, d_beta_m = masses(1.0, rows.t)
@@ -142,18 +148,18 @@ def test_stochastic_parents_density_has_closed_form(xi: float) -> None:
     torch.testing.assert_close(density_at(process, rows), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_hump_of_zero_equals_masked_diffusion() -> None:
+def test_humped_noise_without_hump_equals_masked_diffusion() -> None:
     flat, tree = HumpedNoise(0.0), TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
     rows = ReachableRows(tree, times(INNER))
     torch.testing.assert_close(density_at(flat, rows), density_at(tree, rows), **CLOSE)
 
 
 def test_humped_noise_has_published_weights() -> None:
-    """arXiv 2503.04482 with g = 1: 1/(t(1-t)) at the mask, 1/(2t(1-t)) at another token, and its
-    formula at the clean one.
+    """The weights of arXiv 2503.04482 with g = 1 are omega/q.
 
-    These are omega/q, where omega is the total rate of arrival in z and q = q_t(z|x). The weight of
-    a process is the true reverse rate out of z, omega (1 - q)/q.
+    omega is the total rate of arrival in z, and q = q_t(z|x): 1/(t(1-t)) at the mask, 1/(2t(1-t))
+    at a wrong token, and a longer formula at the clean token. The weight of a process is the true
+    reverse rate out of z, omega (1 - q)/q.
     """
     process, size = HumpedNoise(0.2), 3
     rows = ReachableRows(process, times(INNER))
@@ -169,10 +175,10 @@ def test_humped_noise_has_published_weights() -> None:
     )
 
 
-def test_mask_becomes_leaf_token_in_one_step() -> None:
-    """P(z_s = x | z_t = mask) = alpha_s P(token -> mask over s..t) / beta_m(t) p(x).
+def test_mask_can_become_leaf_token_in_one_step() -> None:
+    """The probability of the move is alpha_s P(token -> mask from s to t) / beta_m(t) p(x).
 
-    The published sampler gives it probability 0.
+    The published sampler gives this move probability 0.
     """
     process, s, t = TreeProcess(PAIR, LogTimeClock((0.5, 1.0))), times((0.3,)), times((0.8,))
     log_p = random_log_probs(4, 1)

@@ -1,4 +1,7 @@
-"""Laws of samplers detect false declarations; `ddiff check` accepts samplers of any plugin."""
+"""Tests that laws of samplers detect false declarations.
+
+`ddiff check` must find the samplers of every plugin.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ MASKS = small_processes()["masks"]
 
 
 class Declares:
-    """Sampler with a declaration that differs from that of its inner sampler."""
+    """Sampler that wraps another sampler and declares another quality and order."""
 
     cached = False
     looks_ahead = True
@@ -61,7 +64,7 @@ def declare(
         (UnmaskingSampler, 1, False),  # most confident first: does not converge to the joint
     ],
 )
-def test_order_law_detects_false_orders(build: Any, order: int, holds: bool) -> None:
+def test_order_law_detects_wrong_declared_order(build: Any, order: int, holds: bool) -> None:
     assert laws.orders_are_reached(declare(build, "of an order", order)).passed is holds
 
 
@@ -80,16 +83,20 @@ def test_exactness_law_detects_inexact_samplers() -> None:
     ("quality", "order"),
     [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
-def test_declaration_law_detects_contradictions(quality: str, order: int) -> None:
+def test_declaration_law_detects_inconsistent_order(quality: str, order: int) -> None:
     assert not laws.declarations_are_consistent(declare(AncestralSampler, quality, order)).passed
 
 
 class StopsEarly(Declares):
+    """Fault: the sampler leaves out the final canvas."""
+
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         yield from list(self.inner.run(process, network, canvas, rng_at))[:-1]
 
 
 class ForgetsGiven(Declares):
+    """Fault: the sampler overwrites the prompt."""
+
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
@@ -97,12 +104,14 @@ class ForgetsGiven(Declares):
 
 
 class SharesRandomness(Declares):
+    """Fault: a sample depends on the other samples of its batch."""
+
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas.advance(canvas.zt.roll(1, 0), canvas.t)
 
 
-def test_planted_faults_break_their_laws() -> None:
+def test_sampler_laws_detect_planted_faults() -> None:
     def broken(fault: type[Declares]) -> set[str]:
         case = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
         reports = [one(case) for one in laws.SAMPLER_LAWS]
@@ -117,13 +126,13 @@ def test_planted_faults_break_their_laws() -> None:
     assert "a sample does not depend on its batch" in broken(SharesRandomness)
 
 
-def test_check_sampler_takes_a_builder() -> None:
+def test_check_sampler_raises_for_unsupported_process() -> None:
     assert_laws(check_sampler(lambda steps: FirstHittingSampler(), MASKS))
     with pytest.raises(ArgumentError, match="UnmaskingSampler"):
         check_sampler(UnmaskingSampler, small_processes()["uniform noise"])
 
 
-def test_find_accepted_processes_raises_other_errors() -> None:
+def test_find_accepted_processes_reraises_type_errors() -> None:
     cases, rejected = find_accepted_processes(lambda vocabulary, steps: UnmaskingSampler(steps))
     assert sorted(cases) == ["a tree, distribution", "masks, distribution"]
     assert len(rejected) == 5
@@ -181,7 +190,7 @@ def odd_plugin(distribution: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("odd_plugin")
-def test_check_finds_samplers_by_name_and_by_plugin(
+def test_check_command_finds_samplers_by_name_and_plugin(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("honest", ["extra=3"]) == 0
@@ -196,13 +205,13 @@ def test_check_finds_samplers_by_name_and_by_plugin(
         check_component("odd", [])  # a plugin's name means all of its samplers and processes
 
 
-def test_check_lists_components_that_have_laws() -> None:
+def test_check_command_lists_components_with_laws() -> None:
     with pytest.raises(PluginError, match=r"has no laws to check.*sampler ancestral"):
         check_component("wandb", [])
 
 
 @pytest.mark.usefixtures("odd_plugin")
-def test_find_components_covers_plugin_of_the_same_name(
+def test_find_components_includes_plugin_with_the_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.testing.check_command import find_components
