@@ -281,7 +281,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the probabilities [B] of the states for the closing, diffusion and decoding terms.
 
-    The closing and decoding terms do not depend on the node, so they count at node 0 only.
+    Only the diffusion term depends on the quadrature node; the others count at node 0 only.
     """
     states = process.vocabulary.num_states
     at_first_node = node == 0
@@ -326,7 +326,7 @@ def constant_denoiser(
 
 
 def constant_table(log_p: Tensor) -> Table:
-    """Make a network that predicts log_p [V] at every row."""
+    """Make a network that predicts the log-distribution log_p [V] for every state and time."""
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
         return log_p.expand(*zt.shape, -1)
@@ -619,11 +619,11 @@ def _discrete_bound(
 def weights_are_level_flows(
     process: ForwardProcess, windows: Sequence[Window] = FINITE
 ) -> Iterator[Gap]:
-    """Check that the expected weight of a tree level integrates to the flow into that level.
+    """Check that the expected weight of a level integrates to the probability of entering it.
 
-    F_l(t) is the probability that a token has entered level l by time t. Over a window (t0, t1),
-    the flow is F_l(t1) - F_l(t0); the flow over [0,1] is 1 if the clock ends at the root. Tolerance
-    1e-8: the quadrature has an error of 1e-9.
+    The weight is that of the level's states in the bound of a tree process. The probability of
+    entering level l within a window (t0, t1) is F_l(t1) - F_l(t0), where F_l(t) is the probability
+    that a token has entered level l by time t. Tolerance 1e-8: the quadrature has an error of 1e-9.
     """
     if not isinstance(process, TreeProcess):
         return

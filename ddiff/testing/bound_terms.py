@@ -108,7 +108,7 @@ class InformationPath:
         q = likelihoods(process, torch.sigmoid(self.y)) / process.vocabulary.num_tokens
         # H(X | Z), which is the information up to its sign and a constant
         lost = torch.where(q > 0, q * (q.sum(1, keepdim=True) / q).log(), 0.0).sum((1, 2))
-        # rounding near the ends must not reverse the path; a term linear in logit t keeps it increasing
+        # rounding near the ends must not reverse the path: a term in logit t keeps the path increasing
         steps = lost.diff().clamp(min=0.0)
         steps = 0.98 * steps / steps.sum() + 0.02 / len(steps)
         self.tau = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
@@ -135,7 +135,7 @@ class InformationPath:
         self,
         tau: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return (t, d logit t / dtau) at tau [n], linear between the nodes."""
+        """Return t and d logit t / dtau at tau [n], interpolated linearly between the nodes."""
         cell = torch.searchsorted(self.tau, tau.contiguous(), right=True)
         right = cell.clamp(1, len(self.tau) - 1)
         left = right - 1

@@ -40,7 +40,8 @@ TRIPLES = (
 def rates_rows_sum_to_zero(process: ForwardProcess) -> Iterator[Gap]:
     """Check that each row of the generator Q_t sums to 0, because probability is conserved.
 
-    The error is relative to the largest rate. Tolerance 1e-9: rounding of sums over the states.
+    The error is relative to the largest rate. Tolerance 1e-9: float64 rounding of sums over the
+    states.
     """
     t = times(INNER, NEAR_ENDS, ENDS)
     rates = process.rates(t).dense()
@@ -126,8 +127,8 @@ def kernel_gaps(
 def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the transition probabilities P(z_t | z_s) are >= 0 and sum to 1 over z_t.
 
-    The pairs (s, t) include (0, 1) and pairs with s = t. Tolerance 1e-9: rounding of products over
-    many small time steps.
+    The pairs (s, t) include (0, 1) and pairs with s = t. Tolerance 1e-9: float64 rounding of
+    products over many small time steps.
     """
     s, t = times(*PAIRS, *PAIRS_TO_ENDS).reshape(-1, 2).T
     kernel = process.transition(s, t).dense()
@@ -204,7 +205,7 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
     """Check that log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p, and sums to 1.
 
-    The times include t = 0 and t = 1. Tolerance 1e-10: rounding of sums over the tokens.
+    The times include t = 0 and t = 1. Tolerance 1e-10: float64 rounding of sums over the tokens.
     """
     t = times(INNER, NEAR_ENDS, ENDS)
     num_tokens = process.vocabulary.num_tokens

@@ -228,8 +228,8 @@ def _build_on(
         return built
     raise ArgumentError(
         f"ddiff check: the {component} accepts none of {len(vocabularies)} small vocabularies with "
-        f"these settings. The last error was: {rejection} A component may define "
-        "example_vocabularies() to be built on other vocabularies."
+        f"these settings. The last error was: {rejection} To check the component on "
+        "other vocabularies, define example_vocabularies()."
     )
 
 

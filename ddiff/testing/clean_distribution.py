@@ -53,8 +53,8 @@ def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
 def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that probabilities sum to 1 at every level of the tree.
 
-    The probability of a node must be the sum over its leaf tokens. Tolerance 1e-10: rounding of
-    sums of exponentials.
+    The probability of a node must be the sum over its leaf tokens. Tolerance 1e-10: float64
+    rounding of sums of exponentials.
     """
     vocabulary = prediction.vocabulary
     tokens = below(vocabulary, prediction.top, 0)
@@ -86,7 +86,7 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that log_child(node, child) is log P(child) - log P(node), at any depth of the tree.
 
     log_child of a node and itself must be 0. `log_step` must agree with `log_child` for children of
-    the queried node, and `log_prob` for the root. Tolerance 1e-10: rounding of sums of
+    the queried node, and `log_prob` for the root. Tolerance 1e-10: float64 rounding of sums of
     exponentials.
     """
     rows = len(prediction.log_below(0))

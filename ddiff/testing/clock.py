@@ -1,4 +1,4 @@
-"""Laws of a level clock: the chain of levels that a token passes in the tree."""
+"""Laws of a level clock, the Markov chain of a token's level in the tree of the vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def occupation_is_a_distribution(clock: LevelClock) -> Iterator[Gap]:
     """Check that the level probabilities pi_l(t) are >= 0 and sum to 1.
 
     pi_l(t) is the probability that a token is at level l of the tree at time t. The times include t
-    = 0 and t = 1. Tolerance 1e-12: rounding of sums over the levels.
+    = 0 and t = 1. Tolerance 1e-12: float64 rounding of sums over the levels.
     """
     t = times(OPEN, ENDS)
     pi = clock.pi(t)
@@ -35,7 +35,7 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
 
     With `closes_at_clean`, level 0 must have probability 1 at t = 0. With `closes_at_prior`, the
     root must have probability 1 at t = 1, and every level must reach the root by the transition
-    from 0.3 to 1. Tolerance 1e-9: rounding, and the error of numerical transitions.
+    from 0.3 to 1. Tolerance 1e-9: float64 rounding, and the error of numerical transitions.
     """
     start, stop = clock.pi(times(ENDS))
     if clock.closes_at_clean:
@@ -49,11 +49,11 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: inflow = derivative of the fraction that has entered", tolerance=1e-9)
 def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
-    """Check that the integral of inflow_l equals the growth of F_l.
+    """Check that `inflow` is the derivative of the probability that a token has entered a level.
 
-    F_l(t) is the probability that a token has entered level l by time t. The difference F_l(t) -
-    F_l(t/1000) is compared with the integral of inflow_l from t/1000 to t. The error is relative to
-    the integral, so that the law is also sharp at t = 1e-6, where F_l is small. Tolerance 1e-9:
+    Let F_l(t) be the probability that a token has entered level l by time t. The difference F_l(t)
+    - F_l(t/1000) is compared with the integral of inflow_l from t/1000 to t. The error is relative
+    to the integral, so that the law is also sharp at t = 1e-6, where F_l is small. Tolerance 1e-9:
     quadrature and rounding have an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
@@ -72,10 +72,10 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: hazard = inflow / occupation", tolerance=1e-9)
 def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
-    """Check that hazard_l times pi_l equals the inflow into level l + 1.
+    """Check that the hazard of level l times its probability is the inflow into level l + 1.
 
-    hazard_l is the rate at which tokens leave level l, and pi_l is the probability of level l. The
-    error is relative to the inflow. Tolerance 1e-9: two roundings, with a margin.
+    The hazard is the rate at which tokens leave a level. The error is relative to the inflow.
+    Tolerance 1e-9: two roundings, with a margin.
     """
     t = times(OPEN)
     inflow = clock.inflow(t)

@@ -49,7 +49,7 @@ def _log_p(
     noisy: Noisy,
     context: Context,
 ) -> Tensor:
-    """Return the predicted log-distribution of every position at the root: [B,L,V] float64."""
+    """Predict the log-distribution of the clean token at every position: [B,L,V] float64."""
 
     def log_mass(prediction: CleanDistribution) -> Tensor:
         return prediction.log_mass(0).double()
@@ -74,7 +74,7 @@ def rows_have_distributions(
 ) -> Iterator[Gap]:
     """Check that the predicted probabilities of the tokens sum to 1 at every position.
 
-    Tolerance 1e-9: rounding of float64 softmaxes.
+    Tolerance 1e-9: float64 rounding of float64 softmaxes.
     """
     twin, noisy = _prepare(denoiser, process)
     p = _log_p(twin, process, noisy, Context()).exp()
@@ -164,7 +164,7 @@ def evidence_is_dropped(
     """Check that the bound's prediction for a position excludes the position's own state z_t.
 
     With parameterization "rest", the prediction must be the head's distribution p(x). With "all",
-    it must be p(x) / q_t(z_t|x), normalized over the tokens x. Tolerance 1e-9: rounding.
+    it must be p(x) / q_t(z_t|x), normalized over the tokens x. Tolerance 1e-9: float64 rounding.
     """
     twin, noisy = _prepare(denoiser, process)
     rows = torch.arange(noisy.zt.numel())

@@ -107,10 +107,10 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: density", tolerance=1e-9)
 def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that an overridden `density` equals the score entropy of the process.
+    """Check that an overridden `density`, the integrand of the bound, equals the derived formula.
 
-    The score entropy is computed from the rates and marginals of the process. The error is relative
-    to 1 + density. Tolerance 1e-9: the score entropy subtracts large numbers.
+    The derived formula is the score entropy of the rates and marginals of the process. The error is
+    relative to 1 + density. Tolerance 1e-9: the score entropy subtracts large numbers.
     """
     if is_overridden(process, "density"):
         rows = ReachableRows(process, times(INNER, NEAR_ENDS))
@@ -126,10 +126,10 @@ def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("density: equal for a score and its distribution", tolerance=1e-9)
 def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that a score has the same density as the distribution from which it is computed.
+    """Check that a score gives the same density as the distribution from which it is computed.
 
-    The score is the ratio of the marginals of two states under the distribution. The error is
-    relative to 1 + density. Tolerance 1e-9: rounding.
+    The density is the integrand of the bound. The score consists of ratios of marginals under the
+    distribution. The error is relative to 1 + density. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -145,11 +145,12 @@ def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: weight", tolerance=1e-9)
 def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the weight is the total true reverse rate out of z.
+    """Check that the weight of a state z in the bound is the total true reverse rate out of z.
 
     As a formula, the weight is sum_y Q[y,z] q_t(y|x)/q_t(z|x) over states y != z, where Q are the
     forward rates; it is 0 if no state moves to z. Then a loss that clips weights is the same
-    function for every implementation of a chain. The error is relative. Tolerance 1e-9: rounding.
+    function for every implementation of a process. The error is relative. Tolerance 1e-9: float64
+    float64 rounding.
     """
     rows = ReachableRows(process, times(INNER, NEAR_ENDS))
     expected = ForwardProcess.weight(process, *rows.args)
@@ -163,9 +164,10 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("weight * divergence = density", tolerance=1e-9)
 def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that weight times divergence is the density, and that neither factor is negative.
+    """Check that weight times divergence is the density, the integrand of the bound.
 
-    The error is relative to 1 + density. Tolerance 1e-9: rounding.
+    Neither weight nor divergence may be negative. The error is relative to 1 + density. Tolerance
+    1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     weight = process.weight(*rows.args)
@@ -184,10 +186,11 @@ def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]
 
 @law("density: finite, not negative, zero for the true token", tolerance=1e-9)
 def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density is finite, never negative, and 0 for a certain and true prediction.
+    """Check that the density, the integrand of the bound, is finite and >= 0.
 
-    The error is relative to 1 + weight, because at 1e-6 from an end a weight of 1e6 multiplies the
-    rounding of a divergence of 0. Tolerance 1e-9: rounding.
+    The density must be 0 if the true token is predicted with probability 1. The error is relative
+    to 1 + weight, because at 1e-6 from an end a weight of 1e6 multiplies the rounding error of the
+    divergence. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(
         process,
@@ -223,7 +226,7 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that an overridden `log_likelihood(z, t)` returns log q_t(z|x) for every token x.
 
     The expected values are computed from `log_marginal`. Probabilities are compared. Tolerance
-    1e-10: rounding.
+    1e-10: float64 rounding.
     """
     if is_overridden(process, "log_likelihood"):
         t, zt = product(
@@ -242,7 +245,7 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check an overridden `reverse_log_probs` against Bayes' rule with the process's transitions.
 
-    The pairs (s, t) include s = 0 with t = 1. Tolerance 1e-9: rounding.
+    The pairs (s, t) include s = 0 with t = 1. Tolerance 1e-9: float64 rounding.
     """
     if is_overridden(process, "reverse_log_probs"):
         for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.5)):
@@ -258,7 +261,7 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that an overridden `decode_nll` is -ln of the posterior of the token x given z.
 
     The posterior is p(x) q_t(z|x), normalized over x, where p is the prediction. In particular,
-    `decode_nll` is not -ln p(x). The error is relative. Tolerance 1e-9: rounding.
+    `decode_nll` is not -ln p(x). The error is relative. Tolerance 1e-9: float64 rounding.
     """
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
@@ -278,7 +281,7 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `closing_kl` is KL( q_t(.|x) || marginal under the prediction ) over all states.
 
-    It must be 0 at t = 1 if the process has `closes_at_prior`. Tolerance 1e-9: rounding.
+    It must be 0 at t = 1 if the process has `closes_at_prior`. Tolerance 1e-9: float64 rounding.
     """
     vocabulary = process.vocabulary
     log_probs = random_log_probs(vocabulary.num_tokens)
@@ -309,9 +312,9 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("active: the density is 0 in inactive states", tolerance=1e-12)
 def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density is 0 in states that `active` excludes.
+    """Check that the density, the integrand of the bound, is 0 in states that `active` excludes.
 
-    The bound skips these states. Tolerance 1e-12: rounding of the derived formula.
+    The bound skips these states. Tolerance 1e-12: float64 rounding of the derived formula.
     """
     rows = ReachableRows(process, times(INNER))
     inactive = ~process.active(rows.zt)
@@ -366,10 +369,10 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("trained_part: the density depends on this part only", tolerance=1e-9)
 def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density uses only the part of the prediction that `trained_part` names.
+    """Check that the density depends only on the probabilities that `trained_part` selects.
 
-    Two predictions that differ only outside of this part must have the same density, in relative
-    terms. Tolerance 1e-9: rounding.
+    The density is the integrand of the bound. Two predictions that differ only in other
+    probabilities must have the same density, in relative terms. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     trained = process.trained_part(rows.zt)

@@ -133,7 +133,7 @@ def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     Every term must equal its definition, computed by enumeration; the value may be +inf but not
     NaN. If z_t cannot occur under the prediction, the terms must be infinite, with two exceptions:
     every term is 0 if only x0 can have become z_t, and the density is 0 if no state moves to z_t.
-    Errors are relative. Tolerance 1e-9: rounding.
+    Errors are relative. Tolerance 1e-9: float64 rounding.
     """
     rows = _extreme_rows(process)
     for term in TERMS:

@@ -1,6 +1,6 @@
-"""Laws of a head: its chunked results must equal those of one dense distribution.
+"""Laws of a head, the layer that predicts tokens from hidden states.
 
-Values and gradients are compared.
+Results of a head in chunks must equal those of one dense distribution, in value and gradient.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
     """Check that a query below a node gives the same conditionals as a query at the root.
 
     log P(token | node) of both queries is compared, relative to its size. Tolerance 1e-10:
-    rounding.
+    float64 rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -137,7 +137,7 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
 
     `query` and `total` with the smallest chunk size are compared with `query` at the default chunk
     size. Values must be in row order, and the total must be the sum of the values. The error is
-    relative. Tolerance 1e-10: rounding.
+    relative. Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -174,7 +174,7 @@ def gradients_agree(head: Head) -> Iterator[Gap]:
 
     `total` is evaluated in chunks of one row. The expected gradient is that of autograd through the
     logits of all rows at once. Gradients with respect to the hidden states and all parameters are
-    compared, relative to the largest entry. Tolerance 1e-9: rounding.
+    compared, relative to the largest entry. Tolerance 1e-9: float64 rounding.
     """
     twin = randomize_in_float64(head)
     rows = _make_rows(head)

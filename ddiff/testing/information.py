@@ -25,7 +25,7 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
 
     For a uniform token X and its noisy state Z_t, `information` must be I(X; Z_t),
     `information_lost` must be I(X; Z_0) - I(X; Z_t), and `change_probability` must be P(Z_t != X).
-    Tolerance 1e-9: rounding.
+    Tolerance 1e-9: float64 rounding.
     """
     t = times(ENDS, NEAR_ENDS, INNER)
     q = likelihoods(process, t)

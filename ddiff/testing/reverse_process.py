@@ -119,7 +119,7 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     `from_clean(t)`. The posterior p(x) q_t(z|x), normalized, must be exact for every z at all t >=
     1e-6. The error is relative to `condition_number` of K. Above a condition number of 1e10 the
     score carries no information on the token, and `tweedie` must only return a distribution.
-    Tolerance 1e-12: rounding of s.
+    Tolerance 1e-12: float64 rounding of s.
     """
     grid = times(
         (1e-6, 1e-3),
@@ -195,7 +195,7 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 
     `decode_nll` and `closing_kl` of the score must equal those of the distribution, and weight *
     divergence of the score must be its density. Errors are relative; those of the decoding term are
-    also relative to `condition_number`. Tolerance 1e-9: rounding.
+    also relative to `condition_number`. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -241,8 +241,8 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
     """Check that row x of the kernel `from_clean(t)` is q_t(.|x).
 
     `solve` must invert the kernel. Row x includes noise at t = 0 if the process has any. The error
-    of `solve` is relative to the condition number of the kernel. Tolerance 1e-9: rounding of a
-    matrix elimination.
+    of `solve` is relative to the condition number of the kernel. Tolerance 1e-9: float64 rounding
+    of a matrix elimination.
     """
     t, x0 = product(
         times((0.0,), INNER),
@@ -270,7 +270,7 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
 def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `stay_probability` is q_t(x|x), computed from the marginal.
 
-    q_t(x|x) is the probability that z_t is the clean token x. Tolerance 1e-9: rounding.
+    q_t(x|x) is the probability that z_t is the clean token x. Tolerance 1e-9: float64 rounding.
     """
     t, x0 = product(
         times(INNER, (0.0, 1.0)),
@@ -289,7 +289,7 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `transition.solve` inverts `transition.apply`.
 
     For a transition matrix K, solve(v) must return the x with x K = v. The error is relative to a
-    tenth of the condition number of K. Tolerance 1e-9: rounding of a matrix elimination.
+    tenth of the condition number of K. Tolerance 1e-9: float64 rounding of a matrix elimination.
     """
     # short steps: the transition of a long step cannot be inverted
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
@@ -313,7 +313,7 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
 
     As a formula: q_t(z) R[z,y] = q_t(y) Q_t[y,z]. Here q_t is the marginal under a predicted
     distribution, Q_t are the forward rates, and R are the reverse rates of the distribution or of
-    its score. The error is relative to the largest flow. Tolerance 1e-9: rounding.
+    its score. The error is relative to the largest flow. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     own_state = rows.zt.unsqueeze(-1)
@@ -331,11 +331,11 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the density", tolerance=1e-9)
 def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density is the divergence between true and predicted reverse rates.
+    """Check that the density, the integrand of the bound, follows from the reverse rates.
 
     As a formula, the density is sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)). R are the reverse rates
     out of z under the prediction, and R* those for the true clean token. The error is relative.
-    Tolerance 1e-9: rounding.
+    Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     model = process.reverse_rates(rows.dist, rows.zt, rows.t)

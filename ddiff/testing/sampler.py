@@ -123,7 +123,8 @@ def check_sampler(
 def measure_distance(case: SamplerCase, steps: int) -> float:
     """Measure the total variation distance between the joint distribution and the samples.
 
-    The number of samples is POINTS for a process, and POINTS / 4 for a next-token model.
+    The number of samples is `POINTS` for a process, and a quarter of `POINTS` for a next-token
+    model.
     """
     if case.process is None:
         final = case.generate(
@@ -232,7 +233,7 @@ def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: a sample does not depend on its batch", tolerance=0.0)
 def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
-    """Check that a sample depends only on its number and the seed.
+    """Check that a sample depends only on the seed and the index of the sample.
 
     Samples are drawn again, in a smaller batch, and in reverse order, and must be the same.
     Tolerance 0: ids are integers.
@@ -312,7 +313,7 @@ SAMPLER_LAWS = (
 )
 
 
-# ------------------------------------------------------------------ processes that a sampler accepts
+# ------------------------------------------------------------------ processes accepted by a sampler
 
 
 def find_accepted_processes(

@@ -18,7 +18,7 @@ OPEN = (*INNER, 1e-6, 1e-3, 1.0 - 1e-3, 1.0 - 1e-6)  # times inside (0, 1)
 def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
     """Check that d_alpha(t) equals the derivative of alpha(t) that autograd computes.
 
-    The error is relative to 1 + |d_alpha|. Tolerance 1e-9: rounding of both derivatives.
+    The error is relative to 1 + |d_alpha|. Tolerance 1e-9: float64 rounding of both derivatives.
     """
     t = times(OPEN)
     # the base class differentiates alpha by autograd
@@ -36,7 +36,7 @@ def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
     """Check that alpha(t) lies in [0, 1] and never increases with t.
 
     alpha is evaluated at 1001 times, and its derivative d_alpha at some times in (0, 1). Tolerance
-    1e-12: rounding of alpha.
+    1e-12: float64 rounding of alpha.
     """
     t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
     alpha = schedule.alpha(t)
@@ -59,7 +59,7 @@ def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
     """Check that alpha ends where the flags of the schedule declare.
 
     With `closes_at_clean`, alpha(0) must be 1. With `closes_at_prior`, alpha(1) must be 0. alpha
-    must be finite at both ends. Tolerance 1e-12: rounding.
+    must be finite at both ends. Tolerance 1e-12: float64 rounding.
     """
     ends = times(ENDS)
     alpha = schedule.alpha(ends)

@@ -117,7 +117,7 @@ def test_check_command_passes_mdlm_and_hdlm(capsys: pytest.CaptureFixture[str]) 
         ("adamw", 'the optimizer "adamw" .* has no laws to check'),
     ],
 )
-def test_check_command_rejects_names_without_laws(name: str, message: str) -> None:
+def test_check_command_rejects_unknown_and_unsupported_names(name: str, message: str) -> None:
     with pytest.raises(PluginError, match=message):
         check_component(name, [])
 

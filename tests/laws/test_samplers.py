@@ -211,7 +211,7 @@ def test_check_command_lists_components_with_laws() -> None:
 
 
 @pytest.mark.usefixtures("odd_plugin")
-def test_find_components_includes_plugin_with_the_name(
+def test_find_components_includes_plugin_of_the_given_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.testing.check_command import find_components
