@@ -157,10 +157,9 @@ class EnumeratedPrior(Prior):
 
 
 def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
-    """Copy a process and replace its draws by functions of the uniform u.
+    """Copy a process so that its draws return the state that a uniform u encodes.
 
-    `sample` returns the state floor(u S), where S is the number of states. `prior.draw` is that of
-    `EnumeratedPrior`.
+    For S states, `sample` returns floor(u S), and `prior.draw` returns floor((1 - u) S).
     """
     states = process.vocabulary.num_states
 

@@ -108,7 +108,7 @@ class InformationPath:
         q = likelihoods(process, torch.sigmoid(self.y)) / process.vocabulary.num_tokens
         # H(X | Z), which is the information up to its sign and a constant
         lost = torch.where(q > 0, q * (q.sum(1, keepdim=True) / q).log(), 0.0).sum((1, 2))
-        # rounding near the ends must not reverse the path: a term in logit t keeps the path increasing
+        # a term in logit t keeps the path increasing in spite of rounding near the ends
         steps = lost.diff().clamp(min=0.0)
         steps = 0.98 * steps / steps.sum() + 0.02 / len(steps)
         self.tau = torch.cat([torch.zeros(1, dtype=torch.float64), steps.cumsum(0)])
@@ -265,8 +265,8 @@ class Moments(NamedTuple):
 class Enumeration:
     """Moments of the three terms of the bound for x0 [n,L], from the formulas of the process only.
 
-    A moment is the sum over all states of the scored positions: probability of the state times
-    (square of) the term. Positions that are not scored keep their tokens at time 0.
+    A moment is the expectation of a term or of its square over all states of the scored positions.
+    Positions that are not scored keep their tokens at time 0.
     """
 
     def __init__(

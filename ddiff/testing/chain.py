@@ -90,7 +90,10 @@ def kernel_gaps(
     ids: Tensor,
     labels: dict[str, Tensor],
 ) -> Iterator[Gap]:
-    """Compare the methods of a kernel with its single rows, at states ids [r]."""
+    """Compare `dense`, `column`, `row` and `apply` of a kernel with its matrix, at states ids [r].
+
+    The matrix is built from single rows.
+    """
     states = torch.arange(kernel.num_states)
     # single rows are the definition, because a subclass may override `dense`
     dense = torch.stack(

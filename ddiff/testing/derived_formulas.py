@@ -150,7 +150,7 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     As a formula, the weight is sum_y Q[y,z] q_t(y|x)/q_t(z|x) over states y != z, where Q are the
     forward rates; it is 0 if no state moves to z. Then a loss that clips weights is the same
     function for every implementation of a process. The error is relative. Tolerance 1e-9: float64
-    float64 rounding.
+    rounding.
     """
     rows = ReachableRows(process, times(INNER, NEAR_ENDS))
     expected = ForwardProcess.weight(process, *rows.args)

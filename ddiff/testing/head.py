@@ -108,10 +108,10 @@ def _query_values(
 
 @law("head: query below a node = query at the root", tolerance=1e-10)
 def scopes_agree(head: Head) -> Iterator[Gap]:
-    """Check that a query below a node gives the same conditionals as a query at the root.
+    """Check that a query below a node gives the same probabilities as a query at the root.
 
-    log P(token | node) of both queries is compared, relative to its size. Tolerance 1e-10:
-    float64 rounding.
+    log P(token | node) of both queries is compared, relative to its size. Tolerance 1e-10: float64
+    rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)

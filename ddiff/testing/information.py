@@ -81,10 +81,11 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("information time: tau is the fraction of the information lost", tolerance=0.01)
 def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that tau is the fraction of the information that is lost by time t(tau).
+    """Check that tau is the fraction of the information on the clean token that is lost by time
+    t(tau).
 
-    The fraction is that of the information lost between tau = 0 and tau = 1. Tolerance 0.01: the
-    error of interpolation, which affects only the variance of estimates.
+    All information that is lost between tau = 0 and tau = 1 counts as 1. Tolerance 0.01: the error
+    of interpolation, which affects only the variance of estimates.
     """
     tau = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)
     t, _ = process.information_time.at(tau)
@@ -114,7 +115,8 @@ def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
 def tail_variance_share(
     process: ForwardProcess, clock: TimeChange, window: tuple[float, float]
 ) -> Tensor:
-    """Return the fraction of the second moment of the diffusion term from extreme noise times.
+    """Return the fraction of the diffusion term's second moment that extreme noise times
+    contribute.
 
     Extreme are the first and last percent of information time. The fraction is NaN if the second
     moment is infinite; NaN breaks the law.

@@ -122,7 +122,10 @@ def integral(
     stop: float,
     finer: int = 1,
 ) -> Tensor:
-    """Integrate rate(t [n]) -> [n,k] over t in [start, stop] by Gauss-Legendre in logit t; [k]."""
+    """Integrate a function over t in [start, stop] by Gauss-Legendre quadrature in logit t.
+
+    `rate` maps times [n] to values [n,k]. Returns the integrals [k].
+    """
     _, y, weight = logit_nodes(
         start,
         stop,

@@ -318,7 +318,7 @@ def _sum_of_products(
 
 
 def make_canvas(zt: Tensor, t: float) -> Canvas:
-    """Make a canvas at time t without a prompt."""
+    """Make a canvas at time t on which all positions are to be generated."""
     free = torch.ones(zt.shape, dtype=torch.bool)
     return Canvas(
         zt,
