@@ -140,7 +140,7 @@ def shift_states(
     channel: str,
     num_states: int,
 ) -> Tensor:
-    """Return the states that a channel of `EnumeratedRng` encodes."""
+    """Return zt shifted by the index of a channel: the states that `EnumeratedRng` encodes there."""
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
 
@@ -522,7 +522,7 @@ def _conditional_entropy(
     p: Tensor,
     unknown: tuple[int, ...],
 ) -> Tensor:
-    """Return H(unknown axes | other axes)."""
+    """Return the entropy of the axes `unknown` given the other axes of the joint distribution p."""
     return _entropy(p) - _entropy(p.sum(unknown))
 
 

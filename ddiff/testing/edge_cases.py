@@ -46,7 +46,7 @@ def _extreme_rows(process: ForwardProcess) -> ReachableRows:
 def _evaluate(
     process: ForwardProcess, term: str, prediction: Prediction, rows: ReachableRows
 ) -> Tensor:
-    """Return one of TERMS in nats [r], for a prediction at the rows."""
+    """Evaluate one term of the bound, a name in TERMS, for a prediction at the rows: nats [r]."""
     if term == "divergence":
         return process.divergence(prediction, *rows.args)
     if term == "density":

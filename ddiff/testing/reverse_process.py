@@ -372,7 +372,8 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     possible = possible_states(process, 0.5)
 
     def generator(backward_time: Tensor) -> Tensor:
-        """[n,S,S]; the chain runs in 1 - t. States that cannot occur stay."""
+        """Return the reverse rates [n,S,S] at times 1 - t; states that cannot occur have rates of
+        0."""
         count = len(backward_time)
         t, zt = product(1.0 - backward_time, possible)
         prediction = DenseDistribution(log_p.expand(len(t), -1), vocabulary)
