@@ -129,6 +129,7 @@ class Clusters:
     ) -> HierarchicalVocabulary:
         from ddiff import HierarchicalVocabulary, nested_kmeans
 
+        # Special tokens are not clustered with the others: their embeddings have no neighbours.
         parents, centroids = nested_kmeans(
             cls._embeddings(config, tokenizer, rows),
             config.sizes,

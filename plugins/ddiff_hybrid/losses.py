@@ -121,6 +121,7 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
     def __init__(self, process: GammaHybrid) -> None:
         vocabulary = process.vocabulary
         tokens = process.uniform.vocabulary
+        # The published losses use the whole noise in both terms, unlike the bound.
         whole_noise = PowerOf(process.noise, process.masking + process.redrawing)  # e^-sigma
         self.masked = MixtureProcess(vocabulary, whole_noise, mask_distribution(vocabulary))
         self.uniform = MixtureProcess(tokens, whole_noise, token_distribution(tokens))
@@ -141,6 +142,7 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
     ) -> Tensor:
         root = process.vocabulary.root
         masks, tokens = self._split(zt)
+        # At t = 0 and t = 1 some ratios are 0 or infinite.
         ratio = _log_ratio(process, prediction, zt, interior(t))
         at_mask = self.masked.divergence(Score(ratio), x0, masks, t)
         at_token = self.uniform.divergence(Score(ratio[:, :root]), x0, tokens, t)

@@ -172,7 +172,7 @@ def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str)
         build_backbone(path)(
             *inputs(), Context(conditions={"author": torch.zeros(BATCH, dtype=torch.long)})
         )
-    with pytest.raises(DataError, match="That directory holds no model that can be read"):
+    with pytest.raises(DataError, match="the directory has no readable model"):
         load_model(str(tmp_path))
     both = tmp_path / "t5"
     transformers.T5Config(
