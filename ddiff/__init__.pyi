@@ -138,7 +138,6 @@ from .sampling.loop import Samples as Samples
 from .sampling.loop import generate as generate
 from .sampling.loop import step_rows as step_rows
 from .sampling.one_level import OneLevelSampler as OneLevelSampler
-from .sampling.predictor_corrector import Corrector as Corrector
 from .sampling.predictor_corrector import ForwardBackward as ForwardBackward
 from .sampling.predictor_corrector import PredictorCorrectorSampler as PredictorCorrectorSampler
 from .sampling.psi import CapRemasking as CapRemasking

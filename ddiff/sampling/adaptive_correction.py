@@ -1,4 +1,4 @@
-"""The adaptive correction sampler: visible words are overwritten on the way (arXiv 2504.06416)."""
+"""Adaptive correction sampler: ancestral steps that also redraw tokens (arXiv 2504.06416)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.process import ForwardProcess, Query, TrainedPart
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
@@ -15,7 +16,6 @@ from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, compute_alpha, draw_uniforms
 from ddiff.sampling.loop import (
     Canvas,
-    Predicts,
     Quality,
     require_distribution,
     require_process,
@@ -26,11 +26,13 @@ from ddiff.sampling.loop import (
 
 @final
 class AdaptiveCorrectionSampler(GridSampler):
-    """The ancestral step, but a visible word is with probability eta (1 - pi) redrawn from P(x | z_t). Heuristic.
+    """Ancestral step in which a token is redrawn with probability eta (1 - pi). Heuristic.
 
-    pi = (alpha_s - alpha_t)/(1 - alpha_t), the chance of a reveal (1 - s/t where alpha is linear), alpha that of the token
-    that stands there: early steps correct most, the last none. The token is drawn with its own evidence and stays without
-    noise. Needs a process whose bound trains the distribution at tokens.
+    pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that a masked position is revealed in
+    the step, where alpha_t = q_t(x|x) is the probability that the present token x is still clean.
+    For a linear alpha, pi = 1 - s/t. Early steps therefore correct most, and the last step corrects
+    nothing. The new token is drawn from P(x | z_t), which includes the present token as evidence,
+    and is not noised to time s. The process must have a bound that trains predictions at tokens.
     """
 
     quality: Quality = "heuristic"
@@ -40,7 +42,8 @@ class AdaptiveCorrectionSampler(GridSampler):
         super().__init__(grid)
         if not 0.0 <= eta <= 1.0:
             raise ArgumentError(
-                f"AdaptiveCorrectionSampler: eta must be in [0, 1]; got {eta}. 0 corrects nothing."
+                f"AdaptiveCorrectionSampler: eta must be in [0, 1]; got {eta}. "
+                "With eta = 0 no token is redrawn."
             )
         self.eta = eta
 
@@ -50,44 +53,61 @@ class AdaptiveCorrectionSampler(GridSampler):
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        alpha_s = compute_alpha(process, s, canvas.zt)
-        alpha_t = compute_alpha(process, canvas.t, canvas.zt)
-        reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
-        word = canvas.zt < process.vocabulary.num_tokens
-        again = (word & (rng.uniform("correct") < self.eta * (1.0 - reveal))).reshape(-1)
-        step = draw_uniforms(rng, "step", process.uniforms_per_step)
-        last = draw_uniforms(rng, "x", process.uniforms_per_decode)
-        then = s.reshape(-1)
+        redraws = self._choose_redraws(process, canvas, s, rng).reshape(-1)
+        u_step = draw_uniforms(rng, "step", process.uniforms_per_step)
+        u_decode = draw_uniforms(rng, "x", process.uniforms_per_decode)
+        flat_s = s.reshape(-1)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            zs, (on, over) = (
-                zt.clone(),
-                (part.nonzero().squeeze(-1) for part in (~again[rows], again[rows])),
-            )
-            if len(on):
-                zs[on] = process.step(
-                    restrict(query, on), zt[on], t[on], then[rows[on]], step[rows[on]]
+            step = (~redraws[rows]).nonzero().squeeze(-1)
+            redraw = redraws[rows].nonzero().squeeze(-1)
+            zs = zt.clone()
+            if len(step):
+                zs[step] = process.step(
+                    restrict(query, step),
+                    zt[step],
+                    t[step],
+                    flat_s[rows[step]],
+                    u_step[rows[step]],
                 )
-            if len(over):
-                zs[over] = process.decode(
-                    restrict(query, over), zt[over], t[over], last[rows[over]]
+            if len(redraw):
+                zs[redraw] = process.decode(
+                    restrict(query, redraw),
+                    zt[redraw],
+                    t[redraw],
+                    u_decode[rows[redraw]],
                 )
             return zs
 
-        return canvas.advance(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+        zs = step_rows(network, canvas, draw, process.active(canvas.zt))
+        return canvas.advance(zs, s)
+
+    def _choose_redraws(
+        self, process: ForwardProcess, canvas: Canvas, s: Tensor, rng: CounterRng
+    ) -> Tensor:
+        """Return [B,L] bool: the positions whose token is redrawn."""
+        alpha_s = compute_alpha(process, s, canvas.zt)
+        alpha_t = compute_alpha(process, canvas.t, canvas.zt)
+        reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
+        is_token = canvas.zt < process.vocabulary.num_tokens
+        return is_token & (rng.uniform("correct") < self.eta * (1.0 - reveal))
 
 
 def require_informed_tokens(
     sampler: object, process: ForwardProcess | None, predicts: Predicts
 ) -> None:
+    """Raise ArgumentError if the bound of the process does not train predictions at tokens."""
     require_process(sampler, process)
     require_distribution(sampler, predicts)
-    if (
-        process is not None
-        and int(process.trained_part(torch.zeros(1, dtype=torch.long))[0]) == TrainedPart.NONE
-    ):
+    if process is None:
+        return
+    # State 0 is a token in every vocabulary, and stands for all of them.
+    trained = int(process.trained_part(torch.zeros(1, dtype=torch.long))[0])
+    if trained == TrainedPart.NONE:
         raise ArgumentError(
-            f"{type(sampler).__name__}: it reads the law at visible words, and the bound of {type(process).__name__} "
-            "trains nothing there: a network may say anything, most likely the word itself. Use a process with noise among "
-            "the words, or a sampler that corrects through noise (psi, dfm)."
+            f"{type(sampler).__name__}: process must train the prediction at tokens, because the "
+            f"sampler replaces tokens by this prediction; the bound of {type(process).__name__} "
+            "does not train the prediction at tokens, and an untrained prediction is arbitrary. "
+            "Use a process that replaces tokens by other tokens, or a sampler that noises a token "
+            "before it draws a new one (psi, dfm)."
         )

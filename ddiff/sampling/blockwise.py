@@ -1,4 +1,4 @@
-"""Semi-autoregressive sampling: any sampler inside a window, windows from left to right (arXiv 2503.09573)."""
+"""Semi-autoregressive sampling: windows from left to right (arXiv 2503.09573)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ from typing import Literal, final
 import torch
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import Canvas, Predicts, Quality, RngAt, Sampler
+from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
-WindowSight = Literal["blocks", "all"]
+Visibility = Literal["blocks", "all"]
 
 
 @final
 class BlockwiseSampler(Sampler):
-    """Windows of `width` positions, each from noise to words by `inner`, seeing the settled ones before it.
+    """Sample windows of `width` positions from left to right, each with the sampler `inner`.
 
-    Later windows wait at the prior. `sight = "blocks"`: no position sees a later window, as block diffusion is trained, nor
-    words given there; "all": the network sees them wait. Of the quality of `inner`. Positions draw from their own noise,
-    so all windows may use the same steps of it.
+    A window goes from t = 1 to tokens before the next window starts; later windows stay at the
+    prior. With `sight = "blocks"` no position attends to a later window, nor to prompt tokens in a
+    later window, as in the training of block diffusion. With `sight = "all"` positions attend to
+    later windows, which are at the prior. The quality is the quality of `inner`.
     """
 
-    def __init__(self, inner: Sampler, width: int, sight: WindowSight = "blocks") -> None:
+    def __init__(self, inner: Sampler, width: int, sight: Visibility = "blocks") -> None:
         if width < 1:
             raise ArgumentError(f"BlockwiseSampler: width must be at least 1; got {width}.")
         if sight not in ("blocks", "all"):
             raise ArgumentError(
                 f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.'
             )
-        self.inner, self.width, self.sight = inner, width, sight
-        self.cached = sight == "blocks"  # then settled windows see nothing that comes later
+        self.inner = inner
+        self.width = width
+        self.sight = sight
+        # Finished windows attend to no later window, so their keys and values stay valid.
+        self.cached = sight == "blocks"
         self.looks_ahead = sight == "all" and inner.looks_ahead
         self.quality: Quality = inner.quality
         self.order = inner.order
@@ -44,13 +49,17 @@ class BlockwiseSampler(Sampler):
     def run(
         self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
-        block = torch.arange(canvas.zt.shape[1], device=canvas.zt.device) // self.width
-        free, sight = canvas.free, block.unsqueeze(0) if self.sight == "blocks" else None
-        for number in range(int(block.max()) + 1):
-            window = free & (block == number)
+        number = torch.arange(canvas.zt.shape[1], device=canvas.zt.device) // self.width
+        block = number.unsqueeze(0) if self.sight == "blocks" else None
+        free = canvas.free
+        for index in range(int(number.max()) + 1):
+            window = free & (number == index)
+            # A window that the prompt fills needs no step.
             if not bool(window.any()):
                 continue
-            canvas = replace(canvas, free=window, block=sight)
+            canvas = replace(canvas, free=window, block=block)
+            # Every window counts its steps from 0. Positions have separate uniforms, so windows
+            # share no random number.
             for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
                 yield canvas
             canvas = replace(canvas, clean=canvas.clean | window)

@@ -1,4 +1,4 @@
-"""The event-driven sampler: time runs to the next event, and the network is asked only then (arXiv 2409.02908)."""
+"""First-hitting sampler: go from event to event in continuous time (arXiv 2409.02908)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.numerics import EARLIEST, LATEST
-from ddiff.core.process import ForwardProcess
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import reverse_step
 from ddiff.sampling.grid_sampler import draw_tokens, draw_uniforms, pick_tokens
 from ddiff.sampling.loop import (
     Canvas,
-    Predicts,
     Quality,
     RngAt,
     Sampler,
@@ -27,139 +28,197 @@ from ddiff.sampling.loop import (
     step_rows,
 )
 
-MOST_AT_ONCE = 0.05  # positions of a sequence: an error of at most 0.00125 in total variation
-READ = 2**16  # entries of a kernel's rows that are held to find the ends
+# Most positions of a sequence that may be drawn at once: an error of 0.05^2/2 in total variation.
+MAX_DRAWN_AT_ONCE = 0.05
+# Entries of transition rows that are computed to find the interval; limits memory and time.
+MAX_ENTRIES = 2**16
+# Halvings of an interval of logit times; 48 reach the resolution of float64.
+BISECTIONS = 48
 
 
 @final
 class FirstHittingSampler(Sampler):
-    """Each sequence jumps to the latest candidate event of its positions, where that position alone draws. Exact.
+    """Move each sequence to its latest candidate event, where one position draws. Exact.
 
-    Candidates come from `process.event_time` without the network (thinned by `process.event` where the rate depends on
-    it); a new one is drawn for every position after each event, which is the same chain since candidates have no memory.
-    Masks: as many network calls as there are positions. Needs a process with events.
+    Candidate times are drawn by `process.event_time` without the network. If the rate of events
+    depends on the network, `process.event` rejects some candidates. After each event, new candidates
+    are drawn for all positions; this gives the same chain, because candidates have no memory. With
+    masks the number of network evaluations is the number of positions. The process must have events.
 
-    Where tokens are noise, their candidates come at about 1/t and 1/(1 - t), most of them for nothing. So at both ends all
-    tokens move at once: first in one ancestral step to a time t_1, and from a time t_0 on in the last draw. Of L positions
-    `until` change there, on average: t_0 is where a share until/L of tokens is noise, t_1 where a share until/L of a token
-    is left. Positions that change together do so independently, which is an error of at most until^2 / 2 at each end in
-    total variation: 1e-6 together by default. Masks and trees, whose tokens are not noise, have none.
+    If tokens turn into other tokens (uniform noise), candidates come at rates of about 1/t and
+    1/(1 - t), and most are rejected. So all tokens move at once at both ends of time: from t = 1 to
+    a time t_1 in one ancestral step, and from a time t_0 to 0 in the final draw. Of L positions,
+    `until` change at each end on average: at t_0 a fraction until/L of the tokens is noise, and at
+    t_1 a fraction until/L of the tokens is still clean. Positions that change together are drawn
+    independently. The error in total variation is at most until^2/2 at each end, 1e-6 together by
+    default, and 0 for masks and trees.
 
-    Noise that sets in very early, as a low power of t, may exceed until/L at the earliest time that is read, 1e-12. Then
-    t_0 is that time. The sampler is refused where more than 0.05 positions would change from there on: an error of 0.00125.
+    If noise starts as a low power of t, more than until/L of the tokens may be noise at the earliest
+    time that is evaluated, 1e-12. Then t_0 is 1e-12. The sampler is refused if more than 0.05
+    positions would change below t_0, which would be an error of 0.00125.
     """
 
     quality: Quality = "exact"
     order: int = 0
 
     def __init__(self, until: float = 1e-3) -> None:
-        self.until = _checked(until)
+        if not 0.0 < until < 0.5:
+            raise ArgumentError(
+                f"FirstHittingSampler: until must be in (0, 1/2); got {until}. It is the number of "
+                "positions of a sequence that change at once at each end of time; the error is "
+                "until^2 / 2."
+            )
+        self.until = until
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
         require_distribution(self, predicts)
         if process is not None and not process.has_events:
             raise ArgumentError(
-                f"FirstHittingSampler: process must have events; {type(process).__name__} bounds its reverse rate by "
-                "nothing that is free of the network. Use a sampler with steps, such as ancestral or tau_leaping."
+                f"FirstHittingSampler: process must have events; {type(process).__name__} has no "
+                "bound on its reverse rates that is independent of the network. "
+                "Use a sampler with steps, such as ancestral or tau_leaping."
             )
 
     def run(
         self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
-        begin, finish = between(process, self.until, canvas.zt.shape[1])
-        words = replace(canvas, free=canvas.free & (canvas.zt < process.vocabulary.num_tokens))
-        begun = reverse_step(process, network, words, canvas.t.clamp(max=begin), rng_at(0), "first")
-        canvas = replace(begun, free=canvas.free)
+        begin, finish = find_event_interval(process, self.until, canvas.zt.shape[1])
+        canvas = self._move_tokens(process, network, canvas, begin, rng_at(0))
         for k in count():
-            is_word = canvas.zt < process.vocabulary.num_tokens
-            u = draw_uniforms(rng_at(k), "when", 1)[:, 0]
-            when = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u).reshape(
-                canvas.t.shape
-            )
-            when = torch.where(canvas.free & (~is_word | (when > finish)), when, 0.0)
-            latest, place = when.max(-1, keepdim=True)
-            happens = torch.zeros_like(canvas.free).scatter(-1, place, latest > 0)
-            # candidates of other states are read down to EARLIEST
-            end = torch.full_like(canvas.t, EARLIEST).masked_fill(is_word, finish)
-            canvas = canvas.advance(canvas.zt, torch.minimum(canvas.t, torch.maximum(latest, end)))
-            if not bool(happens.any()):
+            canvas, has_event = self._go_to_events(process, canvas, finish, rng_at(k))
+            # A synchronization: the loop ends when no sequence of the batch has another event.
+            if not bool(has_event.any()):
                 break
-            u = draw_uniforms(rng_at(k), "event", process.uniforms_per_event)
-            draw = lambda query, zt, t, rows: process.event(query, zt, t, u[rows])  # noqa: B023, E731
-            canvas = canvas.advance(step_rows(network, canvas, draw, happens), canvas.t)
+            canvas = self._draw_events(process, network, canvas, has_event, rng_at(k))
             yield canvas
-        yield draw_tokens(
-            process, network, canvas, rng_at(0)
-        )  # not of step k, at which the slowest of the batch ended
+        # Step 0 again, not step k: k depends on the slowest sequence of the batch, and a sample must
+        # not depend on its batch.
+        yield draw_tokens(process, network, canvas, rng_at(0))
+
+    def _move_tokens(
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        begin: float,
+        rng: CounterRng,
+    ) -> Canvas:
+        """Move all tokens from t = 1 to `begin` in one ancestral step."""
+        tokens = canvas.free & (canvas.zt < process.vocabulary.num_tokens)
+        s = canvas.t.clamp(max=begin)
+        moved = reverse_step(process, network, replace(canvas, free=tokens), s, rng, "first")
+        return replace(moved, free=canvas.free)
+
+    def _go_to_events(
+        self, process: ForwardProcess, canvas: Canvas, finish: float, rng: CounterRng
+    ) -> tuple[Canvas, Tensor]:
+        """Move every sequence to its next candidate event; return the positions [B,L] bool too."""
+        is_token = canvas.zt < process.vocabulary.num_tokens
+        u = draw_uniforms(rng, "when", 1)[:, 0]
+        time = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u)
+        time = time.reshape(canvas.t.shape)
+        time = torch.where(canvas.free & (~is_token | (time > finish)), time, 0.0)
+        latest, position = time.max(-1, keepdim=True)
+        has_event = torch.zeros_like(canvas.free).scatter(-1, position, latest > 0)
+        # Candidates of states other than tokens are followed down to EARLIEST.
+        end = torch.full_like(canvas.t, EARLIEST).masked_fill(is_token, finish)
+        s = torch.minimum(canvas.t, torch.maximum(latest, end))
+        return canvas.advance(canvas.zt, s), has_event
+
+    def _draw_events(
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        has_event: Tensor,
+        rng: CounterRng,
+    ) -> Canvas:
+        """Draw the new states of the positions that have an event."""
+        u = draw_uniforms(rng, "event", process.uniforms_per_event)
+
+        def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            return process.event(query, zt, t, u[rows])
+
+        return canvas.advance(step_rows(network, canvas, draw, has_event), canvas.t)
 
 
-def _checked(until: float) -> float:
-    if not 0.0 < until < 0.5:
-        raise ArgumentError(
-            f"FirstHittingSampler: until must be in (0, 1/2); got {until}. It is the number of positions of a sequence "
-            "that change at once at either end of time; the error is until^2 / 2."
-        )
-    return until
+def find_event_interval(process: ForwardProcess, until: float, length: int) -> tuple[float, float]:
+    """Return the times (t_1, t_0) between which events of tokens are drawn one by one.
 
-
-def between(process: ForwardProcess, until: float, length: int) -> tuple[float, float]:
-    """The times (t_1, t_0) between which events of tokens are followed one by one; ArgumentError where t_0 is too early.
-
-    Beyond them `until` of `length` positions change, on average.
+    Outside the interval, `until` of `length` positions change on average. Raises ArgumentError if
+    more than 0.05 positions would change below the earliest time.
     """
-    if _noise(process, 0.5)[0] == 0.0:  # no token is noise
+    to_token, _ = _noise_probabilities(process, 0.5)
+    if to_token == 0.0:  # no token turns into another token
         return LATEST, EARLIEST
-    share = until / length
-    low, high = (
-        float(torch.logit(torch.tensor(t, dtype=torch.float64))) for t in (EARLIEST, LATEST)
-    )
-    finish = _last(lambda y: _noise(process, _time(y))[1] <= share, low, 0.0)
-    begin = _last(lambda y: _left(process, _time(y)) > share, 0.0, high)
-    together = length * _noise(process, EARLIEST)[1]
-    if together > max(until, MOST_AT_ONCE):
+    fraction = until / length
+    low = _logit(EARLIEST)
+    high = _logit(LATEST)
+
+    def is_almost_clean(y: float) -> bool:
+        return _noise_probabilities(process, _sigmoid(y))[1] <= fraction
+
+    def is_partly_clean(y: float) -> bool:
+        return _clean_fraction(process, _sigmoid(y)) > fraction
+
+    # Bisection in the logit of t, since both times may be within 1e-12 of an end.
+    finish = _find_last(is_almost_clean, low, 0.0)
+    begin = _find_last(is_partly_clean, 0.0, high)
+    together = length * _noise_probabilities(process, EARLIEST)[1]
+    if together > max(until, MAX_DRAWN_AT_ONCE):
         raise ArgumentError(
-            f"FirstHittingSampler: of {length} positions {together:.2g} are noise already at the earliest time that is "
-            f"read, t = {EARLIEST}, and all of them would be drawn at once, an error of up to {together**2 / 2:.2g}. Use a "
-            "process whose noise sets in later or is less (of a hump of uniform noise a larger gamma, a smaller "
-            "p_uniform), a shorter sequence, or a sampler with steps, such as ancestral."
+            f"FirstHittingSampler: of {length} positions {together:.2g} are noise already at the "
+            f"earliest time that is evaluated, t = {EARLIEST}, and would be drawn at once, with an "
+            f"error of up to {together**2 / 2:.2g}. Use a process with later or less noise "
+            "(for a hump of uniform noise a larger gamma or a smaller p_uniform), "
+            "a shorter sequence, or a sampler with steps, such as ancestral."
         )
-    return _time(begin), _time(finish)
+    return _sigmoid(begin), _sigmoid(finish)
 
 
-def _last(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest y in [low, high] where a claim that ceases to hold once still holds; low where it never does."""
+def _find_last(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Return the largest y in [low, high] at which `holds` is true; `low` if it is never true.
+
+    `holds` must be true up to some y and false above.
+    """
     if holds(high):
         return high
-    for _ in range(48):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 
-def _time(y: float) -> float:
+def _logit(t: float) -> float:
+    return float(torch.logit(torch.tensor(t, dtype=torch.float64)))
+
+
+def _sigmoid(y: float) -> float:
     return float(torch.sigmoid(torch.tensor(y, dtype=torch.float64)).clamp(EARLIEST, LATEST))
 
 
-def _noise(process: ForwardProcess, t: float) -> tuple[float, float]:
-    """The largest probability that a token is another token at t, and that it is another state, counted from t = 0."""
-    tokens, now = _some_rows(process, t)
-    moved = process.transition(torch.zeros_like(now), now).row(tokens)
+def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, float]:
+    """Return the largest probabilities of a token at t = 0 to be another token, or state, at t."""
+    tokens, times = _example_rows(process, t)
+    moved = process.transition(torch.zeros_like(times), times).row(tokens)
     moved = moved.scatter(-1, tokens.unsqueeze(-1), 0.0)
-    among = moved[:, : process.vocabulary.num_tokens].sum(-1)
-    return float(among.max()), float(moved.sum(-1).max())
+    to_token = moved[:, : process.vocabulary.num_tokens].sum(-1)
+    return float(to_token.max()), float(moved.sum(-1).max())
 
 
-def _left(process: ForwardProcess, t: float) -> float:
-    """What is left of a token at t: the part of q_t(.|x) that depends on x, alpha_t where noise does not."""
-    tokens, now = _some_rows(process, t)
-    return 1.0 - float(process.from_clean(now).row(tokens).amin(0).sum())
+def _clean_fraction(process: ForwardProcess, t: float) -> float:
+    """Return the part of q_t(.|x) that depends on x; it is alpha_t if the noise does not."""
+    tokens, times = _example_rows(process, t)
+    return 1.0 - float(process.from_clean(times).row(tokens).amin(0).sum())
 
 
-def _some_rows(process: ForwardProcess, t: float) -> tuple[Tensor, Tensor]:
-    """Tokens whose rows are read, two at least, and the time for each."""
+def _example_rows(process: ForwardProcess, t: float) -> tuple[Tensor, Tensor]:
+    """Return at least two tokens [r] that represent the vocabulary, and the time t for each [r]."""
     vocabulary = process.vocabulary
-    tokens = pick_tokens(
-        vocabulary.num_tokens, max(2, READ // vocabulary.num_states), torch.device("cpu")
-    )
+    rows = max(2, MAX_ENTRIES // vocabulary.num_states)
+    tokens = pick_tokens(vocabulary.num_tokens, rows, torch.device("cpu"))
     return tokens, torch.full(tokens.shape, t, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Step grids: the times that a stepped sampler visits, from 1 down to 0."""
+"""Time grids of samplers: decreasing times from t = 1 to t = 0."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ Spacing = Literal["uniform", "cosine", "log"]
 
 
 class Steps(Protocol):
-    """Times of `steps` steps: steps + 1 numbers that do not rise, the first 1.0, the last 0.0."""
+    """Time grid with `steps` steps."""
 
     steps: int
 
     def times(self) -> list[float]:
-        """[steps + 1] from 1 to 0."""
+        """Return steps + 1 times that never increase; the first is 1.0, the last 0.0."""
 
 
 @final
 class Grid:
-    """`steps` >= 1 steps from t = 1 to t = 0, k = 0..steps, N = steps.
+    """Grid of N = `steps` >= 1 steps with times t_k, k = 0..N.
 
-    uniform: t = 1 - k/N. cosine: t = cos(pi k / 2N), short steps first (arXiv 2202.04200). log: even in u = -ln(1 - t),
-    the clock of trees; u is infinite at t = 1, so the first step is uniform's, 1 to 1 - 1/N, and the others share ln N.
+    - uniform: t_k = 1 - k/N.
+    - cosine: t_k = cos(pi k / 2N), with short steps first (arXiv 2202.04200).
+    - log: equal steps in u = -ln(1 - t), the clock of trees. u is infinite at t = 1, so the first
+      step goes from 1 to 1 - 1/N; the other steps divide the remaining u = ln N equally.
     """
 
     def __init__(self, spacing: Spacing = "uniform", steps: int = 64) -> None:
@@ -33,23 +35,31 @@ class Grid:
                 f"Grid: spacing must be one of {', '.join(get_args(Spacing))}; got {spacing!r}."
                 + suggest(spacing, get_args(Spacing))
             )
-        self.spacing, self.steps = spacing, _checked(steps)
+        _check_steps(steps)
+        self.spacing = spacing
+        self.steps = steps
 
     def times(self) -> list[float]:
-        share = [k / self.steps for k in range(self.steps + 1)]
+        """Return the steps + 1 times of the grid, from 1 to 0."""
+        fractions = [k / self.steps for k in range(self.steps + 1)]
         if self.spacing == "uniform":
-            return [1.0 - x for x in share]
+            return [1.0 - x for x in fractions]
         if self.spacing == "cosine":
-            return [math.cos(math.pi / 2 * x) for x in share[:-1]] + [0.0]
-        left = [(self.steps - k) / max(self.steps - 1, 1) for k in range(1, self.steps + 1)]
-        return [1.0] + [-math.expm1(-x * math.log(self.steps)) for x in left]
+            # cos(pi/2) is 6e-17 in floating point, so the last time is written out.
+            return [math.cos(math.pi / 2 * x) for x in fractions[:-1]] + [0.0]
+        # A grid of one step has no second step to divide; max() avoids 0/0.
+        divisor = max(self.steps - 1, 1)
+        remaining = [(self.steps - k) / divisor for k in range(1, self.steps + 1)]
+        # t = 1 - exp(-u); expm1 keeps the digits of small t.
+        return [1.0] + [-math.expm1(-x * math.log(self.steps)) for x in remaining]
 
 
 @final
 class LoopGrid:
-    """Down to `hold`, a pause there, then on to 0: steps for remasking to work in (arXiv 2503.00307, "loop").
+    """Grid that pauses at the time `hold`, for remasking (arXiv 2503.00307, "loop").
 
-    With tau = 1 - k/N: tau from 1 to `on` goes from t = 1 to `hold`, from `on` to `off` t rests, from `off` to 0 it ends.
+    Step k of N = `steps` has the progress tau = 1 - k/N. While tau falls from 1 to `on`, t falls
+    from 1 to `hold`. While tau falls from `on` to `off`, t is constant. Then t falls to 0.
     """
 
     def __init__(
@@ -57,22 +67,27 @@ class LoopGrid:
     ) -> None:
         if not 0.0 < off < on < 1.0 or not 0.0 < hold < 1.0:
             raise ArgumentError(
-                f"LoopGrid: need 0 < off < on < 1 and hold in (0, 1); got off = {off}, on = {on}, hold = {hold}."
+                "LoopGrid: need 0 < off < on < 1 and hold in (0, 1); "
+                f"got off = {off}, on = {on}, hold = {hold}."
             )
-        self.steps, self.on, self.off, self.hold = _checked(steps), on, off, hold
+        _check_steps(steps)
+        self.steps = steps
+        self.on = on
+        self.off = off
+        self.hold = hold
 
     def times(self) -> list[float]:
+        """Return the steps + 1 times of the grid, from 1 to 0."""
         return [self._time(1.0 - k / self.steps) for k in range(self.steps)] + [0.0]
 
     def _time(self, tau: float) -> float:
+        """Return the time t at progress tau, which falls from 1 to 0."""
         if tau >= self.on:
             return 1.0 - (1.0 - self.hold) * (1.0 - tau) / (1.0 - self.on)
         return self.hold * min(tau / self.off, 1.0)
 
 
-def _checked(steps: int) -> int:
+def _check_steps(steps: int) -> None:
+    """Raise ArgumentError if a grid has no step."""
     if steps < 1:
-        raise ArgumentError(
-            f"Grid: steps must be at least 1, each a move towards t = 0; got {steps}."
-        )
-    return steps
+        raise ArgumentError(f"Grid: steps must be at least 1; got {steps}.")

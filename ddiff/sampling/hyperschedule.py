@@ -1,4 +1,4 @@
-"""Hyperschedules: a stepped sampler along the path of a time rule, every position at its own time (arXiv 2504.06416)."""
+"""Hyperschedules: a grid sampler in which every position has its own time (arXiv 2504.06416)."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from torch import Tensor
 
 from ddiff.core.elbo import Network
 from ddiff.core.information import IdentityTime
-from ddiff.core.process import ForwardProcess
-from ddiff.core.times import TimeRule, Times
+from ddiff.core.network import Predicts
+from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.sampling.grid_sampler import GridSampler
-from ddiff.sampling.loop import Canvas, Predicts, Quality, RngAt, Sampler
+from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
 
 @final
 class HyperscheduleSampler(Sampler):
-    """The moves of `inner` from rule.at(tau_k) to rule.at(tau_{k+1}), tau on the grid of `inner`; of its quality.
+    """Apply the steps of `inner` to the times of a time rule: rule.at(tau_k) to rule.at(tau_{k+1}).
 
-    A position that settles within a step draws its word, one that comes off the prior begins; both read what the network
-    says at the beginning of the step. Given words stay as they are, wherever they stand; under a rule with blocks nobody
-    sees those of a later block, and so it does not look ahead.
+    The progress tau is on the grid of `inner`, and the quality is the quality of `inner`. A position
+    that becomes clean within a step draws its token in this step, from the prediction at the start
+    of the step. Prompt tokens never change. If the rule has blocks, no position attends to a later
+    block, and the sampler does not look ahead.
     """
 
     def __init__(self, inner: GridSampler, rule: TimeRule) -> None:
-        self.inner, self.rule = inner, rule
+        self.inner = inner
+        self.rule = rule
         self.quality: Quality = inner.quality
         self.order = inner.order
-        self.looks_ahead = (
-            rule.at(IdentityTime(), torch.ones(1, dtype=torch.float64), 1).block is None
-        )
+        # Whether a rule has blocks depends on neither the time nor the length.
+        start = rule.at(IdentityTime(), torch.ones(1, dtype=torch.float64), 1)
+        self.looks_ahead = start.block is None
 
     @property
     def steps(self) -> int:
@@ -45,29 +48,52 @@ class HyperscheduleSampler(Sampler):
     def run(
         self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
-        open_ = canvas.free
-        for k, (tau, then) in enumerate(pairwise(self.inner.grid.times())):
-            now = self._at(process, tau, canvas)
-            later = self._at(process, then, canvas)
-            settles = open_ & (later.clean | (then == 0.0))
-            shown = replace(canvas, clean=canvas.clean | ~open_, t=_times(now), block=now.block)
-            query = network(shown.network_input())
-            shared = lambda noisy, query=query: query  # noqa: E731
-            moved = self.inner.move(
-                process, shared, replace(shown, free=open_ & ~settles), _times(later), rng_at(k)
+        unfinished = canvas.free
+        for k, (tau, next_tau) in enumerate(pairwise(self.inner.grid.times())):
+            now = self._times_at(process, tau, canvas)
+            later = self._times_at(process, next_tau, canvas)
+            finishes = unfinished & (later.clean | (next_tau == 0.0))
+            continues = unfinished & ~finishes
+            start = replace(
+                canvas,
+                clean=canvas.clean | ~unfinished,
+                t=_sampling_times(now),
+                block=now.block,
             )
-            ended = self.inner.finish(process, shared, replace(shown, free=settles), rng_at(k))
-            zt = torch.where(settles, ended.zt, moved.zt)
-            open_ = open_ & ~settles
-            canvas = replace(shown, zt=zt, t=torch.where(open_, _times(later), 0.0), clean=~open_)
+            # One evaluation serves the positions that move and the positions that finish.
+            shared = _SharedQuery(network(start.network_input()))
+            moving = replace(start, free=continues)
+            moved = self.inner.move(process, shared, moving, _sampling_times(later), rng_at(k))
+            finishing = replace(start, free=finishes)
+            finished = self.inner.finish(process, shared, finishing, rng_at(k))
+            unfinished = continues
+            canvas = replace(
+                start,
+                zt=torch.where(finishes, finished.zt, moved.zt),
+                t=torch.where(unfinished, _sampling_times(later), 0.0),
+                clean=~unfinished,
+            )
             yield canvas
 
-    def _at(self, process: ForwardProcess, tau: float, canvas: Canvas) -> Times:
-        reached = torch.full_like(canvas.t[:, 0], tau)
-        return self.rule.at(process.information_time, reached, canvas.t.shape[1])
+    def _times_at(self, process: ForwardProcess, tau: float, canvas: Canvas) -> Times:
+        """Return the times of all positions at progress tau."""
+        progress = torch.full_like(canvas.t[:, 0], tau)
+        return self.rule.at(process.information_time, progress, canvas.t.shape[1])
 
 
-def _times(times: Times) -> Tensor:
-    """[B,L] 1 where a position waits, 0 where it has settled."""
+class _SharedQuery:
+    """Network that returns the same query at every call."""
+
+    def __init__(self, query: Query) -> None:
+        self.query = query
+
+    def __call__(self, noisy: Noisy) -> Query:
+        return self.query
+
+
+def _sampling_times(times: Times) -> Tensor:
+    """Return the times [B,L]: 1 at positions at the prior, 0 at clean positions."""
     t = times.t.masked_fill(times.clean, 0.0)
-    return t if times.at_prior is None else t.masked_fill(times.at_prior, 1.0)
+    if times.at_prior is None:
+        return t
+    return t.masked_fill(times.at_prior, 1.0)

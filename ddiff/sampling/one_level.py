@@ -1,4 +1,4 @@
-"""The step of the published hierarchical sampler: one level down at a time (arXiv 2510.08632)."""
+"""Step of the published hierarchical sampler: at most one level down (arXiv 2510.08632)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
-from ddiff.sampling.loop import Canvas, Predicts, step_rows
+from ddiff.sampling.loop import Canvas, step_rows
 from ddiff.sampling.unmasking import require_monotone
 
 
 @final
 class OneLevelSampler(GridSampler):
-    """From level l one down with probability min(1, (F_l(t) - F_l(s)) / pi_l(t)), F_l the share at l or above.
+    """Go one level down with probability min(1, (F_l(t) - F_l(s)) / pi_l(t)). Order 1.
 
-    Order 1. A mask takes at least as many steps as there are levels. The share of every level is kept where nothing is cut
-    off at 1, but it is not the posterior, which may pass several levels; on one level the two are the same. The last step
-    draws words. Needs a monotone process.
+    pi_l(t) is the probability that a position is at level l at time t, and F_l the sum of pi_m over
+    m >= l. Level 0 holds the tokens. A mask needs at least as many steps as there are levels. Unless
+    the minimum cuts off at 1, the probabilities of the levels are right after the step. The step is
+    still not the posterior, which may pass several levels at once; with one level both are equal.
+    The last step draws tokens. The process must be monotone.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -31,43 +34,50 @@ class OneLevelSampler(GridSampler):
     def move(
         self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        u, then = draw_uniforms(rng, "level", 2), s.reshape(-1)
-        level_of = process.vocabulary.level_of
+        u = draw_uniforms(rng, "level", 2)
+        flat_s = s.reshape(-1)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            level = level_of(zt).unsqueeze(-1)
-            now, soon = occupation(process, t), occupation(process, then[rows])
-            fallen = (above(now) - above(soon)).gather(-1, level) / now.gather(-1, level)
-            moving = (u[rows, 0] < fallen.squeeze(-1)).nonzero().squeeze(-1)
-            below = level.squeeze(-1) - 1
-
+            level = process.vocabulary.level_of(zt)
+            leave = _leave_probability(process, level, t, flat_s[rows])
+            moves = (u[rows, 0] < leave).nonzero().squeeze(-1)
             zs = zt.clone()
-            if len(moving):
-                z = zt[moving]
-                zs[moving] = query(
-                    moving, process.scope(z), draw_below, z, below[moving], u[rows[moving], 1]
-                )
+            if len(moves):
+                z = zt[moves]
+                below = level[moves] - 1
+                scope = process.scope(z)
+                zs[moves] = query(moves, scope, _draw_descendants, z, below, u[rows[moves], 1])
             return zs
 
-        return canvas.advance(step_rows(network, canvas, draw, process.active(canvas.zt)), s)
+        zs = step_rows(network, canvas, draw, process.active(canvas.zt))
+        return canvas.advance(zs, s)
 
 
-def draw_below(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-    """Draw [k] descendants of node [k] at level [k]."""
+def _draw_descendants(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
+    """Draw descendants [k] of the nodes [k] at the levels [k]."""
     return dist.draw(node, level, u)
 
 
-def occupation(process: ForwardProcess, t: Tensor) -> Tensor:
-    """[r,L+1] pi_l(t), how much of a position's law is at each level."""
+def _leave_probability(process: ForwardProcess, level: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Return (F_l(t) - F_l(s)) / pi_l(t) [r] for levels l [r]; may exceed 1."""
+    level = level.unsqueeze(-1)
+    pi_t = _occupation(process, t)
+    pi_s = _occupation(process, s)
+    decrease = _sum_from_level(pi_t) - _sum_from_level(pi_s)
+    return (decrease.gather(-1, level) / pi_t.gather(-1, level)).squeeze(-1)
+
+
+def _occupation(process: ForwardProcess, t: Tensor) -> Tensor:
+    """Return pi_l(t) [r,L+1], the probability that a position is at level l."""
     times, place = torch.unique(t, return_inverse=True)
     vocabulary = process.vocabulary
-    flat = torch.zeros(
-        len(times), vocabulary.num_tokens, dtype=torch.float64, device=t.device
-    ).log_softmax(-1)
-    mass = process.log_marginal(flat, times).exp()
-    return torch.stack([part.sum(-1) for part in mass.split(vocabulary.level_sizes, -1)], -1)[place]
+    # The probability of a level does not depend on the clean token; a uniform one is convenient.
+    zeros = torch.zeros(len(times), vocabulary.num_tokens, dtype=torch.float64, device=t.device)
+    mass = process.log_marginal(zeros.log_softmax(-1), times).exp()
+    by_level = [part.sum(-1) for part in mass.split(vocabulary.level_sizes, -1)]
+    return torch.stack(by_level, -1)[place]
 
 
-def above(occupation: Tensor) -> Tensor:
-    """[r,L+1] F_l = sum of pi_m over m >= l."""
+def _sum_from_level(occupation: Tensor) -> Tensor:
+    """Return F_l [r,L+1], the sum of pi_m over m >= l."""
     return occupation.flip(-1).cumsum(-1).flip(-1)

@@ -1,52 +1,41 @@
-"""Correctors: moves that leave the law of a time as it is, made between the steps of a sampler."""
+"""Predictor-corrector sampling: moves at a constant time between the steps of a sampler."""
 
 from __future__ import annotations
 
-from typing import Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import reverse_step
 from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
-from ddiff.sampling.loop import Canvas, Predicts, Quality, require_distribution, require_process
-
-
-class Corrector(Protocol):
-    """Moves a canvas without moving its time."""
-
-    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None: ...
-
-    def correct(
-        self,
-        process: ForwardProcess,
-        network: Network,
-        canvas: Canvas,
-        span: Tensor,
-        rng: CounterRng,
-        channel: str,
-    ) -> Canvas:
-        """The canvas at the same times; span [B,L] is how far the step before went."""
+from ddiff.sampling.loop import Canvas, Quality, require_distribution, require_process
 
 
 @final
 class ForwardBackward:
-    """Up by the forward transition, back by the reverse one, over `share` of the step (arXiv 2402.04997, 2407.15595).
+    """Corrector: a forward step, then the reverse step back (arXiv 2402.04997, 2407.15595).
 
-    One network call. Each position keeps its law; since the way shortens with the steps, so does what is lost between
-    positions that return together.
+    The forward step is `share` times as long as the preceding step of the sampler. The corrector
+    needs one network evaluation. Each single position keeps its distribution. Positions that are
+    noised together lose part of their dependence, and less of it as steps become shorter.
     """
 
     def __init__(self, share: float = 1.0) -> None:
         if not 0.0 < share < float("inf"):
-            raise ArgumentError(f"ForwardBackward: share of a step must be above 0; got {share}.")
+            raise ArgumentError(
+                f"ForwardBackward: share must be a finite number above 0; got {share}. "
+                "It is the length of the forward step as a multiple of the sampler's step."
+            )
         self.share = share
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        """Raise ArgumentError without a process, or if the network predicts a score."""
         require_process(self, process)
         require_distribution(self, predicts)
 
@@ -59,26 +48,31 @@ class ForwardBackward:
         rng: CounterRng,
         channel: str,
     ) -> Canvas:
+        """Return the corrected canvas at the same times; span [B,L] is the last step's length."""
         u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
-        s, above = canvas.t, (canvas.t + self.share * span).clamp(max=1.0)
-        climbed = process.forward_step(
-            canvas.zt.reshape(-1), s.reshape(-1), above.reshape(-1), u
-        ).reshape(s.shape)
-        higher = canvas.advance(torch.where(canvas.free, climbed, canvas.zt), above)
-        return reverse_step(process, network, higher, s, rng, f"{channel}.down")
+        s = canvas.t
+        t = (s + self.share * span).clamp(max=1.0)
+        noised = process.forward_step(canvas.zt.reshape(-1), s.reshape(-1), t.reshape(-1), u)
+        zt = torch.where(canvas.free, noised.reshape(s.shape), canvas.zt)
+        return reverse_step(process, network, canvas.advance(zt, t), s, rng, f"{channel}.down")
 
 
 @final
 class PredictorCorrectorSampler(GridSampler):
-    """A sampler on a grid with `rounds` of a corrector after each step but the last; of the quality of that sampler."""
+    """Apply `rounds` rounds of a corrector after each step of `inner` except the last.
 
-    def __init__(self, inner: GridSampler, corrector: Corrector, rounds: int = 1) -> None:
+    The quality is the quality of `inner`.
+    """
+
+    def __init__(self, inner: GridSampler, corrector: ForwardBackward, rounds: int = 1) -> None:
         super().__init__(inner.grid)
         if rounds < 1:
             raise ArgumentError(
                 f"PredictorCorrectorSampler: rounds must be at least 1; got {rounds}."
             )
-        self.inner, self.corrector, self.rounds = inner, corrector, rounds
+        self.inner = inner
+        self.corrector = corrector
+        self.rounds = rounds
         self.quality: Quality = inner.quality
         self.order = inner.order
 
@@ -92,6 +86,7 @@ class PredictorCorrectorSampler(GridSampler):
         span = canvas.t - s
         canvas = self.inner.move(process, network, canvas, s, rng)
         for k in range(self.rounds):
+            # Each round has its own channel, so rounds of one step draw different uniforms.
             canvas = self.corrector.correct(process, network, canvas, span, rng, f"correct{k}")
         return canvas
 

@@ -1,8 +1,9 @@
-"""Shaping and guiding: other laws to draw from, made where they are drawn.
+"""Temperature, filters and guidance: reshape the predicted distributions that are drawn from.
 
-What is reshaped is each conditional that is drawn from: the children of a node, one level at a time, or the words where
-the tree is flat. Temperature on words summed to nodes is another law than temperature on nodes. Filters act on the law of
-the clean token, before any posterior is formed; samplers that rank positions rank them by the law without filters.
+Shaping acts on each conditional distribution that is drawn from: the children of a node, level by
+level, or all tokens of a flat vocabulary. On a tree, a temperature on nodes differs from a
+temperature on tokens that is summed to nodes. Shaping acts on the distribution of the clean token,
+before a posterior is formed. Samplers that rank positions rank them by the unshaped distribution.
 """
 
 from __future__ import annotations
@@ -15,19 +16,13 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
-from ddiff.core.network import CountingNetwork, count_evaluations
+from ddiff.core.network import CountingNetwork, Predicts, count_evaluations
 from ddiff.core.numerics import apply_temperature, draw_index
 from ddiff.core.prediction import CleanDistribution, DenseDistribution, SubtreeDistribution
 from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
-from ddiff.sampling.loop import (
-    Canvas,
-    Predicts,
-    Quality,
-    RngAt,
-    Sampler,
-)
+from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
 Shape = Callable[..., Tensor]
 Classifier = Callable[[Noisy, Tensor], Tensor]
@@ -35,10 +30,11 @@ Classifier = Callable[[Noisy, Tensor], Tensor]
 
 @final
 class ShapedDistribution(SubtreeDistribution):
-    """`shape(log_p, ...) -> log_p` of each conditional of one or several laws of the same rows.
+    """Distribution whose conditionals are computed by `shape` from those of given distributions.
 
-    Each argument of `shape` is [k,w], normalised, -inf outside the node; what it gives is normalised again. `plain` is the
-    law without filters, which orders positions.
+    `shape(log_p, ...) -> log_p` receives one tensor [k,w] per distribution in `dists`: normalized
+    conditionals over w places, -inf at places outside the node. The result is normalized again.
+    `plain` is the unshaped distribution, by which positions are ranked.
     """
 
     def __init__(
@@ -50,77 +46,95 @@ class ShapedDistribution(SubtreeDistribution):
         super().__init__(dists[0].vocabulary, dists[0].top)
         if any(dist.top != self.top for dist in dists):
             raise ArgumentError(
-                f"ShapedDistribution: all laws must speak of the same subtree; "
-                f"got laws below {[dist.top for dist in dists]}."
+                "ShapedDistribution: all distributions must be over the same subtree; "
+                f"got subtrees below the nodes {[dist.top for dist in dists]}."
             )
-        self.dists, self.shape, self.plain = dists, shape, plain or self
+        self.dists = dists
+        self.shape = shape
+        self.plain = plain or self
         self._levels: dict[int, Tensor] = {}
 
     def conditional(self, node: Tensor, level: int, rows: Tensor) -> Tensor:
-        """[k,w] log P(child | node) over the places of `level` below top; node [k] one level above, rows [k] of the law."""
-        parts = [next_log_p(dist, node, level, rows) for dist in self.dists]
-        return self.shape(*parts).log_softmax(-1)
+        """Return log P(child | node) [k,w] over the w places of `level` below `top`.
+
+        node [k] is one level above; rows [k] are rows of the distribution.
+        """
+        conditionals = [next_log_p(dist, node, level, rows) for dist in self.dists]
+        return self.shape(*conditionals).log_softmax(-1)
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Down the tree one conditional at a time; what is left of the uniform after a draw serves for the next."""
-        drawn, left = node.clone(), u.clone()
+        """Draw descendants [k] of node [k] at level [k], one conditional after the other.
+
+        Each draw leaves a new uniform: the relative position of u [k] within the drawn interval.
+        """
+        drawn = node.clone()
+        remaining = u.clone()
         for below in reversed(range(len(self._below))):
-            rows = (
-                ((self.vocabulary.level_of(drawn) == below + 1) & (level <= below))
-                .nonzero()
-                .squeeze(-1)
-            )
+            is_parent = self.vocabulary.level_of(drawn) == below + 1
+            rows = (is_parent & (level <= below)).nonzero().squeeze(-1)
             if len(rows):
-                place, left[rows] = _invert(
-                    self.conditional(drawn[rows], below, rows).exp(), left[rows]
-                )
-                drawn[rows] = self.vocabulary.order(below, node.device)[
-                    self._below[below].start + place
-                ]
+                p = self.conditional(drawn[rows], below, rows).exp()
+                place, remaining[rows] = _invert(p, remaining[rows])
+                order = self.vocabulary.order(below, node.device)
+                drawn[rows] = order[self._below[below].start + place]
         return drawn
 
     def log_below(self, level: int) -> Tensor:
         if level not in self._levels:
-            self._levels[level] = self._multiplied(level)
+            self._levels[level] = self._multiply_conditionals(level)
         return self._levels[level]
 
-    def _multiplied(self, level: int) -> Tensor:
-        """Every conditional on the way to `level`, one parent after the other."""
-        raw, above = self.dists[0].log_below(level), level + 1
+    def _multiply_conditionals(self, level: int) -> Tensor:
+        """Return ln p over the places of `level`: the product of conditionals from the top down."""
+        raw = self.dists[0].log_below(level)
         rows = torch.arange(len(raw), device=raw.device)
+        above = level + 1
         if above == len(self._below):
             return self.conditional(torch.full_like(rows, self.top), level, rows).to(raw.dtype)
-        joint, mass = torch.full_like(raw, -torch.inf), self.log_below(above)
-        nodes = self.vocabulary.order(above)[self._below[above]]
-        for place, node in enumerate(nodes.tolist()):
-            start, stop = (
-                int(x) - self._below[level].start
-                for x in self.vocabulary.node_range(torch.tensor(node), level)
-            )
-            given = self.conditional(torch.full_like(rows, node), level, rows)[:, start:stop]
-            joint[:, start:stop] = mass[:, place : place + 1] + given.to(raw.dtype)
+        joint = torch.full_like(raw, -torch.inf)
+        parent_log_p = self.log_below(above)
+        first = self._below[level].start
+        parents = self.vocabulary.order(above)[self._below[above]]
+        # One parent at a time: a parent's conditional has the width of the whole level.
+        for place, parent in enumerate(parents.tolist()):
+            start, stop = self.vocabulary.node_range(torch.tensor(parent), level)
+            columns = slice(int(start) - first, int(stop) - first)
+            conditional = self.conditional(torch.full_like(rows, parent), level, rows)
+            log_p = conditional[:, columns].to(raw.dtype)
+            joint[:, columns] = parent_log_p[:, place : place + 1] + log_p
         return joint
 
 
 def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) -> Tensor:
-    """[k,w] log P(child | node [k]) over the places of `level` below the law's top; -inf outside the node."""
-    log_p, first = dist.log_below(level)[rows], dist.vocabulary.subtree(dist.top)[level].start
+    """Return log P(child | node [k]) [k,w] over the places of `level` below the top of `dist`.
+
+    The value is -inf at places that are not below the node.
+    """
+    log_p = dist.log_below(level)[rows]
+    first = dist.vocabulary.subtree(dist.top)[level].start
     start, stop = (place.unsqueeze(-1) - first for place in dist.vocabulary.node_range(node, level))
     place = torch.arange(log_p.shape[1], device=log_p.device)
-    return log_p.masked_fill((place < start) | (place >= stop), -torch.inf).log_softmax(-1)
+    is_outside = (place < start) | (place >= stop)
+    return log_p.masked_fill(is_outside, -torch.inf).log_softmax(-1)
 
 
-def unfiltered(dist: CleanDistribution) -> CleanDistribution:
-    """The law by which positions are ranked: no temperature, no filter."""
+def unshaped(dist: CleanDistribution) -> CleanDistribution:
+    """Return the distribution without temperature and filters, by which positions are ranked."""
     return dist.plain if isinstance(dist, ShapedDistribution) else dist
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The place that u [k] falls on among weights [k,w], and how far into it, in [0,1)."""
-    place, cdf = draw_index(weights, u).unsqueeze(-1), weights.double().cumsum(-1)
-    own = weights.double().gather(-1, place)
-    share = (u.unsqueeze(-1) * cdf[:, -1:] - cdf.gather(-1, place) + own) / own
-    return place.squeeze(-1), share.squeeze(-1).clamp(0.0, 1.0 - 2.0**-53)
+    """Draw places [k] by inversion of the cumulative sum of weights [k,w] at u [k].
+
+    Also returns the relative position [k] of u in the interval of the place, in [0,1): a new uniform
+    that is independent of the place.
+    """
+    place = draw_index(weights, u).unsqueeze(-1)
+    cdf = weights.double().cumsum(-1)
+    width = weights.double().gather(-1, place)
+    fraction = (u.unsqueeze(-1) * cdf[:, -1:] - cdf.gather(-1, place) + width) / width
+    # Rounding may give a fraction just outside [0,1).
+    return place.squeeze(-1), fraction.squeeze(-1).clamp(0.0, 1.0 - 2.0**-53)
 
 
 # ---------------------------------------------------------------------- filters
@@ -128,12 +142,16 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 @final
 class Temperature:
-    """p^(1/T) for T >= 0: T < 1 sharpens, 0 is greedy (the likeliest entry alone, the first of equal ones)."""
+    """Temperature T >= 0: p^(1/T), normalized; T < 1 sharpens the distribution.
+
+    T = 0 is greedy: it keeps only the most likely entry, the first one of several equal entries.
+    """
 
     def __init__(self, temperature: float) -> None:
         if not 0.0 <= temperature < float("inf"):
             raise ArgumentError(
-                f"Temperature: must be a finite number of at least 0; got {temperature}. 1 changes nothing, 0 is greedy."
+                f"Temperature: temperature must be a finite number, 0 or more; got {temperature}. "
+                "1 changes nothing, 0 is greedy."
             )
         self.temperature = temperature
 
@@ -143,7 +161,7 @@ class Temperature:
 
 @final
 class TopK:
-    """The k likeliest entries."""
+    """Filter that keeps the k most likely entries."""
 
     def __init__(self, k: int) -> None:
         if k < 1:
@@ -152,12 +170,16 @@ class TopK:
 
     def __call__(self, log_p: Tensor) -> Tensor:
         kept = log_p.topk(min(self.k, log_p.shape[1]), -1).indices
-        return torch.full_like(log_p, -torch.inf).scatter(-1, kept, log_p.gather(-1, kept))
+        empty = torch.full_like(log_p, -torch.inf)
+        return empty.scatter(-1, kept, log_p.gather(-1, kept))
 
 
 @final
 class TopP:
-    """The smallest set of likeliest entries that holds mass p in (0,1]; the entry that crosses p is kept."""
+    """Filter that keeps the smallest set of most likely entries with probability p in (0,1].
+
+    The entry at which the sum reaches p is kept.
+    """
 
     def __init__(self, p: float) -> None:
         if not 0.0 < p <= 1.0:
@@ -165,17 +187,17 @@ class TopP:
         self.p = p
 
     def __call__(self, log_p: Tensor) -> Tensor:
+        # Stable, so that the choice between equal entries does not depend on the device.
         ranked, order = log_p.sort(dim=-1, descending=True, stable=True)
-        mass = ranked.double().exp()
-        before = mass.cumsum(-1) - mass
-        return torch.full_like(log_p, -torch.inf).scatter(
-            -1, order, ranked.masked_fill(before >= self.p, -torch.inf)
-        )
+        p = ranked.double().exp()
+        p_before = p.cumsum(-1) - p
+        kept = ranked.masked_fill(p_before >= self.p, -torch.inf)
+        return torch.full_like(log_p, -torch.inf).scatter(-1, order, kept)
 
 
 @final
 class MinP:
-    """Entries of at least `share` in [0,1] of the likeliest one's probability."""
+    """Filter that keeps entries of at least `share` in [0,1] times the largest probability."""
 
     def __init__(self, share: float) -> None:
         if not 0.0 <= share <= 1.0:
@@ -187,183 +209,229 @@ class MinP:
         return log_p.masked_fill(log_p.double().exp() < lowest, -torch.inf)
 
 
-# ---------------------------------------------------------------------- asks
+# ---------------------------------------------------------------------- networks
 
 
-class _Composed(CountingNetwork):
-    """An ask made of others: their calls and runs add up."""
+class _ComposedNetwork(CountingNetwork):
+    """Base class of networks that evaluate other networks, whose evaluations add up."""
 
-    def __init__(self, name: str, *parts: Network) -> None:
+    def __init__(self, name: str, *networks: Network) -> None:
         super().__init__()
-        self.parts = [count_evaluations(part) for part in parts]
-        if any(part.predicts != "distribution" for part in self.parts):
+        self.networks = [count_evaluations(network) for network in networks]
+        if any(network.predicts != "distribution" for network in self.networks):
             raise ArgumentError(
-                f"{name}: the network must predict a distribution of the clean token, which is what is "
-                "reshaped; this denoiser predicts a score. Sample without it."
+                f"{name}: the network must predict a distribution of the clean token, which is "
+                "reshaped; this denoiser predicts a score. "
+                "Sample without temperature, filters and guidance."
             )
 
     @property
     def calls(self) -> int:
-        return sum(part.calls for part in self.parts)
+        return sum(network.calls for network in self.networks)
 
     @property
     def runs(self) -> Tensor:
-        batch = max(0 if part.runs is None else len(part.runs) for part in self.parts)
-        return torch.stack([part.runs_of_batch(batch) for part in self.parts]).sum(0)
+        # A network that has not been evaluated has no runs and does not know the batch size.
+        batch = max(0 if network.runs is None else len(network.runs) for network in self.networks)
+        return torch.stack([network.runs_of_batch(batch) for network in self.networks]).sum(0)
 
 
 @final
-class _Shaped(_Composed):
+class _ShapedNetwork(_ComposedNetwork):
+    """Network whose predictions pass through shapers."""
+
     def __init__(self, network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
         super().__init__("shape_network", network)
         self.shapers = shapers
 
     def __call__(self, noisy: Noisy) -> Query:
-        query = self.parts[0](noisy)
+        query = self.networks[0](noisy)
 
-        def reshaped(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        def shaped_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             def on_shaped(dist: CleanDistribution, *values: Tensor) -> Any:
-                return fn(ShapedDistribution([dist], self._shape, unfiltered(dist)), *values)
+                return fn(ShapedDistribution([dist], self._shape, unshaped(dist)), *values)
 
             return query(rows, node, on_shaped, *per_row)
 
-        return reshaped
+        return shaped_query
 
     def _shape(self, log_p: Tensor) -> Tensor:
         for shaper in self.shapers:
+            # Normalized after each shaper, since the next one may compare probabilities with p.
             log_p = shaper(log_p).log_softmax(-1)
         return log_p
 
 
 @final
-class _Guided(_Composed):
+class _GuidedNetwork(_ComposedNetwork):
+    """Network with classifier-free guidance."""
+
     def __init__(self, network: Network, null_network: Network, weight: float) -> None:
         super().__init__("guide_network", network, null_network)
-        self.weight = _finite("guide_network", weight)
+        _check_weight("guide_network", weight)
+        self.weight = weight
 
     def __call__(self, noisy: Noisy) -> Query:
-        query, null_query = (part(noisy) for part in self.parts)
+        query, null_query = (network(noisy) for network in self.networks)
 
-        def both(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        def guided_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             def with_null(
                 dist: CleanDistribution, rows: Tensor, node: Tensor, *values: Tensor
             ) -> Any:
-                def mixed(null: CleanDistribution, place: Tensor, *part: Tensor) -> Any:
-                    whole = len(place) == len(rows)
-                    conditional = dist if whole else _RowSubset(dist, place)
-                    return fn(ShapedDistribution([conditional, null], self._shape), *part)
+                def guided(null: CleanDistribution, place: Tensor, *chunk: Tensor) -> Any:
+                    is_whole = len(place) == len(rows)
+                    conditional = dist if is_whole else _RowSubsetDistribution(dist, place)
+                    return fn(ShapedDistribution([conditional, null], self._shape), *chunk)
 
                 # The unconditional head may split these rows again; `place` says which rows a chunk
                 # of it holds.
                 place = torch.arange(len(rows), device=rows.device)
-                return null_query(rows, node, mixed, place, *values)
+                return null_query(rows, node, guided, place, *values)
 
             return query(rows, node, with_null, rows, node, *per_row)
 
-        return both
+        return guided_query
 
     def _shape(self, log_p: Tensor, log_null: Tensor) -> Tensor:
-        impossible = log_p.isneginf() | log_null.isneginf()
+        is_impossible = log_p.isneginf() | log_null.isneginf()
         if abs(self.weight) <= 1.0:
-            mixed = (1.0 - self.weight) * log_null + self.weight * log_p
+            guided = (1.0 - self.weight) * log_null + self.weight * log_p
         else:
-            # in units of the weight, and the largest subtracted before it multiplies: no weight overflows
-            mixed = (log_p - log_null) + log_null / self.weight
-            mixed = mixed if self.weight > 0.0 else -mixed
-            mixed = apply_temperature(
-                mixed.masked_fill(impossible, -torch.inf), 1.0 / abs(self.weight)
-            )
-        return mixed.masked_fill(impossible, -torch.inf)
+            # The sum is divided by the weight, and apply_temperature subtracts the largest entry
+            # before it multiplies by the weight again: no weight overflows.
+            guided = (log_p - log_null) + log_null / self.weight
+            if self.weight < 0.0:
+                guided = -guided
+            guided = guided.masked_fill(is_impossible, -torch.inf)
+            guided = apply_temperature(guided, 1.0 / abs(self.weight))
+        # -inf - (-inf) is NaN, and a weight of 0 times -inf too.
+        return guided.masked_fill(is_impossible, -torch.inf)
 
 
 @final
-class _RowSubset(SubtreeDistribution):
-    """Some rows of a law."""
+class _RowSubsetDistribution(SubtreeDistribution):
+    """Some rows of a distribution."""
 
     def __init__(self, dist: CleanDistribution, rows: Tensor) -> None:
         super().__init__(dist.vocabulary, dist.top)
-        self.dist, self.rows = dist, rows
+        self.dist = dist
+        self.rows = rows
 
     def log_below(self, level: int) -> Tensor:
         return self.dist.log_below(level)[self.rows]
 
 
 @final
-class _Steered(_Composed):
+class _ClassifierGuidedNetwork(_ComposedNetwork):
+    """Network with classifier guidance."""
+
     def __init__(self, network: Network, log_likelihood: Classifier, weight: float) -> None:
         super().__init__("guide_by_classifier", network)
-        self.log_likelihood, self.weight = log_likelihood, _finite("guide_by_classifier", weight)
+        _check_weight("guide_by_classifier", weight)
+        self.log_likelihood = log_likelihood
+        self.weight = weight
 
     def __call__(self, noisy: Noisy) -> Query:
-        query = self.parts[0](noisy)
+        query = self.networks[0](noisy)
 
-        def steered(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            def on_steered(dist: CleanDistribution, rows: Tensor, *values: Tensor) -> Any:
-                return fn(self._law(dist, noisy, rows), *values)
+        def guided_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            def on_guided(dist: CleanDistribution, rows: Tensor, *values: Tensor) -> Any:
+                return fn(self._guide(dist, noisy, rows), *values)
 
-            return query(rows, node, on_steered, rows, *per_row)
+            return query(rows, node, on_guided, rows, *per_row)
 
-        return steered
+        return guided_query
 
-    def _law(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
-        log_p, vocabulary = dist.log_below(0), dist.vocabulary
-        words = vocabulary.order(0, log_p.device)[vocabulary.subtree(dist.top)[0]]
+    def _guide(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
+        """Add the weighted log-likelihood to ln p of the tokens below the top of `dist`."""
+        log_p = dist.log_below(0)
+        vocabulary = dist.vocabulary
+        tokens = vocabulary.order(0, log_p.device)[vocabulary.subtree(dist.top)[0]]
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
-                f"guide_by_classifier: log_likelihood must give "
-                f"[{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each "
-                f"asked row and word; got {tuple(evidence.shape)}."
+                "guide_by_classifier: log_likelihood must return a tensor "
+                f"[{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each queried row "
+                f"and each token v; got {tuple(evidence.shape)}."
             )
-        steered = log_p + self.weight * evidence.to(log_p)[:, words]
-        if bool(steered.isnan().any()) or not bool(steered.isfinite().any(-1).all()):
+        guided = log_p + self.weight * evidence.to(log_p)[:, tokens]
+        # A synchronization per query; without it a NaN would become an arbitrary token.
+        if bool(guided.isnan().any()) or not bool(guided.isfinite().any(-1).all()):
             raise ArgumentError(
-                f"guide_by_classifier: log p + weight * log_likelihood must not be NaN, and must be "
-                f"finite for some token of every row; "
-                f"the classifier's values are in [{float(evidence.min())}, {float(evidence.max())}], the weight is "
-                f"{self.weight}. Fix log_likelihood, or take a smaller weight."
+                "guide_by_classifier: log p + weight * log_likelihood must not be NaN, and must be "
+                "finite for some token of every row; log_likelihood returned values in "
+                f"[{float(evidence.min())}, {float(evidence.max())}], and the weight is "
+                f"{self.weight}. Fix log_likelihood, or use a smaller weight."
             )
-        return DenseDistribution(steered.log_softmax(-1), vocabulary, dist.top)
+        return DenseDistribution(guided.log_softmax(-1), vocabulary, dist.top)
 
 
-def _finite(name: str, weight: float) -> float:
+def _check_weight(name: str, weight: float) -> None:
+    """Raise ArgumentError if a guidance weight is not finite."""
     if not math.isfinite(weight):
         raise ArgumentError(
-            f"{name}: weight must be a finite number; got {weight}. 1 follows the condition as trained."
+            f"{name}: weight must be a finite number; got {weight}. "
+            "With weight = 1 the condition is followed as it was trained."
         )
-    return weight
 
 
 def shape_network(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
-    """The same network, each conditional passed through `shapers` in turn, [k,w] log_p -> log_p each."""
-    return _Shaped(network, shapers) if shapers else network
+    """Return a network whose conditionals pass through the shapers in turn.
+
+    A shaper maps log_p [k,w] to log_p [k,w], as `Temperature`, `TopK`, `TopP` and `MinP` do.
+    """
+    return _ShapedNetwork(network, shapers) if shapers else network
 
 
 def guide_network(network: Network, null_network: Network, weight: float) -> Network:
-    """Guide the distribution of the clean token, classifier-free: log p ~ (1-w) log p_null + w log p, normalised.
+    """Return a network with classifier-free guidance: log p ~ (1-w) log p_null + w log p.
 
-    On each conditional. w = 1 is the conditional law, 0 the unconditional one, above 1 more of the condition. Two network
-    calls a step. It is guidance of the logits (arXiv 2207.12598; on masked tokens 2301.00704). The chain then steps with
-    the guided distribution as with any other, so that masks come off at the rate of the process whatever w is, which
-    2507.08965 argues for. Not the same: 2412.10193 guides the reverse transition, p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), and
-    2406.01572 the reverse rates. There the mass that w takes from tokens or gives them is a rate of leaving the mask, too.
+    Each conditional of the clean token is guided and normalized; `network` predicts p under the
+    condition, `null_network` predicts p_null without it. w = 0 is unconditional, w = 1 conditional,
+    and w > 1 follows the condition more closely. A step takes two network evaluations.
+
+    This is guidance of the logits (arXiv 2207.12598; for masked tokens 2301.00704). Reverse steps
+    use the guided distribution like any other, so masks are revealed at the rate of the process for
+    every w, as 2507.08965 recommends. Other methods guide the reverse transition,
+    p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) (2412.10193), or the reverse rates (2406.01572). They change
+    the rate at which masks are revealed.
     """
-    return _Guided(network, null_network, weight)
+    return _GuidedNetwork(network, null_network, weight)
 
 
 def guide_by_classifier(
     network: Network, log_likelihood: Classifier, weight: float = 1.0
 ) -> Network:
-    """Classifier guidance: p(x) p(y | x_i = x)^w over words; `log_likelihood(noisy, rows[k]) -> [k,V]`, rows flat."""
-    return _Steered(network, log_likelihood, weight)
+    """Return a network with classifier guidance: p(x_i) p(y | x_i)^weight over tokens, normalized.
+
+    `log_likelihood(noisy, rows)` returns log p(y | x_i = v) [k,V] for the V tokens v at the flat
+    positions rows [k] = b * L + i of the noisy sequences. For example, to prefer the tokens of a
+    list at every position:
+
+        bonus = torch.zeros(num_tokens)
+        bonus[preferred] = 2.0  # nats
+
+        def log_likelihood(noisy, rows):
+            return bonus.expand(len(rows), -1)
+
+        guided = guide_by_classifier(network, log_likelihood)
+        samples = generate(sampler, process, guided, index=index, length=64, seed=0)
+
+    Raises ArgumentError if the result is NaN, or if a row has no possible token.
+    """
+    return _ClassifierGuidedNetwork(network, log_likelihood, weight)
 
 
 @final
 class ShapedSampler(Sampler):
-    """A sampler whose every conditional passes through `shapers`; of the quality of the sampler, for the reshaped law."""
+    """Apply shapers to every conditional from which the sampler `inner` draws.
+
+    The quality is the quality of `inner`, for the reshaped distribution.
+    """
 
     def __init__(self, inner: Sampler, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
-        self.inner, self.shapers = inner, shapers
+        self.inner = inner
+        self.shapers = shapers
         self.quality: Quality = inner.quality
         self.order = inner.order
         self.cached = inner.cached
@@ -376,8 +444,9 @@ class ShapedSampler(Sampler):
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         if predicts != "distribution":
             raise ArgumentError(
-                "ShapedSampler: temperature, top_k, top_p and min_p reshape distributions of tokens; this "
-                "denoiser predicts a score. Leave them out, or use a head that predicts a distribution."
+                "ShapedSampler: temperature, top_k, top_p and min_p reshape distributions of "
+                "tokens; this denoiser predicts a score. Remove these settings, or use a head that "
+                "predicts a distribution."
             )
         self.inner.check_supported(process, predicts)
 

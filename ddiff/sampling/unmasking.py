@@ -1,4 +1,4 @@
-"""Unmasking where the network is surest: heuristics that choose positions by their next conditional."""
+"""Unmasking by confidence: heuristic samplers that choose which positions to reveal first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.network import Predicts
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
@@ -17,7 +18,6 @@ from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, draw_tokens, draw_uniforms
 from ddiff.sampling.loop import (
     Canvas,
-    Predicts,
     Quality,
     RngAt,
     Sampler,
@@ -25,75 +25,83 @@ from ddiff.sampling.loop import (
     require_process,
     step_rows,
 )
-from ddiff.sampling.shaping import next_log_p, unfiltered
+from ddiff.sampling.shaping import next_log_p, unshaped
 
-TIE = 2.0**12  # nats, or probabilities, that differ by less than one in so many are equal
+# Confidences (nats or probabilities) are rounded to multiples of 1/RESOLUTION; equal ones are tied.
+RESOLUTION = 2.0**12
 
-Sureness = Literal["confidence", "top", "margin", "entropy"]
+Criterion = Literal["confidence", "top", "margin", "entropy"]
 
 
 @final
 class UnmaskingSampler(GridSampler):
-    """Every open position draws its next state down; only the surest ones keep it. Heuristic.
+    """Draw a next state at every unfinished position and keep the most confident ones. Heuristic.
 
-    At time s a share s of all descents is left over, so the grid sets the budget (arXiv 2202.04200, cosine). `by`:
-    confidence, ln p of what was drawn; top, ln p of the likeliest; margin, between the two likeliest (arXiv 2502.06768);
-    entropy, its negative. Always of the unfiltered law. `noise` >= 0 adds noise * s * Gumbel. Needs a monotone process.
+    A descent goes one level down the tree; with masks it goes from the mask to a token. After the
+    step to time s, a fraction s of all descents remains, so the grid decides how many positions move
+    in a step (arXiv 2202.04200, cosine grid). `by` is the confidence, computed without temperature
+    and filters:
+
+    - confidence: ln p of the drawn state.
+    - top: ln p of the most likely state.
+    - margin: difference of the two largest probabilities (arXiv 2502.06768).
+    - entropy: negative entropy.
+
+    `noise` >= 0 adds noise * s * Gumbel to the confidence. The process must be monotone.
     """
 
     quality: Quality = "heuristic"
     order = 0
 
     def __init__(
-        self, grid: Steps | int = 64, by: Sureness = "confidence", noise: float = 0.0
+        self, grid: Steps | int = 64, by: Criterion = "confidence", noise: float = 0.0
     ) -> None:
         super().__init__(grid)
-        if by not in get_args(Sureness):
+        if by not in get_args(Criterion):
             raise ArgumentError(
-                f"UnmaskingSampler: by must be one of {', '.join(get_args(Sureness))}; got {by!r}."
-                + suggest(by, get_args(Sureness))
+                f"UnmaskingSampler: by must be one of {', '.join(get_args(Criterion))}; "
+                f"got {by!r}." + suggest(by, get_args(Criterion))
             )
         if not 0.0 <= noise < float("inf"):
             raise ArgumentError(
                 f"UnmaskingSampler: noise must be a finite number, 0 or more; got {noise}."
             )
-        self.by, self.noise = by, noise
+        self.by = by
+        self.noise = noise
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_monotone(self, process, predicts)
 
     def move(
-        self,
-        process: ForwardProcess,
-        network: Network,
-        canvas: Canvas,
-        s: Tensor,
-        noise: CounterRng,
+        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
     ) -> Canvas:
-        drawn, sureness = propose_descents(process, network, canvas, noise, self.by)
-        gumbel = (
-            -(-draw_uniforms(noise, "gumbel", 1)[:, 0].clamp(min=2.0**-54).log())
-            .log()
-            .reshape(s.shape)
-        )
-        sureness = sureness + self.noise * s * gumbel
-        share = torch.where(canvas.free, s, 0.0).amax(-1)
-        budget = (
-            count_descents_left(process, canvas)
-            - (process.vocabulary.num_levels * canvas.free.sum(-1) * share).floor().long()
-        )
-        best = rank_by_confidence(sureness, noise).argsort(dim=-1)
-        chosen = (best < budget.unsqueeze(-1)) & process.active(canvas.zt) & canvas.free
-        return canvas.advance(torch.where(chosen, drawn, canvas.zt), s)
+        drawn, confidence = propose_descents(process, network, canvas, rng, self.by)
+        # The floor keeps ln u finite at u = 0.
+        u = draw_uniforms(rng, "gumbel", 1)[:, 0].clamp(min=2.0**-54)
+        gumbel = -(-u.log()).log().reshape(s.shape)
+        confidence = confidence + self.noise * s * gumbel
+        # The second argsort inverts the first: the rank of each position.
+        rank = rank_by_confidence(confidence, rng).argsort(dim=-1)
+        budget = self._count_descents(process, canvas, s)
+        moves = (rank < budget.unsqueeze(-1)) & process.active(canvas.zt) & canvas.free
+        return canvas.advance(torch.where(moves, drawn, canvas.zt), s)
+
+    def _count_descents(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
+        """Return the number of descents [B] of a step to times s [B,L]."""
+        fraction = torch.where(canvas.free, s, 0.0).amax(-1)
+        total = process.vocabulary.num_levels * canvas.free.sum(-1)
+        remaining = (total * fraction).floor().long()
+        return count_descents_left(process, canvas) - remaining
 
 
 @final
 class EntropyBoundSampler(Sampler):
-    """As many positions a step as the summed entropy without the largest stays within `bound` nats. Heuristic.
+    """Move positions in order of entropy while their entropies sum to at most `bound`. Heuristic.
 
-    Positions are taken by rising entropy of their next conditional; that sum bounds what drawing them independently can
-    lose (arXiv 2505.24857). At least one position moves, so there are never more steps than descents; the network is told
-    the share of descents that is left as its time. Needs a monotone process.
+    The sum is in nats and leaves out the largest entropy of the step. It bounds the error of drawing
+    the positions independently (arXiv 2505.24857). Entropies are those of the next conditional. At
+    least one position moves, so the number of steps is at most the number of descents. The time of
+    the network is the fraction of descents that remains. The process must be monotone.
     """
 
     quality: Quality = "heuristic"
@@ -102,7 +110,8 @@ class EntropyBoundSampler(Sampler):
     def __init__(self, bound: float = 0.1) -> None:
         if not 0.0 <= bound < float("inf"):
             raise ArgumentError(
-                f"EntropyBoundSampler: bound must be a finite number of nats, 0 or more; got {bound}."
+                "EntropyBoundSampler: bound must be a finite number of nats, 0 or more; "
+                f"got {bound}."
             )
         self.bound = bound
 
@@ -112,78 +121,82 @@ class EntropyBoundSampler(Sampler):
     def run(
         self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
     ) -> Iterator[Canvas]:
-        total = (process.vocabulary.num_levels * canvas.free.sum(-1)).clamp(min=1)
+        num_levels = process.vocabulary.num_levels
+        # A sequence whose positions are all given has no descents; 1 avoids 0/0.
+        total = (num_levels * canvas.free.sum(-1)).clamp(min=1)
         for k in range(int(count_descents_left(process, canvas).max())):
             is_open = process.active(canvas.zt) & canvas.free
             if not bool(is_open.any()):
                 break
-            drawn, sureness = propose_descents(process, network, canvas, rng_at(k), "entropy")
-            order = rank_by_confidence(sureness, rng_at(k))
-            entropy = -sureness.gather(-1, order)
-            held = entropy.masked_fill(entropy.isinf(), 0.0)
-            ranked = held.cumsum(-1) - held <= self.bound
-            within = ranked.scatter(-1, order, ranked)
-            canvas = canvas.advance(torch.where(within & is_open, drawn, canvas.zt), canvas.t)
-            canvas = canvas.advance(
-                canvas.zt,
-                (count_descents_left(process, canvas) / total)
-                .double()
-                .unsqueeze(-1)
-                .expand_as(canvas.t),
-            )
+            drawn, confidence = propose_descents(process, network, canvas, rng_at(k), "entropy")
+            moves = self._choose(confidence, rng_at(k)) & is_open
+            canvas = canvas.advance(torch.where(moves, drawn, canvas.zt), canvas.t)
+            s = (count_descents_left(process, canvas) / total).double()
+            canvas = canvas.advance(canvas.zt, s.unsqueeze(-1).expand_as(canvas.t))
             yield canvas
         if not process.closes_at_clean:
-            yield draw_tokens(
-                process, network, canvas, rng_at(process.vocabulary.num_levels * canvas.zt.shape[1])
-            )
+            # The number of a step that no sequence reaches, so its uniforms are unused so far.
+            last = num_levels * canvas.zt.shape[1]
+            yield draw_tokens(process, network, canvas, rng_at(last))
+
+    def _choose(self, confidence: Tensor, rng: CounterRng) -> Tensor:
+        """Return [B,L] bool: the positions within the bound."""
+        order = rank_by_confidence(confidence, rng)
+        entropy = -confidence.gather(-1, order)
+        # Finished positions have infinite entropy and rank last.
+        entropy = entropy.masked_fill(entropy.isinf(), 0.0)
+        # The sum before each position: the position's own entropy is the largest so far.
+        is_within = entropy.cumsum(-1) - entropy <= self.bound
+        return is_within.scatter(-1, order, is_within)
 
 
 def count_descents_left(process: ForwardProcess, canvas: Canvas) -> Tensor:
-    """[B] descents that the free positions still have before them."""
+    """Return the number of descents [B] that remain until all free positions hold tokens."""
     return torch.where(canvas.free, process.vocabulary.level_of(canvas.zt), 0).sum(-1)
 
 
-def rank_by_confidence(sureness: Tensor, noise: CounterRng) -> Tensor:
-    """[B,L] positions by falling sureness [B,L], equal ones at random.
+def rank_by_confidence(confidence: Tensor, rng: CounterRng) -> Tensor:
+    """Return the positions [B,L] in order of decreasing confidence [B,L]; ties are random.
 
-    Where all positions are masked they may all be equally sure, and what rounding makes of that depends on the batch.
+    Confidences are rounded first. If all positions are masked, their confidences may differ by
+    rounding errors only, and rounding errors depend on the batch.
     """
-    shuffled = noise.uniform("tie").argsort(dim=-1)
-    rounded = (sureness * TIE).round().gather(-1, shuffled)
+    shuffled = rng.uniform("tie").argsort(dim=-1)
+    rounded = (confidence * RESOLUTION).round().gather(-1, shuffled)
     return shuffled.gather(-1, rounded.argsort(dim=-1, descending=True, stable=True))
 
 
 def propose_descents(
-    process: ForwardProcess, network: Network, canvas: Canvas, noise: CounterRng, by: Sureness
+    process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng, by: Criterion
 ) -> tuple[Tensor, Tensor]:
-    """What every open position would draw one level down [B,L], and how sure that is [B,L], -inf elsewhere."""
-    u = draw_uniforms(noise, "descent", 1)[:, 0]
-    sureness = torch.full_like(canvas.t, -torch.inf).reshape(-1)
+    """Draw the next state down at every unfinished position.
+
+    Returns the states [B,L] and their confidence [B,L], which is -inf at finished positions.
+    """
+    u = draw_uniforms(rng, "descent", 1)[:, 0]
+    confidence = torch.full_like(canvas.t, -torch.inf).reshape(-1)
+
+    def descend(
+        dist: CleanDistribution, node: Tensor, below: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        drawn = dist.draw(node, below, u)
+        return drawn, _confidence(unshaped(dist), node, below, drawn, by)
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         below = process.vocabulary.level_of(zt) - 1
-
-        def descend(
-            dist: CleanDistribution, node: Tensor, below: Tensor, u: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            drawn = dist.draw(node, below, u)
-            return drawn, _sureness(unfiltered(dist), node, below, drawn, by)
-
         scope = process.scope(zt)
-        drawn, sureness[rows] = query(
-            torch.arange(len(zt), device=zt.device), scope, descend, zt, below, u[rows]
-        )
+        every = torch.arange(len(zt), device=zt.device)
+        drawn, confidence[rows] = query(every, scope, descend, zt, below, u[rows])
         return drawn
 
-    return step_rows(network, canvas, draw, process.active(canvas.zt)), sureness.reshape(
-        canvas.t.shape
-    )
+    drawn = step_rows(network, canvas, draw, process.active(canvas.zt))
+    return drawn, confidence.reshape(canvas.t.shape)
 
 
-def _sureness(
-    dist: CleanDistribution, node: Tensor, below: Tensor, drawn: Tensor, by: Sureness
+def _confidence(
+    dist: CleanDistribution, node: Tensor, below: Tensor, drawn: Tensor, by: Criterion
 ) -> Tensor:
-    """[r] float64."""
+    """Return the confidence [r] float64 of the children drawn [r] at levels below [r]."""
     if by == "confidence":
         return dist.log_child(node, drawn).double()
     value = torch.zeros(len(node), dtype=torch.float64, device=node.device)
@@ -191,21 +204,26 @@ def _sureness(
         rows = (below == level).nonzero().squeeze(-1)
         log_p = next_log_p(dist, node[rows], level, rows).double()
         if by == "entropy":
+            # p ln p is 0 at p = 0, where the product would be NaN.
             value[rows] = torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(-1)
         elif by == "top":
             value[rows] = log_p.amax(-1)
         else:
-            two = torch.nn.functional.pad(log_p, (0, 1), value=-torch.inf).topk(2, -1).values.exp()
+            # A second entry of probability 0, in case a level has a single node.
+            padded = torch.nn.functional.pad(log_p, (0, 1), value=-torch.inf)
+            two = padded.topk(2, -1).values.exp()
             value[rows] = two[:, 0] - two[:, 1]
     return value
 
 
 def require_monotone(sampler: object, process: ForwardProcess | None, predicts: Predicts) -> None:
+    """Raise ArgumentError if reverse steps of the process may change a revealed token."""
     require_process(sampler, process)
     require_distribution(sampler, predicts)
     if process is not None and not process.is_monotone:
         raise ArgumentError(
-            f"{type(sampler).__name__}: process must be monotone, its reverse moves revealing and nothing else (masks, "
-            f"trees with sure parents); {type(process).__name__} may change what it has shown, so that none is ever done. "
-            "Use ancestral, tau_leaping, psi or self_correction."
+            f"{type(sampler).__name__}: process must be monotone, which means that reverse steps "
+            "only reveal (masks, trees with deterministic parents); "
+            f"{type(process).__name__} may change a token after it is revealed, so no position "
+            "is ever finished. Use ancestral, tau_leaping, psi or self_correction."
         )

@@ -1,4 +1,8 @@
-"""Samplers as components. All take `temperature`, `top_k`, `top_p` and `min_p`, applied to each conditional drawn from."""
+"""Samplers as components of a recipe.
+
+All accept `temperature`, `top_k`, `top_p` and `min_p`, which reshape each conditional distribution
+that the sampler draws from.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, final
 
 from pydantic import Field
+from torch import Tensor
 
 from ddiff import (
     AdaptiveCorrectionSampler,
@@ -47,302 +52,317 @@ from ddiff import (
 Spacing = Literal["uniform", "cosine", "log"]
 
 
-class Shapes(ComponentConfig):
-    """What each conditional passes through before it is drawn from; the defaults change nothing."""
+class ShapingConfig(ComponentConfig):
+    """Settings that reshape each conditional distribution; the defaults change nothing."""
 
     temperature: NonNegativeFloat = 1.0
-    """p^(1/temperature); 0 is greedy."""
+    """Probabilities are raised to the power 1/temperature; 0 takes the most likely entry."""
     top_k: PositiveInt | None = None
-    """The k likeliest alone."""
+    """Draw only from the k most likely entries."""
     top_p: Share = 1.0
-    """The likeliest that hold this mass together."""
+    """Draw only from the smallest set of most likely entries with this total probability."""
     min_p: Probability = 0.0
-    """Those of at least this share of the likeliest one's probability."""
+    """Draw only from entries of at least this fraction of the largest probability."""
 
 
-class Steps(Shapes):
-    """`[sample] steps` on a grid."""
+class GridConfig(ShapingConfig):
+    """Settings of samplers with `[sample] steps` steps on a grid of times."""
 
     grid: Spacing = "uniform"
-    """Times even in t, by the cosine (short steps first), or even in -ln(1 - t)."""
+    """Times of the steps: equally spaced in t, by a cosine (short steps first), or equally spaced in
+    -ln(1 - t)."""
 
 
-def shaped(config: Shapes, sampler: Sampler) -> Sampler:
-    shapers = [
-        shaper
-        for shaper, used in (
-            (Temperature(config.temperature), config.temperature != 1.0),
-            (TopK(config.top_k or 1), config.top_k is not None),
-            (TopP(config.top_p), config.top_p < 1.0),
-            (MinP(config.min_p), config.min_p > 0.0),
-        )
-        if used
-    ]
+def shape(config: ShapingConfig, sampler: Sampler) -> Sampler:
+    """Add temperature and filters to a sampler if the settings change anything."""
+    shapers: list[Callable[[Tensor], Tensor]] = []
+    # The order matters: filters act on the distribution after temperature.
+    if config.temperature != 1.0:
+        shapers.append(Temperature(config.temperature))
+    if config.top_k is not None:
+        shapers.append(TopK(config.top_k))
+    if config.top_p < 1.0:
+        shapers.append(TopP(config.top_p))
+    if config.min_p > 0.0:
+        shapers.append(MinP(config.min_p))
     return ShapedSampler(sampler, shapers) if shapers else sampler
 
 
 @final
 class Ancestral:
-    """The exact reverse transition, step by step."""
+    """Ancestral sampling: draw from the exact reverse transition at every step."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         last: Literal["draw", "argmax"] = "draw"
-        """The last step draws like the others, or takes the likeliest word."""
+        """In the last step, draw each token or take the most likely token."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, AncestralSampler(Grid(config.grid, steps), config.last))
+        return shape(config, AncestralSampler(Grid(config.grid, steps), config.last))
 
 
 @final
 class TauLeaping:
-    """Reverse rates held still over each step."""
+    """Tau-leaping: reverse rates are constant over each step."""
 
-    Config = Steps
+    Config = GridConfig
 
     @staticmethod
-    def build(config: Steps, *, steps: int) -> Sampler:
-        return shaped(config, TauLeapingSampler(Grid(config.grid, steps)))
+    def build(config: GridConfig, *, steps: int) -> Sampler:
+        return shape(config, TauLeapingSampler(Grid(config.grid, steps)))
 
 
 @final
 class Analytic:
-    """The reverse transition in closed form, from a law or a score."""
+    """Reverse transition in closed form (Tweedie), from a distribution or a score."""
 
-    Config = Steps
+    Config = GridConfig
 
     @staticmethod
-    def build(config: Steps, *, steps: int) -> Sampler:
-        return shaped(config, AnalyticSampler(Grid(config.grid, steps)))
+    def build(config: GridConfig, *, steps: int) -> Sampler:
+        return shape(config, AnalyticSampler(Grid(config.grid, steps)))
 
 
 @final
 class Trapezoidal:
-    """Two stages a step, the second with extrapolated rates."""
+    """Theta-trapezoidal method: two stages per step, the second with extrapolated rates."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         theta: Probability = 0.5
-        """Where in the step the second stage begins."""
+        """Fraction of the step after which the second stage starts."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, TrapezoidalSampler(Grid(config.grid, steps), config.theta))
+        return shape(config, TrapezoidalSampler(Grid(config.grid, steps), config.theta))
 
 
 @final
 class FirstHitting:
-    """From event to event, exact; takes as many network calls as there are candidate events, whatever `steps` says."""
+    """First-hitting sampler: exact, one network evaluation per candidate event.
 
-    class Config(Shapes):
+    The setting `steps` has no effect.
+    """
+
+    class Config(ShapingConfig):
         until: PositiveFloat = 1e-3
-        """Where tokens are noise: how many positions change at once at either end of time. The error is until^2 / 2."""
+        """Number of positions that change at once at each end of time if tokens turn into other tokens;
+        the error at each end is until^2 / 2."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, FirstHittingSampler(config.until))
+        return shape(config, FirstHittingSampler(config.until))
 
 
 @final
-class Surest:
-    """Positions whose draw, or whose likeliest child, has the highest probability are revealed first."""
+class Confidence:
+    """Reveal the positions of highest confidence first."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         by: Literal["confidence", "top", "entropy"] = "confidence"
-        """Probability of what was drawn, of the likeliest, or low entropy."""
+        """Confidence: probability of the drawn token, probability of the most likely token ("top"), or
+        negative entropy."""
         noise: NonNegativeFloat = 0.0
-        """Gumbel noise on ln p, fading with time."""
+        """Scale of Gumbel noise added to the confidence; multiplied by the time, so it vanishes at 0."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, UnmaskingSampler(Grid(config.grid, steps), config.by, config.noise))
+        return shape(config, UnmaskingSampler(Grid(config.grid, steps), config.by, config.noise))
 
 
 @final
 class Margin:
-    """Positions whose two likeliest children lie furthest apart are revealed first."""
+    """Reveal the positions of largest margin between the two most likely tokens first."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         noise: NonNegativeFloat = 0.0
-        """Gumbel noise on the margin, fading with time."""
+        """Scale of Gumbel noise added to the margin; multiplied by the time, so it vanishes at 0."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, UnmaskingSampler(Grid(config.grid, steps), "margin", config.noise))
+        return shape(config, UnmaskingSampler(Grid(config.grid, steps), "margin", config.noise))
 
 
 @final
 class EntropyBound:
-    """As many positions a step as their entropies allow; ends when all are done, whatever `steps` says."""
+    """Reveal as many positions per step as a bound on their entropies allows.
 
-    class Config(Shapes):
+    The number of steps depends on the entropies; the setting `steps` has no effect.
+    """
+
+    class Config(ShapingConfig):
         bound: NonNegativeFloat = 0.1
-        """Nats that the positions of one step may hold together, beside the largest."""
+        """Largest sum of the entropies of one step in nats, not counting the largest entropy."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, EntropyBoundSampler(config.bound))
+        return shape(config, EntropyBoundSampler(config.bound))
 
 
 @final
 class Psi:
-    """The posterior step with probability kappa, otherwise a clean draw noised again."""
+    """Psi sampler: posterior step with probability kappa, else draw a token and noise it again."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         kappa: Probability = 0.9
-        """1 is ancestral, 0 predictor-corrector alone."""
+        """Probability of the posterior step: 1 is ancestral sampling, 0 only redraws."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, PsiSampler(Grid(config.grid, steps), config.kappa))
+        return shape(config, PsiSampler(Grid(config.grid, steps), config.kappa))
+
+
+REMASKING = {
+    "cap": CapRemasking,
+    "rescale": RescaleRemasking,
+    "confidence": ConfidenceRemasking,
+    "loop": LoopRemasking,
+}
 
 
 @final
 class Remasking:
-    """Words go back to noise with probability sigma a step."""
+    """ReMDM: return each token to noise with probability sigma per step."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         setting: Literal["cap", "rescale", "confidence", "loop"] = "cap"
-        """How sigma is set; `loop` rests at `hold` and has a grid of its own."""
+        """Rule for sigma; `loop` uses its own grid of times, which pauses at the time `hold`."""
         eta: Probability | None = None
-        """Strength; by default 0.008 (cap), 0.015 (rescale), 1 (confidence), 0.02 (loop)."""
+        """Strength of remasking; default 0.008 (cap), 0.015 (rescale), 1 (confidence), 0.02 (loop)."""
         hold: Share = 0.1
-        """The time at which a loop rests."""
+        """Time at which the grid of `loop` pauses."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        rule = {
-            "cap": CapRemasking,
-            "rescale": RescaleRemasking,
-            "confidence": ConfidenceRemasking,
-            "loop": LoopRemasking,
-        }[config.setting]
+        rule = REMASKING[config.setting]
         kappa = rule() if config.eta is None else rule(config.eta)
-        grid = (
-            LoopGrid(steps, hold=config.hold)
-            if config.setting == "loop"
-            else Grid(config.grid, steps)
-        )
-        return shaped(config, PsiSampler(grid, kappa))
+        if config.setting == "loop":
+            return shape(config, PsiSampler(LoopGrid(steps, hold=config.hold), kappa))
+        return shape(config, PsiSampler(Grid(config.grid, steps), kappa))
 
 
 @final
-class Correcting:
-    """Visible words are overwritten on the way (ACS)."""
+class AdaptiveCorrection:
+    """Adaptive correction sampler: ancestral steps that also redraw tokens."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         eta: Probability = 0.25
-        """How often, in proportion to what is not revealed."""
+        """Largest probability per step that a token is redrawn."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        return shaped(config, AdaptiveCorrectionSampler(Grid(config.grid, steps), config.eta))
+        return shape(config, AdaptiveCorrectionSampler(Grid(config.grid, steps), config.eta))
 
 
 @final
-class SelfCorrecting:
-    """Ancestral sampling, then rounds in which the surest changes are made until nothing is gained."""
+class SelfCorrection:
+    """Ancestral sampling, then rounds that make the most likely changes until nothing improves."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         rounds: PositiveInt = 128
-        """At most."""
+        """Largest number of rounds."""
         commit: PositiveInt = 1
-        """Changes a round."""
+        """Number of changes per sequence in a round."""
         sharpness: NonNegativeFloat = 0.1
-        """The temperature of the proposals."""
+        """Temperature of the proposed tokens."""
         at: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-        """The time that the network is told."""
+        """Time on which the network is conditioned in the rounds."""
         patience: PositiveInt = 32
-        """Rounds without gain."""
+        """Number of rounds without improvement after which a sequence stops."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
         inner = AncestralSampler(Grid(config.grid, steps))
-        return shaped(
-            config,
-            SelfCorrectingSampler(
-                inner, config.rounds, config.commit, config.sharpness, config.at, config.patience
-            ),
+        sampler = SelfCorrectingSampler(
+            inner,
+            rounds=config.rounds,
+            commit=config.commit,
+            temperature=config.sharpness,
+            at=config.at,
+            patience=config.patience,
         )
+        return shape(config, sampler)
 
 
 @final
-class Returning:
-    """Ancestral steps, each followed by a way up and back (the corrector of discrete flow matching)."""
+class PredictorCorrector:
+    """Ancestral steps, each followed by the corrector of discrete flow matching."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         rounds: PositiveInt = 1
-        """Ways up and back after a step."""
+        """Corrector rounds per step: each round is a forward step and the reverse step back."""
         share: PositiveFloat = 1.0
-        """How far up, in steps."""
+        """Length of the forward step, as a multiple of the sampler's step."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
         inner = AncestralSampler(Grid(config.grid, steps))
-        return shaped(
-            config, PredictorCorrectorSampler(inner, ForwardBackward(config.share), config.rounds)
-        )
+        corrector = ForwardBackward(config.share)
+        return shape(config, PredictorCorrectorSampler(inner, corrector, config.rounds))
 
 
 @final
 class OneLevel:
-    """One level of the tree a step, as the published hierarchical sampler goes."""
+    """Published hierarchical sampler: at most one level of the tree per step."""
 
-    Config = Steps
+    Config = GridConfig
 
     @staticmethod
-    def build(config: Steps, *, steps: int) -> Sampler:
-        return shaped(config, OneLevelSampler(Grid(config.grid, steps)))
+    def build(config: GridConfig, *, steps: int) -> Sampler:
+        return shape(config, OneLevelSampler(Grid(config.grid, steps)))
 
 
-INNER = {
+WITH_GRID = {
     "ancestral": AncestralSampler,
     "tau_leaping": TauLeapingSampler,
     "confidence": UnmaskingSampler,
     "psi": PsiSampler,
 }
+# Samplers that choose their own times.
+WITHOUT_GRID: dict[str, Callable[[], Sampler]] = {
+    "first_hitting": FirstHittingSampler,
+    "entropy": EntropyBoundSampler,
+}
 
 
 @final
 class Blockwise:
-    """Windows from left to right, each from noise to words in `steps` steps."""
+    """Sample windows from left to right, each from noise to tokens in `steps` steps."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         width: PositiveInt = 16
-        """Positions of a window."""
+        """Number of positions of a window."""
         inner: Literal[
             "ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"
         ] = "ancestral"
-        """What moves inside a window, with its defaults."""
+        """Sampler inside a window, with its default settings."""
         sight: Literal["blocks", "all"] = "blocks"
-        """Nobody sees later windows, or the network sees them wait."""
+        """Attend to the current and earlier windows ("blocks"), or also to later windows ("all")."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        events: dict[str, Callable[[], Sampler]] = {
-            "first_hitting": FirstHittingSampler,
-            "entropy": EntropyBoundSampler,
-        }
-        build = events.get(config.inner)
-        inner = build() if build else INNER[config.inner](Grid(config.grid, steps))
-        return shaped(config, BlockwiseSampler(inner, config.width, config.sight))
+        inner: Sampler
+        if config.inner in WITHOUT_GRID:
+            inner = WITHOUT_GRID[config.inner]()
+        else:
+            inner = WITH_GRID[config.inner](Grid(config.grid, steps))
+        return shape(config, BlockwiseSampler(inner, config.width, config.sight))
 
 
 @final
 class Hyperschedule:
-    """Along the path of a window: positions settle at its one side while others begin at the other; `steps` in all."""
+    """Move a window of positions from noise to tokens along the sequence, `steps` steps in total."""
 
-    class Config(Steps):
+    class Config(GridConfig):
         width: PositiveInt = 16
-        """Positions of the window."""
+        """Number of positions of the window."""
         shape: Literal["slide", "block"] = "slide"
-        """The window glides, or gives way to the next one as a whole."""
+        """Slide the window by positions, or finish it before the next window starts ("block")."""
         inner: Literal["ancestral", "tau_leaping", "psi"] = "ancestral"
-        """What moves positions, with its defaults."""
+        """Sampler that moves the positions of the window, with its default settings."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
-        inner = INNER[config.inner](Grid(config.grid, steps))
-        return shaped(
-            config,
-            HyperscheduleSampler(inner, WindowTimes(config.width, config.shape, paired=False)),
-        )
+        inner = WITH_GRID[config.inner](Grid(config.grid, steps))
+        # A path visits every window; paired times are for training.
+        rule = WindowTimes(config.width, config.shape, paired=False)
+        return shape(config, HyperscheduleSampler(inner, rule))

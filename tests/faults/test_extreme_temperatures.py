@@ -62,7 +62,7 @@ def test_impossible_tokens_stay_impossible_at_every_temperature() -> None:
 
 @pytest.mark.parametrize("temperature", [-1e-9, math.inf, math.nan, -math.inf])
 def test_temperature_rejects_negative_and_non_finite_values(temperature: float) -> None:
-    with pytest.raises(ArgumentError, match="Temperature: must be"):
+    with pytest.raises(ArgumentError, match="Temperature: temperature must be"):
         Temperature(temperature)
 
 

@@ -25,7 +25,7 @@ from ddiff import (
     token_distribution,
 )
 from ddiff.core.numerics import EARLIEST, LATEST
-from ddiff.sampling.first_hitting import MOST_AT_ONCE, between
+from ddiff.sampling.first_hitting import MAX_DRAWN_AT_ONCE, find_event_interval
 from ddiff.testing.sampler_distribution import measure_sampler
 
 JOINT = torch.tensor(
@@ -76,7 +76,7 @@ def test_first_hitting_range_is_set_by_until_at_any_length(
     simulated time the expected number of clean positions is `until`."""
     until = 1e-3
     process = gidd(p_uniform, gamma)
-    begin, finish = between(process, until, length)
+    begin, finish = find_event_interval(process, until, length)
     assert EARLIEST <= finish < begin <= LATEST
     assert length * (1.0 - stay_probability(process, finish)) == pytest.approx(until, rel=1e-3)
     alpha = float(process.alpha(torch.tensor([begin], dtype=torch.float64)))
@@ -85,7 +85,7 @@ def test_first_hitting_range_is_set_by_until_at_any_length(
 
 def test_first_hitting_follows_events_longer_in_longer_sequences() -> None:
     process = gidd(0.2, 1.0)
-    begins, finishes = zip(*(between(process, 1e-3, length) for length in (2, 16, 128)))
+    begins, finishes = zip(*(find_event_interval(process, 1e-3, length) for length in (2, 16, 128)))
     assert begins[0] < begins[1] < begins[2]
     assert finishes[0] > finishes[1] > finishes[2]
 
@@ -94,7 +94,7 @@ def test_first_hitting_range_is_set_by_the_token_that_decays_fastest() -> None:
     """The noise distribution is uneven, so that tokens decay at different rates."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))
-    _, finish = between(process, 1e-3, 10)
+    _, finish = find_event_interval(process, 1e-3, 10)
     t = torch.full((3,), finish, dtype=torch.float64)
     lost = 1.0 - process.stay_probability(torch.arange(3), t)
     assert 10 * float(lost.max()) == pytest.approx(1e-3, rel=1e-3)
@@ -109,9 +109,9 @@ def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
         ArgumentError,
         match=r"of 128 positions 1\.\d+ are noise already.*error of up to 0\.\d+.*gamma",
     ):
-        between(process, 1e-3, 128)
-    assert between(process, 1e-3, 2)[1] == pytest.approx(EARLIEST)
-    assert 2 * (1.0 - stay_probability(process, EARLIEST)) < MOST_AT_ONCE
+        find_event_interval(process, 1e-3, 128)
+    assert find_event_interval(process, 1e-3, 2)[1] == pytest.approx(EARLIEST)
+    assert 2 * (1.0 - stay_probability(process, EARLIEST)) < MAX_DRAWN_AT_ONCE
 
 
 def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
@@ -121,7 +121,7 @@ def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.05, 20.0), token_distribution(vocabulary)
     )
-    _, finish = between(process, 0.1, 10)
+    _, finish = find_event_interval(process, 0.1, 10)
     now = torch.tensor([finish], dtype=torch.float64)
     moved = 1.0 - float(process.transition(torch.zeros_like(now), now).row(torch.tensor([0]))[0, 0])
     assert 10 * moved == pytest.approx(0.1, rel=1e-3)
@@ -142,7 +142,7 @@ def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
     ],
 )
 def test_first_hitting_range_is_0_to_1_without_noise_among_tokens(process: ForwardProcess) -> None:
-    assert between(process, 0.3, 64) == (LATEST, EARLIEST)
+    assert find_event_interval(process, 0.3, 64) == (LATEST, EARLIEST)
 
 
 @pytest.mark.parametrize("until", [0.0, -1.0, 0.5, float("nan")])

@@ -27,15 +27,15 @@ ON_A_GRID = [
     samplers.TauLeaping,
     samplers.Analytic,
     samplers.Trapezoidal,
-    samplers.Surest,
+    samplers.Confidence,
     samplers.Margin,
     samplers.Psi,
     samplers.Remasking,
-    samplers.Correcting,
-    samplers.Returning,
+    samplers.AdaptiveCorrection,
+    samplers.PredictorCorrector,
     samplers.OneLevel,
 ]
-INSIDE = [samplers.SelfCorrecting, samplers.Blockwise, samplers.Hyperschedule]
+INSIDE = [samplers.SelfCorrection, samplers.Blockwise, samplers.Hyperschedule]
 
 
 @pytest.mark.parametrize("component", [*ON_A_GRID, *INSIDE], ids=lambda one: one.__name__)
@@ -64,14 +64,18 @@ def test_sampler_takes_all_four_filters_in_their_order(component: Any) -> None:
         (samplers.Trapezoidal, {"theta": 0.3}, {"theta": 0.3}),
         (samplers.Trapezoidal, {}, {"theta": 0.5}),
         (samplers.FirstHitting, {"until": 0.01}, {"until": 0.01}),
-        (samplers.Surest, {"by": "entropy", "noise": 0.7}, {"by": "entropy", "noise": 0.7}),
-        (samplers.Surest, {}, {"by": "confidence", "noise": 0.0}),
+        (samplers.Confidence, {"by": "entropy", "noise": 0.7}, {"by": "entropy", "noise": 0.7}),
+        (samplers.Confidence, {}, {"by": "confidence", "noise": 0.0}),
         (samplers.Margin, {"noise": 0.7}, {"by": "margin", "noise": 0.7}),
         (samplers.EntropyBound, {"bound": 0.4}, {"bound": 0.4}),
-        (samplers.Correcting, {"eta": 0.6}, {"eta": 0.6}),
-        (samplers.Returning, {"rounds": 3, "share": 0.4}, {"rounds": 3, "corrector.share": 0.4}),
+        (samplers.AdaptiveCorrection, {"eta": 0.6}, {"eta": 0.6}),
         (
-            samplers.SelfCorrecting,
+            samplers.PredictorCorrector,
+            {"rounds": 3, "share": 0.4},
+            {"rounds": 3, "corrector.share": 0.4},
+        ),
+        (
+            samplers.SelfCorrection,
             {"rounds": 5, "commit": 2, "sharpness": 0.3, "at": 0.2, "patience": 4},
             {"rounds": 5, "commit": 2, "temperature": 0.3, "at": 0.2, "patience": 4},
         ),

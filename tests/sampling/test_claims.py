@@ -164,10 +164,10 @@ def test_first_hitting_is_refused_if_it_would_not_be_exact() -> None:
     """The README calls it exact for every process with events."""
     gidd = load_plugins(["gidd"]).component("process", "gidd").load()
     process = gidd.build(gidd.Config(p_uniform=0.9, gamma=0.5), vocabulary=FlatVocabulary(3))
-    from ddiff.sampling.first_hitting import between
+    from ddiff.sampling.first_hitting import find_event_interval
 
     with pytest.raises(ArgumentError, match="drawn at once"):
-        between(process, 1e-3, 64)
+        find_event_interval(process, 1e-3, 64)
 
 
 # ---------------------------------------------------------------------- guidance

@@ -33,7 +33,7 @@ def test_sampler_matrix_command_writes_the_page(tmp_path: Path) -> None:
     )
     assert "| first_hitting | exact |" in page.read_text()
     assert (
-        "- acs on mdlm: AdaptiveCorrectionSampler: it reads the law at visible words"
+        "- acs on mdlm: AdaptiveCorrectionSampler: process must train the prediction at tokens"
         in page.read_text()
     )
     assert [path.name for path in tmp_path.iterdir()] == ["samplers.md"]

@@ -202,7 +202,7 @@ def test_classifier_guidance_is_bayes_rule_on_tokens() -> None:
     )
     expected = plain * evidence**2
     assert torch.allclose(steered_law, expected / expected.sum(-1, keepdim=True))
-    with pytest.raises(ArgumentError, match=r"must give \[4, 3\].*\(4, 2\)"):
+    with pytest.raises(ArgumentError, match=r"must return a tensor \[4, 3\].*\(4, 2\)"):
         read(guide_by_classifier(table(1), lambda noisy, rows: evidence[rows, :2]))
 
 
