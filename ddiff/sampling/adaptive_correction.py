@@ -51,8 +51,14 @@ class AdaptiveCorrectionSampler(GridSampler):
         require_informed_tokens(self, process, predicts)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
+        # Separate channels: whether a token is redrawn is independent of the new token.
         redraws = self._choose_redraws(process, canvas, s, rng).reshape(-1)
         u_step = draw_uniforms(rng, "step", process.uniforms_per_step)
         u_decode = draw_uniforms(rng, "x", process.uniforms_per_decode)
@@ -83,7 +89,11 @@ class AdaptiveCorrectionSampler(GridSampler):
         return canvas.advance(zs, s)
 
     def _choose_redraws(
-        self, process: ForwardProcess, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Tensor:
         """Return [B,L] bool: the positions whose token is redrawn."""
         alpha_s = compute_alpha(process, s, canvas.zt)
@@ -94,7 +104,9 @@ class AdaptiveCorrectionSampler(GridSampler):
 
 
 def require_informed_tokens(
-    sampler: object, process: ForwardProcess | None, predicts: Predicts
+    sampler: object,
+    process: ForwardProcess | None,
+    predicts: Predicts,
 ) -> None:
     """Raise ArgumentError if the bound of the process does not train predictions at tokens."""
     require_process(sampler, process)

@@ -1,4 +1,4 @@
-"""Analytic (Tweedie) sampler: the reverse transition in closed form (arXiv 2310.16834, sec. 4.3)."""
+"""Analytic (Tweedie) sampler: reverse transition in closed form (arXiv 2310.16834, sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -27,19 +27,25 @@ from ddiff.sampling.loop import (
 
 @final
 class AnalyticSampler(GridSampler):
-    """Draw z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]; order 1.
+    """Draw z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]. Order 1.
 
-    r(y) = q_t(y)/q_t(z_t) is the predicted ratio and K = P(z_t | z_s) the forward transition. For a
-    predicted distribution, r K^-1 is q-bar_s/q-bar_t(z), and this is the ancestral step, computed
-    densely. A raw score need not be a ratio of probabilities and may give negative entries: they are
-    set to 0, the rest is drawn from in proportion, and their sum goes to the extra `clamped_mass`.
+    r(y) = q_t(y)/q_t(z_t) is the predicted ratio and K = P(z_t | z_s) the forward transition. If
+    the network predicts a distribution, r K^-1 is q-bar_s/q-bar_t(z_t), where q-bar_t is the
+    predicted marginal, and the step equals the ancestral step. A predicted score may give negative
+    probabilities. Negative probabilities are set to 0, the remaining ones are normalized, and the
+    clamped probability is added to the extra `clamped_mass`.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         u = draw_uniforms(rng, "step", 1)[:, 0]
         flat_s = s.reshape(-1)
@@ -58,25 +64,33 @@ class AnalyticSampler(GridSampler):
 
 
 def reverse_probs(
-    process: ForwardProcess, prediction: Prediction, zt: Tensor, t: Tensor, s: Tensor
+    process: ForwardProcess,
+    prediction: Prediction,
+    zt: Tensor,
+    t: Tensor,
+    s: Tensor,
 ) -> Tensor:
-    """Return P(z_s | z_t) [r,S]; sums to 1, but may be negative if the prediction is a score.
+    """Return P(z_s | z_t) [r,S] over S states.
 
-    If K has lost z_s to rounding, as a dense chain at t = 1, a score does not determine it, and z_s
-    is distributed as for a uniform clean token.
+    Rows sum to 1, but may have negative entries if the prediction is a score. If the forward
+    transition K is singular in floating point, as in a dense chain at t = 1, the score does not
+    determine z_s; then z_s is distributed as for a uniform clean token.
     """
     if not isinstance(prediction, Score):
         return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()
-    kernel = process.transition(
-        s, interior(t)
-    )  # at t = 1 nothing of z_s is left in z_t and K has no inverse
+    # At t = 1 the state z_t is independent of z_s, and K has no inverse.
+    kernel = process.transition(s, interior(t))
     ratio = prediction.log_ratio.double().exp()
     if type(kernel).solve is not Kernel.solve:
         return kernel.solve(ratio) * kernel.column(zt)
+    # Without a closed form, solve once for each distinct pair of times.
     first, last, place = distinct_pairs(s, interior(t))
     matrix = process.transition(first, last).dense()
     even = torch.zeros(
-        len(first), process.vocabulary.num_tokens, dtype=ratio.dtype, device=ratio.device
+        len(first),
+        process.vocabulary.num_tokens,
+        dtype=ratio.dtype,
+        device=ratio.device,
     )
     base = process.log_marginal(even.log_softmax(-1), first).exp()
     total = ratio.sum(-1, keepdim=True)

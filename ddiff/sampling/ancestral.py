@@ -24,11 +24,11 @@ from ddiff.sampling.loop import Canvas, query_at_root, step_rows
 
 @final
 class AncestralSampler(GridSampler):
-    """Draw z_s from P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x), independently per position. Order 1.
+    """Draw z_s from P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x) at each position. Order 1.
 
-    Each single position is exact for any step. The error is that positions of one step are drawn
-    independently. A step may go from mask to token through any number of levels. The last step
-    draws tokens, or takes the most likely ones with `last = "argmax"`.
+    Each single position is exact for any length of the step. The error comes from drawing the
+    positions of a step independently. On a tree, a step may pass any number of levels. The last
+    step draws tokens, or takes the most likely tokens with `last = "argmax"`.
     """
 
     def __init__(self, grid: Steps | int = 64, last: Literal["draw", "argmax"] = "draw") -> None:
@@ -38,12 +38,21 @@ class AncestralSampler(GridSampler):
         self.last = last
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         return reverse_step(process, network, canvas, s, rng, "step")
 
     def finish(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng: CounterRng,
     ) -> Canvas:
         if self.last == "draw":
             return draw_tokens(process, network, canvas, rng)
@@ -67,6 +76,7 @@ def reverse_step(
     channel: str,
 ) -> Canvas:
     """Move every free position from its time to s [B,L] by the exact reverse transition."""
+    # Uniforms of all positions, so that a position's draw does not depend on which others move.
     u = draw_uniforms(rng, channel, process.uniforms_per_step)
     flat_s = s.reshape(-1)
 

@@ -32,7 +32,7 @@ class BlockwiseSampler(Sampler):
             raise ArgumentError(f"BlockwiseSampler: width must be at least 1; got {width}.")
         if sight not in ("blocks", "all"):
             raise ArgumentError(
-                f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.'
+                f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.',
             )
         self.inner = inner
         self.width = width
@@ -47,7 +47,11 @@ class BlockwiseSampler(Sampler):
         self.inner.check_supported(process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         number = torch.arange(canvas.zt.shape[1], device=canvas.zt.device) // self.width
         block = number.unsqueeze(0) if self.sight == "blocks" else None

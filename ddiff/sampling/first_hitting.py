@@ -38,12 +38,13 @@ BISECTIONS = 48
 
 @final
 class FirstHittingSampler(Sampler):
-    """Move each sequence to its latest candidate event, where one position draws. Exact.
+    """Move each sequence to its latest candidate event and draw one position there. Exact.
 
     Candidate times are drawn by `process.event_time` without the network. If the rate of events
-    depends on the network, `process.event` rejects some candidates. After each event, new candidates
-    are drawn for all positions; this gives the same chain, because candidates have no memory. With
-    masks the number of network evaluations is the number of positions. The process must have events.
+    depends on the network, `process.event` rejects some candidates. After each event, new
+    candidates are drawn for all positions. This does not change the distribution, because candidate
+    times have no memory. With masks the number of network evaluations is the number of positions.
+    The process must have events.
 
     If tokens turn into other tokens (uniform noise), candidates come at rates of about 1/t and
     1/(1 - t), and most are rejected. So all tokens move at once at both ends of time: from t = 1 to
@@ -53,9 +54,9 @@ class FirstHittingSampler(Sampler):
     independently. The error in total variation is at most until^2/2 at each end, 1e-6 together by
     default, and 0 for masks and trees.
 
-    If noise starts as a low power of t, more than until/L of the tokens may be noise at the earliest
-    time that is evaluated, 1e-12. Then t_0 is 1e-12. The sampler is refused if more than 0.05
-    positions would change below t_0, which would be an error of 0.00125.
+    If noise starts as a low power of t, more than until/L of the tokens may be noise at t = 1e-12,
+    the earliest time that is evaluated. Then t_0 is 1e-12. Sampling raises ArgumentError if more
+    than 0.05 positions would change below t_0, which would be an error of 0.00125.
     """
 
     quality: Quality = "exact"
@@ -81,7 +82,11 @@ class FirstHittingSampler(Sampler):
             )
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         begin, finish = find_event_interval(process, self.until, canvas.zt.shape[1])
         canvas = self._move_tokens(process, network, canvas, begin, rng_at(0))
@@ -92,8 +97,8 @@ class FirstHittingSampler(Sampler):
                 break
             canvas = self._draw_events(process, network, canvas, has_event, rng_at(k))
             yield canvas
-        # Step 0 again, not step k: k depends on the slowest sequence of the batch, and a sample must
-        # not depend on its batch.
+        # Uniforms of step 0, not of step k: k depends on the slowest sequence of the batch, and a
+        # sample must not depend on its batch.
         yield draw_tokens(process, network, canvas, rng_at(0))
 
     def _move_tokens(
@@ -111,7 +116,11 @@ class FirstHittingSampler(Sampler):
         return replace(moved, free=canvas.free)
 
     def _go_to_events(
-        self, process: ForwardProcess, canvas: Canvas, finish: float, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        canvas: Canvas,
+        finish: float,
+        rng: CounterRng,
     ) -> tuple[Canvas, Tensor]:
         """Move every sequence to its next candidate event; return the positions [B,L] bool too."""
         is_token = canvas.zt < process.vocabulary.num_tokens

@@ -63,7 +63,11 @@ class LoopGrid:
     """
 
     def __init__(
-        self, steps: int = 64, on: float = 0.55, off: float = 0.05, hold: float = 0.1
+        self,
+        steps: int = 64,
+        on: float = 0.55,
+        off: float = 0.05,
+        hold: float = 0.1,
     ) -> None:
         if not 0.0 < off < on < 1.0 or not 0.0 < hold < 1.0:
             raise ArgumentError(

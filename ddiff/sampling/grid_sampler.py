@@ -1,4 +1,4 @@
-"""Samplers on a grid of times from t = 1 to t = 0, and functions that they share."""
+"""Base class of samplers on a grid of times, and functions that samplers share."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from ddiff.sampling.loop import (
     step_rows,
 )
 
+# Limits the cost of the mean of alpha for large vocabularies, whose tokens all have the same alpha.
 MAX_AVERAGED_TOKENS = 512
 
 
 class GridSampler(Sampler):
-    """Base class of samplers that move the canvas from t to s along a grid; the last step decodes.
+    """Base class of samplers that move from t = 1 to t = 0 along a grid of times.
 
-    The last step draws x ~ p(x) q_t(z|x) / q-bar_t(z), where q-bar_t is the marginal under the
-    prediction p. It is the exact step from t to 0 of any process. `grid` is a number of equal steps,
-    or an object with the times.
+    Every step but the last moves the canvas from time t to time s. The last step draws tokens from
+    p(x) q_t(z|x) / q-bar_t(z), where p is the prediction and q-bar_t the marginal under p. This is
+    the exact step from t to 0 for every process. `grid` is a number of equal steps, or an object
+    with the times.
     """
 
     quality: Quality = "of an order"
@@ -49,7 +51,11 @@ class GridSampler(Sampler):
         require_distribution(self, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         # The first time is 1, the time of the canvas; the last is 0, which `finish` goes to.
         for k, s in enumerate(self.grid.times()[1:-1]):
@@ -59,19 +65,31 @@ class GridSampler(Sampler):
 
     @abstractmethod
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         """Return the canvas at times s [B,L], 0 < s <= t."""
 
     def finish(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng: CounterRng,
     ) -> Canvas:
         """Return the canvas with tokens at every free position, each drawn at its own time."""
         return draw_tokens(process, network, canvas, rng)
 
 
 def draw_tokens(
-    process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+    process: ForwardProcess,
+    network: Network,
+    canvas: Canvas,
+    rng: CounterRng,
 ) -> Canvas:
     """Draw the clean token at every free position whose state does not determine it."""
     u = draw_uniforms(rng, "last", process.uniforms_per_decode)
@@ -86,8 +104,8 @@ def draw_tokens(
 def find_undetermined(process: ForwardProcess, canvas: Canvas) -> Tensor:
     """Return [B,L] bool: the state does not determine the clean token.
 
-    If a process closes (nothing is noised at t = 0), an inactive state, one that no other state
-    turns into, is the clean token itself.
+    A state is inactive if no other state turns into it. If the process has no noise at t = 0, an
+    inactive state is the clean token.
     """
     return process.active(canvas.zt) | (not process.closes_at_clean)
 
@@ -100,14 +118,15 @@ def draw_uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
 def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
     """Return alpha_t = q_t(x | x), the probability that a token is still clean, in the shape of t.
 
-    It is that of the tokens among the states zt. Elsewhere (masks, nodes of a tree), or without zt,
-    it is the mean over at most 512 tokens: only dense chains have tokens of unequal rates, and they
-    have no more states than that.
+    If the state zt of a position is a token x, alpha_t is q_t(x | x) of that token. At other states
+    (masks, nodes of a tree), or without zt, alpha_t is the mean over at most 512 tokens. Only dense
+    chains have tokens with different rates, and their vocabularies are smaller than that.
     """
     times, place = torch.unique(t, return_inverse=True)
     tokens = pick_tokens(process.vocabulary.num_tokens, MAX_AVERAGED_TOKENS, t.device)
     alpha = process.stay_probability(
-        tokens.repeat(len(times)), times.repeat_interleave(len(tokens))
+        tokens.repeat(len(times)),
+        times.repeat_interleave(len(tokens)),
     )
     mean = alpha.reshape(len(times), -1).mean(-1)[place]
     if zt is None:

@@ -21,12 +21,13 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
 @final
 class HyperscheduleSampler(Sampler):
-    """Apply the steps of `inner` to the times of a time rule: rule.at(tau_k) to rule.at(tau_{k+1}).
+    """Sample with the steps of `inner`, each position at the time that a time rule gives it.
 
-    The progress tau is on the grid of `inner`, and the quality is the quality of `inner`. A position
-    that becomes clean within a step draws its token in this step, from the prediction at the start
-    of the step. Prompt tokens never change. If the rule has blocks, no position attends to a later
-    block, and the sampler does not look ahead.
+    Step k moves the positions from the times rule.at(tau_k) to rule.at(tau_{k+1}), where tau_k are
+    the times of the grid of `inner`. The quality is the quality of `inner`. A position that becomes
+    clean within a step draws its token in this step, from the prediction at the start of the step.
+    Prompt tokens never change. If the rule has blocks, no position attends to a later block, and
+    the sampler does not look ahead.
     """
 
     def __init__(self, inner: GridSampler, rule: TimeRule) -> None:
@@ -46,7 +47,11 @@ class HyperscheduleSampler(Sampler):
         self.inner.check_supported(process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         unfinished = canvas.free
         for k, (tau, next_tau) in enumerate(pairwise(self.inner.grid.times())):

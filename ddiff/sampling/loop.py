@@ -1,6 +1,6 @@
-"""Sampling loop: a sampler advances a canvas step by step; prompts are kept, evaluations counted.
+"""Sampling loop: draw sequences with a sampler, step by step, from t = 1 to t = 0.
 
-Time runs from t = 1 (a draw from the prior) to t = 0 (tokens); a step goes from t to s < t.
+At t = 1 states are draws from the prior, at t = 0 they are tokens. A step goes from t to s < t.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ DrawRows = Callable[[Query, Tensor, Tensor, Tensor], Tensor]
 """draw(query, zt [r], t [r], rows [r]) -> [r] new states; `rows` are flat positions b * L + i."""
 
 CLAMPED_MASS = "clamped_mass"
-"""Name of the extra in which samplers that read a score sum the negative probability."""
+"""Name of the extra with the sum of negative probabilities, which only scores produce."""
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Sequences while they are sampled: states zt [B,L] and the time t [B,L] of each position.
+    """State of a batch of sequences during sampling.
 
-    `clean` [B,L] bool: prompt or finished tokens, which never change. `free` [B,L] bool: positions
-    that may change now. Positions that are neither stay at the prior. `block` [1 or B,L] long
-    numbers blocks for attention (`Noisy`). `extras` are [B,L] tensors by name that a sampler keeps
-    from step to step.
+    Attributes:
+        zt: states [B,L].
+        t: time [B,L] of each position.
+        clean: [B,L] bool, prompt tokens and finished tokens, which never change.
+        free: [B,L] bool, positions that may change now. Positions that are neither clean nor free
+            stay at the prior.
+        block: [1,L] or [B,L] long, block numbers for attention (see `Noisy`).
+        extras: [B,L] tensors by name that a sampler passes from step to step.
     """
 
     zt: Tensor
@@ -58,52 +62,64 @@ class Canvas:
 
 
 class Sampler(ABC):
-    """Base class of samplers: from a draw of the prior to tokens.
+    """Base class of samplers, which turn a draw from the prior into tokens.
 
-    `quality` holds if the network is right. "exact": samples have the distribution of the network,
-    whatever the number of steps. "of an order": the distance to it falls as 1/steps^order.
-    "heuristic": neither is proven.
+    `quality` is the accuracy of the sampler, given an exact network:
+
+    - "exact": samples follow the data distribution for any number of steps.
+    - "of an order": the total variation to the data distribution falls as 1/steps^order.
+    - "heuristic": neither is proven.
     """
 
     quality: Quality = "heuristic"
     order: int = 0
-    """Order of convergence; 0 unless the quality is "of an order"."""
+    """Order of convergence in 1/steps. It is 0 unless the quality is "of an order"."""
     cached: bool = False
-    """Finished positions attend to nothing that comes later, so keys and values can be cached."""
+    """Finished positions attend to no later position, so keys and values can be cached."""
     looks_ahead: bool = True
-    """Prompt tokens after a gap influence what is drawn into it.
+    """Prompt tokens after a gap influence the tokens that are drawn in the gap.
 
-    False for samplers that go from left to right: they keep such tokens, but draw the gap as if
-    these were not there.
+    False for samplers from left to right: prompt tokens after a gap are kept, but the gap is drawn
+    without attention to them.
     """
     keeps_extras: bool = False
-    """Steps depend on `Canvas.extras`, so a step cannot be measured from a canvas without them."""
+    """Steps depend on `Canvas.extras`, so a step is not a function of the states and times only."""
 
     @property
     def steps(self) -> int | None:
         """Number of canvases that `run` yields; None if it depends on the draws or the length."""
         return None
 
-    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:  # noqa: B027
+    def check_supported(  # noqa: B027
+        self,
+        process: ForwardProcess | None,
+        predicts: Predicts,
+    ) -> None:
         """Raise ArgumentError if the sampler cannot work with this process or prediction."""
 
     @abstractmethod
     def run(
-        self, process: Any, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: Any,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
-        """Yield the canvas after each step; the last one holds tokens at free positions.
+        """Yield the canvas after each step. The last canvas has tokens at all free positions.
 
-        Step k draws its uniforms from `rng_at(k)`.
+        Step k draws its uniforms from `rng_at(k)`, k = 0, 1, ...
         """
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Drawn tokens and what they cost.
+    """Sampled tokens and the number of network evaluations.
 
-    ids [B,L] tokens. `nfe`: network evaluations of the batch. runs [B]: evaluations in which a
-    sequence took part. clamped_mass [B]: probability that came out negative and was set to 0, in
-    states per position (scores only).
+    Attributes:
+        ids: tokens [B,L].
+        nfe: number of network evaluations of the batch.
+        runs: [B], number of evaluations in which each sequence took part.
+        clamped_mass: [B], sum of the negative probabilities that were set to 0 (scores only).
     """
 
     ids: Tensor
@@ -130,10 +146,10 @@ def generate(
 ) -> Samples:
     """Draw one sequence of `length` tokens per entry of `index` [B].
 
-    `index` numbers the samples: a sample depends on its number and the seed, not on its batch.
-    Tokens of `prompt` [B,L] are kept where `prompt_mask` [B,L] is True, at any positions.
-    `on_step(k, canvas)` is called with every canvas, k = 1, 2, ... Raises ArgumentError if the
-    prompt does not fit, or the sampler does not support the process.
+    A sample depends on its number in `index` and on the seed, not on the batch. Tokens of `prompt`
+    [B,L] are kept at all positions at which `prompt_mask` [B,L] is True. `on_step(k, canvas)` is
+    called after every step k = 1, 2, ... Raises ArgumentError if the prompt does not fit, or if the
+    sampler does not support the process or the prediction.
     """
     batch = len(index)
     counted = count_evaluations(network)
@@ -159,16 +175,21 @@ def generate(
 
 
 def step_rows(
-    network: Network, canvas: Canvas, draw: DrawRows, among: Tensor | None = None
+    network: Network,
+    canvas: Canvas,
+    draw: DrawRows,
+    among: Tensor | None = None,
 ) -> Tensor:
-    """Return the states [B,L] after drawing the free positions, or those in `among` [B,L] bool.
+    """Draw new states at free positions and return all states [B,L].
 
-    Calls `draw(query, zt [r], t [r], rows [r])`, where `rows` are flat positions b * L + i and row
-    k of the query is `rows[k]`. Without such positions the network is not evaluated.
+    Only free positions in `among` [B,L] bool are drawn, if it is given. New states come from
+    `draw(query, zt [r], t [r], rows [r])`, where `rows` are flat positions b * L + i and row k of
+    the query is `rows[k]`. If no position is drawn, the network is not evaluated.
     """
     chosen = canvas.free if among is None else canvas.free & among
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
     states = canvas.zt.reshape(-1).clone()
+    # The test costs a synchronization, but a network evaluation costs more.
     if len(rows):
         query = restrict(network(canvas.network_input()), rows)
         states[rows] = draw(query, states[rows], canvas.t.reshape(-1)[rows], rows)
@@ -185,7 +206,11 @@ def restrict(query: Query, rows: Tensor) -> Query:
 
 
 def query_at_root(
-    query: Query, process: ForwardProcess, fn: RowFunction, zt: Tensor, *per_row: Tensor
+    query: Query,
+    process: ForwardProcess,
+    fn: RowFunction,
+    zt: Tensor,
+    *per_row: Tensor,
 ) -> Any:
     """Evaluate `fn(prediction, zt, *per_row)` at every row, with predictions over all tokens."""
     rows = torch.arange(len(zt), device=zt.device)
@@ -220,7 +245,7 @@ def _initial_canvas(
     prompt: Tensor | None,
     prompt_mask: Tensor | None,
 ) -> Canvas:
-    """Draw the prior at t = 1 (token 0 without a process) and put the prompt in."""
+    """Return the canvas at t = 1: prior draws (token 0 without a process) and prompt tokens."""
     shape = (len(index), length)
     times = torch.ones(shape, dtype=torch.float64, device=index.device)
     if process is None:
@@ -229,7 +254,7 @@ def _initial_canvas(
         prior = process.prior.draw(rng.uniform("start"))
     if prompt_mask is not None and prompt is None:
         raise ArgumentError(
-            "generate: prompt_mask needs prompt, the tokens to keep at those positions."
+            "generate: prompt_mask needs prompt, the tokens to keep at those positions.",
         )
     if prompt_mask is None:
         prompt_mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
@@ -245,9 +270,12 @@ def _initial_canvas(
 
 
 def _check_prompt(
-    process: ForwardProcess | None, prompt: Tensor, prompt_mask: Tensor, shape: tuple[int, int]
+    process: ForwardProcess | None,
+    prompt: Tensor,
+    prompt_mask: Tensor,
+    shape: tuple[int, int],
 ) -> None:
-    """Raise ArgumentError if a prompt does not have the shape, or holds no tokens at its mask."""
+    """Raise ArgumentError if a prompt has another shape, or ids that are not tokens at its mask."""
     if prompt.shape != shape or prompt_mask.shape != shape:
         raise ArgumentError(
             f"generate: prompt and prompt_mask must be [{shape[0]}, {shape[1]}] like the canvas; "
@@ -255,6 +283,7 @@ def _check_prompt(
             "A prompt longer than the canvas needs a larger length."
         )
     tokens = prompt[prompt_mask]
+    # Without a process the vocabulary is unknown, and only negative ids are refused.
     num_tokens = process.vocabulary.num_tokens if process else 2**62
     if bool(((tokens < 0) | (tokens >= num_tokens)).any()):
         raise ArgumentError(

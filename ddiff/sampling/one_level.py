@@ -22,23 +22,29 @@ class OneLevelSampler(GridSampler):
     """Go one level down with probability min(1, (F_l(t) - F_l(s)) / pi_l(t)). Order 1.
 
     pi_l(t) is the probability that a position is at level l at time t, and F_l the sum of pi_m over
-    m >= l. Level 0 holds the tokens. A mask needs at least as many steps as there are levels. Unless
-    the minimum cuts off at 1, the probabilities of the levels are right after the step. The step is
-    still not the posterior, which may pass several levels at once; with one level both are equal.
-    The last step draws tokens. The process must be monotone.
+    m >= l. Level 0 holds the tokens. A mask needs at least as many steps as there are levels. If
+    the fraction is at most 1, the step reproduces the probability of every level at time s. The
+    step differs from the posterior, which may pass several levels at once; with one level both are
+    equal. The last step draws tokens. The process must be monotone.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_monotone(self, process, predicts)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         u = draw_uniforms(rng, "level", 2)
         flat_s = s.reshape(-1)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             level = process.vocabulary.level_of(zt)
+            # The query is evaluated only at rows that leave their level.
             leave = _leave_probability(process, level, t, flat_s[rows])
             moves = (u[rows, 0] < leave).nonzero().squeeze(-1)
             zs = zt.clone()

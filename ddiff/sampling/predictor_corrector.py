@@ -52,6 +52,7 @@ class ForwardBackward:
         u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s = canvas.t
         t = (s + self.share * span).clamp(max=1.0)
+        # All positions are noised, and prompt tokens put back after it: uniforms need no selection.
         noised = process.forward_step(canvas.zt.reshape(-1), s.reshape(-1), t.reshape(-1), u)
         zt = torch.where(canvas.free, noised.reshape(s.shape), canvas.zt)
         return reverse_step(process, network, canvas.advance(zt, t), s, rng, f"{channel}.down")
@@ -68,7 +69,7 @@ class PredictorCorrectorSampler(GridSampler):
         super().__init__(inner.grid)
         if rounds < 1:
             raise ArgumentError(
-                f"PredictorCorrectorSampler: rounds must be at least 1; got {rounds}."
+                f"PredictorCorrectorSampler: rounds must be at least 1; got {rounds}.",
             )
         self.inner = inner
         self.corrector = corrector
@@ -81,7 +82,12 @@ class PredictorCorrectorSampler(GridSampler):
         self.corrector.check_supported(process, predicts)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         span = canvas.t - s
         canvas = self.inner.move(process, network, canvas, s, rng)
@@ -91,6 +97,11 @@ class PredictorCorrectorSampler(GridSampler):
         return canvas
 
     def finish(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng: CounterRng,
     ) -> Canvas:
+        # No correction after the last step: at t = 0 positions hold tokens.
         return self.inner.finish(process, network, canvas, rng)

@@ -1,4 +1,4 @@
-"""Psi samplers: posterior steps mixed with redraws, and remasking (arXiv 2602.21185, 2503.00307)."""
+"""Psi samplers (arXiv 2602.21185) and their special case, remasking (ReMDM, arXiv 2503.00307)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DRAWN_LOG_P = "drawn_log_p"
 
 
 class Kappa(Protocol):
-    """Probability of the posterior step.
+    """Probability kappa of the posterior step in a psi sampler.
 
-    `records_log_p`: it uses the extra `drawn_log_p`, ln p of each token when it was drawn.
+    `records_log_p`: kappa depends on the extra `drawn_log_p`, ln p of each token when it was drawn.
     """
 
     records_log_p: bool
@@ -38,11 +38,13 @@ class Kappa(Protocol):
 
 @final
 class PsiSampler(GridSampler):
-    """With probability kappa the posterior step, else x ~ P(x | z_t, rest) and z_s ~ q_s(. | x).
+    """Take the posterior step with probability kappa, else draw a token and noise it again.
 
-    Every position can change. One network call a step. kappa = 1 is ancestral sampling. Each single
-    position keeps its distribution for any kappa that does not depend on its state. Redrawing
-    dependent positions together is an error, which falls with the steps at no proven order.
+    The second case draws x ~ P(x | z_t) at the position and then z_s ~ q_s(. | x), so that every
+    position can change. kappa = 1 is ancestral sampling. A step takes one network evaluation. Each
+    single position keeps its distribution for any kappa that does not depend on its state.
+    Positions that are redrawn together lose part of their dependence; no order is proven for this
+    error. Heuristic.
     """
 
     quality: Quality = "heuristic"
@@ -54,7 +56,12 @@ class PsiSampler(GridSampler):
         self.keeps_extras = self.kappa.records_log_p
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         keeps = rng.uniform("kappa") < self.kappa(process, canvas, s)
         flat_keeps = keeps.reshape(-1)
@@ -72,15 +79,24 @@ class PsiSampler(GridSampler):
             step = (keep & needs_network).nonzero().squeeze(-1)
             decode = (~keep & needs_network).nonzero().squeeze(-1)
             zs = zt.clone()
-            x = zt.clone()  # where the state determines the token, it is the token
+            # A state that determines the clean token is that token.
+            x = zt.clone()
             if len(step):
                 zs[step] = process.step(
-                    restrict(query, step), zt[step], t[step], flat_s[rows[step]], u_step[rows[step]]
+                    restrict(query, step),
+                    zt[step],
+                    t[step],
+                    flat_s[rows[step]],
+                    u_step[rows[step]],
                 )
             if len(decode):
                 x[decode] = process.decode(
-                    restrict(query, decode), zt[decode], t[decode], u_decode[rows[decode]]
+                    restrict(query, decode),
+                    zt[decode],
+                    t[decode],
+                    u_decode[rows[decode]],
                 )
+            # Rows that keep the posterior step are noised too, which is cheaper than a selection.
             noised = process.sample(x, flat_s[rows], u_noise[rows])
             zs = torch.where(keep, zs, noised)
             if self.kappa.records_log_p:
@@ -119,7 +135,7 @@ class _ConstantKappa:
     def __init__(self, kappa: float) -> None:
         if not 0.0 <= kappa <= 1.0:
             raise ArgumentError(
-                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step only."
+                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step only.",
             )
         self.kappa = kappa
 
@@ -128,12 +144,13 @@ class _ConstantKappa:
 
 
 class _Remasking:
-    """kappa = 1 - sigma/(1 - alpha_s): a token returns to noise with probability sigma.
+    """Base class of rules for kappa = 1 - sigma/(1 - alpha_s); sigma remasks a token.
 
-    In the paper sigma is at most sigma_max = min(1, (1 - alpha_s)/alpha_t); kappa >= 0 limits it to
-    1 - alpha_s, which is less by the factor alpha_t and matters in the last steps only. alpha is
-    q_t(x|x) of the token x at the position (pi_0 on a tree). If tokens have unequal rates (dense
-    chains), each returns to noise with probability sigma, and kappa depends on the token.
+    sigma is the probability that a token returns to noise in a step, and alpha_t = q_t(x|x) belongs
+    to the token x at the position (on a tree, pi_0(t)). In the paper, sigma is at most
+    sigma_max = min(1, (1 - alpha_s)/alpha_t). kappa >= 0 limits sigma to 1 - alpha_s, which is
+    smaller by the factor alpha_t; this matters in the last steps only. If tokens have different
+    rates (dense chains), every token has the same sigma, and kappa depends on the token.
     """
 
     records_log_p = False
@@ -141,7 +158,7 @@ class _Remasking:
     def __init__(self, eta: float) -> None:
         if not 0.0 <= eta <= 1.0:
             raise ArgumentError(
-                f"{type(self).__name__}: eta must be in [0, 1]; got {eta}. 0 never remasks."
+                f"{type(self).__name__}: eta must be in [0, 1]; got {eta}. 0 never remasks.",
             )
         self.eta = eta
 
@@ -162,7 +179,7 @@ class _Remasking:
 
 @final
 class CapRemasking(_Remasking):
-    """sigma = min(eta, sigma_max)."""
+    """Remasking with probability sigma = min(eta, sigma_max)."""
 
     def __init__(self, eta: float = 0.008) -> None:
         super().__init__(eta)
@@ -173,7 +190,7 @@ class CapRemasking(_Remasking):
 
 @final
 class RescaleRemasking(_Remasking):
-    """sigma = eta sigma_max."""
+    """Remasking with probability sigma = eta sigma_max."""
 
     def __init__(self, eta: float = 0.015) -> None:
         super().__init__(eta)
@@ -184,10 +201,11 @@ class RescaleRemasking(_Remasking):
 
 @final
 class ConfidenceRemasking(_Remasking):
-    """sigma_i = eta sigma_max softmax_i(-p_i) over the tokens of a sequence.
+    """Remasking with probability sigma_i = eta sigma_max softmax_i(-p_i) at position i.
 
-    p_i is the probability with which token i was drawn. eta = 1 is the published rule, in which a
-    sequence remasks at most one token a step on average.
+    p_i is the probability with which the token at position i was drawn; the softmax is over the
+    tokens of a sequence. eta = 1 is the published rule, in which a sequence remasks at most one
+    token per step on average.
     """
 
     records_log_p = True
@@ -205,7 +223,7 @@ class ConfidenceRemasking(_Remasking):
 
 @final
 class LoopRemasking(_Remasking):
-    """sigma = eta while time is constant, as it is within a `LoopGrid`; 0 elsewhere."""
+    """Remasking with probability eta in steps of constant time (`LoopGrid`), else 0."""
 
     def __init__(self, eta: float = 0.02) -> None:
         super().__init__(eta)

@@ -1,4 +1,4 @@
-"""Self-correction: repeat the most likely changes until nothing is gained (arXiv 2503.04482)."""
+"""Self-correction: repeat the most likely changes until nothing improves (arXiv 2503.04482)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler, query_at_root, 
 
 @final
 class SelfCorrectingSampler(Sampler):
-    """Rounds over finished text that make the `commit` most likely changes each. Heuristic.
+    """Sample with `inner`, then correct the finished tokens in up to `rounds` rounds. Heuristic.
 
-    Proposals are x' ~ P(x | z, rest)^(1/temperature). The network is conditioned on the time `at`,
-    as if the text had the noise of that time. A sequence stops if nothing changes, or if for
-    `patience` rounds no more of its tokens are the most likely ones. Needs a process whose bound
-    trains the prediction at tokens.
+    Each round draws a token x' from P(x | z)^(1/temperature) at every position and makes the
+    `commit` most likely changes of a sequence. The network is conditioned on the time `at`, as if
+    the tokens had the noise of that time. A sequence stops if no token changes, or if the number of
+    its tokens that are the most likely ones has not increased for `patience` rounds. The process
+    must have a bound that trains predictions at tokens.
     """
 
     quality: Quality = "heuristic"
@@ -62,7 +63,11 @@ class SelfCorrectingSampler(Sampler):
         require_informed_tokens(self, process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         for canvas in self.inner.run(process, network, canvas, rng_at):  # noqa: B020
             yield canvas
@@ -73,7 +78,12 @@ class SelfCorrectingSampler(Sampler):
                 break
             noisy = canvas.advance(canvas.zt, torch.full_like(canvas.t, self.at))
             drawn, score, is_best = propose_changes(
-                process, network, noisy, is_active, rng_at(k), self.temperature
+                process,
+                network,
+                noisy,
+                is_active,
+                rng_at(k),
+                self.temperature,
             )
             # The second argsort inverts the first: the rank of each position.
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -85,7 +95,7 @@ class SelfCorrectingSampler(Sampler):
 
 
 class _Patience:
-    """Find the sequences that have improved within the last `rounds` rounds."""
+    """Early stopping: find the sequences that have improved within the last `rounds` rounds."""
 
     def __init__(self, rounds: int, is_active: Tensor) -> None:
         self.rounds = rounds
@@ -93,7 +103,7 @@ class _Patience:
         self.best = torch.full_like(self.since, -1)
 
     def __call__(self, num_best: Tensor) -> Tensor:
-        """Return [B] bool, given how many tokens [B] are the most likely ones."""
+        """Return [B] bool, given the number of tokens [B] that are the most likely ones."""
         self.since = torch.where(num_best > self.best, 0, self.since + 1)
         self.best = torch.maximum(self.best, num_best)
         return self.since <= self.rounds
@@ -107,19 +117,22 @@ def propose_changes(
     rng: CounterRng,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a token for every free position of the active sequences.
+    """Draw a token at every free position of the active sequences.
 
-    Returns [B,L] each: the token, its ln p if it is a change (else -inf), and bool, whether the
-    present token is the most likely one.
+    Returns three tensors [B,L]: the drawn tokens; ln p of the drawn token if it differs from the
+    present token, else -inf; and bool, whether the present token is the most likely one.
     """
     u = draw_uniforms(rng, "again", 1)[:, 0]
     score = torch.full_like(canvas.t, -torch.inf).reshape(-1)
     is_best = torch.zeros_like(canvas.free).reshape(-1)
 
     def propose(
-        dist: CleanDistribution, z: Tensor, t: Tensor, u: Tensor
+        dist: CleanDistribution,
+        z: Tensor,
+        t: Tensor,
+        u: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # With the position's own evidence; normalized after the temperature.
+        # The present token is evidence for the clean token; temperature acts on the posterior.
         full = dist.log_mass(0).double() + process.log_likelihood(z, t)
         tempered = apply_temperature(full, temperature).log_softmax(-1)
         drawn = draw_index(tempered.exp(), u)

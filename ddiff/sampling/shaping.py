@@ -80,6 +80,7 @@ class ShapedDistribution(SubtreeDistribution):
         return drawn
 
     def log_below(self, level: int) -> Tensor:
+        # Cached: samplers that rank positions ask for the same level again.
         if level not in self._levels:
             self._levels[level] = self._multiply_conditionals(level)
         return self._levels[level]
@@ -110,6 +111,7 @@ def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) 
 
     The value is -inf at places that are not below the node.
     """
+    # `log_below` has only the places below the top, so the first place of the top is subtracted.
     log_p = dist.log_below(level)[rows]
     first = dist.vocabulary.subtree(dist.top)[level].start
     start, stop = (place.unsqueeze(-1) - first for place in dist.vocabulary.node_range(node, level))
@@ -126,8 +128,8 @@ def unshaped(dist: CleanDistribution) -> CleanDistribution:
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draw places [k] by inversion of the cumulative sum of weights [k,w] at u [k].
 
-    Also returns the relative position [k] of u in the interval of the place, in [0,1): a new uniform
-    that is independent of the place.
+    Also returns the relative position [k] of u in the interval of the place, in [0,1). It is a new
+    uniform that is independent of the place.
     """
     place = draw_index(weights, u).unsqueeze(-1)
     cdf = weights.double().cumsum(-1)
@@ -276,7 +278,10 @@ class _GuidedNetwork(_ComposedNetwork):
 
         def guided_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             def with_null(
-                dist: CleanDistribution, rows: Tensor, node: Tensor, *values: Tensor
+                dist: CleanDistribution,
+                rows: Tensor,
+                node: Tensor,
+                *values: Tensor,
             ) -> Any:
                 def guided(null: CleanDistribution, place: Tensor, *chunk: Tensor) -> Any:
                     is_whole = len(place) == len(rows)
@@ -400,7 +405,9 @@ def guide_network(network: Network, null_network: Network, weight: float) -> Net
 
 
 def guide_by_classifier(
-    network: Network, log_likelihood: Classifier, weight: float = 1.0
+    network: Network,
+    log_likelihood: Classifier,
+    weight: float = 1.0,
 ) -> Network:
     """Return a network with classifier guidance: p(x_i) p(y | x_i)^weight over tokens, normalized.
 
@@ -451,6 +458,10 @@ class ShapedSampler(Sampler):
         self.inner.check_supported(process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         return self.inner.run(process, shape_network(network, self.shapers), canvas, rng_at)

@@ -19,18 +19,23 @@ from ddiff.sampling.loop import Canvas, query_at_root, require_process, step_row
 
 @final
 class TauLeapingSampler(GridSampler):
-    """Leave z with probability 1 - exp(-R (t - s)) for y ~ R(y). Order 1.
+    """Leave state z with probability 1 - exp(-R (t - s)) for a state y ~ R(y)/R. Order 1.
 
-    R(y) = Q[y,z] s_theta(y) is the reverse rate at time t, with the forward rate Q[y,z] from y to z
-    and the predicted ratio s_theta(y) = q_t(y)/q_t(z); R is the sum of R(y) over y. Only rates are
-    needed, so a score is enough.
+    R(y) = Q[y,z] s_theta(y) is the reverse rate from z to y at time t, where Q[y,z] is the forward
+    rate from y to z and s_theta(y) = q_t(y)/q_t(z) the predicted ratio. R is the sum of R(y) over
+    y. Only reverse rates are needed, so a score is enough.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         u = draw_uniforms(rng, "leap", 2)
         flat_s = s.reshape(-1)
@@ -46,11 +51,12 @@ class TauLeapingSampler(GridSampler):
 
 
 def tau_leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:
-    """Return the states [r] after a span [r] of constant rates [r,S] from states zt [r].
+    """Return the states [r] that follow zt [r] after the time span [r] at constant rates [r,S].
 
-    u [r,2] are uniforms: of the jump and of its target.
+    `rates` are the rates to all S states. u [r,2] are uniforms for the jump and for its target.
     """
     # In float64: for short spans 1 - exp(-x) would lose its digits.
     probability = -torch.expm1(-rates.sum(-1).double() * span)
+    # Only rows that jump draw a target: the cost is proportional to the number of states S.
     moves = (u[:, 0] < probability).nonzero().squeeze(-1)
     return zt.index_copy(0, moves, draw_index(rates[moves], u[moves, 1]))

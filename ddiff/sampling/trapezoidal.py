@@ -22,18 +22,21 @@ from ddiff.sampling.tau_leaping import tau_leap
 
 @final
 class TrapezoidalSampler(GridSampler):
-    """Leap theta of the step to z* with rates mu, then the rest with [a mu* - (a - 1) mu]_+.
+    """Tau-leap in two stages per step, the second with extrapolated rates. Order 2.
 
-    mu* are the rates at z*, a = 1 / (2 theta (1 - theta)), theta in (0,1). Two network calls a step;
-    only reverse rates are needed. A position that moved in the first stage continues with a mu*: its
-    new state has no earlier rates to extrapolate from. Both jumps within a step then have their
-    second-order probability.
+    The first stage covers the fraction theta in (0,1) of the step with the reverse rates mu, and
+    ends at states z* with rates mu*. The second stage covers the rest of the step with the rates
+    [a mu* - (a - 1) mu]_+, where a = 1 / (2 theta (1 - theta)). A position that moved in the first
+    stage uses a mu*, because its new state has no earlier rates; this makes the probability of two
+    jumps in one step correct to second order. A step takes two network evaluations. Only reverse
+    rates are needed, so a score is enough.
 
-    Order 2 if the extrapolated rates stay positive, which the paper assumes, and are smooth in t; on
-    masks, with rates of 1/t, the distance falls as ln N / N^2. If the draw of another position makes
-    a rate fall below (a - 1)/a of itself (a half for theta = 1/2), the negative rate is set to 0. If
-    rates are infinite at t = 1 (noise that starts like a root), the first step is inaccurate. The
-    order then tends to 1 as N grows, from smaller distances than Euler's.
+    Order 2 holds if the extrapolated rates are positive, as the paper assumes, and smooth in t.
+    With masks, whose rates are proportional to 1/t, the error falls as ln N / N^2 for N steps. If
+    the draw of another position reduces a rate below (a - 1)/a of its value (one half for
+    theta = 1/2), the extrapolated rate is negative and set to 0. If rates are infinite at t = 1,
+    the first step is inaccurate. In both cases the order tends to 1 for large N, with smaller
+    errors than tau-leaping.
     """
 
     order = 2
@@ -43,13 +46,19 @@ class TrapezoidalSampler(GridSampler):
         if not 0.0 < theta < 1.0:
             raise ArgumentError(f"TrapezoidalSampler: theta must be in (0, 1); got {theta}.")
         self.theta = theta
-        self.extrapolation = 0.5 / (theta * (1.0 - theta))  # a
+        # The factor a of the paper.
+        self.extrapolation = 0.5 / (theta * (1.0 - theta))
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         first = draw_uniforms(rng, "first", 2)
         second = draw_uniforms(rng, "second", 2)
@@ -69,13 +78,23 @@ class TrapezoidalSampler(GridSampler):
             return start(rows, root, process.reverse_rates, start_zt[rows], start_t[rows])
 
         def first_jump(
-            prediction: Prediction, z: Tensor, t: Tensor, middle_t: Tensor, u: Tensor
+            prediction: Prediction,
+            z: Tensor,
+            t: Tensor,
+            middle_t: Tensor,
+            u: Tensor,
         ) -> Tensor:
             return tau_leap(process.reverse_rates(prediction, z, t), z, t - middle_t, u)
 
         def first_stage(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             return query_at_root(
-                query, process, first_jump, zt, t, flat_middle_t[rows], first[rows]
+                query,
+                process,
+                first_jump,
+                zt,
+                t,
+                flat_middle_t[rows],
+                first[rows],
             )
 
         def second_jump(prediction: Prediction, z: Tensor, t: Tensor, rows: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ class UnmaskingSampler(GridSampler):
     """Draw a next state at every unfinished position and keep the most confident ones. Heuristic.
 
     A descent goes one level down the tree; with masks it goes from the mask to a token. After the
-    step to time s, a fraction s of all descents remains, so the grid decides how many positions move
-    in a step (arXiv 2202.04200, cosine grid). `by` is the confidence, computed without temperature
-    and filters:
+    step to time s, a fraction s of all descents remains, so the grid sets the number of positions
+    that move in a step (arXiv 2202.04200, cosine grid). `by` is the confidence, computed without
+    temperature and filters:
 
     - confidence: ln p of the drawn state.
     - top: ln p of the most likely state.
@@ -54,7 +54,10 @@ class UnmaskingSampler(GridSampler):
     order = 0
 
     def __init__(
-        self, grid: Steps | int = 64, by: Criterion = "confidence", noise: float = 0.0
+        self,
+        grid: Steps | int = 64,
+        by: Criterion = "confidence",
+        noise: float = 0.0,
     ) -> None:
         super().__init__(grid)
         if by not in get_args(Criterion):
@@ -64,7 +67,7 @@ class UnmaskingSampler(GridSampler):
             )
         if not 0.0 <= noise < float("inf"):
             raise ArgumentError(
-                f"UnmaskingSampler: noise must be a finite number, 0 or more; got {noise}."
+                f"UnmaskingSampler: noise must be a finite number, 0 or more; got {noise}.",
             )
         self.by = by
         self.noise = noise
@@ -73,7 +76,12 @@ class UnmaskingSampler(GridSampler):
         require_monotone(self, process, predicts)
 
     def move(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, s: Tensor, rng: CounterRng
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        s: Tensor,
+        rng: CounterRng,
     ) -> Canvas:
         drawn, confidence = propose_descents(process, network, canvas, rng, self.by)
         # The floor keeps ln u finite at u = 0.
@@ -98,10 +106,11 @@ class UnmaskingSampler(GridSampler):
 class EntropyBoundSampler(Sampler):
     """Move positions in order of entropy while their entropies sum to at most `bound`. Heuristic.
 
-    The sum is in nats and leaves out the largest entropy of the step. It bounds the error of drawing
-    the positions independently (arXiv 2505.24857). Entropies are those of the next conditional. At
-    least one position moves, so the number of steps is at most the number of descents. The time of
-    the network is the fraction of descents that remains. The process must be monotone.
+    The sum is in nats and leaves out the largest entropy of the step. The sum bounds the error of
+    drawing the positions independently (arXiv 2505.24857). An entropy is that of a position's next
+    conditional. At least one position moves, so the number of steps is at most the number of
+    descents. The network is conditioned on the fraction of descents that remains, as its time t.
+    The process must be monotone.
     """
 
     quality: Quality = "heuristic"
@@ -119,7 +128,11 @@ class EntropyBoundSampler(Sampler):
         require_monotone(self, process, predicts)
 
     def run(
-        self, process: ForwardProcess, network: Network, canvas: Canvas, rng_at: RngAt
+        self,
+        process: ForwardProcess,
+        network: Network,
+        canvas: Canvas,
+        rng_at: RngAt,
     ) -> Iterator[Canvas]:
         num_levels = process.vocabulary.num_levels
         # A sequence whose positions are all given has no descents; 1 avoids 0/0.
@@ -167,7 +180,11 @@ def rank_by_confidence(confidence: Tensor, rng: CounterRng) -> Tensor:
 
 
 def propose_descents(
-    process: ForwardProcess, network: Network, canvas: Canvas, rng: CounterRng, by: Criterion
+    process: ForwardProcess,
+    network: Network,
+    canvas: Canvas,
+    rng: CounterRng,
+    by: Criterion,
 ) -> tuple[Tensor, Tensor]:
     """Draw the next state down at every unfinished position.
 
@@ -177,7 +194,10 @@ def propose_descents(
     confidence = torch.full_like(canvas.t, -torch.inf).reshape(-1)
 
     def descend(
-        dist: CleanDistribution, node: Tensor, below: Tensor, u: Tensor
+        dist: CleanDistribution,
+        node: Tensor,
+        below: Tensor,
+        u: Tensor,
     ) -> tuple[Tensor, Tensor]:
         drawn = dist.draw(node, below, u)
         return drawn, _confidence(unshaped(dist), node, below, drawn, by)
@@ -194,7 +214,11 @@ def propose_descents(
 
 
 def _confidence(
-    dist: CleanDistribution, node: Tensor, below: Tensor, drawn: Tensor, by: Criterion
+    dist: CleanDistribution,
+    node: Tensor,
+    below: Tensor,
+    drawn: Tensor,
+    by: Criterion,
 ) -> Tensor:
     """Return the confidence [r] float64 of the children drawn [r] at levels below [r]."""
     if by == "confidence":

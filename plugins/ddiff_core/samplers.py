@@ -69,8 +69,7 @@ class GridConfig(ShapingConfig):
     """Settings of samplers with `[sample] steps` steps on a grid of times."""
 
     grid: Spacing = "uniform"
-    """Times of the steps: equally spaced in t, by a cosine (short steps first), or equally spaced in
-    -ln(1 - t)."""
+    """Spacing of times: uniform in t, cosine (short steps first), or uniform in -ln(1 - t)."""
 
 
 def shape(config: ShapingConfig, sampler: Sampler) -> Sampler:
@@ -145,8 +144,7 @@ class FirstHitting:
 
     class Config(ShapingConfig):
         until: PositiveFloat = 1e-3
-        """Number of positions that change at once at each end of time if tokens turn into other tokens;
-        the error at each end is until^2 / 2."""
+        """Uniform noise: positions that change at once at each end of time; error until^2 / 2."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -159,10 +157,9 @@ class Confidence:
 
     class Config(GridConfig):
         by: Literal["confidence", "top", "entropy"] = "confidence"
-        """Confidence: probability of the drawn token, probability of the most likely token ("top"), or
-        negative entropy."""
+        """Confidence by the drawn token ("confidence"), the most likely token, or low entropy."""
         noise: NonNegativeFloat = 0.0
-        """Scale of Gumbel noise added to the confidence; multiplied by the time, so it vanishes at 0."""
+        """Scale of the Gumbel noise on the confidence; the noise decreases with the time t."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -175,7 +172,7 @@ class Margin:
 
     class Config(GridConfig):
         noise: NonNegativeFloat = 0.0
-        """Scale of Gumbel noise added to the margin; multiplied by the time, so it vanishes at 0."""
+        """Scale of the Gumbel noise on the margin; the noise decreases with the time t."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -227,7 +224,7 @@ class Remasking:
         setting: Literal["cap", "rescale", "confidence", "loop"] = "cap"
         """Rule for sigma; `loop` uses its own grid of times, which pauses at the time `hold`."""
         eta: Probability | None = None
-        """Strength of remasking; default 0.008 (cap), 0.015 (rescale), 1 (confidence), 0.02 (loop)."""
+        """Strength; default 0.008 (cap), 0.015 (rescale), 1 (confidence), 0.02 (loop)."""
         hold: Share = 0.1
         """Time at which the grid of `loop` pauses."""
 
@@ -336,7 +333,7 @@ class Blockwise:
         ] = "ancestral"
         """Sampler inside a window, with its default settings."""
         sight: Literal["blocks", "all"] = "blocks"
-        """Attend to the current and earlier windows ("blocks"), or also to later windows ("all")."""
+        """Attend to the current and earlier windows ("blocks"), or to all windows ("all")."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -350,7 +347,7 @@ class Blockwise:
 
 @final
 class Hyperschedule:
-    """Move a window of positions from noise to tokens along the sequence, `steps` steps in total."""
+    """Move a window along the sequence, from noise to tokens, in `steps` steps in total."""
 
     class Config(GridConfig):
         width: PositiveInt = 16

@@ -111,7 +111,8 @@ def test_unsupported_sampler_and_process_are_refused_with_a_reason(
     reason = {"first_hitting": "must have events", "blockwise events": "must have events"}
     reads_words = {"acs", "self_correction"}
     expected = reason.get(
-        sampler, "trains nothing there" if sampler in reads_words else "must be monotone"
+        sampler,
+        "does not train the prediction at tokens" if sampler in reads_words else "must be monotone",
     )
     with pytest.raises(ArgumentError, match=expected):
         draw(SAMPLERS[sampler][0](4), PROCESSES[process], [0])
