@@ -69,25 +69,29 @@ from their marginals gives {far:.3f}. The small number below each distance is th
 | order n | the error falls as 1/N^n |
 | heuristic | the error does not vanish, or no proof is known |
 
-Rows marked `score` use the same prediction as ratios of marginals, the output of a head `score`, for the vocabularies that
-the head supports (tokens, or tokens and a mask). The last section lists the refused pairs with their reasons.
+In rows marked `score` the same prediction is given as ratios of marginals, which is the output of a head `score`. There
+are such rows for flat vocabularies only (tokens, or tokens and a mask). The section [Refused](#refused) lists the pairs of
+sampler and process that are not supported, with the error message of each.
 
-**Precision.** If a sampler moves positions independently, its distribution is summed over all canvases, with {points} draws
-per step; its noise is up to {fine:.3f} at N = 64 and less for fewer steps (masks at N = 64 are .0064 exactly). The other
-samplers are sampled, with noise of about {coarse:.3f}.
+**Precision.** If a sampler moves positions independently, the distribution over all pairs of states is propagated step by
+step, with {points} draws per step. The statistical error of the distance is then up to {fine:.3f} at N = 64, and smaller for fewer steps
+(for masks at N = 64 the exact distance is .0064). All other samplers are run from noise to tokens; the statistical error of
+their distances is about {coarse:.3f}.
 
 **Notes**
 
-- `hybrid_epsilon` shuffles a tenth of the tokens at t = 0. Only the last draw reverses that, for all positions at once. So
-  no sampler gets below about .02 = (.1 L)^2 / 2 with L = 2, `first_hitting` included.
-- `tau_leaping` and `trapezoidal` use the rates at the start of a step. On a tree whose tokens leave late (hdlm with gamma
-  < 1) the rate of leaving the mask is infinite at t = 1, so all positions leave it in the first step, and their order does
-  not show for an affordable N (gamma 0.5: a distance of 0.06 at N = 128 and at N = 512). Use another sampler there.
-- `trapezoidal` has order 2 if extrapolated rates stay positive and are smooth in t. These tokens violate it: one of them
-  makes a value of the other six times less likely, so rates are clipped at 0, and the order falls from 1.5 towards 1 as N
-  grows (masks at N = 4, 8, ..., 128, summed exactly: .0455, .0166, .0065, .0028, .0013, .0006). Under gidd the noise starts
-  like a square root at t = 1, where rates are infinite: order 1. `tests/sampling/test_trapezoidal.py` tests order 2 on
-  tokens that depend mildly.
+- The process `hybrid_epsilon` replaces a tenth of the tokens already at t = 0. Only the final draw of tokens reverses this
+  noise, and it draws all positions independently. So every sampler, including `first_hitting`, has an error of at least
+  about .02 = (.1 L)^2 / 2 for L = 2 tokens.
+- `tau_leaping` and `trapezoidal` use the rates at the start of a step. For the process
+  hdlm with gamma < 1 the rate of leaving the mask is infinite at t = 1, so all positions leave the mask in the first step.
+  The distance then hardly falls with N (gamma 0.5: a distance of 0.06 at N = 128 and at N = 512). Use another sampler for
+  such a process.
+- `trapezoidal` has order 2 if extrapolated rates stay positive and are smooth in t. The joint distribution above violates
+  this condition: one token makes a value of the other token six times less likely, so rates are clipped at 0, and the order
+  falls from 1.5 towards 1 as N grows (exact distances for masks at N = 4, 8, ..., 128: .0455, .0166, .0065, .0028, .0013,
+  .0006). For gidd, reverse rates are infinite at t = 1, and the order is 1. `tests/sampling/test_trapezoidal.py` tests
+  order 2 on tokens with a weaker dependence.
 """
 
 
