@@ -81,7 +81,9 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng: CounterRng,
     ) -> Canvas:
-        """Return the canvas with tokens at every free position, each drawn at its own time."""
+        """Return the canvas with tokens at every free position.
+
+        Positions may be at different times t [B,L]."""
         return draw_tokens(process, network, canvas, rng)
 
 

@@ -232,7 +232,7 @@ def require_distribution(sampler: object, predicts: Predicts) -> None:
     if predicts != "distribution":
         raise ArgumentError(
             f"{type(sampler).__name__}: the denoiser must predict a distribution of the clean "
-            "token; this one predicts a score, from which no token can be drawn. "
+            "token; this denoiser predicts a score, from which no token can be drawn. "
             "Use tau_leaping, analytic or trapezoidal, which need only rates."
         )
 
