@@ -83,7 +83,8 @@ class GridSampler(Sampler):
     ) -> Canvas:
         """Return the canvas with tokens at every free position.
 
-        Positions may be at different times t [B,L]."""
+        Positions may be at different times t [B,L].
+        """
         return draw_tokens(process, network, canvas, rng)
 
 

@@ -1,4 +1,4 @@
-"""Psi samplers (arXiv 2602.21185) and their special case, remasking (ReMDM, arXiv 2503.00307)."""
+"""Psi samplers (arXiv 2602.21185) and their special case, remasking (arXiv 2503.00307)."""
 
 from __future__ import annotations
 
