@@ -138,7 +138,7 @@ def draw_index(weights: Tensor, u: Tensor) -> Tensor:
             "draw_index: weights must have a positive, finite sum in every row; got "
             f"{cdf[~drawable, -1][0]}. Either the predicted distribution holds NaN (the network's "
             "weights or inputs are not finite: go back to an earlier checkpoint), or it gives no "
-            "probability to any token below the state of a row."
+            "probability to anything below the state of a row."
         )
     target = (u * total).unsqueeze(-1)
     index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
