@@ -30,10 +30,10 @@ PROBES = 15  # calls of getattr and hasattr, which type checkers cannot check
 
 WORD_LIMITS = {
     "What ...": 20,
-    "is no": 7,
+    "is no": 6,
     "trunk": 0,
     "the law of": 3,
-    "waiting": 10,
+    "waiting": 11,
     "told": 2,
     "beside": 1,
     "anew": 1,
