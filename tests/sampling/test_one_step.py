@@ -184,10 +184,10 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
     """sigma_i = eta sigma_max softmax_i(-p_i) over tokens with a note; masks and tokens without one weigh nothing."""
     t, s, eta = 0.45, 0.3, 0.5
     drawn_with = torch.tensor([0.9, 0.1, 0.5, 0.5])
-    sureness = drawn_with.double().log()
-    sureness[3] = torch.inf  # given, or there from the start
+    confidence = drawn_with.double().log()
+    confidence[3] = torch.inf  # given, or there from the start
     canvas = canvas_of((0, 1, 0, 1, MASK), t)
-    note = torch.cat([sureness, torch.tensor([-0.2]).double()]).expand(POINTS, -1)
+    note = torch.cat([confidence, torch.tensor([-0.2]).double()]).expand(POINTS, -1)
     canvas = replace(canvas, extras={"drawn_log_p": note})
     after = moved(
         PsiSampler(4, ConfidenceRemasking(eta)), MASKED, predicting(MASKED, P), canvas, s

@@ -91,14 +91,14 @@ def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
 def test_confidences_equal_up_to_rounding_rank_alike() -> None:
     """Ties of 64 positions, moved by what float32 rounding moves them, at a value that is no edge of the rounding."""
     rng = CounterRng(0, 1, torch.arange(4), 64)
-    sureness = torch.full((4, 64), -1.2345, dtype=torch.float64)
-    sureness[:, ::7] = -0.5
+    confidence = torch.full((4, 64), -1.2345, dtype=torch.float64)
+    confidence[:, ::7] = -0.5
     jitter = 1e-7 * torch.randn(
-        sureness.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        confidence.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    order = rank_by_confidence(sureness, rng)
-    assert torch.equal(order, rank_by_confidence(sureness + jitter, rng))
-    assert bool((order[:, :10] % 7 == 0).all()), "the surest stand first"
+    order = rank_by_confidence(confidence, rng)
+    assert torch.equal(order, rank_by_confidence(confidence + jitter, rng))
+    assert bool((order[:, :10] % 7 == 0).all()), "the most confident positions rank first"
     assert not torch.equal(order[0], order[1]), (
         "equal ones are not taken from left to right in every row"
     )
