@@ -159,7 +159,11 @@ def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[R
 
 
 def table(found: Sequence[Row]) -> str:
-    """Return a Markdown table of bound and published expression; bold if below the entropy."""
+    """Return a Markdown table with a line per (gamma, xi) and a column per prediction.
+
+    A cell is "our bound / published expression" in nats. Values below the entropy of the data are
+    bold, because no valid bound can be there.
+    """
     names = list(dict.fromkeys(row.law for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for gamma, xi in dict.fromkeys((row.gamma, row.xi) for row in found):

@@ -101,7 +101,12 @@ def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> l
 
 
 def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
-    """On each rank in turn: a step without all-reduce, and the same step with all-reduce."""
+    """Measure a training step with and without the gradient all-reduce of DDP.
+
+    All ranks run at the same time. The two kinds of step alternate, each after a barrier. Returns
+    the seconds per round: CPU seconds under "alone" (without all-reduce) and "together" (with it),
+    wall-clock seconds under "alone_wall" and "together_wall".
+    """
     backend = DistributedBackend("cpu", int(os.environ["WORLD_SIZE"]))
     case = Case("mdlm", Size(vocabulary))
     alone, together = denoiser_of(case), denoiser_of(case)

@@ -25,7 +25,7 @@ class NoiseTables(Protocol):
     """Interface of a process that tabulates its noise b_t and its arrival rates omega_t."""
 
     def representative(self, zt: Tensor) -> Tensor:
-        """Return a state per row [r] that has the same noise as z_t at all times."""
+        """Return for each row a state y [r] with b_t(y) = b_t(z_t) at all times t."""
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
         """Return the noise b_t [n,m] of states [m] at times [n]."""

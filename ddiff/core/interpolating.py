@@ -131,7 +131,7 @@ class InterpolatingProcess(ForwardProcess):
         return noise[:, :num_tokens], noise[:, num_tokens:]
 
     def representative(self, zt: Tensor) -> Tensor:
-        """Return for each row a state that has the same noise as z_t at all times.
+        """Return for each row a state y with b_t(y) = b_t(z_t) at all times t.
 
         Many states may share one representative. Tables of noise are made for representatives only.
         """
@@ -184,7 +184,7 @@ class InterpolatingProcess(ForwardProcess):
         return InterpolatingKernel(-arrive.sum(-1), arrive)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        """Return the transition from s to t, alpha_ts I + 1 (x) (b_t - alpha_ts b_s).
+        """Return the transition from s to t, alpha_ts I + 1 (b_t - alpha_ts b_s)^T, 1 all ones.
 
         alpha_ts = alpha_t / alpha_s.
         """
@@ -230,7 +230,7 @@ class InterpolatingProcess(ForwardProcess):
         return (noise + clean).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
-        """Return the operator alpha_t I + 1 (x) b_t from the clean token to z_t."""
+        """Return the operator alpha_t I + 1 b_t^T from the clean token to z_t; 1 is all ones."""
         return InterpolatingKernel(self.alpha(t), self.noise(t))
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class InterpolatingProcess(ForwardProcess):
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Return the log of p = (s / sum s - b_t) / alpha_t on tokens, for a score s.
 
-        This inverts alpha_t I + 1 (x) b_t. The factor of p relative to s, 1 - b_t sum s / s, is
+        This inverts alpha_t I + 1 b_t^T, 1 being the vector of ones. The factor of p relative to s, 1 - b_t sum s / s, is
         raised to at least 1e-14. A score that holds only noise, at t near 1, thus gives a p that is
         proportional to s on the tokens.
         """

@@ -506,7 +506,10 @@ class GammaHybrid(ForwardProcess):
         return zt == self.vocabulary.root
 
     def _token(self, zt: Tensor) -> Tensor:
-        """Return z_t [r] with token 0 in place of masks, at which the result is not used."""
+        """Return z_t [r] with every mask replaced by token 0.
+
+        Formulas for tokens then accept all rows; callers ignore their values at masks.
+        """
         return torch.where(self._is_masked(zt), 0, zt)
 
     @classmethod

@@ -99,7 +99,7 @@ def test_rng_without_samples_gives_empty_batch() -> None:
     assert uniform(index=torch.empty(0, dtype=torch.long)).shape == (0, 4)
 
 
-def test_rng_ignores_and_keeps_torch_global_state() -> None:
+def test_rng_neither_reads_nor_changes_torch_global_state() -> None:
     torch.manual_seed(0)
     before = uniform()
     torch.rand(7)

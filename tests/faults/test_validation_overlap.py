@@ -216,7 +216,7 @@ def test_shards_manifest_stores_the_overlap_counts() -> None:
     assert read_shards(made.folder).overlap == made.overlap
 
 
-def test_streamed_corpus_warns_of_the_first_validation_document(
+def test_stream_warns_once_of_validation_text_in_training_text(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     write("jsonl", "a.jsonl", LINES)

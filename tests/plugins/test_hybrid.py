@@ -587,7 +587,7 @@ def test_redraw_kernel_refuses_to_solve_if_singular() -> None:
             kernel.solve(vector)
 
 
-def test_gamma_hybrid_score_without_possible_token_has_finite_gradient() -> None:
+def test_gamma_hybrid_decode_nll_gradient_is_finite_at_zero_scores() -> None:
     """At t = 1 only the mask is possible, and a perfect score rates all tokens equally."""
     log_ratio = torch.full((1, WORDS + 1), -torch.inf, dtype=torch.float64)
     log_ratio[0, WORDS] = 0.0
