@@ -239,9 +239,9 @@ class InterpolatingProcess(ForwardProcess):
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Return the log of p = (s / sum s - b_t) / alpha_t on tokens, for a score s.
 
-        This inverts alpha_t I + 1 b_t^T, 1 being the vector of ones. The factor of p relative to s, 1 - b_t sum s / s, is
-        raised to at least 1e-14. A score that holds only noise, at t near 1, thus gives a p that is
-        proportional to s on the tokens.
+        This inverts alpha_t I + 1 b_t^T, 1 being the vector of ones. The factor of p relative to s,
+        1 - b_t sum s / s, is raised to at least 1e-14. A score that holds only noise, at t near 1,
+        thus gives a p that is proportional to s on the tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]

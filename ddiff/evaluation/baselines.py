@@ -14,7 +14,7 @@ Tokens = tuple[Ints, Ints]
 
 
 class Baselines(NamedTuple):
-    """Nats per token of the validation text under unigram and bigram models of the training text."""
+    """Nats per validation token under unigram and bigram models of the training text."""
 
     unigram_nats_per_token: float
     bigram_nats_per_token: float

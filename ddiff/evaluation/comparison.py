@@ -75,7 +75,8 @@ class Row:
 class Comparison:
     """Table of runs with the same evaluation settings, and baselines on the same tokens.
 
-    `protocol` contains the settings of the evaluation. `notes` are sentences that explain the table.
+    `protocol` contains the settings of the evaluation. `notes` are sentences that explain the
+    table.
     """
 
     protocol: Mapping[str, Any]
@@ -385,9 +386,9 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
     if differing:
         lines = "\n".join(differing)
         raise ArgumentError(
-            "ddiff compare: these runs were not evaluated alike, so the results are not comparable. "
-            f"Different settings:\n{lines}\nTrain on the same [data] and [tokenizer]. To change "
-            "window, draws or rows, call ddiff eval RUN_DIR --set evaluate.draws=4."
+            "ddiff compare: these runs were not evaluated alike, so the results are not "
+            f"comparable. Different settings:\n{lines}\nTrain on the same [data] and [tokenizer]. "
+            "To change window, draws or rows, call ddiff eval RUN_DIR --set evaluate.draws=4."
         )
     return common
 

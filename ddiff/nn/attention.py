@@ -183,7 +183,8 @@ class KeyValueCache:
             same_ids = (self.ids[:, :length] == ids[:, :length]).all(0)
             same = same_ids & (self.block[:length] == block[:length])
             length = int(same.long().cumprod(0).sum())
-        # Both block numberings agree on the prefix, so the second pass keeps the first one's result.
+        # Both block numberings agree on the prefix, so the second pass keeps the first one's
+        # result.
         for numbers in (block, self.block):
             if length < len(numbers):
                 length = int((numbers[:length] < numbers[length]).sum())

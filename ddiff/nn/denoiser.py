@@ -40,8 +40,8 @@ class Context(NamedTuple):
 
     valid [B,L] bool, False at padding (None: no padding). document [B,L] long, the document of each
     position (None: not packed). None lets attention run without a mask. `conditions` by name:
-    labels [B] or [B,L] long (-1: absent), vectors [B,d] or [B,L,d] float (NaN: absent). `layout` and
-    `cache` are set by the denoiser: which inputs the backbone is run on, and what is cached of
+    labels [B] or [B,L] long (-1: absent), vectors [B,d] or [B,L,d] float (NaN: absent). `layout`
+    and `cache` are set by the denoiser: which inputs the backbone is run on, and what is cached of
     earlier ones; valid and document then cover the cached inputs too, which come first.
     """
 
@@ -52,7 +52,7 @@ class Context(NamedTuple):
     cache: KeyValueCache | None = None
 
     def attention_mask(self) -> Tensor | None:
-        """Return the mask [B or 1,1,L,m+L] bool, the m cached inputs first; None: no mask needed."""
+        """Return the mask [B or 1,1,L,m+L] bool, m cached inputs first, or None."""
         facts = self._position_facts()
         if facts is None:
             return None

@@ -6,8 +6,8 @@ ask below the same node. Only the logits of that node's part of the table exist 
 products, as in a fused cross-entropy) and added in place into one buffer per table: slicing the
 table under autograd would make a zero-filled [V,d] gradient per slice.
 
-Tables are in tree order, so that the states below a node are one range of rows; ids outside of heads
-keep the order of the tokenizer.
+Tables are in tree order, so that the states below a node are one range of rows; ids outside of
+heads keep the order of the tokenizer.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ class _ChunkLogits:
     def add_gradients(
         self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor
     ) -> None:
-        """Add the gradient of `value` to the buffers, in place; d_hidden is of this chunk's rows."""
+        """Add the gradient of `value` to the buffers in place; d_hidden is that of the chunk."""
         if not value.requires_grad:
             return
         leaves = [logits for _, logits in self.computed]
@@ -375,8 +375,8 @@ class _ChunkedSum(torch.autograd.Function):
         order, d_hidden, d_table, d_bias = ctx.saved_tensors
         in_row_order = torch.empty_like(d_hidden).index_copy_(0, order, d_hidden)
         gradients = [in_row_order, d_table, d_bias]
-        # A loss usually is the sum itself: on a CPU the test is free and saves a copy of the table's
-        # gradient; on a GPU it would wait for the device.
+        # A loss usually is the sum itself: on a CPU the test is free and saves a copy of the
+        # table's gradient; on a GPU it would wait for the device.
         if d_sum.device.type != "cpu" or float(d_sum) != 1.0:
             gradients = [gradient * d_sum.to(gradient.dtype) for gradient in gradients]
         return *gradients, None, None, None, None

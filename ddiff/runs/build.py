@@ -157,8 +157,8 @@ def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser |
     except (NotImplementedError, RuntimeError) as error:
         if "overflow" in str(error).lower():
             raise ArgumentError(
-                f"{recipe.denoiser.table}: the sizes must give tensors of fewer than 2^63 bytes; got a "
-                f"larger tensor ({error}). Reduce the sizes of the network."
+                f"{recipe.denoiser.table}: the sizes must give tensors of fewer than 2^63 bytes; "
+                f"got a larger tensor ({error}). Reduce the sizes of the network."
             ) from error
         return None
     return denoiser.to("meta")  # a library may have placed a buffer on a device of its choice

@@ -152,10 +152,10 @@ def _memory_table(measured: Measurement) -> Table:
 def _warning(measured: Measurement) -> str:
     assert measured.initial is not None
     return (
-        f"WARNING: the first loss is {measured.first_loss:.4f}, but the initial distribution of the "
-        f"head has the loss {measured.initial.there:.4f} on the same rows, times and noise, for any "
-        "hidden states. Training therefore sums, weights or counts differently from the objective. "
-        "Check the loss, its denominators, and the reduction of both by the backend."
+        f"WARNING: the first loss is {measured.first_loss:.4f}, but the initial distribution of "
+        f"the head has the loss {measured.initial.there:.4f} on the same rows, times and noise, "
+        "for any hidden states. Training therefore sums, weights or counts differently from the "
+        "objective. Check the loss, its denominators, and the reduction of both by the backend."
     )
 
 

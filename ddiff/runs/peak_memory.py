@@ -33,7 +33,8 @@ class MemoryRise:
 
 def _reset_peak() -> float:
     """Reset the peak of resident memory to the current resident bytes and return these."""
-    # malloc keeps freed memory, which would hide a rise of the same size. Only glibc has malloc_trim.
+    # malloc keeps freed memory, which would hide a rise of the same size. Only glibc has
+    # malloc_trim.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:

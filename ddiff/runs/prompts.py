@@ -132,9 +132,9 @@ def check_no_suffix(templates: Iterable[Template], subject: str, remedy: str) ->
     for template in templates:
         if template.has_suffix:
             raise ArgumentError(
-                f"infill: {shorten(template.text)!r} has text after a gap, but {subject} works from "
-                "left to right and does not attend to later tokens. Pass a prompt instead, or use "
-                f"{remedy}."
+                f"infill: {shorten(template.text)!r} has text after a gap, but {subject} works "
+                "from left to right and does not attend to later tokens. Pass a prompt instead, or "
+                f"use {remedy}."
             )
 
 

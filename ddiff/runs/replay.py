@@ -1,9 +1,10 @@
 """Replay of recorded training steps: `ddiff run --verify-resume K`.
 
 The replay is compared with the lines of `metrics.jsonl`, except for wall-clock times, and with the
-state of a checkpoint if the replayed steps end at a checkpoint. In the recorded layout (`[backend]`,
-device, processes, threads, version of torch) both must be bitwise identical. In another layout,
-floating-point sums have another order, and differences up to the constants below are allowed.
+state of a checkpoint if the replayed steps end at a checkpoint. In the recorded layout
+(`[backend]`, device, processes, threads, version of torch) both must be bitwise identical. In
+another layout, floating-point sums have another order, and differences up to the constants below
+are allowed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from ddiff.training.trainer import TrainingSummary
 # Allowed relative difference of a figure in another layout: rounding of float32 sums (1e-7 each),
 # which the orthogonalization of Muon makes about ten times as large.
 ROUNDING = 1e-5
-# Allowed difference of all weights, relative in norm. Adam divides each gradient by its own size, and
-# some gradients are only rounding error, so single weights may differ by more.
+# Allowed difference of all weights, relative in norm. Adam divides each gradient by its own size,
+# and some gradients are only rounding error, so single weights may differ by more.
 ROUNDING_OF_WEIGHTS = 1e-5
 
 Record = Mapping[str, float]
@@ -69,8 +70,8 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     recorded_recipe = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
     if recorded_recipe.train.steps != recipe.train.steps:
         raise ArgumentError(
-            f"--verify-resume: train.steps must be {recorded_recipe.train.steps}, the recorded value "
-            f"of {directory}, because the learning rates depend on train.steps; got "
+            f"--verify-resume: train.steps must be {recorded_recipe.train.steps}, the recorded "
+            f"value of {directory}, because the learning rates depend on train.steps; got "
             f"{recipe.train.steps}. Use the recorded value, or train to the new number of steps first."
         )
     recorded = read_records(directory)

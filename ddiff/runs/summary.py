@@ -34,7 +34,7 @@ def print_start(
     on_cpu = denoiser.precision == torch.bfloat16 and device.type == "cpu"
     if on_cpu and not _multiplies_bfloat16():
         console.print(
-            "This CPU has no bfloat16 instructions: a step may take ten times as long as in float32."
+            "This CPU has no bfloat16 instructions; a step may take ten times as long as float32."
         )
 
 

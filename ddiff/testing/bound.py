@@ -140,7 +140,7 @@ def shift_states(
     channel: str,
     num_states: int,
 ) -> Tensor:
-    """Return zt shifted by the index of a channel: the states that `EnumeratedRng` encodes there."""
+    """Return zt shifted by the index of a channel, the states that `EnumeratedRng` encodes."""
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
 

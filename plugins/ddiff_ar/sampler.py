@@ -38,8 +38,8 @@ class LeftToRightSampler(Sampler):
     """Exact sampler that draws the positions in order, each from P(x_i | x_<i).
 
     The sampler makes one network call per free position. With a cache of keys and values a call
-    runs the backbone only on the current position. Given tokens are kept, but a position is not conditioned on
-    given tokens to its right.
+    runs the backbone only on the current position. Given tokens are kept, but a position is not
+    conditioned on given tokens to its right.
     """
 
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
