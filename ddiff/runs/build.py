@@ -223,8 +223,8 @@ def build_backend(recipe: Recipe) -> Backend:
     if there is not None and there.world_size != backend.world_size:
         raise ArgumentError(
             f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} '
-            f"process, but {there.world_size} processes were started, and each would write the same "
-            'run. Set kind = "ddp" or "fsdp", or start one process.'
+            f"process, but {there.world_size} processes were started, and each would write the "
+            'same run. Set kind = "ddp" or "fsdp", or start one process.'
         )
     if train.batch % (train.accumulate * backend.world_size):
         raise ArgumentError(

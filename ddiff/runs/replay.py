@@ -72,7 +72,8 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
         raise ArgumentError(
             f"--verify-resume: train.steps must be {recorded_recipe.train.steps}, the recorded "
             f"value of {directory}, because the learning rates depend on train.steps; got "
-            f"{recipe.train.steps}. Use the recorded value, or train to the new number of steps first."
+            f"{recipe.train.steps}. Use the recorded value, or train to the new number of steps "
+            "first."
         )
     recorded = read_records(directory)
     span = choose_span(checkpoints.steps(), len(recorded), steps)

@@ -185,7 +185,8 @@ def _after_training(trained: Run, summary: TrainingSummary) -> int:
         samples = _sample_once(trained)
     except KeyboardInterrupt:
         print(
-            "Stopped after training. The weights are saved; the same command evaluates and samples.",
+            "Stopped after training. The weights are saved; "
+            "the same command evaluates and samples.",
             file=sys.stderr,
         )
         return INTERRUPTED
