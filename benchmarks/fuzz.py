@@ -1,11 +1,11 @@
 """Mutate recipes and pass them to the command line: each must be refused with a message or run.
 
-python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 of the accepted recipes
-for two steps python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
+python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 of the accepted recipes for two steps
+python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
-Everything runs in one process and in a temporary directory. A fault is a traceback, an empty or
-very long message, a slow answer, or a file left behind. Each fault is printed with the recipe and
-its number; `--seed S --only N` repeats it. The exit code is 1 after a fault.
+Everything runs in one process and in a temporary directory. A fault is a traceback, an empty or very
+long message, a slow answer, or a file left behind. Each fault is printed with the recipe and its
+number; `--seed S --only N` repeats it. The exit code is 1 after a fault.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure error and network calls of every sampler on every process that the sampler supports.
 
-python benchmarks/sampler_matrix.py                      # write docs/samplers.md, about half an
-hour python benchmarks/sampler_matrix.py --only mdlm gidd --points 4096 --out /tmp/samplers.md
+python benchmarks/sampler_matrix.py                      # write docs/samplers.md, about half an hour
+python benchmarks/sampler_matrix.py --only mdlm gidd --points 4096 --out /tmp/samplers.md
 """
 
 from __future__ import annotations
@@ -52,17 +52,16 @@ JOINT = torch.tensor(
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 HEAD = """# Samplers, measured
 
-Choose a sampler with this page: the error of every sampler on every process that it supports, for
-any number of steps. The page is written by `python benchmarks/sampler_matrix.py`.
+Choose a sampler with this page: the error of every sampler on every process that it supports, for any number of steps.
+The page is written by `python benchmarks/sampler_matrix.py`.
 
 **What is measured.** The data are two tokens with the joint distribution
 
 {joint}
 
-The network is replaced by the exact distribution of each token given the other position's state, so
-what remains is the error of the sampler: the total variation between its samples and the joint
-distribution, for N steps. Sampling both tokens from their marginals gives {far:.3f}. The small
-number below each distance is the number of network evaluations per sample.
+The network is replaced by the exact distribution of each token given the other position's state, so what remains is the
+error of the sampler: the total variation between its samples and the joint distribution, for N steps. Sampling both tokens
+from their marginals gives {far:.3f}. The small number below each distance is the number of network evaluations per sample.
 
 | accuracy | meaning |
 |---|---|
@@ -70,34 +69,29 @@ number below each distance is the number of network evaluations per sample.
 | order n | the error falls as 1/N^n |
 | heuristic | the error does not vanish, or no proof is known |
 
-In rows marked `score` the same prediction is given as ratios of marginals, which is the output of a
-head `score`. There are such rows for flat vocabularies only (tokens, or tokens and a mask). The
-section [Refused](#refused) lists the pairs of sampler and process that are not supported, with the
-error message of each.
+In rows marked `score` the same prediction is given as ratios of marginals, which is the output of a head `score`. There
+are such rows for flat vocabularies only (tokens, or tokens and a mask). The section [Refused](#refused) lists the pairs of
+sampler and process that are not supported, with the error message of each.
 
-**Precision.** If a sampler moves positions independently, the distribution over all pairs of states
-is propagated step by step, with {points} draws per step. The statistical error of the distance is
-then up to {fine:.3f} at N = 64, and smaller for fewer steps (for masks at N = 64 the exact distance
-is .0064). All other samplers are run from noise to tokens; the statistical error of their distances
-is about {coarse:.3f}.
+**Precision.** If a sampler moves positions independently, the distribution over all pairs of states is propagated step by
+step, with {points} draws per step. The statistical error of the distance is then up to {fine:.3f} at N = 64, and smaller for fewer steps
+(for masks at N = 64 the exact distance is .0064). All other samplers are run from noise to tokens; the statistical error of
+their distances is about {coarse:.3f}.
 
 **Notes**
 
-- The process `hybrid_epsilon` replaces a tenth of the tokens already at t = 0. Only the final draw
-of tokens reverses this
-  noise, and it draws all positions independently. So every sampler, including `first_hitting`, has
-  an error of at least about .02 = (.1 L)^2 / 2 for L = 2 tokens.
+- The process `hybrid_epsilon` replaces a tenth of the tokens already at t = 0. Only the final draw of tokens reverses this
+  noise, and it draws all positions independently. So every sampler, including `first_hitting`, has an error of at least
+  about .02 = (.1 L)^2 / 2 for L = 2 tokens.
 - `tau_leaping` and `trapezoidal` use the rates at the start of a step. For the process
-  hdlm with gamma < 1 the rate of leaving the mask is infinite at t = 1, so all positions leave the
-  mask in the first step. The distance then hardly falls with N (gamma 0.5: a distance of 0.06 at N
-  = 128 and at N = 512). Use another sampler for such a process.
-- `trapezoidal` has order 2 if extrapolated rates stay positive and are smooth in t. The joint
-distribution above violates
-  this condition: one token makes a value of the other token six times less likely, so rates are
-  clipped at 0, and the order falls from 1.5 towards 1 as N grows (exact distances for masks at N =
-  4, 8, ..., 128: .0455, .0166, .0065, .0028, .0013, .0006). For gidd, reverse rates are infinite at
-  t = 1, and the order is 1. `tests/sampling/test_trapezoidal.py` tests order 2 on tokens with a
-  weaker dependence.
+  hdlm with gamma < 1 the rate of leaving the mask is infinite at t = 1, so all positions leave the mask in the first step.
+  The distance then hardly falls with N (gamma 0.5: a distance of 0.06 at N = 128 and at N = 512). Use another sampler for
+  such a process.
+- `trapezoidal` has order 2 if extrapolated rates stay positive and are smooth in t. The joint distribution above violates
+  this condition: one token makes a value of the other token six times less likely, so rates are clipped at 0, and the order
+  falls from 1.5 towards 1 as N grows (exact distances for masks at N = 4, 8, ..., 128: .0455, .0166, .0065, .0028, .0013,
+  .0006). For gidd, reverse rates are infinite at t = 1, and the order is 1. `tests/sampling/test_trapezoidal.py` tests
+  order 2 on tokens with a weaker dependence.
 """
 
 

@@ -1,8 +1,7 @@
 """Train all families under equal conditions: one backbone, number of tokens and corpus.
 
-    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds
-    runs/side/*_seed? python benchmarks/side_by_side.py runs/side --gap      # other ways to train
-    hierarchical diffusion
+    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/*_seed?
+    python benchmarks/side_by_side.py runs/side --gap      # other ways to train hierarchical diffusion
 
 All runs have the same steps, batch and validation; the first three families have three seeds, the
 others one. The command can be stopped and started again: finished runs are not repeated.

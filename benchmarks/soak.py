@@ -2,13 +2,12 @@
 
     python benchmarks/soak.py --trials 50 --seed 0
 
-A trial is a run of a tiny recipe that is killed with SIGKILL once or twice and started again until
-it is finished. Moments are drawn from the start of the process to the evaluation after training;
-half of them wait for the middle of a save, when a checkpoint's directory is there and its marker is
-not. Of several processes all are killed, or one. A trial stays in one layout (single; ddp or fsdp
-on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and samples must be
-the same bits as those of the run that was left alone; or each start draws a layout (mixed), with
-AdamW and no dropout, and losses must agree within 1e-6 relative, weights within 1e-5 in norm.
+A trial is a run of a tiny recipe that is killed with SIGKILL once or twice and started again until it is finished.
+Moments are drawn from the start of the process to the evaluation after training; half of them wait for the middle of a
+save, when a checkpoint's directory is there and its marker is not. Of several processes all are killed, or one. A trial
+stays in one layout (single; ddp or fsdp on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and
+samples must be the same bits as those of the run that was left alone; or each start draws a layout (mixed), with AdamW and
+no dropout, and losses must agree within 1e-6 relative, weights within 1e-5 in norm.
 
 Exit code 0 when all trials agree. `make soak` does fifty, the test suite three.
 """

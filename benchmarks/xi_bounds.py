@@ -1,7 +1,6 @@
 """Compare the exact bound at xi < 1 with its published approximation, without random draws.
 
-python benchmarks/xi_bounds.py                      # the table into plugins/ddiff_hdlm/README.md, a
-minute
+python benchmarks/xi_bounds.py                      # the table into plugins/ddiff_hdlm/README.md, a minute
 
 The data are two tokens with a known joint distribution, four tokens under three clusters; states
 and times are summed over in float64. Both numbers have the same terms (closing, diffusion,
@@ -41,9 +40,9 @@ BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
 class Published(TreeProcess):
     """Objective of the code of arXiv 2510.08632 for xi < 1 (`simplified`), on two levels.
 
-    With rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) of the right cluster c: at masks xi (-ln(rho /
-    xi)), one term of the divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at
-    any other -ln p(x), without its normalizer.
+    With rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) of the right cluster c: at masks xi (-ln(rho / xi)), one term of the
+    divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at any other -ln p(x), without
+    its normalizer.
     """
 
     def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]

@@ -229,8 +229,8 @@ def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: 
         if denoiser.condition_dropout[name] == 0.0:
             raise ArgumentError(
                 f"guidance: a weight of {guidance} compares the distributions with and without "
-                f'"{name}", and this run was never trained without "{name}" (dropout 0). Train with
-                ' f"[denoiser] conditions.{name}.dropout = 0.1, or leave guidance at 1."
+                f'"{name}", and this run was never trained without "{name}" (dropout 0). Train '
+                f"with [denoiser] conditions.{name}.dropout = 0.1, or leave guidance at 1."
             )
 
 

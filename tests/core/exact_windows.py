@@ -1,8 +1,7 @@
 """Exact bound of a window rule on a joint of three symbols: every expectation is a sum.
 
-Sums over states, over the windows of the end terms, and over quadrature nodes in time replace
-random draws. The functions of `ddiff.core.elbo` compute the terms, with exact conditional
-distributions as predictions.
+Sums over states, over the windows of the end terms, and over quadrature nodes in time replace random
+draws. The functions of `ddiff.core.elbo` compute the terms, with exact conditional distributions as predictions.
 """
 
 from __future__ import annotations

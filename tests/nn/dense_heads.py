@@ -15,8 +15,7 @@ TREES: dict[str, Vocabulary] = {
     # words scattered over nodes, unbalanced, node 2 with a single child
     "two levels": HierarchicalVocabulary([[1, 0, 3, 1, 2, 0, 1, 3, 1]]),
     "three levels": HierarchicalVocabulary([[3, 0, 1, 2, 0, 3, 4, 1, 3], [1, 0, 1, 2, 1]]),
-    # a chain of single children: word 4 alone under node 3, alone under node 1 of level 2, alone
-    # under node 1 of level 3
+    # a chain of single children: word 4 alone under node 3, alone under node 1 of level 2, alone under node 1 of level 3
     "four levels": HierarchicalVocabulary([[2, 0, 1, 2, 3, 0, 1, 2], [0, 2, 0, 1], [0, 1, 0]]),
 }
 KINDS = ("tokens", "tied", "levelwise")

@@ -583,8 +583,7 @@ def test_packing_does_not_change_bound_loss_or_gradient_of_a_document(
     backbone: DiT, rule: str
 ) -> None:
     """The words of other documents in a row move neither the terms of the bound at its positions, nor, where it alone is
-    scored, its training loss and what that teaches the network. Bit for bit: all words are noised
-    by a uniform law here,
+    scored, its training loss and what that teaches the network. Bit for bit: all words are noised by a uniform law here,
     so that the same positions are read."""
     inputs, times = RULES[rule]
     process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), token_distribution(VOCABULARY))

@@ -15,8 +15,7 @@ from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.nn.heads import Head, LevelwiseDistribution, TokenHead, TreeHead
 
-# Chunks sum the same numbers in another order; in float64 that moves values of size one by less
-# than 1e-14 a term.
+# Chunks sum the same numbers in another order; in float64 that moves values of size one by less than 1e-14 a term.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ROWS = 23
 
@@ -221,8 +220,7 @@ class Allocations(TorchDispatchMode):
 def test_head_uses_one_gradient_buffer_for_any_number_of_chunks(kind: str) -> None:
     """64 nodes are asked, yet tensors of the table's size are made twice: the buffer and its product with d_sum.
 
-    Slicing the table under autograd would make one per node: 36 times slower at a vocabulary of
-    50k.
+    Slicing the table under autograd would make one per node: 36 times slower at a vocabulary of 50k.
     """
     vocabulary = HierarchicalVocabulary([torch.arange(512) % 64])
     head = make_head(kind, vocabulary, width=3)

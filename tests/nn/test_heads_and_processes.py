@@ -48,8 +48,8 @@ ROWS = 40
 def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, kind: str) -> None:
     """The dense side is the derived density, from rates and marginals alone, under plain autograd.
 
-    The two share no formula. Both are float64 sums of fewer than a hundred terms; ratios of
-    marginals near t = 0 are as large as 1e3, so a relative 1e-9 leaves five digits for them.
+    The two share no formula. Both are float64 sums of fewer than a hundred terms; ratios of marginals near t = 0 are as
+    large as 1e3, so a relative 1e-9 leaves five digits for them.
     """
     torch.manual_seed(3)
     process, close = PROCESSES[name], {"rtol": 1e-9, "atol": 1e-9}

@@ -1,7 +1,7 @@
 """One step of each sampler by its numbers: where a state goes, with which probability, from which time.
 
-A network that always predicts the same distribution makes every probability of a step a short
-formula. Draws come from an even covering of the uniforms, which resolves a probability to 5e-3.
+A network that always predicts the same distribution makes every probability of a step a short formula. Draws come from
+an even covering of the uniforms, which resolves a probability to 5e-3.
 """
 
 from __future__ import annotations

@@ -387,8 +387,7 @@ def test_first_hitting_on_masks_costs_one_evaluation_per_position() -> None:
 
 def test_first_hitting_limits_candidate_events_of_tokens() -> None:
     """Uniform noise: they come at about 1/t and 2/(3 (1 - t)), 16 a position from where 1e-4 of two positions are left to
-    where 1e-4 of them are noise; from 1 - 1e-12 to 1e-12 it would be 46. A larger `until` takes
-    fewer; its error is what
+    where 1e-4 of them are noise; from 1 - 1e-12 to 1e-12 it would be 46. A larger `until` takes fewer; its error is what
     the symbols lose that change there together, at most until^2 / 2 at each end (sampling adds 0.02)."""
     process, count = PROCESSES["uniform"], 2**12
     near, far = (

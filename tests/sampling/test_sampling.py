@@ -56,9 +56,8 @@ def draw(
 def test_ancestral_error_falls_as_one_over_the_steps(name: str) -> None:
     """First order: four times the steps, a quarter of the distance, once the steps are short (3.5 to 4.5 from 16 to 64).
 
-    Summed over all canvases, no sampling error. One step draws both symbols from their marginals.
-    Masking is wrong only where both symbols appear in the same of N even steps, with probability
-    1/N: an equality.
+    Summed over all canvases, no sampling error. One step draws both symbols from their marginals. Masking is wrong only
+    where both symbols appear in the same of N even steps, with probability 1/N: an equality.
     """
     process = processes()[name]
     far, nearer, near, nearest = (
@@ -93,8 +92,7 @@ def test_prompt_tokens_are_unchanged_and_condition_the_others(name: str) -> None
     drawn = draw(process, list(range(400)), prompt=prompt, prompt_mask=prompt_mask, on_step=keep)
     assert len(seen) == 6
     assert all(bool((states == 1).all()) for states in seen)
-    # With one free symbol the chain is exact in any number of steps: P(x_2 = 1 | x_1 = 1) = 0.8; 5
-    # sigma is 0.1.
+    # With one free symbol the chain is exact in any number of steps: P(x_2 = 1 | x_1 = 1) = 0.8; 5 sigma is 0.1.
     assert abs(float((drawn.ids[:, 1] == 1).double().mean()) - 0.8) < 0.1
 
 

@@ -1,9 +1,8 @@
 """Rare words: ancestral sampling in 1,024 steps gives the tail of a vocabulary its mass, a float32 race does not.
 
-Zipf's law over 50,257 words is the network's answer everywhere, so that every position is an
-independent draw of it. Two tails are counted, the rarest words that hold a hundredth and a tenth of
-the mass together. A count of n draws passes within four standard deviations of n * mass, which it
-leaves with probability 6e-5 each; seeds are fixed.
+Zipf's law over 50,257 words is the network's answer everywhere, so that every position is an independent draw of it. Two
+tails are counted, the rarest words that hold a hundredth and a tenth of the mass together. A count of n draws passes within
+four standard deviations of n * mass, which it leaves with probability 6e-5 each; seeds are fixed.
 """
 
 from __future__ import annotations
@@ -71,10 +70,9 @@ def exponential(u: Tensor) -> Tensor:
 def raced(generator: torch.Generator) -> Tensor:
     """Words of masked diffusion by argmax of p/E over all words and the mask in one float32 race a step.
 
-    A mask at t = k/N is to stay with probability (k - 1)/k; word v has weight w_v = p_v/k. Rounding
-    a uniform down to float32 makes its exponential larger, so that only words with an exact E_v/w_v
-    below the mask's can win. Those are the first arrivals of a Poisson process, at rate w_v for v:
-    they come one by one, and the other fifty thousand stay undrawn.
+    A mask at t = k/N is to stay with probability (k - 1)/k; word v has weight w_v = p_v/k. Rounding a uniform down to
+    float32 makes its exponential larger, so that only words with an exact E_v/w_v below the mask's can win. Those are the
+    first arrivals of a Poisson process, at rate w_v for v: they come one by one, and the other fifty thousand stay undrawn.
     """
     words = torch.full((DRAWS,), WORDS)
     cumulative = ZIPF.cumsum(0)
