@@ -40,7 +40,7 @@ class DenoiserNetwork(CountingNetwork):
             raise ArgumentError(
                 "as_network: cached=True needs a backbone that caches keys and values; "
                 f"{type(denoiser.backbone).__name__} does not declare `caches = True`. "
-                "Leave it out: the result is the same, only slower."
+                "Omit cached=True: the result is the same, only slower."
             )
         self.denoiser = denoiser
         self.process = process
