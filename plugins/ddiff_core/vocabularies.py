@@ -116,7 +116,7 @@ class Clusters:
         shrinks = all(above < below for below, above in pairwise(config.sizes))
         if num_tokens < config.sizes[0] or min(sizes) < 1 or not shrinks:
             raise ArgumentError(
-                f"[vocabulary] sizes must decrease strictly, from at most {num_tokens}, the number "
+                f"sizes must decrease strictly, from at most {num_tokens}, the number "
                 f"of tokens, to at least 1; got {list(config.sizes)}."
             )
         # Node i of `below` nodes goes to parent floor(i * above / below): equal contiguous groups.

@@ -75,7 +75,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "a key with its table": (
         "small",
         ("--set", "sample.sampler.last=argmax"),
-        ("sample", "leave out"),
+        ("sample", "Remove"),
     ),
     "a key out of range": ("small", ("--set", "temperature=-1.0"), ("temperature", "0")),
     "zero steps": ("small", ("--steps", "0"), ("--steps", "1")),
@@ -91,7 +91,7 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("infill", "8 tokens", "of 9"),
     ),
     "no gap": ("small", ("--infill", "the cat"), ("gap", "[MASK:8]")),
-    "an empty gap": ("small", ("--infill", "the [MASK:0]"), ("at least 1", "[MASK:0]")),
+    "an empty gap": ("small", ("--infill", "the [MASK:0]"), ("N >= 1", "[MASK:0]")),
     "a gap without a number": (
         "small",
         ("--infill", "the [MASK]"),

@@ -90,16 +90,17 @@ def test_commands_name_a_read_only_output_folder(run_dir: Path, ddiff: Command) 
 
 
 def test_export_writes_to_any_fsspec_address(run_dir: Path, ddiff: Command) -> None:
-    answer = ddiff(*EXPORT, "memory://bucket/w.safetensors")
+    answer = ddiff(*EXPORT, "memory://exported/w.safetensors")
     assert answer.code == 0, answer.err
+    # The file system in memory is shared by all tests of a process, so the folder is not.
     memory = fsspec.filesystem("memory")
-    assert [entry.rsplit("/", 1)[-1] for entry in memory.ls("/bucket", detail=False)] == [
+    assert [entry.rsplit("/", 1)[-1] for entry in memory.ls("/exported", detail=False)] == [
         "w.safetensors"
     ]
-    content = memory.cat_file("/bucket/w.safetensors")
+    content = memory.cat_file("/exported/w.safetensors")
     assert ddiff(*EXPORT, "w.safetensors").code == 0
     assert Path("w.safetensors").read_bytes() == content
-    memory.rm("/bucket", recursive=True)
+    memory.rm("/exported", recursive=True)
     assert sorted(path.name for path in Path().iterdir()) == [
         "corpus.txt",
         "runs",

@@ -74,7 +74,7 @@ def processes_of(plugin: Path) -> set[str]:
         if file.stem == "__init__":
             continue
         for value in vars(importlib.import_module(f"{plugin.name}.{file.stem}")).values():
-            is_own = getattr(value, "__module__", "").startswith(plugin.name)
+            is_own = (getattr(value, "__module__", None) or "").startswith(plugin.name)
             if inspect.isclass(value) and issubclass(value, ForwardProcess) and is_own:
                 found.add(value.__name__)
     return found
