@@ -1,4 +1,4 @@
-"""Measure error and network calls of every sampler on every process that the sampler supports.
+"""Measure error and network evaluations of every sampler on every process that it supports.
 
 python benchmarks/sampler_matrix.py                      # write docs/samplers.md, about half an hour
 python benchmarks/sampler_matrix.py --only mdlm gidd --points 4096 --out /tmp/samplers.md
@@ -52,16 +52,17 @@ JOINT = torch.tensor(
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 HEAD = """# Samplers, measured
 
-Choose a sampler with this page: the error of every sampler on every process that it supports, for any number of steps.
-The page is written by `python benchmarks/sampler_matrix.py`.
+This page helps to choose a sampler. It lists the error of every sampler on every process that the sampler supports, for 1
+to 64 steps. The page is the output of `python benchmarks/sampler_matrix.py`.
 
 **What is measured.** The data are two tokens with the joint distribution
 
 {joint}
 
-The network is replaced by the exact distribution of each token given the other position's state, so what remains is the
-error of the sampler: the total variation between its samples and the joint distribution, for N steps. Sampling both tokens
-from their marginals gives {far:.3f}. The small number below each distance is the number of network evaluations per sample.
+The network is replaced by the exact distribution of each token given the state of the other position, so that the sampler
+is the only source of error. The tables show the total variation distance between the samples and the joint distribution,
+for N steps. The small number below each distance is the number of network evaluations per sample. For comparison, sampling
+both tokens independently from their marginals has the distance {far:.3f}.
 
 | accuracy | meaning |
 |---|---|
@@ -69,36 +70,37 @@ from their marginals gives {far:.3f}. The small number below each distance is th
 | order n | the error falls as 1/N^n |
 | heuristic | the error does not vanish, or no proof is known |
 
-In rows marked `score` the same prediction is given as ratios of marginals, which is the output of a head `score`. There
-are such rows for flat vocabularies only (tokens, or tokens and a mask). The section [Refused](#refused) lists the pairs of
+In rows marked `score`, the sampler receives the same prediction as ratios of marginals, which are the output of a head
+`score`. Only flat vocabularies (tokens, or tokens and a mask) have rows marked `score`. The section [Refused](#refused) lists the pairs of
 sampler and process that are not supported, with the error message of each.
 
-**Precision.** If a sampler moves positions independently, the distribution over all pairs of states is propagated step by
-step, with {points} draws per step. The statistical error of the distance is then up to {fine:.3f} at N = 64, and smaller for fewer steps
-(for masks at N = 64 the exact distance is .0064). All other samplers are run from noise to tokens; the statistical error of
-their distances is about {coarse:.3f}.
+**Precision.** If a sampler moves positions independently, the benchmark propagates the distribution over all pairs of
+states step by step, with {points} draws per step. The statistical error of the distance is then up to {fine:.3f} at N = 64,
+and smaller for fewer steps. For comparison, the exact distance for masks at N = 64 is .0064. The benchmark runs all other
+samplers from noise to tokens; the statistical error of the distances is then about {coarse:.3f}.
 
 **Notes**
 
-- The process `hybrid_epsilon` replaces a tenth of the tokens already at t = 0. Only the final draw of tokens reverses this
-  noise, and it draws all positions independently. So every sampler, including `first_hitting`, has an error of at least
-  about .02 = (.1 L)^2 / 2 for L = 2 tokens.
-- `tau_leaping` and `trapezoidal` use the rates at the start of a step. For the process
-  hdlm with gamma < 1 the rate of leaving the mask is infinite at t = 1, so all positions leave the mask in the first step.
-  The distance then hardly falls with N (gamma 0.5: a distance of 0.06 at N = 128 and at N = 512). Use another sampler for
-  such a process.
+- The process `hybrid_epsilon` replaces a tenth of the tokens already at t = 0. Only the final sampling step (decoding)
+  reverses this noise, and the final step draws all positions independently. Every sampler, including `first_hitting`,
+  therefore has an error of at least about .02 = (.1 L)^2 / 2 for L = 2 tokens.
+
+- `tau_leaping` and `trapezoidal` use the rates at the start of a step. For the process hdlm with gamma < 1, the rate of
+  leaving the mask is infinite at t = 1, so all positions leave the mask in the first step. The distance then hardly falls
+  with N: with gamma = 0.5 the distance is 0.06 at N = 128 and at N = 512. Use another sampler for such a process.
+
 - `trapezoidal` has order 2 if extrapolated rates stay positive and are smooth in t. The joint distribution above violates
-  this condition: one token makes a value of the other token six times less likely, so rates are clipped at 0, and the order
-  falls from 1.5 towards 1 as N grows (exact distances for masks at N = 4, 8, ..., 128: .0455, .0166, .0065, .0028, .0013,
-  .0006). For gidd, reverse rates are infinite at t = 1, and the order is 1. `tests/sampling/test_trapezoidal.py` tests
-  order 2 on tokens with a weaker dependence.
+  this condition: one token makes a value of the other token six times less likely, so rates are clipped at 0. The order
+  therefore falls from 1.5 towards 1 as N grows (exact distances for masks at N = 4, 8, ..., 128: .0455, .0166, .0065,
+  .0028, .0013, .0006). For gidd, reverse rates are infinite at t = 1, and the order is 1.
+  `tests/sampling/test_trapezoidal.py` tests order 2 on tokens with a weaker dependence.
 """
 
 
 class Entry(NamedTuple):
     build: Callable[[int], Sampler]
     apart: bool = False  # positions move independently given the canvas
-    single: bool = False  # takes no number of steps
+    single: bool = False  # the sampler has no number of steps
 
 
 SAMPLERS: dict[str, Entry] = {
@@ -170,7 +172,7 @@ def rows(
 
 
 def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
-    """Return whether sampler and vocabulary of the process support score heads."""
+    """Return whether the sampler and the vocabulary of the process support score heads."""
     if process.vocabulary.num_levels > 1:
         return False
     try:
@@ -189,7 +191,7 @@ def row(
     predicts: str,
     name: str,
 ) -> str:
-    """Return one table row: distances and network calls for each number of steps."""
+    """Return a table row: distances and network evaluations for each number of steps."""
     begun = time.perf_counter()
     share = points if entry.apart else 4 * points
     cells = []
@@ -206,7 +208,7 @@ def row(
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
-    """Yield the page after each process, with complete tables only."""
+    """Yield the page after the table of each process is complete."""
     refused: dict[str, str] = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())
     far = 0.5 * float((torch.outer(JOINT.sum(1), JOINT.sum(0)) - JOINT).abs().sum())
@@ -244,10 +246,13 @@ def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--only", nargs="+", choices=list(processes()), help="processes; all if not given"
+        "--only",
+        nargs="+",
+        choices=list(processes()),
+        help="names of processes; default: all processes",
     )
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="numbers of steps")
-    parser.add_argument("--points", type=int, default=2**12, help="draws of a step")
+    parser.add_argument("--points", type=int, default=2**12, help="random draws per step")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parents[1] / "docs" / "samplers.md"
     )
