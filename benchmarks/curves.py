@@ -2,8 +2,9 @@
 
     python benchmarks/curves.py runs/side/{mdlm,hdlm}_small_seed0 --svg docs/learning_curves.svg
 
-Each number is the mean of `metrics.jsonl` over the training steps since the previous one: unclipped
-nats per token of the training text. It is the diffusion term without the two end terms.
+Each number is a mean over the training steps since the previous number. The averaged metric of
+`metrics.jsonl` is the diffusion term of the bound, unclipped, in nats per token of the training
+text. The closing term and the decoding term are not included.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Curve(NamedTuple):
 
 
 def curves(run_dir: Path, every: int) -> list[Curve]:
-    """Return the bound of a run, then its parts; each point is the mean of `every` steps."""
+    """Return curves of the bound and of its terms; each point is the mean of `every` steps."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     groups = [lines[first : first + every] for first in range(0, len(lines), every)]
     names = [name for name in lines[0] if name.startswith(("nelbo_", "nll_"))]
@@ -59,9 +60,9 @@ def table(all_curves: Sequence[Curve]) -> str:
 
 
 def picture(whole: Sequence[Curve]) -> str:
-    """Return an SVG of the bounds over the steps."""
+    """Return an SVG image of the bounds as functions of the training step."""
     low = min(min(curve.nats) for curve in whole)
-    # Without the first points, which are high after the random initialization.
+    # Exclude the first points, which are high after the random initialization.
     high = max(max(curve.nats[1:] or curve.nats) for curve in whole)
     last = max(curve.steps[-1] for curve in whole)
 
@@ -103,8 +104,8 @@ def picture(whole: Sequence[Curve]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="run directories")
-    parser.add_argument("--every", type=int, default=50, help="steps that make a point")
-    parser.add_argument("--svg", type=Path, help="where to draw the bounds")
+    parser.add_argument("--every", type=int, default=50, help="training steps per point")
+    parser.add_argument("--svg", type=Path, help="path of an SVG image of the curves")
     given = parser.parse_args()
     drawn = [curves(run_dir, given.every) for run_dir in given.runs]
     print(table([curve for run in drawn for curve in run]))

@@ -1,11 +1,12 @@
-"""Mutate recipes and pass them to the command line: each must be refused with a message or run.
+"""Test the command line with mutated recipes: each must run or be refused with a message.
 
 python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 of the accepted recipes for two steps
 python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
-Everything runs in one process and in a temporary directory. A fault is a traceback, an empty or very
-long message, a slow answer, or a file left behind. Each fault is printed with the recipe and its
-number; `--seed S --only N` repeats it. The exit code is 1 after a fault.
+All recipes run in one process and in a temporary directory. A fault is a traceback, an empty or
+very long message, a time limit that is exceeded, or a file that is not removed. Each fault is
+printed with the text and the number of the recipe; `--seed S --only N` repeats recipe N. The exit
+code is 1 if there is a fault.
 """
 
 from __future__ import annotations
@@ -134,9 +135,7 @@ def bases() -> list[dict[str, Any]]:
             clusters = ["vocabulary.sizes=[4]"] if "hdlm" in name and "three" not in name else []
             try:
                 tree = read_recipe(name, [data, *alphabet, *SMALL, *clusters]).to_dict()
-            except (
-                Exception
-            ):  # a recipe of another backbone or tokenizer: its own keys are not these
+            except Exception:  # a recipe with another backbone or tokenizer has other keys
                 continue
             found.append({**tree, "plugins": plugins})
     return found
@@ -181,7 +180,7 @@ def set_oddly(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list
 
 
 def near_limits(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    """Replace a number by one of the same type, which is most often accepted."""
+    """Replace a number by a number of the same type, which is accepted in most cases."""
     numbers = [
         path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)
     ]
@@ -242,7 +241,7 @@ MUTATIONS = [
 
 
 def mutate_text(text: str, chance: random.Random) -> str:
-    """Damage the text: truncated, doubled, or with misplaced characters."""
+    """Damage the text of a recipe: truncate it, double it, or insert misplaced characters."""
     at = chance.randrange(len(text) + 1)
     return chance.choice(
         [
@@ -258,7 +257,7 @@ def mutate_text(text: str, chance: random.Random) -> str:
 
 
 def written(value: Any) -> str:
-    """Return any value as TOML; libraries refuse to write some values that users can write."""
+    """Return a value as TOML, including values that TOML libraries refuse to write."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -289,7 +288,7 @@ def written(value: Any) -> str:
 
 
 def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
-    """Return the text of a mutated recipe, a function of its number and the seed."""
+    """Return the text of a mutated recipe, as a function of the recipe number and the seed."""
     import copy
 
     chance = random.Random(f"{seed} {number}")
@@ -307,7 +306,7 @@ def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str,
 
 
 class TooSlow(BaseException):
-    """Raised at the time limit. Not an Exception, so that no handler of the command line catches it."""
+    """Time limit exceeded. Not an Exception, so that the command line does not catch it."""
 
 
 def called(*arguments: str) -> Answer:
@@ -343,7 +342,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def wrong_with(answer: Answer, running: bool) -> str | None:
-    """Return the fault of an answer, if any; a run may exceed the limit, since recipes may be large."""
+    """Return the fault of an answer, or None.
+
+    A run may exceed the time limit, because mutated recipes may be large.
+    """
     if answer.code == -1:
         return None if running else f"no answer after {SECONDS} s"
     if "Traceback" in answer.err or answer.code not in (0, 2):
@@ -360,7 +362,7 @@ def wrong_with(answer: Answer, running: bool) -> str | None:
 
 
 def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], None]) -> list[Fault]:
-    """Dry-run these recipes, then run `runs` of the accepted ones, evenly spread."""
+    """Dry-run the recipes, then run `runs` of the accepted recipes, at equal distances."""
     registry = survey_plugins().registry
     kinds: dict[str, list[str]] = {}
     for component in registry.components():
@@ -408,9 +410,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipes", type=int, default=1000)
-    parser.add_argument("--runs", type=int, default=40, help="two-step runs of those that pass")
+    parser.add_argument(
+        "--runs", type=int, default=40, help="accepted recipes to run for two steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="the number of one recipe")
+    parser.add_argument("--only", type=int, help="number of the only recipe to test")
     chosen = parser.parse_args(arguments)
     numbers = range(chosen.recipes) if chosen.only is None else [chosen.only]
     here = Path.cwd()

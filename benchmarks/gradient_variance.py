@@ -1,10 +1,10 @@
-"""Variance of training gradients for several distributions of the training times.
+"""Measure the variance of training gradients for several distributions of noise times.
 
     python benchmarks/gradient_variance.py runs/variance [RECIPE ...]
 
 The distributions are uniform t, uniform information time tau, and the draws of `FlatTimes` for
 several numbers of tokens. Each recipe is trained for a few steps first. Then the same rows are
-noised repeatedly, so that gradients differ only by times and noise. The result is
+noised repeatedly, so that gradients differ only by noise times and noise. The result is
 trace(Cov(gradient)) / |mean gradient|^2 for one batch, with the loss of the recipe and with the
 bound as loss.
 """
@@ -32,7 +32,7 @@ TOKENS = (64, 16, 4, 1)
 
 
 class Even:
-    """Times of another clock, drawn uniformly in the information time tau of that clock."""
+    """Time change with noise times drawn uniformly in the information time tau."""
 
     def __init__(self, clock: TimeChange) -> None:
         self.clock = clock
@@ -46,7 +46,7 @@ class Even:
 
 
 class Tokens(Even):
-    """Times of another clock, drawn as for sequences of `tokens` tokens."""
+    """Time change with noise times drawn as for sequences of `tokens` tokens."""
 
     def __init__(self, clock: TimeChange, tokens: int) -> None:
         super().__init__(clock)
@@ -82,7 +82,7 @@ def relative_variance(gradient: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, help="where the short runs are written")
+    parser.add_argument("runs", type=Path, help="directory of the short runs")
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     given = parser.parse_args()
     columns = ["even t", "even tau", *(f"tokens = {tokens}" for tokens in TOKENS)]

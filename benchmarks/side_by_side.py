@@ -3,8 +3,9 @@
     python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/*_seed?
     python benchmarks/side_by_side.py runs/side --gap      # other ways to train hierarchical diffusion
 
-All runs have the same steps, batch and validation; the first three families have three seeds, the
-others one. The command can be stopped and started again: finished runs are not repeated.
+All runs have the same number of steps, batch and validation text. The first three families have
+three seeds; all other families have one seed. The command can be stopped and started again;
+finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ONE_SEED = (
 
 
 class Trained(NamedTuple):
-    """A recipe with overrides; `{side}` in them stands for the directory of the runs."""
+    """Recipe with overrides, in which `{side}` is replaced by the directory of the runs."""
 
     name: str
     recipe: str
@@ -43,9 +44,10 @@ def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
     return f'train.init={{run="{{side}}/{name}", parts="{parts}"}}', f"train.steps={steps}"
 
 
-# Possible reasons for two levels to learn later than masks: one change to hdlm_small each, seed 0.
-# Runs that others start from come first. Masks get the same start if it may help them too. At low
-# times most tokens are visible.
+# Each run tests a reason why a tree may learn later than masked diffusion, by one change to
+# hdlm_small, with seed 0. A run that initializes other runs is listed before them. Masked diffusion
+# starts from the same weights if these weights may help masked diffusion too. At low noise times
+# most tokens are visible.
 GAP = (
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
     Trained("mdlm_300", "mdlm_small", ("train.steps=300",)),
@@ -77,10 +79,10 @@ def families() -> list[Trained]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "side", type=Path, nargs="?", default=Path("runs/side"), help="where the runs are written"
+        "side", type=Path, nargs="?", default=Path("runs/side"), help="directory of the runs"
     )
     parser.add_argument(
-        "--gap", action="store_true", help="hierarchical diffusion trained in other ways"
+        "--gap", action="store_true", help="train hierarchical diffusion in other ways"
     )
     given = parser.parse_args()
     runs = GAP if given.gap else families()

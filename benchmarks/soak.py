@@ -1,15 +1,21 @@
-"""Kill runs at random moments and resume them: each must end like an uninterrupted run.
+"""Kill runs at random moments, resume them, and compare the results with uninterrupted runs.
 
     python benchmarks/soak.py --trials 50 --seed 0
 
-A trial is a run of a tiny recipe that is killed with SIGKILL once or twice and started again until it is finished.
-Moments are drawn from the start of the process to the evaluation after training; half of them wait for the middle of a
-save, when a checkpoint's directory is there and its marker is not. Of several processes all are killed, or one. A trial
-stays in one layout (single; ddp or fsdp on two processes), with dropout and Muon, and metrics, checkpoint, evaluation and
-samples must be the same bits as those of the run that was left alone; or each start draws a layout (mixed), with AdamW and
-no dropout, and losses must agree within 1e-6 relative, weights within 1e-5 in norm.
+In each trial, a run of a tiny recipe is killed with SIGKILL once or twice, and is resumed after
+each kill until the run is finished. The moment of a kill is random, from the start of the process
+to the evaluation after training. Half of the kills are delayed until a checkpoint is being saved:
+the directory of the checkpoint exists, and its marker file does not. If a run has several
+processes, either one process or all processes are killed.
 
-Exit code 0 when all trials agree. `make soak` does fifty, the test suite three.
+There are two types of trials:
+
+- One layout (single; ddp or fsdp on two processes), with dropout and Muon. Metrics, checkpoint,
+  evaluation and samples must be bitwise identical to those of the uninterrupted run.
+- A random layout at each start (mixed), with AdamW and no dropout. Losses must agree with those of
+  the uninterrupted run within 1e-6 relative, and weights within 1e-5 in norm.
+
+The exit code is 0 if all trials agree. `make soak` runs fifty trials; the test suite runs three.
 """
 
 from __future__ import annotations
@@ -74,7 +80,7 @@ count = 2
 PROCESSES = {"single": 1, "ddp": 2, "fsdp": 2}
 SAME = ("train.optimizer.kind=muon", "denoiser.dropout=0.2")
 MIXED = ("train.optimizer.kind=adamw", "denoiser.dropout=0.0")
-PATIENCE = 120.0  # seconds that anything may take on a busy machine
+PATIENCE = 120.0  # time limit of each wait on a busy machine, in seconds
 PRELOAD = [
     "ddiff.runs.stages",
     "ddiff.distributed.data_parallel",
@@ -85,7 +91,7 @@ PRELOAD = [
 
 
 class Fate(NamedTuple):
-    """Moment of a kill: after a share of the remaining steps, plus a delay, or then in a save."""
+    """Moment of a kill: after a fraction of the remaining steps and a delay, possibly in a save."""
 
     share: float
     delay: float
@@ -100,14 +106,14 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--kinds", nargs="+", default=None, help="of single, ddp, fsdp, mixed; all that there are"
+        "--kinds", nargs="+", default=None, help="single, ddp, fsdp or mixed; default: all"
     )
     asked = parser.parse_args()
     layouts = [kind for kind in PROCESSES if kind in backends()]
     kinds = asked.kinds or [*layouts, "mixed"]
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         os.environ["DDIFF_CACHE"] = str(Path(folder, "cache"))
-        # of the semaphores of those that were killed
+        # Ignore warnings about the semaphores of killed processes.
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
         return soak(Path(folder), kinds, layouts, asked.trials, random.Random(asked.seed))
 
@@ -173,7 +179,7 @@ class Run:
         self.log = place.with_suffix(".log")
 
     def finish(self) -> None:
-        """Run to the end; raise RuntimeError with the log if it fails."""
+        """Run the recipe to the end. Raises RuntimeError with the log if the run fails."""
         ranks = self._start()
         deadline = time.monotonic() + PATIENCE
         for rank in ranks:
@@ -202,7 +208,7 @@ class Run:
         assert last.pid
         if fate.all_ranks or len(ranks) == 1 or not alive:
             _kill(ranks)
-        else:  # the others notice, or wait in vain as for a lost machine
+        else:  # the other ranks notice the kill, or wait in vain as for a lost machine
             os.kill(last.pid, signal.SIGKILL)
             for rank in ranks:
                 rank.join(10.0)

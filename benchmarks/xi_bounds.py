@@ -1,10 +1,11 @@
 """Compare the exact bound at xi < 1 with its published approximation, without random draws.
 
-python benchmarks/xi_bounds.py                      # the table into plugins/ddiff_hdlm/README.md, a minute
+    python benchmarks/xi_bounds.py    # write the table in plugins/ddiff_hdlm/README.md, one minute
 
-The data are two tokens with a known joint distribution, four tokens under three clusters; states
-and times are summed over in float64. Both numbers have the same terms (closing, diffusion,
-decoding), noise, times and weights, and differ only in the divergence of a row.
+The data are sequences of two tokens with a known joint distribution, over four tokens in three
+clusters. Expectations over states and times are computed by sums in float64. The exact bound and
+the published approximation have the same terms (closing, diffusion, decoding), noise, times and
+weights, and differ only in the divergence of a row.
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
 class Published(TreeProcess):
     """Objective of the code of arXiv 2510.08632 for xi < 1 (`simplified`), on two levels.
 
-    With rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) of the right cluster c: at masks xi (-ln(rho / xi)), one term of the
-    divergence; at the right cluster -ln(xi p(x) / rho), which is exact; at any other -ln p(x), without
-    its normalizer.
+    The published divergence depends on rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1), for the predicted
+    probability P_c of the true cluster c and n clusters:
+
+    - at masks: -xi ln(rho / xi), which is one term of the exact divergence;
+    - at the true cluster: -ln(xi p(x) / rho), which is exact;
+    - at any other cluster: -ln p(x), which lacks the normalizer.
     """
 
     def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
@@ -63,7 +67,7 @@ class Published(TreeProcess):
 
 
 class Row(NamedTuple):
-    """Mean nats of two tokens: the bound and the published expression for one prediction."""
+    """Exact bound and published expression of one prediction, in mean nats of two tokens."""
 
     gamma: float
     xi: float
@@ -77,7 +81,7 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
 
 
 def laws(process: TreeProcess) -> dict[str, Table]:
-    """Return the predictions that stand in for a network, by name."""
+    """Return the predictions that replace a network, by name."""
     true, bend = (
         rest_conditional_table(process, LOG_JOINT),
         torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64),
@@ -93,10 +97,14 @@ def laws(process: TreeProcess) -> dict[str, Table]:
 def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
     """Return the prediction [B,L,V] that minimizes the published expression.
 
-    From the exact distribution p of x given the rest, with b = (1 - xi)/(n - 1). At masks
-    P_k = (mu p_k - b)+/(xi - b), mu such that it sums to 1. At a cluster k that is right with
-    probability A, the tokens below it get s, the positive root of
-    (1 - A)(xi - b) s^2 + b s - A b = 0, and the other tokens 1 - s.
+    The minimizer is computed from the exact distribution p of x given the rest of the sequence.
+    Let n be the number of clusters and b = (1 - xi)/(n - 1).
+
+    - At masks, cluster k has the probability P_k = (mu p_k - b)+/(xi - b), with mu such that all
+      P_k sum to 1.
+    - At a cluster k that is the true cluster with probability A, the tokens below the cluster have
+      the total probability s, and all other tokens 1 - s. s is the positive root of
+      (1 - A)(xi - b) s^2 + b s - A b = 0.
     """
     xi, count = process.parents.xi[0], TREE.level_sizes[1]
     if xi == 1.0:
@@ -115,7 +123,7 @@ def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
 
     here = member.T[
         (zt - TREE.num_tokens).clamp(0, count - 1)
-    ]  # [B,L,V] words below the cluster that is shown
+    ]  # [B,L,V] tokens below the cluster z_t
     own = (p * here).sum(-1, keepdim=True)
     right = xi * own / (xi * own + b * (1.0 - own))
     bent = (1.0 - right) * (xi - b)
@@ -144,7 +152,7 @@ def mean(values: Tensor) -> float:
 
 
 def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
-    """Compute every gamma, xi and prediction, to 1e-5 nats (`UNREAD`)."""
+    """Compute the rows for every gamma, xi and prediction, up to 1e-5 nats (`UNREAD`)."""
     found = []
     for gamma in gammas:
         for xi in xis:
@@ -159,10 +167,10 @@ def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[R
 
 
 def table(found: Sequence[Row]) -> str:
-    """Return a Markdown table with a line per (gamma, xi) and a column per prediction.
+    """Return a Markdown table with a row per (gamma, xi) and a column per prediction.
 
-    A cell is "our bound / published expression" in nats. Values below the entropy of the data are
-    bold, because no valid bound can be there.
+    Each cell is "exact bound / published expression" in nats. Values below the entropy of the data
+    are bold, because a valid bound cannot be below the entropy.
     """
     names = list(dict.fromkeys(row.law for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
