@@ -81,7 +81,7 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
 
 
 def laws(process: TreeProcess) -> dict[str, Table]:
-    """Return the predictions that replace a network, by name."""
+    """Return predictions by name; each prediction replaces the output of a network."""
     true, bend = (
         rest_conditional_table(process, LOG_JOINT),
         torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64),

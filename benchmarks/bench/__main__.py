@@ -1,11 +1,12 @@
-"""Compare the cost of ddiff with a plain implementation: `make bench`, or `python benchmarks/bench`.
+"""Compare the cost of ddiff with the cost of a plain implementation (`make bench`).
 
-Every case runs in a separate process, in which the sides alternate (A B A B). The results are CPU
-seconds and the ratios of neighbours: least, median, greatest. Tables are printed, and all numbers
-go to a JSON file.
+Every case runs in a separate process, in which ddiff and the plain implementation alternate
+(A B A B). The results are CPU seconds, and the least, median and greatest ratio of neighbouring
+runs. Tables are printed, and all numbers are written to a JSON file.
 
+    python benchmarks/bench                      # all parts
     python benchmarks/bench --quick              # fewer rounds
-    python benchmarks/bench --only train,memory  # some parts
+    python benchmarks/bench --only train,memory  # only these parts
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ PLAIN_LIMITS = {
     "mdlm": 8.7,
     "gidd": 12.8,
     "hdlm": 17.0,
-}  # times the trunk's forward and backward, as published code
+}  # cost limits of a plain step in units of the backbone's forward and backward, as published code
 RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
 class Effort(NamedTuple):
-    """Rounds of each part, and steps per round of plain sampling at the large vocabulary."""
+    """Number of rounds of each part, and of plain sampling steps per round at the large V."""
 
     train: int = 5
     sample: int = 4
@@ -67,7 +68,7 @@ def verdict(value: float, target: float | None) -> str:
 
 
 def train(effort: Effort) -> list[dict[str, Any]]:
-    """A training step: draw t, noise, forward, loss, backward; no optimizer."""
+    """Measure a training step: draw t, noise, forward, loss and backward, without optimizer."""
     say("\n## Training step, 4 layers, width 256, batch 8x128: CPU seconds\n")
     say(
         "| family | V | ours | plain | trunk | plain/trunk (limit) | ours/plain [least, greatest] | target |"
@@ -79,7 +80,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
             found = in_process("train", family=family, vocabulary=vocabulary, rounds=effort.train)
             over = ratios(found["plain"], found["trunk"])
             limit = PLAIN_LIMITS.get(family) if vocabulary == LARGE else None
-            # Beyond its limit the plain side measures page faults of the machine: cut it there.
+            # A cost of plain beyond the limit is caused by page faults: use the limit instead.
             counted = [
                 min(p, limit * t) if limit else p for p, t in zip(found["plain"], found["trunk"])
             ]
@@ -100,7 +101,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 
 
 def sample(effort: Effort) -> list[dict[str, Any]]:
-    """A whole sampling run. All steps of the plain side cost the same, so only some are run."""
+    """Measure a sampling run. The plain implementation runs only some steps, of equal cost."""
     say(
         f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} words, ours cached): CPU seconds of a run\n"
     )
@@ -142,8 +143,8 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
 
 
 def memory(effort: Effort) -> list[dict[str, Any]]:
-    """Peak memory of a step or a run, each side in a separate process."""
-    say(f"\n## Rise of memory over the model, gradients included, V = {LARGE}: MB\n")
+    """Measure the peak memory of a step or a run, in a separate process per implementation."""
+    say(f"\n## Memory increase over the model, gradients included, V = {LARGE}: MB\n")
     say("| what | family | ours | plain | ours/plain | target |")
     say("|---|---|---|---|---|---|")
     rows = []
@@ -170,7 +171,7 @@ def memory(effort: Effort) -> list[dict[str, Any]]:
 
 
 def handwritten(effort: Effort) -> list[dict[str, Any]]:
-    say("\n## The generic engine beside masked diffusion written by hand: a training step\n")
+    say("\n## Training step of the generic engine and of hand-written masked diffusion\n")
     say("| V | generic | by hand | generic/by hand [least, greatest] | target |")
     say("|---|---|---|---|---|")
     rows = []
@@ -228,8 +229,8 @@ GROWTH += [
 
 
 def growth(effort: Effort) -> list[dict[str, Any]]:
-    """Growth of our cost with vocabulary, length, levels and steps."""
-    say(f"\n## Growth of our cost, V = {SMALL} where it is not said: CPU seconds\n")
+    """Measure how the cost of ddiff grows with vocabulary, length, levels and steps."""
+    say(f"\n## Growth of the cost of ddiff, V = {SMALL} by default: CPU seconds\n")
     say("| with | family | what | CPU seconds |")
     say("|---|---|---|---|")
     rows = []
@@ -248,8 +249,8 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
 
 
 def ddp(effort: Effort) -> list[dict[str, Any]]:
-    """Two ranks with one thread each: a step of 8 rows per rank, without and with all-reduce."""
-    say("\n## Two processes (ddp, gloo) beside one, mdlm, 8x128 for each\n")
+    """Measure a step of two ranks with 8 rows per rank, without and with all-reduce."""
+    say("\n## Two processes with and without all-reduce (ddp, gloo), mdlm, 8x128 each\n")
     say("| V | alone | together | CPU, together/alone [least, greatest] | wall clock | target |")
     say("|---|---|---|---|---|---|")
     rows = []
@@ -305,14 +306,14 @@ def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
     return json.loads(said[0][0].splitlines()[-1])
 
 
-GPU_BATCHES = (64, 128, 256)  # rows of 512 tokens; larger batches test which fit
+GPU_BATCHES = (64, 128, 256)  # rows of 512 tokens; the larger batches test the memory
 
 
 def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
-    """Measure training steps of all families on a GPU, and which batch sizes fit into memory."""
-    say("\n## On an accelerator: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
+    """Measure training steps of all families on a GPU, and test batch sizes for memory."""
+    say("\n## Training step on a GPU: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
     if not rehearsal and not torch.cuda.is_available():
-        say("no GPU here")
+        say("This machine has no GPU.")
         return []
     say(
         "| family | compiled ms | tokens/s | TFLOP/s | MFU | memory GB | eager ms | compiled/eager | plain ms | memory GB |"
@@ -372,7 +373,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help=f"comma-separated parts: {','.join(PARTS)}"
+    )
     parser.add_argument(
         "--rehearse-gpu",
         action="store_true",
@@ -395,7 +398,7 @@ def main() -> None:
     where["minutes"] = round((time.monotonic() - began) / 60, 1)
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
     chosen.json.write_text(json.dumps({"machine": where, **found}, indent=1))
-    say(f"\n{where['minutes']} minutes. Everything: {chosen.json}")
+    say(f"\n{where['minutes']} minutes. All numbers are in {chosen.json}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""GPU benchmark: the small diffusion transformer in bfloat16, compiled and eager, for all families.
+"""GPU benchmark of training steps: a small diffusion transformer in bfloat16, for all families.
 
-FLOPs are those that a step needs: 6 per parameter of the backbone and position, attention, and 6
-per logit, channel and row of the head. MFU is their rate over the dense bfloat16 rate of the card,
-if that is known.
+The transformer is measured compiled and eager. The FLOPs of a step are 6 per parameter of the
+backbone and position, the FLOPs of attention, and 6 per logit, channel and row of the head. MFU is
+the rate of these FLOPs divided by the dense bfloat16 rate of the card, if the latter is known.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ WARM, TIMED = 10, 30
 def gpu_step(
     family: str, compiled: bool, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """Measure a training step (forward and backward): milliseconds, tokens/s, MFU, peak memory."""
+    """Measure milliseconds, tokens/s, MFU and peak memory of forward and backward."""
     case = Case(family, size)
     denoiser = denoiser_of(case).to(device)
     objective = objective_of(case, denoiser)
     if compiled:
         denoiser.backbone.compile(dynamic=False)
-    batch, count = batch_of(words_of(case)), 0  # on the host, as the trainer's is
+    batch, count = batch_of(words_of(case)), 0  # on the host, as in the trainer
     share = {"tokens": batch.scored.sum()}
 
     def step() -> None:
@@ -70,7 +70,10 @@ def gpu_step(
 def plain_gpu_step(
     family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """Measure the plain side on the same card, eager, in bfloat16; None if it does not fit."""
+    """Measure the plain implementation on the card, eager, in bfloat16.
+
+    The values are None if the step does not fit into memory.
+    """
     try:
         step = plain_training_step(Case(family, size), device)
 
@@ -88,7 +91,7 @@ def plain_gpu_step(
 
 
 def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float:
-    """Return the mean number of logits per step, over some steps that are not timed."""
+    """Return the mean number of logits per step, over `steps` untimed steps."""
     head, counted = denoiser.head, []
     total = head.total
 
@@ -104,7 +107,7 @@ def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float
 
 
 def _timed(step: Callable[[], None], device: str, timed: int) -> tuple[float, float]:
-    """Return median milliseconds after a warm-up, and peak memory in GB."""
+    """Return the median milliseconds of a step after a warm-up, and the peak memory in GB."""
     cuda = torch.device(device).type == "cuda"
     wait = torch.cuda.synchronize if cuda else (lambda: None)
     for _ in range(WARM if cuda else 2):

@@ -1,4 +1,4 @@
-"""Masked diffusion by hand, written for the speed of this one process."""
+"""Hand-written training step of masked diffusion, optimized for this process only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from ddiff import Context
 
-CHUNK = 2**22  # logits in memory at once, as in our heads
+CHUNK = 2**22  # number of logits in memory at once, as in the heads of ddiff
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of weight * (lse - logit of the target), with gradients in the same pass."""
+    """Weighted cross-entropy, summed over rows, with gradients computed in the same pass.
+
+    The value is the sum of weight * (logsumexp of the logits - logit of the target).
+    """
 
     @staticmethod
     def forward(
@@ -26,7 +29,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         size = CHUNK // len(table) // 16 * 16 or 1
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
-            # One row per token: on a CPU all three products are faster in this layout.
+            # Logits are [tokens, rows]: on a CPU all three products are faster in this layout.
             shares = torch.mm(table, hidden[part].t())
             shares += bias.unsqueeze(-1)
             at, factor = target[part].unsqueeze(0), weight[part]
@@ -47,7 +50,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def handwritten_step(case: Case) -> Callable[[], float]:
-    """Draw t, mask, run the backbone, cross-entropy only at masks, backward."""
+    """Return a training step: draw t, mask, forward, cross-entropy only at masks, backward."""
     denoiser, x0 = awake(denoiser_of(case)), words_of(case)
     mask = denoiser.head.vocabulary.root
     head, trunk = denoiser.head, denoiser.backbone

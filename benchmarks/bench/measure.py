@@ -1,4 +1,4 @@
-"""Measure CPU seconds of alternating sides, and peak memory in a separate process."""
+"""Measure CPU seconds of alternating functions, and peak memory in a separate process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Seconds = dict[str, list[float]]
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Return CPU seconds of all threads of this process, which other load affects least."""
+    """Return the CPU seconds of `run` in all threads, which depend little on other load."""
     began = time.process_time()
     run()
     return time.process_time() - began
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> Seconds:
-    """Run the sides alternately, A B A B ..., after a first round that is not counted."""
+    """Return CPU seconds of functions that run alternately, A B A B, after an untimed round."""
     if warm:
         for run in sides.values():
             run()
@@ -40,15 +40,15 @@ def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool =
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Return least, median and greatest ratio of paired runs."""
+    """Return the least, median and greatest ratio of paired runs."""
     each = [a / b for a, b in zip(above, below, strict=True)]
     return {"least": min(each), "median": statistics.median(each), "greatest": max(each)}
 
 
 def rise_mb(run: Callable[[], object]) -> float:
-    """Return by how many MB `run` raises the peak of this process's resident memory."""
+    """Return the increase of the peak resident memory of this process by `run`, in MB."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
         run()
         return (_status("VmHWM") - before) / 1024

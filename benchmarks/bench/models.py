@@ -1,4 +1,4 @@
-"""Cases, vocabularies and the backbone of both sides, and our side of each case."""
+"""Benchmark cases, their vocabularies and backbones, and the functions of ddiff to measure."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from ddiff import (
 from ddiff.sampling.loop import generate
 
 P_UNIFORM = 0.2
-# The published clustering of GPT-2's tokens; other vocabularies have clusters in proportion to
-# sqrt(V).
+# Number of clusters in the published clustering of GPT-2's tokens. For other vocabularies the
+# number of clusters is proportional to sqrt(V).
 CLUSTERS = {50257: 128}
-# Smallest and largest cluster of that clustering, relative to the mean size.
+# Smallest and largest cluster of the published clustering, relative to the mean size.
 SMALLEST = 24 / 393
 LARGEST = 1801 / 393
-# Standard deviation of ln size. A token is in a cluster of 626 tokens on average, 1.6 times the
-# mean size.
+# Standard deviation of the logarithm of cluster sizes. The cluster of a token has 626 tokens on
+# average over the tokens, 1.6 times the mean size.
 SPREAD = 0.68
 
 
@@ -64,14 +64,14 @@ class Case(NamedTuple):
 
     family: str
     size: Size
-    levels: int = 2  # above the tokens, for a tree
+    levels: int = 2  # tree levels above the tokens; used only by trees
 
     def __str__(self) -> str:
         return f"{self.family} V={self.size.vocabulary}"
 
 
 def cluster_sizes(num_words: int, clusters: int) -> list[int]:
-    """Return cluster sizes as unequal as those of the published clustering.
+    """Return cluster sizes with the relative spread of the published clustering.
 
     The sizes are log-normal quantiles between the smallest and the largest published size. Fewer
     than 16 clusters have equal sizes.
@@ -95,7 +95,7 @@ def clusters_of(num_words: int) -> int:
 
 
 def vocabulary_of(case: Case) -> Vocabulary:
-    """Return a vocabulary whose tokens are scattered over clusters, as after k-means."""
+    """Return the vocabulary of a case; the tokens of a cluster have scattered ids."""
     num_words = case.size.vocabulary
     if not case.family.startswith("hdlm"):
         return FlatVocabulary(num_words)
@@ -105,7 +105,7 @@ def vocabulary_of(case: Case) -> Vocabulary:
     parents = [scattered]
     for _ in range(
         case.levels - 2
-    ):  # coarser levels, each with the square root of the nodes below it
+    ):  # the size of a coarser level is the square root of the size of the level below
         below = int(parents[-1].max()) + 1
         parents.append(torch.arange(below) % max(2, round(math.sqrt(below))))
     return HierarchicalVocabulary(parents)
@@ -173,7 +173,7 @@ def objective_of(case: Case, denoiser: Denoiser) -> DiffusionObjective | Autoreg
 
 
 def our_training_step(case: Case) -> Callable[[], float]:
-    """Draw t, noise, forward, loss, backward."""
+    """Return a training step of ddiff: draw t, noise, forward, loss, backward."""
     denoiser = denoiser_of(case)
     return step_of(case, denoiser, objective_of(case, denoiser))
 
@@ -196,7 +196,7 @@ def step_of(
 
 
 def our_sampler(case: Case) -> Callable[[], float]:
-    """Return a function that samples once and returns the fraction of states that are tokens, 1."""
+    """Return a function that samples once and returns the fraction of states that are tokens."""
     denoiser = denoiser_of(case).eval()
     index, length = torch.arange(case.size.samples), case.size.length
     if case.family == "ar":

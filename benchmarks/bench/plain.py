@@ -1,8 +1,9 @@
 """Plain implementation of each family, written as in paper code, eager, on the same backbone.
 
-Every position goes through the head, tokens are one-hot rows, distributions of z_t are tensors
-[B,L,S], and a sampler draws by Gumbel noise in float64 over the whole vocabulary at every position
-of every step. The code is not made slower on purpose: it uses torch operations on whole tensors.
+Every position is passed to the head. Tokens are one-hot rows, and distributions of z_t are tensors
+[B,L,S] over S states. A sampler draws by Gumbel noise in float64 over the whole vocabulary, at
+every position of every step. The code is not made slower on purpose: all operations are torch
+operations on whole tensors.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def stratified(batch: int) -> Tensor:
 
 
 def gumbel_draw(probs: Tensor) -> Tensor:
-    """Draw by the arg-max of probs / exponential noise, in float64 so that rare tokens are drawn."""
+    """Draw the arg-max of probs / exponential noise; float64 lets rare tokens be drawn."""
     noise = -(torch.rand_like(probs, dtype=torch.float64) + 1e-30).log()
     return (probs / noise).argmax(-1)
 
 
 def categorical(probs: Tensor) -> Tensor:
-    """Draw by the inverse CDF over the last dimension."""
+    """Draw indices from distributions in the last dimension, by the inverse CDF."""
     cdf = probs.cumsum(-1)
     return (
         (cdf < torch.rand(*probs.shape[:-1], 1) * cdf[..., -1:])
@@ -52,7 +53,7 @@ def categorical(probs: Tensor) -> Tensor:
 
 
 class Masked:
-    """Masked diffusion: log-softmax over all states, -ln p(x) / t at every position."""
+    """Plain masked diffusion: log-softmax over all states, -ln p(x) / t at every position."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -71,7 +72,7 @@ class Masked:
         return log_p
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-        """[B,L] nats."""
+        """Return the loss of each position [B,L] in nats."""
         return -self.log_p(logits, zt).gather(-1, x0.unsqueeze(-1)).squeeze(-1) / t.unsqueeze(-1)
 
     def start(self, shape: tuple[int, int]) -> Tensor:
@@ -84,7 +85,7 @@ class Masked:
 
 
 class Mixed:
-    """Masks and uniform noise: q_t(.|x) and q_t(.|x_hat) as tensors, with an elementwise KL."""
+    """Plain GIDD: q_t(.|x) and q_t(.|x_hat) as tensors, with an elementwise KL."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -93,7 +94,7 @@ class Mixed:
         self.model = PlainModel(case, self.vocabulary, self.states)
 
     def law(self, words: Tensor, t: Tensor) -> Tensor:
-        """[B,L,S] q_t for a clean token with the distribution `words` [B,L,S]."""
+        """Return q_t [B,L,S] for a clean token with the distribution `words` [B,L,S]."""
         hump = self.height * (t * (1.0 - t)).sqrt()
         noise = (
             (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
@@ -121,7 +122,7 @@ class Mixed:
         )
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-        """[B,L] nats."""
+        """Return the loss of each position [B,L] in nats."""
         assert q is not None
         q_hat = self.law(self.x_hat(logits), t)
         kl = F.kl_div(q_hat.log(), q, reduction="none").sum(-1)
@@ -147,7 +148,7 @@ class Mixed:
 
 
 class Clustered:
-    """Hierarchical diffusion: a matrix of memberships, q masked to the level below."""
+    """Plain hierarchical diffusion: a membership matrix, and q masked to the level below."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -158,7 +159,7 @@ class Clustered:
         self.model = PlainModel(case, self.vocabulary, self.words)
 
     def law(self, words: Tensor, t: Tensor) -> Tensor:
-        """[B,L,S] q_t for a clean token with the distribution `words` [B,L,V]."""
+        """Return q_t [B,L,S] for a clean token with the distribution `words` [B,L,V]."""
         clean, cluster = (1.0 - t)[:, None, None], (-(1.0 - t) * torch.log1p(-t))[:, None, None]
         mask = (1.0 - clean - cluster).expand(*words.shape[:2], 1)
         return torch.cat([clean * words, cluster * (words @ self.members.to(words)), mask], -1)
@@ -168,7 +169,7 @@ class Clustered:
         return categorical(q), q
 
     def below(self, q: Tensor, zt: Tensor) -> Tensor:
-        """[B,L,V+n] distribution of the state one level below z_t, proportional to q."""
+        """Return the distribution [B,L,V+n] of the state one level below z_t (n clusters)."""
         at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.words).unsqueeze(-1)
         open_ = torch.cat(
             [self.cluster_of == cluster, at_mask.expand(*zt.shape, self.clusters)], -1
@@ -177,7 +178,7 @@ class Clustered:
         return inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-        """[B,L] nats."""
+        """Return the loss of each position [B,L] in nats."""
         below = torch.where(zt == self.mask, self.words + self.cluster_of[x0], x0)
         guess = self.below(self.law(logits.softmax(-1), t), zt)
         surprise = -guess.gather(-1, below.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30).log()
@@ -190,7 +191,7 @@ class Clustered:
         return torch.full(shape, self.mask)
 
     def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
-        """Move at most one level down, as the published sampler does."""
+        """Move each position at most one level down, as the published sampler does."""
         p = logits.softmax(-1)
         cluster = self.words + gumbel_draw(p @ self.members)
         inside = self.cluster_of == (zt - self.words).unsqueeze(-1)
@@ -207,14 +208,14 @@ class Clustered:
 
 
 class Autoregressive:
-    """Autoregression by one cross-entropy; sampling runs the whole prefix for every token."""
+    """Plain autoregression: one cross-entropy; sampling evaluates the prefix for every token."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
         trunk = trunk_of(case, self.vocabulary)
         unread = TokenHead(
             self.vocabulary, case.size.width
-        )  # a denoiser has one; what is measured is the head below
+        )  # required by Denoiser and not used: the linear head below is measured
         self.denoiser = Denoiser(trunk, unread, inputs="previous")
         self.model = nn.ModuleDict(
             {"trunk": trunk, "head": nn.Linear(case.size.width, self.vocabulary.num_tokens)}
@@ -228,7 +229,7 @@ class Autoregressive:
         return F.cross_entropy(self.model["head"](self.hidden(x0)), x0.reshape(-1))
 
     def word(self, ids: Tensor) -> Tensor:
-        """[B] next token after ids [B,n], whose last position is a placeholder."""
+        """Draw the next token [B] after ids [B,n], whose last position is a placeholder."""
         last = self.hidden(ids).reshape(*ids.shape, -1)[:, -1]
         return gumbel_draw(self.model["head"](last).softmax(-1))
 
@@ -246,7 +247,10 @@ def side_of(case: Case) -> Diffusing | Autoregressive:
 
 
 def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
-    """Draw t, noise, forward, loss, backward; needs `device` as torch's default device."""
+    """Return a plain training step: draw t, noise, forward, loss, backward.
+
+    `device` must be the default device of torch.
+    """
     side, x0 = side_of(case), words_of(case).to(device)
     side.model.to(device)
     if isinstance(side, Clustered):
@@ -267,7 +271,7 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
 
 def plain_sampling(case: Case) -> Iterator[None]:
-    """Sample without end, one step at a time; all steps cost the same."""
+    """Yield after each sampling step, without end; all steps cost the same."""
     side = side_of(case)
     side.model.eval()
     while True:

@@ -39,8 +39,8 @@ TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps
 
 
 def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a training step: ours with each head, the plain one, and only the backbone."""
-    keep_freed_memory()  # for both sides, as in training
+    """Measure seconds of a training step: ddiff with each head, plain, and the backbone."""
+    keep_freed_memory()  # for ddiff and for plain, as in training
     case = Case(FAMILIES[family][0], Size(vocabulary))
     sides = {name: our_training_step(Case(name, Size(vocabulary))) for name in FAMILIES[family]}
     return in_turn({**sides, "plain": plain_training_step(case), "trunk": trunk_step(case)}, rounds)
@@ -58,7 +58,7 @@ def trunk_step(case: Case) -> Any:
 
 
 def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
-    """Seconds of our whole runs, alternating with `plain_steps` single steps of the plain side."""
+    """Measure seconds of sampling runs of ddiff, and of `plain_steps` single plain steps."""
     keep_freed_memory()
     size = Size(vocabulary)
     ours = {name: our_sampler(Case(name, size)) for name in FAMILIES[family]}
@@ -73,7 +73,7 @@ def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[
 
 
 def memory(what: str, side: str, family: str, vocabulary: int) -> float:
-    """MB by which one step, or a run, raises a new process's memory above that of its model."""
+    """Measure the memory increase over the model by a step or a run, in MB."""
     warm, case = Case(family, TINY), Case(family, Size(vocabulary))
     make = {("train", "ours"): our_training_step, ("train", "plain"): plain_training_step}
     make |= {
@@ -93,7 +93,7 @@ def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
-    """Seconds of our side at another size."""
+    """Measure seconds of a training step or a sampling run of ddiff at a given size."""
     keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
     run = our_training_step(case) if what == "train" else our_sampler(case)
@@ -144,7 +144,7 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
-    """A step on the GPU; `rehearsal` is a tiny one on the CPU, to test this code without a GPU."""
+    """Measure a step on the GPU, or with `rehearsal` a tiny step on the CPU for tests."""
     size, where = (
         (TINY._replace(batch=batch), ("cpu", 1))
         if rehearsal
