@@ -188,7 +188,7 @@ class Run:
         _kill(ranks)
         if any(code != 0 for code in codes):
             raise RuntimeError(
-                f"{self.place} in {self.layout} ended with {codes}:\n{self.log.read_text()[-4000:]}"
+                f"{self.place} in {self.layout} failed with exit codes {codes}:\n{self.log.read_text()[-4000:]}"
             )
 
     def killed(self, fate: Fate) -> str:

@@ -302,7 +302,9 @@ def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
     said = [rank.communicate() for rank in ranks]
     for rank, (_, errors) in zip(ranks, said):
         if rank.returncode:
-            raise SystemExit(f"{work} {arguments} ended with {rank.returncode}:\n{errors}")
+            raise SystemExit(
+                f"{work} {arguments} failed with exit code {rank.returncode}:\n{errors}"
+            )
     return json.loads(said[0][0].splitlines()[-1])
 
 

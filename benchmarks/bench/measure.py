@@ -69,7 +69,9 @@ def in_process(work: str, **arguments: Any) -> Any:
     command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{work} {arguments} ended with {done.returncode}:\n{done.stderr}")
+        raise SystemExit(
+            f"{work} {arguments} failed with exit code {done.returncode}:\n{done.stderr}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
