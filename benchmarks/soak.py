@@ -162,7 +162,7 @@ def drawn(draw: random.Random) -> Fate:
 
 
 class Run:
-    """A run of the recipe in a directory, with a layout of processes."""
+    """Run of the tiny recipe in a directory, with a layout of processes."""
 
     def __init__(self, place: Path, layout: str, kind: str, every: int) -> None:
         self.place, self.layout = place, layout
@@ -246,7 +246,7 @@ class Run:
 
 
 def train(rank: int, world: int, port: int, settings: list[str], log: str, path: list[str]) -> None:
-    """Run one rank of the run, in a separate process."""
+    """Train as one rank of a run; the main function of a separate process."""
     sys.path[:] = path
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)

@@ -41,7 +41,7 @@ RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
 class Effort(NamedTuple):
-    """Number of rounds of each part, and of plain sampling steps per round at the large V."""
+    """Number of rounds of each part, and number of plain sampling steps per round."""
 
     train: int = 5
     sample: int = 4

@@ -65,7 +65,7 @@ def _status(name: str) -> int:
 
 
 def in_process(work: str, **arguments: Any) -> Any:
-    """Run `work` of workers.py in a new process; its last line of output is the JSON result."""
+    """Run `work` of workers.py in a new process and return the JSON of its last output line."""
     command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
