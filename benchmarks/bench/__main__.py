@@ -41,7 +41,10 @@ RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
 class Effort(NamedTuple):
-    """Number of rounds of each part, and number of plain sampling steps per round."""
+    """Number of rounds of each part.
+
+    `plain_steps` is the number of plain sampling steps per round at V = 50257.
+    """
 
     train: int = 5
     sample: int = 4
