@@ -14,13 +14,13 @@ from torch import Tensor
 class Batch:
     """Batch of B rows of L tokens.
 
-    ids: [B,L] long.
-    valid: [B,L] bool, False at padding.
-    scored: [B,L] bool, True at the positions that metrics count; never at padding.
-    document: [B,L] long, number of the document at each position.
-    index: [B] long, slot in the global batch (training) or row number (evaluation).
-    packed: whether at least one row holds tokens of two documents.
-    conditions: values of each condition by name, one per row, or one per position if `packed`.
+    ids: token ids, long [B,L].
+    valid: bool [B,L], False at padding.
+    scored: bool [B,L], True at the positions that count in loss and metrics, False at padding.
+    document: long [B,L], number of the document at each position.
+    index: long [B], slot of each row in the global batch (training), or row number (evaluation).
+    packed: whether at least one row contains tokens of more than one document.
+    conditions: name of a condition -> one value per row, or one value per position if `packed`.
     """
 
     ids: Tensor
@@ -41,7 +41,7 @@ class Batch:
         return f"Batch({text})"
 
     def with_prefixes(self, sizes: Tensor) -> Batch:
-        """Return a copy of the batch in which the first `sizes` [B] positions are not scored."""
+        """Return a copy of the batch in which row b has no scores before position `sizes[b]`."""
         is_after_prefix = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
         return replace(self, scored=self.scored & is_after_prefix)
 

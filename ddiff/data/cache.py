@@ -19,7 +19,7 @@ from ddiff.errors import DataError
 FORMAT = 2  # raise it when the layout of any entry changes: every older entry is then built again
 SMALL = 2**26  # bytes; files up to this size are hashed whenever their entry is looked up
 _CONTENTS = "entry.json"
-_LOCK = ".lock"  # in an unfinished entry: held by the process that builds it
+_LOCK = ".lock"  # lock file, locked by the process that builds an entry
 _STALE = 24 * 3600.0  # seconds without a write after which an unlocked build counts as dead
 _log = logging.getLogger(__name__)
 
@@ -41,11 +41,12 @@ def default_root() -> Path:
 class Cache:
     """Cache folder; each entry is a directory named by the fingerprint of its inputs.
 
-    The root is a local folder, because entries are memory-mapped. An entry is complete or absent:
-    each entry is built under a temporary name and then renamed. A damaged entry is built again.
-    Damage is detected by the sizes of all files, and by the SHA-256 of small files and of files
-    that were modified after the build. The next build of the same kind removes the unfinished
-    directories of killed processes.
+    The root is a local folder, because entries are memory-mapped. Each entry is built under a
+    temporary name and then renamed, so that an incomplete entry is never read. A damaged entry is
+    built again. An entry is damaged if the size of a file has changed, or if the SHA-256 has
+    changed. The SHA-256 is compared for small files, and for large files that were modified after
+    the build. The next build of the same kind removes the unfinished directories of killed
+    processes.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -60,7 +61,7 @@ class Cache:
     def load_or_build(
         self, kind: str, inputs: Mapping[str, Any], build: Callable[[Path], None]
     ) -> Path:
-        """Return the directory for `inputs`, building the directory if there is none.
+        """Return the cached directory for `inputs`, and build the directory if it is missing.
 
         `inputs` are the JSON values that determine the content: fingerprints and settings.
         `build(directory)` writes the files of a new entry; if `build` raises, the entry is removed.
@@ -151,7 +152,7 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
 
 
 def _is_intact(file: Path, size: int, modified_ns: int, sha256: str) -> bool:
-    """Return whether a file is unchanged since the entry was built."""
+    """Return whether a file has not changed since its cache entry was built."""
     about = file.stat()
     if about.st_size != size:
         return False
@@ -167,7 +168,7 @@ def _sha256(path: Path) -> str:
 
 
 def _publish(partial: Path, place: Path, identity: dict[str, Any]) -> None:
-    """Rename the finished directory, unless another process has published the same entry."""
+    """Rename the finished directory `partial` to `place`, unless another process was faster."""
     if place.exists() and not _is_whole(place, identity):
         damaged = place.with_name(partial_name(place.name))
         os.rename(place, damaged)

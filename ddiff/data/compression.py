@@ -1,4 +1,4 @@
-"""Compressed files: detected by their first bytes, decompressed as a stream, checked for damage."""
+"""Detect compressed files by their first bytes, decompress them as streams and detect damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _SIGNATURES = {
     b"ARROW1": "Arrow",
     b"%PDF-": "PDF",
 }
-# Follow "BZh9" in a bzip2 file. They are checked too, because a text may begin with "BZh".
+# In a bzip2 file, one of these marks follows "BZh" and a digit. The marks are checked too, because
+# a text may begin with "BZh".
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")
 _HEAD_BYTES = 16
 _BUFFER_BYTES = 1 << 20
@@ -36,9 +37,9 @@ _BUFFER_BYTES = 1 << 20
 
 @contextmanager
 def open_uncompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a file that must not be compressed.
+    """Open a file, which must not be compressed, to read bytes.
 
-    Raises DataError with the format of a compressed file.
+    Raises DataError if the file is compressed. The message names the format.
     """
     with open_file(path) as file:
         head, whole = _peek(file)
@@ -53,7 +54,7 @@ def open_uncompressed(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
-    """Open a text file, decompressed if the file ending names a compression format.
+    """Open a text file, and decompress it if its ending names a compression format.
 
     Raises DataError if the content does not match the ending, is truncated or is damaged.
     """
@@ -73,7 +74,7 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
 
 
 def detect_format(head: bytes) -> str | None:
-    """Return the compressed or binary format of a file by its first bytes, or None."""
+    """Return the compressed or binary format that the first bytes `head` show, or None for text."""
     for signature, name in _SIGNATURES.items():
         if head.startswith(signature) and (name != "bzip2" or head[4:10] in _BZIP2_BLOCKS):
             return name

@@ -9,7 +9,7 @@ from typing import final
 @final
 @dataclass(frozen=True)
 class Label:
-    """Class label, a whole number in [0, classes); `classes` is None if not yet known."""
+    """Class label: an integer in [0, classes). `classes` is None if the number is not known yet."""
 
     classes: int | None = None
 
@@ -22,7 +22,7 @@ class Label:
 @final
 @dataclass(frozen=True)
 class Vector:
-    """Vector of `width` finite numbers; `width` is None if not yet known."""
+    """Vector of `width` finite numbers. `width` is None if the width is not known yet."""
 
     width: int | None = None
 

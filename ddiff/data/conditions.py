@@ -23,8 +23,8 @@ ABSENT = -1  # label of a document that has none; an absent vector is NaN
 class Conditions:
     """Values of the conditions of D documents, by the name of the condition.
 
-    Labels are [D] long, with -1 for an absent label. Vectors are [D,d] float32, with NaN for an
-    absent vector.
+    A label condition is a long tensor [D], in which -1 stands for an absent label. A vector
+    condition of width d is a float32 tensor [D,d], in which NaN stands for an absent vector.
     """
 
     values: Mapping[str, Tensor]
@@ -36,8 +36,8 @@ class Conditions:
     def select(self, document: Tensor, packed: bool) -> dict[str, Tensor]:
         """Return the values of all conditions for a batch.
 
-        `document` [B,L] is the document at each position. Packed rows get one value per position,
-        other rows one value per row.
+        `document` [B,L] is the number of the document at each position. The result has one value
+        per position if `packed`, and one value per row otherwise.
         """
         numbers = document if packed else document[:, 0]
         return {name: value[numbers] for name, value in self.values.items()}
@@ -58,9 +58,10 @@ def read_conditions(
 ) -> Conditions:
     """Read the columns `names` of documents as conditions.
 
-    Whole numbers from 0 are labels, lists of numbers are vectors, and None means that the document
-    has no value. Raises DataError if a column is missing, holds other values or vectors of
-    different lengths, or does not match the type that `forms` expects for the column.
+    A column of integers from 0 becomes a label, and a column of lists of numbers a vector. None in
+    a column means that the document has no value. Raises DataError if a column is missing, holds
+    other values or vectors of different lengths, or does not match the type that `forms` expects
+    for the column.
     """
     return Conditions({name: _read_column(documents, name, forms.get(name)) for name in names})
 

@@ -1,7 +1,7 @@
 """Corpora too large for memory, tokenized into shards or streamed.
 
-The text of a sharded corpus is read once; training then reads only the shards. A streamed corpus
-is tokenized during training.
+The text of a sharded corpus is read and tokenized once. Training then reads only the shards. A
+streamed corpus is tokenized during training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ddiff.errors import DISK_FULL, ArgumentError, DataError
 
 
 class Corpus(Protocol):
-    """Texts in a fixed order and token shards of the texts, an alternative to `Documents`.
+    """Texts in a fixed order, and token shards of these texts. An alternative to `Documents`.
 
     Tokenizers are learned from the iterables `train["text"]` and `validation["text"]`.
     """
@@ -76,7 +76,7 @@ def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
 def load_or_build_shards(
     documents: Documents | Corpus, tokenizer: Tokenizer, cache: Cache
 ) -> Shards:
-    """Return the token shards of the training and validation parts, building missing shards."""
+    """Return the token shards of the training and validation parts, and build missing shards."""
     if not isinstance(documents, Documents):
         return documents.shards(tokenizer, cache)
     source = dict(zip(PARTS, documents.part_fingerprints))
@@ -215,8 +215,9 @@ class SourceCorpus:
     def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         """Yield the chunks of the training source, then those of the validation source.
 
-        Without a validation source, the part of a chunk is None. With a validation source, a cursor
-        is the pair of a part and the cursor in the source of that part.
+        Without a validation source, `part` of each chunk is None. With a validation source, a
+        cursor is a pair: the part ("train" or "validation") and the cursor in the source of that
+        part.
         """
         if self.validation_source is None:
             yield from self.source.chunks(cursor, part=None)
@@ -230,11 +231,11 @@ class SourceCorpus:
             yield Chunk(chunk.texts, [VALIDATION, chunk.cursor], VALIDATION)
 
     def texts(self, part: str) -> Iterator[str]:
-        """Read the texts of a part again from the source."""
+        """Read the texts of the part "train" or "validation" from the start of the source."""
         return self.select_texts(self.chunks(), part)
 
     def select_texts(self, chunks: Iterable[Chunk], part: str) -> Iterator[str]:
-        """Yield the texts in `chunks` that belong to a part."""
+        """Yield the texts in `chunks` that belong to the part "train" or "validation"."""
         for chunk in chunks:
             for text in chunk.texts:
                 if (chunk.part or self._part_by_hash(text)) == part:
@@ -249,9 +250,9 @@ class StreamedCorpus:
     """Corpus that is tokenized during training.
 
     Only the first `head` documents of the training source and of the validation source are stored.
-    Without a validation source, the held-out documents among the first `head` are the validation
-    part. Token counts, clusters and learned tokenizers come from the first training documents. Rows
-    are shuffled within blocks of `block` rows.
+    Without a validation source, the held-out documents among the first `head` documents are the
+    validation part. Token counts, clusters and learned tokenizers are computed from the stored
+    training documents only. Rows are shuffled within blocks of `block` rows.
     """
 
     entropy_rate: float | None = None
@@ -277,7 +278,7 @@ class StreamedCorpus:
         return CorpusPart(self, VALIDATION)
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the token shards of the first documents, building missing shards."""
+        """Return the token shards of the first documents, and build missing shards."""
         corpus = self._corpus
         inputs = {**self.identity, "tokenizer": tokenizer.fingerprint}
 
@@ -296,7 +297,7 @@ class StreamedCorpus:
         return made
 
     def train_rows(self, tokenizer: Tokenizer, length: int, cache: Cache) -> StreamedRows:
-        """Return endless training rows, tokenized from the source as they are read."""
+        """Return endless training rows, whose text is tokenized only when a row is read."""
         identity = [self.identity, tokenizer.fingerprint, length, self._block_rows]
         name = fingerprint(identity)
         head = self.shards(tokenizer, cache).stream(TRAIN)

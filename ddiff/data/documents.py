@@ -42,9 +42,9 @@ _FEWER_PER_DOCUMENT = {
 class Documents:
     """Training and validation documents, each a `datasets.Dataset` with columns "text" and "name".
 
-    `entropy_rate` is the true entropy of a generated source in nats per symbol, otherwise None.
-    Raises DataError if the training or validation part is empty, has no column "text", or holds
-    values that are not text.
+    `entropy_rate` is the true entropy in nats per symbol for a generated source, and None for all
+    other documents. Raises DataError if the training or validation part is empty, has no column
+    "text", or holds values that are not text.
     """
 
     train: Dataset
@@ -67,7 +67,7 @@ class Documents:
 
 
 def fingerprint_texts(documents: Any) -> str:
-    """Return the SHA-256 of texts and text boundaries, 32 hexadecimal digits.
+    """Return a SHA-256 of the texts and their boundaries, as 32 hexadecimal digits.
 
     For a part of a streamed corpus, return the attribute `fingerprint` of the part.
     """
@@ -126,12 +126,12 @@ def read_text_files(
     """Read UTF-8 text files, given by fsspec paths or globs.
 
     `split` says whether a document is a file, a paragraph (separated by blank lines) or a line.
-    Without validation files, each document is held out with probability `held_out` in (0,1) by the
-    hash of its text: equal documents are assigned to the same part, and adding files moves no
-    document. Blank documents are left out. Line ends are defined in `ddiff.data.text`. A file that
-    matches two patterns is read once. Raises DataError for a file that is missing, empty,
-    compressed, not UTF-8 or contains NUL, and for a file that is named both for training and for
-    validation.
+    Without validation files, a document goes to the validation part with probability `held_out` in
+    (0,1). The hash of the text decides. Equal documents are therefore in the same part, and adding
+    files moves no document to the other part. Blank documents are left out. `ddiff.data.text`
+    defines line ends. A file that matches two patterns is read once. Raises DataError for a file
+    that is missing, empty, compressed, not UTF-8 or contains NUL, and for a file that is named both
+    for training and for validation.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
@@ -146,7 +146,7 @@ def read_text_files(
 
 
 def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
-    """Hold out each document with probability `held_out` by the hash of its text.
+    """Hold out a fraction `held_out` of the documents, chosen by the hash of the text.
 
     `kind` names the unit of a document in error messages ("by line"). Raises DataError if the
     training or the validation part is empty.
@@ -173,10 +173,11 @@ def read_symbol_rows(
     held_out: float = 0.05,
     cache: Cache | None = None,
 ) -> Documents:
-    """Read text files with one row of symbols per line, all rows of one length (aligned DNA).
+    """Read text files with one row of symbols per line, for example aligned DNA.
 
-    Blank lines are left out. Raises DataError with the file and line of a row that does not have
-    `length` symbols. `read_text_files` describes the other arguments.
+    All rows have `length` symbols. Blank lines are left out. Raises DataError if a row has another
+    length; the message names the file and the line. `read_text_files` describes the other
+    arguments.
     """
     documents = read_text_files(
         train, validation=validation, held_out=held_out, split="line", cache=cache
@@ -226,7 +227,7 @@ def _check_part(part: Dataset, name: str) -> None:
 
 
 def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
-    """Read the documents of all files, memory-mapped from the cache if a cache is given."""
+    """Read the documents of all files, and memory-map them from `cache` unless it is None."""
     if cache is None:
         corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))
     else:

@@ -44,8 +44,8 @@ def read_json_lines(
     The field `text` holds the text of a document. The fields `labels` hold whole numbers from 0,
     the fields `vectors` hold lists of numbers; each of these fields becomes a column of the same
     name. A field that is null or missing has no value. `read_text_files` describes `validation` and
-    `held_out`. Raises DataError with the file and line of an unreadable object, and for a field
-    that has no value in any line of `train`.
+    `held_out`. Raises DataError if an object cannot be read, with its file and line, or if a field
+    has no value in any line of `train`.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
@@ -83,7 +83,7 @@ def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str
 
 
 def check_no_duplicates(found: dict[str, Any], fields: Iterable[str], place: str) -> None:
-    """Raise DataError if a JSON object has one of `fields` twice.
+    """Raise DataError if the JSON object `found` has one of `fields` twice.
 
     JSON does not define which of two values of a field is valid.
     """
@@ -229,7 +229,8 @@ def _is_number(value: Any) -> bool:
 def _fits_float32(value: Any) -> bool:
     if not _is_number(value) or (isinstance(value, float) and not math.isfinite(value)):
         return False
-    # A whole number is not converted first: one of 400 digits does not fit into a float.
+    # An integer is compared without conversion, because an integer of 400 digits does not fit into
+    # a float.
     return bool(-_LARGEST_NUMBER <= value <= _LARGEST_NUMBER)
 
 

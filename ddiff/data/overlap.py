@@ -30,7 +30,7 @@ _Hashes = NDArray[np.uint64]
 
 
 class DocumentCount(NamedTuple):
-    """Number `documents` of affected documents, out of `of` documents in the part."""
+    """Count of affected documents: `documents` out of the `of` documents in the part."""
 
     documents: int
     of: int
@@ -48,9 +48,9 @@ def find_overlap(
 ) -> dict[str, list[int]]:
     """Count validation documents that occur in the training text, and repetitions in each part.
 
-    Each entry of the result is a list [affected documents, all documents], as stored in the
-    manifest. The 64-bit hashes of the training documents are sorted in a temporary file in
-    `folder`, not in memory.
+    Each entry of the result is a list of two numbers, [affected documents, all documents], as
+    stored in the manifest. The 64-bit hashes of the training documents are sorted in a temporary
+    file in `folder`, not in memory.
     """
     held_out = np.concatenate([np.empty(0, np.uint64), *map(document_hashes, validation.shards)])
     with TemporaryFile(dir=folder) as file:
@@ -142,7 +142,7 @@ class OverlapMonitor:
 
 
 def document_hashes(shard: Shard) -> _Hashes:
-    """Return a 64-bit hash [k] of each of the k documents in a shard.
+    """Return the 64-bit hashes [k] of the k documents in a shard.
 
     The hash of a document is a sum over its tokens, each mixed with its position in the document.
     """
@@ -166,7 +166,7 @@ def document_hashes(shard: Shard) -> _Hashes:
         # Token ids have at most 32 bits, so the position fits above them.
         high_bits = positions.astype(np.uint64) << np.uint64(32)
         mixed = shard.tokens[start:stop].astype(np.uint64) | high_bits
-        # A sum, so that a document may be cut by the border of two steps.
+        # The hash is a sum, so that a document may continue in the next step.
         sums[here] += np.add.reduceat(_mix_in_place(mixed), firsts - start)
     hashes[filled] = sums
     return hashes
@@ -181,7 +181,7 @@ def _mix_in_place(values: _Hashes) -> _Hashes:
 
 
 def _count_seen(held_out: _Hashes, trained: _Hashes) -> int:
-    """Count the hashes `held_out` that occur in the sorted hashes `trained`."""
+    """Count the entries of `held_out` that occur in the sorted hashes `trained`."""
     if not len(trained):
         return 0
     places = np.searchsorted(trained, held_out)

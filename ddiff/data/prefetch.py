@@ -20,13 +20,14 @@ _GRACE = 1.0  # seconds that `close` gives the threads to finish a read
 
 @final
 class Prefetcher(Generic[Item]):
-    """Prefetcher of the batches `batch_at(step, micro)`, a pure function.
+    """Prefetcher of the batches that the pure function `batch_at(step, micro)` returns.
 
-    Each call starts the next `ahead` calls in `workers` threads. The expected order is by
-    micro-batch (`accumulate` micro-batches per step), then by step. A call out of this order
-    returns the right batch too, and discards the prefetched batches. With `workers` = 0 nothing is
-    prefetched. An exception of `batch_at` is raised by the call that needs the batch. While a call
-    waits, a line is printed every ten seconds, unless `quiet`.
+    Each request for a batch starts reading the next `ahead` batches in `workers` threads. The next
+    batches are the remaining micro-batches of the step (`accumulate` per step), then those of the
+    next step. A request in another order also returns the requested batch, but discards the
+    prefetched batches. With `workers` = 0 nothing is prefetched. An exception of `batch_at` is
+    raised when the batch is requested. While a request waits, a line is printed every ten seconds,
+    unless `quiet` is true.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Prefetcher(Generic[Item]):
         return item
 
     def fetch(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
-        """Return the batch of a step, or None if `stopped()` becomes true during the wait."""
+        """Return micro-batch `micro` of a step, or None if `stopped()` becomes true meanwhile."""
         if self._threads is None:
             return self._batch_at(step, micro)
         wanted = (step, micro)
@@ -155,10 +156,10 @@ class _ThreadPool:
 
 
 def _is_done(future: Future[Any], seconds: float) -> bool:
-    """Return whether a call has a result or an exception within `seconds`."""
+    """Wait up to `seconds` and return whether `future` has a result or an exception."""
     try:
         future.exception(seconds)
     except TimeoutError:
-        # The TimeoutError may be that of the call itself: the call is then done.
+        # If the call itself has raised the TimeoutError, the call is done.
         return future.done()
     return True
