@@ -39,7 +39,7 @@ class Corpus(Protocol):
     entropy_rate: float | None
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the token shards of both parts, and build the shards if they are missing."""
+        """Return the training and validation token shards, and build missing shards."""
         ...
 
 
@@ -321,7 +321,7 @@ class StreamedCorpus:
         return self._monitor.watch(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
-        """Read the first documents of a part again from the source."""
+        """Read the first documents of the part "train" or "validation" from the source."""
         return self._corpus.select_texts(self._head_chunks(), part)
 
     def _head_chunks(self) -> Iterator[Chunk]:

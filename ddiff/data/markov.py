@@ -1,4 +1,4 @@
-"""Markov source of symbols with known entropy, below which no valid bound can lie."""
+"""Markov source of symbols with known entropy, a lower limit for every valid bound."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SYMBOLS = "abcdefghijklmnop"
 class MarkovSource:
     """Stationary first-order Markov chain over 4 to 16 symbols, drawn from a seed.
 
-    The alphabet has k symbols. Row y of the transition matrix P [k,k] (`transition`) is
-    softmax(peakedness * g_y) with standard normal g_y: peakedness 0 gives uniform rows, larger
-    values give more predictable rows. `stationary` pi [k] is the invariant distribution of P, from
-    which the first symbol of every row is drawn.
+    The alphabet has k symbols. The transition matrix P [k,k] is `self.transition`. Row y of P is
+    softmax(peakedness * g_y), where g_y is a vector of k standard normal numbers. A peakedness of 0
+    gives uniform rows, and larger values give more predictable rows. `self.stationary` [k] is the
+    invariant distribution pi of P. The first symbol of every row is drawn from pi.
     """
 
     def __init__(self, alphabet: int = 8, *, peakedness: float = 2.0, seed: int = 0) -> None:
@@ -41,14 +41,14 @@ class MarkovSource:
 
     @property
     def entropy_rate(self) -> float:
-        """Entropy rate -sum_y pi_y sum_z P_yz ln P_yz of the chain, in nats per symbol.
+        """Entropy rate of the chain in nats per symbol, -sum_y pi_y sum_z P_yz ln P_yz.
 
         P is the transition matrix and pi its invariant distribution.
         """
         return float(self.stationary @ _entropy(self.transition))
 
     def row_entropy(self, length: int) -> float:
-        """Return the entropy of a row in nats per symbol.
+        """Return the entropy of a row of `length` symbols, in nats per symbol.
 
         The entropy is (H(pi) + (length - 1) * entropy_rate) / length, where H(pi) is the entropy of
         the stationary distribution. The entropy is never below the entropy rate.
@@ -69,7 +69,7 @@ class MarkovSource:
         return ["".join(letters[row]) for row in states]
 
     def documents(self, *, rows: int, validation: int, length: int) -> Documents:
-        """Draw a corpus of rows.
+        """Draw a corpus of `rows` training rows and `validation` validation rows.
 
         The `entropy_rate` of the corpus is the entropy of a row in nats per symbol.
         """
@@ -82,7 +82,7 @@ class MarkovSource:
         )
 
     def _walk(self, uniforms: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
-        """Yield the states of all rows at each position, sampled by inversion of the CDF."""
+        """Yield the symbols of all rows at each position, sampled by inversion of the CDF."""
         state = _sample_by_inversion(np.cumsum(self.stationary)[None], uniforms[0])
         cumulative = np.cumsum(self.transition, axis=1)
         yield state
@@ -93,7 +93,7 @@ class MarkovSource:
 
 def _entropy(distribution: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the entropy of distributions along the last axis, in nats."""
-    # A probability that has underflowed to 0 would give 0 * -inf = NaN.
+    # A probability may underflow to 0, and 0 * ln(0) would be NaN.
     log = np.log(np.maximum(distribution, np.finfo(float).tiny))
     return -(distribution * log).sum(-1)
 
@@ -112,5 +112,5 @@ def _invariant_distribution(transition: NDArray[np.float64]) -> NDArray[np.float
 def _sample_by_inversion(
     cumulative: NDArray[np.float64], uniforms: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    # The last column is left out: it may be slightly below 1 by rounding.
+    # The last column is left out, because rounding may make it slightly smaller than 1.
     return (uniforms[:, None] >= cumulative[:, :-1]).sum(1)

@@ -1,9 +1,10 @@
-"""Pack documents of any length into rows of one length; each token is in exactly one row.
+"""Pack documents into rows of one length, so that each token is in exactly one row.
 
 For training, documents are concatenated, each followed by its end mark, and the token stream is cut
 into rows. A row keeps the document number of each position, so that attention can separate
-documents. For evaluation, each document starts a new row. Only the last row of the stream, or of a
-document, is padded. The token stream is stored; rows are cut when they are read.
+documents. For evaluation, each document starts a new row. Padding occurs only in the last row of
+the token stream (training) or of each document (evaluation). The token stream is stored, and rows
+are cut from the stream when they are read.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class Block:
 
 
 class Rows(Protocol):
-    """Rows of `length` tokens, read by number.
+    """Rows of `length` tokens, which are read by their row numbers.
 
-    Padding is at the end of a row. The id of padding is that of the end mark (0 for a tokenizer
-    without end mark). Padding has the document number of the last token of the row.
+    Padding is at the end of a row. Padded positions have the id of the end mark (0 for a tokenizer
+    without end mark) and the document number of the last token in the row.
     """
 
     length: int
@@ -72,13 +73,13 @@ class Rows(Protocol):
         ...
 
     def token_counts(self) -> NDArray[np.int64]:
-        """Return the number of occurrences of each of the V tokens, [V]."""
+        """Return the counts [V]: how often each of the V tokens occurs in the rows."""
         ...
 
     def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
-        """Return the first n ids and the document of each id, both [n], without padding.
+        """Return the first n token ids and their document numbers, two arrays [n] without padding.
 
-        n is at most `at_most`, by default all tokens of the rows.
+        n is the number of tokens in the rows, or `at_most` if it is smaller.
         """
         ...
 
@@ -90,7 +91,7 @@ class Rows(Protocol):
 
 @final
 class PackedRows:
-    """Rows cut from a token stream.
+    """Rows that are cut from a token stream.
 
     With `separate`, each document starts a new row.
     """
@@ -163,7 +164,8 @@ class PackedRows:
             is_separate = self._ends is not None
             return fingerprint([self.tokens.fingerprint, self.length, is_separate, self._filler])
         digest = hashlib.sha256(str((len(self), self.length)).encode())
-        # Three passes instead of one, so that the digest does not depend on the block size.
+        # Ids, documents and lengths are hashed in three passes. In one pass, the digest would
+        # depend on the block size.
         for block in self._blocks():
             digest.update(block.ids.astype("<i4").tobytes())
         for block in self._blocks():
@@ -173,7 +175,7 @@ class PackedRows:
         return digest.hexdigest()[:32]
 
     def first_documents(self) -> NDArray[np.int64]:
-        """Return the number of the first document of each of the R rows, [R]."""
+        """Return an array [R]: the number of the first document in each of the R rows."""
         if self._last_rows is not None:
             rows_of_document = np.diff(self._last_rows, prepend=0)
             return np.repeat(np.arange(len(self._last_rows)), rows_of_document)
@@ -182,7 +184,7 @@ class PackedRows:
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return a mask [n] of the n stream tokens, True for tokens in the rows `numbers`."""
         starts, stops = self._spans(numbers)
-        # +1 where a row starts, -1 where it stops: the running sum counts the rows at a token.
+        # +1 at the start and -1 at the end of a row: the running sum counts the rows with a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
         np.add.at(border, starts, 1)
         np.add.at(border, stops, -1)
@@ -196,7 +198,7 @@ class PackedRows:
             return starts, stops
         document = np.searchsorted(self._last_rows, numbers, side="right")
         is_first = document == 0
-        # The index -1 of document 0 reads the last entry, which `where` then replaces by 0.
+        # Document 0 has the index -1 and reads the last entry, which `where` then replaces by 0.
         rows_before = np.where(is_first, 0, self._last_rows[document - 1])
         tokens_before = np.where(is_first, 0, self._ends[document - 1])
         row_in_document = numbers - rows_before
@@ -234,8 +236,8 @@ def pack(
     """Pack documents into rows of `length` ids in memory.
 
     Documents are numbered in the order of `documents`. With `separate`, each document starts a new
-    row (evaluation). A tokenizer with unit "symbol" gives one row per document, and each document
-    must have `length` symbols. Raises DataError if the documents have no token.
+    row, as for evaluation. If the unit of the tokenizer is "symbol", each document must have
+    `length` symbols and becomes one row. Raises DataError if the documents have no token.
     """
     stream = encode_in_memory(chunks_of(documents), tokenizer)
     return pack_stream(stream, tokenizer, length, separate=separate)
@@ -247,7 +249,7 @@ def pack_stream(
     """Pack the token stream of a part into rows of `length` tokens.
 
     With `separate`, each document starts a new row. Raises DataError if the stream has no token, or
-    if a row of symbols does not have `length` symbols.
+    if the unit of the tokenizer is "symbol" and a document does not have `length` symbols.
     """
     if length < 1:
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
@@ -262,18 +264,18 @@ def pack_stream(
             f"length = {length}. Fix the row, or set [data] length to the length of the rows."
         )
     filler = 0 if tokenizer.eos_id is None else tokenizer.eos_id
-    # Rows of symbols are documents of one length: cutting the joined stream separates them already.
+    # Documents of symbols have the length of a row, so cutting the stream already separates them.
     separate = separate and tokenizer.unit != "symbol"
     return PackedRows(stream, length, filler=filler, separate=separate)
 
 
 def pack_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
-    """Pack token ids [R,L] into R rows, each one document of L tokens."""
+    """Pack an array `ids` [R,L] of token ids into R rows. Each row is a document of L tokens."""
     return PackedRows(stream_from_ids(ids, num_tokens), ids.shape[1], filler=0)
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> PackedRows:
-    """Pack texts into rows in memory; each text starts a new row."""
+    """Pack texts into rows of `length` tokens in memory. Each text starts a new row."""
     return pack(documents_from_texts(texts), tokenizer, length, separate=True)
 
 
@@ -284,7 +286,7 @@ def batch_rows(
     index: ArrayLike | None = None,
     conditions: Conditions | None = None,
 ) -> Batch:
-    """Read the rows `indices` as a batch.
+    """Read the rows with the numbers `indices` as a batch.
 
     `index` [B] is the slot of each row in the global batch, by default `indices`. `conditions` are
     the conditions of the documents from which the rows were packed.
@@ -296,7 +298,7 @@ def batch_rows(
     num_valid = torch.from_numpy(block.num_valid.astype(np.int64))
     valid = torch.arange(ids.shape[1]) < num_valid[:, None]
     slots = torch.from_numpy(np.array(numbers if index is None else index, dtype=np.int64))
-    # Document numbers never fall within a row, so comparing both ends of a row is enough.
+    # Document numbers never decrease within a row, so comparing the first and the last is enough.
     packed = bool((document[:, :1] != document[:, -1:]).any())
     return Batch(
         ids=ids,

@@ -20,7 +20,7 @@ from ddiff.errors import DataError, DdiffError
 
 _MARKS = "*?["
 _LOCAL = ("file://", "local://")
-# Keys of fsspec's `info` that change with the content, the most reliable first.
+# Keys of fsspec's `info` whose values change with the content, in order of reliability.
 _VERSION_KEYS = (
     "ETag",
     "etag",
@@ -36,7 +36,7 @@ _VERSION_KEYS = (
 
 
 def find_files(pattern: str) -> list[str]:
-    """Return the files that match a path or glob, sorted.
+    """Return the sorted paths of the files that match a path or glob.
 
     `**` matches folders at any depth. A name that begins with a dot matches only a pattern that
     begins with a dot. Raises DataError for a missing file, a folder, a broken link, a pipe or a
@@ -61,7 +61,7 @@ def find_all_files(patterns: Sequence[str]) -> list[str]:
 def find_train_and_validation(
     train: Sequence[str], validation: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Find training and validation files.
+    """Return the files that match the patterns `train`, and those that match `validation`.
 
     Raises DataError if a file is both a training and a validation file.
     """
@@ -74,7 +74,7 @@ def find_train_and_validation(
 def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
     """Raise DataError if a file is both a training and a validation file.
 
-    Two paths of the same file are recognized.
+    A file is recognized even if `train` and `validation` contain different paths of the file.
     """
     trained = {_identity(path): path for path in train}
     for path in validation:
@@ -119,9 +119,9 @@ def file_version(path: str) -> list[Any]:
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Open a file to read bytes.
+    """Open a local or remote file to read bytes.
 
-    Errors are raised as DataError with the name of the file.
+    Every error is raised as a DataError that names the file.
     """
     with explain_errors(path):
         local = _local_path(path)
@@ -207,7 +207,7 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
 def _matching_names(folder: str, part: str) -> list[str]:
     """Return the names in a folder that match one part of a pattern."""
     if not any(mark in part for mark in _MARKS) or _exists(os.path.join(folder, part)):
-        return [part]  # an existing name wins over its meaning as a pattern
+        return [part]  # an existing name is taken literally, not as a pattern
     is_hidden = part.startswith(".")
     names = [name for name in _list_names(folder) if name.startswith(".") == is_hidden]
     return [name for name in names if fnmatchcase(name, part)]
@@ -338,7 +338,7 @@ def _not_found_message(pattern: str, local: str | None) -> str:
 
 
 def _identity(path: str) -> Any:
-    """Return a key of the file at a path, equal for all paths of the same file."""
+    """Return a key of the file at a path. All local paths of the same file have the same key."""
     local = _local_path(path)
     if local is None:
         return path

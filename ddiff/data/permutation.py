@@ -1,9 +1,9 @@
 """Shuffled row order as a pure function of seed, epoch and position.
 
-The order of an epoch is a keyed permutation of the rows: a Feistel network on the smallest even
-number of bits that can represent all row numbers, applied again while the result is not a row
-number ("cycle walking"). The order therefore does not depend on the number of workers, the world
-size or interruptions.
+The order of an epoch is a keyed permutation of the row numbers. The permutation is a Feistel
+network on the smallest even number of bits that can represent all row numbers. If the result is not
+a row number, the network is applied again ("cycle walking"). The order does not depend on the
+number of workers, the number of processes or interruptions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _UINT = NDArray[np.uint64]
 
 
 def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
-    """Return the row of each global sample number `position` >= 0.
+    """Return the row number for each global sample number in `position`.
 
-    Epoch e covers positions e*num_rows .. (e+1)*num_rows - 1 and contains every row exactly once.
+    Sample numbers count from 0 over all epochs. Epoch e consists of the sample numbers e*num_rows
+    .. (e+1)*num_rows - 1, and contains every row exactly once.
     """
     if num_rows < 1:
         raise ArgumentError(f"row_at: num_rows must be at least 1; got {num_rows}.")
@@ -34,7 +35,8 @@ def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
     num_bits = int(num_rows - 1).bit_length()
     half_bits = max(1, (num_bits + 1) // 2)
     rows = _feistel(place, key, half_bits)
-    # Cycle walking: on average at most 4 tries, because the network permutes at most 4 * num_rows.
+    # Cycle walking takes at most 4 tries on average, because at most 4 * num_rows numbers are
+    # permuted.
     outside = rows >= num_rows
     while outside.any():
         rows[outside] = _feistel(rows[outside], key[outside], half_bits)
@@ -43,13 +45,13 @@ def row_at(seed: int, position: ArrayLike, num_rows: int) -> NDArray[np.int64]:
 
 
 def _feistel(value: _UINT, key: _UINT, half_bits: int) -> _UINT:
-    """Apply one keyed permutation of 0 .. 4**half_bits - 1."""
+    """Apply a keyed permutation of the integers 0 .. 4**half_bits - 1 to `value`."""
     shift = np.uint64(half_bits)
     low = np.uint64(2**half_bits - 1)
     left = value >> shift
     right = value & low
     for number in range(_ROUNDS):
-        # The round number is above all bits of `right`, so that each round has its own function.
+        # The round number uses bits above those of `right`, so each round has a different function.
         round_value = _mix(key ^ _mix(right + np.uint64(number << 40))) & low
         left, right = right, left ^ round_value
     return (left << shift) | right

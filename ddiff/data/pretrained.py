@@ -18,7 +18,7 @@ from ddiff.errors import DataError, DdiffError
 Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
 
-# Package that reads a vocabulary file without tokenizer.json, by the ending of the file.
+# Ending of a vocabulary file -> package that is needed to read the file.
 _READERS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
 _REQUIRED = re.compile(
     r"(?:requires? (?:the )?|`)([A-Za-z][\w-]+)`?(?: library)?(?:,? is required| but it was not)"
@@ -32,9 +32,9 @@ def load_pretrained(
     """Call `load`, a `from_pretrained` method, on a local folder or hub name.
 
     Python code of the repository (`auto_map`) is never run, and no prompt offers to run it. A local
-    folder is read without any network request. Error messages call the object `what` ("tokenizer"
-    or "model") and show `name`, if given, instead of the source. Raises DataError with the cause if
-    loading fails.
+    folder is read without any network request. Error messages use the word `what` ("tokenizer" or
+    "model") for the object, and show `name`, if given, instead of `source`. Raises DataError with
+    the cause if loading fails.
     """
     shown = name or source
     is_local = is_folder(source)
@@ -76,7 +76,7 @@ def custom_code_error(shown: str, what: str) -> DataError:
 
 def is_folder(source: str) -> bool:
     """Return whether `source` is an existing local folder."""
-    # pathlib takes an empty text for the working directory.
+    # pathlib would take an empty string as the working directory.
     return bool(source.strip()) and Path(source).is_dir()
 
 
@@ -162,11 +162,11 @@ def _explain_local(error: Exception, folder: Path, shown: str, what: str) -> Dat
 def _missing_package(error: Exception, folder: Path, what: str, is_local: bool) -> str | None:
     """Return the name of a package that loading needs and that is not installed, or None.
 
-    The name follows from the vocabulary files of a folder, or from the message of the error.
+    The package is found by the vocabulary files of `folder`, or by the message of `error`.
     """
     if what == "tokenizer" and is_local and not (folder / "tokenizer.json").exists():
         for file in sorted(folder.iterdir()):
-            # The ending .model would mean sentencepiece, but this name is that of tiktoken.
+            # The ending .model means sentencepiece, except for a file of tiktoken with this name.
             package = "tiktoken" if file.name == "tiktoken.model" else _READERS.get(file.suffix)
             if package is not None and importlib.util.find_spec(package) is None:
                 return package

@@ -1,16 +1,17 @@
 """Token shards: memory-mapped files of a tokenized corpus.
 
-A folder of shards holds, for a tokenizer of V tokens and shards of n tokens in k documents:
+A folder contains these files. V is the number of tokens of the tokenizer; the tokens file of a
+shard has n tokens in k documents.
 
     train_00000.tokens.npy   [n] uint16 (uint32 if V > 65536), ids of documents with end marks
     train_00000.ends.npy     [k] int64, position after the last token of each document in the shard
     train.counts.npy         [V] int64, number of occurrences of each token in the part
     manifest.json            tokenizer, source, and the size and checksums of every shard
 
-Rows are cut when they are read (`ddiff.data.packing`), so that the same shards serve rows of any
-length. A file is written under a temporary name and then renamed; the manifest is written last. A
-build that was killed resumes after its last complete shard: `journal.json` keeps the cursor of the
-source at the end of that shard.
+Rows are cut from the shards when they are read (`ddiff.data.packing`), so that the same shards can
+give rows of any length. A file is written under a temporary name and then renamed. The manifest is
+written last. A build that was killed resumes after its last complete shard, because `journal.json`
+stores the position in the source at the end of that shard.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class Shards:
     def overlap(self) -> dict[str, list[int]]:
         """Numbers of repeated documents, the result of `find_overlap`.
 
-        The numbers are read from the manifest. For a manifest of an older version, which lacks
-        them, the documents are compared again.
+        The numbers are read from the manifest. A manifest of an older version lacks the numbers;
+        the documents are then compared again.
         """
         stored = self.manifest.get("overlap")
         return stored or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))
@@ -138,9 +139,10 @@ class Shards:
         return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
-        """Return (tokens written since the time `began`, seconds from `began` to the manifest).
+        """Return the number of tokens written after the time `began`, and the seconds this took.
 
-        `began` is a time in seconds since 1970.
+        The seconds are the time from `began` (in seconds since 1970) to the writing of the
+        manifest.
         """
         tokens = 0
         for record in self.all_records():
@@ -214,8 +216,8 @@ class Shards:
 def read_shards(folder: Path, name: str | None = None) -> Shards:
     """Read the manifest of a finished folder of shards.
 
-    Messages show `name`, if given, instead of the folder. Raises DataError for a manifest that is
-    missing, damaged, of another format, or names files outside the folder.
+    Error messages show `name`, if given, instead of the folder. Raises DataError for a manifest
+    that is missing, damaged, of another format, or names files outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -300,7 +302,7 @@ def _manifest_error(path: Path | str, what: str) -> DataError:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the properties of a tokenizer that shards depend on, as JSON."""
+    """Return, as JSON, the properties of a tokenizer that determine the token shards."""
     return {
         "fingerprint": tokenizer.fingerprint,
         "num_tokens": tokenizer.num_tokens,
@@ -319,7 +321,7 @@ def encode_in_memory(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStre
 
 
 def stream_from_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
-    """Build a token stream in memory from ids [R,L]: R documents of L tokens."""
+    """Build a token stream in memory from an array `ids` [R,L]: R documents of L tokens."""
     documents, size = ids.shape
     record = ShardRecord(
         name="",
@@ -353,11 +355,12 @@ def write_shards(
 ) -> Shards:
     """Tokenize a source into shards in `folder`, resuming an interrupted build.
 
-    At the end of the chunk with which the unwritten tokens reach `shard_tokens`, they are written
-    as a pair of shards (training and validation). The files do not depend on `workers`. `source`
-    (JSON) and the tokenizer identify the shards. `total` is the number of documents, if known. A
-    second process that builds the same folder waits for the first. Raises DataError if the source
-    has no token, or if the folder holds shards of another source or tokenizer.
+    After each chunk, if at least `shard_tokens` tokens are unwritten, they are written as a pair of
+    shards: one for training and one for validation. The files do not depend on `workers`. `source`
+    (JSON) and the tokenizer identify the shards. `total` is the number of documents, or None if the
+    number is not known. A second process that builds the same folder waits for the first. Raises
+    DataError if the source has no token, or if the folder holds shards of another source or
+    tokenizer.
     """
     identity = {
         "format": FORMAT,
@@ -369,7 +372,7 @@ def write_shards(
     }
     # Convert to the form that JSON gives after reading: no tuples, only string keys.
     identity = json.loads(json.dumps(identity))
-    # Finished shards are read without a lock, and so also from a folder that cannot be written.
+    # Finished shards are read without a lock, because the folder may be read-only.
     if not (folder / MANIFEST).is_file():
         _make_folder(folder)
         with _lock_folder(folder):
@@ -405,7 +408,7 @@ class _UnfinishedShard:
         tokens = _concatenate(ids, dtype)
         sizes = _concatenate([chunk.sizes for chunk in self._chunks], np.dtype(np.int64))
         num_bytes = sum(int(chunk.num_bytes.sum()) for chunk in self._chunks)
-        # The checksums are those of the files, and are set when the files are written.
+        # The checksums are computed when the files are written.
         record = ShardRecord(
             name=self.name,
             documents=len(sizes),
@@ -427,8 +430,8 @@ class _Build:
         self._identity = identity
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype(identity["dtype"])
-        # The lock is held, so no other process writes these files. The first form is that of older
-        # versions.
+        # This process has the lock, so no other process writes these files. The first pattern
+        # matches the partial files of older versions.
         for abandoned in (*folder.glob("*.partial"), *folder.glob(f"*{PARTIAL}*")):
             abandoned.unlink()
         journal = _read_journal(folder / JOURNAL, identity)
@@ -475,7 +478,7 @@ class _Build:
     def _write_pair(self, cursor: Any) -> None:
         """Write a training and a validation shard, then the journal that lists the shards.
 
-        Shards that the journal does not list, because of a kill, are written again.
+        After a kill, shards that the journal does not list are written again.
         """
         for part, unfinished in self._unfinished.items():
             shard = unfinished.finish(self._dtype)
@@ -522,7 +525,7 @@ class _Build:
 
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the journal of an interrupted build of the same shards, or {}.
+    """Return the journal of an interrupted build of the shards `identity`, or {}.
 
     A journal with invalid entries is ignored, and the build starts again.
     """
@@ -579,7 +582,7 @@ def _memory_map(path: Path, dtype: np.dtype[Any], size: int) -> Any:
     Raises DataError if the file cannot be read, or has another dtype or size.
     """
     try:
-        # An array without entries cannot be mapped, so it is read.
+        # An array without entries cannot be memory-mapped, so it is read.
         array = np.load(path, mmap_mode="r" if size else None)
     except (OSError, ValueError, EOFError) as error:
         raise _damage_error(path, f"it cannot be read ({error})") from error
@@ -601,7 +604,8 @@ def _damage_error(path: Path, what: str) -> DataError:
 def _write_array(path: Path, array: NDArray[Any]) -> str:
     """Write a `.npy` file atomically and return the SHA-256 of the file."""
     with open_atomic(path, sync=True) as file:
-        # The bytes of numpy.save, which calls tofile: its error on a full disk has no errno.
+        # These are the bytes that numpy.save writes. numpy.save itself is not used, because its
+        # error on a full disk has no errno.
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
         file.write(np.ascontiguousarray(array).data)

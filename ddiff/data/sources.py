@@ -1,6 +1,6 @@
 """Stream the texts of a large corpus from hub data sets or files.
 
-Texts are not stored. The cursor of a chunk is the position in the stream after the chunk: another
+Texts are not stored. The cursor of a chunk is the position in the stream after the chunk. Another
 process can continue from the cursor without reading the earlier files again.
 """
 
@@ -50,8 +50,8 @@ class TextSource:
 
     name: name of the source in error messages.
     identity: JSON that distinguishes sources.
-    read: function (cursor) that yields pairs (list of texts, cursor after these texts), from the
-        start for None. A cursor is JSON.
+    read: function (cursor) that yields pairs (list of texts, cursor after these texts). Reading
+    begins after `cursor`, or at the start of the source if `cursor` is None. A cursor is JSON.
     paths: the files that the source reads, if known.
     """
 
@@ -64,7 +64,7 @@ class TextSource:
         return self.name
 
     def chunks(self, cursor: Any = None, part: str | None = TRAIN) -> Iterator[Chunk]:
-        """Yield the texts after a cursor (all texts for None) as chunks, in order.
+        """Yield the texts after `cursor` as chunks, in order. None yields all texts.
 
         Blank and missing texts are left out. Raises DataError if the source cannot be read, or if
         the text column is missing or is not text.
@@ -85,9 +85,9 @@ def open_hub_source(
 ) -> TextSource:
     """Open a hub data set or a local folder as a stream.
 
-    Name, configuration, split, column and `revision` identify the source. Give a revision (a
-    commit): without a revision, a changed data set has the same identity, and shards of the earlier
-    version are used.
+    Name, configuration, split, column and `revision` identify the source. `revision` should be a
+    commit. Without a revision, a data set that changes on the hub keeps its identity, and cached
+    shards of the earlier version are used.
     """
     if Path(path).is_file() or (is_local_path(path) and not is_folder(path)):
         raise DataError(
@@ -127,11 +127,12 @@ def open_file_source(
 ) -> TextSource:
     """Open parquet, JSON-lines or text files, given by fsspec paths and globs.
 
-    Files are read in the order of the patterns, then of their names, each file once. By default,
-    `format` follows from the file endings. Files may be compressed. A document is a row of a table,
-    an object of a JSON file, or a line, paragraph or file of text (`split`). Name, size, and
-    modification time or tag identify a file. Raises ArgumentError if `patterns` is empty or the
-    files have different formats, DataError if a pattern matches no file.
+    Files are read in the order of the patterns, and those of one pattern in the order of their
+    names. Each file is read once. If `format` is None, the file endings decide. Files may be
+    compressed. A document is a row of a table, an object of a JSON file, or a line, paragraph or
+    file of text (`split`). A file is identified by its name, its size, and its modification time or
+    entity tag. Raises ArgumentError if `patterns` is empty or the files have different formats,
+    DataError if a pattern matches no file.
     """
     if not patterns:
         raise ArgumentError(
@@ -209,7 +210,8 @@ Numbers count from 1.
 def _read_files(paths: Sequence[str], records: Records, cursor: Any) -> Iterator[tuple[Texts, Any]]:
     """Yield pairs (list of texts, cursor after these texts) of files in order.
 
-    A cursor is the pair of a file index and the number of the last record read from that file.
+    A cursor is a pair: the index of a file, and the number of the last record that was read from
+    the file.
     """
     first, done = (0, 0) if cursor is None else cursor
     texts: Texts = []
@@ -244,7 +246,8 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
     with open_decompressed(path) as file:
         is_first = True
         for number, place, found in json_objects(file, path):
-            # Only the first object must have the column: logs hold other lines too.
+            # Only the first object must have the column, because log files also contain other
+            # objects.
             if is_first:
                 _check_column(place, column, list(found))
                 is_first = False
@@ -269,7 +272,7 @@ def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, s
             if number + size <= done:
                 number += size
                 continue
-            # The other columns are not read: they may differ from file to file.
+            # No other column is read, because the other columns may differ from file to file.
             batches = table.iter_batches(DOCUMENTS_AT_ONCE, row_groups=[group], columns=[column])
             for batch in batches:
                 for value in batch.column(column).to_pylist():

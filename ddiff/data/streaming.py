@@ -1,10 +1,10 @@
-"""Rows of a corpus that is tokenized during training; only cursors are stored.
+"""Rows of a corpus that is tokenized during training.
 
-The token stream is cut into rows, and the rows are grouped into blocks of a fixed number of rows.
-Each block is shuffled by a separate permutation. The rows of a training step are therefore a
-function of the step, as with token shards. A resumed run reads forward from the cursor of the
-checkpoint. To read any other block, the stream is read from the nearest stored cursor before the
-block, or from the start.
+Of the token stream, only cursors (positions) are stored. The stream is cut into rows, and the rows
+are grouped into blocks of a fixed number of rows. Each block is shuffled by a separate permutation.
+The rows of a training step are therefore a function of the step, as with token shards. A resumed
+run reads forward from the cursor of the checkpoint. To read any other block, the stream is read
+from the nearest stored cursor before the block, or from the start.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Cursor:
     """Position in the stream at which a block begins.
 
     block: number of the block.
-    source: cursor in the source (JSON), at or before the start of the block.
+    source: cursor in the source (JSON) at or before the start of the block; None: the start of the
+    source.
     skip: number of tokens between `source` and the start of the block.
     document: number of the first document after `source`.
     """
@@ -51,11 +52,11 @@ class Cursor:
 
 
 class _Piece(NamedTuple):
-    """Piece of the stream.
+    """Piece of n tokens of the token stream.
 
-    ids: [n] tokens.
-    document: [n] document of each token.
-    place: position of the first token.
+    ids: array [n] of token ids.
+    document: array [n], number of the document of each token.
+    place: cursor of the first token; its field `block` is not used.
     period: number of tokens and of documents in one pass over the source, if the piece repeats the
         source; otherwise None.
     """
@@ -80,9 +81,10 @@ class StreamedRows:
     """Endless rows of a source that is tokenized while the rows are read.
 
     The source is read repeatedly, and each block of `block` rows is shuffled. A source with fewer
-    tokens than a block is read once and repeated from memory, with a warning. `head` holds the
-    packed rows of the first documents, from which tokens are counted. `cursors` is a file (JSON
-    lines) of the positions at which blocks begin, or None. `fingerprint` identifies the rows.
+    tokens than a block is read once and repeated from memory, with a warning. `head` contains the
+    packed rows of the first documents; `token_counts` and `stream` use only these rows. `cursors`
+    is the path of a file (JSON lines) that stores the positions at which blocks begin, or None.
+    `fingerprint` identifies the rows.
     """
 
     def __init__(
@@ -151,10 +153,10 @@ class StreamedRows:
         return asdict(self._cursor)
 
     def restore(self, state: Cursor | dict[str, Any]) -> None:
-        """Continue from a position that `state` has returned."""
+        """Continue from a position `state`, which the method `state` has returned."""
         self._cursor = state if isinstance(state, Cursor) else Cursor(**state)
         self._pieces = self._read(self._cursor)
-        self._rest: _Piece | None = None  # remainder of the last piece after the end of a block
+        self._rest: _Piece | None = None  # part of the last piece after the end of the block
 
     def _block(self, number: int) -> Block:
         if number not in self._blocks and number != self._cursor.block:
@@ -223,7 +225,8 @@ class StreamedRows:
                 source = chunk.cursor
                 skip = max(0, skip - len(train.ids))
                 document += len(train.sizes)
-            # Only a pass from the start tells the size: one from a cursor has skipped some tokens.
+            # The size of the source is known only after a pass that began at the start of the
+            # source.
             if is_whole_pass and not num_tokens:
                 raise DataError(
                     "The source gave no token to train on. Give texts that are not empty."
@@ -258,7 +261,7 @@ class StreamedRows:
         )
         skipped_passes, skip = divmod(skip, num_tokens)
         document += skipped_passes * num_documents
-        # One piece has at least the tokens of a block, so that a block needs at most two pieces.
+        # A piece has at least as many tokens as a block, so that a block needs at most two pieces.
         all_ids = np.tile(ids, passes)
         first_documents = np.repeat(np.arange(passes) * num_documents, num_tokens)
         all_numbers = np.tile(numbers, passes) + first_documents
@@ -270,7 +273,7 @@ class StreamedRows:
             document += passes * num_documents
 
     def _nearest_cursor(self, number: int) -> Cursor:
-        """Return the stored cursor of the last block at or before block `number`."""
+        """Return the stored cursor of block `number`, or of the nearest earlier block."""
         best = Cursor()
         if self._cursors is None or not self._cursors.is_file():
             return best
