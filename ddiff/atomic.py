@@ -29,7 +29,7 @@ _POLL = 0.1  # seconds between two attempts to lock
 
 
 def partial_name(name: str) -> str:
-    """Return a new temporary name for a file or folder that is not complete yet."""
+    """Return a new partial name for the file or folder `name`."""
     return f"{name}{PARTIAL}{uuid.uuid4().hex[:8]}"
 
 
@@ -45,15 +45,16 @@ def open_atomic(
     system: Any = None,
     sync: bool = False,
 ) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears at `path` only if the block ends without an error.
+    """Open a file for writing, which appears at `path` only after a block without error.
 
     Missing folders are created. After an error the partial file is removed, and an OSError names
     `path`.
 
     Args:
         path: a local path, or a string with any fsspec address.
-        system: the fsspec file system of `path`. None: found from `path`.
-        sync: flush a local file to the disk before the rename. No effect on other file systems.
+        system: the fsspec file system of `path`. None: `path` determines the file system.
+        sync: whether a local file is flushed to the disk before it is renamed. Other file systems
+        ignore `sync`.
     """
     system, place = _locate(path, system)
     folder = place.rpartition("/")[0]
@@ -77,7 +78,7 @@ def write_atomic(
     system: Any = None,
     sync: bool = False,
 ) -> None:
-    """Write a whole file atomically, text as UTF-8. For the arguments see `open_atomic`."""
+    """Write `content` to a file atomically; a str is encoded as UTF-8."""
     with open_atomic(path, system=system, sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -101,7 +102,7 @@ def copy_atomic(source: Path, path: str, system: Any) -> None:
 def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
     """Lock an open file exclusively, waiting up to `patience` seconds for the lock.
 
-    Return False if another process still holds the lock after that time. The lock is released when
+    Return False if another process still has the lock after that time. The lock is released when
     the file is closed or the process ends, even if it is killed. On a file system without locks,
     raises OSError with an errno in NO_LOCKS.
     """
@@ -139,7 +140,7 @@ def _publish(
     partial: str,
     place: str,
 ) -> Iterator[None]:
-    """Context manager: rename the file `partial` to `place` after the block.
+    """Context manager that renames the file `partial` to `place` after the block.
 
     After an error in the block, the file `partial` is deleted instead.
     """
@@ -157,8 +158,8 @@ def _publish(
                 os.unlink(partial)
             else:
                 system.rm(partial)
-        # Only if there is an errno: str() of an OSError with a filename shows errno and filename
-        # but no other message.
+        # An error without errno is not given a filename: str() of an OSError with a filename shows
+        # only the errno and the filename.
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = place
         raise

@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 
 from ddiff.errors import ArgumentError
 
-# The most frequent tokens are the contexts. The counts need memory for V * MAX_CONTEXTS numbers.
+# Only the most frequent tokens are contexts, because the counts need memory for V * MAX_CONTEXTS
+# numbers (V is the number of tokens).
 MAX_CONTEXTS = 2048
 _PAIRS_AT_ONCE = 1 << 22
-_CONTEXT_POWER = 0.75  # flattens the contexts' frequencies, so that rare contexts do not dominate
-_SMALLEST_DIRECTION = 1e-5  # singular values below 1e-5 of the largest are rounding errors
+_CONTEXT_POWER = 0.75  # exponent of the contexts' counts; below 1, rare contexts do not dominate
+_SMALLEST_DIRECTION = 1e-5  # smaller singular values, relative to the largest, are rounding errors
 
 
 def compute_cooccurrence_embeddings(
@@ -24,15 +25,15 @@ def compute_cooccurrence_embeddings(
     window: int = 4,
     seed: int = 0,
 ) -> NDArray[np.float32]:
-    """Compute embeddings [V, width] of V = `num_tokens` tokens from a token stream `ids` [n].
+    """Compute token embeddings [V, width] from the token stream `ids` [n].
 
-    Contexts of a token are the tokens up to `window` positions before and after it in the same
-    document (`document` [n] is the document number of each position). Contexts before and after
-    are counted separately, with weight 1/distance. The counts are converted to positive pointwise
-    mutual information, max(0, ln P(token, context) / (P(token) P(context))). With the singular
-    value decomposition U S W^T of this matrix, truncated to the `width` largest singular values,
-    the embeddings are U sqrt(S). A token that does not occur has the zero vector. The same input
-    and seed give the same embeddings.
+    V is `num_tokens`. The contexts of a token are the tokens up to `window` positions before and
+    after the token in the same document. `document` [n] is the document number of each position.
+    Contexts before and after are counted separately, with weight 1/distance. The counts are
+    converted to the matrix of positive pointwise mutual information, max(0, ln(P(token, context) /
+    (P(token) P(context)))). With the singular value decomposition U S W^T of this matrix, truncated
+    to the `width` largest singular values, the embeddings are U sqrt(S). A token that does not
+    occur has the zero vector. The same input and seed give the same embeddings.
     """
     if width < 1 or window < 1:
         raise ArgumentError(
@@ -58,7 +59,8 @@ def _count_contexts(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Count how often the C most frequent tokens occur before and after each of V tokens.
 
-    Returns two arrays [V, C], weighted by 1/distance.
+    Returns two arrays [V, C], one for the positions before and one for the positions after a token.
+    Each occurrence has the weight 1/distance.
     """
     frequency = np.bincount(ids, minlength=num_tokens)
     # A stable sort, so that tokens of equal frequency are always taken in the same order.
@@ -86,7 +88,7 @@ def _count_contexts(
 def _add_pairs(
     counts: NDArray[np.float32], rows: NDArray[np.int32], columns: NDArray[np.int64], weight: float
 ) -> None:
-    """Add `weight` to the cell (row, column) of each pair, in place."""
+    """Add `weight` to the cell (row, column) of `counts` for each pair, in place."""
     is_context = columns >= 0
     rows = rows[is_context]
     columns = columns[is_context]
@@ -110,7 +112,7 @@ def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
     total = max(context.sum(), np.finfo(float).tiny)
     context /= total
     expected = (token * context).astype(np.float32)
-    # The ratio stays 1, with logarithm 0, for pairs that do not occur.
+    # For pairs that do not occur, the ratio stays 1, so that its logarithm is 0.
     ratio = np.divide(counts, expected, out=np.ones_like(counts), where=counts > 0)
     return np.log(np.maximum(ratio, 1.0))
 

@@ -26,16 +26,17 @@ _NO_PICKLE = (
 def read_clusters(
     paths: Sequence[str], num_tokens: int, *, extra: int = 0, mask_token_id: int | None = None
 ) -> list[_Ints]:
-    """Read a tree over tokens from one file per level, finest level first.
+    """Read a tree over tokens from one file per level, the finest level first.
 
     The first file has the cluster of each of the `num_tokens` tokens, the second the parent of each
     of these clusters, and so on. A file is .npy, .json (a list, or an object from index to cluster)
     or .safetensors (one tensor), and holds integers from 0 without gaps.
 
-    The layout published with arXiv 2510.08632 (one int64 for each token except the mask) needs two
-    settings. The last `extra` entries of the first file, for special tokens that this tokenizer
-    does not have, are ignored. `mask_token_id` is a token without an entry. This token joins the
-    cluster of the token before it, without effect, because the mask does not occur in text.
+    Two settings are for the layout published with arXiv 2510.08632, which has one int64 for each
+    token except the mask. The last `extra` entries of the first file are ignored; they belong to
+    special tokens that this tokenizer does not have. `mask_token_id` is the id of a token without
+    an entry. This token gets the cluster of the token with the previous id. This choice has no
+    effect, because the mask does not occur in text.
 
     Raises DataError with the expected and the actual length for a file of a wrong length.
     """
@@ -202,7 +203,8 @@ def _check_no_gap(path: str, level: _Ints) -> None:
             f"{path}: clusters must be numbered from 0; the file holds {level.min()}. Number the "
             "clusters again."
         )
-    # Checked before members are counted: the counts of a huge cluster number would fill the memory.
+    # This is checked before the members are counted, because counts up to a huge cluster number
+    # would fill the memory.
     if level.max() >= len(level):
         raise DataError(
             f"{path} has {len(level)} entries and holds the cluster {level.max()}, so that some "

@@ -1,9 +1,9 @@
-"""Nested spherical k-means with limits on cluster sizes, which builds a tree over tokens.
+"""Nested spherical k-means, which builds a tree over tokens with limits on cluster sizes.
 
 Each level clusters the points of the level below (tokens, then nodes) with the k-means of faiss on
-unit vectors. Then points are moved until every cluster has between `min_share` and `max_share`
-times the mean number of points. The loss of a move is the cosine of the point with the old centroid
-minus its cosine with the new centroid:
+unit vectors. Then points are moved until the number of points in every cluster is between
+`min_share` and `max_share` times the mean. The loss of a move is the cosine of the point with the
+old centroid minus its cosine with the new centroid:
 
 1. From a cluster above the upper limit, the points with the least loss move to the best cluster
    below the upper limit.
@@ -45,11 +45,11 @@ def nested_kmeans(
 ) -> tuple[list[_Ints], list[_Floats]]:
     """Build a tree over the rows of `embeddings` [V, d] by k-means.
 
-    V is the number of tokens and d the width of the embeddings. Level l has `sizes[l]` nodes; sizes
-    must decrease strictly. The result is (parents, centroids). `parents[l]` holds the parent in
-    level l of each node of level l - 1 (of each token for l = 0). `centroids[l]` [sizes[l], d]
-    holds the mean embedding of the tokens below each node. Raises ArgumentError for impossible
-    sizes or limits, DataError for NaN or infinity.
+    V is the number of tokens and d the width of the embeddings. Level l has `sizes[l]` nodes, and
+    `sizes` must decrease strictly. Level 0 is the level directly above the tokens. The result is
+    (parents, centroids). `parents[l]` holds the parent in level l of each node of level l - 1 (of
+    each token for l = 0). `centroids[l]` [sizes[l], d] holds the mean embedding of the tokens below
+    each node. Raises ArgumentError for impossible sizes or limits, DataError for NaN or infinity.
     """
     vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
     token_ids = np.arange(len(vectors))
@@ -63,7 +63,7 @@ def nested_kmeans(
     points = _normalize(vectors - mean)
     node_of_token: _Ints = token_ids
     for size in sizes:
-        # A level of one node has no room for a separate special node.
+        # A level with one node cannot have a separate node for special tokens.
         has_special_node = bool(is_special.any()) and size > 1
         level = np.full(len(points), size - 1, dtype=np.int64)
         is_member = ~is_special if has_special_node else np.ones(len(points), dtype=bool)
@@ -114,7 +114,7 @@ def _check(
 
 
 def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share: float) -> _Ints:
-    """Return the cluster of each point, by k-means from k-means++ starts and balancing."""
+    """Return the cluster of each point, by k-means with k-means++ starts, then balancing."""
     import faiss  # slow to import, and only clustering needs it
 
     # Without minimum, faiss would warn of every small cluster.
@@ -138,10 +138,10 @@ def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share:
 
 
 def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Floats:
-    """Draw `size` start centroids from unit vectors `points` by k-means++.
+    """Draw `size` start centroids from the unit vectors `points` by k-means++.
 
-    Each start is drawn with probability proportional to 1 - cos, the distance to the nearest start
-    drawn before. If all distances are 0 (more starts than different points), the last point is
+    A point is drawn with probability proportional to its distance 1 - cos to the nearest of the
+    earlier starts. If all distances are 0 (fewer different points than starts), the last point is
     chosen.
     """
     chosen = [int(rng.integers(len(points)))]
@@ -149,7 +149,7 @@ def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Float
     for _ in range(size - 1):
         to_last = np.maximum(1.0 - points @ points[chosen[-1]], 0.0)
         distance = np.minimum(distance, to_last)
-        distance[chosen[-1]] = 0.0  # rounding may give a distance above 0 to the point itself
+        distance[chosen[-1]] = 0.0  # rounding may give the point a distance above 0 to itself
         total = np.cumsum(distance)
         threshold = rng.random() * total[-1]
         place = np.searchsorted(total, threshold, side="right")
@@ -159,10 +159,10 @@ def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Float
 
 
 def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _Ints:
-    """Move points with the least loss of similarity until each cluster has lower..upper points.
+    """Move points with the least loss until each cluster has `lower` to `upper` points.
 
-    `affinity` [n,k] is the cosine of each of n points with each of k centroids, and `assignment`
-    [n] the cluster of each point.
+    `affinity` [n,k] contains the cosines of n points with k centroids. `assignment` [n] is the
+    cluster of each point.
     """
     assignment = assignment.copy()
     counts = np.bincount(assignment, minlength=affinity.shape[1])
@@ -170,7 +170,7 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
     for cluster in too_large.tolist():
         while counts[cluster] > upper:
             _give_away(affinity, assignment, counts, cluster, upper)
-    # Small clusters come second, because large clusters have given points to them.
+    # Small clusters are filled second, because they may have received points of large clusters.
     too_small = np.flatnonzero(counts < lower)
     for cluster in too_small.tolist():
         _take_in(affinity, assignment, counts, cluster, lower)
@@ -180,17 +180,17 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
 def _give_away(
     affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int
 ) -> None:
-    """Move points of `cluster` to the most similar clusters below the upper limit.
+    """Move points from `cluster` to the most similar clusters below the upper limit.
 
-    The function returns early if a target cluster is full; the caller then calls it again with the
-    remaining targets.
+    The function returns early if a target cluster is full. The caller then calls the function
+    again, and the full cluster is no target anymore.
     """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)
     choices = affinity[np.ix_(members, open_clusters)]
     target = open_clusters[choices.argmax(1)]
     loss = affinity[members, cluster] - choices.max(1)
-    # Stable sorts here and below, so that equal losses are always taken in the same order.
+    # All sorts are stable, so that points with equal losses are always moved in the same order.
     order = np.argsort(loss, kind="stable")
     excess = counts[cluster] - upper
     for place in order[:excess]:
@@ -218,14 +218,14 @@ def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, 
 
 
 def _normalize(vectors: _Floats) -> _Floats:
-    """Scale rows to unit length; zero rows stay zero."""
+    """Scale each row of `vectors` to unit length. Zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     lengths = np.maximum(lengths, np.finfo(np.float32).tiny)
     return np.ascontiguousarray(vectors / lengths, dtype=np.float32)
 
 
 def _means(vectors: _Floats, node: _Ints, size: int) -> _Floats:
-    """Return the mean vector of each of `size` nodes, computed in float64."""
+    """Return the mean of the `vectors` in each of `size` nodes, computed in float64."""
     sums = np.zeros((size, vectors.shape[1]))
     np.add.at(sums, node, vectors)
     counts = np.bincount(node, minlength=size)

@@ -182,7 +182,7 @@ class PackedRows:
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask [n] of the n stream tokens, True for tokens in the rows `numbers`."""
+        """Return a mask of the n tokens of the stream, bool [n], True in the rows `numbers`."""
         starts, stops = self._spans(numbers)
         # +1 at the start and -1 at the end of a row: the running sum counts the rows with a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)

@@ -67,7 +67,7 @@ class _Piece(NamedTuple):
     period: tuple[int, int] | None = None
 
     def after(self, count: int, block: int) -> Cursor:
-        """Return the cursor of block `block`, which begins after `count` tokens of the piece."""
+        """Return the cursor of `block`, which begins after `count` tokens of the piece."""
         skip = self.place.skip + count
         document = self.place.document
         if self.period is not None:

@@ -1,9 +1,9 @@
-"""Decode files as text and split the text into documents, by the same rules for every reader.
+"""Decode files as text, and split the text into documents.
 
-The encoding is UTF-8. A byte order mark is dropped; NUL is refused. A line ends with "\\n", with
-"\\r", or with any number of "\\r" before a "\\n"; every line end is read as "\\n". A line is blank
-if it holds only white space; blank lines separate paragraphs. Files are read block by block, so
-that memory is needed only for the largest document.
+Every reader uses the same rules. The encoding is UTF-8. A byte order mark is dropped, and NUL is
+refused. A line ends with "\\n", with "\\r", or with any number of "\\r" before a "\\n". Every line
+end is converted to "\\n". A line is blank if it contains only white space. Blank lines separate
+paragraphs. Files are read block by block, so that memory is needed only for the largest document.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OTHER_ENCODINGS = {
 
 
 def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of each document that is not blank.
+    """Yield (number, text) for each document of a file that is not blank.
 
     The number counts lines or paragraphs of the file from 1, including blank lines.
     """
@@ -49,7 +49,8 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
     The last line is the text after the last line end, which may be empty.
     """
-    # Pieces are joined once per line: adding them up would be quadratic for a file of one line.
+    # Pieces are joined once per line. Repeated concatenation would be quadratic for a file of one
+    # line.
     pieces: list[str] = []
     for block in _blocks(file, name):
         first, *others = block.split("\n")
@@ -63,7 +64,7 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
 def check_text(text: str, name: str) -> str:
     """Return `text` unchanged if it is valid.
 
-    Raises DataError for other types than str, for NUL and for lone surrogates.
+    Raises DataError if `text` is not a str, or contains NUL or a lone surrogate.
     """
     if not isinstance(text, str):
         found = repr(text)
@@ -90,8 +91,8 @@ def check_text(text: str, name: str) -> str:
 
 def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
     """Yield the text of a file block by block, with all line ends as "\\n"."""
-    # Number of "\r" at the end of the last block. The next block decides whether these are one line
-    # end or several.
+    # Number of "\r" at the end of the last block. The next block shows whether these characters are
+    # one line end or several.
     returns = 0
     for block in _decode_blocks(file, name):
         rest = block.lstrip("\r")
@@ -152,7 +153,7 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _check_encoding(head: bytes, name: str) -> None:
-    # UTF-32 is checked before UTF-16, whose byte order mark is the beginning of the longer one.
+    # UTF-32 is checked before UTF-16, because the mark of UTF-32LE begins with that of UTF-16LE.
     for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
             raise DataError(

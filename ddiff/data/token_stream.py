@@ -16,9 +16,10 @@ from ddiff.data.cache import fingerprint
 @final
 @dataclass(frozen=True)
 class ShardRecord:
-    """Manifest entry of a shard: its sizes, and the SHA-256 of its tokens and ends files.
+    """Manifest entry of a shard, with its sizes and the SHA-256 of its two files.
 
-    `shortest` and `longest` are the numbers of tokens of the shortest and the longest document.
+    The two files contain the tokens and the ends of documents. `shortest` and `longest` are the
+    numbers of tokens of the shortest and of the longest document.
     """
 
     name: str
@@ -36,9 +37,9 @@ class ShardRecord:
 class Shard:
     """Shard of n tokens in k consecutive documents.
 
-    tokens: [n] ids.
-    ends: [k] position after the last token of each document.
-    record: manifest entry.
+    tokens: array [n] of token ids.
+    ends: array [k], the position after the last token of each document.
+    record: manifest entry of the shard.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -50,8 +51,8 @@ class Shard:
 
         Both arrays are [stop - start]. Document numbers count from the first document of the shard.
         """
-        # The document at a position is the number of ends at or before it. Only the ends within
-        # the range are searched for each position.
+        # The document number at a position is the number of ends at or before the position. Only
+        # the ends within the range are searched for each position.
         first, last = np.searchsorted(self.ends, (start, stop - 1), side="right")
         ends = self.ends[first:last]
         positions = np.arange(start, stop)
@@ -64,13 +65,13 @@ class TokenStream:
     """Token stream of consecutive shards, read from disk on demand."""
 
     def __init__(self, shards: Sequence[Shard], counts: Callable[[], NDArray[np.int64]]) -> None:
-        """Join `shards` to a stream.
+        """Concatenate `shards` to one stream.
 
-        `counts()` returns the number of occurrences of each of the V tokens, [V].
+        `counts()` returns an array [V]: how often each of the V tokens occurs.
         """
         self.shards = shards
         self.counts = counts
-        # [number of shards + 1] tokens and documents before each shard, the totals last.
+        # Arrays [number of shards + 1]: tokens and documents before each shard, then the totals.
         self._starts = _cumulative_sums(shard.record.tokens for shard in shards)
         self._documents = _cumulative_sums(shard.record.documents for shard in shards)
 
@@ -95,7 +96,8 @@ class TokenStream:
         """
         ids = np.empty(stop - start, np.int32)
         document = np.empty(stop - start, np.int64)
-        # Number of the shard that contains `start`: side="right" skips empty shards before it.
+        # Number of the shard that contains `start`. side="right" skips empty shards before this
+        # shard.
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         at = start
         while at < stop:
@@ -119,7 +121,7 @@ class TokenStream:
         for first, shard in zip(self._documents, self.shards):
             record = shard.record
             if record.documents and not record.shortest == record.longest == size:
-                # The ends are read only here: for most shards the record is sufficient.
+                # Only here the ends are read from disk. For most shards the record is sufficient.
                 sizes = np.diff(shard.ends, prepend=0)
                 wrong = int(np.argmax(sizes != size))
                 return int(first) + wrong, int(sizes[wrong])

@@ -1,7 +1,7 @@
-"""Tokenizers, which convert text to token ids and ids to text.
+"""Tokenizers, which convert text to token ids and token ids to text.
 
 A tokenizer adds no special tokens: packing appends the end-of-document id. A tokenizer is saved as
-one JSON file that names its kind, and restored by `load_tokenizer`.
+one JSON file, which names the kind of tokenizer. `load_tokenizer` restores the tokenizer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.progress import show_activity
 
 EOS = "<|eos|>"
-# In characters. The time to learn byte pairs is quadratic in the length of a word.
+# Limit in characters, because the time to learn byte pairs is quadratic in the length of a word.
 LONGEST_WORD = 1000
 MOST_TOKENS = 2**24
 # The pattern with which GPT-2 (and ByteLevel) splits text into words, with a limit on the length.
@@ -53,11 +53,12 @@ Unit = Literal["token", "symbol"]
 class Tokenizer(Protocol):
     """Tokenizer with V tokens and ids 0..V-1.
 
-    num_tokens: V.
+    num_tokens: the number V of tokens.
     eos_id: id of the end mark of a document; None if documents have no end mark.
     special_ids: ids that do not occur in encoded text.
     fingerprint: hexadecimal digits that identify the tokenizer.
-    unit: unit of metrics: "token", or "symbol" if documents are rows of one fixed length.
+    unit: "symbol" if all documents are rows of one fixed length, otherwise "token". Metrics are per
+    unit.
     """
 
     num_tokens: int
@@ -67,7 +68,7 @@ class Tokenizer(Protocol):
     unit: Unit
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, without special tokens.
+        """Return the token ids of each text, without special tokens.
 
         Raises DataError for text that the tokenizer cannot encode.
         """
@@ -92,7 +93,7 @@ class Tokenizer(Protocol):
 class Unencodable(DataError):
     """Error for text that a tokenizer cannot encode.
 
-    `row` is the index of the text in the call of `encode`. Subclasses give the reason.
+    `row` is the index of the text in the argument of `encode`. Subclasses add the reason.
     """
 
     row: int
@@ -116,7 +117,8 @@ class UnknownSymbol(Unencodable):
             "character to the symbols of the tokenizer."
         )
 
-    # An exception is pickled with its message as the only argument, which does not fit __init__.
+    # By default an exception is pickled with its message as the only argument of __init__. The
+    # arguments here differ.
     def __reduce__(self) -> tuple[type[UnknownSymbol], tuple[str, int, str, Sequence[str]]]:
         return UnknownSymbol, (self.symbol, self.row, self.name, self.symbols)
 
@@ -150,7 +152,7 @@ class UnknownWord(Unencodable):
 class BytePairTokenizer:
     """Byte-level byte-pair encoding learned from a corpus.
 
-    The encoding is lossless on any text. The only special token is `<|eos|>` with id 0.
+    Decoding restores every text exactly. The only special token is `<|eos|>` with id 0.
     """
 
     unit: Unit = "token"
@@ -180,12 +182,12 @@ class BytePairTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> BytePairTokenizer:
-        """Learn a vocabulary of at most `size` tokens, deterministically.
+        """Learn a vocabulary of at most `size` tokens. Equal texts give equal vocabularies.
 
-        `size` is at least 257, for the 256 bytes and `<|eos|>`. Words of more than LONGEST_WORD
-        characters are cut into pieces of that length. If the texts have such words, the tokenizer
-        cuts long words in encoding too; otherwise the definition is that of plain byte-level
-        byte-pair encoding.
+        `size` must be at least 257: one token for each of the 256 bytes, and `<|eos|>`. Words of
+        more than LONGEST_WORD characters are cut into pieces of that length. If the texts have such
+        words, the tokenizer cuts long words in encoding too. Otherwise the result is plain
+        byte-level byte-pair encoding.
         """
         if size < 257:
             raise ArgumentError(
@@ -207,7 +209,8 @@ class BytePairTokenizer:
         with show_activity(f"learning byte pairs (at most {size})"):
             tokenizer.train_from_iterator(checked, trainer)
         if not checked.has_long_words:
-            # Equal on these texts; the plain definition keeps the fingerprint of older versions.
+            # Both definitions encode these texts equally. The plain definition keeps the
+            # fingerprint of older versions.
             tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
         return cls(tokenizer.to_str())
 
@@ -241,7 +244,7 @@ class BytePairTokenizer:
 class AlphabetTokenizer:
     """Tokenizer with one id per character and no special token.
 
-    Suitable for DNA, amino acids and generated sources. Metrics are per symbol.
+    Use this tokenizer for DNA, amino acids and generated sources. Metrics are per symbol.
     """
 
     unit: Unit = "symbol"
@@ -249,7 +252,7 @@ class AlphabetTokenizer:
     special_ids: tuple[int, ...] = ()
 
     def __init__(self, symbols: Sequence[str]) -> None:
-        """Build the tokenizer from distinct single characters, a string or list in id order."""
+        """Build the tokenizer from a string or list of distinct characters, in the order of ids."""
         self._symbols = list(symbols)
         if not self._symbols or any(len(symbol) != 1 for symbol in self._symbols):
             raise ArgumentError(
@@ -299,7 +302,7 @@ class AlphabetTokenizer:
         # "surrogatepass": a lone surrogate is refused below like any other unknown character.
         content = text.encode("utf-32-le", "surrogatepass")
         codes = np.frombuffer(content, dtype=np.uint32).astype(np.int64)
-        # Code points beyond the table read its last entry, which `where` then replaces.
+        # A code point beyond the table reads the last entry, which `where` then replaces.
         last = len(self._ids) - 1
         found = self._ids[np.minimum(codes, last)]
         ids = np.where(codes <= last, found, -1)
@@ -312,7 +315,8 @@ class AlphabetTokenizer:
 class PretrainedTokenizer:
     """Tokenizer of the `transformers` library.
 
-    The saved JSON contains all files of the tokenizer, so that a resumed run needs no hub access.
+    `save` writes all files of the tokenizer into the JSON file, so that a resumed run needs no
+    access to the hub.
     """
 
     unit: Unit = "token"
@@ -320,8 +324,8 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
         """Wrap a tokenizer of `transformers.AutoTokenizer.from_pretrained`.
 
-        The number of tokens is one more than the highest id, including added tokens. Some ids may
-        be unused. Error messages show `name`.
+        The number of tokens is the highest id of all tokens, including added tokens, plus 1. Some
+        ids may be unused. Error messages show `name`.
         """
         self._tokenizer = tokenizer
         self._backend = _fast_backend(tokenizer)
@@ -354,8 +358,8 @@ class PretrainedTokenizer:
     def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:
         """Load a tokenizer from a local directory or by the name of a model on the hub.
 
-        Error messages show `name`, if given, instead of `source`. Raises DataError with the cause
-        for a missing tokenizer, and for a tokenizer that needs Python code of its repository.
+        Error messages show `name`, if given, instead of `source`. Raises DataError if there is no
+        tokenizer, or if the tokenizer needs Python code of its repository.
         """
         # Imported here, because it takes seconds and only this tokenizer needs it.
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -424,7 +428,7 @@ class PretrainedTokenizer:
         if self._backend is None:
             return [type(self._tokenizer).__name__, self._tokenizer.get_vocab()]
         definition = json.loads(self._backend.to_str())
-        # Padding and truncation change with every call, and are not used here.
+        # Padding and truncation are left out, because they change with every call and are not used.
         definition.pop("padding", None)
         definition.pop("truncation", None)
         return definition
@@ -474,15 +478,15 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def _representation(tokenizer: Tokenizer) -> str:
-    """Return class, size and fingerprint as `BytePairTokenizer(512 tokens; 3f2a...)`."""
+    """Return the `repr` of a tokenizer, such as `BytePairTokenizer(512 tokens; 3f2a...)`."""
     size = f"{tokenizer.num_tokens} {tokenizer.unit}s"
     return f"{type(tokenizer).__name__}({size}; {tokenizer.fingerprint})"
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    """Warn if decoding the encoded texts does not restore them.
+    """Warn if encoding and decoding does not restore the texts.
 
-    Metrics per byte count the bytes of the original texts.
+    The warning matters for metrics per byte, which count the bytes of the original texts.
     """
     short = [text[:200] for text in texts[:16]]
     for before, after in zip(short, tokenizer.decode(tokenizer.encode(short))):
@@ -547,7 +551,7 @@ def _encode_or_explain(
     """Return `encode(texts)`.
 
     If `encode` fails, raise UnknownWord for the first text that cannot be encoded. The error names
-    the first piece of the text that cannot be encoded.
+    the first part of this text that has no ids.
     """
     try:
         return encode(texts)
@@ -585,10 +589,10 @@ def _find_surrogate(text: str) -> str | None:
 def _dropped_character_finder(backend: Any) -> Callable[[str], str] | None:
     """Return a function that finds characters which the tokenizer silently drops.
 
-    Byte-pair encoding without an unknown token drops characters that have no token. The function
-    takes a text and returns one dropped character, or "". The result is None if the tokenizer drops
-    no characters: models other than byte pairs raise an error instead, and byte pairs with a token
-    for every byte encode all text.
+    Byte-pair encoding without an unknown token drops characters that have no token. The returned
+    function takes a text and returns one dropped character, or "". Return None if the tokenizer
+    never drops a character. This is so for models other than byte pairs, which raise an error
+    instead, and for byte pairs with a token for every byte, which encode all text.
     """
     if backend is None:
         return None
@@ -619,9 +623,10 @@ def _find_dropped_character(backend: Any, alphabet: set[str], text: str) -> str:
 
 
 class _CheckedTexts:
-    """Texts for a trainer, checked for lone surrogates while they are read.
+    """Texts for learning a tokenizer, checked for lone surrogates while they are read.
 
-    After reading, `has_long_words` says whether a text has a word above LONGEST_WORD characters.
+    After reading, `self.has_long_words` is true if a text has a word of more than LONGEST_WORD
+    characters.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -639,8 +644,8 @@ class _CheckedTexts:
 
 def _has_long_word(text: str) -> bool:
     """Return whether the text has a word of more than LONGEST_WORD characters."""
-    # A quick test decides for most texts: a word is either blanks, or other characters after at
-    # most one blank.
+    # A quick test is sufficient for most texts. A word consists of blanks only, or of other
+    # characters after at most one blank.
     if max(map(len, text.split()), default=0) <= LONGEST_WORD and not _LONG_GAP.search(text):
         return False
     whole = ByteLevel(add_prefix_space=False).pre_tokenize_str(text)

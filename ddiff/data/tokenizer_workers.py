@@ -5,8 +5,8 @@ The workers communicate over pipes. A `ProcessPoolExecutor` is not used, for the
 - A forked worker would copy the locks of the threads of torch and of the tokenizers library.
 - A spawned worker runs the script of the caller again. A script without
   `if __name__ == "__main__"`, or a script read from standard input, would fail in every worker.
-- A spawned worker would outlive a killed parent, because the worker holds the write end of the call
-  queue. A worker of this module stops at the end of its standard input.
+- A spawned worker would outlive a killed parent, because the worker itself has the write end of the
+call queue open. A worker of this module stops at the end of its standard input.
 - If a worker is killed, the executor reports neither the worker nor its exit code.
 """
 
@@ -38,7 +38,7 @@ from ddiff.errors import ArgumentError, DataError
 TRAIN = "train"
 VALIDATION = "validation"
 DOCUMENTS_AT_ONCE = 64
-_AHEAD = 3  # chunks per worker in the queue or in work, so that no worker is idle
+_AHEAD = 3  # chunks per worker that are queued or being encoded, so that no worker is idle
 _WORKER = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from ddiff.data.tokenizer_workers import run_worker; run_worker()"
@@ -53,7 +53,7 @@ class Chunk:
     texts: texts of the documents.
     cursor: position in the source after these documents (JSON).
     part: "train", "validation", or None if the hash of each text decides.
-    names: names of the documents for error messages, or [].
+    names: names of the documents for error messages; [] if the documents have no names.
     """
 
     texts: list[str]
@@ -67,10 +67,10 @@ class Chunk:
 class EncodedChunk:
     """Token ids of k documents.
 
-    ids: [n] ids of all documents in order, with end marks.
-    sizes: [k] number of ids of each document.
-    num_bytes: [k] UTF-8 bytes of each text.
-    held_out: [k] whether each document is for validation.
+    ids: array [n], token ids of all documents in order, with end marks.
+    sizes: array [k], number of ids of each document.
+    num_bytes: array [k], number of UTF-8 bytes of each text.
+    held_out: bool array [k], True for validation documents.
     """
 
     ids: NDArray[np.unsignedinteger]
@@ -97,7 +97,7 @@ def token_dtype(num_tokens: int) -> np.dtype[Any]:
 
 
 def hash_to_unit(text: bytes) -> float:
-    """Hash a document to a number in [0, 1).
+    """Hash the text of a document to a number in [0, 1).
 
     Documents with a number below the held-out fraction are validation documents.
     """
@@ -109,8 +109,9 @@ def encode_chunks(
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
     """Yield (chunk, encoded chunk) for each chunk, in the order of `chunks`.
 
-    With `workers` = 1, this process encodes; otherwise `workers` other processes do. Documents of a
-    chunk without a part are held out with probability `held_out` by the hash of their text.
+    If `workers` is 1, this process encodes the chunks; otherwise `workers` other processes encode
+    them. If `chunk.part` is None, the hash of the text assigns a fraction `held_out` of the
+    documents to the validation part.
     """
     if workers < 1:
         raise ArgumentError(f"workers must be at least 1 process; got {workers}.")
@@ -137,7 +138,8 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> E
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = [ids + end for ids in tokenizer.encode(chunk.texts)]
     sizes = np.array([len(ids) for ids in documents], np.int64)
-    # 64 bits until the range is checked: a cast would wrap around silently.
+    # The ids have 64 bits until their range is checked, because a cast to fewer bits would wrap
+    # around without an error.
     wide = np.fromiter(chain.from_iterable(documents), np.int64, int(sizes.sum()))
     if wide.size and (wide.min() < 0 or wide.max() >= tokenizer.num_tokens):
         raise DataError(
@@ -189,7 +191,8 @@ class _WorkerPool:
     """Pool of worker processes; a thread of this process sends chunks to each worker."""
 
     def __init__(self, tokenizer: Tokenizer, held_out: float, workers: int) -> None:
-        # One thread per process; by default each would start as many as there are processors.
+        # Each process gets one thread. By default each process would start one thread per
+        # processor.
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         setup = pickle.dumps(sys.path) + pickle.dumps((tokenizer, held_out))
         self._processes = [
@@ -203,8 +206,8 @@ class _WorkerPool:
         ]
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers)
-        # All processes start before the first setup is written, since a large one blocks until it
-        # is read.
+        # All processes start before the first setup is written, because writing a large setup
+        # blocks until the process reads it.
         for process in self._processes:
             self._idle.put(process)
             with suppress(BrokenPipeError):  # an early end is reported with the first chunk
@@ -219,7 +222,8 @@ class _WorkerPool:
         for process in self._processes:
             process.kill()
             process.wait()
-        # An abandoned generator may be collected in one of the threads, which cannot join itself.
+        # A generator that is not finished may be garbage-collected in one of the threads. A thread
+        # cannot join itself.
         with suppress(RuntimeError):
             self._threads.shutdown(wait=True)
         for process in self._processes:
@@ -270,7 +274,7 @@ def _await_oldest(
 
 
 def _locate_errors(encode: Callable[[], EncodedChunk], chunk: Chunk, first: int) -> EncodedChunk:
-    """Return `encode()`, with the row of the text in the corpus added to an Unencodable error."""
+    """Return `encode()`, and add the row of the text in the corpus to an Unencodable error."""
     try:
         return encode()
     except Unencodable as error:
