@@ -1,8 +1,8 @@
-"""Folder of files that counts as complete only when a marker file is written.
+"""Folder of files that is complete only if it contains a marker file.
 
-The marker is written last and holds size and SHA-256 of every other file. A folder without a marker
-is incomplete. No file has to be renamed, so the method also works on object stores, which cannot
-rename files atomically.
+The marker is written last, and contains the size and the SHA-256 of every other file. A folder
+without a marker is incomplete. No file has to be renamed, so the method also works on object
+stores, which cannot rename files atomically.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Writable(Protocol):
 
 
 def complete_steps(fs: Any, root: str) -> list[int]:
-    """List the steps of the complete checkpoints in a folder, ascending."""
+    """List the steps of the complete checkpoints in the folder `root`, in ascending order."""
     if not fs.isdir(root):
         return []
     fs.invalidate_cache(root)
@@ -134,7 +134,7 @@ class AtomicFolder:
             return set()
 
     def write_file(self, name: str, fill: Callable[[Writable], None]) -> FileDigest:
-        """Write a file by `fill(file)` and return its digest."""
+        """Write the file `name` by calling `fill(file)`, and return its digest."""
         with self._fs.open(f"{self.path}/{name}", "wb") as file:
             writer = _HashingWriter(file)
             fill(writer)
@@ -181,7 +181,7 @@ class AtomicFolder:
 
     @property
     def digests(self) -> dict[str, FileDigest]:
-        """Size and SHA-256 of each file by name, from the marker."""
+        """Map the name of each file to its size and SHA-256, as read from the marker."""
         if self._digests is None:
             self._digests = self._read_marker()
         return self._digests
@@ -280,9 +280,10 @@ class AtomicFolder:
 
 
 def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
-    """Whether a directory entry is a file of the checkpoint.
+    """Return whether a directory entry is a file of the checkpoint.
 
-    The marker decides if there is one (`listed` is not empty), otherwise the name of the file.
+    `listed` contains the file names in the marker. If `listed` is empty, the form of the name
+    decides.
     """
     name = base_name(entry["name"])
     has_own_name = name in listed if listed else _OWN.fullmatch(name) is not None
@@ -290,7 +291,7 @@ def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a name from a marker is a plain file name, without a path to another folder."""
+    """Return whether `name`, read from a marker, is a file name without a folder."""
     return "/" not in name and "\\" not in name and name not in ("", ".", "..")
 
 
@@ -307,7 +308,7 @@ def _is_digest(value: Any) -> bool:
 
 
 class _HashingWriter:
-    """File writer that counts and hashes the bytes."""
+    """File writer that counts and hashes the written bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -328,7 +329,7 @@ class _HashingWriter:
 
 
 def _read_blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
-    """Yield the next `length` bytes in blocks. A block is overwritten when the next one is read."""
+    """Yield the next `length` bytes in blocks. Reading a block overwrites the previous block."""
     block = memoryview(bytearray(min(length, BLOCK)))
     while length > 0:
         part = block[: min(length, BLOCK)]

@@ -49,10 +49,11 @@ SLOWEST = timedelta(hours=1)  # time that a rank waits until the slowest rank ha
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Opened checkpoint of a run after `step` steps, whose tensors are not read yet.
+    """Opened checkpoint of a run after `step` steps. Its tensors are read on demand.
 
     Attributes:
-        state: saved state, a tree in which tensors on the device "meta" replace the saved tensors.
+        state: the saved state as a tree, with tensors on the device "meta" in place of the saved
+        tensors.
         manifest: name of a tensor -> dtype, size and location in the files.
         aliases: name of a tied model tensor -> name under which the shared tensor is stored.
         folder: folder of the checkpoint.
@@ -74,8 +75,9 @@ class Checkpoint:
     def restore(self, module: nn.Module) -> None:
         """Load the saved tensors of the model into `module`.
 
-        `module` may be sharded in another way than the saved model, or not sharded. Raises
-        CheckpointError if names or shapes of the tensors differ, or a file is damaged.
+        The sharding of `module` may differ from that of the saved model, and either may be
+        unsharded. Raises CheckpointError if names or shapes of the tensors differ, or a file is
+        damaged.
         """
         from ddiff.checkpoint.dcp_storage import read_tensors
 
@@ -94,11 +96,11 @@ class Checkpoint:
         module.load_state_dict(own)
 
     def read_state(self, like: Iterable[Tensor] = ()) -> dict[str, Any]:
-        """Read the saved state with its tensors.
+        """Read the saved state, including its tensors.
 
-        A floating-point tensor with the size of a DTensor in `like` gets the sharding of this
-        DTensor. All other tensors are unsharded CPU tensors. Raises CheckpointError if a file is
-        damaged.
+        A floating-point tensor whose shape equals that of a DTensor in `like` gets the sharding of
+        that DTensor. All other tensors are unsharded CPU tensors. Raises CheckpointError if a file
+        is damaged.
         """
         from ddiff.checkpoint.dcp_storage import allocate_like, read_tensors
 
@@ -111,10 +113,10 @@ class Checkpoint:
         return _replace_tensors(self.state, tensors, "state")
 
     def read_weights(self, *, average: bool = False) -> dict[str, Tensor]:
-        """Read the model's tensors by name, as unsharded CPU tensors.
+        """Read the model's tensors as unsharded CPU tensors, by name.
 
-        With `average`, return the exponential moving average of each tensor that has one. Raises
-        CheckpointError if the checkpoint has no averages, or a file is damaged.
+        With `average`, each tensor that has an exponential moving average is replaced by its
+        average. Raises CheckpointError if the checkpoint has no averages, or a file is damaged.
         """
         from ddiff.checkpoint.dcp_storage import read_tensors
 
@@ -217,9 +219,9 @@ class Checkpoints:
         """Write the checkpoint of `step` and return its path.
 
         Afterwards only the newest `keep` checkpoints are kept. `state` is a tree of dicts, lists,
-        tuples, tensors, numbers, strings and None, which `Checkpoint.read_state` restores. Each key
-        of `state` with tensors has files of its own. Every rank writes its shards of DTensors;
-        everything else is written by rank 0.
+        tuples, tensors, numbers, strings and None, which `Checkpoint.read_state` restores. The
+        tensors of each key of `state` are written to separate files. Every rank writes its shards
+        of DTensors; everything else is written by rank 0.
         """
         path = self.save_async(step, model, state)
         self.wait()
@@ -331,7 +333,7 @@ class Checkpoints:
         """Return the process group of all ranks that is used only for checkpoints.
 
         Return None in a single process. The thread that writes a checkpoint communicates at the
-        same time as training, so the two need separate groups.
+        same time as the training loop, so thread and training loop need separate groups.
         """
         if (
             self._ranks is None
@@ -367,7 +369,7 @@ class Checkpoints:
         self._together(folder, finish)
 
     def _together(self, folder: AtomicFolder, act: Callable[[], Any]) -> list[Any]:
-        """Run `act` on every rank and gather the results of all ranks.
+        """Call `act` on every rank and return the results of all ranks.
 
         Raises CheckpointError on all ranks if `act` failed on a rank.
         """
@@ -396,7 +398,7 @@ class Checkpoints:
         step: int,
         digests: Mapping[str, FileDigest],
     ) -> None:
-        """Mark the checkpoint complete, then remove old and incomplete checkpoints."""
+        """Write the marker of the checkpoint, then remove old and incomplete checkpoints."""
         folder.mark_complete(step, digests)
         kept = {step_name(step) for step in self._complete()[-self.keep :]}
         for name in self._folder_names():
@@ -435,7 +437,7 @@ class Checkpoints:
 def _file_and_key(place: str) -> tuple[str, str]:
     """Split a tensor name such as "state.optimizer.0.step" into (file, key).
 
-    The file is the first component after "state.", the key is the rest.
+    The first component after "state." is the file, and the rest is the key.
     """
     entry, _, key = place.removeprefix("state.").partition(".")
     return entry, key or entry
@@ -474,7 +476,8 @@ def _to_json(
 ) -> Any:
     """Encode a tree as JSON values, which `_from_json` decodes.
 
-    Each tensor is added to `tensors` under its path in the tree, and encoded as this path.
+    Each tensor is added to `tensors` under its path in the tree. The JSON contains this path in
+    place of the tensor.
     """
     if isinstance(tree, torch.Tensor):
         tensors[place] = tree

@@ -1,17 +1,17 @@
 """Storage of torch.distributed.checkpoint (DCP) in safetensors files and a manifest.
 
-DCP plans which rank writes and reads which box (hyperrectangle) of each tensor. DTensors are
-written as shards, and may be read with another sharding. Saving has two steps: `stage` copies the
-tensors that this rank has to write, and `write_tensors` writes the copies later, while training
-continues. Importing this module takes about a second, so `checkpoints.py` imports the module only
-when a checkpoint is saved or loaded.
+A box is a hyperrectangle of a tensor. DCP plans which rank writes and reads which box of each
+tensor. DTensors are written as shards, and can be read with another sharding. Saving has two steps:
+`stage` copies the tensors that this rank has to write, and `write_tensors` writes the copies later,
+while training continues. Importing this module takes about a second, so `checkpoints.py` imports
+the module only when a checkpoint is saved or loaded.
 
 DCP's own HuggingFaceStorageWriter (tested with torch 2.13) is not used because of its memory. It
 builds each file in memory before writing: for 400 MB of tensors it took 763 MB of additional
-memory, or 1126 MB with `async_save`, and this module takes 363 MB. The SHA-256 of the marker would
-also need a second pass over the files, and the files would be named by rank and number instead of
-by the key of the state. `safetensors.torch.save` also builds a file in memory, and refuses tied
-tensors.
+memory, or 1126 MB with `async_save`, and this module takes 363 MB. With it, the SHA-256 of the
+files would need a second pass over the files, and the file names would contain rank and number
+instead of the key of the state. `safetensors.torch.save` also builds a file in memory, and refuses
+tied tensors.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Chunk(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """Tensor on disk, stored in chunks that together cover the tensor."""
+    """Tensor on disk, stored in chunks that together contain all its elements."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -212,7 +212,7 @@ def write_tensors(
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors by descending item size.
+    """Return the names of the tensors in the order of descending item size.
 
     In this order each tensor begins at a multiple of its item size, which is necessary to read the
     tensors from a memory-mapped file.
@@ -252,7 +252,7 @@ def _begin_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Keep only one name of each group of tied tensors.
+    """Remove tied tensors from `tensors`, except one tensor of each group.
 
     Return (tensors by name, alias -> name of the kept tensor). The result is the same on all ranks,
     even if a rank has an empty shard of a tensor.
@@ -262,7 +262,8 @@ def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        # Identify the storage object, not the data address: all empty storages have address 0.
+        # Tensors are compared by storage object and not by data address, because all empty storages
+        # have the address 0.
         storage = local.untyped_storage()._cdata
         layout = (local.storage_offset(), tensor.shape, local.stride())
         key = (storage, *layout, tensor.dtype)
@@ -329,7 +330,7 @@ class _StagingWriter(StorageWriter):
         self.staged = StagedTensors()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass  # one writer stages one checkpoint
+        pass  # every writer is used for only one checkpoint
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -387,7 +388,7 @@ class _StagingWriter(StorageWriter):
         return False  # files are located by `locate`
 
     def _place(self, item: WriteItem) -> tuple[str, str]:
-        """Return (file, key) of a tensor or shard.
+        """Return the file name and the key of a tensor or shard.
 
         Shards are stored in a separate file per rank.
         """
@@ -426,7 +427,7 @@ def read_tensors(
 ) -> None:
     """Read stored tensors into the tensors `targets` with the same names and sizes.
 
-    Each rank reads only the files with data of its own shards.
+    Each rank reads only the files that contain data of the rank's shards.
     """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = _ManifestReader(manifest, folder)
@@ -458,7 +459,7 @@ class _ManifestReader(StorageReader):
         self._metadata = Metadata(tensors)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass  # one reader reads one checkpoint
+        pass  # every reader is used for only one checkpoint
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
@@ -537,8 +538,8 @@ class _ManifestReader(StorageReader):
 def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) -> dict[str, Tensor]:
     """Allocate tensors with the dtypes and sizes of stored tensors.
 
-    A floating-point tensor with the size of a DTensor in `like` gets the sharding of this DTensor.
-    All other tensors are plain CPU tensors.
+    A floating-point tensor whose shape equals that of a DTensor in `like` gets the sharding of that
+    DTensor. All other tensors are plain CPU tensors.
     """
     sharded: dict[tuple[int, ...], Tensor] = {}
     for tensor in like:

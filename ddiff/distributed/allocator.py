@@ -19,8 +19,8 @@ def keep_freed_memory() -> bool:
     has set MALLOC_MMAP_THRESHOLD_.
 
     Every training step on a CPU allocates blocks of the same sizes. By default, glibc returns large
-    blocks to the kernel and maps new pages each time: page faults took a quarter of the time of a
-    step of masked diffusion with 50257 tokens.
+    blocks to the kernel and maps new pages in each step. The page faults took a quarter of the time
+    of a step of masked diffusion with 50257 tokens.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or os.name != "posix":
         return False

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """List the blocks of a module, in module order.
 
-    Blocks are the elements of every outermost `nn.ModuleList` that have parameters.
+    A block is an element, with parameters, of an outermost `nn.ModuleList`.
     """
     return [block for block in _iterate_lists(module) if any(True for _ in block.parameters())]
 
@@ -21,7 +21,7 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
 def recompute_activations(module: nn.Module) -> None:
     """Store only the input of each block, and recompute its activations in the backward pass.
 
-    This needs less memory, and about a third more computation.
+    Recomputation saves memory, and needs about a third more computation.
     """
     for block in find_blocks(module):
         # Replace `forward`, because a wrapper module would change the names of the parameters.
@@ -29,7 +29,7 @@ def recompute_activations(module: nn.Module) -> None:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place, as one graph.
+    """Compile each block of a module in place, as one graph.
 
     Blocks with the same code and shapes share a compiled graph. Call this function before
     `recompute_activations`, because torch.compile cannot compile the recomputation as one graph.

@@ -1,4 +1,4 @@
-"""Data-parallel backends: each process trains on a part of each global batch.
+"""Data-parallel backends, in which each process trains on a part of each global batch.
 
 The loss of a rank is already divided by the token count of the global batch, so gradients are
 summed over the ranks and not averaged. The result of a step does not depend on the number of
@@ -102,7 +102,8 @@ class _RankBackend:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        # A barrier times out after minutes, but rank 0 may tokenize for hours: use the store.
+        # The store is used instead of a barrier, which times out after minutes: rank 0 may tokenize
+        # for hours.
         key = f"ddiff/first/{self._turns}"
         self._turns += 1
         if self.rank > 0:
@@ -130,7 +131,7 @@ class DistributedBackend(_RankBackend):
             # Newer versions of torch warn that broadcast_buffers is renamed; torch 2.9 does not
             # have the new name.
             warnings.simplefilter("ignore", FutureWarning)
-            # Some ranks may not use a parameter in a step, such as the embedding of a condition
+            # A rank may not use a parameter in a step. An example is the embedding of a condition
             # that no sequence of the rank has.
             wrapped = DistributedDataParallel(
                 module.to(self.device), broadcast_buffers=False, find_unused_parameters=True
@@ -159,8 +160,8 @@ class ShardedBackend(_RankBackend):
 
     Parameters, gradients and optimizer state are sharded (arXiv 2304.11277). The weights of each
     block of the backbone are gathered for its forward pass and again for its backward pass.
-    Embeddings and head, which are outside the blocks, remain gathered from forward to backward.
-    Gradients are summed in float32.
+    The weights of embeddings and head, which are outside the blocks, remain gathered from the
+    forward to the backward pass. Gradients are summed in float32.
 
     If a rank does not use a parameter in a step, its gradient on this rank is zero, so that weight
     decay still applies. This needs torch 2.13; with older versions such a step raises an error.

@@ -1,4 +1,4 @@
-"""Launcher of several worker processes of one command on this machine, as torchrun.
+"""Launcher of several worker processes for one command on this machine, like torchrun.
 
 `launch` starts the workers, forwards signals to all workers and prints one error message for all of
 them. A worker runs the same command with the environment variables RANK, LOCAL_RANK, WORLD_SIZE,
@@ -22,7 +22,7 @@ from typing import IO, NamedTuple, NoReturn
 
 from ddiff.errors import ArgumentError, shorten
 
-MISTAKE = 2  # exit code of a mistake that the user can fix
+MISTAKE = 2  # exit code for an error that the user can fix
 GRACE = 5.0  # seconds until the other workers are killed after one worker has failed
 _CORES = "DDIFF_LAUNCH_CORES"  # number of cores, which are divided among the workers
 _REPORTS = "DDIFF_LAUNCH_REPORTS"  # folder in which a worker writes its error message
@@ -143,7 +143,7 @@ def exit_with_message(message: str, code: int) -> NoReturn:
 
 
 def exit_with_launcher() -> None:
-    """Make a worker end when its launcher ends.
+    """End this worker process when its launcher ends.
 
     The standard input of a worker is a pipe from the launcher, which is closed when the launcher
     ends, even if it is killed.
@@ -238,9 +238,9 @@ def _failure_order(
 ) -> tuple[bool, int, int]:
     """Return the sort key of a failed worker.
 
-    The worker with the smallest key is taken as the cause of all failures. Errors with exit code
-    MISTAKE come first, then failures by the time of their report. A killed worker has no report and
-    gets time 0, because it caused the failures of the other workers.
+    The launcher reports the worker with the smallest key as the cause of all failures. Errors with
+    exit code MISTAKE come first, then failures by the time of their report. A killed worker has no
+    report and gets the time 0, because its death causes the failures of the other workers.
     """
     report = reports / str(rank)
     written = report.stat().st_mtime_ns if report.exists() else 0

@@ -60,8 +60,8 @@ class SingleBackend:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients so that their total norm is at most `max_norm`.
 
-    Return the norm before clipping. Like `torch.nn.utils.clip_grad_norm_`, except that
-    `max_norm = None` does not clip.
+    Return the norm before clipping. The method equals `torch.nn.utils.clip_grad_norm_`, but
+    `max_norm = None` leaves the gradients unchanged.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])

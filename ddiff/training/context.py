@@ -1,4 +1,4 @@
-"""Build the context of a batch (padding, documents, conditions) and drop conditions in training."""
+"""Build the context of a batch: padding, documents and conditions, which training may drop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drop_conditions(
     dropout: Mapping[str, float],
     rng: CounterRng,
 ) -> Context:
-    """Mark each condition absent in a random fraction `dropout[name]` of the samples.
+    """Mark each condition absent in random samples, with probability `dropout[name]`.
 
     The network then also learns the unconditional distribution, which classifier-free guidance
     needs.
@@ -39,14 +39,15 @@ def drop_conditions(
     conditions = dict(context.conditions)
     for name, share in dropout.items():
         if name in conditions and share > 0:
-            # One decision per sample: a condition per position is also dropped at all positions.
+            # There is one decision per sample. A condition with one value per position is dropped
+            # at all positions of the sample.
             dropped = rng.uniform(f"condition.{name}")[:, 0] < share
             conditions[name] = mark_absent(conditions[name], dropped)
     return context._replace(conditions=conditions)
 
 
 def mark_absent(condition: Tensor, dropped: Tensor) -> Tensor:
-    """Mark a condition absent in the samples `dropped` [B] bool.
+    """Mark a condition absent in the samples where the bool tensor `dropped` [B] is True.
 
     Labels become -1, vectors become NaN.
     """

@@ -19,8 +19,8 @@ class ExponentialMovingAverage:
 
     After each optimizer step w <- d w + (1 - d) p. At the n-th step d = min(decay,
     (1 + n) / (10 + n)), so that the initial weights are soon forgotten. Averages have the device
-    and the sharding of the parameters, in float32 at least. Raises ArgumentError unless `decay` is
-    in (0, 1).
+    and the sharding of the parameters. Their precision is at least float32. Raises ArgumentError
+    unless `decay` is in (0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -35,7 +35,7 @@ class ExponentialMovingAverage:
             if parameter.requires_grad:
                 self._parameters[name] = parameter
                 self.weights[name] = _widen(parameter.detach()).clone()
-        # The count is a tensor on the device, where it is decided whether a step is taken.
+        # The count is a tensor on the device, because the device decides whether a step is taken.
         device = next(iter(self._parameters.values())).device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -43,11 +43,13 @@ class ExponentialMovingAverage:
     def update(self, finite: Tensor) -> None:
         """Update the averages with the current parameters.
 
-        `finite` (0-d bool) is false if the optimizer step was skipped; then nothing changes.
+        `finite` is a 0-d bool tensor. If it is False, the optimizer step was skipped, and the
+        averages do not change.
         """
         taken = finite.to(torch.float64)
         ramp = (1.0 + self.updates) / (10.0 + self.updates)
-        # A factor of 0, not a branch: the host does not know whether the step was taken.
+        # A skipped step has the factor 0 instead of a branch, because the host does not know
+        # whether the step was taken.
         share = taken * (1.0 - ramp.clamp(max=self.decay))
         self.updates += taken
         for name, average in self.weights.items():
@@ -57,7 +59,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Context manager: replace the module's parameters by the averages inside the block.
+        """Context manager in which the averages replace the parameters of the module.
 
         After the block the parameters are bitwise identical to those before it.
         """

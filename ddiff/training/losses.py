@@ -15,13 +15,14 @@ Process = TypeVar("Process", bound=ForwardProcess)
 
 
 class TrainingLoss(Generic[Process]):
-    """Training loss of a row: a weight times a divergence of the predicted distribution.
+    """Training loss of a row (position): a weight times a divergence of the prediction.
 
-    The weight does not depend on the network. The methods of this class compute weight and
-    divergence of the bound (NELBO); a subclass overrides some of them. `Process` is the type of
-    forward process that the loss supports.
+    The weight does not depend on the network. The methods of this class compute the weight and the
+    divergence of the bound (NELBO). A subclass overrides at least one method. `Process` is the type
+    of forward process that the loss supports.
 
-    Shapes: r rows, with clean tokens `x0` [r], states `zt` [r] and noise times `t` [r] (float64).
+    For r rows, the arguments are the clean tokens `x0` [r], the states `zt` [r] and the noise times
+    `t` [r] (float64).
     """
 
     name: str | None = None
@@ -34,7 +35,7 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the weights [r], per unit of a row's own noise time t.
+        """Return the weight of each row, a tensor [r], per unit of the noise time t of the row.
 
         Called once per batch, for all rows.
         """
@@ -48,7 +49,7 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the divergences [r] in nats.
+        """Return the divergence of each row in nats, a tensor [r].
 
         Called once per chunk of rows, with the predicted distribution of the chunk.
         """
@@ -60,10 +61,11 @@ class TrainingLoss(Generic[Process]):
         noisy: Noisy,
         times: Times,
     ) -> Tensor:
-        """Select the rows that enter the training loss, as bool [B,L].
+        """Return a bool tensor [B,L], True at the rows that enter the training loss.
 
-        Optional: without an override the loss uses the rows that the bound scores. Each selected
-        row is multiplied by its speed (`times.speed`), or by 1 if its speed is 0.
+        Overriding this method is optional. By default, the rows scored by the bound enter the loss.
+        The loss of a selected row is multiplied by its speed (`times.speed`), or by 1 if its speed
+        is 0.
         """
         raise NotImplementedError
 
@@ -85,9 +87,9 @@ class ElboLoss(TrainingLoss[ForwardProcess]):
 
 @final
 class ClippedLoss(TrainingLoss[ForwardProcess]):
-    """Training loss of the bound with its weight clipped to [smallest, largest].
+    """The bound as training loss, with its weight clipped to [smallest, largest].
 
-    Clipping reduces the variance of the gradients; the clipped loss is not a bound. The weight is
+    Clipping reduces the variance of the gradients. The clipped loss is not a bound. The weight is
     the total rate of the true reverse process, so that two implementations of the same Markov chain
     have the same loss. Keep `smallest` at 0 for processes with uniform noise: near t = 0 the weight
     of a clean token goes to 0 as t, and its divergence grows as 1/t.

@@ -18,7 +18,7 @@ from ddiff.atomic import write_atomic
 from ddiff.errors import CheckpointError
 from ddiff.run_dir.files import METRICS as FILE
 
-# The only fields in which two runs of the same recipe may differ.
+# Fields with times. Two runs of the same recipe may differ only in these fields.
 WALL_CLOCK = ("seconds", "tokens_per_second")
 
 
@@ -54,9 +54,9 @@ class StepRecord:
 def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
     """Summarize the records of consecutive steps.
 
-    Metrics are total sum / total count over the steps with finite loss and gradient norm.
-    `tokens_per_second` is over all steps. `train_loss` is the mean loss per step, in the unit of
-    the objective.
+    A metric is its total sum divided by its total count, over the steps with finite loss and
+    gradient norm. `tokens_per_second` is computed over all steps. `train_loss` is the mean loss per
+    step, in the unit of the objective.
     """
     taken = [record for record in records if record.is_finite]
     figures: dict[str, float] = {}
@@ -90,14 +90,14 @@ class MetricsFile:
     def __init__(self, run_dir: str | os.PathLike[str], start: int) -> None:
         self._fs, root = fsspec.core.url_to_fs(os.fspath(run_dir))
         self.path = f"{root}/{FILE}"
-        # An earlier process may have written lines after its last checkpoint. They are dropped,
-        # because their steps are repeated.
+        # An earlier process may have written lines after its last checkpoint. These lines are
+        # dropped, because their steps are repeated.
         lines = _read_lines(self._fs, self.path, start)
         write_atomic(self.path, b"".join(lines), system=self._fs)
         self._file = self._fs.open(self.path, "ab")
 
     def append(self, record: StepRecord, validation: Mapping[str, float] = {}) -> None:
-        """Append the metrics of a step, and those of a validation after the step, as one line."""
+        """Append one line with the metrics of a step and of the validation after the step."""
         figures = {"step": record.step} | summarize([record]) | dict(validation)
         line = json.dumps(figures, allow_nan=False) + "\n"
         self._file.write(line.encode())

@@ -25,15 +25,16 @@ from ddiff.training.protocols import LossTerms
 if TYPE_CHECKING:
     from ddiff.data.batch import Batch
 
-DECODING_SHARE = 0.1  # of the sequences of a batch, if the process is still noisy at t = 0
+DECODING_SHARE = 0.1  # share of sequences for the decoding term, if states are still noisy at t = 0
 
 
 class _Rows(NamedTuple):
     """The k rows (positions) of a batch at which a training step evaluates the head.
 
     `rows` [k]: indices in the flattened batch. `x0`, `zt`, `t` [k]: clean tokens, states and noise
-    times of the rows. `bound_weight`, `loss_weight` [k]: factors of the bound and of the training
-    loss. `is_decoded` [k] bool: rows of the decoding term; None if the bound has no such term.
+    times of the rows. `bound_weight`, `loss_weight` [k]: factors of a row's divergence in the bound
+    and in the training loss. `is_decoded` [k] bool: rows of the decoding term; None if the bound
+    has no such term.
     """
 
     noisy: Noisy
@@ -50,13 +51,14 @@ class _Rows(NamedTuple):
 class DiffusionObjective:
     """Training objective of a denoiser on a forward process.
 
-    `times` draws a noise time for each row, and `loss` computes the loss of each row.
+    `times` draws a noise time for each position, and `loss` computes the loss of each row
+    (position).
 
     If states are still noisy at t = 0 (`process.closes_at_clean` is false), the bound has a
-    decoding term, -ln P(x | z) at the smallest noise time. A random fraction `decoding_share` of
-    the sequences of a batch then estimates the decoding term, with weight 1 / decoding_share. The
-    other sequences estimate the diffusion term at random noise times, with weight
-    1 / (1 - decoding_share).
+    decoding term: -ln P(x | z), where x is the clean sequence and z its noisy state at the smallest
+    noise time. A random fraction `decoding_share` of the sequences of a batch then estimates the
+    decoding term, with weight 1 / decoding_share. The other sequences estimate the diffusion term
+    at random noise times, with weight 1 / (1 - decoding_share).
 
     `module` is the module that the trainer calls: the denoiser, or the backend's wrapper of the
     denoiser.
@@ -96,14 +98,15 @@ class DiffusionObjective:
         denominators: Mapping[str, Tensor],
         slots: int,
     ) -> LossTerms:
-        """Return the sum of the losses of all rows / the number of tokens of the global batch.
+        """Return the sum of the losses of all rows, divided by the tokens of the global batch.
 
-        The unit is nats per token.
+        The unit of the loss is nats per token. `denominators` contains the number of tokens, and
+        `slots` is the number of sequences of the global batch.
         """
         process = self.process
         parameterization = self.denoiser.parameterization
-        # Row selection and weights are computed on the host, where the batch is. On the device, for
-        # example, the number of selected rows would be known only after a synchronization.
+        # Row selection and weights are computed on the host, where the batch is. On a device, the
+        # host would have to wait for the number of selected rows.
         drawn = self._draw(batch, rng, slots)
         node = parameterization.scope(process.scope(drawn.zt), process)
         context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
@@ -127,7 +130,7 @@ class DiffusionObjective:
         rng: CounterRng,
         slots: int,
     ) -> _Rows:
-        """Draw noise times and noisy states of a batch and select the rows that are evaluated."""
+        """Draw noise times and noisy states of a batch, and select the rows for the head."""
         process = self.process
         times, decodes = self._draw_times(batch, rng, slots)
         noisy = corrupt(process, batch.ids, times, batch.scored, rng, "diffusion")
@@ -150,7 +153,7 @@ class DiffusionObjective:
         loss_weight = torch.where(speed > 0, speed, 1.0) * weight
         if self.decoding_share == 0.0:
             return _Rows(noisy, rows, x0, zt, t, bound_weight, loss_weight, None)
-        # A row of the decoding term has weight 1/decoding_share, stored as its speed.
+        # For a row of the decoding term, `speed` is its weight 1/decoding_share.
         bound_weight = torch.where(is_decoded, speed, bound_weight)
         loss_weight = torch.where(is_decoded, speed, loss_weight)
         return _Rows(noisy, rows, x0, zt, t, bound_weight, loss_weight, is_decoded)
@@ -163,7 +166,7 @@ class DiffusionObjective:
     ) -> tuple[Times, Tensor]:
         """Draw the noise times of a batch.
 
-        Also return [B,L] bool, true at the positions that estimate the decoding term.
+        Also return a bool tensor [B,L], True at the positions that estimate the decoding term.
         """
         share = self.decoding_share
         clock = self.process.information_time
@@ -183,8 +186,8 @@ class DiffusionObjective:
     def _question(self, drawn: _Rows, tokens: Tensor) -> HeadCallback:
         """Build the callback that the head applies to the predicted distributions of its rows.
 
-        For each row the callback returns loss / `tokens` and the row's contribution to the
-        diffusion term of the bound in nats.
+        For each row the callback returns two numbers: the row's loss divided by `tokens`, and the
+        row's contribution to the diffusion term of the bound in nats.
         """
         process = self.process
         weight = drawn.loss_weight / tokens
@@ -198,7 +201,7 @@ class DiffusionObjective:
                 is_decoded = drawn.is_decoded[idx]
                 decode_nll = process.decode_nll(dist, x0, zt, t)
                 loss = torch.where(is_decoded, decode_nll, loss)
-                # Only the diffusion term is reported.
+                # The metrics of a training step contain only the diffusion term.
                 divergence = torch.where(is_decoded, 0.0, divergence)
             return weight[idx] * loss, drawn.bound_weight[idx] * divergence
 
@@ -211,15 +214,15 @@ class DiffusionObjective:
         zt: Tensor,
         t: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the divergence of the training loss and the divergence of the bound.
+        """Return the divergences of the training loss and those of the bound, one per row.
 
         Only the divergence of the training loss has a gradient.
         """
         if not self.loss.has_own_divergence:
             divergence = self.process.divergence(dist, x0, zt, t)
             return divergence, divergence.detach()
-        # The training loss is computed first: the distribution caches intermediate tensors, and
-        # those cached under no_grad would have no gradient.
+        # The training loss is computed first, because the distribution caches intermediate tensors.
+        # Tensors that are cached under no_grad would have no gradient.
         loss = self.loss.divergence(self.process, dist, x0, zt, t)
         with torch.no_grad():
             return loss, self.process.divergence(dist, x0, zt, t)
@@ -238,7 +241,7 @@ class DiffusionObjective:
         return metrics
 
     def network(self, batch: Batch) -> Network:
-        """Return the denoiser, with the context of this batch, as a network.
+        """Return the denoiser as a network, with the context of `batch`.
 
         Samplers and the evaluation of the bound query this network.
         """
@@ -252,7 +255,7 @@ class DiffusionObjective:
         slots: int | Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Estimate the bound once for every position of the batch.
+        """Estimate the bound at every position of a batch, with one draw of noise.
 
         The training loss, its weights and `decoding_share` have no effect.
         """
@@ -277,7 +280,7 @@ class DiffusionObjective:
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:
-    """Return the entries of values [B,L] at the flattened indices `rows` [k], as [k]."""
+    """Return the k entries of `values` [B,L] at the flattened indices `rows` [k]."""
     return values.reshape(-1)[rows]
 
 
@@ -287,11 +290,12 @@ def _merge_times(
     times: Times,
     share: float,
 ) -> Times:
-    """Combine the noise times of decoded and other sequences of a batch.
+    """Combine the noise times for the decoding term and for the diffusion term in one batch.
 
-    Decoded sequences (`chosen` [B,1] is true) get the times `first`, all others get `times`. The
-    speeds of decoded sequences are divided by `share`, those of the others by 1 - share, so that
-    each of the two groups estimates a sum over the whole batch.
+    Sequences of the decoding term (`chosen` [B,1] is True) get the noise times `first`, and their
+    speeds are divided by `share`. Sequences of the diffusion term get the noise times `times`, and
+    their speeds are divided by 1 - share. With these divisors, each of the two groups estimates a
+    sum over the whole batch.
     """
     speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))
     return Times(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ddiff.core.rng import CounterRng
 
 Batch = (
-    Any  # returned by `batch_at` and passed on to the objective; the trainer does not look inside
+    Any  # type of the batches that `batch_at` returns; the trainer passes them to the objective
 )
 
 
@@ -43,7 +43,7 @@ class Objective(Protocol):
     module: nn.Module
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor | float]:
-        """Return the number of scored items of a batch by name, for example the scored tokens.
+        """Return the numbers of scored items of a batch by name, such as the number of tokens.
 
         The counts must depend on the data only, not on the network.
         The trainer sums these counts over the global batch before any forward pass.
@@ -81,7 +81,7 @@ class Backend(Protocol):
     def wrap(self, module: nn.Module) -> nn.Module:
         """Move the module to the device(s) and wrap it for parallel training.
 
-        Call it before building the optimizer.
+        Call this method before building the optimizer.
         """
         ...
 
@@ -92,12 +92,12 @@ class Backend(Protocol):
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
         """Context manager that skips the sum of gradients over the ranks.
 
-        Used for all micro-batches of a step except the last one.
+        The trainer uses it for all micro-batches of a step except the last one.
         """
         ...
 
     def gather_weights(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Context manager that gathers sharded weights outside the blocks, for an evaluation."""
+        """Context manager in which the weights outside the blocks are unsharded, for evaluation."""
         ...
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,14 +107,15 @@ class Backend(Protocol):
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         """Scale the gradients so that their total norm is at most `max_norm`.
 
-        Return the norm before clipping (0-d). None does not clip.
+        Return the norm before clipping, a 0-d tensor. If `max_norm` is None, the gradients are not
+        changed.
         """
         ...
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """Context manager that runs the block on rank 0 first, then on the other ranks.
 
-        The other ranks find the files that rank 0 has cached.
+        The other ranks can then read the files that rank 0 has cached.
         """
         ...
 
@@ -125,7 +126,7 @@ class Backend(Protocol):
     def close(self) -> None:
         """Destroy the process group.
 
-        Call it on all ranks, after the wrapped module is released.
+        Call this method on all ranks, after the wrapped module is released.
         """
         ...
 

@@ -23,7 +23,7 @@ class StopSignals:
     """Context manager that records the first SIGINT or SIGTERM in `signal`.
 
     A second signal raises KeyboardInterrupt or SystemExit(128 + signal). Code that waits for data
-    polls `signal` and stops waiting after the first signal, because no step is lost.
+    polls `signal` and returns after the first signal, because no step is lost.
 
     Python installs signal handlers only in the main thread. In other threads this context manager
     has no effect.
@@ -43,13 +43,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def to_counts(self) -> Tensor:
-        """Return counts of SIGINT and SIGTERM, [2] float64, to be summed over the ranks."""
+        """Return the counts of SIGINT and SIGTERM, float64 [2], to be summed over the ranks."""
         received = [float(self.signal == number) for number in SIGNALS]
         return torch.tensor(received, dtype=torch.float64)
 
     @staticmethod
     def from_counts(counts: Sequence[float]) -> int | None:
-        """Return a signal that some rank received, or None.
+        """Return a signal that at least one rank received, or None.
 
         `counts` is the sum of `to_counts` over the ranks.
         """

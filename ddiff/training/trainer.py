@@ -7,9 +7,9 @@
     )
     summary = trainer.fit(trainer.checkpoints.newest())
 
-Steps count from 0 in `batch_at`, `rng_at` and `multiplier`. Finished steps count from 1 in records
-and checkpoints. Data and random numbers are functions of the step, so that a resumed run needs no
-other position than the step number.
+The functions `batch_at`, `rng_at` and `multiplier` count steps from 0. Records and checkpoints
+count finished steps, so their first step is 1. Data and random numbers are functions of the step,
+so that a resumed run needs only the step number to continue.
 
 The host never waits for the device in the middle of a step. The host launches a step, and reads the
 loss and metrics of the previous step while the device works on the new step.
@@ -59,7 +59,7 @@ class TrainingSummary:
     Attributes:
         status: "finished" after the last step, "interrupted" by a signal, or "stopped" after
             `max_steps`.
-        step: number of finished steps, of `steps` in total.
+        step: number of finished steps; `steps` is the number of steps of the whole run.
         seconds: wall-clock time of this process; earlier processes of a resumed run do not count.
         tokens: tokens trained on by this process.
         checkpoint: path of the newest checkpoint.
@@ -145,13 +145,14 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Record in a checkpoint of the components, data and recipe of its run.
+    """Components, data and recipe of a run, stored in its checkpoints.
 
     Args:
         origins: name of a component -> Python distribution and version that provided the component.
-        fingerprints: name -> fingerprint, such as those of vocabulary and data. A run resumes only
-            with equal fingerprints.
-        made_with: recipe, and components given from Python (see ddiff.run_dir.identity).
+        fingerprints: name -> fingerprint, for example of the vocabulary and of the data. A run
+        resumes only with equal fingerprints.
+        made_with: recipe of the run, and components that were given as Python objects (see
+        ddiff.run_dir.identity).
     """
 
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -196,10 +197,10 @@ class _RunState:
 
 @dataclass(frozen=True)
 class _PendingStep:
-    """A step that is launched on the device and whose results the host has not read yet.
+    """Step that was launched on the device, and whose results the host has not read yet.
 
-    `figures` [k,2] has the rows (gradient norm, tokens), counts of the two signals, (loss, 0), and
-    (sum, count) of each metric in `names`.
+    `figures` is a tensor [k,2]. Its rows are (gradient norm, tokens), (SIGINT count, SIGTERM
+    count), (loss, 0), and (sum, count) of each metric in `names`.
     """
 
     figures: Tensor
@@ -324,12 +325,14 @@ class Trainer:
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
         signals = to_device(stop.to_counts(), self.backend.device)
-        # One reduction for all figures; signals are among them, so that all ranks stop together.
+        # One reduction sums all figures. The signals are among the figures, so that all ranks stop
+        # after the same step.
         totals = self.backend.sum({"signals": signals} | shares)
         parameters = self.objective.module.parameters()
         norm = self.backend.clip_grad_norm(parameters, self.settings.clip)
         multiplier = self.multiplier(step)
-        # The device decides whether the step is taken: norm and loss are not on the host yet.
+        # The device decides whether the step is taken, because norm and loss are not on the host
+        # yet.
         finite = norm.isfinite() & totals["loss"].isfinite().all()
         self._update(multiplier, finite)
         tokens = torch.stack(list(denominators.values())).sum()
@@ -343,7 +346,7 @@ class Trainer:
         return _PendingStep(figures, names, multiplier, arrived)
 
     def _seed_rank(self, step: int) -> None:
-        """Seed torch's generator on every rank except 0 from seed, rank and step.
+        """Seed torch's generator from seed, rank and step, on every rank except rank 0.
 
         Checkpoints store only the random state of rank 0. With this seed the random numbers of the
         other ranks do not depend on when the run was saved or resumed.
@@ -428,7 +431,7 @@ class Trainer:
         if self.ema and tree.get("ema"):
             self.ema.load_tree(tree["ema"])
         elif self.ema:
-            # The checkpoint has no average: the average starts from the restored weights.
+            # The checkpoint has no average, so the average starts from the restored weights.
             self.ema = ExponentialMovingAverage(module, self.ema.decay)
         _set_random_state(tree["random"], self.backend.device)
         return _RunState.from_tree(start.step, tree["run"])
@@ -437,7 +440,8 @@ class Trainer:
 class _Loop:
     """State and steps of one call of `Trainer.fit`.
 
-    Launches steps, reads their results, writes reports, evaluates and saves checkpoints.
+    The loop launches steps, reads their results, writes reports, evaluates the model and saves
+    checkpoints.
     """
 
     def __init__(
@@ -479,7 +483,7 @@ class _Loop:
                 self._save_if_due()
 
     def to_summary(self) -> TrainingSummary:
-        """Return the result of `Trainer.fit`."""
+        """Return the result of `Trainer.fit` as a summary."""
         status: Literal["finished", "interrupted", "stopped"] = "finished"
         if self.state.step < self.settings.steps:
             status = "stopped" if self.signal is None else "interrupted"
@@ -594,7 +598,7 @@ class _Loop:
             self.saved_step = self.state.step
 
     def _validate(self, bar: Progress) -> Mapping[str, float]:
-        """Evaluate the current weights, or their average, and return the metrics.
+        """Evaluate the current weights or their average, and return the metrics.
 
         Training mode and random state are restored, so that the trained weights are bitwise
         identical with and without validation.
