@@ -140,7 +140,7 @@ class Checkpoint:
         return places
 
     def _average_places(self) -> dict[str, str]:
-        """Map the name of each averaged model tensor to the average's name in the manifest."""
+        """Map the name of each model tensor with an average to the average's manifest name."""
         ema = self.state.get("ema") or {}
         averages = ema.get("weights", {})
         if not averages:

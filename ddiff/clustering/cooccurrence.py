@@ -66,7 +66,7 @@ def _count_contexts(
     # A stable sort, so that tokens of equal frequency are always taken in the same order.
     by_frequency = np.argsort(-frequency, kind="stable")
     contexts = by_frequency[:MAX_CONTEXTS]
-    column = np.full(num_tokens, -1)  # of a token in the counts; -1 if it is not a context
+    column = np.full(num_tokens, -1)  # column of each token in the counts; -1: not a context
     column[contexts] = np.arange(len(contexts))
     shape = (num_tokens, len(contexts))
     before = np.zeros(shape, np.float32)

@@ -202,7 +202,7 @@ def _give_away(
 
 
 def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, lower: int) -> None:
-    """Move points from clusters with more than `lower` points until `cluster` has `lower`."""
+    """Move points from clusters above the lower limit until `cluster` has `lower` points."""
     points = np.arange(len(assignment))
     to_own_cluster = affinity[points, assignment]
     loss = to_own_cluster - affinity[:, cluster]

@@ -50,7 +50,7 @@ def find_files(pattern: str) -> list[str]:
 
 
 def find_all_files(patterns: Sequence[str]) -> list[str]:
-    """Return the files that match any of the patterns, in order of patterns, without duplicates."""
+    """Return the files that match any pattern, in the order of `patterns`, each file once."""
     found: dict[Any, str] = {}
     for pattern in patterns:
         for path in find_files(pattern):

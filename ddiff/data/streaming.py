@@ -205,7 +205,7 @@ class StreamedRows:
         document = start.document
         while True:
             is_whole_pass = source is None
-            small: list[EncodedChunk] = []  # all chunks of a pass, while they are below a block
+            small: list[EncodedChunk] = []  # chunks of this pass, while smaller than a block
             num_tokens = 0
             encoded = encode_chunks(
                 self._chunks(source),

@@ -424,7 +424,7 @@ class PretrainedTokenizer:
             return cls.from_pretrained(directory, name)
 
     def _definition(self) -> Any:
-        """Return the JSON definition of a fast tokenizer, or class and vocabulary of a slow one."""
+        """Return the JSON definition of a fast tokenizer; for a slow one, class and vocabulary."""
         if self._backend is None:
             return [type(self._tokenizer).__name__, self._tokenizer.get_vocab()]
         definition = json.loads(self._backend.to_str())

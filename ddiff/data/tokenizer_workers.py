@@ -210,7 +210,7 @@ class _WorkerPool:
         # blocks until the process reads it.
         for process in self._processes:
             self._idle.put(process)
-            with suppress(BrokenPipeError):  # an early end is reported with the first chunk
+            with suppress(BrokenPipeError):  # the first chunk reports that the worker ended
                 _pipe(process.stdin).write(setup)
 
     def __enter__(self) -> _WorkerPool:

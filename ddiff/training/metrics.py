@@ -40,7 +40,7 @@ class StepRecord:
 
     @property
     def is_finite(self) -> bool:
-        """Whether loss and gradient norm are finite. If not, the step changed no parameter."""
+        """Whether loss and gradient norm are finite. Otherwise the step changed no parameter."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def to_tree(self) -> dict[str, Any]:

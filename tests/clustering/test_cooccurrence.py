@@ -40,7 +40,7 @@ def reference_counts(
 
 
 @pytest.mark.parametrize("pairs_at_once", [7, 1 << 22])
-def test_cooccurrence_counts_equal_a_count_pair_by_pair(
+def test_cooccurrence_counts_equal_those_of_a_loop_over_pairs(
     pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", pairs_at_once)

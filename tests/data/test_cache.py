@@ -27,7 +27,7 @@ class Builder:
         (place / "file").write_text(self.content)
 
 
-def test_cache_entry_is_determined_by_its_inputs_only(tmp_path: Path) -> None:
+def test_cache_entry_is_determined_by_kind_and_inputs(tmp_path: Path) -> None:
     build = Builder()
     first = Cache(tmp_path).load_or_build("rows", {"a": 1, "b": [2, 3]}, build)
     assert Cache(tmp_path).load_or_build("rows", {"b": [2, 3], "a": 1}, build) == first
@@ -101,7 +101,7 @@ def test_cache_keeps_the_entry_that_another_process_built_first(tmp_path: Path) 
     assert (cache.load_or_build("rows", {}, slow) / "file").read_text() == "first"
 
 
-def test_default_root_follows_environment_variables(
+def test_default_cache_root_follows_environment_variables(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "here"))

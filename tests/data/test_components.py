@@ -85,7 +85,7 @@ def test_symbols_component_refuses_rows_of_another_length(tmp_path: Path) -> Non
         Symbols.build(config, length=5, seed=0, cache=None)
 
 
-def test_markov_component_reports_entropy_and_uses_its_own_seed() -> None:
+def test_markov_component_uses_the_seed_of_its_config_and_reports_entropy() -> None:
     config = Markov.Config(alphabet=5, rows=6, validation=2, seed=4)
     built = [Markov.build(config, length=9, seed=seed, cache=None) for seed in (0, 1)]
     assert built[0].fingerprint == built[1].fingerprint
@@ -263,7 +263,7 @@ def test_clusters_component_of_one_cluster_keeps_a_separate_root(
     assert built.level_sizes == seen.level_sizes == (tokenizer.num_tokens, 1, 1)
 
 
-def test_pretrained_component_refuses_a_size_unlike_the_tokenizer(
+def test_pretrained_component_refuses_a_size_other_than_the_tokenizer_size(
     tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     """The tokenizer is a directory written by the transformers library."""

@@ -31,7 +31,7 @@ def write(folder: Path, **contents: str) -> list[str]:
     return [str(folder / f"{name}.txt") for name in contents]
 
 
-def test_bundled_novels_are_split_by_chapter_and_hold_out_persuasion(novels: Documents) -> None:
+def test_bundled_novels_are_split_by_chapter_with_persuasion_held_out(novels: Documents) -> None:
     assert (len(novels.train), len(novels.validation)) == (55 + 48 + 31 + 61 + 50, 24)
     assert {name.rsplit(" ", 1)[0] for name in novels.validation["name"]} == {"persuasion"}
     assert "persuasion" not in " ".join(novels.train["name"])
@@ -93,7 +93,7 @@ def test_read_text_files_accepts_fsspec_paths(tmp_path: Path, scheme: str) -> No
     assert documents.validation["text"] == ["text v"]
 
 
-def test_held_out_documents_depend_on_their_text_only(tmp_path: Path) -> None:
+def test_held_out_documents_are_chosen_only_by_their_text(tmp_path: Path) -> None:
     lines = [f"line number {i}" for i in range(400)]
     whole = read_text_files(write(tmp_path, a="\n".join(lines)), split="line", held_out=0.2)
     # Expected 80 with standard deviation 8; the split is deterministic, and the limits are 4.5

@@ -42,7 +42,7 @@ def test_markov_row_entropy_equals_the_entropy_of_enumerated_rows() -> None:
     assert source.row_entropy(1) > source.row_entropy(4) > source.entropy_rate
 
 
-def test_markov_row_likelihood_averages_to_the_row_entropy() -> None:
+def test_markov_mean_negative_log_likelihood_equals_the_row_entropy() -> None:
     source = MarkovSource(6, seed=5)
     ids = np.array([[source.symbols.index(c) for c in row] for row in source.rows(4000, 25)])
     log_prob = np.log(source.stationary[ids[:, 0]]) + np.log(

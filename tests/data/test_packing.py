@@ -56,7 +56,7 @@ def test_pack_puts_every_token_in_exactly_one_valid_position(
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 1000])
-def test_pack_pads_only_the_last_of_the_joined_rows(length: int) -> None:
+def test_pack_without_separate_pads_only_the_last_row(length: int) -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, length)
     total = sum(map(len, encode_with_end_mark(TEXTS)))
     assert len(rows) == -(-total // length)

@@ -28,7 +28,7 @@ def test_row_at_differs_between_epochs_and_seeds() -> None:
         assert (first == other).sum() < 12
 
 
-def test_row_at_depends_on_its_position_only() -> None:
+def test_row_at_of_an_array_equals_row_at_of_each_position() -> None:
     together = row_at(7, np.arange(300), 129)
     assert [int(row_at(7, position, 129)) for position in range(300)] == together.tolist()
     assert (
@@ -47,7 +47,7 @@ def test_row_at_is_uniform_over_seeds(num_rows: int) -> None:
     assert chi_square < 45
 
 
-def test_row_at_gives_few_consecutive_rows() -> None:
+def test_row_at_rarely_gives_consecutive_rows() -> None:
     shown = row_at(0, np.arange(1000), 1000)
     consecutive = sum(after - before == 1 for before, after in pairwise(shown.tolist()))
     assert consecutive < 12  # one on average

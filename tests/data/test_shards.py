@@ -148,7 +148,7 @@ def test_copied_shards_give_the_same_rows(made: Shards, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "wide"])
-def test_shards_verify_names_a_damaged_file_and_the_remedy(
+def test_verify_error_names_the_damaged_shard_file_and_the_remedy(
     made: Shards, tmp_path: Path, damage: str
 ) -> None:
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))

@@ -88,7 +88,7 @@ def test_saved_tokenizer_is_restored_unchanged(
     assert load_tokenizer(path).fingerprint == tokenizer.fingerprint
 
 
-def test_tokenizer_save_leaves_one_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_save_writes_exactly_one_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "t.json"))
     assert [file.name for file in tmp_path.iterdir()] == ["t.json"]
 

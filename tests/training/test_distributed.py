@@ -146,7 +146,7 @@ def test_training_does_not_depend_on_the_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_resumed_run_on_equally_many_ranks_is_bitwise_identical(
+def test_resumed_run_on_the_same_number_of_ranks_is_bitwise_identical(
     tmp_path: Path, cache: str, kind: str
 ) -> None:
     long = (
@@ -190,7 +190,7 @@ def test_transformers_backbone_trains_with_fsdp_in_bfloat16(tmp_path: Path, cach
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-def test_rank_losses_sum_to_the_loss_and_all_ranks_skip_a_nan_step(
+def test_ranks_train_the_weights_of_one_process_and_skip_nan_steps(
     tmp_path: Path, number: int
 ) -> None:
     on_ranks(number, train_toys, str(tmp_path))
@@ -224,7 +224,7 @@ def test_rank_losses_sum_to_the_loss_and_all_ranks_skip_a_nan_step(
 
 
 @pytest.mark.slow
-def test_dropout_on_ranks_does_not_depend_on_checkpoint_times(
+def test_dropout_on_ranks_does_not_depend_on_when_checkpoints_are_saved(
     tmp_path: Path,
 ) -> None:
     """Neither the number of checkpoints nor a signal between two checkpoints changes the run."""

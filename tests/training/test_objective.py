@@ -86,7 +86,7 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_noise_times_stay_uniform_without_the_decoded_sequences(rule: str) -> None:
+def test_noise_times_of_the_diffusion_term_are_uniform(rule: str) -> None:
     """Over 100 steps, each tenth of the time window contains 10 % of the other sequences' times.
 
     The information time is replaced by t, so that the noise times are uniform in t. Tolerance
@@ -164,7 +164,7 @@ def test_drop_conditions_drops_each_condition_at_its_own_rate() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_loss_with_default_divergence_computes_it_only_once(share: float) -> None:
+def test_default_divergence_of_a_loss_is_computed_only_once(share: float) -> None:
     slots = torch.arange(SLOTS)
     calls = []
 
@@ -296,7 +296,7 @@ def test_prompt_tokens_are_not_counted_and_have_no_loss() -> None:
     assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
 
 
-def test_level_metrics_contain_only_rows_at_that_tree_level() -> None:
+def test_metrics_of_a_tree_level_contain_only_rows_at_that_level() -> None:
     """On a tree where clusters cost 0 and masks 1 nat, only the metric of level 2 is not 0."""
 
     class MasksCost(TreeProcess):
@@ -325,7 +325,7 @@ def test_level_metrics_contain_only_rows_at_that_tree_level() -> None:
     assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
 
 
-def test_rows_of_a_custom_select_rows_exclude_prompt_tokens() -> None:
+def test_prompt_tokens_have_no_loss_with_a_custom_select_rows() -> None:
     class Everything(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return torch.ones_like(noisy.clean)

@@ -84,7 +84,7 @@ def test_adamw_with_decay_all_decays_all_parameters() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
-def test_orthogonalize_keeps_singular_vectors_and_maps_values_near_1(
+def test_orthogonalize_keeps_singular_vectors_with_singular_values_near_1(
     shape: tuple[int, int],
 ) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_optimizer_converges_to_a_distant_minimum(make: type) -> None:
     ],
     ids=["adamw", "muon", "sgd"],
 )
-def test_step_if_false_changes_neither_parameters_nor_state(
+def test_step_if_finite_is_false_leaves_parameters_and_state_unchanged(
     made: Any,
 ) -> None:
     nets = [Net().double() for _ in range(2)]

@@ -75,7 +75,7 @@ def test_unsharded_checkpoint_loads_into_a_sharded_model(tmp_path: Path, expecte
     on_ranks(2, load_in_shards, str(tmp_path), str(expected))
 
 
-def test_save_writes_shards_on_each_rank_and_all_else_on_rank_0(saved: Path) -> None:
+def test_save_writes_shards_on_each_rank_and_other_tensors_on_rank_0(saved: Path) -> None:
     folder = saved / f"step_{STEP:08d}"
     shards = {
         f"{part}.rank_0000{rank}.safetensors"

@@ -100,7 +100,7 @@ def test_gradient_is_divided_by_the_token_count_of_the_global_batch(tmp_path: Pa
         )
 
 
-def test_clip_bounds_the_update_and_reports_the_norm_before_clipping(tmp_path: Path) -> None:
+def test_trainer_clips_gradients_and_reports_the_norm_before_clipping(tmp_path: Path) -> None:
     trainer = toy_trainer(
         tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3
     )
@@ -178,7 +178,7 @@ class RecordingTracker:
     def close(self) -> None: ...
 
 
-def test_tracker_receives_total_sum_over_total_count(tmp_path: Path) -> None:
+def test_tracker_receives_metrics_as_total_sum_divided_by_total_count(tmp_path: Path) -> None:
     tracker = RecordingTracker()
     summary = toy_trainer(tmp_path, 10, tracker=tracker, log_every=4).fit()
     assert [step for step, _ in tracker.records] == [4, 8, 10]
@@ -325,7 +325,7 @@ def test_trainer_refuses_checkpoints_of_another_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["steps", "slots", "accumulate", "log_every", "checkpoint_every"])
-def test_trainer_settings_refuse_numbers_below_one(tmp_path: Path, name: str) -> None:
+def test_trainer_settings_refuse_counts_below_one(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArgumentError, match=f"{name} must be at least 1; got 0"):
         toy_trainer(tmp_path, batch_at=rows_at(1), **{name: 0})
 
@@ -348,7 +348,7 @@ def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
     assert [step for step, _ in tracker.records] == [4, 6]
 
 
-def test_max_steps_counts_from_the_resumed_step_and_keeps_results(tmp_path: Path) -> None:
+def test_training_with_max_steps_and_resuming_gives_the_same_weights(tmp_path: Path) -> None:
     first = toy_trainer(tmp_path / "run", 12)
     assert first.fit(max_steps=7).step == 7  # the newest checkpoint is of step 5
     second = toy_trainer(tmp_path / "run", 12)

@@ -176,7 +176,7 @@ def test_ema_apply_restores_the_weights_after_an_error() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_distributed_training_is_bitwise_equal_with_validation(
+def test_distributed_training_is_bitwise_equal_with_and_without_validation(
     kind: str, ema: float, tmp_path: Path
 ) -> None:
     common = [
