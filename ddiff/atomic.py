@@ -54,7 +54,7 @@ def open_atomic(
         path: a local path, or a string with any fsspec address.
         system: the fsspec file system of `path`. None: `path` determines the file system.
         sync: whether a local file is flushed to the disk before it is renamed. Other file systems
-        ignore `sync`.
+            ignore `sync`.
     """
     system, place = _locate(path, system)
     folder = place.rpartition("/")[0]

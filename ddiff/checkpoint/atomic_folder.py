@@ -1,8 +1,8 @@
 """Folder of files that is complete only if it contains a marker file.
 
 The marker is written last, and contains the size and the SHA-256 of every other file. A folder
-without a marker is incomplete. No file has to be renamed, so the method also works on object
-stores, which cannot rename files atomically.
+without a marker is incomplete. No file has to be renamed, so that the folder can also be on an
+object store, which cannot rename files atomically.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def complete_steps(fs: Any, root: str) -> list[int]:
 
 
 def base_name(path: str) -> str:
-    """Return the last component of a path that may end in a slash."""
+    """Return the last component of a path. The path may end with a slash."""
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -85,7 +85,8 @@ def newest_state(root: str) -> dict[str, Any] | None:
 class AtomicFolder:
     """Folder that is complete once its marker file is written.
 
-    `remedy()` returns a sentence with the advice that ends each error message about damaged files.
+    `remedy()` returns a sentence that tells the user what to do. Each error message about damaged
+    files ends with this sentence.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class AtomicFolder:
         return self._digests
 
     def read_file(self, name: str) -> bytes:
-        """Read a whole file. Raises CheckpointError if the file is damaged."""
+        """Return the content of the file `name`. Raises CheckpointError if the file is damaged."""
         size = self.digests[name].bytes if name in self.digests else 0
         return b"".join(self.read_ranges(name, [(0, size)]))
 

@@ -53,7 +53,7 @@ class Checkpoint:
 
     Attributes:
         state: the saved state as a tree, with tensors on the device "meta" in place of the saved
-        tensors.
+            tensors.
         manifest: name of a tensor -> dtype, size and location in the files.
         aliases: name of a tied model tensor -> name under which the shared tensor is stored.
         folder: folder of the checkpoint.

@@ -7,11 +7,11 @@ while training continues. Importing this module takes about a second, so `checkp
 the module only when a checkpoint is saved or loaded.
 
 DCP's own HuggingFaceStorageWriter (tested with torch 2.13) is not used because of its memory. It
-builds each file in memory before writing: for 400 MB of tensors it took 763 MB of additional
-memory, or 1126 MB with `async_save`, and this module takes 363 MB. With it, the SHA-256 of the
-files would need a second pass over the files, and the file names would contain rank and number
-instead of the key of the state. `safetensors.torch.save` also builds a file in memory, and refuses
-tied tensors.
+builds each file in memory before writing. For 400 MB of tensors it took 763 MB of additional
+memory, or 1126 MB with `async_save`; this module takes 363 MB. With it, the SHA-256 of the files
+would need a second pass over the files, and the file names would contain rank and number instead of
+the key of the state. `safetensors.torch.save` also builds a file in memory, and refuses tied
+tensors.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
-# A plain file name without slashes: a manifest cannot name a file outside its folder.
+# The pattern allows no slashes, so that a manifest cannot name a file outside its folder.
 _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
@@ -292,7 +292,7 @@ def stage(
     locate: Callable[[str], tuple[str, str]],
     group: dist.ProcessGroup | None,
 ) -> StagedTensors:
-    """Plan which rank writes which tensors, and copy the tensors of this rank.
+    """Plan which rank writes which tensors, and copy the tensors that this rank has to write.
 
     All ranks of `group` must call this function; `group` is None in a single process. Every rank
     writes its shards of DTensors, and rank 0 writes all other tensors. `locate(name)` returns (name
@@ -433,7 +433,7 @@ def read_tensors(
     reader = _ManifestReader(manifest, folder)
     with _original_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about a single process
-        # no_dist: each rank plans its reads from the manifest, without communication.
+        # With no_dist, each rank plans its reads from the manifest, without communication.
         dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
 
 

@@ -183,7 +183,7 @@ def _give_away(
     """Move points from `cluster` to the most similar clusters below the upper limit.
 
     The function returns early if a target cluster is full. The caller then calls the function
-    again, and the full cluster is no target anymore.
+    again, without the full cluster as a target.
     """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)

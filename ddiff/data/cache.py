@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def fingerprint(inputs: object) -> str:
-    """Return the SHA-256 of `inputs` as canonical JSON, 32 hexadecimal digits."""
+    """Return 32 hexadecimal digits of the SHA-256 of `inputs`, encoded as canonical JSON."""
     canonical = json.dumps(inputs, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
@@ -63,7 +63,7 @@ class Cache:
     ) -> Path:
         """Return the cached directory for `inputs`, and build the directory if it is missing.
 
-        `inputs` are the JSON values that determine the content: fingerprints and settings.
+        `inputs` are JSON values, such as fingerprints and settings, that determine the content.
         `build(directory)` writes the files of a new entry; if `build` raises, the entry is removed.
         Raises DataError if the cache root cannot be written.
         """
@@ -94,7 +94,7 @@ class Cache:
 
 
 def not_writable_error(root: Path, error: OSError) -> DataError:
-    """Return the error for a cache folder that cannot be written."""
+    """Return the DataError for a cache folder `root` that cannot be written."""
     return DataError(
         f"Cache: the folder {root} cannot be written ({error.strerror}). "
         "Set DDIFF_CACHE to a writable folder, or free space in this folder."
@@ -102,7 +102,7 @@ def not_writable_error(root: Path, error: OSError) -> DataError:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the unfinished entries of processes that have ended."""
+    """Remove the unfinished entries in `folder` whose processes have ended."""
     for partial in folder.glob(f"*{PARTIAL}*"):
         # The building process, or another process that cleans up, may remove the entry first.
         with suppress(OSError):
@@ -115,8 +115,8 @@ def _is_abandoned(partial: Path) -> bool:
         with (partial / _LOCK).open("r+") as lock:
             return lock_file(lock)
     except OSError:
-        # The entry is not locked yet, was finished just now, or is on a file system without
-        # locks: only the time of the last write shows whether the build is alive.
+        # The entry may not be locked yet, may have been finished just now, or may be on a file
+        # system without locks. Only the time of the last write shows whether the build still runs.
         newest = max(file.stat().st_mtime for file in (partial, *partial.rglob("*")))
         return time.time() - newest > _STALE
 

@@ -65,8 +65,8 @@ def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
     """Raise DataError if all validation documents are in the training text.
 
     A warning is logged if only some validation documents are in the training text, or if many
-    documents of a part repeat an earlier document. Generated sources with known entropy are not
-    checked, because their rows may repeat by chance.
+    documents of a part repeat an earlier document. Documents from a generated source with known
+    entropy are not checked, because their rows may repeat by chance.
     """
     if documents.entropy_rate is None:
         source = documents if isinstance(documents, SourceCorpus) else "The corpus"
@@ -97,7 +97,7 @@ def _chunks_of_parts(documents: Documents) -> Iterator[Chunk]:
 
 
 def copy_shards(made: Shards, path: str) -> None:
-    """Copy a folder of shards to any fsspec path, the manifest last.
+    """Copy a folder of shards to an fsspec path. The manifest is copied last.
 
     Raises DataError if the path holds other shards.
     """
@@ -111,7 +111,7 @@ def copy_shards(made: Shards, path: str) -> None:
     for name in names:
         target = f"{place}/{name}"
         # A file of an interrupted copy is complete, since each is renamed when it is complete.
-        # Another size therefore means another file.
+        # A file with another size is therefore a different file.
         if system.exists(target) and system.size(target) != (made.folder / name).stat().st_size:
             raise DataError(
                 f"{path} holds another file named {name}, which would be overwritten. Name another "
@@ -127,8 +127,8 @@ def copy_shards(made: Shards, path: str) -> None:
 class SourceCorpus:
     """Corpus of the texts of a source.
 
-    Validation texts come from `validation_source`. Without a validation source, a fraction
-    `held_out` of the documents is held out by the hash of the text.
+    Validation texts come from `validation_source`. Without a validation source, the hash of the
+    text assigns a fraction `held_out` of the documents to the validation part.
     """
 
     source: TextSource
@@ -172,7 +172,8 @@ class SourceCorpus:
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
         identity = {"source": self.identity, "tokenizer": tokenizer.fingerprint}
-        # Not an entry of the cache: a large build must be resumed after a kill and not discarded.
+        # The shards are not an entry of the cache, because a large build must be resumed after a
+        # kill and not discarded.
         made = self.write_shards(tokenizer, cache.root / "shards" / fingerprint(identity))
         made.check_modified()
         return made
@@ -207,7 +208,7 @@ class SourceCorpus:
         return self.source.chunks(cursor, part=None if self.validation_source is None else TRAIN)
 
     def sources(self) -> list[Iterator[Chunk]]:
-        """Return the chunks of each source, from its start."""
+        """Return the chunks of each source, from the start of the source."""
         if self.validation_source is None:
             return [self.train_chunks()]
         return [self.train_chunks(), self.validation_source.chunks(part=VALIDATION)]
@@ -413,7 +414,7 @@ def _fetch_shards(path: str, cache: Cache | None) -> Path:
 
     def fetch(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(manifest)
-        # Reading the manifest first checks that no file name leads out of the folder.
+        # The manifest is read first, because this checks that no file name leads out of the folder.
         shards = read_shards(folder, name=path)
         for record in shards.all_records():
             for file, sha256 in shards.checksums(record):

@@ -1,7 +1,7 @@
 """Read documents from the bundled novels, text files and rows of symbols.
 
-Evaluation intervals are computed over documents, so every reader defines the unit of a document: a
-chapter, a file, a paragraph or a line.
+Each reader defines the unit of a document: a chapter, a file, a paragraph or a line. The unit
+matters, because evaluation computes confidence intervals over documents.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def fingerprint_texts(documents: Any) -> str:
     for batch in documents.select_columns("text").iter(256):
         for text in batch["text"]:
             content = text.encode()
-            # The length comes first, so that moving a boundary changes the digest.
+            # The length of each text is hashed before the text, so that moving a boundary changes
+            # the digest.
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
     return digest.hexdigest()[:32]
@@ -194,7 +195,7 @@ def read_symbol_rows(
 
 
 def _split_chapters(compressed: bytes) -> list[str]:
-    """Split a novel before each chapter heading.
+    """Split the compressed text of a novel before each chapter heading.
 
     The front matter and the heading of a volume belong to the chapter that follows them.
     """
@@ -255,7 +256,7 @@ def check_not_empty(corpus: Dataset, paths: Sequence[str]) -> None:
 
 
 def file_fingerprint(path: str) -> str:
-    """Return the SHA-256 of a file at any fsspec path."""
+    """Return the SHA-256 of the file at `path`, a local or fsspec path."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         while block := file.read(1 << 20):

@@ -186,7 +186,7 @@ class _Reader:
                 yield document
 
     def _objects(self, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield (place, object) for each object of a file.
+        """Yield (place, object) for each object of a file; `place` names file and line.
 
         Raises DataError for an object without the text field.
         """

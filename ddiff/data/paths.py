@@ -186,7 +186,7 @@ def _find_local(path: str) -> list[str]:
 
 
 def _matches(folder: str, parts: list[str]) -> Iterator[str]:
-    """Yield the paths under a folder that match the parts of a pattern.
+    """Yield the paths under `folder` that match the pattern `parts`, split at slashes.
 
     The folder "" is the working directory.
     """
@@ -216,8 +216,8 @@ def _matching_names(folder: str, part: str) -> list[str]:
 def _folders(folder: str) -> Iterator[str]:
     """Yield a folder and all folders below it.
 
-    Links are followed, but each folder is entered only once, so that the search ends
-    if links form a cycle.
+    Symbolic links are followed. Each folder is entered only once, so that the search ends even if
+    links form a cycle.
     """
     entered: set[tuple[int, int]] = set()
     pending = [folder]
@@ -304,7 +304,7 @@ def _find_remote(pattern: str) -> list[str]:
 def _remote_path(pattern: str, name: str, system: Any) -> str:
     """Return the full fsspec path of the file `name` in the file system of `pattern`.
 
-    A chain of file systems ("zip://...::s3://...") is kept.
+    If `pattern` is a chain of file systems ("zip://...::s3://..."), the result has the same chain.
     """
     first, _, others = pattern.partition("::")
     if not others:

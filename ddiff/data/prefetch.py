@@ -1,4 +1,4 @@
-"""Prefetch batches in threads of this process, while training steps compute."""
+"""Read batches in advance in threads of this process, while training steps compute."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Prefetcher(Generic[Item]):
         return self._pending.pop(wanted).result()
 
     def _wait(self, future: Future[Item], step: int, stopped: Callable[[], bool]) -> bool:
-        """Wait for a batch and return True, or return False if `stopped()` becomes true."""
+        """Wait until a batch is read. Return False if `stopped()` becomes true before that."""
         began = time.monotonic()
         last_line = began
         while not _is_done(future, _POLL):
@@ -87,7 +87,7 @@ class Prefetcher(Generic[Item]):
         return True
 
     def close(self) -> None:
-        """Stop the threads, waiting at most one second for unfinished reads.
+        """Stop the threads, and wait at most one second for unfinished reads.
 
         Calls after `close` read the batch in the calling thread.
         """
@@ -117,8 +117,8 @@ class Prefetcher(Generic[Item]):
 class _ThreadPool:
     """Pool of daemon threads.
 
-    A ThreadPoolExecutor is not used, because the interpreter waits for the threads of an executor
-    at exit: a run could not stop while its source is stalled.
+    A ThreadPoolExecutor is not used, because Python waits for the threads of an executor before it
+    exits. A run could then not stop while its data source does not respond.
     """
 
     def __init__(self, size: int) -> None:

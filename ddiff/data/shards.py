@@ -75,7 +75,7 @@ class Shards:
         return [ShardRecord(**record) for record in self.manifest["parts"][part]]
 
     def all_records(self) -> list[ShardRecord]:
-        """Return the manifest entries of all shards, training shards first."""
+        """Return the manifest entries of all shards, those of training shards first."""
         return [record for part in PARTS for record in self.records(part)]
 
     def stream(self, part: str) -> TokenStream:
@@ -166,12 +166,12 @@ class Shards:
             self._check_counts(part)
 
     def checksums(self, record: ShardRecord) -> Iterator[tuple[Path, str]]:
-        """Yield (path, expected SHA-256) of the tokens file and of the ends file of a shard."""
+        """Yield (path, expected SHA-256) for the tokens file and the ends file of a shard."""
         for kind, expected in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
             yield self.folder / f"{record.name}.{kind}.npy", expected
 
     def check_modified(self) -> None:
-        """Verify the checksums of small files, and of large files modified after the manifest.
+        """Verify the checksums of small files, and of large files newer than the manifest.
 
         This check takes almost no time; `verify` reads all files. Raises DataError with the name of
         a damaged file and the remedy.
@@ -188,7 +188,7 @@ class Shards:
                     raise _damage_error(path, f"it cannot be read ({error})") from error
 
     def _check_counts(self, part: str) -> None:
-        """Compare the token counts with the tokens, and check ids and document ends."""
+        """Compare the stored token counts with the tokens, and check ids and document ends."""
         stream = self.stream(part)
         num_tokens = self.manifest["tokenizer"]["num_tokens"]
         counts = stream.counts()
@@ -312,7 +312,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def encode_in_memory(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStream:
-    """Encode all chunks into one shard in memory."""
+    """Encode all chunks and return them as one shard in memory."""
     unfinished = _UnfinishedShard("")
     for _, found in encode_chunks(chunks, tokenizer):
         unfinished.add(found)
@@ -518,7 +518,7 @@ class _Build:
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _written_shards(self, part: str) -> Iterator[Shard]:
-        """Yield the written shards of a part, without document ends."""
+        """Yield the written shards of a part, without their document ends."""
         for record in self.parts[part]:
             path = self._folder / f"{record['name']}.tokens.npy"
             yield Shard(np.load(path, mmap_mode="r"), _NO_ENDS, ShardRecord(**record))
@@ -577,7 +577,7 @@ def _count_tokens(shards: Iterable[Shard], num_tokens: int) -> NDArray[np.int64]
 
 
 def _memory_map(path: Path, dtype: np.dtype[Any], size: int) -> Any:
-    """Memory-map a one-dimensional array.
+    """Memory-map a one-dimensional array with `size` entries from a file.
 
     Raises DataError if the file cannot be read, or has another dtype or size.
     """

@@ -51,7 +51,7 @@ class TextSource:
     name: name of the source in error messages.
     identity: JSON that distinguishes sources.
     read: function (cursor) that yields pairs (list of texts, cursor after these texts). Reading
-    begins after `cursor`, or at the start of the source if `cursor` is None. A cursor is JSON.
+        begins after `cursor`, or at the start of the source if `cursor` is None. A cursor is JSON.
     paths: the files that the source reads, if known.
     """
 

@@ -40,7 +40,7 @@ class Cursor:
 
     block: number of the block.
     source: cursor in the source (JSON) at or before the start of the block; None: the start of the
-    source.
+        source.
     skip: number of tokens between `source` and the start of the block.
     document: number of the first document after `source`.
     """

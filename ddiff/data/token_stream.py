@@ -85,7 +85,7 @@ class TokenStream:
 
     @property
     def num_bytes(self) -> int:
-        """Number of UTF-8 bytes of the original text."""
+        """Number of UTF-8 bytes of the original text of all documents."""
         return sum(shard.record.bytes for shard in self.shards)
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -112,7 +112,7 @@ class TokenStream:
         return ids, document
 
     def document_ends(self) -> Iterator[NDArray[np.int64]]:
-        """Yield, for each shard, the end positions of its documents in the stream."""
+        """Yield one array per shard: the end positions of the shard's documents in the stream."""
         for start, shard in zip(self._starts, self.shards):
             yield start + shard.ends
 

@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
     special_ids: ids that do not occur in encoded text.
     fingerprint: hexadecimal digits that identify the tokenizer.
     unit: "symbol" if all documents are rows of one fixed length, otherwise "token". Metrics are per
-    unit.
+        unit.
     """
 
     num_tokens: int
@@ -358,8 +358,8 @@ class PretrainedTokenizer:
     def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:
         """Load a tokenizer from a local directory or by the name of a model on the hub.
 
-        Error messages show `name`, if given, instead of `source`. Raises DataError if there is no
-        tokenizer, or if the tokenizer needs Python code of its repository.
+        Error messages show `name`, if given, instead of `source`. Raises DataError if the tokenizer
+        is missing, or needs Python code of its repository.
         """
         # Imported here, because it takes seconds and only this tokenizer needs it.
         from transformers import AutoTokenizer, PreTrainedTokenizerBase

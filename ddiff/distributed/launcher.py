@@ -29,7 +29,7 @@ _REPORTS = "DDIFF_LAUNCH_REPORTS"  # folder in which a worker writes its error m
 
 
 class RankInfo(NamedTuple):
-    """Rank of a process among all `world_size` processes, and among those of its machine."""
+    """Rank of a process among all `world_size` processes, and rank on its machine."""
 
     rank: int
     local_rank: int
@@ -138,7 +138,8 @@ def exit_with_message(message: str, code: int) -> NoReturn:
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Other ranks may be waiting in a collective. A normal exit would wait for them, or abort.
+    # Other ranks may be waiting in a collective operation. A normal exit would wait for these ranks
+    # or abort.
     os._exit(code)
 
 
@@ -248,7 +249,7 @@ def _failure_order(
 
 
 def _divide_cores(workers: int) -> dict[str, str]:
-    """Return environment variables that divide the cores equally among the workers.
+    """Return the environment variables that divide the cores equally among `workers` workers.
 
     The dictionary is empty if the user has set OMP_NUM_THREADS.
     """

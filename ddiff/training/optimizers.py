@@ -2,8 +2,8 @@
 
 A hidden matrix is a 2-D parameter that is not a table. A table has one row per symbol or tree node:
 the weight of an `nn.Embedding`, a parameter with the attribute `is_table = True`, or any parameter
-inside a module with that attribute (heads have the attribute). Muon orthogonalizes the updates of
-hidden matrices. Tables are trained with AdamW, because their rows are used with very different
+inside a module with that attribute (heads have the attribute). Muon makes the update of each hidden
+matrix orthogonal. Tables are trained with AdamW, because their rows are used with very different
 frequencies and AdamW scales each entry separately.
 """
 
@@ -117,7 +117,7 @@ def muon(
 
     Args:
         lr: Muon's learning rate. It is the spectral norm of one update of a hidden matrix that has
-        at most as many rows as columns.
+            at most as many rows as columns.
         table_lr: AdamW's learning rate for tables, norms and biases, which have no weight decay.
         precision: dtype of the orthogonalization. None: bfloat16 on a GPU, and the dtype of the
             gradient on a CPU.
@@ -179,7 +179,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step_if(self, finite: Tensor) -> None:
-        """Take a step if `finite` (0-d bool) is true.
+        """Take a step if the 0-d bool tensor `finite` is True.
 
         Otherwise parameters and optimizer state remain unchanged.
         """

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from ddiff.core.rng import CounterRng
 
-Batch = (
-    Any  # type of the batches that `batch_at` returns; the trainer passes them to the objective
-)
+Batch = Any  # batch that `batch_at` returns and the objective takes
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Objective(Protocol):
         """Compute the loss of a micro-batch.
 
         Args:
-            denominators: sums of `counts` over the global batch, by field (0-d float64).
+            denominators: name -> sum of `counts` over the global batch, a 0-d float64 tensor.
             slots: number of sequences in the global batch.
         """
         ...
@@ -79,7 +77,7 @@ class Backend(Protocol):
     device: torch.device
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Move the module to the device(s) and wrap it for parallel training.
+        """Move `module` to the device of this process, and wrap it for parallel training.
 
         Call this method before building the optimizer.
         """
@@ -151,7 +149,7 @@ class ConditionalOptimizer(Optimizer, Protocol):
     """Optimizer that can skip a step by a condition on the device, without a synchronization."""
 
     def step_if(self, finite: Tensor) -> None:
-        """Take a step if `finite` (0-d bool) is true.
+        """Take a step if the 0-d bool tensor `finite` is True.
 
         Otherwise parameters and optimizer state remain unchanged.
         """

@@ -150,9 +150,9 @@ class Provenance:
     Args:
         origins: name of a component -> Python distribution and version that provided the component.
         fingerprints: name -> fingerprint, for example of the vocabulary and of the data. A run
-        resumes only with equal fingerprints.
+            resumes only with equal fingerprints.
         made_with: recipe of the run, and components that were given as Python objects (see
-        ddiff.run_dir.identity).
+            ddiff.run_dir.identity).
     """
 
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -355,7 +355,7 @@ class Trainer:
             torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
 
     def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Sum the counts of the objective over the global batch, before the first forward pass."""
+        """Return the counts of the objective, summed over the global batch."""
         totals: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
@@ -508,7 +508,7 @@ class _Loop:
             self.pending.append(self.trainer._launch(step, batches, self.stop))
 
     def _batches(self, step: int) -> list[Batch] | None:
-        """Fetch the micro-batches of a step.
+        """Return the micro-batches of a step for this rank.
 
         Return None if a signal was received while waiting for the data.
         """
@@ -530,7 +530,7 @@ class _Loop:
         return self._is_due(newest) or len(self.pending) > 1 or self._is_stopping()
 
     def _finish_oldest(self, bar: Progress) -> None:
-        """Read the results of the oldest pending step, then validate and report if due."""
+        """Read the results of the oldest pending step; validate and report if they are due."""
         record = self._read(self.pending.popleft())
         self.tokens += record.tokens
         figures: Mapping[str, float] = {}
@@ -624,7 +624,7 @@ class _Loop:
         return figures
 
     def _report(self, bar: Progress) -> None:
-        """Advance the progress bar, and log the means since the last report if a report is due."""
+        """Advance the progress bar. If a report is due, log the means since the last report."""
         if not self._is_reported(self.state.step):
             bar.advance()
             return
