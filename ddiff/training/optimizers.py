@@ -2,8 +2,8 @@
 
 A hidden matrix is a 2-D parameter that is not a table. A table has one row per symbol or tree node:
 the weight of an `nn.Embedding`, a parameter with the attribute `is_table = True`, or any parameter
-inside a module with that attribute (heads have the attribute). Muon makes the update of each hidden
-matrix orthogonal. Tables are trained with AdamW, because their rows are used with very different
+inside a module with that attribute (heads have the attribute). Muon orthogonalizes the update of
+each hidden matrix. Tables are trained with AdamW, because their rows are used with very different
 frequencies and AdamW scales each entry separately.
 """
 
