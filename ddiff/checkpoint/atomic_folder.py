@@ -107,7 +107,7 @@ class AtomicFolder:
     # ------------------------------------------------------------------ writing
 
     def create(self) -> None:
-        """Create the folder, and delete the files of an earlier checkpoint in the folder."""
+        """Create the folder, and delete its files if it contains an earlier checkpoint."""
         self.remove()
         self._fs.makedirs(self.path, exist_ok=True)
 

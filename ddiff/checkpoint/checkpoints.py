@@ -235,8 +235,9 @@ class Checkpoints:
     ) -> str:
         """Copy `model` and `state`, and write the checkpoint in a thread.
 
-        The arguments are those of `save`; the tensors may change after this call. First waits for
-        the previous save and raises CheckpointError if the previous save failed.
+        The arguments are those of `save`. The tensors may change after this call. The method first
+        waits until the previous save has ended, and raises CheckpointError if the previous save
+        failed.
         """
         from ddiff.checkpoint.dcp_storage import deduplicate, stage
 
@@ -448,7 +449,7 @@ def _write_files(
     staged: StagedTensors,
     tree: str,
 ) -> dict[str, FileDigest]:
-    """Write the checkpoint files of this rank and return their digests by name."""
+    """Write the checkpoint files of this rank, and return the digests by file name."""
     from ddiff.checkpoint.dcp_storage import manifest_to_json, write_tensors
 
     digests: dict[str, FileDigest] = {}

@@ -2,9 +2,9 @@
 
 Tensors that do not depend on the vocabulary are copied unchanged. If the new vocabulary is another
 tree over the same tokens, embedding and output tables are transferred token by token. The embedding
-of a tree node is then the mean over the tokens below the node, and the embedding of the mask is
-that of the old mask. A head keeps its initial weights if its rows have another meaning than the
-rows of the old head.
+of a tree node is then the mean of the embeddings of the tokens below the node. The embedding of the
+mask is copied from the old mask. If the rows of the new head cannot be computed from those of the
+old head, the new head keeps its initial weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TransferredWeights(NamedTuple):
 def transfer_weights(
     denoiser: Denoiser, source: TrainedWeights, parts: Parts
 ) -> TransferredWeights:
-    """Compute the initial weights of `denoiser` from the trained weights `source`.
+    """Compute initial weights for `denoiser` from the trained weights `source`.
 
     `parts` selects all weights or only the state embeddings. Raises CheckpointError if tensors are
     missing in `source` or have another shape.
@@ -116,7 +116,8 @@ def _check_shapes(
 ) -> None:
     """Raise CheckpointError unless `source` has the tensors `names` with the shapes in `own`.
 
-    The tensors `states` have one row per state and may differ in the number of rows.
+    `states` are the names of the tensors that have one row per state. Their numbers of rows may
+    differ.
     """
     faults = []
     for name in names:
@@ -125,7 +126,7 @@ def _check_shapes(
             continue
         theirs = source.weights[name].shape
         mine = own[name].shape
-        if name in states:  # one row per state, so their number may differ
+        if name in states:  # one row per state, and the number of states may differ
             theirs_compared, mine_compared = theirs[1:], mine[1:]
         else:
             theirs_compared, mine_compared = theirs, mine
@@ -155,9 +156,9 @@ def _raise_faults(faults: list[str], source: TrainedWeights) -> None:
 
 
 def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """Average rows [V,d] over the tokens below each node of a level.
+    """Return the mean of `rows` [V,d] over the tokens below each node of `level`.
 
-    V is the number of tokens. Return [n,d] for the n nodes of the level.
+    V is the number of tokens. The result is a tensor [n,d] for the n nodes of the level.
     """
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
@@ -170,8 +171,9 @@ def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
 def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
     """Build the embeddings [S,d] of all S states of the vocabulary `new`.
 
-    Token embeddings are copied, node embeddings are the means over the tokens below the node, and
-    the embedding of the mask is that of the old mask.
+    `theirs` contains the embeddings for the vocabulary `old`. The embeddings of the tokens and of
+    the mask are copied. The embedding of a node is the mean of the embeddings of the tokens below
+    the node.
     """
     tokens = theirs[: new.num_tokens]
     levels = [_average_tokens(tokens, new, level) for level in range(new.num_levels + 1)]
@@ -182,7 +184,7 @@ def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor
 
 
 def _is_same_head(mine: Head, theirs: Head) -> bool:
-    """Whether the rows of the output tables of two heads have the same meaning."""
+    """Return whether the rows of the output tables of two heads have the same meaning."""
     return (
         type(mine) is type(theirs)
         and mine.kind == theirs.kind
@@ -191,12 +193,12 @@ def _is_same_head(mine: Head, theirs: Head) -> bool:
 
 
 def _has_token_rows(head: Head) -> bool:
-    """Whether each row of the head's output table yields the logit of one token."""
+    """Return whether each row of the head's output table yields the logit of one token."""
     return isinstance(head, TokenHead) or (isinstance(head, TreeHead) and head.kind == "tied")
 
 
 def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[str, Tensor]:
-    """Build table and bias of the head `mine` from those of a head with one row per token.
+    """Build table and bias of the head `mine` from a head with one row per token.
 
     The row of a node is the mean of the rows of the tokens below the node. The bias of a node is
     the log-sum-exp of the biases of these tokens. Within a node of the lowest level, the predicted
@@ -216,9 +218,9 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
 
 
 def _row_order(head: Head, level: int) -> Tensor:
-    """Return the node number of each row of the head's table at a level.
+    """Return the node of each row of the table that `head` has for `level`.
 
-    The result has shape [n] for the n nodes of the level, which are numbered from 0.
+    The result is a tensor [n] for the n nodes of the level. Nodes are numbered from 0.
     """
     vocabulary = head.vocabulary
     # A tree head stores the nodes of a subtree in consecutive rows.
@@ -228,9 +230,9 @@ def _row_order(head: Head, level: int) -> Tensor:
 
 
 def _logsumexp_tokens(values: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """Compute the log-sum-exp of values [V] over the tokens below each node of a level.
+    """Return the log-sum-exp of `values` [V] over the tokens below each node of `level`.
 
-    V is the number of tokens. Return [n] for the n nodes of the level.
+    V is the number of tokens. The result is a tensor [n] for the n nodes of the level.
     """
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]

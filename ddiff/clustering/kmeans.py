@@ -81,7 +81,7 @@ def nested_kmeans(
 def _check(
     vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: float, num_regular: int
 ) -> None:
-    """Check the arguments; `num_regular` is the number of tokens that are not special."""
+    """Check the arguments of `nested_kmeans`, with `num_regular` tokens that are not special."""
     if len(sizes) == 0 or min(sizes) < 1:
         raise ArgumentError(
             "sizes must have at least one level, and at least one cluster on every level; got "

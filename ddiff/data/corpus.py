@@ -250,9 +250,9 @@ class SourceCorpus:
 class StreamedCorpus:
     """Corpus that is tokenized during training.
 
-    Only the first `head` documents of the training source and of the validation source are stored.
-    Without a validation source, the held-out documents among the first `head` documents are the
-    validation part. Token counts, clusters and learned tokenizers are computed from the stored
+    For the training source and for the validation source, only the first `head` documents are
+    stored. Without a validation source, the held-out documents among the first `head` documents are
+    the validation part. Token counts, clusters and learned tokenizers are computed from the stored
     training documents only. Rows are shuffled within blocks of `block` rows.
     """
 

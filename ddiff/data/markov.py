@@ -59,7 +59,7 @@ class MarkovSource:
     def rows(self, count: int, length: int, *, stream: int = 0) -> list[str]:
         """Draw `count` independent rows of `length` symbols.
 
-        Different values of `stream` give independent sets of rows.
+        Two calls with different values of `stream` give independent rows.
         """
         rng = np.random.default_rng([self._seed, 1, stream])
         uniforms = rng.random((length, count))
@@ -71,7 +71,7 @@ class MarkovSource:
     def documents(self, *, rows: int, validation: int, length: int) -> Documents:
         """Draw a corpus of `rows` training rows and `validation` validation rows.
 
-        The `entropy_rate` of the corpus is the entropy of a row in nats per symbol.
+        The attribute `entropy_rate` of the result is the entropy of a row in nats per symbol.
         """
         train = self.rows(rows, length)
         held_out = self.rows(validation, length, stream=1)

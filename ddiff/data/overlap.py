@@ -1,8 +1,8 @@
 """Detect validation documents in the training text, and duplicates within a part.
 
 Documents are compared by their tokens when the token shards are written, so that every kind of
-corpus is checked in the same way. The check is one pass over the tokens (some hundred million
-tokens per second). The counts are stored in the manifest.
+corpus is checked in the same way. The check reads all tokens once, at some hundred million tokens
+per second. The numbers of repeated documents are stored in the manifest.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_hub_name(source: str, shown: str, what: str) -> None:
-    """Raise DataError for a source that cannot be a name on the hub, without any request."""
+    """Raise DataError if `source` cannot be a name on the hub. No request is made."""
     path = Path(source)
     if path.is_file():
         raise DataError(

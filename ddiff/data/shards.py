@@ -139,10 +139,10 @@ class Shards:
         return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
-        """Return the number of tokens written after the time `began`, and the seconds this took.
+        """Return the number of tokens written after the time `began`, and the duration in seconds.
 
-        The seconds are the time from `began` (in seconds since 1970) to the writing of the
-        manifest.
+        The duration is the time from `began` (in seconds since 1970) until the manifest was
+        written.
         """
         tokens = 0
         for record in self.all_records():

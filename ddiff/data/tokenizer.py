@@ -390,7 +390,7 @@ class PretrainedTokenizer:
         )["input_ids"]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each list of ids, without text for unused ids."""
+        """Return the text of each list of ids. Unused ids give no text."""
         checked = _check_ids(ids, self.num_tokens)
         spelled = [[number for number in row if number in self._spellings] for row in checked]
         return self._tokenizer.batch_decode(

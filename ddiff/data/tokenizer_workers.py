@@ -259,7 +259,7 @@ def _pipe(pipe: Any) -> Any:
 
 
 def _number_documents(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Yield (number of the first document, chunk) for each chunk; numbers count from 0."""
+    """Yield (number of its first document, chunk) for each chunk. Numbers count from 0."""
     first = 0
     for chunk in chunks:
         yield first, chunk

@@ -164,7 +164,7 @@ class ShardedBackend(_RankBackend):
     forward to the backward pass. Gradients are summed in float32.
 
     If a rank does not use a parameter in a step, its gradient on this rank is zero, so that weight
-    decay still applies. This needs torch 2.13; with older versions such a step raises an error.
+    decay still applies. Such a step needs torch 2.13 and raises an error with older versions.
 
     Args:
         device, processes: as in `DistributedBackend`.

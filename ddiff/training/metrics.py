@@ -52,7 +52,7 @@ class StepRecord:
 
 
 def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
-    """Summarize the records of consecutive steps.
+    """Return metrics by name, summarized over the records of consecutive steps.
 
     A metric is its total sum divided by its total count, over the steps with finite loss and
     gradient norm. `tokens_per_second` is computed over all steps. `train_loss` is the mean loss per

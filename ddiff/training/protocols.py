@@ -90,7 +90,7 @@ class Backend(Protocol):
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
         """Context manager that skips the sum of gradients over the ranks.
 
-        The trainer uses it for all micro-batches of a step except the last one.
+        The trainer uses this context manager for all micro-batches of a step except the last one.
         """
         ...
 

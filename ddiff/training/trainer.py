@@ -91,7 +91,8 @@ class Validation:
         score: callable that returns metrics by name, for metrics.jsonl and the tracker, and a
             sentence to print. Every rank calls `score` at the same step with the same rows, because
             the forward pass of a sharded module needs all ranks.
-        of_average: evaluate the exponential moving average of the weights if the run has one.
+        of_average: whether to evaluate the exponential moving average of the weights, if the run
+            has one, instead of the weights.
     """
 
     every: int
