@@ -41,7 +41,7 @@ class Batch:
         return f"Batch({text})"
 
     def with_prefixes(self, sizes: Tensor) -> Batch:
-        """Return a copy of the batch in which row b has no scores before position `sizes[b]`."""
+        """Return a copy of the batch in which row b is not scored before position `sizes[b]`."""
         is_after_prefix = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
         return replace(self, scored=self.scored & is_after_prefix)
 

@@ -355,12 +355,12 @@ def write_shards(
 ) -> Shards:
     """Tokenize a source into shards in `folder`, resuming an interrupted build.
 
-    After each chunk, if at least `shard_tokens` tokens are unwritten, they are written as a pair of
-    shards: one for training and one for validation. The files do not depend on `workers`. `source`
-    (JSON) and the tokenizer identify the shards. `total` is the number of documents, or None if the
-    number is not known. A second process that builds the same folder waits for the first. Raises
-    DataError if the source has no token, or if the folder holds shards of another source or
-    tokenizer.
+    Tokens are collected chunk by chunk. When at least `shard_tokens` tokens are collected, they are
+    written as a pair of shards: one for training and one for validation. The files do not depend on
+    `workers`. `source` (JSON) and the tokenizer identify the shards. `total` is the number of
+    documents, or None if the number is not known. A second process that builds the same folder
+    waits for the first. Raises DataError if the source has no token, or if the folder holds shards
+    of another source or tokenizer.
     """
     identity = {
         "format": FORMAT,

@@ -79,7 +79,7 @@ class EncodedChunk:
     held_out: NDArray[np.bool_]
 
     def select(self, *, held_out: bool) -> EncodedChunk:
-        """Return the documents whose flag `held_out` has the given value."""
+        """Return the validation documents if `held_out`, otherwise the training documents."""
         chosen = self.held_out == held_out
         if chosen.all():  # the usual case, without a copy
             return self

@@ -255,7 +255,7 @@ class DiffusionObjective:
         slots: int | Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Estimate the bound at every position of a batch, with one draw of noise.
+        """Estimate the bound at every position of `batch`, with one draw of noise times and states.
 
         The training loss, its weights and `decoding_share` have no effect.
         """
