@@ -28,19 +28,19 @@ class RecipeError(DdiffError):
 
 
 class PluginError(DdiffError):
-    """Plugin or component that is unknown, registered twice, or cannot be loaded."""
+    """Error about a plugin or component that is unknown, registered twice, or fails to load."""
 
 
 class DataError(DdiffError):
-    """Unusable text, corpus, tokenizer or cluster file."""
+    """Error about a text, corpus, tokenizer or cluster file that cannot be used."""
 
 
 class CheckpointError(DdiffError):
-    """Checkpoint or run directory that is missing, damaged, or of another run."""
+    """Error about a checkpoint or run directory: missing, damaged, or of another run."""
 
 
 class NonFiniteError(DdiffError):
-    """NaN or infinite result."""
+    """Error about a result that is NaN or infinite."""
 
 
 # ---------------------------------------------------------------------- formatting of messages
@@ -62,7 +62,7 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` with the known name that is most similar to `name`.
 
-    The text is empty if no known name is similar.
+    Returns an empty string if no known name is similar.
     """
     if len(name) > LONGEST:
         return ""
@@ -83,8 +83,8 @@ _DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 def find_disk_full(error: BaseException) -> OSError | None:
     """Search an exception and its causes for an error about a full disk or an exceeded quota.
 
-    Returns None if there is none. The message texts are searched too, because some libraries raise
-    errors without an error number.
+    Returns None if there is no such error. The message texts are searched too, because some
+    libraries raise errors without an error number.
     """
     current: BaseException | None = error
     while current is not None:
@@ -142,7 +142,7 @@ _NO_THREADS_TEXTS = ("can't start new thread",)
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Write one paragraph about an exception that a user can cause. Returns None for a defect."""
+    """Return one paragraph that explains a user's error, or None for a defect of the code."""
     if isinstance(error, DdiffError):
         return str(error)
     disk_full = find_disk_full(error)
@@ -205,7 +205,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _contains(error: BaseException, texts: tuple[str, ...]) -> bool:
-    """Return whether an error of a library has one of the texts in its message."""
+    """Return whether the message of a library's error contains one of the texts, in any case."""
     if not isinstance(error, RuntimeError | ValueError | OverflowError):
         return False
     message = str(error).lower()

@@ -32,10 +32,10 @@ SHORTEST_INTERVAL = 1.0  # seconds between two lines of a short job
 
 
 class Progress(Protocol):
-    """Handle of a running job, on which the job reports its progress."""
+    """Interface through which a running job reports its progress."""
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """Count `n` more finished items and show `figures`, e.g. `tokens_per_second=5300.0`."""
+        """Add `n` finished items and show `figures`, such as `tokens_per_second=5300.0`."""
         ...
 
     def note(self, text: str) -> None:
@@ -163,7 +163,7 @@ class ProgressLines:
         print_line(text, self._console)
 
     def finish(self) -> None:
-        """Print the final count, unless the last line shows that count already."""
+        """Print the number of finished items, unless the last line already shows this number."""
         if self._printed != self._done:
             self._print()
 

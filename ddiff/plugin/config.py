@@ -50,10 +50,10 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 class ComponentConfig(BaseModel):
     """Keys of a component's table in a recipe, with types, ranges, defaults and descriptions.
 
-    A component has a subclass as its attribute `Config`. Unknown keys, infinity and NaN are
-    refused, and instances are immutable. The docstring below a key is the description of the key
-    that `ddiff plugins NAME` prints. Values in a recipe are validated strictly ("3" is not a
-    number, 1 is not true); Python callers may pass lists for tuples.
+    The attribute `Config` of a component is a subclass of this class. Unknown keys, infinity and
+    NaN are refused. Instances are immutable. `ddiff plugins NAME` prints the docstring below each
+    key as the description of the key. Values in a recipe are not converted: "3" is not accepted as
+    a number, and 1 is not accepted as true. Python callers may pass lists for tuples.
     """
 
     # frozen, because a component and the recipe share one instance

@@ -45,7 +45,7 @@ HOOKS = tuple(name for name in vars(Hooks) if name.startswith("ddiff_"))
 
 @dataclass(frozen=True)
 class Plugin:
-    """Installed plugin that may not be imported yet."""
+    """Installed plugin. The method `register_components` imports its module."""
 
     name: str
     origin: Origin
@@ -134,8 +134,8 @@ class Survey(NamedTuple):
 def installed_plugins() -> dict[str, list[Plugin]]:
     """Find the installed plugins by name, without importing them.
 
-    A list with more than one plugin is a conflict of several distributions with the same plugin
-    name.
+    A list contains several plugins if several distributions provide a plugin with the same name,
+    which is a conflict.
     """
     claims = defaultdict(list)
     for entry_point in importlib.metadata.entry_points(group=GROUP):
@@ -162,7 +162,7 @@ def load_plugins(names: Iterable[str]) -> Registry:
 def survey_plugins() -> Survey:
     """Load every installed plugin.
 
-    A plugin that cannot be loaded has an error in its report, and all other plugins are loaded.
+    If a plugin cannot be loaded, its report contains an error, and all other plugins are loaded.
     """
     registry = Registry()
     reports = []
@@ -184,7 +184,7 @@ def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> Plug
 
 
 def _components_outside(listed: list[str]) -> list[Component]:
-    """Return the components of all installed plugins that are not listed."""
+    """Return the components of all installed plugins, except of those named in `listed`."""
     found: list[Component] = []
     for report in survey_plugins().reports:
         if report.plugin.name not in listed:
@@ -193,7 +193,7 @@ def _components_outside(listed: list[str]) -> list[Component]:
 
 
 def _single_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
-    """Return the installed plugin of a name. Raises PluginError if there are none or several."""
+    """Return the installed plugin `name`. Raises PluginError unless exactly one is installed."""
     if name not in installed:
         raise PluginError(
             f'There is no plugin "{shorten(name)}".{suggest(name, installed)} '

@@ -53,7 +53,7 @@ class NoKeys(ComponentConfig):
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of a component: entry-point name, import package, distribution and version."""
+    """Source of a component: name of the plugin, import package, distribution and version."""
 
     plugin: str
     package: str
@@ -81,7 +81,7 @@ def _preview_nothing(config: ComponentConfig) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """Members of a component that the engine uses, with defaults.
+    """Members of a component that the engine uses. All members except `build` have defaults.
 
     A component is any object with the member `build`; it needs no base class. The engine accesses
     all other members through this class.
@@ -98,7 +98,9 @@ class Members:
     slots: tuple[str, ...] | None = None
     """Slots of its table that the component uses; None: all slots."""
     inputs: Literal["own", "previous"] = "own"
-    """Objectives only: input of the denoiser at a position, its own state or the previous token."""
+    """Objectives only: input of the denoiser at a position.
+
+    "own": the state of the position. "previous": the token of the previous position."""
     is_distributed: bool = False
     """Backends only: whether the backend supports several processes."""
     writes: tuple[str, ...] = ()
@@ -108,7 +110,7 @@ class Members:
 
     @classmethod
     def of(cls, target: object) -> Members:
-        """Collect the members of the object that the target of a component names."""
+        """Collect the members of `target`, the imported object of a component."""
         found: dict[str, Any] = {}
         for member in fields(cls):
             found[member.name] = getattr(target, member.name, member.default)
@@ -163,7 +165,7 @@ class Component:
         return Members.of(self.load())
 
     def config_class(self) -> type[ComponentConfig]:
-        """Load the component and return the model of its table."""
+        """Load the component and return its `Config`, the pydantic model of its table."""
         return self.members().Config
 
     def _check_contract(self, members: Members) -> None:
@@ -227,7 +229,7 @@ class Registry:
     def merge(self, other: Registry) -> None:
         """Add all components of another registry.
 
-        Raises PluginError for a duplicate name; then no component is added.
+        Raises PluginError, and adds no component, if a name is registered in both registries.
         """
         # checked first, so that either all components of a plugin are added or none
         for key, component in other._components.items():

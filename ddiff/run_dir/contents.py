@@ -45,10 +45,10 @@ class Contents(NamedTuple):
 
 
 def classify_contents(directory: Path, also: Iterable[str] = ()) -> Contents:
-    """Classify the entries of a directory, except the lock file.
+    """Divide the entries of a directory into those that a run wrote and foreign entries.
 
-    `also` contains the names that the tracker of the run writes. Symbolic links are always foreign
-    and are not followed.
+    The lock file is left out. `also`: names of files that the tracker of the run writes. Symbolic
+    links are not followed, and are always foreign.
     """
     found = Contents([], [])
     tracked = set(also)
@@ -104,7 +104,7 @@ def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
 
 
 def foreign_message(directory: Path, foreign: list[str]) -> str:
-    """Return the message for a --fresh that would delete files which ddiff did not write."""
+    """Return the error message if --fresh would delete files that ddiff did not write."""
     files = "this entry" if len(foreign) == 1 else "these entries"
     return (
         f"--fresh: {directory} contains {format_names(foreign)}, which ddiff did not write, so "
@@ -113,14 +113,14 @@ def foreign_message(directory: Path, foreign: list[str]) -> str:
 
 
 def format_names(names: list[str]) -> str:
-    """Format names as `a, b, c`; of many names, as `a, b, c, d, e and 4 more`."""
+    """Join names as `a, b, c`, or a long list of names as `a, b, c, d, e and 4 more`."""
     text = ", ".join(names[:LISTED_NAMES])
     rest = len(names) - LISTED_NAMES
     return f"{text} and {rest} more" if rest > 0 else text
 
 
 def _is_own_file(entry: Path, name: str) -> bool:
-    """Return whether a run wrote an entry; `name` is its name without the ending `.part`."""
+    """Return whether a run wrote `entry`. `name`: name of the entry without the ending `.part`."""
     if _PROBE.fullmatch(entry.name):
         return entry.is_dir() and not any(entry.iterdir())
     return name in FILES and entry.is_file()
@@ -156,5 +156,5 @@ def _classify_replay(folder: Path, root: Path, found: Contents) -> None:
 
 
 def _list_entries(directory: Path) -> Iterator[Path]:
-    """Iterate over the entries of a directory, sorted by name. Empty if there is no directory."""
+    """Yield the entries of a directory, sorted by name. Yield nothing without a directory."""
     yield from sorted(directory.iterdir()) if directory.is_dir() else ()

@@ -1,7 +1,7 @@
-"""Check and write the output files of a user, at a local path or fsspec address.
+"""Check and write output files at a path or fsspec address that the user chose.
 
-An output path is checked before any work. It is refused if it is not writable, or if writing would
-overwrite files of a run or of the user.
+An output path is checked before any long computation. The path is refused if it is not writable, or
+if writing would overwrite files of a run or of the user.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_destination(
     folder: bool = False,
     owned: Callable[[IO[bytes]], bool] | None = None,
 ) -> Destination:
-    """Check the path of an output file or folder before any work.
+    """Check the path of an output file or folder before a long computation.
 
     Args:
         name: path or address as written by the user.

@@ -42,8 +42,9 @@ NUMBER = (int, float)
 Shape = Mapping[str, Any]
 """Expected types of the values of a JSON object, by key.
 
-Each entry is a type, a tuple of alternatives, [types] for a list, or a Shape for an object. None in
-a tuple means null or a missing key. The key "*" means every key of the object."""
+The expected type of a value is a Python type, a tuple of alternatives, a list [type] for a JSON
+list with entries of that type, or a Shape for a JSON object. None in a tuple means that the value
+may be null and the key may be missing. The key "*" means every key of the object."""
 
 OBJECTS: dict[str, Shape] = {
     ENVIRONMENT: {"parameters": int, "given": {}, "init": ({}, None)},
@@ -73,7 +74,7 @@ OBJECTS: dict[str, Shape] = {
 
 
 def _evaluation_figures(found: Mapping[str, Any]) -> Shape:
-    """Return the keys of evaluation.json whose names contain the unit, with their types."""
+    """Return the types of those keys in evaluation.json whose names contain the unit."""
     unit = found["unit"]
     return {
         f"{found['bound'].lower()}_nats_per_{unit}": NUMBER,
@@ -152,8 +153,8 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     """Read a JSON file of a run. Returns {} if the file does not exist.
 
-    Raises CheckpointError if the content is not an object of the expected shape. `allow_missing`
-    accepts an object in which keys are missing.
+    Raises CheckpointError if the content is not an object of the expected shape. If `allow_missing`
+    is True, keys of the object may be missing.
     """
     if not path.exists():
         return {}
@@ -229,7 +230,7 @@ def check_entry_types(directory: Path) -> None:
 
 
 def check_readable(directory: Path) -> None:
-    """Read all result files of a run, so that damage is reported before any work."""
+    """Raise CheckpointError if a result file of a run is damaged. Called before any long work."""
     for name in (ENVIRONMENT, EVALUATION, SAMPLING):
         read_json(directory / name)
     read_json_lines(directory / SAMPLES)

@@ -32,8 +32,8 @@ READING = (
 )
 """Tables and keys that must be equal to use the weights of a checkpoint.
 
-Other keys may differ: the location of the data (whose rows have fingerprints), the duration and
-device of training, and the settings of evaluation, sampling and tracking."""
+Other keys may differ. These are the location of the data, because fingerprints identify the data;
+the duration and device of training; and the settings of evaluation, sampling and tracking."""
 
 CONTINUING = (
     "train.steps",
@@ -55,7 +55,10 @@ INLINE_DIFFERENCES = 6  # if there are more, each has a separate line
 
 
 class Difference(NamedTuple):
-    """Key with its value in the checkpoint and its present value; None if the key is absent."""
+    """Key whose value in a checkpoint differs from its present value.
+
+    The value of an absent key is None.
+    """
 
     key: str
     was: Any
@@ -171,10 +174,11 @@ def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Di
 
 
 def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool = False) -> None:
-    """Compare the files of a run directory with its checkpoint, without loading plugins.
+    """Raise CheckpointError if files of a run directory do not belong to its checkpoint.
 
-    All code that reads a checkpoint calls this function first: evaluation, sampling, export,
-    comparison, `--verify-resume`, `[train] init` and resumed training.
+    `state`: state of the checkpoint. No plugin is loaded. All code that reads a checkpoint calls
+    this function first: evaluation, sampling, export, comparison, `--verify-resume`,
+    `[train] init` and resumed training.
     """
     check_recipe(directory, state, read_recipe_tree(directory / RECIPE), training=training)
     recorded = read_json(directory / ENVIRONMENT).get("given")
@@ -188,15 +192,16 @@ def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool 
 
 
 def recorded_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the components that a Python caller used instead of those in the recipe.
+    """Return the components that a Python caller passed to replace components of the recipe.
 
-    Returns None for a checkpoint of an earlier version, which did not record these components.
+    Reads the state of a checkpoint. Returns None if an earlier version of ddiff wrote the
+    checkpoint, since earlier versions did not record these components.
     """
     return state.get("made_with", {}).get("given")
 
 
 def raise_differences(place: object, differences: Sequence[Difference], remedy: str) -> None:
-    """Raise a CheckpointError that lists the differences. Return if there are none."""
+    """Raise a CheckpointError that lists the differences. Do nothing if the list is empty."""
     if not differences:
         return
     lines = [str(difference) for difference in differences[:LISTED_DIFFERENCES]]
