@@ -26,18 +26,19 @@ def score_baselines(
     num_tokens: int,
     counted: NDArray[np.bool_] | slice = slice(None),
 ) -> Baselines:
-    """Compute the cross-entropy of validation tokens under unigrams and bigrams.
+    """Compute the cross-entropy of validation tokens under a unigram and a bigram model.
 
-    The unigram model is P(b) proportional to the training count of b plus one. The bigram model is
-    Witten-Bell: P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)), where c are training counts and T(a)
-    is the number of distinct tokens that follow a. The first token of a document has probability
-    P(b).
+    In the unigram model, P(b) is proportional to the training count of token b plus one. The bigram
+    model uses Witten-Bell smoothing: P(b|a) = (c(a,b) + T(a) P(b)) / (c(a) + T(a)). Here c(a,b) is
+    the number of times that token b follows token a in the training text, c(a) is the sum of c(a,b)
+    over b, and T(a) is the number of distinct tokens that follow a. The first token b of a document
+    has probability P(b).
 
     Args:
         train: training tokens.
         validation: m validation tokens.
         num_tokens: size of the vocabulary.
-        counted: [m] bool, the tokens over which the mean is taken; all by default.
+        counted: array [m] bool, True for validation tokens that the mean includes; all by default.
     """
     unigram = np.bincount(train[0], minlength=num_tokens) + 1.0
     log_unigram = np.log(unigram / unigram.sum())
@@ -85,9 +86,10 @@ def _score_bigrams(
 def _encode_pairs(
     ids: Ints, document: Ints, num_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Encode pairs (a, b) of neighbouring tokens of one document as a * num_tokens + b.
+    """Encode pairs (a, b) of adjacent tokens in one document as integers a * num_tokens + b.
 
-    Also returns [n-1] bool, True where a token and its successor are of the same document.
+    Also returns an array [n-1] bool, which is True if a token and its successor are in the same
+    document.
     """
     inside = document[1:] == document[:-1]
     wide = ids.astype(np.int64)  # a code needs more than 32 bits

@@ -47,9 +47,10 @@ class Row:
     Attributes:
         bound: "NELBO", or "NLL" if the likelihood is exact.
         nats: the bound in nats per unit.
-        interval: 95 % interval of the bound, over documents for one run and over seeds for several
-            runs; None for one document.
-        sample_entropy: entropy in nats of the token frequencies within a sample, mean over samples.
+        interval: 95 % confidence interval of the bound: over documents for one run, over seeds for
+            the mean of several runs. None for one run with one document.
+        sample_entropy: mean over the samples of the entropy, in nats, of the token frequencies
+            within one sample.
         nfe: network evaluations per sample.
         train_seconds: training seconds per 1000 tokens.
         sample_seconds: sampling seconds per 1000 tokens, with the batch size of the recipe.
@@ -160,8 +161,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 def compare(run_dirs: Sequence[str | Path], *, group_seeds: bool = False) -> Comparison:
     """Compare finished runs, given by their directories.
 
-    `group_seeds` averages runs of one recipe with several seeds. Raises CheckpointError if a run is
-    not finished or a file of a run is damaged, ArgumentError if the evaluation settings differ.
+    If `group_seeds` is True, runs that differ only in the seed are averaged to one row. Raises
+    CheckpointError if a run is not finished or a file of a run is damaged, and ArgumentError if the
+    evaluation settings of the runs differ.
     """
     if not run_dirs:
         raise ArgumentError("ddiff compare: give at least one run directory, such as runs/<name>.")
@@ -288,7 +290,7 @@ class _Report:
     def protocol(self) -> dict[str, Any]:
         """Return the evaluation settings.
 
-        Window and draws are None for an exact likelihood, which has no integral over t.
+        Window and draws are None for an exact likelihood, which is not an integral over times.
         """
         found = self.evaluation["protocol"] | {"unit": self.evaluation["unit"]}
         is_exact = self.evaluation["bound"] == "NLL"
@@ -333,16 +335,16 @@ class _Report:
         )
 
     def _describe_sampler(self) -> str:
-        """Return kind and steps of the sampler, – if the number of steps is random."""
+        """Return the sampler's kind and number of steps, or – for a random number of steps."""
         keys = self.recipe["sample"]
         steps = self.sampling.get("steps", keys["steps"])  # earlier versions did not write steps
         return f"{keys['sampler']['kind']}, {'–' if steps is None else steps}"
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Return the kind of the process, and of the time rule unless that is flat.
+    """Return the kind of the process, followed by the kind of the time rule if it is not "flat".
 
-    Without a process, return the kind of the objective.
+    Returns the kind of the objective if the recipe has no process.
     """
     objective = recipe["objective"]
     if "process" not in recipe:
@@ -394,14 +396,14 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
 
 
 def _average_seeds(reports: Sequence[_Report]) -> Row:
-    """Average runs over seeds, with Student's interval. Return a single run unchanged."""
+    """Return one row: the mean of runs with different seeds, or the row of a single run."""
     rows = [report.row() for report in reports]
     if len(rows) == 1:
         return rows[0]
     _check_seeds(reports)
     nats = [row.nats for row in rows]
     mean = statistics.fmean(nats)
-    # over seeds only: the intervals over documents of the single runs have no effect
+    # The interval is over seeds only. The intervals of the single runs over documents are not used.
     standard_error = statistics.stdev(nats) / math.sqrt(len(nats))
     half = student95(len(nats) - 1) * standard_error
     first = rows[0]

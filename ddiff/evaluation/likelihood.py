@@ -1,10 +1,10 @@
 """Likelihood bound of a text, with the terms of the bound and confidence intervals.
 
-Every token is scored once in each draw. Diffusion times are uniform in information time
-(`ddiff.core.information`), in which all times contribute equally, so that the estimator has no
-heavy tails. The diffusion term integrates over a window of times, [1e-3, 1 - 1e-3] by default. The
-decoding term and the closing term account for the times outside the window, so the sum of all terms
-is a bound for any window.
+In each draw, every token is scored at one random diffusion time. The times are uniform in
+information time (`ddiff.core.information`), in which all times contribute equally to the bound, so
+that the estimator has no heavy tails. The diffusion term of the bound is an integral over a window
+of times, [1e-3, 1 - 1e-3] by default. The decoding term and the closing term account for the times
+before and after the window, so the sum of all terms is a bound for any window.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ LARGEST_MEAN = 700.0  # exp(700) is still a finite float64
 
 
 class Scored(Protocol):
-    """Interface of an objective for evaluation.
+    """Interface that `evaluate` requires of an objective.
 
-    `bound` is "NLL" if `nll` returns the exact negative log-likelihood without randomness, or
-    "NELBO" if the expectation of `nll` is an upper bound of the negative log-likelihood. `times` is
-    the distribution of the diffusion times in training, None for an objective without times.
+    Attributes:
+        bound: "NLL" if `nll` returns the exact negative log-likelihood without randomness, or
+            "NELBO" if the expectation of `nll` is an upper bound of the negative log-likelihood.
+        times: distribution of the diffusion times in training; None for an objective without times.
     """
 
     bound: str = "NELBO"
@@ -54,22 +55,25 @@ class Scored(Protocol):
         slots: Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Return one unbiased draw of the nats of every position."""
+        """Draw an unbiased estimate of the negative log-likelihood of every position, in nats.
+
+        Row b has a diffusion time in the stratum `slot[b]` of `slots[b]` strata.
+        """
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Likelihood bound in nats per token, with its terms and intervals.
 
-    For a source of symbols, `unit` is "symbol" and all figures are per symbol. All intervals use
-    Student's t distribution.
+    If the text is a sequence of symbols without bytes, `unit` is "symbol" and all figures are per
+    symbol. All intervals use Student's t distribution.
 
     Attributes:
-        interval: 95 % interval of the bound for documents from the same source, None for one
-            document. The interval includes the Monte-Carlo error of random times and noise, and the
-            differences between documents.
-        monte_carlo_interval: 95 % interval of the bound for exactly these documents. The interval
-            includes only the Monte-Carlo error; None for one draw.
+        interval: 95 % confidence interval of the bound for documents from the same source; None for
+            one document. The interval includes the Monte-Carlo error of random times and noise, and
+            the differences between documents.
+        monte_carlo_interval: 95 % confidence interval of the bound for exactly these documents,
+            which includes only the Monte-Carlo error; None for one draw.
         standard_errors_nats_per_token: standard errors "total", "monte_carlo" and "documents".
         terms_nats_per_token: terms whose sum is the bound.
         parts_nats_per_token: parts whose sum is the diffusion term.
@@ -102,7 +106,7 @@ class Evaluation:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as a dict. Keys contain bound and unit: `nll_nats_per_symbol`."""
+        """Return all fields as a dict. Keys name bound and unit, as in `nll_nats_per_symbol`."""
         tree = {}
         for field, value in asdict(self).items():
             tree[_field_key(field, self.unit, self.bound)] = value
@@ -151,18 +155,19 @@ def evaluate(
 ) -> Evaluation:
     """Estimate the likelihood bound of a text and its standard errors.
 
-    The bound of each of R rows is drawn `draws` times. Times are stratified within a document: in
-    each draw, a document of n rows divides the time interval into n strata and assigns one stratum
-    to each row, starting with a random stratum. The time of each row is therefore uniform, and the
-    times of a document are evenly spread. Draws and documents are independent.
+    The bound of each of R rows is estimated `draws` times, with new diffusion times and noise. The
+    times are stratified within a document. In each draw, the time interval of a document of n rows
+    is divided into n strata. Consecutive rows get consecutive strata, beginning with a random
+    stratum. The time of each row is therefore uniform, and the times of a document are evenly
+    spread. Draws and documents are independent.
 
     Args:
         objective: computes the nats of a batch.
-        batch_of: returns the batch with given row indices.
+        batch_of: function that returns the batch with given row indices.
         document: [R], index of the document of each row.
         length: positions per row.
         times: distribution of the diffusion times of each position.
-        num_bytes: bytes of the text, or None if bits per byte have no meaning.
+        num_bytes: number of bytes of the text; None if bits per byte have no meaning.
         draws: number of independent draws of times and noise per row.
         batch: rows per batch.
         seed: seed of times and noise.
@@ -259,11 +264,11 @@ def _deal_strata(
     batch: int,
     seed: int,
 ) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
-    """Yield (rows, slot, slots, draw) for each batch.
+    """Yield (rows, slot, slots, draw) for each batch of each draw: the time stratum of each row.
 
-    `slots` [B] is the number of rows of the document of each row, which equals the number of time
-    strata. `slot` [B] is the stratum of each row. In each draw, every document rotates its strata
-    by a random number.
+    `rows`: indices of B rows. `slots`: for each row, the number of rows in its document, which is
+    the number of time strata. `slot`: for each row, the index of its stratum. In each draw, the
+    strata of a document are assigned to its rows in order, beginning with a random stratum.
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")

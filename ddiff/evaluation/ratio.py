@@ -31,9 +31,9 @@ class Error:
 class RatioEstimate:
     """Estimate of the nats per token of a text from several draws of times and noise.
 
-    `total` is the error as an estimate for other documents from the same source, None for one
-    document. `monte_carlo` is the error for exactly these documents, which comes from the random
-    diffusion times and noise, None for one draw. `total` includes `monte_carlo`.
+    `total`: standard error of the estimate for all documents of the same source; None for one
+    document. `monte_carlo`: standard error of the estimate for exactly these documents, which comes
+    from the random diffusion times and noise; None for one draw. `total` includes `monte_carlo`.
     """
 
     mean: float
@@ -42,9 +42,10 @@ class RatioEstimate:
 
     @classmethod
     def of(cls, nats: Floats, tokens: Floats) -> Self:
-        """Estimate from `nats` [D,K] of D documents in K independent draws, and `tokens` [D].
+        """Estimate the nats per token from the nats and numbers of tokens of D documents.
 
-        Documents without tokens are ignored.
+        `nats`: an array [D,K] with one column for each of K independent draws. `tokens`: an array
+        [D]. Documents without tokens are ignored.
         """
         nats = nats[tokens > 0]
         tokens = tokens[tokens > 0]
@@ -66,13 +67,14 @@ class RatioEstimate:
 
 
 def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
-    """Estimate the error of the mean from residual_d = nats_d - mean * tokens_d of document d.
+    """Estimate the standard error of the mean nats per token from differences between documents.
 
-    Let h_d = tokens_d / (sum of all tokens). If Var(nats_d) is proportional to tokens_d, the
-    expectation of residual_d^2 is too small by the factor 1 - h_d. Division by 1 - h_d makes the
-    variance unbiased for documents of any lengths. The degrees of freedom follow Satterthwaite
-    under the same assumption: D - 1 for D documents of equal length, fewer otherwise. Returns None
-    for fewer than two documents.
+    `residual` contains residual_d = nats_d - mean * tokens_d of each document d. Let h_d = tokens_d
+    / (sum of all tokens). If Var(nats_d) is proportional to tokens_d, the expectation of
+    residual_d^2 is smaller than Var(nats_d) by the factor 1 - h_d. Division by 1 - h_d makes the
+    variance unbiased for documents of any lengths. Satterthwaite's formula under the same
+    assumption gives the degrees of freedom: D - 1 for D documents of equal length, and fewer for
+    unequal lengths. Returns None for fewer than two documents.
     """
     if len(tokens) < 2:
         return None
@@ -85,7 +87,7 @@ def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
 
 
 def _error_over_draws(nats: Floats, tokens: Floats) -> Error | None:
-    """Estimate the error of the mean from the variance between draws of each document.
+    """Estimate the standard error of the mean from the variance between draws of each document.
 
     Returns None for fewer than two draws.
     """

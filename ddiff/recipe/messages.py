@@ -73,9 +73,9 @@ def _format_type(schema: Mapping[str, Any]) -> str:
 def first_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
     """Return the entry of `ValidationError.errors()` that is reported to the user.
 
-    The `loc` of the entry is the key as written in the recipe. If a union type refuses a value, its
-    branches have one error each; they are merged to one error of type "union" with the expected
-    types in `ctx`.
+    The `loc` of the returned entry is the key as written in the recipe. If a union type refuses a
+    value, pydantic reports one error for each branch of the union. These errors are merged to one
+    error of type "union", with the expected types in `ctx`.
     """
     # An unknown key comes first: a missing key is often misspelt, and then unknown too.
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
@@ -83,7 +83,7 @@ def first_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> 
         return first
     branches = [_drop_branch(error) for error in errors if error["loc"][0] == first["loc"][0]]
     for branch in branches:
-        # A branch that accepts the type and refuses the value has the most specific error.
+        # If a branch accepts the type but refuses the value, its error is the most specific one.
         if not branch["type"].endswith("_type"):
             return branch
     expected = dict.fromkeys(_expectation(branch).removeprefix("must be ") for branch in branches)
@@ -98,7 +98,7 @@ def explain_validation(
     known: Sequence[str],
     whole: str = "the recipe",
 ) -> str:
-    """Return the message, one paragraph, for an error that `first_error` returned.
+    """Return a one-paragraph message about the validation error that `first_error` returned.
 
     Args:
         error: entry of `ValidationError.errors()`.
@@ -126,7 +126,7 @@ def explain_validation(
 
 
 def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
-    """Return the message, one paragraph, about a key that a table does not have."""
+    """Return a one-paragraph message about a key that a table does not have."""
     return (
         f'{table} has no key "{shorten(key)}"{owner}.{suggest(key, takes)} '
         f"Valid keys: {', '.join(takes) or 'none'}."
@@ -134,8 +134,8 @@ def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) 
 
 
 def format_value(value: Any) -> str:
-    """Format a value as in TOML. Strings are followed by "(a string)" to point out quotes."""
-    # not only ASCII, so that text in all scripts stays readable
+    """Format a value as in TOML. After a string, add "(a string)" to point out the quotes."""
+    # `ensure_ascii` is False, so that text in all scripts stays readable
     text = shorten(json.dumps(value, default=str, ensure_ascii=False))
     return f"{text} (a string)" if isinstance(value, str) else text
 
@@ -180,7 +180,7 @@ def _expectation(error: Mapping[str, Any]) -> str:
         return f"must have at most {_count(error, 'max_length')}"
     if kind == "string_pattern_mismatch":
         return f"must match the pattern {context['pattern']}"
-    # for other types, which plugins may use, the text of pydantic
+    # plugins may use other types; their message is the text of pydantic
     text = error["msg"].replace("Input should be", "must be").replace("'", '"')
     return text if text.startswith("must") else f"is not valid: {text[:1].lower()}{text[1:]}"
 

@@ -55,9 +55,10 @@ class ComponentSpec:
     def build(self, **inputs: Any) -> Any:
         """Call `build(config, ...)` of the component with the inputs that its signature names.
 
-        A component names only the inputs that it uses, so a new input of a kind breaks no plugin.
-        Raises PluginError if `build` has a parameter that is not an input of its kind. The message
-        of an ArgumentError or DataError that `build` raises begins with the component's table.
+        A component names only the inputs that it uses, so plugins still work if their kind gets a
+        new input. Raises PluginError if `build` has a parameter that is not an input of its kind.
+        If `build` raises an ArgumentError or DataError, the component's table is added to the
+        beginning of the message.
         """
         return self._call("build", self.component.load().build, inputs)
 
@@ -75,9 +76,9 @@ class ComponentSpec:
 
     @contextmanager
     def prefix_errors(self) -> Iterator[None]:
-        """Prefix error messages of a `with` block with the recipe table of the component.
+        """Put the component's recipe table in front of errors raised in a `with` block.
 
-        Only messages of ArgumentError and DataError are changed.
+        Only the messages of ArgumentError and DataError are changed.
         """
         try:
             yield
@@ -114,7 +115,7 @@ class ComponentSpec:
 class Recipe:
     """A recipe with every default filled in.
 
-    The names of the fields follow from `schema.TABLES` (`component_field`, `keys_field`). The
+    `component_field` and `keys_field` in `ddiff.recipe.schema` define the names of the fields. The
     field of a component is None if the recipe has no such component.
     """
 

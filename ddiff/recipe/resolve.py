@@ -11,10 +11,10 @@ A recipe is resolved in four steps, which raise RecipeError with the file and th
    of the engine and those of the component's `Config`, and validate both.
 4. `_check_batch`, `_check_ema`: check values that depend on several tables.
 
-A table may contain keys of the engine; its other keys belong to the component that `kind` names. A
-slot is a key that names a further component inside a table (`[train] optimizer`). A string in
-place of a component's table is a shorthand for a table with only a kind: `optimizer = "muon"` means
-`optimizer = {kind = "muon"}`.
+Some keys of a table are defined by the engine. The other keys are defined by the component that the
+key `kind` names. A slot is a key that names a further component inside a table, such as
+`[train] optimizer`. A string in place of a component's table is a shorthand for a table with only a
+kind: `optimizer = "muon"` means `optimizer = {kind = "muon"}`.
 
 Reading a recipe imports its components, because their `Config` classes define their keys. Importing
 this module imports no component.
@@ -143,7 +143,7 @@ def configure_component(
 def configure_sampler(
     recipe: Recipe, kind: str | None = None, settings: Iterable[str] = ()
 ) -> ComponentSpec:
-    """Return the sampler of a recipe, or a sampler of another kind, with changed settings.
+    """Configure the sampler of a recipe, or a sampler of another kind, with changed settings.
 
     Args:
         recipe: recipe whose sampler and sampler settings are the defaults.
@@ -177,8 +177,8 @@ class _TableReader:
     def read_slot(self, path: TablePath) -> ComponentSpec | None:
         """Read the component at a path.
 
-        Returns None for an optional table that the recipe omits, and for a slot that the component
-        of the table does not use.
+        Returns None if the recipe omits an optional table, or if the path is a slot that the
+        component of the table does not use.
         """
         table, *rest = path
         if TABLES[table].is_optional and table not in self.tree.values:
@@ -242,7 +242,7 @@ class _TableReader:
             raise RecipeError(f'{place}: {label} kind = "{shorten(name)}": {error}') from error
 
     def _used_slots(self, path: TablePath) -> list[str]:
-        """List the keys of a table that name further components used by the table's component."""
+        """List those slots of a table that the component of the table uses."""
         if len(path) > 1:
             return []
         offered = TABLES[path[0]].slots
@@ -321,7 +321,7 @@ def _owner(component: Component | None) -> str:
 
 
 def _check_tables(tree: RecipeTree) -> None:
-    """Check that all names are known, tables are tables, and no required table is missing."""
+    """Raise RecipeError for an unknown name, a value in place of a table, or a missing table."""
     for name in tree.values:
         if name not in TOP_LEVEL:
             raise RecipeError(_explain_unknown_name(name, tree))
@@ -381,10 +381,10 @@ def _check_reserved_keys(
 
 
 def _check_round_trip(spec: ComponentSpec) -> None:
-    """Check that a table with all defaults written out is read back as an equal table.
+    """Check that the written table of a component, with all defaults, is read back as equal.
 
-    A run stores its recipe in that form, so a recipe that cannot be read back must fail before
-    training.
+    A run writes its recipe with all defaults to recipe.toml. A recipe that could not be read back
+    must be refused before training.
     """
     # as `Recipe.to_toml` writes it and `_validate` reads it again
     written = json.dumps(scalars_first(spec.config.model_dump(mode="json")))

@@ -1,6 +1,6 @@
-"""Find and read recipe files, and merge recipes along `extends`.
+"""Find and read recipe files, and merge each recipe with the recipe that its `extends` names.
 
-A recipe is named by a path, by the name of a shipped recipe, or by an fsspec address.
+A recipe is given by a path, by the name of a shipped recipe, or by an fsspec address.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def find_shipped_recipes() -> dict[str, Path]:
 
 
 def read_tree(name: str, place: str = "") -> RecipeTree:
-    """Read a recipe file or shipped recipe, with its shorthand expanded.
+    """Read a recipe file or shipped recipe, and expand the names of components to tables.
 
     Args:
         name: path, name of a shipped recipe, or fsspec address.
-        place: beginning of an error message: file and line that contain the name.
+        place: file and line that contain `name`, for the beginning of an error message.
     """
     return expand_shorthand(read_toml(*_read_text(name, place)))
 
@@ -97,7 +97,8 @@ def inherited_keys(
 ) -> frozenset[str] | None:
     """Return the keys of a base table that an overriding table inherits; None: all keys.
 
-    If the kind changes, only keys of the engine are inherited, because each kind has its own keys.
+    If the two tables have different kinds, only keys of the engine are inherited, because each kind
+    has different keys.
     """
     if path not in SLOTS or "kind" not in new:
         return None

@@ -1,9 +1,9 @@
-"""TOML text with the line number of each key, and merging of nested tables.
+"""Read TOML text with the line number of each key, and merge nested tables.
 
 `tomllib` returns values without line numbers. `key_lines` parses the same text and returns the line
-numbers. A `RecipeTree` contains both, so that an error message can begin with
-`recipes/mine.toml:14`. In a merge, `--set` texts replace values of the recipe, and the recipe
-replaces values of the recipe that it extends.
+numbers. A `RecipeTree` contains values and line numbers, so that an error message can begin with
+`recipes/mine.toml:14`. Values of `--set` replace values of the recipe, and values of the recipe
+replace values of the recipe that it extends.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class RecipeTree:
         return self.source
 
     def merge_over(self, base: RecipeTree, inherited: InheritedKeys) -> RecipeTree:
-        """Merge this tree with a base tree, whose values it replaces, table by table.
+        """Merge this tree with a base tree, table by table. Values of this tree take precedence.
 
-        `inherited` may limit the keys that a table inherits from the base table.
+        `inherited`: function that may limit the keys that a table inherits from the base table.
         """
         places = dict(base.places)
         values = _merge_tables(base.values, self.values, (), places, inherited)
@@ -182,15 +182,16 @@ _OPTIONS = {
 
 
 def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
-    """Read `a.b=c` texts. A value that is not valid TOML is a string, so quotes may be omitted.
+    """Read `a.b=c` texts. A value that is not valid TOML is read as a string without quotes.
+
 
     Args:
         settings: the texts.
         source: name of the tree, for messages.
         option: "--set" or "--condition", for messages.
 
-    Raises RecipeError for a text without `=`, an invalid key or value, more than one key, and a key
-    below a value that is not a table.
+    Raises RecipeError if a text has no `=`, more than one key, or an invalid key or value, and if a
+    key such as `a.b` is set although `a` is not a table.
     """
     tree = RecipeTree({}, source)
     for setting in settings:
@@ -297,7 +298,7 @@ def write_toml(tree: Mapping[str, Any], comment: str) -> str:
 
 
 def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Order keys as TOML requires: at every level sub-tables are last.
+    """Put the sub-tables last at every level of nested tables, as TOML requires.
 
     Keys with value None are omitted.
     """
@@ -318,7 +319,7 @@ def _merge_tables(
     places: dict[KeyPath, str],
     inherited: InheritedKeys,
 ) -> dict[str, Any]:
-    """Merge two tables, and delete the places of replaced values from `places`."""
+    """Merge `over` over `base`, and delete the places of replaced values from `places`."""
     keys = inherited(path, base, over)
     kept = {key: value for key, value in base.items() if keys is None or key in keys}
     # copied, because settings and the shorthand change trees in place
@@ -388,7 +389,7 @@ class _Scanner:
         return path
 
     def resolve(self, path: KeyPath) -> KeyPath:
-        """Insert array indices into a path: a header refers to the last element of an array."""
+        """Insert array indices into a header's path: a header refers to the last array element."""
         resolved: KeyPath = ()
         for key in path[:-1]:
             resolved = (*resolved, key)

@@ -1,4 +1,4 @@
-"""Counted cost of a model: parameters, FLOPs, logits and bytes. Peak FLOPs of devices."""
+"""Count parameters, FLOPs, logits and bytes of a model, and find peak FLOPs of a device."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def count_parameters(module: nn.Module) -> int:
 class Footprint:
     """Bytes of memory on one rank during training.
 
-    `activations` is the peak during a step minus the bytes that are allocated between steps.
-    `average` are the bytes of the exponential moving average. `exchange` are the bytes of the
-    communication buffers: gradients for DDP, gathered weights for FSDP.
+    `activations`: peak bytes during a step, minus the bytes that are allocated between steps.
+    `average`: bytes of the exponential moving average. `exchange`: bytes of the communication
+    buffers, which contain gradients under DDP, and gathered weights and their gradients under FSDP.
     """
 
     parameters: float
@@ -81,15 +81,15 @@ class Footprint:
     def replicate(self) -> Footprint:
         """Return the footprint under DDP.
 
-        Every rank holds the whole model, and gradient buckets as large as the gradients.
+        Every rank stores the whole model, and communication buffers as large as the gradients.
         """
         return replace(self, exchange=self.gradients)
 
     def shard(self, ranks: int, gathered: float) -> Footprint:
         """Return the footprint under FSDP.
 
-        Each rank holds 1 / `ranks` of the model and `gathered` bytes of gathered weights. The
-        gradients of the gathered weights take as many bytes again, until the gradients are reduced.
+        Each rank stores a fraction 1 / `ranks` of the model, `gathered` bytes of gathered weights,
+        and `gathered` bytes of their gradients, which are freed when the gradients are reduced.
         """
         return Footprint(
             parameters=self.parameters / ranks,
@@ -104,7 +104,8 @@ class Footprint:
 def gathered_bytes(denoiser: Denoiser) -> int:
     """Return the bytes of weights that FSDP gathers at once.
 
-    These are all weights outside the blocks of the backbone, and the weights of the largest block.
+    FSDP gathers all weights outside the blocks of the backbone, and the weights of one block. The
+    largest block is counted.
     """
     blocks = [num_bytes(block.parameters()) for block in find_blocks(denoiser)]
     return num_bytes(denoiser.parameters()) - sum(blocks) + max(blocks, default=0)
@@ -154,9 +155,9 @@ def count_flops() -> Iterator[FlopCounterMode]:
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """Return the peak FLOPs per second of a device, and the source of the number as text.
+    """Return the peak FLOPs per second of a device, and a text about the source of the number.
 
-    The source is a data sheet, or a matrix product that is timed on the device.
+    The number is from a data sheet, or from the time of matrix products on the device.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -32,8 +32,8 @@ from ddiff.runs.build import build_documents
 class RunText:
     """Documents of a recipe, tokenized and packed into rows of [data] length tokens.
 
-    `tokenizer` is the saved tokenizer of a trained run. None means that the tokenizer of the recipe
-    is built at first use; some tokenizers are trained on the documents.
+    `tokenizer`: saved tokenizer of a trained run. If `tokenizer` is None, the tokenizer of the
+    recipe is built at first use, because some tokenizers are trained on the documents.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None = None) -> None:
@@ -78,9 +78,9 @@ class RunData:
 
     Args:
         text: documents, tokenizer and rows.
-        condition_names: columns of the documents that are conditions; the keys of the backbone's
-            `condition_dropout`.
-        condition_forms: form (label or vector) of each condition, as the backbone declares.
+        condition_names: names of the document columns that are conditions. The names are the keys
+            of the backbone's `condition_dropout`.
+        condition_forms: form of each condition, label or vector, as the backbone declares.
     """
 
     def __init__(
@@ -146,9 +146,10 @@ class RunData:
     def batch_at(self, step: int, micro: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Return the rows of one micro-batch of one rank, on the CPU.
 
-        Slot s of the global batch of step k holds row `order(seed, k * batch + s)`. The global
+        A slot is an index of a row in the global batch. Slot s at step k contains the row with
+        index `order(seed, k * batch + s)`, where `order` shuffles the training rows. The global
         batch therefore depends neither on the number of ranks nor on the number of micro-batches.
-        Slots are assigned to pairs (micro-batch, rank) in lexicographic order.
+        Each pair (micro-batch, rank) gets the same number of slots, in lexicographic order.
         """
         keys = self.recipe.train
         size = keys.batch // (keys.accumulate * world_size)
@@ -161,10 +162,10 @@ class RunData:
         return batch
 
     def _draw_prefixes(self, step: int, index: Tensor) -> Tensor:
-        """Draw the lengths [B] of the clean prefixes.
+        """Draw the length of the clean prefix of each row, a tensor [B].
 
-        A row has a prefix with probability [train] prefix. Its length is then uniform on
-        0..length-1; the other rows have length 0.
+        `index`: slots of the rows in the batch. With probability [train] prefix, the length is
+        uniform on 0..L-1, where L is [data] length. Otherwise the length is 0.
         """
         # two uniforms per row: the first decides about a prefix, the second is its length
         uniforms = CounterRng(self.recipe.seed, step, index, 2).uniform("prefix")

@@ -20,8 +20,8 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     """Check a recipe without reading the data. Return one line, `fits: 2.1 M parameters, ...`.
 
     The checks cover the run directory, the existence of input files, the device and the memory. If
-    the recipe determines the number of tokens, the model is also built on the meta device, on a
-    vocabulary of the same shape. Raises an error of the DdiffError family if a check fails.
+    the recipe determines the number of tokens, the model is also built on the meta device, with a
+    placeholder vocabulary of the same shape. Raises a DdiffError if a check fails.
     """
     check_directory(Path(recipe.run_dir), recipe, NO_OVERRIDES, fresh)
     print_foreign(Path(recipe.run_dir), recipe)

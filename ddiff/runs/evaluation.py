@@ -97,15 +97,15 @@ def score_rows(
     conditions: Conditions,
     console: Console | None = None,
 ) -> Evaluation:
-    """Compute the likelihood bound of the rows with indices `numbers` [R].
+    """Compute the likelihood bound of selected rows, with the settings of [evaluate].
 
-    The settings are those of [evaluate]. `conditions` has one entry for each document from which
-    the rows were packed.
+    `numbers`: indices of the rows, an array [R]. `conditions`: conditions of every document from
+    which the rows were packed.
     """
     keys = recipe.evaluate
     # The bytes of symbols have no meaning, and the number of bytes in a subset of rows is unknown.
     has_bytes = tokenizer.unit == "token" and len(numbers) == len(rows)
-    # an objective without times is exact, so the time rule has no effect
+    # an objective without times computes the exact likelihood, so its time rule has no effect
     times = model.objective.times or FlatTimes()
 
     def batch_of(places: NDArray[np.int64]) -> Batch:
@@ -129,7 +129,7 @@ def score_rows(
 
 
 def count_baselines(data: RunData, recipe: Recipe, num_tokens: int) -> Baselines:
-    """Compute unigram and bigram baselines of the evaluated tokens from training counts."""
+    """Compute unigram and bigram baselines for the evaluated tokens from the training text."""
     return score_baselines(
         data.train_rows.stream(_COUNTED_TOKENS),
         data.validation_rows.stream(),
@@ -139,7 +139,7 @@ def count_baselines(data: RunData, recipe: Recipe, num_tokens: int) -> Baselines
 
 
 def evaluation_protocol(data: RunData, recipe: Recipe) -> dict[str, Any]:
-    """Return the settings in which two evaluations must agree to be comparable."""
+    """Return the settings that must be equal in two evaluations that are compared."""
     rows = data.validation_rows
     read = len(evaluated_rows(data, recipe))
     fingerprint = rows.fingerprint

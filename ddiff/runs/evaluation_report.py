@@ -23,7 +23,7 @@ from ddiff.runs.summary import print_evaluation
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Evaluation with its baselines. `written` is the content of evaluation.json."""
+    """Evaluation with its baselines. `written`: the content of evaluation.json as a dict."""
 
     evaluation: Evaluation
     baselines: Baselines
@@ -49,7 +49,7 @@ def evaluate_once(run: Run) -> EvaluationReport:
 
 
 def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationReport | None:
-    """Return the saved evaluation, or None if step or settings differ from those of the run."""
+    """Return the evaluation in `saved`, or None if its step or settings are not the run's."""
     wanted, protocol = _settings(run)
     # other keys, such as the batch size or the version, do not change the figures
     found = {**saved, **saved["protocol"]}

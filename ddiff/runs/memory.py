@@ -1,7 +1,7 @@
-"""Check that the memory of the machine is at least a lower bound of the memory of a run.
+"""Refuse a run if a lower bound of its memory exceeds the memory of the machine.
 
-The lower bound never rejects a run that would fit. `ddiff run --dry-run --measure` measures the
-memory that a run uses.
+A run that would fit is never refused. `ddiff run --dry-run --measure` measures the memory that a
+run uses.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 class MemoryNeed:
     """Lower bound of the bytes on one device.
 
-    `standing` bytes are allocated during the whole training, `rows` bytes during a training step,
-    `sampling` bytes during sampling.
+    `standing`: bytes that are allocated during the whole training. `rows`: bytes that are allocated
+    during a training step. `sampling`: bytes that are allocated during sampling.
     """
 
     parameters: int
@@ -45,8 +45,8 @@ class MemoryNeed:
 def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
     """Return one line, such as `fits: 2.1 M parameters, ...`.
 
-    `denoiser` may be on the meta device, or None if its size is not known yet. Raises ArgumentError
-    if the lower bound exceeds the memory of the device.
+    `denoiser`: may be on the meta device; None if its size is unknown. Raises ArgumentError if the
+    lower bound of the run's memory exceeds the memory of the device.
     """
     need = estimate_need(recipe, denoiser)
     room = total_memory(resolve_device(recipe.backend_keys.device))

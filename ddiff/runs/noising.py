@@ -11,12 +11,13 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @torch.no_grad()
 def sample_noising(process: ForwardProcess | None) -> list[float]:
-    """Evaluate q_t(. | x) at five times for the first, the middle and the last token x.
+    """Return probabilities of a process that identify its settings and its code.
 
-    For each pair (t, x) the list has three numbers: q_t(x | x), q_t(z* | x) for the most likely
-    state z* of the prior, and sum_z q_t(z | x)^2, which depends on every state z. The numbers
-    change with the settings of the process, with the process itself and with the code of a plugin.
-    Returns [] without a process.
+    q_t(z | x) is the probability that token x is in state z at time t. The probabilities are
+    evaluated at five times t, for the first, the middle and the last token x of the vocabulary. For
+    each pair (t, x) the list contains three numbers: q_t(x | x), q_t(z* | x) for the most likely
+    state z* of the prior, and sum_z q_t(z | x)^2, which depends on every state z. Returns [] if
+    `process` is None.
     """
     if process is None:
         return []

@@ -20,10 +20,11 @@ GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
 
 
 class Template(NamedTuple):
-    """Partly given sequence of n tokens: `ids` [n] long, `given` [n] bool.
+    """Sequence of n tokens, of which some are given and the others are sampled.
 
-    The sampler keeps `ids` where `given` is True and samples the other positions. If `whole`, the
-    sample ends after n tokens; otherwise the sampler continues after the template.
+    `ids`: a tensor [n] long. `given`: a tensor [n] bool. The sampler keeps the ids of positions at
+    which `given` is True, and samples the other positions. If `whole` is True, the sample ends
+    after n tokens. Otherwise the sampler continues after the template.
     """
 
     text: str
@@ -38,10 +39,11 @@ class Template(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Batch of templates, padded to L positions.
+    """Batch of B templates, padded to L positions.
 
-    The sampler keeps `tokens` [B,L] long where `clamped` [B,L] bool is True. `valid` [B,L] bool is
-    False after the end of a whole template; None means that every position is valid.
+    `tokens`: a tensor [B,L] long. `clamped`: a tensor [B,L] bool, True at positions whose token the
+    sampler keeps. `valid`: a tensor [B,L] bool, False after the end of a whole template; None if
+    every position is valid.
     """
 
     tokens: Tensor
@@ -68,9 +70,9 @@ def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
 def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     """Encode a text with gaps: `She [MASK:8] to Bath` has eight free tokens.
 
-    The sample ends with the text. One space before a gap belongs to the gap, since the sampled
-    tokens bring their own space. Raises ArgumentError for a text without a gap, for a gap of 0
-    tokens, and for a text of more than `length` tokens.
+    The sample ends at the end of the text. One space before a gap is removed, since sampled tokens
+    contain their own spaces. Raises ArgumentError for a text without a gap, for a gap of 0 tokens,
+    and for a text of more than `length` tokens.
     """
     _check_text(text, "infill")
     ids: list[Tensor] = []
@@ -126,8 +128,8 @@ def _as_list(texts: str | Sequence[str]) -> list[str]:
 def check_no_suffix(templates: Iterable[Template], subject: str, remedy: str) -> None:
     """Raise ArgumentError for a template with text after a gap.
 
-    `subject` names the network or sampler that does not attend to later tokens; `remedy` is the end
-    of the message.
+    `subject`: network or sampler that does not attend to later tokens, for the message. `remedy`:
+    last sentence of the message.
     """
     for template in templates:
         if template.has_suffix:

@@ -19,7 +19,7 @@ from ddiff.runs.noising import sample_noising
 
 
 def component_fingerprints(data: RunData, model: Model) -> dict[str, str]:
-    """Return the fingerprints of the tokenizer and the vocabulary, which a run saves as files."""
+    """Return the fingerprints of the tokenizer and the vocabulary of a run."""
     return {
         "tokenizer": data.tokenizer.fingerprint,
         "vocabulary": model.vocabulary.fingerprint,
@@ -27,20 +27,20 @@ def component_fingerprints(data: RunData, model: Model) -> dict[str, str]:
 
 
 def run_fingerprints(data: RunData, model: Model) -> dict[str, str]:
-    """Return the fingerprints of components and data, as a checkpoint records them."""
+    """Return the fingerprints of tokenizer, vocabulary and data for a checkpoint."""
     return component_fingerprints(data, model) | data.fingerprints()
 
 
 def check_checkpoint(
     checkpoint: Checkpoint, data: RunData, model: Model, overrides: Overrides
 ) -> None:
-    """Raise CheckpointError if the checkpoint was trained with other components than the run has.
+    """Raise CheckpointError if a checkpoint was trained with components other than the run's.
 
-    Compared are the tokenizer, the vocabulary and the probabilities of the forward process.
+    The comparison includes the tokenizer, the vocabulary and probabilities of the forward process.
     """
     run_dir = Path(data.recipe.run_dir)
     components = component_fingerprints(data, model)
-    # the data are left out: loading a run must not need them
+    # the data are not compared, because a run must be loadable without its data
     check_fingerprints(
         run_dir,
         checkpoint.state,

@@ -1,10 +1,10 @@
 """Replay of recorded training steps: `ddiff run --verify-resume K`.
 
-The replay is compared with the lines of `metrics.jsonl`, except for wall-clock times, and with the
-state of a checkpoint if the replayed steps end at a checkpoint. In the recorded layout
-(`[backend]`, device, processes, threads, version of torch) both must be bitwise identical. In
-another layout, floating-point sums have another order, and differences up to the constants below
-are allowed.
+The replay must reproduce the lines of `metrics.jsonl`, except for wall-clock times. If the replayed
+steps end at a checkpoint, the replay must also reproduce the state of the checkpoint. The layout of
+a run consists of `[backend]`, device, processes, threads and version of torch. If the replay has
+the layout of the recorded run, the results must be bitwise identical. In another layout, floating-
+point sums have another order, and differences up to the constants below are allowed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Record = Mapping[str, float]
 
 
 class Span(NamedTuple):
-    """Steps `start` + 1 to `end`, which are replayed.
+    """Range of training steps to replay: steps `start` + 1 to `end`.
 
-    `has_state` is True if the run has a checkpoint of step `end`.
+    `has_state`: whether the run has a checkpoint of step `end`.
     """
 
     start: int
@@ -127,10 +127,16 @@ def _make_empty(folder: Path) -> None:
 def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
     """Choose the training steps to replay.
 
-    The replay starts at the newest checkpoint (or at step 0) that is followed by at least `steps`
-    recorded steps; without one, at the newest checkpoint that is followed by any recorded step. The
-    replay ends at the last checkpoint within `steps` steps, so that the states can be compared, or
-    after `steps` steps if there is no such checkpoint.
+    Args:
+        checkpoints: steps of the checkpoints. Step 0 counts as a checkpoint too.
+        recorded: number of steps in metrics.jsonl.
+        steps: largest number of steps to replay.
+
+    The replay starts at the newest checkpoint with at least `steps` recorded steps after it. If
+    there is no such checkpoint, the replay starts at the newest checkpoint with any recorded step
+    after it. The replay ends at the last checkpoint within `steps` steps of the start, so that the
+    training states can be compared. If there is no checkpoint to end at, the replay ends after
+    `steps` steps or at the last recorded step.
     """
     starts = [start for start in (0, *checkpoints) if start < recorded]
     if not starts:
@@ -179,7 +185,7 @@ def _compare(
 
 
 def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) -> bool:
-    """Print the deviation. Return True if the deviation is at most `allowed`."""
+    """Print the deviation of `subject`. Return True if the deviation is at most `allowed`."""
     if deviation is None:
         print(f"{subject}: equal")
         return True
@@ -236,7 +242,7 @@ def compare_states(theirs: Checkpoint, mine: Checkpoint) -> Deviation | None:
 def _relative_difference(a: Any, b: Any) -> float | None:
     """Return max |a - b| / max |a|, or None if the values are equal.
 
-    The result is infinity for values that are not tensors of one shape.
+    The result is infinity for unequal values that are not tensors of the same shape.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
         if torch.equal(a, b):

@@ -47,7 +47,7 @@ class Run:
     def assemble(
         cls, text: RunText, vocabulary: Vocabulary, device: torch.device, overrides: Overrides
     ) -> Run:
-        """Build a run with untrained weights from the text of a recipe."""
+        """Build a run with untrained weights from `text`, which contains the recipe."""
         model = assemble(text.recipe, vocabulary, device, process=overrides.process)
         data = RunData(text, model.denoiser.condition_dropout, model.denoiser.condition_forms)
         return cls(text.recipe, model, data, overrides)
@@ -112,8 +112,8 @@ class Run:
     def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
         """Compute the likelihood bound of the validation text, and n-gram baselines.
 
-        Each token of the evaluated rows is scored once per draw. Raises CheckpointError if the data
-        differ from the data of training, unless `changed_data` is True.
+        In each draw, every token of the evaluated rows is scored at one diffusion time. Raises
+        CheckpointError if the data differ from the data of training, unless `changed_data` is True.
         """
         # checked here and not in `ddiff.load`, which must work without the data
         if not changed_data:
@@ -133,14 +133,14 @@ class Run:
     ) -> Evaluation:
         """Compute the likelihood bound of given texts, one document per text.
 
-        `draws` is the number of independent draws of diffusion times and noise; more draws narrow
-        the interval and do not change the expected bound. `conditions` maps a name to one value for
-        all texts or to one value per text.
+        `draws`: number of independent draws of diffusion times and noise per text. More draws
+        narrow the interval and do not change the expected bound. `conditions`: maps the name of a
+        condition to one value for all texts or to a list with one value per text.
         """
         return score_texts(self.model, self.recipe, self.tokenizer, texts, draws, conditions or {})
 
     def protocol(self) -> dict[str, Any]:
-        """Return the evaluation settings in which two runs must agree to be comparable."""
+        """Return the evaluation settings that must be equal in two runs that are compared."""
         return evaluation_protocol(self.data, self.recipe)
 
     # ------------------------------------------------------------------ samples
@@ -162,9 +162,10 @@ class Run:
     ) -> list[dict[str, Any]]:
         """Draw samples.
 
-        Returns one dict per sample with `index`, `text`, `ids`, `nfe` (network evaluations), and
-        `prompt` or `infill` if given. A sample depends on its index and the seed, but not on the
-        batch size. Given tokens never change. The recipe replaces an argument that is None.
+        Returns one dict per sample with `index`, `text`, `ids`, `nfe` (number of network
+        evaluations), and `prompt` or `infill` if given. A sample depends on its index and the seed,
+        but not on the batch size. The tokens of a prompt or infill text never change. If an
+        argument is None, the value in the recipe is used.
 
         Args:
             count: samples per prompt or infill text; the default is 1 for several texts.
@@ -174,7 +175,8 @@ class Run:
             prompt: one text or several; each sample continues its text to [data] length tokens.
             infill: one text or several with gaps, such as `She [MASK:8] to Bath`. The sample ends
                 with the text.
-            conditions: maps a name to a label (int) or a vector, or to a list with one per sample.
+            conditions: maps the name of a condition to a label (int) or a vector for all samples,
+                or to a list with one label or vector per sample.
             guidance: classifier-free guidance weight; above 1 follows the conditions more closely.
             sampler: name of a sampler, or a sampler object.
             settings: `key=value` texts that override keys of the sampler.

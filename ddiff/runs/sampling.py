@@ -22,7 +22,7 @@ from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Arguments of `Run.sample`. The recipe replaces an argument that is None."""
+    """Arguments of `Run.sample`. The default of an argument that is None is in the recipe."""
 
     count: int | None = None
     steps: int | None = None
@@ -43,10 +43,11 @@ def build_sampler(
     settings: Sequence[str] = (),
     steps: int | None = None,
 ) -> Sampler:
-    """Build the sampler of the recipe, or a sampler of the kind `sampler`.
+    """Build the sampler of the recipe, or the sampler that is named `sampler`.
 
-    `settings` are `key=value` texts that override keys of the sampler. A sampler object is returned
-    unchanged. Raises ArgumentError for a sampler object together with settings or steps.
+    `settings`: `key=value` texts that override keys of the sampler. If `sampler` is a sampler
+    object, the object is returned unchanged. Raises ArgumentError if settings or steps are given
+    together with a sampler object.
     """
     if sampler is not None and not isinstance(sampler, str):
         if settings or steps is not None:
@@ -105,7 +106,7 @@ def _check_request(
 
 
 def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
-    """Raise ArgumentError for text after a gap if network or sampler work from left to right."""
+    """Raise ArgumentError for text after a gap if the network or sampler ignores later tokens."""
     if plan.model.denoiser.inputs == "previous":
         check_no_suffix(
             templates, "this run's network", "a run whose network attends to both sides"

@@ -62,8 +62,9 @@ def run(
         settings: `key=value` texts that override keys of the recipe, as `--set` does.
         fresh: delete the existing run in the run directory and start from the beginning.
 
-    Returns the trained run. Raises a DdiffError for a user error. SIGINT and SIGTERM save the
-    current step and then raise KeyboardInterrupt and SystemExit; the same call resumes the run.
+    Returns the trained run. Raises a DdiffError for a user error. On SIGINT or SIGTERM, a
+    checkpoint of the current step is saved, and KeyboardInterrupt or SystemExit is raised. The same
+    call then resumes the run.
     """
     if isinstance(recipe, Recipe):
         if tuple(settings):
@@ -103,7 +104,7 @@ def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) 
 def _writes_unicode() -> bool:
     """Return True if the encoding of standard output is Unicode.
 
-    Otherwise JSON escapes represent the characters that are not ASCII.
+    If the encoding is not Unicode, characters outside ASCII are printed as JSON escapes.
     """
     encoding = "utf-8"
     if sys.stdout is not None and sys.stdout.encoding:  # None if the stream is closed

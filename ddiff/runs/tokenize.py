@@ -18,7 +18,7 @@ from ddiff.runs.build import build_documents
 
 
 class Prepared(NamedTuple):
-    """Output of `ddiff data`: a table of sizes for training and validation, then remarks."""
+    """Output of `ddiff data`: a table of sizes for training and validation text, and remarks."""
 
     titles: list[str]
     parts: list[list[str]]
@@ -28,8 +28,8 @@ class Prepared(NamedTuple):
 def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
     """Tokenize the text of a recipe and write the shards to the cache.
 
-    A run of the recipe then uses the cached shards. If `out` is given, a folder or an fsspec URL,
-    the shards are also copied to `out`. Shards that already exist are verified by their checksums.
+    A run of the recipe then uses the cached shards. `out`: folder or fsspec URL to which the shards
+    are also copied, or None. Shards that already exist are verified by their checksums.
     """
     target = None
     if out is not None:
@@ -62,7 +62,7 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
 
 
 def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) -> list[str]:
-    """Return one row of the table: documents, tokens, bytes and packed rows of one split."""
+    """Return a table row with the documents, tokens, bytes and packed rows of one split."""
     stream = shards.stream(part)
     rows = pack_stream(stream, tokenizer, length, separate=part == VALIDATION)
     sizes = (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows))
