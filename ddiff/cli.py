@@ -53,9 +53,9 @@ TERMINATED = 128 + signal.SIGTERM
 class Commands(TyperGroup):
     """Command group that converts `SystemExit` of libraries and plugins into errors.
 
-    A plugin that exits with 0 would otherwise look like a passed check. For an end of file typer
-    would print only "Aborted."; for a pipe that the reader has closed typer would exit with 1 and
-    no message.
+    Without this conversion, a plugin that exits with 0 would look like a passed check. At the end
+    of an input file, typer would print only "Aborted.". After the reader closes a pipe, typer would
+    exit with 1 and print no message.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -191,7 +191,7 @@ def run(
 
 
 def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool) -> None:
-    """Check a recipe, and print the resolved recipe with a verdict, or the measured cost."""
+    """Check a recipe. Print the resolved recipe with a verdict or, with `measure`, its cost."""
     if measure is not None:
         # a measurement downloads nothing; libraries read this variable when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -215,7 +215,7 @@ def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool
 def needs_launcher(recipe: Recipe) -> bool:
     """Return whether the launcher must start the processes of a recipe.
 
-    False if the recipe uses one process, or if this process was started by a launcher.
+    Returns False if the recipe uses one process, or if a launcher has started this process.
     """
     if recipe.backend_keys.processes == 1 or get_rank_info() is not None:
         return False
@@ -592,7 +592,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_query(arguments: list[str]) -> bool:
-    """Return whether a command only prints, so that the process can end without cleanup."""
+    """Return whether a command only prints text, so that the process may end without cleanup."""
     return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
 
 
@@ -652,7 +652,7 @@ def _escape_unencodable_output() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that cannot be encoded by \\uXXXX, or by \\UXXXXXXXX above 65535."""
+    """Replace a character that cannot be encoded by \\uXXXX, or \\UXXXXXXXX if above 65535."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     escapes = ""

@@ -92,8 +92,8 @@ def assemble(
     """Build the process, the denoiser and the objective of a recipe on `device`.
 
     The seed of the recipe determines the initial weights. `process` and `backbone` replace the
-    components of the recipe. On the meta device, weights take no memory and are not initialized,
-    unless the constructor of a component computes with its weights.
+    components of the recipe if they are not None. On the meta device, weights use no memory and are
+    not initialized, unless the constructor of a component computes with its weights.
     """
     if process is None:
         process = build_process(recipe, vocabulary)
@@ -111,8 +111,8 @@ def assemble(
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
     """Build the forward process of a recipe.
 
-    Returns None if the recipe has no [process] and its objective takes none. Raises ArgumentError
-    if the objective needs a process and the recipe has none.
+    Returns None if the recipe has no [process] and its objective does not use a process. Raises
+    ArgumentError if the objective needs a process and the recipe has no [process].
     """
     if recipe.process is not None:
         return recipe.process.build(vocabulary=vocabulary)
@@ -165,9 +165,9 @@ def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser |
 
 
 class _SkipFills(TorchFunctionMode):
-    """Skip random initialization of meta tensors.
+    """Torch function mode that skips the random initialization of meta tensors.
 
-    For such a fill, torch would import its compiler, which takes a second.
+    To initialize a meta tensor, torch would import its compiler, which takes a second.
     """
 
     def __torch_function__(
@@ -238,7 +238,7 @@ def build_backend(recipe: Recipe) -> Backend:
 def build_single_backend(recipe: Recipe) -> Backend:
     """Build a backend of one process, to evaluate or sample a run.
 
-    Any number of processes may have trained the run.
+    The run may have been trained by any number of processes.
     """
     if recipe.backend.members.is_distributed:
         return SingleBackend(recipe.backend_keys.device)

@@ -29,7 +29,10 @@ from ddiff.sampling.shaping import guide_network
 
 @dataclass(frozen=True)
 class SampleConditions:
-    """Conditions of B samples by name: labels [B] long or vectors [B,d] float32."""
+    """Conditions of B samples by name: a tensor [B] of labels or [B,d] of vectors.
+
+    Labels are int64, and vectors are float32.
+    """
 
     values: Mapping[str, Tensor]
 
@@ -44,7 +47,7 @@ class SampleConditions:
         is a label and a floating-point value is a vector.
 
         Raises ArgumentError for a condition that the denoiser does not use, for a value of the
-        wrong form, and for a missing condition whose dropout was 0 in training.
+        wrong form, and if a condition that was always present in training (dropout 0) is missing.
         """
         known = denoiser.condition_dropout
         for name in conditions:
@@ -69,7 +72,7 @@ class SampleConditions:
         return cls(values)
 
     def rows(self, samples: slice) -> SampleConditions:
-        """Select the conditions of some of the samples."""
+        """Return the conditions of the samples with indices `samples`."""
         return SampleConditions({name: value[samples] for name, value in self.values.items()})
 
     def to(self, device: torch.device) -> SampleConditions:
@@ -99,7 +102,7 @@ def _parse_values(name: str, value: Any, count: int, declared: Form | None) -> T
 
 
 def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
-    """Return labels [count] long.
+    """Convert the labels of a condition to a tensor [count] long.
 
     Returns None for fractions, for a number of values other than 1 and `count`, and for labels out
     of range.
@@ -117,10 +120,10 @@ def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
 
 
 def _parse_vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
-    """Return vectors [count,d] float32.
+    """Convert the vectors of a condition to a tensor [count,d] float32.
 
     Returns None for a number of vectors other than 1 and `count`, for a width d other than the
-    declared one, and for NaN or infinity.
+    width that `form` declares, and for NaN or infinity.
     """
     # NaN marks an absent vector in training, so a given vector must be finite
     if values.dim() not in (1, 2) or not bool(values.isfinite().all()):
@@ -192,15 +195,15 @@ class SamplingPlan:
     def network(self, samples: slice, valid: Tensor | None = None) -> Network:
         """Return the network for a batch of samples, with their conditions and guidance.
 
-        `valid` [B,L] is False at positions after the end of a text. None means that every position
-        is valid.
+        `samples`: indices of the B samples in the batch. `valid`: a tensor [B,L] bool, False at
+        positions after the end of a text; None if every position is valid.
         """
         # move one batch at a time: the vectors of all samples may not fit on the device
         conditions = self.conditions.rows(samples).to(self.model.device)
         network = self._network(Context(valid, None, conditions.values))
         if self.guidance == 1.0:
             return network
-        # The unconditional network has a separate cache: its hidden states differ.
+        # The unconditional network has a separate cache, because its hidden states differ.
         return guide_network(network, self._network(Context(valid)), self.guidance)
 
     def _network(self, context: Context) -> Network:
@@ -237,12 +240,13 @@ def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: 
 def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> None:
     """Raise ArgumentError if the sampler queries a block diffusion model at all positions at once.
 
-    A time rule with several blocks trains the prediction of each block from the clean blocks before
-    the block. Such a model has never attended to noisy tokens after the predicted block.
+    A block diffusion model is trained to predict each block from the clean blocks before this
+    block. In training, the model never attends to noisy tokens after the predicted block. The model
+    is recognized by a time rule that divides a row into several blocks.
     """
     if objective.times is None or not sampler.looks_ahead:
         return
-    # t = 0.5: at t = 0 and t = 1 possibly no window is partly noised
+    # t = 0.5, because at t = 0 and t = 1 possibly no block is partly noised
     middle = torch.full((1,), 0.5, dtype=torch.float64)
     block = objective.times.at(IdentityTime(), middle, length).block
     if block is not None and bool((block != block[:, :1]).any()):

@@ -1,4 +1,4 @@
-"""Printed measurement of a recipe: a table of figures, then a table of memory by backend."""
+"""Print the measured cost of a recipe: a table of figures and a table of memory by backend."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _loss_rows(measured: Measurement) -> list[Row]:
 
 
 def _memory_table(measured: Measurement) -> Table:
-    """Return the table of bytes on each rank.
+    """Return a table of the bytes on each rank, with one row for each backend.
 
     The bytes of activations were measured for the micro-batch of one rank.
     """

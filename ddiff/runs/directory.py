@@ -53,11 +53,11 @@ PATIENCE = 5.0  # seconds to wait for the lock: a killed process may take a mome
 
 
 def check_directory(directory: Path, recipe: Recipe, overrides: Overrides, fresh: bool) -> None:
-    """Raise an error if the run must not be written to the directory.
+    """Raise an error if a run of the recipe must not be written to the directory.
 
-    With `fresh`, raise an error if the directory must not be emptied. A run that resumes may change
-    only run_dir, [backend], [evaluate] every, and train.steps to a larger number. A file that ddiff
-    did not write is never overwritten or deleted.
+    If `fresh` is True, raise an error if the directory must not be emptied. A run can resume only
+    if its recipe equals the recorded recipe, except for run_dir, [backend], [evaluate] every, and a
+    larger number [train] steps. A file that ddiff did not write is never overwritten or deleted.
     """
     check_local(recipe.run_dir)
     check_writable(directory)
@@ -219,7 +219,7 @@ def check_fresh(directory: Path, recipe: Recipe) -> None:
 
 
 def _find_protection(directory: Path, recipe: str) -> str | None:
-    """Return the reason why a directory must not be emptied, or None if there is no reason."""
+    """Return the reason why a directory must not be emptied, or None if it may be emptied."""
     real = directory.resolve()
     if directory.is_symlink():
         return f"is a symbolic link to {real}"
@@ -276,8 +276,8 @@ def lock_run_dir(directory: Path) -> Iterator[None]:
     """Lock a run directory, so that only one process at a time writes to it.
 
     The lock file is next to the directory. The operating system releases the lock when the process
-    ends, also after SIGKILL. A file system without locks is not locked. Raises CheckpointError if
-    another process holds the lock.
+    ends, also after SIGKILL. On a file system without locks, the directory is not locked. Raises
+    CheckpointError if another process holds the lock.
     """
     parent = directory.absolute().parent
     was_there = parent.exists()
@@ -325,10 +325,11 @@ def _take_lock(lock: IO[str]) -> bool:
 
 
 def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None) -> None:
-    """Write the recipe and the components of a run, so that a load needs no training data.
+    """Write the recipe and components of a run, so that `ddiff.load` needs no training data.
 
-    `init` is the record of [train] init, or None when training resumes. The recipe is written
-    first, so that a directory with any other file of a run has a recipe even after an early kill.
+    `init`: record of the weights that [train] init loaded; None when training resumes. The recipe
+    is written first. If the process is killed early, the directory of every other file therefore
+    contains the recipe.
     """
     directory = run.run_dir
     directory.mkdir(parents=True, exist_ok=True)
@@ -349,9 +350,9 @@ def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None
 
 
 def describe_layout(backend: Backend) -> dict[str, Any]:
-    """Return torch version, machine, threads, device and processes of a backend.
+    """Return the layout: torch version, machine, threads, device and processes of a backend.
 
-    Two computations of a training step with equal layouts are bitwise identical.
+    With equal layouts, two computations of the same training step are bitwise identical.
     """
     return {
         "torch": torch.__version__,
@@ -363,7 +364,7 @@ def describe_layout(backend: Backend) -> dict[str, Any]:
 
 
 def read_recorded_steps(directory: Path) -> int | None:
-    """Read [train] steps of the run in the directory, or return None without a run."""
+    """Read [train] steps of the run in a directory. Returns None if there is no run."""
     if not (directory / RECIPE).is_file():
         return None
     steps = _read_recorded(directory).get("train", {}).get("steps")
@@ -375,7 +376,7 @@ def _read_recorded(directory: Path) -> dict[str, Any]:
     path = directory / RECIPE
     recorded = read_recipe_tree(path)
     try:
-        # parse again, to add defaults of keys that are newer than the file
+        # parsing adds the defaults of keys that are newer than the file
         return parse_recipe(read_text(path), str(path)).to_dict()
     except DdiffError:
         return recorded  # the plugins have changed; the caller lists the different keys

@@ -25,11 +25,11 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
         run_dir: directory of a trained run.
         file: local path or fsspec URL. An existing file is overwritten only if it is an export.
         weights: "trained" for the trained weights, "ema" for their exponential moving average,
-            "auto" for the average if the run has one, else the trained weights.
+            "auto" for the moving average if the run has a moving average, else the trained weights.
 
     Returns the metadata of the file: kind of weights, step, fingerprints, version of ddiff. Raises
-    CheckpointError if the run has no checkpoint or no average, ArgumentError if the file must not
-    be written.
+    CheckpointError if the run has no checkpoint, or no moving average for "ema". Raises
+    ArgumentError if `file` must not be written.
     """
     from ddiff.checkpoint.dcp_storage import write_tensors
 

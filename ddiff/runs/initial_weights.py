@@ -45,9 +45,9 @@ def check_source(run_dir: str) -> Path:
 
 
 def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
-    """Load the embeddings of tokens from a model of the transformers library.
+    """Load token embeddings from a model of the transformers library, for [train] init.
 
-    The embedding of a cluster starts as the mean of the embeddings of its tokens.
+    The initial embedding of a cluster is the mean of the embeddings of its tokens.
     """
     # with several embedding tables, the table of the tokens is ambiguous
     tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
@@ -66,10 +66,10 @@ def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) ->
 def load_run_weights(
     denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Parts
 ) -> dict[str, Any]:
-    """Load the weights of another run with the same tokenizer.
+    """Load the weights of another run with the same tokenizer, for [train] init.
 
-    `parts` is "all", or "embeddings" for the state embeddings only. Raises DataError if the
-    tokenizers differ.
+    `parts`: "all" for all weights, "embeddings" for the state embeddings only. Raises DataError if
+    the tokenizers differ.
     """
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()

@@ -32,8 +32,8 @@ def load(
         process: forward process, required if a process was passed to `ddiff.run`.
         settings: `key=value` texts that override keys of [evaluate] and [sample].
 
-    Raises CheckpointError if the run has no complete checkpoint or its files do not belong to the
-    checkpoint, ArgumentError for other settings.
+    Raises CheckpointError if the run has no complete checkpoint, or if its files do not belong to
+    the checkpoint. Raises ArgumentError for a setting outside of [evaluate] and [sample].
     """
     directory = Path(run_dir)
     newest = open_checkpoints(directory).newest()

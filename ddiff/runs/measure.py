@@ -1,8 +1,8 @@
 """Measured cost of a recipe: `ddiff run --dry-run --measure N`.
 
-Parameters, logits and FLOPs are counted. Memory and speed are measured over the first N training
-steps of one process, on the fraction of the batch that one process gets, in a temporary directory.
-Nothing is downloaded. If the text is not on this machine, random tokens replace the text.
+Parameters, logits and FLOPs are counted. Memory and speed are measured in the first N training
+steps. The steps run in one process, with the rows of one process, in a temporary directory. Nothing
+is downloaded. If the text is not on this machine, random tokens replace the text.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ COPIES = 4  # of all parameters with AdamW: weights, gradients and two moments
 class Cost(NamedTuple):
     """Counted cost of a recipe.
 
-    FLOPs are per token of one forward pass. Bytes are those of one process that holds the whole
+    FLOPs are per token of one forward pass. Bytes are those of one process that stores the whole
     model.
     """
 
@@ -87,9 +87,9 @@ class Pace(NamedTuple):
 
 
 class InitialLoss(NamedTuple):
-    """Loss of the initial distribution of the head, in nats per token.
+    """Expected loss before the first training step, in nats per token.
 
-    The initial distribution does not depend on the backbone.
+    Before training, the distribution that the head predicts does not depend on the backbone.
     """
 
     mean: float  # over rows, times and noise
@@ -102,7 +102,7 @@ class InitialLoss(NamedTuple):
 class Measurement:
     """Measured cost of a recipe.
 
-    `stand_in` is the reason why random tokens replaced the text, or empty if the text was used.
+    `stand_in`: reason why random tokens replaced the text; an empty string if the text was used.
     """
 
     recipe: Recipe
@@ -122,9 +122,9 @@ class Measurement:
 
     @property
     def is_off(self) -> bool:
-        """True if the first loss differs from the loss of the initial distribution.
+        """True if the loss of the first training step differs from the expected initial loss.
 
-        Both losses use the same rows, time steps and noise.
+        Both losses are computed on the same rows, diffusion times and noise.
         """
         if self.initial is None:
             return False
@@ -144,7 +144,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 
 def _single_process(recipe: Recipe, directory: str) -> Recipe:
-    """Return the recipe of one process, with the rows of one process per step."""
+    """Return a recipe for one process, which trains on the rows of one process in each step."""
     settings = [
         f"run_dir={json.dumps(directory)}",
         f"train.batch={recipe.train.batch // recipe.backend_keys.processes}",
@@ -240,10 +240,10 @@ def _check_memory(recipe: Recipe) -> None:
 
 
 def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
-    """Return the bytes that the backbone saves per row for the backward pass.
+    """Return the bytes that the backbone saves for the backward pass of one row.
 
-    Attention scores [L,L] are not counted, since fused attention does not save them. Returns 0 if
-    the backbone cannot run on the meta device.
+    The attention scores, a tensor [L,L] per head for L tokens, are not counted, since fused
+    attention does not save the scores. Returns 0 if the backbone cannot run on the meta device.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     saved: dict[int, Tensor] = {}
@@ -279,7 +279,8 @@ def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
 def _open_session(recipe: Recipe) -> tuple[TrainingSession, str]:
     """Open a training session on the text of the recipe, or on random tokens.
 
-    Returns the session, and the reason why random tokens replace the text (empty if they do not).
+    Returns the session, and the reason why random tokens replace the text. The reason is an empty
+    string if the session uses the text.
     """
     try:
         return TrainingSession.open(recipe), ""
@@ -310,7 +311,7 @@ class RandomText(RunText):
 
     @cached_property
     def train_rows(self) -> PackedRows:
-        """Draw rows of independent tokens with frequencies proportional to 1 / (rank + 2.7)."""
+        """Draw rows of independent tokens. The token of rank r has weight 1 / (r + 2.7)."""
         random = np.random.default_rng(self.recipe.seed)
         share = 1.0 / (np.arange(self.num_tokens) + 2.7)
         order = random.permutation(self.num_tokens)
@@ -345,7 +346,10 @@ def _unigram_entropy(run: Run) -> float:
 
 @final
 class MemoryWatch:
-    """Peak memory during training, minus the memory in use after the first `window` steps."""
+    """Measurement of peak memory during training, above the memory in use after `window` steps.
+
+    `bytes` is the measured difference after step `last`.
+    """
 
     def __init__(self, device: torch.device, window: int, last: int) -> None:
         self.device = device
@@ -366,7 +370,8 @@ class MemoryWatch:
 def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]:
     """Train the first `count` steps.
 
-    Returns the record of each step, and the peak bytes of a step above the bytes between steps.
+    Returns the record of each step, and the peak bytes during a step minus the bytes that stay
+    allocated between steps.
     """
     window = _window(count)
     watch = MemoryWatch(trainer.backend.device, window, count)
@@ -381,7 +386,7 @@ def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]
 
 
 def _window(count: int) -> int:
-    """Return the number of steps between two reports: `count` / 4, or 1 if not an integer.
+    """Return the number of steps between two reports: `count` / 4 if an integer, otherwise 1.
 
     The host waits for the device at each report, so frequent reports would slow training down.
     """
@@ -389,7 +394,7 @@ def _window(count: int) -> int:
 
 
 def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
-    """Return the mean speed of the steps after the first quarter, which is warm-up."""
+    """Return the mean speed of all steps after the first quarter, which is a warm-up."""
     timed = steps[max(1, len(steps) // 4) :] or steps
     seconds = sum(step.seconds for step in timed)
     tokens = sum(step.tokens for step in timed)
@@ -412,7 +417,7 @@ def _backbone_flops(session: TrainingSession) -> float:
 
 
 class ZeroBackbone(Backbone):
-    """Backbone that returns zero hidden states [B,L,1]."""
+    """Backbone that returns a tensor [B,L,1] of zeros as hidden states."""
 
     width = 1
     reads_time = False
@@ -422,11 +427,11 @@ class ZeroBackbone(Backbone):
 
 
 def _initial_loss(session: TrainingSession) -> InitialLoss | None:
-    """Estimate the loss before training.
+    """Estimate the expected loss before the first training step.
 
-    The output table of a head starts at zero. The initial distribution then depends only on the
-    biases of the head and not on the hidden states, so no backbone is needed. Returns None if the
-    table is not zero.
+    Initially the output table of a head is zero. The predicted distribution then depends only on
+    the biases of the head and not on the hidden states, so a backbone is not needed. Returns None
+    if the table is not zero, as with pretrained weights.
     """
     run = session.run
     if bool(run.denoiser.head.table.any()):
@@ -455,7 +460,7 @@ def _initial_loss(session: TrainingSession) -> InitialLoss | None:
 
 
 def _biases_only(run: Run) -> Objective:
-    """Return the objective of the run on zero hidden states and the biases of the run's head."""
+    """Build the objective of a run with the biases of its head and a backbone that returns zero."""
     model = assemble(
         run.recipe, run.vocabulary, run.device, process=run.process, backbone=ZeroBackbone()
     )
@@ -466,7 +471,7 @@ def _biases_only(run: Run) -> Objective:
 
 
 def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
-    """Return the loss of `objective` on the rows, time steps and noise of the first step."""
+    """Return the loss of `objective` on the rows, diffusion times and noise of the first step."""
     keys = session.recipe.train
     batches = [session.data.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)
@@ -480,9 +485,9 @@ def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
 def _loss(
     objective: Objective, batch: Batch, rng: CounterRng, slots: int, tokens: int | None = None
 ) -> float:
-    """Return the loss of an objective on a batch.
+    """Return the loss of an objective on a batch, in nats per token.
 
-    The loss is divided by `tokens`, or by the counts of the batch if `tokens` is None.
+    The sum over tokens is divided by `tokens`, or by the counts of the batch if `tokens` is None.
     """
     counts = {}
     for name, count in objective.counts(batch).items():

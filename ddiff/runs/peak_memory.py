@@ -1,4 +1,4 @@
-"""Peak memory of a computation: allocated bytes on a GPU, resident bytes on a CPU."""
+"""Measure peak memory of a computation: allocated bytes on a GPU, resident bytes on a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MemoryRise:
 
 
 def _reset_peak() -> float:
-    """Reset the peak of resident memory to the current resident bytes and return these."""
+    """Reset the peak of resident memory to the resident bytes in use, and return this number."""
     # malloc keeps freed memory, which would hide a rise of the same size. Only glibc has
     # malloc_trim.
     with suppress(OSError, AttributeError):

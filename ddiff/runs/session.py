@@ -55,9 +55,9 @@ def build_run(
 ) -> Run:
     """Build the text, the vocabulary and the untrained model of a run.
 
-    `backend` is the backend of the training; None means one process on the recipe's device. Raises
-    an error before anything is written if the network cannot take the conditions as input or if
-    memory cannot hold the run.
+    `backend`: backend of the training; None for one process on the recipe's device. Raises an error
+    before a file is written if the network does not accept the conditions of the data, or if the
+    memory is too small.
     """
     backend = backend or build_single_backend(recipe)
     text = RunText(recipe)
@@ -90,9 +90,9 @@ class TrainingSession:
         run = session.load_trained_run()
 
     The session owns the backend and the network. `fit` compiles, wraps and shards the network in
-    place, and closing the session releases network and backend. `load_trained_run` then builds a
-    plain network and loads the newest checkpoint. After an exception the session is not closed,
-    because closing would wait for the other ranks.
+    place. At the end of the `with` block, the network and the backend are released. After that,
+    `load_trained_run` builds a plain network and loads the newest checkpoint. After an exception
+    the session is not closed, because closing would wait for the other ranks.
     """
 
     def __init__(self, run: Run, backend: Backend) -> None:
@@ -137,8 +137,9 @@ class TrainingSession:
     def initialize_weights(self) -> dict[str, Any] | None:
         """Initialize the head biases from token counts, then load the weights of [train] init.
 
-        The biases make the first prediction the unigram distribution of the training text, so the
-        first loss is known. Returns a record of the loaded weights, or None without [train] init.
+        With these biases, the predicted distribution before training is the unigram distribution of
+        the training text, so the first loss is known. Returns a record of the weights that [train]
+        init loads, or None if the recipe has no [train] init.
         """
         counts = self.data.train_rows.token_counts()
         self.run.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
@@ -154,7 +155,7 @@ class TrainingSession:
 
         Args:
             start: checkpoint to resume from; None starts at step 0 with the current weights.
-            accepted: called after the checks of `start` and before anything is written.
+            accepted: function that is called after `start` is checked and before a file is written.
         """
         if self.recipe.evaluate.every:
             # every rank evaluates; rank 0 packs the rows for all
@@ -170,9 +171,9 @@ class TrainingSession:
             return trainer.fit(start)
 
     def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
-        """Repeat training from checkpoint `start` to step `end` and write to `folder`.
+        """Repeat training from checkpoint `start` to step `end`, and write files to `folder`.
 
-        `start` None means step 0. No tracker is used.
+        If `start` is None, the replay starts at step 0. No tracker is used.
         """
         if start is not None:
             check_checkpoint(start, self.data, self.run.model, self.overrides)
@@ -183,7 +184,8 @@ class TrainingSession:
     def distribute(self) -> None:
         """Prepare the network for training with the settings of [backend].
 
-        In this order: compile blocks, enable activation checkpointing, wrap for DDP or FSDP.
+        The blocks are compiled, then activation checkpointing is enabled, then the network is
+        wrapped for DDP or FSDP.
         """
         keys = self.recipe.backend_keys
         objective = self.run.objective
@@ -270,7 +272,7 @@ class TrainingSession:
         return Validation(every, self._validate, self.run.uses_ema)
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
-        """Evaluate the validation rows. Return figures by name and one line of text."""
+        """Evaluate the validation rows. Return figures by name, and one line of text to print."""
         quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
         found = score_validation(self.run.model, self.data, self.recipe, quiet)
         unit = f"nats_per_{found.unit}"
@@ -285,7 +287,7 @@ class TrainingSession:
         return figures, f"{sentence} nats/{found.unit}"
 
     def close(self) -> None:
-        """Release the network, then destroy the process group, which shards must not outlive."""
+        """Release the network, then the process group, which sharded weights need until the end."""
         self._batches.close()
         self._run = None
         self.backend.close()

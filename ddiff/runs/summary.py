@@ -46,7 +46,8 @@ def _multiplies_bfloat16() -> bool:
 def print_resume(done: int, steps: int, recorded: int | None) -> None:
     """Print the step from which a run resumes.
 
-    `recorded` is [train] steps of the recorded recipe, or None if it has no effect.
+    `recorded`: [train] steps of the recorded recipe, on which the learning rate of previous steps
+    depends; None if the learning rate does not depend on this number.
     """
     if done >= steps:
         line = f"All {steps} steps are done."
@@ -114,9 +115,9 @@ def print_evaluation(
 ) -> None:
     """Print the bound, its terms, the parts of the diffusion term, and the baselines.
 
-    `entropy_rate` is the entropy rate of the source in nats per symbol, None if unknown.
+    `entropy_rate`: entropy rate of the source in nats per symbol; None if it is unknown.
     """
-    # soft_wrap: a line that is longer than the terminal is not cut
+    # with soft_wrap, a line that is longer than the terminal is not cut
     console = console or Console(soft_wrap=True, highlight=False)
     table = Table("validation", f"nats/{evaluation.unit}", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
