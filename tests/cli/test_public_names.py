@@ -21,7 +21,7 @@ MODULE_OF = {
 
 
 @pytest.mark.parametrize("name", sorted(MODULE_OF))
-def test_public_name_of_ddiff_is_the_object_of_its_module(name):
+def test_public_name_of_ddiff_is_the_object_that_its_module_defines(name):
     assert getattr(ddiff, name) is getattr(importlib.import_module(MODULE_OF[name]), name)
 
 
@@ -30,7 +30,7 @@ def test_no_public_name_equals_a_submodule_name():
     assert not submodules & set(MODULE_OF)
 
 
-def test_public_names_of_stub_and_package_agree():
+def test_ddiff_stub_and_package_have_the_same_public_names():
     assert set(ddiff.__all__) == set(MODULE_OF)
     assert set(MODULE_OF) <= set(dir(ddiff))
 

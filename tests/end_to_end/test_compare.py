@@ -48,7 +48,7 @@ def lines(path: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_compare_reads_every_figure_from_the_files(place: Path) -> None:
+def test_compare_returns_the_figures_in_files_of_the_run_directories(place: Path) -> None:
     comparison = compare([place / "tree", place / "flat"])
     assert [row.process for row in comparison.rows] == ["hdlm", "mdlm"]
     for row in comparison.rows:
@@ -107,7 +107,7 @@ def test_compare_command_prints_and_writes_one_table(
 
 
 @pytest.mark.slow
-def test_seeds_of_a_recipe_are_averaged_with_students_interval(place: Path) -> None:
+def test_compare_averages_seeds_and_computes_students_t_interval(place: Path) -> None:
     comparison = compare([place / "flat", place / "tree", place / "flat1"], group_seeds=True)
     assert [(row.run, row.seeds) for row in comparison.rows] == [("flat{,1}", 2), ("tree", 1)]
     nats = [
@@ -122,14 +122,16 @@ def test_seeds_of_a_recipe_are_averaged_with_students_interval(place: Path) -> N
 
 
 @pytest.mark.slow
-def test_rows_of_equal_name_show_their_directories(place: Path, tmp_path: Path) -> None:
+def test_compare_names_runs_by_directory_if_their_names_are_equal(
+    place: Path, tmp_path: Path
+) -> None:
     shutil.copytree(place / "flat", tmp_path / "again")
     runs = [place / "flat", tmp_path / "again"]
     assert [row.run for row in compare(runs).rows] == [str(run) for run in runs]
 
 
 @pytest.mark.slow
-def test_compare_refuses_other_protocols_and_names_the_difference(
+def test_compare_refuses_runs_with_different_evaluation_settings(
     place: Path, ddiff: Command
 ) -> None:
     code, out, err = ddiff(
@@ -150,7 +152,9 @@ def test_compare_refuses_other_protocols_and_names_the_difference(
 
 
 @pytest.mark.slow
-def test_exact_likelihood_has_no_window_and_is_called_nll(place: Path, tmp_path: Path) -> None:
+def test_compare_labels_exact_likelihood_nll_and_ignores_its_window(
+    place: Path, tmp_path: Path
+) -> None:
     shutil.copytree(place / "window", tmp_path / "exact")
     evaluation = read(place / "window/evaluation.json")
     evaluation |= {"bound": "NLL", "nll_nats_per_token": evaluation.pop("nelbo_nats_per_token")}
@@ -184,7 +188,7 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compare_shows_the_steps_that_the_sampler_took(place: Path, tmp_path: Path) -> None:
+def test_compare_shows_number_of_steps_recorded_by_the_sampler(place: Path, tmp_path: Path) -> None:
     """The table shows – for a sampler with a random number of steps, also if [sample] steps is set."""
     asked = api.load(place / "flat").recipe.sample
     shown = []

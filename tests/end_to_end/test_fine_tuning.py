@@ -49,7 +49,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_init_from_same_vocabulary_copies_every_tensor() -> None:
+def test_init_from_run_with_same_vocabulary_copies_every_tensor() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/flat"}')
     state = run.denoiser.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights("flat").items())
@@ -76,7 +76,7 @@ def test_init_of_cluster_embeddings_is_the_mean_of_token_embeddings() -> None:
 
 
 @pytest.mark.slow
-def test_init_preserves_token_distribution_within_clusters() -> None:
+def test_init_from_flat_run_keeps_token_distribution_in_clusters() -> None:
     """Compare with the softmax of the old logits within each cluster, at random hidden states."""
     run, _ = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")

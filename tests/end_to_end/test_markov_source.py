@@ -192,7 +192,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
-def test_bound_falls_to_5_percent_above_entropy_and_never_below(name: str, folder: Path) -> None:
+def test_bound_decreases_to_within_5_percent_above_the_entropy(name: str, folder: Path) -> None:
     process = swaps_and_masks() if name == "dense" else None
     readings = []
     for steps in (40, 120, 300):  # each goes on from the one before
@@ -210,9 +210,7 @@ def test_bound_falls_to_5_percent_above_entropy_and_never_below(name: str, folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_trained_families_reach_a_bound_within_5_percent_of_entropy(
-    name: str, folder: Path
-) -> None:
+def test_bound_of_trained_model_is_within_5_percent_of_the_entropy(name: str, folder: Path) -> None:
     settings = [*SMALL, *OTHERS[name], f"run_dir={str(folder / 'run')!r}"]
     reading = read(parse_recipe(RECIPE, settings=settings), 3)
     assert reading.bound + reading.half >= 1.0, f"a bound below the entropy: {reading}"
@@ -221,7 +219,7 @@ def test_trained_families_reach_a_bound_within_5_percent_of_entropy(
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_mean_bound_under_exact_distribution_equals_nll(name: str) -> None:
+def test_mean_bound_of_exact_prediction_equals_mean_nll(name: str) -> None:
     """The mean of bound minus -ln P(row) is 0 over 4,096 rows of 8 symbols.
 
     Tolerance: four standard errors, which are under 3 % of the entropy (false alarm in one of 10

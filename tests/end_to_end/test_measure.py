@@ -46,7 +46,7 @@ def autoregressive() -> str:
 # what is counted
 
 
-def test_backbone_flops_equal_the_formula_in_width_and_length(folder: Path) -> None:
+def test_backbone_flops_equal_formula_of_transformer_width_and_length(folder: Path) -> None:
     """A block of width d has 24 d^2 FLOPs per token for its matrices (3 + 1 + 4 + 4 of 2 d^2).
 
     Attention over L positions has 4 L d FLOPs per token.
@@ -82,7 +82,7 @@ def test_parameter_counts_of_embedding_and_head_are_separate(folder: Path) -> No
     assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
 
 
-def test_ddp_footprint_adds_buckets_and_fsdp_divides_by_ranks() -> None:
+def test_ddp_footprint_adds_buffers_and_fsdp_footprint_is_sharded() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
     assert one.replicate().total == one.total + 800.0  # the buckets in which gradients are summed
@@ -228,5 +228,5 @@ def test_peak_flops_of_known_gpus_match_data_sheets(monkeypatch: pytest.MonkeyPa
         assert cost.peak_flops(torch.device("cuda"))[0] == figure
 
 
-def test_total_parameters_is_the_sum_of_backbone_embedding_head() -> None:
+def test_total_parameters_is_the_sum_of_all_three_parameter_groups() -> None:
     assert Parameters(1, 2, 3).total == 6

@@ -166,7 +166,7 @@ def test_dry_run_refuses_mistakes_that_are_visible_without_data(
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
 
 
-def test_run_directory_is_checked_before_data_is_read(folder: Path, ddiff: Command) -> None:
+def test_run_checks_run_directory_before_reading_data(folder: Path, ddiff: Command) -> None:
     Path("corpus.txt").write_bytes(b"\xff\xfe")
     refused(
         ddiff("run", "small.toml", "--set", 'run_dir="small.toml/run"'), "run_dir", "small.toml"
@@ -292,7 +292,9 @@ def test_resume_error_names_a_truncated_run_file(file: str, run_dir: Path, ddiff
     refused(ddiff(*COMMANDS["run"]), file)
 
 
-def test_mixed_file_formats_are_refused_before_reading(folder: Path, ddiff: Command) -> None:
+def test_data_files_of_mixed_formats_are_refused_before_reading(
+    folder: Path, ddiff: Command
+) -> None:
     for name in ("a.jsonl", "b.parquet"):
         (folder / name).write_text('{"text": "It rained."}\n')
     corpus = 'data={kind="files", files=["*.jsonl", "*.parquet"], length=16}'
@@ -428,7 +430,7 @@ def test_process_argument_refuses_a_class() -> None:
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_signal_raises_in_the_caller_and_the_same_call_resumes(
+def test_run_raises_on_signal_and_the_same_call_resumes(
     number: int, error: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ["train.steps=4", "train.log_every=2"]
@@ -480,9 +482,7 @@ def test_second_process_cannot_write_to_a_run_in_progress(run_dir: Path, ddiff: 
     assert not (run_dir.parent / ".small.lock").exists()
 
 
-def test_run_restores_recipe_evaluation_after_other_eval_settings(
-    run_dir: Path, ddiff: Command
-) -> None:
+def test_run_evaluates_again_after_eval_with_other_settings(run_dir: Path, ddiff: Command) -> None:
     first = json.loads((run_dir / "evaluation.json").read_text())
     code, out, _ = ddiff("eval", "runs/small", "--set", "evaluate.draws=3")
     assert (code, "Written to runs/small/evaluation.json" in out) == (0, True)
@@ -507,7 +507,9 @@ def test_recipe_that_extends_another_is_named_after_its_file(folder: Path) -> No
     assert api.read_recipe("mine.toml", ["name=other"]).run_dir == "runs/other"
 
 
-def test_error_for_misplaced_key_names_the_right_table(folder: Path, ddiff: Command) -> None:
+def test_error_for_key_in_wrong_table_suggests_the_correct_table(
+    folder: Path, ddiff: Command
+) -> None:
     refused(ddiff("run", "small.toml", "--set", "steps=4"), 'Did you mean "train.steps"?')
 
 

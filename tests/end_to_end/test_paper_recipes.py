@@ -82,7 +82,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("no_answers")
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_recipe_training_step_has_no_device_synchronization(name: str, place: Path) -> None:
+def test_paper_recipe_training_step_does_not_synchronize_with_device(
+    name: str, place: Path
+) -> None:
     run = build_run(read_recipe(name, small(name)))
     run.objective.module.to("meta")
     batch = run.data.batch_at(0, 0)

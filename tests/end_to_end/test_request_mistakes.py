@@ -224,7 +224,7 @@ class Plain(Backbone):
     condition_dropout: ClassVar[dict[str, float]] = {"kind": 0.0}
 
 
-def test_undeclared_condition_is_a_label_if_integer_else_a_vector() -> None:
+def test_undeclared_condition_is_a_label_if_its_value_is_an_integer() -> None:
     denoiser = api.Denoiser(Plain(), api.TokenHead(api.FlatVocabulary(4), 4))
     for value, expected in (
         (7, [7, 7]),

@@ -69,9 +69,7 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_killed_and_interrupted_run_is_bitwise_equal_to_undisturbed(
-    folder: Path, ddiff: Command
-) -> None:
+def test_run_resumed_after_signals_equals_uninterrupted_run(folder: Path, ddiff: Command) -> None:
     """SIGKILL at a random step and SIGINT at a later step.
 
     The recipe has dropout, which also tests the random state of torch.

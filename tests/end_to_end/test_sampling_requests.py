@@ -57,7 +57,7 @@ def test_samples_under_a_label_have_symbols_of_that_label(labelled: Run) -> None
 
 
 @pytest.mark.slow
-def test_sample_with_its_own_label_does_not_depend_on_the_batch(labelled: Run) -> None:
+def test_sample_of_labelled_model_does_not_depend_on_the_batch(labelled: Run) -> None:
     kinds = [0, 1, 1, 0, 1]
     samples = labelled.sample(5, conditions={"kind": kinds}, batch=2)
     assert [sample["ids"] for sample in samples] == [
@@ -68,7 +68,7 @@ def test_sample_with_its_own_label_does_not_depend_on_the_batch(labelled: Run) -
 
 
 @pytest.mark.slow
-def test_guidance_weight_0_is_unconditional_and_1_is_conditional(labelled: Run) -> None:
+def test_guidance_0_samples_unconditionally_and_1_conditionally(labelled: Run) -> None:
     """Samples with weights 0 and 1 equal unconditional and conditional samples bitwise."""
     plain = labelled.sample(8, conditions={"kind": 1}, batch=8)
     assert labelled.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
@@ -82,7 +82,7 @@ def test_guidance_weight_0_is_unconditional_and_1_is_conditional(labelled: Run) 
 
 
 @pytest.mark.slow
-def test_nelbo_of_a_text_is_lower_under_its_own_label(labelled: Run) -> None:
+def test_nelbo_of_a_text_is_lower_with_its_true_label(labelled: Run) -> None:
     own, other = (
         labelled.nelbo(["abbaabab"], conditions={"kind": kind}).nelbo_nats_per_token
         for kind in (0, 1)
@@ -91,7 +91,7 @@ def test_nelbo_of_a_text_is_lower_under_its_own_label(labelled: Run) -> None:
 
 
 @pytest.mark.slow
-def test_evaluation_conditions_each_document_on_its_own_label(labelled: Run) -> None:
+def test_evaluation_conditions_each_document_on_its_true_label(labelled: Run) -> None:
     """Given the label, a symbol has ln 2 nats. Without the label, a row of 8 has ln 2 nats more."""
     evaluation, _ = labelled.evaluate()
     unconditional = labelled.nelbo(labelled.data.documents.validation["text"][:], draws=1)
@@ -227,7 +227,7 @@ def test_sample_command_reads_prompts_from_a_file(place: Path, small: Run, ddiff
 
 
 @pytest.mark.slow
-def test_settings_argument_overrides_sampler_keys(labelled: Run, small: Run) -> None:
+def test_settings_argument_of_sample_overrides_sampler_keys(labelled: Run, small: Run) -> None:
     """At temperature 0.01 the most likely symbol is always chosen, so few rows are distinct."""
     cold = {
         sample["text"]

@@ -49,7 +49,7 @@ def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_start_with_warm_cache_tokenizes_and_builds_nothing(folder: Path) -> None:
+def test_run_with_warm_cache_builds_neither_tokenizer_nor_clusters(folder: Path) -> None:
     """Measured in CPU seconds, which are independent of other processes, against a cold start."""
     _, cold, _ = started(folder)
     seconds, built, loaded = started(folder, "--set", "name=again")

@@ -82,7 +82,7 @@ def test_row_gets_each_time_stratum_of_its_document_equally_often() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_terms_sum_to_the_bound_and_parts_to_the_diffusion_term(name: str) -> None:
+def test_reported_terms_sum_to_nelbo_and_parts_to_its_diffusion_term(name: str) -> None:
     evaluation = score(network(processes()[name]), words(9, 5), draws=2, batch=4)
     terms = evaluation.terms_nats_per_token
     assert list(terms) == ["closing", "diffusion", "decoding"]
@@ -115,7 +115,7 @@ def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bound_under_exact_markov_conditionals_is_the_entropy(name: str) -> None:
+def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
     """The entropy lies within 4 sigma of the bound (3 cases: probability 2e-4, seeds fixed).
 
     Decoding at t = 0.02 ignores the dependence of symbols given a row with 2 % noise: under 1e-3
@@ -229,7 +229,7 @@ def test_padding_does_not_change_the_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_loss_does_not_change_the_bound(name: str) -> None:
+def test_bound_does_not_depend_on_the_loss_of_the_objective(name: str) -> None:
     process, ids = processes()[name], words(8, 5)
     plain, clipped = network(process), network(process, ClippedLoss(largest=0.5))
     assert score(plain, ids) == score(clipped, ids)

@@ -53,7 +53,7 @@ def test_message_about_unlisted_component_names_its_plugin(distribution, message
     assert 'Add "toy" to plugins' in text
 
 
-def test_unknown_component_message_suggests_name_of_unlisted_plugin(distribution, message):
+def test_unknown_component_message_suggests_component_of_unlisted_plugin(distribution, message):
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": register("kimura")})
     text = message(load_plugins([]).component, "process", "kimra")
     assert 'Did you mean "kimura"?' in text

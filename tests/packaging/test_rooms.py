@@ -30,7 +30,7 @@ def sources(*rooms: str) -> list[Path]:
     return found
 
 
-def test_engine_files_contain_no_name_of_a_model_family() -> None:
+def test_engine_files_do_not_mention_names_of_model_families() -> None:
     named = {
         str(path): match[0]
         for path in sources()
