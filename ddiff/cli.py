@@ -395,7 +395,7 @@ def _unwrap_single(texts: list[str] | None) -> str | list[str] | None:
 
 
 def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
-    """Parse the texts `NAME=VALUE` of --condition. Values are TOML values."""
+    """Parse the `NAME=VALUE` texts of the option --condition. VALUE is a TOML value."""
     if not texts:
         return None
     from ddiff.recipe.toml import read_settings
@@ -631,7 +631,10 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _pause_garbage_collection() -> Iterator[None]:
-    """Pause the garbage collector, which would scan a million live objects during imports."""
+    """Pause the garbage collector in a `with` block of imports.
+
+    During imports, the collector would scan a million objects that are all in use.
+    """
     # all imported objects stay alive, so that a scan frees no memory
     was_enabled = gc.isenabled()
     gc.disable()

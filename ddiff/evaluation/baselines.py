@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.integer]
 Floats = NDArray[np.float64]
 Tokens = tuple[Ints, Ints]
-"""Ids [n] and document numbers [n]."""
+"""Text of n tokens: an array [n] of token ids, and an array [n] of their document numbers."""
 
 
 class Baselines(NamedTuple):
@@ -57,7 +57,10 @@ def _score_bigrams(
     num_tokens: int,
     unigram: Floats,
 ) -> Floats:
-    """Return log P(b|a) of each validation token b after its predecessor a, [m] float64."""
+    """Return log P(b|a) for each validation token b with the preceding token a.
+
+    The result is an array [m] float64 for m validation tokens.
+    """
     pairs, _ = _encode_pairs(*train, num_tokens)
     codes, counts = np.unique(pairs, return_counts=True)
     seen = np.bincount(codes // num_tokens, weights=counts, minlength=num_tokens)  # c(a)

@@ -110,7 +110,7 @@ class Comparison:
         return f"`{command}`\n\n{table}\n\n{notes}\n"
 
     def remarks(self) -> list[str]:
-        """Return the protocol, the baselines and the notes as sentences."""
+        """Return sentences about the evaluation settings, the baselines, and the notes."""
         protocol = self.protocol
         unit = protocol["unit"]
         settings = [

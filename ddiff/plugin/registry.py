@@ -161,7 +161,7 @@ class Component:
         return found
 
     def members(self) -> Members:
-        """Load the component and collect its members. Raises PluginError as `load` does."""
+        """Load the component and collect its members. Raises PluginError if `load` fails."""
         return Members.of(self.load())
 
     def config_class(self) -> type[ComponentConfig]:
@@ -301,10 +301,10 @@ def duplicate_error(first: Component, second: Component) -> PluginError:
 
 @contextmanager
 def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[None]:
-    """Convert every exception of plugin code, including SystemExit, to a PluginError.
+    """Convert exceptions of plugin code in a `with` block, including SystemExit, to PluginError.
 
-    A KeyboardInterrupt is converted if the plugin raised it, but not if the user pressed Ctrl-C. A
-    signal handler records whether SIGINT arrived.
+    A KeyboardInterrupt that the plugin raised is converted. A KeyboardInterrupt after Ctrl-C is not
+    converted. To distinguish the two cases, a signal handler records whether SIGINT arrived.
     """
     interrupts: list[int] = []
     previous: Any = None

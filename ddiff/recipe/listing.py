@@ -17,8 +17,8 @@ class PluginListing(NamedTuple):
     """Description of a plugin.
 
     Args:
-        paragraphs: one for each component.
-        errors: errors of components that cannot be loaded.
+        paragraphs: one paragraph of text for each component.
+        errors: error messages about components that cannot be loaded.
     """
 
     paragraphs: list[str]

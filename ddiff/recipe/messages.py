@@ -46,7 +46,7 @@ _TYPE_NAMES = {"object": "table", "boolean": "true or false"}
 
 
 def _format_type(schema: Mapping[str, Any]) -> str:
-    """Format a key's JSON schema as `number > 0 or list of number > 0`."""
+    """Format the JSON schema of a key as text, such as `number > 0 or list of number > 0`."""
     if "anyOf" in schema:
         branches = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
         return " or ".join(map(_format_type, branches))
@@ -169,7 +169,7 @@ _EXPECTATIONS = {
 
 
 def _expectation(error: Mapping[str, Any]) -> str:
-    """Format the requirement that a value violates, as `must be greater than 0`."""
+    """Format the requirement that a value violates, such as `must be greater than 0`."""
     context = {key: _format_limit(value) for key, value in error.get("ctx", {}).items()}
     kind = error["type"]
     if kind in _EXPECTATIONS:
@@ -193,7 +193,7 @@ def _format_limit(value: Any) -> str:
 
 
 def _count(error: Mapping[str, Any], limit: str) -> str:
-    """Format a limit on the length of a value, as `1 character` or `2 items`."""
+    """Format a limit on the length of a value, such as `1 character` or `2 items`."""
     number = error["ctx"][limit]
     unit = "character" if error["type"].startswith("string") else "item"
     return f"{number} {unit}{'' if number == 1 else 's'}"

@@ -19,7 +19,10 @@ LARGEST_FILE = 2**20  # bytes of a recipe; shipped recipes have about two thousa
 
 
 def find_shipped_recipes() -> dict[str, Path]:
-    """Find the shipped recipes by name; a recipe in a sub-folder is named `paper/<name>`."""
+    """Return the paths of the shipped recipes by name.
+
+    The name of a recipe in a sub-folder contains the folder, as in `paper/<name>`.
+    """
     package = Path(__file__).parents[1]
     # recipes are inside the package in a wheel, and next to the package in a checkout
     folder = package / "_recipes"
@@ -82,7 +85,7 @@ def merge_bases(tree: RecipeTree, chain: tuple[str, ...] = ()) -> RecipeTree:
 
 
 def expand_shorthand(tree: RecipeTree) -> RecipeTree:
-    """Replace names of components by tables: `optimizer = {kind = "muon"}` for `"muon"`."""
+    """Replace names of components by tables, such as "muon" by `{kind = "muon"}`."""
     for path in SLOTS:
         table: Any = tree.values
         for key in path[:-1]:

@@ -116,7 +116,8 @@ def key_lines(text: str) -> dict[KeyPath, int]:
 def _find_fault(value: Any) -> str | None:
     """Describe a value that no recipe may contain. Returns None if there is none.
 
-    Forbidden are more than DEEPEST levels of nesting, integers of more than 64 bits, and dates.
+    A recipe may not contain dates, integers of more than 64 bits, or more than DEEPEST levels of
+    nested tables and lists.
     """
     # iterative, because the value may be nested too deeply for recursion
     pending: list[tuple[Any, int, str]] = [(value, 0, "")]
@@ -467,7 +468,7 @@ class _Scanner:
         self.found.setdefault(path, line)
 
     def line(self) -> int:
-        """Return the line of the current position."""
+        """Return the line number of the current position."""
         self.counted_line += self.text.count("\n", self.counted_at, self.at)
         self.counted_at = self.at
         return self.counted_line

@@ -164,7 +164,7 @@ def _plural(count: int, one: str, more: str) -> str:
 
 
 def _format_count(value: float) -> str:
-    """Format four digits and an SI prefix, with the space that precedes a unit."""
+    """Format a number with four digits and an SI prefix, and a space before the unit."""
     for size, letter in _PREFIXES:
         if value >= size:
             return f"{value / size:.4g} {letter}"

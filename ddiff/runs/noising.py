@@ -1,4 +1,4 @@
-"""Probabilities that identify a forward process in a checkpoint."""
+"""Compute probabilities that identify a forward process in a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training session: one run on its backend, from initial weights to the last checkpoint."""
+"""Training session: train one run on its backend, from initial weights to the last checkpoint."""
 
 from __future__ import annotations
 

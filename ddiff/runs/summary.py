@@ -1,4 +1,4 @@
-"""Printed output of a run: start line, evaluation, samples and suggested commands."""
+"""Print the output of a run: start line, evaluation, samples and suggested commands."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compare_shows_number_of_steps_recorded_by_the_sampler(place: Path, tmp_path: Path) -> None:
-    """The table shows – for a sampler with a random number of steps, also if [sample] steps is set."""
+    """The table shows – if the number of steps is random, even if [sample] steps is set."""
     asked = api.load(place / "flat").recipe.sample
     shown = []
     for name, steps in (("took", 7), ("none", None)):

@@ -1,7 +1,7 @@
 """No trained model reports a bound below the entropy of its source.
 
-The source is a Markov chain. The entropy of its finite rows is known exactly, and the expectation of
-the bound is at least that entropy for any network. Tested for every family:
+The source is a Markov chain. The entropy of its finite rows is known exactly, and the expectation
+of the bound is at least that entropy for any network. Two claims are tested for every family:
 
 - **Never below the entropy**: the upper end of the 95 % interval of each evaluation is at least the
   entropy. A perfect model would violate this condition with probability 2.5 %; the seeds are fixed
@@ -223,9 +223,9 @@ def test_mean_bound_of_exact_prediction_equals_mean_nll(name: str) -> None:
     """The mean of bound minus -ln P(row) is 0 over 4,096 rows of 8 symbols.
 
     Tolerance: four standard errors, which are under 3 % of the entropy (false alarm in one of 10
-    cases: 6e-4; seeds are fixed). Decoding at t = 0.01, and the final step of hybrid_epsilon, ignore
-    the dependence between positions that are noised together: under 1e-3 nats. tests/laws makes the
-    same comparison to 1e-9 without a recipe.
+    cases: 6e-4; seeds are fixed). Decoding at t = 0.01, and the final step of hybrid_epsilon,
+    ignore the dependence between positions that are noised together, which changes the bound by
+    less than 1e-3 nats. tests/laws makes the same comparison to 1e-9 without a recipe.
     """
     recipe = parse_recipe(RECIPE, settings={**FIRST, **OTHERS}[name])
     assert recipe.process is not None

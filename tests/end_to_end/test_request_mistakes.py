@@ -29,7 +29,11 @@ PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Runs `labelled` (label with dropout), `always` (without), `styled` (vector), `small` (a tree)."""
+    """Train four small runs with different conditions.
+
+    `labelled`: a label with condition dropout. `always`: a label without dropout. `styled`: a
+    vector. `small`: no condition, with a tree of clusters.
+    """
     folder = tmp_path_factory.mktemp("mistakes")
     with working_in(folder):
         Path("rows.jsonl").write_text(rows(60))

@@ -133,7 +133,9 @@ def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
 
 
 def test_document_interval_covers_the_entropy_at_95_percent() -> None:
-    """The mean bound of 200 corpora of 40 documents, 1 to 3 padded rows each, is the entropy of LAW.
+    """The mean bound of 200 corpora is the entropy of LAW.
+
+    A corpus has 40 documents, each with 1 to 3 padded rows.
 
     Of 200 intervals at 95 %, fewer than 178 or more than 198 cover with probability 1e-3
     (binomial); seeds are fixed.
