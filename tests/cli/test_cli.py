@@ -284,7 +284,7 @@ NOTHING = dict.fromkeys(
 ) | {"settings": ()}
 
 
-def test_commands_pass_on_arguments_and_return_exit_code(capsys, runs):
+def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs):
     assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
     assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2")[0] == 0
     assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0

@@ -171,7 +171,7 @@ def test_init_from_pretrained_model_copies_token_embeddings(tmp_path: Path) -> N
         initialized(f"train.init={{model='{tmp_path / 'model'}'}}", "denoiser.width=32")
 
 
-def test_init_requires_exactly_one_of_run_and_model() -> None:
+def test_train_init_requires_exactly_one_of_keys_run_and_model() -> None:
     for init in ("{parts='all'}", "{run='a', model='b'}"):
         with pytest.raises(
             RecipeError, match='exactly one of the keys "run" and "model" must be given'

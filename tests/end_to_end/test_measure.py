@@ -218,7 +218,7 @@ def test_measure_refuses_runs_larger_than_free_memory(
         measured()
 
 
-def test_peak_flops_of_known_gpus_match_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_flops_of_nvidia_gpus_equal_data_sheet_values(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, figure in (
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),

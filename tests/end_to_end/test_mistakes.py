@@ -395,7 +395,7 @@ def test_error_names_a_damaged_vocabulary_file(run_dir: Path, ddiff: Command) ->
 
 
 @pytest.mark.parametrize("settings", ["train.steps=4", {"train.steps": 4}])
-def test_settings_must_be_a_list_of_key_value_texts(settings: Any, folder: Path) -> None:
+def test_run_refuses_settings_that_are_not_a_list_of_texts(settings: Any, folder: Path) -> None:
     with pytest.raises(ArgumentError, match=r'settings must be a list .*\["train.steps=200"\]'):
         api.run("small.toml", settings=settings)
 
@@ -539,7 +539,7 @@ GENERATED = (
 )  # fmt: skip
 
 
-def test_generated_source_shows_entropy_rate_and_no_bits_per_byte(
+def test_evaluation_on_symbols_has_entropy_rate_but_no_bits_per_byte(
     folder: Path, ddiff: Command
 ) -> None:
     for command in (("run", "small.toml", *SHORT, *GENERATED), ("eval", "runs/small")):
@@ -551,7 +551,9 @@ def test_generated_source_shows_entropy_rate_and_no_bits_per_byte(
     assert run.nelbo(run.data.documents.validation["text"][:2], draws=1).bits_per_byte is None
 
 
-def test_text_shows_bits_per_byte_and_no_entropy_rate(run_dir: Path, ddiff: Command) -> None:
+def test_evaluation_on_text_has_bits_per_byte_but_no_entropy_rate(
+    run_dir: Path, ddiff: Command
+) -> None:
     assert api.load(run_dir).nelbo(["the old cat"], draws=1).bits_per_byte is not None
     assert "entropy rate" not in ddiff("eval", "runs/small")[1]
 

@@ -49,7 +49,7 @@ def share(samples: list[dict[str, Any]], symbols: str) -> float:
 
 
 @pytest.mark.slow
-def test_samples_under_a_label_have_symbols_of_that_label(labelled: Run) -> None:
+def test_samples_conditioned_on_a_label_have_symbols_of_that_label(labelled: Run) -> None:
     """More than 99 % of 512 symbols belong to the label. Without a label, both kinds occur."""
     assert share(labelled.sample(64, conditions={"kind": 0}, batch=64), "ab") > 0.95
     assert share(labelled.sample(64, conditions={"kind": 1}, batch=64), "cd") > 0.95

@@ -51,7 +51,7 @@ def test_document_variance_is_unbiased_if_proportional_to_tokens(
     assert expected == pytest.approx(1.0 / whole, rel=1e-12)
 
 
-def test_documents_of_equal_length_give_d_minus_1_degrees_of_freedom() -> None:
+def test_d_documents_of_equal_length_give_d_minus_1_degrees_of_freedom() -> None:
     for count in (2, 3, 50):
         estimate = RatioEstimate.of(np.arange(float(count))[:, None], np.full(count, 5.0))
         assert estimate.total is not None

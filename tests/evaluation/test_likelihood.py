@@ -59,7 +59,7 @@ def test_evaluate_scores_every_token_once_per_draw(draws: int, batch: int) -> No
     assert evaluation.documents == 4
 
 
-def test_rows_of_a_document_use_each_time_stratum_once_per_draw() -> None:
+def test_each_time_stratum_of_a_document_is_used_once_per_draw() -> None:
     objective, document = Known(processes()["masked"], constant(LAW)), [0, 0, 0, 1, 1, 2]
     score(objective, words(6, 4), document, draws=4, batch=6)
     for draw in range(4):
@@ -71,7 +71,7 @@ def test_rows_of_a_document_use_each_time_stratum_once_per_draw() -> None:
     assert {(document[row], slots) for row, _, slots in objective.asked} == {(0, 3), (1, 2), (2, 1)}
 
 
-def test_row_gets_each_time_stratum_of_its_document_equally_often() -> None:
+def test_each_row_is_assigned_each_time_stratum_equally_often() -> None:
     """Count the strata of one row over 120 seeds. Tolerance 26: five standard deviations."""
     found: Counter[int] = Counter()
     for seed in range(120):

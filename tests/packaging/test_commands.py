@@ -95,7 +95,7 @@ def test_make_names_missing_package_if_python_has_no_venv_module(bare_machine: P
     assert "apt install python3-venv" in done.stderr
 
 
-def test_ci_runs_the_commands_of_the_readme() -> None:
+def test_ci_script_runs_make_commands_of_the_readme() -> None:
     readme, script = (
         (ROOT / "README.md").read_text(encoding="utf-8"),
         (ROOT / ".ci/run").read_text(),

@@ -46,13 +46,13 @@ SAMPLER_PARTS = (
 
 
 @pytest.mark.parametrize("file", PROCESSES)
-def test_process_class_of_model_family_has_at_most_560_tokens(file: str) -> None:
+def test_process_class_of_model_family_has_at_most_560_code_tokens(file: str) -> None:
     tokens, methods = class_size(ROOT / "plugins" / file, PROCESSES[file])
     assert tokens <= PROCESS_TOKENS
     assert methods <= PROCESS_METHODS
 
 
-def test_gamma_hybrid_processes_stay_below_their_token_limits() -> None:
+def test_gamma_hybrid_processes_stay_below_code_token_limits() -> None:
     """Check two implementations of the GammaHybrid process, which masks and replaces tokens.
 
     The minimal class in tests/laws has only the required methods and must meet the limit. The class
@@ -80,7 +80,7 @@ def processes_of(plugin: Path) -> set[str]:
     return found
 
 
-def test_every_process_class_of_plugins_has_a_token_limit() -> None:
+def test_every_process_class_of_plugins_has_a_code_token_limit() -> None:
     """Check that PROCESSES is complete. ddiff_sedd uses a process class of the engine."""
     plugins = [path.parent for path in sorted((ROOT / "plugins").glob("*/__init__.py"))]
     found = set().union(*map(processes_of, plugins))
@@ -100,7 +100,7 @@ def samplers_of(file: Path) -> list[type]:
     ]
 
 
-def test_every_sampler_class_has_at_most_650_tokens() -> None:
+def test_every_sampler_class_has_at_most_650_code_tokens() -> None:
     found = [sampler for file in sorted(SAMPLING.glob("*.py")) for sampler in samplers_of(file)]
     assert len(found) >= 15  # with a wrong folder this test would pass
     sizes = {

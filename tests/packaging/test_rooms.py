@@ -49,7 +49,7 @@ def test_engine_code_does_not_mention_the_example_plugin() -> None:
 @pytest.mark.parametrize(
     "line", ["x = is_mdlm", 'if kind == "HDLM":', "import ddiff_sedd", "# as BD3LM does", "Duo()"]
 )
-def test_family_pattern_matches_names_strings_and_comments(line: str) -> None:
+def test_family_name_search_finds_names_strings_and_comments(line: str) -> None:
     assert FAMILIES.search(line)
 
 

@@ -47,7 +47,7 @@ def test_read_recipe_fills_in_every_default(write):
     assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
 
 
-def test_fields_of_recipe_class_match_the_schema():
+def test_recipe_class_has_the_fields_that_the_schema_defines():
     expected = {*TopLevelKeys.model_fields, "registry", "source"}
     expected |= {component_field(path) for path in SLOTS}
     expected |= {keys_field(name) for name, table in TABLES.items() if table.keys is not None}
