@@ -1,4 +1,6 @@
-"""Command line of ddiff. Commands call functions of `ddiff.runs`; `--help` does not import torch.
+"""Command line of ddiff. Commands call functions of `ddiff.runs`.
+
+Importing this module does not import torch, so that `--help` is fast.
 
 An error that the caller can fix is printed as one paragraph, and the exit code is 2.
 """
@@ -597,7 +599,7 @@ def _is_query(arguments: list[str]) -> bool:
 
 
 def _end_with(error: Exception) -> NoReturn:
-    """Exit with one paragraph about an error of the user, or with the traceback of a defect."""
+    """Print one paragraph about a user's error, or the traceback of a defect, and exit."""
     message = explain_error(error)
     # At exit Python would write the rest of the buffer again, fail again on a full disk, and
     # replace the exit code.

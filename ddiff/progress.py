@@ -1,4 +1,4 @@
-"""Progress display of a long job: a live bar on a terminal, plain lines in a log file or pipe.
+"""Show the progress of a long job: a live bar on a terminal, lines of text in a file or pipe.
 
 All progress is printed on stderr, because stdout is reserved for results.
 """
@@ -79,7 +79,7 @@ def show_progress(
 def show_activity(title: str, *, console: Console | None = None) -> Iterator[None]:
     """Show that a job of unknown size is running.
 
-    On a terminal a spinner is shown; elsewhere a line is printed every ten seconds.
+    On a terminal, a spinner is shown. In a log file or pipe, a line is printed every ten seconds.
     """
     console = console or Console(stderr=True)
     if console.is_terminal:

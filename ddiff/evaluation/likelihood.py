@@ -30,7 +30,7 @@ from ddiff.evaluation.ratio import Error, RatioEstimate
 from ddiff.progress import show_progress
 
 Rows = NDArray[np.int64]
-"""Indices of rows, [B]."""
+"""Array [B] of row indices."""
 
 LARGEST_MEAN = 700.0  # exp(700) is still a finite float64
 
@@ -164,18 +164,19 @@ def evaluate(
     Args:
         objective: computes the nats of a batch.
         batch_of: function that returns the batch with given row indices.
-        document: [R], index of the document of each row.
-        length: positions per row.
+        document: array [R] with the index of the document of each row.
+        length: number of positions per row.
         times: distribution of the diffusion times of each position.
         num_bytes: number of bytes of the text; None if bits per byte have no meaning.
         draws: number of independent draws of times and noise per row.
-        batch: rows per batch.
+        batch: number of rows per batch.
         seed: seed of times and noise.
         unit: "token" or "symbol".
         device: device of the batches.
         console: console of the progress bar.
 
-    Raises ArgumentError without rows or draws, NonFiniteError if the bound is not finite.
+    Raises ArgumentError if there are no rows or no draws, and NonFiniteError if the bound is not
+    finite.
     """
     if len(document) == 0 or draws < 1:
         raise ArgumentError(
@@ -264,7 +265,7 @@ def _deal_strata(
     batch: int,
     seed: int,
 ) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
-    """Yield (rows, slot, slots, draw) for each batch of each draw: the time stratum of each row.
+    """Assign a time stratum to each row. Yields (rows, slot, slots, draw) for each batch.
 
     `rows`: indices of B rows. `slots`: for each row, the number of rows in its document, which is
     the number of time strata. `slot`: for each row, the index of its stratum. In each draw, the

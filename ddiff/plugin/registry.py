@@ -71,7 +71,7 @@ UNPACKAGED = Origin(
 
 
 def _read_nothing(config: ComponentConfig) -> tuple[str, ...]:
-    """Default of `reads`: `build` reads no files."""
+    """Default of `reads`, for components whose `build` does not read files."""
     return ()
 
 
@@ -83,7 +83,7 @@ def _preview_nothing(config: ComponentConfig) -> None:
 class Members:
     """Members of a component that the engine uses. All members except `build` have defaults.
 
-    A component is any object with the member `build`; it needs no base class. The engine accesses
+    A component is any object with the member `build`, and needs no base class. The engine accesses
     all other members through this class.
     """
 

@@ -330,7 +330,7 @@ def component_field(path: TablePath) -> str:
 
 
 def keys_field(table: str) -> str:
-    """Return the name of the `Recipe` field for the keys of a table that the engine defines.
+    """Return the name of the `Recipe` field with the engine-defined keys of a table.
 
     The field is named like the table, with the ending `_keys` if the table also has a component.
     """

@@ -217,7 +217,7 @@ def is_own_recipe(path: Path) -> bool:
 
 
 def check_entry_types(directory: Path) -> None:
-    """Raise CheckpointError if a file of a run is a folder, or a folder of a run is a file."""
+    """Raise CheckpointError if a run has a folder in place of a file, or the reverse."""
     for name in FILES:
         path = directory / name
         if path.is_dir():

@@ -162,7 +162,7 @@ class RunData:
         return batch
 
     def _draw_prefixes(self, step: int, index: Tensor) -> Tensor:
-        """Draw the length of the clean prefix of each row, a tensor [B].
+        """Draw the lengths of the clean prefixes of B rows.
 
         `index`: slots of the rows in the batch. With probability [train] prefix, the length is
         uniform on 0..L-1, where L is [data] length. Otherwise the length is 0.

@@ -256,7 +256,7 @@ def tracked_names(recipe: Recipe) -> tuple[str, ...]:
 
 
 def print_foreign(directory: Path, recipe: Recipe) -> None:
-    """Print a warning if a new run is written to a directory with files of other programs."""
+    """Print a warning if the directory of a new run contains files that no run wrote."""
     if is_own_recipe(directory / RECIPE):
         return
     foreign = classify_contents(directory, tracked_names(recipe)).foreign

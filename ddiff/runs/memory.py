@@ -95,7 +95,10 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
 
 
 def total_memory(device: torch.device) -> float:
-    """Return the memory of a GPU, or of this machine up to the limit of its control group."""
+    """Return the memory of a GPU, or the memory of this machine that the process may use.
+
+    A Linux control group may limit the memory of the process.
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     machine = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

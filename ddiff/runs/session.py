@@ -208,7 +208,7 @@ class TrainingSession:
         """Build the trainer of the recipe.
 
         `folder`, `end` and `tracker` replace the run directory, the last step and the tracker of
-        the recipe; a replay passes all three.
+        the recipe if they are not None. A replay passes all three arguments.
         """
         keys = self.recipe.train
         objective = self.run.objective
