@@ -4,9 +4,9 @@
              + E_tau sum_i speed_i density_i(z_i, x_i)                          diffusion
              + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                            decoding
 
-Each term takes one network call. t0 and t1 are the first and the last times of the time rule, and
-z1 is a draw from the prior. tau is the information time of the process, in which times are drawn,
-and speed_i = dt_i/dtau (`ddiff.core.information`).
+Each term takes one network call. t0 is the time at which the time rule starts and t1 the time at
+which it ends (0 and 1 by default). z1 is a draw from the prior. tau is the information time of the
+process (`ddiff.core.information`). Times are drawn in tau, and speed_i = dt_i/dtau.
 
 The bound holds for any window of times and does not depend on training weights. Because z1 is drawn
 from the prior, the closing term is also finite for a prior on a single state.
@@ -172,7 +172,7 @@ def diffusion_term(
     noisy: Noisy,
     speed: Tensor,
 ) -> Tensor:
-    """Return speed * weight * divergence [B,L].
+    """Return the diffusion term of the bound, speed * weight * divergence [B,L], in nats.
 
     The network is queried only at positions where this product can be non-zero.
     """
@@ -206,9 +206,11 @@ def decoding_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """Return -ln P(x0 | z) [B,L] at the first times, with the row's own evidence included.
+    """Return -ln P(x0 | z_t0) [B,L] in nats, weighted by speed.
 
-    The term is 0 at positions where the process has closed.
+    `times` holds t0, the first time of each position. P(x0 | z_t0) includes the evidence of the
+    position's own state. The term is 0 at positions that are clean or not scored, and at t0 = 0 if
+    q_0 is the clean token (`closes_at_clean`).
     """
     noisy = corrupt(
         process,
@@ -220,7 +222,7 @@ def decoding_term(
     )
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
-        # If the process closes, a state without arrivals is certain to be the clean token.
+        # If q_0 is the clean token, a state in which no other state arrives is the clean token.
         evaluated = evaluated & (times.t > 0) & process.active(noisy.zt)
     nll = _evaluate_at(
         network,
@@ -243,14 +245,16 @@ def closing_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """Return the KL at the last times [B,L], with scored positions at draws from the prior.
+    """Return KL( q_t1(.|x0) || predicted q_t1 ) [B,L] in nats, weighted by speed.
 
-    The term is 0 at positions where the process has closed.
+    `times` holds t1, the last time of each position. The network is evaluated with every scored
+    position drawn from the prior. The term is 0 at positions that are clean or not scored, and at
+    t1 = 1 if q_1 is exactly the prior (`closes_at_prior`).
     """
     counted = (times.speed > 0) & ~times.clean & scored
     evaluated = counted
     if process.closes_at_prior:
-        # The KL at t = 1 is 0 if the process closes.
+        # If q_1 is the prior for every token, the KL at t = 1 is 0.
         evaluated = counted & (times.t < 1)
     noisy = corrupt(
         process,
@@ -288,7 +292,7 @@ def _closing_kl(
     x0: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return the KL at time t of a prediction that was made at t = 1, per row.
+    """Return KL( q_t(.|x0) || predicted q_t ) [r] for a prediction that was made at t = 1.
 
     A score at t = 1 gives the relative probabilities of states there, not the amount of noise at an
     earlier t, which only the process knows. The score is therefore normalized over the tokens, and
@@ -311,9 +315,9 @@ def _evaluate_at(
     formula: Callable[..., Tensor],
     *arguments: Tensor,
 ) -> Tensor:
-    """Return formula(prediction, *arguments) [B,L] at the marked positions, else 0.
+    """Return formula(prediction, *arguments) [B,L] at `evaluated` positions, and 0 elsewhere.
 
-    The network is called once.
+    The network is called once, or not at all if no position is marked in `evaluated`.
     """
     rows = find_rows(evaluated.reshape(-1))
     values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)

@@ -23,7 +23,8 @@ from ddiff.errors import ArgumentError
 class CleanDistribution(Protocol):
     """Predicted distribution P(x_i | the rest of the sequence) of r rows, by nodes of the tree.
 
-    All rows are conditioned on one node `top`. Probabilities of nodes above `top` are not known.
+    All rows are conditioned on one node `top`: the token is below `top`. Probabilities of nodes
+    above `top` are not known.
     """
 
     vocabulary: Vocabulary
@@ -101,7 +102,7 @@ class SubtreeDistribution(ABC):
         self.vocabulary = vocabulary
         self.top = top
         self.top_is_query_node = top_is_query_node
-        # Places below top in the tree order of each level under it.
+        # For each level under `top`: the places, in tree order, of the nodes below `top`.
         self._below = vocabulary.subtree(top)
 
     @abstractmethod
@@ -136,7 +137,7 @@ class SubtreeDistribution(ABC):
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         if not self.top_is_query_node:
             return self.log_child(node, child)
-        # Children are one level below top, so no other level is computed or searched.
+        # Every child is one level below `self.top`, so no other level is computed or searched.
         level = len(self._below) - 1
         log_child = self._log_at(level, self._place(child, level))
         return torch.where(child == node, 0.0, log_child)
@@ -185,31 +186,43 @@ class SubtreeDistribution(ABC):
         return self.vocabulary.order(level, node.device)[drawn_place]
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
-        """Return log P(node | top) [r] of one node of `level` per row, by its place below top."""
+        """Return log P(node | top) [r], with top = `self.top`, for one node of `level` per row.
+
+        `place` [r] is the result of `_place` for these nodes.
+        """
         return pick(self.log_below(level), place)
 
     def _width(self, level: int) -> int:
-        """Return the number of nodes of `level` below top; 1 at the level of top itself."""
+        """Return the number of nodes that are at `level` and below `self.top`.
+
+        The number is 1 at the level of `self.top`.
+        """
         if level == len(self._below):
             return 1
         return self._below[level].stop - self._below[level].start
 
     def _place(self, node: Tensor, level: int) -> Tensor:
-        """Return the place [r] of each node among the nodes of `level` below top.
+        """Return the index [r] of each node within the nodes that are at `level` and below `self.top`.
 
-        The place is arbitrary if the node is not of this level or not below top.
+        The index is arbitrary for a node that is not at `level` or not below `self.top`.
         """
         start, _ = self._local_range(node, level)
         return start.clamp(0, self._width(level) - 1)
 
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Return the range of places of each node at `level`, counted from the first below top."""
+        """Return the first and one-past-last index of the nodes of `level` below each node.
+
+        Index 0 is the first node of `level` that is below `self.top`.
+        """
         start, stop = self.vocabulary.node_range(node, level)
         first = self._below[level].start
         return start - first, stop - first
 
     def _log_given_top(self, node: Tensor, lowest: int = 0) -> Tensor:
-        """Return log P(node | top) [r]; 0 at top itself and at levels under `lowest`."""
+        """Return log P(node | top) [r], with top = `self.top`.
+
+        The value is 0 for `self.top` and for nodes at levels below `lowest`.
+        """
         own_level = self.vocabulary.level_of(node)
         value: Tensor | None = None
         for level in range(lowest, len(self._below)):
@@ -314,9 +327,10 @@ class LogitDistribution(SubtreeDistribution):
         sums = torch.stack([part.sum(-1) for part in parts], -1)
         segment = _segments(self.vocabulary, self.top, level, self._logits.device)
         smallest = torch.finfo(sums.dtype).tiny
-        # Next to the most likely token a node may underflow. On an accelerator, training does not
-        # synchronize to see whether one did: its log is then that of the smallest normal number, 87
-        # below. On the CPU and without gradients the result is exact.
+        # The mass of a node underflows if it is much smaller than that of the most likely token.
+        # The test for underflow would synchronize an accelerator, so training omits the test
+        # there, and the log mass is at least the log of the smallest normal number (-87 in
+        # float32). On the CPU or without gradients the result is exact.
         may_check = sums.device.type == "cpu" or not torch.is_grad_enabled()
         if may_check and bool((sums < smallest).any()):
             return segment_logsumexp(self.log_below(0), segment, len(nodes))
@@ -436,9 +450,9 @@ def _segments(
     level: int,
     device: torch.device,
 ) -> Tensor:
-    """Return for each of the w tokens below top the place of its ancestor at `level`.
+    """Return the index [w] of the ancestor at `level` of each of the w tokens below `top`.
 
-    Tokens are in tree order; places count from the first node below top.
+    Tokens are in tree order. Index 0 is the first node of `level` that is below `top`.
     """
     below = vocabulary.subtree(top)
     tokens = vocabulary.order(0, device)[below[0]]
@@ -449,9 +463,9 @@ def _segments(
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Return the log of the sum of exponentials per segment of columns, [r,num_segments].
+    """Return the log-sum-exp [r,num_segments] of `values` [r,n] within each segment of columns.
 
-    values is [r,n]; segment [n] holds the segment number of each column.
+    `segment` [n] holds the segment number of each of the n columns.
     """
     index = segment.expand_as(values)
     constants = values.detach()

@@ -26,13 +26,15 @@ from ddiff.sampling.loop import (
 
 @final
 class AdaptiveCorrectionSampler(GridSampler):
-    """Ancestral step in which a token is redrawn with probability eta (1 - pi). Heuristic.
+    """Heuristic sampler: ancestral steps in which tokens are redrawn with probability eta (1 - pi).
 
-    pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that a masked position is revealed in
-    the step, where alpha_t = q_t(x|x) is the probability that the present token x is still clean.
-    For a linear alpha, pi = 1 - s/t. Early steps therefore correct most, and the last step corrects
-    nothing. The new token is drawn from P(x | z_t), which includes the present token as evidence,
-    and is not noised to time s. The process must have a bound that trains predictions at tokens.
+    eta in [0,1] is the strength of the correction; eta = 0 is ancestral sampling. A step goes from
+    time t to time s. pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that a masked
+    position is revealed in the step, where alpha_t = q_t(x|x) is the probability that the present
+    token x is still clean. For a linear alpha, pi = 1 - s/t. The probability of a redraw is
+    therefore largest in early steps, and 0 in the last step. The new token is drawn from
+    P(x | z_t), which includes the present token as evidence, and is not noised to time s. In the
+    bound of the process, predictions at tokens must get a training signal.
     """
 
     quality: Quality = "heuristic"
@@ -108,7 +110,7 @@ def require_informed_tokens(
     process: ForwardProcess | None,
     predicts: Predicts,
 ) -> None:
-    """Raise ArgumentError if the bound of the process does not train predictions at tokens."""
+    """Raise ArgumentError if predictions at tokens get no training signal from the bound."""
     require_process(sampler, process)
     require_distribution(sampler, predicts)
     if process is None:

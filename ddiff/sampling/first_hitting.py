@@ -28,7 +28,8 @@ from ddiff.sampling.loop import (
     step_rows,
 )
 
-# Most positions of a sequence that may be drawn at once: an error of 0.05^2/2 in total variation.
+# Largest mean number of positions of a sequence that are drawn at once near t = 0. The error in
+# total variation is then at most 0.05^2/2.
 MAX_DRAWN_AT_ONCE = 0.05
 # Entries of transition rows that are computed to find the interval; limits memory and time.
 MAX_ENTRIES = 2**16
@@ -38,7 +39,7 @@ BISECTIONS = 48
 
 @final
 class FirstHittingSampler(Sampler):
-    """Move each sequence to its latest candidate event and draw one position there. Exact.
+    """Exact sampler that moves each sequence from one candidate event to the next.
 
     Candidate times are drawn by `process.event_time` without the network. If the rate of events
     depends on the network, `process.event` rejects some candidates. After each event, new
@@ -48,11 +49,12 @@ class FirstHittingSampler(Sampler):
 
     If tokens turn into other tokens (uniform noise), candidates come at rates of about 1/t and
     1/(1 - t), and most are rejected. So all tokens move at once at both ends of time: from t = 1 to
-    a time t_1 in one ancestral step, and from a time t_0 to 0 in the final draw. Of L positions,
-    `until` change at each end on average: at t_0 a fraction until/L of the tokens is noise, and at
-    t_1 a fraction until/L of the tokens is still clean. Positions that change together are drawn
-    independently. The error in total variation is at most until^2/2 at each end, 1e-6 together by
-    default, and 0 for masks and trees.
+    a time t_1 in one ancestral step, and from a time t_0 to 0 in the final decoding step. Of L
+    positions, on average `until` change at each end: at t_0 a fraction until/L of the tokens is
+    noise, and at t_1 a fraction until/L of the tokens is still clean. Positions that change
+    together are drawn independently. The error in total variation is at most until^2/2 at each
+    end. By default (until = 1e-3) the two errors add up to at most 1e-6. Masks and trees have no
+    such error.
 
     If noise starts as a low power of t, more than until/L of the tokens may be noise at t = 1e-12,
     the earliest time that is evaluated. Then t_0 is 1e-12. Sampling raises ArgumentError if more
@@ -122,7 +124,10 @@ class FirstHittingSampler(Sampler):
         finish: float,
         rng: CounterRng,
     ) -> tuple[Canvas, Tensor]:
-        """Move every sequence to its next candidate event; return the positions [B,L] bool too."""
+        """Move every sequence to its next candidate event.
+
+        Returns the canvas, and a bool [B,L] that marks the position of each event.
+        """
         is_token = canvas.zt < process.vocabulary.num_tokens
         u = draw_uniforms(rng, "when", 1)[:, 0]
         time = process.event_time(canvas.zt.reshape(-1), canvas.t.reshape(-1), u)
@@ -130,7 +135,7 @@ class FirstHittingSampler(Sampler):
         time = torch.where(canvas.free & (~is_token | (time > finish)), time, 0.0)
         latest, position = time.max(-1, keepdim=True)
         has_event = torch.zeros_like(canvas.free).scatter(-1, position, latest > 0)
-        # Candidates of states other than tokens are followed down to EARLIEST.
+        # Tokens stop at `finish`. Other states, such as masks, have events down to EARLIEST.
         end = torch.full_like(canvas.t, EARLIEST).masked_fill(is_token, finish)
         s = torch.minimum(canvas.t, torch.maximum(latest, end))
         return canvas.advance(canvas.zt, s), has_event
@@ -153,10 +158,12 @@ class FirstHittingSampler(Sampler):
 
 
 def find_event_interval(process: ForwardProcess, until: float, length: int) -> tuple[float, float]:
-    """Return the times (t_1, t_0) between which events of tokens are drawn one by one.
+    """Return the times (t_1, t_0), t_1 > t_0, between which tokens change one event at a time.
 
-    Outside the interval, `until` of `length` positions change on average. Raises ArgumentError if
-    more than 0.05 positions would change below the earliest time.
+    Of the `length` positions, on average at most `until` change between t = 1 and t_1, and at most
+    `until` between t_0 and t = 0, if both times are interior. If tokens never turn into other
+    tokens, the result is (LATEST, EARLIEST). Raises ArgumentError if more than max(`until`, 0.05)
+    positions would change below EARLIEST = 1e-12.
     """
     to_token, _ = _noise_probabilities(process, 0.5)
     if to_token == 0.0:  # no token turns into another token
@@ -211,7 +218,10 @@ def _sigmoid(y: float) -> float:
 
 
 def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, float]:
-    """Return the largest probabilities of a token at t = 0 to be another token, or state, at t."""
+    """Return the probabilities that a token of t = 0 is another token, and another state, at t.
+
+    Each is the maximum over the example tokens.
+    """
     tokens, times = _example_rows(process, t)
     moved = process.transition(torch.zeros_like(times), times).row(tokens)
     moved = moved.scatter(-1, tokens.unsqueeze(-1), 0.0)
@@ -220,13 +230,16 @@ def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, floa
 
 
 def _clean_fraction(process: ForwardProcess, t: float) -> float:
-    """Return the part of q_t(.|x) that depends on x; it is alpha_t if the noise does not."""
+    """Return the probability in q_t(.|x) that depends on x.
+
+    The result is 1 - sum_z min_x q_t(z|x). It is alpha_t if the noise does not depend on x.
+    """
     tokens, times = _example_rows(process, t)
     return 1.0 - float(process.from_clean(times).row(tokens).amin(0).sum())
 
 
 def _example_rows(process: ForwardProcess, t: float) -> tuple[Tensor, Tensor]:
-    """Return at least two tokens [r] that represent the vocabulary, and the time t for each [r]."""
+    """Return tokens [r], evenly spread over the vocabulary, and the time t [r] for each token."""
     vocabulary = process.vocabulary
     rows = max(2, MAX_ENTRIES // vocabulary.num_states)
     tokens = pick_tokens(vocabulary.num_tokens, rows, torch.device("cpu"))

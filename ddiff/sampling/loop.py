@@ -67,8 +67,8 @@ class Sampler(ABC):
     `quality` is the accuracy of the sampler, given an exact network:
 
     - "exact": samples follow the data distribution for any number of steps.
-    - "of an order": the total variation to the data distribution falls as 1/steps^order.
-    - "heuristic": neither is proven.
+    - "of an order": the total variation distance to the data distribution falls as 1/steps^order.
+    - "heuristic": no convergence to the data distribution is proven.
     """
 
     quality: Quality = "heuristic"
@@ -212,7 +212,10 @@ def query_at_root(
     zt: Tensor,
     *per_row: Tensor,
 ) -> Any:
-    """Evaluate `fn(prediction, zt, *per_row)` at every row, with predictions over all tokens."""
+    """Evaluate fn(prediction, zt, *per_row) at every row, with the root as query node.
+
+    The prediction of each row is then a distribution over all tokens.
+    """
     rows = torch.arange(len(zt), device=zt.device)
     root = torch.full_like(zt, process.vocabulary.root)
     return query(rows, root, fn, zt, *per_row)
