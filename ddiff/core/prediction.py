@@ -34,19 +34,28 @@ class CleanDistribution(Protocol):
         """Return log P(node | top) [r,w] for the w nodes of `level` below top, in tree order."""
 
     def log_prob(self, node: Tensor) -> Tensor:
-        """Return log P(token below node) [r] for one node (an id of any level) per row."""
+        """Return the log-probability [r] of one node per row: that the token is below this node.
+
+        A node is an id of any level; for a token the result is its log-probability.
+        """
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
-        """Return log P(child | node) [r], for a child at any depth below the node; 0 if equal."""
+        """Return log P(child | node) [r] for a child at any depth below the node.
+
+        The result is 0 for a child that equals its node.
+        """
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
-        """Return log P(child | node) [r] for the queried nodes and children one level below.
+        """Return log P(child | node) [r] for query nodes `node` and children one level below.
 
-        A child that equals its node gives 0.
+        The result is 0 for a child that equals its node.
         """
 
     def log_mass(self, level: int) -> Tensor:
-        """Return log P of the n nodes of a level [r,n] in id order; level 0 is the dense log_p."""
+        """Return the log-probabilities [r,n] of the n nodes of a level, in id order.
+
+        At level 0 the result is [r,V], the log-probabilities of all tokens.
+        """
 
     def draw(
         self,
@@ -88,9 +97,9 @@ def require_distribution(prediction: Prediction, caller: str) -> CleanDistributi
 class SubtreeDistribution(ABC):
     """Distribution of the token below one node `top`, from the distribution of each level.
 
-    `log_prob` and `log_mass` need `top` to be the root, since nothing above `top` is known.
-    `top_is_query_node` states that every row was queried at exactly `top`, which makes `log_step`
-    cheaper.
+    `log_prob` and `log_mass` need `top` to be the root, since probabilities of nodes above `top`
+    are not known. `top_is_query_node` declares that `top` is the query node of every row, which
+    makes `log_step` cheaper.
     """
 
     def __init__(
@@ -117,7 +126,8 @@ class SubtreeDistribution(ABC):
         log_child = self._log_given_top(child)
         # Level 0 is skipped: below a token there is only the token itself.
         log_node = self._log_given_top(node, lowest=1)
-        # Below a node of probability 0 nothing is possible: -inf, not the difference of infinities.
+        # A node of probability 0 has children of log-probability -inf; the difference of two
+        # infinities would be NaN.
         possible = log_node > -torch.inf
         difference = log_child - torch.where(possible, log_node, 0.0)
         certain = child == node
@@ -179,7 +189,7 @@ class SubtreeDistribution(ABC):
         is_inside = is_after_start & (place < stop.unsqueeze(-1))
         inside = log_p.masked_fill(~is_inside, -torch.inf)
         peak = inside.amax(-1, keepdim=True)
-        # A row without mass below the node has peak -inf, and -inf - (-inf) is NaN.
+        # If the node has probability 0, the peak is -inf, and -inf - (-inf) would be NaN.
         finite_peak = peak.masked_fill(peak == -torch.inf, 0.0)
         weights = (log_p - finite_peak).exp().masked_fill(~is_inside, 0.0)
         drawn_place = self._below[level].start + draw_index(weights, u)
@@ -202,7 +212,7 @@ class SubtreeDistribution(ABC):
         return self._below[level].stop - self._below[level].start
 
     def _place(self, node: Tensor, level: int) -> Tensor:
-        """Return the index [r] of each node within the nodes that are at `level` and below `self.top`.
+        """Return the index [r] of each node among the nodes at `level` below `self.top`.
 
         The index is arbitrary for a node that is not at `level` or not below `self.top`.
         """
@@ -249,8 +259,8 @@ class SubtreeDistribution(ABC):
 class DenseDistribution(SubtreeDistribution):
     """Distribution given by the log-probabilities of tokens.
 
-    `log_p` [r,V] in id order covers the whole vocabulary. With `top` below the root, `log_p` holds
-    only the tokens below top, in tree order and normalized (tied heads).
+    `log_p` [r,V] in id order covers the whole vocabulary. With `top` below the root, `log_p`
+    contains only the tokens below `top`, in tree order and normalized (tied heads).
     """
 
     def __init__(
@@ -280,10 +290,11 @@ class DenseDistribution(SubtreeDistribution):
 class LogitDistribution(SubtreeDistribution):
     """Distribution given by logits of tokens. The softmax over all tokens is never stored.
 
-    `logits` [r,w] in id order cover the whole vocabulary; with `top` below the root, only the
-    tokens below top, in tree order. The exponentials are computed once. In the backward pass each
-    read (one token, or the masses of a level) adds one product with the exponentials. Row-major and
-    column-major logits are both supported without a copy.
+    `logits` [r,w] in id order cover the whole vocabulary. With `top` below the root, `logits`
+    cover only the tokens below `top`, in tree order. The exponentials are computed once. Each use
+    of the distribution (the probability of one token, or the masses of a level) adds one product
+    with the exponentials to the backward pass. Row-major and column-major logits are both
+    supported without a copy.
     """
 
     def __init__(
@@ -340,19 +351,21 @@ class LogitDistribution(SubtreeDistribution):
 
 
 class _Softmax:
-    """Exponentials and sums of a softmax of logits [r,w], shared by several reads.
+    """Exponentials and sums of a softmax of logits [r,w], shared by several autograd functions.
 
-    exponentials [r,w] are exp(logit - peak), total [r,1] their sums, and log_total [r,1] the logs
-    of the sums of exp(logit). All are constants to autograd. Each read with a gradient is counted.
-    The backward pass runs once, so the last read in it overwrites the exponentials with its
-    gradient, to save memory.
+    `exponentials` [r,w] are exp(logit - peak), with the largest logit of each row as peak. `total`
+    [r,1] are their sums, and `log_total` [r,1] the logs of the sums of exp(logit). Autograd treats
+    all three as constants. `readers` counts the functions that use the softmax and have a gradient.
+    The backward pass runs once, so the last of these functions overwrites the exponentials with
+    its gradient, to save memory.
     """
 
     def __init__(self, logits: Tensor) -> None:
         if logits.shape[-1]:
             peak = logits.amax(-1, keepdim=True)
         else:
-            peak = logits.sum(-1, keepdim=True)  # amax of nothing is an error
+            # amax raises an error without columns; the sum is 0.
+            peak = logits.sum(-1, keepdim=True)
         self.exponentials = logits.sub(peak).exp_()
         self.total = self.exponentials.sum(-1, keepdim=True)
         self.log_total = peak + self.total.log()
@@ -363,7 +376,10 @@ class _Softmax:
         return self
 
     def scale_probabilities(self, factor: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return the gradient of a read [r,w]: probabilities times a factor [r], plus an addend."""
+        """Return probabilities [r,w] times `factor` [r], plus `addend` [r,w]: a gradient of logits.
+
+        The result overwrites the exponentials if no other function needs them.
+        """
         self.readers -= 1
         scale = factor.unsqueeze(-1) / self.total
         out = self.exponentials if self.readers == 0 else None

@@ -68,13 +68,15 @@ class Query(Protocol):
     ) -> Any: ...
 
 
-# Largest condition number of an operator that elimination inverts to the last digits.
+# Operators with a condition number up to this value are inverted by elimination, whose rounding
+# errors are then small.
 WELL_CONDITIONED = 1e4
 
-# Number of tokens over which the derived information is averaged: enough for a time change.
+# Number of tokens over which the default of `information` averages. An inaccurate mean only
+# increases the variance of the bound.
 REFERENCE_TOKENS = 64
 
-# Largest number of entries of marginals held at once while the information is computed.
+# Largest number of entries of marginals in memory at once while the information is computed.
 REFERENCE_ENTRIES = 2**21
 
 
@@ -125,9 +127,10 @@ class ForwardProcess(ABC):
     Attributes:
         vocabulary: the states.
         prior: distribution of z_1 that sampling starts from.
-        closes_at_clean: whether q_0(.|x) = delta_x.
+        closes_at_clean: whether z_0 is the clean token: q_0(.|x) = delta_x.
         closes_at_prior: whether q_1(.|x) = prior for every x.
-        exact_step: False if `step` was configured to be a heuristic, not the reverse transition.
+        exact_step: True if `step` draws from the reverse transition, False if the settings of the
+            process replace it by a heuristic.
         uniforms_per_sample, uniforms_per_step, uniforms_per_decode, uniforms_per_forward_step,
             uniforms_per_event: number of uniforms per position that each draw takes.
         has_events: whether `event_time` and `event` are implemented.
@@ -202,10 +205,10 @@ class ForwardProcess(ABC):
     def from_clean(self, t: Tensor) -> Kernel:
         """Return the operator from the clean token to z_t: row x is q_t(.|x), for every token x.
 
-        If the process closes at the clean end, the operator equals `transition(0, t)`. If there is
-        already noise at t = 0, `transition(0, t)` starts from z_0, and this operator also contains
-        the noise of t = 0. Rows of states that are not tokens have no meaning; they keep the
-        operator square and invertible.
+        If z_0 is the clean token (`closes_at_clean`), the operator equals `transition(0, t)`. If
+        there is already noise at t = 0, the operator also contains this noise, unlike
+        `transition(0, t)`, which starts from z_0. Rows of states that are not tokens have no
+        meaning; they make the operator square and invertible.
         """
         start = torch.zeros_like(t)
         kernel = self.transition(start, t)
@@ -243,11 +246,12 @@ class ForwardProcess(ABC):
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Return the log of the clean-token distribution p [r,V] that has this score, in float64.
 
-        p = s K^-1 on tokens, with K = `from_clean(t)`. A true ratio gives no negative p. Negative
-        entries are raised to 1e-14 of the token's fraction of s, so that every probability is
-        positive and its logarithm has a gradient; then p is normalized. Rounding errors of s are
-        multiplied by the condition number of K. Directions of p that K shrinks below 1e-13 cannot
-        be recovered from s; p is uniform along them.
+        p = s K^-1 on tokens, with K = `from_clean(t)` and with s the ratios, normalized over the
+        states. The true ratios give no negative p, but a network may. Entries of p below 1e-14
+        times the entry of s are raised to this value, so that every probability is positive and
+        its logarithm has a gradient. Then p is normalized. Rounding errors of s are multiplied by
+        the condition number of K. Components of p that K shrinks to less than 1e-13 cannot be
+        recovered from s, and p is uniform in these components.
         """
         num_tokens = self.vocabulary.num_tokens
         s = score.log_ratio.double().softmax(-1)
@@ -270,9 +274,9 @@ class ForwardProcess(ABC):
         return log_normalize(safe_log(torch.maximum(p, least)))
 
     def clamp_score_time(self, t: Tensor) -> Tensor:
-        """Move t = 1 to 1 - 1e-12 if the process closes at the prior.
+        """Return `t`, with t = 1 replaced by 1 - 1e-12 if q_1 is the prior for every token.
 
-        At t = 1 a score holds the ratios of the prior, which carry no information on the token.
+        At t = 1 a score consists of ratios of the prior, which carry no information on the token.
         """
         return t.clamp(max=LATEST) if self.closes_at_prior else t
 
@@ -285,17 +289,18 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the nats per unit of the row's own t that the bound adds at (z_t, t), per row.
+        """Return the integrand [r] of the diffusion term at (z_t, t), in nats per unit of t.
 
-        The density is sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ): score
-        entropy (arXiv 2310.16834, eq. 5) for any generator. It is +inf if the prediction rules out
-        z_t or a state that z_t may have come from, and 0 if z_t can only have been x0.
+        The density is sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ), which
+        is the score entropy (arXiv 2310.16834, eq. 5) for any generator. The density is +inf if the
+        prediction gives probability 0 to z_t or to a state from which z_t may have come. The
+        density is 0 if x0 is the only token that can have become z_t.
         """
         t = interior(t)
         inward = self._inward_rates(zt, t)
         arrives = inward > 0
         log_s = self._true_log_ratio(x0, zt, t)
-        # Where no state arrives the ratio may be infinite, with the gradient 0 * inf = NaN.
+        # For states y with Q[y,z] = 0 the ratio may be infinite, with the gradient 0 * inf = NaN.
         log_s_theta = where_or_zero(arrives, self._log_ratio(prediction, zt, t))
         s = log_s.exp()
         cross = torch.where(s > 0, s * (log_s - log_s_theta), 0.0)
@@ -315,10 +320,10 @@ class ForwardProcess(ABC):
     ) -> Tensor:
         """Return the total true reverse rate per row, sum_{y != z} Q[y,z] s(y).
 
-        No prediction is used. All families return the same number for the same chain, so a loss
-        that clamps weights does not depend on the family. The weight is 0 if no state can arrive in
-        z_t; the density is then 0 too. It is 1 if some state can arrive in z_t, but none can for
-        this x.
+        The weight does not depend on a prediction. All families return the same number for the
+        same chain, so a loss that clamps weights does not depend on the family. The weight is 0 if
+        the chain never jumps into z_t; the density is then 0 too. The weight is 1 if the chain can
+        jump into z_t, but not when it starts from the token x0.
         """
         inward = self._inward_rates(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
@@ -348,9 +353,9 @@ class ForwardProcess(ABC):
     ) -> Tensor:
         """Return -ln P(x0 | z_t) = -ln [ p(x) q_t(z|x) / q_t-bar(z) ] per row, in nats.
 
-        The row's own evidence is included. For a score, p is the result of `tweedie`. The value is
-        +inf if the prediction rules x0 out, and 0 if z_t can only have been x0, whatever the
-        prediction.
+        The evidence of the row's own state z_t is included. For a score, p is the result of
+        `tweedie`. The value is +inf if the prediction gives x0 probability 0. If x0 is the only
+        token that can have become z_t, the value is 0 for every prediction.
         """
         log_likelihood = self.log_likelihood(zt, t)
         log_joint = self._log_clean(prediction, t)
@@ -386,7 +391,7 @@ class ForwardProcess(ABC):
         return torch.ones_like(zt, dtype=torch.bool)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """Return the `TrainedPart` code per row: which part of the prediction the bound trains."""
+        """Return per row the `TrainedPart` that gets a training signal from the bound."""
         return torch.full_like(zt, TrainedPart.ALL)
 
     def scope(self, zt: Tensor) -> Tensor:
@@ -533,9 +538,9 @@ class ForwardProcess(ABC):
     ) -> Tensor:
         """Draw z_s given z_t from the exact reverse transition.
 
-        u is [r, uniforms_per_step]. The network is queried at most once. By default every row with
-        s < t is queried, and one float64 draw over the S states decides. Families first choose the
-        rows that jump and query the network only there.
+        u is [r, uniforms_per_step]. The network is queried at most once. The default queries every
+        row with s < t and draws from the probabilities of the S states in float64. The overrides of
+        process families first choose the rows that may jump and query the network only there.
         """
         zs = zt.clone()
         moving = find_rows(s < t)
@@ -574,7 +579,7 @@ class ForwardProcess(ABC):
     ) -> Tensor:
         """Draw the clean token, x ~ p(x) q_t(z|x) / q_t-bar(z).
 
-        The row's own evidence is included. u is [r, uniforms_per_decode].
+        The evidence of the row's own state z_t is included. u is [r, uniforms_per_decode].
         """
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
@@ -660,10 +665,10 @@ def _solve_well_conditioned(
     time_index: Tensor,
     p: Tensor,
 ) -> Tensor:
-    """Return p [r,V], with elimination instead of iteration where K is well conditioned.
+    """Return p [r,V], recomputed by elimination in rows whose operator K is well conditioned.
 
-    Early in time elimination keeps the relative accuracy of small probabilities, and the decoding
-    formulas multiply small probabilities by factors of order 1/t.
+    At small t elimination keeps the relative accuracy of small probabilities. This accuracy
+    matters, because decoding formulas multiply small probabilities by factors of order 1/t.
     """
     well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
     for k in find_rows(well_conditioned).tolist():
