@@ -1,8 +1,8 @@
 """Time rules: the time t of each position, and the weight of the position in the bound.
 
-A time rule works in tau, the fraction of information that is lost (`ddiff.core.information`): its
-windows are intervals of tau, and its draws are made in tau. The information time of the process, a
-`TimeChange`, turns tau into the time t of the formulas.
+A time rule draws tau, the fraction of information that is lost (`ddiff.core.information`), from an
+interval [start, stop]. The information time of the process, a `TimeChange`, maps tau to the time t
+of the formulas.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ class Times(NamedTuple):
 
     Attributes:
         t: [B,L] float64, the time of each position.
-        speed: [B,L] dt_i/dv for a draw with v uniform in [0,1], 0 if the position adds nothing.
+        speed: [B,L] weight of the position, dt_i/dv for a draw with v uniform in [0,1]; 0 if the
+            position adds nothing to the bound.
         clean: bool [B,L], whether the position has its clean token: it is already decoded, or
             this rule does not corrupt it.
-        at_prior: bool [B,L], whether the position has a draw from the prior and no position that
-            adds to the bound attends to it. None: no position is at the prior.
+        at_prior: bool [B,L], whether the state of the position is drawn from the prior. Positions
+            that add to the bound do not attend to such a position. None: no position is at the
+            prior.
         block: [1 or B,L] long, block numbers that restrict attention (see `Noisy`). None: every
             position attends to every other position.
         paired: whether later blocks attend to the clean tokens of earlier blocks (`Noisy.memory`).
@@ -94,10 +96,11 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding term and of the closing term, with weights as `speed`.
+        """Return the times of the decoding term and of the closing term.
 
-        In the closing term, exactly the positions with speed > 0 have draws from the prior. The
-        other positions have the states of their times.
+        `Times.speed` is the weight of each position in the term. In the closing term, exactly the
+        positions with speed > 0 have states drawn from the prior. The other positions have states
+        drawn at their times.
         """
 
 
@@ -110,9 +113,10 @@ class TimeRule(TimeSampler, Protocol):
         tau: Tensor,
         length: int,
     ) -> Times:
-        """Return the state of the path at tau [B] in [0,1], which samplers follow.
+        """Return the times of all positions at progress tau [B] in [0,1].
 
-        All positions are decoded at tau = 0 and at the prior at tau = 1.
+        Samplers follow this path from tau = 1, where all positions are at the prior, to tau = 0,
+        where all positions are decoded.
         """
 
     def with_window(
@@ -203,8 +207,8 @@ class WindowTimes:
 
     Positions before the window are clean. Positions after the window are at the prior.
 
-    "block": windows next to each other; all positions of one window have the same time (arXiv
-    2503.09573). Width 1 is autoregression, width L one time for the whole sequence.
+    "block": the windows are adjacent, and all positions of one window have the same time (arXiv
+    2503.09573). Width 1 is autoregression. With width L the whole sequence has one time.
 
     "slide": the window slides from left to right, and tau rises along the window from its left edge
     to its right edge (arXiv 2504.06416).
@@ -212,9 +216,10 @@ class WindowTimes:
     In both shapes each position passes once through [start, stop] along a path of the whole
     sequence, so the sum over positions is a bound for any process.
 
-    `paired` evaluates all windows in one pass, each next to the clean tokens before it
-    (`Noisy.memory`). Without `paired`, one random window of the sequence is evaluated and
-    represents all windows: the input is half as wide, but the variance is higher.
+    With `paired`, all windows are evaluated in one pass, and each window attends to the clean
+    tokens before it (`Noisy.memory`). Without `paired`, one random window of the sequence is
+    evaluated and represents all windows. The input is then half as wide, but the variance is
+    higher.
     """
 
     def __init__(
@@ -325,9 +330,10 @@ class WindowTimes:
         offset: Tensor,
         length: int,
     ) -> Times:
-        """Return times with every window of a slide at its own offset.
+        """Return times of a sequence that is divided into adjacent windows of shape "slide".
 
-        `offset` [B,1] in [0, width) is the part of the first window beyond the left edge.
+        `offset` [B,1] in [0, width) is the length of the part of the first window that lies to the
+        left of the sequence.
         """
         place = torch.arange(length, device=offset.device) + offset
         window = (place / self.width).floor().long()
@@ -335,7 +341,7 @@ class WindowTimes:
         return self._paired_times(t, speed, window)
 
     def _at_share(self, clock: TimeChange, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t and dt/dshare at a fraction `share` in [0,1] of the way from start to stop."""
+        """Return t and dt/dshare at tau = start + share * (stop - start), with share in [0,1]."""
         t, speed = clock.at(self.start + (self.stop - self.start) * share)
         return t, speed * (self.stop - self.start)
 
@@ -349,14 +355,15 @@ class WindowTimes:
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        # One number per sample decides both the window and the time within it.
+        # One number per sample determines both the window and the time within the window.
         v = _one_per_sample(rng, slot, slots).squeeze(-1)
         if self.shape == "slide":
             return self.at(clock, v, length)
         count = self._num_windows(length)
-        # Number of decoded windows as a real number; its fractional part gives the time.
+        # `settled` is the number of decoded windows as a real number. Its integer part is the
+        # index of the current window, and its fractional part gives the time of this window.
         settled = (1.0 - v).unsqueeze(-1) * count
-        # v = 0 would give the index after the last window.
+        # At v = 0 all windows are decoded, and the index would be one past the last window.
         current = settled.long().clamp(max=count - 1)
         t, speed = clock.draw(current + 1 - settled, self.start, self.stop, self.width)
         return self._one_open_block(t, speed * count, current, length)
@@ -393,7 +400,7 @@ class WindowTimes:
         current: Tensor,
         length: int,
     ) -> Times:
-        """Return times with block `current` at t.
+        """Return times with the block number `current` [B] at time t [B].
 
         Earlier blocks are clean, later blocks are at the prior.
         """
@@ -415,7 +422,10 @@ class WindowTimes:
         at_prior: Tensor,
         block: Tensor,
     ) -> Times:
-        """Return times of sequences with one open window, which represents all windows."""
+        """Return times with weight only in the window between clean and prior positions.
+
+        Positions in `clean` get time 0, positions in `at_prior` time 1, both with speed 0.
+        """
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
         return Times(
@@ -457,10 +467,10 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the ends of all positions of a paired slide.
+        """Return the times of the end terms for all positions, for shape "slide" with `paired`.
 
-        A position is decoded when it is the first of its window, and leaves the prior when it is
-        the last.
+        A position counts in the decoding term if it is the first of its window, and in the closing
+        term if it is the last of its window.
         """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
@@ -482,7 +492,10 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the ends of one randomly chosen position, which represents all positions."""
+        """Return the times of the end terms for one random position that represents all positions.
+
+        This is the case of shape "slide" without `paired`.
+        """
         place = torch.arange(length, device=slot.device)
         chosen = (rng.uniform("window")[:, :1] * length).floor()
         # The chosen position is at the left edge of the window when it is decoded ...
@@ -529,15 +542,16 @@ def _check_window(name: str, start: float, stop: float) -> None:
 
 
 def _window_numbers_at(depth: Tensor) -> Tensor:
-    """Return window numbers from depths in units of windows: the open window is at depths (0, 1].
+    """Return the window number of each position from its depth, in units of the window width.
 
-    Windows before and after the open window are numbered as if all were open.
+    Number 0 is the window that is being denoised, with depths in (0, 1]. Positions before and
+    after this window are divided into windows of the same width.
     """
     return depth.ceil().long() - 1
 
 
 def _with_weight(times: Times, counted: Tensor, weight: float) -> Times:
-    """Return times that give the counted positions the given weight, and the others 0."""
+    """Return `times` with speed `weight` at the counted positions and 0 elsewhere."""
     speed = torch.where(counted, weight, 0.0)
     return times._replace(speed=speed.to(times.t))
 
@@ -555,10 +569,11 @@ def _full_attention_times(t: Tensor, speed: Tensor) -> Times:
 
 
 def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
-    """Move uniforms [B,k] into strata: numbers [B,k] in [0,1), each within its stratum.
+    """Map uniforms u [B,k] to numbers [B,k] in [0,1) that lie in the given strata.
 
-    `strata` is the number of strata, or one number per sample [B]. Strata are assigned in van der
-    Corput order, so that a contiguous fraction of them covers the whole interval evenly.
+    `stratum` [B,k] selects one of the `strata` equal parts of [0,1). `strata` is a number, or a
+    tensor [B] with one number per sample. Parts are numbered in van der Corput order, so that every
+    contiguous range of strata covers the whole interval evenly.
     """
     counts = torch.as_tensor(strata, device=stratum.device)
     if counts.dim():
@@ -568,7 +583,7 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
 
 
 def _one_per_sample(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
-    """Return one stratified number per sample, [B,1]."""
+    """Return one stratified number in [0,1) per sample, a tensor [B,1]."""
     u = rng.uniform("time")[:, :1]
     return stratified(u, slot.unsqueeze(-1), slots)
 

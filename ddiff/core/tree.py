@@ -62,10 +62,11 @@ DECODING = ("bayes", "within", "between", "free")
 
 
 class StochasticParents:
-    """kappa_ij for all pairs of levels, from the xi of each level (1 if a level has one node).
+    """Probabilities kappa_ij of all pairs of levels, computed from the xi of each level.
 
-    `sure[i][j]` is the number A_ij. `stray[i][j]` is the vector r_ij over the nodes of level j in
-    id order, or None if it is zero. `is_deterministic` is true if all xi are 1.
+    A level with a single node has xi = 1. `self.sure[i][j]` is the number A_ij.
+    `self.stray[i][j]` is the vector r_ij over the nodes of level j in id order, or None if r_ij is
+    zero. `self.is_deterministic` is true if all xi are 1.
     """
 
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
@@ -89,9 +90,11 @@ class StochasticParents:
         self._from_tokens = Constant(torch.cat(tables, 1))
 
     def _add_level(self, i: int, j: int) -> None:
-        """Extend kappa from level j-1 to j: p -> a push(p) + b, a = xi - b, b = (1 - xi)/(n - 1).
+        """Compute kappa_ij from kappa_i,j-1.
 
-        push(p) moves the probability of each node to its own parent.
+        A distribution p over level j-1 becomes a push(p) + b over the n nodes of level j, where
+        push(p) moves the probability of each node to its own parent, b = (1 - xi)/(n - 1) and
+        a = xi - b.
         """
         size = self.vocabulary.level_sizes[j]
         xi = self.xi[j - 1]
@@ -104,7 +107,7 @@ class StochasticParents:
         pushed = torch.zeros(size, dtype=torch.float64)
         if below is not None:
             pushed.index_add_(0, self.vocabulary.parents[j - 1], below)
-        # The probability that `sure` loses is spread evenly; the remainder moves to its parents.
+        # b is spread evenly over level j, and the remainder of level j-1 moves to the parents.
         self.stray[i][j] = a * pushed + b
 
     def _table_from_tokens(self, level: int) -> Tensor:
@@ -150,10 +153,10 @@ class StochasticParents:
         j: int,
         log_mass: Tensor,
     ) -> Tensor:
-        """Return the log distribution of the state at level j, from that of its ancestors.
+        """Return the log-probabilities [r,n_j] of the state after a move from level i to level j.
 
-        `log_mass` [r,n_j] is the log-probability of each of the n_j nodes of level j to be the
-        ancestor of the state, which is at level i.
+        `log_mass` [r,n_j] is the log-probability that node z of level j is the ancestor of the
+        state at level i, for each of the n_j nodes z.
         """
         stray = self._stray_constants[i][j]
         if stray is None:
@@ -213,7 +216,10 @@ class TreeKernel(Kernel):
         j: int,
         entries: Tensor,
     ) -> None:
-        """Write the entries at the rows' nodes (flat), times the level kernel K_ij."""
+        """Write K_ij times `entries` into `values`, at the given rows and nodes.
+
+        `entries` holds the pairs (row, node) of `_block` in flat order.
+        """
         block = entries.reshape(len(rows), len(nodes))
         weight = self.levels[rows, i, j].unsqueeze(-1)
         values[rows.unsqueeze(-1), nodes] = weight * block
@@ -237,7 +243,10 @@ class TreeKernel(Kernel):
         own_level: int,
         other_level: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the rows at `own_level`, all nodes of `other_level`, and their flat pairs."""
+        """Return the rows whose id is at `own_level` and all nodes of `other_level`.
+
+        Also returns every pair of these as two flat tensors: the ids of the rows, and the nodes.
+        """
         vocabulary = self.parents.vocabulary
         rows = find_rows(vocabulary.level_of(ids) == own_level)
         nodes = _level_ids(vocabulary, other_level, ids.device)
@@ -280,7 +289,7 @@ class TreeKernel(Kernel):
         i: int,
         j: int,
     ) -> Tensor:
-        """Return `vector` at level i, moved to the n_j nodes of level j by kappa_ij."""
+        """Return the part of `vector` at level i, moved to level j by kappa_ij, [r,n_j]."""
         vocabulary = self.parents.vocabulary
         block = vector[:, _level_slice(vocabulary, i)]
         ids = _level_ids(vocabulary, i, vector.device)
@@ -387,7 +396,7 @@ class TreeProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the level first, from F_l(t), then the node."""
+        """Draw z_t given x0: first the level from the probabilities F_l(t), then the node."""
         cdf = evaluate_per_time(self.clock.cdf, t)
         # F_l falls with l: the number of levels with u < F_l is the level.
         level = (u[:, :1] < cdf).sum(-1)
@@ -400,7 +409,10 @@ class TreeProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the level at t first, from K_ij(s,t) for own level i, then the node."""
+        """Draw z_t given z_s: first the level j from K_ij(s,t), with i the level of z_s.
+
+        The node at level j is drawn afterwards.
+        """
         own = self.vocabulary.level_of(zs)
         rows = torch.arange(len(zs), device=zs.device)
         level_weights = self.clock.transition(s, t)[rows, own]
@@ -416,7 +428,7 @@ class TreeProcess(ForwardProcess):
         ancestor = self.vocabulary.ancestor(ids, level)
         if self.parents.is_deterministic:
             return ancestor
-        # Pairs of levels one by one, since r_ij differs in length.
+        # One pair of levels at a time, since the vectors r_ij have different lengths.
         drawn = ancestor.clone()
         own = self.vocabulary.level_of(ids)
         for i in range(self.vocabulary.num_levels):
@@ -434,7 +446,10 @@ class TreeProcess(ForwardProcess):
         j: int,
         u: Tensor,
     ) -> Tensor:
-        """Draw from A_ij 1[. = ancestor] + r_ij; A_ij < 0 if xi < 1/n."""
+        """Draw a node z of level j with probability A_ij 1[z = ancestor] + r_ij(z).
+
+        A_ij can be negative if xi < 1/n for a level with n nodes.
+        """
         stray = self.parents.stray[i][j]
         assert stray is not None
         remainder = stray.to(u.device).repeat(len(ancestor), 1)
@@ -455,11 +470,12 @@ class TreeProcess(ForwardProcess):
         return (pi * kappa).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
-        """Return the operator from the clean token to z_t, with pi(t) as its first level row.
+        """Return the operator from the clean token to z_t.
 
-        The other rows are those of `transition(0, t)`.
+        Tokens move to level l with probability pi_l(t). Rows of other states are those of
+        `transition(0, t)`.
         """
-        # Cloned, since it is written to, and the clock may keep or share its tensor.
+        # The clock may keep or share its tensor, so the code writes to a copy.
         levels = self.clock.transition(torch.zeros_like(t), t).clone()
         levels[:, 0] = self.clock.pi(t)
         return TreeKernel(levels, self.parents)
@@ -545,8 +561,8 @@ class TreeProcess(ForwardProcess):
             here = level == l
             if not may_be_true(here):
                 continue
-            # Rows of other levels are evaluated at an ancestor of x0, where all is finite, and
-            # dropped.
+            # Rows of other levels are evaluated at an ancestor of x0, where every value is finite.
+            # Their results are dropped.
             z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
             if l == 1:
                 kl = self._token_nll(dist, x0, z)
@@ -565,7 +581,11 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         level: int,
     ) -> Tensor:
-        """Return the divergence at one level >= 2, at which x determines y only up to kappa."""
+        """Return the divergence of rows at one level >= 2, for stochastic parents.
+
+        At these levels x does not determine the state y one level below: y has the distribution
+        P(y | z,x).
+        """
         below = level - 1
         log_mass = dist.log_mass(below)
         nodes = _level_ids(self.vocabulary, below, zt.device)
@@ -577,7 +597,7 @@ class TreeProcess(ForwardProcess):
         log_truth = truth.to(log_mass.dtype).log() + onward
         log_truth = log_truth.log_softmax(-1)
         log_model = self.parents.log_spread(0, below, log_mass) + onward
-        # A prediction that rules z_t out has no state below it: the divergence is infinite.
+        # If the prediction gives z_t probability 0, the divergence is infinite.
         possible = (log_model > -torch.inf).any(-1, keepdim=True)
         log_model = where_or_zero(possible, log_model).log_softmax(-1)
         has_mass = log_truth.isfinite()
@@ -613,13 +633,14 @@ class TreeProcess(ForwardProcess):
         sure, stray = self.parents.from_tokens(zt)
         is_ancestor = self.vocabulary.ancestor(x0, level) == zt
         log_evidence = (sure * is_ancestor + stray).log()
-        # Without strays the mass of a node may underflow, and ln 0 would make the bound -inf.
+        # If r(z) is 0, the mass of a node may underflow, and ln 0 would make the bound -inf.
         log_mass = dist.log_prob(zt)
         has_strays = stray > 0
         spread = torch.where(has_strays, sure * log_mass.exp() + stray, 1.0)
         log_expected = torch.where(has_strays, spread.log(), sure.log() + log_mass)
         log_p = dist.log_prob(x0)
-        # A token that the prediction rules out costs infinity, also if its node is ruled out.
+        # If the prediction gives the token probability 0, the value is +inf, even if its node has
+        # probability 0 too.
         possible = log_p.isfinite()
         is_finite = ~is_token & possible
         nll = where_or_zero(is_finite, log_expected)
@@ -671,8 +692,8 @@ class TreeProcess(ForwardProcess):
     def scope(self, zt: Tensor) -> Tensor:
         if not self.parents.is_deterministic:
             return torch.full_like(zt, self.vocabulary.root)
-        # Below a token there is nothing to predict. If a token is decoded (clock not closed),
-        # its parent can be queried.
+        # At tokens nothing is predicted. If q_0 is not the clean token, the decoding term queries
+        # the rows of tokens too, and their query node is the parent.
         return torch.where(self.active(zt), zt, self.vocabulary.parent(zt))
 
     # ------------------------------------------------------------------ information
@@ -721,7 +742,7 @@ class TreeProcess(ForwardProcess):
             return -torch.special.xlogy(mass, mass).sum()
         sure = self.parents.sure[0][level]
         spread = sure * mass + stray
-        # Given X, every node has its stray share, and the ancestor has `sure` in addition.
+        # Given X, each node z has the probability r(z), and the ancestor of X has A in addition.
         at_ancestor = torch.special.xlogy(sure + stray, sure + stray)
         at_ancestor = at_ancestor - torch.special.xlogy(stray, stray)
         conditional = torch.special.xlogy(stray, stray).sum()
@@ -858,7 +879,7 @@ class TreeProcess(ForwardProcess):
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()
-        # Without moving rows the network is not run.
+        # If no row moves, the network is not run.
         if len(moving):
             z = zt[moving]
             values = [value[moving] for value in per_row]
@@ -915,7 +936,7 @@ class TreeProcess(ForwardProcess):
         own = log_mass.masked_fill(~is_inside, -torch.inf).softmax(-1)
         if bool(is_inside.all()):
             return own
-        # NaN for rows without nodes elsewhere, whose weights are then 0.
+        # The quotient is NaN in rows in which no node is elsewhere; its weights are then 0.
         others = log_mass.masked_fill(is_inside, -torch.inf).softmax(-1)
         others = others.nan_to_num(0.0)
         stray = self.parents.stray_at(i, j, zt).unsqueeze(-1)

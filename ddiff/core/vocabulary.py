@@ -1,10 +1,10 @@
 """State spaces: the tokens, and any number of levels above them.
 
-A vocabulary is a tree. Level 0 holds the V tokens in tokenizer order, level l nodes that stand
-for sets of tokens, and the last level one root, which is the mask. A flat vocabulary with a mask
-is the tree of one level; without a mask it is the tokens only. State ids count level by level,
-tokens first, root last, and are never renumbered. "Tree order" is a permutation of each level in
-which every node above it has a contiguous range.
+A vocabulary is a tree. Level 0 contains the V tokens in tokenizer order. A node of a higher level
+represents a set of tokens. The last level contains only the root, which is the mask. A flat
+vocabulary with a mask is a tree with one level above the tokens; without a mask it has only the
+tokens. State ids are numbered level by level: tokens first, root last. "Tree order" is a
+permutation of the nodes of a level in which the nodes below any higher node are contiguous.
 
     >>> tree = HierarchicalVocabulary([[0, 0, 1, 1], [0, 0]])     # four tokens, two nodes, one root
     >>> tree.level_sizes, tree.mask_id
@@ -40,7 +40,8 @@ class Vocabulary:
         level_sizes: number of nodes of each level, (V, n_1, ..., n_L).
         offsets: id of the first node of each level.
         mask_id: id of the root; None if L = 0.
-        root: id of the root. If L = 0, the id S stands for all tokens together and is no state.
+        root: id of the root. If L = 0, it is the number S, which represents all tokens together
+            and is not a state.
         parents: for each level below the root, the index of each node's parent in the next level.
         centroids: centroids [n_l,d] or None for each level above the tokens; None if unknown.
         fingerprint: hash of the tree.
@@ -58,7 +59,7 @@ class Vocabulary:
         self.num_levels = len(parents)
         upper_sizes = [int(level.max()) + 1 for level in parents]
         self.level_sizes = (num_tokens, *upper_sizes)
-        # One offset for each level, the first one 0.
+        # One offset for each level; the first offset is 0.
         self.offsets = tuple(itertools.accumulate((0, *self.level_sizes[:-1])))
         self.num_states = sum(self.level_sizes)
         self.mask_id = self.num_states - 1 if parents else None
@@ -82,9 +83,10 @@ class Vocabulary:
         return self._table("level", ids.device)[ids]
 
     def ancestor(self, ids: Tensor, level: int | Tensor) -> Tensor:
-        """Return the ancestor of each id at `level`, which is the id itself at its own level.
+        """Return the ancestor of each id at `level`.
 
-        The result is -1 if the id's own level is higher than `level`.
+        At the level of an id the ancestor is the id itself. The result is -1 for ids at levels
+        above `level`.
         """
         return self._table("ancestor", ids.device)[ids, level]
 
@@ -119,18 +121,19 @@ class Vocabulary:
         return self._table(f"position{level}", device or torch.device("cpu"))
 
     def node_range(self, ids: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Return the first and one-past-last place in `order(level)` of the nodes below each id.
+        """Return the range of places in `order(level)` of the nodes below each id.
 
-        A node at `level` has the range of itself. The range of `root` is the whole level. A node at
-        a lower level than `level` has an empty range.
+        The two tensors hold the first and the one-past-last place. The range of a node at `level`
+        contains only this node. The range of `root` is the whole level. A node at a level below
+        `level` has an empty range.
         """
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
 
     def subtree(self, node: int) -> tuple[slice, ...]:
-        """Return the places below one node in the order of each level under it, from level 0.
+        """Return the places of all nodes below `node`, as one slice of `order(level)` per level.
 
-        The result is cached.
+        The slices are listed from level 0 to the level below `node`. The result is cached.
         """
         if node not in self._subtrees:
             ids = torch.tensor(node)
@@ -390,7 +393,7 @@ def _fingerprint_tree(level_sizes: tuple[int, ...], parents: Sequence[Tensor]) -
 def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Return every look-up table, indexed by id.
 
-    Without a root state, one more row stands for all tokens together.
+    If the vocabulary has no mask, one more row represents all tokens together (the id `root`).
     """
     num_levels = vocabulary.num_levels
     num_rows = max(vocabulary.num_states, vocabulary.root + 1)
