@@ -1,8 +1,8 @@
 """Candidate event times of the interpolating family, drawn without a network.
 
-The rate at which the reversed chain leaves a state depends on the network, but it has an upper
-bound that does not. `CandidateEvents` draws times at this upper bound. `InterpolatingProcess.event`
-accepts each candidate with the ratio of the true rate to the upper bound (thinning).
+The rate at which the reversed chain leaves a state depends on the network. An upper bound of this
+rate does not. `CandidateEvents` draws times at the upper bound. `InterpolatingProcess.event`
+accepts each candidate with probability (true rate) / (upper bound), which is called thinning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ddiff.core.numerics import EARLIEST, LATEST, interior
 # Number of cells of logit time, each with one rate of candidate events.
 NUM_CELLS = 1024
 
-# Within a cell a smooth rate exceeds the larger of its end values by at most 0.1 percent.
+# Factor by which the candidate rate of a cell exceeds the larger of the rates at its two edges.
+# Within a cell a smooth rate exceeds this larger value by at most 0.1 percent.
 MAX_RISE = 1.01
 
 
@@ -37,8 +38,8 @@ class NoiseTables(Protocol):
 class CandidateEvents:
     """Candidate events of rows in states zt [r], at a constant rate within each cell of logit time.
 
-    The candidate rate is above omega_t(z) (1 - b_t(z)) / b_t(z), with omega and b as in
-    `InterpolatingProcess`. This number is above the true rate of leaving z for every prediction.
+    The candidate rate is at least omega_t(z) (1 - b_t(z)) / b_t(z), with omega and b as in
+    `InterpolatingProcess`. For every prediction, the true rate of leaving z is at most this value.
     """
 
     def __init__(self, process: NoiseTables, zt: Tensor) -> None:
@@ -46,7 +47,7 @@ class CandidateEvents:
         low, high = torch.logit(ends).tolist()
         self.low = low
         self.width = (high - low) / NUM_CELLS
-        # Logit time resolves both ends, where rates grow as 1/t and 1/(1 - t).
+        # Rates grow as 1/t and 1/(1 - t) at the ends; cells of equal width in logit t resolve this.
         cells = torch.arange(NUM_CELLS + 1, dtype=torch.float64, device=zt.device)
         t = torch.sigmoid(low + self.width * cells)
         states, self.state_index = process.representative(zt).unique(return_inverse=True)
@@ -54,9 +55,9 @@ class CandidateEvents:
         arrivals = process.arrivals_table(states, t)
         hazard = torch.where(arrivals > 0, arrivals * (1.0 - noise) / noise, 0.0)
         hazard = hazard * (t * (1.0 - t)).unsqueeze(-1)
-        # [NUM_CELLS, states]
+        # `self.rates` is [NUM_CELLS, states]
         self.rates = MAX_RISE * torch.maximum(hazard[:-1], hazard[1:])
-        # [NUM_CELLS + 1, states] integral of the rates from the lowest edge to each edge
+        # `self.total` [NUM_CELLS + 1, states] is the integral from the lowest edge to each edge.
         integral = self.rates.cumsum(0) * self.width
         self.total = torch.nn.functional.pad(integral, (0, 0, 1, 0))
 

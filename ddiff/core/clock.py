@@ -25,16 +25,16 @@ from ddiff.core.oracle import propagate
 from ddiff.core.schedule import Schedule
 from ddiff.errors import ArgumentError
 
-# Interior times in logit t.
+# Logits of the first and of the last interior time.
 LOWEST = math.log(EARLIEST / (1.0 - EARLIEST))
 HIGHEST = math.log(LATEST / (1.0 - LATEST))
 
-# Cells of logit time on which the entry rates are integrated; a cubic between their ends has an
-# error of 1e-9.
+# Number of cells of logit time on which the entry rates are integrated. With this number the cubic
+# within a cell has an error of 1e-9.
 CELLS = 2048
 CELL = (HIGHEST - LOWEST) / CELLS
 
-# Keeps exp(-rate * 27.6) above the smallest float64.
+# Largest rate: exp(-rate * 27.6) at the last interior time stays above the smallest float64.
 MAX_RATE = 20.0
 
 
@@ -88,11 +88,11 @@ class LevelClock(SettingsRepr, ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the time s < t at which a row that is at `level` >= 1 at time t entered this level.
+        """Draw the time s < t at which a row entered the level at which it is at time t.
 
-        The draw inverts P(still at level at s | at level at t) = pi_l(s) K_ll(s,t) / pi_l(t) =
-        exp(-int_s^t F_l'/pi_l) = u. The result is 0 if the entry lies before 1e-12, or if there was
-        no entry.
+        `level` [r] >= 1 is this level l. The time s solves P(at level l at s | at level l at t) =
+        pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u. The result is 0 if s would be
+        below 1e-12.
         """
         reached = self._integral_to(level, t)
         goal = reached + u.log() + self._inflow_at_end(level, t)
@@ -154,10 +154,10 @@ class LevelClock(SettingsRepr, ABC):
         return self._interpolate_integral(level, cell, depth - cell)[0]
 
     def _inflow_at_end(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integral of the entry rate after the last interior time, for rows at t = 1.
+        """Return the integral of the entry rate of the root after the last interior time.
 
-        A slow clock still moves probability to the root after this time. The value is 0 for rows
-        that are not at the root.
+        The value applies to rows at t = 1: a slow clock still moves probability to the root after
+        the last interior time. The value is 0 for rows that are not at the root.
         """
         ends = torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device)
         log_root = self.pi(ends)[:, -1].log()
@@ -170,9 +170,9 @@ class LevelClock(SettingsRepr, ABC):
         cell: Tensor,
         position: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the integral of the entry rate, and its slope, at a position (0..1) within a cell.
+        """Return the integral of the entry rate and its slope at `position` in [0,1] of a cell.
 
-        The interpolant is the cubic through both ends of the cell with the slopes there.
+        The interpolant is the cubic with the given values and slopes at both ends of the cell.
         """
         totals = self._entry_table[0].to(position.device)
         rates = self._entry_table[1].to(position.device)
@@ -189,10 +189,10 @@ class LevelClock(SettingsRepr, ABC):
 
 @final
 class LogTimeClock(LevelClock):
-    """Hazards g_l / (1 - t): a chain with constant rates g_0..g_{L-1} in log-time -ln(1 - t).
+    """Level clock with hazards g_l / (1 - t), that is, constant rates g_l in log-time -ln(1 - t).
 
-    `rates` must be positive and at most 20. Equal and nearly equal rates are allowed. (1,) is
-    linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632.
+    `rates` are g_0..g_{L-1}, positive and at most 20. Equal and nearly equal rates are allowed.
+    The rates (1,) give linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632.
 
     exp(tau A), with A the generator in log-time, is computed by uniformization. This is a series of
     positive terms, so every entry keeps its relative accuracy (1e-10 for t >= 1e-6). Partial
@@ -269,7 +269,7 @@ class LogTimeClock(LevelClock):
 
 @final
 class CdfClock(LevelClock):
-    """F_l given directly, one schedule per level: F_l = 1 - alpha_l with F_1 > F_2 > ... on (0,1).
+    """Level clock with one schedule per level: F_l = 1 - alpha_l, with F_1 > F_2 > ... on (0,1).
 
     pi_l = F_l - F_{l+1}. With one level the finite step has a closed form; with more it is a
     time-ordered product over 400 fourth-order Magnus steps (error 8e-13 measured for powers
@@ -351,7 +351,7 @@ class CdfClock(LevelClock):
 
 
 def _all_at_root(like: Tensor) -> Tensor:
-    """Probabilities of the shape of `like` [...,L+1], all of them at the root."""
+    """Return probabilities of the levels, 1 at the root and 0 elsewhere, in the shape of `like`."""
     root = torch.zeros_like(like)
     root[..., -1] = 1.0
     return root

@@ -23,16 +23,16 @@ from ddiff.errors import ArgumentError
 
 
 class ComponentProcess(InterpolatingProcess):
-    """Noise that mixes a few fixed distributions: b_t = sum_k c_k(t) nu_k, sum_k c_k = 1 - alpha.
+    """Process whose noise mixes K fixed distributions nu_k: b_t = sum_k c_k(t) nu_k.
 
-    A subclass defines alpha and the coefficients c_k. `components` are the distributions nu_k over
-    the S states (`mask_distribution`, `token_distribution` or any other). No float64 tensor of
-    width S is made outside of oracles.
+    A subclass defines alpha and the coefficients c_k, with sum_k c_k = 1 - alpha. `components` are
+    the K distributions nu_k over the S states (`mask_distribution`, `token_distribution` or any
+    other). Only the methods for tests make a float64 tensor of width S.
 
-    `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the prior b_1/|b_1| are
-    computed from alpha and c_k. A subclass therefore sets the attributes that alpha and c_k use
-    before it calls `super().__init__`. Each component must have non-negative arrivals: c_k' >=
-    (alpha'/alpha) c_k.
+    `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the prior (b_1,
+    normalized) are computed from alpha and c_k. A subclass therefore sets the attributes that alpha
+    and c_k use before it calls `super().__init__`. Each component must have non-negative arrivals:
+    c_k' >= (alpha'/alpha) c_k.
     """
 
     def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
@@ -41,9 +41,9 @@ class ComponentProcess(InterpolatingProcess):
         self.components = torch.stack(checked)
         self._components_on = Constant(self.components).on
         at_tokens = self.components[:, : vocabulary.num_tokens]
-        # If so, b_t is stored as one number per row for all tokens.
+        # If the noise of all tokens is equal, b_t is stored as one number per row for all tokens.
         self._is_even_on_tokens = bool((at_tokens == at_tokens[:, :1]).all())
-        # Computed, since a subclass only defines alpha and c.
+        # The ends and the prior are computed here, since a subclass only defines alpha and c_k.
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         alpha_first, alpha_last = self.alpha(ends).tolist()
         self.closes_at_clean = abs(1.0 - alpha_first) < ROUNDING
@@ -194,10 +194,10 @@ class ComponentProcess(InterpolatingProcess):
 
 @final
 class MixtureProcess(ComponentProcess):
-    """Noise of one fixed distribution: b_t = (1 - alpha_t) target.
+    """Process with noise of one fixed distribution: b_t = (1 - alpha_t) target.
 
-    `target` is a distribution over the states. It is also the prior if the schedule closes. All
-    probability on the mask gives masked diffusion; 1/V on each of the V tokens gives uniform
+    `target` is a distribution over the states. If alpha(1) = 0, it is also the prior. All
+    probability on the mask gives masked diffusion, and 1/V on each of the V tokens gives uniform
     diffusion.
     """
 

@@ -32,11 +32,11 @@ class DenseProcess(ForwardProcess):
 
     Args:
         matrix: one generator [S,S] as a tensor or nested lists (rows sum to 0, off-diagonal
-            entries >= 0), or a function t [r] -> Q_t [r,S,S]. One generator runs at the speed
-            of the schedule: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the
-            total noise is -ln alpha. A function must be continuous: a step across a jump
-            has an error proportional to its length.
-        schedule: alpha of the speed above. Not used if `matrix` is a function.
+            entries >= 0), or a function t [r] -> Q_t [r,S,S]. A single generator is multiplied by
+            the rate of the schedule: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the
+            integral of the rate is -ln alpha. A function must be continuous in t: an integration
+            step across a jump has an error proportional to the length of the step.
+        schedule: schedule alpha of the rate. Not used if `matrix` is a function.
     """
 
     # Magnus steps across an interval if generators do not commute: 1e-9 on random chains.
@@ -120,11 +120,11 @@ class DenseProcess(ForwardProcess):
             return moved[pair_index]
         elapsed = self._log_alpha(start) - self._log_alpha(stop)
         exponent = elapsed[:, None, None] * self._matrix.to(t.device)
-        # Rounding may leave tiny negative probabilities, which sampling and logs reject.
+        # Rounding may make probabilities slightly negative, which draws and logarithms reject.
         return torch.matrix_exp(exponent)[pair_index].clamp(min=0.0)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        # A schedule that closes has alpha(1) = 0, whose log is infinite.
+        # If alpha(1) = 0, its logarithm is infinite.
         return self.schedule.alpha(t.clamp(max=LATEST)).log()
 
     def _tabulate(self) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class DenseProcess(ForwardProcess):
         times, time_index = torch.unique(t, return_inverse=True)
         knots = self._table[0].to(t.device)
         reached = self._table[1].to(t.device)
-        # The latest knot before each time; the rest of the way is one short step.
+        # The table covers the way to the latest knot before each time, one short step the rest.
         before = torch.searchsorted(knots, interior(times), right=True) - 1
         before = before.clamp(0, len(knots) - 1)
         size = self.vocabulary.num_states
@@ -236,7 +236,7 @@ class DenseProcess(ForwardProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Return one chain of fixed direction and one whose generators do not commute."""
+        """Return a chain with one generator and a chain whose generators do not commute."""
         rng = torch.Generator().manual_seed(0)
         first = torch.rand(4, 4, generator=rng).double()
         second = torch.rand(4, 4, generator=rng).double()

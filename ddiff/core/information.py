@@ -8,16 +8,17 @@ carries about its token. The fraction of information that is lost by time t,
 rises from 0 to 1. Its derivative is proportional to the mean density of the bound under the uniform
 prediction. If tau is drawn uniformly, every time therefore has the same mean density, and the
 estimate of the bound is not skewed. If t is drawn uniformly, the estimate is skewed for processes
-that lose their tokens quickly near one end. The integral of the density's weight is no alternative:
-for uniform noise it diverges at t = 1.
+that lose their tokens quickly near one end. The integral of the weight of the density cannot
+replace tau, since it diverges at t = 1 for uniform noise.
 
 For linear masking tau = t. For a tree, tau is a closed-form sum over levels
 (`TreeProcess.information`).
 
-A constant mean density still leaves the variance of single tokens. A token is noise with
-probability P(tau), which is small for small tau, and a noisy token then costs about 1/P. The sum
-over a sequence of L tokens thus has a second moment proportional to 1 + 1/(L P(tau)). Time draws
-with a density proportional to the square root of this moment have the least variance.
+Even if the mean density is constant, the density of single tokens varies. A token is noise with
+probability P(tau), which is small for small tau, and the density at a noisy token is then about
+1/P. The sum over a sequence of L tokens therefore has a second moment proportional to
+1 + 1/(L P(tau)). The variance is least if times are drawn with a density proportional to the square
+root of this moment.
 `TimeChange.draw` uses this density. It is nearly flat for long sequences and concentrated near tau
 = 0 for short sequences.
 """
@@ -35,17 +36,17 @@ from ddiff.core.numerics import EARLIEST, LATEST, Constant, find_rows
 
 TimeFunction = Callable[[Tensor], Tensor]
 
-# Knots in logit t between the interior times; processes change slowly on that scale.
+# Number of knots, evenly spaced in logit t; as functions of logit t, processes change slowly.
 KNOTS = 257
-# Rises of logit tau from knot to knot above which knots are inserted.
+# If logit tau rises by more than this number between two knots, knots are inserted.
 STEEP = 2.0
-# Halvings of a cell of logit t, until it is as wide as the rounding of its ends.
+# Largest number of halvings of a cell of logit t; then the cell is as small as rounding errors.
 REFINEMENTS = 40
-# Smaller fractions of information are dominated by rounding errors.
+# Fractions of information below this number are dominated by rounding errors.
 RELIABLE = 1e-11
-# Fraction of the information outside the interior times that the bound may neglect.
+# Fraction of the information that may be lost outside the interior times and is then neglected.
 NEGLIGIBLE = 1e-9
-# Smaller probabilities of being noise are rounding errors.
+# Probabilities of being noise below this number are rounding errors.
 RAREST = 1e-15
 # Largest loss of information in nats per probability P of being noise: 1 + ln V + ln 1/P with
 # P >= 1e-15, by Fano's inequality.
@@ -160,7 +161,7 @@ class InformationTime:
         shares = _InformationShares(information, information_lost, ends)
         total = shares.total
         self._total = max(float(total), 0.0)
-        # With one token, or if nothing ever happens, no information can be lost, and tau = t.
+        # With one token, or if tokens never change, no information is lost, and tau = t.
         loses = bool(total > NEGLIGIBLE)
         before, after = shares(ends)
         self.first = float(before[1]) if loses and before[1] > NEGLIGIBLE else 0.0
@@ -206,7 +207,7 @@ class InformationTime:
         stop: float,
         length: int,
     ) -> MonotoneMap:
-        """Return the quantile function of the density of `draw`: v -> fraction of the window."""
+        """Return the quantile function of the draws: v -> (tau - start) / (stop - start)."""
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)
         tau = start + (stop - start) * share
@@ -227,8 +228,8 @@ class InformationTime:
         # Tokens that are already noise at t = 0 add nothing to the diffusion term.
         since_start = changed - self._change_at_start
         changed = (since_start / max(1.0 - self._change_at_start, RAREST)).clamp(min=RAREST)
-        # If information jumps, since a discontinuous generator is integrated in steps, no token may
-        # seem to have changed yet. Fano's inequality bounds P from below.
+        # A discontinuous generator is integrated in steps, so the information may jump before any
+        # token seems to have changed. Fano's inequality then bounds P from below.
         lost = (self.first + (self.last - self.first) * tau) * self._total
         return torch.maximum(changed, lost / MOST_PER_NOISE)
 
@@ -268,7 +269,7 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
     shares_at = shares(torch.sigmoid(logit_t))
     for _ in range(REFINEMENTS):
         before, after = shares_at.clamp(min=RELIABLE)
-        # The running maximum bounds the number of steep cells, also if rounding makes tau fall.
+        # If rounding makes tau fall, the running maximum limits the number of steep cells.
         logit_tau = (before / after).log().cummax(0).values
         steep = find_rows(logit_tau.diff() > STEEP)
         if len(steep) == 0:

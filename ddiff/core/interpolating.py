@@ -57,20 +57,20 @@ from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.token_divergence import TokenDivergence
 from ddiff.errors import ArgumentError
 
-# Relative differences of noise below this are rounding errors of an exact 0.
+# A relative difference of noise below this number is the rounding error of an exact 0.
 ROUNDING = 1e-12
 
-# Number of times, even in logit t, at which arrivals are checked to find the reachable states.
+# Number of times, evenly spaced in logit t, at which `_reached` checks the arrival rates.
 REACHED_TIMES = 129
 
 
 class InterpolatingProcess(ForwardProcess):
     """Process with q_t(.|x) = alpha_t delta_x + b_t. A subclass defines alpha and b.
 
-    A subclass also sets `vocabulary` and `prior`. A process that closes has the prior b_1 / |b_1|.
-    Rates divide by b_t, so b_t must keep its relative accuracy near t = 0: compute t^2 nu, for
-    example, and not (1 - alpha_t) nu, which float64 rounds to 0 there. `ComponentProcess` has
-    cheaper formulas for noise that mixes a few fixed distributions.
+    A subclass also sets `vocabulary` and `prior`. If alpha_1 = 0, the prior is b_1, normalized.
+    Rates divide by b_t, so b_t must keep its relative accuracy near t = 0. For example, compute
+    t^2 nu for a distribution nu, and not (1 - alpha_t) nu, which float64 rounds to 0 near t = 0.
+    `ComponentProcess` has cheaper formulas for noise that mixes a few fixed distributions.
     """
 
     uniforms_per_sample = 2
@@ -131,15 +131,16 @@ class InterpolatingProcess(ForwardProcess):
         return noise[:, :num_tokens], noise[:, num_tokens:]
 
     def representative(self, zt: Tensor) -> Tensor:
-        """Return for each row a state y with b_t(y) = b_t(z_t) at all times t.
+        """Return a state y [r] with b_t(y) = b_t(z_t) at all times t, for each row.
 
-        Many states may share one representative. Tables of noise are made for representatives only.
+        Many states may share one representative. Tables of noise have entries for representatives
+        only.
         """
         return zt
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
         """Return b_t [n,m] of the given states [m] at times [n]."""
-        # In chunks: all states at all times would be too large.
+        # The table is made in chunks, since the noise of all states at all times is too large.
         chunks = [self.noise(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
 
@@ -162,7 +163,7 @@ class InterpolatingProcess(ForwardProcess):
         s: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return P(z_t | z_s = y), which is the same for every state y != z_t, per row [r]."""
+        """Return P(z_t | z_s = y) [r], which is the same for every state y != z_t."""
         kept = self._stay(s, t) * self.noise_at(zt, s)
         return subtract_or_zero(self.noise_at(zt, t), kept).clamp(min=0.0)
 
@@ -201,7 +202,7 @@ class InterpolatingProcess(ForwardProcess):
         """Keep the token with probability alpha_t, otherwise draw from b_t."""
         zt = x0.clone()
         redrawn = find_rows(u[:, 0] >= self.alpha(t))
-        # Only the redrawn rows: at t = 0 there may be no noise to draw from.
+        # Noise is drawn only for the redrawn rows, since b_0 may be 0 and cannot be drawn from.
         noise = self.noise(t[redrawn])
         zt[redrawn] = draw_index(noise, u[redrawn, 1])
         return zt
@@ -239,9 +240,10 @@ class InterpolatingProcess(ForwardProcess):
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Return the log of p = (s / sum s - b_t) / alpha_t on tokens, for a score s.
 
-        This inverts alpha_t I + 1 b_t^T, 1 being the vector of ones. The factor of p relative to s,
-        1 - b_t sum s / s, is raised to at least 1e-14. A score that holds only noise, at t near 1,
-        thus gives a p that is proportional to s on the tokens.
+        This formula inverts alpha_t I + 1 b_t^T, where 1 is the vector of ones. The factor
+        1 - b_t sum s / s, by which p differs from s up to normalization, is raised to at least
+        1e-14. If a score near t = 1 contains only noise, p is therefore proportional to s on the
+        tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]
@@ -263,14 +265,14 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Return the total true reverse rate, omega_t(z) (1 - q_t(z|x)) / q_t(z|x).
 
-        If q_t(z|x) = 1 this rate is 0, although the bound may be positive: other tokens could have
-        become z. The weight is then 1 if some state can arrive in z, else 0.
+        If q_t(z|x) = 1, this rate is 0. The density may still be positive, since tokens other than
+        x could have become z. The weight is then 1 if the chain can jump into z, else 0.
         """
         t = interior(t)
         arrive = self.arrivals_at(zt, t)
         elsewhere = self._elsewhere(x0, zt, t)
         rate = arrive * (elsewhere / self._likelihood(x0, zt, t))
-        # With a single state nothing arrives from another one.
+        # With a single state there is no other state from which the chain could arrive.
         rate_if_certain = 0.0 if self.vocabulary.num_states == 1 else 1.0
         weight = torch.where(elsewhere > 0, rate, rate_if_certain)
         return torch.where(arrive > 0, weight, 0.0)
@@ -284,8 +286,8 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Return mismatch / (1 - q_t(z|x)) per row.
 
-        If q_t(z|x) = 1 and the weight is 1, the divergence is the density itself. It is 0 if no
-        state can arrive in z.
+        If q_t(z|x) = 1 and the weight is 1, the divergence equals the density. The divergence is 0
+        if the chain never jumps into z.
         """
         inner = interior(t)
         elsewhere = self._elsewhere(x0, zt, inner)
@@ -305,17 +307,17 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho per row.
 
-        rho = q_t(z|x) / q_t-bar(z). Published losses weight this term. It is 0 if no state can
-        arrive in z_t. For a score the same terms are summed over y != z, between q_t(y|x) and
-        q_t(z|x) s_theta(y), in the dtype of the score.
+        rho = q_t(z|x) / q_t-bar(z). Published losses multiply this term by their weights. The term
+        is 0 if the chain never jumps into z_t. For a score, the result is the divergence between
+        q_t(y|x) and q_t(z|x) s_theta(y), summed over the states y != z in the dtype of the score.
         """
         t = interior(t)
         arrives = self.arrivals_at(zt, t) > 0
         if isinstance(prediction, Score):
             return torch.where(arrives, self._mismatch_of_score(prediction, x0, zt, t), 0.0)
         others, log_p_x, log_p_z = self._read_prediction(prediction, x0, zt, t)
-        # Dropped where nothing arrives: there ln 0 of a token that the prediction rules out would
-        # be infinite in both terms.
+        # Rows into whose state the chain never jumps are dropped. Both terms would be infinite
+        # there if the prediction gives the token probability 0.
         log_marginal = self._log_marginal_at(where_or_zero(arrives, log_p_z), zt, t)
         log_rho = self._likelihood(x0, zt, t).log() - log_marginal
         kl = self._kl(others, where_or_zero(arrives, log_p_x), x0, t)
@@ -381,7 +383,7 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return per row the sum of `_kl` over the tokens other than x0, ln p(x0), and ln p(z_t).
+        """Return three tensors [r]: the sum in `_kl` over the tokens y != x0, ln p(x0), ln p(z_t).
 
         ln p(z_t) is an arbitrary number if z_t is not a token.
         """
@@ -414,7 +416,8 @@ class InterpolatingProcess(ForwardProcess):
         possible = truth > 0
         truth = torch.where(possible, truth, 1.0)
         delta = torch.where(possible, -alpha * torch.expm1(log_p_x) / truth, 0.0)
-        # ln(1 - delta): log1p is exact for small delta, the mixture near delta = 1.
+        # ln(1 - delta) is computed by log1p for small delta, and from the mixture for delta near 1,
+        # because each formula is accurate only there.
         mixed = _log_mixture(noise, alpha, where_or_zero(possible, log_p_x))
         log_rest = torch.where(
             delta < 0.5,
@@ -525,20 +528,23 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ reachable states
 
     def active(self, zt: Tensor) -> Tensor:
-        """Return False for states in which no state can arrive, since their density is 0."""
+        """Return bool [r]: whether the chain can jump into z_t; if not, the density is 0."""
         return self._reached.on(zt.device)[zt]
 
     @property
     def is_monotone(self) -> bool:
-        """Whether all arrivals are at the mask: a revealed token then never changes."""
+        """Whether the chain jumps only into the mask.
+
+        If so, sampling never changes a revealed token.
+        """
         reached = self._reached.on(torch.device("cpu"))
         return not bool(reached[: self.vocabulary.root].any())
 
     @cached_property
     def _reached(self) -> Constant:
-        """Return bool [S]: whether a state has arrivals at any of REACHED_TIMES times.
+        """Return bool [S]: whether the arrival rate of a state is positive at any time.
 
-        A schedule may pause at a single time, so several times are checked.
+        REACHED_TIMES times are checked, since the rate may be 0 at a single time.
         """
         ends = torch.tensor([EARLIEST, LATEST], dtype=torch.float64)
         low, high = torch.logit(ends).tolist()
@@ -546,7 +552,7 @@ class InterpolatingProcess(ForwardProcess):
         return Constant(self._largest_arrivals(torch.sigmoid(logit_times)) > 0)
 
     def _largest_arrivals(self, t: Tensor) -> Tensor:
-        """Return the maximum of the arrivals of each state [S] over times t [n]."""
+        """Return the largest arrival rate of each state over the times t [n], a tensor [S]."""
         largest = self.arrivals(t[:1])[0]
         for chunk in t.split(8):
             largest = torch.maximum(largest, self.arrivals(chunk).amax(0))
@@ -589,13 +595,15 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z).
 
-        The new state y != z is drawn from q_s-bar. Uniforms u are [r,2]. With b in place of q-bar
-        the formula gives an upper bound of the probability that needs no network. Only rows whose
-        uniform is below the upper bound are queried.
+        In a step, `arrive` [r] is the probability of arriving in z between s and t. At an event,
+        `arrive` is the arrival rate divided by the candidate rate. u is [r,2]. The new state y != z
+        is drawn from q_s-bar. With b in place of q-bar, the formula gives an upper bound of the
+        probability that needs no network. Only rows with u[:,0] below the upper bound are queried.
         """
         noise_s = self.noise_at(zt, s)
         noise_t = self.noise_at(zt, t)
-        # Decided before the network runs, so most rows of a short step cost nothing.
+        # The upper bound is compared before the network runs, so that most rows of a short step
+        # need no network evaluation.
         bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
         zs = zt.clone()
         candidates = find_rows(u[:, 0] < bound)
@@ -623,15 +631,15 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw another state for the candidates that leave under the prediction.
+        """Draw new states for the candidates that leave z under the predicted distribution.
 
-        The other rows keep their state z.
+        A candidate leaves if u[:,0] is below its exact probability; other candidates keep z.
         """
         dist = require_distribution(prediction, "InterpolatingProcess.step")
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
         elsewhere = marginal.scatter(-1, zt.unsqueeze(-1), 0.0)
         total = elsewhere.double().sum(-1)
-        # If the prediction gives z probability 1, no other state is possible: draw z.
+        # If the prediction gives z probability 1, no other state is possible, and z is drawn.
         no_mass = to_column(total == 0, elsewhere)
         weights = elsewhere.scatter(-1, zt.unsqueeze(-1), no_mass)
         drawn = draw_index(weights, u[:, 1])

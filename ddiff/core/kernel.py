@@ -96,20 +96,21 @@ def solve_nearest(
     vectors: Tensor,
     index: Tensor,
 ) -> Tensor:
-    """Return distributions x [r,A] with x matrix[index] = vectors [r,S], nearest to base[index].
+    """Solve x matrix[index] = vectors for x [r,A], with x as near to base[index] as possible.
 
     `matrix` [n,A,S] holds the transition probabilities of n problems from A start states to S
-    states, `base` [n,A] a distribution over the start states, and `index` [r] the problem of each
-    row.
+    states, and `base` [n,A] a distribution over the start states of each problem. `vectors` [r,S]
+    are the right-hand sides, and `index` [r] is the problem of each row.
 
-    Columns are divided by their probability under `base`, so that rare states (tokens late in
-    masking) count as much as frequent states. If a mixture of start states cannot be determined
-    from the vector, x agrees with `base` in this direction. Three steps of iterative refinement,
-    starting from `base`, give small probabilities their own relative accuracy. The decoding
-    formulas multiply small probabilities by factors of order 1/t.
+    The columns of `matrix`, one per end state, are divided by their probability under `base`, so
+    that rare end states (tokens late in masking) count as much as frequent ones. If `vectors` do
+    not determine some combination of the start states, x agrees with `base` in it. Three steps of
+    iterative refinement, starting from `base`, make small probabilities accurate relative to
+    their size. This accuracy matters, because decoding formulas multiply small probabilities by
+    factors of order 1/t.
     """
     reached = (base.unsqueeze(1) @ matrix).squeeze(1)
-    # States that no start reaches get scale 0; the division must not make inf * 0.
+    # End states that no start state reaches get scale 0, since 1/0 would lead to inf * 0.
     inverse_reached = 1.0 / torch.where(reached > 0, reached, 1.0)
     scale = torch.where(reached > 0, inverse_reached, 0.0)
     scaled = matrix * scale.unsqueeze(1)
@@ -120,7 +121,8 @@ def solve_nearest(
     for k in range(len(matrix)):
         rows = find_rows(index == k)
         solved = base[k].expand(len(rows), -1)
-        # Refinement by the residual: each round removes errors that pinv makes in small entries.
+        # Each round of refinement adds the solution for the residual, which removes the errors of
+        # `pinv` in small entries.
         for _ in range(3):
             residual = targets[rows] - solved @ scaled[k]
             solved = solved + residual @ inverse[k]
@@ -159,8 +161,8 @@ class DenseKernel(Kernel):
 class InterpolatingKernel(Kernel):
     """Diagonal plus rank one: K[y,z] = stay 1[y=z] + arrive[z], with `stay` [r] and `arrive` [r,S].
 
-    As a transition: keep the state with probability `stay`, otherwise redraw it in proportion to
-    `arrive`. As a generator: stay = -sum(arrive).
+    A transition keeps the state with probability `stay`, and otherwise draws a new state in
+    proportion to `arrive`. A generator has stay = -sum(arrive).
     """
 
     def __init__(self, stay: Tensor, arrive: Tensor) -> None:

@@ -18,7 +18,7 @@ from ddiff.errors import NonFiniteError
 EARLIEST = 1e-12
 LATEST = 1.0 - 1e-12
 
-# Least fraction of a token's score that is kept as its probability (see `tweedie`).
+# Smallest probability that `tweedie` gives to a token, as a fraction of its entry of the score.
 FLOOR = 1e-14
 
 
@@ -55,10 +55,10 @@ def log_normalize(log_mass: Tensor) -> Tensor:
 
 
 def where_or_zero(condition: Tensor, values: Tensor) -> Tensor:
-    """Return `values` where the condition holds, else 0, as the input of a further formula.
+    """Return `values` where the condition is true, else 0, as the input of another formula.
 
-    Selecting after the formula is not enough: an infinite result that is dropped still has the
-    gradient 0 * inf = NaN.
+    It is not enough to drop results after the formula, because a dropped infinite result still
+    has the gradient 0 * inf = NaN.
     """
     return torch.where(condition, values, 0.0)
 
@@ -83,15 +83,15 @@ def find_rows(condition: Tensor) -> Tensor:
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """Return one entry per row [r] of values [r,n], at the given column of each row."""
+    """Return values[i, index[i]] [r] for each row i of values [r,n]."""
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
 def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Return values(t) [r,...], calling the function once per run of equal neighbouring times.
+    """Return values(t) [r,...], evaluated once for equal neighbouring times.
 
-    Positions of a sequence mostly share their time. On an accelerator the number of distinct times
-    would need a synchronization, so every row is evaluated there.
+    Positions of a sequence mostly share their time. On an accelerator every row is evaluated, since
+    finding the number of distinct times would need a synchronization.
     """
     if t.device.type != "cpu":
         return values(t)
@@ -129,7 +129,7 @@ def draw_index(weights: Tensor, u: Tensor) -> Tensor:
     index is clamped to the last positive weight, so that rounding at u near 1 never draws an index
     of weight 0. Raises NonFiniteError if the weights of a row have no positive finite sum.
     """
-    # Summed in float64: in float32 the cumulative sum loses the tail of a large vocabulary.
+    # A float32 cumulative sum would lose the small weights of a large vocabulary.
     cdf = weights.double().cumsum(-1)
     total = cdf[:, -1]
     drawable = (total > 0) & (total < torch.inf)

@@ -18,7 +18,7 @@ from ddiff.core.numerics import interior
 Generator = Callable[[Tensor], Tensor]
 """t [n] -> Q_t [n,S,S]."""
 
-# Entries of the generators that are held at once: 8 MB.
+# Largest number of entries of generators in memory at once; they take 8 MB.
 CHUNK_ENTRIES = 2**20
 
 
@@ -40,7 +40,7 @@ def propagate(
     width = (last - first) / steps
     identity = torch.eye(num_states, dtype=torch.float64, device=t.device)
     total = identity.expand(len(t), -1, -1)
-    # Generators of many steps are made in one call, which saves most of the Python overhead.
+    # The generators of many steps are computed in one call, to reduce the Python overhead.
     steps_per_chunk = max(1, CHUNK_ENTRIES // max(1, total.numel()))
     all_steps = torch.arange(steps, dtype=torch.float64, device=t.device)
     for step in all_steps.split(steps_per_chunk):
@@ -55,12 +55,13 @@ def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Te
 
     Each step has `width` [r] around `middle` [k,r] in logit time.
     """
-    # The two Gauss-Legendre points of a step make the method fourth order.
+    # Evaluating the generator at the two Gauss-Legendre points of a step gives order four.
     offset = math.sqrt(3.0) / 6.0
     early = _generator_in_logit_time(generator, middle - offset * width)
     late = _generator_in_logit_time(generator, middle + offset * width)
     h = width[:, None, None]
-    # Row vectors, dP = P Q: the commutator has the opposite sign of the column convention.
+    # P multiplies Q from the left (dP = P Q), so the commutator has the opposite sign of the
+    # formula for column vectors.
     commutator = early @ late - late @ early
     exponent = h / 2 * (early + late) + h * h * math.sqrt(3.0) / 12.0 * commutator
     return torch.matrix_exp(exponent)

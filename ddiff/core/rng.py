@@ -31,8 +31,8 @@ class CounterRng:
         index: [B] long, global numbers of the samples, >= 0.
         length: number of positions L.
         purpose: separates training, evaluation and sampling under one seed.
-        group: [B] long; samples of one group share the numbers of `uniform_per_group`. Without it
-            all samples are one group.
+        group: [B] long, group of each sample. Samples of one group share the numbers of
+            `uniform_per_group`. Without `group` all samples are in one group.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class CounterRng:
         count: int,
     ) -> np.ndarray:
         """Return `count` random uint64 numbers of one sample and channel."""
-        # Philox counts the blocks of a sample's positions in the first number.
+        # The first number of the Philox counter counts blocks of positions, so it starts at 0.
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
         key = np.array([self.seed, _hash(self.purpose)], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(count)

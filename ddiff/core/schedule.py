@@ -117,9 +117,9 @@ class PowerSchedule(Schedule):
 class GeometricSchedule(Schedule):
     """Geometric schedule, alpha = exp(-sigma), sigma = sigma_min^(1-t) sigma_max^t.
 
-    0 < sigma_min < sigma_max. This is the geometric noise of arXiv 2310.16834. It closes at neither
-    end: the probability of noise at t = 0 is 1 - exp(-sigma_min), and the probability of a clean
-    token at t = 1 is exp(-sigma_max).
+    0 < sigma_min < sigma_max. This is the geometric noise of arXiv 2310.16834. A token is noise
+    already at t = 0 with probability 1 - exp(-sigma_min), and still clean at t = 1 with probability
+    exp(-sigma_max).
     """
 
     closes_at_clean = False

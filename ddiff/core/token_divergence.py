@@ -15,8 +15,9 @@ class TokenDivergence(torch.autograd.Function):
     A term with b_y = 0 is alpha p_y. The function also returns ln p_x and ln p_z. log_p is [r,V],
     alpha [r,1], noise [r,1] or [r,V]; x0 and z are tokens [r].
 
-    Autograd would store every intermediate result, and would add one gradient of width V for each
-    token that is read. The derivative by ln p_y is b v^2 / (1 + v) with v = alpha p_y / b_y.
+    Autograd would store every intermediate result, and would make one gradient of width V for each
+    of ln p_x and ln p_z. The derivative of the sum by ln p_y is b_y v^2 / (1 + v), with
+    v = alpha p_y / b_y.
     """
 
     @staticmethod
