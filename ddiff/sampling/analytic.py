@@ -29,11 +29,11 @@ from ddiff.sampling.loop import (
 class AnalyticSampler(GridSampler):
     """Draw z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]. Order 1.
 
-    r(y) = q_t(y)/q_t(z_t) is the predicted ratio and K = P(z_t | z_s) the forward transition. If
-    the network predicts a distribution, r K^-1 is q-bar_s/q-bar_t(z_t), where q-bar_t is the
-    predicted marginal, and the step equals the ancestral step. A predicted score may give negative
-    probabilities. Negative probabilities are set to 0, the remaining ones are normalized, and the
-    clamped probability is added to the extra `clamped_mass`.
+    r(y) = q_t(y)/q_t(z_t) is the predicted ratio, and K[y,z] = P(z_t = z | z_s = y) is the forward
+    transition. If the network predicts a distribution, r K^-1 is q-bar_s/q-bar_t(z_t), where
+    q-bar_t is the predicted marginal, and the step equals the ancestral step. A predicted score
+    may give negative probabilities. The entry `clamped_mass` of `Canvas.extras` counts the absolute
+    values of negative probabilities. They are set to 0, and the other probabilities are normalized.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -72,9 +72,9 @@ def reverse_probs(
 ) -> Tensor:
     """Return P(z_s | z_t) [r,S] over S states.
 
-    Rows sum to 1, but may have negative entries if the prediction is a score. If the forward
+    Each row sums to 1, but may have negative entries if the prediction is a score. If the forward
     transition K is singular in floating point, as in a dense chain at t = 1, the score does not
-    determine z_s; then z_s is distributed as for a uniform clean token.
+    determine z_s. The result is then the distribution of z_s for a uniform clean token.
     """
     if not isinstance(prediction, Score):
         return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()

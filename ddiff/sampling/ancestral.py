@@ -26,9 +26,10 @@ from ddiff.sampling.loop import Canvas, query_at_root, step_rows
 class AncestralSampler(GridSampler):
     """Draw z_s from P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x) at each position. Order 1.
 
-    Each single position is exact for any length of the step. The error comes from drawing the
-    positions of a step independently. On a tree, a step may pass any number of levels. The last
-    step draws tokens, or takes the most likely tokens with `last = "argmax"`.
+    p is the predicted distribution of the clean token. The distribution of each single position is
+    exact for any step length. The error comes from drawing the positions of a step independently.
+    On a tree, a position may pass several levels in one step. The last step draws tokens, or takes
+    the most likely tokens with `last = "argmax"`.
     """
 
     def __init__(self, grid: Steps | int = 64, last: Literal["draw", "argmax"] = "draw") -> None:
@@ -76,7 +77,8 @@ def reverse_step(
     channel: str,
 ) -> Canvas:
     """Move every free position from its time to s [B,L] by the exact reverse transition."""
-    # Uniforms of all positions, so that a position's draw does not depend on which others move.
+    # Uniforms are drawn for all positions, so that the draw at one position does not depend on the
+    # set of positions that move.
     u = draw_uniforms(rng, channel, process.uniforms_per_step)
     flat_s = s.reshape(-1)
 

@@ -21,10 +21,10 @@ Visibility = Literal["blocks", "all"]
 class BlockwiseSampler(Sampler):
     """Sample windows of `width` positions from left to right, each with the sampler `inner`.
 
-    A window goes from t = 1 to tokens before the next window starts; later windows stay at the
-    prior. With `sight = "blocks"` no position attends to a later window, nor to prompt tokens in a
-    later window, as in the training of block diffusion. With `sight = "all"` positions attend to
-    later windows, which are at the prior. The quality is the quality of `inner`.
+    The positions of a window go from t = 1 to tokens before the next window starts. Later windows
+    stay at the prior. With `sight = "blocks"` no position attends to a later window, not even to
+    prompt tokens in it, as in the training of block diffusion. With `sight = "all"` positions
+    also attend to later windows, which are at the prior. The quality is the quality of `inner`.
     """
 
     def __init__(self, inner: Sampler, width: int, sight: Visibility = "blocks") -> None:
@@ -58,7 +58,7 @@ class BlockwiseSampler(Sampler):
         free = canvas.free
         for index in range(int(number.max()) + 1):
             window = free & (number == index)
-            # A window that the prompt fills needs no step.
+            # If all tokens of a window are in the prompt, the window needs no step.
             if not bool(window.any()):
                 continue
             canvas = replace(canvas, free=window, block=block)

@@ -23,7 +23,8 @@ from ddiff.sampling.loop import (
     step_rows,
 )
 
-# Limits the cost of the mean of alpha for large vocabularies, whose tokens all have the same alpha.
+# Largest number of tokens over which alpha is averaged. Tokens of a large vocabulary all have the
+# same alpha, so more tokens would only cost time.
 MAX_AVERAGED_TOKENS = 512
 
 
@@ -57,7 +58,8 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng_at: RngAt,
     ) -> Iterator[Canvas]:
-        # The first time is 1, the time of the canvas; the last is 0, which `finish` goes to.
+        # `move` goes to all times but the first, t = 1, at which the canvas starts, and the last,
+        # t = 0, to which `finish` goes.
         for k, s in enumerate(self.grid.times()[1:-1]):
             canvas = self.move(process, network, canvas, torch.full_like(canvas.t, s), rng_at(k))
             yield canvas
@@ -107,8 +109,8 @@ def draw_tokens(
 def find_undetermined(process: ForwardProcess, canvas: Canvas) -> Tensor:
     """Return [B,L] bool: the state does not determine the clean token.
 
-    A state is inactive if no other state turns into it. If the process has no noise at t = 0, an
-    inactive state is the clean token.
+    If the process has no noise at t = 0, a state into which no other state turns is the clean
+    token. All other states leave the clean token undetermined.
     """
     return process.active(canvas.zt) | (not process.closes_at_clean)
 
@@ -135,7 +137,7 @@ def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) 
     if zt is None:
         return mean
     is_token = zt < process.vocabulary.num_tokens
-    # Token 0 stands in at other states; its value is not used.
+    # Other states are replaced by token 0, whose value is not used.
     own = process.stay_probability(torch.where(is_token, zt, 0).reshape(-1), t.reshape(-1))
     return torch.where(is_token, own.reshape(t.shape), mean)
 

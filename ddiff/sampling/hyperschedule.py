@@ -35,7 +35,7 @@ class HyperscheduleSampler(Sampler):
         self.rule = rule
         self.quality: Quality = inner.quality
         self.order = inner.order
-        # Whether a rule has blocks depends on neither the time nor the length.
+        # A rule has blocks at every time and length or at none, so any time and length will do.
         start = rule.at(IdentityTime(), torch.ones(1, dtype=torch.float64), 1)
         self.looks_ahead = start.block is None
 
@@ -65,7 +65,7 @@ class HyperscheduleSampler(Sampler):
                 t=_sampling_times(now),
                 block=now.block,
             )
-            # One evaluation serves the positions that move and the positions that finish.
+            # The positions that move and the positions that finish share one network evaluation.
             shared = _SharedQuery(network(start.network_input()))
             moving = replace(start, free=continues)
             moved = self.inner.move(process, shared, moving, _sampling_times(later), rng_at(k))

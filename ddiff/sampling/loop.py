@@ -158,7 +158,7 @@ def generate(
     def rng_at(step: int) -> CounterRng:
         return CounterRng(seed, step, index, length, "sample")
 
-    # A network that counts may have been evaluated before.
+    # The network may have been evaluated before, so its earlier evaluations are subtracted.
     calls_before = counted.calls
     runs_before = counted.runs_of_batch(batch)
     start = _initial_canvas(process, rng_at(0), index, length, prompt, prompt_mask)

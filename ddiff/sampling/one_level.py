@@ -22,10 +22,11 @@ class OneLevelSampler(GridSampler):
     """Go one level down with probability min(1, (F_l(t) - F_l(s)) / pi_l(t)). Order 1.
 
     pi_l(t) is the probability that a position is at level l at time t, and F_l the sum of pi_m over
-    m >= l. Level 0 holds the tokens. A mask needs at least as many steps as there are levels. If
-    the fraction is at most 1, the step reproduces the probability of every level at time s. The
-    step differs from the posterior, which may pass several levels at once; with one level both are
-    equal. The last step draws tokens. The process must be monotone.
+    m >= l. Level 0 contains the tokens. A mask needs at least as many steps to become a token as
+    there are levels. If the fraction is at most 1, every level has its exact probability at time s
+    after the step. The step differs from the ancestral step, which may pass several levels at once.
+    With one level above the tokens the two steps are equal. The last step draws tokens. The process
+    must be monotone: its reverse steps only move down the tree.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:

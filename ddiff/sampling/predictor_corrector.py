@@ -22,8 +22,9 @@ class ForwardBackward:
     """Corrector: a forward step, then the reverse step back (arXiv 2402.04997, 2407.15595).
 
     The forward step is `share` times as long as the preceding step of the sampler. The corrector
-    needs one network evaluation. Each single position keeps its distribution. Positions that are
-    noised together lose part of their dependence, and less of it as steps become shorter.
+    needs one network evaluation. It does not change the distribution of any single position.
+    Positions that are noised together lose part of their dependence. This loss decreases as steps
+    become shorter.
     """
 
     def __init__(self, share: float = 1.0) -> None:
@@ -48,11 +49,15 @@ class ForwardBackward:
         rng: CounterRng,
         channel: str,
     ) -> Canvas:
-        """Return the corrected canvas at the same times; span [B,L] is the last step's length."""
+        """Return the corrected canvas, at the same times as before.
+
+        `span` [B,L] is the length of the preceding step.
+        """
         u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s = canvas.t
         t = (s + self.share * span).clamp(max=1.0)
-        # All positions are noised, and prompt tokens put back after it: uniforms need no selection.
+        # All positions are noised and prompt tokens restored afterwards, so that uniforms need not
+        # be selected.
         noised = process.forward_step(canvas.zt.reshape(-1), s.reshape(-1), t.reshape(-1), u)
         zt = torch.where(canvas.free, noised.reshape(s.shape), canvas.zt)
         return reverse_step(process, network, canvas.advance(zt, t), s, rng, f"{channel}.down")

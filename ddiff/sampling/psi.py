@@ -27,7 +27,8 @@ DRAWN_LOG_P = "drawn_log_p"
 class Kappa(Protocol):
     """Probability kappa of the posterior step in a psi sampler.
 
-    `records_log_p`: kappa depends on the extra `drawn_log_p`, ln p of each token when it was drawn.
+    `records_log_p`: whether kappa depends on `drawn_log_p`, the entry of `Canvas.extras` with ln p
+    of each token when it was drawn.
     """
 
     records_log_p: bool
@@ -38,13 +39,13 @@ class Kappa(Protocol):
 
 @final
 class PsiSampler(GridSampler):
-    """Take the posterior step with probability kappa, else draw a token and noise it again.
+    """Heuristic sampler: posterior step with probability kappa, else draw a token and noise it.
 
-    The second case draws x ~ P(x | z_t) at the position and then z_s ~ q_s(. | x), so that every
-    position can change. kappa = 1 is ancestral sampling. A step takes one network evaluation. Each
-    single position keeps its distribution for any kappa that does not depend on its state.
-    Positions that are redrawn together lose part of their dependence; no order is proven for this
-    error. Heuristic.
+    In the second case a token x is drawn from P(x | z_t) and then noised, z_s ~ q_s(. | x), so that
+    every position can change. With kappa = 1 the sampler is the ancestral sampler. A step takes one
+    network evaluation. If kappa at a position does not depend on the state there, the position has
+    its exact distribution. Positions that are redrawn together lose part of their dependence, and
+    no order of convergence is proven for this error.
     """
 
     quality: Quality = "heuristic"
@@ -96,7 +97,7 @@ class PsiSampler(GridSampler):
                     t[decode],
                     u_decode[rows[decode]],
                 )
-            # Rows that keep the posterior step are noised too, which is cheaper than a selection.
+            # Rows that take the posterior step are noised too: to select the others costs more.
             noised = process.sample(x, flat_s[rows], u_noise[rows])
             zs = torch.where(keep, zs, noised)
             if self.kappa.records_log_p:
@@ -112,7 +113,7 @@ class PsiSampler(GridSampler):
 
 
 def _drawn_log_p(canvas: Canvas) -> Tensor:
-    """Return the extra `drawn_log_p`; +inf marks tokens that were not drawn."""
+    """Return `drawn_log_p` [B,L] of `Canvas.extras`; +inf marks tokens that were not drawn."""
     return canvas.extras.get(DRAWN_LOG_P, torch.full_like(canvas.t, torch.inf))
 
 
@@ -144,13 +145,14 @@ class _ConstantKappa:
 
 
 class _Remasking:
-    """Base class of rules for kappa = 1 - sigma/(1 - alpha_s); sigma remasks a token.
+    """Base class of remasking rules: kappa = 1 - sigma/(1 - alpha_s).
 
-    sigma is the probability that a token returns to noise in a step, and alpha_t = q_t(x|x) belongs
-    to the token x at the position (on a tree, pi_0(t)). In the paper, sigma is at most
-    sigma_max = min(1, (1 - alpha_s)/alpha_t). kappa >= 0 limits sigma to 1 - alpha_s, which is
-    smaller by the factor alpha_t; this matters in the last steps only. If tokens have different
-    rates (dense chains), every token has the same sigma, and kappa depends on the token.
+    sigma is the probability that a token returns to noise in a step from t to s, and
+    alpha_t = q_t(x|x) for the token x at the position (on a tree, pi_0(t)). In the paper, sigma is
+    at most sigma_max = min(1, (1 - alpha_s)/alpha_t). Because kappa >= 0, sigma is at most
+    1 - alpha_s in this class. The two limits differ by the factor alpha_t, which matters only in
+    the last steps. If tokens have different rates (dense chains), sigma is the same for every
+    token, and kappa depends on the token.
     """
 
     records_log_p = False
@@ -165,7 +167,7 @@ class _Remasking:
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
         alpha_s = compute_alpha(process, s, canvas.zt)
         alpha_t = compute_alpha(process, canvas.t, canvas.zt)
-        # 0/0 where no token is clean at t: there sigma_max is 1.
+        # If no token is clean at t, the quotient may be 0/0, and sigma_max is 1.
         largest = ((1.0 - alpha_s) / alpha_t).nan_to_num(1.0).clamp(max=1.0)
         sigma = self.sigma(process, canvas, s, largest)
         # At alpha_s = 1 sigma is 0 too; the floor avoids 0/0 and changes no other quotient.
@@ -179,7 +181,7 @@ class _Remasking:
 
 @final
 class CapRemasking(_Remasking):
-    """Remasking with probability sigma = min(eta, sigma_max)."""
+    """Remasking with probability sigma = min(eta, sigma_max), with eta in [0,1]."""
 
     def __init__(self, eta: float = 0.008) -> None:
         super().__init__(eta)
@@ -190,7 +192,7 @@ class CapRemasking(_Remasking):
 
 @final
 class RescaleRemasking(_Remasking):
-    """Remasking with probability sigma = eta sigma_max."""
+    """Remasking with probability sigma = eta sigma_max, with eta in [0,1]."""
 
     def __init__(self, eta: float = 0.015) -> None:
         super().__init__(eta)

@@ -22,13 +22,14 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler, query_at_root, 
 
 @final
 class SelfCorrectingSampler(Sampler):
-    """Sample with `inner`, then correct the finished tokens in up to `rounds` rounds. Heuristic.
+    """Heuristic sampler: sample with `inner`, then correct tokens in up to `rounds` rounds.
 
-    Each round draws a token x' from P(x | z)^(1/temperature) at every position and makes the
-    `commit` most likely changes of a sequence. The network is conditioned on the time `at`, as if
-    the tokens had the noise of that time. A sequence stops if no token changes, or if the number of
-    its tokens that are the most likely ones has not increased for `patience` rounds. The process
-    must have a bound that trains predictions at tokens.
+    Each round draws a token x' from P(x | z)^(1/temperature), normalized, at every position and
+    makes the `commit` most likely changes in each sequence. The network is conditioned on the time
+    `at`, as if the tokens had the noise of this time. Rounds end for a sequence if no token
+    changes, or if the number of its tokens that equal the most likely token has not increased for
+    `patience` rounds. In the bound of the process, predictions at tokens must get a training
+    signal.
     """
 
     quality: Quality = "heuristic"
@@ -95,7 +96,7 @@ class SelfCorrectingSampler(Sampler):
 
 
 class _Patience:
-    """Early stopping: find the sequences that have improved within the last `rounds` rounds."""
+    """Early stopping: finds the sequences that have improved within the last `rounds` rounds."""
 
     def __init__(self, rounds: int, is_active: Tensor) -> None:
         self.rounds = rounds
@@ -119,8 +120,8 @@ def propose_changes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token at every free position of the active sequences.
 
-    Returns three tensors [B,L]: the drawn tokens; ln p of the drawn token if it differs from the
-    present token, else -inf; and bool, whether the present token is the most likely one.
+    Returns three tensors [B,L]: the drawn tokens; ln p of each drawn token, or -inf if it equals
+    the present token; and a bool that marks positions whose present token is the most likely one.
     """
     u = draw_uniforms(rng, "again", 1)[:, 0]
     score = torch.full_like(canvas.t, -torch.inf).reshape(-1)
@@ -132,7 +133,8 @@ def propose_changes(
         t: Tensor,
         u: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The present token is evidence for the clean token; temperature acts on the posterior.
+        # The present token is evidence for the clean token, so the temperature is applied to the
+        # posterior, which includes this evidence.
         full = dist.log_mass(0).double() + process.log_likelihood(z, t)
         tempered = apply_temperature(full, temperature).log_softmax(-1)
         drawn = draw_index(tempered.exp(), u)

@@ -1,9 +1,10 @@
 """Temperature, filters and guidance: reshape the predicted distributions that are drawn from.
 
-Shaping acts on each conditional distribution that is drawn from: the children of a node, level by
-level, or all tokens of a flat vocabulary. On a tree, a temperature on nodes differs from a
-temperature on tokens that is summed to nodes. Shaping acts on the distribution of the clean token,
-before a posterior is formed. Samplers that rank positions rank them by the unshaped distribution.
+Shaping is applied to each conditional distribution from which a sampler draws. On a tree this is
+the distribution over the children of a node, at every level. With a flat vocabulary it is the
+distribution over all tokens. On a tree, a temperature on nodes differs from a temperature on tokens
+that is summed to nodes. Shaping is applied to the distribution of the clean token, before the
+posterior is computed. Samplers that rank positions rank them by the unshaped distribution.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ Classifier = Callable[[Noisy, Tensor], Tensor]
 class ShapedDistribution(SubtreeDistribution):
     """Distribution whose conditionals are computed by `shape` from those of given distributions.
 
-    `shape(log_p, ...) -> log_p` receives one tensor [k,w] per distribution in `dists`: normalized
-    conditionals over w places, -inf at places outside the node. The result is normalized again.
-    `plain` is the unshaped distribution, by which positions are ranked.
+    `shape(log_p, ...) -> log_p` receives one tensor [k,w] per distribution in `dists`. It holds the
+    normalized log-probabilities of w nodes of one level, with -inf at nodes that are not children
+    of the current node. The result of `shape` is normalized again. `plain` is the unshaped
+    distribution, by which positions are ranked.
     """
 
     def __init__(
@@ -55,9 +57,9 @@ class ShapedDistribution(SubtreeDistribution):
         self._levels: dict[int, Tensor] = {}
 
     def conditional(self, node: Tensor, level: int, rows: Tensor) -> Tensor:
-        """Return log P(child | node) [k,w] over the w places of `level` below `top`.
+        """Return log P(child | node) [k,w] over the w nodes of `level` below `self.top`.
 
-        node [k] is one level above; rows [k] are rows of the distribution.
+        `node` [k] is one level above `level`, and `rows` [k] are rows of the distribution.
         """
         conditionals = [next_log_p(dist, node, level, rows) for dist in self.dists]
         return self.shape(*conditionals).log_softmax(-1)
@@ -65,7 +67,8 @@ class ShapedDistribution(SubtreeDistribution):
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         """Draw descendants [k] of node [k] at level [k], one conditional after the other.
 
-        Each draw leaves a new uniform: the relative position of u [k] within the drawn interval.
+        Each draw turns u [k] into a new uniform for the next draw: the relative position of u
+        within the interval of the drawn child.
         """
         drawn = node.clone()
         remaining = u.clone()
@@ -86,7 +89,7 @@ class ShapedDistribution(SubtreeDistribution):
         return self._levels[level]
 
     def _multiply_conditionals(self, level: int) -> Tensor:
-        """Return ln p over the places of `level`: the product of conditionals from the top down."""
+        """Return ln p of the nodes of `level`: the sum of log-conditionals from the top down."""
         raw = self.dists[0].log_below(level)
         rows = torch.arange(len(raw), device=raw.device)
         above = level + 1
@@ -96,7 +99,7 @@ class ShapedDistribution(SubtreeDistribution):
         parent_log_p = self.log_below(above)
         first = self._below[level].start
         parents = self.vocabulary.order(above)[self._below[above]]
-        # One parent at a time: a parent's conditional has the width of the whole level.
+        # One parent at a time, because the conditional of each parent is as wide as the level.
         for place, parent in enumerate(parents.tolist()):
             start, stop = self.vocabulary.node_range(torch.tensor(parent), level)
             columns = slice(int(start) - first, int(stop) - first)
@@ -107,11 +110,11 @@ class ShapedDistribution(SubtreeDistribution):
 
 
 def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) -> Tensor:
-    """Return log P(child | node [k]) [k,w] over the places of `level` below the top of `dist`.
+    """Return log P(child | node) [k,w] over the w nodes of `level` below `dist.top`.
 
-    The value is -inf at places that are not below the node.
+    `node` [k] is the parent in each row. The value is -inf at nodes that are not its children.
     """
-    # `log_below` has only the places below the top, so the first place of the top is subtracted.
+    # `log_below` starts at the first node below `dist.top`, whose place is therefore subtracted.
     log_p = dist.log_below(level)[rows]
     first = dist.vocabulary.subtree(dist.top)[level].start
     start, stop = (place.unsqueeze(-1) - first for place in dist.vocabulary.node_range(node, level))
@@ -288,8 +291,8 @@ class _GuidedNetwork(_ComposedNetwork):
                     conditional = dist if is_whole else _RowSubsetDistribution(dist, place)
                     return fn(ShapedDistribution([conditional, null], self._shape), *chunk)
 
-                # The unconditional head may split these rows again; `place` says which rows a chunk
-                # of it holds.
+                # The unconditional head may split these rows into chunks; `place` holds the numbers
+                # of the rows in a chunk.
                 place = torch.arange(len(rows), device=rows.device)
                 return null_query(rows, node, guided, place, *values)
 
@@ -302,8 +305,8 @@ class _GuidedNetwork(_ComposedNetwork):
         if abs(self.weight) <= 1.0:
             guided = (1.0 - self.weight) * log_null + self.weight * log_p
         else:
-            # The sum is divided by the weight, and apply_temperature subtracts the largest entry
-            # before it multiplies by the weight again: no weight overflows.
+            # The sum is divided by the weight. `apply_temperature` subtracts the largest entry and
+            # then multiplies by the weight, so that no weight causes an overflow.
             guided = (log_p - log_null) + log_null / self.weight
             if self.weight < 0.0:
                 guided = -guided
@@ -391,9 +394,10 @@ def shape_network(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]
 def guide_network(network: Network, null_network: Network, weight: float) -> Network:
     """Return a network with classifier-free guidance: log p ~ (1-w) log p_null + w log p.
 
-    Each conditional of the clean token is guided and normalized; `network` predicts p under the
-    condition, `null_network` predicts p_null without it. w = 0 is unconditional, w = 1 conditional,
-    and w > 1 follows the condition more closely. A step takes two network evaluations.
+    `network` predicts p with the condition, `null_network` predicts p_null without the condition,
+    and w is `weight`. Each conditional distribution of the clean token is guided and then
+    normalized. w = 0 is unconditional, w = 1 is conditional, and w > 1 follows the condition more
+    closely. A step takes two network evaluations.
 
     This is guidance of the logits (arXiv 2207.12598; for masked tokens 2301.00704). Reverse steps
     use the guided distribution like any other, so masks are revealed at the rate of the process for

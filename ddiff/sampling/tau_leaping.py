@@ -23,7 +23,7 @@ class TauLeapingSampler(GridSampler):
 
     R(y) = Q[y,z] s_theta(y) is the reverse rate from z to y at time t, where Q[y,z] is the forward
     rate from y to z and s_theta(y) = q_t(y)/q_t(z) the predicted ratio. R is the sum of R(y) over
-    y. Only reverse rates are needed, so a score is enough.
+    the states y != z. The sampler uses only reverse rates, so the network may predict a score.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -51,12 +51,13 @@ class TauLeapingSampler(GridSampler):
 
 
 def tau_leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:
-    """Return the states [r] that follow zt [r] after the time span [r] at constant rates [r,S].
+    """Return the states [r] that follow `zt` [r] after times `span` [r] at constant rates.
 
-    `rates` are the rates to all S states. u [r,2] are uniforms for the jump and for its target.
+    `rates` [r,S] are the rates into the S states. u [r,2] are uniforms: u[:,0] decides whether the
+    state jumps, and u[:,1] selects the new state.
     """
     # In float64: for short spans 1 - exp(-x) would lose its digits.
     probability = -torch.expm1(-rates.sum(-1).double() * span)
-    # Only rows that jump draw a target: the cost is proportional to the number of states S.
+    # The cost of a draw is proportional to the number of states, so only rows that jump draw.
     moves = (u[:, 0] < probability).nonzero().squeeze(-1)
     return zt.index_copy(0, moves, draw_index(rates[moves], u[moves, 1]))

@@ -28,15 +28,15 @@ class TrapezoidalSampler(GridSampler):
     ends at states z* with rates mu*. The second stage covers the rest of the step with the rates
     [a mu* - (a - 1) mu]_+, where a = 1 / (2 theta (1 - theta)). A position that moved in the first
     stage uses a mu*, because its new state has no earlier rates; this makes the probability of two
-    jumps in one step correct to second order. A step takes two network evaluations. Only reverse
-    rates are needed, so a score is enough.
+    jumps in one step correct to second order. A step takes two network evaluations. The sampler
+    uses only reverse rates, so the network may predict a score.
 
-    Order 2 holds if the extrapolated rates are positive, as the paper assumes, and smooth in t.
-    With masks, whose rates are proportional to 1/t, the error falls as ln N / N^2 for N steps. If
-    the draw of another position reduces a rate below (a - 1)/a of its value (one half for
-    theta = 1/2), the extrapolated rate is negative and set to 0. If rates are infinite at t = 1,
-    the first step is inaccurate. In both cases the order tends to 1 for large N, with smaller
-    errors than tau-leaping.
+    The sampler has order 2 if the extrapolated rates are positive, as the paper assumes, and smooth
+    in t. With masks, whose rates are proportional to 1/t, the error falls as ln N / N^2 for N
+    steps. If a draw at another position reduces a rate to less than (a - 1)/a of its value (one
+    half for theta = 1/2), the extrapolated rate is negative and is set to 0. If rates are infinite
+    at t = 1, the first step is inaccurate. In both cases the order tends to 1 for large N, with
+    smaller errors than tau-leaping.
     """
 
     order = 2

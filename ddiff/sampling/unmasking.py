@@ -27,7 +27,8 @@ from ddiff.sampling.loop import (
 )
 from ddiff.sampling.shaping import next_log_p, unshaped
 
-# Confidences (nats or probabilities) are rounded to multiples of 1/RESOLUTION; equal ones are tied.
+# Confidences (nats or probabilities) are rounded to multiples of 1/RESOLUTION. Positions of equal
+# rounded confidence are ranked at random.
 RESOLUTION = 2.0**12
 
 Criterion = Literal["confidence", "top", "margin", "entropy"]
@@ -35,12 +36,12 @@ Criterion = Literal["confidence", "top", "margin", "entropy"]
 
 @final
 class UnmaskingSampler(GridSampler):
-    """Draw a next state at every unfinished position and keep the most confident ones. Heuristic.
+    """Heuristic sampler: draw a next state at every position and keep the most confident draws.
 
-    A descent goes one level down the tree; with masks it goes from the mask to a token. After the
-    step to time s, a fraction s of all descents remains, so the grid sets the number of positions
-    that move in a step (arXiv 2202.04200, cosine grid). `by` is the confidence, computed without
-    temperature and filters:
+    A descent is a move one level down the tree; with masks it is the move from the mask to a token.
+    After the step to time s, a fraction s of all descents remains, so the grid sets the number of
+    positions that move in a step (arXiv 2202.04200, cosine grid). `by` names the confidence, which
+    is computed without temperature and filters:
 
     - confidence: ln p of the drawn state.
     - top: ln p of the most likely state.
@@ -104,13 +105,15 @@ class UnmaskingSampler(GridSampler):
 
 @final
 class EntropyBoundSampler(Sampler):
-    """Move positions in order of entropy while their entropies sum to at most `bound`. Heuristic.
+    """Heuristic sampler: each step moves the positions of lowest entropy, up to a total `bound`.
 
-    The sum is in nats and leaves out the largest entropy of the step. The sum bounds the error of
-    drawing the positions independently (arXiv 2505.24857). An entropy is that of a position's next
-    conditional. At least one position moves, so the number of steps is at most the number of
-    descents. The network is conditioned on the fraction of descents that remains, as its time t.
-    The process must be monotone.
+    The entropy of a position, in nats, is that of the conditional distribution from which its next
+    state is drawn. A step moves as many positions, in rising order of entropy, as keep the sum of
+    their entropies, without the largest, at most `bound`. This sum bounds the error of drawing the
+    positions independently (arXiv 2505.24857). At least one position moves, so the number of
+    steps is at most the number of descents (moves one level down the tree). The time t on which
+    the network is conditioned is the fraction of descents that remains. The process must be
+    monotone: its reverse steps never change a revealed token.
     """
 
     quality: Quality = "heuristic"
@@ -135,7 +138,7 @@ class EntropyBoundSampler(Sampler):
         rng_at: RngAt,
     ) -> Iterator[Canvas]:
         num_levels = process.vocabulary.num_levels
-        # A sequence whose positions are all given has no descents; 1 avoids 0/0.
+        # If the prompt fills a sequence, it has no descents, and the minimum 1 avoids 0/0.
         total = (num_levels * canvas.free.sum(-1)).clamp(min=1)
         for k in range(int(count_descents_left(process, canvas).max())):
             is_open = process.active(canvas.zt) & canvas.free
@@ -148,7 +151,7 @@ class EntropyBoundSampler(Sampler):
             canvas = canvas.advance(canvas.zt, s.unsqueeze(-1).expand_as(canvas.t))
             yield canvas
         if not process.closes_at_clean:
-            # The number of a step that no sequence reaches, so its uniforms are unused so far.
+            # No sequence reaches a step of this number, so its uniforms have not been used.
             last = num_levels * canvas.zt.shape[1]
             yield draw_tokens(process, network, canvas, rng_at(last))
 
@@ -158,7 +161,8 @@ class EntropyBoundSampler(Sampler):
         entropy = -confidence.gather(-1, order)
         # Finished positions have infinite entropy and rank last.
         entropy = entropy.masked_fill(entropy.isinf(), 0.0)
-        # The sum before each position: the position's own entropy is the largest so far.
+        # Entropies rise along the rank, so the sum without the largest entropy is the sum before
+        # each position.
         is_within = entropy.cumsum(-1) - entropy <= self.bound
         return is_within.scatter(-1, order, is_within)
 
