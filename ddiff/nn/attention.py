@@ -1,7 +1,8 @@
 """Attention masks for padding, packed documents, blocks and cached positions; key-value cache.
 
-A backbone may run on other inputs than the L positions of a sequence: on 2L (a clean copy next to
-the noisy one), or only on those that a cache lacks. "Input" below means one of these n inputs.
+A backbone runs on n inputs per sequence. Usually these are the L positions. With a clean copy next
+to the noisy sequence there are 2L inputs. With a cache, the inputs are the positions that are not
+cached.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ MIN_HEAD_WIDTH = 16  # channels; the smallest that flex attention's kernels take
 class AttentionLayout(NamedTuple):
     """Inputs of a backbone: `position` [n] in the sequence, `block` [1 or B,n], `noisy` [n] bool.
 
-    Without `noisy`, an input attends to its own and earlier blocks. With `noisy`, noisy inputs
-    attend to the noisy ones of their own block and the clean ones of earlier blocks, and clean
-    inputs to the clean ones of their own and earlier blocks.
+    If `noisy` is None, an input attends to its own block and to earlier blocks. Otherwise a noisy
+    input attends to the noisy inputs of its own block and to the clean inputs of earlier blocks. A
+    clean input attends to the clean inputs of its own block and of earlier blocks.
     """
 
     position: Tensor
@@ -36,9 +37,9 @@ class AttentionLayout(NamedTuple):
 
 
 class PositionFacts(NamedTuple):
-    """Everything that decides which of n inputs attend to each other, [1 or B,n] each.
+    """Properties of n inputs that determine which inputs attend to each other, [1 or B,n] each.
 
-    `place` numbers the inputs; None means that a fact is the same for all inputs.
+    `place` is the number of each input. A property is None if it is the same for all inputs.
     """
 
     place: Tensor
@@ -58,10 +59,11 @@ class PositionFacts(NamedTuple):
 
 
 def may_attend(query: PositionFacts, key: PositionFacts) -> Tensor:
-    """Return where `query` may attend to `key`: bool, of the shape that their facts broadcast to.
+    """Return bool: whether the inputs `query` may attend to the inputs `key`.
 
-    The key must be valid, of the same document and in a visible block. An input always attends to
-    itself, so that no row of the softmax is empty.
+    The shapes of the properties of `query` and `key` broadcast to the shape of the result. A key
+    must be valid, in the same document as the query, and in a block to which the block of the query
+    attends. An input always attends to itself, so that no row of the softmax is empty.
     """
     is_self = query.place == key.place
     allowed = ~is_self  # a tensor of True would not carry the broadcast shape
@@ -89,9 +91,10 @@ def build_dense_mask(facts: PositionFacts, cached: int = 0) -> Tensor:
 
 
 def build_block_mask(facts: PositionFacts) -> BlockMask:
-    """Build flex attention's mask (arXiv 2412.05496): the tiles attended to in part, and in full.
+    """Build the mask of flex attention (arXiv 2412.05496).
 
-    Rows of tiles are computed one after the other, so that no tensor of n^2 entries exists.
+    The mask lists the tiles in which some pairs may attend, and those in which all pairs may. Rows
+    of tiles are computed one after the other, so that no tensor of n^2 entries is made.
     """
     length = facts.place.shape[-1]
     key = facts.map(lambda fact: fact.unsqueeze(-2))
@@ -154,9 +157,9 @@ def _compiled_flex() -> Callable[..., Tensor]:
 class KeyValueCache:
     """Keys and values [B,heads,m,w] of final inputs by layer, and their hidden states.
 
-    An input is final if its token will not change any more and all that it attends to is final.
-    Its keys and values then stay the same, so the cache is exact. A pass over new inputs calls
-    `begin_update`, then `update` in every layer, then `finish_update`.
+    An input is final if its token will not change any more and every input to which it attends is
+    final. Its keys and values then stay the same, so the cache is exact. A pass over new inputs
+    calls `begin_update`, then `update` in every layer, then `finish_update`.
     """
 
     def __init__(self) -> None:
@@ -183,8 +186,8 @@ class KeyValueCache:
             same_ids = (self.ids[:, :length] == ids[:, :length]).all(0)
             same = same_ids & (self.block[:length] == block[:length])
             length = int(same.long().cumprod(0).sum())
-        # Both block numberings agree on the prefix, so the second pass keeps the first one's
-        # result.
+        # Both block numberings agree on the prefix, so the second pass does not change the result
+        # of the first pass.
         for numbers in (block, self.block):
             if length < len(numbers):
                 length = int((numbers[:length] < numbers[length]).sum())
@@ -218,8 +221,8 @@ class KeyValueCache:
     def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
         """Return the hidden states [B,L',width] of all inputs after a pass up to input L'.
 
-        ids [B,L'] and block [L'] include the cached inputs, `hidden` [B,n,width] is of the pass.
-        What `update` stored becomes part of the cache.
+        `ids` [B,L'] and `block` [L'] include the cached inputs. `hidden` [B,n,width] are the hidden
+        states of the pass. The keys and values that `update` stored become part of the cache.
         """
         if self.hidden is not None and self.length:
             hidden = torch.cat([self.hidden, hidden], 1)

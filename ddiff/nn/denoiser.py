@@ -38,11 +38,12 @@ Inputs = Literal["own", "previous"]
 class Context(NamedTuple):
     """Inputs of a backbone other than ids and times.
 
-    valid [B,L] bool, False at padding (None: no padding). document [B,L] long, the document of each
-    position (None: not packed). None lets attention run without a mask. `conditions` by name:
-    labels [B] or [B,L] long (-1: absent), vectors [B,d] or [B,L,d] float (NaN: absent). `layout`
-    and `cache` are set by the denoiser: which inputs the backbone is run on, and what is cached of
-    earlier ones; valid and document then cover the cached inputs too, which come first.
+    `valid` [B,L] bool is False at padding (None: no padding). `document` [B,L] long is the document
+    of each position (None: not packed). If both are None, attention runs without a mask.
+    `conditions` maps names to labels [B] or [B,L] long (-1: absent) or to vectors [B,d] or [B,L,d]
+    float (NaN: absent). The denoiser sets `layout`, the inputs on which the backbone is run, and
+    `cache`, the keys and values of earlier inputs. With a cache, `valid` and `document` also
+    include the cached inputs, which come first.
     """
 
     valid: Tensor | None = None
@@ -59,10 +60,11 @@ class Context(NamedTuple):
         return build_dense_mask(facts, self.cache.length if self.cache else 0)
 
     def kernel_mask(self, x: Tensor, head_width: int) -> AttentionMask:
-        """Return the mask for `attend`, for hidden states x [B,L,d]; call it once for all layers.
+        """Return the mask for `attend`, for hidden states x [B,L,d].
 
-        On a GPU it is a flex attention mask, except with a cache: L then changes between passes,
-        and each L would be compiled.
+        One call serves all layers. On a GPU the result is a flex attention mask. With a cache it is
+        a dense mask, since L changes between passes and flex attention would be compiled for
+        every L.
         """
         if self.cache or not has_flex_kernel(x, head_width):
             return self.attention_mask()
@@ -70,7 +72,10 @@ class Context(NamedTuple):
         return None if facts is None else build_block_mask(facts)
 
     def _position_facts(self) -> PositionFacts | None:
-        """Return what decides who attends to whom, the cached inputs first; None: all attend."""
+        """Return the properties that determine attention, cached inputs first.
+
+        The result is None if every input attends to every input.
+        """
         block = self._blocks()
         noisy = None
         if self.layout is not None and self.layout.noisy is not None:
@@ -82,7 +87,10 @@ class Context(NamedTuple):
         return PositionFacts(index, self.valid, self.document, block, noisy)
 
     def _blocks(self) -> Tensor | None:
-        """Return the blocks [1 or B,m+L]; cached inputs get the first block, visible to all."""
+        """Return the block numbers [1 or B,m+L] of the m cached and the L new inputs.
+
+        Cached inputs get the number of the first block, to which all inputs attend.
+        """
         if self.layout is None:
             return None
         block = self.layout.block
@@ -154,10 +162,11 @@ class Backbone(nn.Module):
 class Denoiser(nn.Module):
     """Backbone and head.
 
-    `parameterization`: "rest" if the head predicts without a position's own evidence, "all" if it
-    predicts the full conditional (plain cross-entropy at visible rows). A head may have its own.
-    `inputs="previous"` makes the denoiser autoregressive: position i gets the token before it (the
-    mask at the start of a document) and attends to no later one, so it predicts P(x_i | x_<i).
+    `parameterization`: "rest" if the head predicts P(x_i | z without z_i), "all" if it predicts the
+    full conditional P(x_i | z) (plain cross-entropy at visible rows). A head may define another
+    parameterization. `inputs="previous"` makes the denoiser autoregressive: the input at position i
+    is the token at i - 1 (the mask at the start of a document), and i attends to no later position,
+    so that the denoiser predicts P(x_i | x_<i).
     """
 
     precision: torch.dtype | None = None
@@ -268,15 +277,16 @@ class Denoiser(nn.Module):
     def extend_cache(
         self, noisy: Noisy, context: Context, cache: KeyValueCache
     ) -> tuple[Tensor, Tensor]:
-        """Return hidden states [B,n,width] of the first block not all clean, and its positions [n].
+        """Return hidden states [B,n,width] and positions [n] of the first block that is not clean.
 
-        All sequences share their blocks, which rise. Positions before that block that the cache
-        lacks are run too and cached; later blocks are not run. The result equals `hidden_states`.
-        Raises ArgumentError if there are no blocks, or sequences have different ones.
+        All sequences must have the same block numbers, in rising order. Positions before this block
+        that are not cached yet are run too, and then cached. Later blocks are not run. The hidden
+        states equal those of `hidden_states`. Raises ArgumentError if there are no blocks, or if
+        sequences have different blocks.
         """
         block = _shared_blocks(noisy)
         is_open = (~noisy.clean).any(0)
-        # If all positions are clean, the last block counts as the open one.
+        # If all positions are clean, the last block takes the role of the first unclean block.
         first_open = int(is_open.int().argmax()) if bool(is_open.any()) else len(block) - 1
         start = int((block < block[first_open]).sum())
         stop = int((block <= block[first_open]).sum())
@@ -285,7 +295,7 @@ class Denoiser(nn.Module):
         cache_block = block
         num_final = start
         if self.inputs == "previous":
-            # The first open position gets the clean token before it, so it is final itself.
+            # The input of the first unclean position is the clean token before it, so it is final.
             ids = self._shift_right(noisy.zt, context.document)
             t = torch.zeros_like(t)
             num_final = first_open + 1
@@ -319,9 +329,9 @@ class Denoiser(nn.Module):
     def forward(
         self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: HeadCallback
     ) -> tuple[Tensor, ...]:
-        """Run one training step: (sum of fn's first result over `rows`, *detached results).
+        """Return the sum of the first result of `fn` over `rows`, and all results, detached.
 
-        rows [k] are flat positions, node [k] the nodes below which they ask.
+        `rows` [k] are flat positions b * L + i, and `node` [k] are their query nodes.
         """
         count = len(rows)
         if self.fixed_shapes and count:
