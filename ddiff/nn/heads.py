@@ -1,13 +1,13 @@
 """Heads: from hidden states to predictions of the clean token, one chunk of rows at a time.
 
-A head never returns a prediction. It calls back: `fn(prediction, idx)` gets one chunk of rows that
-ask below the same node. Only the logits of that node's part of the table exist then, so a tensor
-[positions, V] is never held. In training the gradients are formed inside the chunk (three matrix
-products, as in a fused cross-entropy) and added in place into one buffer per table: slicing the
-table under autograd would make a zero-filled [V,d] gradient per slice.
+A head never returns a prediction. It calls `fn(prediction, idx)` for each chunk of rows with the
+same query node. Only the logits of the tokens or states below this node are computed, so no tensor
+[positions, V] is made. In training the gradients are computed within the chunk (three matrix
+products, as in a fused cross-entropy) and added in place to one buffer per table. If autograd
+sliced the table, each slice would make a zero-filled gradient [V,d].
 
-Tables are in tree order, so that the states below a node are one range of rows; ids outside of
-heads keep the order of the tokenizer.
+The rows of a table are in tree order, so that the states below a node are one range of rows. Ids
+outside of heads keep the order of the tokenizer.
 """
 
 from __future__ import annotations
@@ -69,22 +69,26 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def logits_per_row(self, top: int) -> int:
-        """Return how many logits a row below `top` usually needs; it limits the rows of a chunk."""
+        """Return the usual number of logits of a row with query node `top`.
+
+        This number limits the number of rows in a chunk.
+        """
 
     @abstractmethod
     def start_from_counts(self, counts: Tensor) -> None:
         """Set the biases so that the first prediction is the unigram distribution.
 
-        `counts` [V] are those of the tokens; each is raised by one.
+        `counts` [V] are the counts of the tokens. One is added to each count.
         """
 
     def total(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> tuple[Tensor, ...]:
-        """Sum fn's first result over all rows, differentiably in hidden and table.
+        """Return the sum of the first result of `fn` over all rows, and all results, detached.
 
-        hidden [n,d], node [n]: the node below which each row asks; best on the host, since rows are
-        grouped by it. `fn(prediction, idx)` returns [k] or a tuple of [k,...] for the rows idx [k];
-        tensors that it closes over get no gradient. Returns (sum, *detached results in row order).
-        Without rows fn is called once with an empty prediction, and the sum is 0.
+        The sum has gradients for `hidden` [n,d] and the table. `node` [n] is the query node of each
+        row. It should be on the host, since rows are grouped by node there. `fn(prediction, idx)`
+        returns a tensor [k] or a tuple of tensors [k,...] for the rows idx [k]. Tensors that `fn`
+        closes over get no gradient. The detached results are in row order. If there are no rows,
+        `fn` is called once with an empty prediction, and the sum is 0.
         """
         return _ChunkedSum.apply(
             hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled()
@@ -121,7 +125,7 @@ class Head(nn.Module, ABC):
 
     def _group_rows(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         """Sort rows by their node: indices [n], and (node, count) of each group."""
-        # All tokens form one group, since a row below a token needs no logits.
+        # Rows whose query node is a token form one group, since they need no logits.
         node = node.clamp(min=self.vocabulary.num_tokens - 1)
         order = torch.argsort(node, stable=True)
         tops, counts = torch.unique_consecutive(node[order], return_counts=True)
@@ -168,7 +172,7 @@ class TokenHead(Head):
         super().__init__(vocabulary, width, vocabulary.num_tokens)
 
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
-        # With one level all rows ask below the root; with more, some ask further down.
+        # With one level the query node of all rows is the root; with more it may be a lower node.
         has_one_level = self.vocabulary.num_levels == 1
         all_logits = logits(0, self.vocabulary.num_tokens)
         return LogitDistribution(all_logits, self.vocabulary, top_is_query_node=has_one_level)
@@ -188,10 +192,11 @@ class TokenHead(Head):
 class TreeHead(Head):
     """Head that computes only the part of the tree below a row's node.
 
-    "tied": one row per token; P(node) is the sum over its tokens, and a row below a node needs the
-    logits of that node's tokens. "levelwise": one row per state except the root, with a softmax
-    among siblings; a row needs one logit per child of its node, and lower levels, if they are asked
-    for, follow by the chain rule.
+    "tied": the table has one row per token. P(node) is the sum over the tokens below the node, and
+    a prediction below a node needs only the logits of these tokens. "levelwise": the table has one
+    row per state except the root, with a softmax among siblings. A prediction below a node needs
+    one logit per child. Probabilities of lower levels are computed by the chain rule if `fn` uses
+    them.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int, kind: TreeKind) -> None:
@@ -217,7 +222,8 @@ class TreeHead(Head):
         children = widths[-1]
         if self.kind == "tied":
             return tokens
-        # A callback may also ask for tokens, which then exceeds the limit at most 16 times.
+        # A callback may also use probabilities of tokens, whose logits then exceed the limit by a
+        # factor of at most 16.
         return children + tokens // 16
 
     def start_from_counts(self, counts: Tensor) -> None:
@@ -279,7 +285,10 @@ class PointDistribution(SubtreeDistribution):
 
 
 class _ChunkLogits:
-    """Logits of one chunk, computed by slices of the table; each slice is a leaf of fn's graph."""
+    """Logits of one chunk, computed for slices of the table.
+
+    Each slice of logits is a leaf of the autograd graph of `fn`.
+    """
 
     def __init__(self, hidden: Tensor, table: Tensor, bias: Tensor, with_gradient: bool) -> None:
         self.hidden = hidden
@@ -330,7 +339,10 @@ class _ChunkLogits:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Function of `Head.total`: forward also forms the gradients, backward only scales them."""
+    """Autograd function of `Head.total`.
+
+    The forward pass also computes the gradients; the backward pass only scales them.
+    """
 
     @staticmethod
     def forward(
@@ -361,7 +373,7 @@ class _ChunkedSum(torch.autograd.Function):
                     d_hidden, d_table, d_bias = buffers
                     logits.add_gradients(chunk[0].sum(), d_hidden[first:last], d_table, d_bias)
                 results.append(tuple(tensor.detach() for tensor in chunk))
-                # Free this chunk's logits before the next one is made.
+                # Free the logits of this chunk before those of the next chunk are computed.
                 del logits, prediction, chunk
         if with_gradient:
             ctx.save_for_backward(order, *buffers)
@@ -375,15 +387,16 @@ class _ChunkedSum(torch.autograd.Function):
         order, d_hidden, d_table, d_bias = ctx.saved_tensors
         in_row_order = torch.empty_like(d_hidden).index_copy_(0, order, d_hidden)
         gradients = [in_row_order, d_table, d_bias]
-        # A loss usually is the sum itself: on a CPU the test is free and saves a copy of the
-        # table's gradient; on a GPU it would wait for the device.
+        # The loss usually is the sum itself, and the factor is 1. On a CPU the test for 1 costs
+        # nothing and saves a copy of the gradient of the table. On a GPU it would wait for the
+        # device.
         if d_sum.device.type != "cpu" or float(d_sum) != 1.0:
             gradients = [gradient * d_sum.to(gradient.dtype) for gradient in gradients]
         return *gradients, None, None, None, None
 
 
 def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Tensor, ...]:
-    """Concatenate the chunks' results and put them from sorted order back into row order."""
+    """Concatenate the results of all chunks and restore the order of the rows."""
     columns = [torch.cat(column) for column in zip(*results)]
     return tuple(torch.empty_like(column).index_copy_(0, order, column) for column in columns)
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class DenoiserNetwork(CountingNetwork):
-    """Network over a denoiser: network(noisy) returns a query that runs it when it is called.
+    """Network made from a denoiser: network(noisy) returns a query, which runs the denoiser.
 
-    A query runs only sequences that are asked for, each once. A sequence is not run again while its
-    ids and, if the backbone reads them, its times stay the same. `cached=True` also keeps keys and
-    values of finished blocks. `process` may be None if the head's prediction is used as it is.
-    Dropout follows the mode of the denoiser: call `.eval()` first.
+    A query runs each sequence at most once, and only sequences with queried rows. A sequence is not
+    run again while its ids stay the same, and its times if the backbone reads them. `cached=True`
+    also keeps keys and values of finished blocks. With `process=None` predictions of the head are
+    not converted. Dropout follows the mode of the denoiser: call `.eval()` first.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class _DenoiserQuery:
         self.noisy = noisy
         self.hidden: Tensor | None = None
         self.is_known = torch.zeros(len(noisy.zt), dtype=torch.bool, device=noisy.zt.device)
-        # Positions with hidden states; None: all. A cache leaves some out.
+        # Positions that have hidden states; None: all positions. A cached pass computes only some.
         self.positions: Tensor | None = None
 
     @torch.no_grad()
@@ -97,14 +97,15 @@ class _DenoiserQuery:
         return self.hidden
 
     def _reuse_hidden_states(self, last: _DenoiserQuery | None) -> None:
-        """Take over hidden states of the previous query that still hold."""
+        """Copy hidden states of the previous query `last` for sequences with the same input."""
         if last is None or last.hidden is None or not _is_same_attention(last.noisy, self.noisy):
             return
         same = last.is_known & (last.noisy.zt == self.noisy.zt).all(-1)
         if self.network.denoiser.reads_time:
             same &= (last.noisy.t == self.noisy.t).all(-1)
         if last.positions is not None:
-            # A cached pass covers all sequences, at the block that is open in any of them.
+            # A cached pass covers the same block in all sequences, so either all are reused or
+            # none.
             same &= same.all() & torch.equal(last.noisy.clean, self.noisy.clean)
         if bool(same.any()):
             self.hidden = last.hidden.clone()
@@ -117,7 +118,7 @@ class _DenoiserQuery:
         batch, length = self.noisy.zt.shape
         positions = torch.arange(length, device=self.is_known.device)
         if network.cache is not None:
-            # The cache holds all sequences, so all are run.
+            # The cache contains all sequences, so all are run.
             sequences = torch.arange(batch, device=self.is_known.device)
             hidden, positions = network.denoiser.extend_cache(
                 self.noisy, network.context, network.cache
