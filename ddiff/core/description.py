@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Prefixes of the names of attributes that are derived from other attributes.
+# Attributes whose names start with these prefixes are derived from other attributes, so they are
+# not settings.
 _DERIVED = (
     "closes_at_",
     "uniforms_per_",

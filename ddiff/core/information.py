@@ -142,8 +142,8 @@ class InformationTime:
 
     Rates are evaluated at interior times only. If more than 1e-9 of the information is lost before
     the first interior time, tau = 0 denotes the first interior time instead of t = 0, and the
-    decoding term of the bound is evaluated there. The last interior time and tau = 1 are treated in
-    the same way.
+    decoding term of the bound is evaluated at this time. In the same way, tau = 1 denotes the last
+    interior time if more than 1e-9 of the information is lost after it.
 
     Args:
         information: t [n] -> I(X; Z_t) in nats.

@@ -40,7 +40,7 @@ class CountingNetwork(ABC):
         return self._runs
 
     def runs_of_batch(self, batch: int) -> Tensor:
-        """Return a copy of `runs` for a batch size; zeros before the first such batch."""
+        """Return a copy of `runs` [B] for B = `batch`; zeros if the last batch had another size."""
         runs = self.runs
         if runs is None or len(runs) != batch:
             return torch.zeros(batch, dtype=torch.long)

@@ -11,7 +11,8 @@ from ddiff.core.vocabulary import Vocabulary
 class StateEmbedding(nn.Embedding):
     """Embedding of states of any level: ids [...] -> [...,width].
 
-    Tokens start normal with standard deviation width^-1/2, nodes from their tokens.
+    Rows of tokens are initialized from a normal distribution with standard deviation width^-1/2,
+    rows of nodes from the rows of their tokens.
     """
 
     is_table = True  # Muon, an optimizer for hidden matrices, must not update this parameter
@@ -24,7 +25,7 @@ class StateEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def start_from_tokens(self, tokens: Tensor) -> None:
-        """Set the rows of the tokens to `tokens` [V,width], and those of the nodes from them."""
+        """Set the rows of the tokens to `tokens` [V,width], and compute the rows of the nodes."""
         self.weight[: self.vocabulary.num_tokens] = tokens.to(self.weight)
         init_nodes(self.weight, self.vocabulary)
 
@@ -33,10 +34,11 @@ class StateEmbedding(nn.Embedding):
 def init_nodes(weight: Tensor, vocabulary: Vocabulary) -> None:
     """Set the rows of all nodes, root included, in `weight` [S,d] from the rows of the tokens.
 
-    A level takes the vocabulary's centroids if they have d channels (they must then be in the space
-    of the tokens' embeddings); otherwise each node is the mean of its tokens (arXiv 2510.08632).
+    The nodes of a level start at the centroids of the vocabulary if the centroids have d channels;
+    centroids and token embeddings must then be in the same space. Otherwise the row of a node is
+    the mean of the rows of its tokens (arXiv 2510.08632).
     """
-    if weight.is_meta:  # no values to compute
+    if weight.is_meta:  # a meta tensor has no values to compute
         return
     num_tokens = vocabulary.num_tokens
     tokens = torch.arange(num_tokens, device=weight.device)

@@ -27,18 +27,19 @@ class Parameterization(Protocol):
     def predicts(self) -> Predicts: ...
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
-        """Compute what `wrap_callback` needs to know of rows in states zt [k] at times t [k].
+        """Return the tensor `prepared` for `wrap_callback`, from states zt [k] and times t [k].
 
-        Called where the rows were drawn: the host in training, the head's device in sampling.
+        Training calls the method with tensors on the host, sampling with tensors on the device of
+        the head.
         """
 
     def wrap_callback(
         self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
     ) -> HeadCallback:
-        """Return the callback for the head; all tensors are on the head's device."""
+        """Return the callback for the head, which calls `fn`; all tensors are on its device."""
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
-        """Return the nodes [k] below which logits are needed to predict below `node` [k]."""
+        """Return the query nodes [k] of the head that a prediction below `node` [k] needs."""
 
 
 @final

@@ -45,7 +45,7 @@ class Grid:
         if self.spacing == "uniform":
             return [1.0 - x for x in fractions]
         if self.spacing == "cosine":
-            # cos(pi/2) is 6e-17 in floating point, so the last time is written out.
+            # cos(pi/2) is 6e-17 in floating point, so the last time is set to exactly 0.
             return [math.cos(math.pi / 2 * x) for x in fractions[:-1]] + [0.0]
         # A grid of one step has no second step to divide; max() avoids 0/0.
         divisor = max(self.steps - 1, 1)

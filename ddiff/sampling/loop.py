@@ -148,8 +148,8 @@ def generate(
 
     A sample depends on its number in `index` and on the seed, not on the batch. Tokens of `prompt`
     [B,L] are kept at all positions at which `prompt_mask` [B,L] is True. `on_step(k, canvas)` is
-    called after every step k = 1, 2, ... Raises ArgumentError if the prompt does not fit, or if the
-    sampler does not support the process or the prediction.
+    called after every step k = 1, 2, ... Raises ArgumentError if the prompt has another shape or
+    ids that are not tokens, or if the sampler does not support the process or the prediction.
     """
     batch = len(index)
     counted = count_evaluations(network)
@@ -182,9 +182,10 @@ def step_rows(
 ) -> Tensor:
     """Draw new states at free positions and return all states [B,L].
 
-    Only free positions in `among` [B,L] bool are drawn, if it is given. New states come from
-    `draw(query, zt [r], t [r], rows [r])`, where `rows` are flat positions b * L + i and row k of
-    the query is `rows[k]`. If no position is drawn, the network is not evaluated.
+    If `among` [B,L] bool is given, only free positions marked in it are drawn. New states are the
+    results of `draw(query, zt [r], t [r], rows [r])`, where `rows` are flat positions b * L + i,
+    and row k of the query is the position `rows[k]`. If no position is drawn, the network is not
+    evaluated.
     """
     chosen = canvas.free if among is None else canvas.free & among
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
@@ -197,7 +198,7 @@ def step_rows(
 
 
 def restrict(query: Query, rows: Tensor) -> Query:
-    """Restrict a query to some rows and renumber them: row k of the result is `rows[k]`."""
+    """Return a query whose row k is row `rows[k]` of `query`."""
 
     def restricted(chosen: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return query(rows[chosen], node, fn, *per_row)

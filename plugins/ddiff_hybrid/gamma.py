@@ -275,7 +275,7 @@ class GammaHybrid(ForwardProcess):
     def divergence(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return KL( r_t(.|x) || r_t(.|p) ) at masks, as in uniform diffusion at tokens."""
+        """Return KL( r_t(.|x) || r_t(.|p) ) at masks, and the divergence of `uniform` at tokens."""
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
         at_mask = self.uniform.closing_kl(prediction, x0, interior(t))
@@ -297,7 +297,7 @@ class GammaHybrid(ForwardProcess):
     def decode_nll(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return the decoding term [r]: -ln p(x) at masks, as in uniform diffusion at tokens."""
+        """Return the decoding term [r]: -ln p(x) at masks, the term of `uniform` at tokens."""
         if isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
         at_token = self.uniform.decode_nll(prediction, x0, self._token(zt), t)
@@ -324,9 +324,9 @@ class GammaHybrid(ForwardProcess):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Unmask with probability 1 - (1 - A_s)/(1 - A_t), and move tokens by uniform diffusion.
 
-        The probability of unmasking does not depend on the network, and the probability that a
-        token moves has a bound that does not either. The network is therefore queried only at rows
-        that may move.
+        The probability of unmasking does not depend on the network. The probability that a token
+        moves has an upper bound that does not depend on the network. The network is therefore
+        queried only at rows that may move.
         """
         masked_s = self.visible.one_minus_alpha(s)
         masked_t = self.visible.one_minus_alpha(t)
@@ -344,20 +344,23 @@ class GammaHybrid(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Unmask with probability `reveal` [r], and move tokens with probability from `arrive` [r].
+        """Unmask with probability `reveal` [r], and move tokens between t and s.
 
         A mask becomes y ~ r_s(.|p). A token z moves with probability
-        arrive (1 - r_s(z|p))/r_t(z|p), to a token y != z with y ~ r_s(.|p). Since
-        r >= (1 - B)/V, the probability is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), which
-        does not depend on the network. The network is queried only at rows whose first uniform is
-        below this bound. u [r,3] decides on the move, on the token, and on its source.
+        arrive (1 - r_s(z|p))/r_t(z|p), to a token y != z with y ~ r_s(.|p). In a step, `arrive` [r]
+        is the probability of being redrawn as z between s and t. Since r >= (1 - B)/V, the
+        probability of a move is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), which does not
+        depend on the network. The network is queried only at rows with u[:,0] below this bound.
+        u [r,3] are uniforms: u[:,0] decides whether the row moves, u[:,1] selects the token, and
+        u[:,2] decides whether the token is drawn from the noise or from the prediction.
         """
         masked = self._is_masked(zt)
         noise_s = self._redrawn_per_token(s)
         noise_t = self._redrawn_per_token(t)
         bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
         zs = zt.clone()
-        # Rows that may move; `_draw_move` rejects tokens between probability and bound.
+        # `moving` are the rows that may move. `_draw_move` rejects tokens whose uniform is below
+        # the bound but not below the probability.
         moving = (u[:, 0] < torch.where(masked, reveal, bound)).nonzero().squeeze(-1)
         if len(moving) == 0:
             return zs
@@ -394,7 +397,7 @@ class GammaHybrid(ForwardProcess):
         r_t = noise_t + self.kept.alpha(t) * log_p_z.exp()
         leaves = masked | (u_leave < arrive * leaving_mass / r_t)
         uniform_token = (u_token * others).long()
-        # Numbers from z on are shifted by one, so that the uniform token is never z.
+        # Token numbers of at least z are raised by one, so that the uniform token is never z.
         uniform_token = uniform_token + (uniform_token >= z).long()
         drawn = torch.where(leaves, uniform_token, z)
         from_prediction = leaves & (u_source * leaving_mass >= by_noise)
@@ -410,7 +413,7 @@ class GammaHybrid(ForwardProcess):
         At masks (z = V, the number of tokens) no token is excluded.
         """
         log_p = dist.log_mass(0)[rows]
-        # Column V stands for the mask: z = V excludes this column and no token.
+        # Column V is added for the mask: at a mask z = V excludes this column and no token.
         padded = torch.cat([log_p, log_p[:, :1]], -1)
         others = padded.scatter(-1, z.unsqueeze(-1), -torch.inf)[:, :-1]
         root = torch.full_like(z, self.vocabulary.root)
@@ -427,13 +430,16 @@ class GammaHybrid(ForwardProcess):
         return self.uniform.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Keep a token z with probability B p(z)/r_t(z|p); otherwise, and at masks, draw x ~ p."""
+        """Keep a token z with probability B p(z)/r_t(z|p), or else draw x ~ p.
+
+        At masks x ~ p is always drawn.
+        """
         if bool((t == 0.0).all()):
             return zt.clone()
         x0 = zt.clone()
         masked = self._is_masked(zt)
         noise = self._redrawn_per_token(t)
-        # A token at a time without redrawing is clean, so that its row needs no query.
+        # If no token has been redrawn at time t, a token is clean, and its row needs no query.
         uncertain = (masked | (noise > 0)).nonzero().squeeze(-1)
         if len(uncertain) == 0:
             return x0
@@ -471,9 +477,10 @@ class GammaHybrid(ForwardProcess):
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Return the time s of the next event: a mask is unmasked, or a token may move.
 
-        With u uniform, masks have 1 - A_s = u (1 - A_t), tokens (1 - B_s)/B_s = u (1 - B_t)/B_t. A
-        token moves at the rate gamma sigma' (1 - r)/(V r). Events of tokens have the larger rate
-        gamma sigma'/(1 - B), which does not depend on the network; `event` accepts or rejects the
+        With a uniform u, s solves 1 - A_s = u (1 - A_t) at masks and
+        (1 - B_s)/B_s = u (1 - B_t)/B_t at tokens. A token z moves at the rate
+        gamma sigma' (1 - r)/(V r) with r = r_t(z|p). Events of tokens have the larger rate
+        gamma sigma'/(1 - B), which does not depend on the network. `event` accepts or rejects the
         move.
         """
         t = interior(t)

@@ -90,7 +90,7 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
 
     def weight(self, process: EpsilonHybrid, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         epsilon = process.epsilon
-        # The published code has the floor 1e-4.
+        # The published code clamps to at least 1e-4.
         masked = process.schedule.one_minus_alpha(t).clamp(min=1e-4)
         # Probability that the token was shuffled, given x0 and z; 1 if x0 and z differ.
         onto_itself = epsilon / process.vocabulary.num_tokens
@@ -151,8 +151,8 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
     def _split(self, zt: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states [r] for the masked loss and for the uniform loss.
 
-        The first are masks in all rows. The second are z_t, with token 0 in place of masks. Each
-        loss is used only at the rows at which its states are z_t.
+        The states of the masked loss are masks in all rows. The states of the uniform loss are z_t,
+        with token 0 in place of masks. Each loss is used only at rows whose state is z_t.
         """
         root = self.masked.vocabulary.root
         return torch.full_like(zt, root), zt.remainder(root)
