@@ -229,7 +229,10 @@ class LogTimeClock(LevelClock):
         return torch.stack(powers)
 
     def _exponential(self, tau: Tensor, row: int | None = None) -> Tensor:
-        """Return exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k, or one row of the matrix."""
+        """Return exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k, or only its row `row`.
+
+        tau is log-time, A the generator in log-time, and q = max(rates).
+        """
         powers = self._powers.to(tau.device)
         if row is not None:
             powers = powers[:, row]

@@ -223,7 +223,7 @@ class InformationTime:
         return MonotoneMap((below / above).log(), logit_share)
 
     def _noise_probability(self, tau: Tensor) -> Tensor:
-        """Return P(tau) [n], the probability that a token has become noise since the first time."""
+        """Return P(tau) [n], the probability that a token became noise after the first time."""
         changed = self._change_probability(self.at(tau)[0])
         # Tokens that are already noise at t = 0 add nothing to the diffusion term.
         since_start = changed - self._change_at_start

@@ -383,9 +383,10 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three tensors [r]: the sum in `_kl` over the tokens y != x0, ln p(x0), ln p(z_t).
+        """Return three tensors [r] that the bound needs of the predicted distribution p.
 
-        ln p(z_t) is an arbitrary number if z_t is not a token.
+        The first is the sum over the tokens y != x0 in the formula of `_kl`. The others are
+        ln p(x0) and ln p(z_t), where ln p(z_t) is arbitrary if z_t is not a token.
         """
         log_p = dist.log_mass(0)
         noise, _ = self.split_noise(log_p, t)
@@ -458,9 +459,9 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return ln q_t-bar(z_t) per row [r].
+        """Return ln q_t-bar(z_t) per row [r], from ln p(z_t) [r].
 
-        Without noise the sum ln alpha + ln p is used, since p of a token may underflow.
+        If b_t(z_t) = 0, the sum ln alpha + ln p is used, since p of a token may underflow.
         """
         noise = self.noise_at(zt, t)
         is_token = zt < self.vocabulary.num_tokens
@@ -750,7 +751,7 @@ def subtract_or_zero(total: Tensor, part: Tensor) -> Tensor:
 def _log_mixture(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
     """Return ln(b + alpha p) per row [r].
 
-    Without noise the sum ln alpha + ln p is used, since p of a token may underflow.
+    If b = 0, the sum ln alpha + ln p is used, since p of a token may underflow.
     """
     log_clean = alpha.log() + log_p
     mixture = torch.where(noise > 0, noise + log_clean.exp(), 1.0)

@@ -68,7 +68,10 @@ def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Te
 
 
 def _generator_in_logit_time(generator: Generator, logit_t: Tensor) -> Tensor:
-    """Return the generator per unit of logit t, Q_t t (1 - t), at logit_t [k,r] -> [k,r,S,S]."""
+    """Return the generators per unit of logit t, Q_t t (1 - t), a tensor [k,r,S,S].
+
+    `logit_t` [k,r] are the logits of the times t.
+    """
     t = torch.sigmoid(logit_t.reshape(-1))
     # Chain rule, dt / dlogit(t) = t (1 - t): rates that diverge as 1/t stay bounded.
     rates = generator(t) * (t * (1.0 - t))[:, None, None]

@@ -63,7 +63,10 @@ class CleanDistribution(Protocol):
         level: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw a descendant of each node [r] at the target level of the row, by one uniform."""
+        """Draw a descendant of each node [r] at the target `level` [r], from one uniform u [r].
+
+        A node that is already at its target level or below is returned unchanged.
+        """
 
 
 class Score(NamedTuple):
@@ -205,7 +208,7 @@ class SubtreeDistribution(ABC):
     def _width(self, level: int) -> int:
         """Return the number of nodes that are at `level` and below `self.top`.
 
-        The number is 1 at the level of `self.top`.
+        If `level` is the level of `self.top`, the result is 1.
         """
         if level == len(self._below):
             return 1
@@ -426,7 +429,7 @@ class _PickToken(torch.autograd.Function):
 
 
 class _SegmentMasses(torch.autograd.Function):
-    """Log-probability [r,n] of each segment of tokens, from the sums of its exponentials."""
+    """Log-probabilities [r,n] of n segments of tokens, from sums of exponentials."""
 
     @staticmethod
     def forward(

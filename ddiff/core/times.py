@@ -332,8 +332,8 @@ class WindowTimes:
     ) -> Times:
         """Return times of a sequence that is divided into adjacent windows of shape "slide".
 
-        `offset` [B,1] in [0, width) is the length of the part of the first window that lies to the
-        left of the sequence.
+        `offset` [B,1] in [0, width) is the number of positions, possibly fractional, by which the
+        first window extends to the left of the sequence.
         """
         place = torch.arange(length, device=offset.device) + offset
         window = (place / self.width).floor().long()
@@ -616,7 +616,7 @@ def jointly_stratified(
 
 
 def _van_der_corput_rank(stratum: Tensor, counts: Tensor) -> Tensor:
-    """Return the place of each stratum [B,k] in the van der Corput order of its strata."""
+    """Return the rank [B,k] of each stratum in van der Corput order, for `counts` [B,k] strata."""
     rank = torch.zeros_like(stratum)
     for count in counts.unique().tolist():
         order = van_der_corput_order(count).to(stratum)

@@ -625,7 +625,8 @@ class TreeProcess(ForwardProcess):
     ) -> Tensor:
         """Return -ln P(x0 | z_t) per row for xi < 1; 0 at tokens.
 
-        The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with P(z) the
+        The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with A = A_0l and
+        r = r_0l at the level l of z, anc(x0) the ancestor of x0 at this level, and P(z) the
         predicted probability of the tokens below z.
         """
         level = self.vocabulary.level_of(zt)
@@ -763,9 +764,10 @@ class TreeProcess(ForwardProcess):
         s: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the level at s first, without the network, then the node.
+        """Draw z_s given z_t: first the level, without the network, then the node.
 
-        P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t) for level j at t and i at s.
+        The level is i at time s with probability P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t), where j is
+        the level of z_t.
         """
         level = self.vocabulary.level_of(zt)
         num_levels = self.clock.num_levels + 1

@@ -36,7 +36,7 @@ class ForwardBackward:
         self.share = share
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
-        """Raise ArgumentError without a process, or if the network predicts a score."""
+        """Raise ArgumentError if `process` is None or the network predicts a score."""
         require_process(self, process)
         require_distribution(self, predicts)
 

@@ -175,8 +175,8 @@ def count_descents_left(process: ForwardProcess, canvas: Canvas) -> Tensor:
 def rank_by_confidence(confidence: Tensor, rng: CounterRng) -> Tensor:
     """Return the positions [B,L] in order of decreasing confidence [B,L]; ties are random.
 
-    Confidences are rounded first. If all positions are masked, their confidences may differ by
-    rounding errors only, and rounding errors depend on the batch.
+    Confidences are rounded first, because the confidences of masked positions may differ only by
+    rounding errors, which depend on the batch.
     """
     shuffled = rng.uniform("tie").argsort(dim=-1)
     rounded = (confidence * RESOLUTION).round().gather(-1, shuffled)
@@ -224,7 +224,11 @@ def _confidence(
     drawn: Tensor,
     by: Criterion,
 ) -> Tensor:
-    """Return the confidence [r] float64 of the children drawn [r] at levels below [r]."""
+    """Return the confidence [r] float64 of the drawn children.
+
+    `node` [r] are the present states, `below` [r] the levels one below them, `drawn` [r] the
+    children, and `by` is the name of the confidence.
+    """
     if by == "confidence":
         return dist.log_child(node, drawn).double()
     value = torch.zeros(len(node), dtype=torch.float64, device=node.device)
