@@ -63,7 +63,10 @@ class Expectation(NamedTuple):
 
 
 class NodeTimes:
-    """Time rule that returns given quadrature nodes t, speed [B,L], and the ends of the window."""
+    """Time rule that returns given noise times and speeds [B,L], and the ends of a window.
+
+    `t` are quadrature nodes, and `speed` contains the quadrature weights.
+    """
 
     def __init__(
         self,
@@ -103,10 +106,11 @@ CHANNELS = ("diffusion", "decoding", "prior")  # random channels that `nelbo` dr
 class EnumeratedRng(CounterRng):
     """Random generator whose uniforms encode enumerated states zt [B,L].
 
-    For S states, a uniform is the middle of the cell [state, state + 1) / S. `enumerate_draws`
-    makes a process that decodes the state from the uniform. The states of each channel are shifted
-    by the index of the channel. Every state still occurs once, but a term that uses the channel of
-    another term gets states whose probabilities are wrong.
+    For S states, the uniform of a state is the middle of the cell [state, state + 1) / S.
+    `enumerate_draws` makes a process that decodes the state from the uniform. The states of each
+    channel are shifted by the index of the channel. Every state still occurs once in each channel.
+    A term that uses the channel of another term gets states whose probabilities are wrong, which
+    the laws detect.
     """
 
     def __init__(
@@ -140,7 +144,7 @@ def shift_states(
     channel: str,
     num_states: int,
 ) -> Tensor:
-    """Return zt shifted by the index of a channel, the states that `EnumeratedRng` encodes."""
+    """Return the states zt shifted by the index of a channel, as `EnumeratedRng` encodes them."""
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
 
@@ -148,8 +152,8 @@ def shift_states(
 class EnumeratedPrior(Prior):
     """Prior that computes the state from a uniform u as floor((1 - u) S), for S states.
 
-    Samples of an enumerated process use floor(u S), so that a term that confuses prior and samples
-    changes the bound.
+    Samples of an enumerated process use floor(u S). Therefore a term that draws from the prior in
+    place of the process, or the reverse, changes the bound.
     """
 
     def draw(self, u: Tensor) -> Tensor:
@@ -194,7 +198,7 @@ def bent_path(
 
 
 def all_sequences(count: int, length: int) -> Tensor:
-    """Return every sequence of `length` ids below `count`: [count^length, length]."""
+    """Return a tensor [count^length, length] of every sequence of `length` ids below `count`."""
     axes = [torch.arange(count)] * length
     return torch.cartesian_prod(*axes).reshape(-1, length)
 
@@ -209,9 +213,10 @@ def exact_nelbo(
 ) -> Expectation:
     """Return the exact expectations of `nelbo` for every sequence in `all_sequences(V, length)`.
 
-    For V tokens and S states, the cost is O(nodes (V S)^length), so processes must be small. `path`
-    gives the time of each position when the window is at v in [0,1]. `finer` multiplies the number
-    of quadrature nodes.
+    `table` is the network, and `window` holds the first and the last noise time. `path` gives the
+    time of each position at every place v in [0,1] of the window. `finer` multiplies the number of
+    quadrature nodes. For V tokens and S states, the cost is O(nodes (V S)^length), so processes
+    must be small.
     """
     vocabulary = process.vocabulary
     order = NODES if length == 1 else FEWER_NODES
@@ -280,7 +285,8 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the probabilities [B] of the states for the closing, diffusion and decoding terms.
 
-    Only the diffusion term depends on the quadrature node; the others count at node 0 only.
+    Only the diffusion term depends on the quadrature node. The probabilities of the closing and
+    decoding terms are 0 at all nodes except node 0, so that these terms are counted once.
     """
     states = process.vocabulary.num_states
     at_first_node = node == 0
@@ -309,8 +315,8 @@ def constant_denoiser(
     """Check that the bound of a denoiser that always predicts p is -ln p(x) for every token x.
 
     For data with distribution p this prediction is exact, so the bound is tight on any window. On
-    [0, 1], the quadrature stops at 1e-12 from the ends, and the remaining part is added. Tolerance
-    1e-9: quadrature and rounding have an error of 1e-10.
+    the window [0, 1], the quadrature covers times down to 1e-12 from the ends, and the contribution
+    of the remaining times is added. Tolerance 1e-9: quadrature and rounding have an error of 1e-10.
     """
     num_tokens = process.vocabulary.num_tokens
     tokens = torch.arange(num_tokens)
@@ -334,9 +340,10 @@ def constant_table(log_p: Tensor) -> Table:
 
 
 def _beyond_quadrature(process: ForwardProcess, log_p: Tensor) -> Tensor:
-    """Return the part [V] of the bound within 1e-12 of the ends.
+    """Return the part [V] of the bound that belongs to times within 1e-12 of 0 or 1.
 
-    This part is the closing and decoding terms at 1e-12 from the ends, minus those at the ends.
+    The part is the sum of the closing and decoding terms at a distance of 1e-12 from the ends,
+    minus the sum of these terms at the ends.
     """
     missing = _closing(process, log_p, LATEST) + _decoding(process, log_p, EARLIEST)
     if not process.closes_at_prior:
@@ -393,9 +400,9 @@ def random_joint(
 def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     """Make a network that predicts each of two tokens given the other position's state.
 
-    The prediction P(x_i | z_j) is exact under `log_joint` and excludes the own state z_i, as the
-    formulas of the bound require. At t = 1 the prediction is the marginal distribution of the
-    token, as the closing term of the bound requires.
+    The prediction P(x_i | z_j) is exact under `log_joint` and does not use the state z_i of the
+    same position, as the formulas of the bound require. At t = 1 the prediction is the marginal
+    distribution of the token, as the closing term of the bound requires.
     """
     joint = log_joint.exp()
 
@@ -411,8 +418,8 @@ def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
 def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     """Make a network that predicts each of two tokens given the states of both positions.
 
-    The prediction P(x_i | z) includes the own state z_i and is wrong for the bound, whose formulas
-    multiply the prediction by q_t(z_i|x_i).
+    The prediction P(x_i | z) uses the state z_i of the same position. It is wrong for the bound,
+    whose formulas multiply the prediction by q_t(z_i|x_i).
     """
     rest = rest_conditional_table(process, log_joint)
 
@@ -431,7 +438,7 @@ def _evidence(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return q_t(z|x) [B,V] over the tokens x; 1 at t = 1."""
+    """Return q_t(z|x) [B,V] of the states z for every token x; the value is 1 at t = 1."""
     evidence = token_likelihoods(process, zt, t)
     return torch.where((t < 1.0).unsqueeze(-1), evidence, 1.0)
 
@@ -446,9 +453,9 @@ def entropy_equality(
     """Check the expected bound of exact conditionals against the entropy of the data.
 
     X is a pair of tokens from a random joint distribution, and Z_t its noisy state. The network
-    predicts the exact distribution of each token given the state of the other position. On a window
-    (t0, t1), the expected bound must be H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) -
-    H(Z_t1)], where H is the entropy and the brackets are the cost of predicting tokens
+    predicts the exact distribution of each token X_i given the state of the other position. On a
+    window (t0, t1), the expected bound must be H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i
+    H(Z_i,t1) - H(Z_t1)], where H is the entropy. The brackets are the cost of predicting tokens
     independently. Tolerance 1e-8: quadrature and rounding have an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
@@ -471,11 +478,11 @@ def entropy_equality(
 def speed_equality(
     process: ForwardProcess, window: Window = (0.05, 0.9), path: Path = bent_path, finer: int = 1
 ) -> Iterator[Gap]:
-    """Check that the bound is unchanged if every position follows its own path of noise times.
+    """Check that the bound is unchanged if every position follows a separate path of noise times.
 
-    The paths t_i(v) of positions i have the same ends, and the speed dt_i/dv weights the integrand.
-    The bound must equal the value for a common path, because it depends on the ends only. Tolerance
-    1e-8: the quadrature has an error of 1e-9.
+    The paths t_i(v) of the positions i have the same ends, and the integrand is multiplied by the
+    speed dt_i/dv. The bound must equal the value for a common path, because it depends only on the
+    ends of the paths. Tolerance 1e-8: the quadrature has an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     table = rest_conditional_table(process, log_joint)
@@ -522,7 +529,7 @@ def _conditional_entropy(
     p: Tensor,
     unknown: tuple[int, ...],
 ) -> Tensor:
-    """Return the entropy of the axes `unknown` given the other axes of the joint distribution p."""
+    """Return the entropy of the axes `unknown` of a joint distribution p, given the other axes."""
     return _entropy(p) - _entropy(p.sum(unknown))
 
 
@@ -533,11 +540,11 @@ def _conditional_entropy(
 def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the bound over N discrete steps converges to the diffusion term as O(1/N).
 
-    The discrete bound is sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ) over the steps k
-    from t to s. It is extrapolated from N = 32, 64, 128 and compared with the integral of the
-    density, relative to the integral. The prediction depends on state and time, so the law fails if
-    density and reverse step belong to different generators. Tolerance 1e-3: extrapolation removes
-    the errors of order 1/N and 1/N^2, and leaves an error of order 1/N^3.
+    The discrete bound is sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ), where step k
+    leads from t to s. The limit is extrapolated from N = 32, 64, 128 and compared with the integral
+    of the density, relative to the integral. The prediction depends on state and time, so the law
+    fails if density and reverse step belong to different generators. Tolerance 1e-3: extrapolation
+    removes the errors of order 1/N and 1/N^2, and leaves an error of order 1/N^3.
     """
     window = FINITE[1]
     table = state_and_time_table(process)
@@ -580,7 +587,7 @@ def _discrete_bound(
 ) -> Tensor:
     """Return the discrete-time bound [V] without its closing and decoding terms.
 
-    The steps are even in logit t.
+    The times of the steps are evenly spaced in logit t.
     """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
@@ -620,9 +627,10 @@ def weights_are_level_flows(
 ) -> Iterator[Gap]:
     """Check that the expected weight of a level integrates to the probability of entering it.
 
-    The weight is that of the level's states in the bound of a tree process. The probability of
-    entering level l within a window (t0, t1) is F_l(t1) - F_l(t0), where F_l(t) is the probability
-    that a token has entered level l by time t. Tolerance 1e-8: the quadrature has an error of 1e-9.
+    The weight of a level is the total weight of its states in the bound of a tree process. Let
+    F_l(t) be the probability that a token has entered level l by time t. The probability of
+    entering level l within a window (t0, t1) is then F_l(t1) - F_l(t0). Tolerance 1e-8: the
+    quadrature has an error of 1e-9.
     """
     if not isinstance(process, TreeProcess):
         return

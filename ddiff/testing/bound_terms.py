@@ -1,8 +1,8 @@
 """Law of the bound with random draws, compared with an enumeration that shares no code with it.
 
-`bound.exact_nelbo` replaces the draws of the bound, so it cannot detect that a term draws from a
-wrong distribution. Here the process draws its states itself, from uniforms that cover the unit cube
-evenly.
+`bound.exact_nelbo` replaces the draws of the bound by enumerated states, so it cannot detect that a
+term draws from a wrong distribution. In this module, the process draws its states from uniforms
+that cover the unit cube evenly.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Formula = Callable[[DenseDistribution, Tensor, Tensor, Tensor], Tensor]
 class SobolRng(CounterRng):
     """Random generator that returns Sobol points, with separate dimensions for each channel.
 
-    A channel that is queried twice returns the same numbers twice, as in `CounterRng`. `queries`
-    counts the queries of each channel. `point` [B] is the index of the Sobol point of each
-    sequence, below `points`.
+    A channel that is queried twice returns the same numbers twice, as in `CounterRng`.
+    `self.queries` counts the queries of each channel. `point`, a tensor [B], holds the index of the
+    Sobol point of each sequence. Indices are below `points`.
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class SobolRng(CounterRng):
 class InformationPath:
     """Paths t_i(v) through the window along which the diffusion term of the bound varies little.
 
-    For some processes, the diffusion term at times uniform in t or logit t is rarely large, which
-    makes its mean inaccurate. Along these paths, the information I(X; Z_t) of a uniform token X
-    decreases evenly, and the mean of the term hardly depends on time. v runs from 0 to 1, more
-    slowly at the ends of the window. `bent_path` makes the path of every position i different.
+    For some processes, the diffusion term is rarely large at times that are uniform in t or logit
+    t, which makes the estimate of its mean inaccurate. Along these paths, the information I(X; Z_t)
+    of a uniform token X decreases evenly, and the mean of the term hardly depends on time. v runs
+    from 0 to 1. t changes more slowly with v near the ends of the window. `bent_path` makes the
+    path of every position i different.
     """
 
     def __init__(
@@ -161,11 +162,11 @@ def inner_information_window(process: ForwardProcess) -> Window:
 def sensitive_table(process: ForwardProcess) -> Table:
     """Make a network for two positions whose predictions depend on state and time at every t <= 1.
 
-    Up to a time `latest`, the prediction is the exact distribution of each token given the other
-    position's state. An exact network would ignore all states at t = 1 if the process closes at the
-    prior, and so hide a wrong state at t = 1. Above `latest`, the network therefore treats states
-    as if they were at time `latest`, and its prediction becomes flatter with time. States that
-    cannot occur count as uninformative.
+    Up to the time `latest`, the prediction is the exact distribution of each token given the state
+    of the other position. Above `latest`, the network treats states as if they were at time
+    `latest`, and its prediction becomes flatter with time. An exact network would ignore all states
+    at t = 1 if q_1 equals the prior, so that the law would not detect a wrong state at t = 1. A
+    state that cannot occur does not change the prediction.
     """
     latest = inner_information_window(process)[1]
     # the factor 0.5 flattens the joint, so that no term is tiny
@@ -193,9 +194,9 @@ def sensitive_table(process: ForwardProcess) -> Table:
 def replace_prior(process: ForwardProcess) -> ForwardProcess:
     """Copy a process and replace its prior by one that differs from q_1, the marginal at t = 1.
 
-    If the prior is q_1, a closing term that draws states from q_1(.|x0) in place of the prior
-    cannot be detected. In the new prior, all states have positive probabilities, which increase
-    with the id.
+    If the prior equals q_1, the law cannot detect a closing term that draws states from q_1(.|x0)
+    and not from the prior. In the new prior, every state has a positive probability, which
+    increases with the id of the state.
     """
     twin = copy.copy(process)
     weights = torch.arange(1.0, process.vocabulary.num_states + 1.0).double()
@@ -211,10 +212,10 @@ def draw_terms(
     window: Window,
     points: int = POINTS,
 ) -> tuple[NelboTerms, SobolRng]:
-    """Evaluate `nelbo` of sequences x0 [n,L] at every Sobol point.
+    """Evaluate `nelbo` of n sequences x0 [n,L] at every Sobol point.
 
-    Noise times lie on an `InformationPath`. Returns the terms [n,points,L] and the random
-    generator.
+    The noise times lie on an `InformationPath`. Returns the terms, each a tensor [n,points,L], and
+    the random generator.
     """
     length = x0.shape[1]
     sequence, point = product(
@@ -263,10 +264,11 @@ class Moments(NamedTuple):
 
 
 class Enumeration:
-    """Moments of the three terms of the bound for x0 [n,L], from the formulas of the process only.
+    """Exact moments of the three terms of the bound for sequences x0 [n,L].
 
-    A moment is the expectation of a term or of its square over all states of the scored positions.
-    Positions that are not scored keep their tokens at time 0.
+    They are computed from the formulas of the process only. A moment is the expectation of a term
+    or of its square over all states of the scored positions. Positions that are not scored keep
+    their tokens and have noise time 0.
     """
 
     def __init__(
@@ -425,11 +427,12 @@ def terms_have_their_expectations(
 ) -> Iterator[Gap]:
     """Check that every term of `nelbo` with random draws has its exact expectation.
 
-    The expectation is an enumeration over all states. Closing, diffusion and decoding terms are
-    compared separately, for each position, on the window [0, 1] and on an inner window. Positions
-    that are not scored must keep their tokens and have terms of 0. Each channel of the random
-    generator must be used for one draw only. Tolerance 1: the error is divided by 0.5 % of the term
-    plus two standard errors of as many random points; the error on Sobol points is half of that.
+    The expectation is computed by enumeration over all states. Closing, diffusion and decoding
+    terms are compared separately, for each position, on the window [0, 1] and on an inner window.
+    Positions that are not scored must keep their tokens and have terms of 0. Each channel of the
+    random generator must be used for one draw only. The error of a mean is divided by the allowed
+    error: 0.5 % of the term, plus two standard errors of a mean over the same number of random
+    points. Tolerance 1: means over Sobol points reach about half of the allowed error.
     """
     table = sensitive_table(process)
     # first, middle and last token, at either position
@@ -510,5 +513,5 @@ def _allowed(
     square: Tensor,
     points: int,
 ) -> Tensor:
-    """Return the largest accepted distance of a mean over `points` points from its expectation."""
+    """Return the largest accepted error of a mean over a number `points` of Sobol points."""
     return 0.005 * mean + 2.0 * (square / points).sqrt() + EXACT

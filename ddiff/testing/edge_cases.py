@@ -1,6 +1,6 @@
-"""Laws for predictions with probabilities of 0 and 1e-400.
+"""Laws for predictions that give a token probability 0 or 1e-400.
 
-A term of the bound may be infinite but never NaN.
+For such predictions, a term of the bound may be infinite but must not be NaN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ TERMS = ("divergence", "density", "decode_nll", "closing_kl")
 
 
 def extreme_distributions(num_tokens: int) -> Tensor:
-    """Return log-distributions [3V,V] in which one token has probability 0, 1e-400 or 1."""
+    """Return log-distributions [3V,V] in which one token has probability 0, 1e-400 or 1.
+
+    Every token occurs once with each of the three probabilities.
+    """
     middle = random_log_probs(num_tokens, 1)[0]
     token = torch.arange(num_tokens)
     impossible = middle.repeat(num_tokens, 1)
@@ -63,9 +66,10 @@ def _evaluate(
 def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the gradient of every term of the bound is finite wherever the term is finite.
 
-    Gradients are taken with respect to the prediction. Predictions are distributions with
-    probabilities of 0, 1e-400 and 1, and the scores of those distributions under which z_t can
-    occur. Tolerance 0: the condition is exact.
+    Gradients are taken with respect to the prediction. The prediction is a distribution in which
+    one token has probability 0, 1e-400 (stored as a logarithm) or 1, or it is the score of this
+    distribution, its log-ratios. If the distribution gives z_t probability 0, all log-ratios are 0.
+    Tolerance 0: the condition is exact.
     """
     rows = _extreme_rows(process)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
@@ -130,10 +134,10 @@ def _gradient_gaps(
 def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """Check the terms of the bound for predictions that give tokens probability 0.
 
-    Every term must equal its definition, computed by enumeration; the value may be +inf but not
-    NaN. If z_t cannot occur under the prediction, the terms must be infinite, with two exceptions:
-    every term is 0 if only x0 can have become z_t, and the density is 0 if no state moves to z_t.
-    Errors are relative. Tolerance 1e-9: float64 rounding.
+    Every term must equal its definition, computed by enumeration. The value may be +inf but not
+    NaN. If the prediction gives z_t probability 0, the terms must be infinite, with two exceptions.
+    Every term is 0 if x0 is the only token that can have become z_t. The density is 0 if no state
+    moves to z_t. Errors are relative. Tolerance 1e-9: float64 rounding.
     """
     rows = _extreme_rows(process)
     for term in TERMS:
@@ -185,13 +189,13 @@ def _value_gaps(
 
 
 def _true_marginal(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return q_t(.|x0) [r,S]."""
+    """Return the marginal q_t(.|x0) [r,S] of the rows' clean tokens."""
     row = torch.arange(len(rows.zt))
     return likelihoods_by_row(process, rows.t)[row, rows.x0]
 
 
 def _evidence(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return q_t(z_t|x) [r,V]."""
+    """Return q_t(z_t|x) [r,V] of the rows' states for every token x."""
     row = torch.arange(len(rows.zt))
     return likelihoods_by_row(process, rows.t)[row, :, rows.zt]
 
@@ -202,14 +206,14 @@ def _has_one_origin(evidence: Tensor) -> Tensor:
 
 
 def _expected_closing(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return KL( q_t(.|x0) || marginal under the prediction ), by its definition; [r]."""
+    """Return KL( q_t(.|x0) || marginal under the prediction ) [r], by its definition."""
     truth = _true_marginal(process, rows)
     log_model = process.log_marginal(rows.log_p, rows.t)
     return torch.where(truth > 0, truth * (truth.log() - log_model), 0.0).sum(-1)
 
 
 def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return -ln P(x0 | z_t) by Bayes' rule; [r]."""
+    """Return -ln P(x0 | z_t) [r] by Bayes' rule."""
     row = torch.arange(len(rows.zt))
     evidence = _evidence(process, rows)
     log_p = rows.log_p[row, rows.x0]
@@ -220,11 +224,11 @@ def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
 
 
 def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return the score entropy, summed over all states; [r], NaN where the density is undefined.
+    """Return the score entropy [r], summed over all states; NaN marks rows that cannot be compared.
 
-    The density is undefined if z_t cannot occur under the prediction, several tokens may have
-    become z_t, and all of these tokens imply the same reverse rates. Then 0, the value for nearby
-    predictions, and infinity are both correct.
+    A row is NaN if three conditions hold: the prediction gives z_t probability 0, several tokens
+    can have become z_t, and all of these tokens imply the same reverse rates. In such a row, both 0
+    (the value for nearby predictions) and infinity are correct.
     """
     own_state = rows.zt.unsqueeze(-1)
     # Q[y,z] for y != z

@@ -54,11 +54,11 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("information time: increasing, with dt/dtau its derivative", tolerance=1e-3)
 def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that t increases with information time tau, and that dt/dtau is its derivative.
+    """Check that the noise time t increases with information time tau, and that dt/dtau is correct.
 
-    The integral of dt/dtau between two values of tau is compared with the difference of t, relative
-    to the difference. A wrong derivative would bias every estimate of the bound. Tolerance 1e-3:
-    the error of Simpson's rule on 2000 panels.
+    The integral of dt/dtau between two values of tau is compared with the difference of t at these
+    values. The error is relative to that difference. A wrong derivative would bias every estimate
+    of the bound. Tolerance 1e-3: the error of Simpson's rule on 2000 panels.
     """
     tau = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     t, speed = process.information_time.at(tau)
@@ -81,11 +81,11 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("information time: tau is the fraction of the information lost", tolerance=0.01)
 def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that tau is the fraction of the information on the clean token that is lost by time
-    t(tau).
+    """Check that tau is the fraction of the information that is lost by time t(tau).
 
-    All information that is lost between tau = 0 and tau = 1 counts as 1. Tolerance 0.01: the error
-    of interpolation, which affects only the variance of estimates.
+    The information is the mutual information of the clean token and its noisy state. All
+    information that is lost between tau = 0 and tau = 1 counts as 1. Tolerance 0.01: the error of
+    interpolation, which affects only the variance of estimates.
     """
     tau = torch.linspace(0.0, 1.0, 41, dtype=torch.float64)
     t, _ = process.information_time.at(tau)
@@ -98,14 +98,14 @@ def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
 def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
     """Check that extreme noise times hold at most 0.4 of E[(speed * density)^2].
 
-    The expectation is over information time tau, for the uniform prediction; speed is dt/dtau, and
-    density is the integrand of the bound. Extreme are the first and last percent of tau. With a
-    larger fraction, most estimates of the bound miss a few large terms and are too low. Tolerance
-    0.4: the fraction of every shipped process is below 0.35, and between 0.5 and 1 with t drawn
-    uniformly.
+    The expectation is over information time tau, for the uniform prediction. Here speed is dt/dtau,
+    and density is the integrand of the bound. Extreme times are the first and the last percent of
+    tau. If they hold a larger fraction, most estimates of the bound miss a few large terms and are
+    too low. Tolerance 0.4: the fraction is below 0.35 for every process of ddiff, and it would be
+    between 0.5 and 1 if t were drawn uniformly.
 
-    Remedy for a broken law: correct overridden `information` and `change_probability`, or let the
-    window start later.
+    To repair a broken law, correct the overridden `information` and `change_probability`, or let
+    the window start later.
     """
     for window in WINDOWS:
         share = tail_variance_share(process, process.information_time, window)
@@ -115,11 +115,10 @@ def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
 def tail_variance_share(
     process: ForwardProcess, clock: TimeChange, window: tuple[float, float]
 ) -> Tensor:
-    """Return the fraction of the diffusion term's second moment that extreme noise times
-    contribute.
+    """Return the fraction of the diffusion term's second moment that lies at extreme noise times.
 
-    Extreme are the first and last percent of information time. The fraction is NaN if the second
-    moment is infinite; NaN breaks the law.
+    Extreme times are the first and the last percent of information time. The result is NaN if the
+    second moment is infinite; `variance_has_no_tail` then fails.
     """
     # fine cells where the integrand may be steep
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
@@ -138,7 +137,11 @@ def tail_variance_share(
 
 
 def _mean_square_density(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return E[density^2] [n] over uniform x and z ~ q_t(.|x), for the uniform prediction."""
+    """Return E[density^2] [n] of the uniform prediction at times t [n].
+
+    The expectation is over a uniform clean token x and its state z ~ q_t(.|x). The density is the
+    integrand of the bound.
+    """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     time, x0, zt = product(

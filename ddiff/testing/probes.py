@@ -79,7 +79,7 @@ def logit_ends(
     start: float,
     stop: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of two times, after moving the times into the open interval (0, 1)."""
+    """Return the logits of two times; times 0 and 1 are first moved into the interval (0, 1)."""
     first, last = torch.logit(interior(times((start, stop))))
     return first, last
 
@@ -89,8 +89,9 @@ def logit_nodes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return Gauss-Legendre nodes on equal panels of logit t, from logit start to logit stop.
 
-    Equal panels of logit t resolve integrands that are steep at t = 0 and t = 1. Returns v in [0,1]
-    (logit t, rescaled), logit t, and the weights of dv.
+    Equal panels of logit t resolve integrands that are steep at t = 0 and t = 1. Returns the nodes
+    v in [0,1] (logit t, rescaled), logit t at the nodes, and the quadrature weights for an integral
+    over v.
     """
     # nodes in [-1, 1], moved to each panel
     x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
@@ -108,9 +109,9 @@ def num_panels(
 ) -> int:
     """Return the number of quadrature panels for [start, stop]: one per 2.3 units of logit t.
 
-    With ten nodes per panel, this resolves integrands that are analytic within pi of the real axis
-    of logit t. A steeper integrand (a schedule that is an exponential of an exponential) needs
-    `finer` times as many panels.
+    With ten nodes per panel, this resolves an integrand that is an analytic function of logit t
+    within a distance of pi from the real axis. A steeper integrand, such as that of a schedule that
+    is an exponential of an exponential, needs `finer` times as many panels.
     """
     first, last = logit_ends(start, stop)
     return finer * max(2, math.ceil(float(last - first) / PANEL))
@@ -141,9 +142,9 @@ def integral(
 
 
 def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return q_t(z|x) as [r,V,S] for V tokens x and S states z at times t [r].
+    """Return q_t(z|x) [r,V,S] for V tokens x and S states z at times t [r].
 
-    Only `log_marginal` of the process is used.
+    It is computed by `log_marginal` of the process only.
     """
     num_tokens = process.vocabulary.num_tokens
     log_p = certain_log_probs(num_tokens).repeat(len(t), 1)
@@ -152,7 +153,7 @@ def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 def likelihoods_by_row(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return q_t(z|x) as [r,V,S] at times t [r], computing each distinct time once."""
+    """Return q_t(z|x) [r,V,S] at times t [r]; each distinct time is computed once."""
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place]
 
@@ -162,16 +163,17 @@ def token_likelihoods(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return q_t(z|x) of each row's state z for every token x: [r,V] for zt, t [r]."""
+    """Return q_t(z|x) [r,V] of each row's state z for every token x, for zt [r] and t [r]."""
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place, :, zt]
 
 
 class ReachableRows:
-    """Every combination of predicted distribution, clean token, state and time that can occur.
+    """Every combination of prediction, clean token x0, state zt and noise time t that can occur.
 
-    A row can occur if q_t(zt|x0) > 0. The attributes are row-wise tensors: x0, zt [r] long, t [r],
-    weight [r] = q_t(zt|x0), log_p [r,V]. `dist` is log_p as a distribution of the clean token.
+    A combination can occur if q_t(zt|x0) > 0. Each combination is a row of the attributes: x0 [r]
+    and zt [r] of type long, t [r], weight [r] = q_t(zt|x0), and log_p [r,V], the logarithm of the
+    predicted distribution. `self.dist` is log_p as a distribution of the clean token.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class ReachableRows:
 
     @property
     def args(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(x0, zt, t): the arguments of a process formula that follow the prediction."""
+        """Return (x0, zt, t), the arguments of a process formula that follow the prediction."""
         return self.x0, self.zt, self.t
 
     @property
@@ -227,8 +229,8 @@ class TableQuery:
     """Query that returns predictions from fixed log-distributions log_p [n,V].
 
     The prediction of a row covers only the tokens below the queried `node`, so that a formula that
-    needs other tokens fails. `calls` is the number of calls; `queried` holds the rows of the latest
-    call.
+    needs other tokens fails. `self.calls` is the number of calls. `self.queried` holds the row
+    numbers of the latest call.
     """
 
     def __init__(
@@ -260,7 +262,10 @@ class TableQuery:
 def distributions_below(
     log_p: Tensor, node: Tensor, vocabulary: Vocabulary
 ) -> Iterator[tuple[Tensor, CleanDistribution]]:
-    """Group rows by node; yield (row indices, predicted distribution below the node)."""
+    """Group rows by node, and yield the row indices and the predicted distribution for each node.
+
+    The distribution covers only the tokens below the node.
+    """
     for top in node.unique().tolist():
         idx = (node == top).nonzero().squeeze(-1)
         if top == vocabulary.root:
@@ -282,7 +287,7 @@ def evaluate_below(
 ) -> Tensor:
     """Evaluate formula(prediction, *arguments) with predictions restricted to tokens below `node`.
 
-    Returns one value per row, [r].
+    Returns a tensor [r] with one value per row.
     """
     rows = torch.arange(len(log_p))
     return TableQuery(log_p, vocabulary)(rows, node, formula, *arguments)

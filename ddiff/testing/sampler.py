@@ -1,9 +1,9 @@
 """Laws of a sampler: its declarations, compared with the distribution of its samples.
 
-Samples are pairs of tokens, drawn under a network that predicts exactly for a known joint
-distribution. The total variation distance of the samples to the joint is then the sampler's own
-error. A check takes a function from a number of steps to a `Sampler`, because an order of
-convergence shows only over several numbers of steps.
+Samples are pairs of tokens. They are drawn under a network that predicts exactly for a known joint
+distribution of the pair, so that the total variation distance between samples and joint
+distribution is the error of the sampler. A check takes a function from a number of steps to a
+`Sampler`, because an order of convergence can only be measured over several numbers of steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SLACK = 0.6  # of an order: rates are clipped at 0 on this joint, which halves s
 class SamplerCase(NamedTuple):
     """Sampler to check: a builder for any number of steps, a process, and the kind of prediction.
 
-    The process is None for next-token models.
+    The process is None for next-token models. The kind of prediction is that of the network.
     """
 
     build: Callable[[int], Sampler]
@@ -76,7 +76,10 @@ class SamplerCase(NamedTuple):
 
 
 class NextTokenNetwork:
-    """Network of a next-token model: predicts each token of the joint given the previous token."""
+    """Network of a next-token model: predicts each token given the previous token.
+
+    The predictions are exact for the joint distribution of two tokens.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -94,7 +97,10 @@ class NextTokenNetwork:
 
 
 def small_processes() -> dict[str, ForwardProcess | None]:
-    """Return processes on three tokens by name: masks, a tree, uniform noise, and None."""
+    """Return four processes on three tokens, by name, on which samplers are checked.
+
+    They are masked diffusion, diffusion on a tree, uniform noise, and None for next-token models.
+    """
     unmasked = FlatVocabulary(3, mask=False)
     tree = HierarchicalVocabulary([[0, 1, 0]])
     return {
@@ -123,8 +129,7 @@ def check_sampler(
 def measure_distance(case: SamplerCase, steps: int) -> float:
     """Measure the total variation distance between the joint distribution and the samples.
 
-    The number of samples is `POINTS` for a process, and a quarter of `POINTS` for a next-token
-    model.
+    `POINTS` samples are drawn for a process, and a quarter of `POINTS` for a next-token model.
     """
     if case.process is None:
         final = case.generate(
@@ -147,7 +152,7 @@ def _draw_samples(
     process: ForwardProcess,
     steps: int,
 ) -> Tensor:
-    """Return final states [POINTS,2], with a faster random generator than `generate` uses."""
+    """Draw samples with a faster random generator than that of `generate`; return [POINTS,2]."""
     rng = FastRng(POINTS, seed=7)
     canvas = make_canvas(
         process.prior.draw(rng.uniform("start")),
@@ -166,8 +171,8 @@ def _draw_samples(
 def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
     """Check that the declared `quality` and `order` of a sampler are consistent.
 
-    `quality` must be "exact", "of an order" or "heuristic". `order` must be at least 1 for "of an
-    order", and 0 otherwise. Tolerance 0: the conditions are exact.
+    `quality` must be "exact", "of an order" or "heuristic". `order` must be at least 1 if `quality`
+    is "of an order", and 0 otherwise. Tolerance 0: the conditions are exact.
     """
     sampler = case.build(FEW)
     is_unknown = sampler.quality not in get_args(Quality)
@@ -186,9 +191,9 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: yields as many canvases as steps", tolerance=0.0)
 def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
-    """Check that `run` yields as many canvases as the property `steps` declares, unless it is None.
+    """Check that `run` yields as many canvases as the property `steps` declares.
 
-    Tolerance 0: canvases are counted.
+    The law does not apply if `steps` is None. Tolerance 0: canvases are counted.
     """
     for steps in (1, 3):
         declared = case.build(steps).steps
@@ -210,7 +215,7 @@ def _count_canvases(case: SamplerCase, steps: int) -> int:
 
 @law("sampler: returns tokens and keeps the prompt", tolerance=0.0)
 def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
-    """Check that the final canvas holds only tokens, and that prompt positions keep their tokens.
+    """Check that the final canvas contains only tokens and that prompt positions keep their tokens.
 
     Tolerance 0: ids are integers.
     """
@@ -235,8 +240,8 @@ def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
 def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
     """Check that a sample depends only on the seed and the index of the sample.
 
-    Samples are drawn again, in a smaller batch, and in reverse order, and must be the same.
-    Tolerance 0: ids are integers.
+    The same samples are drawn a second time, in a smaller batch, and in reverse order. They must be
+    equal each time. Tolerance 0: ids are integers.
     """
     index = torch.arange(24)
     expected = case.generate(3, index, seed=11)
@@ -256,10 +261,11 @@ def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: exact if declared exact", tolerance=NOISE)
 def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
-    """Check that a sampler declared "exact" draws from the joint, for any number of steps.
+    """Check that a sampler declared "exact" draws from the joint distribution.
 
-    The error is the total variation distance between samples and joint distribution. Tolerance
-    0.02: the randomness of the samples adds 0.006.
+    The law is tested for several numbers of steps. The error is the total variation distance
+    between samples and joint distribution. Tolerance 0.02: the randomness of the samples adds
+    0.006.
     """
     if case.build(FEW).quality != "exact":
         return
@@ -273,11 +279,12 @@ def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
 def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
     """Check that a sampler reaches its declared order of convergence.
 
-    With order p, four times as many steps must divide the total variation distance to the joint by
-    4^p, for some number of steps. The error is the declared order minus the largest measured order.
-    The number of steps grows until the distance is too small to measure. Trees are left out,
-    because orders show only after many steps. Tolerance 0.6: rates are clipped at 0 on this joint,
-    which costs up to 0.6 of an order.
+    With order p, four times as many steps must divide the total variation distance to the joint
+    distribution by 4^p, for at least one number of steps. The error is the declared order minus the
+    largest measured order. The number of steps grows until the distance is too small to measure.
+    Trees are not tested, because their orders can be measured only with many steps. Tolerance 0.6:
+    some rates are clipped at 0 for this joint distribution, which lowers the measured order by up
+    to 0.6.
     """
     sampler = case.build(FEW)
     if sampler.quality != "of an order" or case.vocabulary.num_levels > 1:
@@ -319,7 +326,7 @@ SAMPLER_LAWS = (
 def find_accepted_processes(
     build: Callable[[Vocabulary, int], Sampler],
 ) -> tuple[dict[str, SamplerCase], list[str]]:
-    """Find the small processes that a sampler accepts, by name, and the reasons for its rejections.
+    """Find the small processes that a sampler accepts, by name, and the errors of its rejections.
 
     `build(vocabulary, steps)` makes the sampler. Only an ArgumentError counts as a rejection; other
     exceptions are raised.

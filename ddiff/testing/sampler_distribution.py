@@ -1,7 +1,7 @@
-"""Distribution of a sampler's output on a joint of two tokens, under an exact network.
+"""Distribution of a sampler's output on a joint distribution of two tokens.
 
 The network predicts the exact distribution of each token given the other position's state. The
-distance of the output to the joint is then the sampler's own error.
+distance between output and joint distribution is then the error of the sampler.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ DIMENSIONS = 32  # of the Sobol points: uniforms of one step
 
 
 class SamplerMeasurement(NamedTuple):
-    """Distribution `dist` [S,S] of the two final states, and the mean number of network runs."""
+    """Measured distribution of the two final states, and the mean number of network evaluations.
+
+    `dist` is a tensor [S,S] of probabilities.
+    """
 
     dist: Tensor
     runs: float
 
     def distance(self, joint: Tensor) -> float:
-        """Return the total variation distance to `joint` [V,V]."""
+        """Return the total variation distance of the measured distribution to `joint` [V,V]."""
         whole = torch.zeros_like(self.dist)
         whole[: len(joint), : len(joint)] = joint
         return 0.5 * float((self.dist - whole).abs().sum())
@@ -48,7 +51,8 @@ def condition_on_other(
 ) -> Tensor:
     """Return log-distributions [B,2,V] of each token given the other position's state.
 
-    The arguments zt, t, clean have the shape [B,2]. The state of a clean position is its token.
+    The states zt, the noise times t and the mask `clean` have the shape [B,2]. The state of a
+    position marked by `clean` is its token.
     """
     evidence = _evidence(process, zt, t)
     token = torch.where(clean, zt, 0)
@@ -80,9 +84,9 @@ def _evidence(
 
 @final
 class ExactNetwork:
-    """Network that predicts exactly for tokens with the distribution `joint` [V,V].
+    """Network that predicts exactly for two tokens with the distribution `joint` [V,V].
 
-    With `predicts = "score"` the predictions are the scores of the same distributions.
+    With `predicts = "score"`, the predictions are the scores of the exact distributions.
     """
 
     def __init__(
@@ -167,7 +171,8 @@ class FastRng(CounterRng):
 class ShiftedSobolRng(CounterRng):
     """Random generator of Sobol points, with a random shift per canvas that makes them unbiased.
 
-    Canvas i has `counts[i]` rows, and every canvas uses the first Sobol points.
+    The rows of a batch are copies of a few canvases: `counts[i]` rows are copies of canvas i. The
+    copies of every canvas use the first Sobol points.
     """
 
     def __init__(
@@ -218,12 +223,12 @@ def measure_sampler(
 ) -> SamplerMeasurement:
     """Measure the distribution of a sampler's output under the exact network of `joint` [V,V].
 
-    A `GridSampler` that keeps only the canvas from step to step is measured step by step: every
-    step starts from all possible canvases, and `points` draws are divided among them by
-    probability. Other samplers draw `points` whole samples.
+    A `GridSampler` that keeps only the canvas from step to step is measured step by step. Every
+    step starts from all possible canvases, and `points` draws are divided among the canvases in
+    proportion to their probabilities. For other samplers, `points` whole samples are drawn.
 
-    `apart` declares that positions move independently given the canvas. The distribution after a
-    step is then the product of the distributions of both positions.
+    If `apart` is true, the two positions move independently given the canvas. The distribution
+    after a step is then computed as the product of the distributions of both positions.
     """
     network = ExactNetwork(process, joint, predicts)
     sampler.check_supported(process, predicts)
@@ -297,7 +302,7 @@ def _sum_of_products(
     canvas: Tensor,
     size: int,
 ) -> Tensor:
-    """Return the sum over canvases of the product of both positions' distributions: [S,S].
+    """Return the sum [S,S] over canvases of the product of both positions' distributions.
 
     Rows zt [n,2] of the same canvas have the same weight.
     """
@@ -318,7 +323,7 @@ def _sum_of_products(
 
 
 def make_canvas(zt: Tensor, t: float) -> Canvas:
-    """Make a canvas at time t on which all positions are to be generated."""
+    """Make a canvas with states zt at time t, on which every position is to be generated."""
     free = torch.ones(zt.shape, dtype=torch.bool)
     return Canvas(
         zt,

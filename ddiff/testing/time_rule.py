@@ -1,4 +1,4 @@
-"""Laws of a time rule, which draws the noise times of every position of a batch."""
+"""Laws of a time rule, which draws the noise time of every position of a batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
 def _mean_scored_time(end: Times) -> Tensor:
     """Return the mean noise time [L] of each position over the sequences that score the position.
 
-    A sequence scores a position if the speed of the position is above 0.
+    A position is scored by the bound in a sequence if its speed is above 0.
     """
     # with windows, only some sequences score a position
     scored = (end.speed > 0).double()
@@ -85,8 +85,8 @@ def _outside(times: Times) -> Tensor:
 def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
     """Check that noise times lie in [0, 1] and that speeds are finite and >= 0.
 
-    The speed is the weight of a position in the bound. It must be 0 at positions that are clean or
-    at the prior. Tolerance 0: the conditions are exact.
+    The speed is the weight of a position in the bound. It must be 0 at positions that are clean and
+    at positions whose state is drawn from the prior. Tolerance 0: the conditions are exact.
     """
     drawn = _draw_batch(rule)
     yield compare(
@@ -130,9 +130,9 @@ def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
 def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
     """Check that the mean of speed * g(t) is the integral of g over the window of each position.
 
-    Tested for g = 1, t and t^2, with the error relative to the integral. Tolerance 0.04: the
-    standard error over 128 batches of 64 samples is at most 0.01. The largest standard error is
-    that of a rule that scores each position in one of five sequences, with weight 5.
+    The functions g are 1, t and t^2. The error is relative to the integral. Tolerance 0.04: the
+    standard error over 128 batches of 64 samples is at most 0.01. A rule that scores each position
+    in one of five sequences, with weight 5, has the largest standard error.
     """
     batches = [_draw_batch(rule, step) for step in range(DRAWS)]
     t = torch.stack([times.t for times in batches])
@@ -149,9 +149,9 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
 def ends_are_scored_once(rule: TimeRule) -> Iterator[Gap]:
     """Check that the bound scores every position once at either end of its window, on average.
 
-    The mean speed at each end must be 1, and the noise time of a scored position must be that end.
-    Tolerance 0.1: for a position scored in one of four sequences with speed 4, the mean over 128
-    batches of 64 samples has a standard error of 0.02.
+    At each end, the mean speed of a position must be 1, and the noise time of a scored position
+    must be the time of that end. Tolerance 0.1: for a position that is scored in one of four
+    sequences with speed 4, the mean over 128 batches of 64 samples has a standard error of 0.02.
     """
     first, last = _window(rule)
     pairs = [_ends(rule, step) for step in range(DRAWS)]
@@ -187,8 +187,8 @@ def _end_gaps(
 def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
     """Check that eight contiguous parts of a batch have nearly the same mean noise time.
 
-    Parts stand for ranks or micro-batches. Noise times are rescaled to [0, 1] over the window;
-    clean positions count as 0 and positions at the prior as 1. Tolerance 0.15: with 8 samples per
+    Parts stand for ranks or micro-batches. Noise times are rescaled to [0, 1] over the window.
+    Clean positions count as 0, and positions at the prior as 1. Tolerance 0.15: with 8 samples per
     part in van der Corput order, means differ by up to 1/8. If each part drew a contiguous slice of
     times, means would differ by 0.45.
     """
@@ -207,10 +207,10 @@ def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: the path moves forward at its declared speed", tolerance=1e-9)
 def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
-    """Check that noise times along `at` never decrease and grow at the declared speed.
+    """Check that the noise times of `rule.at(tau)` never decrease and grow at the declared speed.
 
-    tau runs from 0 to 1. Each position must be clean at first, then move through its window, and
-    then be at the prior. Within the window, difference quotients of t are compared with speed =
+    tau runs from 0 to 1. Each position must be clean at first, then pass through its window, and
+    then be at the prior. Within the window, difference quotients of t are compared with the speed
     dt/dtau. Tolerance 1e-9: difference quotients of straight lines have an error of 1e-10.
     """
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
@@ -242,7 +242,8 @@ def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
 
     A position attends to all positions in its own block and in earlier blocks. Block numbers must
     not decrease from left to right. Clean positions must be in earlier blocks than every scored
-    position, and positions at the prior in later blocks. Tolerance 0: block numbers are integers.
+    position. Positions at the prior must be in later blocks than every scored position. Tolerance
+    0: block numbers are integers.
     """
     path = rule.at(
         IdentityTime(),
