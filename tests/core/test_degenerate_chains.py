@@ -60,7 +60,9 @@ def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2
 @pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
 @pytest.mark.parametrize("length", [1, 4096])
 @pytest.mark.parametrize("noise", ["mask", "tokens"])
-def test_bound_of_process_that_starts_late_is_exact(noise: str, length: int, start: float) -> None:
+def test_bound_is_exact_if_rates_are_zero_at_early_times(
+    noise: str, length: int, start: float
+) -> None:
     masked = noise == "mask"
     vocabulary = MASKED if masked else BARE
     target = mask_distribution(vocabulary) if masked else token_distribution(vocabulary)
@@ -70,7 +72,7 @@ def test_bound_of_process_that_starts_late_is_exact(noise: str, length: int, sta
         assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
 
 
-def test_time_draws_do_not_cluster_where_chain_pauses() -> None:
+def test_time_draws_do_not_cluster_where_rates_are_zero() -> None:
     matrix = torch.ones(3, 3, dtype=torch.float64) - 3.0 * torch.eye(3, dtype=torch.float64)
 
     def late(t: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
     assert charged == pytest.approx([expected] * 5, rel=5e-3)
 
 
-def test_information_outside_interior_times_is_covered_by_end_terms() -> None:
+def test_information_time_at_0_and_1_gives_the_extreme_noise_times() -> None:
     """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time."""
     early = PROCESSES["early masks"].information_time
     assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)
@@ -191,7 +191,7 @@ def test_information_outside_interior_times_is_covered_by_end_terms() -> None:
     assert plain.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
-def test_information_time_of_unclosed_process_spans_all_of_t() -> None:
+def test_information_time_with_noise_at_both_ends_spans_0_to_1() -> None:
     process = MixtureProcess(
         FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0])
     )
@@ -214,6 +214,6 @@ def test_monotone_map_rises_and_passes_through_its_knots(steps: list[float], see
     assert bool((mapped(fine)[1] >= 0).all())
 
 
-def test_identity_time_is_the_identity() -> None:
+def test_identity_time_maps_tau_to_equal_t() -> None:
     assert IdentityTime().at(TAU)[0] is TAU
     assert torch.equal(IdentityTime().draw(TAU, 0.2, 0.6, 5)[0], 0.2 + (0.6 - 0.2) * TAU)

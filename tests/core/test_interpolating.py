@@ -113,7 +113,7 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
 
 @pytest.mark.parametrize("name", THINNED)
 @pytest.mark.parametrize(("t", "s"), [(0.77, 0.31), (0.5, 0.49), (1.0, 0.6), (0.4, 0.0)])
-def test_thinned_step_follows_posterior_of_dense_process(name: str, t: float, s: float) -> None:
+def test_thinned_step_equals_exact_reverse_transition(name: str, t: float, s: float) -> None:
     process = THINNED[name]()
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     reached = process.log_marginal(log_p, full(t, log_p[:, 0]))[0].exp() > 1e-12
@@ -165,7 +165,7 @@ class WideDoubles(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_component_process_makes_no_float64_tensor_of_vocabulary_width(even: bool) -> None:
+def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
     vocabulary, rows = FlatVocabulary(500), 64
     process = MaskAndWords(vocabulary)
     process._is_even_on_tokens = even
@@ -257,7 +257,7 @@ EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
 
 
 @pytest.mark.parametrize("name", EVENTFUL)
-def test_chain_of_events_follows_the_posterior(name: str) -> None:
+def test_simulated_events_reproduce_the_reverse_transition(name: str) -> None:
     """20,000 chains from t = 0.9 to s = 0.15 under a constant prediction.
 
     A share is off by more than five
@@ -288,7 +288,7 @@ def test_chain_of_events_follows_the_posterior(name: str) -> None:
         assert bool(((shares - expected).abs() <= limit).all()), (z, shares, expected)
 
 
-def test_event_time_is_zero_if_nothing_arrives() -> None:
+def test_event_time_is_zero_for_states_without_events() -> None:
     process = MixtureProcess(MASKED, LinearSchedule(), mask_distribution(MASKED))
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
@@ -312,7 +312,7 @@ def test_event_time_of_process_without_events_raises_argument_error() -> None:
         process.event_time(zt, full(0.5, zt), full(0.5, zt))
 
 
-def test_event_rejects_arrivals_that_jump_within_a_cell() -> None:
+def test_event_rejects_rates_above_the_rate_of_candidate_events() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
         """Arrivals that triple within a thousandth of time, between the edges of the cells."""
 

@@ -84,7 +84,7 @@ def test_distribution_results_keep_dtype_of_log_p() -> None:
 
 @given(trees(), st.integers(0, 99), st.booleans())
 @many
-def test_draw_is_inverse_cdf_below_the_node_in_tree_order(
+def test_draw_is_inverse_cdf_over_tokens_below_the_node(
     tree: HierarchicalVocabulary, seed: int, impossible: bool
 ) -> None:
     log_p = random_log_p(tree.num_tokens, seed, rows=1, impossible=impossible)

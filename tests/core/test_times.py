@@ -65,7 +65,7 @@ def test_contiguous_quarter_of_any_batch_has_mean_time_near_one_half(slots: int)
         assert float((means - 0.5).abs().max()) < 1.2 / share + 0.5 / slots
 
 
-def test_strata_in_plain_order_have_uneven_quarters() -> None:
+def test_strata_in_increasing_order_give_first_quarter_mean_one_eighth() -> None:
     """Contiguous strata would give the first rank a mean time of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 

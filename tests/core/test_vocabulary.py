@@ -106,7 +106,7 @@ def test_flat_vocabulary_with_mask_is_tree_of_one_level() -> None:
     assert flat.children(3).tolist() == [0, 1, 2]
 
 
-def test_root_without_mask_is_no_state() -> None:
+def test_flat_vocabulary_without_mask_has_no_root_state() -> None:
     bare = FlatVocabulary(3, mask=False)
     assert (bare.num_levels, bare.num_states, bare.mask_id, bare.root) == (0, 3, None, 3)
     assert bare.level_of(torch.arange(4)).tolist() == [0, 0, 0, 1]
@@ -118,7 +118,7 @@ def test_root_without_mask_is_no_state() -> None:
     assert stop.tolist() == [1, 2, 3, 3]
 
 
-def test_root_is_added_only_if_missing() -> None:
+def test_hierarchical_vocabulary_adds_a_root_only_if_missing() -> None:
     assert HierarchicalVocabulary([[0, 1, 0]]).level_sizes == (3, 2, 1)
     assert HierarchicalVocabulary([[0, 1, 0], [0, 0]]).level_sizes == (3, 2, 1)
 
@@ -179,7 +179,7 @@ def test_from_labels_rejects_ragged_or_empty_labels(
         ([[0, 1], [0, 0, 0]], r"parents\[0\] names 2 nodes, but parents\[1\] has 3 entries"),
     ],
 )
-def test_hierarchical_vocabulary_rejects_parent_lists_of_no_tree(
+def test_hierarchical_vocabulary_rejects_parents_that_form_no_tree(
     parents: Parents, message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):

@@ -88,14 +88,14 @@ def test_bound_of_exact_prediction_is_entropy_plus_cost_of_ends(process: str, ru
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired", "slide 2, alone"])
-def test_bound_of_exact_prediction_holds_for_jumps_between_nodes(rule: str) -> None:
+def test_bound_of_tree_with_jumps_is_entropy_plus_end_cost(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(STRAYING, times)))
     assert total == pytest.approx(float(ENTROPY) + cost(STRAYING, times, WINDOW), abs=QUADRATURE)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_masking_on_whole_time_has_no_cost_of_ends(rule: str) -> None:
+def test_masked_process_on_unit_interval_has_zero_end_terms(rule: str) -> None:
     """The integrand is a polynomial there, so that the error is rounding."""
     closing, diffusion, decoding = exact_terms(PROCESSES["masked"], RULES[rule])
     assert not closing.any()
@@ -104,7 +104,7 @@ def test_masking_on_whole_time_has_no_cost_of_ends(rule: str) -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_slide_end_terms_are_zero_exactly_if_process_closes(process: str) -> None:
+def test_slide_end_terms_are_zero_if_and_only_if_process_closes(process: str) -> None:
     rule = RULES["slide 2, paired"]
     terms = exact_terms(PROCESSES[process], rule)
     closes = PROCESSES[process].closes_at_clean
@@ -269,7 +269,7 @@ def test_jointly_stratified_windows_are_uniform() -> None:
     assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5
 
 
-def test_slide_times_rise_from_decoded_side_as_window_moves() -> None:
+def test_slide_window_times_rise_from_left_to_right() -> None:
     tau = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     times = WindowTimes(4, "slide").at(IdentityTime(), tau, 12)
     assert times.at_prior is not None

@@ -199,7 +199,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_nelbo_satisfies_the_law_of_bound_terms(name: str) -> None:
+def test_random_nelbo_terms_have_their_exact_expectation(name: str) -> None:
     report = terms_have_their_expectations(PROCESSES[name])
     assert report.passed, str(report)
     assert report.probes > 2 * 3 * 6
@@ -207,7 +207,7 @@ def test_nelbo_satisfies_the_law_of_bound_terms(name: str) -> None:
 
 @pytest.mark.parametrize("fault_name", FAULTS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_law_of_bound_terms_detects_planted_faults(
+def test_bound_terms_law_detects_planted_faults(
     name: str, fault_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, fault, term = FAULTS[fault_name]
@@ -233,7 +233,7 @@ def test_entropy_law_detects_swapped_channels_of_the_random_generator(
     assert not bound.entropy_equality(process).passed
 
 
-def test_check_process_includes_the_law_of_bound_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_process_includes_the_bound_terms_law(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elbo, "closing_term", closing_with(draw_from_q_1))
     broken = {report.law for report in check_process(PROCESSES["masked"]) if not report.passed}
     assert terms_have_their_expectations.name in broken

@@ -77,7 +77,7 @@ def test_sedd_decoding_of_visible_tokens_is_zero() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_satisfy_the_law_of_excluded_tokens(process: ForwardProcess) -> None:
+def test_processes_satisfy_the_excluded_token_law(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (impossible_truth_is_bayes,))
     assert report.passed, str(report)
     assert impossible_truth_is_bayes in PROCESS_LAWS

@@ -37,7 +37,7 @@ def test_hybrid_gamma_0_has_finite_gradients_at_masks_and_tokens(state: int) -> 
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_satisfy_the_law_of_finite_gradients(process: ForwardProcess) -> None:
+def test_bound_terms_of_every_process_have_finite_gradients(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (gradients_are_finite,))
     assert report.passed, str(report)
 
@@ -70,7 +70,7 @@ def test_bound_terms_have_finite_gradients_at_extreme_logits(
         assert bool(leaf.grad[finite].isfinite().all())
 
 
-def test_law_of_finite_gradients_detects_zero_times_infinity() -> None:
+def test_gradient_law_detects_zero_times_infinity() -> None:
     """The planted fault masks an infinite value with torch.where, so that its gradient is NaN."""
     process = GammaHybrid(FlatVocabulary(3), 0.0)
 

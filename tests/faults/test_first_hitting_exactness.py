@@ -69,7 +69,7 @@ def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Fo
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_first_hitting_range_is_set_by_until_at_any_length(
+def test_expected_noisy_positions_at_end_of_first_hitting_equal_until(
     p_uniform: float, gamma: float, length: int
 ) -> None:
     """At the last simulated time the expected number of noisy positions is `until`; at the first
@@ -83,14 +83,14 @@ def test_first_hitting_range_is_set_by_until_at_any_length(
     assert length * alpha == pytest.approx(until, rel=1e-3)
 
 
-def test_first_hitting_follows_events_longer_in_longer_sequences() -> None:
+def test_first_hitting_time_range_grows_with_sequence_length() -> None:
     process = gidd(0.2, 1.0)
     begins, finishes = zip(*(find_event_interval(process, 1e-3, length) for length in (2, 16, 128)))
     assert begins[0] < begins[1] < begins[2]
     assert finishes[0] > finishes[1] > finishes[2]
 
 
-def test_first_hitting_range_is_set_by_the_token_that_decays_fastest() -> None:
+def test_first_hitting_time_range_is_set_by_fastest_decaying_token() -> None:
     """The noise distribution is uneven, so that tokens decay at different rates."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))

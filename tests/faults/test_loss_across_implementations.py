@@ -102,7 +102,7 @@ def test_clipped_loss_at_t_0_99_equals_the_unclipped_loss() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_satisfy_the_law_of_the_loss_weight(process: ForwardProcess) -> None:
+def test_loss_weight_of_every_process_is_the_true_reverse_rate(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (weight_is_derived,))
     assert report.passed, str(report)
     assert weight_is_derived in PROCESS_LAWS

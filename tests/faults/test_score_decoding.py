@@ -113,7 +113,7 @@ def test_decode_nll_of_exact_scores_and_exact_posteriors_is_equal(process: Forwa
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_satisfy_the_laws_of_scores(process: ForwardProcess) -> None:
+def test_every_process_obeys_the_score_laws(process: ForwardProcess) -> None:
     for report in evaluate_laws(process, (scores_at_ends, scores_decode_to_posterior)):
         assert report.passed, str(report)
 

@@ -295,7 +295,7 @@ def test_entropy_law_detects_full_conditional(form: Form) -> None:
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
-def test_ratio_head_gives_exact_density_only_if_scaled() -> None:
+def test_score_head_gives_exact_density_only_if_scaled() -> None:
     """A head that outputs ln p + ln V gives the score of p only with the scale."""
     process = absorbing()
     rows = ReachableRows(process, times(INNER))

@@ -284,7 +284,7 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
-def test_only_paper_rates_detect_interpolating_chain() -> None:
+def test_only_comparison_with_published_rates_detects_interpolating_chain() -> None:
     """A consistent chain with another generator obeys all other laws."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (

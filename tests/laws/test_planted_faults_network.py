@@ -182,7 +182,9 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
-def test_evidence_law_detects_unconverted_full_conditional(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_law_detects_missing_division_by_own_evidence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ddiff.nn import parameterization as engine
 
     given_all = Denoiser(MeanBackbone(), TokenHead(FlatVocabulary(3), 4), parameterization="all")

@@ -256,7 +256,7 @@ PROMPTS = {
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_cached_pass_block_by_block_equals_the_full_pass(
+def test_forward_with_cache_block_by_block_equals_one_full_forward(
     backbone: DiT, blocks: str, prompt: str, inputs: Inputs, name: str
 ) -> None:
     """Every block is asked twice with other noise, as a sampler does, and then settled."""
@@ -289,7 +289,7 @@ class Counting(Backbone):
         return self.backbone(ids, t, context)
 
 
-def test_clean_columns_run_once_with_a_cache(backbone: DiT) -> None:
+def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) -> None:
     """Two steps in each of the blocks of four: a settled block goes along once more, as clean as it then is. Word by word
     nothing is run twice."""
     counted = Counting(backbone)
@@ -324,7 +324,7 @@ def test_clean_columns_run_once_with_a_cache(backbone: DiT) -> None:
 
 
 @pytest.mark.parametrize("inputs", ["own", "previous"])
-def test_cache_is_cropped_at_the_first_changed_column(backbone: DiT, inputs: Inputs) -> None:
+def test_cache_is_cropped_at_the_first_changed_position(backbone: DiT, inputs: Inputs) -> None:
     """A settled word that changes, blocks drawn anew, another batch: the result is the whole pass's all the same."""
     model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
     changed = final.clone()

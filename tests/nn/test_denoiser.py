@@ -152,7 +152,7 @@ def test_full_conditional_denoiser_predicts_given_the_rest_after_division() -> N
     assert ((dists["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
 
 
-def test_attention_has_no_mask_unless_a_position_is_hidden() -> None:
+def test_context_has_no_attention_mask_unless_a_position_is_hidden() -> None:
     assert UNPADDED.attention_mask() is None
     valid = torch.tensor([[True, True, False]])
     document = torch.tensor([[0, 1, 1]])
@@ -168,14 +168,14 @@ def test_attention_has_no_mask_unless_a_position_is_hidden() -> None:
     ]
 
 
-def test_denoiser_refuses_parts_that_do_not_fit() -> None:
+def test_denoiser_refuses_wrong_widths_and_unknown_parameterization() -> None:
     with pytest.raises(ArgumentError, match="as wide as"):
         Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH + 1))
     with pytest.raises(ArgumentError, match="parameterization must be"):
         Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH), parameterization="some")  # type: ignore[arg-type]
 
 
-def test_query_calls_back_for_each_row_exactly_once(denoiser: Denoiser) -> None:
+def test_query_passes_each_row_to_its_callback_exactly_once(denoiser: Denoiser) -> None:
     """A question sees each asked row exactly once."""
     noisy = shown()
     seen: list[int] = []

@@ -78,7 +78,7 @@ def test_head_total_equals_the_dense_loss_in_value_and_gradients(
         torch.testing.assert_close(ours, dense, **EXACT)
 
 
-def test_distribution_at_the_root_gives_the_mass_of_every_level(head: Head) -> None:
+def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head) -> None:
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
     dense = dense_law(head, hidden)
@@ -101,7 +101,7 @@ def test_distribution_at_the_root_gives_the_mass_of_every_level(head: Head) -> N
         torch.testing.assert_close(mass, dense.log_mass(level).detach(), **EXACT)
 
 
-def test_gradient_of_a_mass_at_the_root_passes_through_all_levels(head: Head) -> None:
+def test_gradient_of_a_node_probability_passes_through_all_levels(head: Head) -> None:
     """A question that no closed form has: the entropy of every level of the law."""
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
@@ -174,7 +174,7 @@ def test_head_total_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
     assert len(head.query(hidden[:0], node[:0], fn)[0]) == 0
 
 
-def test_rows_at_clean_tokens_cost_no_logits() -> None:
+def test_head_computes_no_logits_for_rows_at_clean_tokens() -> None:
     """A process that leaves words as they are may still ask there; mixed with others they change nothing."""
     head = make_head("tied", TREES["two levels"])
     hidden, node, word, _ = rows_of(head)

@@ -182,7 +182,7 @@ def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
 
 @pytest.mark.parametrize("keys", [{"gamma": 0.5}, {"gamma": 1.0, "xi": 0.8}], ids=str)
 @pytest.mark.parametrize("rule", ["quenched", "block, paired", "slide, paired"])
-def test_hdlm_bound_on_a_window_is_the_entropy_plus_end_costs(
+def test_hdlm_bound_on_a_window_is_entropy_plus_cost_of_its_ends(
     rule: str, keys: dict[str, float]
 ) -> None:
     """Blocks of two start and end together, which costs nats; single positions cost nothing."""

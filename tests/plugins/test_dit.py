@@ -172,7 +172,7 @@ def test_muon_gets_matrices_of_dit_blocks_and_no_tables() -> None:
     }  # 0, 2: the time MLP
 
 
-def test_dit_explicit_numbers_override_the_size() -> None:
+def test_dit_explicit_dimensions_override_the_named_size() -> None:
     config = DiT.Config(size="tiny", width=128, layers=3)
     model = DiT.build(config, vocabulary=FlatVocabulary(10), length=8)
     assert (model.width, len(model.blocks), model.blocks[0].heads) == (128, 3, 2)

@@ -49,7 +49,7 @@ def test_hdlm_readme_table_equals_the_output_of_xi_bounds() -> None:
     assert len(written.splitlines()) == 2 + len(command.GAMMAS) * len(command.XIS)
 
 
-def test_readme_table_has_every_prediction_and_setting() -> None:
+def test_hdlm_readme_table_has_every_prediction_and_setting() -> None:
     dists = ("exact", "bent", "constant", "flattering")
     expected = {
         (gamma, xi, dist) for gamma in command.GAMMAS for xi in command.XIS for dist in dists

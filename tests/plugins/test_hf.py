@@ -148,7 +148,7 @@ def test_hf_blocks_and_autoregression_match_separate_passes(path: str, inputs_: 
         )
 
 
-def test_hf_weights_get_gradients_and_tables_go_to_adamw(path: str) -> None:
+def test_hf_backbone_weights_get_gradients(path: str) -> None:
     model = build_backbone(path)
     ids, t = inputs()
     model(ids, t, UNPADDED).square().sum().backward()

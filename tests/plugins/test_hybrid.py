@@ -80,7 +80,7 @@ def name_of(process: ForwardProcess) -> str:
 @pytest.mark.parametrize(
     "process", [*GammaHybrid.examples(), *EpsilonHybrid.examples()], ids=name_of
 )
-def test_hybrid_every_setting_passes_every_law(process: ForwardProcess) -> None:
+def test_hybrids_obey_every_process_law_in_every_setting(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws([*check_process(process), *check_parts(process)])
 

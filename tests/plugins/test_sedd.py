@@ -74,7 +74,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("process", ScoreEntropyDiffusion.examples(), ids=named)
-def test_sedd_every_setting_passes_every_law(process: ForwardProcess) -> None:
+def test_sedd_obeys_every_process_law_in_every_setting(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws(check_process(process))
 

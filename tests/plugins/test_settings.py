@@ -71,7 +71,7 @@ def test_hdlm_rates_are_ordered_from_the_tokens_up() -> None:
     close(levels(process, T), torch.stack([clean, cluster, 1.0 - clean - cluster], -1))
 
 
-def test_hdlm_gamma_keeps_higher_levels_at_rate_one() -> None:
+def test_hdlm_gamma_sets_only_the_rate_of_the_token_level() -> None:
     built = [
         HierarchicalDiffusion.build(HierarchicalDiffusion.Config(**keys), vocabulary=THREE)
         for keys in ({"gamma": 2.0}, {"rates": (2.0, 1.0, 1.0)})
@@ -141,7 +141,7 @@ def test_sedd_geometric_noise_runs_from_sigma_min_to_sigma_max(
     close(schedule.alpha(T), torch.exp(-(least ** (1.0 - T)) * most**T))
 
 
-def test_remasking_keeps_eta_zero() -> None:
+def test_remasking_does_not_replace_eta_zero_by_the_default() -> None:
     for setting, default in (
         ("cap", 0.008),
         ("rescale", 0.015),
@@ -154,19 +154,19 @@ def test_remasking_keeps_eta_zero() -> None:
         assert Remasking.build(unset, steps=4).kappa.eta == default
 
 
-def test_published_loss_keeps_lambda_zero() -> None:
+def test_published_loss_does_not_replace_lambda_zero_by_the_default() -> None:
     process = EpsilonHybrid.build(EpsilonHybrid.Config(), vocabulary=FlatVocabulary(3))
     for config, lam in ((Published.Config(lam=0.0), 0.0), (Published.Config(), 1.0)):
         loss: Any = Published.build(config, process=process)
         assert loss.lam == lam
 
 
-def test_entropy_sampler_keeps_bound_zero() -> None:
+def test_entropy_sampler_does_not_replace_bound_zero_by_the_default() -> None:
     sampler: Any = EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4)
     assert sampler.bound == 0.0
 
 
-def test_gidd_p_uniform_zero_has_no_wrong_tokens() -> None:
+def test_gidd_with_p_uniform_zero_replaces_no_token_by_another() -> None:
     config = GeneralizedInterpolation.Config(p_uniform=0.0)
     process = GeneralizedInterpolation.build(config, vocabulary=FlatVocabulary(3))
     assert float(likelihoods(process, T)[:, 0, 1:3].max()) == 0.0

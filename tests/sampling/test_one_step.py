@@ -129,7 +129,7 @@ def test_trapezoidal_extrapolates_rates_from_its_theta_point(theta: float) -> No
 
 
 @pytest.mark.parametrize(("state", "level"), [(5, 2), (3, 1)])
-def test_one_level_moves_with_the_flow_out_of_its_level(state: int, level: int) -> None:
+def test_one_level_sampler_moves_tokens_at_most_one_level_down(state: int, level: int) -> None:
     """The share (F_l(t) - F_l(s)) / pi_l(t) goes one level down and no further; tokens stay."""
     t, s = 0.7, 0.5
     now, then = TREE.clock.pi(torch.tensor([t, s], dtype=torch.float64))
@@ -210,7 +210,7 @@ def test_psi_records_log_probabilities_of_new_tokens() -> None:
     assert bool(second.isinf().all()), "a token that stays keeps its note"
 
 
-def test_loop_grid_holds_time_between_on_and_off() -> None:
+def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
     """tau = 1, .9, ...: from 1 to `on` down to `hold`, rest, and from `off` down to 0."""
     times = LoopGrid(10, on=0.6, off=0.2, hold=0.3).times()
     expected = [1.0, 0.825, 0.65, 0.475, 0.3, 0.3, 0.3, 0.3, 0.3, 0.15, 0.0]
@@ -234,7 +234,7 @@ def test_acs_redraws_with_eta_times_one_minus_reveal_probability(t: float, s: fl
 
 
 @pytest.mark.parametrize(("share", "above"), [(1.0, 0.7), (0.5, 0.6), (4.0, 1.0)])
-def test_forward_backward_steps_forward_by_its_fraction_of_the_step(
+def test_forward_backward_corrector_renoises_by_its_share_of_the_step(
     share: float, above: float
 ) -> None:
     """From t = .5 after a step of .2 to `above`, at most 1; a token goes up with (above - t)/(1 - t), and of those that did
@@ -251,7 +251,7 @@ def test_forward_backward_steps_forward_by_its_fraction_of_the_step(
     assert shares(after.zt[:, 0], 4) == near(expected)
 
 
-def test_predictor_corrector_passes_the_span_of_the_step() -> None:
+def test_predictor_corrector_passes_step_length_to_corrector() -> None:
     spans: list[float] = []
     channels: list[str] = []
 
@@ -307,7 +307,7 @@ def test_self_correction_stops_after_patience_rounds_without_gain() -> None:
     assert going == [True, True, True, True, True, False], "the third round without more than 4"
 
 
-def test_self_correction_keeps_the_most_likely_changes_at_its_time() -> None:
+def test_self_correction_commits_only_the_most_likely_changes() -> None:
     shown: list[Noisy] = []
     rows = ((0.8, 0.1, 0.1), (0.05, 0.9, 0.05), (0.01, 0.01, 0.98))
     log_p = torch.tensor(rows, dtype=torch.float64).log()
@@ -355,7 +355,7 @@ def test_margin_compares_probabilities_not_logarithms() -> None:
     assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
 
 
-def test_top_ranks_by_largest_and_confidence_by_drawn_probability() -> None:
+def test_top_order_ranks_positions_by_their_largest_probability() -> None:
     rows = ((0.55, 0.45), (0.6, 0.4))
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
     # the second is likelier unless it draws .4, which is less than whatever the first draws
@@ -471,7 +471,7 @@ def test_prompt_tokens_are_network_inputs_at_time_zero_in_any_window(shape: Any)
         assert bool((noisy.zt == prompt)[prompt_mask].all())
 
 
-def test_only_free_positions_move_in_time() -> None:
+def test_canvas_advance_changes_time_of_free_positions_only() -> None:
     canvas = canvas_of((MASK, MASK), 0.9, 1)
     canvas = replace(canvas, free=torch.tensor([[True, False]]))
     moved_on = canvas.advance(canvas.zt, torch.full_like(canvas.t, 0.4))
@@ -544,7 +544,7 @@ def test_confidence_remasking_ignores_prompt_positions() -> None:
     assert ConfidenceRemasking(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
 
 
-def test_unmasking_counts_descents_of_all_levels() -> None:
+def test_unmasking_on_a_tree_counts_moves_of_every_level() -> None:
     """Four masks of a tree of two levels have eight descents; at s = .75 six of them are left over."""
     canvas = canvas_of((5, 5, 5, 5), 1.0)
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt

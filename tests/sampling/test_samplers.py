@@ -230,7 +230,7 @@ def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
     assert many.runs < euler.runs + 1e-9
 
 
-def test_error_has_a_plateau_if_decoding_must_remove_noise() -> None:
+def test_noise_at_time_zero_leaves_an_error_that_steps_cannot_reduce() -> None:
     """A tenth of the words is noise at t = 0; both symbols are cleaned at once, and no number of steps helps."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
@@ -244,7 +244,7 @@ def test_error_has_a_plateau_if_decoding_must_remove_noise() -> None:
     assert near.distance(JOINT) < 1.9 * nearer.distance(JOINT), "first order would halve it"
 
 
-def test_confidence_sampler_does_not_follow_the_joint() -> None:
+def test_unmasking_by_confidence_does_not_sample_the_joint() -> None:
     """Choosing positions by what they drew favours likely words, whatever the steps; by their laws alone it does not."""
     process = PROCESSES["masked"]
     assert (
@@ -267,7 +267,7 @@ def test_confidence_sampler_does_not_follow_the_joint() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_psi_kappa_one_and_acs_eta_zero_equal_ancestral(name: str) -> None:
+def test_psi_with_kappa_one_and_acs_with_eta_zero_equal_ancestral(name: str) -> None:
     process, index = PROCESSES[name], list(range(40))
     plain = draw(AncestralSampler(6), process, index).ids
     assert torch.equal(draw(PsiSampler(6, 1.0), process, index).ids, plain)
@@ -385,7 +385,7 @@ def test_first_hitting_on_masks_costs_one_evaluation_per_position() -> None:
     assert steps == list(range(1, 11))
 
 
-def test_first_hitting_limits_candidate_events_of_tokens() -> None:
+def test_first_hitting_with_larger_until_needs_fewer_evaluations() -> None:
     """Uniform noise: they come at about 1/t and 2/(3 (1 - t)), 16 a position from where 1e-4 of two positions are left to
     where 1e-4 of them are noise; from 1 - 1e-12 to 1e-12 it would be 46. A larger `until` takes fewer; its error is what
     the symbols lose that change there together, at most until^2 / 2 at each end (sampling adds 0.02)."""
@@ -400,7 +400,7 @@ def test_first_hitting_limits_candidate_events_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
-def test_first_hitting_ignores_until_without_uniform_noise(name: str) -> None:
+def test_first_hitting_result_ignores_until_without_uniform_noise(name: str) -> None:
     """Where words are no noise, `until` is read by nobody: the samples are the same bit for bit."""
     plain, other = (
         draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids
@@ -422,7 +422,7 @@ def test_network_evaluations_per_step_are_bounded(sampler: str, most: int) -> No
 
 
 @pytest.mark.parametrize("by", ["confidence", "top", "margin", "entropy"])
-def test_grid_sets_the_number_of_revealed_positions(by: Any) -> None:
+def test_unmasking_grid_sets_the_number_of_revealed_positions(by: Any) -> None:
     process, left = PROCESSES["masked"], []
     network = network_from_table(even_table, process.vocabulary)
     keep = lambda k, canvas: left.append((canvas.zt == 3).sum(-1).tolist())  # noqa: E731
@@ -565,7 +565,7 @@ def test_log_grid_is_uniform_in_log_time_after_its_first_step() -> None:
     assert elapsed.diff().tolist() == pytest.approx([float(elapsed.diff()[0])] * 8)
 
 
-def test_loop_grid_holds_its_configured_time() -> None:
+def test_loop_grid_repeats_its_hold_time() -> None:
     times = LoopGrid(40, on=0.5, off=0.1, hold=0.2).times()
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, 41)
     assert sum(abs(t - 0.2) < 1e-12 for t in times) == 17  # tau from .5 to .1 in steps of 1/40

@@ -143,7 +143,7 @@ def test_ancestral_argmax_takes_the_most_likely_token_last(name: str) -> None:
 
 
 @pytest.mark.parametrize("last", ["draw", "argmax"])
-def test_process_open_at_the_clean_end_is_decoded_into_tokens(last: Any) -> None:
+def test_final_decoding_replaces_masks_left_at_time_zero(last: Any) -> None:
     """A tenth of the tokens is masked even at t = 0; the last draw fills them."""
     point = torch.tensor([0.0, 0.0, 0.0, 1.0])
     process = MixtureProcess(FlatVocabulary(3), EarlyNoise(), point)

@@ -278,7 +278,7 @@ def test_filters_at_default_values_are_omitted(which: int) -> None:
         assert len(configured(one)[which].shapers) == 1
 
 
-def test_min_p_keeps_entries_of_exactly_its_share() -> None:
+def test_min_p_keeps_tokens_exactly_at_its_threshold() -> None:
     """A share of 1 keeps the likeliest ones, all of them."""
     log_p = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64).log()
     assert listed(MinP(1.0), log_p) == pytest.approx([0.5, 0.5, 0.0])

@@ -52,7 +52,7 @@ def zipf(noisy: Noisy) -> Query:
     return query
 
 
-def test_ancestral_sampling_gives_the_tail_its_mass() -> None:
+def test_ancestral_sampling_draws_rare_tokens_at_their_probability() -> None:
     process = TreeProcess(VOCABULARY, CdfClock([LinearSchedule()]))
     samples = generate(
         AncestralSampler(STEPS), process, zipf, index=torch.arange(8), length=DRAWS // 8, seed=0
@@ -104,7 +104,9 @@ def test_float32_gumbel_race_over_tokens_and_mask_starves_the_tail() -> None:
     assert off(words, 0.01) < -4.0
 
 
-def test_exact_exponential_race_gives_the_tail_its_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_exponential_race_draws_rare_tokens_correctly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With exponentials of all their digits it passes: what starves the tail is the precision."""
     monkeypatch.setitem(globals(), "exponential", lambda u: -u.log())
     words = raced(torch.Generator().manual_seed(0))

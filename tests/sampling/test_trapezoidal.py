@@ -125,7 +125,7 @@ def test_trapezoidal_is_second_order_if_rates_stay_positive(name: str, least: fl
     assert many < 0.1 * euler[1]
 
 
-def test_two_jumps_in_one_step_have_their_probability() -> None:
+def test_trapezoidal_is_second_order_with_two_jumps_in_one_step() -> None:
     """Symbols that do not depend on each other, one word likely: measured 3.5; 2.2 where earlier rates of the state that
     was left are subtracted from those of the state that was reached, since that is cut off at 0."""
     common = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_trapezoidal_is_second_order_for_any_theta() -> None:
     assert few / many > 3.4
 
 
-def test_strong_dependence_costs_trapezoidal_its_order_not_its_lead() -> None:
+def test_trapezoidal_beats_tau_leaping_under_strong_dependence() -> None:
     """A word of JOINT can make another one six times less likely: rates are cut off at 0, an error of the first order."""
     process = processes()["masked"]
     few, many = (distance(TrapezoidalSampler(n), process, JOINT) for n in (16, 32))
