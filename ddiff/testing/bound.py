@@ -184,7 +184,7 @@ def straight_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Path with the same time for all positions, linear in logit t."""
+    """Path with the same time for all positions; logit t is linear in v."""
     return v, torch.ones_like(v)
 
 
@@ -192,7 +192,7 @@ def bent_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Path that differs from position to position, between the same ends."""
+    """Path on which the times of different positions differ, except at the ends of the window."""
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
 
@@ -564,7 +564,7 @@ def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def state_and_time_table(process: ForwardProcess) -> Table:
-    """Make a network whose logits are linear in t, with random coefficients per state."""
+    """Make a network whose logits are linear in t, with random coefficients for each state."""
     generator = torch.Generator().manual_seed(6)
     shape = (2, process.vocabulary.num_states, process.vocabulary.num_tokens)
     level, slope = torch.randn(
@@ -645,7 +645,7 @@ def weights_are_level_flows(
 
 
 def _expected_weight_by_level(process: TreeProcess, window: Window) -> Tensor:
-    """Integrate the expected weight over the window, per token and level: [V, levels + 1]."""
+    """Integrate the expected weight over the window, for each token and level: [V, levels + 1]."""
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     v, y, node_weight = logit_nodes(*window, num_panels(*window))

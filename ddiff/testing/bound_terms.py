@@ -136,7 +136,7 @@ class InformationPath:
         self,
         tau: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return t and d logit t / dtau at tau [n], interpolated linearly between the nodes."""
+        """Return t and d logit t / dtau at tau [n], by linear interpolation between the nodes."""
         cell = torch.searchsorted(self.tau, tau.contiguous(), right=True)
         right = cell.clamp(1, len(self.tau) - 1)
         left = right - 1
@@ -146,7 +146,10 @@ class InformationPath:
 
 
 def inner_information_window(process: ForwardProcess) -> Window:
-    """Return a window over which 40 % of the information is lost, so that every term is large."""
+    """Return a window over which 40 % of the information is lost.
+
+    On this window, all three terms of the bound are large.
+    """
     path = InformationPath(process, WHOLE)
     cell = torch.searchsorted(
         path.tau,
@@ -283,7 +286,7 @@ class Enumeration:
     def closing(self) -> Moments:
         """Return the moments of the closing term of the bound.
 
-        The network is queried at t = 1; the term is evaluated at the end of the window.
+        The network is queried at t = 1. The term is evaluated at the end of the window.
         """
 
         def formula(
@@ -339,7 +342,7 @@ class Enumeration:
         )
 
     def _everywhere(self, t: float) -> Tensor:
-        """Return time t for every position, [1,L]."""
+        """Return a tensor [1,L] with time t at every position."""
         return torch.full(
             (1, self.x0.shape[1]),
             t,
@@ -347,17 +350,18 @@ class Enumeration:
         )
 
     def _marginals(self, t: Tensor) -> Tensor:
-        """Return q_t(z|x) [n,L,V,S] at times t [n,L]."""
+        """Return the probabilities q_t(z|x) [n,L,V,S] at times t [n,L]."""
         q = likelihoods_by_row(self.process, t.reshape(-1))
         return q.reshape(*t.shape, *q.shape[1:])
 
     def _moments(
         self, t: Tensor, weight: Tensor, probabilities: Tensor, formula: Formula, query_t: Tensor
     ) -> Moments:
-        """Return the moments of weight * formula over nodes and states.
+        """Return the moments of weight * formula over quadrature nodes and states.
 
-        t, weight [nodes,L]; probabilities of the states [nodes, 1 or L, V, S]; query_t [nodes,L]
-        are the times passed to the network. All nodes have the same probability.
+        `t` and `weight` have the shape [nodes,L], and the probabilities of the states have the
+        shape [nodes, 1 or L, V, S]. `query_t` [nodes,L] are the times passed to the network. All
+        nodes have the same probability.
         """
         vocabulary = self.process.vocabulary
         length = self.x0.shape[1]
@@ -480,9 +484,9 @@ def terms_have_their_expectations(
 def _moment_gaps(
     drawn: Tensor, exact: Moments, x0: Tensor, labels: Mapping[str, object]
 ) -> Iterator[Gap]:
-    """Compare the mean of a drawn term [n,points,L] with its expectation.
+    """Compare the mean of a drawn term [n,points,L] with its exact expectation.
 
-    The means are compared for each position, and in total.
+    Means are compared for each position, and for the sum over positions.
     """
     points = drawn.shape[1]
     got = drawn.mean(1)

@@ -92,7 +92,7 @@ def kernel_gaps(
 ) -> Iterator[Gap]:
     """Compare `dense`, `column`, `row` and `apply` of a kernel with its matrix, at states ids [r].
 
-    The matrix is built from single rows.
+    The matrix is built from the results of `row` for single states.
     """
     states = torch.arange(kernel.num_states)
     # single rows are the definition, because a subclass may override `dense`
@@ -147,8 +147,9 @@ def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
 def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `transition(s, t)` solves dP/dt = P Q_t with P(s,s) = 1.
 
-    Q_t are the process's own rates. The transition is compared with a Magnus integrator with 300
-    steps. Tolerance 1e-7: the integrator has an error of at most 1e-8.
+    Q_t is the generator `rates(t)` of the same process. The transition is compared with the result
+    of a Magnus integrator with 300 steps. Tolerance 1e-7: the integrator has an error of at most
+    1e-8.
     """
 
     def generator(time: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("marginal: total probability", tolerance=1e-10)
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that log_marginal(p, t) is the mixture of q_t(.|x) over x ~ p, and sums to 1.
+    """Check that log_marginal(p, t) is the mixture of q_t(.|x) over tokens x ~ p, and sums to 1.
 
     The times include t = 0 and t = 1. Tolerance 1e-10: float64 rounding of sums over the tokens.
     """
@@ -243,13 +244,13 @@ def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
 def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the marginals are continuous at t = 0 and t = 1.
 
-    The bound would miss a jump. The marginal at a distance of 1e-12 from an end must be nearer to
-    the marginal at the end than the marginal at a distance of 1e-9. The error is the ratio of the
-    two differences. Differences below 1e-7 count as 0, because that is the error of a numerical
-    transition.
+    The bound would not include the cost of a jump. At each end, the marginal at a distance of 1e-12
+    is compared with the marginal at a distance of 1e-9: it must be nearer to the marginal at the
+    end. The error is the ratio of the two differences. Differences below 1e-7 count as 0, because
+    that is the error of a numerical transition.
 
-    Tolerance 0.8: if the marginal approaches its end as (1-t)^a, the ratio is 10^(-3a), which is
-    below 0.8 for a >= 0.04; a jump has the ratio 1.
+    Tolerance 0.8: if the marginal approaches its value at t = 1 as (1-t)^a, the ratio is 10^(-3a),
+    which is below 0.8 for a >= 0.04. A jump has the ratio 1.
     """
     for end, far, near in ((0.0, 1e-9, 1e-12), (1.0, 1.0 - 1e-9, 1.0 - 1e-12)):
         at_end, at_far, at_near = likelihoods(process, times((end, far, near)))

@@ -54,11 +54,11 @@ def check_component(
 ) -> int:
     """Check a component, or every process and sampler of a plugin, and print the results.
 
-    `settings` are texts key=value for the component's Config. If `plugins` is None, all installed
-    plugins are searched. Returns 0 if all laws hold, else 1.
+    `settings` are texts of the form key=value for the component's Config. If `plugins` is None, all
+    installed plugins are searched. Returns 0 if all laws hold, else 1.
 
-    Raises PluginError for an unknown name, RecipeError for a wrong setting, and ArgumentError if no
-    small instance accepts the settings.
+    Raises PluginError for an unknown name, RecipeError for a wrong setting, and ArgumentError if
+    the component accepts no small instance with these settings.
     """
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
     instances = []
@@ -77,11 +77,11 @@ def find_components(
     plugins: Sequence[str] | None,
     configured: bool,
 ) -> list[Component]:
-    """Find the components called NAME that have laws, and the components of the plugin called NAME.
+    """Find the components called `name` that have laws, and the components of the plugin `name`.
 
-    Only processes and samplers of a plugin are returned. If `configured` is true, the components of
-    a plugin are returned only if no component is called NAME, since settings belong to one
-    component.
+    Of a plugin, only processes and samplers are returned. `configured` is true if settings are
+    given. Settings belong to one component, so the components of a plugin are then returned only if
+    no component is called `name`.
     """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
@@ -179,10 +179,10 @@ def _check_process_and_parts(process: ForwardProcess) -> list[LawReport]:
 
 
 def _load_examples(component: Component) -> list[ForwardProcess]:
-    """Return the examples of the component's process class if the class defines `examples`.
+    """Return the examples of the component's process class, or an empty list if it defines none.
 
-    Examples that a plugin's class inherits from a class of ddiff.core are ignored, because they are
-    instances of the class of ddiff.core.
+    If a plugin's class inherits `examples` from a class of ddiff.core, the result is also empty,
+    because these examples are instances of the class of ddiff.core.
     """
     found = component.load()
     classes = found.__mro__ if isinstance(found, type) else ()
@@ -199,8 +199,8 @@ def _example_vocabularies(
 ) -> list[Vocabulary]:
     """Return the vocabularies on which a component is built.
 
-    These are `example_vocabularies()` of the component, else the vocabularies of its examples, else
-    small vocabularies.
+    They are the result of the component's `example_vocabularies()` if it is defined. Otherwise they
+    are the vocabularies of the component's examples, or small vocabularies if it has none.
     """
     offered = component.members().example_vocabularies
     if offered is not None:
@@ -364,7 +364,7 @@ def _print_reports(reports: list[LabelledReport]) -> None:
 
 
 def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
-    """Return the report with the largest relative error of every law, in the order of the laws."""
+    """Return one report per law, that with the largest relative error, in the order of the laws."""
     worst: dict[str, LabelledReport] = {}
     for one in reports:
         known = worst.get(one.report.law)
@@ -374,5 +374,5 @@ def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
 
 
 def _relative_error(report: LawReport) -> float:
-    """Return the error divided by the tolerance; with tolerance 0, errors above 0 rank first."""
+    """Return the error divided by the tolerance, or error * 1e300 if the tolerance is 0."""
     return report.error / report.tolerance if report.tolerance > 0 else report.error * 1e300

@@ -17,7 +17,7 @@ def below(
     node: int,
     level: int,
 ) -> Tensor:
-    """Return the ids of `level` that lie below a node, in tree order."""
+    """Return the ids of the nodes at `level` that are descendants of `node`, in tree order."""
     start, stop = vocabulary.node_range(torch.tensor(node), level)
     return vocabulary.order(level)[int(start) : int(stop)]
 
@@ -27,7 +27,10 @@ def _level_of(vocabulary: Vocabulary, node: int) -> int:
 
 
 def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
-    """Return every node in the subtree of `top`, paired with every level below that node."""
+    """Return every inner node of the prediction's subtree, paired with every level below that node.
+
+    The subtree is that of `prediction.top`, which is included.
+    """
     vocabulary = prediction.vocabulary
     # level 0 has no levels below it
     nodes = [prediction.top]
@@ -41,7 +44,7 @@ def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
 
 
 def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
-    """Return log P(node | top) [r], summed over the leaf tokens below the node."""
+    """Return log P(node | prediction.top) [r], summed over the leaf tokens below the node."""
     vocabulary = prediction.vocabulary
     first, _ = vocabulary.node_range(torch.tensor(prediction.top), 0)
     start, stop = vocabulary.node_range(torch.tensor(node), 0)
@@ -53,8 +56,8 @@ def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
 def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that probabilities sum to 1 at every level of the tree.
 
-    The probability of a node must be the sum over its leaf tokens. Tolerance 1e-10: float64
-    rounding of sums of exponentials.
+    The probability of a node must be the sum of the probabilities of its leaf tokens. Tolerance
+    1e-10: float64 rounding of sums of exponentials.
     """
     vocabulary = prediction.vocabulary
     tokens = below(vocabulary, prediction.top, 0)
@@ -85,9 +88,9 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
 def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that log_child(node, child) is log P(child) - log P(node), at any depth of the tree.
 
-    log_child of a node and itself must be 0. `log_step` must agree with `log_child` for children of
-    the queried node, and `log_prob` for the root. Tolerance 1e-10: float64 rounding of sums of
-    exponentials.
+    If child and node are equal, log_child must be 0. `log_step` must agree with `log_child` for
+    children of the queried node. If the queried node is the root, `log_prob` must be log P(child).
+    Tolerance 1e-10: float64 rounding of sums of exponentials.
     """
     rows = len(prediction.log_below(0))
     vocabulary = prediction.vocabulary
@@ -114,12 +117,12 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
 
 @law("clean distribution: draw is the inverse CDF", tolerance=1e-9)
 def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
-    """Check that draw(node, level, u) is the inverse CDF over the node's descendants of `level`.
+    """Check that draw(node, level, u) is the inverse CDF over the node's descendants at `level`.
 
-    Descendants in tree order divide the unit interval into cells of width exp(log_child). `draw`
-    must return the descendant whose cell contains u. Each cell is tested at its middle and just
-    inside its ends. Tolerance 1e-9: ids are integers, so every wrong draw has an error of at least
-    1.
+    The descendants in tree order divide the unit interval into cells of width exp(log_child).
+    `draw` must return the descendant whose cell contains u. Each cell is tested at its middle and
+    just inside its ends. Tolerance 1e-9: ids are integers, so every wrong draw has an error of at
+    least 1.
     """
     rows = len(prediction.log_below(0))
     for node, level in _nodes_and_levels(prediction):

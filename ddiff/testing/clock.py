@@ -31,11 +31,11 @@ def occupation_is_a_distribution(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: ends as declared", tolerance=1e-9)
 def clock_ends(clock: LevelClock) -> Iterator[Gap]:
-    """Check that the clock ends where its flags declare.
+    """Check that the level probabilities at t = 0 and t = 1 are as the flags of the clock declare.
 
     With `closes_at_clean`, level 0 must have probability 1 at t = 0. With `closes_at_prior`, the
-    root must have probability 1 at t = 1, and every level must reach the root by the transition
-    from 0.3 to 1. Tolerance 1e-9: float64 rounding, and the error of numerical transitions.
+    root must have probability 1 at t = 1, and the transition from 0.3 to 1 must lead from every
+    level to the root. Tolerance 1e-9: float64 rounding, and the error of numerical transitions.
     """
     start, stop = clock.pi(times(ENDS))
     if clock.closes_at_clean:
@@ -53,8 +53,8 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
 
     Let F_l(t) be the probability that a token has entered level l by time t. The difference F_l(t)
     - F_l(t/1000) is compared with the integral of inflow_l from t/1000 to t. The error is relative
-    to the integral, so that the law is also sharp at t = 1e-6, where F_l is small. Tolerance 1e-9:
-    quadrature and rounding have an error of 1e-11.
+    to the integral, so that the law also detects small errors at t = 1e-6, where F_l is small.
+    Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:
@@ -75,7 +75,7 @@ def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
     """Check that the hazard of level l times its probability is the inflow into level l + 1.
 
     The hazard is the rate at which tokens leave a level. The error is relative to the inflow.
-    Tolerance 1e-9: two roundings, with a margin.
+    Tolerance 1e-9: float64 rounding of two operations, with a margin.
     """
     t = times(OPEN)
     inflow = clock.inflow(t)
@@ -145,10 +145,11 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 def entry_time_inverts(clock: LevelClock) -> Iterator[Gap]:
     """Check that entry_time(l, t, u) is the u-quantile of the time at which level l was entered.
 
-    Given level l at time t, the probability that level l was entered before s is pi_l(s) K_ll(s,t)
-    / pi_l(t), where pi_l is the probability of level l and K_ll that of staying at level l. At s =
-    entry_time(l, t, u) this probability must be u. Tolerance 1e-7: bisection finds s up to
-    rounding, and numerical transitions have an error of 1e-9.
+    Suppose that the token is at level l at time t. The probability that it entered level l before s
+    is pi_l(s) K_ll(s,t) / pi_l(t), where pi_l is the probability of level l, and K_ll is the
+    probability of staying at level l. At s = entry_time(l, t, u) this probability must be u.
+    Tolerance 1e-7: bisection finds s up to rounding, and numerical transitions have an error of
+    1e-9.
     """
     levels = torch.arange(1, clock.num_levels + 1)
     level, t, u = product(

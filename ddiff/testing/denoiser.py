@@ -86,7 +86,7 @@ def batches_agree(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """Check that a sequence has the same predictions in a batch of one and of three.
+    """Check that a sequence has the same predictions in a batch of one as in a batch of three.
 
     Probabilities are compared. Tolerance 1e-9: float64 matrix products of different shapes round
     differently.
@@ -106,8 +106,8 @@ def padding_is_invisible(
 ) -> Iterator[Gap]:
     """Check that padding changes no prediction at a valid position.
 
-    Predictions for padded sequences are compared with those for the sequences without padding, for
-    two different contents of the padding. Tolerance 1e-9: float64 matrix products of different
+    Predictions for padded sequences are compared with those for the same sequences without padding,
+    for two different contents of the padding. Tolerance 1e-9: float64 matrix products of different
     shapes round differently.
     """
     twin, noisy = _prepare(denoiser, process)
@@ -163,8 +163,9 @@ def evidence_is_dropped(
 ) -> Iterator[Gap]:
     """Check that the bound's prediction for a position excludes the position's own state z_t.
 
-    With parameterization "rest", the prediction must be the head's distribution p(x). With "all",
-    it must be p(x) / q_t(z_t|x), normalized over the tokens x. Tolerance 1e-9: float64 rounding.
+    With parameterization "rest", the bound must use the head's distribution p(x). With "all", the
+    bound must use p(x) / q_t(z_t|x), normalized over the tokens x. Tolerance 1e-9: float64
+    rounding.
     """
     twin, noisy = _prepare(denoiser, process)
     rows = torch.arange(noisy.zt.numel())

@@ -1,7 +1,7 @@
 """Laws of the formulas that are derived from the chain: posterior, density and end terms.
 
 A process may override a derived formula for speed or accuracy. The laws named "override = derived"
-compare the override with the formula of `ForwardProcess`.
+compare the result of the override with that of the method of `ForwardProcess`.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
     As a formula: P(y | z) = sum_x p(x) q_s(y|x) P(z|y) / sum_x p(x) q_t(z|x), where z is the state
     at t, y the state at s, p the prediction, and P(z|y) the integrated transition. The pairs (s, t)
-    include s = t. Tolerance 1e-6: the integration has an error of 1e-9, which is divided by the
-    probability of z, at least 1e-3.
+    include s = t. Tolerance 1e-6: the integration has an error of 1e-9, and it is divided by the
+    probability of z, which is at least 1e-3.
     """
 
     def generator(time: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
     """Check that a score gives the same density as the distribution from which it is computed.
 
     The density is the integrand of the bound. The score consists of ratios of marginals under the
-    distribution. The error is relative to 1 + density. Tolerance 1e-9: float64 rounding.
+    predicted distribution. The error is relative to 1 + density. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -148,9 +148,9 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the weight of a state z in the bound is the total true reverse rate out of z.
 
     As a formula, the weight is sum_y Q[y,z] q_t(y|x)/q_t(z|x) over states y != z, where Q are the
-    forward rates; it is 0 if no state moves to z. Then a loss that clips weights is the same
-    function for every implementation of a process. The error is relative. Tolerance 1e-9: float64
-    rounding.
+    forward rates. The weight is 0 if no state moves to z. A loss that clips weights is then the
+    same function for every implementation of a process. The error is relative. Tolerance 1e-9:
+    float64 rounding.
     """
     rows = ReachableRows(process, times(INNER, NEAR_ENDS))
     expected = ForwardProcess.weight(process, *rows.args)
@@ -164,7 +164,7 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("weight * divergence = density", tolerance=1e-9)
 def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that weight times divergence is the density, the integrand of the bound.
+    """Check that the weight times the divergence is the density, the integrand of the bound.
 
     Neither weight nor divergence may be negative. The error is relative to 1 + density. Tolerance
     1e-9: float64 rounding.
@@ -189,8 +189,8 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the density, the integrand of the bound, is finite and >= 0.
 
     The density must be 0 if the true token is predicted with probability 1. The error is relative
-    to 1 + weight, because at 1e-6 from an end a weight of 1e6 multiplies the rounding error of the
-    divergence. Tolerance 1e-9: float64 rounding.
+    to 1 + weight, because at a distance of 1e-6 from t = 0 or t = 1, a weight of 1e6 multiplies the
+    rounding error of the divergence. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(
         process,
@@ -225,8 +225,8 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
 def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that an overridden `log_likelihood(z, t)` returns log q_t(z|x) for every token x.
 
-    The expected values are computed from `log_marginal`. Probabilities are compared. Tolerance
-    1e-10: float64 rounding.
+    The expected values are computed from `log_marginal`. Probabilities are compared, not their
+    logarithms. Tolerance 1e-10: float64 rounding.
     """
     if is_overridden(process, "log_likelihood"):
         t, zt = product(
@@ -258,10 +258,10 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that an overridden `decode_nll` is -ln of the posterior of the token x given z.
+    """Check that an overridden `decode_nll` is -ln of the posterior of the token x given the state z.
 
-    The posterior is p(x) q_t(z|x), normalized over x, where p is the prediction. In particular,
-    `decode_nll` is not -ln p(x). The error is relative. Tolerance 1e-9: float64 rounding.
+    The posterior is p(x) q_t(z|x), normalized over x, where p is the prediction. The value is not
+    -ln p(x). The error is relative. Tolerance 1e-9: float64 rounding.
     """
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
@@ -281,7 +281,8 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `closing_kl` is KL( q_t(.|x) || marginal under the prediction ) over all states.
 
-    It must be 0 at t = 1 if the process has `closes_at_prior`. Tolerance 1e-9: float64 rounding.
+    `closing_kl` must be 0 at t = 1 if the process has `closes_at_prior`. Tolerance 1e-9: float64
+    rounding.
     """
     vocabulary = process.vocabulary
     log_probs = random_log_probs(vocabulary.num_tokens)
@@ -314,7 +315,8 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the density, the integrand of the bound, is 0 in states that `active` excludes.
 
-    The bound skips these states. Tolerance 1e-12: float64 rounding of the derived formula.
+    Training and evaluation skip these states. Tolerance 1e-12: float64 rounding of the derived
+    formula.
     """
     rows = ReachableRows(process, times(INNER))
     inactive = ~process.active(rows.zt)
@@ -331,8 +333,8 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `divergence` and `decode_nll` use only the tokens below the node `scope(z)`.
 
     A prediction that is restricted to these tokens must give the same values as the whole
-    prediction, in relative terms. Every scope must be an inner node of the tree. Tolerance 1e-9:
-    rounding of normalization.
+    prediction. Every scope must be an inner node of the tree. The error is relative. Tolerance
+    1e-9: rounding of normalization.
     """
     rows = ReachableRows(process, times(INNER))
     scope = process.scope(rows.zt)
@@ -371,8 +373,9 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
 def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the density depends only on the probabilities that `trained_part` selects.
 
-    The density is the integrand of the bound. Two predictions that differ only in other
-    probabilities must have the same density, in relative terms. Tolerance 1e-9: float64 rounding.
+    The density is the integrand of the bound. It must be equal for two predictions that differ only
+    in probabilities that `trained_part` does not select. The error is relative. Tolerance 1e-9:
+    float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     trained = process.trained_part(rows.zt)
@@ -405,7 +408,7 @@ def _change_outside(
     log_p: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Keep the conditional distribution below z_t; change all other probabilities."""
+    """Change the probabilities of a prediction, except the conditional distribution below z_t."""
     vocabulary = process.vocabulary
     tokens = torch.arange(vocabulary.num_tokens).unsqueeze(0)
     ancestor = vocabulary.ancestor(

@@ -1,8 +1,9 @@
 """Laws of the states that a process draws: samples, reverse steps and the final decoding.
 
-A draw is a map from uniforms in the unit cube to states. Its distribution is measured on Sobol
-points, which cover the cube evenly, so that the laws are not random. With n points, the error of a
-probability is about (number of pieces of the map) * log n / n.
+A draw is a function from uniforms in the unit cube to states. Its distribution is measured on Sobol
+points, which cover the cube evenly, so that the laws are not random. The function is constant on
+pieces of the cube. With n points, the error of a probability is about (number of pieces) * log n /
+n.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def estimate_distribution(
     dimensions: int,
     states: int,
 ) -> Tensor:
-    """Return the distribution [rows,states] of draw(row, uniforms).
+    """Return the distribution [rows,states] of the states that draw(row, uniforms) returns.
 
     Every row is drawn with the same POINTS Sobol points as uniforms.
     """
@@ -95,7 +96,7 @@ def full_time(like: Tensor, t: float) -> Tensor:
 def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `sample(x0, t)` draws the state z_t from the marginal q_t(.|x0).
 
-    The times include t = 0 and t = 1. `prior.draw` must draw from the prior. Tolerance 5e-3: 2048
+    `prior.draw` must draw from the prior. The times include t = 0 and t = 1. Tolerance 5e-3: 2048
     Sobol points resolve a probability to 5e-3.
     """
 
@@ -156,7 +157,7 @@ def _step_gaps(
 
     vocabulary = process.vocabulary
     log_p = random_log_probs(vocabulary.num_tokens, 1, seed=3)
-    # a state that cannot occur has no posterior
+    # a state of probability 0 has no posterior
     marginal = log_p.exp() @ likelihoods(process, times((t,)))[0]
     zt = (marginal[0] > 1e-9).nonzero().squeeze(-1)
     last = full_time(zt, t)
@@ -218,7 +219,7 @@ def _decode_gaps(
 def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     """Check that a sampling step queries the network at most once, and not at all if s = t.
 
-    Rows that are not queried must keep their states; a step with s = t must change no state.
+    Rows that are not queried must keep their states. A step with s = t must change no state.
     Tolerance 0: calls are counted.
     """
     zt, point = product(
@@ -286,7 +287,7 @@ def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
 
 
 class RowDraws(NamedTuple):
-    """Draw functions of a process at fixed rows; each method is a `Draw`."""
+    """Functions that draw states of a process at fixed rows; each method is a `Draw`."""
 
     process: ForwardProcess
     x0: Tensor
@@ -349,9 +350,9 @@ class RowDraws(NamedTuple):
 def draws_depend_on_own_uniforms(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the state drawn at a row depends only on the uniforms of that row.
 
-    `sample`, `forward_step`, `step` and `decode` must draw the same states again, in another order,
-    in a smaller batch, and with different uniforms at the other rows. Tolerance 0: states are
-    integers.
+    `sample`, `forward_step`, `step` and `decode` must draw the same states in four cases: in a
+    second call, in another order of rows, in a smaller batch, and with different uniforms at the
+    other rows. Tolerance 0: states are integers.
     """
     num_tokens = process.vocabulary.num_tokens
     x0 = torch.arange(num_tokens).repeat_interleave(24)
@@ -449,7 +450,7 @@ def _calls(
     process: ForwardProcess,
     log_p: Tensor,
 ) -> dict[str, Call]:
-    """Return the methods of a process that take tensors, by name, with arguments.
+    """Return the methods of a process that take tensors, by name, with arguments for a call.
 
     Every argument has one row per token.
     """

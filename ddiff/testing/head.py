@@ -1,6 +1,7 @@
 """Laws of a head, the layer that predicts tokens from hidden states.
 
-Results of a head in chunks must equal those of one dense distribution, in value and gradient.
+A head computes its results in chunks of rows. Values and gradients must equal those of one dense
+distribution over all tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def randomize_in_float64(
 ) -> Module:
     """Copy a module to float64, in evaluation mode, with random parameters.
 
-    Random parameters replace those that are initialized to zero, which would hide faults.
+    Parameters that are initialized to zero would hide faults.
     """
     twin = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -110,8 +111,8 @@ def _query_values(
 def scopes_agree(head: Head) -> Iterator[Gap]:
     """Check that a query below a node gives the same probabilities as a query at the root.
 
-    log P(token | node) of both queries is compared, relative to its size. Tolerance 1e-10: float64
-    rounding.
+    The values of log P(token | node) from both queries are compared, relative to their size.
+    Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -135,9 +136,9 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
 def chunks_agree(head: Head) -> Iterator[Gap]:
     """Check that a head returns the same values for chunks of one row as for all rows at once.
 
-    `query` and `total` with the smallest chunk size are compared with `query` at the default chunk
-    size. Values must be in row order, and the total must be the sum of the values. The error is
-    relative. Tolerance 1e-10: float64 rounding.
+    `query` and `total` with chunks of one row are compared with `query` at the default chunk size.
+    Values must be in row order, and the total must be the sum of the values. The error is relative.
+    Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)

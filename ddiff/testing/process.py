@@ -105,9 +105,9 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
 def check_process(process: ForwardProcess) -> list[LawReport]:
     """Apply every law of a process to a small instance (at most 64 states), in float64.
 
-    For a process that declares `exact_step = False`, the laws in `LAWS_OF_EXACT_STEPS` are left
-    out. A law during which the process raises an exception counts as broken. A broken law gives a
-    report whose `passed` is False.
+    If the process declares `exact_step = False`, the laws in `LAWS_OF_EXACT_STEPS` are not applied.
+    A law during which the process raises an exception counts as broken. The report of a broken law
+    has `passed = False`.
 
     Raises ArgumentError for an instance with more than 64 states.
     """

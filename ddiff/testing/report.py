@@ -18,9 +18,9 @@ FINER = 4  # factor on the quadrature nodes when a failed law is evaluated again
 class LawReport(NamedTuple):
     """Result of one law on one object.
 
-    `error` is the largest error, `tolerance` the largest allowed error, and `where` the place of
-    the error. `probes` is the count of compared numbers. A law with 0 probes does not apply to the
-    object.
+    `error` is the largest error, `tolerance` is the largest allowed error, and `where` is the place
+    of the largest error. `probes` is the number of compared values. If `probes` is 0, the law does
+    not apply to the object.
     """
 
     law: str
@@ -43,7 +43,7 @@ class LawReport(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Largest difference among `probes` compared numbers, and where the difference occurred."""
+    """Largest difference among `probes` compared numbers, and the place where it occurred."""
 
     error: float
     where: str
@@ -58,9 +58,10 @@ def compare(
 ) -> Gap:
     """Find the largest |got - expected| / relative_to.
 
-    A difference with NaN, or with infinity on one side only, counts as infinite. `where` labels the
-    place of the difference in the report. Labels that are tensors are indexed at that place; their
-    dimensions are the first dimensions of `got`. Other labels are printed unchanged.
+    If one of the two numbers is NaN, or only one is infinite, their difference counts as infinite.
+    `where` labels the place of the difference in the report. A label that is a tensor is indexed at
+    that place; its dimensions are the first dimensions of `got`. Other labels are printed
+    unchanged.
     """
     target = torch.as_tensor(expected, dtype=torch.float64).detach()
     # float64 even for ids and float32 results, so that the comparison adds no rounding
@@ -105,11 +106,11 @@ Measure = Callable[..., Iterator[Gap]]
 class Law:
     """Named law: a call with an object (and options) returns a `LawReport`.
 
-    `measure` is a generator of gaps. Its docstring states the property and the reason for the
+    `self.measure` is a generator of gaps. Its docstring states the property and the reason for the
     tolerance. If `measure` raises an exception, the law counts as broken, since code that relies on
-    the law would raise the same exception. If `measure` has an argument `finer`, a factor on the
-    number of quadrature nodes, a failed law is evaluated again with `finer=FINER` before it counts
-    as broken, because a steep integrand is not a fault.
+    the law would raise the same exception. `measure` may have an argument `finer`, a factor on the
+    number of quadrature nodes. Then a failed law is evaluated a second time with `finer=FINER`
+    before it counts as broken, because a steep integrand is not a fault.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[Law
 
 
 def assert_laws(reports: Iterable[LawReport]) -> None:
-    """Raise AssertionError that names every broken law.
+    """Raise AssertionError if a law is broken; the message names every broken law.
 
     Raises ArgumentError if `reports` is empty.
     """

@@ -116,10 +116,10 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `tweedie` recovers the distribution p of the clean token from its score.
 
     The score is computed from p. Tweedie's formula is p = s K^-1, where s is the score and K =
-    `from_clean(t)`. The posterior p(x) q_t(z|x), normalized, must be exact for every z at all t >=
-    1e-6. The error is relative to `condition_number` of K. Above a condition number of 1e10 the
-    score carries no information on the token, and `tweedie` must only return a distribution.
-    Tolerance 1e-12: float64 rounding of s.
+    `from_clean(t)`. The normalized posterior p(x) q_t(z|x) must be exact for every state z at all t
+    >= 1e-6. The error is relative to `condition_number` of K. If the condition number is above
+    1e10, the score carries no information on the token, and `tweedie` is only required to return a
+    distribution. Tolerance 1e-12: float64 rounding of s.
     """
     grid = times(
         (1e-6, 1e-3),
@@ -164,7 +164,7 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _distributions_with_zeros(num_tokens: int) -> Tensor:
-    """Return log-distributions of tokens; the last gives half of the tokens probability 0."""
+    """Return log-distributions of tokens; the last one gives half of the tokens probability 0."""
     count = max(1, num_tokens // 2)
     weights = torch.zeros(1, num_tokens, dtype=torch.float64)
     weights[0, :count] = torch.arange(1, count + 1)
@@ -174,8 +174,8 @@ def _distributions_with_zeros(num_tokens: int) -> Tensor:
 def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
     """Return the condition number [n] of recovering the clean token at times t [n].
 
-    It is that of the matrix q_t(z|x) [V,S], with columns scaled to equal means. A large number
-    means that the noise at time t hides the clean token.
+    The condition number is that of the matrix q_t(z|x) [V,S], after its columns are scaled to equal
+    means. A large number means that the noise at time t hides the clean token.
     """
     forward = likelihoods(process, t)
     mean = forward.mean(1, keepdim=True)
@@ -193,9 +193,9 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
 def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     """Check that a score gives the same terms of the bound as the distribution it is computed from.
 
-    `decode_nll` and `closing_kl` of the score must equal those of the distribution, and weight *
-    divergence of the score must be its density. Errors are relative; those of the decoding term are
-    also relative to `condition_number`. Tolerance 1e-9: float64 rounding.
+    `decode_nll` and `closing_kl` of the score must equal those of the distribution. The weight
+    times the divergence of the score must equal its density. Errors are relative; those of
+    `decode_nll` are also relative to `condition_number`. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -238,11 +238,11 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("from_clean: row x is the marginal of token x", tolerance=1e-9)
 def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that row x of the kernel `from_clean(t)` is q_t(.|x).
+    """Check that row x of the kernel `from_clean(t)` is the marginal q_t(.|x).
 
-    `solve` must invert the kernel. Row x includes noise at t = 0 if the process has any. The error
-    of `solve` is relative to the condition number of the kernel. Tolerance 1e-9: float64 rounding
-    of a matrix elimination.
+    The kernel's `solve` must invert the kernel. If the process has noise at t = 0, row x must
+    include this noise. The error of `solve` is relative to the condition number of the kernel.
+    Tolerance 1e-9: float64 rounding of a matrix elimination.
     """
     t, x0 = product(
         times((0.0,), INNER),
@@ -268,9 +268,9 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: stay_probability", tolerance=1e-9)
 def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that `stay_probability` is q_t(x|x), computed from the marginal.
+    """Check that `stay_probability` is q_t(x|x), the probability that z_t is the clean token x.
 
-    q_t(x|x) is the probability that z_t is the clean token x. Tolerance 1e-9: float64 rounding.
+    The expected value is computed from the marginal. Tolerance 1e-9: float64 rounding.
     """
     t, x0 = product(
         times(INNER, (0.0, 1.0)),
@@ -288,8 +288,9 @@ def stay_probability_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `transition.solve` inverts `transition.apply`.
 
-    For a transition matrix K, solve(v) must return the x with x K = v. The error is relative to a
-    tenth of the condition number of K. Tolerance 1e-9: float64 rounding of a matrix elimination.
+    For a transition matrix K and a row vector v, solve(v) must return the vector x with x K = v.
+    The error is relative to a tenth of the condition number of K. Tolerance 1e-9: float64 rounding
+    of a matrix elimination.
     """
     # short steps: the transition of a long step cannot be inverted
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
@@ -333,9 +334,9 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
 def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the density, the integrand of the bound, follows from the reverse rates.
 
-    As a formula, the density is sum_y R(y) - R*(y) + R*(y) ln (R*(y)/R(y)). R are the reverse rates
-    out of z under the prediction, and R* those for the true clean token. The error is relative.
-    Tolerance 1e-9: float64 rounding.
+    As a formula, the density is the sum over states y of R(y) - R*(y) + R*(y) ln (R*(y)/R(y)). R(y)
+    is the reverse rate from z to y under the prediction, and R*(y) that for the true clean token.
+    The error is relative. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     model = process.reverse_rates(rows.dist, rows.zt, rows.t)
@@ -403,8 +404,8 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
 def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the reverse rates of a monotone process lead only to states below the current one.
 
-    A state is below another if it is a descendant in the tree. The law applies if the process
-    declares `is_monotone`. Tolerance 0: other rates must be exactly 0.
+    A state is below another if it is a descendant of the other in the tree. The law applies if the
+    process declares `is_monotone`. Tolerance 0: the rates to all other states must be exactly 0.
     """
     if not process.is_monotone:
         return
@@ -430,7 +431,8 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
 def forward_step_follows_transition(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `forward_step` from s to t draws z_t from the transition P(z_t | z_s).
 
-    With s = t it must return z_s. Tolerance 5e-3: 2048 Sobol points resolve a probability to 5e-3.
+    If s = t, `forward_step` must return z_s. Tolerance 5e-3: 2048 Sobol points resolve a
+    probability to 5e-3.
     """
     for s, t in ((0.31, 0.77), (0.02, 0.5), (0.5, 1.0), (0.0, 0.97)):
         yield _forward_step_gap(process, s, t)
@@ -470,10 +472,11 @@ def _forward_step_gap(
 def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
     """Check that events move a state z to y at the reverse rate from z to y.
 
-    `event_time` draws candidate events, which occur at a rate g(s); `event` accepts a candidate as
-    a move to y with some probability. The product must be the reverse rate. If `event_time` finds
-    no event, the integral of the reverse rates out of z must be at most -ln u for its uniform u.
-    Errors are relative to g. Tolerance 6e-3: 2048 Sobol points resolve a probability to 5e-3.
+    `event_time` draws the time s of the next candidate event; candidates occur at a rate g(s).
+    `event` accepts a candidate as a move to y with some probability. The product of rate and
+    probability must be the reverse rate. If `event_time` finds no event for its uniform u, the
+    integral of the reverse rates out of z must be at most -ln u. Errors are relative to g.
+    Tolerance 6e-3: 2048 Sobol points resolve a probability to 5e-3.
     """
     if not process.has_events:
         return
@@ -508,9 +511,9 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
 def _event_gap(
     process: ForwardProcess, log_p: Tensor, zt: Tensor, s: Tensor, u: Tensor, start: Tensor
 ) -> Gap:
-    """Compare accepted moves at the next event s with the reverse rates.
+    """Compare the rate of accepted moves at the time s of the next event with the reverse rates.
 
-    Both are relative to the rate of candidate events.
+    Both rates are divided by the rate of candidate events.
     """
 
     def draw(row: Tensor, v: Tensor) -> Tensor:
@@ -546,7 +549,7 @@ def _no_event_gap(
     u: Tensor,
     t: float,
 ) -> Gap:
-    """Compare the integrated reverse rates with their limit -ln u where no event was found."""
+    """Compare the integrated reverse rates with their limit -ln u at rows without an event."""
     states, place = zt.unique(return_inverse=True)
 
     def leaving(time: Tensor) -> Tensor:

@@ -56,10 +56,10 @@ def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: ends as declared", tolerance=1e-12)
 def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
-    """Check that alpha ends where the flags of the schedule declare.
+    """Check that alpha(0) and alpha(1) are as the flags of the schedule declare.
 
-    With `closes_at_clean`, alpha(0) must be 1. With `closes_at_prior`, alpha(1) must be 0. alpha
-    must be finite at both ends. Tolerance 1e-12: float64 rounding.
+    With `closes_at_clean`, alpha(0) must be 1. With `closes_at_prior`, alpha(1) must be 0. Both
+    values must be finite. Tolerance 1e-12: float64 rounding.
     """
     ends = times(ENDS)
     alpha = schedule.alpha(ends)

@@ -294,6 +294,7 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
     """Apply every law of time rules to a time rule.
 
-    The batches of the rule must be stratified, and must cover the window of every position.
+    The laws require that the rule stratifies the times of a batch, and that its times cover the
+    window of every position.
     """
     return evaluate_laws(rule, TIME_RULE_LAWS)

@@ -16,8 +16,9 @@ from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, la
 def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
     """Check that ids are numbered level by level, from the leaf tokens to the root.
 
-    `level_of` must be 0 for the first ids and must rise by `level_sizes`. The root must be the last
-    id, the only node of its level, and the mask token. Tolerance 0: ids are integers.
+    The first `level_sizes[0]` ids must have level 0, the next `level_sizes[1]` ids level 1, and so
+    on. The root must be the last id, the only node of its level, and the mask token. Tolerance 0:
+    ids are integers.
     """
     sizes = torch.tensor(vocabulary.level_sizes)
     levels = torch.repeat_interleave(
@@ -187,5 +188,8 @@ VOCABULARY_LAWS: tuple[Law, ...] = (
 
 
 def check_vocabulary(vocabulary: Vocabulary) -> list[LawReport]:
-    """Apply every law of vocabularies to a small vocabulary. The laws loop over all nodes."""
+    """Apply every law of vocabularies to a small vocabulary.
+
+    The vocabulary must be small because the laws loop over all nodes.
+    """
     return evaluate_laws(vocabulary, VOCABULARY_LAWS)
