@@ -258,7 +258,7 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that an overridden `decode_nll` is -ln of the posterior of the token x given the state z.
+    """Check that an overridden `decode_nll` is -ln of the posterior of token x given state z.
 
     The posterior is p(x) q_t(z|x), normalized over x, where p is the prediction. The value is not
     -ln p(x). The error is relative. Tolerance 1e-9: float64 rounding.

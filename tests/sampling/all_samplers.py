@@ -1,4 +1,4 @@
-"""Every sampler of the engine, small, and the processes of `joint` that each refuses."""
+"""Small instances of every sampler of the engine, and the processes that each sampler refuses."""
 
 from __future__ import annotations
 

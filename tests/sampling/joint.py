@@ -1,4 +1,4 @@
-"""A joint law of two symbols, small enough that the law of every sampler on it can be summed up exactly."""
+"""Joint distribution of two tokens on which the output of every sampler can be enumerated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JOINT = torch.tensor(
 
 
 def processes() -> dict[str, ForwardProcess]:
-    """Families of every kind on three words."""
+    """Return processes of every kind on three tokens."""
     bare, rates = (
         FlatVocabulary(3, mask=False),
         torch.tensor([[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]]),
@@ -40,7 +40,7 @@ def processes() -> dict[str, ForwardProcess]:
 
 
 class EarlyNoise(Schedule):
-    """alpha = 0.9 (1 - t): noise remains at t = 0, and the last draw has to remove it."""
+    """Schedule alpha = 0.9 (1 - t): noise remains at t = 0 until the final decoding step."""
 
     closes_at_clean = False
 
@@ -49,7 +49,10 @@ class EarlyNoise(Schedule):
 
 
 def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor]:
-    """(zt [B,2], t [B,2]) -> [B,2,3] the exact law of each symbol given the other position's state."""
+    """Make a network (zt [B,2], t [B,2]) -> [B,2,3] that is exact for JOINT.
+
+    The prediction is the distribution of each token given the state of the other position.
+    """
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
         evidence = (
@@ -66,9 +69,10 @@ def exact_ask(process: ForwardProcess) -> Network:
 
 
 def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
-    """[S,S] the law of both states after `num_steps` equal reverse steps, summed over all canvases.
+    """Return the distribution [S,S] of both states after `num_steps` equal reverse steps.
 
-    Positions move independently given the canvas, each by `reverse_log_probs`.
+    The sum is over all canvases. Positions move independently given the canvas, each by
+    `reverse_log_probs`.
     """
     size = process.vocabulary.num_states
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
@@ -90,7 +94,7 @@ def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
 
 
 def distance(dist: Tensor) -> float:
-    """Total variation between a law of states [S,S] and JOINT."""
+    """Return the total variation distance between a distribution of states [S,S] and JOINT."""
     whole = torch.zeros_like(dist)
     whole[:3, :3] = JOINT
     return 0.5 * float((dist - whole).abs().sum())

@@ -1,4 +1,4 @@
-"""What README and docs/samplers.md say of samplers is what is measured, and what the samplers declare of themselves."""
+"""Statements of README and docs/samplers.md on samplers are compared with measurements."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def benchmark() -> ModuleType:
 
 
 def tables() -> dict[str, Table]:
-    """The tables of docs/samplers.md by process."""
+    """Return the tables of docs/samplers.md by process."""
     found: dict[str, Table] = {}
     name = ""
     for line in PAGE.splitlines():
@@ -73,7 +73,10 @@ def test_every_process_of_the_benchmark_has_a_table() -> None:
     ("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"]
 )
 def test_distances_of_exact_samplers_are_within_sampling_noise(process: str, label: str) -> None:
-    """hybrid_epsilon shuffles a tenth of the words at t = 0, which the last draw undoes for both at once: .1^2 L^2 / 2."""
+    """hybrid_epsilon redraws a tenth of the tokens at t = 0.
+
+    The final decoding step replaces both tokens independently, which adds an error.
+    """
     _, distances = TABLES[process][label]
     shuffled = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
     assert max(distances) < shuffled + NOISE
@@ -83,7 +86,7 @@ def test_distances_of_exact_samplers_are_within_sampling_noise(process: str, lab
     ("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]]
 )
 def test_distances_of_samplers_with_an_order_fall_with_the_steps(process: str, label: str) -> None:
-    """From N = 8 to N = 64 order 1 falls to an eighth: to less than a third here, down to the noise of a distance."""
+    """With order 1, the distance at N = 64 is an eighth of that at N = 8; a third is accepted."""
     _, distances = TABLES[process][label]
     floor = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
     assert distances[-1] < floor + max(NOISE, (distances[3] - floor) / 3.0)
@@ -92,7 +95,7 @@ def test_distances_of_samplers_with_an_order_fall_with_the_steps(process: str, l
 @pytest.mark.parametrize("process", [name for name in TABLES if "hdlm" not in name])
 @pytest.mark.parametrize("sampler", ["analytic", "tau_leaping", "trapezoidal"])
 def test_distances_from_scores_fall_as_from_distributions(process: str, sampler: str) -> None:
-    """A process on words, or words and a mask, has rows of scores; they are those of distributions, up to noise."""
+    """Distances from scores must equal those from distributions, up to sampling noise."""
     _, of_law = TABLES[process][sampler]
     _, of_score = TABLES[process][f"{sampler}, score"]
     assert len(of_law) == len(of_score) == 7
@@ -114,7 +117,7 @@ def test_distances_from_scores_fall_as_from_distributions(process: str, sampler:
 def test_numbers_of_the_sampler_page_match_a_computation(
     process: str, label: str, predicts: str, steps: int
 ) -> None:
-    """The benchmark's own call: its draws are the same every time, to what another machine rounds."""
+    """The benchmark uses fixed seeds, so its results differ between machines by rounding only."""
     matrix = benchmark()
     line = matrix.row(
         label,
@@ -161,7 +164,7 @@ def test_readme_lists_every_sampler_with_its_declared_accuracy() -> None:
 
 
 def test_first_hitting_is_refused_if_it_would_not_be_exact() -> None:
-    """The README calls it exact for every process with events."""
+    """The README calls first hitting exact for every process with events."""
     gidd = load_plugins(["gidd"]).component("process", "gidd").load()
     process = gidd.build(gidd.Config(p_uniform=0.9, gamma=0.5), vocabulary=FlatVocabulary(3))
     from ddiff.sampling.first_hitting import find_event_interval
@@ -182,7 +185,7 @@ def _distributions() -> tuple[torch.Tensor, torch.Tensor]:
 def _guided(
     process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float
 ) -> torch.Tensor:
-    """[S] the reverse transition under the guided distribution of the clean token."""
+    """Return the reverse transition [S] under the guided distribution of the clean token."""
     told, untold = _distributions()
     asks = [
         network_from_noisy(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary)
@@ -205,7 +208,10 @@ def _guided(
 def _guided_transition(
     process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float
 ) -> torch.Tensor:
-    """[S] p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), normalised: what arXiv 2412.10193 draws from."""
+    """Return the normalized transition p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) [S].
+
+    arXiv 2412.10193 draws from this transition.
+    """
     now = torch.full((1,), t, dtype=torch.float64)
     then = torch.full((1,), s, dtype=torch.float64)
     told, untold = (
@@ -223,7 +229,10 @@ def test_guidance_does_not_change_the_rate_of_unmasking(weight: float) -> None:
 
 
 def test_guided_clean_distribution_differs_from_a_guided_transition() -> None:
-    """They agree at w = 0 and w = 1. At w = 3 a guided transition also changes how fast masks come off."""
+    """Both are equal at w = 0 and at w = 1.
+
+    At w = 3, the guided transition also changes the rate at which masks are revealed.
+    """
     process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     bare = FlatVocabulary(3, mask=False)
     uniform = MixtureProcess(bare, LinearSchedule(), token_distribution(bare))
@@ -238,7 +247,7 @@ def test_guided_clean_distribution_differs_from_a_guided_transition() -> None:
 
 
 def test_tau_leaping_does_not_converge_on_trees_with_gamma_below_one() -> None:
-    """Its rate of leaving the root is infinite at t = 1, as docs/samplers.md says of hdlm with gamma < 1."""
+    """The rate of leaving the root is infinite at t = 1, as docs/samplers.md says of hdlm."""
     tree = HierarchicalVocabulary([[0, 1, 0]])
     late = TreeProcess(tree, LogTimeClock((0.5, 1.0)), xi=0.8)
     even = TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi=0.8)

@@ -1,4 +1,4 @@
-"""A sampler along the path of a time rule: positions settle at their own times, and the law is that of the inner one."""
+"""Sampling along the path of a time rule has the distribution of the inner sampler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOISE = 0.018
 
 @pytest.mark.parametrize("name", CLOSING)
 def test_one_position_at_a_time_is_exact_in_any_number_of_steps(name: str) -> None:
-    """Width 1: each symbol is drawn given the words before it, which is autoregression."""
+    """With windows of width 1, each token is drawn given all earlier tokens."""
     for shape, steps in (("block", 2), ("block", 8), ("slide", 9)):
         sampler = HyperscheduleSampler(AncestralSampler(steps), WindowTimes(1, shape, paired=False))  # type: ignore[arg-type]
         assert (
@@ -51,7 +51,7 @@ def test_sliding_window_samples_converge_to_the_joint(name: str) -> None:
 
 
 class InformationGrid:
-    """Even steps of the information time of a process."""
+    """Grid with even steps of the information time of a process."""
 
     def __init__(self, process: ForwardProcess, steps: int) -> None:
         self.process, self.steps = process, steps

@@ -1,4 +1,4 @@
-"""The command that writes docs/samplers.md, on one process and few draws."""
+"""Test of the command that writes docs/samplers.md, on one process with few draws."""
 
 from __future__ import annotations
 

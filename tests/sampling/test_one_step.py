@@ -1,7 +1,7 @@
-"""One step of each sampler by its numbers: where a state goes, with which probability, from which time.
+"""Transition probabilities of one step of each sampler, compared with formulas.
 
-A network that always predicts the same distribution makes every probability of a step a short formula. Draws come from
-an even covering of the uniforms, which resolves a probability to 5e-3.
+A network that always predicts the same distribution makes every probability of a step a short
+formula. Draws use Sobol points, which resolve a probability to 5e-3.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ TREE = TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((2.0, 1.0))
 
 
 def predicting(process: ForwardProcess, *p: tuple[float, ...]) -> Network:
-    """The same distributions whatever is shown: one for all positions, or one for each."""
+    """Make a network that ignores its input.
+
+    It predicts the same distribution at all positions, or a fixed distribution at each position.
+    """
     log_p = torch.tensor(p, dtype=torch.float64).log()
     return network_from_noisy(lambda noisy: log_p.expand(*noisy.zt.shape, -1), process.vocabulary)
 
@@ -81,7 +84,7 @@ def moved(
 def step_of(
     sampler: GridSampler, process: ForwardProcess, state: int, t: float, s: float
 ) -> list[float]:
-    """The probabilities of all states after one step of a single position."""
+    """Return the probabilities of all states after one step of a single position."""
     after = moved(sampler, process, predicting(process, P), canvas_of((state,), t), s).zt
     return shares(after[:, 0], process.vocabulary.num_states)
 
@@ -116,7 +119,11 @@ def test_tau_leaping_uses_rates_at_the_start_of_the_step() -> None:
 
 @pytest.mark.parametrize("theta", [0.3, 0.5, 0.8])
 def test_trapezoidal_extrapolates_rates_from_its_theta_point(theta: float) -> None:
-    """A mask stays for theta of the step at 1/t, then at [a/rho - (a - 1)/t]_+, rho being where the first stage ends."""
+    """A mask is revealed at rate 1/t in the first stage, which has the fraction theta of the step.
+
+    In the second stage, which starts at rho, the rate is the positive part of a/rho - (a - 1)/t,
+    where a = 1/(2 theta (1 - theta)).
+    """
     t, s = 0.8, 0.3
     rho, ahead = t - theta * (t - s), 0.5 / (theta * (1.0 - theta))
     late = max(ahead / rho - (ahead - 1.0) / t, 0.0)
@@ -130,7 +137,11 @@ def test_trapezoidal_extrapolates_rates_from_its_theta_point(theta: float) -> No
 
 @pytest.mark.parametrize(("state", "level"), [(5, 2), (3, 1)])
 def test_one_level_sampler_moves_tokens_at_most_one_level_down(state: int, level: int) -> None:
-    """The share (F_l(t) - F_l(s)) / pi_l(t) goes one level down and no further; tokens stay."""
+    """A state at level l moves one level down with probability (F_l(t) - F_l(s)) / pi_l(t).
+
+    F_l(t) is the probability that a token has entered level l by time t, and pi_l(t) the
+    probability that it is at level l. Tokens do not move.
+    """
     t, s = 0.7, 0.5
     now, then = TREE.clock.pi(torch.tensor([t, s], dtype=torch.float64))
     falls = float((now[level:].sum() - then[level:].sum()) / now[level])
@@ -181,7 +192,10 @@ def test_a_token_is_remasked_with_probability_sigma(
 
 
 def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> None:
-    """sigma_i = eta sigma_max softmax_i(-p_i) over tokens with a note; masks and tokens without one weigh nothing."""
+    """A token drawn with probability p_i is remasked with eta sigma_max softmax_i(-p_i).
+
+    The softmax is over tokens with a recorded probability. Masks and other tokens have weight 0.
+    """
     t, s, eta = 0.45, 0.3, 0.5
     drawn_with = torch.tensor([0.9, 0.1, 0.5, 0.5])
     confidence = drawn_with.double().log()
@@ -211,7 +225,10 @@ def test_psi_records_log_probabilities_of_new_tokens() -> None:
 
 
 def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
-    """tau = 1, .9, ...: from 1 to `on` down to `hold`, rest, and from `off` down to 0."""
+    """The time falls from 1 to `hold` while tau > `on`, and to 0 while tau < `off`.
+
+    tau = 1, 0.9, ..., 0. Between `on` and `off`, the time stays at `hold`.
+    """
     times = LoopGrid(10, on=0.6, off=0.2, hold=0.3).times()
     expected = [1.0, 0.825, 0.65, 0.475, 0.3, 0.3, 0.3, 0.3, 0.3, 0.15, 0.0]
     assert times == pytest.approx(expected, abs=1e-12)
@@ -222,7 +239,11 @@ def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
 
 @pytest.mark.parametrize(("t", "s"), [(0.8, 0.4), (0.5, 0.45)])
 def test_acs_redraws_with_eta_times_one_minus_reveal_probability(t: float, s: float) -> None:
-    """With probability eta (1 - pi), pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t, Bayes; else the posterior."""
+    """With probability eta (1 - pi), the token is redrawn from its distribution given z_t.
+
+    pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t is the reveal probability. Otherwise the
+    token is drawn from the posterior.
+    """
     eta = 0.6
     again = eta * (1.0 - (t - s) / t)
     at, then = torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64)
@@ -237,8 +258,11 @@ def test_acs_redraws_with_eta_times_one_minus_reveal_probability(t: float, s: fl
 def test_forward_backward_corrector_renoises_by_its_share_of_the_step(
     share: float, above: float
 ) -> None:
-    """From t = .5 after a step of .2 to `above`, at most 1; a token goes up with (above - t)/(1 - t), and of those that did
-    t/above are still masked after the way back."""
+    """The corrector adds noise from t = 0.5 to the time `above`, at most 1, and steps back to t.
+
+    A token is masked with probability (above - t)/(1 - t). Of the masked tokens, the fraction
+    t/above is still masked at t.
+    """
     canvas = canvas_of((0,), 0.5)
     rng = covering(1)
     span = torch.full_like(canvas.t, 0.2)
@@ -276,7 +300,7 @@ def test_predictor_corrector_passes_step_length_to_corrector() -> None:
 
 
 def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None:
-    """x' ~ [P(x) q_at(z|x)]^(1/T), q read at the time that is told."""
+    """The proposal is x' ~ [P(x) q_at(z|x)]^(1/T), where `at` is the time passed to the network."""
     at, temperature, state = 0.4, 0.7, 2
     canvas = canvas_of((state,), at)
     going = torch.ones(POINTS, dtype=torch.bool)
@@ -338,7 +362,7 @@ def test_self_correction_commits_only_the_most_likely_changes() -> None:
 def first_revealed(
     sampler: UnmaskingSampler, rows: tuple[tuple[float, ...], ...], s: float
 ) -> list[float]:
-    """How often each masked position is among those that are revealed in the step from 1 to s."""
+    """Return the frequency with which each masked position is revealed in the step from 1 to s."""
     process = TreeProcess(FlatVocabulary(len(rows[0])), CdfClock([LinearSchedule()]))
     mask = len(rows[0])
     canvas = canvas_of((mask,) * len(rows), 1.0)
@@ -351,7 +375,7 @@ PEAKED, SPREAD = (0.6, 0.4, *(0.0,) * 10), (0.2, *(0.8 / 11,) * 11)
 
 
 def test_margin_compares_probabilities_not_logarithms() -> None:
-    """.6 - .4 is more than .2 - .073, though .6/.4 is less than .2/.073."""
+    """0.6 - 0.4 is more than 0.2 - 0.073, although 0.6/0.4 is less than 0.2/0.073."""
     assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
 
 
@@ -373,7 +397,10 @@ def test_entropy_sampler_reveals_the_lowest_entropy_first() -> None:
 
 @pytest.mark.parametrize("s", [0.5, 0.8])
 def test_gumbel_noise_of_unmasking_scales_with_time(s: float) -> None:
-    """Of two positions the surer one is first with probability 1/(1 + e^(-d/b)), b = noise s."""
+    """The position of higher confidence is revealed first with probability 1/(1 + e^(-d/b)).
+
+    b = noise * s is the scale of the noise, and d the difference of the confidences.
+    """
     rows = ((0.8, 0.2), (0.5, 0.5))
     first = 1.0 / (1.0 + math.exp(-math.log(0.8 / 0.5) / (2.0 * s)))
     assert first_revealed(UnmaskingSampler(4, "top", noise=2.0), rows, s) == near(
@@ -384,7 +411,7 @@ def test_gumbel_noise_of_unmasking_scales_with_time(s: float) -> None:
 def steps_of_entropy_bound(
     bound: float, rows: tuple[tuple[float, ...], ...]
 ) -> tuple[list[int], list[float]]:
-    """How many positions are masked after each step, and the times that are told."""
+    """Return the number of masked positions after each step, and the network's times."""
     canvas = canvas_of((MASK,) * len(rows), 1.0, 1)
 
     def rng(k: int) -> Any:
@@ -395,13 +422,16 @@ def steps_of_entropy_bound(
 
 
 def test_entropy_bound_accepts_equality() -> None:
-    """Positions that are certain hold no entropy, and a bound of 0 takes all of them at once."""
+    """Certain positions have entropy 0, so a bound of 0 reveals all of them in one step."""
     certain = (1.0, 0.0, 0.0)
     assert steps_of_entropy_bound(0.0, (certain, certain, certain)) == ([0], [0.0])
 
 
 def test_entropy_bound_sums_all_entropies_but_the_largest() -> None:
-    """Entropies h, h, h with h = ln 3: with a bound between h and 2 h two positions move, with one below h a single one."""
+    """Three positions have entropy h = ln 3 each.
+
+    A bound between h and 2 h reveals two positions, and a bound below h reveals one.
+    """
     flat = (1 / 3, 1 / 3, 1 / 3)
     assert steps_of_entropy_bound(1.5, (flat, flat, flat))[0] == [1, 0]
     assert steps_of_entropy_bound(1.0, (flat, flat, flat)) == (
@@ -414,7 +444,7 @@ def test_entropy_bound_sums_all_entropies_but_the_largest() -> None:
 
 
 def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:
-    """Samples are no replay of the training noise of the same seed, and another seed draws others."""
+    """Sampling does not use the uniforms of training with the same seed or of another seed."""
     seen: list[tuple[int, int, str, list[int], int]] = []
 
     class RecordRng(Sampler):
@@ -506,7 +536,7 @@ def test_every_grid_step_uses_separate_uniforms() -> None:
 
 
 def test_final_decoding_corrects_tokens_corrupted_at_time_zero() -> None:
-    """Shuffled, then masked: nothing arrives in a token, and yet .3 of them are not the token that was there."""
+    """The process redraws a fraction 0.3 of the tokens at t = 0 and masks tokens later."""
     process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
     assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
     canvas = canvas_of((2,), 0.25)
@@ -532,7 +562,7 @@ def test_kappa_stays_in_unit_interval_at_both_ends_of_time() -> None:
 
 
 def test_confidence_remasking_ignores_prompt_positions() -> None:
-    """A settled token of an earlier window has a note, too, and no share."""
+    """A finished token of an earlier window has a recorded probability but is not remasked."""
     canvas = canvas_of((0, 1), 0.45, 1)
     canvas = replace(
         canvas,
@@ -545,7 +575,7 @@ def test_confidence_remasking_ignores_prompt_positions() -> None:
 
 
 def test_unmasking_on_a_tree_counts_moves_of_every_level() -> None:
-    """Four masks of a tree of two levels have eight descents; at s = .75 six of them are left over."""
+    """Four masks of a tree of two levels need eight moves; at s = 0.75, six of the moves remain."""
     canvas = canvas_of((5, 5, 5, 5), 1.0)
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt
     assert (after != 5).sum(-1).unique().tolist() == [2]
@@ -553,7 +583,7 @@ def test_unmasking_on_a_tree_counts_moves_of_every_level() -> None:
 
 
 def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
-    """The prediction turns round within the step: token 0 at its start, token 1 at its middle."""
+    """The prediction changes within the step: token 0 at its start, token 1 at its middle."""
     t, s, rho = 0.8, 0.3, 0.55
     early, late = (0.9, 0.05, 0.05), (0.1, 0.85, 0.05)
 

@@ -1,4 +1,4 @@
-"""Every sampler on every process: what it refuses, what it keeps, what its samples tend to, what it costs."""
+"""Every sampler on every process: rejections, prompts, distributions and cost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
 def test_prompts_are_unchanged_and_free_positions_end_as_tokens(sampler: str, process: str) -> None:
-    """Ragged: each row has its own words given, one row has none and one has all."""
+    """Each row has a separate prompt; one prompt is empty, and one covers the whole row."""
     prompt = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
     prompt_mask = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
     states: list[torch.Tensor] = []
@@ -73,7 +73,10 @@ def test_a_sample_does_not_depend_on_its_batch(sampler: str, process: str) -> No
 
 @pytest.mark.parametrize("process", ["uniform", "masked"])
 def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
-    """Rows end after different numbers of events; what the last draw of one is must not tell when the slowest ended."""
+    """Rows end after different numbers of events.
+
+    The final decoding of a row must not depend on the row that needs most events.
+    """
     dist = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     network = network_from_noisy(
         lambda noisy: dist.expand(*noisy.zt.shape, 3), PROCESSES[process].vocabulary
@@ -89,7 +92,7 @@ def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
 
 
 def test_confidences_equal_up_to_rounding_rank_alike() -> None:
-    """Ties of 64 positions, moved by what float32 rounding moves them, at a value that is no edge of the rounding."""
+    """64 equal confidences are changed by float32 rounding errors; their ranks must not change."""
     rng = CounterRng(0, 1, torch.arange(4), 64)
     confidence = torch.full((4, 64), -1.2345, dtype=torch.float64)
     confidence[:, ::7] = -0.5
@@ -187,7 +190,10 @@ def test_sampling_names_a_network_that_predicts_nan(sampler: str) -> None:
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree", "uniform"])
 def test_first_hitting_samples_follow_the_joint(name: str) -> None:
-    """Chi-square of nine cells is above 35 with probability 2.7e-5; four cases, seed fixed."""
+    """The chi-square statistic of nine cells is above 35 with probability 2.7e-5.
+
+    There are four cases, and the seed is fixed.
+    """
     count = 2**12 if name == "uniform" else 2**15
     dist = measure_sampler(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).dist[:3, :3]
     assert float(dist.sum()) == pytest.approx(1.0)
@@ -208,7 +214,10 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> N
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 @pytest.mark.parametrize("build", [TauLeapingSampler, AnalyticSampler])
 def test_ancestral_error_is_first_order_in_the_steps(build: Any, name: str) -> None:
-    """Four times the steps, a quarter of the distance; summed over canvases, noise below 4e-4 of distances above 8e-3."""
+    """Four times as many steps divide the distance by four.
+
+    The sum over canvases has an error below 4e-4; the distances are above 8e-3.
+    """
     few, many = (
         measure_sampler(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT)
         for n in (8, 32)
@@ -218,8 +227,12 @@ def test_ancestral_error_is_first_order_in_the_steps(build: Any, name: str) -> N
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
-    """Euler halves its distance with twice the steps. This one quarters it while extrapolated rates stay positive; symbols
-    that depend on each other as much as these cut some off, and it comes to 2.7 (noise of a distance is about 2e-3)."""
+    """With twice as many steps, Euler halves its distance, and the trapezoidal method quarters it.
+
+    The order of the trapezoidal method requires positive extrapolated rates. For this joint
+    distribution some rates are cut off at 0, and the factor is 2.7. The noise of a distance is
+    about 2e-3.
+    """
     process = PROCESSES[name]
     few, many = (
         measure_sampler(TrapezoidalSampler(n), process, JOINT, points=2**15) for n in (4, 8)
@@ -231,7 +244,7 @@ def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
 
 
 def test_noise_at_time_zero_leaves_an_error_that_steps_cannot_reduce() -> None:
-    """A tenth of the words is noise at t = 0; both symbols are cleaned at once, and no number of steps helps."""
+    """A tenth of the tokens is noise at t = 0; the final decoding replaces both tokens at once."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
         measure_sampler(AncestralSampler(n), process, JOINT, apart=True, points=2**13)
@@ -245,7 +258,10 @@ def test_noise_at_time_zero_leaves_an_error_that_steps_cannot_reduce() -> None:
 
 
 def test_unmasking_by_confidence_does_not_sample_the_joint() -> None:
-    """Choosing positions by what they drew favours likely words, whatever the steps; by their laws alone it does not."""
+    """An order that depends on the drawn tokens favours likely tokens, for any number of steps.
+
+    An order that depends only on the predicted distributions does not.
+    """
     process = PROCESSES["masked"]
     assert (
         measure_sampler(UnmaskingSampler(16), process, JOINT, points=2**13).distance(JOINT) > 0.15
@@ -276,9 +292,10 @@ def test_psi_with_kappa_one_and_acs_with_eta_zero_equal_ancestral(name: str) -> 
 
 
 def test_remdm_equals_psi_on_masks() -> None:
-    """With sigma = .3: a word is masked with .3; a mask is revealed with (alpha_s - .7 alpha_t)/(1 - alpha_t) (2503.00307).
+    """With sigma = 0.3, a token is masked with probability 0.3 (arXiv 2503.00307).
 
-    Five sigma of 40 000 draws is at most .0125.
+    A mask is revealed with probability (alpha_s - 0.7 alpha_t)/(1 - alpha_t). Five standard
+    deviations of 40 000 draws are at most 0.0125.
     """
     process, count, t, s = PROCESSES["masked"], 20_000, 0.6, 0.4
     zt = torch.tensor([[0, 3]]).repeat(count, 1)
@@ -295,7 +312,7 @@ def test_remdm_equals_psi_on_masks() -> None:
 
 
 def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
-    """The same law from other uniforms: distances agree to the noise of the sum, 1e-3."""
+    """The two samplers use different uniforms, so their distances agree only up to 1e-3."""
     process = PROCESSES["masked"]
     one, plain = (
         measure_sampler(build(4), process, JOINT, apart=True, points=2**13)
@@ -305,7 +322,7 @@ def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
 
 
 def test_analytic_steps_from_a_score_and_its_distribution_agree() -> None:
-    """Ratios near t = 1 are differences of 1e-12, so uniform noise loses the last digits of its first step."""
+    """Ratios near t = 1 are differences of 1e-12, so the first step loses the last digits."""
     for name in ("masked", "uniform"):
         process, states = PROCESSES[name], []
         keep = lambda k, canvas: states.append(canvas.zt)  # noqa: B023, E731
@@ -352,7 +369,7 @@ def test_negative_probability_from_a_raw_score_is_clamped_and_reported() -> None
 
 
 def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """[B,L,3] a law that differs from place to place and does not depend on anything else."""
+    """Return log-distributions [B,L,3] that depend only on the position."""
     place = torch.arange(zt.shape[1]).double()
     return (
         torch.stack([place * 0, 0.7 * place, place.sin()], -1).log_softmax(-1).expand(*zt.shape, 3)
@@ -386,9 +403,13 @@ def test_first_hitting_on_masks_costs_one_evaluation_per_position() -> None:
 
 
 def test_first_hitting_with_larger_until_needs_fewer_evaluations() -> None:
-    """Uniform noise: they come at about 1/t and 2/(3 (1 - t)), 16 a position from where 1e-4 of two positions are left to
-    where 1e-4 of them are noise; from 1 - 1e-12 to 1e-12 it would be 46. A larger `until` takes fewer; its error is what
-    the symbols lose that change there together, at most until^2 / 2 at each end (sampling adds 0.02)."""
+    """With uniform noise, candidate events occur at a rate of about 1/t + 2/(3 (1 - t)).
+
+    Between the times that `until` = 1e-4 sets for two positions, there are 16 candidates per
+    position; between 1e-12 and 1 - 1e-12, there would be 46. A larger `until` needs fewer. Its
+    error is at most until^2 / 2 at each end, the probability that both positions change outside the
+    range. Sampling adds 0.02.
+    """
     process, count = PROCESSES["uniform"], 2**12
     near, far = (
         measure_sampler(FirstHittingSampler(until), process, JOINT, points=count)
@@ -401,7 +422,7 @@ def test_first_hitting_with_larger_until_needs_fewer_evaluations() -> None:
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
 def test_first_hitting_result_ignores_until_without_uniform_noise(name: str) -> None:
-    """Where words are no noise, `until` is read by nobody: the samples are the same bit for bit."""
+    """The samples must be bitwise identical for both values of `until`."""
     plain, other = (
         draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids
         for until in (1e-4, 0.4)
@@ -480,7 +501,10 @@ def test_left_to_right_samplers_declare_looks_ahead_false() -> None:
 
 
 def test_samplers_without_look_ahead_ignore_text_after_a_gap() -> None:
-    """P(x_1 | x_2 = 1) is (.08, .80, .12) and its marginal (.40, .25, .35): what is drawn tells which one it was."""
+    """P(x_1 | x_2 = 1) is (.08, .80, .12), and the marginal of x_1 is (.40, .25, .35).
+
+    The drawn tokens show which of the two was used.
+    """
     process, count = PROCESSES["masked"], 400
     prompt, prompt_mask = torch.tensor([[0, 1]] * count), torch.tensor([[False, True]] * count)
     for sampler in (
@@ -505,7 +529,7 @@ def test_samplers_without_look_ahead_ignore_text_after_a_gap() -> None:
 
 
 class BlindAsk:
-    """The exact law given what each position may see: `block` hides what comes in a later one."""
+    """Network that is exact given the positions in the same or earlier blocks."""
 
     def __init__(self, process: ForwardProcess) -> None:
         self.process, self.exact = process, ExactNetwork(process, JOINT)

@@ -1,4 +1,4 @@
-"""Sampling: the exact chain, prompts kept, batches irrelevant, network calls counted."""
+"""Ancestral sampling and `generate`: distributions, prompts, batches and network evaluations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ NAMES = list(processes())
 
 
 class Quick:
-    """Uniforms of one generator, for hundreds of thousands of samples; `Noise` numbers each one and takes longer."""
+    """Random generator that draws the uniforms of all samples from one `torch.Generator`.
+
+    It is faster than `CounterRng`, which seeds every sample separately.
+    """
 
     def __init__(self, shape: tuple[int, int], generator: torch.Generator) -> None:
         self.shape, self.generator = shape, generator
@@ -32,7 +35,7 @@ class Quick:
 
 
 def many(process: ForwardProcess, num_steps: int, count: int) -> Tensor:
-    """[count,2] samples of the ancestral sampler under the exact laws."""
+    """Return samples [count,2] of the ancestral sampler under the exact network."""
     noise = Quick((count, 2), torch.Generator().manual_seed(7))
     start = process.prior.draw(noise.uniform("start"))
     free = torch.ones(count, 2, dtype=torch.bool)
@@ -54,10 +57,11 @@ def draw(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ancestral_error_falls_as_one_over_the_steps(name: str) -> None:
-    """First order: four times the steps, a quarter of the distance, once the steps are short (3.5 to 4.5 from 16 to 64).
+    """Four times as many steps must divide the distance by four (3.5 to 4.5 from 16 to 64 steps).
 
-    Summed over all canvases, no sampling error. One step draws both symbols from their marginals. Masking is wrong only
-    where both symbols appear in the same of N even steps, with probability 1/N: an equality.
+    The sum is over all canvases, without sampling error. A single step draws both tokens from their
+    marginals. The error of masked diffusion is known: both tokens are revealed in the same of N
+    even steps with probability 1/N.
     """
     process = processes()[name]
     far, nearer, near, nearest = (
@@ -74,7 +78,10 @@ def test_ancestral_error_falls_as_one_over_the_steps(name: str) -> None:
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_ancestral_samples_follow_the_enumerated_chain(name: str, steps: int) -> None:
-    """20 000 samples: chi-square of nine cells is above 35 with probability 2.7e-5; ten cases, seed fixed."""
+    """The chi-square statistic of nine cells is above 35 with probability 2.7e-5.
+
+    There are ten cases of 20 000 samples, and the seed is fixed.
+    """
     process, count = processes()[name], 20_000
     ids = many(process, steps, count)
     found = torch.bincount(ids[:, 0] * 3 + ids[:, 1], minlength=9).double()
@@ -135,7 +142,7 @@ def test_network_is_not_evaluated_if_no_position_moves(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ancestral_argmax_takes_the_most_likely_token_last(name: str) -> None:
-    """One step from the prior, which says nothing of the words: each symbol is its marginal's mode, P = .40 and .37."""
+    """A single step from the prior gives each position the most likely token of its marginal."""
     drawn = draw(processes()[name], list(range(20)), sampler=AncestralSampler(1, last="argmax"))
     assert drawn.ids.tolist() == [[int(JOINT.sum(1).argmax()), int(JOINT.sum(0).argmax())]] * 20
     assert drawn.nfe == 1
@@ -144,7 +151,7 @@ def test_ancestral_argmax_takes_the_most_likely_token_last(name: str) -> None:
 
 @pytest.mark.parametrize("last", ["draw", "argmax"])
 def test_final_decoding_replaces_masks_left_at_time_zero(last: Any) -> None:
-    """A tenth of the tokens is masked even at t = 0; the last draw fills them."""
+    """A tenth of the tokens is masked at t = 0 and must be replaced by the final decoding step."""
     point = torch.tensor([0.0, 0.0, 0.0, 1.0])
     process = MixtureProcess(FlatVocabulary(3), EarlyNoise(), point)
     seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Shaping and guiding: what each conditional becomes, in every form that a law is read in."""
+"""Filters and guidance: their effect on each conditional distribution."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def test_filters_out_of_range_are_refused() -> None:
     ],
 )
 def test_filter_frequencies_agree_in_every_sampler(build: Any) -> None:
-    """Two of three words, 45 to 4: the third never comes; the second has 4/49, five sigma of 1200 draws being .04."""
+    """The filters keep two of three tokens; the second token has probability 4/49.
+
+    Five standard deviations of 1200 draws are 0.04.
+    """
     process = processes()["masked"]
     network = network_from_table(lambda zt, t: LOG.expand(*zt.shape, 3), process.vocabulary)
     sampler = ShapedSampler(build(5), [TopK(2)])
@@ -112,7 +115,10 @@ def test_filters_on_a_tree_reshape_each_conditional() -> None:
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(6), FlatVocabulary(6, mask=False)])
 def test_shaped_draw_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
-    """20 001 even uniforms hit every word in proportion, within one hit per cell boundary and level."""
+    """20 001 evenly spaced uniforms draw every token in proportion to its probability.
+
+    The allowed error is one draw per cell boundary and level.
+    """
     count = 20_001
     dist = ShapedDistribution(
         [DenseDistribution(WORDS.log().expand(count, -1), vocabulary)], TopP(0.8)
@@ -136,7 +142,7 @@ def test_shaped_draw_below_a_node_uses_its_children() -> None:
 
 
 def read(network: Any, rows: int = 4, root: int = 3) -> Tensor:
-    """[rows,3] the law at the first positions of two sequences of two."""
+    """Return the distribution [rows,3] at the first positions of two sequences of two tokens."""
     noisy = Noisy(
         torch.full((2, 2), 3), torch.ones(2, 2).double(), torch.zeros(2, 2, dtype=torch.bool)
     )
@@ -157,7 +163,7 @@ def table(shift: float) -> Any:
 
 
 def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
-    """The same ask, answering in chunks."""
+    """Make a network that returns the same results in chunks of the given sizes."""
 
     def chunked(noisy: Noisy) -> Any:
         query = network(noisy)
@@ -223,7 +229,7 @@ def test_filters_refuse_scores() -> None:
 
 @pytest.mark.parametrize("by", ["top", "margin", "entropy"])
 def test_reveal_order_ignores_filters(by: Any) -> None:
-    """At low temperature every margin is 1 and every entropy 0 to the last digit, and the order would be lost."""
+    """At low temperature every margin is 1 and every entropy is 0, so the order would be lost."""
     process = processes()["masked"]
     generator = torch.Generator().manual_seed(3)
     dist = torch.randn(12, 3, generator=generator).double().log_softmax(-1)
@@ -240,7 +246,7 @@ def test_reveal_order_ignores_filters(by: Any) -> None:
 
 
 def law_of(sampler: Any, p: Tensor) -> list[float]:
-    """The distribution that the shapers of a configured sampler make of p."""
+    """Return the distribution that the filters of a configured sampler make of p."""
     log_p = p.log().unsqueeze(0)
     for shaper in sampler.shapers:
         log_p = shaper(log_p).log_softmax(-1)
@@ -249,7 +255,7 @@ def law_of(sampler: Any, p: Tensor) -> list[float]:
 
 
 def configured(settings: dict[str, float]) -> list[Any]:
-    """The two components that take filters: those of the engine, and autoregression."""
+    """Return the two components with filters: a sampler of the engine, and autoregression."""
     ancestral = Ancestral.build(Ancestral.Config(**settings), steps=4)
     left_to_right = LeftToRight.build(
         LeftToRight.Config(**settings), steps=4, vocabulary=FlatVocabulary(4)
@@ -259,7 +265,10 @@ def configured(settings: dict[str, float]) -> list[Any]:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
 def test_filters_apply_in_order_temperature_top_k_top_p_min_p(which: int) -> None:
-    """p = (.4, .3, .2, .1): squared it is (16, 9, 4, 1)/30, of which two hold .8; of p itself it takes three."""
+    """p = (.4, .3, .2, .1) becomes (16, 9, 4, 1)/30 by the temperature.
+
+    Two tokens then hold 0.8 of the probability; without the temperature, three would.
+    """
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     got = law_of(configured({"temperature": 0.5, "top_p": 0.8})[which], p)
     assert got == pytest.approx([0.64, 0.36, 0.0, 0.0])
@@ -279,7 +288,7 @@ def test_filters_at_default_values_are_omitted(which: int) -> None:
 
 
 def test_min_p_keeps_tokens_exactly_at_its_threshold() -> None:
-    """A share of 1 keeps the likeliest ones, all of them."""
+    """A threshold of 1 keeps all tokens of the largest probability."""
     log_p = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64).log()
     assert listed(MinP(1.0), log_p) == pytest.approx([0.5, 0.5, 0.0])
     assert listed(MinP(0.0), log_p) == pytest.approx([0.4, 0.4, 0.2])

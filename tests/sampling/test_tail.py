@@ -1,8 +1,9 @@
-"""Rare words: ancestral sampling in 1,024 steps gives the tail of a vocabulary its mass, a float32 race does not.
+"""Probability of rare tokens in samples, in float64 and in a float32 race.
 
-Zipf's law over 50,257 words is the network's answer everywhere, so that every position is an independent draw of it. Two
-tails are counted, the rarest words that hold a hundredth and a tenth of the mass together. A count of n draws passes within
-four standard deviations of n * mass, which it leaves with probability 6e-5 each; seeds are fixed.
+The network predicts Zipf's law over 50,257 tokens at every position, so that every position is an
+independent draw. Two sets are counted: the rarest tokens with a total probability of 0.01, and of
+0.1. A count of n draws passes if it is within four standard deviations of its expectation, which
+fails with probability 6e-5. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ VOCABULARY, SAID = FlatVocabulary(WORDS), ZIPF.log().float()
 
 
 def tail(mass: float) -> int:
-    """The first word of the rarest ones that hold `mass` together."""
+    """Return the first of the rarest tokens, whose total probability is `mass`."""
     return int((ZIPF.flip(0).cumsum(0).flip(0) > mass).sum())
 
 
 def off(words: Tensor, mass: float) -> float:
-    """Standard deviations between how many of the words are of the tail and how many there should be."""
+    """Return the number of rare tokens minus its expectation, in standard deviations."""
     share = float(ZIPF[tail(mass) :].sum())
     count = int((words >= tail(mass)).sum())
     return (count - len(words) * share) / (len(words) * share * (1.0 - share)) ** 0.5
 
 
 def zipf(noisy: Noisy) -> Query:
-    """A network of single precision that says Zipf's law, of the rows that are asked for alone."""
+    """Network in float32 that predicts Zipf's law at the queried rows."""
 
     def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return fn(DenseDistribution(SAID.expand(len(rows), -1), VOCABULARY), *per_row)
@@ -62,7 +63,10 @@ def test_ancestral_sampling_draws_rare_tokens_at_their_probability() -> None:
 
 
 def exponential(u: Tensor) -> Tensor:
-    """-ln of a float32 uniform as published code draws it: u in steps of 2^-24, the smallest exponential is 6e-8."""
+    """Return -ln of a float32 uniform u in steps of 2^-24, as published code draws it.
+
+    The smallest value is 6e-8.
+    """
     single = ((u * 2.0**24).floor() / 2.0**24).float()  # what torch.rand has in place of u
     return 1e-10 - (single + 1e-10).log()
 
@@ -97,7 +101,7 @@ def raced(generator: torch.Generator) -> Tensor:
 
 
 def test_float32_gumbel_race_over_tokens_and_mask_starves_the_tail() -> None:
-    """The same counts of what published samplers draw (arXiv 2409.02908): all become words, too few of them rare."""
+    """Published samplers draw too few rare tokens for the same reason (arXiv 2409.02908)."""
     words = raced(torch.Generator().manual_seed(0))
     assert int(words.max()) < WORDS
     assert off(words, 0.1) < -8.0
@@ -107,7 +111,7 @@ def test_float32_gumbel_race_over_tokens_and_mask_starves_the_tail() -> None:
 def test_float64_exponential_race_draws_rare_tokens_correctly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With exponentials of all their digits it passes: what starves the tail is the precision."""
+    """The same race is correct with float64 exponentials, so the error is one of precision."""
     monkeypatch.setitem(globals(), "exponential", lambda u: -u.log())
     words = raced(torch.Generator().manual_seed(0))
     assert [round(off(words, mass), 1) for mass in MASSES] == pytest.approx([0.0, 0.0], abs=4.0)

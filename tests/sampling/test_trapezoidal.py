@@ -1,4 +1,4 @@
-"""The theta-trapezoidal method, summed over all canvases and both stages: where it has its order, and where it has not."""
+"""Error of the theta-trapezoidal method, summed over all canvases and both stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MILD /= MILD.sum()
 
 
 class Zeros:
-    """Uniforms that nobody reads."""
+    """Random generator that returns zeros, for steps that do not use their uniforms."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -47,7 +47,10 @@ def laws_of_leaps(
     t: float,
     s: float,
 ) -> list[Tensor]:
-    """[n,2,S] the law of each leap that a step makes from canvases `start`, whose first leap is told to end in `middle`."""
+    """Return the distributions [n,2,S] of each leap of a step from the canvases `start`.
+
+    The first leap of the step is forced to end in `middle`.
+    """
     size, dists, now = process.vocabulary.num_states, [], start
     active = process.active(start.reshape(-1))
 
@@ -74,12 +77,12 @@ def laws_of_leaps(
 
 
 def both(dist: Tensor) -> Tensor:
-    """[n,2,S] -> [n,S*S] the product of what the positions do."""
+    """Return the product [n,S*S] of the distributions [n,2,S] of both positions."""
     return torch.einsum("ca,cb->cab", dist[:, 0], dist[:, 1]).flatten(1)
 
 
 def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> float:
-    """Total variation between `joint` and the law that the sampler walks to, no draw being made."""
+    """Return the total variation distance of the sampler's exact output distribution to `joint`."""
     size, network, prior = (
         process.vocabulary.num_states,
         ExactNetwork(process, joint),
@@ -115,7 +118,10 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
 
 @pytest.mark.parametrize(("name", "least"), [("uniform", 3.6), ("masked", 3.3)])
 def test_trapezoidal_is_second_order_if_rates_stay_positive(name: str, least: float) -> None:
-    """Twice the steps, a quarter of the distance (measured 3.8); on masks ln N / N^2, 3.2 to 3.5. Euler: a half."""
+    """Twice as many steps divide the distance by four (measured 3.8).
+
+    For masks the error is ln N / N^2, which gives 3.2 to 3.5. Euler gives 2.
+    """
     process = processes()[name]
     few, many = (distance(TrapezoidalSampler(n), process, MILD) for n in (12, 24))
     assert few / many > least
@@ -126,8 +132,11 @@ def test_trapezoidal_is_second_order_if_rates_stay_positive(name: str, least: fl
 
 
 def test_trapezoidal_is_second_order_with_two_jumps_in_one_step() -> None:
-    """Symbols that do not depend on each other, one word likely: measured 3.5; 2.2 where earlier rates of the state that
-    was left are subtracted from those of the state that was reached, since that is cut off at 0."""
+    """The two tokens are independent, and one token is likely; the measured factor is 3.5.
+
+    The factor is 2.2 if rates of the state before the first jump are subtracted from rates of the
+    state after it, because the difference is then cut off at 0.
+    """
     common = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64)
     few, many = (
         distance(TrapezoidalSampler(n), processes()["uniform"], torch.outer(common, common))
@@ -143,7 +152,10 @@ def test_trapezoidal_is_second_order_for_any_theta() -> None:
 
 
 def test_trapezoidal_beats_tau_leaping_under_strong_dependence() -> None:
-    """A word of JOINT can make another one six times less likely: rates are cut off at 0, an error of the first order."""
+    """One token of JOINT can make another six times less likely, so rates are cut off at 0.
+
+    This causes an error of first order.
+    """
     process = processes()["masked"]
     few, many = (distance(TrapezoidalSampler(n), process, JOINT) for n in (16, 32))
     assert few / many < 2.7

@@ -1,4 +1,4 @@
-"""Samplers that read alpha read it of the token that stands there: dense chains have tokens of unequal rates."""
+"""Samplers use alpha of the token at each position; tokens of dense chains have unequal rates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def test_alpha_at_non_tokens_is_the_mean_over_tokens() -> None:
 
 
 def test_remasking_probability_is_equal_for_all_tokens() -> None:
-    """sigma = .05: kappa_i = 1 - sigma/(1 - alpha_s(x_i)), so that noise replaces each token with .05, fast or slow."""
+    """With kappa_i = 1 - sigma/(1 - alpha_s(x_i)), noise replaces tokens at probability sigma.
+
+    sigma is 0.05, for tokens of any rate.
+    """
     tokens = torch.tensor([[0, 1, 2]])
     canvas = canvas_of(tokens, T)
     s = torch.full(tokens.shape, S, dtype=torch.float64)
@@ -60,7 +63,10 @@ def test_remasking_probability_is_equal_for_all_tokens() -> None:
 
 @pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1]])
 def test_sampling_is_equivariant_under_permutation_of_tokens(order: list[int]) -> None:
-    """The same chain with its tokens renumbered: the same probability of leaving, from 2^15 draws (five sigma .014)."""
+    """If the tokens are renumbered, the probability of leaving a token stays the same.
+
+    The probability is measured with 2^15 draws (five standard deviations are 0.014).
+    """
     place = torch.tensor(order)
     renamed = DenseProcess(FlatVocabulary(3, mask=False), RATES[place][:, place])
     for sampler in (PsiSampler(2, CapRemasking(0.3)), AdaptiveCorrectionSampler(2, eta=0.9)):
@@ -70,7 +76,10 @@ def test_sampling_is_equivariant_under_permutation_of_tokens(order: list[int]) -
 
 
 def _leaving(sampler: PsiSampler | AdaptiveCorrectionSampler, process: ForwardProcess) -> Tensor:
-    """[3] how often a token is another one after a step from T to S, the network knowing nothing."""
+    """Return the frequency [3] with which a token changes in a step from T to S.
+
+    The network predicts the uniform distribution.
+    """
     count = 2**15
     leaving = []
     for tokens in (torch.tensor([[0, 1]]), torch.tensor([[2, 2]])):
