@@ -1,4 +1,4 @@
-"""Processes that pause, or that make a state certain: bound and times stay exact there."""
+"""Processes whose rates are 0 for some time, or in which a state is certain, have exact bounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREDICTION = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 
 
 class DelayedSchedule(Schedule):
-    """Nothing happens until `start`, then alpha falls linearly to 0."""
+    """Schedule with alpha = 1 until `start`; alpha then falls linearly to 0."""
 
     def __init__(self, start: float) -> None:
         self.start = start
@@ -38,9 +38,9 @@ class DelayedSchedule(Schedule):
 
 
 def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2000) -> float:
-    """Diffusion term of one token for a constant prediction.
+    """Return the diffusion term of one token for a constant prediction.
 
-    By midpoints in v and the sum over all states.
+    It is computed by midpoints in v and the sum over all states.
     """
     v = (torch.arange(times, dtype=torch.float64) + 0.5) / times
     t, speed = process.information_time.draw(v, 0.0, 1.0, length)

@@ -76,7 +76,7 @@ def test_information_overrides_equal_the_default_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
-    """Between the ends of the clock, up to the error of 257 knots, 2e-4 of the information."""
+    """Steps are compared between the ends of the clock; 257 knots have an error of 2e-4."""
     process = PROCESSES[name]
     clock = process.information_time
     t, _ = clock.at(TAU)
@@ -89,7 +89,7 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_information_time_speed_is_exact_derivative_of_t(name: str) -> None:
-    """By autograd through the interpolant: interpolation biases no estimate in tau."""
+    """The derivative is that of the interpolant, so interpolation does not bias the bound."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
     (slope,) = torch.autograd.grad(t.sum(), tau)
@@ -180,7 +180,10 @@ def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
 
 
 def test_information_time_at_0_and_1_gives_the_extreme_noise_times() -> None:
-    """(1e-12)^0.05 = 25 % of the tokens are masked before the first interior time."""
+    """In "early masks", 25 % of the tokens are masked before the earliest evaluated time.
+
+    The fraction is (1e-12)^0.05.
+    """
     early = PROCESSES["early masks"].information_time
     assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)
     assert float(early.at(torch.zeros(1).double())[0]) == 1e-12

@@ -91,9 +91,10 @@ def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
 
 
 def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
-    """[r,S] distribution of a step: its first uniform decides, its second draws by id.
+    """Return the distribution [r,S] of a step, whose first uniform decides whether the row moves.
 
-    Both integrals over the uniforms are exact: the thresholds are bisected to 2^-52.
+    The second uniform draws by id. Both integrals over the uniforms are exact, because the
+    thresholds are found to 2^-52 by bisection.
     """
 
     def step(first: Tensor, second: Tensor) -> Tensor:
@@ -127,9 +128,9 @@ def test_thinned_step_equals_exact_reverse_transition(name: str, t: float, s: fl
 
 
 def test_thinned_step_queries_only_rows_that_may_move() -> None:
-    """A step over 1/64 of the time: about t (1 - t) / 64 of the tokens are candidates.
+    """In a step of 1/64 of the time, about t (1 - t) / 64 of the tokens are candidates.
 
-    None at s = t.
+    In a step with s = t, there are none.
     """
     vocabulary = FlatVocabulary(1000, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary))
@@ -258,12 +259,12 @@ EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
 
 @pytest.mark.parametrize("name", EVENTFUL)
 def test_simulated_events_reproduce_the_reverse_transition(name: str) -> None:
-    """20,000 chains from t = 0.9 to s = 0.15 under a constant prediction.
+    """20,000 chains run from t = 0.9 to s = 0.15 under a constant prediction.
 
-    A share is off by more than five
-    standard deviations (at most 0.018) once in 1.7 million; 35 shares are compared, so one run in
-    50,000 fails by chance,
-    and with this seed none does."""
+    A frequency is off by more than five standard deviations (at most 0.018) once in 1.7 million
+    cases. 35 frequencies are compared, so one run in 50,000 fails by chance; with this seed, none
+    does.
+    """
     process, count, s = EVENTFUL[name](), 20_000, 0.15
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     generator = torch.Generator().manual_seed(1)
@@ -314,7 +315,7 @@ def test_event_time_of_process_without_events_raises_argument_error() -> None:
 
 def test_event_rejects_rates_above_the_rate_of_candidate_events() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
-        """Arrivals that triple within a thousandth of time, between the edges of the cells."""
+        """Process whose rates triple for a short time between the edges of the cells."""
 
         def d_coefficients(self, t: Tensor) -> Tensor:
             return super().d_coefficients(t) * torch.where(

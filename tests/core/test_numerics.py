@@ -119,7 +119,10 @@ def test_float32_uniforms_are_multiples_of_2_to_the_minus_24() -> None:
 
 
 def test_joint_float32_race_loses_probability_of_rare_tokens() -> None:
-    """A quarter of the mass almost vanishes, and the text looks more likely than it is."""
+    """Tokens with a quarter of the total probability are almost never drawn.
+
+    The generated text then looks more likely than it is.
+    """
     revealed = race_in_single_precision(reveal=2 * STEP)
     share = revealed / revealed.sum()
     assert float(ZIPF[ZIPF < RARE].sum()) == pytest.approx(0.25, abs=0.01)

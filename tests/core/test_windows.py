@@ -67,9 +67,9 @@ RULES = {
 
 
 def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -> float:
-    """Positions of a block are decoded at once, and leave the prior at once.
+    """Return the cost of decoding the positions of a block at once and leaving the prior at once.
 
-    Those of a sliding window are decoded one by one.
+    Positions of a sliding window are decoded separately.
     """
     if getattr(rule, "shape", "block") == "slide":
         return 0.0
@@ -96,7 +96,7 @@ def test_bound_of_tree_with_jumps_is_entropy_plus_end_cost(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_masked_process_on_unit_interval_has_zero_end_terms(rule: str) -> None:
-    """The integrand is a polynomial there, so that the error is rounding."""
+    """The integrand is a polynomial for this process, so the only error is rounding."""
     closing, diffusion, decoding = exact_terms(PROCESSES["masked"], RULES[rule])
     assert not closing.any()
     assert not decoding.any()
@@ -209,7 +209,10 @@ def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None
 
 
 def test_exact_prediction_equals_conditional_of_joint_distribution() -> None:
-    """Against explicit sums: x_1 after a clean x_0, next to a masked or a clean x_2."""
+    """The expected values are explicit sums.
+
+    They are for x_1 after a clean x_0, next to a masked or a clean x_2.
+    """
     joint, dist = JOINT.reshape(3, 3, 3), exact_prediction(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
     clean = torch.tensor([[True, False, False]])
@@ -232,7 +235,7 @@ def test_window_times_pass_all_conformance_checks(rule: str, window: tuple[float
 
 
 def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
-    """Sixteen windows, one in each sixteenth of the unit interval, whatever the sequence."""
+    """Sixteen windows have one time in each sixteenth of the unit interval, for every sequence."""
     slot = torch.arange(5)
     times = WindowTimes(4).draw(IdentityTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
     per_window = times.t.unflatten(1, (16, 4))

@@ -1,4 +1,4 @@
-"""Vocabularies that are hard on heads, and the dense counterpart of each head under plain autograd."""
+"""Trees with unusual shapes, and the dense counterpart of each head under plain autograd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("tokens", "tied", "levelwise")
 
 
 def make_head(kind: str, vocabulary: Vocabulary, width: int = 5, scale: float = 1.0) -> Head:
-    """A head in float64 with random table and bias."""
+    """Make a head in float64 with a random table and bias."""
     head = TokenHead(vocabulary, width) if kind == "tokens" else TreeHead(vocabulary, width, kind)  # type: ignore[arg-type]
     head = head.double()
     with torch.no_grad():
@@ -32,7 +32,7 @@ def make_head(kind: str, vocabulary: Vocabulary, width: int = 5, scale: float = 
 
 
 def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
-    """[n,V] the same law from all logits at once, written from the definition and slow."""
+    """Return the log-distributions [n,V] of a head from all logits at once, by their definition."""
     vocabulary = head.vocabulary
     logits = hidden @ head.table.t() + head.bias
     if isinstance(head, TokenHead):
@@ -56,7 +56,7 @@ def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
 
 
 def row_of(vocabulary: Vocabulary, node: int) -> int:
-    """The row of a levelwise table that belongs to a state: tree order per level."""
+    """Return the row of a levelwise table that belongs to a state; levels are in tree order."""
     level = int(vocabulary.level_of(torch.tensor(node)))
     return vocabulary.offsets[level] + int(
         vocabulary.position(level)[node - vocabulary.offsets[level]]

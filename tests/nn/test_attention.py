@@ -1,6 +1,7 @@
-"""Who sees whom: blocks beside clean words, cached columns, autoregression, packed documents.
+"""Attention: blocks next to clean tokens, the cache, autoregression and packed documents.
 
-Passes that should agree are sums in another order: 1e-12 in float64 for hidden states of order 1.
+Forward passes that should agree sum in different orders. The tolerance is 1e-12 in float64 for
+hidden states of order 1.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def backbone() -> DiT:
 
 
 def denoiser(backbone: DiT, inputs: Inputs = "own") -> Denoiser:
-    """Logits that depend on every hidden channel."""
+    """Make a denoiser whose logits depend on every hidden channel."""
     head = TokenHead(VOCABULARY, WIDTH).double()
     with torch.no_grad():
         head.table.normal_(generator=torch.Generator().manual_seed(5))
@@ -138,7 +139,10 @@ def test_paired_pass_equals_each_block_after_its_clean_prefix(
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_block_attends_only_to_itself_and_earlier_blocks(backbone: DiT, memory: bool) -> None:
-    """Bit for bit: what is out of sight has the weight exp(-inf) = 0. And everything in sight counts."""
+    """Equality is bitwise, because a hidden position has the weight exp(-inf) = 0.
+
+    Each position that may be attended to must also change the result.
+    """
     model, block = denoiser(backbone), BLOCKS["fours"]
     noisy = drawn(3)._replace(block=block.unsqueeze(0), memory=words(4) if memory else None)
     before = hidden(model, noisy)
@@ -174,7 +178,10 @@ def test_single_block_equals_full_attention(backbone: DiT) -> None:
 
 
 def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
-    """Written out for two blocks of two, clean columns first (arXiv 2503.09573, figure 3)."""
+    """The mask is written out for two blocks of two, clean columns first.
+
+    It is that of arXiv 2503.09573, figure 3.
+    """
     block = torch.tensor([[0, 0, 1, 1]])
     twice = Context(
         layout=AttentionLayout(torch.arange(4).repeat(2), block.repeat(1, 2), torch.arange(8) >= 4)
@@ -259,7 +266,7 @@ PROMPTS = {
 def test_forward_with_cache_block_by_block_equals_one_full_forward(
     backbone: DiT, blocks: str, prompt: str, inputs: Inputs, name: str
 ) -> None:
-    """Every block is asked twice with other noise, as a sampler does, and then settled."""
+    """Every block is queried twice with different noise before it becomes clean."""
     model, context, block = denoiser(backbone, inputs), CONTEXTS[name], BLOCKS[blocks]
     clean, cache, final = PROMPTS[prompt].clone(), KeyValueCache(), words(12)
     for number in block.unique().tolist():
@@ -276,7 +283,7 @@ def test_forward_with_cache_block_by_block_equals_one_full_forward(
 
 
 class Counting(Backbone):
-    """A backbone that notes how many columns it is run on."""
+    """Backbone that records the number of columns of every forward pass."""
 
     caches = True
 
@@ -290,8 +297,11 @@ class Counting(Backbone):
 
 
 def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) -> None:
-    """Two steps in each of the blocks of four: a settled block goes along once more, as clean as it then is. Word by word
-    nothing is run twice."""
+    """Each block of four is queried in two steps.
+
+    A finished block is run once more with its clean tokens. With blocks of one token and previous
+    tokens as inputs, no position is run twice.
+    """
     counted = Counting(backbone)
     model, cache, clean = (
         Denoiser(counted, TokenHead(VOCABULARY, WIDTH)),
@@ -325,7 +335,7 @@ def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) 
 
 @pytest.mark.parametrize("inputs", ["own", "previous"])
 def test_cache_is_cropped_at_the_first_changed_position(backbone: DiT, inputs: Inputs) -> None:
-    """A settled word that changes, blocks drawn anew, another batch: the result is the whole pass's all the same."""
+    """Clean tokens, block numbers and batch size change; the result equals a full forward pass."""
     model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
     changed = final.clone()
     changed[1, 2] = (changed[1, 2] + 1) % VOCABULARY.num_tokens
@@ -382,7 +392,7 @@ def test_cache_refuses_layouts_that_it_does_not_support(backbone: DiT) -> None:
 
 @pytest.fixture
 def flex(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks in flex attention's form, in tiles of four, and that form written out: what a CPU can do, without gradients."""
+    """Use masks of flex attention in tiles of four, and evaluate them densely on a CPU."""
     monkeypatch.setattr(asked, "has_flex_kernel", lambda x, width: True)
     monkeypatch.setattr(attention, "TILE", 4)
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
@@ -401,7 +411,7 @@ SIGHTS = {
 
 
 def contexts() -> Iterator[tuple[str, Context]]:
-    """Padding, documents, blocks and paired blocks, with one another, where anything is hidden."""
+    """Return contexts with padding, documents, blocks and paired blocks that hide a position."""
     for sight_name, sight in SIGHTS.items():
         for name in ("alone", "packed", "padded", "both"):
             context = CONTEXTS[name]._replace(layout=sight)
@@ -416,8 +426,10 @@ ALL = dict(contexts())
 
 @pytest.mark.parametrize("name", ALL)
 def test_flex_tiles_equal_the_dense_mask(flex: None, name: str) -> None:
-    """Entry by entry, and tile by tile as torch finds them from the dense mask. The values then are softmaxes over the
-    same columns: 1e-5 in float32, 1e-13 in float64."""
+    """The mask is compared entry by entry and tile by tile with the dense mask.
+
+    Attention values are softmaxes over the same columns: 1e-5 in float32, 1e-13 in float64.
+    """
     context = ALL[name]
     mask = context.attention_mask()
     assert mask is not None
@@ -486,7 +498,10 @@ def test_flex_attention_is_chosen_only_where_it_has_a_kernel() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sight", SIGHTS)
 def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> None:
-    """float32 in another order, 1e-4; rows of 300 are no multiple of the tiles."""
+    """float32 sums in another order have an error of 1e-4.
+
+    The number of rows, 300, is not a multiple of the tile size.
+    """
     length, device = 300, "cuda"
     wide, stretch = torch.arange(length), torch.arange(length) * LENGTH // length
     shown = SIGHTS[sight]
@@ -511,7 +526,7 @@ def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> Non
 
 @torch.no_grad()
 def test_new_flex_masks_do_not_recompile_blocks(backbone: DiT, flex: None) -> None:
-    """Traced and not run by a compiler: one graph without breaks for all blocks and batches."""
+    """The blocks are traced but not compiled: one graph serves all blocks and batches."""
     model = denoiser(deepcopy(backbone))
     noisy = drawn(23)._replace(block=OWN, memory=words(24))
     batches = [
@@ -542,7 +557,7 @@ def elsewhere(ids: Tensor, there: Tensor) -> Tensor:
 def test_packing_does_not_change_hidden_states_or_predictions(
     backbone: DiT, name: str, inputs: Inputs
 ) -> None:
-    """Bit for bit, whatever the tokens, times and clean words of the other documents of the row."""
+    """Equality is bitwise, for any tokens, times and clean positions of the other documents."""
     model, context = denoiser(backbone, inputs), CONTEXTS[name]
     every, root = torch.arange(BATCH * LENGTH), torch.full((BATCH * LENGTH,), VOCABULARY.root)
 
@@ -582,9 +597,11 @@ RULES = {
 def test_packing_does_not_change_bound_loss_or_gradient_of_a_document(
     backbone: DiT, rule: str
 ) -> None:
-    """The words of other documents in a row move neither the terms of the bound at its positions, nor, where it alone is
-    scored, its training loss and what that teaches the network. Bit for bit: all words are noised by a uniform law here,
-    so that the same positions are read."""
+    """Other documents of a row do not change the terms of the bound of a document.
+
+    If only one document is scored, they do not change its training loss and gradient either.
+    Equality is bitwise: all tokens have uniform noise here, so that the same positions are queried.
+    """
     inputs, times = RULES[rule]
     process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), token_distribution(VOCABULARY))
     model = denoiser(backbone, inputs)

@@ -1,4 +1,4 @@
-"""The denoiser joins a trunk and a head, and is asked at most once per state."""
+"""The denoiser joins a backbone and a head, and runs the backbone at most once per state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH, LENGTH, WIDTH = 3, 4, 5
 
 
 class CountingBackbone(Backbone):
-    """Hidden states that depend on ids, times and every weight; counts its runs."""
+    """Backbone that depends on ids, times and every weight, and counts its forward passes."""
 
     width = WIDTH
 
@@ -50,7 +50,7 @@ def shown() -> Noisy:
 
 
 def test_one_forward_gives_gradients_to_backbone_and_head(denoiser: Denoiser) -> None:
-    """Gradients through the chunks reach the trunk as plain autograd's do; float64, sums in another order."""
+    """Gradients through chunks equal those of plain autograd, up to the order of float64 sums."""
     noisy = shown()
     rows = torch.tensor([7, 0, 3, 10])
     node = noisy.zt.flatten()[rows]
@@ -88,7 +88,7 @@ def test_network_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser)
 
 
 def test_network_runs_only_queried_sequences_that_changed(denoiser: Denoiser) -> None:
-    """A network that reads no time depends on the ids alone; what is kept is what would be computed again."""
+    """Predictions of a network without time input depend only on the ids and are reused."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
     everywhere = torch.arange(BATCH * LENGTH)
@@ -113,7 +113,10 @@ def test_network_runs_only_queried_sequences_that_changed(denoiser: Denoiser) ->
 
 
 class FullConditional(Backbone):
-    """Hidden states that are the exact log P(x | z), own evidence included, for given rest-laws [B,L,V]."""
+    """Backbone whose hidden states are the exact log P(x | z), including the own evidence.
+
+    `rest` [B,L,V] are the given distributions without the own evidence.
+    """
 
     width = VOCABULARY.num_tokens
 
@@ -129,7 +132,7 @@ class FullConditional(Backbone):
 
 
 def test_full_conditional_denoiser_predicts_given_the_rest_after_division() -> None:
-    """p(x) q_t(z|x) divided by q_t(z|x) is p(x) again, whatever node the row asks below; 1e-12 for float64."""
+    """p(x) q_t(z|x) divided by q_t(z|x) is p(x), for a query below any node; 1e-12 in float64."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
     log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(
         -1
@@ -176,7 +179,7 @@ def test_denoiser_refuses_wrong_widths_and_unknown_parameterization() -> None:
 
 
 def test_query_passes_each_row_to_its_callback_exactly_once(denoiser: Denoiser) -> None:
-    """A question sees each asked row exactly once."""
+    """The callback receives each queried row exactly once."""
     noisy = shown()
     seen: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Nodes start where their words are."""
+"""Initial embeddings of nodes are computed from those of their tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads that answer chunk by chunk are the dense law, in value and in both gradients."""
+"""Results of heads in chunks equal those of the dense distribution, in value and gradient."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def head(request: pytest.FixtureRequest) -> Head:
 
 
 def rows_of(head: Head, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden (a leaf), node, a word below each node, and a child at any depth between the two."""
+    """Return hidden states (a leaf tensor), nodes, a token below each node, and a child.
+
+    The child lies at any depth between the node and the token.
+    """
     generator = torch.Generator().manual_seed(3)
     vocabulary = head.vocabulary
     hidden = torch.randn(
@@ -102,7 +105,7 @@ def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head)
 
 
 def test_gradient_of_a_node_probability_passes_through_all_levels(head: Head) -> None:
-    """A question that no closed form has: the entropy of every level of the law."""
+    """The value is the entropy of the distribution at every level, which has no closed form."""
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
 
@@ -140,7 +143,7 @@ def test_head_draws_equal_draws_of_the_dense_distribution(head: Head) -> None:
 
 
 def test_head_total_passes_gradcheck() -> None:
-    """Finite differences know nothing of chunks; gradcheck's defaults are made for float64."""
+    """The expected gradients are finite differences, which do not depend on chunks."""
     head = make_head("levelwise", TREES["three levels"], width=3)
     head.chunk_logits = 10
     hidden, node, _, child = rows_of(head, 6)
@@ -164,7 +167,7 @@ class _Total(torch.nn.Module):
 
 
 def test_head_total_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
-    """Every parameter still gets a gradient: a rank without rows must not keep the others waiting."""
+    """Every parameter must get a gradient, because other ranks wait for it in the reduction."""
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node[:0], child[:0], torch.rand(0, dtype=torch.float64))
     total, values, _ = head.total(hidden[:0], node[:0], fn)
@@ -175,7 +178,10 @@ def test_head_total_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
 
 
 def test_head_computes_no_logits_for_rows_at_clean_tokens() -> None:
-    """A process that leaves words as they are may still ask there; mixed with others they change nothing."""
+    """A process that leaves tokens unchanged may query rows at clean tokens.
+
+    Next to other rows, these rows must change no result.
+    """
     head = make_head("tied", TREES["two levels"])
     hidden, node, word, _ = rows_of(head)
     node[::3] = word[::3]
@@ -202,7 +208,7 @@ def test_head_gradients_scale_with_the_backward_argument(head: Head) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts results of a given number of elements that are no views of an argument."""
+    """Counts new tensors with a given number of elements that are not views of an argument."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -218,9 +224,10 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["tied", "levelwise"])
 def test_head_uses_one_gradient_buffer_for_any_number_of_chunks(kind: str) -> None:
-    """64 nodes are asked, yet tensors of the table's size are made twice: the buffer and its product with d_sum.
+    """64 nodes are queried, but only two tensors of the table's size are made.
 
-    Slicing the table under autograd would make one per node: 36 times slower at a vocabulary of 50k.
+    They are the gradient buffer and its product with d_sum. Slices of the table under autograd
+    would make one tensor per node, which is 36 times slower for a vocabulary of 50k.
     """
     vocabulary = HierarchicalVocabulary([torch.arange(512) % 64])
     head = make_head(kind, vocabulary, width=3)
@@ -295,7 +302,7 @@ def test_head_state_dict_survives_a_round_trip(head: Head) -> None:
 
 
 def test_predicted_distributions_are_float32_under_autocast() -> None:
-    """The product may round to bfloat16 (relative 2^-8 of logits of size 1-3), the softmax may not: it sums to one."""
+    """Logits may be rounded to bfloat16, but the softmax is float32 and must sum to one."""
     head = make_head("levelwise", TREES["two levels"]).float()
     hidden, node, _, child = rows_of(head)
     hidden = hidden.detach().float().requires_grad_()

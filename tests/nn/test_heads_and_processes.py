@@ -1,4 +1,7 @@
-"""The chunked loss of every family by every head is the dense bound, in value and gradient, and asks its device nothing."""
+"""The chunked loss of every process and head equals the dense bound, in value and gradient.
+
+It also causes no synchronization with the device.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,10 @@ ROWS = 40
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, kind: str) -> None:
-    """The dense side is the derived density, from rates and marginals alone, under plain autograd.
+    """The expected loss is the derived density, from rates and marginals, under plain autograd.
 
-    The two share no formula. Both are float64 sums of fewer than a hundred terms; ratios of marginals near t = 0 are as
-    large as 1e3, so a relative 1e-9 leaves five digits for them.
+    The two losses share no formula. Both are float64 sums of fewer than a hundred terms. Ratios of
+    marginals near t = 0 are as large as 1e3, so the relative tolerance is 1e-9.
     """
     torch.manual_seed(3)
     process, close = PROCESSES[name], {"rtol": 1e-9, "atol": 1e-9}
@@ -78,7 +81,7 @@ def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, k
 def test_training_step_of_every_head_and_process_runs_on_meta_tensors(
     name: str, kind: str, no_answers: Any
 ) -> None:
-    """A tensor on "meta" has no values: whoever asked it how many, which or whether would be refused."""
+    """A "meta" tensor has no values, so code that needs a value on the host raises an error."""
     process = PROCESSES[name]
     head = make_head(kind, process.vocabulary)
     head.chunk_logits = 30
@@ -98,7 +101,7 @@ def test_training_step_of_every_head_and_process_runs_on_meta_tensors(
 
 
 class Rows(Backbone):
-    """A backbone without attention: hidden states of ids alone."""
+    """Backbone without attention, whose hidden states depend only on ids."""
 
     def __init__(self, process: ForwardProcess, head: Head) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class Rows(Backbone):
 
 
 def drawn(process: ForwardProcess) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, states that are charged, and times inside."""
+    """Return tokens, states that are scored by the bound, and times inside (0, 1)."""
     x0 = torch.randint(process.vocabulary.num_tokens, (ROWS,))
     t = 0.05 + 0.9 * torch.rand(ROWS, dtype=torch.float64)
     zt = process.sample(x0, t, torch.rand(ROWS, process.uniforms_per_sample, dtype=torch.float64))
