@@ -30,9 +30,10 @@ ENTROPY = -(JOINT * JOINT.log()).sum()
 
 
 class Scripted(CounterRng):
-    """Generator with given numbers for `time` and `window`; other channels draw a given state.
+    """Random generator that returns given numbers for `time` and `window`.
 
-    With `rotated` the time is the number shared by a group, which rotates all windows together.
+    Other channels draw a given state. With `rotated`, the time is the number shared by a group,
+    which rotates all windows together.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Scripted(CounterRng):
 
 
 def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights [n] on at least six panels of each window's path.
+    """Return Gauss-Legendre nodes and weights [n] on at least six panels of each window's path.
 
-    Panels have borders wherever a window opens or closes.
+    Panels begin and end where a window opens or closes.
     """
     width, alone = getattr(rule, "width", LENGTH), not getattr(rule, "paired", True)
     panels = 6
@@ -74,9 +75,10 @@ def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def exact_prediction(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
-    """P(x_i | the states that i attends to, without its own) under the joint.
+    """Make a network that predicts P(x_i | states that position i attends to, except z_i).
 
-    A draw of the prior carries no information.
+    The probability is that under the joint distribution. A state drawn from the prior carries no
+    information.
     """
 
     def dist(noisy: Noisy) -> Tensor:
@@ -116,7 +118,7 @@ def exact_prediction(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
 def exact_terms(
     process: ForwardProcess, rule: TimeSampler, dist: Callable[[Noisy], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[27] expectations of closing, diffusion and decoding term for every sequence."""
+    """Return the expectations [27] of closing, diffusion and decoding term for every sequence."""
     twin, network = (
         enumerate_draws(process),
         network_from_noisy(dist or exact_prediction(process), process.vocabulary),
@@ -164,7 +166,7 @@ def _expected(
     term: Callable[[Tensor, Times, Tensor, CounterRng], Tensor],
     at_prior: bool = False,
 ) -> Tensor:
-    """[27] mean of a term over nodes (weight [n]) and states, for every sequence."""
+    """Return the mean [27] of a term over nodes (weights [n]) and states, for every sequence."""
     states = process.vocabulary.num_states
     grid = all_sequences(states, LENGTH)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
@@ -195,9 +197,10 @@ def _chance(
     zt: Tensor,
     at_prior: bool,
 ) -> Tensor:
-    """[n] probability of states zt: clean tokens, draws of the prior, else q_t(.|x0).
+    """Return the probabilities [n] of the states zt.
 
-    Draws of the prior are positions marked `at_prior`, and those counted in the closing term.
+    A state is a clean token, a draw from the prior, or a draw from q_t(.|x0). Draws from the prior
+    are at positions marked `at_prior` and at positions of the closing term.
     """
     times = times_of(
         scripted(time, window, zt, process.vocabulary.num_states),
@@ -216,10 +219,10 @@ def _chance(
 def cost_of_ends(
     process: ForwardProcess, window: tuple[float, float], blocks: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Cost of decoding all positions of a block at once, and of leaving the prior at once.
+    """Return the cost of decoding all positions of a block at once and leaving the prior at once.
 
-    The sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)] and the same of
-    Z_t1.
+    The cost is the sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)], plus the
+    same for Z_t1. `before` are the tokens of earlier blocks.
     """
     early, late = likelihoods(process, torch.tensor(window, dtype=torch.float64))
     cost = torch.zeros((), dtype=torch.float64)

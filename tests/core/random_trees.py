@@ -11,9 +11,9 @@ Parents = list[list[int]]
 
 @st.composite
 def parent_lists(draw: st.DrawFn, max_tokens: int = 9, max_levels: int = 3) -> Parents:
-    """Parents of 1..max_tokens tokens under 1..max_levels levels.
+    """Return parents of 1 to max_tokens tokens in trees of 1 to max_levels levels.
 
-    In random order, with only children among them, and without an added root.
+    Trees are in random order, may have nodes with a single child, and have no added root.
     """
     size, levels = draw(st.integers(1, max_tokens)), []
     for _ in range(draw(st.integers(1, max_levels))):
@@ -29,7 +29,7 @@ def trees(max_tokens: int = 9, max_levels: int = 3) -> st.SearchStrategy[Hierarc
 
 
 def forward_step(tree: Vocabulary, node: int) -> list[int]:
-    """Ids from a node up to the root, itself first, by following `parents` step by step."""
+    """Return the ids from a node up to the root, starting at the node, by following `parents`."""
     level = next(l for l in reversed(range(tree.num_levels + 1)) if tree.offsets[l] <= node)
     path, index = [node], node - tree.offsets[level]
     for above in range(level, tree.num_levels):
@@ -39,7 +39,7 @@ def forward_step(tree: Vocabulary, node: int) -> list[int]:
 
 
 def below(tree: Vocabulary, node: int, level: int) -> set[int]:
-    """Ids of `level` below a node, or the node itself."""
+    """Return the ids at `level` below a node; at the level of the node, return the node."""
     first = tree.offsets[level]
     return {
         id_

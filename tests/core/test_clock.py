@@ -25,9 +25,9 @@ TIMES = (1e-6, 1e-4, 1e-3, 0.02, 0.5, 0.97, 1.0 - 1e-6)
 
 
 def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
-    """First row of exp(tau A), tau = -ln(1 - t), by its power series in 80 digits.
+    """Return the first row of exp(tau A), tau = -ln(1 - t), by its power series in 80 digits.
 
-    The terms of the series reach e^28 before they fall.
+    The terms of the series grow to e^28 before they decrease.
     """
     with localcontext() as context:
         context.prec = 80
@@ -103,8 +103,8 @@ def test_cdf_clock_accepts_equal_schedules_at_the_ends() -> None:
 def test_entry_time_of_slow_clock_may_follow_last_interior_time(rate: float) -> None:
     """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u.
 
-    At rate .3 a share of 2.5e-4 enters the root within 1e-12 of the end; 1 - s is resolved to
-    1e-16, and a table of entry times to 1e-6 of its logarithm.
+    At rate 0.3, a fraction 2.5e-4 of the tokens enters the root within 1e-12 of t = 1. 1 - s has an
+    error of 1e-16, and a table of entry times has an error of 1e-6 in its logarithm.
     """
     clock = LogTimeClock((rate,))
     u = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
@@ -115,6 +115,6 @@ def test_entry_time_of_slow_clock_may_follow_last_interior_time(rate: float) -> 
 
 
 def test_cdf_clock_rejects_levels_reached_at_the_same_time() -> None:
-    """No position would ever be at the lower level, and its rates would be 0/0."""
+    """No position would ever be at the lower level, and the rates of this level would be 0/0."""
     with pytest.raises(ArgumentError, match=r"F_1\(t\) > F_2\(t\)"):
         CdfClock([PowerSchedule(1.5), PowerSchedule(1.5)])

@@ -103,7 +103,7 @@ def unmasked_mixture() -> ForwardProcess:
 
 @pytest.mark.parametrize("make", [idle_mask, unmasked_mixture])
 @pytest.mark.parametrize("derived", [True, False])
-def test_unreachable_state_leaves_value_and_gradient_finite(
+def test_density_gradient_is_finite_if_mask_is_never_entered(
     make: Callable[[], ForwardProcess], derived: bool
 ) -> None:
     process = make()
@@ -123,7 +123,7 @@ def test_unreachable_state_leaves_value_and_gradient_finite(
     assert float(logits.grad[:-1].abs().min(-1).values.min()) > 0
 
 
-def test_underflowing_token_probability_leaves_gradient_finite() -> None:
+def test_density_gradient_is_finite_if_token_probability_underflows() -> None:
     """exp(-200) is 0 in float32: the marginal of a masked chain is then 0 at another token."""
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -136,7 +136,7 @@ def test_underflowing_token_probability_leaves_gradient_finite() -> None:
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0, 0.0]]))
 
 
-def test_step_from_nan_distribution_raises() -> None:
+def test_dense_step_from_nan_distribution_raises() -> None:
     process = DenseProcess(bare, chain)
 
     def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def test_propagate_converges_with_fourth_power_of_steps() -> None:
         assert coarse / fine == pytest.approx(16.0, rel=0.15)
 
 
-def test_single_exponential_differs_if_generators_do_not_commute() -> None:
+def test_single_matrix_exponential_is_wrong_if_generators_do_not_commute() -> None:
     """A single exponential is exact only if generators commute."""
     grid = torch.linspace(0.1, 0.9, 2001, dtype=torch.float64)
     once = torch.matrix_exp(torch.trapezoid(turning(grid), grid, dim=0))

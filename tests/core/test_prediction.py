@@ -128,7 +128,7 @@ def test_draws_follow_the_conditional_distribution() -> None:
         torch.testing.assert_close(share, expected, rtol=0.0, atol=1.01 / points)
 
 
-def test_each_row_draws_at_its_own_node_and_level() -> None:
+def test_draw_uses_the_node_and_level_of_each_row() -> None:
     dist = DenseDistribution(random_log_p(7, 5, rows=1).expand(4, -1), some_tree)
     node, level = torch.tensor([13, 13, 11, 4]), torch.tensor([2, 0, 1, 0])
     u = torch.tensor([0.1, 0.7, 0.5, 0.9], dtype=torch.float64)

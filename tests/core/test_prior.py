@@ -8,7 +8,7 @@ from ddiff.core.numerics import draw_index
 from ddiff.core.process import Prior
 
 
-def test_prior_draws_are_inverse_cdf_in_any_shape() -> None:
+def test_prior_draws_are_inverse_cdf_for_uniforms_of_any_shape() -> None:
     mass = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0], dtype=torch.float64)
     u = torch.tensor([[0.0, 0.1, 0.2], [0.69, 0.71, 1.0 - 2.0**-53]], dtype=torch.float64)
     drawn = Prior(mass.log()).draw(u)

@@ -18,7 +18,7 @@ from ddiff.errors import ArgumentError
 def drawn(
     slots: int, rule: FlatTimes | None = None, step: int = 0, length: int = 1
 ) -> torch.Tensor:
-    """[slots, length] times of a whole global batch."""
+    """Return the times [slots, length] of a whole global batch."""
     slot = torch.arange(slots)
     return (
         (rule or FlatTimes())
@@ -66,7 +66,7 @@ def test_contiguous_quarter_of_any_batch_has_mean_time_near_one_half(slots: int)
 
 
 def test_strata_in_increasing_order_give_first_quarter_mean_one_eighth() -> None:
-    """Contiguous strata would give the first rank a mean time of 1/8."""
+    """With contiguous strata, the times of the first of four ranks have a mean of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
 

@@ -57,7 +57,7 @@ def process(decoding: str = "bayes", xi: float | Sequence[float] = XI) -> TreePr
 
 
 def words_by_rule(decoding: str, node: int) -> Tensor:
-    """[V] distribution of the token below node k by the formula of the decoding rule."""
+    """Return the distribution [V] of the token below a node by the formula of the decoding rule."""
     n = 3
     inside = torch.tensor([parent == node for parent in PARENT])
     forward_step = torch.where(inside, XI, (1 - XI) / (n - 1))
@@ -82,7 +82,7 @@ def test_token_below_node_follows_formula_of_decoding_rule(decoding: str, node: 
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_all_decoding_rules_agree_at_the_root(decoding: str) -> None:
+def test_tree_decoding_rules_agree_at_the_root(decoding: str) -> None:
     zt, t = torch.full((POINTS,), 9), torch.full((POINTS,), 0.4, dtype=torch.float64)
     drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], P, rtol=0.0, atol=1.5 / POINTS)
@@ -107,8 +107,8 @@ def test_only_bayes_decoding_draws_stray_nodes_as_often_as_forward_chain(
     torch.testing.assert_close(shares(drawn)[6:9], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
-def test_default_step_is_exact_reverse_transition() -> None:
-    """One uniform decides the level, the other the state; 300 x 300 grid points."""
+def test_tree_step_equals_exact_reverse_transition() -> None:
+    """One uniform chooses the level, and the other chooses the state; 300 x 300 grid points."""
     side = 300
     edge = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     u = torch.cartesian_prod(edge, edge)
@@ -321,7 +321,7 @@ def test_cdf_clock_error_names_crossing_levels() -> None:
     ids=["log-time", "cdf"],
 )
 def test_entry_time_inverts_its_distribution(clock: LevelClock) -> None:
-    """P(still at the level at s | there at t) = u at the returned s < t."""
+    """P(at the level at s | at the level at t) = u for the returned s < t."""
     level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
     t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()
     s = clock.entry_time(level, t, u)

@@ -178,7 +178,7 @@ class WithoutSpeed:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_bound_of_rule_that_ignores_speed_differs_from_entropy(rule: str) -> None:
+def test_bound_without_speed_factor_differs_from_entropy(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(PROCESSES["masked"], WithoutSpeed(times))))
     assert abs(total - float(ENTROPY) - cost(PROCESSES["masked"], times, WINDOW)) > 0.05

@@ -30,7 +30,7 @@ SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])
 
 
 class HumpedNoise(InterpolatingProcess):
-    """Mask noise plus uniform noise whose amount is largest in the middle.
+    """Process with mask noise and uniform noise, whose uniform noise is largest in the middle.
 
     q = [(1-t) x + t mask + c u] / (1 + c), where u is uniform and c is proportional to
     sqrt(t(1-t)).
@@ -173,7 +173,7 @@ def masked(schedule: CosineSchedule | LinearSchedule | PowerSchedule) -> Mixture
 
 
 def trees() -> dict[str, TreeProcess]:
-    """Build trees of one to four levels, with all clocks, with and without xi < 1."""
+    """Build trees of one to four levels, for all clocks, with xi = 1 and xi < 1."""
     log_time, three_powers = LogTimeClock, (0.8, 1.5, 3.0)
     powers = lambda *p: CdfClock([PowerSchedule(power) for power in p])  # noqa: E731
     made = {

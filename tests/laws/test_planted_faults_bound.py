@@ -84,7 +84,7 @@ def test_entropy_law_detects_full_conditional(process: Any) -> None:
 
 
 def test_entropy_law_accepts_full_conditional_on_masked_process() -> None:
-    """A masked state has no evidence on its token, so both conditionals are equal."""
+    """A masked state has no information on its token, so both conditionals are equal."""
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 
 

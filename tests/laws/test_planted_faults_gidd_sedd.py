@@ -289,14 +289,14 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
 
 @pytest.mark.parametrize("form", list(MIXINGS))
 def test_entropy_law_detects_full_conditional(form: Form) -> None:
-    """Cross-entropy at visible tokens trains P(x|z), which includes the own state of the row."""
+    """Cross-entropy at visible tokens trains P(x|z), which depends on the state of the row."""
     process = mixed(form=form)
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
 def test_score_head_gives_exact_density_only_if_scaled() -> None:
-    """A head that outputs ln p + ln V gives the score of p only with the scale."""
+    """A head that outputs ln p + ln V gives the score of p only if it is scaled."""
     process = absorbing()
     rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))

@@ -285,7 +285,7 @@ def test_law_detects_planted_fault(fault: Fault) -> None:
 
 
 def test_only_comparison_with_published_rates_detects_interpolating_chain() -> None:
-    """A consistent chain with another generator obeys all other laws."""
+    """A consistent chain with another generator obeys all laws of the kit."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (
         chain.transition_is_oracle,

@@ -1,4 +1,4 @@
-"""Shipped vocabularies, heads and the backbone obey every law of the kit."""
+"""Vocabularies, heads and the backbone of ddiff obey every law of the kit."""
 
 from __future__ import annotations
 

@@ -375,7 +375,7 @@ def test_queries_with_and_without_cache_agree(backbone: DiT) -> None:
         cached(noisy)(torch.tensor([5]), node[:1], mass)
 
 
-def test_cache_refuses_layouts_that_it_does_not_support(backbone: DiT) -> None:
+def test_cache_refuses_unsupported_block_layouts(backbone: DiT) -> None:
     model, noisy = denoiser(backbone), drawn(18)
     blocks = torch.stack([BLOCKS["fours"], BLOCKS["fours"], BLOCKS["uneven"]])
     for wrong in (None, blocks, BLOCKS["fours"].flip(0).unsqueeze(0)):
@@ -483,7 +483,7 @@ def test_context_with_a_cache_uses_a_dense_mask(backbone: DiT, flex: None) -> No
     torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
 
 
-def test_flex_attention_is_chosen_only_where_it_has_a_kernel() -> None:
+def test_flex_attention_is_used_only_if_it_has_a_kernel() -> None:
     assert not attention.has_flex_kernel(torch.empty(1), 64)
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")

@@ -193,7 +193,7 @@ def test_head_computes_no_logits_for_rows_at_clean_tokens() -> None:
         head.query(hidden, word, lambda dist, idx: dist.log_below(0))
 
 
-def test_head_forms_no_gradient_without_autograd(head: Head) -> None:
+def test_head_computes_no_gradient_if_autograd_is_off(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     with torch.no_grad():
         total, *_ = head.total(hidden, node, weighted_surprise(node, child, torch.ones(ROWS)))

@@ -36,7 +36,7 @@ LENGTH = 4
 
 
 def objective(vocabulary: Vocabulary = TREE, scale: float = 0.5) -> AutoregressiveObjective:
-    """A small network in float64 with every weight random."""
+    """Make a small objective in float64, with random weights everywhere."""
     torch.manual_seed(0)
     backbone = DiT(vocabulary, 8, layers=2, heads=2, time=False)
     head = (
@@ -93,8 +93,7 @@ def test_ar_nll_counts_scored_tokens_and_ignores_padding() -> None:
 
 
 def test_ar_conditions_on_prompts_without_scoring_them() -> None:
-    """Prompts are valid but not scored: later tokens depend on them, but no sum or count has
-    them."""
+    """Later tokens depend on the prompt, but sums and counts exclude the prompt."""
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     prompt = torch.tensor([[True, True, False, False], [True, False, False, False]])
     whole, part = batch_of(ids), batch_of(ids, scored=~prompt)

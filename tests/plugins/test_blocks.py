@@ -36,7 +36,7 @@ PROCESSES: dict[str, ForwardProcess] = {
 
 
 def denoiser(process: ForwardProcess, time: bool) -> Denoiser:
-    """A network in float64 with every weight random."""
+    """Make a denoiser in float64, with random weights everywhere."""
     torch.manual_seed(3)
     vocabulary = process.vocabulary
     backbone = DiT(vocabulary, 16, layers=2, heads=2, time=time)
@@ -64,7 +64,10 @@ def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) ->
 
 
 def prompts() -> tuple[Tensor, Tensor]:
-    """At least one token each: if all is masked all positions are alike, and rounding decides."""
+    """Return prompts of at least one token each.
+
+    If all positions are masked, they are alike, and rounding decides between them.
+    """
     prompt = torch.randint(7, (6, LENGTH), generator=torch.Generator().manual_seed(1))
     return prompt, torch.arange(LENGTH) < torch.tensor([[1], [3], [4], [5], [9], [14]])
 

@@ -121,7 +121,7 @@ def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
     assert sampler.kappa.eta == 0.3
 
 
-def test_remasking_loop_stays_at_hold() -> None:
+def test_remasking_loop_keeps_the_time_at_hold() -> None:
     assert (
         built(samplers.Remasking, setting="loop", hold=0.3).grid.times()
         == LoopGrid(7, hold=0.3).times()
@@ -147,7 +147,7 @@ def test_blockwise_uses_the_named_inner_sampler(inner: Any) -> None:
 # ---------------------------------------------------------------------- losses and times
 
 
-def test_clip_keeps_weights_in_its_range() -> None:
+def test_clipped_loss_keeps_weights_in_its_range() -> None:
     from ddiff_mdlm.process import MaskedDiffusion
 
     process = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(3))

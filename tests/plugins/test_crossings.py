@@ -78,7 +78,7 @@ class RatesWithoutRedrawing(RestlessTree):
         return TreeKernel(self.clock.generator(t), self.parents)
 
 
-def test_oracle_law_detects_rates_without_redrawing() -> None:
+def test_transition_law_detects_rates_without_redrawing() -> None:
     assert chain.transition_is_oracle(restless(1)).passed
     faulty = RatesWithoutRedrawing(TREE, LogTimeClock((1.0, 1.0)), 0.7)
     assert not chain.transition_is_oracle(faulty).passed
@@ -95,7 +95,7 @@ def test_restless_tree_without_redrawing_equals_the_tree_process() -> None:
 
 
 def test_restless_tree_without_clusters_equals_the_gamma_hybrid() -> None:
-    """Redrawing at gamma/(1 - gamma) times the rate of masking is the gamma-hybrid."""
+    """With a redraw rate of gamma/(1 - gamma) times the mask rate, it is the gamma-hybrid."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (
         RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)),
@@ -195,7 +195,7 @@ def test_hdlm_bound_on_a_window_is_entropy_plus_cost_of_its_ends(
 
 @pytest.mark.parametrize("rule", ["block, paired", "slide, paired"])
 def test_hdlm_bound_rises_if_the_clean_prefix_is_ignored(rule: str) -> None:
-    """Control for the equality above: without the clean prefix the bound is above the entropy."""
+    """Without the clean prefix, the bound must be above the entropy."""
     process, blind = hdlm(gamma=2.0), exact_prediction(hdlm(gamma=2.0))
 
     def forgetful(noisy: Noisy) -> Tensor:
@@ -330,9 +330,10 @@ def test_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> None:
 
 
 def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: float) -> Tensor:
-    """[S,S] joint probability of (first position at s, second at t) after a step of the first only.
+    """Return the joint distribution [S,S] of both positions after a step of the first position.
 
-    The canvases before the step follow q_t.
+    The canvases before the step follow q_t. The first position is then at time s, and the second at
+    t.
     """
     size, points = process.vocabulary.num_states, 2**15
     marginal = likelihoods(process, times((t,)))[0]
@@ -357,7 +358,7 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
 
 
 def law_at(process: ForwardProcess, s: float, t: float) -> Tensor:
-    """[S,S] joint probability of the first position at s and the second at t."""
+    """Return the joint distribution [S,S] of the first position at s and the second at t."""
     first, second = likelihoods(process, times((s, t)))
     return torch.einsum("ab,ai,bj->ij", JOINT, first, second)
 
@@ -379,8 +380,7 @@ EVEN = 0.006
 )
 @pytest.mark.parametrize("case", PSI)
 def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProcess) -> None:
-    """At any kappa the position that moved has its marginal at s, jointly with its neighbour at
-    t."""
+    """For any kappa, the moved position has its marginal at s, jointly with its neighbour at t."""
     sampler, t, s = PSI[case]
     moved = after_a_psi_step(process, sampler, t, s)
     assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) < EVEN
@@ -388,7 +388,7 @@ def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProce
         assert 0.5 * float((moved - law_at(process, t, t)).abs().sum()) > 5 * EVEN
 
 
-def test_psi_check_detects_noise_of_another_time() -> None:
+def test_marginal_check_of_psi_detects_noise_of_another_time() -> None:
     process = hdlm(gamma=0.5)
     late = copy.copy(process)
 

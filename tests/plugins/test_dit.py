@@ -69,7 +69,7 @@ def test_dit_first_loss_is_that_of_the_uniform_distribution() -> None:
 
 
 def test_rotation_products_depend_only_on_position_differences() -> None:
-    """Rounding of an angle of 40 radians is 1e-14 in float64."""
+    """The angles are up to 40 radians, whose float64 rounding error is 1e-14."""
     rotation = Rotation(torch.zeros(1, 40, WIDTH, dtype=torch.float64), 8, torch.arange(40))
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 40, 1, 8)
     products = torch.einsum("bihw,bjhw->ij", rotation(q), rotation(k))

@@ -41,7 +41,7 @@ def test_gidd_obeys_every_process_law_in_every_setting(process: ForwardProcess) 
 
 
 def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
-    """c_t and its derivative, arXiv 2503.04482."""
+    """Return c_t and its derivative, as defined in arXiv 2503.04482."""
     p, gamma = process.mixing.p_uniform, process.mixing.gamma  # type: ignore[attr-defined]
     c = 2.0**gamma * p / (1.0 - p) * (t * (1.0 - t)) ** (gamma / 2)
     return c, gamma / 2 * (1.0 - 2.0 * t) / (t * (1.0 - t)) * c
@@ -81,7 +81,10 @@ def test_gidd_weight_and_density_equal_those_of_the_paper(gamma: float) -> None:
 
 @pytest.mark.parametrize("form", list(MIXINGS))
 def test_gidd_density_equals_the_older_published_bound_on_average(form: Form) -> None:
-    """It has alpha'/alpha instead of -1 in the bracket: the mean of omega/q is -alpha'/alpha."""
+    """The older bound has alpha'/alpha in place of -1, which is equal in expectation.
+
+    The mean of omega/q is -alpha'/alpha.
+    """
     process, t = make(0.3, 1.5, form), times(INNER)
     for x in range(WORDS):
         states = torch.arange(WORDS + 1)
@@ -158,7 +161,10 @@ def test_gidd_without_uniform_noise_is_masked_diffusion(gamma: float, form: Form
 @pytest.mark.parametrize("form", list(MIXINGS))
 @pytest.mark.parametrize("words", [2, 4, 50_000])
 def test_gidd_arrival_rates_are_never_negative(form: Form, words: int) -> None:
-    """For every allowed setting, to within 1e-12 of both ends; alpha falls from 1 to 0."""
+    """Rates are >= 0 for every allowed setting, at times down to 1e-12 from both ends.
+
+    alpha falls from 1 to 0.
+    """
     t = torch.sigmoid(torch.linspace(-27.0, 27.0, 200, dtype=torch.float64))
     for p_uniform in (0.0, 1e-3, 0.2, 0.9, 0.9999):
         for gamma in (0.3, 1.0, 1.5, 2.0):
@@ -248,12 +254,14 @@ def test_gidd_refuses_a_vocabulary_that_does_not_fit(vocabulary: FlatVocabulary)
 
 
 @pytest.mark.parametrize("loss", [Dynamic, ClippedLoss])
-def test_losses_refuse_smallest_above_largest(loss: type[Dynamic] | type[ClippedLoss]) -> None:
+def test_gidd_losses_refuse_smallest_above_largest_weight(
+    loss: type[Dynamic] | type[ClippedLoss],
+) -> None:
     with pytest.raises(ArgumentError, match=r"smallest <= largest.*got smallest = 3.*largest = 2"):
         loss(smallest=3.0)
 
 
-def test_dynamic_loss_refuses_other_processes() -> None:
+def test_gidd_dynamic_loss_refuses_other_processes() -> None:
     masked = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(WORDS))
     with pytest.raises(ArgumentError, match=r"needs the process gidd.*; got MaskedDiffusion"):
         Dynamic.build(Dynamic.Config(), process=masked)

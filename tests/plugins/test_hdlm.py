@@ -1,4 +1,4 @@
-"""xi < 1: the README table is what benchmarks/xi_bounds.py computes, and its statements hold."""
+"""The README table for xi < 1 equals the output of benchmarks/xi_bounds.py."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_hdlm_readme_table_has_every_prediction_and_setting() -> None:
     assert {cell[:3] for cell in cells()} == expected
 
 
-def test_readme_bound_is_at_least_the_entropy_and_equal_if_exact() -> None:
+def test_hdlm_readme_bounds_are_at_least_the_entropy() -> None:
     for cell in cells():
         assert number(cell.exact) >= command.entropy() - ROUNDED
         assert "*" not in cell.exact
@@ -69,7 +69,7 @@ def test_readme_bound_is_at_least_the_entropy_and_equal_if_exact() -> None:
             )
 
 
-def test_readme_published_expression_is_above_or_below_as_stated() -> None:
+def test_hdlm_readme_compares_published_expression_with_bound() -> None:
     for cell in cells():
         exact, published = number(cell.exact), number(cell.published)
         assert ("*" in cell.published) == (published < command.entropy() - ROUNDED)
@@ -81,7 +81,7 @@ def test_readme_published_expression_is_above_or_below_as_stated() -> None:
             assert published > exact + 0.001
 
 
-def test_readme_quotes_the_entropies_of_xi_bounds() -> None:
+def test_hdlm_readme_quotes_the_entropies_of_xi_bounds() -> None:
     assert re.findall(r"entropy of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
     assert re.findall(r"cross-entropy is (\d\.\d{4}) ", README) == [
         f"{command.surprise_of_single_words():.4f}"
@@ -89,7 +89,7 @@ def test_readme_quotes_the_entropies_of_xi_bounds() -> None:
 
 
 def test_xi_bounds_flattering_prediction_minimizes_published_expression() -> None:
-    """`flattering` is its minimum: any change of the prediction at any state increases it."""
+    """Any change of the prediction `flattering` at any state increases the published expression."""
     published = command.process_of(command.Published, 1.0, 0.8)
     best = command.laws(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
 

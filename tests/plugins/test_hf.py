@@ -109,7 +109,7 @@ def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
     )
 
 
-def test_hf_attends_to_every_position_unless_causal(path: str) -> None:
+def test_hf_backbone_attends_to_every_position_if_bidirectional(path: str) -> None:
     model = build_backbone(path)
     assert moved_by(model, LENGTH - 1).all()
     assert moved_by(model, 0).all()

@@ -226,8 +226,11 @@ def test_sedd_density_of_exact_score_equals_that_of_its_distribution(
 
 @pytest.mark.parametrize("stop", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_sedd_early_closing_term_of_score_equals_its_distributions(noise: str, stop: float) -> None:
-    """The score is that of t = 1, with hardly a token left; used for z at t = 0.5 it costs nats."""
+def test_sedd_score_has_the_closing_term_of_its_distribution(noise: str, stop: float) -> None:
+    """The score must be evaluated at t = 1, where few tokens are left.
+
+    If it were used for states at t = 0.5, the closing term would be too large.
+    """
     process, rule = make("absorb", noise), FlatTimes(0.05, stop)
     log_p = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]], dtype=torch.float64).log()
     x0, scored, slot = (
