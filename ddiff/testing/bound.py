@@ -246,14 +246,14 @@ def exact_nelbo(
         torch.ones_like(x0, dtype=torch.bool),
         NodeTimes(t[node], speed[node], window),
         EnumeratedRng(zt, vocabulary.num_states),
-        # one slot per row: NodeTimes ignores them
+        # every row has one slot; `NodeTimes` ignores slots
         torch.arange(len(node)),
         len(node),
     )
     parts = []
     for probability, term in zip(probabilities, (terms.closing, terms.diffusion, terms.decoding)):
         chance = probability[possible]
-        # a term may be infinite where its state cannot occur
+        # a term may be infinite in a state of probability 0, and 0 * inf is NaN
         weighted = torch.where(chance > 0, chance * term.sum(-1), 0.0)
         total = torch.zeros(len(sequences), dtype=torch.float64)
         parts.append(total.index_add(0, sequence[possible], weighted))
@@ -592,7 +592,7 @@ def _discrete_bound(
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     first, last = torch.logit(times(window))
-    # even in logit t, which resolves both ends
+    # steps are even in logit t, so that they are short near both ends
     grid = torch.sigmoid(torch.linspace(float(first), float(last), steps + 1, dtype=torch.float64))
     step, x0, zt = product(
         torch.arange(steps), torch.arange(num_tokens), torch.arange(vocabulary.num_states)
@@ -612,7 +612,7 @@ def _discrete_bound(
     )
     log_p = table(zt.unsqueeze(1), t.unsqueeze(1)).squeeze(1)
     model = process.reverse_log_probs(log_p, zt, t, s)
-    # states that the truth excludes contribute 0
+    # states of probability 0 given the true token contribute 0
     kl = torch.where(truth.isfinite(), truth.exp() * (truth - model), 0.0).sum(-1)
     total = torch.zeros(num_tokens, dtype=torch.float64)
     return total.index_add(0, x0, chance[possible] * kl)

@@ -78,7 +78,7 @@ class SobolRng(CounterRng):
             self.first[channel] = self.used
             self.used += size
         start = self.first[channel]
-        # the same dimensions at every query of a channel
+        # every query of a channel uses the same dimensions
         drawn = self.cube[:, start : start + size].reshape(-1, self.length, count)
         return drawn.squeeze(-1) if count == 1 else drawn
 
@@ -107,7 +107,7 @@ class InformationPath:
             dtype=torch.float64,
         )  # logit t
         q = likelihoods(process, torch.sigmoid(self.y)) / process.vocabulary.num_tokens
-        # H(X | Z), which is the information up to its sign and a constant
+        # this is H(X | Z), which is a constant minus the information
         lost = torch.where(q > 0, q * (q.sum(1, keepdim=True) / q).log(), 0.0).sum((1, 2))
         # a term in logit t keeps the path increasing in spite of rounding near the ends
         steps = lost.diff().clamp(min=0.0)
@@ -225,13 +225,13 @@ def draw_terms(
         torch.arange(len(x0)),
         torch.arange(points),
     )
-    # separate points per sequence, so that errors do not add up over sequences
+    # every sequence has separate points, so that errors do not add up over sequences
     rng = SobolRng(
         sequence * points + point,
         len(x0) * points,
         length,
     )
-    # the middle of one of CELLS cells, so that the enumeration can use the same times
+    # v is the middle of one of CELLS cells, so that the enumeration can use the same times
     v = ((rng.uniform("time")[:, 0] * CELLS).floor() + 0.5) / CELLS
     t, speed = InformationPath(process, window)(v, length)
     terms = nelbo(
@@ -417,7 +417,7 @@ class Enumeration:
         position = torch.arange(length)
         by_position = probabilities.expand(-1, length, -1, -1)
         scored = by_position[node.unsqueeze(-1), position, x0, zt]
-        # a position that is not scored holds its token with probability 1
+        # a position that is not scored keeps its token with probability 1
         return torch.where(self.scored[n], scored, (zt == x0).double()).prod(-1)
 
 
@@ -439,7 +439,7 @@ def terms_have_their_expectations(
     points. Tolerance 1: means over Sobol points reach about half of the allowed error.
     """
     table = sensitive_table(process)
-    # first, middle and last token, at either position
+    # the sequences have the first, middle and last token at either position
     last = process.vocabulary.num_tokens - 1
     x0 = torch.tensor([[0, last], [last, last // 2], [last // 2, 0]])
     scored = torch.tensor([[True, True], [True, True], [True, False]])

@@ -196,7 +196,7 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
     1e-7.
     """
     s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
-    # row vectors: q_t = q_s P
+    # marginals are row vectors: q_t = q_s P
     moved = likelihoods(process, s) @ process.transition(s, t).dense()
     yield compare(
         moved,
@@ -229,7 +229,7 @@ def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
     rates.
     """
     vocabulary = process.vocabulary
-    # [V,S] each
+    # each marginal has the shape [V,S]
     at_clean, at_prior = likelihoods(process, times(ENDS))
     prior = process.prior.log_prob.exp()
     yield compare(prior.sum(), 1.0, {"the prior's": "sum"})

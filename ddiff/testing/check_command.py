@@ -221,7 +221,7 @@ def _build_on(
     for vocabulary in vocabularies:
         try:
             built.append(spec.build(vocabulary=vocabulary, **inputs))
-        # only a rejected argument; other errors are bugs of the component
+        # an ArgumentError is a rejection; other errors are bugs of the component
         except ArgumentError as error:
             rejection = error
     if built:

@@ -136,7 +136,7 @@ def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
         # right ends of the cells
         right = width.cumsum(-1)
         for place in range(len(ids)):
-            # rounding of the sum may cross a narrower cell
+            # a rounding error of the sum may be larger than a narrower cell
             wide = width[:, place] > 1e-6
             for share in (1e-4, 0.5, 1.0 - 1e-4):
                 u = right[:, place] - (1.0 - share) * width[:, place]

@@ -112,7 +112,7 @@ def padding_is_invisible(
     """
     twin, noisy = _prepare(denoiser, process)
     length = LENGTH - 2
-    # padding at the end, as in batches
+    # padding is at the end, as in batches of training
     valid = (torch.arange(LENGTH) < length).expand(BATCH, -1)
     unpadded = _slice(noisy, slice(None), slice(length))
     expected = _log_p(twin, process, unpadded, Context()).exp()
@@ -178,7 +178,7 @@ def evidence_is_dropped(
 
     twin.query(noisy, Context(), rows, root, keep)
     expected = torch.cat(outputs)
-    # compared by type, since the copied denoiser holds a copy of its parameterization
+    # types are compared, since the copied denoiser has a copy of the parameterization
     if isinstance(twin.parameterization, type(PARAMETERIZATIONS["all"])):
         evidence = process.log_likelihood(noisy.zt.reshape(-1), noisy.t.reshape(-1))
         expected = drop_own_evidence(expected, evidence)

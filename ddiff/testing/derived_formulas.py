@@ -72,7 +72,7 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 
     vocabulary = process.vocabulary
     pairs = times(*STEPS, (0.5, 0.5)).reshape(-1, 2)
-    # P(z|y), independent of the process's own transition
+    # integrate P(z|y) from the rates, without `process.transition`
     moves = propagate(
         generator,
         pairs[:, 0],
@@ -295,7 +295,7 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     prediction = DenseDistribution(log_probs[index], vocabulary)
     got = process.closing_kl(prediction, x0, t)
     if is_overridden(process, "closing_kl"):
-        # a new prediction, so that results cached by the first call are not reused
+        # make a new prediction, so that results cached by the first call are not reused
         prediction = DenseDistribution(log_probs[index], vocabulary)
         expected = ForwardProcess.closing_kl(process, prediction, x0, t)
         yield compare(got, expected, {"x0": x0, "t": t})

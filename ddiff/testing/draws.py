@@ -233,7 +233,7 @@ def step_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     extra_calls = torch.tensor(max(query.calls - 1, 0))
     yield compare(extra_calls, 0.0, {"extra calls in a step from 0.5 to": 0.3})
     yield compare_not_queried(query, zs, zt)
-    # a new query, since calls are counted
+    # make a new query, since each query counts its calls
     query = make_query(process, len(zt))
     zs = process.step(query, zt, t, t, u)
     yield compare(
@@ -400,7 +400,7 @@ def _batch_gaps(
         )
 
     yield gap(every, draw(every, u), "again")
-    # a permutation if 7 does not divide the count
+    # this is a permutation if 7 does not divide the count
     mixed = (every * 7) % len(u)
     if len(mixed.unique()) == len(mixed):
         yield gap(
@@ -456,7 +456,7 @@ def _calls(
     """
     x0 = torch.arange(process.vocabulary.num_tokens)
     t = full_time(x0, 0.5)
-    # inside (0, 1), where every method is defined
+    # every method is defined at times inside (0, 1)
     s = t * 0.5
     zt = process.sample(
         x0.clone(),

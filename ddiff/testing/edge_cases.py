@@ -118,7 +118,7 @@ def _gradient_gaps(
     # mask infinite values, as a loss would do
     torch.where(finite, value, 0.0).sum().backward()
     assert leaf.grad is not None
-    # check all columns: 0 * inf may occur in any of them
+    # check the entries of all tokens, because 0 * inf may occur in any of them
     has_gradient = leaf.grad.isfinite().all(-1)[finite]
     labels = {"finite gradient of": name, **rows.select(finite).labels}
     yield compare(has_gradient.double(), 1.0, labels)
@@ -231,7 +231,7 @@ def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
     (the value for nearby predictions) and infinity are correct.
     """
     own_state = rows.zt.unsqueeze(-1)
-    # Q[y,z] for y != z
+    # rates into z_t: Q[y,z_t] for y != z_t
     inward = process.rates(rows.t).column(rows.zt).scatter(-1, own_state, 0.0)
     log_truth = _true_marginal(process, rows).log()
     log_model = process.log_marginal(rows.log_p, rows.t)
@@ -266,7 +266,7 @@ def _has_equal_reverse_rates(
         0.0,
     )
     possible = evidence > 0
-    # over the tokens that can have become z_t
+    # compare the ratios of the tokens that can have become z_t
     most = torch.where(possible, ratio, 0.0).amax(1)
     least = torch.where(possible, ratio, torch.inf).amin(1)
     return torch.isclose(most, least).all(-1)

@@ -150,7 +150,7 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
         rows.value,
     )
     scale = 1.0 + whole.abs()
-    # the smallest chunks: one row each
+    # the smallest chunks have one row each
     head.chunk_logits = 1
     total, values = head.total(rows.hidden, rows.node, rows.value)
     chunked = _query_values(

@@ -29,7 +29,7 @@ def information_is_enumerated(process: ForwardProcess) -> Iterator[Gap]:
     """
     t = times(ENDS, NEAR_ENDS, INNER)
     q = likelihoods(process, t)
-    # the marginal for X uniform
+    # this is the marginal of Z_t for a uniform token X
     mean = q.mean(1, keepdim=True)
     # 0 ln 0 = 0: a ratio of 1 has logarithm 0
     ratio = torch.where(
@@ -68,7 +68,7 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
         {"after tau": tau[:-1]},
     )
     spacing = float(tau[1] - tau[0])
-    # Simpson's rule on pairs of panels
+    # apply Simpson's rule to pairs of panels
     integrals = (speed[:-2:2] + 4.0 * speed[1:-1:2] + speed[2::2]) * spacing / 3.0
     moved = t[2::2] - t[:-2:2]
     yield compare(
@@ -120,7 +120,7 @@ def tail_variance_share(
     Extreme times are the first and the last percent of information time. The result is NaN if the
     second moment is infinite; `variance_has_no_tail` then fails.
     """
-    # fine cells where the integrand may be steep
+    # cells are fine near the ends, where the integrand may be steep
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
     inner = torch.linspace(
         OUTER,
@@ -159,7 +159,7 @@ def _mean_square_density(process: ForwardProcess, t: Tensor) -> Tensor:
         t[time],
     )
     probability = likelihoods(process, t).reshape(-1)
-    # the density of a state that cannot occur may be infinite
+    # the density of a state of probability 0 may be infinite
     charged = torch.where(
         probability > 0,
         probability * density**2,

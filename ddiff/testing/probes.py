@@ -93,7 +93,7 @@ def logit_nodes(
     v in [0,1] (logit t, rescaled), logit t at the nodes, and the quadrature weights for an integral
     over v.
     """
-    # nodes in [-1, 1], moved to each panel
+    # move the nodes in [-1, 1] to each panel
     x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
     left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
     v = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)
@@ -245,7 +245,7 @@ class TableQuery:
 
     def __call__(self, rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         self.calls += 1
-        # rows of the latest call only: laws test single calls
+        # keep only the rows of the latest call, because laws test single calls
         self.queried = rows
         indices = []
         results = []
@@ -273,7 +273,7 @@ def distributions_below(
             continue
         start, stop = vocabulary.node_range(torch.tensor(top), 0)
         tokens = vocabulary.order(0)[int(start) : int(stop)]
-        # conditional on the node, so that a formula cannot use the node's probability
+        # condition on the node, so that a formula cannot use the node's probability
         conditional = log_p[idx][:, tokens].log_softmax(-1)
         yield idx, DenseDistribution(conditional, vocabulary, top)
 

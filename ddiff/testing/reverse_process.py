@@ -184,7 +184,7 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
         forward / torch.where(mean > 0, mean, 1.0),
         0.0,
     )
-    # sorted, the largest first
+    # singular values are sorted, the largest first
     singular = torch.linalg.svdvals(scaled)
     return singular[:, 0] / singular[:, -1].clamp(min=1e-300)
 
@@ -256,7 +256,7 @@ def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
         expected,
         {"x0": x0, "t": t},
     )
-    # marginals solve to one-hot distributions
+    # solve(q_t(.|x)) must be the one-hot distribution at x
     solved = kernel.solve(expected)
     clean = torch.nn.functional.one_hot(x0, process.vocabulary.num_states).double()
     condition = torch.linalg.cond(kernel.dense())
@@ -292,7 +292,7 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
     The error is relative to a tenth of the condition number of K. Tolerance 1e-9: float64 rounding
     of a matrix elimination.
     """
-    # short steps: the transition of a long step cannot be inverted
+    # steps are short, because the transition of a long step cannot be inverted
     s, t = times((0.31, 0.5), (0.5, 0.77), (0.02, 0.31), (0.5, 0.5)).reshape(-1, 2).T
     kernel = process.transition(s, t)
     vector = random_log_probs(process.vocabulary.num_states, len(s)).exp()
@@ -418,7 +418,7 @@ def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
         states.unsqueeze(0),
         torch.maximum(own_level, level),
     )
-    # strictly below: a state is not its own descendant
+    # a state is not a descendant of itself
     below = (level < own_level) & (ancestor == rows.zt.unsqueeze(-1))
     rates = process.reverse_rates(rows.dist, rows.zt, rows.t)
     yield compare(rates.masked_fill(below, 0.0), 0.0, rows.labels)

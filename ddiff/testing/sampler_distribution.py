@@ -266,7 +266,7 @@ def _measure_by_step(
     dist = torch.outer(prior, prior).reshape(-1)
     for k, (t, s) in enumerate(itertools.pairwise(times)):
         possible = (dist > 0).nonzero().squeeze(-1)
-        # draws of a canvas in proportion to its probability
+        # divide the draws among canvases in proportion to their probabilities
         counts = (points * dist[possible]).long().clamp(min=FEWEST)
         # the weights of a canvas sum to its probability
         weight = (dist[possible] / counts).repeat_interleave(counts)

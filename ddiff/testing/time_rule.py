@@ -271,7 +271,7 @@ def _block_gaps(
         {"block": block[:, 1:]},
     )
     scored = times.speed > 0
-    # per sequence; a sequence without scored positions has no constraint
+    # compare blocks within a sequence; one without scored positions has no constraint
     latest = torch.where(scored, block, -torch.inf).amax(-1, keepdim=True)
     earliest = torch.where(scored, block, torch.inf).amin(-1, keepdim=True)
     too_early = _at_prior(times) & (block <= latest)
