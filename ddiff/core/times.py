@@ -213,13 +213,14 @@ class WindowTimes:
     "slide": the window slides from left to right, and tau rises along the window from its left edge
     to its right edge (arXiv 2504.06416).
 
-    In both shapes each position passes once through [start, stop] along a path of the whole
-    sequence, so the sum over positions is a bound for any process.
+    In both shapes, as the window moves over the sequence, tau of each position runs exactly once
+    through [start, stop]. The sum of the density terms over the positions is therefore a bound for
+    any process.
 
-    With `paired`, all windows are evaluated in one pass, and each window attends to the clean
-    tokens before it (`Noisy.memory`). Without `paired`, one random window of the sequence is
-    evaluated and represents all windows. The input is then half as wide, but the variance is
-    higher.
+    With `paired`, all windows are evaluated in one pass over the clean and the noisy sequence, and
+    each window attends to the clean tokens before it (`Noisy.memory`). Without `paired`, one window
+    drawn at random is evaluated, weighted as an unbiased estimate of the sum over all windows. The
+    network input is then half as long, but the variance is higher.
     """
 
     def __init__(

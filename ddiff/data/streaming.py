@@ -39,7 +39,7 @@ class Cursor:
     """Position in the stream at which a block begins.
 
     block: number of the block.
-    source: cursor in the source (JSON) at or before the start of the block; None: the start of the
+    source: position in the source, as JSON, at or before the start of the block; None: the start of the
         source.
     skip: number of tokens between `source` and the start of the block.
     document: number of the first document after `source`.

@@ -104,7 +104,7 @@ def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
     too low. Tolerance 0.4: the fraction is below 0.35 for every process of ddiff, and it would be
     between 0.5 and 1 if t were drawn uniformly.
 
-    To repair a broken law, correct the overridden `information` and `change_probability`, or let
+    Remedy for a broken law: correct the overridden `information` and `change_probability`, or let
     the window start later.
     """
     for window in WINDOWS:

@@ -257,7 +257,12 @@ def _measure_by_step(
     apart: bool,
     seed: int,
 ) -> SamplerMeasurement:
-    """Propagate the distribution over all canvases from step to step."""
+    """Measure the distribution of the final canvas, one sampler step at a time.
+
+    Each step starts from every canvas of positive probability, with a number of draws (about
+    `points` in total) proportional to that probability. `apart` means that the two positions move
+    independently given the canvas.
+    """
     size = process.vocabulary.num_states
     times = sampler.grid.times()
     runs = 0.0

@@ -73,7 +73,7 @@ class Text:
 
     @staticmethod
     def preview(config: Config) -> None:
-        """Refuse a file that is listed for both training and validation."""
+        """Raise an error if a file is listed for both training and validation."""
         _check_files(config)
 
     @staticmethod
@@ -114,7 +114,7 @@ class JsonLines:
 
     @staticmethod
     def preview(config: Config) -> None:
-        """Refuse a file that is listed for both training and validation."""
+        """Raise an error if a file is listed for both training and validation."""
         _check_files(config)
 
     @staticmethod
@@ -150,7 +150,7 @@ class Symbols:
 
     @staticmethod
     def preview(config: Config) -> None:
-        """Refuse a file that is listed for both training and validation."""
+        """Raise an error if a file is listed for both training and validation."""
         _check_files(config)
 
     @staticmethod

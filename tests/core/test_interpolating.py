@@ -289,7 +289,7 @@ def test_simulated_events_reproduce_the_reverse_transition(name: str) -> None:
         assert bool(((shares - expected).abs() <= limit).all()), (z, shares, expected)
 
 
-def test_event_time_is_zero_for_states_without_events() -> None:
+def test_event_time_is_zero_for_clean_tokens_of_masked_diffusion() -> None:
     process = MixtureProcess(MASKED, LinearSchedule(), mask_distribution(MASKED))
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
