@@ -39,8 +39,8 @@ class Cursor:
     """Position in the stream at which a block begins.
 
     block: number of the block.
-    source: position in the source, as JSON, at or before the start of the block; None: the start of the
-        source.
+    source: position in the source, as JSON, at or before the start of the block; None: the start
+        of the source.
     skip: number of tokens between `source` and the start of the block.
     document: number of the first document after `source`.
     """
