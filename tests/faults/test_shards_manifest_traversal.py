@@ -310,7 +310,9 @@ def test_checkpoint_refuses_a_changed_manifest(checkpoint: Path, edit: str) -> N
     "content",
     [b"", b"{", b"[]", b"{}", b"\xff", b"3", b'{"tensors": 3, "state": {"$tensor": "x"}}'],
 )
-def test_checkpoint_refuses_malformed_json_with_matching_checksum(checkpoint: Path, file: str, content: bytes) -> None:
+def test_checkpoint_refuses_malformed_json_with_matching_checksum(
+    checkpoint: Path, file: str, content: bytes
+) -> None:
     reseal(checkpoint, file, content)
     with pytest.raises(CheckpointError, match=f"step_00000008/{file}"):
         Checkpoints(checkpoint.parent).load(8)
