@@ -51,9 +51,9 @@ from .core.times import Noisy as Noisy
 from .core.times import TimeRule as TimeRule
 from .core.times import Times as Times
 from .core.times import WindowTimes as WindowTimes
-from .core.tree import StochasticParents as StochasticParents
-from .core.tree import TreeKernel as TreeKernel
 from .core.tree import TreeProcess as TreeProcess
+from .core.tree_kernel import TreeKernel as TreeKernel
+from .core.tree_parents import StochasticParents as StochasticParents
 from .core.vocabulary import FlatVocabulary as FlatVocabulary
 from .core.vocabulary import HierarchicalVocabulary as HierarchicalVocabulary
 from .core.vocabulary import Vocabulary as Vocabulary

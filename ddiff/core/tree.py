@@ -19,290 +19,41 @@ P(y | z) is computed from the predicted distribution. For xi = 1 and a_l = anc_l
     (F_l'/pi_l) (-ln P(a_{l-1} | a_l)).
 
 The density gives a true bound for xi < 1 too, unlike the published formula.
+
+The module holds the process. `ddiff.core.tree_parents` has kappa, `tree_kernel` the rates and
+transitions, `tree_divergence` the KL divergence, and `tree_decoding` the draws of P(y | z).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import final
 
 import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.information import uniform_reference
-from ddiff.core.kernel import Kernel, require_invertible
+from ddiff.core.kernel import Kernel
 from ddiff.core.numerics import (
-    Constant,
     draw_index,
     evaluate_per_time,
     find_rows,
     interior,
     log_normalize,
-    may_be_true,
     pick,
-    safe_log,
     to_column,
     where_or_zero,
 )
-from ddiff.core.prediction import (
-    CleanDistribution,
-    DenseDistribution,
-    Prediction,
-    Score,
-    require_distribution,
-)
+from ddiff.core.prediction import DenseDistribution, Prediction, Score, require_distribution
 from ddiff.core.process import ForwardProcess, Prior, Query, TrainedPart
 from ddiff.core.schedule import PowerSchedule
+from ddiff.core.tree_decoding import DECODING, draw_below
+from ddiff.core.tree_divergence import kl_below, token_nll
+from ddiff.core.tree_kernel import TreeKernel
+from ddiff.core.tree_parents import StochasticParents, check_xi
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError, suggest
-
-DECODING = ("bayes", "within", "between", "free")
-
-
-class StochasticParents:
-    """Probabilities kappa_ij of all pairs of levels, computed from the xi of each level.
-
-    A level with a single node has xi = 1. `self.sure[i][j]` is the number A_ij.
-    `self.stray[i][j]` is the vector r_ij over the nodes of level j in id order, or None if r_ij is
-    zero. `self.is_deterministic` is true if all xi are 1.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
-        self.vocabulary = vocabulary
-        upper_sizes = vocabulary.level_sizes[1:]
-        # At a level with one node that node is the own parent.
-        self.xi = tuple(1.0 if n == 1 else float(x) for x, n in zip(xi, upper_sizes))
-        self.is_deterministic = all(x == 1.0 for x in self.xi)
-        levels = range(vocabulary.num_levels + 1)
-        self.sure = [[0.0] * len(levels) for _ in levels]
-        self.stray: list[list[Tensor | None]] = [[None] * len(levels) for _ in levels]
-        for i in levels:
-            self.sure[i][i] = 1.0
-            for j in range(i + 1, len(levels)):
-                self._add_level(i, j)
-        self._stray_constants: list[list[Constant | None]] = []
-        for row in self.stray:
-            constants = [None if stray is None else Constant(stray) for stray in row]
-            self._stray_constants.append(constants)
-        tables = [self._table_from_tokens(level) for level in levels]
-        self._from_tokens = Constant(torch.cat(tables, 1))
-
-    def _add_level(self, i: int, j: int) -> None:
-        """Compute kappa_ij from kappa_i,j-1.
-
-        A distribution p over level j-1 becomes a push(p) + b over the n nodes of level j, where
-        push(p) moves the probability of each node to its own parent, b = (1 - xi)/(n - 1) and
-        a = xi - b.
-        """
-        size = self.vocabulary.level_sizes[j]
-        xi = self.xi[j - 1]
-        b = 0.0 if xi == 1.0 else (1.0 - xi) / (size - 1)
-        a = xi - b
-        self.sure[i][j] = a * self.sure[i][j - 1]
-        below = self.stray[i][j - 1]
-        if below is None and b == 0.0:
-            return
-        pushed = torch.zeros(size, dtype=torch.float64)
-        if below is not None:
-            pushed.index_add_(0, self.vocabulary.parents[j - 1], below)
-        # b is spread evenly over level j, and the remainder of level j-1 moves to the parents.
-        self.stray[i][j] = a * pushed + b
-
-    def _table_from_tokens(self, level: int) -> Tensor:
-        """Return A_0l and r_0l(z) [2,n] for the n nodes z of a level."""
-        stray = self.stray[0][level]
-        if stray is None:
-            stray = torch.zeros(self.vocabulary.level_sizes[level], dtype=torch.float64)
-        sure = torch.full_like(stray, self.sure[0][level])
-        return torch.stack([sure, stray])
-
-    def from_tokens(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A_0l and r_0l(z) per row, for ids z of any level l."""
-        sure, stray = self._from_tokens.on(z.device)[:, z]
-        return sure, stray
-
-    def entry(
-        self,
-        i: int,
-        j: int,
-        y: Tensor,
-        z: Tensor,
-    ) -> Tensor:
-        """Return kappa_ij(y,z) per row, for ids y of level i and z of level j."""
-        is_ancestor = self.vocabulary.ancestor(y, j) == z
-        sure = self.sure[i][j] * is_ancestor.double()
-        return sure + self.stray_at(i, j, z)
-
-    def stray_at(
-        self,
-        i: int,
-        j: int,
-        z: Tensor,
-    ) -> Tensor:
-        """Return r_ij(z) per row, for ids z of level j."""
-        stray = self._stray_constants[i][j]
-        if stray is None:
-            return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
-        return stray.on(z.device)[z - self.vocabulary.offsets[j]]
-
-    def log_spread(
-        self,
-        i: int,
-        j: int,
-        log_mass: Tensor,
-    ) -> Tensor:
-        """Return the log-probabilities [r,n_j] of the state after a move from level i to level j.
-
-        `log_mass` [r,n_j] is the log-probability that node z of level j is the ancestor of the
-        state at level i, for each of the n_j nodes z.
-        """
-        stray = self._stray_constants[i][j]
-        if stray is None:
-            return log_mass
-        remainder = stray.on(log_mass.device).to(log_mass.dtype)
-        return safe_log(self.sure[i][j] * log_mass.exp() + remainder)
-
-
-@final
-class TreeKernel(Kernel):
-    """Kernel on a tree: `levels` [r,L+1,L+1] between levels, `parents` between nodes of two levels.
-
-    The kernel is block upper triangular, since a position only moves to higher levels.
-    """
-
-    def __init__(self, levels: Tensor, parents: StochasticParents) -> None:
-        self.levels = levels
-        self.parents = parents
-        self.num_states = parents.vocabulary.num_states
-
-    def row(self, ids: Tensor) -> Tensor:
-        values = self._zeros(ids)
-        for i, j in self._level_pairs():
-            rows, nodes, y, z = self._block(ids, i, j)
-            entries = self.parents.entry(i, j, y, z)
-            self._write_block(
-                values,
-                rows,
-                nodes,
-                i,
-                j,
-                entries,
-            )
-        return values
-
-    def column(self, ids: Tensor) -> Tensor:
-        values = self._zeros(ids)
-        for i, j in self._level_pairs():
-            rows, nodes, z, y = self._block(ids, j, i)
-            entries = self.parents.entry(i, j, y, z)
-            self._write_block(
-                values,
-                rows,
-                nodes,
-                i,
-                j,
-                entries,
-            )
-        return values
-
-    def _write_block(
-        self,
-        values: Tensor,
-        rows: Tensor,
-        nodes: Tensor,
-        i: int,
-        j: int,
-        entries: Tensor,
-    ) -> None:
-        """Write K_ij times `entries` into `values`, at the given rows and nodes.
-
-        `entries` holds the pairs (row, node) of `_block` in flat order.
-        """
-        block = entries.reshape(len(rows), len(nodes))
-        weight = self.levels[rows, i, j].unsqueeze(-1)
-        values[rows.unsqueeze(-1), nodes] = weight * block
-
-    def _zeros(self, ids: Tensor) -> Tensor:
-        return torch.zeros(
-            len(ids),
-            self.num_states,
-            dtype=self.levels.dtype,
-            device=ids.device,
-        )
-
-    def _level_pairs(self) -> list[tuple[int, int]]:
-        """Return all pairs of a level i and a level j >= i."""
-        count = self.parents.vocabulary.num_levels + 1
-        return [(i, j) for i in range(count) for j in range(i, count)]
-
-    def _block(
-        self,
-        ids: Tensor,
-        own_level: int,
-        other_level: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the rows whose id is at `own_level` and all nodes of `other_level`.
-
-        Also returns every pair of these as two flat tensors: the ids of the rows, and the nodes.
-        """
-        vocabulary = self.parents.vocabulary
-        rows = find_rows(vocabulary.level_of(ids) == own_level)
-        nodes = _level_ids(vocabulary, other_level, ids.device)
-        own = ids[rows].repeat_interleave(len(nodes))
-        return rows, nodes, own, nodes.repeat(len(rows))
-
-    def apply(self, vector: Tensor) -> Tensor:
-        vocabulary = self.parents.vocabulary
-        levels = []
-        for j in range(vocabulary.num_levels + 1):
-            total = vector.new_zeros(len(vector), vocabulary.level_sizes[j])
-            for i in range(j + 1):
-                weight = to_column(self.levels[:, i, j], vector)
-                total = total + weight * self._push(vector, i, j)
-            levels.append(total)
-        return torch.cat(levels, -1)
-
-    def solve(self, vector: Tensor) -> Tensor:
-        """Solve x K = v level by level, from the tokens up.
-
-        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj.
-        """
-        vocabulary = self.parents.vocabulary
-        diagonal = self.levels.diagonal(dim1=-2, dim2=-1)
-        require_invertible((diagonal == 0).any(-1), type(self).__name__)
-        # Block back substitution: `solved` is complete below level j.
-        solved = torch.zeros_like(vector)
-        for j in range(vocabulary.num_levels + 1):
-            ids = _level_slice(vocabulary, j)
-            rest = vector[:, ids]
-            for i in range(j):
-                weight = to_column(self.levels[:, i, j], vector)
-                rest = rest - weight * self._push(solved, i, j)
-            solved[:, ids] = rest / to_column(diagonal[:, j], vector)
-        return solved
-
-    def _push(
-        self,
-        vector: Tensor,
-        i: int,
-        j: int,
-    ) -> Tensor:
-        """Return the part of `vector` at level i, moved to level j by kappa_ij, [r,n_j]."""
-        vocabulary = self.parents.vocabulary
-        block = vector[:, _level_slice(vocabulary, i)]
-        ids = _level_ids(vocabulary, i, vector.device)
-        index = vocabulary.ancestor(ids, j) - vocabulary.offsets[j]
-        pushed = vector.new_zeros(len(vector), vocabulary.level_sizes[j])
-        pushed.index_add_(-1, index, self.parents.sure[i][j] * block)
-        stray = self.parents.stray[i][j]
-        if stray is None:
-            return pushed
-        return pushed + block.sum(-1, keepdim=True) * stray.to(vector)
-
-    def _num_rows(self) -> int:
-        return len(self.levels)
 
 
 class TreeProcess(ForwardProcess):
@@ -335,7 +86,7 @@ class TreeProcess(ForwardProcess):
         self.vocabulary = vocabulary
         self.clock = clock
         self.decoding = decoding
-        self.parents = StochasticParents(vocabulary, _check_xi(xi, vocabulary.num_levels))
+        self.parents = StochasticParents(vocabulary, check_xi(xi, vocabulary.num_levels))
         self.prior = Prior.point(vocabulary.root, vocabulary.num_states)
         self.closes_at_clean = clock.closes_at_clean
         self.closes_at_prior = clock.closes_at_prior
@@ -400,7 +151,7 @@ class TreeProcess(ForwardProcess):
         cdf = evaluate_per_time(self.clock.cdf, t)
         # F_l falls with l: the number of levels with u < F_l is the level.
         level = (u[:, :1] < cdf).sum(-1)
-        return self._draw_ancestor(x0, level, u)
+        return self.parents.draw(x0, level, u)
 
     def forward_step(
         self,
@@ -416,47 +167,7 @@ class TreeProcess(ForwardProcess):
         own = self.vocabulary.level_of(zs)
         rows = torch.arange(len(zs), device=zs.device)
         level_weights = self.clock.transition(s, t)[rows, own]
-        return self._draw_ancestor(zs, draw_index(level_weights, u[:, 0]), u)
-
-    def _draw_ancestor(
-        self,
-        ids: Tensor,
-        level: Tensor,
-        u: Tensor,
-    ) -> Tensor:
-        """Draw a node of the given levels [r] from kappa_ij(ids, .), with uniforms u[:,1]."""
-        ancestor = self.vocabulary.ancestor(ids, level)
-        if self.parents.is_deterministic:
-            return ancestor
-        # One pair of levels at a time, since the vectors r_ij have different lengths.
-        drawn = ancestor.clone()
-        own = self.vocabulary.level_of(ids)
-        for i in range(self.vocabulary.num_levels):
-            for j in range(i + 1, self.vocabulary.num_levels + 1):
-                rows = find_rows((own == i) & (level == j))
-                if self.parents.stray[i][j] is not None and len(rows):
-                    stray = self._draw_stray(ancestor[rows], i, j, u[rows, 1])
-                    drawn[rows] = stray
-        return drawn
-
-    def _draw_stray(
-        self,
-        ancestor: Tensor,
-        i: int,
-        j: int,
-        u: Tensor,
-    ) -> Tensor:
-        """Draw a node z of level j with probability A_ij 1[z = ancestor] + r_ij(z).
-
-        A_ij can be negative if xi < 1/n for a level with n nodes.
-        """
-        stray = self.parents.stray[i][j]
-        assert stray is not None
-        remainder = stray.to(u.device).repeat(len(ancestor), 1)
-        place = (ancestor - self.vocabulary.offsets[j]).unsqueeze(-1)
-        sure = remainder.new_full(place.shape, self.parents.sure[i][j])
-        weights = remainder.scatter_add(-1, place, sure)
-        return self.vocabulary.offsets[j] + draw_index(weights, u)
+        return self.parents.draw(zs, draw_index(level_weights, u[:, 0]), u)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         level = self.vocabulary.level_of(zt)
@@ -527,7 +238,7 @@ class TreeProcess(ForwardProcess):
         """Return KL( P(y | z,x) || P(y | z) ), with y the state one level below z; 0 at tokens."""
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
-        return self._kl_below(prediction, x0, zt, self.vocabulary.level_of(zt))
+        return kl_below(self.parents, prediction, x0, zt)
 
     def density(
         self,
@@ -544,110 +255,6 @@ class TreeProcess(ForwardProcess):
         divergence = where_or_zero(is_weighted, self.divergence(prediction, x0, zt, t))
         return torch.where(is_weighted, weight * divergence, 0.0)
 
-    def _kl_below(
-        self,
-        dist: CleanDistribution,
-        x0: Tensor,
-        zt: Tensor,
-        level: Tensor,
-    ) -> Tensor:
-        """Return KL( P(y | z,x) || P(y | z) ), with y the state one level below z; 0 at tokens."""
-        # For xi = 1, x determines y, and the divergence is -ln P(y | z).
-        if self.parents.is_deterministic:
-            child = self.vocabulary.ancestor(x0, (level - 1).clamp(min=0))
-            return -dist.log_step(zt, child)
-        value: Tensor | None = None
-        for l in range(1, self.vocabulary.num_levels + 1):
-            here = level == l
-            if not may_be_true(here):
-                continue
-            # Rows of other levels are evaluated at an ancestor of x0, where every value is finite.
-            # Their results are dropped.
-            z = torch.where(here, zt, self.vocabulary.ancestor(x0, l))
-            if l == 1:
-                kl = self._token_nll(dist, x0, z)
-            else:
-                kl = self._kl_at_level(dist, x0, z, l)
-            others = torch.zeros_like(kl) if value is None else value
-            value = torch.where(here, kl, others)
-        if value is None:
-            return torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
-        return value
-
-    def _kl_at_level(
-        self,
-        dist: CleanDistribution,
-        x0: Tensor,
-        zt: Tensor,
-        level: int,
-    ) -> Tensor:
-        """Return the divergence of rows at one level >= 2, for stochastic parents.
-
-        At these levels x does not determine the state y one level below: y has the distribution
-        P(y | z,x).
-        """
-        below = level - 1
-        log_mass = dist.log_mass(below)
-        nodes = _level_ids(self.vocabulary, below, zt.device)
-        kappa = self._kappa_to(below, level, nodes, zt)
-        onward = kappa.to(log_mass.dtype).log()
-        is_ancestor = self.vocabulary.ancestor(x0, below).unsqueeze(-1) == nodes
-        truth = is_ancestor.double() * self.parents.sure[0][below]
-        truth = truth + self.parents.stray_at(0, below, nodes)
-        log_truth = truth.to(log_mass.dtype).log() + onward
-        log_truth = log_truth.log_softmax(-1)
-        log_model = self.parents.log_spread(0, below, log_mass) + onward
-        # If the prediction gives z_t probability 0, the divergence is infinite.
-        possible = (log_model > -torch.inf).any(-1, keepdim=True)
-        log_model = where_or_zero(possible, log_model).log_softmax(-1)
-        has_mass = log_truth.isfinite()
-        terms = log_truth.exp() * (log_truth - where_or_zero(has_mass, log_model))
-        divergence = torch.where(has_mass, terms, 0.0).sum(-1)
-        return torch.where(possible.squeeze(-1), divergence, torch.inf)
-
-    def _kappa_to(
-        self,
-        i: int,
-        j: int,
-        nodes: Tensor,
-        zt: Tensor,
-    ) -> Tensor:
-        """Return kappa_ij(y, z_t) [r,n_i] for all n_i nodes y of level i."""
-        is_ancestor = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
-        stray = self.parents.stray_at(i, j, zt).unsqueeze(-1)
-        return self.parents.sure[i][j] * is_ancestor.double() + stray
-
-    def _token_nll(
-        self,
-        dist: CleanDistribution,
-        x0: Tensor,
-        zt: Tensor,
-    ) -> Tensor:
-        """Return -ln P(x0 | z_t) per row for xi < 1; 0 at tokens.
-
-        The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with A = A_0l and
-        r = r_0l at the level l of z, anc(x0) the ancestor of x0 at this level, and P(z) the
-        predicted probability of the tokens below z.
-        """
-        level = self.vocabulary.level_of(zt)
-        is_token = level == 0
-        sure, stray = self.parents.from_tokens(zt)
-        is_ancestor = self.vocabulary.ancestor(x0, level) == zt
-        log_evidence = (sure * is_ancestor + stray).log()
-        # If r(z) is 0, the mass of a node may underflow, and ln 0 would make the bound -inf.
-        log_mass = dist.log_prob(zt)
-        has_strays = stray > 0
-        spread = torch.where(has_strays, sure * log_mass.exp() + stray, 1.0)
-        log_expected = torch.where(has_strays, spread.log(), sure.log() + log_mass)
-        log_p = dist.log_prob(x0)
-        # If the prediction gives the token probability 0, the value is +inf, even if its node has
-        # probability 0 too.
-        possible = log_p.isfinite()
-        is_finite = ~is_token & possible
-        nll = where_or_zero(is_finite, log_expected)
-        nll = nll - where_or_zero(is_finite, log_evidence + log_p)
-        return torch.where(is_token, 0.0, torch.where(possible, nll, torch.inf))
-
     def decode_nll(
         self,
         prediction: Prediction,
@@ -659,7 +266,7 @@ class TreeProcess(ForwardProcess):
             return super().decode_nll(prediction, x0, zt, t)
         if self.parents.is_deterministic:
             return -prediction.log_child(zt, x0)
-        return self._token_nll(prediction, x0, zt)
+        return token_nll(self.parents, prediction, x0, zt)
 
     def closing_kl(
         self,
@@ -730,25 +337,8 @@ class TreeProcess(ForwardProcess):
         values = []
         for level in range(self.vocabulary.num_levels + 1):
             mass = dist.log_mass(level)[0].exp()
-            values.append(self._information_at(level, mass))
+            values.append(self.parents.node_information(level, mass))
         return torch.stack(values)
-
-    def _information_at(self, level: int, mass: Tensor) -> Tensor:
-        """Return H(node) - H(node | X) in nats.
-
-        `mass` [n] is the probability of each node to be the ancestor of the token X.
-        """
-        stray = self.parents.stray[0][level]
-        if stray is None:
-            return -torch.special.xlogy(mass, mass).sum()
-        sure = self.parents.sure[0][level]
-        spread = sure * mass + stray
-        # Given X, each node z has the probability r(z), and the ancestor of X has A in addition.
-        at_ancestor = torch.special.xlogy(sure + stray, sure + stray)
-        at_ancestor = at_ancestor - torch.special.xlogy(stray, stray)
-        conditional = torch.special.xlogy(stray, stray).sum()
-        conditional = conditional + (mass * at_ancestor).sum()
-        return conditional - torch.special.xlogy(spread, spread).sum()
 
     # ------------------------------------------------------------------ reverse
 
@@ -806,7 +396,7 @@ class TreeProcess(ForwardProcess):
         if isinstance(prediction, Score):
             weights = self._log_decode_weights(prediction, zt, t).softmax(-1)
             return draw_index(weights, u)
-        return self._draw_below(prediction, zt, target, u)
+        return draw_below(self.parents, self.decoding, prediction, zt, target, u)
 
     def event_time(
         self,
@@ -865,7 +455,7 @@ class TreeProcess(ForwardProcess):
         u: Tensor,
     ) -> Tensor:
         dist = require_distribution(prediction, "TreeProcess.step")
-        return self._draw_below(dist, zt, target, u)
+        return draw_below(self.parents, self.decoding, dist, zt, target, u)
 
     def _descend(
         self,
@@ -894,57 +484,6 @@ class TreeProcess(ForwardProcess):
             )
         return zs
 
-    def _draw_below(
-        self,
-        dist: CleanDistribution,
-        zt: Tensor,
-        target: Tensor,
-        u: Tensor,
-    ) -> Tensor:
-        """Draw the state at level `target` [r] below z_t by the decoding rule."""
-        if self.parents.is_deterministic or self.decoding == "within":
-            return dist.draw(zt, target, u)
-        if self.decoding == "free":
-            return dist.draw(torch.full_like(zt, self.vocabulary.root), target, u)
-        drawn = zt.clone()
-        level = self.vocabulary.level_of(zt)
-        for i in range(self.vocabulary.num_levels):
-            for j in range(i + 1, self.vocabulary.num_levels + 1):
-                rows = find_rows((target == i) & (level == j))
-                if len(rows):
-                    log_mass = dist.log_mass(i)[rows]
-                    weights = self._weights_below(log_mass, zt[rows], i, j)
-                    index = draw_index(weights, u[rows])
-                    drawn[rows] = self.vocabulary.offsets[i] + index
-        return drawn
-
-    def _weights_below(
-        self,
-        log_mass: Tensor,
-        zt: Tensor,
-        i: int,
-        j: int,
-    ) -> Tensor:
-        """Return unnormalized probabilities [r,n_i] of the nodes at level i.
-
-        The state z_t at level j moves down to one of these nodes.
-        """
-        nodes = _level_ids(self.vocabulary, i, zt.device)
-        if self.decoding == "bayes":
-            kappa = self._kappa_to(i, j, nodes, zt)
-            log_spread = self.parents.log_spread(0, i, log_mass)
-            return (log_spread + kappa.log()).softmax(-1)
-        is_inside = self.vocabulary.ancestor(nodes, j) == zt.unsqueeze(-1)
-        own = log_mass.masked_fill(~is_inside, -torch.inf).softmax(-1)
-        if bool(is_inside.all()):
-            return own
-        # The quotient is NaN in rows in which no node is elsewhere; its weights are then 0.
-        others = log_mass.masked_fill(is_inside, -torch.inf).softmax(-1)
-        others = others.nan_to_num(0.0)
-        stray = self.parents.stray_at(i, j, zt).unsqueeze(-1)
-        right = self.parents.sure[i][j] + stray
-        return right * own + (1.0 - right) * others
-
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
         pair = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
@@ -957,34 +496,3 @@ class TreeProcess(ForwardProcess):
             cls(three, LogTimeClock((1.0, 1.0001, 0.7)), xi=(0.8, 0.9, 1.0)),
             cls(three, powers, xi=(0.85, 1.0, 1.0)),
         ]
-
-
-def _level_slice(vocabulary: Vocabulary, level: int) -> slice:
-    """Return the ids of a level as a slice."""
-    offset = vocabulary.offsets[level]
-    return slice(offset, offset + vocabulary.level_sizes[level])
-
-
-def _level_ids(vocabulary: Vocabulary, level: int, device: torch.device) -> Tensor:
-    """Return the ids of a level as a tensor [n]."""
-    return vocabulary.offsets[level] + torch.arange(vocabulary.level_sizes[level], device=device)
-
-
-def _check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
-    """Return one xi per level, with 1 for a root that is not listed.
-
-    Raises ArgumentError if the number of values or their range does not fit.
-    """
-    if isinstance(xi, (int, float)):
-        values = (float(xi),) * num_levels
-    else:
-        values = tuple(float(x) for x in xi)
-    if len(values) == num_levels - 1:
-        values = (*values, 1.0)
-    if len(values) != num_levels or not all(0.0 < x <= 1.0 for x in values):
-        raise ArgumentError(
-            f"TreeProcess: xi must be one number in (0, 1], or one for each of the {num_levels} "
-            f"levels above the tokens; got {xi}. xi is the probability that a position moves to "
-            "its own parent; 1 makes parents deterministic."
-        )
-    return values

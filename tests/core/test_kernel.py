@@ -19,7 +19,8 @@ from ddiff.core.kernel import (
 )
 from ddiff.core.oracle import propagate
 from ddiff.core.schedule import PowerSchedule
-from ddiff.core.tree import StochasticParents, TreeKernel
+from ddiff.core.tree_kernel import TreeKernel
+from ddiff.core.tree_parents import StochasticParents
 from ddiff.core.vocabulary import HierarchicalVocabulary
 
 EXACT = {"rtol": 0.0, "atol": 1e-13}  # sums of a dozen terms of size 1

@@ -18,7 +18,8 @@ from ddiff.core.components import MixtureProcess, mask_distribution
 from ddiff.core.dense import DenseProcess
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
-from ddiff.core.tree import StochasticParents, TreeProcess
+from ddiff.core.tree import TreeProcess
+from ddiff.core.tree_parents import StochasticParents
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.nn.denoiser import Backbone, Context, Denoiser
 from ddiff.nn.heads import TokenHead

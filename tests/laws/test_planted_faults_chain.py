@@ -28,7 +28,9 @@ from ddiff.core.dense import DenseProcess
 from ddiff.core.kernel import DenseKernel, InterpolatingKernel, Kernel
 from ddiff.core.numerics import Constant, interior
 from ddiff.core.schedule import LinearSchedule
-from ddiff.core.tree import StochasticParents, TreeKernel, TreeProcess
+from ddiff.core.tree import TreeProcess
+from ddiff.core.tree_kernel import TreeKernel
+from ddiff.core.tree_parents import StochasticParents
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.testing import chain
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.components import MixtureProcess
 from ddiff.core.numerics import interior
-from ddiff.core.prediction import CleanDistribution, Score
+from ddiff.core.prediction import Prediction, Score
 from ddiff.core.process import TrainedPart
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
@@ -32,25 +32,24 @@ from ddiff.testing import derived_formulas, edge_cases
 class SurpriseOfTheToken(TreeProcess):
     """Fault: the divergence at a node is that of the leaf token instead of the node's child."""
 
-    def _kl_below(
-        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: Tensor
-    ) -> Tensor:
+    def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        if isinstance(prediction, Score):
+            return super().divergence(prediction, x0, zt, t)
         return -prediction.log_child(zt, x0)
 
 
 class OneTermOfTheDivergence(TreeProcess):
     """Fault: for xi < 1, the divergence keeps only the term of the true cluster, as published."""
 
-    def _kl_at_level(
-        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, level: int
-    ) -> Tensor:
+    def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
+        exact = super().divergence(prediction, x0, zt, t)
+        if isinstance(prediction, Score):
+            return exact
         right = self.vocabulary.ancestor(x0, 1) - self.vocabulary.offsets[1]
-        model = (
-            self.parents.log_spread(0, 1, prediction.log_mass(1))
-            .gather(-1, right.unsqueeze(-1))
-            .squeeze(-1)
-        )
-        return self.parents.xi[0] * (self.parents.xi[0] / model.exp()).log()
+        log_spread = self.parents.log_spread(0, 1, prediction.log_mass(1))
+        model = log_spread.gather(-1, right.unsqueeze(-1)).squeeze(-1)
+        one_term = self.parents.xi[0] * (self.parents.xi[0] / model.exp()).log()
+        return torch.where(self.vocabulary.level_of(zt) == 2, one_term, exact)
 
 
 class NoTwoLevelPosterior(TreeProcess):
@@ -73,9 +72,7 @@ class NormalizedLikelihood(TreeProcess):
 class DivergencePlusOne(MixtureProcess):
     """Fault: the divergence lacks the term -1, so it is not 0 for the true token."""
 
-    def divergence(
-        self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
-    ) -> Tensor:
+    def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(prediction, x0, zt, t) + 1.0
 
 

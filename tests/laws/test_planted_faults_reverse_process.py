@@ -8,10 +8,10 @@ import pytest
 import torch
 from chains import THREE
 from faults import (
-    CLOCK3,
     Fault,
     LatePosterior,
     assert_detected,
+    build_with_parents,
     noisy_from_the_start,
     tree_on_pair,
     uneven_noise,
@@ -24,6 +24,7 @@ from ddiff.core.kernel import InterpolatingKernel, Kernel
 from ddiff.core.prediction import Score
 from ddiff.core.process import Query
 from ddiff.core.tree import TreeProcess
+from ddiff.core.tree_parents import StochasticParents
 from ddiff.testing import reverse_process
 
 
@@ -79,7 +80,7 @@ class ForwardStepFromZero(TreeProcess):
         return super().forward_step(zs, torch.zeros_like(s), t, u)
 
 
-class ParentsOfTheWrongLevel(TreeProcess):
+class ParentsOfTheWrongLevel(StochasticParents):
     """Fault: wrong parents are drawn as if every row started at its leaf token."""
 
     def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
@@ -194,8 +195,8 @@ FAULTS = [
     Fault(
         "wrong parents are drawn for the wrong level",
         reverse_process.forward_step_follows_transition,
-        lambda: TreeProcess(THREE, CLOCK3, (0.8, 0.7)),
-        lambda: ParentsOfTheWrongLevel(THREE, CLOCK3, (0.8, 0.7)),
+        lambda: build_with_parents(StochasticParents, THREE, 0.8),
+        lambda: build_with_parents(ParentsOfTheWrongLevel, THREE, 0.8),
     ),
     Fault(
         "every candidate event is accepted",
