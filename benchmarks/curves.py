@@ -59,12 +59,12 @@ def table(all_curves: Sequence[Curve]) -> str:
     return "\n".join("| " + " | ".join(row + [""] * (width - len(row))) + " |" for row in rows)
 
 
-def picture(whole: Sequence[Curve]) -> str:
+def draw_svg(bounds: Sequence[Curve]) -> str:
     """Return an SVG image of the bounds as functions of the training step."""
-    low = min(min(curve.nats) for curve in whole)
+    low = min(min(curve.nats) for curve in bounds)
     # Exclude the first points, which are high after the random initialization.
-    high = max(max(curve.nats[1:] or curve.nats) for curve in whole)
-    last = max(curve.steps[-1] for curve in whole)
+    high = max(max(curve.nats[1:] or curve.nats) for curve in bounds)
+    last = max(curve.steps[-1] for curve in bounds)
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
@@ -86,7 +86,7 @@ def picture(whole: Sequence[Curve]) -> str:
         parts.append(
             f'<text x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{step}</text>'
         )
-    for number, curve in enumerate(whole):
+    for number, curve in enumerate(bounds):
         colour, row = COLOURS[number % len(COLOURS)], TOP + 12 + 18 * number
         points = " ".join(
             f"{x(step):.1f},{y(nats):.1f}" for step, nats in zip(curve.steps, curve.nats)
@@ -110,7 +110,7 @@ def main() -> None:
     drawn = [curves(run_dir, given.every) for run_dir in given.runs]
     print(table([curve for run in drawn for curve in run]))
     if given.svg:
-        given.svg.write_text(picture([run[0] for run in drawn]))
+        given.svg.write_text(draw_svg([run[0] for run in drawn]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Test the command line with mutated recipes: each must run or be refused with a message.
 
-python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 of the accepted recipes for two steps
+python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 short runs
 python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
 All recipes run in one process and in a temporary directory. A fault is a traceback, an empty or
@@ -112,7 +112,7 @@ class Fault(NamedTuple):
         return f"--- recipe {self.number}: {self.what}\n{self.text}"
 
 
-class Answer(NamedTuple):
+class Output(NamedTuple):
     code: int
     out: str
     err: str
@@ -157,66 +157,66 @@ def inside(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def odd_value(chance: random.Random, depth: int = 0) -> Any:
+def odd_value(rng: random.Random, depth: int = 0) -> Any:
     makers: list[Callable[[], Any]] = [
-        lambda: chance.choice(INTEGERS),
-        lambda: -chance.choice(INTEGERS),
-        lambda: chance.choice(FLOATS),
-        lambda: chance.choice(TEXTS),
-        lambda: chance.choice([True, False]),
+        lambda: rng.choice(INTEGERS),
+        lambda: -rng.choice(INTEGERS),
+        lambda: rng.choice(FLOATS),
+        lambda: rng.choice(TEXTS),
+        lambda: rng.choice([True, False]),
     ]
     if depth < 3:
         makers += [
-            lambda: [odd_value(chance, depth + 1) for _ in range(chance.randrange(4))],
-            lambda: {chance.choice(["kind", "x", "", "é"]): odd_value(chance, depth + 1)},
+            lambda: [odd_value(rng, depth + 1) for _ in range(rng.randrange(4))],
+            lambda: {rng.choice(["kind", "x", "", "é"]): odd_value(rng, depth + 1)},
             lambda: {},
         ]
-    return chance.choice(makers)()
+    return rng.choice(makers)()
 
 
-def set_oddly(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    *path, key = chance.choice(list(leaves(tree)))
-    inside(tree, path)[key] = odd_value(chance)
+def set_oddly(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
+    *path, key = rng.choice(list(leaves(tree)))
+    inside(tree, path)[key] = odd_value(rng)
 
 
-def near_limits(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    """Replace a number by a number of the same type, which is accepted in most cases."""
+def near_limits(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
+    """Replace a number by another number of the same type; most recipes stay valid."""
     numbers = [
         path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)
     ]
-    *path, key = chance.choice(numbers)
+    *path, key = rng.choice(numbers)
     table = inside(tree, path)
-    table[key] = chance.choice(INTEGERS if isinstance(table[key], int) else FLOATS)
+    table[key] = rng.choice(INTEGERS if isinstance(table[key], int) else FLOATS)
 
 
-def drop(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    *path, key = chance.choice(list(leaves(tree)))
+def drop(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
+    *path, key = rng.choice(list(leaves(tree)))
     del inside(tree, path)[key]
 
 
-def rename(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
-    *path, key = chance.choice(list(leaves(tree)))
+def rename(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
+    *path, key = rng.choice(list(leaves(tree)))
     table = inside(tree, path)
     odd = [key.upper(), key[:-1], key + "s", "", "é", "x" * 400, f"{key}.{key}", "kind"]
-    table[chance.choice(odd)] = table.pop(key)
+    table[rng.choice(odd)] = table.pop(key)
 
 
-def swap_kind(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+def swap_kind(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
     places = [place for place in SLOTS if isinstance(reached(tree, place), dict)]
-    place = chance.choice(places)
-    kind = SLOTS[place].kind if chance.random() < 0.8 else chance.choice(list(kinds))
-    inside(tree, place[:-1])[place[-1]] = {"kind": chance.choice(kinds[kind])} | (
+    place = rng.choice(places)
+    kind = SLOTS[place].kind if rng.random() < 0.8 else rng.choice(list(kinds))
+    inside(tree, place[:-1])[place[-1]] = {"kind": rng.choice(kinds[kind])} | (
         {"length": 8} if place == ("data",) else {}
     )
 
 
-def wrap(tree: dict[str, Any], chance: random.Random, kinds: dict[str, list[str]]) -> None:
+def wrap(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
     """Replace a scalar by a list, a list by a scalar, or wrap either in a table."""
-    *path, key = chance.choice(list(leaves(tree)))
+    *path, key = rng.choice(list(leaves(tree)))
     table = inside(tree, path)
     value = table[key]
     unlisted = value[0] if isinstance(value, list) and value else value
-    table[key] = chance.choice([[value], unlisted, {"kind": value}, [value, value]])
+    table[key] = rng.choice([[value], unlisted, {"kind": value}, [value, value]])
 
 
 def reached(tree: dict[str, Any], path: Sequence[str]) -> Any:
@@ -240,13 +240,13 @@ MUTATIONS = [
 ]
 
 
-def mutate_text(text: str, chance: random.Random) -> str:
+def mutate_text(text: str, rng: random.Random) -> str:
     """Damage the text of a recipe: truncate it, double it, or insert misplaced characters."""
-    at = chance.randrange(len(text) + 1)
-    return chance.choice(
+    at = rng.randrange(len(text) + 1)
+    return rng.choice(
         [
             text[:at],
-            text[:at] + chance.choice("\x00\x07\x7f\u2028\ufeff\"'[]{}=#\\😀") + text[at:],
+            text[:at] + rng.choice("\x00\x07\x7f\u2028\ufeff\"'[]{}=#\\😀") + text[at:],
             text.replace("\n", "\r\n"),
             "\ufeff" + text,
             text + text[at:],
@@ -256,8 +256,8 @@ def mutate_text(text: str, chance: random.Random) -> str:
     )
 
 
-def written(value: Any) -> str:
-    """Return a value as TOML, including values that TOML libraries refuse to write."""
+def to_toml(value: Any) -> str:
+    """Format a value as TOML, including values that TOML libraries refuse to write."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -281,35 +281,35 @@ def written(value: Any) -> str:
     if isinstance(value, dict):
         return (
             "{"
-            + ", ".join(f"{written(str(key))} = {written(inner)}" for key, inner in value.items())
+            + ", ".join(f"{to_toml(str(key))} = {to_toml(inner)}" for key, inner in value.items())
             + "}"
         )
-    return "[" + ", ".join(map(written, value)) + "]"
+    return "[" + ", ".join(map(to_toml, value)) + "]"
 
 
 def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
     """Return the text of a mutated recipe, as a function of the recipe number and the seed."""
     import copy
 
-    chance = random.Random(f"{seed} {number}")
-    tree = copy.deepcopy(chance.choice(trees))
-    for _ in range(chance.choice([1, 1, 1, 1, 2, 3])):
+    rng = random.Random(f"{seed} {number}")
+    tree = copy.deepcopy(rng.choice(trees))
+    for _ in range(rng.choice([1, 1, 1, 1, 2, 3])):
         with contextlib.suppress(KeyError, IndexError, TypeError):  # removed by an earlier mutation
-            chance.choice(MUTATIONS)(tree, chance, kinds)
+            rng.choice(MUTATIONS)(tree, rng, kinds)
     text = (
-        "\n".join(f"{written(str(key))} = {written(value)}" for key, value in tree.items()) + "\n"
+        "\n".join(f"{to_toml(str(key))} = {to_toml(value)}" for key, value in tree.items()) + "\n"
     )
-    return mutate_text(text, chance) if chance.random() < 0.1 else text
+    return mutate_text(text, rng) if rng.random() < 0.1 else text
 
 
 # ---------------------------------------------------------------------- checks
 
 
 class TooSlow(BaseException):
-    """Time limit exceeded. Not an Exception, so that the command line does not catch it."""
+    """Time limit exceeded. The command line does not catch it, since it is no Exception."""
 
 
-def called(*arguments: str) -> Answer:
+def run_command(*arguments: str) -> Output:
     """Run `ddiff ARGUMENTS` in this process."""
     out, err = io.StringIO(), io.StringIO()
     began, code = time.process_time(), 0
@@ -324,7 +324,7 @@ def called(*arguments: str) -> Answer:
         except BaseException:
             err.write(traceback.format_exc())
             code = 1
-    return Answer(code, out.getvalue(), err.getvalue(), time.process_time() - began)
+    return Output(code, out.getvalue(), err.getvalue(), time.process_time() - began)
 
 
 @contextlib.contextmanager
@@ -341,28 +341,34 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def wrong_with(answer: Answer, running: bool) -> str | None:
-    """Return the fault of an answer, or None.
+def find_fault(output: Output, running: bool) -> str | None:
+    """Return a description of the fault in the output of a command, or None.
 
-    A run may exceed the time limit, because mutated recipes may be large.
+    `running`: the command was a run and not a dry run. A run may exceed the time limit, because
+    mutated recipes may be large.
     """
-    if answer.code == -1:
+    if output.code == -1:
         return None if running else f"no answer after {SECONDS} s"
-    if "Traceback" in answer.err or answer.code not in (0, 2):
-        return f"exit code {answer.code}: {answer.err[-3000:]}"
-    if answer.code == 0:
-        return None if running or "\n# fits" in answer.out else "no verdict"
-    if not answer.err.strip():
+    if "Traceback" in output.err or output.code not in (0, 2):
+        return f"exit code {output.code}: {output.err[-3000:]}"
+    if output.code == 0:
+        return None if running or "\n# fits" in output.out else "no verdict"
+    if not output.err.strip():
         return "a refusal with an empty message"
     return (
-        f"a refusal of {len(answer.err)} characters"
-        if len(answer.err) > LONGEST and not running
+        f"a refusal of {len(output.err)} characters"
+        if len(output.err) > LONGEST and not running
         else None
     )
 
 
-def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], None]) -> list[Fault]:
-    """Dry-run the recipes, then run `runs` of the accepted recipes, at equal distances."""
+def fuzz(
+    recipes: Sequence[int], runs: int, seed: int, report: Callable[[str], None]
+) -> list[Fault]:
+    """Dry-run the recipes, then run every k-th accepted recipe, `runs` recipes in total.
+
+    recipes: recipe numbers. report: function that prints a line.
+    """
     registry = survey_plugins().registry
     kinds: dict[str, list[str]] = {}
     for component in registry.components():
@@ -373,16 +379,16 @@ def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], Non
     for number in recipes:
         text = mutant(number, seed, trees, kinds)
         Path("../mutant.toml").write_text(text, encoding="utf-8", newline="")
-        answer = called("run", "../mutant.toml", "--dry-run")
-        what = wrong_with(answer, running=False)
+        output = run_command("run", "../mutant.toml", "--dry-run")
+        what = find_fault(output, running=False)
         if sorted(os.listdir()) != before:
             what = f"files are left: {sorted(set(os.listdir()) - set(before))}"
         if what is not None:
             faults.append(Fault(number, what, text))
-            told(str(faults[-1]))
-        elif answer.code == 0:
+            report(str(faults[-1]))
+        elif output.code == 0:
             passed.append((number, text))
-    told(f"{len(recipes)} recipes: {len(passed)} accepted, {len(faults)} faults")
+    report(f"{len(recipes)} recipes: {len(passed)} accepted, {len(faults)} faults")
     chosen = passed[:: max(1, len(passed) // runs)][:runs] if runs else []
     late = 0
     for number, text in chosen:
@@ -391,17 +397,17 @@ def fuzz(recipes: Sequence[int], runs: int, seed: int, told: Callable[[str], Non
             f"--set={setting}"
             for setting in (*SHORT, f'run_dir="runs/r{number}"', 'tracker="none"')
         ]
-        answer = called("run", "../mutant.toml", *settings)
-        if what := wrong_with(answer, running=True):
+        output = run_command("run", "../mutant.toml", *settings)
+        if what := find_fault(output, running=True):
             faults.append(Fault(number, f"accepted, then {what}", text))
-            told(str(faults[-1]))
-        elif answer.code == 2:
+            report(str(faults[-1]))
+        elif output.code == 2:
             late += 1
-            told(
-                f"--- recipe {number}: accepted, then refused: {answer.err.strip().splitlines()[-1][:600]}"
+            report(
+                f"--- recipe {number}: accepted, then refused: {output.err.strip().splitlines()[-1][:600]}"
             )
         shutil.rmtree("runs", ignore_errors=True)
-    told(f"{len(chosen)} runs: {late} refused late, {len(faults)} faults in all")
+    report(f"{len(chosen)} runs: {late} refused late, {len(faults)} faults in all")
     return faults
 
 

@@ -31,8 +31,8 @@ DRAWS = 32
 TOKENS = (64, 16, 4, 1)
 
 
-class Even:
-    """Time change with noise times drawn uniformly in the information time tau."""
+class EvenDraws:
+    """Time change whose noise times are drawn uniformly in the information time tau."""
 
     def __init__(self, clock: TimeChange) -> None:
         self.clock = clock
@@ -45,8 +45,11 @@ class Even:
         return t, (stop - start) * speed
 
 
-class Tokens(Even):
-    """Time change with noise times drawn as for sequences of `tokens` tokens."""
+class DrawsForLength(EvenDraws):
+    """Time change whose noise times are drawn as for sequences of `tokens` tokens.
+
+    `FlatTimes` depends on the length of the sequences; this class sets another length.
+    """
 
     def __init__(self, clock: TimeChange, tokens: int) -> None:
         super().__init__(clock)
@@ -100,8 +103,8 @@ def main() -> None:
         information = run.process.information_time
         clocks = [
             IdentityTime(),
-            Even(information),
-            *(Tokens(information, tokens) for tokens in TOKENS),
+            EvenDraws(information),
+            *(DrawsForLength(information, tokens) for tokens in TOKENS),
         ]
         for label, loss in (("of the recipe", run.objective.loss), ("elbo", ddiff.ElboLoss())):
             row = [f"{relative_variance(gradients(run, clock, loss)):.2f}" for clock in clocks]

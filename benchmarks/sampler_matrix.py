@@ -191,7 +191,11 @@ def row(
     predicts: str,
     name: str,
 ) -> str:
-    """Return a table row: distances and network evaluations for each number of steps."""
+    """Return a table row: distances and network evaluations for each number of steps.
+
+    label: name of the sampler in the table. points: draws per step. predicts: "distribution" or
+    "score". name: name of the process, for the progress line.
+    """
     begun = time.perf_counter()
     share = points if entry.apart else 4 * points
     cells = []
@@ -208,7 +212,7 @@ def row(
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
-    """Yield the page after the table of each process is complete."""
+    """Yield the text of the page whenever the table of another process is complete."""
     refused: dict[str, str] = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())
     far = 0.5 * float((torch.outer(JOINT.sum(1), JOINT.sum(0)) - JOINT).abs().sum())

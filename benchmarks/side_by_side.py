@@ -1,11 +1,12 @@
 """Train all families under equal conditions: one backbone, number of tokens and corpus.
 
-    python benchmarks/side_by_side.py runs/side            # then: ddiff compare --seeds runs/side/*_seed?
-    python benchmarks/side_by_side.py runs/side --gap      # other ways to train hierarchical diffusion
+    python benchmarks/side_by_side.py runs/side            # all families
+    python benchmarks/side_by_side.py runs/side --gap      # ablations of hierarchical diffusion
 
 All runs have the same number of steps, batch and validation text. The first three families have
-three seeds; all other families have one seed. The command can be stopped and started again;
-finished runs are not repeated.
+three seeds; all other families have one seed. With `--gap`, the script instead trains the runs of
+`GAP`, which test why hierarchical diffusion may learn later than masked diffusion. The command can
+be stopped and started again; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ ONE_SEED = (
 
 
 class Trained(NamedTuple):
-    """Recipe with overrides, in which `{side}` is replaced by the directory of the runs."""
+    """Training run: its name, its recipe, and overrides of recipe keys.
+
+    `{side}` in an override is replaced by the directory of the runs.
+    """
 
     name: str
     recipe: str

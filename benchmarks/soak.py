@@ -90,8 +90,12 @@ PRELOAD = [
 ]
 
 
-class Fate(NamedTuple):
-    """Moment of a kill: after a fraction of the remaining steps and a delay, possibly in a save."""
+class Kill(NamedTuple):
+    """Random moment of a kill.
+
+    share: fraction of the remaining steps before the kill. delay: seconds after this step. in_save:
+    wait until a checkpoint is being saved. all_ranks: kill all processes instead of one.
+    """
 
     share: float
     delay: float
@@ -108,14 +112,14 @@ def main() -> int:
     parser.add_argument(
         "--kinds", nargs="+", default=None, help="single, ddp, fsdp or mixed; default: all"
     )
-    asked = parser.parse_args()
+    given = parser.parse_args()
     layouts = [kind for kind in PROCESSES if kind in backends()]
-    kinds = asked.kinds or [*layouts, "mixed"]
+    kinds = given.kinds or [*layouts, "mixed"]
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         os.environ["DDIFF_CACHE"] = str(Path(folder, "cache"))
         # Ignore warnings about the semaphores of killed processes.
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
-        return soak(Path(folder), kinds, layouts, asked.trials, random.Random(asked.seed))
+        return soak(Path(folder), kinds, layouts, given.trials, random.Random(given.seed))
 
 
 def backends() -> list[str]:
@@ -137,15 +141,15 @@ def soak(
         seen, used = [], []
         for _ in range(deaths):
             used.append(draw.choice(layouts) if kind == "mixed" else kind)
-            seen.append(Run(place, used[-1], kind, every).killed(drawn(draw)))
+            seen.append(Run(place, used[-1], kind, every).start_and_kill(draw_kill(draw)))
         used.append(draw.choice(layouts) if kind == "mixed" else kind)
         Run(place, used[-1], kind, every).finish()
         moments.update(seen)
         found = list(differences(whole, place, exact=kind != "mixed"))
         faults += bool(found)
-        told = ", ".join(f"{layout} killed {moment}" for layout, moment in zip(used, seen))
+        kills = ", ".join(f"{layout} killed {moment}" for layout, moment in zip(used, seen))
         print(
-            f"{trial + 1:3d} {kind}: {told}; ended {used[-1]}: {'; '.join(found) or 'equal'}",
+            f"{trial + 1:3d} {kind}: {kills}; ended {used[-1]}: {'; '.join(found) or 'equal'}",
             flush=True,
         )
         shutil.rmtree(place)
@@ -157,8 +161,8 @@ def soak(
     return int(faults > 0)
 
 
-def drawn(draw: random.Random) -> Fate:
-    return Fate(draw.random(), draw.uniform(0.0, 0.05), draw.random() < 0.5, draw.random() < 0.5)
+def draw_kill(draw: random.Random) -> Kill:
+    return Kill(draw.random(), draw.uniform(0.0, 0.05), draw.random() < 0.5, draw.random() < 0.5)
 
 
 class Run:
@@ -191,22 +195,22 @@ class Run:
                 f"{self.place} in {self.layout} failed with exit codes {codes}:\n{self.log.read_text()[-4000:]}"
             )
 
-    def killed(self, fate: Fate) -> str:
-        """Kill the run at the given moment and return a description of the moment."""
+    def start_and_kill(self, kill: Kill) -> str:
+        """Start the run, kill it at the given moment, and return a description of the moment."""
         before = self._lines()
         ranks = self._start()
         deadline = time.monotonic() + PATIENCE
-        target = before + int(fate.share * (STEPS + 1 - before))
+        target = before + int(kill.share * (STEPS + 1 - before))
         while self._lines() < target and _alive(ranks) and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(fate.delay)
-        if fate.in_save:
+        time.sleep(kill.delay)
+        if kill.in_save:
             while not self._unfinished() and _alive(ranks) and time.monotonic() < deadline:
                 pass
         alive = _alive(ranks)
         last = ranks[-1]
         assert last.pid
-        if fate.all_ranks or len(ranks) == 1 or not alive:
+        if kill.all_ranks or len(ranks) == 1 or not alive:
             _kill(ranks)
         else:  # the other ranks notice the kill, or wait in vain as for a lost machine
             os.kill(last.pid, signal.SIGKILL)
@@ -290,8 +294,14 @@ def differences(whole: Path, place: Path, exact: bool) -> Iterator[str]:
         yield f"metrics.jsonl has the steps {[line['step'] for line in two]}"
         return
     figures = compare_records(one, two)
-    theirs, mine = (Checkpoints(run / "checkpoints").load(STEPS) for run in (whole, place))
-    state = compare_states(theirs, mine) if exact else compare_weights(theirs, mine)
+    whole_state, state_after_kills = (
+        Checkpoints(run / "checkpoints").load(STEPS) for run in (whole, place)
+    )
+    state = (
+        compare_states(whole_state, state_after_kills)
+        if exact
+        else compare_weights(whole_state, state_after_kills)
+    )
     for difference, allowed in ((figures, ROUNDING), (state, ROUNDING_OF_WEIGHTS)):
         if difference is not None and difference.size > (0.0 if exact else allowed):
             yield f"{difference.size:.3g} {difference.where}"

@@ -32,8 +32,9 @@ GAMMAS = (0.5, 1.0, 2.0)
 XIS = (1.0, 0.95, 0.9, 0.8, 0.6)
 TREE = HierarchicalVocabulary([[0, 0, 1, 2]])
 LOG_JOINT = random_joint(TREE.num_tokens)
-# At gamma = 0.5 a millionth of the tokens has not moved at the last evaluated time, 1 - 1e-12.
-UNREAD = 1e-5
+# Error of a bound in nats: at gamma = 0.5, a millionth of the tokens is still clean at the last
+# evaluated time, 1 - 1e-12.
+TOLERANCE = 1e-5
 README = Path(__file__).parents[1] / "plugins" / "ddiff_hdlm" / "README.md"
 BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
 
@@ -49,16 +50,16 @@ class Published(TreeProcess):
     - at any other cluster: -ln p(x), which lacks the normalizer.
     """
 
-    def divergence(self, law: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+    def divergence(self, dist: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
         vocabulary, xi, others = (
             self.vocabulary,
             self.parents.xi[0],
             self.vocabulary.level_sizes[1] - 1,
         )
         right = vocabulary.ancestor(x0, 1)
-        mass = law.log_prob(right).exp()
+        mass = dist.log_prob(right).exp()
         log_rho = (xi * mass + (1.0 - xi) * (1.0 - mass) / others).log()
-        word = -law.log_prob(x0)
+        word = -dist.log_prob(x0)
         at_masks = xi * (torch.full_like(word, xi).log() - log_rho)
         at_clusters = word + torch.where(
             zt == right, log_rho - torch.full_like(word, xi).log(), 0.0
@@ -71,7 +72,7 @@ class Row(NamedTuple):
 
     gamma: float
     xi: float
-    law: str
+    prediction: str
     exact: float
     published: float
 
@@ -80,8 +81,11 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
     return kind(TREE, LogTimeClock((gamma, 1.0)), xi)
 
 
-def laws(process: TreeProcess) -> dict[str, Table]:
-    """Return predictions by name; each prediction replaces the output of a network."""
+def predictions_of(process: TreeProcess) -> dict[str, Table]:
+    """Return the predictions that replace the output of a network, by name.
+
+    The names are the columns of the table; plugins/ddiff_hdlm/README.md describes them.
+    """
     true, bend = (
         rest_conditional_table(process, LOG_JOINT),
         torch.tensor([1.0, -0.5, 0.5, -1.0], dtype=torch.float64),
@@ -89,7 +93,7 @@ def laws(process: TreeProcess) -> dict[str, Table]:
     return {
         "exact": true,
         "bent": lambda zt, t: (true(zt, t) + bend).log_softmax(-1),
-        "constant": constant_table(single_words()),
+        "constant": constant_table(unigram_log_probs()),
         "flattering": lambda zt, t: flattering(process, true(zt, t), zt),
     }
 
@@ -132,7 +136,7 @@ def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
     return torch.where((zt == TREE.root).unsqueeze(-1), at_masks, at_clusters).log()
 
 
-def single_words() -> Tensor:
+def unigram_log_probs() -> Tensor:
     """Return the log-distribution [V] of a single token, averaged over both positions."""
     return (0.5 * (LOG_JOINT.exp().sum(0) + LOG_JOINT.exp().sum(1))).log()
 
@@ -141,9 +145,12 @@ def entropy() -> float:
     return -mean(LOG_JOINT.reshape(-1))
 
 
-def surprise_of_single_words() -> float:
-    """Return E[-ln p(x_1) p(x_2)], the bound of the constant prediction."""
-    single = single_words()
+def unigram_nelbo() -> float:
+    """Return E[-ln p(x_1) p(x_2)], the NELBO of the constant prediction.
+
+    p is the distribution of a single token.
+    """
+    single = unigram_log_probs()
     return -mean((single.unsqueeze(-1) + single).reshape(-1))
 
 
@@ -152,14 +159,14 @@ def mean(values: Tensor) -> float:
 
 
 def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
-    """Compute the rows for every gamma, xi and prediction, up to 1e-5 nats (`UNREAD`)."""
+    """Compute the rows for every gamma, xi and prediction, with an error of 1e-5 nats."""
     found = []
     for gamma in gammas:
         for xi in xis:
             exact, published = (process_of(kind, gamma, xi) for kind in (TreeProcess, Published))
-            for name, law in laws(exact).items():
+            for name, dist in predictions_of(exact).items():
                 values = (
-                    mean(exact_nelbo(process, law, 2, WHOLE).total)
+                    mean(exact_nelbo(process, dist, 2, WHOLE).total)
                     for process in (exact, published)
                 )
                 found.append(Row(gamma, xi, name, *values))
@@ -172,7 +179,7 @@ def table(found: Sequence[Row]) -> str:
     Each cell is "exact bound / published expression" in nats. Values below the entropy of the data
     are bold, because a valid bound cannot be below the entropy.
     """
-    names = list(dict.fromkeys(row.law for row in found))
+    names = list(dict.fromkeys(row.prediction for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for gamma, xi in dict.fromkeys((row.gamma, row.xi) for row in found):
         cells = [
@@ -185,7 +192,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def shown(nats: float) -> str:
-    return f"{nats:.4f}" if nats > entropy() - UNREAD else f"**{nats:.4f}**"
+    return f"{nats:.4f}" if nats > entropy() - TOLERANCE else f"**{nats:.4f}**"
 
 
 def main() -> None:
@@ -201,7 +208,7 @@ def main() -> None:
     made = table(rows())
     page.write_text(before + BEGIN + made + END + rest.partition(END)[2], encoding="utf-8")
     print(
-        f"entropy {entropy():.4f}, surprise of single words {surprise_of_single_words():.4f}\n{made}",
+        f"entropy {entropy():.4f}, cross-entropy of single tokens {unigram_nelbo():.4f}\n{made}",
         end="",
     )
 

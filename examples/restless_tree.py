@@ -2,10 +2,14 @@
 
     python examples/restless_tree.py        # test two small instances against every law
 
-A token becomes its cluster, then the mask. Until it has reached level `below`, it is redrawn
-uniformly among the tokens under its ancestor at that level: with below = 1 within its cluster,
-with below = 2 on a tree of two levels among all tokens. The class defines a marginal (in both
-directions), rates, transitions and a draw; loss, bound, samplers and checks follow from these:
+A token becomes its cluster, then the mask. At levels under `below`, it is also redrawn uniformly
+among the tokens that have the same ancestor at level `below`:
+
+- below = 1: among the tokens of its cluster;
+- below = 2, on a tree with levels token, cluster, mask: among all tokens.
+
+The class defines the marginal q_t(z|x) as a function of z and as a function of x, rates,
+transitions and draws. ddiff derives loss, bound, samplers and checks:
 
     process = RestlessTree(vocabulary, clock, redrawing=0.5)
     ddiff.run(recipe, vocabulary=vocabulary, process=process)
@@ -85,7 +89,7 @@ class RestlessTree(ForwardProcess):
         return (log_level + either.masked_fill(never, -torch.inf)).to(log_p.dtype)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        """log q_t(z_t | x) for every x, which the engine could also derive token by token."""
+        """Return log q_t(z_t | x) for every x; the engine could also derive it token by token."""
         tokens = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         level = self.vocabulary.level_of(zt).unsqueeze(-1)
         is_under = self.vocabulary.ancestor(tokens, level) == zt.unsqueeze(-1)
@@ -132,7 +136,7 @@ class RestlessTree(ForwardProcess):
         return self.vocabulary.ancestor(states, level)
 
     def share(self, states: Tensor) -> Tensor:
-        """Share of the family's tokens that are under each state."""
+        """Return the fraction of the family's tokens that are under each state."""
         return self._num_tokens(states) / self._num_tokens(self.family(states))
 
     def _num_tokens(self, nodes: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ class RestlessTree(ForwardProcess):
         return (last - first).double()
 
     def _lost(self, s: Tensor, t: Tensor) -> Tensor:
-        """[r] 1 - B_t / B_s."""
+        """Return 1 - B_t/B_s [r], the probability of a redraw between s and t."""
         log_kept = torch.special.xlogy(self.redrawing, (1.0 - t) / (1.0 - s).clamp(min=1e-300))
         return torch.where(s < t, -torch.expm1(log_kept), 0.0)
 
@@ -158,14 +162,14 @@ class RestlessTree(ForwardProcess):
 
 
 class Redrawing(Kernel):
-    """Difference between moving by `levels` with a redraw and without one.
+    """Change of the transition of the tree if tokens are redrawn.
 
     levels [r,L+1,L+1] holds transition probabilities between levels. For states y and z,
 
         K[y,z] = levels[level of y, level of z] (share(z) 1[same family] - 1[z is an ancestor of y])
 
-    at restless z, and 0 elsewhere. With the identity it is the generator of redrawing; times
-    1 - B_t/B_s it is what redrawing adds to a transition of the tree.
+    if z is below level `below`, and 0 otherwise. If `levels` is the identity, K is the generator of
+    redrawing. The transition of the process is that of the tree plus (1 - B_t/B_s) K.
     """
 
     def __init__(self, levels: Tensor, process: RestlessTree) -> None:

@@ -81,11 +81,11 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def no_answers(monkeypatch: pytest.MonkeyPatch) -> type[NoWaiting]:
-    """Make "meta" usable for a training step: a device on which reading a value is an error.
+    """Let a training step run on the device "meta", to find synchronizations with a GPU.
 
-    It stands for a GPU without synchronizations. Autocast and torch's fused AdamW, which it
-    does not support, are replaced. Under the mode that is returned, blocking copies are errors
-    too; constants are copied once, before.
+    Tensors on "meta" have no values, so reading a value raises an error. Autocast and the fused
+    AdamW of torch do not support "meta" and are replaced. Returns a mode under which blocking
+    copies raise errors too; enter the mode after the first step, which copies constants.
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)

@@ -55,7 +55,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(train=2, sample=1, plain_steps=3, handwritten=3, growth=1, ddp=2)
-ComponentSpec = Callable[[Effort], list[dict[str, Any]]]
+Part = Callable[[Effort], list[dict[str, Any]]]
 
 
 def say(line: str = "") -> None:
@@ -237,7 +237,7 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
     say("| with | family | what | CPU seconds |")
     say("|---|---|---|---|")
     rows = []
-    for name, family, what, told, sizes in GROWTH:
+    for name, family, what, label, sizes in GROWTH:
         key = {"V": "vocabulary", "L": "length", "levels": "levels", "N": "steps"}[name]
         found = {}
         for size in sizes:
@@ -245,9 +245,9 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
                 in_process("grow", family=family, what=what, rounds=effort.growth, **size)
             )
         say(
-            f"| {name} | {family} | {told} | {', '.join(f'{at}: {value:.3f}' for at, value in found.items())} |"
+            f"| {name} | {family} | {label} | {', '.join(f'{at}: {value:.3f}' for at, value in found.items())} |"
         )
-        rows.append({"with": name, "family": family, "what": told, "seconds": found})
+        rows.append({"with": name, "family": family, "what": label, "seconds": found})
     return rows
 
 
@@ -302,20 +302,27 @@ def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
         )
         for rank in range(count)
     ]
-    said = [rank.communicate() for rank in ranks]
-    for rank, (_, errors) in zip(ranks, said):
+    outputs = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, outputs):
         if rank.returncode:
             raise SystemExit(
                 f"{work} {arguments} failed with exit code {rank.returncode}:\n{errors}"
             )
-    return json.loads(said[0][0].splitlines()[-1])
+    return json.loads(outputs[0][0].splitlines()[-1])
 
 
-GPU_BATCHES = (64, 128, 256)  # rows of 512 tokens; the larger batches test the memory
+GPU_BATCHES = (
+    64,
+    128,
+    256,
+)  # rows of 512 tokens; the larger batches show which implementation runs out of memory
 
 
 def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
-    """Measure training steps of all families on a GPU, and test batch sizes for memory."""
+    """Measure training steps of all families on a GPU, and of hdlm also with larger batches.
+
+    `rehearsal`: run tiny steps on the CPU, to test this function.
+    """
     say("\n## Training step on a GPU: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
     if not rehearsal and not torch.cuda.is_available():
         say("This machine has no GPU.")
@@ -325,16 +332,16 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     )
     say("|---|---|---|---|---|---|---|---|---|---|")
     batch, rows = (2 if rehearsal else GPU_BATCHES[0]), []
-    network = lambda family, side, batch=batch: in_process(  # noqa: E731
+    measure = lambda family, side, batch=batch: in_process(  # noqa: E731
         "gpu", family=family, side=side, batch=batch, rehearsal=rehearsal
     )
-    told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
+    formatted = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
     for name in (name for names in HEADS.values() for name in names):
-        compiled, eager, plain = (network(name, side) for side in ("compiled", "eager", "plain"))
+        compiled, eager, plain = (measure(name, side) for side in ("compiled", "eager", "plain"))
         say(
             f"| {name} | {compiled['ms']:.1f} | {compiled['tokens_per_second']:.0f} | {compiled['tflops_per_second']:.1f} "
-            f"| {told(compiled['mfu'], 3)} | {compiled['memory_gb']:.1f} | {eager['ms']:.1f} "
-            f"| {compiled['ms'] / eager['ms']:.2f} | {told(plain['ms'], 1)} | {told(plain['memory_gb'], 1)} |"
+            f"| {formatted(compiled['mfu'], 3)} | {compiled['memory_gb']:.1f} | {eager['ms']:.1f} "
+            f"| {compiled['ms'] / eager['ms']:.2f} | {formatted(plain['ms'], 1)} | {formatted(plain['memory_gb'], 1)} |"
         )
         rows.append({"family": name, "compiled": compiled, "eager": eager, "plain": plain})
     ms = {row["family"]: row["compiled"]["ms"] for row in rows}
@@ -348,21 +355,21 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     if not rehearsal:
         for rows_at_once in GPU_BATCHES[1:]:
             sides = {
-                side: network("hdlm-levelwise", side, rows_at_once)
+                side: measure("hdlm-levelwise", side, rows_at_once)
                 for side in ("compiled", "plain")
             }
-            said = {
+            texts = {
                 side: "does not fit" if found["ms"] is None else f"{found['ms']:.0f} ms"
                 for side, found in sides.items()
             }
             say(
-                f"\nhdlm-levelwise, {rows_at_once}x512: ours {said['compiled']}, plain {said['plain']}"
+                f"\nhdlm-levelwise, {rows_at_once}x512: ours {texts['compiled']}, plain {texts['plain']}"
             )
             rows.append({"family": "hdlm-levelwise", "batch": rows_at_once} | sides)
     return rows
 
 
-PARTS: dict[str, ComponentSpec] = {
+PARTS: dict[str, Part] = {
     "train": train,
     "sample": sample,
     "memory": memory,

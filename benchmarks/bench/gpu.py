@@ -1,8 +1,12 @@
 """GPU benchmark of training steps: a small diffusion transformer in bfloat16, for all families.
 
-The transformer is measured compiled and eager. The FLOPs of a step are 6 per parameter of the
-backbone and position, the FLOPs of attention, and 6 per logit, channel and row of the head. MFU is
-the rate of these FLOPs divided by the dense bfloat16 rate of the card, if the latter is known.
+The transformer is measured compiled and eager. A step over T positions of sequences of length L,
+with n layers of width d, has the FLOPs
+
+    6 T (parameters of the backbone) + 12 T n L d (attention) + 6 d (number of logits).
+
+MFU is the rate of these FLOPs divided by the dense bfloat16 rate of the card, if the latter is
+known.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import Case, Size, batch_of, denoiser_of, objective_of, words_of
+from models import Case, Size, batch_of, denoiser_of, objective_of, tokens_of
 from plain import plain_training_step
 from torch import Tensor
 
@@ -33,7 +37,7 @@ def gpu_step(
     objective = objective_of(case, denoiser)
     if compiled:
         denoiser.backbone.compile(dynamic=False)
-    batch, count = batch_of(words_of(case)), 0  # on the host, as in the trainer
+    batch, count = batch_of(tokens_of(case)), 0  # on the host, as in the trainer
     share = {"tokens": batch.scored.sum()}
 
     def step() -> None:
@@ -48,12 +52,13 @@ def gpu_step(
 
     logits = _logits_of(denoiser, step)
     milliseconds, memory = _timed(step, device, timed)
-    trunk = sum(
+    parameters = sum(
         p.numel() for name, p in denoiser.backbone.named_parameters() if "embedding" not in name
     )
     tokens = size.batch * size.length
     flops = (
-        tokens * (6 * trunk + 12 * size.layers * size.length * size.width) + 6 * size.width * logits
+        tokens * (6 * parameters + 12 * size.layers * size.length * size.width)
+        + 6 * size.width * logits
     )
     rate = flops / (milliseconds / 1e3)
     peak = next((speed for name, speed in DENSE_BF16.items() if name in _card(device)), None)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import Case, awake, denoiser_of, words_of
+from models import Case, denoiser_of, fill_zero_parameters, tokens_of
 from torch import Tensor
 
 from ddiff import Context
@@ -51,16 +51,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def handwritten_step(case: Case) -> Callable[[], float]:
     """Return a training step: draw t, mask, forward, cross-entropy only at masks, backward."""
-    denoiser, x0 = awake(denoiser_of(case)), words_of(case)
+    denoiser, x0 = fill_zero_parameters(denoiser_of(case)), tokens_of(case)
     mask = denoiser.head.vocabulary.root
-    head, trunk = denoiser.head, denoiser.backbone
+    head, backbone = denoiser.head, denoiser.backbone
 
     def step() -> float:
         denoiser.zero_grad()
         t = 1e-3 + (1.0 - 1e-3) * (torch.rand(1) + torch.arange(len(x0)) / len(x0)) % 1.0
         t = t.double().unsqueeze(-1).expand(x0.shape)
         masked = torch.rand(x0.shape) < t
-        hidden = trunk(torch.where(masked, mask, x0), t, Context())[masked]
+        hidden = backbone(torch.where(masked, mask, x0), t, Context())[masked]
         weight = (1.0 / t[masked] / x0.numel()).float()
         loss = ChunkedCrossEntropy.apply(hidden, head.table, head.bias, x0[masked], weight)
         loss.backward()

@@ -27,7 +27,9 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> Seconds:
+def time_alternating(
+    sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True
+) -> Seconds:
     """Return CPU seconds of functions that run alternately, A B A B, after an untimed round."""
     if warm:
         for run in sides.values():
@@ -45,7 +47,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     return {"least": min(each), "median": statistics.median(each), "greatest": max(each)}
 
 
-def rise_mb(run: Callable[[], object]) -> float:
+def measure_memory_rise(run: Callable[[], object]) -> float:
     """Return the increase of the peak resident memory of this process by `run`, in MB."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak

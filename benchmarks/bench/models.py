@@ -70,15 +70,15 @@ class Case(NamedTuple):
         return f"{self.family} V={self.size.vocabulary}"
 
 
-def cluster_sizes(num_words: int, clusters: int) -> list[int]:
+def cluster_sizes(num_tokens: int, clusters: int) -> list[int]:
     """Return cluster sizes with the relative spread of the published clustering.
 
     The sizes are log-normal quantiles between the smallest and the largest published size. Fewer
     than 16 clusters have equal sizes.
     """
-    mean = num_words / clusters
+    mean = num_tokens / clusters
     if clusters < 16:
-        return [len(part) for part in torch.arange(num_words).tensor_split(clusters)]
+        return [len(part) for part in torch.arange(num_tokens).tensor_split(clusters)]
     normal = torch.distributions.Normal(0.0, 1.0)
     quantile = normal.icdf((torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters)
     share = torch.exp(SPREAD * quantile - SPREAD**2 / 2).clamp(SMALLEST, LARGEST)
@@ -86,22 +86,22 @@ def cluster_sizes(num_words: int, clusters: int) -> list[int]:
     inner = share[1:-1]
     inner *= (clusters - SMALLEST - LARGEST) / inner.sum()
     sizes = (share * mean).round().long().clamp(min=1)
-    sizes[clusters // 2] += num_words - int(sizes.sum())
+    sizes[clusters // 2] += num_tokens - int(sizes.sum())
     return sizes.tolist()
 
 
-def clusters_of(num_words: int) -> int:
-    return CLUSTERS.get(num_words, max(2, round(128 * math.sqrt(num_words / 50257))))
+def clusters_of(num_tokens: int) -> int:
+    return CLUSTERS.get(num_tokens, max(2, round(128 * math.sqrt(num_tokens / 50257))))
 
 
 def vocabulary_of(case: Case) -> Vocabulary:
     """Return the vocabulary of a case; the tokens of a cluster have scattered ids."""
-    num_words = case.size.vocabulary
+    num_tokens = case.size.vocabulary
     if not case.family.startswith("hdlm"):
-        return FlatVocabulary(num_words)
-    sizes = cluster_sizes(num_words, clusters_of(num_words))
+        return FlatVocabulary(num_tokens)
+    sizes = cluster_sizes(num_tokens, clusters_of(num_tokens))
     finest = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    scattered = finest[torch.randperm(num_words, generator=torch.Generator().manual_seed(0))]
+    scattered = finest[torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))]
     parents = [scattered]
     for _ in range(
         case.levels - 2
@@ -128,11 +128,11 @@ def head_of(case: Case, vocabulary: Vocabulary) -> Head:
     return TokenHead(vocabulary, case.size.width)
 
 
-def trunk_of(case: Case, vocabulary: Vocabulary) -> DiT:
-    return awake(DiT(vocabulary, case.size.width, case.size.layers, case.size.heads))
+def backbone_of(case: Case, vocabulary: Vocabulary) -> DiT:
+    return fill_zero_parameters(DiT(vocabulary, case.size.width, case.size.layers, case.size.heads))
 
 
-def awake(module: nn.Module) -> nn.Module:
+def fill_zero_parameters(module: nn.Module) -> nn.Module:
     """Replace zero parameters by small random numbers, as in the middle of training."""
     for parameter in module.parameters():
         if not parameter.detach().any():
@@ -140,7 +140,7 @@ def awake(module: nn.Module) -> nn.Module:
     return module
 
 
-def words_of(case: Case, count: int | None = None) -> Tensor:
+def tokens_of(case: Case, count: int | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(
         case.size.vocabulary, (count or case.size.batch, case.size.length), generator=generator
@@ -162,7 +162,11 @@ def batch_of(ids: Tensor) -> Batch:
 def denoiser_of(case: Case) -> Denoiser:
     vocabulary = vocabulary_of(case)
     inputs = "previous" if case.family == "ar" else "own"
-    return Denoiser(trunk_of(case, vocabulary), awake(head_of(case, vocabulary)), inputs=inputs)
+    return Denoiser(
+        backbone_of(case, vocabulary),
+        fill_zero_parameters(head_of(case, vocabulary)),
+        inputs=inputs,
+    )
 
 
 def objective_of(case: Case, denoiser: Denoiser) -> DiffusionObjective | AutoregressiveObjective:
@@ -181,7 +185,7 @@ def our_training_step(case: Case) -> Callable[[], float]:
 def step_of(
     case: Case, module: nn.Module, objective: DiffusionObjective | AutoregressiveObjective
 ) -> Callable[[], float]:
-    batch, count = batch_of(words_of(case)), 0
+    batch, count = batch_of(tokens_of(case)), 0
 
     def step() -> float:
         nonlocal count

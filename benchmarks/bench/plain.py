@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from models import P_UNIFORM, Case, awake, clusters_of, trunk_of, vocabulary_of, words_of
+from models import (
+    P_UNIFORM,
+    Case,
+    backbone_of,
+    clusters_of,
+    fill_zero_parameters,
+    tokens_of,
+    vocabulary_of,
+)
 from torch import Tensor, nn
 
 from ddiff import Context, Denoiser, TokenHead, Vocabulary
@@ -24,11 +32,11 @@ class PlainModel(nn.Module):
 
     def __init__(self, case: Case, vocabulary: Vocabulary, outputs: int) -> None:
         super().__init__()
-        self.trunk = trunk_of(case, vocabulary)
+        self.backbone = backbone_of(case, vocabulary)
         self.head = nn.Linear(case.size.width, outputs)
 
     def forward(self, zt: Tensor, t: Tensor) -> Tensor:
-        return self.head(self.trunk(zt, t.unsqueeze(-1).expand(zt.shape), Context()))
+        return self.head(self.backbone(zt, t.unsqueeze(-1).expand(zt.shape), Context()))
 
 
 def stratified(batch: int) -> Tensor:
@@ -60,7 +68,7 @@ class Masked:
         self.mask = self.vocabulary.root
         self.model = PlainModel(case, self.vocabulary, self.vocabulary.num_states)
 
-    def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def add_noise(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.where(torch.rand(x0.shape) < t.unsqueeze(-1), self.mask, x0), None
 
     def log_p(self, logits: Tensor, zt: Tensor) -> Tensor:
@@ -93,14 +101,14 @@ class Mixed:
         self.height = 2.0 * P_UNIFORM / (1.0 - P_UNIFORM)
         self.model = PlainModel(case, self.vocabulary, self.states)
 
-    def law(self, words: Tensor, t: Tensor) -> Tensor:
-        """Return q_t [B,L,S] for a clean token with the distribution `words` [B,L,S]."""
+    def marginal(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return q_t [B,L,S] for clean tokens with the distribution p [B,L,S]."""
         hump = self.height * (t * (1.0 - t)).sqrt()
         noise = (
             (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
         )
         noise[:, self.mask] = t / (1.0 + hump)
-        return ((1.0 - t) / (1.0 + hump))[:, None, None] * words + noise.unsqueeze(1)
+        return ((1.0 - t) / (1.0 + hump))[:, None, None] * p + noise.unsqueeze(1)
 
     def weight(self, zt: Tensor, t: Tensor) -> Tensor:
         """Return the rate [B,L] of arriving at z_t from other states."""
@@ -112,19 +120,19 @@ class Mixed:
         logits[..., self.mask] = -1e6
         return logits.softmax(-1)
 
-    def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def add_noise(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         hump = self.height * (t * (1.0 - t)).sqrt()
         clean, masked = ((part / (1.0 + hump)).unsqueeze(-1) for part in (1.0 - t, t))
         u = torch.rand(x0.shape)
         noise = torch.where(u < clean + masked, self.mask, torch.randint(self.states - 1, x0.shape))
-        return torch.where(u < clean, x0, noise), self.law(
+        return torch.where(u < clean, x0, noise), self.marginal(
             F.one_hot(x0, self.states).to(t.dtype), t
         )
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
         """Return the loss of each position [B,L] in nats."""
         assert q is not None
-        q_hat = self.law(self.x_hat(logits), t)
+        q_hat = self.marginal(self.x_hat(logits), t)
         kl = F.kl_div(q_hat.log(), q, reduction="none").sum(-1)
         at = zt.unsqueeze(-1)
         here, there = q.gather(-1, at).squeeze(-1), q_hat.gather(-1, at).squeeze(-1)
@@ -139,9 +147,9 @@ class Mixed:
         stay = (1.0 - t) / (1.0 - s) * (1.0 + self.height * (s * (1.0 - s)) ** 0.5)
         stay = stay / (1.0 + self.height * (t * (1.0 - t)) ** 0.5) if s < 1.0 else 0.0
         nothing = torch.zeros_like(x_hat[:, :1])
-        arrive = self.law(nothing, now) - stay * self.law(nothing, then)
+        arrive = self.marginal(nothing, now) - stay * self.marginal(nothing, then)
         at = F.one_hot(zt, self.states)
-        joint = self.law(x_hat, then) * (
+        joint = self.marginal(x_hat, then) * (
             stay * at + arrive.expand_as(at).gather(-1, zt.unsqueeze(-1))
         )
         return gumbel_draw(joint / joint.sum(-1, keepdim=True))
@@ -152,25 +160,28 @@ class Clustered:
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
-        self.words, self.clusters = case.size.vocabulary, clusters_of(case.size.vocabulary)
+        self.tokens, self.clusters = case.size.vocabulary, clusters_of(case.size.vocabulary)
         self.mask = self.vocabulary.root
-        self.cluster_of = self.vocabulary.ancestor(torch.arange(self.words), 1) - self.words
+        self.cluster_of = self.vocabulary.ancestor(torch.arange(self.tokens), 1) - self.tokens
         self.members = F.one_hot(self.cluster_of, self.clusters).float()
-        self.model = PlainModel(case, self.vocabulary, self.words)
+        self.model = PlainModel(case, self.vocabulary, self.tokens)
 
-    def law(self, words: Tensor, t: Tensor) -> Tensor:
-        """Return q_t [B,L,S] for a clean token with the distribution `words` [B,L,V]."""
+    def marginal(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return q_t [B,L,S] for clean tokens with the distribution p [B,L,V]."""
         clean, cluster = (1.0 - t)[:, None, None], (-(1.0 - t) * torch.log1p(-t))[:, None, None]
-        mask = (1.0 - clean - cluster).expand(*words.shape[:2], 1)
-        return torch.cat([clean * words, cluster * (words @ self.members.to(words)), mask], -1)
+        mask = (1.0 - clean - cluster).expand(*p.shape[:2], 1)
+        return torch.cat([clean * p, cluster * (p @ self.members.to(p)), mask], -1)
 
-    def noised(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        q = self.law(F.one_hot(x0, self.words).to(t.dtype), t)
+    def add_noise(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        q = self.marginal(F.one_hot(x0, self.tokens).to(t.dtype), t)
         return categorical(q), q
 
-    def below(self, q: Tensor, zt: Tensor) -> Tensor:
-        """Return the distribution [B,L,V+n] of the state one level below z_t (n clusters)."""
-        at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.words).unsqueeze(-1)
+    def child_distribution(self, q: Tensor, zt: Tensor) -> Tensor:
+        """Return the distribution [B,L,V+n] of the state one level below z_t.
+
+        q is the distribution of z_t; the states are V tokens and n clusters.
+        """
+        at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.tokens).unsqueeze(-1)
         open_ = torch.cat(
             [self.cluster_of == cluster, at_mask.expand(*zt.shape, self.clusters)], -1
         )
@@ -179,13 +190,13 @@ class Clustered:
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
         """Return the loss of each position [B,L] in nats."""
-        below = torch.where(zt == self.mask, self.words + self.cluster_of[x0], x0)
-        guess = self.below(self.law(logits.softmax(-1), t), zt)
-        surprise = -guess.gather(-1, below.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30).log()
+        below = torch.where(zt == self.mask, self.tokens + self.cluster_of[x0], x0)
+        predicted = self.child_distribution(self.marginal(logits.softmax(-1), t), zt)
+        nll = -predicted.gather(-1, below.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30).log()
         t = t.unsqueeze(-1)
         cluster = -(1.0 - t) * torch.log1p(-t)
         weight = torch.where(zt == self.mask, -torch.log1p(-t) / (t - cluster), 1.0 / cluster)
-        return torch.where(zt < self.words, 0.0, weight * surprise)
+        return torch.where(zt < self.tokens, 0.0, weight * nll)
 
     def start(self, shape: tuple[int, int]) -> Tensor:
         return torch.full(shape, self.mask)
@@ -193,8 +204,8 @@ class Clustered:
     def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
         """Move each position at most one level down, as the published sampler does."""
         p = logits.softmax(-1)
-        cluster = self.words + gumbel_draw(p @ self.members)
-        inside = self.cluster_of == (zt - self.words).unsqueeze(-1)
+        cluster = self.tokens + gumbel_draw(p @ self.members)
+        inside = self.cluster_of == (zt - self.tokens).unsqueeze(-1)
         word = gumbel_draw(p.masked_fill(~inside, 0.0))
         kappa_t, kappa_s = (
             -(1.0 - torch.tensor(r)) * torch.log1p(-torch.tensor(min(r, 1.0 - 1e-7)))
@@ -203,7 +214,7 @@ class Clustered:
         leave_mask = 1.0 - (s - kappa_s) / (t - kappa_t)
         leave_cluster = (t - s) / kappa_t if kappa_t > 0 else torch.zeros(())
         u = torch.rand(zt.shape)
-        zt = torch.where((zt >= self.words) & (zt != self.mask) & (u < leave_cluster), word, zt)
+        zt = torch.where((zt >= self.tokens) & (zt != self.mask) & (u < leave_cluster), word, zt)
         return torch.where((zt == self.mask) & (u < leave_mask), cluster, zt)
 
 
@@ -212,13 +223,13 @@ class Autoregressive:
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
-        trunk = trunk_of(case, self.vocabulary)
-        unread = TokenHead(
+        backbone = backbone_of(case, self.vocabulary)
+        unused = TokenHead(
             self.vocabulary, case.size.width
         )  # required by Denoiser and not used: the linear head below is measured
-        self.denoiser = Denoiser(trunk, unread, inputs="previous")
+        self.denoiser = Denoiser(backbone, unused, inputs="previous")
         self.model = nn.ModuleDict(
-            {"trunk": trunk, "head": nn.Linear(case.size.width, self.vocabulary.num_tokens)}
+            {"backbone": backbone, "head": nn.Linear(case.size.width, self.vocabulary.num_tokens)}
         )
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -228,8 +239,8 @@ class Autoregressive:
     def training_loss(self, x0: Tensor) -> Tensor:
         return F.cross_entropy(self.model["head"](self.hidden(x0)), x0.reshape(-1))
 
-    def word(self, ids: Tensor) -> Tensor:
-        """Draw the next token [B] after ids [B,n], whose last position is a placeholder."""
+    def draw_next(self, ids: Tensor) -> Tensor:
+        """Draw the token [B] at the last position of ids [B,n], given the earlier positions."""
         last = self.hidden(ids).reshape(*ids.shape, -1)[:, -1]
         return gumbel_draw(self.model["head"](last).softmax(-1))
 
@@ -237,12 +248,12 @@ class Autoregressive:
 Diffusing = Masked | Mixed | Clustered
 
 
-def side_of(case: Case) -> Diffusing | Autoregressive:
+def plain_family(case: Case) -> Diffusing | Autoregressive:
     kind = {"mdlm": Masked, "gidd": Mixed, "hdlm": Clustered, "ar": Autoregressive}[
         case.family.split("-")[0]
     ]
     side = kind(case)
-    awake(side.model)
+    fill_zero_parameters(side.model)
     return side
 
 
@@ -251,14 +262,14 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
     `device` must be the default device of torch.
     """
-    side, x0 = side_of(case), words_of(case).to(device)
+    side, x0 = plain_family(case), tokens_of(case).to(device)
     side.model.to(device)
     if isinstance(side, Clustered):
         side.cluster_of, side.members = side.cluster_of.to(device), side.members.to(device)
 
     def diffusion_loss() -> Tensor:
         t = stratified(len(x0))
-        zt, q = side.noised(x0, t)
+        zt, q = side.add_noise(x0, t)
         return side.loss(side.model(zt, t), x0, zt, t, q).mean()
 
     def step() -> float:
@@ -272,7 +283,7 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
 def plain_sampling(case: Case) -> Iterator[None]:
     """Yield after each sampling step, without end; all steps cost the same."""
-    side = side_of(case)
+    side = plain_family(case)
     side.model.eval()
     while True:
         yield from _run(side, case)
@@ -284,7 +295,7 @@ def _run(side: Diffusing | Autoregressive, case: Case) -> Iterator[None]:
         ids = torch.zeros(shape, dtype=torch.long)
         for i in range(shape[1]):
             with torch.no_grad():
-                ids[:, i] = side.word(ids[:, : i + 1])
+                ids[:, i] = side.draw_next(ids[:, : i + 1])
             yield
         return
     zt = side.start(shape)

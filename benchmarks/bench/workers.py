@@ -1,4 +1,8 @@
-"""Measurements in a separate process: `python workers.py WORK ARGUMENTS` prints JSON last."""
+"""Measurements in a separate process.
+
+`python workers.py WORK ARGUMENTS` calls the function WORK with ARGUMENTS, a JSON object, and prints
+the result as JSON in the last line.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,18 @@ from typing import Any
 import torch
 from gpu import SMALL, TIMED, gpu_step, plain_gpu_step
 from handwritten import handwritten_step
-from measure import in_turn, rise_mb, seconds_of
+from measure import measure_memory_rise, seconds_of, time_alternating
 from models import (
     Case,
     Size,
+    backbone_of,
     batch_of,
     denoiser_of,
     objective_of,
     our_sampler,
     our_training_step,
-    trunk_of,
+    tokens_of,
     vocabulary_of,
-    words_of,
 )
 from plain import plain_sampling, plain_training_step
 
@@ -39,20 +43,26 @@ TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps
 
 
 def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
-    """Measure seconds of a training step: ddiff with each head, plain, and the backbone."""
+    """Measure seconds of training steps.
+
+    The steps are those of ddiff with each head, of the plain implementation, and of the backbone
+    without a head.
+    """
     keep_freed_memory()  # for ddiff and for plain, as in training
     case = Case(FAMILIES[family][0], Size(vocabulary))
     sides = {name: our_training_step(Case(name, Size(vocabulary))) for name in FAMILIES[family]}
-    return in_turn({**sides, "plain": plain_training_step(case), "trunk": trunk_step(case)}, rounds)
+    return time_alternating(
+        {**sides, "plain": plain_training_step(case), "trunk": backbone_step(case)}, rounds
+    )
 
 
-def trunk_step(case: Case) -> Any:
-    trunk, ids = trunk_of(case, vocabulary_of(case)), words_of(case)
+def backbone_step(case: Case) -> Any:
+    backbone, ids = backbone_of(case, vocabulary_of(case)), tokens_of(case)
     t = torch.rand(ids.shape, dtype=torch.float64)
 
     def step() -> None:
-        trunk.zero_grad()
-        trunk(ids, t, Context()).square().mean().backward()
+        backbone.zero_grad()
+        backbone(ids, t, Context()).square().mean().backward()
 
     return step
 
@@ -73,7 +83,10 @@ def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[
 
 
 def memory(what: str, side: str, family: str, vocabulary: int) -> float:
-    """Measure the memory increase over the model by a step or a run, in MB."""
+    """Measure the memory that a training step or a sampling run needs besides the model, in MB.
+
+    what: "train" or "sample". side: "ours" (ddiff) or "plain".
+    """
     warm, case = Case(family, TINY), Case(family, Size(vocabulary))
     make = {("train", "ours"): our_training_step, ("train", "plain"): plain_training_step}
     make |= {
@@ -81,23 +94,23 @@ def memory(what: str, side: str, family: str, vocabulary: int) -> float:
         ("sample", "plain"): lambda case: plain_sampling(case).__next__,
     }
     make[what, side](warm)()
-    return rise_mb(make[what, side](case))
+    return measure_memory_rise(make[what, side](case))
 
 
 def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
     keep_freed_memory()
     case = Case("mdlm", Size(vocabulary))
-    return in_turn(
+    return time_alternating(
         {"generic": our_training_step(case), "handwritten": handwritten_step(case)}, rounds
     )
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
-    """Measure seconds of a training step or a sampling run of ddiff at a given size."""
+    """Measure seconds of a training step (what = "train") or a sampling run of ddiff at a size."""
     keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
     run = our_training_step(case) if what == "train" else our_sampler(case)
-    return in_turn({"ours": run}, rounds)["ours"]
+    return time_alternating({"ours": run}, rounds)["ours"]
 
 
 def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
@@ -112,7 +125,7 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
     alone, together = denoiser_of(case), denoiser_of(case)
     own, shared = objective_of(case, alone), objective_of(case, together)
     shared.module = backend.wrap(together)
-    batch, rows = batch_of(words_of(case)), case.size.batch * backend.world_size
+    batch, rows = batch_of(tokens_of(case)), case.size.batch * backend.world_size
     share = {"tokens": batch.scored.sum() * backend.world_size}
     offset, step = backend.rank * case.size.batch, 0
 
@@ -158,5 +171,5 @@ def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     torch.manual_seed(0)
-    prediction = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(json.dumps(prediction))
+    result = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    print(json.dumps(result))

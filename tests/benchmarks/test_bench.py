@@ -1,4 +1,4 @@
-"""The other sides of the benchmark are correct: the plain bound and the hand-written loss."""
+"""The implementations to which the benchmark compares ddiff are correct."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from handwritten import ChunkedCrossEntropy
 from models import CLUSTERS, Case, Size, cluster_sizes, process_of, vocabulary_of
-from plain import side_of
+from plain import plain_family
 
 from ddiff import DenseDistribution
 
@@ -15,16 +15,16 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
 def test_plain_implementation_computes_the_density_of_the_process(family: str) -> None:
-    """Float32 against float64, with weights of at most some hundreds: 1e-4."""
+    """Compare float32 with float64. Tolerance 1e-4: weights are as large as some hundreds."""
     torch.manual_seed(0)
     case = Case(family, SMALL)
-    side, process = side_of(case), process_of(case, vocabulary_of(case))
+    side, process = plain_family(case), process_of(case, vocabulary_of(case))
     x0, t = torch.randint(20, (4, 16)), torch.tensor([0.1, 0.4, 0.7, 0.9])
-    zt, q = side.noised(x0, t)
+    zt, q = side.add_noise(x0, t)
     logits = torch.randn(4, 16, side.model.head.out_features)
-    words = logits[..., :20].double().log_softmax(-1).reshape(-1, 20)
+    log_p = logits[..., :20].double().log_softmax(-1).reshape(-1, 20)
     expected = process.density(
-        DenseDistribution(words, process.vocabulary),
+        DenseDistribution(log_p, process.vocabulary),
         x0.flatten(),
         zt.flatten(),
         t.double().repeat_interleave(16),
@@ -37,9 +37,9 @@ def test_plain_implementation_computes_the_density_of_the_process(family: str) -
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
 def test_plain_implementation_samples_have_no_masks(family: str) -> None:
-    """No cluster remains either, except for hdlm, which moves down one level per step."""
+    """No cluster remains either, except for hdlm, whose plain sampler moves one level per step."""
     torch.manual_seed(0)
-    side, steps = side_of(Case(family, SMALL)), 8
+    side, steps = plain_family(Case(family, SMALL)), 8
     zt = side.start((4, 16))
     with torch.no_grad():
         for k in range(steps):
@@ -67,7 +67,10 @@ def test_handwritten_chunked_loss_equals_cross_entropy() -> None:
 
 
 def test_bench_cluster_sizes_have_the_published_extremes() -> None:
-    """128 clusters of GPT-2's tokens: mean 393, least 24, greatest about 1801, 626 weighted by size."""
+    """Compare with the 128 published clusters of GPT-2's tokens.
+
+    They have 24 to about 1801 tokens; the cluster of a random token has 626 tokens on average.
+    """
     sizes = torch.tensor(cluster_sizes(50257, CLUSTERS[50257])).double()
     assert sizes.sum() == 50257
     assert int(sizes.min()) == 24

@@ -1,7 +1,8 @@
-"""Exact bound of a window rule on a joint of three symbols: every expectation is a sum.
+"""Exact bound of a window rule on a joint distribution of three symbols, without random draws.
 
-Sums over states, over the windows of the end terms, and over quadrature nodes in time replace random
-draws. The functions of `ddiff.core.elbo` compute the terms, with exact conditional distributions as predictions.
+Expectations are sums over states, over the windows of the end terms, and over quadrature nodes in
+time. The functions of `ddiff.core.elbo` compute the terms; the predictions are exact conditional
+distributions.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ ENTROPY = -(JOINT * JOINT.log()).sum()
 
 
 class Scripted(CounterRng):
-    """Random generator that returns given numbers for `time` and `window`.
+    """Random generator that returns given numbers for the channels `time` and `window`.
 
-    Other channels draw a given state. With `rotated`, the time is the number shared by a group,
-    which rotates all windows together.
+    All other channels draw the given states zt. With `rotated`, `time` is the number shared by a
+    group, which rotates the times of all windows together.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Scripted(CounterRng):
 
 
 def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
-    """Return Gauss-Legendre nodes and weights [n] on at least six panels of each window's path.
+    """Return Gauss-Legendre nodes and weights [n] for the integral over the time of the path.
 
-    Panels begin and end where a window opens or closes.
+    Each window is open during at least six panels. Panels begin and end where a window opens or
+    closes.
     """
     width, alone = getattr(rule, "width", LENGTH), not getattr(rule, "paired", True)
     panels = 6
@@ -77,8 +79,8 @@ def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
 def exact_prediction(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
     """Make a network that predicts P(x_i | states that position i attends to, except z_i).
 
-    The probability is that under the joint distribution. A state drawn from the prior carries no
-    information.
+    P is the conditional probability under the joint distribution and the forward process. A state
+    drawn from the prior carries no information.
     """
 
     def dist(noisy: Noisy) -> Tensor:
@@ -166,7 +168,11 @@ def _expected(
     term: Callable[[Tensor, Times, Tensor, CounterRng], Tensor],
     at_prior: bool = False,
 ) -> Tensor:
-    """Return the mean [27] of a term over nodes (weights [n]) and states, for every sequence."""
+    """Return the expectation [27] of a term for every sequence.
+
+    The expectation is the sum over the nodes (time, window) with weights `weight` [n], and over all
+    states. `times_of` draws the times of the term; `at_prior` is explained in `_chance`.
+    """
     states = process.vocabulary.num_states
     grid = all_sequences(states, LENGTH)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
@@ -199,8 +205,9 @@ def _chance(
 ) -> Tensor:
     """Return the probabilities [n] of the states zt.
 
-    A state is a clean token, a draw from the prior, or a draw from q_t(.|x0). Draws from the prior
-    are at positions marked `at_prior` and at positions of the closing term.
+    A state is a clean token, a draw from the prior, or a draw from q_t(.|x0). Positions marked in
+    `times.at_prior` are drawn from the prior. With `at_prior`, as in the closing term, positions
+    with a term (speed > 0) are drawn from the prior too.
     """
     times = times_of(
         scripted(time, window, zt, process.vocabulary.num_states),
@@ -219,10 +226,14 @@ def _chance(
 def cost_of_ends(
     process: ForwardProcess, window: tuple[float, float], blocks: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Return the cost of decoding all positions of a block at once and leaving the prior at once.
+    """Return by how many nats the end terms raise the bound above the entropy.
 
-    The cost is the sum over blocks of [sum_i H(X_i | Z_t0, before) - H(X | Z_t0, before)], plus the
-    same for Z_t1. `before` are the tokens of earlier blocks.
+    The end terms treat the positions of a block as independent. The cost is the sum over blocks and
+    over both ends t of the window of
+
+        sum_i H(X_i | Z_t, before) - H(X | Z_t, before)
+
+    with the tokens X of the block, their states Z_t, and the tokens `before` of earlier blocks.
     """
     early, late = likelihoods(process, torch.tensor(window, dtype=torch.float64))
     cost = torch.zeros((), dtype=torch.float64)

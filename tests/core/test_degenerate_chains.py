@@ -72,7 +72,7 @@ def test_bound_is_exact_if_rates_are_zero_at_early_times(
         assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
 
 
-def test_time_draws_do_not_cluster_where_rates_are_zero() -> None:
+def test_time_draws_do_not_cluster_at_times_with_zero_rates() -> None:
     matrix = torch.ones(3, 3, dtype=torch.float64) - 3.0 * torch.eye(3, dtype=torch.float64)
 
     def late(t: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def test_time_draws_are_uniform_if_no_information_is_lost(name: str) -> None:
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
-def test_density_of_single_token_noise_equals_derived_density(t: float) -> None:
-    """x = 0 can only be in state 0, but the prediction expects other tokens there."""
+def test_density_with_noise_on_one_token_equals_derived_density(t: float) -> None:
+    """All noise is token 0, so that x = 0 stays in state 0; the prediction has other tokens too."""
     target = torch.tensor([1.0, 0.0, 0.0])
     process = MixtureProcess(BARE, LinearSchedule(), target)
     truth = torch.tensor([0, 1, 1])
@@ -126,7 +126,7 @@ def test_density_of_single_token_noise_equals_derived_density(t: float) -> None:
 
 
 @pytest.mark.parametrize("token", [0, 1, 2])
-def test_bound_is_minus_log_p_for_single_token_noise(token: int) -> None:
+def test_bound_with_noise_on_one_token_is_minus_log_p(token: int) -> None:
     process = MixtureProcess(BARE, LinearSchedule(), torch.tensor([1.0, 0.0, 0.0]))
     expected = -math.log(float(PREDICTION[token]))
     assert mean_charge(process, token, 64) == pytest.approx(expected, abs=1e-3)

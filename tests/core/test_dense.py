@@ -124,7 +124,7 @@ def test_density_gradient_is_finite_if_mask_is_never_entered(
 
 
 def test_density_gradient_is_finite_if_token_probability_underflows() -> None:
-    """exp(-200) is 0 in float32: the marginal of a masked chain is then 0 at another token."""
+    """exp(-200) is 0 in float32, so the predicted marginal of token 2 is 0."""
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     logits = torch.tensor([[0.0, 0.0, -200.0]], requires_grad=True)

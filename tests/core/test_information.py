@@ -102,7 +102,7 @@ def test_information_time_speed_is_exact_derivative_of_t(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"]
 )
-def test_time_draws_rise_through_window_with_exact_slope(
+def test_time_draws_increase_in_v_with_slope_equal_to_their_speed(
     name: str, window: tuple[float, float], length: int
 ) -> None:
     clock = PROCESSES[name].information_time
@@ -156,7 +156,7 @@ def test_tree_information_is_sum_over_levels() -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
-    """Enumerated over x and z: the clock is defined by this identity."""
+    """tau is defined by this identity. The mean is an explicit sum over tokens x and states z."""
     process = PROCESSES[name]
     clock = process.information_time
     states, tokens = process.vocabulary.num_states, process.vocabulary.num_tokens

@@ -49,7 +49,7 @@ class MaskAndWords(ComponentProcess):
 
 
 class WrittenOut(InterpolatingProcess):
-    """The same noise without components."""
+    """Process with the noise of `MaskAndWords`, but without components."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
         self.vocabulary, self._twin = vocabulary, MaskAndWords(vocabulary)
@@ -79,7 +79,7 @@ def full(value: float, like: Tensor) -> Tensor:
 
 
 def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    """[count] where holds(v) turns from true to false, by bisection of [0,1]."""
+    """Return the thresholds [count] in [0,1] up to which `holds` is true, by bisection."""
     low, high = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
     for _ in range(52):
         middle = (low + high) / 2
@@ -91,10 +91,10 @@ def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
 
 
 def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
-    """Return the distribution [r,S] of a step, whose first uniform decides whether the row moves.
+    """Return the exact distribution [r,S] of a step.
 
-    The second uniform draws by id. Both integrals over the uniforms are exact, because the
-    thresholds are found to 2^-52 by bisection.
+    The first uniform decides whether the row moves, and the second chooses the state, in the order
+    of the ids. The probabilities are differences of thresholds, which bisection finds to 2^-52.
     """
 
     def step(first: Tensor, second: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ def test_event_time_of_process_without_events_raises_argument_error() -> None:
 
 def test_event_rejects_rates_above_the_rate_of_candidate_events() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
-        """Process whose rates triple for a short time between the edges of the cells."""
+        """Process whose rates triple near t = 0.507, between the times of the rate table."""
 
         def d_coefficients(self, t: Tensor) -> Tensor:
             return super().d_coefficients(t) * torch.where(
@@ -382,7 +382,10 @@ def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
 
 
 def test_kernel_solve_inverts_apply() -> None:
-    """Scaled and summed kernels too; dominant diagonals, so that errors are rounding."""
+    """Solve with dense, interpolating, scaled and summed kernels.
+
+    Diagonals are dominant, so that the only error is rounding.
+    """
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     matrix = torch.eye(4, dtype=torch.float64) + 0.2 * noise
     factor, vector = torch.tensor([0.5, 2.0, 3.0]).double(), random_log_probs(4, 3).exp()

@@ -122,14 +122,14 @@ def test_stochastic_parents_are_products_of_one_level_kernels(
 
 
 def turning(t: Tensor) -> Tensor:
-    """Generators that do not commute: one direction early, another late."""
+    """Return generators (1 - t) A + 5 t^2 B [n,4,4], which do not commute at different times."""
     early, late = (random(4, 4, seed=seed) for seed in (6, 7))
     early, late = (m - m.sum(-1).diag() for m in (early, late))
     return (1.0 - t)[:, None, None] * early + (5.0 * t * t)[:, None, None] * late
 
 
 def runge_kutta(s: float, t: float, steps: int = 400) -> Tensor:
-    """dP/dt = P Q_t by the classical fourth-order rule; error (h |Q|)^4 h < 1e-9 at 400 steps."""
+    """Solve dP/dt = P Q_t by the classical fourth-order method; error below 1e-9 for 400 steps."""
     total, h = torch.eye(4, dtype=torch.float64), (t - s) / steps
     rate = lambda time: turning(torch.tensor([time], dtype=torch.float64))[0]  # noqa: E731
     for step in range(steps):
@@ -180,7 +180,7 @@ def test_single_matrix_exponential_is_wrong_if_generators_do_not_commute() -> No
 
 
 def test_propagate_agrees_with_closed_form_clock_marginals() -> None:
-    """The first row from 0 is pi(t), whose hazards diverge at both ends."""
+    """pi(s) times the transition from s to t is pi(t), although hazards diverge at both ends."""
     clock = CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])
     t = torch.tensor([0.01, 0.4, 0.99], dtype=torch.float64)
     start = torch.full_like(t, 1e-3)

@@ -1,4 +1,4 @@
-"""Predicted distributions: sums over tokens, draws, and own evidence of an enumerated joint."""
+"""Predicted distributions: sums over tokens, draws, and division by the own evidence."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_full_conditional_gradient_is_zero_at_tokens_outside_node() -> None:
 def conditionals(
     process: ForwardProcess, zt: Tensor, t: float, joint: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[2,V] P(x_i | z) and P(x_i | z without z_i), by enumeration of a joint [V,V]."""
+    """Return P(x_i | z) and P(x_i | z without z_i), each [2,V], for a joint distribution [V,V]."""
     evidence = process.log_likelihood(zt, torch.full((2,), t, dtype=torch.float64)).exp()
     first, second = evidence[0].unsqueeze(1), evidence[1].unsqueeze(0)
     full = joint * first * second

@@ -129,7 +129,7 @@ def test_rng_numbers_are_uniform(seed: int) -> None:
 
 
 def test_rng_first_position_is_uniform_over_samples_and_steps() -> None:
-    """Stratified times use one number per sample: the counter changes, the block does not."""
+    """Stratified times use only the first number of each sample and step."""
     over_samples = CounterRng(0, 3, torch.arange(20_000), 1).uniform("time")
     over_steps = torch.cat(
         [CounterRng(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)]

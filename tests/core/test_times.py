@@ -55,9 +55,9 @@ def test_contiguous_quarter_of_power_of_two_slots_is_stratified(slots: int) -> N
 
 @pytest.mark.parametrize("slots", [20, 48, 96, 100, 300, 500])
 def test_contiguous_quarter_of_any_batch_has_mean_time_near_one_half(slots: int) -> None:
-    """m points of the order have a mean within 1.2/m of 1/2 (measured up to 500).
+    """The mean of m contiguous strata is within 1.2/m of 1/2 (measured up to m = 500).
 
-    Their draws change it by half a stratum.
+    The draws within the strata change the mean by at most half a stratum, 0.5/slots.
     """
     share = slots // 4
     for step in range(5):
@@ -99,11 +99,11 @@ def test_flat_times_stay_in_window_and_have_speed_equal_to_its_width(
 
 
 def test_speed_weighted_mean_is_unbiased_integral() -> None:
-    """E speed f(t) = int f over the window, for the steep f = 1/t, at every count of slots.
+    """E[speed f(t)] is the integral of f over the window [a,b], here for f = 1/t.
 
-    A batch's mean has at most the variance of one draw over the slots, (1/a - 1/b) w - ln^2(b/a)
-    over the window [a,b] of width w; 600 steps in 5 cases with |z| > 5.3 allowed fail with
-    probability under one in a million.
+    One draw has the variance (1/a - 1/b)(b - a) - ln^2(b/a), and the mean of a batch has at most
+    this variance divided by the number of slots. The tolerance is 5.3 standard errors of 600 steps:
+    one of the five cases fails by chance with probability below 1e-6.
     """
     start, stop, steps = 0.05, 0.9, 600
     expected, width = math.log(stop / start), stop - start

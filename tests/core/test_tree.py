@@ -89,7 +89,7 @@ def test_tree_decoding_rules_agree_at_the_root(decoding: str) -> None:
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_only_bayes_decoding_draws_stray_nodes_as_often_as_forward_chain(
+def test_only_bayes_decoding_draws_wrong_parents_as_often_as_forward(
     decoding: str,
 ) -> None:
     rule, t, s = (
@@ -133,7 +133,7 @@ def test_tree_step_keeps_tokens_without_querying() -> None:
 
 
 def test_tree_decodes_exactly_if_only_upper_levels_are_stochastic() -> None:
-    """xi = 1 at a level below one with xi < 1; Bayes by enumeration of all paths."""
+    """Compare with Bayes' rule for clusters with xi = 1 below nodes with xi = 0.7."""
     deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
     p = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_distribution_that_underflows_below_node_still_decodes() -> None:
 
 @pytest.mark.parametrize("xi", [(0.8, 1.0), (0.3, 0.6), (0.05, 0.2), (1.0, 0.7)])
 def test_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
-    """Including xi below 1/n, for which the own parent is less likely than each other one."""
+    """With xi < 1/n, for n nodes, the true parent is less likely than each wrong parent."""
     deep = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
     t = torch.full((POINTS,), 0.6).double()
@@ -307,7 +307,7 @@ def test_clocks_and_schedules_reject_invalid_arguments(
         make()
 
 
-def test_cdf_clock_error_names_crossing_levels() -> None:
+def test_cdf_clock_error_names_the_schedules_that_cross() -> None:
     with pytest.raises(ArgumentError, match=r"F_2\(t\) > F_3\(t\).*schedules 1 and 2"):
         CdfClock([PowerSchedule(0.5), PowerSchedule(3.0), CosineSchedule()])
 

@@ -192,7 +192,7 @@ def test_flat_vocabulary_rejects_zero_tokens() -> None:
 
 
 @pytest.mark.parametrize("rows", [[3], [2, 2], [2, 1, 1]])
-def test_vocabulary_rejects_centroids_of_other_sizes(rows: list[int]) -> None:
+def test_vocabulary_rejects_centroids_with_wrong_number_of_rows(rows: list[int]) -> None:
     with pytest.raises(ArgumentError, match="one row per node of that level"):
         HierarchicalVocabulary([[0, 1, 1]], centroids=[torch.zeros(n, 2) for n in rows])
 
@@ -294,7 +294,7 @@ def test_vocabulary_load_rejects_truncated_file(kept: int) -> None:
         Vocabulary.load(_written(content[:kept]))
 
 
-def test_vocabulary_load_rejects_other_tensors() -> None:
+def test_vocabulary_load_rejects_safetensors_without_a_vocabulary() -> None:
     for metadata in (None, {"format": "pt"}):
         with pytest.raises(DataError, match="not a complete vocabulary file"):
             Vocabulary.load(_written(save({"weight": torch.zeros(2)}, metadata)))

@@ -1,7 +1,7 @@
-"""Window rules: with exact conditional distributions the bound of a joint is its entropy.
+"""Window rules: the bound of exact conditional distributions is the entropy of the joint.
 
-The joint is over three symbols. No number is drawn: states, windows and quadrature nodes are
-summed over (`exact_windows`).
+The joint distribution is over three symbols. No number is drawn: `exact_windows` sums over states,
+windows and quadrature nodes.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ RULES = {
 
 
 def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -> float:
-    """Return the cost of decoding the positions of a block at once and leaving the prior at once.
+    """Return `cost_of_ends` for the blocks of a rule; 0 for a sliding window.
 
-    Positions of a sliding window are decoded separately.
+    The positions of a sliding window reach the ends of the window one after the other.
     """
     if getattr(rule, "shape", "block") == "slide":
         return 0.0
@@ -150,7 +150,10 @@ def test_window_as_wide_as_sequence_equals_flat_times_exactly(paired: bool) -> N
 
 
 class WithoutSpeed:
-    """Rule without dt_i/dtau and without the number of windows that one window counts for."""
+    """Rule whose speed is 1 at noisy positions.
+
+    The true speed is dt_i/dtau times the number of windows that a drawn window represents.
+    """
 
     def __init__(self, rule: WindowTimes) -> None:
         self.rule, self.width, self.shape, self.paired = rule, rule.width, rule.shape, rule.paired
@@ -209,9 +212,9 @@ def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None
 
 
 def test_exact_prediction_equals_conditional_of_joint_distribution() -> None:
-    """The expected values are explicit sums.
+    """Compare the prediction for x_1 with explicit sums.
 
-    They are for x_1 after a clean x_0, next to a masked or a clean x_2.
+    x_2 is in a later block or in the same block; x_0 is clean, or clean only in the memory.
     """
     joint, dist = JOINT.reshape(3, 3, 3), exact_prediction(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
@@ -247,7 +250,10 @@ def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
 
 @pytest.mark.parametrize(("slots", "count"), [(4, 4), (6, 4), (5, 16), (8, 6), (7, 1), (1, 5)])
 def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> None:
-    """One number per cell, and per stratum of each window, after undoing the rotation."""
+    """Without the common rotation, every stratum contains exactly one draw.
+
+    There are slots * count strata for the batch, `slots` for a window and `count` for a sample.
+    """
     slot = torch.arange(slots)
     for step in range(3):
         rng = CounterRng(0, step, slot, count)
@@ -263,7 +269,7 @@ def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> No
 
 
 def test_jointly_stratified_windows_are_uniform() -> None:
-    """Means of v and v^2 over 4,000 steps within five standard errors of 1/2 and 1/3."""
+    """The means of v and v^2 over 4,000 steps are within five standard errors of 1/2 and 1/3."""
     slot = torch.arange(3)
     drawn = torch.stack(
         [jointly_stratified(CounterRng(1, step, slot, 4), slot, 3, 4) for step in range(4000)]

@@ -17,13 +17,13 @@ from ddiff.testing.bound import WHOLE, exact_nelbo
 README = (Path(__file__).parents[2] / "plugins" / "ddiff_hdlm" / "README.md").read_text(
     encoding="utf-8"
 )
-ROUNDED = 5.1e-5 + command.UNREAD  # four decimals
+ROUNDED = 5.1e-5 + command.TOLERANCE  # four decimals
 
 
 class Cell(NamedTuple):
     gamma: float
     xi: float
-    law: str
+    prediction: str
     exact: str
     published: str
 
@@ -61,21 +61,19 @@ def test_hdlm_readme_bounds_are_at_least_the_entropy() -> None:
     for cell in cells():
         assert number(cell.exact) >= command.entropy() - ROUNDED
         assert "*" not in cell.exact
-        if cell.law == "exact":
+        if cell.prediction == "exact":
             assert number(cell.exact) == pytest.approx(command.entropy(), abs=ROUNDED)
-        if cell.law == "constant":
-            assert number(cell.exact) == pytest.approx(
-                command.surprise_of_single_words(), abs=ROUNDED
-            )
+        if cell.prediction == "constant":
+            assert number(cell.exact) == pytest.approx(command.unigram_nelbo(), abs=ROUNDED)
 
 
 def test_hdlm_readme_compares_published_expression_with_bound() -> None:
     for cell in cells():
         exact, published = number(cell.exact), number(cell.published)
         assert ("*" in cell.published) == (published < command.entropy() - ROUNDED)
-        if cell.xi == 1.0 or cell.law == "constant":
+        if cell.xi == 1.0 or cell.prediction == "constant":
             assert published == pytest.approx(exact, abs=2 * ROUNDED)
-        elif cell.law == "flattering":
+        elif cell.prediction == "flattering":
             assert published < command.entropy() - 0.01 < exact
         else:
             assert published > exact + 0.001
@@ -84,14 +82,14 @@ def test_hdlm_readme_compares_published_expression_with_bound() -> None:
 def test_hdlm_readme_quotes_the_entropies_of_xi_bounds() -> None:
     assert re.findall(r"entropy of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
     assert re.findall(r"cross-entropy is (\d\.\d{4}) ", README) == [
-        f"{command.surprise_of_single_words():.4f}"
+        f"{command.unigram_nelbo():.4f}"
     ]
 
 
 def test_xi_bounds_flattering_prediction_minimizes_published_expression() -> None:
     """Any change of the prediction `flattering` at any state increases the published expression."""
     published = command.process_of(command.Published, 1.0, 0.8)
-    best = command.laws(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
+    best = command.predictions_of(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
 
     def nats(tilt: torch.Tensor) -> float:
         dist: Any = lambda zt, t: (best(zt, t) + tilt[zt]).log_softmax(-1)  # noqa: E731
