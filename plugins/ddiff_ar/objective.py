@@ -33,8 +33,8 @@ class AutoregressiveObjective:
     """Objective that trains a causal denoiser on the negative log-likelihood.
 
     The input of the denoiser at each position is the token before that position
-    (`inputs = "previous"`). There is no process and no time, and `nll` is exact. The trainer and
-    its backend run `module`.
+    (`inputs = "previous"`). There is no process and no time, and `nll` is exact. `module` is the
+    module that the trainer calls: the denoiser, or the backend's wrapper of the denoiser.
 
     Raises ArgumentError if the vocabulary has no mask, since the mask is the input before the first
     token of a document, or if the head predicts scores.
@@ -109,10 +109,11 @@ class AutoregressiveObjective:
         return Likelihood({"nll": nats.reshape(batch.ids.shape)}, {})
 
     def _scored_rows(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scored positions, their query nodes (the root) and their tokens.
+        """Return the flat indices, query nodes and tokens of the scored positions, each [k].
 
-        Positions and tokens are on `device`. The nodes stay on the device of the batch, since heads
-        group rows by node on the host.
+        Every query node is the root, so that the head predicts over all tokens. Indices and tokens
+        are on `device`. The nodes stay on the device of the batch, since heads group rows by node
+        on the host.
         """
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
         node = torch.full_like(rows, self.vocabulary.root)
@@ -132,13 +133,13 @@ def _clean_input(batch: Batch) -> Noisy:
 
 @final
 class Autoregression:
-    """Autoregressive objective from left to right, without [process], loss and times."""
+    """Autoregressive objective from left to right; takes no [process], no loss and no times."""
 
     slots = ()
     inputs = "previous"  # input of the denoiser: the token before each position
 
     class Config(ComponentConfig):
-        """No keys."""
+        """Empty: this objective has no keys."""
 
     @staticmethod
     def build(config: Config, *, denoiser: Denoiser) -> AutoregressiveObjective:

@@ -37,9 +37,9 @@ from ddiff import (
 class LeftToRightSampler(Sampler):
     """Exact sampler that draws the positions in order, each from P(x_i | x_<i).
 
-    The sampler makes one network call per free position. With a cache of keys and values a call
-    runs the backbone only on the current position. Given tokens are kept, but a position is not
-    conditioned on given tokens to its right.
+    The sampler makes one network call per position without a prompt token. With a cache of keys
+    and values, a call runs the backbone only on the current position. Prompt tokens are kept, but
+    a drawn token does not depend on prompt tokens to its right.
     """
 
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
@@ -88,10 +88,10 @@ def _draw_token(dist: CleanDistribution, root: Tensor, u: Tensor) -> Tensor:
 
 @final
 class LeftToRight:
-    """Exact left-to-right sampling, one network call per free position; `steps` is not used."""
+    """Exact left-to-right sampling, one network call per token; `steps` has no effect."""
 
     class Config(ComponentConfig):
-        """Transformations of each distribution P(x_i | x_<i) before the draw; none by default."""
+        """Temperature and filters of each distribution P(x_i | x_<i); off by default."""
 
         temperature: NonNegativeFloat = 1.0
         """Draw from p^(1/temperature), normalized; 0 is greedy."""

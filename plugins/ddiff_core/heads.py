@@ -6,13 +6,13 @@ from ddiff import ComponentConfig, TokenHead, TreeHead, Vocabulary
 
 
 class Tokens:
-    """Head with one logit per token; every row computes all logits.
+    """Head with one logit per token; all logits are computed at every position.
 
-    The probability of a node is the sum over the tokens below the node.
+    On a tree, the probability of a node is the sum over the tokens below the node.
     """
 
     class Config(ComponentConfig):
-        """No keys."""
+        """Empty: this head has no keys."""
 
     @staticmethod
     def build(config: Config, *, vocabulary: Vocabulary, width: int) -> TokenHead:
@@ -20,14 +20,14 @@ class Tokens:
 
 
 class Tied:
-    """Head with one logit per token; a row computes only the logits of the tokens that it needs.
+    """Head with one logit per token; computes only the logits below the node at a position.
 
-    The probability of a node is the sum over the tokens below the node. The bound needs the tokens
-    below the node of a row: all tokens at masks, the tokens of one cluster at a cluster.
+    At a mask these are the logits of all tokens, at a cluster the logits of its tokens. The
+    probability of a node is the sum over the tokens below the node.
     """
 
     class Config(ComponentConfig):
-        """No keys."""
+        """Empty: this head has no keys."""
 
     @staticmethod
     def build(config: Config, *, vocabulary: Vocabulary, width: int) -> TreeHead:
@@ -37,12 +37,12 @@ class Tied:
 class Levelwise:
     """Head with separate logits for the children of every node, a hierarchical softmax.
 
-    A row computes only the logits of the children of one node, the node whose children the bound
-    compares.
+    At each position only the logits of the children of the queried node are computed: in the
+    bound, the clusters at a mask and the tokens of one cluster at a cluster.
     """
 
     class Config(ComponentConfig):
-        """No keys."""
+        """Empty: this head has no keys."""
 
     @staticmethod
     def build(config: Config, *, vocabulary: Vocabulary, width: int) -> TreeHead:

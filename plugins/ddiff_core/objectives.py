@@ -26,7 +26,11 @@ from ddiff import (
 
 @final
 class Nelbo:
-    """Diffusion objective: the NELBO at random times t, weighted by [objective] loss."""
+    """Diffusion objective: the NELBO at random times t.
+
+    [objective] loss replaces the weights or the divergence of the NELBO in the training loss, and
+    [objective] times draws t.
+    """
 
     @staticmethod
     def build(
@@ -51,7 +55,7 @@ class Elbo:
 
 @final
 class Clip:
-    """Training loss with the weight of every position clipped to a range."""
+    """Training loss: the NELBO with the weight of every position clipped to a range."""
 
     class Config(ComponentConfig):
         smallest: NonNegativeFloat = 0.0
@@ -65,10 +69,11 @@ class Clip:
 
 
 class TauConfig(ComponentConfig):
-    """Range of the training times in tau, the fraction of the information on a token that is lost.
+    """Range of the noise times in training, in units of tau (information time).
 
-    tau is 0 for clean tokens and 1 if the state carries no information on the token. Equal steps of
-    tau are equally informative, whatever the schedule of the process.
+    tau is the lost fraction of the information about the token: 0 for clean tokens, 1 if the noisy
+    state has no information about the token. Equal steps of tau lose equal information, for every
+    schedule of the process.
     """
 
     start: Probability = 1e-3
@@ -80,24 +85,26 @@ class TauConfig(ComponentConfig):
     def _check_range(self) -> Self:
         if not self.start < self.stop:
             raise ValueError(
-                "start must be before stop, both values of tau; "
+                "start and stop are values of tau, and start must be less than stop; "
                 f"got start = {self.start} and stop = {self.stop}"
             )
         return self
 
 
 class PairedConfig(TauConfig):
-    """Keys of time rules that noise a window of positions after a clean prefix."""
+    """Keys of time rules with noise in one window of positions after a clean prefix."""
 
     paired: bool = True
-    """Train all windows in one pass over [clean; noisy] tokens; false: a random window per row."""
+    """true: train all windows of a row in one forward pass over its clean and its noisy tokens;
+    false: train one random window per row."""
 
 
 class WindowConfig(PairedConfig):
     """Keys of time rules with windows of a chosen width."""
 
     width: PositiveInt
-    """Number of positions in a window; positions before it are clean, after it at the prior."""
+    """Number of positions in a window. Positions before the window are clean, and positions after
+    the window are at the prior."""
 
 
 @final
@@ -106,7 +113,8 @@ class Flat:
 
     class Config(TauConfig):
         tokens: PositiveInt = 8
-        """Sequence length for which the times have least variance; smaller means less noise."""
+        """Sequence length for which the random times give the least variance; a smaller number
+        draws small t more often."""
 
     @staticmethod
     def build(config: Config) -> FlatTimes:
@@ -129,9 +137,9 @@ class Block:
 
 @final
 class Slide:
-    """Window that slides from left to right.
+    """Sliding window: noise times increase from left to right within the window.
 
-    Noise times rise within the window, from the clean tokens on the left to the prior on the right.
+    Positions to the left of the window are clean, positions to the right are at the prior.
     """
 
     Config = WindowConfig
@@ -143,7 +151,7 @@ class Slide:
 
 @final
 class Quenched:
-    """Windows of one position, from left to right: autoregression with any process."""
+    """Windows of one position: any process is trained to generate one token after the other."""
 
     Config = PairedConfig
 

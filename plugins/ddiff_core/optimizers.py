@@ -31,7 +31,7 @@ class AdamW:
         eps: Epsilon = 1e-8
         """Positive number added to the square root of the second moment, the denominator."""
         decay: Literal["matrices", "all"] = "matrices"
-        """Parameters with weight decay: hidden matrices only, or all with tables and biases."""
+        """Parameters with weight decay: the hidden matrices ("matrices") or all parameters."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> torch.optim.AdamW:
@@ -39,21 +39,26 @@ class AdamW:
 
 
 class Muon:
-    """Muon for hidden matrices and AdamW for tables, norms and biases."""
+    """Muon for hidden matrices; AdamW for all other parameters.
+
+    Hidden matrices are 2-D parameters except tables. Tables (embeddings, output layers and other
+    parameters with one row per token or channel), norms and biases are trained by AdamW.
+    """
 
     class Config(ComponentConfig):
         lr: PositiveFloat = 0.02
-        """Peak learning rate of the hidden matrices."""
+        """Peak learning rate of Muon, for the hidden matrices."""
         momentum: Decay = 0.95
-        """Momentum of the hidden matrices."""
+        """Momentum of Muon."""
         weight_decay: NonNegativeFloat = 0.01
-        """Decoupled weight decay of the hidden matrices."""
+        """Decoupled weight decay of the hidden matrices; AdamW's parameters have none."""
         table_lr: PositiveFloat = 3e-3
-        """Peak learning rate of AdamW."""
+        """Peak learning rate of AdamW, for embeddings, output layers, norms and biases."""
         table_betas: tuple[Decay, Decay] = (0.9, 0.98)
         """Decay rates of the first and second moments of AdamW."""
         float32: bool = False
-        """Orthogonalize in float32, not bfloat16, on a GPU: results do not depend on sharding."""
+        """On a GPU, orthogonalize in float32 instead of bfloat16, so that results do not depend
+        on sharding."""
 
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> JointOptimizer:

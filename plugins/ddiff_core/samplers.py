@@ -1,7 +1,7 @@
 """Samplers as components of a recipe.
 
-All accept `temperature`, `top_k`, `top_p` and `min_p`, which reshape each conditional distribution
-that the sampler draws from.
+Every sampler accepts `temperature`, `top_k`, `top_p` and `min_p`, which reshape each conditional
+distribution from which the sampler draws.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class FirstHitting:
 
     class Config(ShapingConfig):
         until: PositiveFloat = 1e-3
-        """Uniform noise: positions that change at once at each end of time; error until^2 / 2."""
+        """Only for uniform noise: average number of positions that are drawn in one step at each
+        end of time; the error in total variation is at most until^2 / 2."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -153,13 +154,15 @@ class FirstHitting:
 
 @final
 class Confidence:
-    """Reveal the positions of highest confidence first."""
+    """Reveal first the positions of highest confidence."""
 
     class Config(GridConfig):
         by: Literal["confidence", "top", "entropy"] = "confidence"
-        """Confidence by the drawn token ("confidence"), the most likely token, or low entropy."""
+        """Confidence of a position: probability of the drawn token ("confidence") or of the most
+        likely token ("top"), or the negative entropy ("entropy")."""
         noise: NonNegativeFloat = 0.0
-        """Scale of the Gumbel noise on the confidence; the noise decreases with the time t."""
+        """Scale of the Gumbel noise added to the confidence; the noise is multiplied by the time
+        after the step, so that it ends at 0."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -168,11 +171,12 @@ class Confidence:
 
 @final
 class Margin:
-    """Reveal the positions of largest margin between the two most likely tokens first."""
+    """Reveal first the positions with the largest margin between the two most likely tokens."""
 
     class Config(GridConfig):
         noise: NonNegativeFloat = 0.0
-        """Scale of the Gumbel noise on the margin; the noise decreases with the time t."""
+        """Scale of the Gumbel noise added to the margin; the noise is multiplied by the time after
+        the step, so that it ends at 0."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -181,14 +185,15 @@ class Margin:
 
 @final
 class EntropyBound:
-    """Reveal as many positions per step as a bound on their entropies allows.
+    """Reveal the positions of lowest entropy first, as many per step as `bound` allows.
 
     The number of steps depends on the entropies; the setting `steps` has no effect.
     """
 
     class Config(ShapingConfig):
         bound: NonNegativeFloat = 0.1
-        """Largest sum of the entropies of one step in nats, not counting the largest entropy."""
+        """Limit, in nats, on the sum of the entropies of the positions of one step. The largest
+        entropy does not count."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -201,7 +206,8 @@ class Psi:
 
     class Config(GridConfig):
         kappa: Probability = 0.9
-        """Probability of the posterior step: 1 is ancestral sampling, 0 only redraws."""
+        """Probability of the posterior step: 1 is ancestral sampling; at 0 every position is
+        redrawn in every step."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -218,15 +224,17 @@ REMASKING = {
 
 @final
 class Remasking:
-    """ReMDM: return each token to noise with probability sigma per step."""
+    """Remasking (ReMDM): in each step, return each token to noise with probability sigma."""
 
     class Config(GridConfig):
         setting: Literal["cap", "rescale", "confidence", "loop"] = "cap"
-        """Rule for sigma; `loop` uses its own grid of times, which pauses at the time `hold`."""
+        """Rule for sigma. "loop" ignores `grid`: its time stays at `hold` for part of the steps,
+        in which tokens are remasked."""
         eta: Probability | None = None
-        """Strength; default 0.008 (cap), 0.015 (rescale), 1 (confidence), 0.02 (loop)."""
+        """Strength of the remasking; by default 0.008 (cap), 0.015 (rescale), 1 (confidence) or
+        0.02 (loop)."""
         hold: Share = 0.1
-        """Time at which the grid of `loop` pauses."""
+        """Only for "loop": the time t during the remasking steps."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -252,17 +260,22 @@ class AdaptiveCorrection:
 
 @final
 class SelfCorrection:
-    """Ancestral sampling, then rounds that make the most likely changes until nothing improves."""
+    """Ancestral sampling, then correction of the finished tokens.
+
+    In each round of the correction, tokens are proposed at every position, and the most likely
+    changes are made. The correction of a sequence ends when no token changes, or after `patience`
+    rounds without improvement.
+    """
 
     class Config(GridConfig):
         rounds: PositiveInt = 128
-        """Largest number of rounds."""
+        """Largest number of correction rounds."""
         commit: PositiveInt = 1
         """Number of changes per sequence in a round."""
         sharpness: NonNegativeFloat = 0.1
-        """Temperature of the proposed tokens."""
+        """Temperature at which tokens are proposed; 0 proposes the most likely token."""
         at: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
-        """Time on which the network is conditioned in the rounds."""
+        """Time t on which the network is conditioned in the correction rounds."""
         patience: PositiveInt = 32
         """Number of rounds without improvement after which a sequence stops."""
 
@@ -282,13 +295,13 @@ class SelfCorrection:
 
 @final
 class PredictorCorrector:
-    """Ancestral steps, each followed by the corrector of discrete flow matching."""
+    """Ancestral steps, each followed by corrector rounds (discrete flow matching)."""
 
     class Config(GridConfig):
         rounds: PositiveInt = 1
         """Corrector rounds per step: each round is a forward step and the reverse step back."""
         share: PositiveFloat = 1.0
-        """Length of the forward step, as a multiple of the sampler's step."""
+        """Length of the corrector's forward step, as a multiple of the ancestral step."""
 
     @staticmethod
     def build(config: Config, *, steps: int) -> Sampler:
@@ -299,7 +312,7 @@ class PredictorCorrector:
 
 @final
 class OneLevel:
-    """Published hierarchical sampler: at most one level of the tree per step."""
+    """Sampler of the hierarchical diffusion paper: at most one level of the tree per step."""
 
     Config = GridConfig
 
@@ -323,7 +336,7 @@ WITHOUT_GRID: dict[str, Callable[[], Sampler]] = {
 
 @final
 class Blockwise:
-    """Sample windows from left to right, each from noise to tokens in `steps` steps."""
+    """Sample one window after the other, from left to right, with `steps` steps per window."""
 
     class Config(GridConfig):
         width: PositiveInt = 16
@@ -347,13 +360,17 @@ class Blockwise:
 
 @final
 class Hyperschedule:
-    """Move a window along the sequence, from noise to tokens, in `steps` steps in total."""
+    """Denoise the positions inside a window that moves from left to right.
+
+    `steps` is the number of steps for the whole sequence.
+    """
 
     class Config(GridConfig):
         width: PositiveInt = 16
         """Number of positions of the window."""
         shape: Literal["slide", "block"] = "slide"
-        """Slide the window by positions, or finish it before the next window starts ("block")."""
+        """Path of the window: "slide" moves it continuously along the positions; "block" finishes
+        one window before the next window starts."""
         inner: Literal["ancestral", "tau_leaping", "psi"] = "ancestral"
         """Sampler that moves the positions of the window, with its default settings."""
 

@@ -53,7 +53,7 @@ class BytePair:
 
     @staticmethod
     def preview(config: Config) -> int:
-        """Return the largest number of tokens."""
+        """Return the largest possible number of tokens, for a dry run."""
         return config.size
 
 
@@ -80,7 +80,7 @@ class Alphabet:
 
     @staticmethod
     def preview(config: Config) -> int | None:
-        """Return the number of symbols if the recipe lists them, else None."""
+        """Return the number of tokens if the recipe lists the symbols, else None."""
         return None if config.symbols == "auto" else len(config.symbols)
 
 
@@ -94,7 +94,7 @@ class Pretrained:
         path: str
         """Local directory, or a name on the hub."""
         size: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
-        """Expected number of tokens, with which a dry run need not load the tokenizer."""
+        """Expected number of tokens; with this key a dry run does not load the tokenizer."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> PretrainedTokenizer:

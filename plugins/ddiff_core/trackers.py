@@ -1,6 +1,6 @@
 """Trackers of the engine as recipe components.
 
-A run writes `metrics.jsonl` with every tracker.
+With any tracker, a run also writes `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Disabled:
     """Disabled tracker: metrics are written to `metrics.jsonl` only."""
 
     class Config(ComponentConfig):
-        """No keys."""
+        """Empty: this tracker has no keys."""
 
     @staticmethod
     def build(config: Config, *, run_dir: str, recipe: Mapping[str, Any]) -> NoTracker:

@@ -60,9 +60,9 @@ class Clusters:
         window: Annotated[int, Field(gt=0, le=1024)] = 4
         """Largest distance, in tokens, at which two tokens count as co-occurring."""
         min_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-        """Smallest cluster, as a multiple of the mean cluster size."""
+        """Smallest allowed cluster size, as a multiple of the mean cluster size."""
         max_share: Annotated[float, Field(ge=1.0, le=1e9)] = 5.0
-        """Largest cluster, as a multiple of the mean cluster size."""
+        """Largest allowed cluster size, as a multiple of the mean cluster size."""
         seed: Seed = 0
         """Seed of k-means and of the co-occurrence embeddings."""
 
@@ -70,8 +70,8 @@ class Clusters:
         def _check_one_source(self) -> Clusters.Config:
             if self.model is not None and self.source != COOCCURRENCE:
                 raise ValueError(
-                    "only one of source and model may name token embeddings; got source = "
-                    f"{self.source!r} and model = {self.model!r}, leave one out"
+                    "token embeddings can come from source or from model, not from both; got "
+                    f"source = {self.source!r} and model = {self.model!r}; leave one out"
                 )
             return self
 
@@ -101,9 +101,10 @@ class Clusters:
 
     @staticmethod
     def preview(config: Config, *, num_tokens: int | None) -> HierarchicalVocabulary | None:
-        """Return a tree of the same sizes whose nodes have equally many children, for a dry run.
+        """Return a tree with the requested level sizes and balanced nodes, for a dry run.
 
-        Model parameters have the same shapes as with the real tree, and need as much memory.
+        Model parameters have the same shapes as with the tree that `build` computes, and need as
+        much memory. Returns None if the number of tokens is not known.
         """
         import torch
 
@@ -177,7 +178,8 @@ class File:
 
     class Config(ComponentConfig):
         paths: Annotated[tuple[str, ...], Field(min_length=1)]
-        """Files (.npy, .json, .safetensors): cluster of each token, then of each cluster."""
+        """Files (.npy, .json, .safetensors), one per level: the first holds the cluster of each
+        token, each further file the parent of each cluster of the level below."""
         extra: NonNegativeInt = 0
         """Number of last entries of the first file, for tokens that the tokenizer lacks."""
         mask_token_id: NonNegativeInt | None = None
@@ -203,9 +205,10 @@ class File:
 
 
 def _root_level(sizes: tuple[int, ...]) -> list[list[int]]:
-    """Return an explicit root level for a tree of one cluster, else no level.
+    """Return the parents of an additional root level if the top level has only one cluster.
 
-    A single cluster without a level above would become the root, which is the mask.
+    Otherwise return an empty list, because the vocabulary adds the root itself. Without the
+    additional level, the single cluster would become the root, which is the mask.
     """
     return [[0]] if sizes == (1,) else []
 

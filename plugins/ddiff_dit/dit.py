@@ -1,9 +1,10 @@
 """Diffusion transformer (DiT, arXiv 2212.09748) as a backbone.
 
 Pre-norm blocks with adaLN-zero modulation, rotary positions and full attention. One network maps
-times and conditions to a modulation that all blocks share, and every block adds six learned vectors
-(arXiv 2310.00426). With this network a noise time per position costs one matrix product per forward
-pass; with a network per block it would cost one product per block.
+times and conditions to modulation vectors that all blocks share, and every block adds six learned
+vectors to them (arXiv 2310.00426). Every position may have its own noise time. With the
+shared network, the modulation then costs one matrix product per forward pass instead of one per
+block.
 
 Shapes: B sequences, L positions, `width` channels.
 """
@@ -80,11 +81,11 @@ class Condition(ComponentConfig):
 
 
 class DiT(Backbone):
-    """Diffusion transformer: ids [B,L] of any level and times t [B,L] -> hidden states [B,L,width].
+    """Diffusion transformer: state ids [B,L] and times t [B,L] -> hidden states [B,L,width].
 
-    With `time=False` the hidden states do not depend on t. Embeddings of conditions are added to
-    the embedding of t. An absent condition (label -1, vector NaN, or not in the context) adds a
-    learned vector.
+    A state is a token, the mask, or on a tree a node of any level. With `time=False` the hidden
+    states do not depend on t. Embeddings of conditions are added to the embedding of t. An absent
+    condition (label -1, vector NaN, or not in the context) adds a learned vector.
 
     Raises ArgumentError if width is not a multiple of 2 * heads.
     """
@@ -118,8 +119,9 @@ class DiT(Backbone):
             for name in conditions:
                 if not name or "." in name or name in taken:
                     raise ValueError(
-                        "the name of a condition must not be empty, have dots or be an attribute "
-                        f"of torch modules; got {name!r}. Rename the condition, for example author"
+                        "the name of a condition must not be empty, contain a dot or be the name "
+                        "of an attribute of torch.nn.ModuleDict; "
+                        f"got {name!r}. Rename the condition, for example to author"
                     )
             return conditions
 
@@ -392,7 +394,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_shared(own: Tensor, shared: ModulationVectors | None) -> ModulationVectors:
-    """Add the shared vectors, if any, to the n vectors [n,1,width] of a block."""
+    """Add the shared vectors, if not None, to the n vectors `own` [n,1,width] of a block."""
     if shared is None:
         return own.unbind()
     return tuple(vector + common for vector, common in zip(own, shared))

@@ -29,14 +29,19 @@ WIDEST = 20.0
 class Dynamic(TrainingLoss[ForwardProcess]):
     """Training loss with the dynamic weights of GIDD, clipped to a range.
 
-    The weight is 2 at masks, 1 at wrong tokens and b e^(gamma L/2) at the clean token, and
-    multiplies `process.mismatch`. gamma is the exponent of the process and b is
-    `Mixing.per_token`. alpha_t is the probability that a token is clean at time t.
+    The loss is a weight times the divergence of `divergence`. The weight depends on the state:
 
-    With `clean = "snr"`, L = -ln(alpha/(1 - alpha)). The three weights are then 2 t (1 - t) times
-    the weights of the bound, for gamma = 1 and few wrong tokens. With `clean = "sigmoid"`, as in
-    the current published code, L = 1/(1 + e^t), and the weight at the clean token hardly depends
-    on t.
+        mask                2
+        another token       1
+        the clean token     b e^(gamma L/2)
+
+    gamma is the exponent of the process, and b is `Mixing.per_token`. The setting `clean` selects
+    L, where alpha is the probability that a token is clean at time t:
+
+    - "snr": L = -ln(alpha/(1 - alpha)). For gamma = 1 and little uniform noise, the weights are
+      then 2 t (1 - t) times those of the bound.
+    - "sigmoid": L = 1/(1 + e^t), as in the current published code. The weight at the clean token
+      then hardly depends on t.
     """
 
     class Config(ComponentConfig):

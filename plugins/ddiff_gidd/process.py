@@ -27,8 +27,8 @@ from ddiff import (
 )
 
 Form = Literal["current", "original"]
-# Largest fraction of the tokens that may be noise at the earliest evaluated time. Training never
-# draws the times before, at which these tokens become noise.
+# Largest fraction of the tokens that may be noise at the earliest evaluated time, t = 1e-12.
+# Training never draws earlier times, at which these tokens become noise.
 MOST_AT_ONCE = 0.02
 
 
@@ -40,7 +40,10 @@ class Mixing(Protocol):
 
     @property
     def per_token(self) -> float:
-        """Height b of the peak of uniform noise on one token, for the dynamic training weights."""
+        """Coefficient b: height of the peak of uniform noise, per token.
+
+        The dynamic training weights use b.
+        """
 
     def shares(self, t: Tensor) -> Tensor:
         """Return alpha, c_mask and c_tokens [r,3] at times t [r]; each row sums to 1."""
@@ -76,10 +79,12 @@ class CurrentMixing:
 class OriginalMixing:
     """Mixing of the older published code.
 
-    alpha, c_mask, c_tokens = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c), where N
-    is the number of tokens, w the time of the published code, v = 1 - w, c = b (v w)^(gamma/2) and
-    b = `per_token`. alpha reaches 0 at the w with v^(gamma/2) = b w^(gamma/2). That time is t = 1
-    in this class, so that w = t/(1 + b^(2/gamma)).
+    alpha, c_mask, c_tokens = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c)
+
+    N is the number of tokens, w in [0,1] the time of the published code, v = 1 - w,
+    c = b (v w)^(gamma/2) and b = `per_token`. alpha is 0 where v^(gamma/2) = b w^(gamma/2), at
+    w = 1/(1 + b^(2/gamma)), and would be negative for larger w. The time t of this class is
+    t = w (1 + b^(2/gamma)), so that alpha = 0 at t = 1.
     """
 
     p_uniform: float
@@ -146,9 +151,9 @@ class GeneralizedInterpolation(ComponentProcess):
         if noisy > MOST_AT_ONCE:
             raise ArgumentError(
                 f"The process gidd with p_uniform = {config.p_uniform} and gamma = {config.gamma} "
-                f"must have at most {MOST_AT_ONCE:.0%} noise at the earliest evaluated time, "
-                f"t = 1e-12; got {noisy:.0%}. Training never draws the times at which these tokens "
-                "become noise. Use a larger gamma, or a smaller p_uniform."
+                f"must have at most {MOST_AT_ONCE:.0%} noise at t = 1e-12, the earliest time that "
+                f"training evaluates; got {noisy:.0%}. Training would never draw the times at "
+                "which these tokens become noise. Use a larger gamma, or a smaller p_uniform."
             )
         return process
 

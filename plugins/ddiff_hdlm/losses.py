@@ -1,6 +1,6 @@
 """Training losses of the published code of hierarchical diffusion (arXiv 2510.08632).
 
-The reported bound does not use them.
+The reported bound does not use these losses.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def _require_tree(process: ForwardProcess, name: str, levels: int | None = None)
 
 @final
 class Empirical(TrainingLoss[ForwardProcess]):
-    """Training loss with the fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
+    """Training loss with fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
 
-    The fitted weights replace the weights of the bound. The divergence is the one of the bound.
+    These weights replace the weights of the bound; the divergence is that of the bound. The tree
+    must have two levels above the tokens.
     """
 
     @classmethod
@@ -50,9 +51,9 @@ class Empirical(TrainingLoss[ForwardProcess]):
 
 @final
 class HardTokens(TrainingLoss[ForwardProcess]):
-    """Training loss that predicts the token at every level: clipped weight * -ln P(token | node).
+    """Training loss -ln P(token | node) at nodes of every level, with the bound's weight, clipped.
 
-    The bound predicts only the child of the node: at a mask, the cluster and not the token.
+    In the bound, only the child of the node is predicted: at a mask the cluster, not the token.
     """
 
     class Config(ComponentConfig):

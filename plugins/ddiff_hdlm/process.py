@@ -1,9 +1,9 @@
 """Hierarchical diffusion (arXiv 2510.08632): tokens become clusters, coarser clusters, the mask.
 
-Levels count from the tokens (0) to the mask (L). pi_l(t) is the probability of level l at time t,
-and F_l = pi_l + ... + pi_L is the probability of having reached level l. The hazard of a level is
-the rate of leaving the level for the next one. xi is the probability that a node moves to its own
-parent and not to another node of that level.
+Level 0 contains the tokens, and level L is the mask. pi_l(t) is the probability that a position is
+at level l at time t, and F_l = pi_l + ... + pi_L the probability that it has reached level l. The
+hazard of a level is the rate at which a position leaves the level for the next one. It then moves
+to the parent of its node with probability xi, and otherwise to another node of the parent's level.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 @final
 class HierarchicalDiffusion(TreeProcess):
-    """Hierarchical diffusion: a tree process with hazard gamma/(1 - t) of tokens, 1/(1 - t) above.
+    """Hierarchical diffusion: a tree process whose tokens have the hazard gamma/(1 - t).
 
-    With u = 1 - t, the probability of a token is pi_0 = u^gamma (alpha of the paper). With two
-    levels above the tokens, the probability of clusters is pi_1 = gamma (u - u^gamma)/(gamma - 1)
-    (beta_c), or the limit -u ln u at gamma = 1, and the probability of the mask is
-    pi_2 = 1 - pi_0 - pi_1 (beta_m).
+    Nodes above the tokens have the hazard 1/(1 - t). With u = 1 - t, the probability of a token is
+    pi_0 = u^gamma (alpha of the paper). With two levels above the tokens, the probability of
+    clusters is pi_1 = gamma (u - u^gamma)/(gamma - 1) (beta_c), or the limit -u ln u at gamma = 1,
+    and the probability of the mask is pi_2 = 1 - pi_0 - pi_1 (beta_m).
 
-    `rates` replaces the hazards: level l is left at the rate rates_l/(1 - t). `powers` sets the
-    probabilities F_l = t^powers_l instead of hazards.
+    Two other settings replace gamma. With `rates`, level l has the hazard rates_l/(1 - t). With
+    `powers`, F_l = t^powers_l.
     """
 
     class Config(ComponentConfig):
         gamma: Rate | None = None
         """Rate of leaving the tokens, relative to the rate of the levels above; 1 by default."""
         rates: Annotated[tuple[Rate, ...], Field(min_length=2)] | None = None
-        """One rate per level, from the tokens up; the level is left at rate/(1 - t)."""
+        """One rate per level, from the tokens up; the hazard of the level is rate/(1 - t)."""
         powers: tuple[Power, ...] | None = None
         """One power per level: the level is reached by time t with probability t^power."""
         xi: Share | tuple[Share, ...] = 1.0
@@ -64,8 +64,8 @@ class HierarchicalDiffusion(TreeProcess):
             given = [name for name, value in clocks.items() if value is not None]
             if len(given) > 1:
                 raise ValueError(
-                    "only one of gamma, rates and powers may be given, since each defines the "
-                    f"rates; got {' and '.join(given)}"
+                    "only one of gamma, rates and powers may be given, since each of these keys "
+                    f"defines all rates; got {' and '.join(given)}"
                 )
             return self
 

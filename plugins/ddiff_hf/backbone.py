@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @final
 class PretrainedBackbone(Backbone):
-    """Pretrained backbone: ids [B,L] of any level -> last hidden states [B,L,width].
+    """Pretrained backbone: state ids [B,L] -> last hidden states [B,L,width].
 
-    Noise times are not used. The attention mask of the denoiser replaces the mask of the model, a
-    causal mask included. By default every position therefore attends to every position. The V
-    tokens keep the first V embeddings of the model, and a node starts as the mean of the embeddings
-    of its tokens.
+    Noise times are not used. The attention mask of the denoiser replaces that of the model, even a
+    causal mask. By default every position therefore attends to every position. The V tokens start
+    with the first V embeddings of the model, and a tree node with the mean of the embeddings of its
+    tokens.
 
     Raises ArgumentError if the model has too few positions or embeddings.
     """
@@ -99,8 +99,8 @@ class PretrainedBackbone(Backbone):
         if table_size is not None and length > table_size - self.first_position:
             raise ArgumentError(
                 f"PretrainedBackbone: [data] length must be at most "
-                f"{table_size - self.first_position}, the positions of {type(model).__name__}; "
-                f"got {length}. Use shorter rows or another model."
+                f"{table_size - self.first_position}, the largest sequence length of "
+                f"{type(model).__name__}; got {length}. Use shorter rows or another model."
             )
         # Models differ in the arguments that they accept; unknown arguments would be an error.
         parameters = inspect.signature(model.forward).parameters
@@ -139,7 +139,7 @@ class PretrainedBackbone(Backbone):
         return embedding
 
     def _make_mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Return the additive attention mask [B,1,L,L]: 0 at visible positions, else very negative.
+        """Return the additive attention mask [B,1,L,L]: 0 at visible positions, else about -1e38.
 
         The result is never None, since a decoder without a mask would apply its causal mask.
         """
@@ -180,9 +180,10 @@ def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
 
 
 def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Build a model of a type of the transformers library, with random weights.
+    """Build a randomly initialized model of the transformers library.
 
-    Raises ArgumentError if the library has no such type or the type has no such setting.
+    `architecture` is a model type such as "bert", and `settings` are keys of its configuration.
+    Raises ArgumentError if the library has no such type, or the configuration no such key.
     """
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -222,8 +223,8 @@ def _make_embedding(
     if mask_token is not None and (mask_token >= len(weight) or vocabulary.mask_id is None):
         raise ArgumentError(
             f"PretrainedBackbone: mask_token must be below {len(weight)}, the number of embeddings "
-            f"of the model, and the vocabulary must have a mask; got {mask_token} and {vocabulary}."
-            " Use the id of the model's mask token, or leave mask_token out."
+            f"of the model, and needs a vocabulary with a mask; got {mask_token} and {vocabulary}. "
+            "Use the id of the model's mask token, or leave mask_token out."
         )
     embedding = StateEmbedding(vocabulary, weight.shape[1])
     if not pretrained:
@@ -243,7 +244,7 @@ def _make_embedding(
 
 
 def _find_first_position(model: PreTrainedModel) -> int:
-    """Return the number of the first position: padding id + 1 for RoBERTa's family, else 0."""
+    """Return the position id of the first token: padding id + 1 for RoBERTa's family, else 0."""
     table = dict(model.named_modules()).get("embeddings.position_embeddings")
     if isinstance(table, nn.Embedding) and table.padding_idx is not None:
         return int(table.padding_idx) + 1

@@ -1,7 +1,7 @@
 """Epsilon-hybrid: some tokens are replaced at t = 0, then all are masked (arXiv 2504.06416).
 
-epsilon is the probability that a token is replaced by a uniform token ("shuffled") at t = 0.
-p = 1 - alpha_t is the probability of a mask at time t, with alpha_t of the schedule.
+At t = 0 a token is shuffled with probability epsilon, that is, replaced by a uniformly drawn token.
+p = 1 - alpha_t is the probability of a mask at time t, where alpha_t is the schedule of masking.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ Power = Annotated[float, Field(ge=0.3, le=20.0)]
 class EpsilonHybrid(ComponentProcess):
     """Process with q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask.
 
-    The chain shuffles tokens at t = 0 and only masks tokens afterwards. The density of the bound is
-    the density of masked diffusion, with the shuffled token in place of the clean token. The final
-    sampling step (decoding) reverses the shuffling, and the decoding term -ln P(x | z) of the
-    bound scores this step.
+    Tokens are shuffled at t = 0 and only masked afterwards. The density of the bound is that of
+    masked diffusion of the shuffled token. The last sampling step (decoding) draws the clean token
+    given the shuffled token. The decoding term -ln P(x | z) of the bound scores this draw.
     """
 
     class Config(ComponentConfig):
@@ -66,8 +65,8 @@ class EpsilonHybrid(ComponentProcess):
         require_tokens_and_mask(vocabulary, "hybrid_epsilon")
         if not 0.0 <= epsilon < 1.0:
             raise ArgumentError(
-                "EpsilonHybrid: epsilon must be in [0, 1), since epsilon is the fraction of tokens "
-                f"that are replaced by uniform tokens; got {epsilon}."
+                "EpsilonHybrid: epsilon, the fraction of tokens that are replaced by uniform "
+                f"tokens, must be in [0, 1); got {epsilon}."
             )
         self.schedule = schedule
         self.epsilon = epsilon
@@ -98,9 +97,9 @@ class EpsilonHybrid(ComponentProcess):
         return torch.stack([self.epsilon * d_alpha, -d_alpha], -1)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """Return TrainedPart.ALL at masks, and at tokens if epsilon > 0.
+        """Return TrainedPart.ALL at masks, and also at tokens if epsilon > 0; otherwise NONE.
 
-        At tokens only the decoding term trains the prediction.
+        At tokens the training signal comes only from the decoding term.
         """
         at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
         return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))

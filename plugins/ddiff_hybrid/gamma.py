@@ -6,8 +6,8 @@ commute, so that two independent clocks describe the chain:
     A_t = e^{-(1 - gamma) sigma}    probability that a position is not masked until t
     B_t = e^{-gamma sigma}          probability that the token was not redrawn until t
 
-Without masks, tokens would follow uniform diffusion with alpha = B; the mask hides such a token.
-With V tokens, the clean token x, the state z and a predicted distribution p of x:
+A position that is not masked is in the state of uniform diffusion with alpha = B. Notation: V is
+the number of tokens, x the clean token, z the state and p a predicted distribution of x.
 
     r_t(y|x) = B_t 1[y = x] + (1 - B_t)/V
     r_t(y|p) = B_t p(y) + (1 - B_t)/V
@@ -19,8 +19,8 @@ With V tokens, the clean token x, the state z and a predicted distribution p of 
     reverse step    a mask stays with probability (1 - A_s)/(1 - A_t), else becomes y ~ r_s(.|p);
                     tokens move as in uniform diffusion
 
-The marginals are those of an interpolating process, but rates and transitions are not: in the
-forward process a mask never changes.
+The marginals are those of an interpolating process (`InterpolatingProcess`), but rates and
+transitions differ: in the forward process of this module a mask never changes.
 """
 
 from __future__ import annotations
@@ -104,13 +104,15 @@ class PowerOf(Schedule):
 class GammaHybrid(ForwardProcess):
     """Gamma-hybrid process, Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ].
 
-    With time "masked", A = 1 - t, so that t is the expected fraction of masks for every gamma. With
-    time "noise", as published, e^{-sigma} = 1 - (1 - floor) t, and some tokens are visible at
-    t = 1. The two settings are the same chain at different speeds.
+    The setting `time` is the meaning of t:
 
-    `visible` and `kept` are the schedules A and B: alpha = 1 - (1 - floor) t to the powers
-    `masking` and `redrawing`. `uniform` is uniform diffusion of the tokens with alpha = B; the
-    formulas at visible tokens come from it.
+    - "masked": A = 1 - t, so that t is the expected fraction of masks for every gamma.
+    - "noise": e^{-sigma} = 1 - (1 - floor) t, as published. If floor > 0, some tokens are visible
+      at t = 1.
+
+    Both are the same chain at different speeds. The attributes `visible` and `kept` are the
+    schedules A and B: the powers `masking` and `redrawing` of 1 - (1 - floor) t. `uniform` is
+    uniform diffusion of the tokens with alpha = B, which computes the formulas at visible tokens.
     """
 
     # Uniform numbers per row that each method takes in its argument u.
@@ -154,8 +156,8 @@ class GammaHybrid(ForwardProcess):
         if time == "noise" and floor == 0.0 and 1.0 - gamma < MIN_MASKING:
             raise ArgumentError(
                 'GammaHybrid: with time = "noise" and floor = 0, gamma must be at most '
-                f"{1.0 - MIN_MASKING}; got {gamma}. Otherwise many tokens are not masked until the "
-                "last time that float64 distinguishes from 1. "
+                f"{1.0 - MIN_MASKING}; got {gamma}. With a larger gamma many tokens are still "
+                "visible at the last time that float64 distinguishes from 1. "
                 'Use a smaller gamma, a floor above 0, or time = "masked".'
             )
         self.vocabulary = vocabulary
@@ -183,7 +185,7 @@ class GammaHybrid(ForwardProcess):
         return cls(vocabulary, config.gamma, config.time, floor)
 
     def _make_prior(self) -> Prior:
-        """Return the marginal at t = 1, starting from a uniform token."""
+        """Return the marginal at t = 1 of a clean token that is uniform over the vocabulary."""
         num_tokens = self.vocabulary.num_tokens
         masked = self.visible.one_minus_alpha(torch.ones(1, dtype=torch.float64))
         per_token = (1.0 - masked) / num_tokens
@@ -205,11 +207,11 @@ class GammaHybrid(ForwardProcess):
         return torch.where(self._is_masked(zt).unsqueeze(-1), log_masked, at_token)
 
     def information(self, t: Tensor) -> Tensor:
-        """Return A_t times the information of uniform diffusion; a mask has no information."""
+        """Return A_t times the information of uniform diffusion; a mask carries none."""
         return self.visible.alpha(t) * self.uniform.information(t)
 
     def change_probability(self, t: Tensor) -> Tensor:
-        """Return the probability [r] of being masked, or redrawn as another token."""
+        """Return the probability [r] that the state at t is a mask or another token."""
         masked = self.visible.one_minus_alpha(t)
         return masked + self.visible.alpha(t) * self.uniform.change_probability(t)
 
@@ -275,7 +277,7 @@ class GammaHybrid(ForwardProcess):
     def divergence(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return KL( r_t(.|x) || r_t(.|p) ) at masks, and the divergence of `uniform` at tokens."""
+        """Return KL( r_t(.|x) || r_t(.|p) ) at masks, else the divergence of uniform diffusion."""
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
         at_mask = self.uniform.closing_kl(prediction, x0, interior(t))
@@ -297,7 +299,7 @@ class GammaHybrid(ForwardProcess):
     def decode_nll(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return the decoding term [r]: -ln p(x) at masks, the term of `uniform` at tokens."""
+        """Return the decoding term [r]: -ln p(x) at masks, that of uniform diffusion at tokens."""
         if isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
         at_token = self.uniform.decode_nll(prediction, x0, self._token(zt), t)
@@ -324,9 +326,8 @@ class GammaHybrid(ForwardProcess):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Unmask with probability 1 - (1 - A_s)/(1 - A_t), and move tokens by uniform diffusion.
 
-        The probability of unmasking does not depend on the network. The probability that a token
-        moves has an upper bound that does not depend on the network. The network is therefore
-        queried only at rows that may move.
+        Neither the probability of unmasking nor an upper bound on the probability that a token
+        moves depends on the network. The network is therefore queried only at rows that may move.
         """
         masked_s = self.visible.one_minus_alpha(s)
         masked_t = self.visible.one_minus_alpha(t)
@@ -347,10 +348,13 @@ class GammaHybrid(ForwardProcess):
         """Unmask with probability `reveal` [r], and move tokens between t and s.
 
         A mask becomes y ~ r_s(.|p). A token z moves with probability
-        arrive (1 - r_s(z|p))/r_t(z|p), to a token y != z with y ~ r_s(.|p). In a step, `arrive` [r]
-        is the probability of being redrawn as z between s and t. Since r >= (1 - B)/V, the
-        probability of a move is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), which does not
-        depend on the network. The network is queried only at rows with u[:,0] below this bound.
+        arrive (1 - r_s(z|p))/r_t(z|p), to a token y != z with y ~ r_s(.|p). `arrive` [r] is, in a
+        step, the probability of being redrawn as z between s and t; for an event it is (1 - B_t)/V.
+
+        Since r >= (1 - B)/V, the probability of a move is at most
+        arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), which does not depend on the network. The network is
+        queried only at rows whose uniform u[:,0] is below this bound.
+
         u [r,3] are uniforms: u[:,0] decides whether the row moves, u[:,1] selects the token, and
         u[:,2] decides whether the token is drawn from the noise or from the prediction.
         """
@@ -420,9 +424,9 @@ class GammaHybrid(ForwardProcess):
         return DenseDistribution(others, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the clean distribution by Tweedie's formula, as in uniform diffusion.
+        """Return the distribution of the clean token by Tweedie's formula for uniform diffusion.
 
-        Only ratios of tokens are used: the ratio of the mask has no information on the token.
+        Only ratios between tokens are used. The ratio of the mask does not depend on the token.
         """
         log_ratio = score.log_ratio[:, : self.vocabulary.num_tokens]
         # If no token is possible, the gradient of the softmax is NaN; such rows are made uniform.
@@ -477,11 +481,11 @@ class GammaHybrid(ForwardProcess):
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Return the time s of the next event: a mask is unmasked, or a token may move.
 
-        With a uniform u, s solves 1 - A_s = u (1 - A_t) at masks and
+        u [r] is uniform. s solves 1 - A_s = u (1 - A_t) at masks and
         (1 - B_s)/B_s = u (1 - B_t)/B_t at tokens. A token z moves at the rate
-        gamma sigma' (1 - r)/(V r) with r = r_t(z|p). Events of tokens have the larger rate
-        gamma sigma'/(1 - B), which does not depend on the network. `event` accepts or rejects the
-        move.
+        gamma sigma' (1 - r)/(V r) with r = r_t(z|p), which depends on the network. The events of
+        tokens have a larger rate, gamma sigma'/(1 - B), which does not depend on the network.
+        `event` therefore accepts or rejects the move.
         """
         t = interior(t)
         log_noise = torch.log1p(-u * self.visible.one_minus_alpha(t)) / self.masking
@@ -515,7 +519,7 @@ class GammaHybrid(ForwardProcess):
     def _token(self, zt: Tensor) -> Tensor:
         """Return z_t [r] with every mask replaced by token 0.
 
-        Formulas for tokens then accept all rows; callers ignore their values at masks.
+        Formulas for tokens can then be evaluated at all rows. Their values at masks are not used.
         """
         return torch.where(self._is_masked(zt), 0, zt)
 

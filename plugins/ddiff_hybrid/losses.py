@@ -1,6 +1,7 @@
-"""Training losses of the published code (arXiv 2504.06416), kind "published".
+"""Training losses of the published code (arXiv 2504.06416), [objective] loss = "published".
 
-The reported bound does not use these losses. The modules `epsilon` and `gamma` define the symbols.
+The reported bound does not use these losses. The symbols are defined in the docstrings of the
+modules `ddiff_hybrid.epsilon` and `ddiff_hybrid.gamma`.
 """
 
 from __future__ import annotations
@@ -66,13 +67,17 @@ class Published:
 class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
     """Cross-entropy -ln P(x | z) of the clean token x at every position z, for hybrid_epsilon.
 
-    p is the probability of a mask at time t, epsilon the probability that a token was shuffled,
-    that is, replaced by a uniform token. The weight is 1/p at masks, lam (1 - epsilon) at shuffled
-    tokens and lam epsilon at tokens that were not shuffled. With weights "flat" the two weights of
-    visible tokens are divided by 1 - p.
+    p is the probability of a mask at time t, and epsilon the probability that a token was shuffled,
+    that is, replaced by a uniformly drawn token. The weight depends on the state:
 
-    A token that was replaced by itself cannot be distinguished from one that was not shuffled.
-    Both get the mean of the two weights, given that x = z.
+        mask                           1/p
+        token that was shuffled        lam (1 - epsilon)
+        token that was not shuffled    lam epsilon
+
+    With weights = "flat" the two weights of tokens are divided by 1 - p.
+
+    If z = x, the token was either not shuffled or shuffled to itself. The weight is then the mean
+    of the two weights over these two cases, with their probabilities given z = x.
     """
 
     name = "published"
@@ -82,7 +87,7 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
         self.weights = weights
 
     def select_rows(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
-        """Return bool [B,L], true at masks, and at visible tokens if their weight is not 0."""
+        """Return bool [B,L]: noisy masks, and noisy visible tokens if their weight is not 0."""
         rows = (times.speed > 0) & ~noisy.clean
         if self.lam * process.epsilon > 0.0:
             return rows
@@ -149,10 +154,11 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
         return torch.where(zt == root, at_mask, at_token)
 
     def _split(self, zt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states [r] for the masked loss and for the uniform loss.
+        """Return valid states [r] for the masked loss and [r] for the uniform loss.
 
-        The states of the masked loss are masks in all rows. The states of the uniform loss are z_t,
-        with token 0 in place of masks. Each loss is used only at rows whose state is z_t.
+        Each loss is evaluated at all rows, but used only at masks (masked loss) or tokens (uniform
+        loss). At the unused rows the state z_t is replaced: by the mask for the masked loss, by
+        token 0 for the uniform loss.
         """
         root = self.masked.vocabulary.root
         return torch.full_like(zt, root), zt.remainder(root)

@@ -1,8 +1,8 @@
 """Score head: probability ratios of all states to the current state (arXiv 2310.16834).
 
 The score at z_t is s(y) = q_t-bar(y)/q_t-bar(z_t) for every state y. q_t-bar is the distribution
-of the state of a position at time t, given the other positions. sigma is the total noise of the
-process up to t, and V the number of tokens.
+of the state of a position at time t, given the other positions. V is the number of tokens. sigma is
+the noise of the process up to t: a token has had no noise event with probability e^-sigma.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ HeadCallback = Callable[[Any, Tensor], Any]
 class RatioDistribution(SubtreeDistribution):
     """Distribution softmax(raw) over the V tokens, from unscaled log-ratios `raw` [r,S].
 
-    S is the number of states. Only ratios between tokens enter, which do not depend on the noise
-    of the mask.
+    S is the number of states: the V tokens and possibly the mask. The entry of the mask is not
+    used. Ratios between tokens do not depend on the scale at masks (see `Ratios`).
     """
 
     def __init__(self, raw: Tensor, vocabulary: Vocabulary) -> None:
@@ -52,18 +52,19 @@ class RatioDistribution(SubtreeDistribution):
 class Ratios:
     """Score parameterization: log s(y) = raw(y), and 0 at the current state y = z_t.
 
-    `raw` is the head output. If `scaled`, ln V + ln(e^sigma - 1) is subtracted at masks, so that
-    raw = ln p + ln V gives the score p/(e^sigma - 1) of a predicted distribution p.
+    `raw` is the head output. If `scaled`, ln V + ln(e^sigma - 1) is subtracted if z_t is a mask.
+    The head output raw = ln p + ln V then gives the score p/(e^sigma - 1), the true score if the
+    clean token has the distribution p.
     """
 
     scaled: bool
     predicts: ClassVar[Literal["score"]] = "score"
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
-        """Return ln(V (e^sigma - 1)) [k] at masks, 0 at tokens.
+        """Return the logarithm of the scale, [k]: ln(V (e^sigma - 1)) at masks, 0 at tokens.
 
-        e^sigma - 1 is the probability of the mask divided by the probability of all tokens
-        together. The ratio is computed from the marginal, so that the scale is right for any
+        e^sigma - 1 is the probability of the mask divided by the total probability of the tokens.
+        This ratio is computed from the marginal of the process, so that the scale is right for any
         process with a mask.
         """
         scale = torch.zeros_like(t)
@@ -109,7 +110,8 @@ class ScoreHead(Head):
 
     class Config(ComponentConfig):
         scaled: bool | None = None
-        """Divide ratios at masks by V (e^sigma - 1); by default if the vocabulary has a mask."""
+        """Whether ratios at masks are divided by V (e^sigma - 1); by default true if the
+        vocabulary has a mask."""
 
     def __init__(self, vocabulary: Vocabulary, width: int, scaled: bool) -> None:
         if vocabulary.num_levels > 1:
@@ -139,7 +141,10 @@ class ScoreHead(Head):
 
     @torch.no_grad()
     def start_from_counts(self, counts: Tensor) -> None:
-        """Set the biases so that exp(bias)/V is the unigram distribution; only if scaled."""
+        """Set the biases so that exp(bias)/V is the unigram distribution.
+
+        `counts` [V] are the token counts, to which one is added. An unscaled head is not changed.
+        """
         if self.parameterization.scaled:
             # One is added to every count, so that unseen tokens have finite biases.
             share = counts.double().add(1)
