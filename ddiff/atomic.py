@@ -45,7 +45,7 @@ def open_atomic(
     system: Any = None,
     sync: bool = False,
 ) -> Iterator[IO[bytes]]:
-    """Open a file for writing, which appears at `path` only after a block without error.
+    """Open a file for writing; it appears at `path` only if the `with` block ends without error.
 
     Missing folders are created. After an error the partial file is removed, and an OSError names
     `path`.

@@ -1,8 +1,11 @@
 """Candidate event times of the interpolating family, drawn without a network.
 
 The rate at which the reversed chain leaves a state depends on the network. An upper bound of this
-rate does not. `CandidateEvents` draws times at the upper bound. `InterpolatingProcess.event`
-accepts each candidate with probability (true rate) / (upper bound), which is called thinning.
+rate does not. `CandidateEvents` draws candidate events at a rate of at least this upper bound.
+`InterpolatingProcess.event` accepts each candidate with probability (true rate) / (candidate rate),
+which is called thinning.
+
+Notation as in `ddiff.core.interpolating`: b_t is the noise, omega_t are the arrival rates.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ MAX_RISE = 1.01
 
 
 class NoiseTables(Protocol):
-    """Interface of a process that tabulates its noise b_t and its arrival rates omega_t."""
+    """Interface of a process with tables of its noise b_t and its arrival rates omega_t."""
 
     def representative(self, zt: Tensor) -> Tensor:
         """Return for each row a state y [r] with b_t(y) = b_t(z_t) at all times t."""
@@ -36,10 +39,12 @@ class NoiseTables(Protocol):
 
 
 class CandidateEvents:
-    """Candidate events of rows in states zt [r], at a constant rate within each cell of logit time.
+    """Candidate events for rows in states zt [r].
 
-    The candidate rate is at least omega_t(z) (1 - b_t(z)) / b_t(z), with omega and b as in
-    `InterpolatingProcess`. For every prediction, the true rate of leaving z is at most this value.
+    The axis of logit t is divided into NUM_CELLS cells of equal width. Per unit of logit t, the
+    candidate rate is constant within a cell. The candidate rate is at least omega_t(z)
+    (1 - b_t(z)) / b_t(z), which is an upper bound of the true rate of leaving z for every
+    prediction.
     """
 
     def __init__(self, process: NoiseTables, zt: Tensor) -> None:
@@ -88,7 +93,10 @@ class CandidateEvents:
         return torch.where(exists, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
-        """Return the largest cell up to `last` whose integral is at most `goal`, by bisection."""
+        """Return the largest cell up to `last` whose lower edge has an integral of at most `goal`.
+
+        The candidate rate is integrated from the lowest edge. The search is a bisection.
+        """
         low = torch.zeros_like(last)
         high = last
         for _ in range(NUM_CELLS.bit_length()):

@@ -1,8 +1,9 @@
 """Level clocks: distributions of the time at which a position moves from level to level.
 
-A position starts at level 0 (its token) and moves through levels 1..L. Level L is the root. pi_l(t)
-is the probability of level l at time t, F_l = sum_{j>=l} pi_j the probability of having reached
-level l, and lambda_l the rate (hazard) of leaving level l upwards:
+In the tree of the vocabulary, a position starts at level 0 (its token) and moves through levels
+1..L. Level L is the root. pi_l(t) is the probability of level l at time t, F_l = sum_{j>=l} pi_j
+the probability of having reached level l, and lambda_l the rate (hazard) of leaving level l
+upwards:
 
     pi_l' = lambda_{l-1} pi_{l-1} - lambda_l pi_l,    F_l' = lambda_{l-1} pi_{l-1}.
 """
@@ -108,7 +109,7 @@ class LevelClock(SettingsRepr, ABC):
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, level: Tensor, goal: Tensor) -> Tensor:
-        """Return the cell in which the integral of the level's entry rate reaches `goal`."""
+        """Return the cell of logit t in which the integral of the entry rate reaches `goal`."""
         totals = self._entry_table[0].to(goal.device)
         cell = torch.zeros_like(level)
         for l in range(1, self.num_levels + 1):
@@ -154,10 +155,10 @@ class LevelClock(SettingsRepr, ABC):
         return self._interpolate_integral(level, cell, depth - cell)[0]
 
     def _inflow_at_end(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integral of the entry rate of the root after the last interior time.
+        """Return the integral of the root's entry rate from the last interior time to t = 1.
 
-        The value applies to rows at t = 1: a slow clock still moves probability to the root after
-        the last interior time. The value is 0 for rows that are not at the root.
+        It is not 0 because a slow clock still moves probability to the root after the last interior
+        time. Rows with t < 1 and rows below the root get the value 0.
         """
         ends = torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device)
         log_root = self.pi(ends)[:, -1].log()
@@ -195,8 +196,9 @@ class LogTimeClock(LevelClock):
     The rates (1,) give linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632.
 
     exp(tau A), with A the generator in log-time, is computed by uniformization. This is a series of
-    positive terms, so every entry keeps its relative accuracy (1e-10 for t >= 1e-6). Partial
-    fractions, or the root as 1 minus the other levels, would lose digits by cancellation.
+    positive terms, so every entry keeps its relative accuracy (1e-10 for t >= 1e-6). Two other
+    methods would lose digits by cancellation: partial fractions, and the computation of the root's
+    probability as 1 minus those of the other levels.
     """
 
     def __init__(self, rates: Sequence[float]) -> None:
@@ -214,7 +216,7 @@ class LogTimeClock(LevelClock):
     def _matrix_powers(self) -> Tensor:
         """Return the powers [K,L+1,L+1] of I + A/q, with q = max(rates).
 
-        The last power is the one that the latest interior time needs.
+        K powers are enough for the series at every interior time.
         """
         size = self.num_levels + 1
         rates = torch.tensor((*self.rates, 0.0), dtype=torch.float64)
@@ -274,9 +276,9 @@ class LogTimeClock(LevelClock):
 class CdfClock(LevelClock):
     """Level clock with one schedule per level: F_l = 1 - alpha_l, with F_1 > F_2 > ... on (0,1).
 
-    pi_l = F_l - F_{l+1}. With one level the finite step has a closed form; with more it is a
-    time-ordered product over 400 fourth-order Magnus steps (error 8e-13 measured for powers
-    .8, 1.5 and 3).
+    pi_l = F_l - F_{l+1}. With one level, the transition has a closed form. With more levels, the
+    transition is a time-ordered product over 400 fourth-order Magnus steps. Its error is 8e-13 for
+    power schedules with powers .8, 1.5 and 3.
     """
 
     steps = 400

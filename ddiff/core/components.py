@@ -1,7 +1,7 @@
 """Interpolating processes whose noise is a mixture of a few fixed distributions.
 
 Notation as in `ddiff.core.interpolating`: q_t(.|x) = alpha_t delta_x + b_t, and omega_t are the
-arrivals.
+arrival rates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class ComponentProcess(InterpolatingProcess):
 
     A subclass defines alpha and the coefficients c_k, with sum_k c_k = 1 - alpha. `components` are
     the K distributions nu_k over the S states (`mask_distribution`, `token_distribution` or any
-    other). Only the methods for tests make a float64 tensor of width S.
+    other). Training and sampling make no float64 tensor [r,S]; only methods for tests, such as
+    `transition`, make such a tensor.
 
     `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the prior (b_1,
     normalized) are computed from alpha and c_k. A subclass therefore sets the attributes that alpha
@@ -106,7 +107,7 @@ class ComponentProcess(InterpolatingProcess):
 
     @cached_property
     def _representatives(self) -> Constant:
-        """First state with the same probability under every component, for each state [S]."""
+        """For each state [S], the first state that has the same probability in every component."""
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))
         no_state = torch.full_like(kind, len(kind))
@@ -171,7 +172,10 @@ class ComponentProcess(InterpolatingProcess):
         mass: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Keep each row with probability `stay`; otherwise redraw it from a random component."""
+        """Keep each row with probability `stay`; otherwise redraw it from a random component.
+
+        `mass` [r,K] holds the unnormalized probabilities of the components.
+        """
         drawn = ids.clone()
         redrawn = find_rows(u[:, 0] >= stay)
         mass = mass[redrawn]

@@ -156,7 +156,8 @@ class DenseProcess(ForwardProcess):
         times, time_index = torch.unique(t, return_inverse=True)
         knots = self._table[0].to(t.device)
         reached = self._table[1].to(t.device)
-        # The table covers the way to the latest knot before each time, one short step the rest.
+        # The table gives the transition to the latest knot before each time. One short step leads
+        # from this knot to the time.
         before = torch.searchsorted(knots, interior(times), right=True) - 1
         before = before.clamp(0, len(knots) - 1)
         size = self.vocabulary.num_states
@@ -206,7 +207,7 @@ class DenseProcess(ForwardProcess):
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """Return the mean over tokens x of KL( q_t(.|x) || q_t-bar )."""
+        """Return the mean over tokens x of KL( q_t(.|x) || mean of q_t(.|x) over x )."""
         return self._average_over_tokens(t)[0]
 
     def change_probability(self, t: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def format_settings(owner: object, depth: int = _MAX_DEPTH) -> Iterator[str]:
     """Yield `name=value` for each public attribute that is a setting.
 
     Numbers, strings, tuples of these, and objects with settings are settings. Tensors and modules
-    are not.
+    are not. `depth` limits how deeply objects may be nested.
     """
     for name, value in vars(owner).items():
         if name.startswith(("_", *_DERIVED)):

@@ -1,12 +1,14 @@
 """Bound (NELBO) = closing term + diffusion term + decoding term, for any process and time rule.
 
-    NELBO(x) = E_{z1 ~ prior} KL( q_{t1}(.|x) || prediction of z_{t1} at z1 )   closing, at t = 1
+    NELBO(x) = E_{z1 ~ prior} sum_i KL( q_{t1}(.|x_i) || predicted q_{t1} )     closing
              + E_tau sum_i speed_i density_i(z_i, x_i)                          diffusion
              + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                            decoding
 
 Each term takes one network call. t0 is the time at which the time rule starts and t1 the time at
-which it ends (0 and 1 by default). z1 is a draw from the prior. tau is the information time of the
-process (`ddiff.core.information`). Times are drawn in tau, and speed_i = dt_i/dtau.
+which it ends (0 and 1 by default). The predicted q_{t1} is the marginal at t1 of a token that is
+drawn from the network's prediction for z1, a draw from the prior at t = 1. The density is
+`ForwardProcess.density`. tau is the information time of the process (`ddiff.core.information`).
+Times are drawn in tau, and speed_i = dt_i/dtau.
 
 The bound holds for any window of times and does not depend on training weights. Because z1 is drawn
 from the prior, the closing term is also finite for a prior on a single state.
@@ -30,7 +32,7 @@ from ddiff.core.times import Noisy, Times, TimeSampler
 from ddiff.core.vocabulary import Vocabulary
 
 Network = Callable[[Noisy], Query]
-"""Prepare the evaluation of a noisy batch; the network runs at the first query of its rows."""
+"""Function noisy -> query. The network runs when the query is called."""
 
 
 class NelboTerms(NamedTuple):
@@ -222,7 +224,7 @@ def decoding_term(
     )
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
-        # If q_0 is the clean token, a state in which no other state arrives is the clean token.
+        # If q_0 is the clean token, a state into which the chain never jumps is the clean token.
         evaluated = evaluated & (times.t > 0) & process.active(noisy.zt)
     nll = _evaluate_at(
         network,

@@ -5,11 +5,11 @@ carries about its token. The fraction of information that is lost by time t,
 
     tau(t) = (I(X; Z_0) - I(X; Z_t)) / (I(X; Z_0) - I(X; Z_1)),
 
-rises from 0 to 1. Its derivative is proportional to the mean density of the bound under the uniform
-prediction. If tau is drawn uniformly, every time therefore has the same mean density, and the
-estimate of the bound is not skewed. If t is drawn uniformly, the estimate is skewed for processes
-that lose their tokens quickly near one end. The integral of the weight of the density cannot
-replace tau, since it diverges at t = 1 for uniform noise.
+rises from 0 to 1. Its derivative is proportional to the mean density (the density is the integrand
+of the bound) under the uniform prediction. If tau is drawn uniformly, every time therefore has the
+same mean density, and the estimate of the bound is not skewed. If t is drawn uniformly, the
+estimate is skewed for processes that lose their tokens quickly near one end. The integral of the
+weight of the density cannot replace tau, since this integral diverges at t = 1 for uniform noise.
 
 For linear masking tau = t. For a tree, tau is a closed-form sum over levels
 (`TreeProcess.information`).
@@ -17,10 +17,9 @@ For linear masking tau = t. For a tree, tau is a closed-form sum over levels
 Even if the mean density is constant, the density of single tokens varies. A token is noise with
 probability P(tau), which is small for small tau, and the density at a noisy token is then about
 1/P. The sum over a sequence of L tokens therefore has a second moment proportional to
-1 + 1/(L P(tau)). The variance is least if times are drawn with a density proportional to the square
-root of this moment.
-`TimeChange.draw` uses this density. It is nearly flat for long sequences and concentrated near tau
-= 0 for short sequences.
+1 + 1/(L P(tau)). The variance is least if the probability density of the drawn times is
+proportional to the square root of this moment. `TimeChange.draw` uses this probability density. It
+is nearly flat for long sequences and concentrated near tau = 0 for short sequences.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from ddiff.core.numerics import EARLIEST, LATEST, Constant, find_rows
 
 TimeFunction = Callable[[Tensor], Tensor]
 
-# Number of knots, evenly spaced in logit t; as functions of logit t, processes change slowly.
+# Number of knots. They are evenly spaced in logit t, because processes change slowly with logit t.
 KNOTS = 257
 # If logit tau rises by more than this number between two knots, knots are inserted.
 STEEP = 2.0
@@ -212,8 +211,8 @@ class InformationTime:
         share = torch.sigmoid(logit_share)
         tau = start + (stop - start) * share
         density = (1.0 + 1.0 / (length * self._noise_probability(tau))).sqrt()
-        # Trapezoids between the knots. Below the first knot the density is at most a square root of
-        # 1 / share, hence the 2.
+        # Trapezoids between the knots. Below the first knot the density grows at most as
+        # share^(-1/2), whose integral from 0 is 2 * share * density.
         cells = (density[1:] + density[:-1]) / 2.0 * share.diff()
         first = 2.0 * density[:1] * share[:1]
         below = torch.cat([first, cells]).cumsum(0)
@@ -223,7 +222,7 @@ class InformationTime:
         return MonotoneMap((below / above).log(), logit_share)
 
     def _noise_probability(self, tau: Tensor) -> Tensor:
-        """Return P(tau) [n], the probability that a token became noise after the first time."""
+        """Return P(tau) [n], the probability that a token clean at t = 0 is noise at t(tau)."""
         changed = self._change_probability(self.at(tau)[0])
         # Tokens that are already noise at t = 0 add nothing to the diffusion term.
         since_start = changed - self._change_at_start
@@ -282,7 +281,10 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
 
 
 def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the knots at which logit tau is reliable and higher than at every earlier knot."""
+    """Return logit tau [k] and logit t [k] of the knots at which logit tau exceeds earlier values.
+
+    Knots at which a fraction of the information is below RELIABLE are dropped.
+    """
     before, after = shares_at
     is_reliable = (before > RELIABLE) & (after > RELIABLE)
     logit_tau = (before / after).log()[is_reliable]

@@ -185,9 +185,9 @@ class InterpolatingProcess(ForwardProcess):
         return InterpolatingKernel(-arrive.sum(-1), arrive)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        """Return the transition from s to t, alpha_ts I + 1 (b_t - alpha_ts b_s)^T, 1 all ones.
+        """Return the transition alpha_ts I + 1 (b_t - alpha_ts b_s)^T from s to t.
 
-        alpha_ts = alpha_t / alpha_s.
+        alpha_ts = alpha_t / alpha_s, and 1 is the vector of ones.
         """
         stay = self._stay(s, t)
         arrive = self.noise(t) - stay.unsqueeze(-1) * self.noise(s)
@@ -231,17 +231,20 @@ class InterpolatingProcess(ForwardProcess):
         return (noise + clean).log()
 
     def from_clean(self, t: Tensor) -> Kernel:
-        """Return the operator alpha_t I + 1 b_t^T from the clean token to z_t; 1 is all ones."""
+        """Return the operator alpha_t I + 1 b_t^T from the clean token to z_t.
+
+        1 is the vector of ones.
+        """
         return InterpolatingKernel(self.alpha(t), self.noise(t))
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         return self._likelihood(x0, x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log of p = (s / sum s - b_t) / alpha_t on tokens, for a score s.
+        """Return the log of p = (s / |s| - b_t) / alpha_t on tokens, for a score s with sum |s|.
 
-        This formula inverts alpha_t I + 1 b_t^T, where 1 is the vector of ones. The factor
-        1 - b_t sum s / s, by which p differs from s up to normalization, is raised to at least
+        This formula inverts alpha_t I + 1 b_t^T, where 1 is the vector of ones. Up to
+        normalization, p is s times the factor 1 - b_t |s| / s. The factor is raised to at least
         1e-14. If a score near t = 1 contains only noise, p is therefore proportional to s on the
         tokens.
         """
@@ -250,7 +253,7 @@ class InterpolatingProcess(ForwardProcess):
         noise, _ = self.split_noise(log_s, self.clamp_score_time(t))
         possible = log_s > -torch.inf
         log_s = where_or_zero(possible, log_s)
-        # 1 - b sum(s) / s in logs: expm1 keeps the digits of a small signal.
+        # The factor 1 - b |s| / s, from logs: expm1 keeps the digits of a small signal.
         signal = -torch.expm1(noise.log() - log_s)
         log_p = log_s + signal.clamp(min=FLOOR).log()
         return log_normalize(torch.where(possible, log_p, -torch.inf))
@@ -272,7 +275,7 @@ class InterpolatingProcess(ForwardProcess):
         arrive = self.arrivals_at(zt, t)
         elsewhere = self._elsewhere(x0, zt, t)
         rate = arrive * (elsewhere / self._likelihood(x0, zt, t))
-        # With a single state there is no other state from which the chain could arrive.
+        # With a single state no jump exists, so the weight is 0.
         rate_if_certain = 0.0 if self.vocabulary.num_states == 1 else 1.0
         weight = torch.where(elsewhere > 0, rate, rate_if_certain)
         return torch.where(arrive > 0, weight, 0.0)
@@ -307,9 +310,13 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho per row.
 
-        rho = q_t(z|x) / q_t-bar(z). Published losses multiply this term by their weights. The term
-        is 0 if the chain never jumps into z_t. For a score, the result is the divergence between
-        q_t(y|x) and q_t(z|x) s_theta(y), summed over the states y != z in the dtype of the score.
+        Here q_t-bar = alpha_t p + b_t for the predicted distribution p, and
+        rho = q_t(z|x) / q_t-bar(z). Published losses multiply the mismatch by their weights. The
+        mismatch is 0 if the chain never jumps into z_t.
+
+        For a score s_theta, the mismatch is the generalized KL divergence, the sum over states
+        y != z of q(y) ln( q(y) / m(y) ) - q(y) + m(y), with q(y) = q_t(y|x) and
+        m(y) = q_t(z|x) s_theta(y). The sum is computed in the dtype of the score.
         """
         t = interior(t)
         arrives = self.arrivals_at(zt, t) > 0
@@ -347,7 +354,7 @@ class InterpolatingProcess(ForwardProcess):
         if isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
         evidence = self._likelihood(x0, zt, t).log()
-        # If no noise reaches a token, z_t = x0 is certain, whatever the prediction.
+        # If b_t(z_t) = 0 and z_t = x0, the posterior of x0 is 1 for every prediction.
         certain = (self.noise_at(zt, t) == 0) & (zt == x0)
         log_p_z = where_or_zero(~certain, prediction.log_prob(self._token_or_first(zt)))
         log_p_x = where_or_zero(~certain, prediction.log_prob(x0))
@@ -534,9 +541,9 @@ class InterpolatingProcess(ForwardProcess):
 
     @property
     def is_monotone(self) -> bool:
-        """Whether the chain jumps only into the mask.
+        """True if the chain jumps only into the mask.
 
-        If so, sampling never changes a revealed token.
+        Sampling then never changes a revealed token.
         """
         reached = self._reached.on(torch.device("cpu"))
         return not bool(reached[: self.vocabulary.root].any())
@@ -727,9 +734,10 @@ class InterpolatingProcess(ForwardProcess):
         exceeds_bound = arrive * (1.0 - noise) > noise * (1.0 + 1e-9)
         if bool(exceeds_bound.any()):
             raise ArgumentError(
-                f"{type(self).__name__}.event: the arrivals rise by more than {MAX_RISE - 1.0:.0%} "
-                f"within one of {NUM_CELLS} cells of logit time, so that candidate events are too "
-                "few. Give it a smoother schedule, or use a sampler with steps."
+                f"{type(self).__name__}.event: the arrival rates rise by more than "
+                f"{MAX_RISE - 1.0:.0%} within one of {NUM_CELLS} cells of logit t, so that "
+                "candidate events are too few. Give the process a smoother schedule, or use a "
+                "sampler with steps."
             )
         return self._leave(
             query,

@@ -13,7 +13,7 @@ from ddiff.core.process import Query, RowFunction
 from ddiff.core.times import Noisy
 
 Predicts = Literal["distribution", "score"]
-"""What a query predicts: the distribution of the clean token, or a score (ratios of marginals)."""
+"""Kind of prediction: the distribution of the clean token, or a score (ratios of marginals)."""
 
 
 class CountingNetwork(ABC):
@@ -31,7 +31,7 @@ class CountingNetwork(ABC):
 
     @property
     def calls(self) -> int:
-        """Number of evaluations so far (NFE), each of one or more sequences of the batch."""
+        """Number of evaluations so far (NFE). One evaluation may include several sequences."""
         return self._calls
 
     @property
@@ -47,7 +47,10 @@ class CountingNetwork(ABC):
         return runs.clone()
 
     def _count(self, batch: int, sequences: Tensor, new_call: bool = True) -> None:
-        """Count one evaluation of `sequences`, given as indices or as a mask on the host."""
+        """Count one evaluation of `sequences`, given as indices or as a mask on the host.
+
+        With `new_call=False`, the sequences are added to the latest evaluation.
+        """
         self._calls += int(new_call)
         if self._runs is None or len(self._runs) != batch:
             self._runs = torch.zeros(batch, dtype=torch.long)

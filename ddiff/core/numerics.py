@@ -55,10 +55,10 @@ def log_normalize(log_mass: Tensor) -> Tensor:
 
 
 def where_or_zero(condition: Tensor, values: Tensor) -> Tensor:
-    """Return `values` where the condition is true, else 0, as the input of another formula.
+    """Return `values` where the condition is true, else 0.
 
-    It is not enough to drop results after the formula, because a dropped infinite result still
-    has the gradient 0 * inf = NaN.
+    Use this function on the input of a formula that may be infinite where the condition is false.
+    If only the result of the formula were masked, its gradient would be 0 * inf = NaN.
     """
     return torch.where(condition, values, 0.0)
 

@@ -323,7 +323,7 @@ class ForwardProcess(ABC):
         The weight does not depend on a prediction. All families return the same number for the
         same chain, so a loss that clamps weights does not depend on the family. The weight is 0 if
         the chain never jumps into z_t; the density is then 0 too. The weight is 1 if the chain can
-        jump into z_t, but not when it starts from the token x0.
+        jump into z_t only from states that have probability 0 given x0.
         """
         inward = self._inward_rates(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
@@ -463,7 +463,7 @@ class ForwardProcess(ABC):
 
     @property
     def is_monotone(self) -> bool:
-        """Whether the reversed chain moves only to states below the current state in the tree."""
+        """True if the reversed chain moves only to states below the current state in the tree."""
         return False
 
     def reverse_rates(

@@ -52,8 +52,8 @@ class Noisy(NamedTuple):
     Attributes:
         zt: [B,L] states.
         t: [B,L] float64 times, 0 at clean positions.
-        clean: bool [B,L], whether a position has its clean token. This is not the same as t = 0:
-            a process that does not close corrupts at t = 0 too, but never a prompt.
+        clean: bool [B,L], whether a position has its clean token. Prompts are always clean. Other
+            positions with t = 0 may be corrupted, if the process has noise at t = 0.
         block: [1 or B,L] long. If None, every position attends to every other position. Otherwise
             a position attends to its own and earlier blocks of zt.
         memory: [B,L] clean tokens. If given, a position attends to its own block of zt and to the
@@ -315,7 +315,7 @@ class WindowTimes:
         v: Tensor,
         length: int,
     ) -> Times:
-        """Return times with every block at its own v [B,count]."""
+        """Return times of all blocks, from one number in [0,1] for each block, v [B,count]."""
         window = self._window_numbers(length, v.device)
         t, speed = clock.draw(v, self.start, self.stop, self.width)
         block_of_position = window[0]
@@ -331,10 +331,10 @@ class WindowTimes:
         offset: Tensor,
         length: int,
     ) -> Times:
-        """Return times of a sequence that is divided into adjacent windows of shape "slide".
+        """Divide sequences into adjacent windows, and return times that rise along each window.
 
-        `offset` [B,1] in [0, width) is the number of positions, possibly fractional, by which the
-        first window extends to the left of the sequence.
+        The first window starts `offset` [B,1] positions to the left of the sequence. `offset` is in
+        [0, width) and may be fractional.
         """
         place = torch.arange(length, device=offset.device) + offset
         window = (place / self.width).floor().long()
@@ -468,10 +468,11 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the end terms for all positions, for shape "slide" with `paired`.
+        """Return the times of the decoding and closing terms, for shape "slide" with `paired`.
 
-        A position counts in the decoding term if it is the first of its window, and in the closing
-        term if it is the last of its window.
+        The windows are shifted by a random number of positions. The first position of every window
+        counts in the decoding term, and the last position in the closing term. Their weight is
+        `width`, because one of `width` positions counts.
         """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
@@ -493,9 +494,9 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the end terms for one random position that represents all positions.
+        """Return the times of the decoding and closing terms, for shape "slide" without `paired`.
 
-        This is the case of shape "slide" without `paired`.
+        In each sequence one random position counts. Its weight is the length of the sequence.
         """
         place = torch.arange(length, device=slot.device)
         chosen = (rng.uniform("window")[:, :1] * length).floor()
@@ -543,10 +544,11 @@ def _check_window(name: str, start: float, stop: float) -> None:
 
 
 def _window_numbers_at(depth: Tensor) -> Tensor:
-    """Return the window number of each position from its depth, in units of the window width.
+    """Return the window number of each position.
 
-    Number 0 is the window that is being denoised, with depths in (0, 1]. Positions before and
-    after this window are divided into windows of the same width.
+    `depth` is the distance of a position from the left edge of the window that is being denoised,
+    divided by the window width. This window has number 0 and depths in (0, 1]. Positions before and
+    after it are divided into windows of the same width.
     """
     return depth.ceil().long() - 1
 
@@ -608,8 +610,8 @@ def jointly_stratified(
     strata = torch.as_tensor(slots, device=slot.device).expand_as(slot).unsqueeze(-1)
     rank = _van_der_corput_rank(slot.unsqueeze(-1), strata)
     window = van_der_corput_order(count).to(slot.device)
-    # Modulo count, strata * window repeats after count / common windows: these would share cells,
-    # so each repetition is moved by one.
+    # Modulo count, the product strata * window repeats after count / common windows. Windows with
+    # equal products would share cells, so each repetition is moved by one cell.
     common = torch.gcd(strata, torch.full_like(strata, count))
     cell = count * rank + strata * window + window // (count // common)
     rotation = rng.uniform_per_group("time").unsqueeze(-1)

@@ -265,7 +265,7 @@ class HierarchicalVocabulary(Vocabulary):
             raise ArgumentError(
                 "HierarchicalVocabulary.from_labels: label must name the same number of groups (at "
                 f"least one) for every token; got depths {sorted(depths)}. Repeat a group "
-                "where a token has fewer."
+                "for tokens with fewer groups."
             )
         parents = []
         below = [(i, *path) for i, path in enumerate(paths)]

@@ -39,7 +39,8 @@ class AttentionLayout(NamedTuple):
 class PositionFacts(NamedTuple):
     """Properties of n inputs that determine which inputs attend to each other, [1 or B,n] each.
 
-    `place` is the number of each input. A property is None if it is the same for all inputs.
+    `place` numbers the inputs 0, 1, ... Other properties are None if they are the same for all
+    inputs.
     """
 
     place: Tensor
@@ -49,12 +50,12 @@ class PositionFacts(NamedTuple):
     noisy: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PositionFacts:
-        """Apply `fn` to every fact that is present."""
+        """Apply `fn` to every property that is not None."""
         others = (None if fact is None else fn(fact) for fact in self[1:])
         return PositionFacts(fn(self.place), *others)
 
     def select(self, row: Tensor, index: Tensor) -> PositionFacts:
-        """Return the facts of one input; `row` and `index` are tensors without dimensions."""
+        """Return the properties of input `index` of sequence `row`, two tensors of shape []."""
         return self.map(lambda fact: fact[row if len(fact) > 1 else 0, index])
 
 
@@ -66,7 +67,7 @@ def may_attend(query: PositionFacts, key: PositionFacts) -> Tensor:
     attends. An input always attends to itself, so that no row of the softmax is empty.
     """
     is_self = query.place == key.place
-    allowed = ~is_self  # a tensor of True would not carry the broadcast shape
+    allowed = ~is_self  # has the broadcast shape; `is_self` is added at the end
     if query.block is not None and key.block is not None:
         is_earlier = key.block < query.block
         is_same = key.block == query.block
@@ -130,8 +131,11 @@ def _sort_tiles(is_marked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def has_flex_kernel(x: Tensor, head_width: int) -> bool:
-    """Return whether flex attention has a fused kernel for values like x in heads of that width."""
-    # FLOP counting disables fused kernels through `sdpa_kernel`: attention is then written out.
+    """Return whether flex attention has a fused kernel for the device and dtype of `x`.
+
+    Kernels also need a `head_width` of at least MIN_HEAD_WIDTH.
+    """
+    # FLOP counting disables fused kernels through `sdpa_kernel`, so flex attention is not used.
     is_allowed = torch.backends.cuda.flash_sdp_enabled()
     return x.is_cuda and x.dtype != torch.float64 and head_width >= MIN_HEAD_WIDTH and is_allowed
 

@@ -147,13 +147,13 @@ class Backbone(nn.Module):
 
     width: int
     reads_time: bool = True
-    """The hidden states depend on t. False: on the ids only."""
+    """True if the hidden states depend on t; False if they depend on the ids only."""
     caches: bool = False
-    """Keys and values pass through `context.cache`."""
+    """True if keys and values pass through `context.cache`."""
     condition_dropout: Mapping[str, float] = MappingProxyType({})
     """Conditions by name, with the share of samples from which training withholds each."""
     condition_forms: Mapping[str, Form] = MappingProxyType({})
-    """The form of each condition, to refuse values that do not fit before the network is run."""
+    """Form of each condition. Values of another form are rejected before the network is run."""
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
@@ -163,10 +163,11 @@ class Denoiser(nn.Module):
     """Backbone and head.
 
     `parameterization`: "rest" if the head predicts P(x_i | z without z_i), "all" if it predicts the
-    full conditional P(x_i | z) (plain cross-entropy at visible rows). A head may define another
-    parameterization. `inputs="previous"` makes the denoiser autoregressive: the input at position i
-    is the token at i - 1 (the mask at the start of a document), and i attends to no later position,
-    so that the denoiser predicts P(x_i | x_<i).
+    full conditional P(x_i | z), as plain cross-entropy trains it at positions that are not masked.
+    A head may define another parameterization. `inputs="previous"` makes the denoiser
+    autoregressive: the input at position i is the token at i - 1 (the mask at the start of a
+    document), and position i attends to no later position. The denoiser then predicts
+    P(x_i | x_<i).
     """
 
     precision: torch.dtype | None = None
@@ -187,8 +188,8 @@ class Denoiser(nn.Module):
             raise ArgumentError(f'Denoiser: inputs must be "own" or "previous"; got {inputs!r}.')
         if parameterization not in PARAMETERIZATIONS:
             raise ArgumentError(
-                'Denoiser: parameterization must be "rest" or "all" (the recipe key given); '
-                f"got {parameterization!r}."
+                'Denoiser: parameterization must be "rest" or "all"; '
+                f"got {parameterization!r}. In a recipe, this is the key `given`."
             )
         if backbone.width != head.width:
             raise ArgumentError(
@@ -198,8 +199,9 @@ class Denoiser(nn.Module):
         if head.parameterization is not None and parameterization != "rest":
             raise ArgumentError(
                 f'Denoiser: parameterization="{parameterization}" applies to a distribution, and '
-                f"the head {type(head).__name__} has a parameterization of its own. Leave it out "
-                "(in a recipe, the key given), or use a head that predicts a distribution."
+                f"the head {type(head).__name__} defines another parameterization. Leave out the "
+                "argument (in a recipe, the key `given`), or use a head that predicts a "
+                "distribution."
             )
         self.backbone = backbone
         self.head = head
@@ -322,7 +324,10 @@ class Denoiser(nn.Module):
     def query_head(
         self, hidden: Tensor, node: Tensor, fn: HeadCallback
     ) -> Tensor | tuple[Tensor, ...]:
-        """Return fn's results for hidden rows [k,width] below node [k]; no gradients."""
+        """Return the results of `fn` for rows of hidden states [k,width], without gradients.
+
+        `node` [k] is the query node of each row.
+        """
         with self._autocast(hidden.device):
             return self.head.query(hidden, node, fn)
 
@@ -345,7 +350,10 @@ class Denoiser(nn.Module):
     def query(
         self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: HeadCallback
     ) -> Tensor | tuple[Tensor, ...]:
-        """Return fn's results for flat positions `rows` [k] below node [k]; no gradients."""
+        """Return the results of `fn` for flat positions `rows` [k], without gradients.
+
+        `node` [k] is the query node of each row.
+        """
         hidden = self.hidden_states(noisy, context).index_select(0, rows)
         return self.query_head(hidden, node, fn)
 
@@ -353,9 +361,9 @@ class Denoiser(nn.Module):
 def _pad_rows(
     rows: Tensor, node: Tensor, fn: HeadCallback, positions: int
 ) -> tuple[Tensor, Tensor, HeadCallback]:
-    """Repeat the last row up to a multiple of `positions` / NUM_ROW_COUNTS.
+    """Pad the rows to a multiple of `positions` / NUM_ROW_COUNTS by repeating the last row.
 
-    The returned callback counts every row once: padding adds 0 to the sum.
+    The returned callback adds 0 to the sum for the padding.
     """
     count = len(rows)
     missing = -count % max(1, positions // NUM_ROW_COUNTS)
@@ -383,5 +391,5 @@ def _shared_blocks(noisy: Noisy) -> Tensor:
     raise ArgumentError(
         "Denoiser.extend_cache: noisy.block must number the blocks of the sequence from left to "
         f"right, the same in all sequences, without a memory; got {got}. "
-        "Without cached=True any numbers will do."
+        "Without cached=True any block numbers are allowed."
     )

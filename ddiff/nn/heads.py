@@ -31,7 +31,7 @@ from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.nn.parameterization import HeadCallback, Parameterization
 
 Logits = Callable[[int, int], Tensor]
-"""logits(start, stop) -> [r, stop-start] for those rows of the table."""
+"""logits(start, stop) -> logits [r, stop-start] of the table's rows from `start` to `stop`."""
 
 TreeKind = Literal["tied", "levelwise"]
 
@@ -52,7 +52,7 @@ class Head(nn.Module, ABC):
     levels: int = 1
     """Levels of the tree that have rows in the table."""
     parameterization: Parameterization | None = None
-    """What the logits mean; None: they give a distribution."""
+    """Parameterization of the logits; None: they give a distribution."""
     on_logits: Callable[[int], None] | None = None
     """Called with the number of logits of every product; None: nothing is counted."""
 
@@ -147,7 +147,7 @@ class Head(nn.Module, ABC):
     def _split_into_chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """Return (node, first, last) of each chunk of the sorted rows.
 
-        Without rows, one empty chunk at the root.
+        If there are no rows, the result is one empty chunk at the root.
         """
         limit = self.chunk_logits
         if limit is None:
@@ -321,7 +321,10 @@ class _ChunkLogits:
     def add_gradients(
         self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor
     ) -> None:
-        """Add the gradient of `value` to the buffers in place; d_hidden is that of the chunk."""
+        """Add the gradients of `value` to three buffers in place.
+
+        `d_hidden` is the buffer of the hidden states of this chunk.
+        """
         if not value.requires_grad:
             return
         leaves = [logits for _, logits in self.computed]
@@ -402,7 +405,10 @@ def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Ten
 
 
 def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to the buffer; addmm_ needs equal dtypes but saves a copy."""
+    """Add left @ right to the buffer in place.
+
+    `addmm_` saves a copy of the product, but needs equal dtypes.
+    """
     if buffer.dtype == left.dtype:
         buffer.addmm_(left, right)
     else:
@@ -410,7 +416,7 @@ def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the logits' products: autocast's if it is on."""
+    """Return the dtype of the products that make logits: that of autocast if it is enabled."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 

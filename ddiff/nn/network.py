@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 class DenoiserNetwork(CountingNetwork):
     """Network made from a denoiser: network(noisy) returns a query, which runs the denoiser.
 
-    A query runs each sequence at most once, and only sequences with queried rows. A sequence is not
-    run again while its ids stay the same, and its times if the backbone reads them. `cached=True`
-    also keeps keys and values of finished blocks. With `process=None` predictions of the head are
-    not converted. Dropout follows the mode of the denoiser: call `.eval()` first.
+    A query runs each sequence at most once, and only sequences with queried rows. If a sequence has
+    the same ids as in the previous query, and the same times in case the backbone reads times, its
+    hidden states are reused. `cached=True` also keeps keys and values of finished blocks. With
+    `process=None` the parameterization of the denoiser is ignored: callers receive the head's
+    predictions unchanged. Dropout follows the mode of the denoiser: call `.eval()` first.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Output parameterizations: what the output of a head means."""
+"""Output parameterizations: conversion of a head's output to the prediction that formulas use."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ class LeaveOneOutParameterization:
 
 @final
 class FullConditionalParameterization:
-    """P(x_i | z), as plain cross-entropy at visible rows trains it; divided by q_t(z_i | x_i)."""
+    """Full conditional P(x_i | z), which is divided by q_t(z_i | x_i) and normalized.
+
+    Plain cross-entropy at positions that are not masked trains the full conditional.
+    """
 
     predicts: Predicts = "distribution"
 

@@ -5,10 +5,10 @@
     def test_my_process_obeys_every_law():
         assert_laws(check_process(MyProcess(...)))      # a small instance, at most 64 states
 
-A law is a property that the kit tests. A law is a callable object with a `name`, a `tolerance` and
-a docstring that explains both. For example, `chain.chapman_kolmogorov(process)` returns one
-`LawReport`. Laws compute in float64 by enumeration and quadrature, and give the same result at
-every call.
+A law is a property that the kit tests. In code, a law is a callable object with a `name` and a
+`tolerance`. Its docstring states the property and the reason for the tolerance. For example,
+`chain.chapman_kolmogorov(process)` returns one `LawReport`. Laws compute in float64 by enumeration
+and quadrature, and give the same result at every call.
 """
 
 from ddiff.testing.clean_distribution import check_clean_distribution

@@ -411,7 +411,10 @@ class Enumeration:
         n: Tensor,
         zt: Tensor,
     ) -> Tensor:
-        """Return the probability [r] of the states zt [r,L] of sequence n [r] at node [r]."""
+        """Return the probability [r] of the states zt [r,L].
+
+        Row i belongs to the sequence with index n[i] and to the quadrature node with index node[i].
+        """
         length = self.x0.shape[1]
         x0 = self.x0[n]
         position = torch.arange(length)

@@ -364,7 +364,7 @@ def _print_reports(reports: list[LabelledReport]) -> None:
 
 
 def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
-    """Return one report per law, that with the largest relative error, in the order of the laws."""
+    """Return for each law the report with the largest relative error, in the order of the laws."""
     worst: dict[str, LabelledReport] = {}
     for one in reports:
         known = worst.get(one.report.law)

@@ -42,7 +42,7 @@ NOISE = 0.02
 MEASURABLE = 0.05  # smallest distance from which an order is measured
 FEW = 2  # fewest steps from which an order is measured
 MANY = 8  # most steps from which an order is measured
-SLACK = 0.6  # of an order: rates are clipped at 0 on this joint, which halves second order
+SLACK = 0.6  # of an order: rates are clipped at 0 for this joint, which lowers the measured order
 
 
 class SamplerCase(NamedTuple):

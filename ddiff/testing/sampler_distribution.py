@@ -30,7 +30,7 @@ DIMENSIONS = 32  # of the Sobol points: uniforms of one step
 class SamplerMeasurement(NamedTuple):
     """Measured distribution of the two final states, and the mean number of network evaluations.
 
-    `dist` is a tensor [S,S] of probabilities.
+    `dist` is a tensor [S,S] of probabilities, for S states per position.
     """
 
     dist: Tensor
@@ -169,7 +169,9 @@ class FastRng(CounterRng):
 
 @final
 class ShiftedSobolRng(CounterRng):
-    """Random generator of Sobol points, with a random shift per canvas that makes them unbiased.
+    """Random generator of Sobol points, which are shifted by a random vector for each canvas.
+
+    A canvas is a pair of states. The random shifts make estimates unbiased.
 
     The rows of a batch are copies of a few canvases: `counts[i]` rows are copies of canvas i. The
     copies of every canvas use the first Sobol points.
@@ -343,7 +345,10 @@ def _histogram(
     weight: Tensor,
     process: ForwardProcess,
 ) -> Tensor:
-    """Return the distribution [S,S] of rows zt [n,2] with weights [n]."""
+    """Return the joint distribution [S,S] of the states of two positions, for S states each.
+
+    Row i of zt [n,2] is a drawn pair of states with the weight `weight[i]`.
+    """
     size = process.vocabulary.num_states
     cell = zt[:, 0] * size + zt[:, 1]
     counts = torch.bincount(
