@@ -70,14 +70,21 @@ both tokens independently from their marginals has the distance {far:.3f}.
 | order n | the error falls as 1/N^n |
 | heuristic | the error does not vanish, or no proof is known |
 
-In rows marked `score`, the sampler receives the same prediction as ratios of marginals, which are the output of a head
-`score`. Only flat vocabularies (tokens, or tokens and a mask) have rows marked `score`. The section [Refused](#refused) lists the pairs of
-sampler and process that are not supported, with the error message of each.
+In rows marked `score`, the network predicts scores (ratios of marginal probabilities, as a head `score` does) in place of
+distributions. The scores are computed from the same exact distributions. Only processes on flat vocabularies (tokens, or
+tokens and a mask) have such rows.
 
-**Precision.** If a sampler moves positions independently, the benchmark propagates the distribution over all pairs of
-states step by step, with {points} draws per step. The statistical error of the distance is then up to {fine:.3f} at N = 64,
-and smaller for fewer steps. For comparison, the exact distance for masks at N = 64 is .0064. The benchmark runs all other
-samplers from noise to tokens; the statistical error of the distances is then about {coarse:.3f}.
+If the table of a process lacks a sampler of the other tables, ddiff refuses the sampler for this process. The section
+[Refused](#refused) gives the error messages.
+
+**Precision.** The distances are estimated from random draws:
+
+| sampler | method | statistical error of the distance |
+|---|---|---|
+| moves the two positions independently in a step | the distribution over pairs of states is computed from step to step, with {points} draws per step | up to {fine:.3f} at N = 64, smaller for fewer steps |
+| any other | the states are counted in {others} draws, per step or of whole samples | about {coarse:.3f} |
+
+For comparison, the exact distance of `ancestral` for masks at N = 64 is .0064.
 
 **Notes**
 
@@ -95,6 +102,12 @@ samplers from noise to tokens; the statistical error of the distances is then ab
   .0028, .0013, .0006). For gidd, reverse rates are infinite at t = 1, and the order is 1.
   `tests/sampling/test_trapezoidal.py` tests order 2 on tokens with a weaker dependence.
 """
+
+REFUSED = """ddiff refuses the samplers below. Each quotation is an error message; SAMPLER and PROCESS stand
+for class names. The list after a message names the refused samplers of each process.
+"""
+
+Refused = dict[str, dict[str, list[str]]]  # error message -> process -> samplers
 
 
 class Entry(NamedTuple):
@@ -157,18 +170,32 @@ def processes() -> dict[str, Callable[[], ForwardProcess]]:
 
 
 def rows(
-    name: str, process: ForwardProcess, steps: Sequence[int], points: int, refused: dict[str, str]
+    name: str, process: ForwardProcess, steps: Sequence[int], points: int, refused: Refused
 ) -> Iterator[str]:
     for label, entry in SAMPLERS.items():
         sampler = entry.build(4)
         try:
             sampler.check_supported(process, "distribution")
         except ArgumentError as error:
-            refused.setdefault(f"{label} on {name}", str(error))
+            # messages of different pairs differ only in the names of the two classes
+            message = str(error).replace(type(sampler).__name__, "SAMPLER")
+            message = message.replace(type(process).__name__, "PROCESS")
+            refused.setdefault(message, {}).setdefault(name, []).append(label)
             continue
         yield row(label, entry, process, steps, points, "distribution", name)
         if takes_scores(sampler, process):
             yield row(f"{label}, score", entry, process, steps, points, "score", name)
+
+
+def refused_section(refused: Refused) -> Iterator[str]:
+    """Yield the lines of the section of refused pairs, grouped by error message."""
+    yield "\n## Refused\n"
+    yield REFUSED
+    for message, pairs in refused.items():
+        yield f"> {message}\n"
+        for process, samplers in pairs.items():
+            yield f"- {process}: {', '.join(samplers)}"
+        yield ""
 
 
 def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
@@ -213,7 +240,7 @@ def row(
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
     """Yield the text of the page whenever the table of another process is complete."""
-    refused: dict[str, str] = {}
+    refused: Refused = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())
     far = 0.5 * float((torch.outer(JOINT.sum(1), JOINT.sum(0)) - JOINT).abs().sum())
     parts = [
@@ -221,6 +248,7 @@ def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[s
             joint=joint,
             far=far,
             points=points,
+            others=4 * points,
             fine=28.0 / points,
             coarse=1.0 / (4 * points) ** 0.5,
         )
@@ -235,16 +263,7 @@ def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[s
             *rows(name, processes()[name](), steps, points, refused),
         ]
         parts += table
-        yield (
-            "\n".join(
-                [
-                    *parts,
-                    "\n## Refused\n",
-                    *(f"- {pair}: {reason}" for pair, reason in refused.items()),
-                ]
-            )
-            + "\n"
-        )
+        yield "\n".join([*parts, *refused_section(refused)])
 
 
 def main() -> None:

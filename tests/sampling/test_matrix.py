@@ -32,8 +32,6 @@ def test_sampler_matrix_command_writes_the_page(tmp_path: Path) -> None:
         "a heading, every sampler but the two that masks refuse, three of them from scores"
     )
     assert "| first_hitting | exact |" in page.read_text()
-    assert (
-        "- acs on mdlm: AdaptiveCorrectionSampler: process must train the prediction at tokens"
-        in page.read_text()
-    )
+    assert "> SAMPLER: process must train the prediction at tokens" in table
+    assert "- mdlm: acs, self_correction" in table.splitlines()
     assert [path.name for path in tmp_path.iterdir()] == ["samplers.md"]
