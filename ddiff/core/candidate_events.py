@@ -29,7 +29,10 @@ class NoiseTables(Protocol):
     """Interface of a process with tables of its noise b_t and its arrival rates omega_t."""
 
     def representative(self, zt: Tensor) -> Tensor:
-        """Return for each row a state y [r] with b_t(y) = b_t(z_t) at all times t."""
+        """Return for each row a state y [r] with b_t(y) = b_t(z_t) at all times t.
+
+        States with equal noise share one representative, so that tables have fewer entries.
+        """
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
         """Return the noise b_t [n,m] of states [m] at times [n]."""

@@ -89,11 +89,11 @@ class LevelClock(SettingsRepr, ABC):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the time s < t at which a row entered the level at which it is at time t.
+        """Draw the time s < t at which a row entered level l, if it is at level l at time t.
 
-        `level` [r] >= 1 is this level l. The time s solves P(at level l at s | at level l at t) =
-        pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u. The result is 0 if s would be
-        below 1e-12.
+        `level` [r] holds l >= 1 for each row. The time s solves P(at level l at s | at level l at
+        t) = pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u. The result is 0 if s would
+        be below 1e-12.
         """
         reached = self._integral_to(level, t)
         goal = reached + u.log() + self._inflow_at_end(level, t)
@@ -171,9 +171,10 @@ class LevelClock(SettingsRepr, ABC):
         cell: Tensor,
         position: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the integral of the entry rate and its slope at `position` in [0,1] of a cell.
+        """Return the integral of the entry rate, and its slope, at a position within a cell.
 
-        The interpolant is the cubic with the given values and slopes at both ends of the cell.
+        `position` is 0 at the lower edge of the cell and 1 at the upper edge. The interpolant is
+        the cubic with the tabulated values and slopes at both edges.
         """
         totals = self._entry_table[0].to(position.device)
         rates = self._entry_table[1].to(position.device)

@@ -36,7 +36,7 @@ class DenseProcess(ForwardProcess):
             the rate of the schedule: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the
             integral of the rate is -ln alpha. A function must be continuous in t: an integration
             step across a jump has an error proportional to the length of the step.
-        schedule: schedule alpha of the rate. Not used if `matrix` is a function.
+        schedule: noise schedule alpha that defines the rate. Not used if `matrix` is a function.
     """
 
     # Magnus steps across an interval if generators do not commute: 1e-9 on random chains.

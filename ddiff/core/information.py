@@ -69,7 +69,8 @@ class TimeChange(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Map v uniform in [0,1] to (t, dt/dv), with t rising from tau = `start` to tau = `stop`.
 
-        The density of these draws has the least variance for a sequence of `length` tokens.
+        With these draws, the estimate of the bound of a sequence of `length` tokens has the least
+        variance.
         """
 
 

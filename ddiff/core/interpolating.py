@@ -390,10 +390,10 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three tensors [r] that the bound needs of the predicted distribution p.
+        """Compute from the predicted distribution p three tensors [r] that the bound uses.
 
-        The first is the sum over the tokens y != x0 in the formula of `_kl`. The others are
-        ln p(x0) and ln p(z_t), where ln p(z_t) is arbitrary if z_t is not a token.
+        The first is the sum over the tokens y != x0 in the formula of `_kl`. The second is
+        ln p(x0). The third is ln p(z_t), or an arbitrary number if z_t is not a token.
         """
         log_p = dist.log_mass(0)
         noise, _ = self.split_noise(log_p, t)
@@ -502,9 +502,9 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """Return the mean over tokens x of KL( q_t(.|x) || q_t-bar ).
+        """Return the mean over tokens x of KL( q_t(.|x) || q_t-bar ), for the uniform prediction.
 
-        The KL is computed once per representative.
+        The KL is computed once per representative of the tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         tokens, counts = self._token_representatives()

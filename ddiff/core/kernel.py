@@ -1,5 +1,6 @@
-"""Kernels: one linear operator on the S states per row, as a generator or a finite transition.
+"""Kernels: linear operators on the S states, one per row of a batch.
 
+A kernel is the generator at a time, or the transition from one time to a later time.
 K[y,z] is the rate, or the probability, of going from state y to state z. Distributions are row
 vectors, and `apply(v)` is v K. Structured kernels compute `row`, `column` and `apply` without
 forming the [S,S] matrix. `dense` forms the matrix, for tests and small chains.

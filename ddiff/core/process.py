@@ -247,10 +247,10 @@ class ForwardProcess(ABC):
         """Return the log of the clean-token distribution p [r,V] that has this score, in float64.
 
         p = s K^-1 on tokens, with K = `from_clean(t)` and with s the ratios, normalized over the
-        states. The true ratios give no negative p, but a network may. Entries of p below 1e-14
-        times the entry of s are raised to this value, so that every probability is positive and
-        its logarithm has a gradient. Then p is normalized. Rounding errors of s are multiplied by
-        the condition number of K. Components of p that K shrinks to less than 1e-13 cannot be
+        states. True ratios never give a negative p, but predicted ratios may. Entries of p below
+        1e-14 times the entry of s are raised to this value, so that every probability is positive
+        and its logarithm has a gradient. Then p is normalized. Rounding errors of s are multiplied
+        by the condition number of K. Components of p that K shrinks to less than 1e-13 cannot be
         recovered from s, and p is uniform in these components.
         """
         num_tokens = self.vocabulary.num_tokens
@@ -665,15 +665,17 @@ def _solve_well_conditioned(
     time_index: Tensor,
     p: Tensor,
 ) -> Tensor:
-    """Return p [r,V], recomputed by elimination in rows whose operator K is well conditioned.
+    """Replace p [r,V] by the solution of p K = s in rows whose operator K is well conditioned.
 
-    At small t elimination keeps the relative accuracy of small probabilities. This accuracy
-    matters, because decoding formulas multiply small probabilities by factors of order 1/t.
+    `square` [n,S,S] holds the operators K of n times, and `time_index` [r] the time of each row.
+    The solution by elimination keeps the relative accuracy of small probabilities at small t. This
+    accuracy matters, because decoding formulas multiply small probabilities by factors of order
+    1/t.
     """
     well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
     for k in find_rows(well_conditioned).tolist():
         rows = find_rows(time_index == k)
-        # Row vectors: p K = s is K^T p^T = s^T.
+        # For row vectors, p K = s is the system K^T p^T = s^T.
         solved = torch.linalg.solve(square[k].T, s[rows].T).T
         p = p.index_copy(0, rows, solved[:, : p.shape[1]])
     return p

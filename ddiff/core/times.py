@@ -82,10 +82,10 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        """Draw times for samples in the strata `slot` [B] of `slots` strata.
+        """Draw the times of B samples, stratified over the global batch or the draws of a document.
 
-        Strata divide a global batch, or the draws of one document. `clock` is the information time
-        of the process: it gives t and dt/dtau at each tau.
+        Sample i has the stratum slot[i] out of `slots` strata. `clock` is the information time of
+        the process, which gives t and dt/dtau at each tau.
         """
 
     def ends(
@@ -105,7 +105,7 @@ class TimeSampler(Protocol):
 
 
 class TimeRule(TimeSampler, Protocol):
-    """Time sampler that also defines the path from which it draws."""
+    """Time sampler that also defines a path of times, along which sequences are generated."""
 
     def at(
         self,
@@ -127,7 +127,8 @@ class TimeRule(TimeSampler, Protocol):
     ) -> TimeRule:
         """Return the same rule on another window of tau.
 
-        The draws have the least variance for sequences of `tokens` tokens.
+        For sequences of `tokens` tokens, its draws give the estimate of the bound with the least
+        variance.
         """
 
 
@@ -137,8 +138,8 @@ class FlatTimes:
 
     Strata are assigned to slots in van der Corput order, so that every contiguous fraction of the
     slots (a rank, a micro-batch) gets times from the whole window. `tokens` is the sequence length
-    for which the density of draws has the least variance. It is not the length of the batch, so
-    that the times of a sequence do not depend on its padding.
+    for which the estimate of the bound has the least variance. This number is fixed and does not
+    follow the length of the batch, so that the times of a sequence do not depend on its padding.
     """
 
     def __init__(
@@ -599,10 +600,10 @@ def jointly_stratified(
 ) -> Tensor:
     """Return numbers in [0,1) [B,count], one for each of the `count` windows of each sample.
 
-    The windows of a sample are evenly spaced. Each window is stratified over the slots, and all
-    windows of all slots are stratified together, with one number in each of slots * count cells.
-    The cells are rotated by a random number per group; without this rotation a window would only
-    use one cell of each of its strata.
+    The numbers of one sample are evenly spaced. The numbers of one window are stratified over the
+    slots. All numbers together are stratified too, with one number in each of slots * count cells.
+    The cells are rotated by a random number per group. Without this rotation, the numbers of a
+    window would lie in one cell of each of its strata only.
     """
     u = rng.uniform("time")[:, :1]
     if count == 1:

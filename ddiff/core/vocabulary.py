@@ -43,7 +43,8 @@ class Vocabulary:
         root: id of the root. If L = 0, it is the number S, which represents all tokens together
             and is not a state.
         parents: for each level below the root, the index of each node's parent in the next level.
-        centroids: centroids [n_l,d] or None for each level above the tokens; None if unknown.
+        centroids: None, or a tuple that contains, for each level above the tokens, the centroids
+            [n_l,d] of its nodes or None.
         fingerprint: hash of the tree.
         tokenizer_fingerprint: fingerprint of the tokenizer of these tokens, or None.
     """

@@ -39,9 +39,9 @@ TreeKind = Literal["tied", "levelwise"]
 class Head(nn.Module, ABC):
     """Linear head: a table [rows,width] and a bias per row.
 
-    A subclass defines the number of rows, which logits a node needs (`dist`) and how many
-    (`logits_per_row`). Table and bias start at zero, so that the first prediction is uniform within
-    each softmax.
+    A subclass defines the number of rows of the table, the distribution below a node (`dist`) and
+    the number of logits that it needs (`logits_per_row`). Table and bias start at zero, so that the
+    first prediction is uniform within each softmax.
     """
 
     is_table = True  # Muon, an optimizer for hidden matrices, must not update these parameters
@@ -65,7 +65,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
-        """Return the predicted distribution below the node `top`."""
+        """Return the predicted distribution below the node `top`, computed from `logits`."""
 
     @abstractmethod
     def logits_per_row(self, top: int) -> int:

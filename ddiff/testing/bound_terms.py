@@ -86,11 +86,11 @@ class SobolRng(CounterRng):
 class InformationPath:
     """Paths t_i(v) through the window along which the diffusion term of the bound varies little.
 
-    For some processes, the diffusion term is rarely large at times that are uniform in t or logit
-    t, which makes the estimate of its mean inaccurate. Along these paths, the information I(X; Z_t)
-    of a uniform token X decreases evenly, and the mean of the term hardly depends on time. v runs
-    from 0 to 1. t changes more slowly with v near the ends of the window. `bent_path` makes the
-    path of every position i different.
+    For some processes, the diffusion term is large only in a small part of the times, if times are
+    uniform in t or logit t. The estimate of its mean is then inaccurate. Along these paths, the
+    information I(X; Z_t) of a uniform token X decreases evenly, and the mean of the term hardly
+    depends on time. v runs from 0 to 1. t changes more slowly with v near the ends of the window.
+    `bent_path` makes the path of every position i different.
     """
 
     def __init__(

@@ -193,7 +193,8 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
 def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
     """Check that `run` yields as many canvases as the property `steps` declares.
 
-    The law does not apply if `steps` is None. Tolerance 0: canvases are counted.
+    A canvas is the state of the batch after a step. The law does not apply if `steps` is None.
+    Tolerance 0: canvases are counted.
     """
     for steps in (1, 3):
         declared = case.build(steps).steps
