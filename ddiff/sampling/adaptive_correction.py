@@ -17,9 +17,9 @@ from ddiff.sampling.grid_sampler import GridSampler, compute_alpha, draw_uniform
 from ddiff.sampling.loop import (
     Canvas,
     Quality,
+    draw_where,
     require_distribution,
     require_process,
-    restrict,
     step_rows,
 )
 
@@ -67,25 +67,9 @@ class AdaptiveCorrectionSampler(GridSampler):
         flat_s = s.reshape(-1)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            step = (~redraws[rows]).nonzero().squeeze(-1)
-            redraw = redraws[rows].nonzero().squeeze(-1)
-            zs = zt.clone()
-            if len(step):
-                zs[step] = process.step(
-                    restrict(query, step),
-                    zt[step],
-                    t[step],
-                    flat_s[rows[step]],
-                    u_step[rows[step]],
-                )
-            if len(redraw):
-                zs[redraw] = process.decode(
-                    restrict(query, redraw),
-                    zt[redraw],
-                    t[redraw],
-                    u_decode[rows[redraw]],
-                )
-            return zs
+            redraw = redraws[rows]
+            zs = draw_where(~redraw, process.step, query, zt, t, flat_s[rows], u_step[rows])
+            return draw_where(redraw, process.decode, query, zs, t, u_decode[rows])
 
         zs = step_rows(network, canvas, draw, process.active(canvas.zt))
         return canvas.advance(zs, s)

@@ -197,6 +197,26 @@ def step_rows(
     return states.reshape(canvas.zt.shape)
 
 
+def draw_where(
+    condition: Tensor,
+    draw: Callable[..., Tensor],
+    query: Query,
+    zt: Tensor,
+    *per_row: Tensor,
+) -> Tensor:
+    """Return states [r]: draw(query, zt, *per_row) in rows that meet `condition`, else `zt`.
+
+    `draw` receives only the rows [k] in which `condition` [r] is True, and a query restricted to
+    them. It is not called if there are none.
+    """
+    rows = condition.nonzero().squeeze(-1)
+    states = zt.clone()
+    if len(rows):
+        values = [value[rows] for value in per_row]
+        states[rows] = draw(restrict(query, rows), zt[rows], *values)
+    return states
+
+
 def restrict(query: Query, rows: Tensor) -> Query:
     """Return a query whose row k is row `rows[k]` of `query`."""
 

@@ -19,7 +19,14 @@ from ddiff.sampling.grid_sampler import (
     draw_uniforms,
     find_undetermined,
 )
-from ddiff.sampling.loop import Canvas, Quality, query_at_root, restrict, step_rows
+from ddiff.sampling.loop import (
+    Canvas,
+    Quality,
+    draw_where,
+    query_at_root,
+    restrict,
+    step_rows,
+)
 
 DRAWN_LOG_P = "drawn_log_p"
 
@@ -77,26 +84,11 @@ class PsiSampler(GridSampler):
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             keep = flat_keeps[rows]
             needs_network = flat_undetermined[rows]
-            step = (keep & needs_network).nonzero().squeeze(-1)
-            decode = (~keep & needs_network).nonzero().squeeze(-1)
-            zs = zt.clone()
+            steps = keep & needs_network
+            zs = draw_where(steps, process.step, query, zt, t, flat_s[rows], u_step[rows])
             # A state that determines the clean token is that token.
-            x = zt.clone()
-            if len(step):
-                zs[step] = process.step(
-                    restrict(query, step),
-                    zt[step],
-                    t[step],
-                    flat_s[rows[step]],
-                    u_step[rows[step]],
-                )
-            if len(decode):
-                x[decode] = process.decode(
-                    restrict(query, decode),
-                    zt[decode],
-                    t[decode],
-                    u_decode[rows[decode]],
-                )
+            decodes = ~keep & needs_network
+            x = draw_where(decodes, process.decode, query, zt, t, u_decode[rows])
             # Rows that take the posterior step are noised too: to select the others costs more.
             noised = process.sample(x, flat_s[rows], u_noise[rows])
             zs = torch.where(keep, zs, noised)
