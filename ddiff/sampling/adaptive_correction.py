@@ -17,8 +17,8 @@ from ddiff.sampling.grid_sampler import GridSampler, compute_alpha, draw_uniform
 from ddiff.sampling.loop import (
     Canvas,
     Quality,
+    check_predicts_distribution,
     draw_where,
-    require_distribution,
     require_process,
     step_rows,
 )
@@ -96,7 +96,7 @@ def require_informed_tokens(
 ) -> None:
     """Raise ArgumentError if predictions at tokens get no training signal from the bound."""
     require_process(sampler, process)
-    require_distribution(sampler, predicts)
+    check_predicts_distribution(sampler, predicts)
     if process is None:
         return
     # State 0 is a token in every vocabulary, and stands for all of them.

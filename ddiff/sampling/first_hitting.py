@@ -23,7 +23,7 @@ from ddiff.sampling.loop import (
     Quality,
     RngAt,
     Sampler,
-    require_distribution,
+    check_predicts_distribution,
     require_process,
     step_rows,
 )
@@ -75,7 +75,7 @@ class FirstHittingSampler(Sampler):
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
-        require_distribution(self, predicts)
+        check_predicts_distribution(self, predicts)
         if process is not None and not process.has_events:
             raise ArgumentError(
                 f"FirstHittingSampler: process must have events; {type(process).__name__} has no "

@@ -18,7 +18,7 @@ from ddiff.sampling.loop import (
     Quality,
     RngAt,
     Sampler,
-    require_distribution,
+    check_predicts_distribution,
     require_process,
     step_rows,
 )
@@ -49,7 +49,7 @@ class GridSampler(Sampler):
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
-        require_distribution(self, predicts)
+        check_predicts_distribution(self, predicts)
 
     def run(
         self,

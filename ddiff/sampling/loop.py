@@ -251,7 +251,7 @@ def require_process(sampler: object, process: ForwardProcess | None) -> None:
         )
 
 
-def require_distribution(sampler: object, predicts: Predicts) -> None:
+def check_predicts_distribution(sampler: object, predicts: Predicts) -> None:
     """Raise ArgumentError if the network predicts a score."""
     if predicts != "distribution":
         raise ArgumentError(

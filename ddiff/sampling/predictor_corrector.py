@@ -14,7 +14,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.ancestral import reverse_step
 from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
-from ddiff.sampling.loop import Canvas, Quality, require_distribution, require_process
+from ddiff.sampling.loop import Canvas, Quality, check_predicts_distribution, require_process
 
 
 @final
@@ -38,7 +38,7 @@ class ForwardBackward:
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         """Raise ArgumentError if `process` is None or the network predicts a score."""
         require_process(self, process)
-        require_distribution(self, predicts)
+        check_predicts_distribution(self, predicts)
 
     def correct(
         self,

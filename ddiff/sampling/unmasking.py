@@ -21,7 +21,7 @@ from ddiff.sampling.loop import (
     Quality,
     RngAt,
     Sampler,
-    require_distribution,
+    check_predicts_distribution,
     require_process,
     step_rows,
 )
@@ -251,7 +251,7 @@ def _confidence(
 def require_monotone(sampler: object, process: ForwardProcess | None, predicts: Predicts) -> None:
     """Raise ArgumentError if reverse steps of the process may change a revealed token."""
     require_process(sampler, process)
-    require_distribution(sampler, predicts)
+    check_predicts_distribution(sampler, predicts)
     if process is not None and not process.is_monotone:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be monotone, which means that reverse steps "
