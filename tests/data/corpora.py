@@ -45,7 +45,7 @@ def json_file(path: Path, texts: list[str]) -> str:
 
 
 def chunks_of(texts: list[str], at_once: int = 8) -> Any:
-    """Return a source in memory, whose cursor is the number of texts before it."""
+    """Return a source in memory with `at_once` texts per chunk; a cursor is a number of texts."""
 
     def chunks(cursor: int | None) -> Iterator[Chunk]:
         for start in range(cursor or 0, len(texts), at_once):

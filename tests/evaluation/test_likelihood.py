@@ -116,10 +116,10 @@ def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
-    """The entropy lies within 4 sigma of the bound (3 cases: probability 2e-4, seeds fixed).
+    """The entropy lies within four standard errors of the bound.
 
-    Decoding at t = 0.02 ignores the dependence of symbols given a row with 2 % noise: under 1e-3
-    nats.
+    One of the three cases fails by chance with probability 2e-4; seeds are fixed. The decoding term
+    treats the symbols at t = 0.02 as independent, which adds less than 1e-3 nats.
     """
     source, process = MarkovSource(4, peakedness=2.0), processes()[name]
     known = Known(process, given_the_rest(process, source))

@@ -226,7 +226,7 @@ def test_bound_terms_law_detects_planted_faults(
 def test_entropy_law_detects_swapped_channels_of_the_random_generator(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each channel enumerates other states, so that a swapped channel gives wrong probabilities."""
+    """The sums of the law assign states to channels, so a swapped channel changes the bound."""
     process = PROCESSES["uniform"]
     assert bound.entropy_equality(process).passed
     monkeypatch.setattr(elbo, "corrupt", fault)

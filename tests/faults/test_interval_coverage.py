@@ -59,9 +59,10 @@ CASES = [
 def test_confidence_intervals_have_coverage_near_95_percent() -> None:
     """Of 60 evaluations of each of ten cases, 93 to 97 % of all intervals contain the true value.
 
-    A median has a standard error of 1.25 sd/sqrt(60), and the probability that one of ten medians
-    is three standard errors too low is 1 %. With a coverage of 95 %, fewer than 50 of 60 intervals
-    contain the true value with probability 5e-4. The seeds are fixed.
+    In each case, at least 50 of 60 intervals contain the true value; with a coverage of 95 %, fewer
+    do with probability 5e-4. The median bound of each case is at most three standard errors (each
+    1.25 sd/sqrt(60)) below the true value; one of ten medians is lower with probability 1 %. The
+    seeds are fixed.
     """
     covered = []
     for number, (process, window) in enumerate(CASES):

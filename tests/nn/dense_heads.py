@@ -12,10 +12,10 @@ from ddiff.nn.heads import Head, TokenHead, TreeHead
 TREES: dict[str, Vocabulary] = {
     "words": FlatVocabulary(6, mask=False),
     "one level": FlatVocabulary(6),
-    # words scattered over nodes, unbalanced, node 2 with a single child
+    # nodes of unequal sizes, whose tokens have scattered ids; node 2 has a single child
     "two levels": HierarchicalVocabulary([[1, 0, 3, 1, 2, 0, 1, 3, 1]]),
     "three levels": HierarchicalVocabulary([[3, 0, 1, 2, 0, 3, 4, 1, 3], [1, 0, 1, 2, 1]]),
-    # a chain of single children: word 4 alone under node 3, alone under node 1 of level 2, alone under node 1 of level 3
+    # a chain of single children: node 1 of level 3, node 1 of level 2, node 3 of level 1, token 4
     "four levels": HierarchicalVocabulary([[2, 0, 1, 2, 3, 0, 1, 2], [0, 2, 0, 1], [0, 1, 0]]),
 }
 KINDS = ("tokens", "tied", "levelwise")
@@ -56,7 +56,7 @@ def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
 
 
 def row_of(vocabulary: Vocabulary, node: int) -> int:
-    """Return the row of a levelwise table that belongs to a state; levels are in tree order."""
+    """Return the row of a state in a levelwise table, which stores each level in tree order."""
     level = int(vocabulary.level_of(torch.tensor(node)))
     return vocabulary.offsets[level] + int(
         vocabulary.position(level)[node - vocabulary.offsets[level]]
@@ -67,15 +67,15 @@ def dense_law(head: Head, hidden: Tensor) -> DenseDistribution:
     return DenseDistribution(dense_log_p(head, hidden), head.vocabulary)
 
 
-def asked_nodes(vocabulary: Vocabulary, rows: int, generator: torch.Generator) -> Tensor:
-    """[n] nodes of every level above the words, the root included, in random order and uneven numbers."""
+def random_nodes(vocabulary: Vocabulary, rows: int, generator: torch.Generator) -> Tensor:
+    """Return random nodes [rows] of the levels above the tokens; 30 % of the rows are the root."""
     nodes = torch.arange(vocabulary.num_tokens, vocabulary.root + 1)
     picked = torch.randint(len(nodes), (rows,), generator=generator)
     return nodes[torch.where(torch.rand(rows, generator=generator) < 0.3, len(nodes) - 1, picked)]
 
 
-def word_below(vocabulary: Vocabulary, node: Tensor, generator: torch.Generator) -> Tensor:
-    """[n] a random word below each node."""
+def random_token_below(vocabulary: Vocabulary, node: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random token [n] below each node."""
     start, stop = vocabulary.node_range(node, 0)
     place = start + (torch.rand(len(node), generator=generator) * (stop - start)).long()
     return vocabulary.order(0)[place]

@@ -213,7 +213,7 @@ def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_previous_inputs_hide_a_position_and_all_later_ones(backbone: DiT, name: str) -> None:
+def test_previous_token_inputs_depend_only_on_earlier_positions(backbone: DiT, name: str) -> None:
     model, context = denoiser(backbone, "previous"), CONTEXTS[name]
     noisy = Noisy(
         words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -230,7 +230,7 @@ def test_previous_inputs_hide_a_position_and_all_later_ones(backbone: DiT, name:
         assert torch.equal(moved & seen, later & seen), position
 
 
-def test_previous_inputs_start_every_document_with_the_mask(backbone: DiT) -> None:
+def test_previous_token_inputs_start_every_document_with_the_mask(backbone: DiT) -> None:
     model, ids = denoiser(backbone, "previous"), words(10)
     noisy = Noisy(
         ids, torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -242,7 +242,7 @@ def test_previous_inputs_start_every_document_with_the_mask(backbone: DiT) -> No
         torch.testing.assert_close(packed[row, first:last], own, **CLOSE)
 
 
-def test_previous_inputs_start_with_the_mask_and_ignore_times(backbone: DiT) -> None:
+def test_previous_token_inputs_start_with_the_mask_and_ignore_times(backbone: DiT) -> None:
     model, noisy = denoiser(backbone, "previous"), drawn(11)
     shown = torch.cat([torch.full((BATCH, 1), VOCABULARY.root), noisy.zt[:, :-1]], 1)
     causal = Noisy(shown, torch.zeros_like(noisy.t), noisy.clean, torch.arange(LENGTH).unsqueeze(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_heads import TREES, asked_nodes, dense_law, make_head, word_below
+from dense_heads import TREES, dense_law, make_head, random_nodes, random_token_below
 from torch import Tensor, nn
 
 from ddiff import Backbone
@@ -44,7 +44,7 @@ def denoiser() -> Denoiser:
 
 def shown() -> Noisy:
     generator = torch.Generator().manual_seed(2)
-    zt = asked_nodes(VOCABULARY, BATCH * LENGTH, generator).reshape(BATCH, LENGTH)
+    zt = random_nodes(VOCABULARY, BATCH * LENGTH, generator).reshape(BATCH, LENGTH)
     t = torch.rand(BATCH, LENGTH, dtype=torch.float64, generator=generator)
     return Noisy(zt, t, torch.zeros_like(zt, dtype=torch.bool))
 
@@ -54,7 +54,7 @@ def test_one_forward_gives_gradients_to_backbone_and_head(denoiser: Denoiser) ->
     noisy = shown()
     rows = torch.tensor([7, 0, 3, 10])
     node = noisy.zt.flatten()[rows]
-    word = word_below(VOCABULARY, node, torch.Generator().manual_seed(0))
+    word = random_token_below(VOCABULARY, node, torch.Generator().manual_seed(0))
     fn = lambda dist, idx: -dist.log_child(node[idx], word[idx])  # noqa: E731
     total, values = denoiser(noisy, UNPADDED, rows, node, fn)
     dense = fn(

@@ -1,4 +1,4 @@
-"""Results of heads in chunks equal those of the dense distribution, in value and gradient."""
+"""Heads that compute in chunks equal the dense distribution, in value and gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from dense_heads import KINDS, TREES, asked_nodes, dense_law, dense_log_p, make_head, word_below
+from dense_heads import (
+    KINDS,
+    TREES,
+    dense_law,
+    dense_log_p,
+    make_head,
+    random_nodes,
+    random_token_below,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +23,8 @@ from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.nn.heads import Head, LevelwiseDistribution, TokenHead, TreeHead
 
-# Chunks sum the same numbers in another order; in float64 that moves values of size one by less than 1e-14 a term.
+# Chunks sum the same numbers in another order, which changes a float64 value of size one by less
+# than 1e-14 per term.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ROWS = 23
 
@@ -41,8 +50,8 @@ def rows_of(head: Head, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tenso
     hidden = torch.randn(
         rows, head.width, generator=generator, dtype=torch.float64, requires_grad=True
     )
-    node = asked_nodes(vocabulary, rows, generator)
-    word = word_below(vocabulary, node, generator)
+    node = random_nodes(vocabulary, rows, generator)
+    word = random_token_below(vocabulary, node, generator)
     depth = (torch.rand(rows, generator=generator) * vocabulary.level_of(node)).long()
     return hidden, node, word, vocabulary.ancestor(word, depth)
 
@@ -124,7 +133,7 @@ def test_gradient_of_a_node_probability_passes_through_all_levels(head: Head) ->
         torch.testing.assert_close(ours, expected, **EXACT)
 
 
-def test_head_query_returns_the_row_results_of_total(head: Head) -> None:
+def test_head_query_and_total_return_equal_results_of_rows(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node, child, torch.rand(ROWS, dtype=torch.float64))
     head.chunk_logits = 20
@@ -226,8 +235,9 @@ class Allocations(TorchDispatchMode):
 def test_head_uses_one_gradient_buffer_for_any_number_of_chunks(kind: str) -> None:
     """64 nodes are queried, but only two tensors of the table's size are made.
 
-    They are the gradient buffer and its product with d_sum. Slices of the table under autograd
-    would make one tensor per node, which is 36 times slower for a vocabulary of 50k.
+    They are the gradient buffer and its product with the gradient of the sum over rows. Slices of
+    the table under autograd would make one tensor per node, which is 36 times slower for a
+    vocabulary of 50k.
     """
     vocabulary = HierarchicalVocabulary([torch.arange(512) % 64])
     head = make_head(kind, vocabulary, width=3)

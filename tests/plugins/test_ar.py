@@ -201,7 +201,7 @@ def test_left_to_right_samples_follow_the_scored_distribution() -> None:
 # ---------------------------------------------------------------------- refusals
 
 
-def test_ar_refuses_own_token_inputs_missing_mask_and_a_process() -> None:
+def test_ar_refuses_inputs_own_vocabulary_without_mask_and_processes() -> None:
     backbone = DiT(TREE, 8, layers=1, heads=2)
     with pytest.raises(ArgumentError, match='inputs = "previous"; got "own"'):
         AutoregressiveObjective(Denoiser(backbone, TokenHead(TREE, 8)))
@@ -266,9 +266,10 @@ def test_ar_objective_keeps_the_precision_of_the_recipe(
 def test_ar_learns_a_markov_source_to_its_entropy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The entropy of 16 symbols is known exactly. A model is below it only by chance of the
-    validation rows, and its 95 % interval then still covers it. This one learns the source to 3 %,
-    while the unigram distribution is 30 % above."""
+    """The NLL is at most 3 % above the entropy, and its interval does not end below the entropy.
+
+    The entropy of rows of 16 symbols is known exactly. The unigram distribution is 30 % above it.
+    """
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     run = ddiff.run(parse_recipe(RECIPE, settings=[f"run_dir={str(tmp_path / 'run')!r}"]))
@@ -283,7 +284,7 @@ def test_ar_learns_a_markov_source_to_its_entropy(
     )
 
 
-def test_ar_small_shares_all_other_tables_with_mdlm_small() -> None:
+def test_ar_small_and_mdlm_small_have_equal_data_denoiser_and_training() -> None:
     ours, theirs = (
         ddiff.read_recipe(find_shipped_recipes()[name]).to_dict()
         for name in ("ar_small", "mdlm_small")

@@ -66,7 +66,8 @@ def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) ->
 def prompts() -> tuple[Tensor, Tensor]:
     """Return prompts of at least one token each.
 
-    If all positions are masked, they are alike, and rounding decides between them.
+    Without a prompt, all masked positions have equal predictions, and rounding errors would decide
+    which position is revealed first.
     """
     prompt = torch.randint(7, (6, LENGTH), generator=torch.Generator().manual_seed(1))
     return prompt, torch.arange(LENGTH) < torch.tensor([[1], [3], [4], [5], [9], [14]])

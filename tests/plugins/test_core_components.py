@@ -50,7 +50,7 @@ EVERY = [*ON_A_GRID, *INSIDE, samplers.FirstHitting, samplers.EntropyBound]
 
 
 @pytest.mark.parametrize("component", EVERY, ids=lambda one: one.__name__)
-def test_sampler_takes_all_four_filters_in_their_order(component: Any) -> None:
+def test_sampler_applies_temperature_top_k_top_p_min_p_in_this_order(component: Any) -> None:
     shaped = built(component, temperature=0.5, top_k=3, top_p=0.8, min_p=0.1)
     assert [type(shaper) for shaper in shaped.shapers] == [Temperature, TopK, TopP, MinP]
     temperature, top_k, top_p, min_p = shaped.shapers
@@ -121,7 +121,7 @@ def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
     assert sampler.kappa.eta == 0.3
 
 
-def test_remasking_loop_keeps_the_time_at_hold() -> None:
+def test_remasking_loop_builds_a_loop_grid_with_the_hold_time() -> None:
     assert (
         built(samplers.Remasking, setting="loop", hold=0.3).grid.times()
         == LoopGrid(7, hold=0.3).times()
@@ -159,7 +159,7 @@ def test_clipped_loss_keeps_weights_in_its_range() -> None:
     assert (Clip.Config().smallest, Clip.Config().largest) == (0.0, 2.0)
 
 
-def test_window_time_rules_build_the_shape_of_their_kind() -> None:
+def test_time_rule_components_build_window_times_with_their_keys() -> None:
     block = Block.build(WindowConfig(width=3, start=0.1, stop=0.8, paired=False))
     slide = Slide.build(WindowConfig(width=4))
     single = Quenched.build(Quenched.Config())

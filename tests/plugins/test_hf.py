@@ -72,8 +72,10 @@ def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def moved_by(model: PretrainedBackbone, position: int, context: Context = UNPADDED) -> Tensor:
-    """bool [B,L]: hidden states that change with the id at a position; 1e-9 is far above
-    rounding."""
+    """Return a bool [B,L]: the hidden states that change if the id at a position changes.
+
+    Changes below 1e-9 are rounding errors.
+    """
     ids, t = inputs()
     before = model(ids, t, context)
     ids[:, position] = (ids[:, position] + 1) % TREE.num_states
@@ -94,7 +96,7 @@ def test_hf_tokens_keep_embeddings_and_nodes_start_as_their_mean(path: str) -> N
 
 
 def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
-    """Equal to the library's model, a decoder being causal; the mask adds -1e308, not -inf."""
+    """Compare with the model of the library on rows of tokens; decoders have a causal mask."""
     ids, t = inputs()
     ids = ids % V
     ids = torch.where(ids == 1, 2, ids)  # RoBERTa takes 1 for padding

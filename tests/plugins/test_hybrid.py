@@ -89,7 +89,7 @@ def test_hybrids_obey_every_process_law_in_every_setting(process: ForwardProcess
 
 
 def generators() -> tuple[Tensor, Tensor]:
-    """Q_absorb and Q_uniform [S,S], rates from row to column."""
+    """Return Q_absorb and Q_uniform [S,S]; entry [y,z] is the rate from y to z."""
     absorb = -torch.eye(WORDS + 1, dtype=torch.float64)
     absorb[:, WORDS] += 1.0
     uniform = torch.zeros_like(absorb)
@@ -98,7 +98,7 @@ def generators() -> tuple[Tensor, Tensor]:
 
 
 def noise_of(process: GammaHybrid, t: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma and its derivative."""
+    """Return the noise sigma_t of the paper and its derivative."""
     if process.masking == 1.0:  # of time "masked", where e^{-(1 - gamma) sigma} = 1 - t
         return -torch.log1p(-t) / (1.0 - process.gamma), 1.0 / (1.0 - t) / (1.0 - process.gamma)
     left = 1.0 - process.noise.floor
@@ -113,7 +113,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
 def test_gamma_hybrid_rates_mix_both_generators(keys: dict[str, Any]) -> None:
-    """The marginals are those of an interpolating process; only rates and transitions differ."""
+    """Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ].
+
+    An interpolating process with the same marginals has other rates and transitions.
+    """
     process, t = gamma_hybrid(**keys), times(INNER)
     absorb, uniform = generators()
     mixed = (1.0 - process.gamma) * absorb + process.gamma * uniform
@@ -163,7 +166,7 @@ def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
 
 
 def test_gamma_hybrid_time_settings_describe_the_same_chain() -> None:
-    """At equal noise transitions are equal, and densities differ by the speed of the time."""
+    """At times of equal sigma, transitions are equal, and densities are proportional to sigma'."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
     there = -torch.expm1(-0.6 * noise_of(rng, rows.t)[0])  # t of "masked": 1 - A
@@ -180,7 +183,7 @@ def test_gamma_hybrid_time_settings_describe_the_same_chain() -> None:
 
 
 def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
-    """t of time = "noise" at which a share `masked` is masked."""
+    """Return the time at which the fraction `masked` is masked, for the setting time = "noise"."""
     return (1.0 - (1.0 - masked) ** (1.0 / (1.0 - process.gamma))) / (1.0 - process.noise.floor)
 
 
@@ -215,7 +218,10 @@ def test_hybrids_without_uniform_noise_are_masked_diffusion(process: ForwardProc
 
 
 def test_epsilon_hybrid_shuffles_at_zero_and_then_only_masks() -> None:
-    """Transitions only mask, and at tokens only the last draw is charged."""
+    """Transitions are those of masked diffusion, and the density is 0 at tokens.
+
+    Only the decoding term depends on the prediction at tokens.
+    """
     process, masked = epsilon_hybrid(), masked_diffusion()
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.9, 1.0)))
     torch.testing.assert_close(
@@ -241,7 +247,7 @@ def test_epsilon_hybrid_shuffles_at_zero_and_then_only_masks() -> None:
 
 
 def test_gamma_hybrid_reveals_masks_independent_of_the_network() -> None:
-    """A step queries a share 1 - (1 - A_s)/(1 - A_t) = 1 - s/t of the masks and reveals each."""
+    """A step from t to s queries the fraction 1 - s/t of the masks and reveals all of these."""
     process, count = gamma_hybrid(0.3), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = torch.full((count,), WORDS), times((0.8,)).expand(count), times((0.6,)).expand(count)
@@ -253,9 +259,10 @@ def test_gamma_hybrid_reveals_masks_independent_of_the_network() -> None:
 
 
 def test_gamma_hybrid_step_queries_only_tokens_below_its_rate_bound() -> None:
-    """A step queries the fraction (1 - B_ts)/(1 - B_t) (1 - (1 - B_s)/V) of V tokens, here 0.3.
+    """A step queries the fraction (1 - B_t/B_s)/(1 - B_t) (1 - (1 - B_s)/V) of the rows, here 0.3.
 
-    Tolerance 5 of 4096 rows: the grid of first uniforms may round at the bound.
+    For gamma = 0.5, B_t = 1 - t is the probability that a token is not redrawn by time t. V is the
+    number of tokens. Tolerance 5 of 4096 rows: the grid of first uniforms may round at the bound.
     """
     process, count = gamma_hybrid(0.5), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
@@ -271,7 +278,11 @@ def test_gamma_hybrid_step_queries_only_tokens_below_its_rate_bound() -> None:
 
 
 def test_gamma_hybrid_kernel_inverts_scores_exactly() -> None:
-    """r e^{-D Q} is q_s/q_t(z); the published linear mix has an error of the square of the step."""
+    """The score of time t times e^{-D Q} is q_s(y)/q_t(z), with D = sigma_t - sigma_s.
+
+    The published code instead mixes the results for Q_absorb and Q_uniform linearly, which has an
+    error of second order in the step.
+    """
     process = gamma_hybrid(0.5, time="noise", floor=0.005)
     absorb, uniform = generators()
     rows = ReachableRows(process, times(INNER))
@@ -296,8 +307,10 @@ def test_gamma_hybrid_kernel_inverts_scores_exactly() -> None:
 
 
 def test_gamma_hybrid_makes_no_float64_tensor_of_vocabulary_width() -> None:
-    """Bound, ends, noise and events with a float32 prediction of 3000 tokens; draws may use
-    float64."""
+    """Evaluate bound terms, noise and event times for a float32 prediction of 3000 tokens.
+
+    `step` and `decode` are not called, because draws from a distribution may use float64.
+    """
     words, count = 3000, 6
     vocabulary = FlatVocabulary(words)
     process = GammaHybrid(vocabulary, 0.3)
@@ -345,9 +358,11 @@ def test_gamma_hybrid_makes_no_float64_tensor_of_vocabulary_width() -> None:
 
 
 def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Tensor) -> Tensor:
-    """Loss of the code per unit of sigma: (1 - gamma) L_absorb at masks, gamma L_uniform at tokens.
+    """Return the loss of the published code per unit of sigma.
 
-    arXiv 2310.16834: K(r) = r (ln r - 1); a = e^sigma - 1, L_absorb = sum s - ln s(x)/a + K(1/a).
+    The loss is (1 - gamma) L_absorb at masks and gamma L_uniform at tokens, with the score
+    entropies of arXiv 2310.16834. For example, L_absorb = sum_y s(y) - ln s(x)/a + K(1/a) with
+    K(r) = r (ln r - 1) and a = e^sigma - 1.
     """
     a, pick = torch.expm1(sigma), x0.unsqueeze(-1)
     entropy = lambda r: r * (r.log() - 1.0)  # noqa: E731
@@ -379,7 +394,11 @@ def test_published_gamma_loss_equals_the_published_code(keys: dict[str, Any]) ->
 
 
 def test_published_gamma_loss_is_not_the_bound() -> None:
-    """A uniform prediction pays 90 times too little at wrong tokens; an exact one pays at masks."""
+    """The loss is not proportional to the density of the bound.
+
+    At a wrong token, the loss of a uniform prediction is 90 times smaller than the density. At a
+    mask, the loss of the exact prediction is positive, and the density is 0.
+    """
     process = GammaHybrid(FlatVocabulary(6), 0.05, "noise", 0.005)
     loss, even = MixedEntropies(process), torch.full((1, 6), 1.0 / 6.0, dtype=torch.float64).log()
     asked = (
@@ -405,8 +424,11 @@ def test_published_gamma_loss_is_not_the_bound() -> None:
 @pytest.mark.parametrize("weights", ["flat", "annealing"])
 @pytest.mark.parametrize("lam", [1.0, 0.1])
 def test_published_epsilon_weights_equal_the_published_code(weights: Any, lam: float) -> None:
-    """1/p at masks; lam (1 - e) at shuffled tokens and lam e at the others, over 1 - p if flat. It
-    is a mean if a token was drawn onto itself, since the state does not show that."""
+    """The weight is 1/t at masks, lam (1 - epsilon) at redrawn and lam epsilon at other tokens.
+
+    With weights = "flat", the weight of tokens is divided by 1 - t. If the token is unchanged, it
+    may have been redrawn as itself; its weight is the mean over both cases.
+    """
     process, loss, t = epsilon_hybrid(), EverywhereCrossEntropy(lam, weights), times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
     share = 1.0 - t if weights == "flat" else torch.ones_like(t)
@@ -422,7 +444,7 @@ def test_published_epsilon_weights_equal_the_published_code(weights: Any, lam: f
 
 
 def test_published_epsilon_loss_is_full_conditional_cross_entropy() -> None:
-    """-ln P(x | z): with given = "all" it is plain cross-entropy with the clean token."""
+    """If the full conditional P(x | z) is predicted, the loss is the cross-entropy -ln P(x | z)."""
     process, loss = epsilon_hybrid(), EverywhereCrossEntropy()
     rows = ReachableRows(process, times(INNER))
     rest = drop_own_evidence(rows.log_p, process.log_likelihood(rows.zt, rows.t))
@@ -436,7 +458,7 @@ def test_published_epsilon_loss_is_full_conditional_cross_entropy() -> None:
 @pytest.mark.parametrize(
     ("epsilon", "lam", "everything"), [(0.3, 1.0, True), (0.0, 1.0, False), (0.3, 0.0, False)]
 )
-def test_published_epsilon_selects_visible_tokens_with_weight(
+def test_published_epsilon_loss_skips_visible_tokens_of_weight_zero(
     epsilon: float, lam: float, everything: bool
 ) -> None:
     process = epsilon_hybrid(epsilon)
@@ -472,8 +494,7 @@ def trained_on(
     given: Any = "rest",
     window: tuple[float, float] = (1e-3, 1.0),
 ) -> tuple[Any, Denoiser]:
-    """The objective's terms on a batch of 64 x 8 uniform tokens, and the denoiser with
-    gradients."""
+    """Return the objective's terms on 64 x 8 uniform tokens, and the denoiser with gradients."""
     denoiser = Denoiser(
         Unigram(), TokenHead(process.vocabulary, Unigram.width), parameterization=given
     ).double()
@@ -494,7 +515,7 @@ def visible_gradient(denoiser: Denoiser) -> float:
 
 
 def test_epsilon_hybrid_elbo_trains_the_decoding_term() -> None:
-    """Only the last draw trains the prediction at visible tokens."""
+    """Only the decoding term trains the prediction at visible tokens."""
     terms, denoiser = trained_on(epsilon_hybrid(), ElboLoss())
     assert visible_gradient(denoiser) > 0
     assert not any("published" in name for name in terms.metrics)
@@ -516,8 +537,10 @@ def test_published_losses_are_logged_next_to_the_bound(process: ForwardProcess, 
 
 
 def test_published_epsilon_loss_scales_with_the_window_of_times() -> None:
-    """A window ten times as wide has ten times the loss, visible tokens included. Its times are
-    equal to 1e-3, so that few rows of 512 differ."""
+    """A window ten times as wide has ten times the loss, also at visible tokens.
+
+    The times of both windows differ by at most 1e-3, so that few of the 512 states differ.
+    """
     losses = [
         trained_on(epsilon_hybrid(), EverywhereCrossEntropy(), "rest", (0.4, 0.4 + h))[0].loss
         for h in (1e-3, 1e-4)
@@ -570,7 +593,7 @@ def test_hybrids_refuse_a_vocabulary_that_does_not_fit(
         kind.build(kind.Config(), vocabulary=vocabulary)
 
 
-def test_published_loss_refuses_other_processes_and_keys() -> None:
+def test_published_loss_refuses_other_processes_and_unused_keys() -> None:
     with pytest.raises(ArgumentError, match=r"hybrid_epsilon or hybrid_gamma; got MaskedDiffusion"):
         Published.build(Published.Config(), process=masked_diffusion())
     with pytest.raises(
@@ -588,7 +611,7 @@ def test_redraw_kernel_refuses_to_solve_if_singular() -> None:
 
 
 def test_gamma_hybrid_decode_nll_gradient_is_finite_at_zero_scores() -> None:
-    """At t = 1 only the mask is possible, and a perfect score rates all tokens equally."""
+    """At t = 1 only the mask is possible; the exact score of all tokens is 0."""
     log_ratio = torch.full((1, WORDS + 1), -torch.inf, dtype=torch.float64)
     log_ratio[0, WORDS] = 0.0
     log_ratio.requires_grad_()

@@ -98,20 +98,20 @@ def test_geometric_schedule_refuses_sigmas_that_do_not_grow(sigmas: tuple[float,
 
 
 def sigmas(process: ComponentProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The total noise sigma and its derivative."""
+    """Return the total noise sigma and its derivative."""
     alpha = process.alpha(t)
     return -alpha.log(), -process.d_alpha(t) / alpha
 
 
 def any_scores(rows: ReachableRows, states: int) -> Tensor:
-    """log s(y) that belong to no distribution, 0 at the current state."""
+    """Return random log s(y) [n,S] that are scores of no distribution; 0 at the current state."""
     generator = torch.Generator().manual_seed(8)
     log_s = 1.5 * torch.randn(len(rows.zt), states, generator=generator, dtype=torch.float64)
     return log_s.scatter(-1, rows.zt.unsqueeze(-1), 0.0)
 
 
 def times_log_less_one(ratio: Tensor) -> Tensor:
-    """K(r) = r (ln r - 1)."""
+    """Return K(r) = r (ln r - 1)."""
     return ratio * (ratio.log() - 1.0)
 
 
@@ -132,8 +132,10 @@ def test_sedd_absorb_density_is_the_published_score_entropy(noise: str) -> None:
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_uniform_density_is_the_published_score_entropy(noise: str) -> None:
-    """The published closed form, with rho = (e^sigma - 1)/(e^sigma - 1 + V), means over V
-    tokens."""
+    """Compare with the published closed form.
+
+    It contains rho = (e^sigma - 1)/(e^sigma - 1 + V), and means over the V tokens.
+    """
     process = make("uniform", noise)
     rows = ReachableRows(process, times(INNER))
     log_s, (sigma, d_sigma) = any_scores(rows, WORDS), sigmas(process, rows.t)
@@ -151,9 +153,12 @@ def test_sedd_uniform_density_is_the_published_score_entropy(noise: str) -> None
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_uniform_density_is_that_of_udlm_and_duo(noise: str) -> None:
-    """arXiv 2412.10193 and 2506.10892: with xbar = V alpha p + 1 - alpha and xbar0 that of the
-    clean token, alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z
-    xbar0_j / (xbar_j xbar0_z) ) ]."""
+    """Compare with the density of arXiv 2412.10193 and 2506.10892.
+
+    The density is alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z
+    xbar0_j / (xbar_j xbar0_z) ) ], where xbar = V alpha p + 1 - alpha for the prediction p, and
+    xbar0 is the same for the clean token.
+    """
     process = make("uniform", noise)
     rows = ReachableRows(process, times(INNER))
     alpha = process.alpha(rows.t).unsqueeze(-1)
@@ -170,7 +175,7 @@ def test_sedd_uniform_density_is_that_of_udlm_and_duo(noise: str) -> None:
 
 
 def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: Tensor) -> Score:
-    """The score that the head's parameterization gives for raw log-ratios [r,S]."""
+    """Return the score that the head's parameterization makes of raw log-ratios [r,S]."""
     taken: list[Score] = []
     question = head.parameterization.wrap_callback(
         lambda prediction, idx: taken.append(prediction),
@@ -185,8 +190,10 @@ def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: T
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_scaled_score_of_a_distribution_has_the_masked_loss(noise: str) -> None:
-    """Logits ln p + ln V give s = p/(e^sigma - 1) and the loss of arXiv 2406.07524,
-    sigma'/(e^sigma - 1) times -ln p(x). Unscaled scores have another loss."""
+    """Scaled logits ln p + ln V have the loss -ln p(x) sigma'/(e^sigma - 1) of arXiv 2406.07524.
+
+    The score is then s = p/(e^sigma - 1). Unscaled scores have another loss.
+    """
     process = make("absorb", noise)
     rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(float(WORDS)).double().log(), (0, 1))
@@ -366,8 +373,7 @@ def format_settings(graph: str, noise: str, head: str, run_dir: Path) -> list[st
 def test_sedd_training_lowers_the_loss_of_scores_and_distributions(
     graph: str, noise: str, head: str
 ) -> None:
-    """One batch and one noise: the loss is a function of the weights only, and descent lowers
-    it."""
+    """Train on one batch with fixed noise, so that the loss depends only on the weights."""
     torch.set_num_threads(1)
     process = make(graph, noise)
     torch.manual_seed(0)
@@ -495,7 +501,7 @@ def test_score_head_refuses_trees_and_scaling_without_a_mask() -> None:
         ScoreHead(FlatVocabulary(4, mask=False), 4, scaled=True)
 
 
-def test_denoiser_refuses_given_with_a_score_head() -> None:
+def test_denoiser_refuses_parameterization_all_with_a_score_head() -> None:
     head = ScoreHead(FlatVocabulary(3), 8, scaled=True)
     backbone = torch.nn.Linear(1, 1)
     backbone.width = 8  # type: ignore[assignment]

@@ -61,8 +61,7 @@ def test_hdlm_gamma_is_one_by_default() -> None:
 
 
 def test_hdlm_rates_are_ordered_from_the_tokens_up() -> None:
-    """The fast level of (4, .5) is the first: tokens are left as (1 - t)^4, clusters as (1 -
-    t)^.5."""
+    """The first of rates = (4, 0.5) is the rate of leaving the tokens: alpha = (1 - t)^4."""
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO
     )

@@ -93,7 +93,7 @@ def test_recipe_origins_name_the_distribution_of_each_component(write):
     assert read_recipe(write()).origins()["process"] == "toy (toy_pkg, toy-dist 1.0)"
 
 
-def test_recipe_may_omit_process_if_objective_uses_no_slots(write):
+def test_recipe_may_omit_the_process_if_the_objective_needs_none(write):
     text = RECIPE.replace('[process]\nkind = "toy"\ngamma = 2\n', '[objective]\nkind = "next"\n')
     recipe = read_recipe(write(text))
     assert (recipe.process, recipe.loss, recipe.times) == (None, None, None)

@@ -35,7 +35,7 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(name: str) -> No
 
 @pytest.mark.parametrize("name", CLOSING)
 def test_sliding_window_samples_converge_to_the_joint(name: str) -> None:
-    """Order 1 in the steps: at 96 steps of a path half as steep the ancestral error is below .02 beside the noise."""
+    """The error is of first order: at 96 steps it is below 0.02 plus the sampling noise."""
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (
         measure_sampler(

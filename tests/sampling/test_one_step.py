@@ -225,9 +225,9 @@ def test_psi_records_log_probabilities_of_new_tokens() -> None:
 
 
 def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
-    """The time falls from 1 to `hold` while tau > `on`, and to 0 while tau < `off`.
+    """The time falls from 1 to `hold` while tau > `on`, and from `hold` to 0 while tau < `off`.
 
-    tau = 1, 0.9, ..., 0. Between `on` and `off`, the time stays at `hold`.
+    tau falls from 1 to 0 in ten equal steps. Between `on` and `off`, the time stays at `hold`.
     """
     times = LoopGrid(10, on=0.6, off=0.2, hold=0.3).times()
     expected = [1.0, 0.825, 0.65, 0.475, 0.3, 0.3, 0.3, 0.3, 0.3, 0.15, 0.0]

@@ -37,7 +37,7 @@ def tail(mass: float) -> int:
     return int((ZIPF.flip(0).cumsum(0).flip(0) > mass).sum())
 
 
-def off(words: Tensor, mass: float) -> float:
+def deviations(words: Tensor, mass: float) -> float:
     """Return the number of rare tokens minus its expectation, in standard deviations."""
     share = float(ZIPF[tail(mass) :].sum())
     count = int((words >= tail(mass)).sum())
@@ -59,7 +59,9 @@ def test_ancestral_sampling_draws_rare_tokens_at_their_probability() -> None:
         AncestralSampler(STEPS), process, zipf, index=torch.arange(8), length=DRAWS // 8, seed=0
     )
     words = samples.ids.reshape(-1)
-    assert [round(off(words, mass), 1) for mass in MASSES] == pytest.approx([0.0, 0.0], abs=4.0)
+    assert [round(deviations(words, mass), 1) for mass in MASSES] == pytest.approx(
+        [0.0, 0.0], abs=4.0
+    )
 
 
 def exponential(u: Tensor) -> Tensor:
@@ -71,12 +73,16 @@ def exponential(u: Tensor) -> Tensor:
     return 1e-10 - (single + 1e-10).log()
 
 
-def raced(generator: torch.Generator) -> Tensor:
-    """Words of masked diffusion by argmax of p/E over all words and the mask in one float32 race a step.
+def draw_by_race(generator: torch.Generator) -> Tensor:
+    """Draw tokens of masked diffusion; each step is a float32 race of all tokens and the mask.
 
-    A mask at t = k/N is to stay with probability (k - 1)/k; word v has weight w_v = p_v/k. Rounding a uniform down to
-    float32 makes its exponential larger, so that only words with an exact E_v/w_v below the mask's can win. Those are the
-    first arrivals of a Poisson process, at rate w_v for v: they come one by one, and the other fifty thousand stay undrawn.
+    In the step from t = k/N to (k - 1)/N, a masked position takes the index v with the least
+    E_v/w_v. E_v is a float32 exponential variable, w_v = p_v/k the weight of token v, and
+    (k - 1)/k the weight of the mask.
+
+    Few of the 50,257 variables are drawn. Rounding a uniform down to float32 increases its
+    exponential, so that only tokens whose exact E_v/w_v is below the value of the mask can win.
+    The exact values are the first arrivals of Poisson processes with rates w_v, drawn in time order.
     """
     words = torch.full((DRAWS,), WORDS)
     cumulative = ZIPF.cumsum(0)
@@ -102,10 +108,10 @@ def raced(generator: torch.Generator) -> Tensor:
 
 def test_float32_gumbel_race_over_tokens_and_mask_starves_the_tail() -> None:
     """Published samplers draw too few rare tokens for the same reason (arXiv 2409.02908)."""
-    words = raced(torch.Generator().manual_seed(0))
+    words = draw_by_race(torch.Generator().manual_seed(0))
     assert int(words.max()) < WORDS
-    assert off(words, 0.1) < -8.0
-    assert off(words, 0.01) < -4.0
+    assert deviations(words, 0.1) < -8.0
+    assert deviations(words, 0.01) < -4.0
 
 
 def test_float64_exponential_race_draws_rare_tokens_correctly(
@@ -113,5 +119,7 @@ def test_float64_exponential_race_draws_rare_tokens_correctly(
 ) -> None:
     """The same race is correct with float64 exponentials, so the error is one of precision."""
     monkeypatch.setitem(globals(), "exponential", lambda u: -u.log())
-    words = raced(torch.Generator().manual_seed(0))
-    assert [round(off(words, mass), 1) for mass in MASSES] == pytest.approx([0.0, 0.0], abs=4.0)
+    words = draw_by_race(torch.Generator().manual_seed(0))
+    assert [round(deviations(words, mass), 1) for mass in MASSES] == pytest.approx(
+        [0.0, 0.0], abs=4.0
+    )

@@ -97,7 +97,7 @@ class Store:
 
 
 class Mortal(Store):
-    """Object store that raises `Killed` before its `last`-th change."""
+    """Object store that permits `last` changes and raises `Death` before the next change."""
 
     def __init__(self, fs: Any, last: int) -> None:
         super().__init__(fs)
@@ -113,7 +113,7 @@ class Mortal(Store):
         return self._fs.makedirs(*args, **kwargs)
 
     def mv(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a store of objects has no rename")
+        raise AssertionError("an object store cannot rename files")
 
     def pipe_file(self, *args: Any, **kwargs: Any) -> Any:
         self._live()
@@ -152,7 +152,7 @@ def test_kill_during_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
             assert checkpoints.read_weights(step)["weight"].tolist() == [float(step)] * 3
         save(checkpoints, 15)
         assert [path.name for path in root.iterdir()] == ["step_00000015"], (
-            "what the dead process left is swept up"
+            "files of the killed save were not deleted"
         )
     # The changes are: the folder, three files, the marker, the old marker and its folder. The save
     # was killed before each of them.
