@@ -1,9 +1,9 @@
 """Tree family: a position moves from its token to ever coarser nodes; the root is the mask.
 
 One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical model
-of arXiv 2510.08632. Any number of levels is possible. Parents may be stochastic: level l is entered
-at the own parent with probability xi_l, and at each other of its n_l nodes with probability (1 -
-xi_l)/(n_l - 1).
+of arXiv 2510.08632. Any number of levels is possible. Parents may be stochastic: a position moves
+to the parent of its node, at level l, with probability xi_l, and to each of the other n_l - 1 nodes
+of level l with probability (1 - xi_l)/(n_l - 1).
 
 Notation: pi_l(t) is the probability of level l at time t, and F_l(t) = sum_{j>=l} pi_j(t)
 (`ddiff.core.clock`). anc_j(y) is the ancestor of y at level j. kappa_ij(y,z) is the probability of
@@ -14,11 +14,12 @@ the ancestor of y and a remainder r_ij that does not depend on y:
     q_t(z|x)      = pi_j(t) kappa_0j(x,z)                     j the level of z
     density       = (F_l'/pi_l) KL( P(y | z,x) || P(y | z) )  y one level below z, l the level of z
 
-P(y | z) is computed from the predicted distribution. For xi = 1 and a_l = anc_l(x) the density is
+P(y | z,x) is the distribution of y given z and the clean token x. P(y | z) is computed from the
+predicted distribution. For xi = 1 and a_l = anc_l(x) the density is
 
     (F_l'/pi_l) (-ln P(a_{l-1} | a_l)).
 
-The density gives a true bound for xi < 1 too, unlike the published formula.
+For xi < 1 the density gives a true bound too, unlike the formula of arXiv 2510.08632.
 
 The module holds the process. `ddiff.core.tree_parents` has kappa, `tree_kernel` the rates and
 transitions, `tree_divergence` the KL divergence, and `tree_decoding` the draws of P(y | z).
@@ -65,12 +66,10 @@ class TreeProcess(ForwardProcess):
         vocabulary: at least one level above the tokens.
         clock: distribution of the times at which a position moves up, with as many levels as the
             vocabulary.
-        xi: probability of the own parent, one number in (0,1] for every level with several nodes,
-            or one number per level 1..L.
-        decoding: rule by which a step draws below a node if xi < 1. `bayes` is the exact posterior.
-            `within` draws only tokens below the node. `between` gives the tokens below the node
-            the probability xi and all other tokens 1 - xi, each in proportion to the predicted
-            distribution. `free` ignores the node.
+        xi: probability that a position moves to its parent in the tree, one number in (0,1] for
+            every level with several nodes, or one number per level 1..L.
+        decoding: rule by which a step draws states at lower levels if xi < 1: `bayes`, `within`,
+            `between` or `free` (see `ddiff.core.tree_decoding`). `bayes` is the exact posterior.
     """
 
     has_events = True
@@ -147,7 +146,7 @@ class TreeProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw z_t given x0: first the level from the probabilities F_l(t), then the node."""
+        """Draw z_t given x0: first the level, with P(level >= l) = F_l(t), then the node."""
         cdf = evaluate_per_time(self.clock.cdf, t)
         # F_l falls with l: the number of levels with u < F_l is the level.
         level = (u[:, :1] < cdf).sum(-1)
@@ -160,9 +159,9 @@ class TreeProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw z_t given z_s: first the level j from K_ij(s,t), with i the level of z_s.
+        """Draw z_t given z_s: first the level j, then the node at this level.
 
-        The node at level j is drawn afterwards.
+        The level is drawn from row i of the clock's transition K_ij(s,t), with i the level of z_s.
         """
         own = self.vocabulary.level_of(zs)
         rows = torch.arange(len(zs), device=zs.device)
@@ -196,9 +195,10 @@ class TreeProcess(ForwardProcess):
         return self._level_probability(x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log of the score normalized over the tokens.
+        """Return the log of the score, normalized over the tokens.
 
-        No other token can become x, so q_t-bar(x) = pi_0 p(x).
+        Only the token x can be at state x, so q_t-bar(x) = pi_0 p(x), and the score at tokens is
+        proportional to p.
         """
         at_tokens = score.log_ratio[:, : self.vocabulary.num_tokens]
         return log_normalize(at_tokens.double())
@@ -218,7 +218,8 @@ class TreeProcess(ForwardProcess):
     ) -> Tensor:
         """Return F_l'/pi_l, the total true reverse rate; 0 at tokens.
 
-        If the clock closes, the expected integral of the weight over the times at level l is 1.
+        The integral of pi_l times this weight over t is F_l(1) - F_l(0), which is 1 if the clock
+        closes at both ends.
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
@@ -357,7 +358,7 @@ class TreeProcess(ForwardProcess):
         """Draw z_s given z_t: first the level, without the network, then the node.
 
         The level is i at time s with probability P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t), where j is
-        the level of z_t.
+        the level of z_t and K the clock's transition.
         """
         level = self.vocabulary.level_of(zt)
         num_levels = self.clock.num_levels + 1
@@ -404,10 +405,10 @@ class TreeProcess(ForwardProcess):
         t: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the time at which the row entered its level, without a network.
+        """Draw the time at which each row entered its level, without a network.
 
-        An event moves a row one level down, at the rate F_l'/pi_l, which does not depend on the
-        network.
+        An event of the reversed chain moves a row one level down. Its rate F_l'/pi_l does not
+        depend on the network.
         """
         level = self.vocabulary.level_of(zt)
         s = torch.zeros_like(t)
@@ -465,9 +466,9 @@ class TreeProcess(ForwardProcess):
         draw: Callable[..., Tensor],
         *per_row: Tensor,
     ) -> Tensor:
-        """Replace z_t by draw(prediction, z_t, *per_row) if the target level is below its level.
+        """Replace z_t by draw(prediction, z_t, *per_row) if the target level is below that of z_t.
 
-        Rows that keep their level are not queried.
+        Other rows keep their states and are not queried.
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()

@@ -2,11 +2,12 @@
 
     bayes      draws from the exact posterior
     within     draws only nodes below z_t
-    between    draws a node below z_t with probability xi, and any other node with 1 - xi
+    between    draws a node below z_t with probability xi, and another node with probability 1 - xi
     free       draws from the predicted distribution and ignores z_t
 
-Within both parts of `between`, nodes are drawn in proportion to the predicted distribution. If all
-xi are 1, every rule is replaced by `within`, which is then the exact posterior.
+Within both parts of `between`, nodes are drawn in proportion to the predicted distribution. For a
+draw across several levels, the probability kappa_ij of an ancestor replaces xi. If all xi are 1,
+every rule is replaced by `within`, which is then the exact posterior.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _weights_below(
     own = log_mass.masked_fill(~is_inside, -torch.inf).softmax(-1)
     if bool(is_inside.all()):
         return own
-    # The quotient is NaN in rows in which no node is elsewhere; its weights are then 0.
+    # The softmax is NaN in rows in which all nodes are below z_t; the weights of others are then 0.
     others = log_mass.masked_fill(is_inside, -torch.inf).softmax(-1)
     others = others.nan_to_num(0.0)
     stray = parents.stray_at(i, j, zt).unsqueeze(-1)

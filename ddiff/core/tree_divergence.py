@@ -30,8 +30,8 @@ def kl_below(
         here = level == l
         if not may_be_true(here):
             continue
-        # Rows of other levels are evaluated at an ancestor of x0, where every value is finite.
-        # Their results are dropped.
+        # Rows of other levels get an ancestor of x0 as z, so that every value is finite. Their
+        # results are not used.
         z = torch.where(here, zt, parents.vocabulary.ancestor(x0, l))
         if l == 1:
             kl = token_nll(parents, dist, x0, z)
@@ -83,10 +83,9 @@ def _kl_at_level(
     zt: Tensor,
     level: int,
 ) -> Tensor:
-    """Return the divergence of rows at one level >= 2, for stochastic parents.
+    """Return KL( P(y | z,x) || P(y | z) ) of rows at one level >= 2, for stochastic parents.
 
-    At these levels x does not determine the state y one level below: y has the distribution
-    P(y | z,x).
+    The state y is one level below z. At level 1, y is the token x, and `token_nll` is used.
     """
     below = level - 1
     log_mass = dist.log_mass(below)

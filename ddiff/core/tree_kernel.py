@@ -80,9 +80,10 @@ class TreeKernel(Kernel):
         return torch.cat(levels, -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Solve x K = v level by level, from the tokens up.
+        """Solve x K = v for the vector v, level by level, from the tokens up.
 
-        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj.
+        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj, where x_j is the part of x at level j, and
+        push moves a part from level i to level j by kappa_ij.
         """
         vocabulary = self.parents.vocabulary
         diagonal = self.levels.diagonal(dim1=-2, dim2=-1)

@@ -1,9 +1,10 @@
 """Stochastic parents: the probability of each node when a position moves up a vocabulary tree.
 
-Level l is entered at the own parent with probability xi_l, and at each other of its n_l nodes with
-probability (1 - xi_l)/(n_l - 1). anc_j(y) is the ancestor of y at level j. kappa_ij(y,z) is the
-probability of node z when a position moves from node y of level i to level j. kappa is the sum of a
-part A_ij at the ancestor of y and a remainder r_ij that does not depend on y:
+A position moves from a node to the parent of the node, at level l, with probability xi_l. It moves
+to each of the other n_l - 1 nodes of level l with probability (1 - xi_l)/(n_l - 1). anc_j(y) is the
+ancestor of y at level j. kappa_ij(y,z) is the probability of node z when a position moves from node
+y of level i to level j. kappa is the sum of a part A_ij at the ancestor of y and a remainder r_ij
+that does not depend on y:
 
     kappa_ij(y,z) = A_ij 1[anc_j(y) = z] + r_ij(z)
 """
@@ -31,7 +32,7 @@ class StochasticParents:
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
         self.vocabulary = vocabulary
         upper_sizes = vocabulary.level_sizes[1:]
-        # At a level with one node that node is the own parent.
+        # The only node of a level is the parent of all nodes below it.
         self.xi = tuple(1.0 if n == 1 else float(x) for x, n in zip(xi, upper_sizes))
         self.is_deterministic = all(x == 1.0 for x in self.xi)
         levels = range(vocabulary.num_levels + 1)
@@ -51,9 +52,9 @@ class StochasticParents:
     def _add_level(self, i: int, j: int) -> None:
         """Compute kappa_ij from kappa_i,j-1.
 
-        A distribution p over level j-1 becomes a push(p) + b over the n nodes of level j, where
-        push(p) moves the probability of each node to its own parent, b = (1 - xi)/(n - 1) and
-        a = xi - b.
+        A distribution p over level j-1 becomes a push(p) + b over the n nodes of level j. Here
+        push(p) moves the probability of each node to its parent, b = (1 - xi_j)/(n - 1) and
+        a = xi_j - b.
         """
         size = self.vocabulary.level_sizes[j]
         xi = self.xi[j - 1]
@@ -114,8 +115,8 @@ class StochasticParents:
     ) -> Tensor:
         """Return the log-probabilities [r,n_j] of the state after a move from level i to level j.
 
-        `log_mass` [r,n_j] is the log-probability that node z of level j is the ancestor of the
-        state at level i, for each of the n_j nodes z.
+        `log_mass` [r,n_j] holds for each node z of level j the log-probability that z is the
+        ancestor of the state at level i.
         """
         stray = self._stray_constants[i][j]
         if stray is None:
@@ -167,9 +168,10 @@ class StochasticParents:
         return self.vocabulary.offsets[j] + draw_index(weights, u)
 
     def node_information(self, level: int, mass: Tensor) -> Tensor:
-        """Return H(node) - H(node | X) in nats, for the node of a level drawn from kappa_0l(X, .).
+        """Return the information H(node) - H(node | X) in nats that a node carries on the token X.
 
-        `mass` [n] is the probability of each node to be the ancestor of the token X.
+        The node of `level` l is drawn from kappa_0l(X, .). `mass` [n] holds for each of the n nodes
+        of this level the probability that it is the ancestor of X.
         """
         stray = self.stray[0][level]
         if stray is None:
