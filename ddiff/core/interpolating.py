@@ -241,12 +241,12 @@ class InterpolatingProcess(ForwardProcess):
         return self._likelihood(x0, x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log of p = (s / |s| - b_t) / alpha_t on tokens, for a score s with sum |s|.
+        """Return the log of p = (s / |s| - b_t) / alpha_t on tokens, for a score s.
 
-        This formula inverts alpha_t I + 1 b_t^T, where 1 is the vector of ones. Up to
-        normalization, p is s times the factor 1 - b_t |s| / s. The factor is raised to at least
-        1e-14. If a score near t = 1 contains only noise, p is therefore proportional to s on the
-        tokens.
+        |s| is the sum of s over the states. The formula inverts alpha_t I + 1 b_t^T, where 1 is the
+        vector of ones. Up to normalization, p is s times the factor 1 - b_t |s| / s. The factor is
+        raised to at least 1e-14. If a score near t = 1 contains only noise, p is therefore
+        proportional to s on the tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]

@@ -236,7 +236,10 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return KL( P(y | z,x) || P(y | z) ), with y the state one level below z; 0 at tokens."""
+        """Return KL( P(y | z,x) || P(y | z) ) per row; 0 at tokens.
+
+        The state y is one level below z.
+        """
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
         return kl_below(self.parents, prediction, x0, zt)

@@ -19,7 +19,10 @@ def kl_below(
     x0: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Return KL( P(y | z,x) || P(y | z) ), with y the state one level below z; 0 at tokens."""
+    """Return KL( P(y | z,x) || P(y | z) ) per row; 0 at tokens.
+
+    The state y is one level below z.
+    """
     level = parents.vocabulary.level_of(zt)
     # For xi = 1, x determines y, and the divergence is -ln P(y | z).
     if parents.is_deterministic:

@@ -191,7 +191,10 @@ class Vocabulary:
 
 @final
 class FlatVocabulary(Vocabulary):
-    """V tokens and, unless `mask=False`, one mask, which is the root of a tree of one level."""
+    """Flat vocabulary: V tokens and a mask, which is the root of a tree with one level.
+
+    With `mask=False` there are only tokens.
+    """
 
     def __init__(
         self,

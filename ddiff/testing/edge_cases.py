@@ -49,7 +49,10 @@ def _extreme_rows(process: ForwardProcess) -> ReachableRows:
 def _evaluate(
     process: ForwardProcess, term: str, prediction: Prediction, rows: ReachableRows
 ) -> Tensor:
-    """Evaluate one term of the bound, a name in TERMS, for a prediction at the rows: nats [r]."""
+    """Evaluate one term of the bound for a prediction at the rows: nats [r].
+
+    `term` is a name in TERMS.
+    """
     if term == "divergence":
         return process.divergence(prediction, *rows.args)
     if term == "density":

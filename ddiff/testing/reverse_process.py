@@ -373,8 +373,10 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     possible = possible_states(process, 0.5)
 
     def generator(backward_time: Tensor) -> Tensor:
-        """Return the reverse rates [n,S,S] at times 1 - t; states that cannot occur have rates of
-        0."""
+        """Return the reverse rates [n,S,S] at times t = 1 - backward_time [n].
+
+        The rates of states that cannot occur are 0.
+        """
         count = len(backward_time)
         t, zt = product(1.0 - backward_time, possible)
         prediction = DenseDistribution(log_p.expand(len(t), -1), vocabulary)
