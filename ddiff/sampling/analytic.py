@@ -29,11 +29,14 @@ from ddiff.sampling.loop import (
 class AnalyticSampler(GridSampler):
     """Draw z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]. Order 1.
 
-    r(y) = q_t(y)/q_t(z_t) is the predicted ratio, and K[y,z] = P(z_t = z | z_s = y) is the forward
-    transition. If the network predicts a distribution, r K^-1 is q-bar_s/q-bar_t(z_t), where
-    q-bar_t is the predicted marginal, and the step equals the ancestral step. A predicted score
-    may give negative probabilities. The entry `clamped_mass` of `Canvas.extras` counts the absolute
-    values of negative probabilities. They are set to 0, and the other probabilities are normalized.
+    r is the row vector of the predicted ratios r(y) = q_t(y)/q_t(z_t), and
+    K[y,z] = P(z_t = z | z_s = y) is the forward transition. If the network predicts a distribution,
+    the step equals the ancestral step: r K^-1 is then q-bar_s/q-bar_t(z_t), where q-bar_t is the
+    predicted marginal.
+
+    If the network predicts a score, probabilities may be negative. Negative probabilities are set
+    to 0, and the others are normalized. The entry `clamped_mass` of `Canvas.extras` is the sum of
+    the absolute values that were set to 0.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -70,11 +73,12 @@ def reverse_probs(
     t: Tensor,
     s: Tensor,
 ) -> Tensor:
-    """Return P(z_s | z_t) [r,S] over S states.
+    """Return the reverse transition P(z_s | z_t) at each row, [rows,S] over the S states.
 
-    Each row sums to 1, but may have negative entries if the prediction is a score. If the forward
-    transition K is singular in floating point, as in a dense chain at t = 1, the score does not
-    determine z_s. The result is then the distribution of z_s for a uniform clean token.
+    Each row sums to 1, but may have negative entries if the prediction is a score. The forward
+    transition K may be singular in floating point, as in a dense chain at t = 1. The score then
+    does not determine the distribution of z_s. Of the possible distributions, the one nearest to
+    the marginal of a uniform clean token is returned.
     """
     if not isinstance(prediction, Score):
         return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()

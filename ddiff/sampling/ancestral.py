@@ -28,8 +28,8 @@ class AncestralSampler(GridSampler):
 
     p is the predicted distribution of the clean token. The distribution of each single position is
     exact for any step length. The error comes from drawing the positions of a step independently.
-    On a tree, a position may pass several levels in one step. The last step draws tokens, or takes
-    the most likely tokens with `last = "argmax"`.
+    On a tree, a position may pass several levels in one step. In the last step, tokens are drawn
+    (`last = "draw"`) or the most likely tokens are taken (`last = "argmax"`).
     """
 
     def __init__(self, grid: Steps | int = 64, last: Literal["draw", "argmax"] = "draw") -> None:
@@ -76,7 +76,10 @@ def reverse_step(
     rng: CounterRng,
     channel: str,
 ) -> Canvas:
-    """Move every free position from its time to s [B,L] by the exact reverse transition."""
+    """Move every free position from its time to s [B,L] by the exact reverse transition.
+
+    The uniforms come from the channel `channel` of `rng`.
+    """
     # Uniforms are drawn for all positions, so that the draw at one position does not depend on the
     # set of positions that move.
     u = draw_uniforms(rng, channel, process.uniforms_per_step)

@@ -21,10 +21,14 @@ Visibility = Literal["blocks", "all"]
 class BlockwiseSampler(Sampler):
     """Sample windows of `width` positions from left to right, each with the sampler `inner`.
 
-    The positions of a window go from t = 1 to tokens before the next window starts. Later windows
-    stay at the prior. With `sight = "blocks"` no position attends to a later window, not even to
-    prompt tokens in it, as in the training of block diffusion. With `sight = "all"` positions
-    also attend to later windows, which are at the prior. The quality is the quality of `inner`.
+    A window is denoised from t = 1 to t = 0 before the next window starts. Until then, later
+    windows stay at the prior, except for prompt tokens. `sight` selects the attention:
+
+    - "blocks": no position attends to a later window, not even to its prompt tokens, as in the
+      training of block diffusion.
+    - "all": positions attend to all windows.
+
+    The quality is the quality of `inner`.
     """
 
     def __init__(self, inner: Sampler, width: int, sight: Visibility = "blocks") -> None:

@@ -41,24 +41,27 @@ BISECTIONS = 48
 class FirstHittingSampler(Sampler):
     """Exact sampler that moves each sequence from one candidate event to the next.
 
-    Candidate times are drawn by `process.event_time` without the network. If the rate of events
-    depends on the network, `process.event` rejects some candidates. After each event, new
-    candidates are drawn for all positions. This does not change the distribution, because candidate
-    times have no memory. With masks the number of network evaluations is the number of positions.
-    The process must have events.
+    An event is a change of state at one position in continuous time. A candidate event is a time at
+    which a position may change. `process.event_time` draws candidate times without the network, and
+    `process.event` draws the new state with the network. If the rate of events depends on the
+    network, `process.event` rejects some candidates. After each event, new candidates are drawn for
+    all positions, which does not change the distribution, because candidate times have no memory.
+    With masks the number of network evaluations is the number of positions. The process must
+    support events (`process.has_events`).
 
-    If tokens turn into other tokens (uniform noise), candidates come at rates of about 1/t and
-    1/(1 - t), and most are rejected. So all tokens move at once at both ends of time: from t = 1 to
-    a time t_1 in one ancestral step, and from a time t_0 to 0 in the final decoding step. Of L
-    positions, on average `until` change at each end: at t_0 a fraction until/L of the tokens is
-    noise, and at t_1 a fraction until/L of the tokens is still clean. Positions that change
-    together are drawn independently. The error in total variation is at most until^2/2 at each
-    end. By default (until = 1e-3) the two errors add up to at most 1e-6. Masks and trees have no
-    such error.
+    With uniform noise (tokens turn into other tokens), candidates come at rates of about 1/t and
+    1/(1 - t), and most are rejected. So all tokens move together at both ends of time: from t = 1
+    to a time t_1 in one ancestral step, and from a time t_0 to 0 in the final decoding step.
+    `until` is the average number of positions that change at each end. It determines t_1 and t_0:
+    in a sequence of L positions, a fraction until/L of the tokens is still clean at t_1, and a
+    fraction until/L is noise at t_0. Positions that change together are drawn independently. The
+    error in total variation is at most until^2/2 at each end. By default (until = 1e-3) the two
+    errors add up to at most 1e-6. Masks and trees have no such error.
 
-    If noise starts as a low power of t, more than until/L of the tokens may be noise at t = 1e-12,
-    the earliest time that is evaluated. Then t_0 is 1e-12. Sampling raises ArgumentError if more
-    than 0.05 positions would change below t_0, which would be an error of 0.00125.
+    Times before 1e-12 are not evaluated. If more than a fraction until/L of the tokens is noise
+    already at t = 1e-12, t_0 is 1e-12. In this case, sampling raises ArgumentError if on average
+    more than 0.05 positions (and more than `until`) would change in the decoding step, with an
+    error of up to 0.00125.
     """
 
     quality: Quality = "exact"
@@ -67,9 +70,9 @@ class FirstHittingSampler(Sampler):
     def __init__(self, until: float = 1e-3) -> None:
         if not 0.0 < until < 0.5:
             raise ArgumentError(
-                f"FirstHittingSampler: until must be in (0, 1/2); got {until}. It is the number of "
-                "positions of a sequence that change at once at each end of time; the error is "
-                "until^2 / 2."
+                f"FirstHittingSampler: until must be in (0, 1/2); got {until}. It is the average "
+                "number of positions of a sequence that are drawn at once at each end of time; "
+                "the error is until^2 / 2."
             )
         self.until = until
 
@@ -78,8 +81,8 @@ class FirstHittingSampler(Sampler):
         check_predicts_distribution(self, predicts)
         if process is not None and not process.has_events:
             raise ArgumentError(
-                f"FirstHittingSampler: process must have events; {type(process).__name__} has no "
-                "bound on its reverse rates that is independent of the network. "
+                f"FirstHittingSampler: process must have events; {type(process).__name__} has "
+                "none, because no bound on its reverse rates is independent of the network. "
                 "Use a sampler with steps, such as ancestral or tau_leaping."
             )
 
@@ -126,7 +129,8 @@ class FirstHittingSampler(Sampler):
     ) -> tuple[Canvas, Tensor]:
         """Move every sequence to its next candidate event.
 
-        Returns the canvas, and a bool [B,L] that marks the position of each event.
+        Tokens have no events before time `finish`. Returns the canvas, and a bool [B,L] that marks
+        the position of each event.
         """
         is_token = canvas.zt < process.vocabulary.num_tokens
         u = draw_uniforms(rng, "when", 1)[:, 0]
@@ -184,19 +188,19 @@ def find_event_interval(process: ForwardProcess, until: float, length: int) -> t
     together = length * _noise_probabilities(process, EARLIEST)[1]
     if together > max(until, MAX_DRAWN_AT_ONCE):
         raise ArgumentError(
-            f"FirstHittingSampler: of {length} positions {together:.2g} are noise already at the "
-            f"earliest time that is evaluated, t = {EARLIEST}, and would be drawn at once, with an "
-            f"error of up to {together**2 / 2:.2g}. Use a process with later or less noise "
-            "(for a hump of uniform noise a larger gamma or a smaller p_uniform), "
+            f"FirstHittingSampler: on average {together:.2g} of {length} positions are noise at "
+            f"t = {EARLIEST}, the earliest time that is evaluated. These positions would be drawn "
+            f"at once, with an error of up to {together**2 / 2:.2g}. Use a process with less "
+            'noise near t = 0 (for the process "gidd", a larger gamma or a smaller p_uniform), '
             "a shorter sequence, or a sampler with steps, such as ancestral."
         )
     return _sigmoid(begin), _sigmoid(finish)
 
 
 def _find_last(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the largest y in [low, high] at which `holds` is true; `low` if it is never true.
+    """Return the largest y in [low, high] with holds(y), or `low` if holds(y) is never true.
 
-    `holds` must be true up to some y and false above.
+    `holds` must be true up to some y and false for larger y. The search is a bisection.
     """
     if holds(high):
         return high
@@ -218,9 +222,9 @@ def _sigmoid(y: float) -> float:
 
 
 def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, float]:
-    """Return the probabilities that a token of t = 0 is another token, and another state, at t.
+    """Return the probabilities that a clean token has become another token, or any other state.
 
-    Each is the maximum over the example tokens.
+    Both are probabilities at time t, and maxima over the tokens of `_example_rows`.
     """
     tokens, times = _example_rows(process, t)
     moved = process.transition(torch.zeros_like(times), times).row(tokens)
@@ -230,9 +234,10 @@ def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, floa
 
 
 def _clean_fraction(process: ForwardProcess, t: float) -> float:
-    """Return the probability in q_t(.|x) that depends on x.
+    """Return the fraction of tokens that are still clean at t: 1 - sum_z min_x q_t(z|x).
 
-    The result is 1 - sum_z min_x q_t(z|x). It is alpha_t if the noise does not depend on x.
+    This is the part of q_t(.|x) that depends on x, and equals alpha_t if the distribution of the
+    noise does not depend on x.
     """
     tokens, times = _example_rows(process, t)
     return 1.0 - float(process.from_clean(times).row(tokens).amin(0).sum())

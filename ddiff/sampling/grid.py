@@ -11,7 +11,7 @@ Spacing = Literal["uniform", "cosine", "log"]
 
 
 class Steps(Protocol):
-    """Time grid with `steps` steps."""
+    """Interface of time grids, with `steps` steps."""
 
     steps: int
 
@@ -58,8 +58,12 @@ class Grid:
 class LoopGrid:
     """Grid that pauses at the time `hold`, for remasking (arXiv 2503.00307, "loop").
 
-    Step k of N = `steps` has the progress tau = 1 - k/N. While tau falls from 1 to `on`, t falls
-    from 1 to `hold`. While tau falls from `on` to `off`, t is constant. Then t falls to 0.
+    tau = 1 - k/N, k = 0..N with N = `steps`, falls from 1 to 0 at a constant speed. The time t is a
+    function of tau:
+
+        tau from 1 to `on`        t falls from 1 to `hold`
+        tau from `on` to `off`    t = `hold`
+        tau from `off` to 0       t falls from `hold` to 0
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class LoopGrid:
         return [self._time(1.0 - k / self.steps) for k in range(self.steps)] + [0.0]
 
     def _time(self, tau: float) -> float:
-        """Return the time t at progress tau, which falls from 1 to 0."""
+        """Return the time t at tau."""
         if tau >= self.on:
             return 1.0 - (1.0 - self.hold) * (1.0 - tau) / (1.0 - self.on)
         return self.hold * min(tau / self.off, 1.0)

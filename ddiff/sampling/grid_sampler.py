@@ -74,7 +74,7 @@ class GridSampler(Sampler):
         s: Tensor,
         rng: CounterRng,
     ) -> Canvas:
-        """Return the canvas at times s [B,L], 0 < s <= t."""
+        """Move the free positions to the times s [B,L], 0 < s <= t, and return the canvas."""
 
     def finish(
         self,
@@ -83,7 +83,7 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng: CounterRng,
     ) -> Canvas:
-        """Return the canvas with tokens at every free position.
+        """Draw tokens at every free position, and return the canvas.
 
         Positions may be at different times t [B,L].
         """
@@ -107,16 +107,20 @@ def draw_tokens(
 
 
 def find_undetermined(process: ForwardProcess, canvas: Canvas) -> Tensor:
-    """Return [B,L] bool: the state does not determine the clean token.
+    """Return [B,L] bool, True at positions whose state does not determine the clean token.
 
-    If the process has no noise at t = 0, a state into which no other state turns is the clean
-    token. All other states leave the clean token undetermined.
+    If the process has no noise at t = 0, these are the active states, such as masks. A state that
+    is not active cannot be the result of noise, and is therefore the clean token. If the process
+    has noise at t = 0, all positions are undetermined.
     """
     return process.active(canvas.zt) | (not process.closes_at_clean)
 
 
 def draw_uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
-    """Draw uniforms [B*L,count] for all flat positions."""
+    """Draw `count` uniforms for each of the B*L positions, [B*L,count].
+
+    `channel` names the use of the numbers; different channels are independent.
+    """
     return rng.uniform(channel, count).reshape(-1, count)
 
 

@@ -21,13 +21,13 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
 @final
 class HyperscheduleSampler(Sampler):
-    """Sample with the steps of `inner`, each position at the time that a time rule gives it.
+    """Sample with the steps of `inner`, where `rule` sets the time of every position.
 
-    Step k moves the positions from the times rule.at(tau_k) to rule.at(tau_{k+1}), where tau_k are
-    the times of the grid of `inner`. The quality is the quality of `inner`. A position that becomes
-    clean within a step draws its token in this step, from the prediction at the start of the step.
-    Prompt tokens never change. If the rule has blocks, no position attends to a later block, and
-    the sampler does not look ahead.
+    `rule` maps a progress tau, which falls from 1 to 0, to the times of all positions. Step k moves
+    the positions from the times rule.at(tau_k) to rule.at(tau_{k+1}), where tau_k are the times of
+    the grid of `inner`. If a position becomes clean in a step, its token is drawn in this step from
+    the prediction at the start of the step. Prompt tokens never change. If the rule has blocks, no
+    position attends to a later block. The quality is the quality of `inner`.
     """
 
     def __init__(self, inner: GridSampler, rule: TimeRule) -> None:
@@ -87,7 +87,7 @@ class HyperscheduleSampler(Sampler):
 
 
 class _SharedQuery:
-    """Network that returns the same query at every call."""
+    """Network that returns the result of an earlier evaluation, `query`, at every call."""
 
     def __init__(self, query: Query) -> None:
         self.query = query

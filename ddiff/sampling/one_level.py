@@ -19,14 +19,17 @@ from ddiff.sampling.unmasking import require_monotone
 
 @final
 class OneLevelSampler(GridSampler):
-    """Go one level down with probability min(1, (F_l(t) - F_l(s)) / pi_l(t)). Order 1.
+    """Sampler for trees that moves a position down at most one level in a step. Order 1.
 
-    pi_l(t) is the probability that a position is at level l at time t, and F_l the sum of pi_m over
-    m >= l. Level 0 contains the tokens. A mask needs at least as many steps to become a token as
-    there are levels. If the fraction is at most 1, every level has its exact probability at time s
-    after the step. The step differs from the ancestral step, which may pass several levels at once.
-    With one level above the tokens the two steps are equal. The last step draws tokens. The process
-    must be monotone: its reverse steps only move down the tree.
+    In a step from time t to time s, a position at level l leaves the level with probability
+    min(1, (F_l(t) - F_l(s)) / pi_l(t)). Here pi_l(t) is the probability that a position is at
+    level l at time t, and F_l the sum of pi_m over m >= l. Level 0 contains the tokens. If the
+    fraction is at most 1 for every l, every level has its exact probability at time s after the
+    step.
+
+    The step differs from the ancestral step, which may pass several levels at once. With one level
+    above the tokens the two steps are equal. The last step draws tokens at all positions. The
+    process must be monotone: its reverse steps only move down the tree.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -61,12 +64,12 @@ class OneLevelSampler(GridSampler):
 
 
 def _draw_descendants(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-    """Draw descendants [k] of the nodes [k] at the levels [k]."""
+    """Draw descendants [k] of `node` [k] at `level` [k] from `dist`, with uniforms u [k]."""
     return dist.draw(node, level, u)
 
 
 def _leave_probability(process: ForwardProcess, level: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return (F_l(t) - F_l(s)) / pi_l(t) [r] for levels l [r]; may exceed 1."""
+    """Return (F_l(t) - F_l(s)) / pi_l(t) [r] for the levels l [r]; a value may exceed 1."""
     level = level.unsqueeze(-1)
     pi_t = _occupation(process, t)
     pi_s = _occupation(process, s)

@@ -51,7 +51,8 @@ class ForwardBackward:
     ) -> Canvas:
         """Return the corrected canvas, at the same times as before.
 
-        `span` [B,L] is the length of the preceding step.
+        `span` [B,L] is the length of the preceding step. The uniforms come from channels of `rng`
+        whose names contain `channel`.
         """
         u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s = canvas.t

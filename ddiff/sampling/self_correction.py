@@ -24,12 +24,16 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler, query_at_root, 
 class SelfCorrectingSampler(Sampler):
     """Heuristic sampler: sample with `inner`, then correct tokens in up to `rounds` rounds.
 
-    Each round draws a token x' from P(x | z)^(1/temperature), normalized, at every position and
-    makes the `commit` most likely changes in each sequence. The network is conditioned on the time
-    `at`, as if the tokens had the noise of this time. Rounds end for a sequence if no token
-    changes, or if the number of its tokens that equal the most likely token has not increased for
-    `patience` rounds. In the bound of the process, predictions at tokens must get a training
-    signal.
+    Each round proposes a token x' at every position, drawn from P(x | z)^(1/temperature),
+    normalized. Of the proposals that differ from the present token, the `commit` most likely ones
+    in each sequence are accepted. The network is conditioned on the time t = `at`, although the
+    tokens are already clean.
+
+    The rounds of a sequence end when no token changes, or when for `patience` rounds there was no
+    improvement. An improvement is a new maximum of the number of positions whose present token is
+    the most likely one.
+
+    The process must be one whose bound trains the prediction at tokens, not only at masks.
     """
 
     quality: Quality = "heuristic"
@@ -104,7 +108,10 @@ class _Patience:
         self.best = torch.full_like(self.since, -1)
 
     def __call__(self, num_best: Tensor) -> Tensor:
-        """Return [B] bool, given the number of tokens [B] that are the most likely ones."""
+        """Return [B] bool: which sequences have improved within the last `rounds` rounds.
+
+        `num_best` [B] is the number of positions whose present token is the most likely one.
+        """
         self.since = torch.where(num_best > self.best, 0, self.since + 1)
         self.best = torch.maximum(self.best, num_best)
         return self.since <= self.rounds

@@ -1,10 +1,11 @@
 """Temperature, filters and guidance: reshape the predicted distributions that are drawn from.
 
-Shaping is applied to each conditional distribution from which a sampler draws. On a tree this is
-the distribution over the children of a node, at every level. With a flat vocabulary it is the
-distribution over all tokens. On a tree, a temperature on nodes differs from a temperature on tokens
-that is summed to nodes. Shaping is applied to the distribution of the clean token, before the
-posterior is computed. Samplers that rank positions rank them by the unshaped distribution.
+Shaping is applied to each conditional distribution from which a sampler draws: with a flat
+vocabulary the distribution over all tokens, on a tree the distribution over the children of a node.
+For example, a temperature on a tree is applied at every level separately, which differs from a
+temperature on the distribution over tokens. Shaping is applied to the distribution of the clean
+token, before the posterior is computed. Samplers that rank positions rank them by the unshaped
+distribution.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ Classifier = Callable[[Noisy, Tensor], Tensor]
 
 @final
 class ShapedDistribution(SubtreeDistribution):
-    """Distribution whose conditionals are computed by `shape` from those of given distributions.
+    """Distribution whose conditionals are computed by `shape` from those of the `dists`.
 
-    `shape(log_p, ...) -> log_p` receives one tensor [k,w] per distribution in `dists`. It holds the
-    normalized log-probabilities of w nodes of one level, with -inf at nodes that are not children
-    of the current node. The result of `shape` is normalized again. `plain` is the unshaped
-    distribution, by which positions are ranked.
+    `shape(log_p, ...) -> log_p` takes one tensor [k,w] for each distribution in `dists`. A tensor
+    holds the normalized log-probabilities of the w nodes of one level, with -inf at nodes that are
+    not children of the current node. The result of `shape` is normalized. `plain` is the unshaped
+    distribution, by which samplers rank positions; by default this distribution itself.
     """
 
     def __init__(
@@ -129,10 +130,10 @@ def unshaped(dist: CleanDistribution) -> CleanDistribution:
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw places [k] by inversion of the cumulative sum of weights [k,w] at u [k].
+    """Draw an index from each row of `weights` [k,w] by inversion of the cumulative sum at u [k].
 
-    Also returns the relative position [k] of u in the interval of the place, in [0,1). It is a new
-    uniform that is independent of the place.
+    Returns the indices [k] and new uniforms [k], which are independent of the indices. A new
+    uniform is the relative position of u within the interval of the drawn index.
     """
     place = draw_index(weights, u).unsqueeze(-1)
     cdf = weights.double().cumsum(-1)
@@ -181,9 +182,9 @@ class TopK:
 
 @final
 class TopP:
-    """Filter that keeps the smallest set of most likely entries with probability p in (0,1].
+    """Filter that keeps the smallest set of most likely entries with a total of at least p.
 
-    The entry at which the sum reaches p is kept.
+    p is in (0,1].
     """
 
     def __init__(self, p: float) -> None:
@@ -218,7 +219,7 @@ class MinP:
 
 
 class _ComposedNetwork(CountingNetwork):
-    """Base class of networks that evaluate other networks, whose evaluations add up."""
+    """Base class of networks that evaluate other networks and count their evaluations."""
 
     def __init__(self, name: str, *networks: Network) -> None:
         super().__init__()
@@ -243,7 +244,7 @@ class _ComposedNetwork(CountingNetwork):
 
 @final
 class _ShapedNetwork(_ComposedNetwork):
-    """Network whose predictions pass through shapers."""
+    """Network whose predictions are reshaped by the functions in `shapers`."""
 
     def __init__(self, network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
         super().__init__("shape_network", network)
@@ -318,7 +319,7 @@ class _GuidedNetwork(_ComposedNetwork):
 
 @final
 class _RowSubsetDistribution(SubtreeDistribution):
-    """Some rows of a distribution."""
+    """Distribution that consists of the rows `rows` of `dist`."""
 
     def __init__(self, dist: CleanDistribution, rows: Tensor) -> None:
         super().__init__(dist.vocabulary, dist.top)
@@ -351,23 +352,23 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
         return guided_query
 
     def _guide(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
-        """Add the weighted log-likelihood to ln p of the tokens below the top of `dist`."""
+        """Return `dist` with weight * log_likelihood added to ln p of its tokens, normalized."""
         log_p = dist.log_below(0)
         vocabulary = dist.vocabulary
         tokens = vocabulary.order(0, log_p.device)[vocabulary.subtree(dist.top)[0]]
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
-                "guide_by_classifier: log_likelihood must return a tensor "
-                f"[{len(rows)}, {vocabulary.num_tokens}], log p(y | x_i = v) for each queried row "
-                f"and each token v; got {tuple(evidence.shape)}."
+                "guide_by_classifier: log_likelihood must return log p(y | x_i = v) for each of "
+                f"{len(rows)} rows and {vocabulary.num_tokens} tokens v, a tensor of shape "
+                f"{(len(rows), vocabulary.num_tokens)}; got {tuple(evidence.shape)}."
             )
         guided = log_p + self.weight * evidence.to(log_p)[:, tokens]
         # A synchronization per query; without it a NaN would become an arbitrary token.
         if bool(guided.isnan().any()) or not bool(guided.isfinite().any(-1).all()):
             raise ArgumentError(
-                "guide_by_classifier: log p + weight * log_likelihood must not be NaN, and must be "
-                "finite for some token of every row; log_likelihood returned values in "
+                "guide_by_classifier: log p + weight * log_likelihood must not be NaN, and some "
+                "token of every row must have a finite value; log_likelihood returned values in "
                 f"[{float(evidence.min())}, {float(evidence.max())}], and the weight is "
                 f"{self.weight}. Fix log_likelihood, or use a smaller weight."
             )
@@ -379,14 +380,15 @@ def _check_weight(name: str, weight: float) -> None:
     if not math.isfinite(weight):
         raise ArgumentError(
             f"{name}: weight must be a finite number; got {weight}. "
-            "With weight = 1 the condition is followed as it was trained."
+            "weight = 1 is the distribution without guidance."
         )
 
 
 def shape_network(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
-    """Return a network whose conditionals pass through the shapers in turn.
+    """Return a network whose conditional distributions are reshaped by `shapers`, in this order.
 
-    A shaper maps log_p [k,w] to log_p [k,w], as `Temperature`, `TopK`, `TopP` and `MinP` do.
+    A shaper is a function from log_p [k,w] to log_p [k,w], such as `Temperature`, `TopK`, `TopP`
+    and `MinP`.
     """
     return _ShapedNetwork(network, shapers) if shapers else network
 
@@ -397,13 +399,13 @@ def guide_network(network: Network, null_network: Network, weight: float) -> Net
     `network` predicts p with the condition, `null_network` predicts p_null without the condition,
     and w is `weight`. Each conditional distribution of the clean token is guided and then
     normalized. w = 0 is unconditional, w = 1 is conditional, and w > 1 follows the condition more
-    closely. A step takes two network evaluations.
+    closely. A step evaluates both networks once.
 
-    This is guidance of the logits (arXiv 2207.12598; for masked tokens 2301.00704). Reverse steps
-    use the guided distribution like any other, so masks are revealed at the rate of the process for
-    every w, as 2507.08965 recommends. Other methods guide the reverse transition,
-    p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) (2412.10193), or the reverse rates (2406.01572). They change
-    the rate at which masks are revealed.
+    This is guidance of the logits (arXiv 2207.12598; for masked tokens 2301.00704). The guided
+    distribution replaces the predicted distribution in the reverse steps. The rate at which masks
+    are revealed therefore does not depend on w, as 2507.08965 recommends. Methods that guide the
+    reverse transition, p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) (2412.10193), or the reverse rates
+    (2406.01572) change this rate.
     """
     return _GuidedNetwork(network, null_network, weight)
 

@@ -24,19 +24,23 @@ from ddiff.sampling.tau_leaping import tau_leap
 class TrapezoidalSampler(GridSampler):
     """Tau-leap in two stages per step, the second with extrapolated rates. Order 2.
 
-    The first stage covers the fraction theta in (0,1) of the step with the reverse rates mu, and
-    ends at states z* with rates mu*. The second stage covers the rest of the step with the rates
-    [a mu* - (a - 1) mu]_+, where a = 1 / (2 theta (1 - theta)). A position that moved in the first
-    stage uses a mu*, because its new state has no earlier rates; this makes the probability of two
-    jumps in one step correct to second order. A step takes two network evaluations. The sampler
-    uses only reverse rates, so the network may predict a score.
+    The first stage covers the fraction theta in (0,1) of the step, with the reverse rates mu of the
+    start. It ends at states z* with reverse rates mu*. The second stage covers the rest of the step
+    with the extrapolated rates [a mu* - (a - 1) mu]_+, where a = 1 / (2 theta (1 - theta)). If a
+    position moved in the first stage, mu are the rates of its old state. Its rates in the second
+    stage are therefore a mu*, which makes the probability of two jumps in one step correct to
+    second order. A step takes two network evaluations. The sampler uses only reverse rates, so the
+    network may predict a score.
 
-    The sampler has order 2 if the extrapolated rates are positive, as the paper assumes, and smooth
-    in t. With masks, whose rates are proportional to 1/t, the error falls as ln N / N^2 for N
-    steps. If a draw at another position reduces a rate to less than (a - 1)/a of its value (one
-    half for theta = 1/2), the extrapolated rate is negative and is set to 0. If rates are infinite
-    at t = 1, the first step is inaccurate. In both cases the order tends to 1 for large N, with
-    smaller errors than tau-leaping.
+    The order is 2 if the extrapolated rates are smooth in t and positive before [.]_+, as the paper
+    assumes. There are three exceptions; N is the number of steps:
+
+    - The rates of masks are proportional to 1/t. The error then falls as ln N / N^2.
+    - A draw at another position may reduce a rate to less than (a - 1)/a of its value (one half for
+      theta = 1/2). The extrapolated rate is then negative and set to 0.
+    - If rates are infinite at t = 1, the first step is inaccurate.
+
+    In the last two cases the order tends to 1 for large N, with smaller errors than tau-leaping.
     """
 
     order = 2

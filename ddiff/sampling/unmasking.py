@@ -39,16 +39,17 @@ class UnmaskingSampler(GridSampler):
     """Heuristic sampler: draw a next state at every position and keep the most confident draws.
 
     A descent is a move one level down the tree; with masks it is the move from the mask to a token.
-    After the step to time s, a fraction s of all descents remains, so the grid sets the number of
-    positions that move in a step (arXiv 2202.04200, cosine grid). `by` names the confidence, which
-    is computed without temperature and filters:
+    The grid sets the number of positions that move in a step: after the step to time s, a fraction
+    s of all descents remains to be made (arXiv 2202.04200 with a cosine grid). `by` selects the
+    confidence, which is computed without temperature and filters:
 
     - confidence: ln p of the drawn state.
     - top: ln p of the most likely state.
     - margin: difference of the two largest probabilities (arXiv 2502.06768).
     - entropy: negative entropy.
 
-    `noise` >= 0 adds noise * s * Gumbel to the confidence. The process must be monotone.
+    If `noise` > 0, noise * s * g is added to the confidence, where g is a standard Gumbel variable.
+    The process must be monotone: its reverse steps never change a revealed token.
     """
 
     quality: Quality = "heuristic"
@@ -105,12 +106,12 @@ class UnmaskingSampler(GridSampler):
 
 @final
 class EntropyBoundSampler(Sampler):
-    """Heuristic sampler: each step moves the positions of lowest entropy, up to a total `bound`.
+    """Heuristic sampler: each step moves the positions of lowest entropy, up to a limit.
 
     The entropy of a position, in nats, is that of the conditional distribution from which its next
-    state is drawn. A step moves as many positions, in rising order of entropy, as keep the sum of
-    their entropies, without the largest, at most `bound`. This sum bounds the error of drawing the
-    positions independently (arXiv 2505.24857). At least one position moves, so the number of
+    state is drawn. A step takes positions in rising order of entropy, as long as the sum of their
+    entropies, not counting the largest, is at most `bound`. This sum bounds the error of drawing
+    the positions independently (arXiv 2505.24857). At least one position moves, so the number of
     steps is at most the number of descents (moves one level down the tree). The time t on which
     the network is conditioned is the fraction of descents that remains. The process must be
     monotone: its reverse steps never change a revealed token.
@@ -156,7 +157,10 @@ class EntropyBoundSampler(Sampler):
             yield draw_tokens(process, network, canvas, rng_at(last))
 
     def _choose(self, confidence: Tensor, rng: CounterRng) -> Tensor:
-        """Return [B,L] bool: the positions within the bound."""
+        """Return [B,L] bool: the positions that move in this step.
+
+        `confidence` [B,L] is the negative entropy of each position.
+        """
         order = rank_by_confidence(confidence, rng)
         entropy = -confidence.gather(-1, order)
         # Finished positions have infinite entropy and rank last.
@@ -190,9 +194,10 @@ def propose_descents(
     rng: CounterRng,
     by: Criterion,
 ) -> tuple[Tensor, Tensor]:
-    """Draw the next state down at every unfinished position.
+    """Draw a state one level down the tree at every free position that is not yet a token.
 
-    Returns the states [B,L] and their confidence [B,L], which is -inf at finished positions.
+    `by` selects the confidence (see `UnmaskingSampler`). Returns the states [B,L] and their
+    confidence [B,L], which is -inf at all other positions.
     """
     u = draw_uniforms(rng, "descent", 1)[:, 0]
     confidence = torch.full_like(canvas.t, -torch.inf).reshape(-1)
@@ -226,8 +231,8 @@ def _confidence(
 ) -> Tensor:
     """Return the confidence [r] float64 of the drawn children.
 
-    `node` [r] are the present states, `below` [r] the levels one below them, `drawn` [r] the
-    children, and `by` is the name of the confidence.
+    `node` [r] are the present states, `below` [r] the levels of their children, `drawn` [r] the
+    drawn children. `by` selects the confidence (see `UnmaskingSampler`).
     """
     if by == "confidence":
         return dist.log_child(node, drawn).double()
@@ -255,7 +260,7 @@ def require_monotone(sampler: object, process: ForwardProcess | None, predicts: 
     if process is not None and not process.is_monotone:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be monotone, which means that reverse steps "
-            "only reveal (masks, trees with deterministic parents); "
-            f"{type(process).__name__} may change a token after it is revealed, so no position "
-            "is ever finished. Use ancestral, tau_leaping, psi or self_correction."
+            "never change a revealed token (masks, trees with deterministic parents); "
+            f"{type(process).__name__} may change a token after it is revealed. "
+            "Use ancestral, tau_leaping, psi or self_correction."
         )
