@@ -47,7 +47,7 @@ def compute_cooccurrence_embeddings(
     if ids.min() < 0 or ids.max() >= num_tokens:
         raise ArgumentError(
             f"compute_cooccurrence_embeddings: ids must lie in 0..{num_tokens - 1}; got "
-            f"{ids.min()}..{ids.max()}. Use the tokenizer with which the rows were made."
+            f"{ids.min()}..{ids.max()}. Use the tokenizer that made the ids."
         )
     before, after = _count_contexts(ids, document, num_tokens, window)
     information = _positive_information(np.concatenate([before, after], axis=1))

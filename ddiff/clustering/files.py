@@ -28,17 +28,17 @@ def read_clusters(
 ) -> list[_Ints]:
     """Read a tree over tokens from one file per level, the finest level first.
 
-    The first file has the cluster of each of the `num_tokens` tokens, the second the parent of each
-    of these clusters, and so on. A file is .npy, .json (a list, or an object from index to cluster)
-    or .safetensors (one tensor), and holds integers from 0 without gaps.
+    The first file holds the cluster of each of the `num_tokens` tokens, the second file the parent
+    of each of these clusters, and so on. Clusters are numbered 0, 1, 2, ... without gaps. A file is
+    .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor).
 
-    Two settings are for the layout published with arXiv 2510.08632, which has one int64 for each
-    token except the mask. The last `extra` entries of the first file are ignored; they belong to
-    special tokens that this tokenizer does not have. `mask_token_id` is the id of a token without
-    an entry. This token gets the cluster of the token with the previous id. This choice has no
-    effect, because the mask does not occur in text.
+    `extra` and `mask_token_id` are for the files published with arXiv 2510.08632, whose tokens
+    differ from those of the tokenizer. The last `extra` entries of the first file are ignored: they
+    belong to special tokens that the tokenizer does not have. `mask_token_id` is the id of a token
+    that has no entry in the first file. This token gets the cluster of the token with the previous
+    id, an arbitrary choice without effect, because the token does not occur in text.
 
-    Raises DataError with the expected and the actual length for a file of a wrong length.
+    Raises DataError for a file of a wrong length, with the expected and the actual length.
     """
     if not paths:
         raise DataError(
@@ -82,13 +82,13 @@ def _check_length(
         reason += ", one of them the mask"
     raise DataError(
         f"{path} has {length} entries, but {expected} are expected: {reason}. Use the tokenizer "
-        "for which the file was made, or set extra (number of entries at the end that have no "
-        "token) or mask_token_id (a token that has no entry)."
+        "for which the file was made, or set extra (number of entries at the end of the file that "
+        "belong to no token) or mask_token_id (id of a token without an entry)."
     )
 
 
 def read_embeddings(path: str, num_tokens: int) -> NDArray[np.float32]:
-    """Read embeddings [V, d] from a .npy or .safetensors file."""
+    """Read embeddings [V, d] of V = `num_tokens` tokens from a .npy or .safetensors file."""
     matrix = _read_array(path)
     if matrix.ndim != 2 or matrix.dtype.kind != "f" or len(matrix) != num_tokens:
         raise DataError(
@@ -123,8 +123,9 @@ def load_model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
         ) from error
     if table.ndim != 2 or not table.isfinite().all():
         raise DataError(
-            f"The embeddings of {source!r} must be one matrix of finite numbers; they have shape "
-            f"{list(table.shape)}, with NaN or infinity. Download or export the model again."
+            f"The embeddings of {source!r} must be one matrix of finite numbers; they contain NaN "
+            f"or infinity, or are no matrix (shape {list(table.shape)}). Download or export the "
+            "model again."
         )
     if len(table) < num_tokens:
         raise DataError(
@@ -207,8 +208,9 @@ def _check_no_gap(path: str, level: _Ints) -> None:
     # would fill the memory.
     if level.max() >= len(level):
         raise DataError(
-            f"{path} has {len(level)} entries and holds the cluster {level.max()}, so that some "
-            "cluster below it has no member. Number the clusters from 0 without gaps."
+            f"{path} has {len(level)} entries and the largest cluster number {level.max()}, so "
+            "that some cluster with a smaller number has no member. "
+            "Number the clusters from 0 without gaps."
         )
     empty = np.flatnonzero(np.bincount(level) == 0)
     if len(empty):

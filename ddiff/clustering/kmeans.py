@@ -81,7 +81,10 @@ def nested_kmeans(
 def _check(
     vectors: _Floats, sizes: Sequence[int], min_share: float, max_share: float, num_regular: int
 ) -> None:
-    """Check the arguments of `nested_kmeans`, with `num_regular` tokens that are not special."""
+    """Raise an error if the arguments of `nested_kmeans` are invalid.
+
+    `num_regular` is the number of tokens that are not special.
+    """
     if len(sizes) == 0 or min(sizes) < 1:
         raise ArgumentError(
             "sizes must have at least one level, and at least one cluster on every level; got "
@@ -140,9 +143,9 @@ def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share:
 def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Floats:
     """Draw `size` start centroids from the unit vectors `points` by k-means++.
 
-    A point is drawn with probability proportional to its distance 1 - cos to the nearest of the
-    earlier starts. If all distances are 0 (fewer different points than starts), the last point is
-    chosen.
+    The first start is a uniformly drawn point. Each further start is a point, drawn with
+    probability proportional to the distance 1 - cos to its nearest earlier start. If all distances
+    are 0 (fewer different points than starts), the last point is chosen.
     """
     chosen = [int(rng.integers(len(points)))]
     distance = np.full(len(points), 2.0)
@@ -180,10 +183,10 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
 def _give_away(
     affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, upper: int
 ) -> None:
-    """Move points from `cluster` to the most similar clusters below the upper limit.
+    """Move the excess points of `cluster` to the most similar clusters below the limit `upper`.
 
-    The function returns early if a target cluster is full. The caller then calls the function
-    again, without the full cluster as a target.
+    Returns early if a target cluster becomes full. The caller then calls the function again, which
+    no longer uses the full cluster as a target.
     """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)

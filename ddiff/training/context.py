@@ -31,7 +31,7 @@ def drop_conditions(
     dropout: Mapping[str, float],
     rng: CounterRng,
 ) -> Context:
-    """Mark each condition absent in random samples, with probability `dropout[name]`.
+    """Drop conditions of random samples: mark each absent with probability `dropout[name]`.
 
     The network then also learns the unconditional distribution, which classifier-free guidance
     needs.
@@ -47,9 +47,9 @@ def drop_conditions(
 
 
 def mark_absent(condition: Tensor, dropped: Tensor) -> Tensor:
-    """Mark a condition absent in the samples where the bool tensor `dropped` [B] is True.
+    """Mark a condition as absent in the samples with `dropped` [B] True.
 
-    Labels become -1, vectors become NaN.
+    `condition` is the condition of a batch: labels become -1, vectors become NaN.
     """
     absent = torch.nan if condition.is_floating_point() else -1
     ones = [1] * (condition.dim() - 1)  # to broadcast over the dimensions after the batch

@@ -1,9 +1,8 @@
-"""Learning-rate schedules: functions from the step to a factor in (0, 1].
+"""Learning-rate schedules: functions from the step to a factor in [0, 1].
 
 The trainer multiplies the learning rate of each parameter group by the factor. A schedule has no
-state, because the step determines the factor. A run that is resumed with a larger total number of
-steps follows the cosine of the new total, so that its learning rate rises again after the
-resumption.
+state, because the step determines the factor. If a run is resumed with a larger number of `steps`,
+the cosine schedule is that of the new number, so the learning rate jumps up at the resumption.
 """
 
 from __future__ import annotations

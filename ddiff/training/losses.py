@@ -1,4 +1,7 @@
-"""Training losses per row of a batch. The reported bound does not depend on the training loss."""
+"""Training losses of the diffusion objective, per row (position) of a batch.
+
+The reported bound does not depend on the training loss.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ Process = TypeVar("Process", bound=ForwardProcess)
 class TrainingLoss(Generic[Process]):
     """Training loss of a row (position): a weight times a divergence of the prediction.
 
-    The weight does not depend on the network. The methods of this class compute the weight and the
-    divergence of the bound (NELBO). A subclass overrides at least one method. `Process` is the type
-    of forward process that the loss supports.
+    The weight does not depend on the network. In this class weight and divergence are those of the
+    bound (NELBO), whose diffusion term is the integral over t of the expected weight * divergence.
+    A subclass overrides at least one method. `Process` is the type of forward process that the loss
+    supports.
 
-    For r rows, the arguments are the clean tokens `x0` [r], the states `zt` [r] and the noise times
-    `t` [r] (float64).
+    The arguments of the methods describe r rows: clean tokens `x0` [r], states `zt` [r] and noise
+    times `t` [r] (float64).
     """
 
     name: str | None = None
@@ -35,7 +39,7 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the weight of each row, a tensor [r], per unit of the noise time t of the row.
+        """Return the weight of each row, a tensor [r], as a density over the noise time t.
 
         Called once per batch, for all rows.
         """
@@ -63,9 +67,9 @@ class TrainingLoss(Generic[Process]):
     ) -> Tensor:
         """Return a bool tensor [B,L], True at the rows that enter the training loss.
 
-        Overriding this method is optional. By default, the rows scored by the bound enter the loss.
-        The loss of a selected row is multiplied by its speed (`times.speed`), or by 1 if its speed
-        is 0.
+        If a subclass does not override this method, the rows scored by the bound enter the loss.
+        The loss of a selected row is multiplied by `times.speed`, the importance weight dt/dv of
+        the draw of t from a uniform v, or by 1 where `times.speed` is 0.
         """
         raise NotImplementedError
 
@@ -89,10 +93,11 @@ class ElboLoss(TrainingLoss[ForwardProcess]):
 class ClippedLoss(TrainingLoss[ForwardProcess]):
     """The bound as training loss, with its weight clipped to [smallest, largest].
 
-    Clipping reduces the variance of the gradients. The clipped loss is not a bound. The weight is
-    the total rate of the true reverse process, so that two implementations of the same Markov chain
-    have the same loss. Keep `smallest` at 0 for processes with uniform noise: near t = 0 the weight
-    of a clean token goes to 0 as t, and its divergence grows as 1/t.
+    Clipping reduces the variance of the gradients. The clipped loss is not a bound. The weight
+    before clipping is the total rate of the reverse process given the clean token x0. Two
+    implementations of the same Markov chain therefore have the same loss. Keep `smallest` at 0 for
+    processes with uniform noise: near t = 0 the weight of a clean token is proportional to t, and
+    its divergence to 1/t.
     """
 
     def __init__(self, smallest: float = 0.0, largest: float = 2.0) -> None:

@@ -1,6 +1,6 @@
-"""Per-step metrics as JSON lines.
+"""Per-step metrics as JSON lines (`metrics.jsonl`).
 
-Resuming a killed run neither repeats nor loses the line of a step.
+After a killed run is resumed, the file has exactly one line per step.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class StepRecord:
 
 
 def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
-    """Return metrics by name, summarized over the records of consecutive steps.
+    """Summarize the records of consecutive steps: metrics by name.
 
-    A metric is its total sum divided by its total count, over the steps with finite loss and
-    gradient norm. `tokens_per_second` is computed over all steps. `train_loss` is the mean loss per
-    step, in the unit of the objective.
+    `train_loss` and `grad_norm` are means over the steps with finite loss and gradient norm. Each
+    entry of `StepRecord.metrics` is its total sum divided by its total count, over the same steps.
+    `tokens`, `seconds` and `tokens_per_second` include all steps.
     """
     taken = [record for record in records if record.is_finite]
     figures: dict[str, float] = {}
@@ -138,7 +138,7 @@ def _read_lines(
     if whole != start:
         raise CheckpointError(
             f"{path} has valid lines for only the first {whole} of the {start} training steps "
-            "before the checkpoint: the file was changed or removed after training wrote it. "
+            "of the checkpoint: the file was changed or removed after training wrote it. "
             "Restore the file from a copy, or start over with --fresh."
         )
     return lines

@@ -51,14 +51,18 @@ class _Rows(NamedTuple):
 class DiffusionObjective:
     """Training objective of a denoiser on a forward process.
 
-    `times` draws a noise time for each position, and `loss` computes the loss of each row
-    (position).
+    Args:
+        loss: training loss of each row (position).
+        times: draws a noise time for each position.
+        decoding_share: fraction of the sequences of a batch, in [0, 1), that estimate the decoding
+            term. None: 0.1 if the bound has a decoding term and `loss` does not override
+            `select_rows`, otherwise 0.
 
     If states are still noisy at t = 0 (`process.closes_at_clean` is false), the bound has a
     decoding term: -ln P(x | z), where x is the clean sequence and z its noisy state at the smallest
-    noise time. A random fraction `decoding_share` of the sequences of a batch then estimates the
-    decoding term, with weight 1 / decoding_share. The other sequences estimate the diffusion term
-    at random noise times, with weight 1 / (1 - decoding_share).
+    noise time. Randomly chosen sequences of the batch then estimate the decoding term, with weight
+    1 / decoding_share. The other sequences estimate the diffusion term at random noise times, with
+    weight 1 / (1 - decoding_share).
 
     `module` is the module that the trainer calls: the denoiser, or the backend's wrapper of the
     denoiser.
@@ -100,8 +104,8 @@ class DiffusionObjective:
     ) -> LossTerms:
         """Return the sum of the losses of all rows, divided by the tokens of the global batch.
 
-        The unit of the loss is nats per token. `denominators` contains the number of tokens, and
-        `slots` is the number of sequences of the global batch.
+        The unit of the loss is nats per token. `denominators["tokens"]` is the number of scored
+        tokens of the global batch, and `slots` its number of sequences.
         """
         process = self.process
         parameterization = self.denoiser.parameterization
@@ -130,7 +134,7 @@ class DiffusionObjective:
         rng: CounterRng,
         slots: int,
     ) -> _Rows:
-        """Draw noise times and noisy states of a batch, and select the rows for the head."""
+        """Draw noise times and noisy states, and select the rows at which the head is evaluated."""
         process = self.process
         times, decodes = self._draw_times(batch, rng, slots)
         noisy = corrupt(process, batch.ids, times, batch.scored, rng, "diffusion")
@@ -257,7 +261,8 @@ class DiffusionObjective:
     ) -> Likelihood:
         """Estimate the bound at every position of `batch`, with one draw of noise times and states.
 
-        The training loss, its weights and `decoding_share` have no effect.
+        Row b gets a noise time in the stratum `slot[b]` of `slots` strata, drawn by `times`. The
+        training loss, its weights and `decoding_share` have no effect.
         """
         network = self.network(batch)
         terms = nelbo(self.process, network, batch.ids, batch.scored, times, rng, slot, slots)
@@ -292,10 +297,10 @@ def _merge_times(
 ) -> Times:
     """Combine the noise times for the decoding term and for the diffusion term in one batch.
 
-    Sequences of the decoding term (`chosen` [B,1] is True) get the noise times `first`, and their
-    speeds are divided by `share`. Sequences of the diffusion term get the noise times `times`, and
-    their speeds are divided by 1 - share. With these divisors, each of the two groups estimates a
-    sum over the whole batch.
+    Sequences with `chosen` [B,1] True estimate the decoding term: they get the noise times `first`,
+    and their weights `Times.speed` are divided by `share`. The other sequences estimate the
+    diffusion term: they get the noise times `times`, and their weights are divided by 1 - share.
+    With these divisors, each of the two groups estimates a sum over the whole batch.
     """
     speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))
     return Times(

@@ -1,10 +1,10 @@
 """Optimizers: AdamW, and Muon for hidden matrices with AdamW for all other parameters.
 
-A hidden matrix is a 2-D parameter that is not a table. A table has one row per symbol or tree node:
-the weight of an `nn.Embedding`, a parameter with the attribute `is_table = True`, or any parameter
-inside a module with that attribute (heads have the attribute). Muon orthogonalizes the update of
-each hidden matrix. Tables are trained with AdamW, because their rows are used with very different
-frequencies and AdamW scales each entry separately.
+A hidden matrix is a 2-D parameter that is not a table. A table is a parameter whose rows are
+independent, such as one row per token. Tables are the weights of `nn.Embedding`, parameters with
+the attribute `is_table = True`, and all parameters of modules with this attribute (for example
+heads). Muon orthogonalizes the update of each hidden matrix. Tables are trained with AdamW, because
+their rows are used with very different frequencies and AdamW scales each entry separately.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def _is_sharded(tensor: Tensor) -> bool:
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:
     """Take a step of `optimizer` if the 0-d bool tensor `finite` is True.
 
-    The decision is made on the device if the optimizer has a method `step_if` or is a fused
-    optimizer of torch, which supports `found_inf`. For all other optimizers the host waits for the
-    device.
+    If the optimizer has a method `step_if`, or is a fused optimizer of torch (which supports
+    `found_inf`), the condition is evaluated on the device. For all other optimizers the host waits
+    for the device.
     """
     if isinstance(optimizer, ConditionalOptimizer):
         optimizer.step_if(finite)
@@ -91,9 +91,9 @@ def adamw(
     eps: float = 1e-8,
     decay: Decay = "matrices",
 ) -> torch.optim.AdamW:
-    """Build AdamW (arXiv 1711.05101).
+    """Build AdamW (arXiv 1711.05101) for all trained parameters of a module.
 
-    `decay` selects the parameters with weight decay: hidden matrices only, or all.
+    `decay` selects the parameters with weight decay: "matrices" (hidden matrices only) or "all".
     """
     hidden, others = split_parameters(module)
     other_decay = weight_decay if decay == "all" else 0.0
@@ -159,8 +159,8 @@ class Muon(torch.optim.Muon):
     and the dtype of the gradient on a CPU: on a CPU without bfloat16 units, a step for 2.4 M
     parameters took 2.8 s in bfloat16 and 0.12 s in float32.
 
-    A sharded matrix is gathered, and one rank orthogonalizes the whole matrix. The matrices are
-    distributed over the ranks in turn.
+    A sharded matrix is gathered on one rank, which orthogonalizes the whole matrix. Successive
+    matrices are assigned to successive ranks.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class Objective(Protocol):
 
 
 class Backend(Protocol):
-    """Devices and processes of a run, which the rest of the trainer does not depend on.
+    """Interface to the devices and processes of a run.
 
     The losses of the ranks add up to the global loss, so a backend with several processes sums
     gradients and does not average them. Rank 0 writes, reports, evaluates and samples. The other
@@ -95,7 +95,10 @@ class Backend(Protocol):
         ...
 
     def gather_weights(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Context manager in which the weights outside the blocks are unsharded, for evaluation."""
+        """Context manager that gathers the weights outside the blocks, for evaluation.
+
+        Blocks (the units of sharding) gather their own weights in every forward pass.
+        """
         ...
 
     def sum(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Handling of SIGINT and SIGTERM during training.
 
-After the first signal the step is finished and a checkpoint saved. The second signal ends training
-immediately.
+After the first signal, the current step is finished and a checkpoint is saved. A second signal ends
+training immediately.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """Context manager that records the first SIGINT or SIGTERM in `signal`.
 
-    A second signal raises KeyboardInterrupt or SystemExit(128 + signal). Code that waits for data
-    polls `signal` and returns after the first signal, because no step is lost.
+    A second signal raises KeyboardInterrupt or SystemExit(128 + signal). Code that waits for the
+    data of the next step polls `signal` and returns after the first signal: the step has not begun,
+    so no work is lost.
 
     Python installs signal handlers only in the main thread. In other threads this context manager
     has no effect.
@@ -43,7 +44,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def to_counts(self) -> Tensor:
-        """Return the counts of SIGINT and SIGTERM, float64 [2], to be summed over the ranks."""
+        """Return how many SIGINT and SIGTERM (0 or 1) this process received, float64 [2]."""
         received = [float(self.signal == number) for number in SIGNALS]
         return torch.tensor(received, dtype=torch.float64)
 

@@ -88,9 +88,9 @@ class Validation:
 
     Args:
         every: number of steps between two evaluations.
-        score: callable that returns metrics by name, for metrics.jsonl and the tracker, and a
-            sentence to print. Every rank calls `score` at the same step with the same rows, because
-            the forward pass of a sharded module needs all ranks.
+        score: callable without arguments that returns metrics by name, for metrics.jsonl and the
+            tracker, and a sentence to print. Every rank calls `score` at the same step, and must
+            evaluate the same rows, because the forward pass of a sharded module needs all ranks.
         of_average: whether to evaluate the exponential moving average of the weights, if the run
             has one, instead of the weights.
     """
@@ -107,9 +107,9 @@ class TrainerSettings:
     Raises ArgumentError if a value is out of range.
 
     Args:
-        steps: optimizer steps of the whole run.
-        slots: sequences of the global batch, over all micro-batches and ranks.
-        accumulate: micro-batches per step.
+        steps: number of optimizer steps of the whole run.
+        slots: number of sequences of the global batch, over all micro-batches and ranks.
+        accumulate: number of micro-batches per step and rank.
         clip: largest gradient norm. None: no clipping.
         ema: decay of the exponential moving average of the weights, which checkpoints store.
             0: no average.
@@ -220,7 +220,7 @@ class Trainer:
         batch_at: pure function (step, micro) -> micro-batch of this rank, on the device that the
             objective expects. Wrap the function in `ddiff.data.prefetch.Prefetcher` to read ahead.
         rng_at: pure function (step, batch) -> random generator of the batch.
-        multiplier: function (step) -> factor in (0, 1] for the learning rate of every parameter
+        multiplier: function (step) -> factor in [0, 1] for the learning rate of every parameter
             group. None: always 1.
         validation: evaluation during training. The trained weights are bitwise identical with and
             without validation.
@@ -664,9 +664,9 @@ def _describe(steps: Sequence[int]) -> str:
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's random generators, which dropout uses.
+    """Return the state of torch's random generators, from which dropout draws.
 
-    The other random numbers of training are those of a `CounterRng`, which has no state.
+    The objective and the data use a `CounterRng`, which has no state.
     """
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
