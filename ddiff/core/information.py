@@ -137,13 +137,13 @@ class InformationTime:
     dt/dtau is the exact derivative of the interpolant. A bound estimated in tau is therefore
     unbiased whatever the interpolation error is; this error affects only the variance.
 
-    If logit tau rises by more than 2 between two knots, for example because a process starts to
-    lose information only at t = 1/2, the cell between them is halved until the rise is at most 2.
+    If logit tau rises by more than 2 between two knots, the cell between them is halved until the
+    rise is at most 2. This happens, for example, if a process loses no information before t = 1/2.
 
     Rates are evaluated at interior times only. If more than 1e-9 of the information is lost before
-    the first interior time, tau = 0 denotes the first interior time instead of t = 0, and the
-    decoding term of the bound is evaluated at this time. In the same way, tau = 1 denotes the last
-    interior time if more than 1e-9 of the information is lost after it.
+    the first interior time, tau = 0 is mapped to this time instead of t = 0. The decoding term of
+    the bound is then evaluated at this time. If more than 1e-9 of the information is lost after the
+    last interior time, tau = 1 is mapped to the last interior time.
 
     Args:
         information: t [n] -> I(X; Z_t) in nats.

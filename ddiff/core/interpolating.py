@@ -314,9 +314,12 @@ class InterpolatingProcess(ForwardProcess):
         rho = q_t(z|x) / q_t-bar(z). Published losses multiply the mismatch by their weights. The
         mismatch is 0 if the chain never jumps into z_t.
 
-        For a score s_theta, the mismatch is the generalized KL divergence, the sum over states
-        y != z of q(y) ln( q(y) / m(y) ) - q(y) + m(y), with q(y) = q_t(y|x) and
-        m(y) = q_t(z|x) s_theta(y). The sum is computed in the dtype of the score.
+        For a score s_theta, the mismatch is the generalized KL divergence between
+        q(y) = q_t(y|x) and m(y) = q_t(z|x) s_theta(y),
+
+            sum_{y != z} [ q(y) ln( q(y) / m(y) ) - q(y) + m(y) ].
+
+        The sum is computed in the dtype of the score.
         """
         t = interior(t)
         arrives = self.arrivals_at(zt, t) > 0

@@ -99,16 +99,16 @@ def solve_nearest(
 ) -> Tensor:
     """Solve x matrix[index] = vectors for x [r,A], with x as near to base[index] as possible.
 
-    `matrix` [n,A,S] holds the transition probabilities of n problems from A start states to S
-    states, and `base` [n,A] a distribution over the start states of each problem. `vectors` [r,S]
+    `matrix` [n,A,S] holds the transition probabilities of n problems from A start states to S end
+    states. `base` [n,A] is a distribution over the start states of each problem. `vectors` [r,S]
     are the right-hand sides, and `index` [r] is the problem of each row.
 
-    The columns of `matrix`, one per end state, are divided by their probability under `base`, so
-    that rare end states (tokens late in masking) count as much as frequent ones. If `vectors` do
-    not determine some combination of the start states, x agrees with `base` in it. Three steps of
-    iterative refinement, starting from `base`, make small probabilities accurate relative to
-    their size. This accuracy matters, because decoding formulas multiply small probabilities by
-    factors of order 1/t.
+    Each column of `matrix` belongs to an end state and is divided by the probability of this state
+    under `base`. Rare end states, such as tokens at a time at which most tokens are masked, then
+    count as much as frequent ones. If `vectors` do not determine some combination of the start
+    states, x agrees with `base` in it. Three steps of iterative refinement, starting from `base`,
+    make small probabilities accurate relative to their size. This accuracy matters, because
+    decoding formulas multiply small probabilities by factors of order 1/t.
     """
     reached = (base.unsqueeze(1) @ matrix).squeeze(1)
     # End states that no start state reaches get scale 0, since 1/0 would lead to inf * 0.

@@ -6,10 +6,10 @@ continuous-time Markov chain. A family may override a derived method for speed o
 conformance kit then tests that the override agrees with the derived method, which it calls through
 the base class: `ForwardProcess.density(process, ...)`.
 
-Notation: Q_t[y,z] is the rate from state y to state z, q_t(z|x) the marginal of z_t given the clean
-token x, and q_t-bar(z) = sum_x p(x) q_t(z|x) the marginal when x is drawn from the predicted
+Notation: Q_t[y,z] is the rate from state y to state z. q_t(z|x) is the marginal of z_t given the
+clean token x. q_t-bar(z) = sum_x p(x) q_t(z|x) is the marginal when x is drawn from the predicted
 distribution p. s(y) = q_t(y|x) / q_t(z|x) is the true ratio of state y to the current state z, and
-s_theta(y) = q_t-bar(y) / q_t-bar(z) the predicted ratio.
+s_theta(y) = q_t-bar(y) / q_t-bar(z) is the predicted ratio.
 
 Shapes for r rows, V tokens and S states: x0, zt [r] long; t, s [r] float64; log_p [r,V].
 """

@@ -2,8 +2,8 @@
 
 One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical model
 of arXiv 2510.08632. Any number of levels is possible. Parents may be stochastic: a position moves
-to the parent of its node, at level l, with probability xi_l, and to each of the other n_l - 1 nodes
-of level l with probability (1 - xi_l)/(n_l - 1).
+to the parent of its node, at level l, with probability xi_l. It moves to each of the other n_l - 1
+nodes of level l with probability (1 - xi_l)/(n_l - 1).
 
 Notation: pi_l(t) is the probability of level l at time t, and F_l(t) = sum_{j>=l} pi_j(t)
 (`ddiff.core.clock`). anc_j(y) is the ancestor of y at level j. kappa_ij(y,z) is the probability of

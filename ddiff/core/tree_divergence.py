@@ -55,9 +55,9 @@ def token_nll(
 ) -> Tensor:
     """Return -ln P(x0 | z_t) per row for xi < 1; 0 at tokens.
 
-    The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), with A = A_0l and
-    r = r_0l at the level l of z, anc(x0) the ancestor of x0 at this level, and P(z) the
-    predicted probability of the tokens below z.
+    The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ). Here l is the level of
+    z, A = A_0l, r = r_0l, and anc(x0) is the ancestor of x0 at level l. P(z) is the predicted
+    probability of the tokens below z.
     """
     level = parents.vocabulary.level_of(zt)
     is_token = level == 0

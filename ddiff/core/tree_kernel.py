@@ -1,7 +1,8 @@
 """Kernel on a vocabulary tree, with one block per pair of levels.
 
-A kernel moves a position from level i to level j with the probability or rate K_ij, and from node y
-of level i to node z of level j with kappa_ij(y,z) of `ddiff.core.tree_parents`.
+A kernel moves a position from level i to level j with the probability or rate K_ij. Given this
+move, a position at node y of level i gets to node z of level j with probability kappa_ij(y,z) (see
+`ddiff.core.tree_parents`).
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class TreeKernel(Kernel):
     def solve(self, vector: Tensor) -> Tensor:
         """Solve x K = v for the vector v, level by level, from the tokens up.
 
-        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj, where x_j is the part of x at level j, and
+        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj. Here x_j is the part of x at level j, and
         push moves a part from level i to level j by kappa_ij.
         """
         vocabulary = self.parents.vocabulary

@@ -69,10 +69,10 @@ def _evaluate(
 def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the gradient of every term of the bound is finite wherever the term is finite.
 
-    Gradients are taken with respect to the prediction. The prediction is a distribution in which
-    one token has probability 0, 1e-400 (stored as a logarithm) or 1, or it is the score of this
-    distribution, its log-ratios. If the distribution gives z_t probability 0, all log-ratios are 0.
-    Tolerance 0: the condition is exact.
+    Gradients are taken with respect to the prediction, for two kinds of predictions. One is a
+    distribution in which one token has probability 0, 1e-400 (stored as a logarithm) or 1. The
+    other is the score of this distribution. If the distribution gives z_t probability 0, all
+    log-ratios of the score are 0. Tolerance 0: the condition is exact.
     """
     rows = _extreme_rows(process)
     log_marginal = process.log_marginal(rows.log_p, rows.t)

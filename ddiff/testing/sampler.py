@@ -1,9 +1,9 @@
 """Laws of a sampler: its declarations, compared with the distribution of its samples.
 
-Samples are pairs of tokens. They are drawn under a network that predicts exactly for a known joint
-distribution of the pair, so that the total variation distance between samples and joint
-distribution is the error of the sampler. A check takes a function from a number of steps to a
-`Sampler`, because an order of convergence can only be measured over several numbers of steps.
+Samples are pairs of tokens. The network predicts exactly for a known joint distribution of two
+tokens. The total variation distance between samples and joint distribution is therefore the error
+of the sampler. A check takes a function that makes a `Sampler` for a given number of steps, because
+an order of convergence can only be measured over several numbers of steps.
 """
 
 from __future__ import annotations
