@@ -120,6 +120,49 @@ SamplerSettings = Annotated[
     list[str] | None, _set_option("Replace a key of the sampler, such as temperature=0.9.")
 ]
 
+# Options of `ddiff sample`.
+SampleCount = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Number of samples; by default \\[sample] count."),
+]
+SamplingSteps = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Number of sampling steps.")
+]
+SamplingSeed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, help="Seed; equal seeds give equal samples.")
+]
+SamplingBatch = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Samples per batch; does not change the samples."),
+]
+Prompts = Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with one prompt per line.")
+]
+InfillTexts = Annotated[
+    list[str] | None,
+    typer.Option(help='Text with gaps, such as "She [MASK:8] to Bath"; may be repeated.'),
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Condition with a label (2) or a vector ([0.5, 1.0]); may be repeated.",
+    ),
+]
+GuidanceWeight = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Weight of classifier-free guidance; 1 is off, above 1 follows the conditions "
+        "more closely.",
+    ),
+]
+SamplerKind = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
+]
+
 DRY_RUN = (
     "Check the recipe, print the resolved recipe and a verdict, and stop. The check covers the "
     "keys, the run directory, the named files, the device, the memory, and the shapes of the "
@@ -307,49 +350,16 @@ def export(
 @app.command("sample")
 def sample(
     run_dir: RunDir,
-    count: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST, help="Number of samples; by default \\[sample] count."),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Number of sampling steps.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**64 - 1, help="Seed; equal seeds give equal samples.")
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST, help="Samples per batch; does not change the samples."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to continue; may be repeated.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with one prompt per line.")
-    ] = None,
-    infill: Annotated[
-        list[str] | None,
-        typer.Option(help='Text with gaps, such as "She [MASK:8] to Bath"; may be repeated.'),
-    ] = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Condition with a label (2) or a vector ([0.5, 1.0]); may be repeated.",
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Weight of classifier-free guidance; 1 is off, above 1 follows the conditions "
-            "more closely.",
-        ),
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
-    ] = None,
+    count: SampleCount = None,
+    steps: SamplingSteps = None,
+    seed: SamplingSeed = None,
+    batch: SamplingBatch = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    infill: InfillTexts = None,
+    condition: Conditions = None,
+    guidance: GuidanceWeight = None,
+    sampler: SamplerKind = None,
     settings: SamplerSettings = None,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.

@@ -184,27 +184,16 @@ def evaluate(
             f"{draws} draws."
         )
     names, index = np.unique(document, return_inverse=True)
-    nats = np.zeros((len(names), draws))
-    tokens = np.zeros(len(names))
-    means = _Means()
+    scores = _Scores(len(names), draws)
     with show_progress(len(document) * draws, "evaluating", console=console) as bar:
         for rows, slot, slots, draw in _deal_strata(index, draws, batch, seed):
             rows_batch = batch_of(rows)
-            group = torch.from_numpy(index[rows])
-            group = group.to(rows_batch.index.device)
+            group = torch.from_numpy(index[rows]).to(rows_batch.index.device)
             rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
-            slot = slot.to(device)
-            slots = slots.to(device)
-            likelihood = objective.nll(rows_batch, rng, slot, slots, times)
-            total = reduce(add, likelihood.terms.values())
-            row_nats = total.sum(-1).cpu().numpy()
-            scored = rows_batch.scored.sum(-1).cpu().numpy()
-            # np.add.at, since several rows of a batch may belong to one document
-            np.add.at(nats[:, draw], index[rows], row_nats)
-            np.add.at(tokens, index[rows], scored / draws)
-            means.add(likelihood, float(scored.sum()))
+            likelihood = objective.nll(rows_batch, rng, slot.to(device), slots.to(device), times)
+            scores.add_batch(index[rows], draw, likelihood, rows_batch.scored)
             bar.advance(len(rows))
-    estimate = RatioEstimate.of(nats, tokens)
+    estimate = RatioEstimate.of(scores.nats, scores.tokens)
     _check_finite(estimate.mean, unit)
     protocol = {
         "draws": draws,
@@ -212,7 +201,7 @@ def evaluate(
         "length": length,
         "interval": "95 %, Student, over documents",
     }
-    return _make_evaluation(estimate, means, tokens, num_bytes, unit, objective.bound, protocol)
+    return _make_evaluation(estimate, scores, num_bytes, unit, objective.bound, protocol)
 
 
 def _check_finite(mean: float, unit: str) -> None:
@@ -226,15 +215,14 @@ def _check_finite(mean: float, unit: str) -> None:
 
 def _make_evaluation(
     estimate: RatioEstimate,
-    means: _Means,
-    tokens: NDArray[np.float64],
+    scores: _Scores,
     num_bytes: int | None,
     unit: str,
     bound: str,
     protocol: Mapping[str, Any],
 ) -> Evaluation:
     mean = estimate.mean
-    num_tokens = float(tokens.sum())
+    num_tokens = float(scores.tokens.sum())
     bits_per_byte = None
     if num_bytes:
         bits_per_byte = mean * num_tokens / math.log(2) / num_bytes
@@ -249,10 +237,10 @@ def _make_evaluation(
         },
         ppl=math.exp(mean),
         bits_per_byte=bits_per_byte,
-        terms_nats_per_token=means.compute("term"),
-        parts_nats_per_token=means.compute("part"),
+        terms_nats_per_token=scores.means.compute("term"),
+        parts_nats_per_token=scores.means.compute("part"),
         tokens=round(num_tokens),
-        documents=int((tokens > 0).sum()),
+        documents=int((scores.tokens > 0).sum()),
         unit=unit,
         bound=bound,
         protocol=protocol,
@@ -298,6 +286,35 @@ def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
 
 def _standard_error(error: Error | None) -> float | None:
     return None if error is None else error.standard
+
+
+class _Scores:
+    """Sums of a running evaluation.
+
+    Attributes:
+        nats: array [D,draws] with the nats of each of D documents in each draw.
+        tokens: array [D] with the number of scored tokens of each document, averaged over draws.
+        means: mean nats per token of each term and part of the bound.
+    """
+
+    def __init__(self, num_documents: int, draws: int) -> None:
+        self.draws = draws
+        self.nats = np.zeros((num_documents, draws))
+        self.tokens = np.zeros(num_documents)
+        self.means = _Means()
+
+    def add_batch(self, documents: Rows, draw: int, likelihood: Likelihood, scored: Tensor) -> None:
+        """Add a batch of B rows of one draw.
+
+        `documents` [B] is the document of each row, and `scored` [B,L] marks the scored tokens.
+        """
+        total = reduce(add, likelihood.terms.values())
+        row_nats = total.sum(-1).cpu().numpy()
+        row_tokens = scored.sum(-1).cpu().numpy()
+        # np.add.at, since several rows of a batch may belong to one document
+        np.add.at(self.nats[:, draw], documents, row_nats)
+        np.add.at(self.tokens, documents, row_tokens / self.draws)
+        self.means.add(likelihood, float(row_tokens.sum()))
 
 
 class _Means:

@@ -25,7 +25,7 @@ TOKENS_PER_LINE = 8.5  # code tokens per code line, because dense lines are hard
 WIDE_SHARE = 0.5  # % of lines over 100 columns
 COMMENTS_PER_THOUSAND = 35.0  # minimum number per 1000 code lines
 NINETIETH_LENGTH = 30  # 90th percentile of function lengths, in lines
-LONGEST_FUNCTION = 80
+LONGEST_FUNCTION = 70
 PROBES = 15  # calls of getattr and hasattr, which type checkers cannot check
 
 WORD_LIMITS = {
