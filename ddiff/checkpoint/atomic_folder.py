@@ -65,9 +65,9 @@ def step_name(step: int) -> str:
 
 
 def newest_state(root: str) -> dict[str, Any] | None:
-    """Read the state of the newest checkpoint as JSON values, without importing torch.
+    """Read the state of the newest checkpoint in `root` as JSON values, without importing torch.
 
-    Return None if there is no checkpoint. Raises CheckpointError if the file is damaged.
+    Return None if there is no checkpoint. Raises CheckpointError if the state file is damaged.
     """
     fs = LocalFileSystem()
     steps = complete_steps(fs, root)
@@ -107,7 +107,7 @@ class AtomicFolder:
     # ------------------------------------------------------------------ writing
 
     def create(self) -> None:
-        """Create the folder, and delete its files if it contains an earlier checkpoint."""
+        """Create an empty folder. If it exists, the files of an earlier checkpoint are deleted."""
         self.remove()
         self._fs.makedirs(self.path, exist_ok=True)
 
@@ -175,7 +175,7 @@ class AtomicFolder:
                 )
             if sizes[name] != digest.bytes:
                 raise CheckpointError(
-                    f"{self.path}/{name} has {sizes[name]} bytes and was saved with "
+                    f"{self.path}/{name} has {sizes[name]} bytes, but was saved with "
                     f"{digest.bytes} bytes: the file was truncated or replaced later. "
                     f"{self._remedy()}"
                 )
@@ -258,8 +258,8 @@ class AtomicFolder:
             writer = "an older" if found < FORMAT else "a newer"
             raise CheckpointError(
                 f"{path} has format {found}; this ddiff reads only format {FORMAT}: the checkpoint "
-                f"was written by {writer} ddiff. Resume with that version of ddiff, or start over "
-                "with --fresh."
+                f"was written by {writer} version of ddiff. Resume with that version, or start "
+                "over with --fresh."
             )
         files = marker.get("files")
         if not isinstance(files, dict) or not files:
@@ -283,8 +283,8 @@ class AtomicFolder:
 def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
     """Return whether a directory entry is a file of the checkpoint.
 
-    `listed` contains the file names in the marker. If `listed` is empty, the form of the name
-    decides.
+    `listed` contains the file names in the marker. If `listed` is empty, every file whose name
+    ddiff could have written is a file of the checkpoint.
     """
     name = base_name(entry["name"])
     has_own_name = name in listed if listed else _OWN.fullmatch(name) is not None
@@ -330,7 +330,7 @@ class _HashingWriter:
 
 
 def _read_blocks(file: IO[bytes], length: int) -> Iterator[memoryview]:
-    """Yield the next `length` bytes in blocks. Reading a block overwrites the previous block."""
+    """Yield the next `length` bytes of a file in blocks. Each block overwrites the previous one."""
     block = memoryview(bytearray(min(length, BLOCK)))
     while length > 0:
         part = block[: min(length, BLOCK)]

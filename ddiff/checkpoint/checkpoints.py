@@ -130,7 +130,7 @@ class Checkpoint:
         return {name: tensors[place] for name, place in places.items()}
 
     def _model_places(self) -> dict[str, str]:
-        """Map the name of each model tensor to its name in the manifest."""
+        """Map each name of a model tensor, including aliases, to the name in the manifest."""
         places: dict[str, str] = {}
         for place in self.manifest:
             if place.startswith("model."):
@@ -140,7 +140,7 @@ class Checkpoint:
         return places
 
     def _average_places(self) -> dict[str, str]:
-        """Map the name of each model tensor with an average to the average's manifest name."""
+        """Map the name of each averaged model tensor to the manifest name of its average."""
         ema = self.state.get("ema") or {}
         averages = ema.get("weights", {})
         if not averages:
@@ -331,10 +331,10 @@ class Checkpoints:
     # ------------------------------------------------------------------ writing, in a thread
 
     def _group(self) -> dist.ProcessGroup | None:
-        """Return the process group of all ranks that is used only for checkpoints.
+        """Return a process group of all ranks for checkpoints only; None in a single process.
 
-        Return None in a single process. The thread that writes a checkpoint communicates at the
-        same time as the training loop, so thread and training loop need separate groups.
+        The thread that writes a checkpoint communicates at the same time as the training loop, so
+        thread and training loop need separate groups.
         """
         if (
             self._ranks is None
@@ -370,9 +370,10 @@ class Checkpoints:
         self._together(folder, finish)
 
     def _together(self, folder: AtomicFolder, act: Callable[[], Any]) -> list[Any]:
-        """Call `act` on every rank and return the results of all ranks.
+        """Call `act` on every rank, wait for all ranks, and return the results of all ranks.
 
-        Raises CheckpointError on all ranks if `act` failed on a rank.
+        All ranks must call this method. It raises CheckpointError on all ranks if `act` failed on a
+        rank; the message names `folder`.
         """
         failure: str | None = None
         result: Any = None

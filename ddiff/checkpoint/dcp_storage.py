@@ -1,17 +1,18 @@
 """Storage of torch.distributed.checkpoint (DCP) in safetensors files and a manifest.
 
-A box is a hyperrectangle of a tensor. DCP plans which rank writes and reads which box of each
-tensor. DTensors are written as shards, and can be read with another sharding. Saving has two steps:
-`stage` copies the tensors that this rank has to write, and `write_tensors` writes the copies later,
-while training continues. Importing this module takes about a second, so `checkpoints.py` imports
-the module only when a checkpoint is saved or loaded.
+DTensors are written as shards, and can be read with another sharding. DCP plans which rank writes
+and reads which box (hyperrectangle) of each tensor. Saving has two steps: `stage` copies the
+tensors that this rank has to write, and `write_tensors` writes the copies later, while training
+continues. Importing this module takes about a second, so `checkpoints.py` imports it only when a
+checkpoint is saved or loaded.
 
-DCP's own HuggingFaceStorageWriter (tested with torch 2.13) is not used because of its memory. It
-builds each file in memory before writing. For 400 MB of tensors it took 763 MB of additional
-memory, or 1126 MB with `async_save`; this module takes 363 MB. With it, the SHA-256 of the files
-would need a second pass over the files, and the file names would contain rank and number instead of
-the key of the state. `safetensors.torch.save` also builds a file in memory, and refuses tied
-tensors.
+Two existing writers are not used:
+
+- HuggingFaceStorageWriter of DCP (tested with torch 2.13) builds each file in memory. For 400 MB of
+  tensors it needs 763 MB of additional memory, or 1126 MB with `async_save`; this module needs 363
+  MB. The SHA-256 of its files would need a second pass over the files, and its file names contain
+  rank and number instead of the key of the state.
+- `safetensors.torch.save` also builds a file in memory, and refuses tied tensors.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def _parse_chunk(
 def _parse_sizes(values: Sequence[Any]) -> tuple[int, ...]:
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{values!r} must be integers of at least 0")
+            raise ValueError(f"{values!r} must contain only integers of at least 0")
     return tuple(values)
 
 
@@ -557,7 +558,7 @@ def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) ->
 
 @contextmanager
 def _original_errors() -> Iterator[None]:
-    """Context manager that re-raises the original error instead of DCP's summary of all ranks."""
+    """Context manager that replaces DCP's summary of the errors of all ranks by the first error."""
     try:
         yield
     except dcp.CheckpointException as error:

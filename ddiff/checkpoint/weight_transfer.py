@@ -1,10 +1,11 @@
 """Weight transfer for fine-tuning: initialize a run with the weights of another run.
 
 Tensors that do not depend on the vocabulary are copied unchanged. If the new vocabulary is another
-tree over the same tokens, embedding and output tables are transferred token by token. The embedding
-of a tree node is then the mean of the embeddings of the tokens below the node. The embedding of the
-mask is copied from the old mask. If the rows of the new head cannot be computed from those of the
-old head, the new head keeps its initial weights.
+tree over the same tokens, the state embeddings and the output table of the head are computed from
+the rows of the tokens: the row of a token is copied, and the row of a tree node is the mean over
+the tokens below the node. The embedding of the mask is copied. The head can be computed in this way
+only if the old head has one row per token. Otherwise the new head keeps its initial weights, unless
+both heads have the same kind and vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TransferredWeights(NamedTuple):
     Attributes:
         weights: initial weights of the new run, by name.
         whole: names of tensors that were copied unchanged.
-        by_token: names of tensors that were transferred token by token.
+        by_token: names of tensors that were computed from the rows of the tokens.
         fresh: names of tensors that keep their random initialization.
     """
 
@@ -198,7 +199,7 @@ def _has_token_rows(head: Head) -> bool:
 
 
 def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[str, Tensor]:
-    """Build table and bias of the head `mine` from a head with one row per token.
+    """Build table and bias of the head `mine` from the head of `source`, with one row per token.
 
     The row of a node is the mean of the rows of the tokens below the node. The bias of a node is
     the log-sum-exp of the biases of these tokens. Within a node of the lowest level, the predicted
@@ -218,9 +219,10 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
 
 
 def _row_order(head: Head, level: int) -> Tensor:
-    """Return the node of each row of the table that `head` has for `level`.
+    """Return the node of each row in the part of the head's table for `level`.
 
-    The result is a tensor [n] for the n nodes of the level. Nodes are numbered from 0.
+    The result is a tensor [n] for the n nodes of the level. Nodes are numbered from 0 within the
+    level.
     """
     vocabulary = head.vocabulary
     # A tree head stores the nodes of a subtree in consecutive rows.

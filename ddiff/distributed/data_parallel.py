@@ -33,23 +33,21 @@ _PREPARING = timedelta(days=7)  # timeout of the other ranks while rank 0 prepar
 class _RankBackend:
     """Base class of the backends for processes that torchrun or `ddiff run` started.
 
-    Raises ArgumentError if this process was not started by torchrun or `ddiff run` as one of
-    several.
+    Raises ArgumentError if this process was not started by torchrun or `ddiff run`.
 
     Args:
         device: "cuda" (one GPU per process, with NCCL), "cpu" (with Gloo), or "auto" ("cuda" if the
             machine has a GPU, otherwise "cpu").
-        processes: number of processes, which must be the number that was started. 1 accepts any
-            number.
+        processes: expected number of started processes. 1 accepts any number.
     """
 
     def __init__(self, device: str = "auto", processes: int = 1) -> None:
         info = get_rank_info()
         if info is None:
             raise ArgumentError(
-                f"processes = {processes} needs {processes} processes, which are started by the "
-                "command `ddiff run`, or by torchrun for a Python script; this process was started "
-                "without them. Use `ddiff run` or torchrun, or remove `processes`."
+                f"processes = {processes} needs {processes} processes, which must be started by "
+                "the command `ddiff run`, or by torchrun for a Python script; only this process "
+                "was started. Use `ddiff run` or torchrun, or remove `processes`."
             )
         if processes not in (1, info.world_size):
             raise ArgumentError(
@@ -163,8 +161,9 @@ class ShardedBackend(_RankBackend):
     The weights of embeddings and head, which are outside the blocks, remain gathered from the
     forward to the backward pass. Gradients are summed in float32.
 
-    If a rank does not use a parameter in a step, its gradient on this rank is zero, so that weight
-    decay still applies. Such a step needs torch 2.13 and raises an error with older versions.
+    A rank may not use a parameter in a step, such as the embedding of a condition that none of its
+    sequences has. The gradient on this rank is then zero, and the parameter is still updated on all
+    ranks. Such a step needs torch 2.13; older versions raise an error.
 
     Args:
         device, processes: as in `DistributedBackend`.

@@ -193,7 +193,7 @@ def _start_worker(
 
 
 def _wait_for_workers(workers: Sequence[subprocess.Popen[bytes]], received: list[int]) -> None:
-    """Wait until all workers have ended, and forward received signals to all workers.
+    """Wait until all workers have ended, and forward the signals in `received` to all workers.
 
     After a worker has failed, wait at most GRACE seconds for the other workers.
     """
@@ -209,9 +209,10 @@ def _wait_for_workers(workers: Sequence[subprocess.Popen[bytes]], received: list
 
 
 def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -> int:
-    """Print the error message of the first failed worker and return its exit code.
+    """Print the error message of the worker that failed first, and return its exit code.
 
-    Return 0 if no worker failed.
+    `reports` is the folder in which workers write their error messages. Return 0 if no worker
+    failed.
     """
     failed = [rank for rank, worker in enumerate(workers) if worker.returncode]
     if not failed:
@@ -237,11 +238,11 @@ def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -
 def _failure_order(
     worker: subprocess.Popen[bytes], reports: Path, rank: int
 ) -> tuple[bool, int, int]:
-    """Return the sort key of a failed worker.
+    """Return the sort key of a failed worker; the smallest key is the likely cause.
 
-    The launcher reports the worker with the smallest key as the cause of all failures. Errors with
-    exit code MISTAKE come first, then failures by the time of their report. A killed worker has no
-    report and gets the time 0, because its death causes the failures of the other workers.
+    `reports` is the folder in which workers write their error messages. Workers with the exit code
+    MISTAKE (an error of the user) come first, then workers by the time of their report. A killed
+    worker has no report and gets the time 0, because its death causes the failures of the others.
     """
     report = reports / str(rank)
     written = report.stat().st_mtime_ns if report.exists() else 0

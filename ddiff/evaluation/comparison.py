@@ -51,9 +51,10 @@ class Row:
             the mean of several runs. None for one run with one document.
         sample_entropy: mean over the samples of the entropy, in nats, of the token frequencies
             within one sample.
-        nfe: network evaluations per sample.
-        train_seconds: training seconds per 1000 tokens.
-        sample_seconds: sampling seconds per 1000 tokens, with the batch size of the recipe.
+        nfe: mean number of network evaluations per sample.
+        train_seconds: training time in seconds per 1000 training tokens.
+        sample_seconds: sampling time in seconds per 1000 sampled tokens, with the batch size of the
+            recipe.
     """
 
     run: str
@@ -261,7 +262,7 @@ class _Report:
         return read(path)
 
     def _check_steps(self) -> None:
-        """Raise CheckpointError unless all files are of the same step."""
+        """Raise CheckpointError unless all files describe the same training step."""
         steps = {
             "metrics.jsonl": self.metrics[-1]["step"] if self.metrics else 0,
             "evaluation.json": self.evaluation["step"],
@@ -271,8 +272,8 @@ class _Report:
         if len(set(steps.values())) > 1:
             found = ", ".join(f"{name} of step {step}" for name, step in steps.items())
             raise CheckpointError(
-                f"{self.place} is not finished: it contains {found}. Repeat `ddiff run` with the "
-                "recipe of the run, which brings all files to the last step."
+                f"{self.place} is not finished: its files are of different steps ({found}). Repeat "
+                "`ddiff run` with the recipe of the run, which brings all files to the last step."
             )
 
     def _check_checkpoint(self) -> None:
@@ -290,7 +291,7 @@ class _Report:
     def protocol(self) -> dict[str, Any]:
         """Return the evaluation settings.
 
-        Window and draws are None for an exact likelihood, which is not an integral over times.
+        `window` and `draws` are None for an exact likelihood, which needs no random times.
         """
         found = self.evaluation["protocol"] | {"unit": self.evaluation["unit"]}
         is_exact = self.evaluation["bound"] == "NLL"
@@ -342,9 +343,10 @@ class _Report:
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Return the kind of the process, followed by the kind of the time rule if it is not "flat".
+    """Describe the process of a recipe, such as "mdlm" or "mdlm, block".
 
-    Returns the kind of the objective if the recipe has no process.
+    The description is the kind of the process, and the kind of the time rule unless it is "flat".
+    If the recipe has no process, the description is the kind of the objective.
     """
     objective = recipe["objective"]
     if "process" not in recipe:
@@ -389,14 +391,18 @@ def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
         lines = "\n".join(differing)
         raise ArgumentError(
             "ddiff compare: these runs were not evaluated alike, so the results are not "
-            f"comparable. Different settings:\n{lines}\nTrain on the same [data] and [tokenizer]. "
-            "To change window, draws or rows, call ddiff eval RUN_DIR --set evaluate.draws=4."
+            f"comparable. Different settings:\n{lines}\n"
+            "Train with the same [data] and [tokenizer]. Window, draws and rows can be changed "
+            "after training, for example with ddiff eval RUN_DIR --set evaluate.draws=4."
         )
     return common
 
 
 def _average_seeds(reports: Sequence[_Report]) -> Row:
-    """Return one row: the mean of runs with different seeds, or the row of a single run."""
+    """Return one row of the table: the mean over runs that differ only in the seed.
+
+    For a single run, return the row of the run.
+    """
     rows = [report.row() for report in reports]
     if len(rows) == 1:
         return rows[0]

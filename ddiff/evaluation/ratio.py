@@ -31,9 +31,12 @@ class Error:
 class RatioEstimate:
     """Estimate of the nats per token of a text from several draws of times and noise.
 
-    `total`: standard error of the estimate for all documents of the same source; None for one
-    document. `monte_carlo`: standard error of the estimate for exactly these documents, which comes
-    from the random diffusion times and noise; None for one draw. `total` includes `monte_carlo`.
+    Attributes:
+        mean: estimated nats per token.
+        total: standard error of `mean` as an estimate for all documents of the same source. It
+            includes `monte_carlo`. None for one document.
+        monte_carlo: standard error of `mean` as an estimate for exactly these documents, due to the
+            random diffusion times and noise. None for one draw.
     """
 
     mean: float
@@ -56,9 +59,10 @@ class RatioEstimate:
 
     @property
     def documents(self) -> float | None:
-        """Standard error from the differences between documents, without the Monte-Carlo error.
+        """Part of the standard error `total` that is due to the differences between documents.
 
-        None for one document or one draw.
+        This is sqrt(total^2 - monte_carlo^2), or 0 if the difference is negative. None for one
+        document or one draw.
         """
         if self.total is None or self.monte_carlo is None:
             return None
@@ -69,12 +73,15 @@ class RatioEstimate:
 def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
     """Estimate the standard error of the mean nats per token from differences between documents.
 
-    `residual` contains residual_d = nats_d - mean * tokens_d of each document d. Let h_d = tokens_d
-    / (sum of all tokens). If Var(nats_d) is proportional to tokens_d, the expectation of
-    residual_d^2 is smaller than Var(nats_d) by the factor 1 - h_d. Division by 1 - h_d makes the
-    variance unbiased for documents of any lengths. Satterthwaite's formula under the same
-    assumption gives the degrees of freedom: D - 1 for D documents of equal length, and fewer for
-    unequal lengths. Returns None for fewer than two documents.
+    `residual` contains residual_d = nats_d - mean * tokens_d for each document d, and `tokens`
+    contains tokens_d. The variance of the mean is estimated as
+
+        sum_d residual_d^2 / (1 - h_d) / (sum_d tokens_d)^2,    h_d = tokens_d / sum_d tokens_d.
+
+    This estimate is unbiased if Var(nats_d) is proportional to tokens_d, because the expectation of
+    residual_d^2 is then (1 - h_d) Var(nats_d). Under the same assumption, Satterthwaite's formula
+    gives the degrees of freedom: D - 1 for D documents of equal length, and fewer for unequal
+    lengths. Returns None for fewer than two documents.
     """
     if len(tokens) < 2:
         return None
@@ -87,9 +94,10 @@ def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
 
 
 def _error_over_draws(nats: Floats, tokens: Floats) -> Error | None:
-    """Estimate the standard error of the mean from the variance between draws of each document.
+    """Estimate the Monte-Carlo standard error of the mean from the draws of each document.
 
-    Returns None for fewer than two draws.
+    `nats` [D,K] contains K draws of D documents, and `tokens` [D] their numbers of tokens. Returns
+    None for fewer than two draws.
     """
     draws = nats.shape[1]
     if draws < 2:

@@ -307,7 +307,9 @@ def test_batch_size_must_be_a_multiple_of_the_process_count() -> None:
 
 def test_distributed_backend_without_a_launcher_raises_argument_error() -> None:
     assert get_rank_info() is None
-    with pytest.raises(ArgumentError, match="started by the command `ddiff run`, or by torchrun"):
+    with pytest.raises(
+        ArgumentError, match="must be started by the command `ddiff run`, or by torchrun"
+    ):
         DistributedBackend("cpu", 2)
 
 
