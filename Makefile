@@ -1,18 +1,18 @@
-# Two commands do all the set-up on a fresh machine: `make run` and `make test`. They make .venv with the first Python of
-# 3.11 or newer that they find, and install into it what they need. Calling them again installs nothing.
+# `make run` and `make test` set up a fresh machine: they create .venv with the first Python 3.11 or newer that they find,
+# and install the dependencies into it. Later calls install nothing.
 #
 #   make run            train, evaluate and sample recipes/hdlm_small.toml
 #   make run RECIPE=recipes/mdlm_small.toml SET="--set train.steps=200"
 #   make test           the whole test suite, on two cores
 #   make lint           ruff, mypy, import-linter
-#   make bench          what a step and a sample cost beside the obvious way: half an hour on a quiet machine
+#   make bench          cost of steps and samples, compared with a plain implementation; takes half an hour
 #   make bench BENCH="--quick --only train"
-#   make soak           kill runs at fifty random moments, also in a save, and see that each ends as if left alone
-#   make fuzz           a thousand mutated recipes through --dry-run, and short runs of some that pass
+#   make soak           kill runs at fifty random moments, resume them, and compare with uninterrupted runs
+#   make fuzz           dry runs of a thousand mutated recipes, and short runs of some accepted recipes
 #   make clean          remove .venv
 #
-# PYTHON=python3.12 picks the Python, VENV=elsewhere the folder, CONSTRAINTS= (empty) takes any torch in place of the
-# tested one.
+# Variables: PYTHON=python3.12 selects the Python and VENV=elsewhere the folder; an empty CONSTRAINTS= permits any version
+# of torch in place of the tested version.
 
 RECIPE = recipes/hdlm_small.toml
 SET =
@@ -30,8 +30,8 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(CONSTRAINT
 run: install
 	$(VENV)/bin/ddiff run $(RECIPE) $(SET)
 
-# What tests and checks tell the libraries: a thread for each of the two test processes, no question to the Hugging Face
-# hub, nothing sent to W&B, no tokenizer threads in processes that fork. `make run` sets none of it: it uses every core.
+# Environment of tests and checks: one thread for each of the two test processes, no requests to the Hugging Face hub or
+# W&B, and no tokenizer threads in processes that fork. `make run` does not set these variables and uses all cores.
 test lint soak fuzz: export OMP_NUM_THREADS = 1
 test lint soak fuzz: export HF_HUB_OFFLINE = 1
 test lint soak fuzz: export WANDB_MODE = offline
@@ -61,7 +61,7 @@ dev: $(VENV)/.installed_dev
 clean:
 	rm -rf $(VENV)
 
-# A stamp is written last, so that an interrupted installation is taken up again.
+# The stamp file is written last, so that an interrupted installation is repeated.
 $(VENV)/.installed: pyproject.toml ci/constraints.txt | $(VENV)/.made
 	$(PIP) -e .
 	@touch $@

@@ -86,7 +86,7 @@ def main() -> None:
         "side", type=Path, nargs="?", default=Path("runs/side"), help="directory of the runs"
     )
     parser.add_argument(
-        "--gap", action="store_true", help="train hierarchical diffusion in other ways"
+        "--gap", action="store_true", help="train ablations of hierarchical diffusion"
     )
     given = parser.parse_args()
     runs = GAP if given.gap else families()

@@ -212,7 +212,7 @@ class Run:
         assert last.pid
         if kill.all_ranks or len(ranks) == 1 or not alive:
             _kill(ranks)
-        else:  # the other ranks notice the kill, or wait in vain as for a lost machine
+        else:  # the other ranks fail, or wait as for a lost machine
             os.kill(last.pid, signal.SIGKILL)
             for rank in ranks:
                 rank.join(10.0)

@@ -36,7 +36,7 @@ PLAIN_LIMITS = {
     "mdlm": 8.7,
     "gidd": 12.8,
     "hdlm": 17.0,
-}  # cost limits of a plain step in units of the backbone's forward and backward, as published code
+}  # cost of a step of published code, in units of forward and backward of the backbone
 RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
@@ -83,7 +83,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
             found = in_process("train", family=family, vocabulary=vocabulary, rounds=effort.train)
             over = ratios(found["plain"], found["trunk"])
             limit = PLAIN_LIMITS.get(family) if vocabulary == LARGE else None
-            # A cost of plain beyond the limit is caused by page faults: use the limit instead.
+            # A plain step above the limit is slow because of page faults: use the limit instead.
             counted = [
                 min(p, limit * t) if limit else p for p, t in zip(found["plain"], found["trunk"])
             ]
@@ -106,7 +106,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 def sample(effort: Effort) -> list[dict[str, Any]]:
     """Measure a sampling run. The plain implementation runs only some steps, of equal cost."""
     say(
-        f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} words, ours cached): CPU seconds of a run\n"
+        f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} tokens, ours cached): CPU seconds of a run\n"
     )
     say(
         "| family | V | ours | plain | a plain step [least, greatest] | steps run | ours/plain [least, greatest] | target |"
@@ -118,7 +118,7 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
             steps = LENGTH if family == "ar" else STEPS
             few = vocabulary == LARGE or effort == QUICK
             each = min(steps, effort.plain_steps if few else -(-steps // effort.sample))
-            if family == "ar":  # its prefix grows, so that only whole runs are comparable
+            if family == "ar":  # later steps cost more, so that only whole runs are comparable
                 each = steps
             found = in_process(
                 "sample",
@@ -212,7 +212,7 @@ GROWTH += [
         "L",
         "mdlm",
         "train",
-        "a training step, 1024 words",
+        "a training step, 1024 tokens",
         [{"length": n, "batch": 1024 // n} for n in (64, 128, 256, 512)],
     )
 ]

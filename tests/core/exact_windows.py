@@ -127,11 +127,11 @@ def exact_terms(
     )
     u, weight = nodes(rule)
     blocks = getattr(rule, "paired", False) and getattr(rule, "shape", "") == "block"
-    rotated = blocks and rule.width < LENGTH  # a single window has no other to be rotated with
+    rotated = blocks and rule.width < LENGTH  # a single window is not rotated
     scripted = partial(Scripted, rotated=rotated)
     cells = (
         torch.arange(6, dtype=torch.float64) + 0.5
-    ) / 6.0  # windows, places in a window, positions: 1, 2 or 3 each
+    ) / 6.0  # a multiple of 1, 2 or 3: numbers of windows and of positions
     zero = torch.zeros(6, dtype=torch.float64)
 
     def first(rng: CounterRng, slot: Tensor) -> Times:
@@ -217,7 +217,7 @@ def _chance(
     chance = likelihoods(process, distinct)[place, x0, zt]
     prior = torch.zeros_like(times.clean) if times.at_prior is None else times.at_prior
     prior = prior | (times.speed > 0) if at_prior else prior
-    # an enumerated prior assigns its states to the uniforms from above
+    # `enumerate_draws` maps uniforms to the states of the prior in reverse order.
     from_above = process.vocabulary.num_states - 1 - zt
     chance = torch.where(prior, process.prior.log_prob.exp()[from_above], chance)
     return torch.where(times.clean, (x0 == zt).double(), chance).prod(-1)
@@ -245,7 +245,7 @@ def cost_of_ends(
         )  # [before, tokens of the block]
         x_axes = tuple(range(1, n + 1))
         with_early, with_late = words, words
-        for axis in x_axes:  # the states come after the tokens, one axis each
+        for axis in x_axes:  # append one axis per state after the axes of the tokens
             with_early, with_late = (
                 p.unsqueeze(-1)
                 * rows.reshape([-1 if a == axis else 1 for a in range(p.dim())] + [rows.shape[-1]])

@@ -38,7 +38,7 @@ TAU = torch.cat(
 SLOPES = {
     "rtol": 1e-8,
     "atol": 1e-9,
-}  # autograd reads 1 - t off t, to 1e-16, where t is within 1e-12 of 1
+}  # autograd computes 1 - t from t with an error of 1e-16, and t is up to 1 - 1e-12
 
 
 def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
@@ -208,7 +208,8 @@ def test_monotone_map_rises_and_passes_through_its_knots(steps: list[float], see
     x = torch.tensor(steps, dtype=torch.float64).cumsum(0) - sum(steps) / 2
     y = rises.cumsum(0) - float(rises.sum()) / 2
     mapped = MonotoneMap(x, y)
-    # to 1e-16 of x, times slopes of up to 100, where 1 - x is down to 1e-9
+    # Tolerance: an error of 1e-16 in sigmoid(x), divided by 1 - sigmoid(x) >= 1e-9, times slopes
+    # of up to 100.
     torch.testing.assert_close(torch.logit(mapped(torch.sigmoid(x))[0]), y, rtol=0, atol=1e-5)
     fine = torch.sigmoid(
         torch.linspace(float(x[0]) - 1.0, float(x[-1]) + 1.0, 300, dtype=torch.float64)

@@ -294,8 +294,7 @@ def test_event_time_is_zero_for_clean_tokens_of_masked_diffusion() -> None:
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
     assert times[:3].tolist() == [0.0] * 3
-    # the mask of a linear schedule: s = u t, but for a slack of a hundredth in the rate of
-    # candidates
+    # The mask of a linear schedule has s = u t. The candidate rate is up to 1 % larger.
     assert 0.45 < float(times[3]) < 0.4525
     assert process.is_monotone
     assert not uneven().is_monotone

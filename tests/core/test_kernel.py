@@ -155,7 +155,7 @@ def test_propagate_solves_forward_equation_in_time_order() -> None:
         propagate(turning, *pair(0.5, 0.9), 4)[0],
     )
     torch.testing.assert_close(early @ late, got, rtol=0.0, atol=1e-8)
-    assert float((late @ early - got).abs().max()) > 1e-2  # the case can tell the order
+    assert float((late @ early - got).abs().max()) > 1e-2  # the order of the factors matters
     generators = turning(torch.tensor([0.3, 0.7], dtype=torch.float64))
     assert float((generators[0] @ generators[1] - generators[1] @ generators[0]).abs().max()) > 1e-1
 

@@ -95,10 +95,8 @@ ZIPF = (1.0 / torch.arange(1, 50_258, dtype=torch.float64)) / (
     1.0 / torch.arange(1, 50_258, dtype=torch.float64)
 ).sum()
 ENTROPY = float(-(ZIPF * ZIPF.log()).sum())  # 7.566 nats
-STEP = 1.0 / 1024  # the step from t = 1/2 that 1,024 steps take
-RARE = (
-    3e-5  # the most likely token that the race starves; less likely ones hold a quarter of the mass
-)
+STEP = 1.0 / 1024  # step size of 1,024 steps; tests use the step from t = 1/2
+RARE = 3e-5  # tokens below this probability are drawn too rarely; their total probability is 1/4
 
 
 def race_in_single_precision(reveal: float) -> Tensor:
@@ -128,7 +126,7 @@ def test_joint_float32_race_loses_probability_of_rare_tokens() -> None:
     assert float(ZIPF[ZIPF < RARE].sum()) == pytest.approx(0.25, abs=0.01)
     assert float(share[ZIPF < RARE].sum()) < 0.1
     assert float(-(share * ZIPF.log()).sum()) < ENTROPY - 1.0
-    assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer tokens are revealed at all
+    assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer tokens are revealed in total, too
 
 
 def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
@@ -149,7 +147,7 @@ def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
         t = torch.full((chunk,), 0.5, dtype=torch.float64)
         u = torch.stack(
             [torch.zeros(chunk, dtype=torch.float64), grid], -1
-        )  # 0: the level below is drawn, always
+        )  # a first uniform of 0 always reveals a token
         words.append(process.step(query, torch.full((chunk,), vocabulary.root), t, t - STEP, u))
     revealed = ZIPF[torch.cat(words)]
     assert float(-revealed.log().mean()) == pytest.approx(ENTROPY, abs=math.log(len(ZIPF)) / points)

@@ -26,8 +26,7 @@ def uniform(
 
 def test_rng_numbers_equal_stored_values() -> None:
     assert torch.equal(uniform(), uniform())
-    # runs are resumed and repeated by these numbers: a change of the generator changes
-    # every result
+    # A changed generator would change the result of every run that is resumed or repeated.
     assert uniform()[0, :2].tolist() == [0.27460777260881075, 0.10581297539501044]
 
 

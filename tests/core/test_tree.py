@@ -46,7 +46,7 @@ def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
 
 
 def never(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-    raise AssertionError("the network was asked although nothing was to be drawn")
+    raise AssertionError("the network was queried although no row draws a state")
 
 
 def process(decoding: str = "bayes", xi: float | Sequence[float] = XI) -> TreeProcess:
@@ -101,7 +101,7 @@ def test_only_bayes_decoding_draws_wrong_parents_as_often_as_forward(
     words, nodes, _ = (chance / chance.sum()).tolist()
     u = torch.stack(
         [torch.full_like(GRID, words + nodes / 2), GRID], -1
-    )  # the level of the nodes is decided
+    )  # the first uniform chooses level 1
     drawn = rule.step(query, torch.full((POINTS,), 9), t, s, u)
     expected = XI * MASS + (1 - XI) * (1 - MASS) / 2 if decoding == "bayes" else MASS
     torch.testing.assert_close(shares(drawn)[6:9], expected, rtol=0.0, atol=1.5 / POINTS)
@@ -121,7 +121,7 @@ def test_tree_step_equals_exact_reverse_transition() -> None:
             .reverse_log_probs(P.log().unsqueeze(0), torch.tensor([state]), t[:1], s[:1])[0]
             .exp()
         )
-        # 1/side from the level and 1/side within it
+        # Tolerance: 1/side for the choice of the level and 1/side for the state.
         torch.testing.assert_close(shares(drawn), exact, rtol=0.0, atol=2.0 / side)
 
 
@@ -188,7 +188,7 @@ def test_distribution_that_underflows_below_node_still_decodes() -> None:
     drawn = chain.decode(
         faint_query, torch.tensor([7]), torch.tensor([0.5]).double(), torch.tensor([[0.5]]).double()
     )
-    assert drawn.tolist() == [0]  # the node itself is then the more likely error
+    assert drawn.tolist() == [0]  # not below node 7, but more likely than the tokens below it
 
 
 # ---------------------------------------------------------------------- forward draws

@@ -104,7 +104,7 @@ def test_data_command_prints_sizes_and_verifies_shards(
         main(["data", "small.toml", *settings])
     assert ended.value.code == 2
     assert "train_00000.tokens.npy is damaged" in capsys.readouterr().err
-    command("data", "small.toml", "--out", "copy")  # documents that are held have shards too
+    command("data", "small.toml", "--out", "copy")  # documents in memory are written as shards too
     assert Path("copy", "manifest.json").is_file()
     with pytest.raises(SystemExit) as ended:
         main(["data", "small.toml", "--set=data.held_out=0.5", "--out", "copy"])

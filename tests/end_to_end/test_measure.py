@@ -43,7 +43,7 @@ def autoregressive() -> str:
     )
 
 
-# what is counted
+# FLOPs, parameters and memory
 
 
 def test_backbone_flops_equal_formula_of_transformer_width_and_length(folder: Path) -> None:
@@ -60,11 +60,11 @@ def test_backbone_flops_equal_formula_of_transformer_width_and_length(folder: Pa
 def test_logit_count_equals_logits_computed_by_the_head(folder: Path) -> None:
     every = measured(AR, text=autoregressive())
     masked, tree = measured(FLAT, steps=10), measured(steps=10)
-    assert every.cost.logits == every.num_tokens  # at each position all words
+    assert every.cost.logits == every.num_tokens  # all tokens at each position
     assert (
         0.3 * masked.num_tokens < masked.cost.logits < 0.7 * masked.num_tokens
-    )  # at the masks alone, half of them
-    assert tree.cost.logits < 0.2 * tree.num_tokens  # clusters, or the words of one
+    )  # all tokens at masks, which are half of the positions
+    assert tree.cost.logits < 0.2 * tree.num_tokens  # all clusters, or the tokens of one cluster
 
 
 def test_parameter_counts_of_embedding_and_head_are_separate(folder: Path) -> None:
@@ -78,14 +78,16 @@ def test_parameter_counts_of_embedding_and_head_are_separate(folder: Path) -> No
         == found.cost.footprint.gradients
     )
     moments = 2 * found.cost.footprint.parameters
-    assert moments <= found.cost.footprint.optimizer < 1.01 * moments  # and a count of steps each
+    assert (
+        moments <= found.cost.footprint.optimizer < 1.01 * moments
+    )  # and one step count per parameter
     assert found.cost.checkpoint == found.cost.footprint.parameters + found.cost.footprint.optimizer
 
 
 def test_ddp_footprint_adds_buffers_and_fsdp_footprint_is_sharded() -> None:
     one = Footprint(parameters=800.0, gradients=800.0, optimizer=1600.0, activations=50.0)
     assert one.total == 3250.0
-    assert one.replicate().total == one.total + 800.0  # the buckets in which gradients are summed
+    assert one.replicate().total == one.total + 800.0  # buckets for the gradient all-reduce
     assert one.shard(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
 
 
@@ -108,7 +110,7 @@ def test_memory_rise_includes_memory_that_was_freed() -> None:
     assert 48 * 2**20 < rise.bytes() < 96 * 2**20
 
 
-# the first loss
+# initial loss
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_first_training_loss_equals_predicted_initial_loss(
     assert not found.is_off
     assert (
         abs(found.initial.mean - found.unigram) < 6 * found.initial.error + 0.05
-    )  # the bound at the unigram law
+    )  # the bound of the unigram distribution
 
 
 def test_autoregressive_initial_loss_is_the_unigram_entropy(
@@ -156,7 +158,7 @@ def test_initial_loss_is_none_for_pretrained_weights(folder: Path, ddiff: Called
     assert measured(["train.init={run='runs/small'}", "name=second"]).initial is None
 
 
-# the command
+# command line
 
 
 def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called) -> None:
@@ -180,7 +182,7 @@ def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called
     rows += ["single, accumulate x 2", "ddp, 2 processes", "fsdp, 2 processes"]
     for row in rows:
         assert f"\n{row} " in out, row
-    assert "timed here" in out  # no data sheet knows this CPU
+    assert "timed here" in out  # the peak FLOPs of this CPU are unknown
     assert "WARNING" not in out
 
 
@@ -192,7 +194,7 @@ def test_measure_option_requires_dry_run(folder: Path, ddiff: Called) -> None:
 
 
 def test_measure_uses_random_tokens_if_the_text_is_missing(folder: Path) -> None:
-    Path("nowhere").mkdir()  # and no name on the hub, which would be asked for
+    Path("nowhere").mkdir()  # a local folder, so that the name is not looked up on the hub
     found = measured([ABSENT])
     assert "nowhere" in found.stand_in
     assert found.num_tokens == WORDS

@@ -288,7 +288,7 @@ def test_resume_error_names_a_truncated_run_file(file: str, run_dir: Path, ddiff
     content = damaged.read_bytes()
     damaged.write_bytes(
         content[: content.rindex(b'"')]
-    )  # within a text: what is left is never whole by chance
+    )  # truncated within a string, so that the rest is invalid
     refused(ddiff(*COMMANDS["run"]), file)
 
 
@@ -352,7 +352,9 @@ def test_training_fails_if_every_step_is_nan(run_dir: Path, ddiff: Command) -> N
     answer = ddiff("run", "small.toml", *SHORT, "--set", "train.steps=40")
     refused(answer, "not finite in 20 steps in a row", "step 24")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 25)), "the last one too"
+    assert [line["step"] for line in lines] == list(range(1, 25)), (
+        "the failed step must be recorded too"
+    )
 
 
 def test_vocabulary_of_another_tokenizer_is_refused(run_dir: Path, ddiff: Command) -> None:
@@ -567,7 +569,11 @@ def test_cache_leftovers_of_killed_builds_are_removed_after_a_day(tmp_path: Path
         partial.mkdir(parents=True)
         (partial / "file").write_text("half")
     two_days_ago = time.time() - 2 * 24 * 3600
-    for path in (abandoned / "file", abandoned, under_way):  # of a slow build only the file is new
+    for path in (
+        abandoned / "file",
+        abandoned,
+        under_way,
+    ):  # the file of the running build stays new
         os.utime(path, (two_days_ago, two_days_ago))
     Cache(tmp_path).load_or_build("rows", {}, lambda place: None)
     assert (abandoned.exists(), under_way.exists()) == (False, True)

@@ -28,7 +28,7 @@ SMALL = [
     f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
     f'tokenizer={{kind="bpe", size={WORDS}}}',
     "backend={kind='single', device='cpu', processes=1}",
-    "train.steps=2",  # at the last step of a cosine to 0 nothing moves
+    "train.steps=2",  # the learning rate of the last step of a cosine schedule is 0
     "train.batch=2",
 ]
 DIT = [f"denoiser.width={WIDTH}", "denoiser.layers=1", "denoiser.heads=2"]
@@ -138,7 +138,7 @@ def test_paper_recipe_has_the_published_token_count(name: str) -> None:
     tokens = recipe.train.steps * recipe.train.batch * recipe.length
     expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[
         recipe.length
-    ]  # 262: the batch of 256 of gamma
+    ]  # 262e9: the recipe with gamma and batch 256
     assert any(abs(tokens / value - 1) < 0.01 for value in expected)
     assert name.removeprefix("paper/") == recipe.name.removeprefix("paper_")
 
@@ -146,8 +146,8 @@ def test_paper_recipe_has_the_published_token_count(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "millions", "tolerance"),
     [
-        # Ours share one modulation among all blocks; the published ones have one in each block, of
-        # 6 x 128 x width parameters.
+        # All blocks of ddiff share one time modulation. Each block of the published models has a
+        # modulation of its size, 6 x 128 x width parameters.
         ("mdlm_small", 169.7, 0.045),
         ("hdlm_small_64", 169.9, 0.045),
         ("hdlm_base_128", 424.8, 0.045),

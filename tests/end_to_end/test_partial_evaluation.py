@@ -14,7 +14,7 @@ from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.run import Run
 from ddiff.runs.session import TrainingSession
 
-# one document of many rows
+# a single validation document with many rows
 LONG = 'data={kind="text", files=["corpus.txt"], validation=["held_out.txt"], length=8}'
 
 
@@ -34,7 +34,7 @@ def test_partial_evaluation_and_baselines_score_the_same_rows() -> None:
     run = built("evaluate.rows=7")
     rows, (found, counted) = run.data.validation_rows, run.evaluate()
     chosen = np.arange(7) * len(rows) // 7
-    assert len(rows) > 14  # so that neighbours are left out
+    assert len(rows) > 14  # evaluated rows are not neighbours
     read = batch_rows(rows, chosen)
     assert found.tokens == int(read.scored.sum())
     assert found.bits_per_byte is None

@@ -246,7 +246,7 @@ def test_undeclared_condition_is_a_label_if_its_value_is_an_integer() -> None:
 @pytest.mark.slow
 def test_condition_with_dropout_0_is_required_for_sampling(place: Path) -> None:
     run = api.load(place / "runs/always")
-    assert len(run.sample()) == 2  # [sample] conditions tells it
+    assert len(run.sample()) == 2  # [sample] conditions of the recipe gives the condition
     with pytest.raises(ArgumentError, match="given with every training sample"):
         run.sample(conditions={})
     with pytest.raises(ArgumentError, match="given with every training sample"):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Instead of training, the command prints its CPU time, what it has built and imported.
+# In place of training, the command prints its CPU time, the built cache entries and the imports.
 SCRIPT = """
 import json, sys, time
 import ddiff.data.cache as cache
@@ -34,7 +34,7 @@ Trainer.fit = report
 main(["run", "small.toml", *{settings}])
 """
 HEAVY = ("transformers", "faiss", "scipy", "sklearn", "matplotlib", "tensorboard")
-# 6 to 7 seconds on a machine that takes 4 to import torch and its compiler
+# Limit of CPU time; measured are 6 to 7 seconds, of which the import of torch takes 4.
 SECONDS = 20.0
 
 

@@ -31,7 +31,9 @@ def test_process_repr_is_one_short_line(name: str) -> None:
         assert repr(process).startswith(f"{type(process).__name__}(")
         assert " < ".join(map(str, process.vocabulary.level_sizes)) in repr(process)
     texts = {repr(process) for process in examples}
-    assert not examples or len(texts) > 1 or len(examples) == 1, "settings tell the examples apart"
+    assert not examples or len(texts) > 1 or len(examples) == 1, (
+        "the texts of different examples are equal"
+    )
 
 
 def test_tree_process_repr_contains_clock_and_xi() -> None:

@@ -96,8 +96,13 @@ def test_verify_resume_refuses_untrained_and_changed_runs(folder: Path, ddiff: C
         ([40, 60], 60, 5, (40, 45, False)),
         ([40, 60], 60, 30, (0, 30, False)),
         ([40, 60], 60, 50, (0, 40, True)),
-        ([40, 60], 60, 100, (40, 60, True)),  # no start has as many: the newest one with any
-        ([40, 60], 75, 10, (60, 70, False)),  # killed fifteen steps after its checkpoint
+        (
+            [40, 60],
+            60,
+            100,
+            (40, 60, True),
+        ),  # 100 steps follow no start: the newest with any step
+        ([40, 60], 75, 10, (60, 70, False)),  # killed 15 steps after a checkpoint
         ([40, 60], 75, 20, (40, 60, True)),
         ([60], 60, 20, (0, 20, False)),
         ([60], 60, 60, (0, 60, True)),

@@ -128,7 +128,7 @@ def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
     )
     half = half_width(evaluation)
     entropy = source.row_entropy(16)
-    assert half < 0.08 * entropy, "or the test says nothing"
+    assert half < 0.08 * entropy, "the interval is too wide for this test"
     assert abs(evaluation.nelbo_nats_per_token - entropy) < 4 / 1.96 * half
 
 

@@ -82,7 +82,7 @@ def test_commands_name_an_output_path_that_is_not_writable(
     assert not Path("gs:").exists()
 
 
-@pytest.mark.skipif(is_root, reason="root writes everywhere")
+@pytest.mark.skipif(is_root, reason="root may write to read-only folders")
 def test_commands_name_a_read_only_output_folder(run_dir: Path, ddiff: Command) -> None:
     Path("locked").mkdir(mode=0o555)
     for call in ((*EXPORT, "locked/w.safetensors"), (*DATA, "locked/shards"), (*COMPARE, "locked")):

@@ -40,7 +40,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if not mount(place, "size=40k"):
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip("mounting a file system requires root")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -133,7 +133,7 @@ def with_cause(error: Exception, cause: Exception) -> Exception:
         OSError(errno.ENOSPC, "Error writing bytes to file"),
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         OSError(errno.EFBIG, os.strerror(errno.EFBIG)),
-        OSError("1213873 requested and 495552 written"),  # numpy's tofile
+        OSError("1213873 requested and 495552 written"),  # message of numpy.ndarray.tofile
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
         with_cause(ValueError("cannot be stored"), OSError(errno.ENOSPC, "")),
     ],

@@ -78,7 +78,7 @@ def test_every_file_of_a_finished_run_is_recognized_as_a_run_file(run_dir: Path)
     assert found.foreign == []
     assert {str(run_dir / name) for name in files(run_dir)} <= set(map(str, found.written))
     assert found.written[-1].name == "recipe.toml", (
-        "what is left of half a deletion is still known for a run"
+        "the recipe must be deleted last, because it identifies a run directory"
     )
     assert {name for name in files(run_dir) if "/" not in name} == set(FILES)
 

@@ -224,7 +224,9 @@ def test_stream_warns_once_of_validation_text_in_training_text(
     source = SourceCorpus(open_file_source(["a.jsonl"]), open_file_source(["v.jsonl"]))
     corpus = StreamedCorpus(source, head=20, block=4)
     tokenizer = BytePairTokenizer.train(LINES, 270)
-    check_repetitions(corpus, corpus.shards(tokenizer, Cache()))  # there are none in the head
+    check_repetitions(
+        corpus, corpus.shards(tokenizer, Cache())
+    )  # the first 20 texts have no repetitions
     rows = corpus.train_rows(tokenizer, 16, Cache())
     with caplog.at_level(logging.WARNING):
         rows[np.arange(400)]

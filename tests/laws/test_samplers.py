@@ -202,7 +202,7 @@ def test_check_command_finds_samplers_by_name_and_plugin(
     ):
         check_component("choosy", [])
     with pytest.raises(ArgumentError, match="choosy"):
-        check_component("odd", [])  # a plugin's name means all of its samplers and processes
+        check_component("odd", [])  # the name of a plugin selects all of its samplers and processes
 
 
 def test_check_command_lists_components_with_laws() -> None:

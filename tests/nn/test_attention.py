@@ -132,7 +132,7 @@ def test_paired_pass_equals_each_block_after_its_clean_prefix(
         )
         alone = hidden(model, shown, cut(context, stop))
         seen = VALID if context.valid is not None else torch.ones_like(VALID)
-        for row in range(BATCH):  # what padding sees is nobody's business
+        for row in range(BATCH):  # outputs at padding are not compared
             kept = own & seen[row]
             torch.testing.assert_close(together[row][kept], alone[row][kept[:stop]], **CLOSE)
 
@@ -366,7 +366,7 @@ def test_queries_with_and_without_cache_agree(backbone: DiT) -> None:
     rows = torch.tensor([2, 3, 22])
     node, mass = torch.full_like(rows, VOCABULARY.root), lambda dist: dist.log_mass(0)
     cached, plain = as_network(model, cached=True), as_network(model)
-    for _ in range(2):  # the second time nothing has changed
+    for _ in range(2):  # the second query has the same inputs
         torch.testing.assert_close(
             cached(noisy)(rows, node, mass), plain(noisy)(rows, node, mass), rtol=0, atol=1e-12
         )
@@ -491,7 +491,7 @@ def test_flex_attention_is_used_only_if_it_has_a_kernel() -> None:
         assert attention.has_flex_kernel(x.bfloat16(), 64)
         assert not attention.has_flex_kernel(x.double(), 64)
         assert not attention.has_flex_kernel(x, 8)
-        with sdpa_kernel(SDPBackend.MATH):  # whoever counts products wants them written out
+        with sdpa_kernel(SDPBackend.MATH):  # FLOP counting requires explicit products
             assert not attention.has_flex_kernel(x, 64)
 
 

@@ -84,7 +84,7 @@ def test_network_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser)
     assert (network.calls, denoiser.backbone.runs) == (1, 1)
     assert not first.requires_grad
     network(noisy)(rows, noisy.zt.flatten()[rows], fn)
-    assert network.calls == 1, "nothing has changed since"
+    assert network.calls == 1, "an unchanged state was evaluated twice"
 
 
 def test_network_runs_only_queried_sequences_that_changed(denoiser: Denoiser) -> None:
@@ -150,7 +150,7 @@ def test_full_conditional_denoiser_predicts_given_the_rest_after_division() -> N
     }
     expected = log_rest.flatten(0, 1)[rows]
     torch.testing.assert_close(dists["all"], expected, rtol=1e-12, atol=1e-12)
-    nodes = noisy.zt.flatten()[rows] != VOCABULARY.root  # at the root the evidence says nothing
+    nodes = noisy.zt.flatten()[rows] != VOCABULARY.root  # the root has no information on the token
     assert nodes.any()
     assert ((dists["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
 

@@ -109,7 +109,7 @@ def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head)
     for level, mass in zip(levels, masses, strict=True):
         assert (
             mass.shape[1] == head.vocabulary.level_sizes[level]
-        )  # words only at level 0: the mask has no logit
+        )  # level 0 has only tokens: the mask has no logit
         torch.testing.assert_close(mass, dense.log_mass(level).detach(), **EXACT)
 
 
@@ -291,7 +291,7 @@ def test_new_head_predicts_the_uniform_distribution() -> None:
 def test_head_started_from_counts_predicts_the_unigram_distribution() -> None:
     for vocabulary in TREES.values():
         counts = torch.randint(50, (vocabulary.num_tokens,))
-        counts[0] = 0  # a word that was never seen keeps a finite loss
+        counts[0] = 0  # a token with count 0 has a finite loss
         unigram = ((counts + 1).double() / (counts + 1).sum()).log()
         for kind in KINDS:
             head = make_head(kind, vocabulary)

@@ -57,7 +57,7 @@ def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, k
     torch.manual_seed(3)
     process, close = PROCESSES[name], {"rtol": 1e-9, "atol": 1e-9}
     head = make_head(kind, process.vocabulary, scale=0.7)
-    head.chunk_logits = 30  # a few rows at a time
+    head.chunk_logits = 30  # chunks of a few rows
     x0, zt, t = drawn(process)
     hidden = torch.randn(len(x0), head.width, dtype=torch.float64, requires_grad=True)
     weight = process.weight(x0, zt, t)
@@ -77,7 +77,7 @@ def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, k
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "name", [name for name in PROCESSES if "Dense" not in name]
-)  # an oracle, which may wait
+)  # dense processes are test oracles and may synchronize
 def test_training_step_of_every_head_and_process_runs_on_meta_tensors(
     name: str, kind: str, no_answers: Any
 ) -> None:

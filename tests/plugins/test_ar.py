@@ -106,7 +106,7 @@ def test_ar_conditions_on_prompts_without_scoring_them() -> None:
     assert (total.item(), count.item()) == (pytest.approx(float(kept.sum()), rel=1e-12), 5)
     other = batch_of(torch.tensor([[1, 1, 2, 0], [0, 2, 1, 0]]), scored=~prompt)
     assert not torch.allclose(nll(one, other), kept, rtol=0, atol=1e-6), (
-        "predictions depend on prompts"
+        "predictions do not depend on the prompt"
     )
 
 
@@ -122,7 +122,7 @@ def test_ar_loss_equals_nll_and_trains_every_weight() -> None:
     batch = batch_of(ids)
     terms = one(
         batch, CounterRng(0, 0, batch.index, LENGTH), {"tokens": torch.tensor(16.0)}, 4
-    )  # half of a global batch
+    )  # the batch is half of the global batch
     assert terms.loss.item() == pytest.approx(float(nll(one, batch).sum()) / 16.0, rel=1e-12)
     total, count = terms.metrics["nll_nats_per_token"]
     assert float(total / count) == pytest.approx(float(nll(one, batch).mean()), rel=1e-12)
@@ -156,7 +156,7 @@ def test_left_to_right_cache_gives_identical_tokens(
     drawn, plain = (sampled(one, 16, cached, config=config) for cached in (True, False))
     assert torch.equal(drawn.ids, plain.ids)
     assert drawn.nfe == 12
-    assert plain.nfe <= 12, "a query is skipped if the drawn token was there already"
+    assert plain.nfe <= 12, "more queries than positions"
     assert len(drawn.ids.unique(dim=0)) > 8
 
 
@@ -164,7 +164,7 @@ def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
     one = objective(FlatVocabulary(9))
     prompt = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
     prompt_mask = torch.arange(12) < torch.tensor([[2], [7], [5]])
-    prompt_mask[2, 9] = True  # a given token further right is kept
+    prompt_mask[2, 9] = True  # a given token after a gap is kept
     drawn, plain = (
         sampled(one, 3, cached, prompt=prompt, prompt_mask=prompt_mask) for cached in (True, False)
     )
@@ -183,7 +183,7 @@ def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
             prompt_mask=prompt_mask[row : row + 1],
         )
         assert torch.equal(alone.ids[0], drawn.ids[row])
-    assert drawn.runs.tolist() == [10] * 3, "a pass with a cache is over the whole batch"
+    assert drawn.runs.tolist() == [10] * 3, "with a cache, each forward pass covers the whole batch"
     assert (plain.runs <= torch.tensor([10, 5, 6])).all()
 
 

@@ -314,7 +314,7 @@ def test_remasking_on_a_tree_moves_tokens_up_and_ends_in_tokens(
     level = torch.stack([flat.vocabulary.level_of(canvas.zt) for canvas in seen])
     up = level[1:] > level[:-1]
     assert bool(up.any())
-    assert not bool(up[..., 0].any())  # the prompt stays
+    assert not bool(up[..., 0].any())  # the prompt does not change
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_rotation_products_depend_only_on_position_differences() -> None:
         torch.testing.assert_close(
             products[shift:, shift:], products[:-shift, :-shift], rtol=0, atol=1e-12
         )
-    assert (products[0, 0] - products[0, 5]).abs() > 0.01  # they do depend on the difference
+    assert (products[0, 0] - products[0, 5]).abs() > 0.01  # products depend on the difference
 
 
 def test_dit_document_is_independent_of_its_place_in_the_row() -> None:
@@ -133,7 +133,7 @@ def test_dit_uses_time_per_position_or_not_at_all() -> None:
     assert torch.equal(timeless(ids, t, UNPADDED), timeless(ids, later, UNPADDED))
     model = make()
     change = (model(ids, later, UNPADDED) - model(ids, t, UNPADDED)).abs().amax(-1)
-    assert (change > 1e-6).all()  # position 3 itself, and through attention the others
+    assert (change > 1e-6).all()  # all positions attend to position 3, whose time changed
     apart = Context(
         document=torch.arange(LENGTH).expand(BATCH, -1)
     )  # no position attends to another
@@ -169,7 +169,7 @@ def test_muon_gets_matrices_of_dit_blocks_and_no_tables() -> None:
         "down",
         "0",
         "2",
-    }  # 0, 2: the time MLP
+    }  # "0" and "2" are the layers of the time MLP
 
 
 def test_dit_explicit_dimensions_override_the_named_size() -> None:

@@ -132,7 +132,7 @@ def test_gidd_original_form_equals_published_code_if_alpha_is_positive(
 def test_gidd_p_uniform_is_the_uniform_noise_fraction_at_t_one_half(gamma: float) -> None:
     half = times((0.5,))
     assert make(0.3, gamma).coefficients(half)[0, 1].item() == pytest.approx(0.3, abs=1e-14)
-    # In the original form it is p/S on every token, at time 1/2 of that code.
+    # The original form has noise p/S at every token, at the time 1/2 of the published code.
     process = make(0.3, gamma, "original")
     end = 1.0 / (1.0 + process.mixing.per_token ** (2.0 / gamma))
     assert process.coefficients(half / end)[0, 1].item() == pytest.approx(

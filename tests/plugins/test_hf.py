@@ -87,7 +87,7 @@ def test_hf_tokens_keep_embeddings_and_nodes_start_as_their_mean(path: str) -> N
     theirs = load_model(path).get_input_embeddings().weight.double()
     assert table.shape == (TREE.num_states, WIDTH)
     assert torch.equal(table[:V], theirs[:V])
-    # The table is float32 until `trunk` converts it.
+    # The table is float32 here.
     torch.testing.assert_close(table[V], theirs[[0, 3, 6, 9]].mean(0), rtol=0, atol=1e-6)
     masked = build_backbone(path, mask_token=V + 1).model.get_input_embeddings().weight
     assert torch.equal(masked[TREE.root], theirs[V + 1])
@@ -99,7 +99,7 @@ def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
     """Compare with the model of the library on rows of tokens; decoders have a causal mask."""
     ids, t = inputs()
     ids = ids % V
-    ids = torch.where(ids == 1, 2, ids)  # RoBERTa takes 1 for padding
+    ids = torch.where(ids == 1, 2, ids)  # 1 is the padding id of RoBERTa
     model = (
         build_backbone(path, bidirectional=False)
         if "bert" not in Path(path).name

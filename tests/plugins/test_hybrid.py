@@ -99,7 +99,7 @@ def generators() -> tuple[Tensor, Tensor]:
 
 def noise_of(process: GammaHybrid, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the noise sigma_t of the paper and its derivative."""
-    if process.masking == 1.0:  # of time "masked", where e^{-(1 - gamma) sigma} = 1 - t
+    if process.masking == 1.0:  # time = "masked": e^{-(1 - gamma) sigma} = 1 - t
         return -torch.log1p(-t) / (1.0 - process.gamma), 1.0 / (1.0 - t) / (1.0 - process.gamma)
     left = 1.0 - process.noise.floor
     return -torch.log1p(-left * t), left / (1.0 - left * t)
@@ -162,14 +162,16 @@ def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
     assert (twin.rates(t).dense()[:, WORDS, :WORDS] > 0.1).all()  # the twin leaves the mask
     rows = ReachableRows(process, times(INNER))
     ours, its = (p.density(rows.dist, rows.x0, rows.zt, rows.t) for p in (process, twin))
-    assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and is charged otherwise
+    assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and has another density
 
 
 def test_gamma_hybrid_time_settings_describe_the_same_chain() -> None:
     """At times of equal sigma, transitions are equal, and densities are proportional to sigma'."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
-    there = -torch.expm1(-0.6 * noise_of(rng, rows.t)[0])  # t of "masked": 1 - A
+    there = -torch.expm1(
+        -0.6 * noise_of(rng, rows.t)[0]
+    )  # time of the process "masked" with equal sigma
     speed = noise_of(rng, rows.t)[1] / noise_of(masked, there)[1]
     asked = (rows.dist, rows.x0, rows.zt)
     torch.testing.assert_close(

@@ -193,7 +193,7 @@ def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
     )
     close(
         loss.divergence(process, prediction, x0, root, at), -times((0.5, 0.5, 0.5)).log()
-    )  # its cluster: .3 + .2
+    )  # the predicted probability of the cluster of x0 is .3 + .2
 
 
 def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:

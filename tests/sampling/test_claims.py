@@ -31,9 +31,9 @@ from ddiff.testing.sampler_distribution import measure_sampler
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "samplers.md").read_text()
 README = (ROOT / "README.md").read_text()
-NOISE = 0.015  # of a distance in the tables, whose heading gives 0.008 for sampled rows
+NOISE = 0.015  # limit of the statistical error of a distance; the page gives about 0.008
 
-Table = dict[str, tuple[str, list[float]]]  # label -> what it is, distances by N
+Table = dict[str, tuple[str, list[float]]]  # label -> accuracy, distances by number of steps
 
 
 def benchmark() -> ModuleType:

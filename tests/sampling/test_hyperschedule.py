@@ -17,8 +17,8 @@ from ddiff.testing.sampler_distribution import measure_sampler
 
 CLOSING = ("masked", "tree", "uncertain tree", "uniform")
 POINTS = 20_000
-# The distance of 20 000 exact samples over nine cells has mean .008 and deviation .002 (its terms are half normals):
-# .018 is five deviations above, one case in a million; seeds are fixed.
+# The distance of 20 000 exact samples over nine cells has mean .008 and standard deviation .002.
+# The limit .018 is five standard deviations above the mean; seeds are fixed.
 NOISE = 0.018
 
 

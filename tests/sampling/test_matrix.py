@@ -29,7 +29,7 @@ def test_sampler_matrix_command_writes_the_page(tmp_path: Path) -> None:
     _, table = page.read_text().split("\n## mdlm\n")
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + 17 + 3, (
-        "a heading, every sampler but the two that masks refuse, three of them from scores"
+        "expected a heading, the 17 samplers that support masks, and three rows for scores"
     )
     assert "| first_hitting | exact |" in page.read_text()
     assert "> SAMPLER: process must train the prediction at tokens" in table

@@ -47,7 +47,7 @@ from ddiff.testing.bound_terms import SobolRng
 
 POINTS = 8192
 RESOLVED = 5e-3
-MASK, P = 3, (0.5, 0.3, 0.2)  # of the masked process on three tokens; what the network predicts
+MASK, P = 3, (0.5, 0.3, 0.2)  # id of the mask after three tokens; predicted distribution
 MASKED = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))  # alpha = 1 - t
 BARE = FlatVocabulary(3, mask=False)
 UNIFORM = MixtureProcess(BARE, LinearSchedule(), token_distribution(BARE))
@@ -162,7 +162,7 @@ def test_psi_step_mixes_posterior_and_fresh_noise_by_kappa() -> None:
     t, s, kappa = 0.6, 0.4, 0.7
     stays = (
         kappa * s / t + (1.0 - kappa) * s
-    )  # the posterior leaves s/t of the masks, noise anew leaves s
+    )  # the fraction s/t of masks remains in the posterior, and s in new noise
     expected = [*((1.0 - stays) * p for p in P), stays]
     assert step_of(PsiSampler(4, kappa), MASKED, MASK, t, s) == near(expected)
     assert step_of(PsiSampler(4, kappa), MASKED, 0, t, s) == near(
@@ -174,7 +174,7 @@ def test_psi_step_mixes_posterior_and_fresh_noise_by_kappa() -> None:
     ("rule", "t", "s", "sigma"),
     [
         (CapRemasking(0.2), 0.45, 0.3, 0.2),
-        (CapRemasking(0.9), 0.45, 0.3, 0.3),  # at most 1 - alpha_s, whatever sigma_max = .545 says
+        (CapRemasking(0.9), 0.45, 0.3, 0.3),  # 1 - alpha_s = .3 is less than sigma_max = .545
         (CapRemasking(0.2), 0.5, 0.05, 0.05),
         (RescaleRemasking(0.4), 0.45, 0.3, 0.4 * 0.3 / 0.55),
         (RescaleRemasking(0.5), 0.3, 0.1, 0.5 * 0.1 / 0.7),
@@ -199,7 +199,7 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
     t, s, eta = 0.45, 0.3, 0.5
     drawn_with = torch.tensor([0.9, 0.1, 0.5, 0.5])
     confidence = drawn_with.double().log()
-    confidence[3] = torch.inf  # given, or there from the start
+    confidence[3] = torch.inf  # a token of the prompt or of the start
     canvas = canvas_of((0, 1, 0, 1, MASK), t)
     note = torch.cat([confidence, torch.tensor([-0.2]).double()]).expand(POINTS, -1)
     canvas = replace(canvas, extras={"drawn_log_p": note})
@@ -221,7 +221,7 @@ def test_psi_records_log_probabilities_of_new_tokens() -> None:
     log_p = torch.tensor(P, dtype=torch.float64).log()
     torch.testing.assert_close(first[revealed], log_p[after.zt[:, 0][revealed]], rtol=0, atol=1e-12)
     assert bool(first[~revealed].isinf().all())
-    assert bool(second.isinf().all()), "a token that stays keeps its note"
+    assert bool(second.isinf().all()), "the record of an unchanged token changed"
 
 
 def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
@@ -293,7 +293,7 @@ def test_predictor_corrector_passes_step_length_to_corrector() -> None:
     sampler = PredictorCorrectorSampler(AncestralSampler(4), RecordSpans(), rounds=2)  # type: ignore[arg-type]
     moved(sampler, MASKED, predicting(MASKED, P), canvas_of((MASK,), 0.8, POINTS), 0.3)
     assert spans == pytest.approx([0.5, 0.5])
-    assert len(set(channels)) == 2, "each round draws for itself"
+    assert len(set(channels)) == 2, "both rounds use the same uniforms"
 
 
 # ---------------------------------------------------------------------- self-correction
@@ -320,7 +320,7 @@ def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None
     assert bool(score[:, 0][~changed].isneginf().all())
     assert bool((right == (int(full.argmax()) == state)).all())
     assert int(full.argmax()) == state != P.index(max(P)), (
-        "evidence decides which token is the likeliest"
+        "the own evidence must change the most likely token"
     )
 
 
@@ -328,7 +328,9 @@ def test_self_correction_stops_after_patience_rounds_without_gain() -> None:
     patient = _Patience(2, torch.ones(1, dtype=torch.bool))
     told = [3, 3, 4, 4, 2, 4]
     going = [bool(patient(torch.tensor([agreeing]))[0]) for agreeing in told]
-    assert going == [True, True, True, True, True, False], "the third round without more than 4"
+    assert going == [True, True, True, True, True, False], (
+        "must stop after three rounds without more than 4"
+    )
 
 
 def test_self_correction_commits_only_the_most_likely_changes() -> None:
@@ -352,7 +354,7 @@ def test_self_correction_commits_only_the_most_likely_changes() -> None:
     assert shown[-1].t.unique().tolist() == [0.9]
     assert last.t.unique().tolist() == [0.0]
     assert last.zt.tolist() == [[2, 1, 2]], (
-        "all three would change; the two likeliest changes are made"
+        "of three possible changes, only the two most likely must be made"
     )
 
 
@@ -382,7 +384,7 @@ def test_margin_compares_probabilities_not_logarithms() -> None:
 def test_top_order_ranks_positions_by_their_largest_probability() -> None:
     rows = ((0.55, 0.45), (0.6, 0.4))
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
-    # the second is likelier unless it draws .4, which is less than whatever the first draws
+    # The second position has the larger confidence unless it draws the token of probability .4.
     assert first_revealed(UnmaskingSampler(4, "confidence"), rows, 0.5) == near([0.4, 0.6])
 
 
@@ -390,7 +392,7 @@ def test_entropy_sampler_reveals_the_lowest_entropy_first() -> None:
     rows = (
         (0.5, 0.48, 0.02),
         (0.55, 0.225, 0.225),
-    )  # the second has the likelier top, the first less entropy
+    )  # the second has the larger maximum, the first the lower entropy
     assert first_revealed(UnmaskingSampler(4, "entropy"), rows, 0.5) == [1.0, 0.0]
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
 
@@ -579,7 +581,9 @@ def test_unmasking_on_a_tree_counts_moves_of_every_level() -> None:
     canvas = canvas_of((5, 5, 5, 5), 1.0)
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt
     assert (after != 5).sum(-1).unique().tolist() == [2]
-    assert bool((TREE.vocabulary.level_of(after) >= 1).all()), "one level at a time"
+    assert bool((TREE.vocabulary.level_of(after) >= 1).all()), (
+        "a position moved two levels in one step"
+    )
 
 
 def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:

@@ -61,7 +61,7 @@ def test_prompts_are_unchanged_and_free_positions_end_as_tokens(sampler: str, pr
     drawn = draw(SAMPLERS[sampler][0](4), PROCESSES[process], [0, 1, 2, 3], **settings)
     assert all(bool((zt == prompt)[prompt_mask].all()) for zt in [*states, drawn.ids])
     assert bool((drawn.ids < 3).all())
-    assert drawn.runs[3] == 0, "nothing is free in the last row"
+    assert drawn.runs[3] == 0, "the last row has no free position"
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
@@ -81,7 +81,7 @@ def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
     network = network_from_noisy(
         lambda noisy: dist.expand(*noisy.zt.shape, 3), PROCESSES[process].vocabulary
     )
-    # the last draw of words is all there is to do from 0.4 on
+    # until = 0.4 ends the events early; the final decoding step draws the other tokens.
     build = lambda: FirstHittingSampler(until=0.4)  # noqa: E731
     together = draw(build(), PROCESSES[process], list(range(12)), network=network, length=8)
     for row in range(12):
@@ -103,7 +103,7 @@ def test_confidences_equal_up_to_rounding_rank_alike() -> None:
     assert torch.equal(order, rank_by_confidence(confidence + jitter, rng))
     assert bool((order[:, :10] % 7 == 0).all()), "the most confident positions rank first"
     assert not torch.equal(order[0], order[1]), (
-        "equal ones are not taken from left to right in every row"
+        "equal confidences are ranked in the same order in all rows"
     )
 
 
@@ -254,7 +254,9 @@ def test_noise_at_time_zero_leaves_an_error_that_steps_cannot_reduce() -> None:
         AncestralSampler(48), PROCESSES["uniform"], JOINT, apart=True, points=2**13
     )
     assert nearer.distance(JOINT) > 1.25 * closing.distance(JOINT)
-    assert near.distance(JOINT) < 1.9 * nearer.distance(JOINT), "first order would halve it"
+    assert near.distance(JOINT) < 1.9 * nearer.distance(JOINT), (
+        "the distance falls as fast as at first order"
+    )
 
 
 def test_unmasking_by_confidence_does_not_sample_the_joint() -> None:
@@ -279,7 +281,7 @@ def test_unmasking_by_confidence_does_not_sample_the_joint() -> None:
     assert (
         measure_sampler(EntropyBoundSampler(9.0), process, JOINT, points=2**12).distance(JOINT)
         > 0.35
-    ), "all at once"
+    ), "a bound of 9 nats reveals all positions at once"
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -335,7 +337,7 @@ def test_analytic_steps_from_a_score_and_its_distribution_agree() -> None:
             on_step=keep,
         )
         assert float((states[6] == states[14]).double().mean()) > 0.98, (
-            "the last of eight steps decodes in other ways"
+            "states before the last step differ"
         )
         assert dist.clamped_mass.tolist() == [0.0] * 60
         assert float(score.clamped_mass.max()) < 1e-3
@@ -567,7 +569,7 @@ def test_self_correction_changes_at_most_one_token_per_round_and_stops() -> None
     assert max(int(change.max()) for change in changes) == 1
     assert len(canvases) < 30
     likelihood = [float(JOINT[zt[:, 0], zt[:, 1]].log().mean()) for zt in (canvases[0], drawn.ids)]
-    assert likelihood[1] > likelihood[0] + 0.5, "pairs that contradict each other are mended"
+    assert likelihood[1] > likelihood[0] + 0.5, "the likelihood of the pairs did not increase"
 
 
 # ---------------------------------------------------------------------- grids

@@ -86,7 +86,9 @@ def test_ancestral_samples_follow_the_enumerated_chain(name: str, steps: int) ->
     ids = many(process, steps, count)
     found = torch.bincount(ids[:, 0] * 3 + ids[:, 1], minlength=9).double()
     expected = count * law_of_chain(process, steps)[:3, :3].reshape(-1)
-    assert float(expected.sum()) == pytest.approx(count, abs=1e-6), "the chain ends in words"
+    assert float(expected.sum()) == pytest.approx(count, abs=1e-6), (
+        "not all final states are tokens"
+    )
     assert float(((found - expected) ** 2 / expected).sum()) < 35
 
 
@@ -99,7 +101,8 @@ def test_prompt_tokens_are_unchanged_and_condition_the_others(name: str) -> None
     drawn = draw(process, list(range(400)), prompt=prompt, prompt_mask=prompt_mask, on_step=keep)
     assert len(seen) == 6
     assert all(bool((states == 1).all()) for states in seen)
-    # With one free symbol the chain is exact in any number of steps: P(x_2 = 1 | x_1 = 1) = 0.8; 5 sigma is 0.1.
+    # With one free symbol the chain is exact: P(x_2 = 1 | x_1 = 1) = 0.8. Tolerance: five standard
+    # deviations.
     assert abs(float((drawn.ids[:, 1] == 1).double().mean()) - 0.8) < 0.1
 
 
@@ -126,7 +129,7 @@ def test_generate_counts_network_evaluations(name: str) -> None:
     assert 1 <= calls <= 40
     if (
         name == "masked"
-    ):  # four positions move once each: no more than four of forty steps need the network
+    ):  # four positions move once each, so at most four of forty steps query the network
         assert calls <= 4
 
 
@@ -162,7 +165,7 @@ def test_final_decoding_replaces_masks_left_at_time_zero(last: Any) -> None:
     assert len(seen) == 8
     if (
         last == "draw"
-    ):  # the law of single symbols is right whatever the steps; 5 sigma of 300 draws is 0.15
+    ):  # marginals are exact for any number of steps; five standard deviations are 0.15
         found = torch.bincount(drawn.ids[:, 0], minlength=3) / 300
         assert float((found - JOINT.sum(1)).abs().max()) < 0.15
 

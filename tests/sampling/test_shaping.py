@@ -272,7 +272,8 @@ def test_filters_apply_in_order_temperature_top_k_top_p_min_p(which: int) -> Non
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     got = law_of(configured({"temperature": 0.5, "top_p": 0.8})[which], p)
     assert got == pytest.approx([0.64, 0.36, 0.0, 0.0])
-    # two of three are kept: .4/.9 and .7/.9 are below .75 and above; without top_k first it would be three
+    # top_p keeps two of the three tokens of top_k, because .4/.9 < .75 <= .7/.9. Without top_k it
+    # would keep three tokens.
     got = law_of(configured({"top_k": 3, "top_p": 0.75})[which], p)
     assert got == pytest.approx([4 / 7, 3 / 7, 0.0, 0.0])
     got = law_of(configured({"temperature": 0.5, "min_p": 0.3})[which], p)

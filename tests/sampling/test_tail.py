@@ -27,7 +27,7 @@ from ddiff.sampling.loop import generate
 
 WORDS, STEPS, DRAWS = 50_257, 1024, 2048
 WEIGHTS = 1.0 / torch.arange(1, WORDS + 1, dtype=torch.float64)
-ZIPF = WEIGHTS / WEIGHTS.sum()  # the rarest word has 1.7e-6
+ZIPF = WEIGHTS / WEIGHTS.sum()  # the smallest probability is 1.7e-6
 MASSES = (0.01, 0.1)
 VOCABULARY, SAID = FlatVocabulary(WORDS), ZIPF.log().float()
 
@@ -69,7 +69,7 @@ def exponential(u: Tensor) -> Tensor:
 
     The smallest value is 6e-8.
     """
-    single = ((u * 2.0**24).floor() / 2.0**24).float()  # what torch.rand has in place of u
+    single = ((u * 2.0**24).floor() / 2.0**24).float()  # float32 uniforms as of torch.rand
     return 1e-10 - (single + 1e-10).log()
 
 
@@ -91,7 +91,7 @@ def draw_by_race(generator: torch.Generator) -> Tensor:
         masked = (words == WORDS).nonzero().squeeze(-1)
         best = (
             exponential(draw(len(masked))) / torch.tensor((k - 1) / k).float()
-        )  # of the mask; infinite at k = 1
+        )  # value of the mask; infinite at k = 1
         arrival = torch.zeros(len(masked), dtype=torch.float64)
         racing = torch.arange(len(masked))
         while len(racing):

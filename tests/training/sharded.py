@@ -120,7 +120,7 @@ def goes_on(
     found.restore(net)
     state = found.read_state(like=net.parameters())
     optimizer.load_state_dict(state["optimizer"])
-    assert state["random"]["cpu"].tolist() == [0], "the state of rank 0, for any"
+    assert state["random"]["cpu"].tolist() == [0], "all ranks must get the random state of rank 0"
     for name, value in state["ema"]["weights"].items():
         assert torch.equal(whole(value), expected["ema"][name]), name
     same(parts(net, optimizer), expected["saved"])

@@ -52,7 +52,7 @@ def test_checkpoint_restores_the_same_tree(tmp_path: Path, root: str) -> None:
     assert found is not None
     assert (found.step, found.path) == (12, path)
     assert same(found.read_state(), state)
-    in_order = dict(sorted(MODEL.items()))  # a set of named tensors, in no order of its own
+    in_order = dict(sorted(MODEL.items()))  # the order of the names is not defined
     assert same(dict(sorted(found.read_weights().items())), in_order)
     assert same(dict(sorted(checkpoints.read_weights().items())), in_order)
 

@@ -72,7 +72,7 @@ def test_random_draws_do_not_depend_on_ranks_and_micro_batches(
         for world_size, accumulate in ((1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
             shared = draws(built, world_size, accumulate, step)
             assert len(set(shared["counts"].tolist())) > 1, (
-                "the shares must differ in what they score"
+                "micro-batches must have different numbers of scored tokens"
             )
             for name in ("index", "ids", "scored", "zt", "t"):
                 assert torch.equal(shared[name], whole[name]), (world_size, accumulate, step, name)

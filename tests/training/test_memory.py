@@ -25,7 +25,7 @@ print(int(is_kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt requires glibc")
 def test_keep_freed_memory_reduces_page_faults() -> None:
     def run_and_count_faults(**environment: str) -> list[int]:
         command = [sys.executable, "-c", STEPS]

@@ -87,7 +87,7 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 @pytest.mark.parametrize("rule", RULES)
 def test_noise_times_of_the_diffusion_term_are_uniform(rule: str) -> None:
-    """Over 100 steps, each tenth of the time window contains 10 % of the other sequences' times.
+    """Each tenth of the time window contains 10 % of the times of the diffusion term.
 
     The information time is replaced by t, so that the noise times are uniform in t. Tolerance
     0.015: five standard errors of the fraction in one bin, for 12 000 independent rows. If the
@@ -102,7 +102,7 @@ def test_noise_times_of_the_diffusion_term_are_uniform(rule: str) -> None:
     t = torch.cat(watching.times)
     decoded = t == START
     assert 0.04 < float(decoded.double().mean()) < 0.16, (
-        "a tenth, or half of it where one of two is decoded"
+        "the fraction of decoded positions must be between 1/20 and 1/10"
     )
     tenth = ((t[~decoded] - START) / (1.0 - START) * 10).long()
     share = torch.bincount(tenth, minlength=10) / len(tenth)
@@ -157,7 +157,7 @@ def test_drop_conditions_drops_each_condition_at_its_own_rate() -> None:
     apart = shown["vector"].isnan().all((1, 2))
     assert float(apart.double().mean()) == pytest.approx(0.1, abs=0.035)
     assert torch.equal(shown["vector"].isnan().any((1, 2)), apart), (
-        "a sample keeps its condition whole or not at all"
+        "a condition was dropped at some positions of a sample only"
     )
     assert torch.equal(shown["always"], label)
     assert Condition(classes=3).dropout == 0.1

@@ -54,14 +54,12 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tmp_pat
     for end, number in zip(ends, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         process = start(killed)
         begun = steps_until_killed(process, end, number)
-        assert begun[0] == went_on_from + 1, (
-            "a process does only the steps after the last checkpoint"
-        )
+        assert begun[0] == went_on_from + 1, "the process did not start after the last checkpoint"
         assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
         went_on_from = max(Checkpoints(killed / "checkpoints").steps(), default=0)
         if number == signal.SIGTERM:
             assert went_on_from in (begun[-1], begun[-1] - 1), (
-                "the step under way is finished and saved"
+                "the current step was not finished and saved"
             )
         else:
             # At most one checkpoint, which was being written, may be incomplete.

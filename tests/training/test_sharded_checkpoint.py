@@ -59,9 +59,9 @@ def test_single_process_loads_a_sharded_checkpoint(saved: Path, expected: Path) 
         assert torch.equal(value, wanted["saved"][name])
     averages = Checkpoints(saved).read_weights(average=True)
     assert torch.equal(averages["head.weight"], wanted["ema"]["embedding.weight"]), (
-        "tied weights have one average"
+        "tied weights have different averages"
     )
-    assert torch.equal(averages["counts"], weights["counts"]), "what is not trained is as it is"
+    assert torch.equal(averages["counts"], weights["counts"]), "a buffer was averaged"
     assert torch.equal(averages["scale"], wanted["ema"]["scale"])
 
 
@@ -89,7 +89,7 @@ def test_save_writes_shards_on_each_rank_and_other_tensors_on_rank_0(saved: Path
     assert first["embedding.weight@0,0"].shape == (3, 4)
     assert second["embedding.weight@3,0"].shape == (2, 4)
     assert not any(name.startswith(("gate", "head")) for name in second), (
-        "one row: empty here; tied: stored once"
+        "rank 1 has no row of `gate`, and the tied `head` is stored only once"
     )
     assert load_file(folder / "model.safetensors").keys() == {"counts"}
     manifest = json.loads((folder / "manifest.json").read_text())["tensors"]

@@ -27,7 +27,7 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not valid JSON")
 
     text = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in text]
@@ -268,7 +268,7 @@ def test_second_signal_ends_training_immediately(
     def batch_at(step: int, micro: int) -> Rows:
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
-        raise AssertionError("the second signal was not heard")
+        raise AssertionError("the second signal did not end training")
 
     trainer.batch_at = batch_at
     with pytest.raises(error):

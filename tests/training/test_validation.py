@@ -64,7 +64,7 @@ def assert_same(one: Any, two: Any) -> None:
                 "tokens_per_second",
                 "settled",
                 "made_with",
-            ):  # the last names the recipe
+            ):  # "made_with" contains the recipe
                 assert_same(one[key], two[key])
     elif isinstance(one, list | tuple):
         for a, b in zip(one, two, strict=True):
