@@ -73,7 +73,7 @@ def test_interior_changes_only_t_0_and_t_1() -> None:
     assert interior(t).tolist() == [1e-12, 1e-12, 0.3, 1.0 - 1e-12]
 
 
-def test_to_column_takes_dtype_of_wide_tensor() -> None:
+def test_to_column_returns_a_column_with_dtype_of_its_second_argument() -> None:
     assert to_column(torch.ones(2).double(), torch.ones(2, 5)).dtype == torch.float32
     assert to_column(torch.ones(2), torch.ones(2, 5)).shape == (2, 1)
 

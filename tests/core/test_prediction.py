@@ -59,7 +59,9 @@ def test_log_mass_is_log_of_sum_over_tokens_below_node(
 
 @given(trees(), st.integers(0, 99))
 @many
-def test_log_child_is_conditional_at_any_depth(tree: HierarchicalVocabulary, seed: int) -> None:
+def test_log_child_is_the_conditional_log_probability_at_any_depth(
+    tree: HierarchicalVocabulary, seed: int
+) -> None:
     log_p = random_log_p(tree.num_tokens, seed)
     dist = DenseDistribution(log_p, tree)
     for child in range(tree.num_states):
@@ -233,7 +235,7 @@ def test_segment_logsumexp_has_gradient_of_logsumexp() -> None:
     torch.testing.assert_close(values.grad, plain.grad)
 
 
-def test_segment_without_mass_sends_no_gradient() -> None:
+def test_segment_of_probability_zero_has_zero_gradient() -> None:
     values = torch.tensor(
         [[0.3, -0.2, -torch.inf, -torch.inf]], dtype=torch.float64, requires_grad=True
     )

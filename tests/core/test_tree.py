@@ -1,9 +1,8 @@
 """Tree family: forward draws and decoding rules against their formulas, invalid arguments.
 
-Distributions of draws are measured on a midpoint grid of N uniforms, which hits an interval of
-length p
-    between N p - 1 and N p + 1
-times: exact to 1/N per interval, without chance.
+Distributions of draws are measured on a midpoint grid of N uniforms, without random numbers. An
+interval of length p contains between N p - 1 and N p + 1 of them, so that a frequency has an error
+of at most 1/N per interval.
 """
 
 from __future__ import annotations
@@ -237,7 +236,7 @@ def test_forward_draw_is_token_at_0_and_root_at_1(xi: float) -> None:
     )
 
 
-# ---------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize("xi", [0.0, -0.1, 1.5, float("nan"), (0.9, 0.0), (0.9, 0.9, 0.9), ()])

@@ -46,7 +46,7 @@ def test_ancestor_equals_repeated_parent(tree: HierarchicalVocabulary) -> None:
 
 @given(trees())
 @many
-def test_descendants_are_one_range_of_every_level_in_tree_order(
+def test_descendants_at_a_level_are_contiguous_in_tree_order(
     tree: HierarchicalVocabulary,
 ) -> None:
     ids = torch.arange(tree.num_states)
@@ -163,7 +163,7 @@ def test_from_labels_rejects_ragged_or_empty_labels(
         HierarchicalVocabulary.from_labels(["a", "bb"], label)
 
 
-# ---------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_exact_prediction_equals_conditional_of_joint_distribution() -> None:
     torch.testing.assert_close(remembered, joint[0].sum(-1) / joint[0].sum(), rtol=0, atol=1e-12)
 
 
-# ---------------------------------------------------------------------- the rules themselves
+# ---------------------------------------------------------------------- window rules
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (0.05, 0.9)], ids=str)

@@ -135,7 +135,7 @@ def test_guidance_rejects_non_finite_weights(weight: float) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_steered_rejects_non_finite_classifiers(value: float) -> None:
+def test_guide_by_classifier_rejects_non_finite_classifiers(value: float) -> None:
     vocabulary = FlatVocabulary(3)
     network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(
@@ -148,7 +148,7 @@ def test_steered_rejects_non_finite_classifiers(value: float) -> None:
         query(torch.tensor([0]), torch.tensor([3]), lambda prediction: prediction.log_mass(0))
 
 
-# ---------------------------------------------------------------------- whole samplers
+# ---------------------------------------------------------------------- samplers
 
 SHAPED = sorted(
     component.name

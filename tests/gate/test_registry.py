@@ -84,7 +84,7 @@ def test_message_about_failed_component_import_names_distribution(
     assert "toy-dist 1.0" in text
 
 
-def test_members_of_component_with_only_build_have_defaults():
+def test_component_with_only_a_build_method_gets_default_members():
     class Plain:
         @staticmethod
         def build(config):

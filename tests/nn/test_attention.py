@@ -111,7 +111,7 @@ def cut(context: Context, stop: int) -> Context:
     return context.select_positions(torch.arange(stop), LENGTH)
 
 
-# ---------------------------------------------------------------------- beside the clean words
+# ---------------------------------------------------------------------- blocks with clean tokens
 
 
 @pytest.mark.parametrize("name", CONTEXTS)

@@ -198,7 +198,7 @@ def test_left_to_right_samples_follow_the_scored_distribution() -> None:
     assert float(((found - expected) ** 2 / expected).sum()) < 35
 
 
-# ---------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------- invalid arguments
 
 
 def test_ar_refuses_inputs_own_vocabulary_without_mask_and_processes() -> None:

@@ -63,7 +63,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# ---------------------------------------------------------------------- noise within levels
+# ---------------------------------------------------------------------- restless tree
 
 
 @pytest.mark.parametrize("process", RestlessTree.examples(), ids=["tokens", "tokens and clusters"])
@@ -213,7 +213,7 @@ def test_hdlm_bound_rises_if_the_clean_prefix_is_ignored(rule: str) -> None:
     assert mean(sum(exact_terms(process, RULES[rule], forgetful))) > float(ENTROPY) + 0.05
 
 
-# ---------------------------------------------------------------------- through recipes
+# ---------------------------------------------------------------------- training
 
 SMALL = (
     'data={kind = "text", files = ["corpus.txt"], split = "line", held_out = 0.2, length = 16}',

@@ -37,7 +37,7 @@ def test_gidd_obeys_every_process_law_in_every_setting(process: ForwardProcess) 
     assert_laws(check_process(process))
 
 
-# ---------------------------------------------------------------------- what was published
+# ---------------------------------------------------------------------- published formulas
 
 
 def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def test_gidd_snr_weight_is_bound_weight_times_two_t_one_minus_t() -> None:
     )
 
 
-# ---------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(

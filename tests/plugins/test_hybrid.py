@@ -356,7 +356,7 @@ def test_gamma_hybrid_makes_no_float64_tensor_of_vocabulary_width() -> None:
     )
 
 
-# ---------------------------------------------------------------------- what was published
+# ---------------------------------------------------------------------- published formulas
 
 
 def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Tensor) -> Tensor:
@@ -550,7 +550,7 @@ def test_published_epsilon_loss_scales_with_the_window_of_times() -> None:
     assert (losses[0] / losses[1]).item() == pytest.approx(10.0, rel=0.05)
 
 
-# ---------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_geometric_schedule_refuses_sigmas_that_do_not_grow(sigmas: tuple[float,
         GeometricSchedule(*sigmas)
 
 
-# ---------------------------------------------------------------------- what was published
+# ---------------------------------------------------------------------- published formulas
 
 
 def sigmas(process: ComponentProcess, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -446,7 +446,7 @@ class Constant(Backbone):
         return torch.ones(*ids.shape, self.width)
 
 
-# ---------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(

@@ -442,7 +442,7 @@ def test_entropy_bound_sums_all_entropies_but_the_largest() -> None:
     )
 
 
-# ---------------------------------------------------------------------- the loop around the steps
+# ---------------------------------------------------------------------- generate
 
 
 def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:

@@ -47,7 +47,7 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
     return generate(sampler, process, index=torch.tensor(index), **settings)
 
 
-# ---------------------------------------------------------------------- every pair
+# ---------------------------------------------------------------------- all samplers on all processes
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
@@ -149,7 +149,7 @@ def test_diffusion_samplers_refuse_a_run_without_process(sampler: str) -> None:
         )
 
 
-def test_numbers_out_of_range_are_refused() -> None:
+def test_samplers_and_grids_refuse_invalid_arguments() -> None:
     inner = AncestralSampler(2)
     wrong: list[Any] = [
         lambda: Grid("uniform", 0),
@@ -185,7 +185,7 @@ def test_sampling_names_a_network_that_predicts_nan(sampler: str) -> None:
         draw(SAMPLERS[sampler][0](2), process, [0, 1], network=network, length=6)
 
 
-# ---------------------------------------------------------------------- laws
+# ---------------------------------------------------------------------- distributions of samples
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree", "uniform"])

@@ -144,7 +144,7 @@ def test_network_is_not_evaluated_if_no_position_moves(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ancestral_argmax_takes_the_most_likely_token_last(name: str) -> None:
+def test_ancestral_with_last_argmax_decodes_the_most_likely_token(name: str) -> None:
     """A single step from the prior gives each position the most likely token of its marginal."""
     drawn = draw(processes()[name], list(range(20)), sampler=AncestralSampler(1, last="argmax"))
     assert drawn.ids.tolist() == [[int(JOINT.sum(1).argmax()), int(JOINT.sum(0).argmax())]] * 20

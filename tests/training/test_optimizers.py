@@ -193,7 +193,7 @@ def test_optimizer_converges_to_a_distant_minimum(make: type) -> None:
     ],
     ids=["adamw", "muon", "sgd"],
 )
-def test_step_if_finite_is_false_leaves_parameters_and_state_unchanged(
+def test_step_if_not_finite_leaves_parameters_and_state_unchanged(
     made: Any,
 ) -> None:
     nets = [Net().double() for _ in range(2)]
