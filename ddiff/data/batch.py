@@ -18,7 +18,8 @@ class Batch:
     valid: bool [B,L], False at padding.
     scored: bool [B,L], True at the positions that count in loss and metrics, False at padding.
     document: long [B,L], number of the document at each position.
-    index: long [B], slot of each row in the global batch (training), or row number (evaluation).
+    index: long [B], number of each row in the global batch (training) or in the text (evaluation).
+        It selects the stratum of the noise time and the random numbers of the row.
     packed: whether at least one row contains tokens of more than one document.
     conditions: name of a condition -> one value per row, or one value per position if `packed`.
     """

@@ -42,11 +42,12 @@ class Cache:
     """Cache folder; each entry is a directory named by the fingerprint of its inputs.
 
     The root is a local folder, because entries are memory-mapped. Each entry is built under a
-    temporary name and then renamed, so that an incomplete entry is never read. A damaged entry is
-    built again. An entry is damaged if the size of a file has changed, or if the SHA-256 has
-    changed. The SHA-256 is compared for small files, and for large files that were modified after
-    the build. The next build of the same kind removes the unfinished directories of killed
-    processes.
+    temporary name and then renamed, so that an incomplete entry is never read. The next build of
+    the same kind removes the unfinished directories of killed processes.
+
+    A damaged entry is built again. To detect damage, the size of every file is compared with the
+    size at the build. The SHA-256 is compared only for small files and for large files that were
+    modified after the build.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -133,7 +134,7 @@ def _write_contents(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
-    """Return whether an entry exists and is intact, with a warning if the entry is damaged."""
+    """Return whether an entry exists and is intact. A warning is logged if it is damaged."""
     if not place.exists():
         return False
     try:

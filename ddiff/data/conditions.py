@@ -58,10 +58,10 @@ def read_conditions(
 ) -> Conditions:
     """Read the columns `names` of documents as conditions.
 
-    A column of integers from 0 becomes a label, and a column of lists of numbers a vector. None in
-    a column means that the document has no value. Raises DataError if a column is missing, holds
-    other values or vectors of different lengths, or does not match the type that `forms` expects
-    for the column.
+    A column of integers >= 0 is read as labels, and a column of lists of numbers as vectors. None
+    in a column means that the document has no value. `forms` maps names to the expected types.
+    Raises DataError if a column is missing, contains other values or vectors of different lengths,
+    or does not match its expected type.
     """
     return Conditions({name: _read_column(documents, name, forms.get(name)) for name in names})
 
@@ -70,9 +70,9 @@ def _read_column(documents: Dataset, name: str, form: Form | None) -> Tensor:
     if name not in documents.column_names:
         others = [column for column in documents.column_names if column not in ("text", "name")]
         raise DataError(
-            f'[denoiser] conditions has "{name}", but the documents have no such column. Their '
-            f"columns besides the text: {others or 'none'}. Use a [data] kind that reads this "
-            'column, such as "jsonl", or remove the condition.'
+            f'[denoiser] conditions has "{name}", but the documents have no such column. Columns '
+            f"of the documents besides the text: {others or 'none'}. Use a [data] kind that reads "
+            'this column, such as "jsonl", or remove the condition.'
         )
     column: list[Any] = documents[name][:]
     present = [value for value in column if value is not None]
@@ -87,9 +87,9 @@ def _read_column(documents: Dataset, name: str, form: Form | None) -> Tensor:
         return torch.full((len(column), form.width), torch.nan)
     example = next((value for value in present if not is_whole or value < 0), None)
     raise DataError(
-        f'The column "{name}" of the documents cannot be a condition: each value must be a whole '
-        "number from 0 (a label), a list of numbers (a vector) or None (no value); it holds "
-        f"{example!r}. Give each class a number."
+        f'The column "{name}" of the documents cannot be a condition: all values must be integers '
+        "of at least 0 (labels) or lists of numbers (vectors), or None (no value); the column "
+        f"holds {example!r}. Give each class a number."
     )
 
 
@@ -99,8 +99,8 @@ def _check_labels(present: list[int], name: str, form: Form | None) -> None:
     if isinstance(form, Vector):
         raise DataError(
             f'The documents have labels in "{name}", but [denoiser] conditions expects {form}. Set '
-            f"[denoiser] conditions.{name} = {{ classes = N }}, or name a field of vectors in "
-            "[data] vectors."
+            f"[denoiser] conditions.{name} = {{ classes = N }} to use the labels, or name a field "
+            "of vectors in [data] vectors."
         )
     largest = max(present, default=0)
     if form.classes is not None and largest >= form.classes:
@@ -116,13 +116,13 @@ def _stack_vectors(column: list[Any], name: str, form: Form | None) -> Tensor:
     if len(widths) > 1:
         raise DataError(
             f'The column "{name}" of the documents holds vectors of lengths {widths}, but all '
-            "vectors of a condition must have one length. Fix the data."
+            "vectors of a condition must have the same length. Correct the documents."
         )
     if form is not None and form != Vector(widths[0]) and form != Vector():
         raise DataError(
             f'The documents have vectors of length {widths[0]} in "{name}", but [denoiser] '
             f"conditions expects {form}. Set [denoiser] conditions.{name} = "
-            f"{{ width = {widths[0]} }}, or fix the data."
+            f"{{ width = {widths[0]} }}, or correct the documents."
         )
     absent = np.full(widths[0], np.nan, np.float32)
     vectors = [absent if value is None else np.asarray(value, np.float32) for value in column]

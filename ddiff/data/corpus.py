@@ -62,11 +62,11 @@ def build_validation_rows(
 
 
 def check_repetitions(documents: Documents | Corpus, shards: Shards) -> None:
-    """Raise DataError if all validation documents are in the training text.
+    """Raise DataError if all validation documents also occur in the training text.
 
-    A warning is logged if only some validation documents are in the training text, or if many
-    documents of a part repeat an earlier document. Documents from a generated source with known
-    entropy are not checked, because their rows may repeat by chance.
+    A warning is logged if only some validation documents occur in the training text, or if the
+    training or the validation part contains many documents twice. Documents from a generated source
+    with known entropy are not checked, because their rows may repeat by chance.
     """
     if documents.entropy_rate is None:
         source = documents if isinstance(documents, SourceCorpus) else "The corpus"
@@ -149,7 +149,8 @@ class SourceCorpus:
                 raise DataError(
                     f"{self.source} is named for training and for validation: the model would be "
                     "evaluated on its training text. Name another split or other files for "
-                    "validation, or name none: then a fraction of the documents is held out."
+                    "validation, or leave validation out, so that a fraction of the documents is "
+                    "held out."
                 )
 
     def __str__(self) -> str:
@@ -199,8 +200,8 @@ class SourceCorpus:
         for part in (TRAIN, VALIDATION):
             if not made.records(part):
                 raise DataError(
-                    f"{self.source} has no text for {part} (held_out = {self.held_out}). Set "
-                    "another held_out, or name validation texts."
+                    f"{self.source} has no text for the {part} part (held_out = {self.held_out}). "
+                    "Set another held_out, or name validation texts."
                 )
 
     def train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
@@ -216,9 +217,9 @@ class SourceCorpus:
     def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         """Yield the chunks of the training source, then those of the validation source.
 
-        Without a validation source, `part` of each chunk is None. With a validation source, a
-        cursor is a pair: the part ("train" or "validation") and the cursor in the source of that
-        part.
+        With a validation source, a cursor is a pair: the part ("train" or "validation") and the
+        cursor in the source of that part. Without a validation source, `Chunk.part` is None, and
+        the hash of each text decides about its part.
         """
         if self.validation_source is None:
             yield from self.source.chunks(cursor, part=None)
@@ -250,17 +251,18 @@ class SourceCorpus:
 class StreamedCorpus:
     """Corpus that is tokenized during training.
 
-    For the training source and for the validation source, only the first `head` documents are
-    stored. Without a validation source, the held-out documents among the first `head` documents are
-    the validation part. Token counts, clusters and learned tokenizers are computed from the stored
-    training documents only. Rows are shuffled within blocks of `block` rows.
+    Only the first `head` documents of the training source, and of the validation source if there is
+    one, are stored as shards. Without a validation source, the validation part consists of the
+    held-out documents among the first `head` documents. Token counts, clusters and learned
+    tokenizers are computed only from the stored training documents. Rows are shuffled within blocks
+    of `block` rows.
     """
 
     entropy_rate: float | None = None
 
     def __init__(self, corpus: SourceCorpus, *, head: int = 20_000, block: int = 4096) -> None:
         if head < 1:
-            raise ArgumentError(f"head must be at least 1 document; got {head}.")
+            raise ArgumentError(f"head must be a number of documents, at least 1; got {head}.")
         self._corpus = corpus
         self._head = head
         self._block_rows = block

@@ -69,7 +69,7 @@ class Documents:
 def fingerprint_texts(documents: Any) -> str:
     """Return a SHA-256 of the texts and their boundaries, as 32 hexadecimal digits.
 
-    For a part of a streamed corpus, return the attribute `fingerprint` of the part.
+    `documents` is a Dataset, or the part of a corpus, whose attribute `fingerprint` is returned.
     """
     if not isinstance(documents, Dataset):
         return documents.fingerprint
@@ -126,13 +126,19 @@ def read_text_files(
 ) -> Documents:
     """Read UTF-8 text files, given by fsspec paths or globs.
 
-    `split` says whether a document is a file, a paragraph (separated by blank lines) or a line.
-    Without validation files, a document goes to the validation part with probability `held_out` in
-    (0,1). The hash of the text decides. Equal documents are therefore in the same part, and adding
-    files moves no document to the other part. Blank documents are left out. `ddiff.data.text`
-    defines line ends. A file that matches two patterns is read once. Raises DataError for a file
-    that is missing, empty, compressed, not UTF-8 or contains NUL, and for a file that is named both
-    for training and for validation.
+    Args:
+        train: files of the training documents. A file that matches two patterns is read once.
+        validation: files of the validation documents. Without validation files, a fraction
+            `held_out` of the documents, chosen by the hash of the text, is the validation part.
+            Equal documents are therefore in the same part, and adding files moves no document to
+            the other part.
+        held_out: fraction in (0,1), used only without validation files.
+        split: unit of a document: "file", "paragraph" (separated by blank lines) or "line"
+            (`ddiff.data.text` defines line ends). Blank documents are left out.
+        cache: cache of the documents. None: the documents are kept in memory.
+
+    Raises DataError for a file that is missing, empty, compressed, not UTF-8 or contains NUL, and
+    for a file that is named both for training and for validation.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
@@ -228,7 +234,7 @@ def _check_part(part: Dataset, name: str) -> None:
 
 
 def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
-    """Read the documents of all files, and memory-map them from `cache` unless it is None."""
+    """Read the documents of all files: memory-mapped from `cache`, or in memory if it is None."""
     if cache is None:
         corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))
     else:

@@ -21,7 +21,7 @@ def write_json(path: str, content: Any) -> None:
 def read_bytes(path: str, what: str) -> bytes:
     """Return the content of a file.
 
-    Raises DataError if the file cannot be read. The message begins with the text `what`.
+    `what` is the beginning of the error message. Raises DataError if the file cannot be read.
     """
     try:
         with open_file(str(path)) as file:
@@ -33,7 +33,8 @@ def read_bytes(path: str, what: str) -> bytes:
 def read_json(path: str, what: str) -> Any:
     """Return the parsed content of a JSON file.
 
-    Raises DataError if the file cannot be read or parsed. The message begins with the text `what`.
+    `what` is the beginning of the error message. Raises DataError if the file cannot be read or
+    parsed.
     """
     content = read_bytes(path, what)
     try:

@@ -41,11 +41,15 @@ def read_json_lines(
 ) -> Documents:
     """Read documents from JSON-lines files, given by fsspec paths or globs.
 
-    The field `text` holds the text of a document. The fields `labels` hold whole numbers from 0,
-    the fields `vectors` hold lists of numbers; each of these fields becomes a column of the same
-    name. A field that is null or missing has no value. `read_text_files` describes `validation` and
-    `held_out`. Raises DataError if an object cannot be read, with its file and line, or if a field
-    has no value in any line of `train`.
+    Args:
+        train, validation, held_out, cache: as in `read_text_files`.
+        text: name of the field with the text of a document.
+        labels: names of the fields with a class label, an integer >= 0.
+        vectors: names of the fields with a list of numbers.
+
+    Each label or vector field becomes a column of the same name. A field that is null or missing
+    has no value. Raises DataError if an object cannot be read, with its file and line, or if no
+    line of `train` has a value for one of the fields.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
@@ -64,8 +68,9 @@ def read_json_lines(
 def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield (number, place, object) for each object in a file of JSON lines or one JSON array.
 
-    `number` counts lines, or objects of the array, from 1. `place` names the file and the line or
-    object in error messages. Raises DataError for a value that is not an object.
+    `number` is the line, or the place in the array, counted from 1. `place` is the name of the
+    object in error messages, such as "train.jsonl line 3". Raises DataError for a value that is not
+    an object.
     """
     lines = enumerate(text_lines(file, printable(path)), start=1)
     name = base_name(path)
@@ -108,8 +113,8 @@ class _Reader:
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
             raise ArgumentError(
-                "read_json_lines: labels and vectors must be different names, none of them text "
-                f"or name; got {duplicates} twice."
+                "read_json_lines: the fields in labels and vectors must differ from each other "
+                f'and from "text" and "name"; these names occur twice: {duplicates}.'
             )
         self.text = text
         self.labels = labels
@@ -162,8 +167,8 @@ class _Reader:
             raise DataError(
                 f'read_json_lines: {key} names the field "{name}", but no line of '
                 f"{', '.join(map(printable, patterns))} has a value for it. Fields besides the "
-                f"text: {others or 'none'}.{suggest(name, others)} Fix [data] {key}, or remove the "
-                "field."
+                f"text: {others or 'none'}.{suggest(name, others)} Correct the name in [data] "
+                f"{key}, or remove it."
             )
 
     def _batches(self, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -206,8 +211,8 @@ class _Reader:
         if value is None or (is_whole and 0 <= value <= _LARGEST_LABEL):
             return value
         raise DataError(
-            f'{place}: the label "{name}" must be a whole number from 0 (to {_LARGEST_LABEL}), or '
-            f"null; got {_shorten(value)}. Give each class a number."
+            f'{place}: the label "{name}" must be an integer in 0..{_LARGEST_LABEL}, or null; got '
+            f"{_shorten(value)}. Give each class a number."
         )
 
     def _check_vector(self, value: Any, name: str, place: str) -> list[float] | None:

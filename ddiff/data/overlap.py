@@ -1,8 +1,8 @@
 """Detect validation documents in the training text, and duplicates within a part.
 
-Documents are compared by their tokens when the token shards are written, so that every kind of
-corpus is checked in the same way. The check reads all tokens once, at some hundred million tokens
-per second. The numbers of repeated documents are stored in the manifest.
+The check is made when the token shards are written. It compares documents by their tokens, so that
+every kind of corpus is checked in the same way. All tokens are read once, at a few hundred million
+tokens per second. The numbers of repeated documents are stored in the manifest.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ def find_overlap(
 ) -> dict[str, list[int]]:
     """Count validation documents that occur in the training text, and repetitions in each part.
 
-    Each entry of the result is a list of two numbers, [affected documents, all documents], as
-    stored in the manifest. The 64-bit hashes of the training documents are sorted in a temporary
-    file in `folder`, not in memory.
+    Each value of the result is a list [affected documents, all documents], as stored in the
+    manifest. The keys are:
+
+    - validation_in_train: validation documents that occur in the training text.
+    - train_repeated, validation_repeated: documents that repeat an earlier document of their part.
+
+    The 64-bit hashes of the training documents are sorted in a temporary file in `folder`, not in
+    memory.
     """
     held_out = np.concatenate([np.empty(0, np.uint64), *map(document_hashes, validation.shards)])
     with TemporaryFile(dir=folder) as file:
@@ -70,17 +75,18 @@ def find_overlap(
 
 
 def check_overlap(found: dict[str, list[int]], source: object) -> None:
-    """Raise DataError if all validation documents are in the training text.
+    """Raise DataError if all validation documents also occur in the training text.
 
-    A warning is logged if only some validation documents are in the training text, or if many
-    documents of a part repeat an earlier document. `found` is the result of `find_overlap`.
+    `found` is the result of `find_overlap`, and `source` names the corpus in messages. A warning is
+    logged if only some validation documents occur in the training text, or if the training or the
+    validation part contains many documents twice.
     """
     seen = DocumentCount(*found["validation_in_train"])
     if seen.documents and seen.documents == seen.of:
         raise DataError(
             f"{source}: all {seen.of:,} validation documents are in the training text too, so that "
-            "the evaluation would measure memorization. Name other validation text, or name none: "
-            "then a fraction of the documents is held out by the hash of their text."
+            "the evaluation would measure memorization. Name other validation text, or leave "
+            "validation out, so that a fraction of the documents is held out."
         )
     if seen.documents:
         _log.warning(
@@ -92,7 +98,7 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
         )
     effects = {
         "train": "is trained on more often",
-        "validation": "makes the interval too narrow",
+        "validation": "makes the confidence interval too narrow",
     }
     for part, effect in effects.items():
         repeated = DocumentCount(*found[f"{part}_repeated"])

@@ -54,8 +54,8 @@ class Block:
 class Rows(Protocol):
     """Rows of `length` tokens, which are read by their row numbers.
 
-    Padding is at the end of a row. Padded positions have the id of the end mark (0 for a tokenizer
-    without end mark) and the document number of the last token in the row.
+    Padding is at the end of a row. Padded positions have the id of the end mark (or id 0 if the
+    tokenizer has no end mark) and the document number of the last token in the row.
     """
 
     length: int
@@ -69,7 +69,10 @@ class Rows(Protocol):
         ...
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
-        """Return the row number of each global sample number in `positions`."""
+        """Map global sample numbers `positions` to row numbers, in an order shuffled by `seed`.
+
+        Sample numbers count from 0 over all epochs.
+        """
         ...
 
     def token_counts(self) -> NDArray[np.int64]:
@@ -124,8 +127,8 @@ class PackedRows:
         is_outside = wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))
         if wanted.ndim != 1 or is_outside:
             raise ArgumentError(
-                f"rows: numbers must be a list of row numbers in 0..{len(self) - 1}; got "
-                f"{numbers!r}."
+                f"PackedRows: row numbers must be a one-dimensional list of integers in "
+                f"0..{len(self) - 1}; got {numbers!r}."
             )
         starts, stops = self._spans(wanted)
         shape = (len(wanted), self.length)
@@ -182,7 +185,7 @@ class PackedRows:
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask of the n tokens of the stream, bool [n], True in the rows `numbers`."""
+        """Return which of the n tokens of the stream are in the rows `numbers`, bool [n]."""
         starts, stops = self._spans(numbers)
         # +1 at the start and -1 at the end of a row: the running sum counts the rows with a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
@@ -288,8 +291,8 @@ def batch_rows(
 ) -> Batch:
     """Read the rows with the numbers `indices` as a batch.
 
-    `index` [B] is the slot of each row in the global batch, by default `indices`. `conditions` are
-    the conditions of the documents from which the rows were packed.
+    `index` [B] is the value of `Batch.index`, by default `indices`. `conditions` are the conditions
+    of the documents from which the rows were packed.
     """
     numbers = np.asarray(indices, dtype=np.int64)
     block = rows[numbers]
@@ -312,6 +315,9 @@ def batch_rows(
 
 
 def chunks_of(documents: Dataset, part: str = TRAIN) -> Iterator[Chunk]:
-    """Yield a data set of documents as chunks of the part `part`, without cursors."""
+    """Divide a data set into chunks of documents, without cursors.
+
+    `part` is the part of every chunk: "train" or "validation".
+    """
     for batch in documents.iter(DOCUMENTS_AT_ONCE):
         yield Chunk(batch["text"], None, part, batch.get("name", []))

@@ -84,9 +84,9 @@ def check_disjoint(train: Iterable[str], validation: Iterable[str]) -> None:
         alias = "" if same == path else f" (there as {printable(same)})"
         raise DataError(
             f"{printable(path)} is named by validation and by files{alias}: the model would be "
-            "evaluated on its training text. Remove it from files: move it to another folder, or "
-            "name the training files so that no pattern matches it. Without validation files a "
-            "fraction of the documents is held out."
+            "evaluated on its training text. Name the training files so that no pattern matches "
+            "this file, or move it to another folder. Without validation files a fraction of the "
+            "documents is held out."
         )
 
 
@@ -121,7 +121,7 @@ def file_version(path: str) -> list[Any]:
 def open_file(path: str) -> Iterator[BinaryIO]:
     """Open a local or remote file to read bytes.
 
-    Every error is raised as a DataError that names the file.
+    All errors, also those of reading in the `with` block, become a DataError that names the file.
     """
     with explain_errors(path):
         local = _local_path(path)
@@ -261,8 +261,8 @@ def _check_regular(path: str) -> None:
     if stat.S_ISDIR(mode):
         inside = f"{printable(path.rstrip('/'))}/*.txt"
         raise DataError(
-            f"{printable(path)} is a folder, but a file is expected. Name the files in it, for "
-            f"instance {inside}, or .../**/*.txt to include its subfolders."
+            f"{printable(path)} is a folder, but a file is expected. Name its files, for instance "
+            f"{inside}, or with subfolders {printable(path.rstrip('/'))}/**/*.txt."
         )
     if stat.S_ISREG(mode) and not os.access(path, os.R_OK):
         raise _permission_error(path)
@@ -285,7 +285,7 @@ def _find_remote(pattern: str) -> list[str]:
             )
         elif system.isdir(path):
             raise DataError(
-                f"{pattern} is a folder, but a file is expected. Name the files in it: "
+                f"{pattern} is a folder, but a file is expected. Name its files: "
                 f"{pattern.rstrip('/')}/*"
             )
         else:

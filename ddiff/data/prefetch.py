@@ -57,7 +57,10 @@ class Prefetcher(Generic[Item]):
         return item
 
     def fetch(self, step: int, micro: int, stopped: Callable[[], bool]) -> Item | None:
-        """Return micro-batch `micro` of a step, or None if `stopped()` becomes true meanwhile."""
+        """Return micro-batch `micro` of a step, or None if `stopped()` becomes true first.
+
+        `stopped` is polled while the batch is being read.
+        """
         if self._threads is None:
             return self._batch_at(step, micro)
         wanted = (step, micro)
@@ -74,7 +77,7 @@ class Prefetcher(Generic[Item]):
         return self._pending.pop(wanted).result()
 
     def _wait(self, future: Future[Item], step: int, stopped: Callable[[], bool]) -> bool:
-        """Wait until a batch is read. Return False if `stopped()` becomes true before that."""
+        """Wait until a batch is read; return False if `stopped()` becomes true first."""
         began = time.monotonic()
         last_line = began
         while not _is_done(future, _POLL):
@@ -89,7 +92,7 @@ class Prefetcher(Generic[Item]):
     def close(self) -> None:
         """Stop the threads, and wait at most one second for unfinished reads.
 
-        Calls after `close` read the batch in the calling thread.
+        After `close`, a requested batch is read in the calling thread.
         """
         if self._threads is not None:
             self._discard_pending()

@@ -1,6 +1,7 @@
-"""Load tokenizers and models of the transformers library without running repository code.
+"""Load tokenizers and models with the transformers library, without `trust_remote_code`.
 
-Loading a local folder makes no network request.
+Python code in the repository of a model is never run. Loading a local folder makes no network
+request.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def load_pretrained(
     load: Callable[..., Loaded], source: str, what: str, *, name: str | None = None, **options: Any
 ) -> Loaded:
-    """Call `load`, a `from_pretrained` method, on a local folder or hub name.
+    """Call `load(source)`, where `load` is a `from_pretrained` method.
 
-    Python code of the repository (`auto_map`) is never run, and no prompt offers to run it. A local
-    folder is read without any network request. Error messages use the word `what` ("tokenizer" or
-    "model") for the object, and show `name`, if given, instead of `source`. Raises DataError with
-    the cause if loading fails.
+    Python code of the repository (`auto_map`) is never run, and no prompt offers to run it.
+
+    Args:
+        source: local folder, which is read without any network request, or name on the hub.
+        what: "tokenizer" or "model", for error messages.
+        name: text that error messages show in place of `source`.
+        options: further keyword arguments of `load`.
+
+    Raises DataError with the cause if loading fails.
     """
     shown = name or source
     is_local = is_folder(source)
@@ -52,7 +58,7 @@ def load_pretrained(
 
 
 def _warn_of_custom_code(loaded: Any, shown: str) -> None:
-    """Warn if a class of the transformers library replaces the class of the repository."""
+    """Warn if `loaded` has a class of the transformers library, not that of its repository."""
     from transformers import PreTrainedModel  # slow to import, but loading a model has imported it
 
     if isinstance(loaded, PreTrainedModel) and loaded.config.to_dict().get("auto_map"):
@@ -120,7 +126,7 @@ def _check_hub_name(source: str, shown: str, what: str) -> None:
 
 
 def _explain(error: Exception, source: str, shown: str, what: str, is_local: bool) -> DataError:
-    """Find the cause of a failed load and return the error that names it."""
+    """Find the cause of the failed load, and return a DataError whose message names the cause."""
     if "trust_remote_code" in str(error):
         return custom_code_error(shown, what)
     package = _missing_package(error, Path(source), what, is_local)
@@ -160,9 +166,9 @@ def _explain_local(error: Exception, folder: Path, shown: str, what: str) -> Dat
 
 
 def _missing_package(error: Exception, folder: Path, what: str, is_local: bool) -> str | None:
-    """Return the name of a package that loading needs and that is not installed, or None.
+    """Return the name of a package whose absence caused `error`, or None.
 
-    The package is found by the vocabulary files of `folder`, or by the message of `error`.
+    The name is derived from the vocabulary files in `folder`, or from the message of `error`.
     """
     if what == "tokenizer" and is_local and not (folder / "tokenizer.json").exists():
         for file in sorted(folder.iterdir()):

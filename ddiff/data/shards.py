@@ -101,10 +101,10 @@ class Shards:
 
     @cached_property
     def overlap(self) -> dict[str, list[int]]:
-        """Numbers of repeated documents, the result of `find_overlap`.
+        """Numbers of documents that occur in both parts or twice in a part, see `find_overlap`.
 
-        The numbers are read from the manifest. A manifest of an older version lacks the numbers;
-        the documents are then compared again.
+        The numbers are read from the manifest. If the manifest of an older version lacks the
+        numbers, the documents are compared again.
         """
         stored = self.manifest.get("overlap")
         return stored or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))
@@ -139,10 +139,9 @@ class Shards:
         return [*(f"{part}.counts.npy" for part in PARTS), "tokenizer.json"]
 
     def written_since(self, began: float) -> tuple[int, float]:
-        """Return the number of tokens written after the time `began`, and the duration in seconds.
+        """Return the tokens written since `began`, and the seconds from `began` to the manifest.
 
-        The duration is the time from `began` (in seconds since 1970) until the manifest was
-        written.
+        `began` is in seconds since 1970. The manifest is written at the end of a build.
         """
         tokens = 0
         for record in self.all_records():
@@ -188,7 +187,7 @@ class Shards:
                     raise _damage_error(path, f"it cannot be read ({error})") from error
 
     def _check_counts(self, part: str) -> None:
-        """Compare the stored token counts with the tokens, and check ids and document ends."""
+        """Raise DataError unless ids, document ends and token counts of a part are consistent."""
         stream = self.stream(part)
         num_tokens = self.manifest["tokenizer"]["num_tokens"]
         counts = stream.counts()
@@ -225,8 +224,8 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
         if (folder / JOURNAL).is_file():
             unfinished = " The folder holds an interrupted build: run the same command to resume."
         raise DataError(
-            f"{folder} is not a folder of token shards: it has no {MANIFEST}.{unfinished} `ddiff "
-            f"data RECIPE --out {folder}` makes one."
+            f"{folder} is not a folder of token shards: it has no {MANIFEST}.{unfinished} "
+            f"`ddiff data RECIPE --out {folder}` writes token shards."
         )
     manifest = _read_json(path)
     shown = f"{name.rstrip('/')}/{MANIFEST}" if name else path
@@ -243,8 +242,8 @@ def read_shards(folder: Path, name: str | None = None) -> Shards:
 def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
     """Raise DataError unless a manifest has all required values.
 
-    The names of shards must have the form that ddiff writes. A name becomes part of a path, and a
-    name of another form could lead out of the folder.
+    The names of shards must have the form that ddiff writes. Names become parts of paths, and a
+    name such as "../x" would lead out of the folder.
     """
     parts = manifest.get("parts")
     tokenizer = manifest.get("tokenizer")
@@ -255,7 +254,7 @@ def check_manifest(manifest: Mapping[str, Any], path: Path | str) -> None:
             path, f"dtype must be uint16 or uint32; it is {manifest.get('dtype')!r}"
         )
     if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("num_tokens")):
-        raise _manifest_error(path, "tokenizer must have a whole number num_tokens")
+        raise _manifest_error(path, "tokenizer must have an integer num_tokens")
     for part, records in parts.items():
         if not isinstance(records, list):
             raise _manifest_error(path, f"{part} must be a list of shards")
@@ -285,7 +284,7 @@ def _check_record(record: Any, part: str, path: Path | str) -> None:
                 )
         elif key != "name" and not _is_count(value):
             raise _manifest_error(
-                path, f"{key} of {name} must be a whole number from 0; got {str(value)[:80]!r}"
+                path, f"{key} of {name} must be an integer of at least 0; got {str(value)[:80]!r}"
             )
 
 
@@ -356,11 +355,18 @@ def write_shards(
     """Tokenize a source into shards in `folder`, resuming an interrupted build.
 
     Tokens are collected chunk by chunk. When at least `shard_tokens` tokens are collected, they are
-    written as a pair of shards: one for training and one for validation. The files do not depend on
-    `workers`. `source` (JSON) and the tokenizer identify the shards. `total` is the number of
-    documents, or None if the number is not known. A second process that builds the same folder
-    waits for the first. Raises DataError if the source has no token, or if the folder holds shards
-    of another source or tokenizer.
+    written as a pair of shards: one for training and one for validation. A second process that
+    builds the same folder waits for the first.
+
+    Args:
+        chunks: function (cursor) that yields the chunks of the source after a cursor.
+        source: JSON that identifies the source, together with `held_out` and the tokenizer.
+        held_out: fraction of the documents for validation, in chunks without a part.
+        workers: number of tokenizer processes. The files do not depend on `workers`.
+        total: number of documents for the progress bar, or None if the number is not known.
+
+    Raises DataError if the source has no token, or if the folder holds shards of another source or
+    tokenizer.
     """
     identity = {
         "format": FORMAT,
@@ -518,7 +524,7 @@ class _Build:
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _written_shards(self, part: str) -> Iterator[Shard]:
-        """Yield the written shards of a part, without their document ends."""
+        """Yield the written shards of a part; their document ends are not read."""
         for record in self.parts[part]:
             path = self._folder / f"{record['name']}.tokens.npy"
             yield Shard(np.load(path, mmap_mode="r"), _NO_ENDS, ShardRecord(**record))

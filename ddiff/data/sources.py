@@ -1,7 +1,7 @@
 """Stream the texts of a large corpus from hub data sets or files.
 
-Texts are not stored. The cursor of a chunk is the position in the stream after the chunk. Another
-process can continue from the cursor without reading the earlier files again.
+Texts are not stored. Every chunk of texts has a cursor, the position in the stream after the chunk.
+Another process can continue from a cursor without reading the earlier files again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class TextSource:
         return self.name
 
     def chunks(self, cursor: Any = None, part: str | None = TRAIN) -> Iterator[Chunk]:
-        """Yield the texts after `cursor` as chunks, in order. None yields all texts.
+        """Yield the texts after `cursor` as chunks of the part `part`, in order.
+
+        If `cursor` is None, all texts are yielded.
 
         Blank and missing texts are left out. Raises DataError if the source cannot be read, or if
         the text column is missing or is not text.
@@ -85,9 +87,9 @@ def open_hub_source(
 ) -> TextSource:
     """Open a hub data set or a local folder as a stream.
 
-    Name, configuration, split, column and `revision` identify the source. `revision` should be a
-    commit. Without a revision, a data set that changes on the hub keeps its identity, and cached
-    shards of the earlier version are used.
+    Name, configuration, split, column and revision identify the source. `revision` should be a
+    commit. Otherwise ddiff does not notice if the data set changes on the hub, and uses the cached
+    shards of the earlier version.
     """
     if Path(path).is_file() or (is_local_path(path) and not is_folder(path)):
         raise DataError(
@@ -127,12 +129,18 @@ def open_file_source(
 ) -> TextSource:
     """Open parquet, JSON-lines or text files, given by fsspec paths and globs.
 
-    Files are read in the order of the patterns, and those of one pattern in the order of their
-    names. Each file is read once. If `format` is None, the file endings decide. Files may be
-    compressed. A document is a row of a table, an object of a JSON file, or a line, paragraph or
-    file of text (`split`). A file is identified by its name, its size, and its modification time or
-    entity tag. Raises ArgumentError if `patterns` is empty or the files have different formats,
-    DataError if a pattern matches no file.
+    Files are read in the order of the patterns, and the files of one pattern in the order of their
+    names. Each file is read once. Files may be compressed. A file is identified by its name, its
+    size, and its modification time or entity tag.
+
+    Args:
+        format: format of all files. None: the format that the file endings show.
+        column: column or field with the text, in parquet and JSON files. A row or an object is a
+            document.
+        split: unit of a document in text files: "line", "paragraph" or "file".
+
+    Raises ArgumentError if `patterns` is empty or the files have different formats, DataError if a
+    pattern matches no file.
     """
     if not patterns:
         raise ArgumentError(
@@ -259,8 +267,8 @@ def _json_records(column: str, path: str, done: int) -> Iterator[tuple[int, str 
 def _parquet_records(column: str, path: str, done: int) -> Iterator[tuple[int, str | None]]:
     if path.lower().endswith(tuple(PACKED)):
         raise DataError(
-            f"{printable(path)} is a compressed parquet file. Decompress the file: parquet "
-            "compresses its columns itself."
+            f"{printable(path)} is a compressed parquet file, which cannot be read. Decompress the "
+            "file: the columns inside a parquet file are already compressed."
         )
     with open_file(path) as file:
         table = pq.ParquetFile(file)
@@ -306,9 +314,9 @@ def _detect_format(paths: Sequence[str]) -> Format:
     if found or format is None:
         endings = sorted({_ending(path) for path in paths})
         raise ArgumentError(
-            f"files: the format does not follow from the endings {endings}; all files must have "
-            f"one of the formats {sorted(set(_ENDINGS.values()))}. Set format = ..., or name files "
-            "of one format."
+            f"files: all files must have the same format, one of "
+            f"{sorted(set(_ENDINGS.values()))}; their endings {endings} do not show which. "
+            "Set format = ..., or name files of one format."
         )
     return format
 

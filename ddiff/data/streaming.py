@@ -1,10 +1,12 @@
 """Rows of a corpus that is tokenized during training.
 
-Of the token stream, only cursors (positions) are stored. The stream is cut into rows, and the rows
-are grouped into blocks of a fixed number of rows. Each block is shuffled by a separate permutation.
-The rows of a training step are therefore a function of the step, as with token shards. A resumed
-run reads forward from the cursor of the checkpoint. To read any other block, the stream is read
-from the nearest stored cursor before the block, or from the start.
+The token stream is not stored. It is cut into rows, and the rows are grouped into blocks of a fixed
+number of rows. Each block is shuffled by a separate permutation. The rows of a training step are
+therefore a function of the step, as with token shards.
+
+Of each block, the cursor (the position at which the block begins) is stored. A resumed run reads
+forward from the cursor of the checkpoint. To read any other block, the stream is read from the
+nearest stored cursor before the block, or from the start.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Cursor:
     """Position in the stream at which a block begins.
 
     block: number of the block.
-    source: position in the source, as JSON, at or before the start of the block; None: the start
-        of the source.
+    source: position in the source (JSON) from which the block is read; None: the start of the
+        source. The position is at or before the start of the block.
     skip: number of tokens between `source` and the start of the block.
     document: number of the first document after `source`.
     """
@@ -57,8 +59,8 @@ class _Piece(NamedTuple):
     ids: array [n] of token ids.
     document: array [n], number of the document of each token.
     place: cursor of the first token; its field `block` is not used.
-    period: number of tokens and of documents in one pass over the source, if the piece repeats the
-        source; otherwise None.
+    period: (number of tokens, number of documents) of the whole source, if the piece consists of
+        repetitions of the source; otherwise None.
     """
 
     ids: NDArray[Any]
@@ -80,11 +82,17 @@ class _Piece(NamedTuple):
 class StreamedRows:
     """Endless rows of a source that is tokenized while the rows are read.
 
-    The source is read repeatedly, and each block of `block` rows is shuffled. A source with fewer
-    tokens than a block is read once and repeated from memory, with a warning. `head` contains the
-    packed rows of the first documents; `token_counts` and `stream` use only these rows. `cursors`
-    is the path of a file (JSON lines) that stores the positions at which blocks begin, or None.
-    `fingerprint` identifies the rows.
+    The source is read repeatedly, and each block of rows is shuffled. A source with fewer tokens
+    than a block is read once and repeated from memory, with a warning.
+
+    Args:
+        chunks: function (cursor) that yields the chunks of the source after a cursor.
+        head: packed rows of the first documents. `token_counts` and `stream` use only these rows.
+        fingerprint: identifier of the rows.
+        block: number of rows of a block.
+        held_out: fraction of the documents that are left out for validation.
+        workers: number of tokenizer processes.
+        cursors: file (JSON lines) that stores the positions at which blocks begin, or None.
     """
 
     def __init__(
@@ -101,7 +109,7 @@ class StreamedRows:
         cursors: Path | None = None,
     ) -> None:
         if block < 1:
-            raise ArgumentError(f"block must be at least 1 row; got {block}.")
+            raise ArgumentError(f"block must be a number of rows, at least 1; got {block}.")
         self.length = length
         self.head = head
         self.fingerprint = fingerprint
@@ -149,11 +157,11 @@ class StreamedRows:
         return self.head.stream(at_most)
 
     def state(self) -> dict[str, Any]:
-        """Return the position of the next unread block as JSON, the argument of `restore`."""
+        """Return the position of the next unread block as JSON, for `restore`."""
         return asdict(self._cursor)
 
     def restore(self, state: Cursor | dict[str, Any]) -> None:
-        """Continue from a position `state`, which the method `state` has returned."""
+        """Set the position at which reading continues: a cursor, or a result of `state()`."""
         self._cursor = state if isinstance(state, Cursor) else Cursor(**state)
         self._pieces = self._read(self._cursor)
         self._rest: _Piece | None = None  # part of the last piece after the end of the block
@@ -199,7 +207,7 @@ class StreamedRows:
         )
 
     def _read(self, start: Cursor) -> Iterator[_Piece]:
-        """Yield the endless stream from the position `start` in pieces."""
+        """Yield the token stream in pieces, from the position `start`, without end."""
         source = start.source
         skip = start.skip
         document = start.document

@@ -82,9 +82,10 @@ def check_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise DataError(
-            f"{name} holds half of a surrogate pair at character {error.start} ({code}), which is "
-            "no character. The cause is an emoji that was cut in half, or bytes that are not "
-            'UTF-8. Remove the text, or fix it: text.encode("utf-8", "replace").decode().'
+            f"{name} holds half of a surrogate pair at character {error.start} ({code}), which "
+            "UTF-8 cannot encode. The cause is an emoji that was cut in half, or bytes that are "
+            "not UTF-8. Remove the text, or replace the half character: "
+            'text.encode("utf-8", "replace").decode().'
         ) from error
     return text
 

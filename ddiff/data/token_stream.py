@@ -117,7 +117,10 @@ class TokenStream:
             yield start + shard.ends
 
     def find_wrong_size(self, size: int) -> tuple[int, int] | None:
-        """Return (number, size) of the first document that does not have `size` tokens, or None."""
+        """Find the first document that does not have `size` tokens.
+
+        Return (number of the document, its number of tokens), or None if all sizes are right.
+        """
         for first, shard in zip(self._documents, self.shards):
             record = shard.record
             if record.documents and not record.shortest == record.longest == size:

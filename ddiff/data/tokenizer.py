@@ -91,9 +91,9 @@ class Tokenizer(Protocol):
 
 
 class Unencodable(DataError):
-    """Error for text that a tokenizer cannot encode.
+    """Base class of the errors for text that a tokenizer cannot encode.
 
-    `row` is the index of the text in the argument of `encode`. Subclasses add the reason.
+    `row` is the index of the text in the argument of `encode`.
     """
 
     row: int
@@ -127,9 +127,9 @@ class UnknownSymbol(Unencodable):
 
 
 class UnknownWord(Unencodable):
-    """Error for a piece of text that has no ids, in the text with index `row`.
+    """Error for `word`, a part of the text with index `row` that cannot be converted to ids.
 
-    The message gives `reason` and `remedy`.
+    The message gives the `reason`, and a `remedy` for the user.
     """
 
     def __init__(self, word: str, row: int, name: str, reason: str, remedy: str) -> None:
@@ -324,8 +324,8 @@ class PretrainedTokenizer:
     def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
         """Wrap a tokenizer of `transformers.AutoTokenizer.from_pretrained`.
 
-        The number of tokens is the highest id of all tokens, including added tokens, plus 1. Some
-        ids may be unused. Error messages show `name`.
+        `num_tokens` is the highest id of all tokens, including added tokens, plus 1. Some of these
+        ids may be unused; they count as special ids. Error messages show `name`.
         """
         self._tokenizer = tokenizer
         self._backend = _fast_backend(tokenizer)
@@ -424,7 +424,10 @@ class PretrainedTokenizer:
             return cls.from_pretrained(directory, name)
 
     def _definition(self) -> Any:
-        """Return the JSON definition of a fast tokenizer; for a slow one, class and vocabulary."""
+        """Return JSON values that identify the tokenizer.
+
+        For a fast tokenizer this is its definition, for a slow tokenizer its class and vocabulary.
+        """
         if self._backend is None:
             return [type(self._tokenizer).__name__, self._tokenizer.get_vocab()]
         definition = json.loads(self._backend.to_str())
@@ -548,10 +551,10 @@ _WRITE_AGAIN = "Write the text again as UTF-8."
 def _encode_or_explain(
     encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]
 ) -> list[list[int]]:
-    """Return `encode(texts)`.
+    """Return `encode(texts)`, or raise UnknownWord if `encode` fails.
 
-    If `encode` fails, raise UnknownWord for the first text that cannot be encoded. The error names
-    the first part of this text that has no ids.
+    The error names the first text that cannot be encoded, and the first word of this text that
+    cannot be encoded.
     """
     try:
         return encode(texts)
@@ -589,10 +592,10 @@ def _find_surrogate(text: str) -> str | None:
 def _dropped_character_finder(backend: Any) -> Callable[[str], str] | None:
     """Return a function that finds characters which the tokenizer silently drops.
 
-    Byte-pair encoding without an unknown token drops characters that have no token. The returned
-    function takes a text and returns one dropped character, or "". Return None if the tokenizer
-    never drops a character. This is so for models other than byte pairs, which raise an error
-    instead, and for byte pairs with a token for every byte, which encode all text.
+    The returned function takes a text and returns one dropped character, or "". Byte-pair encoding
+    without an unknown token drops characters that have no token. All other tokenizers never drop a
+    character, and the result is None: byte pairs with a token for every byte encode all text, and
+    models other than byte pairs raise an error.
     """
     if backend is None:
         return None

@@ -6,7 +6,7 @@ The workers communicate over pipes. A `ProcessPoolExecutor` is not used, for the
 - A spawned worker runs the script of the caller again. A script without
   `if __name__ == "__main__"`, or a script read from standard input, would fail in every worker.
 - A spawned worker would outlive a killed parent, because the worker itself has the write end of the
-call queue open. A worker of this module stops at the end of its standard input.
+  call queue open. A worker of this module stops at the end of its standard input.
 - If a worker is killed, the executor reports neither the worker nor its exit code.
 """
 
@@ -52,7 +52,7 @@ class Chunk:
 
     texts: texts of the documents.
     cursor: position in the source after these documents (JSON).
-    part: "train", "validation", or None if the hash of each text decides.
+    part: "train" or "validation"; None: the hash of each text decides.
     names: names of the documents for error messages; [] if the documents have no names.
     """
 
@@ -114,7 +114,7 @@ def encode_chunks(
     documents to the validation part.
     """
     if workers < 1:
-        raise ArgumentError(f"workers must be at least 1 process; got {workers}.")
+        raise ArgumentError(f"workers must be a number of processes, at least 1; got {workers}.")
     if workers == 1:
         for first, chunk in _number_documents(chunks):
             encode = partial(encode_chunk, tokenizer, chunk, held_out)
@@ -274,7 +274,10 @@ def _await_oldest(
 
 
 def _locate_errors(encode: Callable[[], EncodedChunk], chunk: Chunk, first: int) -> EncodedChunk:
-    """Return `encode()`, and add the row of the text in the corpus to an Unencodable error."""
+    """Return `encode()`; an Unencodable error gets the row and name of the text in the corpus.
+
+    `first` is the number of the first document of `chunk` in the corpus.
+    """
     try:
         return encode()
     except Unencodable as error:

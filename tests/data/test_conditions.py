@@ -105,7 +105,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "no object": ([1], "line 3 must be an object"),
     "a class by name": (
         {"text": "x", "author": "austen"},
-        'line 3: the label "author" must be a whole number from 0',
+        'line 3: the label "author" must be an integer in 0',
     ),
     "a negative label": ({"text": "x", "author": -1}, "line 3: the label"),
     "a vector of text": ({"text": "x", "style": ["a"]}, 'line 3: the vector "style"'),

@@ -62,7 +62,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "a label of 32 digits": (
         '{"text": "a", "y": 1%s}' % ("0" * 31),
-        'the label "y" must be a whole number from 0',
+        'the label "y" must be an integer in 0',
     ),
     "a label of 5000 digits": (
         '{"text": "a", "y": 1%s}' % ("0" * 5000),

@@ -38,7 +38,7 @@ ODD = {
             for number in range(99)
         ),
         'labels = ["l"]',
-        'odd.jsonl line 1: the label "l" must be a whole number',
+        'odd.jsonl line 1: the label "l" must be an integer in 0',
     ),
     "a label beyond the classes": (
         "\n".join(f'{{"text": "t {number}", "l": {number}}}' for number in range(99)),
