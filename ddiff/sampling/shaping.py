@@ -359,9 +359,9 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
         evidence = self.log_likelihood(noisy, rows)
         if evidence.shape != (len(rows), vocabulary.num_tokens):
             raise ArgumentError(
-                "guide_by_classifier: log_likelihood must return log p(y | x_i = v) for each of "
-                f"{len(rows)} rows and {vocabulary.num_tokens} tokens v, a tensor of shape "
-                f"{(len(rows), vocabulary.num_tokens)}; got {tuple(evidence.shape)}."
+                "guide_by_classifier: log_likelihood must return a tensor "
+                f"[{len(rows)}, {vocabulary.num_tokens}] with log p(y | x_i = v) for each queried "
+                f"row i and each token v; got a tensor of shape {tuple(evidence.shape)}."
             )
         guided = log_p + self.weight * evidence.to(log_p)[:, tokens]
         # A synchronization per query; without it a NaN would become an arbitrary token.
