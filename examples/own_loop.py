@@ -29,7 +29,7 @@ model = nn.Sequential(  # noisy ids [B,L] -> logits [B,L*V]
 
 
 def predict(zt: Tensor, t: Tensor) -> Tensor:
-    """Noisy ids [B,L] at times t [B,L] -> log-probabilities [B,L,V] of the clean tokens."""
+    """Return log-probabilities [B,L,V] of the clean tokens, given noisy ids zt at times t [B,L]."""
     return model(zt).reshape(*zt.shape, TOKENS).log_softmax(-1)
 
 
@@ -37,7 +37,10 @@ network = ddiff.network_from_table(predict, vocabulary)
 
 
 def compute_bound(step: int) -> Tensor:
-    """NELBO [B] of sequences that count from a random start; their entropy is ln 8 = 2.08 nats."""
+    """Return the NELBO [B] of sequences that count from a random start.
+
+    The entropy of these sequences is ln 8 = 2.08 nats.
+    """
     rng = ddiff.CounterRng(0, step, slots, LENGTH)
     start = (rng.uniform("start")[:, :1] * TOKENS).long()
     x0 = (start + torch.arange(LENGTH)) % TOKENS

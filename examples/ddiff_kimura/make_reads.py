@@ -19,7 +19,7 @@ BURN_IN = 1000  # letters that are dropped, so that the rest is stationary
 
 
 def entropy_after(letter: str) -> float:
-    """Entropy in nats of the letter that follows `letter`."""
+    """Return the entropy in nats of the letter that follows `letter`."""
     total = sum(NEXT[letter])
     shares = [weight / total for weight in NEXT[letter]]
     return -sum(share * math.log(share) for share in shares)

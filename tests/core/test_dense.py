@@ -91,7 +91,7 @@ def test_mixture_process_rejects_negative_noise() -> None:
 
 
 def idle_mask() -> ForwardProcess:
-    """Three tokens that change into each other, and a mask that is never entered."""
+    """Return a chain of three tokens and a mask that is never entered."""
     matrix = torch.zeros(4, 4, dtype=torch.float64)
     matrix[:3, :3] = chain
     return DenseProcess(FlatVocabulary(3), matrix)

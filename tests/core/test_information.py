@@ -42,7 +42,7 @@ SLOPES = {
 
 
 def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
-    """I(X; Z_t) from the joint table of X and Z_t, sum of q ln(q / (p q-bar))."""
+    """Return I(X; Z_t), the mean over x of KL(q_t(.|x) || mean of q_t over all tokens)."""
     num_tokens = process.vocabulary.num_tokens
     certain = torch.eye(num_tokens, dtype=torch.float64).log()
     found = []
@@ -76,7 +76,7 @@ def test_information_overrides_equal_the_default_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
-    """Steps are compared between the ends of the clock; 257 knots have an error of 2e-4."""
+    """Compare the information lost by t(tau) with tau; the table with 257 knots has error 2e-4."""
     process = PROCESSES[name]
     clock = process.information_time
     t, _ = clock.at(TAU)
@@ -89,7 +89,7 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_information_time_speed_is_exact_derivative_of_t(name: str) -> None:
-    """The derivative is that of the interpolant, so interpolation does not bias the bound."""
+    """The speed is the derivative of the interpolated t(tau), so that the bound has no bias."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
     (slope,) = torch.autograd.grad(t.sum(), tau)
@@ -116,10 +116,10 @@ def test_time_draws_increase_in_v_with_slope_equal_to_their_speed(
 
 
 def test_time_draws_have_density_of_least_variance() -> None:
-    """Masking has P(tau) = tau, so the v-quantile of sqrt(1 + 1/(L tau)) is known.
+    """For masking, the density of tau is proportional to sqrt(1 + a/tau), with a = 1/L.
 
-    With a = 1/L its integral is sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between
-    257 knots have an error of 1e-3.
+    The integral of this density is sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between
+    257 knots have an error of 1e-3. L is the length of the sequences.
     """
     clock = TreeProcess(FlatVocabulary(7), LogTimeClock((1.0,))).information_time
     v = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
@@ -146,7 +146,10 @@ def test_linear_masking_has_tau_equal_to_t() -> None:
 
 
 def test_tree_information_is_sum_over_levels() -> None:
-    """Hazards (1, 1): pi_0 = 1 - t, pi_1 = -(1 - t) ln(1 - t); clusters of two and three."""
+    """For hazards (1, 1), pi_0 = 1 - t and pi_1 = -(1 - t) ln(1 - t).
+
+    The clusters have two and three tokens.
+    """
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))
     clusters = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))

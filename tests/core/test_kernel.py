@@ -36,7 +36,7 @@ def diagonal(values: Tensor, size: int = STATES) -> Tensor:
 
 
 def parents_one_by_one(tree: HierarchicalVocabulary, xi: tuple[float, ...]) -> Tensor:
-    """[S,S] kappa_ij for all pairs of levels, as products of one-level kernels defined by xi."""
+    """Return kappa [S,S] for all pairs of levels, as products of one-level kernels with xi."""
     size = tree.num_states
     kappa = torch.eye(size, dtype=torch.float64)
     up = torch.zeros(size, size, dtype=torch.float64)
@@ -64,7 +64,7 @@ def tree_case(seed: int = 5) -> tuple[Kernel, Tensor]:
 
 
 def cases() -> dict[str, tuple[Kernel, Tensor]]:
-    """Each structured kernel, next to its dense matrix."""
+    """Return pairs of a structured kernel and the same kernel as a dense matrix, by name."""
     stay, leave, arrive, full = (
         random(ROWS),
         random(ROWS, seed=1),
@@ -161,7 +161,7 @@ def test_propagate_solves_forward_equation_in_time_order() -> None:
 
 
 def test_propagate_converges_with_fourth_power_of_steps() -> None:
-    """Twice the steps give 1/16 of the error; a missing or wrong commutator would give 1/4."""
+    """Twice the steps divide the error by 16; with a wrong commutator they would divide it by 4."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [
         float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max())

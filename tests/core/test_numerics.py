@@ -100,12 +100,12 @@ RARE = 3e-5  # tokens below this probability are drawn too rarely; their total p
 
 
 def race_in_single_precision(reveal: float) -> Tensor:
-    """[V] exact P(token is revealed) if token and mask race with float32 uniforms.
+    """Return P(token is revealed) [V] if a token and the mask race with float32 uniforms.
 
-    A float32 uniform is a multiple of 2^-24, so the exponential -ln(1 - k 2^-24) takes steps of e
-    = 6e-8 near 0. A token of weight w beats the mask's E/(1 - reveal) with probability sum_k 2^-24
-    exp(-k a) = 2^-24 / (e^a - 1), where a = e (1 - reveal)/w; in exact arithmetic with 2^-24 / a
-    = w/(1 - reveal).
+    In a race, the least E_v/w_v wins, for exponential variables E_v and weights w_v. The mask has
+    the weight 1 - reveal. A float32 uniform is a multiple of 2^-24, so an exponential near 0 is a
+    multiple of e = 6e-8. With a = e (1 - reveal)/w, a token of weight w wins with probability
+    sum_k 2^-24 exp(-k a) = 2^-24 / (e^a - 1). The correct probability is 2^-24 / a.
     """
     smallest = float(-torch.log1p(-torch.tensor(2.0**-24)))
     return 2.0**-24 / torch.expm1(smallest * (1.0 - reveal) / (reveal * ZIPF))
@@ -130,10 +130,9 @@ def test_joint_float32_race_loses_probability_of_rare_tokens() -> None:
 
 
 def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
-    """One step of masked diffusion with a float32 prediction, over a grid of uniforms.
+    """Compare the mean of -ln p of revealed tokens with the entropy, over a grid of uniforms.
 
-    Tokens are in order of -ln p, so the grid's error in its mean is at most its range, ln V,
-    over the number of points.
+    -ln p increases with the id of the token, so the grid has an error of at most ln V / points.
     """
     vocabulary, points, chunk = FlatVocabulary(len(ZIPF)), 1024, 64
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
@@ -157,7 +156,7 @@ def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
 
 
 def test_rare_token_is_revealed_with_exact_probability() -> None:
-    """(t - s)/t for linear masked diffusion, exact to one point of a grid of uniforms."""
+    """The probability is (t - s)/t for linear masked diffusion, up to one point of the grid."""
     vocabulary, points = FlatVocabulary(2), 100_000
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
     t = torch.full((points,), 0.5, dtype=torch.float64)

@@ -35,7 +35,7 @@ def random_log_p(num_tokens: int, seed: int, rows: int = 2, impossible: bool = F
 
 
 def mass(tree: Vocabulary, log_p: Tensor, node: int) -> Tensor:
-    """[r] P(token below node), token by token."""
+    """Return P(token below node) [r], the sum over the tokens."""
     return log_p[:, sorted(below(tree, node, 0))].exp().sum(-1)
 
 
@@ -111,7 +111,7 @@ def test_draw_is_inverse_cdf_over_tokens_below_the_node(
 
 
 def test_draws_follow_the_conditional_distribution() -> None:
-    """A midpoint grid of N uniforms draws every node N p times, up to its two ends."""
+    """A midpoint grid of N uniforms draws a node of probability p about N p times, up to one."""
     points = 2000
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     log_p = random_log_p(7, 3, rows=1)

@@ -1,7 +1,6 @@
 """CounterRng: numbers are a pure function of their purpose, and uniform.
 
-Statistical tests have fixed seeds; each was given a one-in-a-million chance to fail before its
-seed was tried.
+Statistical tests have fixed seeds; with a random seed, each would fail with probability 1e-6.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ FAILURE = 1e-6
 
 
 def distance_from_uniform(u: Tensor) -> float:
-    """The Kolmogorov-Smirnov statistic."""
+    """Return the Kolmogorov-Smirnov statistic."""
     ordered, count = u.flatten().sort().values, u.numel()
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum((ordered - steps[:-1]).abs(), (steps[1:] - ordered).abs()).max())

@@ -142,7 +142,7 @@ def test_resume_works_after_the_init_run_is_deleted(place: Path) -> None:
 
 @pytest.mark.slow
 def test_init_from_pretrained_model_copies_token_embeddings(tmp_path: Path) -> None:
-    """Tokens get rows of the embedding table and a cluster the mean of its tokens.
+    """A token gets its row of the embedding table, and a cluster the mean of its tokens.
 
     A model of another width is refused.
     """

@@ -47,9 +47,10 @@ def autoregressive() -> str:
 
 
 def test_backbone_flops_equal_formula_of_transformer_width_and_length(folder: Path) -> None:
-    """A block of width d has 24 d^2 FLOPs per token for its matrices (3 + 1 + 4 + 4 of 2 d^2).
+    """A block of width d has 24 d^2 FLOPs per token for its matrices, and 4 L d for attention.
 
-    Attention over L positions has 4 L d FLOPs per token.
+    The matrices have 12 d^2 entries (3 + 1 for attention, 4 + 4 for the MLP) with 2 FLOPs each. L
+    is the number of positions.
     """
     found = measured([*FLAT, "denoiser.time=false"])
     assert found.cost.backbone_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)

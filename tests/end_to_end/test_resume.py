@@ -70,7 +70,7 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_run_resumed_after_signals_equals_uninterrupted_run(folder: Path, ddiff: Command) -> None:
-    """SIGKILL at a random step and SIGINT at a later step.
+    """The run gets SIGKILL at a random step and SIGINT at a later step.
 
     The recipe has dropout, which also tests the random state of torch.
     """

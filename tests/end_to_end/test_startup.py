@@ -50,7 +50,7 @@ def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
 
 
 def test_run_with_warm_cache_builds_neither_tokenizer_nor_clusters(folder: Path) -> None:
-    """Measured in CPU seconds, which are independent of other processes, against a cold start."""
+    """The time limit is in CPU seconds, which do not depend on other processes."""
     _, cold, _ = started(folder)
     seconds, built, loaded = started(folder, "--set", "name=again")
     assert {"byte_pairs", "clusters"} <= set(cold)

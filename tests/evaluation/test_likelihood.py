@@ -209,7 +209,7 @@ def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_size_does_not_change_the_bound(name: str) -> None:
-    """Tolerance 1e-12 of a few nats: float64 sums in another order."""
+    """Results are equal up to the order of float64 sums: tolerance 1e-12."""
     scores = [
         score(network(processes()[name]), words(11, 5), batch=batch, draws=2)
         for batch in (1, 4, 64)
@@ -221,7 +221,7 @@ def test_batch_size_does_not_change_the_bound(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_does_not_change_the_bound(name: str) -> None:
-    """The noise of a position does not depend on the row length. Tolerance 1e-12: float64 sums."""
+    """The noise of a position does not depend on the row length."""
     ids, num_valid, bounds = words(8, 9), torch.tensor([4, 2, 1, 4, 3, 4, 4, 2]), []
     for length, filler in ((4, 0), (4, 3), (9, 0), (9, 2)):
         padded = torch.where(torch.arange(length) < num_valid[:, None], ids[:, :length], filler)

@@ -96,7 +96,7 @@ def damage_file(run_dir: Path, file: str, kind: str) -> None:
 
 
 def works_or_names(answer: Any, file: str) -> bool:
-    """Whether a command succeeded, or failed with the name of the file and no traceback."""
+    """Return whether a command succeeded, or failed with the name of the file and no traceback."""
     assert "Traceback" not in answer.err
     if answer.code in (0, 1):  # 1: a verification that found a difference
         return answer.code == 0 or "NOT equal" in answer.out
@@ -193,7 +193,7 @@ def test_run_files_with_a_value_of_another_type_name_the_key(
 
 
 def is_also_valid(right: Any, key: str, value: Any) -> bool:
-    """Whether another type is valid as well: 1.5 for a number, null for an optional key."""
+    """Return whether another type is valid as well: 1.5 for a number, null for an optional key."""
     if value is None:
         return key in OPTIONAL
     if isinstance(value, dict):

@@ -51,7 +51,7 @@ def test_bounded_config_types_refuse_values_outside_their_limits() -> None:
 
 
 def test_every_integer_key_of_every_component_has_an_upper_limit() -> None:
-    """The upper limit of every integer key is a number that torch can represent."""
+    """Without a limit, numbers that torch cannot represent would fail late in a run."""
     open_ended = []
     for component in survey_plugins().registry.components():
         for key, schema in (

@@ -82,7 +82,7 @@ def evaluate_loss(
 def test_implementations_of_one_markov_chain_have_equal_losses(
     chain: object, predicts: str
 ) -> None:
-    """Tolerance 1e-8 relative, 1e-9 absolute: error of the matrix exponential (dense process)."""
+    """The tolerance is the error of the matrix exponential in the dense process."""
     processes = chain()  # type: ignore[operator]
     rows = ReachableRows(processes["mixture"], times(TIMES))
     expected = evaluate_loss(processes["mixture"], rows, predicts, 10.0)

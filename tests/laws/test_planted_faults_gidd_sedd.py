@@ -296,7 +296,7 @@ def test_entropy_law_detects_full_conditional(form: Form) -> None:
 
 
 def test_score_head_gives_exact_density_only_if_scaled() -> None:
-    """A head that outputs ln p + ln V gives the score of p only if it is scaled."""
+    """For a head output ln p + ln V, the score is that of p only if the head is scaled."""
     process = absorbing()
     rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))

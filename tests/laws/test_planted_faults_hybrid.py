@@ -313,7 +313,7 @@ def test_entropy_law_detects_full_conditional(
 def test_published_epsilon_loss_is_minimal_for_full_conditional() -> None:
     """The expected cross-entropy at a visible token is minimal for the full conditional P(x | z).
 
-    The conditional given the other states is worse, and equal after multiplication by the own
+    The conditional given the other states has a larger loss, unless it is multiplied by the own
     evidence.
     """
     process = epsilon_hybrid()()

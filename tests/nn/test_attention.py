@@ -178,9 +178,9 @@ def test_single_block_equals_full_attention(backbone: DiT) -> None:
 
 
 def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
-    """The mask is written out for two blocks of two, clean columns first.
+    """Compare with figure 3 of arXiv 2503.09573, for two blocks of two tokens.
 
-    It is that of arXiv 2503.09573, figure 3.
+    The clean columns come first.
     """
     block = torch.tensor([[0, 0, 1, 1]])
     twice = Context(
@@ -426,9 +426,9 @@ ALL = dict(contexts())
 
 @pytest.mark.parametrize("name", ALL)
 def test_flex_tiles_equal_the_dense_mask(flex: None, name: str) -> None:
-    """The mask is compared entry by entry and tile by tile with the dense mask.
+    """Compare entries and tiles of the mask with the dense mask, and the attention values.
 
-    Attention values are softmaxes over the same columns: 1e-5 in float32, 1e-13 in float64.
+    Values are softmaxes over the same columns: tolerance 1e-5 in float32, 1e-13 in float64.
     """
     context = ALL[name]
     mask = context.attention_mask()

@@ -88,7 +88,7 @@ def test_network_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser)
 
 
 def test_network_runs_only_queried_sequences_that_changed(denoiser: Denoiser) -> None:
-    """Predictions of a network without time input depend only on the ids and are reused."""
+    """A network without time input is not run again for unchanged ids."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
     everywhere = torch.arange(BATCH * LENGTH)
@@ -132,7 +132,7 @@ class FullConditional(Backbone):
 
 
 def test_full_conditional_denoiser_predicts_given_the_rest_after_division() -> None:
-    """p(x) q_t(z|x) divided by q_t(z|x) is p(x), for a query below any node; 1e-12 in float64."""
+    """p(x) q_t(z|x) divided by q_t(z|x) is p(x), for queries below any node."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
     log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(
         -1

@@ -49,7 +49,7 @@ ROWS = 40
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, kind: str) -> None:
-    """The expected loss is the derived density, from rates and marginals, under plain autograd.
+    """Compare with the density that is derived from rates and marginals, under plain autograd.
 
     The two losses share no formula. Both are float64 sums of fewer than a hundred terms. Ratios of
     marginals near t = 0 are as large as 1e3, so the relative tolerance is 1e-9.

@@ -142,17 +142,17 @@ class Style:
 
     @property
     def wide_share(self) -> float:
-        """Percentage of lines with more than WIDEST columns."""
+        """Return the percentage of lines with more than WIDEST columns."""
         return 100 * len(self.wide) / self.lines
 
     @property
     def comments_per_thousand(self) -> float:
-        """Number of comments per 1000 lines of code."""
+        """Return the number of comments per 1000 lines of code."""
         return 1000 * self.comments / self.code_lines
 
     @property
     def ninetieth_length(self) -> int:
-        """90th percentile of the function lengths, in lines."""
+        """Return the 90th percentile of the function lengths, in lines."""
         lengths = sorted(length for length, _ in self.functions)
         return lengths[int(0.9 * len(lengths))]
 

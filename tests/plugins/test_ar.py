@@ -66,7 +66,7 @@ def nll(one: AutoregressiveObjective, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(3)], ids=["tree", "flat"])
 def test_ar_probabilities_of_all_sequences_sum_to_one(vocabulary: Vocabulary) -> None:
-    """81 sequences of four tokens; 1e-12 for sums in float64. The distribution is not uniform."""
+    """Sum over all 81 sequences of four tokens; their probabilities are not equal."""
     sequences = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)
     probability = (-nll(objective(vocabulary), batch_of(sequences)).sum(-1)).exp()
     assert float(probability.sum()) == pytest.approx(1.0, abs=1e-12)
@@ -188,8 +188,10 @@ def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
 
 
 def test_left_to_right_samples_follow_the_scored_distribution() -> None:
-    """20 000 samples of two tokens: chi-square of nine cells is above 35 with probability
-    2.7e-5."""
+    """Compare 20 000 samples of two tokens with the nine exact probabilities.
+
+    The chi-square statistic is above 35 with probability 2.7e-5.
+    """
     one = objective()
     sequences = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     expected = (-nll(one, batch_of(sequences)).sum(-1)).exp() * 20_000

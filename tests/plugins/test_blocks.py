@@ -96,7 +96,7 @@ def test_blockwise_cache_is_exact_with_inner_samplers_and_prompts(inner: str) ->
 
 
 def test_blockwise_earlier_blocks_do_not_attend_to_later_ones() -> None:
-    """A longer canvas has the same beginning, so that generation can continue without end."""
+    """Samples of a longer canvas begin with the samples of a shorter one."""
     process = PROCESSES["masked"]
     sampler, network = (
         Blockwise.build(Blockwise.Config(width=4), steps=5),

@@ -95,7 +95,7 @@ def test_restless_tree_without_redrawing_equals_the_tree_process() -> None:
 
 
 def test_restless_tree_without_clusters_equals_the_gamma_hybrid() -> None:
-    """With a redraw rate of gamma/(1 - gamma) times the mask rate, it is the gamma-hybrid."""
+    """The redraw rate is gamma/(1 - gamma) times the mask rate."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (
         RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)),
@@ -112,8 +112,7 @@ def test_restless_tree_without_clusters_equals_the_gamma_hybrid() -> None:
 
 
 def test_restless_tree_redraws_tokens_within_their_family() -> None:
-    """Tokens 0 and 2 are siblings, token 1 has none; clusters 3 and 4 hold 2/3 and 1/3 of the
-    tokens."""
+    """Cluster 3 has tokens 0 and 2, cluster 4 has token 1: shares 2/3 and 1/3 of the tokens."""
     within, across = (likelihoods(restless(below), times((0.5,)))[0] for below in (1, 2))
     assert within[0, 1] == within[1, 0] == within[1, 2] == within[0, 4] == within[1, 3] == 0.0
     assert within[0, 2] > 0.05

@@ -23,8 +23,10 @@ BATCH, LENGTH, WIDTH = 2, 12, 16
 
 
 def make(time: bool = True, trained: bool = True, **kwargs: float) -> DiT:
-    """A DiT in float64; `trained` fills parameters that start at zero, so that every path is
-    active."""
+    """Make a DiT in float64.
+
+    `trained`: fill parameters that start at zero with random numbers, so that every path is active.
+    """
     torch.manual_seed(0)
     options: dict[str, Any] = {"layers": 2, "heads": 2, "time": time, **kwargs}
     model = DiT(VOCABULARY, WIDTH, **options).double().eval()
@@ -90,7 +92,7 @@ def test_dit_document_is_independent_of_its_place_in_the_row() -> None:
 
 
 def test_dit_packed_documents_do_not_attend_to_each_other() -> None:
-    """Bit for bit: a masked position has the weight exp(-inf) = 0."""
+    """Equality is bitwise, because a hidden position has the weight exp(-inf) = 0."""
     ids, t = inputs()
     model = make()
     context = Context(document=(torch.arange(LENGTH) >= 5).long().expand(BATCH, -1))

@@ -48,7 +48,7 @@ CLOSE = {"rtol": 0.0, "atol": 1e-11}
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A saved model with every weight random."""
+    """Path of a saved model with random weights."""
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(CONFIGS[request.param]())
     directory = tmp_path_factory.mktemp(request.param)
@@ -129,7 +129,7 @@ def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
 
 @pytest.mark.parametrize("inputs_", ["own", "previous"])
 def test_hf_blocks_and_autoregression_match_separate_passes(path: str, inputs_: Any) -> None:
-    """Each block gives the same as a separate pass of that block after its clean prefix."""
+    """The hidden states of a block equal those of a separate pass after its clean prefix."""
     model = Denoiser(build_backbone(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
     block = torch.arange(LENGTH) // 3

@@ -166,7 +166,7 @@ def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
 
 
 def test_gamma_hybrid_time_settings_describe_the_same_chain() -> None:
-    """At times of equal sigma, transitions are equal, and densities are proportional to sigma'."""
+    """At times of equal sigma, the transitions and the ratios density / sigma' are equal."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
     there = -torch.expm1(

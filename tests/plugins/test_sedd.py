@@ -117,7 +117,10 @@ def times_log_less_one(ratio: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_absorb_density_is_the_published_score_entropy(noise: str) -> None:
-    """sigma' ( sum_y s(y) - ln s(x)/(e^sigma - 1) + K(1/(e^sigma - 1)) ) at masks; 0 at tokens."""
+    """The density at masks is sigma' ( sum_y s(y) - ln s(x)/a + K(1/a) ), with a = e^sigma - 1.
+
+    At tokens the density is 0.
+    """
     process = make("absorb", noise)
     rows = ReachableRows(process, times(INNER))
     log_s, (sigma, d_sigma) = any_scores(rows, WORDS + 1), sigmas(process, rows.t)
@@ -485,7 +488,7 @@ def test_sedd_refuses_a_vocabulary_that_does_not_match_its_graph() -> None:
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_weight_transfer_skips_a_score_head_of_another_scale(scaled: bool) -> None:
-    """Logits of a scaled head used without the scale are off by V (e^sigma - 1)."""
+    """Scores of a scaled and an unscaled head differ by the factor V (e^sigma - 1)."""
     vocabulary = FlatVocabulary(WORDS)
     theirs = ScoreHead(vocabulary, Constant.width, True)
     mine = Denoiser(Constant(), ScoreHead(vocabulary, Constant.width, scaled))

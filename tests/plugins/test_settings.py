@@ -32,7 +32,7 @@ T = times(INNER)
 
 
 def levels(process: Any, t: Tensor) -> Tensor:
-    """[n,L+1] probability of each level for token 0, from the marginal."""
+    """Return the probability [n,L+1] of each level for token 0, from the marginal."""
     mass = likelihoods(process, t)[:, 0]
     return torch.stack(
         [part.sum(-1) for part in mass.split(process.vocabulary.level_sizes, -1)], -1
@@ -175,7 +175,10 @@ def test_gidd_with_p_uniform_zero_replaces_no_token_by_another() -> None:
 
 
 def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
-    """t^2 - t + 3 at masks and 3 - 2t at clusters for any clock; the divergence is the bound's."""
+    """For any clock, the weights are t^2 - t + 3 at masks and 3 - 2t at clusters.
+
+    The divergence is that of the bound.
+    """
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=2.0), vocabulary=TWO)
     loss = Empirical.build(ComponentConfig(), process=process)
     t = times((0.0, 0.25, 1.0))
@@ -197,7 +200,7 @@ def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
 
 
 def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:
-    """The weight of the bound, at most `largest`, times -ln P(x | node)."""
+    """The loss is the weight of the bound, at most `largest`, times -ln P(x | node)."""
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=1.0), vocabulary=TWO)
     loss = HardTokens.build(HardTokens.Config(largest=1.5), process=process)
     assert HardTokens.Config().largest == 2.0

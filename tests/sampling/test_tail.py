@@ -45,7 +45,7 @@ def deviations(words: Tensor, mass: float) -> float:
 
 
 def zipf(noisy: Noisy) -> Query:
-    """Network in float32 that predicts Zipf's law at the queried rows."""
+    """Return the query of a float32 network that predicts Zipf's law at every position."""
 
     def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return fn(DenseDistribution(SAID.expand(len(rows), -1), VOCABULARY), *per_row)

@@ -57,7 +57,7 @@ class Kimura(DenseProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Instances that `ddiff check kimura` tests."""
+        """Return the instances that `ddiff check kimura` tests."""
         vocabulary = FlatVocabulary(len(ORDER), mask=False)
         configs = [cls.Config(ts=ts, tv=1.0) for ts in (2.0, 1.0, 0.5)]
         return [cls.build(config, vocabulary=vocabulary) for config in configs]
