@@ -1,10 +1,12 @@
 """Likelihood bound of a text, with the terms of the bound and confidence intervals.
 
-In each draw, every token is scored at one random diffusion time. The times are uniform in
-information time (`ddiff.core.information`), in which all times contribute equally to the bound, so
-that the estimator has no heavy tails. The diffusion term of the bound is an integral over a window
-of times, [1e-3, 1 - 1e-3] by default. The decoding term and the closing term account for the times
-before and after the window, so the sum of all terms is a bound for any window.
+In each draw, every token is scored at one random diffusion time. The times are drawn in information
+time (`ddiff.core.information`), in which all times contribute about equally to the bound, so that
+the estimator has no heavy tails.
+
+The diffusion term of the bound is an integral over a window of times, [1e-3, 1 - 1e-3] by default.
+The decoding term accounts for the times before the window, and the closing term for the times after
+the window. The sum of all terms is therefore a bound for any window.
 """
 
 from __future__ import annotations
@@ -55,9 +57,10 @@ class Scored(Protocol):
         slots: Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Draw an unbiased estimate of the negative log-likelihood of every position, in nats.
+        """Draw an estimate of the bound (or the exact likelihood) at every position, in nats.
 
-        Row b has a diffusion time in the stratum `slot[b]` of `slots[b]` strata.
+        `times` draws the diffusion time of row b in the stratum `slot[b]` of `slots[b]` strata. The
+        estimate is unbiased.
         """
 
 
@@ -156,22 +159,22 @@ def evaluate(
     """Estimate the likelihood bound of a text and its standard errors.
 
     The bound of each of R rows is estimated `draws` times, with new diffusion times and noise. The
-    times are stratified within a document. In each draw, the time interval of a document of n rows
-    is divided into n strata. Consecutive rows get consecutive strata, beginning with a random
-    stratum. The time of each row is therefore uniform, and the times of a document are evenly
+    times are stratified within a document: in each draw, the n rows of a document get n different
+    strata. Consecutive rows get consecutive strata, beginning with a random stratum. A single row
+    is therefore in every stratum with the same probability, and the times of a document are evenly
     spread. Draws and documents are independent.
 
     Args:
         objective: computes the nats of a batch.
-        batch_of: function that returns the batch with given row indices.
+        batch_of: function that maps row indices [B] to the batch of these rows.
         document: array [R] with the index of the document of each row.
         length: number of positions per row.
-        times: distribution of the diffusion times of each position.
+        times: rule that draws the diffusion times.
         num_bytes: number of bytes of the text; None if bits per byte have no meaning.
         draws: number of independent draws of times and noise per row.
         batch: number of rows per batch.
         seed: seed of times and noise.
-        unit: "token" or "symbol".
+        unit: unit of the metrics, "token" or "symbol".
         device: device of the batches.
         console: console of the progress bar.
 
@@ -255,9 +258,13 @@ def _deal_strata(
 ) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
     """Assign a time stratum to each row. Yields (rows, slot, slots, draw) for each batch.
 
-    `rows`: indices of B rows. `slots`: for each row, the number of rows in its document, which is
-    the number of time strata. `slot`: for each row, the index of its stratum. In each draw, the
-    strata of a document are assigned to its rows in order, beginning with a random stratum.
+    `index` [R] is the document of each of R rows. In each draw, the strata of a document are
+    assigned to its rows in order, beginning with a random stratum. Of a yielded batch of B rows,
+
+    - `rows` [B] are the row indices,
+    - `slots` [B] are the numbers of strata: the number of rows in the document of each row,
+    - `slot` [B] are the strata of the rows, from 0,
+    - `draw` is the number of the draw.
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
@@ -318,7 +325,10 @@ class _Scores:
 
 
 class _Means:
-    """Mean nats per token of each term and part, accumulated in float64."""
+    """Mean nats per token of each term of the bound and each part of its diffusion term.
+
+    The means are accumulated in float64.
+    """
 
     def __init__(self) -> None:
         self._metrics: dict[tuple[str, str], Any] = {}

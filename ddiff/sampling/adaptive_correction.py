@@ -28,13 +28,14 @@ from ddiff.sampling.loop import (
 class AdaptiveCorrectionSampler(GridSampler):
     """Heuristic sampler: ancestral steps in which tokens are redrawn with probability eta (1 - pi).
 
-    eta in [0,1] is the strength of the correction; eta = 0 is ancestral sampling. A step goes from
-    time t to time s. pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that a masked
-    position is revealed in the step, where alpha_t = q_t(x|x) is the probability that the present
-    token x is still clean. For a linear alpha, pi = 1 - s/t. The probability of a redraw is
-    therefore largest in early steps, and 0 in the last step. The new token is drawn from
-    P(x | z_t), which includes the present token as evidence, and is not noised to time s. In the
-    bound of the process, predictions at tokens must get a training signal.
+    eta in [0,1] is the strength of the correction; eta = 0 is ancestral sampling. In a step from
+    time t to time s, pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that a masked
+    position is revealed, where alpha_t = q_t(x|x) is the probability that the present token x is
+    still clean. For a linear alpha, pi = 1 - s/t. Redraws are therefore most likely in early steps,
+    and there are none in the last step. The new token is drawn from P(x | z_t), which includes the
+    present token as evidence, and is not noised to time s.
+
+    The process must be one whose bound trains the prediction at tokens, not only at masks.
     """
 
     quality: Quality = "heuristic"
@@ -94,7 +95,10 @@ def require_informed_tokens(
     process: ForwardProcess | None,
     predicts: Predicts,
 ) -> None:
-    """Raise ArgumentError if predictions at tokens get no training signal from the bound."""
+    """Raise ArgumentError unless the bound of the process trains the prediction at tokens.
+
+    Without training, for example in masked diffusion, the prediction at a token is arbitrary.
+    """
     require_process(sampler, process)
     check_predicts_distribution(sampler, predicts)
     if process is None:
@@ -104,8 +108,8 @@ def require_informed_tokens(
     if trained == TrainedPart.NONE:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must train the prediction at tokens, because the "
-            f"sampler replaces tokens by this prediction; the bound of {type(process).__name__} "
-            "does not train the prediction at tokens, and an untrained prediction is arbitrary. "
+            "sampler redraws tokens from the prediction at these tokens; the bound of "
+            f"{type(process).__name__} does not train the prediction at tokens. "
             "Use a process that replaces tokens by other tokens, or a sampler that noises a token "
             "before it draws a new one (psi, dfm)."
         )

@@ -118,8 +118,10 @@ class Samples:
     Attributes:
         ids: tokens [B,L].
         nfe: number of network evaluations of the batch.
-        runs: [B], number of evaluations in which each sequence took part.
-        clamped_mass: [B], sum of the negative probabilities that were set to 0 (scores only).
+        runs: [B], for each sequence the number of evaluations in which one of its positions was
+            queried.
+        clamped_mass: [B], sum of the absolute values of negative probabilities that were set to 0
+            (only if the network predicts a score).
     """
 
     ids: Tensor
@@ -144,12 +146,16 @@ def generate(
     prompt_mask: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Samples:
-    """Draw one sequence of `length` tokens per entry of `index` [B].
+    """Draw B sequences of `length` tokens.
 
-    A sample depends on its number in `index` and on the seed, not on the batch. Tokens of `prompt`
-    [B,L] are kept at all positions at which `prompt_mask` [B,L] is True. `on_step(k, canvas)` is
-    called after every step k = 1, 2, ... Raises ArgumentError if the prompt has another shape or
-    ids that are not tokens, or if the sampler does not support the process or the prediction.
+    Args:
+        index: numbers [B] of the samples. A sample depends only on its number and on `seed`, not on
+            the other samples of the batch.
+        prompt: token ids [B,L], which are kept at the positions with `prompt_mask` [B,L] True.
+        on_step: called as on_step(k, canvas) after every step k = 1, 2, ...
+
+    Raises ArgumentError if the prompt has another shape or ids that are not tokens, or if the
+    sampler does not support the process or the prediction.
     """
     batch = len(index)
     counted = count_evaluations(network)
@@ -182,10 +188,10 @@ def step_rows(
 ) -> Tensor:
     """Draw new states at free positions and return all states [B,L].
 
-    If `among` [B,L] bool is given, only free positions marked in it are drawn. New states are the
-    results of `draw(query, zt [r], t [r], rows [r])`, where `rows` are flat positions b * L + i,
-    and row k of the query is the position `rows[k]`. If no position is drawn, the network is not
-    evaluated.
+    If `among` [B,L] bool is given, new states are drawn only at free positions where it is True.
+    The new states are `draw(query, zt [r], t [r], rows [r])`, where `rows` are the flat positions
+    b * L + i that are drawn, and row k of the query is the position `rows[k]`. If no position is
+    drawn, the network is not evaluated.
     """
     chosen = canvas.free if among is None else canvas.free & among
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
@@ -204,10 +210,10 @@ def draw_where(
     zt: Tensor,
     *per_row: Tensor,
 ) -> Tensor:
-    """Return states [r]: draw(query, zt, *per_row) in rows that meet `condition`, else `zt`.
+    """Return states [r]: draw(query, zt, *per_row) in rows with `condition` [r] True, else `zt`.
 
-    `draw` receives only the rows [k] in which `condition` [r] is True, and a query restricted to
-    them. It is not called if there are none.
+    `draw` receives only the rows [k] with `condition` True, and a query restricted to these rows.
+    If there is no such row, `draw` is not called.
     """
     rows = condition.nonzero().squeeze(-1)
     states = zt.clone()
@@ -233,9 +239,9 @@ def query_at_root(
     zt: Tensor,
     *per_row: Tensor,
 ) -> Any:
-    """Evaluate fn(prediction, zt, *per_row) at every row, with the root as query node.
+    """Evaluate fn(prediction, zt, *per_row) at every row, with predictions over all tokens.
 
-    The prediction of each row is then a distribution over all tokens.
+    The query node of every row is the root of the tree.
     """
     rows = torch.arange(len(zt), device=zt.device)
     root = torch.full_like(zt, process.vocabulary.root)
@@ -247,7 +253,7 @@ def require_process(sampler: object, process: ForwardProcess | None) -> None:
     if process is None:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be a forward process; this run has none. "
-            "A model without a process is sampled from left to right."
+            'Without a process use the sampler "left_to_right".'
         )
 
 
@@ -278,7 +284,7 @@ def _initial_canvas(
         prior = process.prior.draw(rng.uniform("start"))
     if prompt_mask is not None and prompt is None:
         raise ArgumentError(
-            "generate: prompt_mask needs prompt, the tokens to keep at those positions.",
+            "generate: prompt_mask needs prompt, the tokens to keep where prompt_mask is True.",
         )
     if prompt_mask is None:
         prompt_mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
@@ -302,9 +308,9 @@ def _check_prompt(
     """Raise ArgumentError if a prompt has another shape, or ids that are not tokens at its mask."""
     if prompt.shape != shape or prompt_mask.shape != shape:
         raise ArgumentError(
-            f"generate: prompt and prompt_mask must be [{shape[0]}, {shape[1]}] like the canvas; "
-            f"got {tuple(prompt.shape)} and {tuple(prompt_mask.shape)}. "
-            "A prompt longer than the canvas needs a larger length."
+            f"generate: prompt and prompt_mask must have the shape [{shape[0]}, {shape[1]}] "
+            f"(samples, length); got {tuple(prompt.shape)} and {tuple(prompt_mask.shape)}. "
+            "If the prompt is longer than the samples, set a larger length."
         )
     tokens = prompt[prompt_mask]
     # Without a process the vocabulary is unknown, and only negative ids are refused.

@@ -32,10 +32,10 @@ DRAWN_LOG_P = "drawn_log_p"
 
 
 class Kappa(Protocol):
-    """Probability kappa of the posterior step in a psi sampler.
+    """Function that computes kappa, the probability of the posterior step in a psi sampler.
 
-    `records_log_p`: whether kappa depends on `drawn_log_p`, the entry of `Canvas.extras` with ln p
-    of each token when it was drawn.
+    `records_log_p`: whether kappa depends on the entry `drawn_log_p` of `Canvas.extras`, which
+    holds ln p of each token at the step in which the token was drawn.
     """
 
     records_log_p: bool
@@ -48,11 +48,13 @@ class Kappa(Protocol):
 class PsiSampler(GridSampler):
     """Heuristic sampler: posterior step with probability kappa, else draw a token and noise it.
 
-    In the second case a token x is drawn from P(x | z_t) and then noised, z_s ~ q_s(. | x), so that
-    every position can change. With kappa = 1 the sampler is the ancestral sampler. A step takes one
-    network evaluation. If kappa at a position does not depend on the state there, the position has
-    its exact distribution. Positions that are redrawn together lose part of their dependence, and
-    no order of convergence is proven for this error.
+    The posterior step is the ancestral step, z_s ~ P(z_s | z_t). Otherwise a token x is drawn from
+    P(x | z_t) and then noised, z_s ~ q_s(. | x), so that every position can change. With kappa = 1
+    the sampler is the ancestral sampler. A step takes one network evaluation.
+
+    If kappa at a position does not depend on the state there, the position has its exact
+    distribution. Positions that are redrawn in the same step are drawn independently and lose part
+    of their dependence. No order of convergence is proven for this error.
     """
 
     quality: Quality = "heuristic"
@@ -110,7 +112,7 @@ def _drawn_log_p(canvas: Canvas) -> Tensor:
 
 
 def _log_p(process: ForwardProcess, query: Query, tokens: Tensor) -> Tensor:
-    """Return ln p [k] of tokens just drawn."""
+    """Return ln p [k] of the drawn `tokens` [k]; row i of `query` is the position of token i."""
     if len(tokens) == 0:
         return tokens.double()
 
@@ -128,7 +130,8 @@ class _ConstantKappa:
     def __init__(self, kappa: float) -> None:
         if not 0.0 <= kappa <= 1.0:
             raise ArgumentError(
-                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. 1 is the posterior step only.",
+                f"PsiSampler: kappa must be in [0, 1]; got {kappa}. kappa = 1 is ancestral "
+                "sampling.",
             )
         self.kappa = kappa
 
@@ -139,12 +142,13 @@ class _ConstantKappa:
 class _Remasking:
     """Base class of remasking rules: kappa = 1 - sigma/(1 - alpha_s).
 
-    sigma is the probability that a token returns to noise in a step from t to s, and
-    alpha_t = q_t(x|x) for the token x at the position (on a tree, pi_0(t)). In the paper, sigma is
-    at most sigma_max = min(1, (1 - alpha_s)/alpha_t). Because kappa >= 0, sigma is at most
-    1 - alpha_s in this class. The two limits differ by the factor alpha_t, which matters only in
-    the last steps. If tokens have different rates (dense chains), sigma is the same for every
-    token, and kappa depends on the token.
+    sigma is the probability that a token returns to noise in a step from t to s. alpha_t = q_t(x|x)
+    is the probability that the token x at the position is still clean (on a tree pi_0(t), the
+    probability of level 0).
+
+    The paper (arXiv 2503.00307) limits sigma to sigma_max = min(1, (1 - alpha_s)/alpha_t). In this
+    class sigma is also limited to 1 - alpha_s, because kappa >= 0. The two limits differ by the
+    factor alpha_t, which matters only in the last steps.
     """
 
     records_log_p = False
@@ -152,7 +156,8 @@ class _Remasking:
     def __init__(self, eta: float) -> None:
         if not 0.0 <= eta <= 1.0:
             raise ArgumentError(
-                f"{type(self).__name__}: eta must be in [0, 1]; got {eta}. 0 never remasks.",
+                f"{type(self).__name__}: eta must be in [0, 1]; got {eta}. "
+                "With eta = 0 no token is remasked.",
             )
         self.eta = eta
 
@@ -167,7 +172,10 @@ class _Remasking:
         return 1.0 - share.clamp(max=1.0)
 
     def sigma(self, process: ForwardProcess, canvas: Canvas, s: Tensor, largest: Tensor) -> Tensor:
-        """Return the probability [B,L] that a token is remasked in this step."""
+        """Return the probability [B,L] that a token is remasked in the step to times s [B,L].
+
+        `largest` [B,L] is sigma_max.
+        """
         raise NotImplementedError
 
 
