@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 from ddiff.cli import main as ddiff
 from ddiff.plugin.loader import installed_plugins, survey_plugins
+from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import SLOTS
-from ddiff.recipe.sources import find_shipped_recipes
 
 SECONDS = 20.0  # CPU limit of a dry run, and of a run of two steps
 LONGEST = 4000  # characters of a refusal

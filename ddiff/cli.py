@@ -217,13 +217,16 @@ def run(
             "--verify-resume repeats steps of an existing run, so it excludes --fresh and "
             "--dry-run. Remove these options."
         )
+    if measure is not None:
+        # a measurement downloads nothing; libraries read this variable when they are imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    with _pause_garbage_collection():
+        from ddiff.recipe.resolve import read_recipe
+
+        resolved = read_recipe(recipe, settings)
     if dry_run:
-        _check_only(recipe, settings, measure, fresh)
+        _check_only(resolved, measure, fresh)
         return
-
-    from ddiff.recipe.resolve import read_recipe
-
-    resolved = read_recipe(recipe, settings)
     if needs_launcher(resolved):
         raise typer.Exit(_launch_run(resolved, recipe, settings, fresh, verify_resume))
     if verify_resume is not None:
@@ -235,25 +238,20 @@ def run(
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
 
 
-def _check_only(name: str, settings: list[str], measure: int | None, fresh: bool) -> None:
+def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
     """Check a recipe. Print the resolved recipe with a verdict or, with `measure`, its cost."""
-    if measure is not None:
-        # a measurement downloads nothing; libraries read this variable when they are imported
-        os.environ["HF_HUB_OFFLINE"] = "1"
     with _pause_garbage_collection():
-        from ddiff.recipe.resolve import read_recipe
         from ddiff.runs.dry_run import rehearse
 
-        resolved = read_recipe(name, settings)
-        verdict = rehearse(resolved, fresh=fresh)
+        verdict = rehearse(recipe, fresh=fresh)
     if measure is None:
-        print(resolved.to_toml(), end="")
+        print(recipe.to_toml(), end="")
         print(f"# {verdict}")  # a TOML comment, so that the output is a valid recipe
         return
     from ddiff.runs.cost_table import print_measurement
     from ddiff.runs.measure import measure as measure_recipe
 
-    print_measurement(measure_recipe(resolved, measure))
+    print_measurement(measure_recipe(recipe, measure))
     print(verdict)
 
 
@@ -410,7 +408,7 @@ def read_conditions(texts: list[str] | None) -> dict[str, object] | None:
     """Parse the `NAME=VALUE` texts of the option --condition. VALUE is a TOML value."""
     if not texts:
         return None
-    from ddiff.recipe.toml import read_settings
+    from ddiff.recipe.settings import read_settings
 
     found: dict[str, object] = {}
     for text in texts:
@@ -534,7 +532,7 @@ def _exit_after(errors: Iterable[str]) -> NoReturn:
 @app.command("recipes")
 def recipes() -> None:
     """List the recipes that are shipped with ddiff, for `ddiff run NAME`."""
-    from ddiff.recipe.sources import find_shipped_recipes
+    from ddiff.recipe.files import find_shipped_recipes
 
     shipped = find_shipped_recipes()
     width = max(map(len, shipped), default=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -335,3 +335,39 @@ def keys_field(table: str) -> str:
     The field is named like the table, with the ending `_keys` if the table also has a component.
     """
     return table if TABLES[table].component is None else f"{table}_keys"
+
+
+# ---------------------------------------------------------------------- shorthand and inheritance
+
+
+def expand_shorthand(values: dict[str, Any]) -> None:
+    """Replace names of components by tables, in place: "muon" by `{"kind": "muon"}`.
+
+    `values`: nested tables of a recipe.
+    """
+    for path in SLOTS:
+        table: Any = values
+        for key in path[:-1]:
+            table = table.get(key) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(table.get(path[-1]), str):
+            table[path[-1]] = {"kind": table[path[-1]]}
+
+
+def inherited_keys(
+    path: TablePath, base: Mapping[str, Any], new: Mapping[str, Any]
+) -> frozenset[str] | None:
+    """Return the keys of a base table that an overriding table inherits; None: all keys.
+
+    If the two tables have different kinds, only keys of the engine are inherited, because each kind
+    has different keys.
+
+    Args:
+        path: path of both tables.
+        base: table of a recipe.
+        new: table of `--set` texts or of a recipe that extends the first one.
+    """
+    if path not in SLOTS or "kind" not in new:
+        return None
+    if new["kind"] == base.get("kind", SLOTS[path].default):
+        return None
+    return frozenset(TABLES[path[0]].engine_keys()) if len(path) == 1 else frozenset()

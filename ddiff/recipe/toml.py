@@ -1,30 +1,19 @@
-"""Read TOML text with the line number of each key, and merge nested tables.
+"""Read TOML text with the line number of each key, and write TOML text.
 
-`tomllib` returns values without line numbers. `key_lines` parses the same text and returns the line
-numbers. A `RecipeTree` contains values and line numbers, so that an error message can begin with
-`recipes/mine.toml:14`. Values of `--set` replace values of the recipe, and values of the recipe
-replace values of the recipe that it extends.
+`tomllib` returns values without line numbers. `key_lines` scans the same text and returns the line
+numbers, so that an error message can begin with `recipes/mine.toml:14`.
 """
 
 from __future__ import annotations
 
-import copy
 import datetime
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from ddiff.errors import RecipeError, shorten
-
-KeyPath = tuple[str | int, ...]
-"""Path of a value in nested tables and arrays; integers are array indices."""
-
-InheritedKeys = Callable[
-    [tuple[str, ...], Mapping[str, Any], Mapping[str, Any]], frozenset[str] | None
-]
-"""Function (path, base table, overriding table) -> inherited keys of the base; None: all keys."""
+from ddiff.recipe.tree import KeyPath, RecipeTree
 
 DEEPEST = 16
 """Largest depth of nested tables and lists. Recipes usually have four levels."""
@@ -42,40 +31,6 @@ _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _PARSER_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
 
 
-@dataclass(frozen=True)
-class RecipeTree:
-    """Nested tables with the file and line of each key.
-
-    Args:
-        values: the tables.
-        source: name of the file or option that contains the tables.
-        places: file and line of every key, such as "mine.toml:14".
-    """
-
-    values: dict[str, Any]
-    source: str
-    places: dict[KeyPath, str] = field(default_factory=dict)
-
-    def locate(self, path: KeyPath) -> str:
-        """Return the file and line of a key or of the innermost table around the key.
-
-        Returns the source if no table around the key has a line.
-        """
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
-        return self.source
-
-    def merge_over(self, base: RecipeTree, inherited: InheritedKeys) -> RecipeTree:
-        """Merge this tree with a base tree, table by table. Values of this tree take precedence.
-
-        `inherited`: function that may limit the keys that a table inherits from the base table.
-        """
-        places = dict(base.places)
-        values = _merge_tables(base.values, self.values, (), places, inherited)
-        return RecipeTree(values, self.source, {**places, **self.places})
-
-
 # ---------------------------------------------------------------------- reading
 
 
@@ -91,14 +46,14 @@ def read_toml(text: str, source: str) -> RecipeTree:
         found = _PARSER_LINE.search(str(error))
         place = f"{source}:{found[1]}" if found else source
         raise RecipeError(
-            f"{place}: the text is not valid TOML: {_toml_reason(error)}. Fix this line."
+            f"{place}: the text is not valid TOML: {explain_toml_error(error)}. Fix this line."
         ) from error
     except (RecursionError, ValueError) as error:
         raise RecipeError(
-            f"{source}: the text is not a recipe: {_parser_reason(error)}."
+            f"{source}: the text is not a recipe: {explain_parser_error(error)}."
         ) from error
     # checked before the scan for lines, which recurses once per level of nesting
-    fault = _find_fault(values)
+    fault = find_fault(values)
     if fault:
         raise RecipeError(f"{source}: {fault}.")
     places = {path: f"{source}:{line}" for path, line in key_lines(text).items()}
@@ -113,7 +68,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     return _Scanner(text).scan()
 
 
-def _find_fault(value: Any) -> str | None:
+def find_fault(value: Any) -> str | None:
     """Describe a value that no recipe may contain. Returns None if there is none.
 
     A recipe may not contain dates, integers of more than 64 bits, or more than DEEPEST levels of
@@ -145,146 +100,20 @@ def _find_fault(value: Any) -> str | None:
     return None
 
 
-def _toml_reason(error: tomllib.TOMLDecodeError) -> str:
+def explain_toml_error(error: tomllib.TOMLDecodeError) -> str:
     """Return the reason of a TOML error without the line and column."""
     reason = shorten(_PARSER_LINE.sub("", str(error)))
     return reason[:1].lower() + reason[1:]
 
 
-def _parser_reason(error: Exception) -> str:
+def explain_parser_error(error: Exception) -> str:
     """Return the reason why the parser failed on syntactically valid text."""
     if isinstance(error, RecursionError):
         return f"it has more than {DEEPEST} levels of nested tables and lists"
     return f"the parser refuses the text ({shorten(str(error))})"
 
 
-# ---------------------------------------------------------------------- settings
-
-
-@dataclass(frozen=True)
-class _Option:
-    """Message texts about a command-line option that takes `key=value` texts."""
-
-    expected: str
-    examples: str
-
-
-_OPTIONS = {
-    "--set": _Option(
-        "key=value with a dotted key, as in --set train.steps=200",
-        "a dotted key and a TOML value: "
-        "train.steps=200, denoiser.head=tied, 'vocabulary.sizes=[64]'",
-    ),
-    "--condition": _Option(
-        "NAME=VALUE, as in --condition author=2",
-        "the name of a condition and a label or a vector: author=2, 'style=[0.5, 1.0]'",
-    ),
-}
-
-
-def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
-    """Read `a.b=c` texts. A value that is not valid TOML is read as a string without quotes.
-
-
-    Args:
-        settings: the texts.
-        source: name of the tree, for messages.
-        option: "--set" or "--condition", for messages.
-
-    Raises RecipeError if a text has no `=`, more than one key, or an invalid key or value, and if a
-    key such as `a.b` is set although `a` is not a table.
-    """
-    tree = RecipeTree({}, source)
-    for setting in settings:
-        place = f"{option} {shorten(setting)}"
-        path, value = _parse_setting(setting, option, place)
-        fault = _find_fault(value)
-        if fault:
-            raise RecipeError(f"{place}: {fault}.")
-        _insert(tree.values, path, value, place)
-        # also for the tables around the key, which the recipe file may not contain
-        for length in range(1, len(path) + 1):
-            tree.places[path[:length]] = place
-    return tree
-
-
-def _parse_setting(setting: str, option: str, place: str) -> tuple[tuple[str, ...], Any]:
-    """Return the key path and the value of one `key=value` text."""
-    key, equals, value = setting.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"{place}: expected {_OPTIONS[option].expected}.")
-    try:
-        setting.encode()
-    except UnicodeEncodeError as error:
-        byte = setting[error.start : error.start + 1]
-        raise RecipeError(
-            f"{place}: the setting is not UTF-8 text (byte {byte!a} at {error.start})."
-        ) from error
-    examples = _OPTIONS[option].examples
-    try:
-        path = _parse_key(key)
-        return path, _parse_value(path, key, value)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{place}: {_toml_reason(error)}. Write {examples}.") from error
-    except (RecursionError, ValueError) as error:
-        raise RecipeError(f"{place}: {_parser_reason(error)}. Write {examples}.") from error
-
-
-def _parse_key(key: str) -> tuple[str, ...]:
-    """Return the path of a dotted key. Raises TOMLDecodeError for an invalid key."""
-    if "\n" in key or "\r" in key:
-        raise tomllib.TOMLDecodeError("a key must be on one line")
-    # checked before tomllib, which recurses once per dot
-    if key.count(".") > DEEPEST:
-        raise ValueError(f"the dotted key has more than {DEEPEST} parts, the limit for a recipe")
-    path: tuple[str, ...] = ()
-    tree: Any = tomllib.loads(f"{key} = 0")
-    while isinstance(tree, dict):
-        if len(tree) != 1:
-            raise tomllib.TOMLDecodeError("expected one key")
-        ((name, tree),) = tree.items()
-        path = (*path, name)
-    return path
-
-
-def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
-    """Return the TOML value of a text, or the text itself as a string."""
-    try:
-        tree: Any = tomllib.loads(f"{key} = {value}")
-    except tomllib.TOMLDecodeError:
-        # an invalid list, table or quoted string is an error, not an unquoted string
-        if value.strip()[:1] in tuple("[{\"'"):
-            raise
-        return value.strip()
-    for name in path:
-        if not isinstance(tree, dict) or list(tree) != [name]:
-            raise tomllib.TOMLDecodeError(
-                "a setting must have exactly one key; repeat the option for another key"
-            )
-        tree = tree[name]
-    return tree
-
-
-def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str) -> None:
-    """Insert a value at a path. A string in place of a table sets the kind of the table."""
-    for depth, key in enumerate(path[:-1], start=1):
-        below = tree.setdefault(key, {})
-        if isinstance(below, str):  # an earlier setting used the shorthand for {kind = "..."}
-            below = tree[key] = {"kind": below}
-        if not isinstance(below, dict):
-            raise RecipeError(
-                f"{place}: another setting gives {'.'.join(path[:depth])} a value that is not a "
-                "table."
-            )
-        tree = below
-    # train.optimizer=muon after train.optimizer.lr=0.5 is the shorthand for the kind
-    if isinstance(tree.get(path[-1]), dict) and isinstance(value, str):
-        tree[path[-1]]["kind"] = value
-    else:
-        tree[path[-1]] = value
-
-
-# ---------------------------------------------------------------------- writing and merging
+# ---------------------------------------------------------------------- writing
 
 
 def write_toml(tree: Mapping[str, Any], comment: str) -> str:
@@ -311,36 +140,6 @@ def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None:
             scalars[key] = value
     return scalars | tables
-
-
-def _merge_tables(
-    base: Mapping[str, Any],
-    over: Mapping[str, Any],
-    path: tuple[str, ...],
-    places: dict[KeyPath, str],
-    inherited: InheritedKeys,
-) -> dict[str, Any]:
-    """Merge `over` over `base`, and delete the places of replaced values from `places`."""
-    keys = inherited(path, base, over)
-    kept = {key: value for key, value in base.items() if keys is None or key in keys}
-    # copied, because settings and the shorthand change trees in place
-    merged = copy.deepcopy(kept)
-    for key, value in over.items():
-        below = merged.get(key, {})
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[key] = _merge_tables(below, value, (*path, key), places, inherited)
-        else:
-            merged[key] = copy.deepcopy(value)
-            # these places are lines of the base, which do not contain the new value
-            _delete_places(places, (*path, key))
-    return merged
-
-
-def _delete_places(places: dict[KeyPath, str], path: KeyPath) -> None:
-    """Delete the places of a value and of all values inside it."""
-    for known in list(places):
-        if known[: len(path)] == path:
-            del places[known]
 
 
 # ---------------------------------------------------------------------- lines

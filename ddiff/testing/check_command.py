@@ -20,7 +20,7 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
 from ddiff.plugin.registry import Component, Registry
-from ddiff.recipe.model import ComponentSpec
+from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.resolve import configure_component
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.head import check_head

@@ -15,8 +15,8 @@ import ddiff
 from ddiff.cli import app, main
 from ddiff.plugin.loader import installed_plugins, survey_plugins
 from ddiff.plugin.registry import KINDS
+from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
-from ddiff.recipe.sources import find_shipped_recipes
 
 HEAVY = ("torch", "transformers", "datasets", "wandb", "torchmetrics", "faiss", "numpy")
 PROBE = """

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddiff
-from ddiff.recipe.sources import find_shipped_recipes
+from ddiff.recipe.files import find_shipped_recipes
 
 RECIPES = [
     "ar_small",

@@ -15,9 +15,9 @@ import torch
 import ddiff
 import ddiff.runs.initial_weights
 from ddiff.core.rng import CounterRng
+from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
-from ddiff.recipe.sources import find_shipped_recipes
 from ddiff.runs.build import assemble
 from ddiff.runs.directory import record_run
 from ddiff.runs.session import TrainingSession, build_run

@@ -153,12 +153,12 @@ def test_explain_error_turns_python_and_torch_errors_into_advice(
     def broken() -> None:
         raise error
 
-    monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", broken)
+    monkeypatch.setattr("ddiff.recipe.files.find_shipped_recipes", broken)
     assert expected in refusal(run_command(capsys, "recipes"))
 
 
 def test_internal_error_prints_a_traceback_and_asks_for_a_report(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("ddiff.recipe.sources.find_shipped_recipes", lambda: 1 / 0)
+    monkeypatch.setattr("ddiff.recipe.files.find_shipped_recipes", lambda: 1 / 0)
     code, _, err = run_command(capsys, "recipes")
     assert code == 1
     assert "ZeroDivisionError" in err

@@ -10,7 +10,8 @@ from commands import TINY, entries, place, refusal, run_command
 
 from ddiff.errors import RecipeError
 from ddiff.recipe.resolve import read_recipe
-from ddiff.recipe.toml import read_settings, read_toml
+from ddiff.recipe.settings import read_settings
+from ddiff.recipe.toml import read_toml
 
 __all__ = ["place"]
 BUILT_IN = ["corpus.txt", "fast.toml", "tiny.toml"]

@@ -24,8 +24,8 @@ from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.nn.network import as_network
+from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.recipe.sources import find_shipped_recipes
 from ddiff.runs.build import Overrides
 from ddiff.runs.session import build_run
 from ddiff.sampling.loop import generate

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddiff.recipe.sources import find_shipped_recipes
-from ddiff.recipe.toml import KeyPath, key_lines, write_toml
+from ddiff.recipe.files import find_shipped_recipes
+from ddiff.recipe.toml import key_lines, write_toml
+from ddiff.recipe.tree import KeyPath
 
 AWKWARD = r'''# a [comment] = "with = syntax"
 name = "x # no comment [nor table]"   # 2

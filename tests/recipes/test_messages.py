@@ -6,9 +6,9 @@ import pytest
 
 from ddiff.errors import ArgumentError, RecipeError
 from ddiff.plugin.loader import load_plugins
+from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import configure_component, read_recipe
 from ddiff.recipe.schema import TOP_LEVEL
-from ddiff.recipe.sources import find_shipped_recipes
 
 from .conftest import RECIPE
 

@@ -1,0 +1,280 @@
+"""Validate the tables of a recipe, after the sources of the recipe are merged.
+
+Some keys of a table are defined by the engine. The other keys are defined by the component that the
+key `kind` names. A slot is a key that names a further component inside a table, such as
+`[train] optimizer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from ddiff.errors import PluginError, RecipeError, shorten, suggest
+from ddiff.plugin.config import ComponentConfig
+from ddiff.plugin.registry import Component
+from ddiff.recipe.component import ComponentSpec
+from ddiff.recipe.lookup import find_components, load_listed_plugins
+from ddiff.recipe.messages import (
+    explain_unknown_key,
+    explain_validation,
+    first_error,
+    format_table,
+    format_value,
+)
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.schema import (
+    SLOTS,
+    TABLES,
+    TOP_LEVEL,
+    TablePath,
+    TopLevelKeys,
+    component_field,
+    keys_field,
+)
+from ddiff.recipe.toml import scalars_first
+from ddiff.recipe.tree import KeyPath, RecipeTree
+
+Keys = TypeVar("Keys", bound=ComponentConfig)
+
+
+def read_tables(tree: RecipeTree) -> Recipe:
+    """Validate all tables of a recipe, and load the plugins and components that they name.
+
+    Raises RecipeError for the first wrong name or value, and PluginError for a defect of a plugin.
+    """
+    _check_tables(tree)
+    top = _read_top_level(tree)
+    # plugins are loaded before tables are read, because they define components and their keys
+    registry = load_listed_plugins(top.plugins, tree)
+    components = find_components(tree, registry)
+
+    fields: dict[str, Any] = dict(top)
+    for path in SLOTS:
+        field = component_field(path)
+        fields[field] = _read_component(path, tree, components) if path in components else None
+    for name, table in TABLES.items():
+        if table.keys is not None:
+            fields[keys_field(name)] = _read_engine_keys(name, tree, table.keys)
+    # raises TypeError if the fields of Recipe differ from those of the schema
+    recipe = Recipe(registry=registry, source=tree.source, **fields)
+    _check_batch(recipe, tree)
+    _check_ema(recipe, tree)
+    return recipe
+
+
+# ---------------------------------------------------------------------- top level
+
+
+def _check_tables(tree: RecipeTree) -> None:
+    """Raise RecipeError for an unknown name, a value in place of a table, or a missing table."""
+    for name in tree.values:
+        if name not in TOP_LEVEL:
+            raise RecipeError(
+                f'{tree.locate((name,))}: a recipe has no key or table "{shorten(name)}".'
+                f"{_suggest_name(name)} Valid names: {', '.join(TOP_LEVEL)}."
+            )
+    if "extends" in tree.values:
+        place = tree.locate(("extends",))
+        raise RecipeError(
+            f"{place}: extends is only valid in a recipe file and cannot be given by --set."
+        )
+    paths: list[TablePath] = [(name,) for name in TABLES]
+    for path in [*paths, *SLOTS]:
+        _check_is_table(path, tree)
+    required = [name for name, table in TABLES.items() if not table.has_default()]
+    missing = [name for name in required if name not in tree.values]
+    if missing:
+        raise RecipeError(
+            f"{tree.source}: there is no [{missing[0]}] table. A recipe needs the tables "
+            f'{", ".join(required)}, or extends = "<recipe>" to inherit them from another recipe.'
+        )
+
+
+def _suggest_name(name: str) -> str:
+    """Suggest the table of a key that is written at the top level, or a similar name."""
+    for table, entry in TABLES.items():
+        if name in entry.engine_keys():
+            return f' Did you mean "{table}.{name}"?'
+    return suggest(name, TOP_LEVEL)
+
+
+def _check_is_table(path: TablePath, tree: RecipeTree) -> None:
+    value: Any = tree.values
+    for key in path:
+        value = value.get(key, {})
+    if isinstance(value, dict):
+        return
+    kind = SLOTS[path].kind if path in SLOTS else None
+    alternative = f", or the name of the {kind} in quotes" if kind else ""
+    raise RecipeError(
+        f"{tree.locate(path)}: {'.'.join(path)} must be a table{alternative}; got "
+        f"{format_value(value)}."
+    )
+
+
+def _read_top_level(tree: RecipeTree) -> TopLevelKeys:
+    """Validate the top-level keys and fill in the run directory."""
+    values = {key: tree.values[key] for key in TopLevelKeys.model_fields if key in tree.values}
+    top = validate_table(TopLevelKeys, values, tree, ())
+    filled = {
+        "run_dir": top.run_dir or f"runs/{top.name}",
+        "plugins": tuple(dict.fromkeys(top.plugins)),  # without duplicates, in order
+    }
+    return top.model_copy(update=filled)
+
+
+# ---------------------------------------------------------------------- keys of a table
+
+
+def _read_component(
+    path: TablePath, tree: RecipeTree, components: Mapping[TablePath, Component]
+) -> ComponentSpec:
+    """Validate the keys of a component's table.
+
+    Args:
+        path: path of the table.
+        tree: all tables of the recipe.
+        components: all components of the recipe by path.
+    """
+    component = components[path]
+    config = component.config_class()
+    table = TABLES[path[0]]
+    # the table of a slot has neither slots nor keys of the engine
+    engine_model = table.keys if len(path) == 1 else None
+    slots = [slot for slot in table.slots if (*path, slot) in components]
+    engine_keys = list(engine_model.model_fields) if engine_model else []
+    known = list(dict.fromkeys([*config.model_fields, *slots, *engine_keys]))
+    _check_reserved_keys(component, config, slots)
+    values = {}
+    for key, value in tree.read_table(path).items():
+        if key not in ("kind", *known):
+            label = format_table(path)
+            owner = _owner(component)
+            raise RecipeError(
+                f"{tree.locate((*path, key))}: {explain_unknown_key(label, key, owner, known)}"
+            )
+        if key in config.model_fields:
+            values[key] = value
+    if engine_model is not None:
+        # a key of Config with the name of a key of the engine gets the same value
+        shared = _read_engine_keys(path[0], tree, engine_model).model_dump(mode="json")
+        values |= {key: value for key, value in shared.items() if key in config.model_fields}
+    checked = validate_table(config, values, tree, path, component, known)
+    spec = ComponentSpec(component, checked, format_table(path))
+    _check_round_trip(spec)
+    return spec
+
+
+def _read_engine_keys(name: str, tree: RecipeTree, model: type[Keys]) -> Keys:
+    """Validate those keys of a table that the engine defines."""
+    table = TABLES[name]
+    values = {}
+    for key, value in tree.read_table((name,)).items():
+        # in a table without a component, all keys are checked against the keys of the engine
+        is_own = key in model.model_fields or table.component is None
+        if is_own and key not in table.slots:
+            values[key] = value
+    return validate_table(model, values, tree, (name,), known=table.engine_keys())
+
+
+def validate_table(
+    model: type[Keys],
+    values: Mapping[str, Any],
+    tree: RecipeTree,
+    path: KeyPath,
+    component: Component | None = None,
+    known: Iterable[str] = (),
+    whole: str = "the recipe",
+) -> Keys:
+    """Validate the values of a table. Raises RecipeError for the first wrong value.
+
+    Args:
+        model: model of the table.
+        values: values of the table.
+        tree: tree that contains the table, for file and line in messages.
+        path: path of the table in the recipe.
+        component: owner of the table, for messages.
+        known: valid keys of the table.
+        whole: name of the object that has the keys if the path is empty.
+    """
+    # Strict validation of JSON accepts an array as a tuple and 1 as 1.0, but not "3" as a number.
+    # Strict validation of Python values would refuse a list for a tuple.
+    text = json.dumps(values, default=str)
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = first_error(error.errors(include_url=False), model)
+        place = tree.locate((*path, *first["loc"]))
+        owner = _owner(component)
+        raise RecipeError(
+            f"{place}: {explain_validation(first, model, path, owner, list(known), whole)}"
+        ) from error
+
+
+def _owner(component: Component | None) -> str:
+    return f' for kind "{component.name}" (from {component.origin})' if component else ""
+
+
+def _check_reserved_keys(
+    component: Component, config: type[ComponentConfig], slots: Iterable[str]
+) -> None:
+    """Check that a Config has no key named `kind` or like a slot of its table."""
+    for key in ("kind", *slots):
+        if key in config.model_fields:
+            raise PluginError(
+                f'The Config of the {component} has the reserved key "{key}", which names a '
+                "component in that table of a recipe. Rename the key of the Config."
+            )
+
+
+def _check_round_trip(spec: ComponentSpec) -> None:
+    """Check that the written table of a component, with all defaults, is read back as equal.
+
+    A run writes its recipe with all defaults to recipe.toml. A recipe that could not be read back
+    must be refused before training.
+    """
+    # as `Recipe.to_toml` writes it and `validate_table` reads it again
+    written = json.dumps(scalars_first(spec.config.model_dump(mode="json")))
+    try:
+        again = type(spec.config).model_validate_json(written, strict=True)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise _round_trip_error(spec, f"is refused: {reason}") from error
+    if again != spec.config:
+        raise _round_trip_error(spec, "is read back with other values")
+
+
+def _round_trip_error(spec: ComponentSpec, what: str) -> PluginError:
+    return PluginError(
+        f"The Config of the {spec.component} {what} once every default is written out, as in the "
+        "recipe.toml of a run. In the plugin, give keys that exclude each other the default None, "
+        "and write validators that do not change values."
+    )
+
+
+# ---------------------------------------------------------------------- checks of several tables
+
+
+def _check_batch(recipe: Recipe, tree: RecipeTree) -> None:
+    batch = recipe.train.batch
+    accumulate = recipe.train.accumulate
+    processes = recipe.backend_keys.processes
+    if batch % (accumulate * processes):
+        raise RecipeError(
+            f"{tree.locate(('train', 'batch'))}: [train] batch must be a multiple of accumulate "
+            "* [backend] processes, so that all processes have equally many rows; got "
+            f"batch = {batch}, accumulate = {accumulate}, processes = {processes}."
+        )
+
+
+def _check_ema(recipe: Recipe, tree: RecipeTree) -> None:
+    if recipe.evaluate.weights == "ema" and not recipe.train.ema:
+        raise RecipeError(
+            f'{tree.locate(("evaluate", "weights"))}: [evaluate] weights = "ema" needs a moving '
+            "average of the weights, but [train] ema is 0. Set [train] ema, such as 0.9999, or set "
+            'weights to "auto".'
+        )
