@@ -101,7 +101,9 @@ def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float
     total = head.total
 
     def counting(hidden: Tensor, node: Tensor, fn: Any) -> Any:
-        counted.append(sum(rows * head.logits_per_row(top) for top, rows in head._grouped(node)[1]))
+        counted.append(
+            sum(rows * head.logits_per_row(top) for top, rows in head._group_rows(node)[1])
+        )
         return total(hidden, node, fn)
 
     head.total = counting
