@@ -50,11 +50,14 @@ class Clusters:
 
     class Config(ComponentConfig):
         sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=64)] = (64,)
-        """Clusters per level, finest first; `[512, 32]` with the mask is a tree of three levels."""
+        """Number of clusters of each level, the finest level first. `[512, 32]` is a tree of 512
+        clusters of tokens, 32 clusters of these clusters, and the mask."""
         source: str = COOCCURRENCE
-        """Token embeddings: "cooccurrence" in the training rows, or a .npy or .safetensors file."""
+        """Token embeddings: "cooccurrence" (from counts in the training rows), or the path of a
+        .npy or .safetensors file."""
         model: str | None = None
-        """Transformers model (directory or hub name) with token embeddings; replaces source."""
+        """Transformers model (directory or hub name) whose token embeddings are used in place of
+        `source`."""
         width: Annotated[int, Field(gt=0, le=65536)] = 64
         """Dimensions of the co-occurrence embeddings."""
         window: Annotated[int, Field(gt=0, le=1024)] = 4
@@ -181,7 +184,8 @@ class File:
         """Files (.npy, .json, .safetensors), one per level: the first holds the cluster of each
         token, each further file the parent of each cluster of the level below."""
         extra: NonNegativeInt = 0
-        """Number of last entries of the first file, for tokens that the tokenizer lacks."""
+        """Number of entries at the end of the first file that are ignored, because the tokenizer
+        does not have their tokens."""
         mask_token_id: NonNegativeInt | None = None
         """Id of a token that has no entry in the first file."""
 

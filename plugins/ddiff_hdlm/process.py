@@ -54,9 +54,12 @@ class HierarchicalDiffusion(TreeProcess):
         powers: tuple[Power, ...] | None = None
         """One power per level: the level is reached by time t with probability t^power."""
         xi: Share | tuple[Share, ...] = 1.0
-        """Probability that a node moves to its own parent: one number, or one per level."""
+        """Probability that a node moves to its parent and not to another node of the parent's
+        level: one number, or one per level."""
         decoding: Literal["bayes", "within", "between", "free"] = "bayes"
-        """Rule for the reverse draw below a node if xi < 1; "bayes" is the exact posterior."""
+        """Rule for the reverse draw from a node to a lower level if xi < 1: from the exact
+        posterior ("bayes"), only below the node ("within"), below the node with probability xi
+        ("between"), or from the prediction, ignoring the node ("free")."""
 
         @model_validator(mode="after")
         def _check_one_clock(self) -> HierarchicalDiffusion.Config:

@@ -51,13 +51,14 @@ class PretrainedBackbone(Backbone):
         pretrained: bool = True
         """Load the pretrained weights; false: the architecture of the model with random weights."""
         architecture: str | None = None
-        """Model type such as "bert" or "llama", with random weights; replaces path."""
+        """Model type such as "bert" or "llama", built with random weights; in place of `path`."""
         settings: dict[str, int | float | bool | str] = Field(default_factory=dict)
-        """Configuration of the architecture: `hidden_size`, `num_hidden_layers`, ..."""
+        """Keys of the configuration of `architecture`: `hidden_size`, `num_hidden_layers`, ..."""
         bidirectional: bool = True
-        """Let every position attend to every position; false keeps a decoder causal."""
+        """true: every position attends to every position; false: only to earlier positions."""
         mask_token: NonNegativeInt | None = None
-        """Token id whose embedding initializes the mask; by default the mean of all tokens."""
+        """Id of the token whose embedding initializes the mask; by default the mask starts as the
+        mean of all tokens."""
 
         @model_validator(mode="after")
         def _check_one_model(self) -> Self:
@@ -139,7 +140,7 @@ class PretrainedBackbone(Backbone):
         return embedding
 
     def _make_mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Return the additive attention mask [B,1,L,L]: 0 at visible positions, else about -1e38.
+        """Return the additive attention mask [B,1,L,L]: 0, or the smallest number if not visible.
 
         The result is never None, since a decoder without a mask would apply its causal mask.
         """

@@ -38,9 +38,10 @@ class MaskedDiffusion(TreeProcess):
 
     class Config(ComponentConfig):
         schedule: Literal["linear", "cosine", "power"] = "linear"
-        """Unmasked fraction of the tokens: 1 - t, 1 - sin(pi t / 2) or 1 - t^power."""
+        """Schedule alpha_t, the unmasked fraction of the tokens: 1 - t (linear),
+        1 - sin(pi t / 2) (cosine) or 1 - t^power (power)."""
         power: Power | None = None
-        """Exponent of the power schedule, required for this schedule and only for it."""
+        """Exponent of the schedule "power", which requires this key; no other schedule has it."""
 
         @model_validator(mode="after")
         def _check_power(self) -> MaskedDiffusion.Config:
