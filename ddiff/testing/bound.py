@@ -415,24 +415,6 @@ def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     return table
 
 
-def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
-    """Make a network that predicts each of two tokens given the states of both positions.
-
-    The prediction P(x_i | z) uses the state z_i of the same position. It is wrong for the bound,
-    whose formulas multiply the prediction by q_t(z_i|x_i).
-    """
-    rest = rest_conditional_table(process, log_joint)
-
-    def table(zt: Tensor, t: Tensor) -> Tensor:
-        own = torch.stack(
-            [_evidence(process, zt[:, i], t[:, i]) for i in (0, 1)],
-            1,
-        )
-        return (rest(zt, t) + own.log()).log_softmax(-1)
-
-    return table
-
-
 def _evidence(
     process: ForwardProcess,
     zt: Tensor,

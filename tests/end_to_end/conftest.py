@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from commands import ddiff
 from small import CORPUS, RECIPE
 
-from ddiff.cli import main
-
-Called = tuple[int, str, str]
+__all__ = ["ddiff"]
 
 
 @pytest.fixture
@@ -28,25 +26,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("small.toml").write_text(RECIPE)
     Path("corpus.txt").write_text(CORPUS)
     return Path.cwd()
-
-
-@pytest.fixture
-def ddiff(capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
-    """Return a function that runs a `ddiff` command.
-
-    `ddiff("run", "small.toml")` returns the exit code, standard output and standard error.
-    """
-
-    def call(*arguments: str) -> Called:
-        code = 0
-        try:
-            main(list(arguments))
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,12 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 from small import FLAT, working_in
 
 import ddiff as api
@@ -19,7 +20,6 @@ from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.comparison import compare
 from ddiff.evaluation.intervals import student95
 
-Command = Callable[..., tuple[int, str, str]]
 SHORT = ["train.steps=3", "denoiser.dropout=0.0"]
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from commands import Command
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ddiff as api
 from ddiff.checkpoint.checkpoints import Checkpoints
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def test_export_writes_all_weights_to_one_file(folder: Path, ddiff: Command) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Command
 from small import RECIPE
 
 from ddiff.errors import ArgumentError, DataError
@@ -17,7 +18,6 @@ from ddiff.runs.measure import Measurement, measure
 from ddiff.runs.peak_memory import MemoryRise
 from ddiff.training.trainer import Trainer
 
-Called = Callable[..., tuple[int, str, str]]
 WIDTH, LENGTH, LAYERS, WORDS = 16, 8, 1, 270
 FLAT = ["vocabulary={kind='flat'}", "process={kind='mdlm'}", "denoiser.head=tokens"]
 AR = [
@@ -140,7 +140,7 @@ def test_autoregressive_initial_loss_is_the_unigram_entropy(
 
 
 def test_measure_warns_if_the_loss_has_a_wrong_denominator(
-    folder: Path, ddiff: Called, monkeypatch: pytest.MonkeyPatch
+    folder: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = Trainer._denominators
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_measure_warns_if_the_loss_has_a_wrong_denominator(
     assert "WARNING: the first loss is" in out
 
 
-def test_initial_loss_is_none_for_pretrained_weights(folder: Path, ddiff: Called) -> None:
+def test_initial_loss_is_none_for_pretrained_weights(folder: Path, ddiff: Command) -> None:
     assert ddiff("run", "small.toml", "--set", "train.steps=2")[0] == 0
     assert measured(["train.init={run='runs/small'}", "name=second"]).initial is None
 
@@ -162,7 +162,7 @@ def test_initial_loss_is_none_for_pretrained_weights(folder: Path, ddiff: Called
 # command line
 
 
-def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called) -> None:
+def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Command) -> None:
     before = sorted(path.name for path in folder.iterdir())
     settings = ("--set", "backend.kind=ddp", "--set", "backend.processes=2")
     code, out, err = ddiff("run", "small.toml", "--dry-run", "--measure", "3", *settings)
@@ -187,7 +187,7 @@ def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Called
     assert "WARNING" not in out
 
 
-def test_measure_option_requires_dry_run(folder: Path, ddiff: Called) -> None:
+def test_measure_option_requires_dry_run(folder: Path, ddiff: Command) -> None:
     code, _, err = ddiff("run", "small.toml", "--measure", "3")
     assert code == 2
     assert "--measure 3 needs --dry-run" in err

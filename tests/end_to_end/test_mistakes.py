@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from safetensors.torch import load_file, save_file
 from small import working_in
 
@@ -33,7 +33,6 @@ from ddiff.training.tracker import NoTracker
 PROGRESS = re.compile(
     r"[a-z ]+: \d+/\d+ |\w+: [\d,]+ parameters in |Resuming from step |All \d+ steps are done"
 )
-Command = Callable[..., tuple[int, str, str]]
 SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
 
 

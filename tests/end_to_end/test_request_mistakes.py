@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from labelled import RECIPE, rows
 from safetensors.torch import load_file, save_file
 from small import working_in
@@ -23,7 +24,6 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.prompts import read_prompts
 
-Command = Callable[..., tuple[int, str, str]]
 PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
 
 

@@ -10,16 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.metrics import WALL_CLOCK
 
-Command = Callable[..., tuple[int, str, str]]
 STEPS, EVERY = 80, 7
 LONG = (
     "--set",

@@ -6,16 +6,15 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Command
 
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import CheckpointError
 from ddiff.runs.replay import choose_span
 
-Command = Callable[..., tuple[int, str, str]]
 RUN = ("run", "small.toml", "--set", "train.steps=6", "--set", "train.checkpoint_every=3")
 
 

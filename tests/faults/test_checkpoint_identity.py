@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import RECIPE, Command, files, is_refusal
+from commands import Command, is_refusal
+from tiny_run import RECIPE, files
 
 import ddiff as api
 from ddiff.checkpoint.atomic_folder import newest_state

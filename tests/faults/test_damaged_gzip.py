@@ -6,8 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-
-from ddiff.cli import main
+from commands import refusal, run_command
 
 TEXT = "\n".join(f"line {number} of words" for number in range(9000)).encode()
 RECIPE = """
@@ -34,12 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    return int(stopped.value.code or 0), capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["run", "data"])
 @pytest.mark.parametrize("name", list(FILES))
 def test_run_and_data_commands_name_a_damaged_gzip_file(
@@ -49,11 +42,8 @@ def test_run_and_data_commands_name_a_damaged_gzip_file(
     (folder / name).write_bytes(content)
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))
     (folder / "g.toml").write_text(RECIPE.format(files=f'"good.txt.gz", "{name}"'))
-    code, output = run_command(capsys, command, "g.toml")
-    assert code == 2
+    output = refusal(run_command(capsys, command, "g.toml"))
     assert message in " ".join(output.split())
-    assert "Aborted" not in output
-    assert "Traceback" not in output
     assert not (folder / "runs").exists()
 
 
@@ -64,7 +54,6 @@ def test_text_kind_error_suggests_kind_files_for_gzip(
     (folder / "g.toml").write_text(
         RECIPE.format(files='"good.txt.gz"').replace('"files"', '"text"')
     )
-    code, output = run_command(capsys, "run", "g.toml")
-    assert code == 2
+    output = refusal(run_command(capsys, "run", "g.toml"))
     assert "first bytes are those of a gzip file" in " ".join(output.split())
     assert 'kind = "files"' in " ".join(output.split())

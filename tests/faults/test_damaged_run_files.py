@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import Command, files, is_refusal
+from commands import Command, is_refusal
+from tiny_run import files
 
 from ddiff.errors import CheckpointError
 from ddiff.run_dir.files import OBJECTS, read_json, read_json_lines, read_recipe_tree

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from commands import Command, is_refusal
 from safetensors.torch import load_file
-from tiny_run import Command, files, is_refusal
+from tiny_run import files
 
 import ddiff as api
 from ddiff.errors import ArgumentError

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import place, refusal, run_command
+from commands import refusal, run_command
 
 from ddiff import ArgumentError, Cache, DataError, PluginError
 from ddiff.cli import _escape
@@ -18,7 +18,6 @@ from ddiff.data.cache import default_root
 from ddiff.distributed.launcher import check_address, get_rank_info
 from ddiff.errors import explain_error
 
-__all__ = ["place"]
 COMMAND = [sys.executable, "-m", "ddiff"]
 
 
@@ -65,12 +64,12 @@ def test_cache_folder_must_be_local_and_tilde_is_expanded(
         Cache()
 
 
-@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/x", "/proc/x"])
+@pytest.mark.parametrize("cache", ["/dev/null", "/dev/null/x", "/proc/x"])
 def test_commands_name_an_unwritable_cache_folder(
-    folder: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    cache: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setenv("DDIFF_CACHE", folder)
-    assert folder in refusal(run_command(capsys, "run", "fast.toml"))
+    monkeypatch.setenv("DDIFF_CACHE", cache)
+    assert cache in refusal(run_command(capsys, "run", "tiny.toml"))
     assert not Path("runs").exists()
 
 

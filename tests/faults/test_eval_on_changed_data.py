@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import CORPUS, Command, files, is_refusal
+from commands import Command, is_refusal
+from small import CORPUS
+from tiny_run import files
 
 import ddiff as api
 

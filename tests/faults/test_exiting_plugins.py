@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import Command, is_refusal
+from commands import Command, is_refusal
 
 from ddiff.errors import PluginError
 from ddiff.plugin.loader import load_plugins, survey_plugins

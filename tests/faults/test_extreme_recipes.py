@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import TINY, entries, place, refusal, run_command
+from commands import refusal, run_command
+from tiny_run import RECIPE, entries
 
 from ddiff.errors import RecipeError
 from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.settings import read_settings
 from ddiff.recipe.toml import read_toml
 
-__all__ = ["place"]
-BUILT_IN = ["corpus.txt", "fast.toml", "tiny.toml"]
+BUILT_IN = ["corpus.txt", "tiny.toml"]
 
 
 def dry(capsys, recipe: str, *settings: str) -> tuple[int, str, str]:
@@ -34,7 +34,7 @@ NESTED = {
 
 @pytest.mark.parametrize("name", NESTED)
 def test_deeply_nested_recipe_is_refused_without_a_traceback(
-    name: str, place: Path, capsys
+    name: str, folder: Path, capsys
 ) -> None:
     Path("deep.toml").write_text(f'name = "x"\nextends = "mdlm_small"\n{NESTED[name]}\n')
     assert "more than 16 levels" in refusal(dry(capsys, "deep.toml"))
@@ -63,13 +63,13 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
-def test_names_too_long_for_a_file_system_are_refused(name: str, place: Path, capsys) -> None:
+def test_names_too_long_for_a_file_system_are_refused(name: str, folder: Path, capsys) -> None:
     setting, expected = TOO_LONG[name]
     assert expected in refusal(dry(capsys, "tiny.toml", setting))
-    assert entries(place) == BUILT_IN
+    assert entries(folder) == BUILT_IN
 
 
-def test_recipe_path_too_long_for_the_system_is_not_found(place: Path, capsys) -> None:
+def test_recipe_path_too_long_for_the_system_is_not_found(folder: Path, capsys) -> None:
     assert "there is no such file" in refusal(dry(capsys, LONG))
     Path("a.toml").write_text(f'extends = "{LONG}"\n')
     assert "a.toml:1: extends " in refusal(dry(capsys, "a.toml"))
@@ -103,7 +103,9 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("key", OUT_OF_RANGE)
-def test_recipe_error_names_the_key_of_a_number_out_of_range(key: str, place: Path, capsys) -> None:
+def test_recipe_error_names_the_key_of_a_number_out_of_range(
+    key: str, folder: Path, capsys
+) -> None:
     kind = ["train.optimizer.kind=adamw"] if "optimizer" in key else []
     message = refusal(dry(capsys, "tiny.toml", *kind, f"{key}={OUT_OF_RANGE[key]}"))
     assert key.split(".")[-1] in message
@@ -120,13 +122,13 @@ FLOATS = [
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
 @pytest.mark.parametrize("key", FLOATS)
 def test_every_float_key_of_a_recipe_refuses_nan_and_infinity(
-    key: str, value: str, place: Path
+    key: str, value: str, folder: Path
 ) -> None:
     with pytest.raises(RecipeError, match=key.split(".")[-1]):
         read_recipe("tiny.toml", [f"{key}={value}"])
 
 
-def test_recipe_keys_with_two_floats_refuse_nan_and_infinity(place: Path) -> None:
+def test_recipe_keys_with_two_floats_refuse_nan_and_infinity(folder: Path) -> None:
     for setting in ("evaluate.window=[nan, 0.9]", "evaluate.window=[0.1, inf]"):
         with pytest.raises(RecipeError, match="window"):
             read_recipe("tiny.toml", [setting])
@@ -148,29 +150,29 @@ ABSURD = {
 
 @pytest.mark.parametrize("name", ABSURD)
 def test_huge_model_sizes_are_refused_before_memory_is_allocated(
-    name: str, place: Path, capsys
+    name: str, folder: Path, capsys
 ) -> None:
     message = refusal(dry(capsys, "tiny.toml", *ABSURD[name]))
     assert any(
         text in message
         for text in ("does not fit into memory", "fewer than 2^63 bytes", "must have at most")
     )
-    assert entries(place) == BUILT_IN
+    assert entries(folder) == BUILT_IN
 
 
 def chain(length: int) -> None:
     for link in range(length):
         Path(f"c{link}.toml").write_text(f'extends = "c{link + 1}.toml"\n')
-    Path(f"c{length}.toml").write_text(TINY)
+    Path(f"c{length}.toml").write_text(RECIPE)
 
 
-def test_long_chain_of_extended_recipes_is_refused(place: Path, capsys) -> None:
+def test_long_chain_of_extended_recipes_is_refused(folder: Path, capsys) -> None:
     chain(1200)
     assert "a chain of extends has more than 32 recipes" in refusal(dry(capsys, "c0.toml"))
     assert dry(capsys, "c1185.toml")[0] == 0
 
 
-def test_recipe_that_extends_itself_is_refused(place: Path, capsys) -> None:
+def test_recipe_that_extends_itself_is_refused(folder: Path, capsys) -> None:
     Path("a.toml").write_text('extends = "b.toml"\n')
     Path("b.toml").write_text('extends = "./a.toml"\n')
     assert "in a cycle" in refusal(dry(capsys, "a.toml"))
@@ -204,9 +206,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=[ascii(setting)[:30] for setting in SETTINGS])
-def test_malformed_set_options_are_refused(setting: str, place: Path, capsys) -> None:
+def test_malformed_set_options_are_refused(setting: str, folder: Path, capsys) -> None:
     refusal(dry(capsys, "tiny.toml", setting))
-    assert entries(place) == BUILT_IN
+    assert entries(folder) == BUILT_IN
 
 
 def test_set_option_accepts_a_value_of_several_lines() -> None:
@@ -216,11 +218,11 @@ def test_set_option_accepts_a_value_of_several_lines() -> None:
 
 
 @pytest.mark.parametrize("value", ["a/😀", '"a/😀"', "naïve", "日本"])
-def test_set_option_accepts_any_text_with_or_without_quotes(value: str, place: Path) -> None:
+def test_set_option_accepts_any_text_with_or_without_quotes(value: str, folder: Path) -> None:
     assert read_recipe("tiny.toml", [f"run_dir={value}"]).run_dir == value.strip('"')
 
 
-def test_recipe_error_shortens_a_long_value(place: Path, capsys) -> None:
+def test_recipe_error_shortens_a_long_value(folder: Path, capsys) -> None:
     for setting in (
         f"train.steps={'x' * 100_000}",
         f"{'y' * 100_000}=1",
@@ -229,22 +231,22 @@ def test_recipe_error_shortens_a_long_value(place: Path, capsys) -> None:
         assert "more characters" in refusal(dry(capsys, "tiny.toml", setting))
 
 
-def test_recipes_and_set_options_refuse_text_that_is_not_utf8(place: Path, capsys) -> None:
-    Path("latin.toml").write_bytes(TINY.replace('"tiny"', '"café"').encode("latin-1"))
+def test_recipes_and_set_options_refuse_text_that_is_not_utf8(folder: Path, capsys) -> None:
+    Path("latin.toml").write_bytes(RECIPE.replace('"tiny"', '"café"').encode("latin-1"))
     assert "cannot be read" in refusal(dry(capsys, "latin.toml"))
-    Path("utf16.toml").write_text(TINY, encoding="utf-16")
+    Path("utf16.toml").write_text(RECIPE, encoding="utf-16")
     assert "cannot be read" in refusal(dry(capsys, "utf16.toml"))
     assert "not UTF-8" in refusal(dry(capsys, "tiny.toml", os.fsdecode(b"name=caf\xe9")))
     assert "there is no such file" in refusal(dry(capsys, os.fsdecode(b"caf\xe9.toml")))
 
 
-def test_recipe_reader_skips_a_byte_order_mark(place: Path) -> None:
-    Path("bom.toml").write_text(TINY, encoding="utf-8-sig")
+def test_recipe_reader_skips_a_byte_order_mark(folder: Path) -> None:
+    Path("bom.toml").write_text(RECIPE, encoding="utf-8-sig")
     assert read_recipe("bom.toml").name == "tiny"
 
 
-def test_file_too_large_for_a_recipe_is_refused(place: Path, capsys) -> None:
-    Path("big.toml").write_text(TINY + "#" * 2**20)
+def test_file_too_large_for_a_recipe_is_refused(folder: Path, capsys) -> None:
+    Path("big.toml").write_text(RECIPE + "#" * 2**20)
     assert "more than 1,048,576 bytes" in refusal(dry(capsys, "big.toml"))
     Path("folder.toml").mkdir()
     assert "is a directory" in refusal(dry(capsys, "folder.toml"))

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import RECIPE, Command, files, is_refusal
+from commands import Command, is_refusal
+from tiny_run import RECIPE, files
 
 import ddiff as api
 from ddiff.errors import CheckpointError

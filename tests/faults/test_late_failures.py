@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from commands import entries, place, refusal, run_command
+from commands import refusal, run_command
 from pydantic import ValidationError
+from tiny_run import entries
 
 from ddiff import ArgumentError, ComponentConfig, CounterRng, load
 from ddiff.plugin.config import (
@@ -21,8 +22,7 @@ from ddiff.plugin.config import (
 )
 from ddiff.plugin.loader import survey_plugins
 
-__all__ = ["place"]
-BUILT_IN = ["corpus.txt", "fast.toml", "tiny.toml"]
+BUILT_IN = ["corpus.txt", "tiny.toml"]
 
 
 class Every(ComponentConfig):
@@ -84,49 +84,33 @@ LATE = {
 
 @pytest.mark.parametrize("key", LATE)
 def test_dry_run_refuses_values_that_would_fail_late_in_a_run(
-    key: str, place: Path, capsys
+    key: str, folder: Path, capsys
 ) -> None:
     for dry in ([], ["--dry-run"]):
         message = refusal(
             run_command(capsys, "run", "tiny.toml", *dry, "--set", f"{key}={LATE[key]}")
         )
         assert key.split(".")[1] in message
-    assert entries(place) == BUILT_IN
+    assert entries(folder) == BUILT_IN
 
 
-def test_run_with_the_largest_seeds_finishes(place: Path, capsys) -> None:
+def test_run_with_the_largest_seeds_finishes(folder: Path, capsys) -> None:
     most = 2**64 - 1
     seeds = [f"--set={key}={most}" for key in ("seed", "evaluate.seed", "sample.seed")]
-    code, _, err = run_command(capsys, "run", "fast.toml", *seeds)
+    code, _, err = run_command(capsys, "run", "tiny.toml", *seeds)
     assert code == 0, err
-    assert len(load("runs/fast").sample(1, seed=most)) == 1
+    assert len(load("runs/tiny").sample(1, seed=most)) == 1
 
 
-def test_run_with_temperature_near_zero_finishes(place: Path, capsys) -> None:
+def test_run_with_temperature_near_zero_finishes(folder: Path, capsys) -> None:
     code, _, err = run_command(
-        capsys, "run", "fast.toml", "--set", "sample.sampler.temperature=1e-320"
+        capsys, "run", "tiny.toml", "--set", "sample.sampler.temperature=1e-320"
     )
     assert code == 0, err
-    assert Path("runs/fast/samples.jsonl").read_text().count("\n") == 2
+    assert Path("runs/tiny/samples.jsonl").read_text().count("\n") == 2
 
 
 # ---------------------------------------------------------------------- options of a trained run
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from commands import CORPUS, FAST
-
-    from ddiff import run
-
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
-        Path("fast.toml").write_text(FAST)
-        Path("corpus.txt").write_text(CORPUS)
-        run("fast.toml")
-    return folder / "runs" / "fast"
 
 
 ASKED = {
@@ -160,8 +144,8 @@ ASKED = {
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_sample_command_refuses_options_out_of_range(name: str, trained: Path, capsys) -> None:
-    refusal(run_command(capsys, "sample", str(trained), *ASKED[name]))
+def test_sample_command_refuses_options_out_of_range(name: str, finished: Path, capsys) -> None:
+    refusal(run_command(capsys, "sample", str(finished), *ASKED[name]))
 
 
 @pytest.mark.parametrize(
@@ -176,9 +160,9 @@ def test_sample_command_refuses_options_out_of_range(name: str, trained: Path, c
     ],
     ids=str,
 )
-def test_sample_in_python_refuses_arguments_out_of_range(asked: dict, trained: Path) -> None:
+def test_sample_in_python_refuses_arguments_out_of_range(asked: dict, finished: Path) -> None:
     with pytest.raises(ArgumentError, match=next(iter(asked))):
-        load(trained).sample(**asked)
+        load(finished).sample(**asked)
 
 
 def test_counter_rng_accepts_every_64_bit_seed() -> None:

@@ -10,11 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import place
 
 from ddiff.atomic import original_name
-
-__all__ = ["place"]
 
 # The stage prints "begun" and then sleeps, to simulate a long computation.
 STAGE = """
@@ -30,16 +27,16 @@ from ddiff.cli import main
 main({arguments})
 """
 STAGES = {
-    "dry run": ("ddiff.runs.dry_run", "check_directory", ["run", "fast.toml", "--dry-run"]),
-    "data": ("ddiff.runs.data", "build_train_rows", ["run", "fast.toml"]),
-    "data command": ("ddiff.runs.tokenize", "build_documents", ["data", "fast.toml"]),
+    "dry run": ("ddiff.runs.dry_run", "check_directory", ["run", "tiny.toml", "--dry-run"]),
+    "data": ("ddiff.runs.data", "build_train_rows", ["run", "tiny.toml"]),
+    "data command": ("ddiff.runs.tokenize", "build_documents", ["data", "tiny.toml"]),
 }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("stage", STAGES)
 def test_signal_ends_every_stage_without_traceback_or_partial_file(
-    stage: str, number: signal.Signals, place: Path
+    stage: str, number: signal.Signals, folder: Path
 ) -> None:
     module, name, arguments = STAGES[stage]
     script = STAGE.format(module=module, name=name, arguments=arguments)
@@ -55,7 +52,7 @@ def test_signal_ends_every_stage_without_traceback_or_partial_file(
     assert "Traceback" not in err
     left = [
         name
-        for _, _, names in os.walk(place)
+        for _, _, names in os.walk(folder)
         for name in names
         if name != original_name(name) or name.endswith(".lock")
     ]

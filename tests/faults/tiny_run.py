@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from commands import run_command
+from small import CORPUS
 
 import ddiff as api
 
@@ -56,21 +55,6 @@ steps = 2
 count = 2
 """
 
-CORPUS = "\n".join(
-    f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
-)
-
-
-class Answer(NamedTuple):
-    """Exit code and output of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
 
 def prepare(place: Path) -> None:
     """Write the recipe and its corpus into a folder."""
@@ -112,16 +96,6 @@ def run_dir(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Path("runs/tiny")
 
 
-@pytest.fixture
-def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Function that runs a command in this process, for example `ddiff("eval", "runs/tiny")`."""
-
-    def call(*arguments: str) -> Answer:
-        return Answer(*run_command(capsys, *arguments))
-
-    return call
-
-
 def files(place: Path) -> dict[str, bytes]:
     """Return the content of every file below a folder, by relative path."""
     return {
@@ -131,10 +105,6 @@ def files(place: Path) -> dict[str, bytes]:
     }
 
 
-def is_refusal(answer: Answer, *expected: str) -> bool:
-    """Whether a command failed with exit code 2 and a message that contains all of `expected`."""
-    assert answer.code == 2, answer
-    assert "Traceback" not in answer.err
-    missing = [text for text in expected if text not in answer.err]
-    assert missing == [], answer.err
-    return True
+def entries(folder: Path) -> list[str]:
+    """Return the sorted names of the files in a folder."""
+    return sorted(os.listdir(folder))

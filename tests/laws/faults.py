@@ -17,12 +17,14 @@ from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.components import MixtureProcess, mask_distribution
 from ddiff.core.dense import DenseProcess
 from ddiff.core.prediction import CleanDistribution
+from ddiff.core.process import ForwardProcess
 from ddiff.core.schedule import GeometricSchedule, LinearSchedule, PowerSchedule
 from ddiff.core.tree import TreeProcess
 from ddiff.core.tree_parents import StochasticParents
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.nn.denoiser import Backbone, Context, Denoiser
 from ddiff.nn.heads import TokenHead
+from ddiff.testing.bound import Table, rest_conditional_table
 from ddiff.testing.report import Law
 
 
@@ -141,6 +143,21 @@ def build_denoiser(backbone: type[MeanBackbone], head: type[TokenHead] = TokenHe
 
 
 # ---------------------------------------------------------------------- faults of several laws
+
+
+def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
+    """Fault: a network that predicts each of two tokens given the states of both positions.
+
+    The prediction P(x_i | z) uses the state z_i of the same position. It is wrong for the bound,
+    whose formulas multiply the prediction by q_t(z_i|x_i).
+    """
+    rest = rest_conditional_table(process, log_joint)
+
+    def table(zt: Tensor, t: Tensor) -> Tensor:
+        own = process.log_likelihood(zt.reshape(-1), t.reshape(-1))
+        return (rest(zt, t) + own.reshape(*zt.shape, -1)).log_softmax(-1)
+
+    return table
 
 
 class OneLevelAtATime(LogTimeClock):

@@ -16,6 +16,7 @@ from faults import (
     NoClosingTerm,
     RawDecoding,
     assert_detected,
+    full_conditional_table,
     tree_on_pair,
     uniform_noise,
 )
@@ -24,7 +25,7 @@ from torch import Tensor
 from ddiff.core.components import MixtureProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.testing import bound
-from ddiff.testing.bound import bent_path, full_conditional_table
+from ddiff.testing.bound import bent_path
 
 
 class SwappedWeights(TreeProcess):

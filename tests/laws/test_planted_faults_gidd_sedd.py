@@ -10,13 +10,12 @@ from ddiff_gidd.losses import Dynamic
 from ddiff_gidd.process import MIXINGS, Form, GeneralizedInterpolation
 from ddiff_sedd.head import RatioDistribution, Ratios
 from ddiff_sedd.process import ScoreEntropyDiffusion
-from faults import Fault, assert_detected
+from faults import Fault, assert_detected, full_conditional_table
 from torch import Tensor
 
 from ddiff import FlatVocabulary, MixtureProcess, Score
 from ddiff.core.schedule import GeometricSchedule, Schedule
 from ddiff.testing import bound, chain, derived_formulas, schedule
-from ddiff.testing.bound import full_conditional_table
 from ddiff.testing.probes import INNER, ReachableRows, times
 
 VOCABULARY = FlatVocabulary(3)

@@ -10,7 +10,7 @@ import torch
 from ddiff_hybrid.epsilon import EpsilonHybrid
 from ddiff_hybrid.gamma import GammaHybrid, PowerOf
 from ddiff_hybrid.losses import EverywhereCrossEntropy, MixedEntropies
-from faults import Fault, assert_detected
+from faults import Fault, assert_detected, full_conditional_table
 from torch import Tensor
 
 from ddiff.core.components import MixtureProcess, token_distribution
@@ -20,7 +20,7 @@ from ddiff.core.prediction import CleanDistribution, DenseDistribution
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.testing import bound, chain, derived_formulas, draws, reverse_process
-from ddiff.testing.bound import full_conditional_table, random_joint, rest_conditional_table
+from ddiff.testing.bound import random_joint, rest_conditional_table
 from ddiff.testing.probes import INNER, times
 from ddiff.testing.report import Gap, compare, law
 
