@@ -43,7 +43,7 @@ def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def refusal(answer: Answer) -> str:
-    """Check that a command failed with exit code 2 and one short paragraph, and return it."""
+    """Check that a command failed with exit code 2 and one paragraph, and return the paragraph."""
     assert answer.code == 2, answer
     assert "Traceback" not in answer.err
     assert "Aborted" not in answer.err
@@ -52,7 +52,7 @@ def refusal(answer: Answer) -> str:
 
 
 def is_refusal(answer: Answer, *expected: str) -> bool:
-    """Check that a command failed with a message that contains all of `expected`."""
+    """Assert that a command failed with a message that contains all of `expected`."""
     message = refusal(answer)
     missing = [text for text in expected if text not in message]
     assert missing == [], message

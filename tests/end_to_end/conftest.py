@@ -1,4 +1,4 @@
-"""Fixtures: a folder with a small recipe and its corpus, and the command line."""
+"""Fixtures of this folder: a folder with a small recipe and its corpus, and `ddiff` commands."""
 
 from __future__ import annotations
 

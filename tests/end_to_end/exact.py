@@ -1,4 +1,4 @@
-"""Exact conditionals of a Markov source as a network, for any process and any time rule."""
+"""Network that predicts the exact conditional distributions of a Markov source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddiff.core.process import Query
 def exact_ask(
     process: ForwardProcess, source: MarkovSource, predicts: str = "distribution"
 ) -> Network:
-    """Return the network of the exact distribution of each symbol, or of the exact score.
+    """Return the network that predicts the exact distribution of each symbol, or its score.
 
     The distribution of x_i is conditioned on all states that position i attends to, except its own.
     """

@@ -63,7 +63,10 @@ FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tok
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Work in `folder` with the recipe, its corpus and a separate cache, for module fixtures."""
+    """Context manager that works in `folder` with the recipe, its corpus and a separate cache.
+
+    It is used by module fixtures, which cannot use the fixture `folder`.
+    """
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -36,7 +36,7 @@ def mount(place: Path, *options: str) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Disk of 40 kB."""
+    """Folder on a mounted file system of 40 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     if not mount(place, "size=40k"):
