@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddiff.cli import main as ddiff
-from ddiff.plugin.loader import installed_plugins, survey_plugins
+from ddiff.plugin.loader import find_installed_plugins, survey_plugins
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import SLOTS
@@ -121,7 +121,7 @@ class Output(NamedTuple):
 
 def bases() -> list[dict[str, Any]]:
     """Return the shipped small recipes with all defaults, reduced in size, on two data sets."""
-    plugins = [name for name in installed_plugins() if name != "core"]
+    plugins = [name for name in find_installed_plugins() if name != "core"]
     found = []
     for name in find_shipped_recipes():
         if "/" in name:

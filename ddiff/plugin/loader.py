@@ -63,7 +63,7 @@ class Plugin:
         registry = Registry(self.origin)
         with convert_errors(self._import_error):
             module = self.entry_point.load()
-        hooks = self._checked_hooks(module)
+        hooks = self._find_hooks(module)
         with convert_errors(self._register_error):
             hooks.ddiff_register(registry=registry)
         return registry
@@ -87,7 +87,7 @@ class Plugin:
             "def ddiff_register(registry)."
         )
 
-    def _checked_hooks(self, module: Any) -> pluggy.HookRelay:
+    def _find_hooks(self, module: Any) -> pluggy.HookRelay:
         """Collect the hooks of the module. Raises PluginError for an invalid or missing hook."""
         # one manager per plugin, so that only the hook of this plugin is called
         manager = pluggy.PluginManager(GROUP)
@@ -117,7 +117,13 @@ class Plugin:
 
 
 class PluginReport(NamedTuple):
-    """Result of loading one installed plugin: either its components or an error."""
+    """Result of loading one installed plugin.
+
+    Args:
+        plugin: the plugin.
+        components: its components; empty if the plugin cannot be loaded.
+        error: error of loading the plugin, or None.
+    """
 
     plugin: Plugin
     components: list[Component]
@@ -131,15 +137,14 @@ class Survey(NamedTuple):
     reports: list[PluginReport]
 
 
-def installed_plugins() -> dict[str, list[Plugin]]:
-    """Find the installed plugins by name, without importing them.
+def find_installed_plugins() -> dict[str, list[Plugin]]:
+    """Return the installed plugins by name, without importing them.
 
-    A list contains several plugins if several distributions provide a plugin with the same name,
-    which is a conflict.
+    Each list contains one plugin, unless several distributions provide plugins with the same name.
     """
     claims = defaultdict(list)
     for entry_point in importlib.metadata.entry_points(group=GROUP):
-        plugin = Plugin(entry_point.name, _origin_of(entry_point), entry_point)
+        plugin = Plugin(entry_point.name, _find_origin(entry_point), entry_point)
         claims[plugin.name].append(plugin)
     return dict(sorted(claims.items()))
 
@@ -152,21 +157,18 @@ def load_plugins(names: Iterable[str]) -> Registry:
     """
     # core is first, so that in a conflict with core the other plugin is reported
     wanted = list(dict.fromkeys([CORE, *names]))
-    registry = Registry(unlisted=lambda: _components_outside(wanted))
-    installed = installed_plugins()
+    registry = Registry(unlisted=lambda: _find_unlisted_components(wanted))
+    installed = find_installed_plugins()
     for name in wanted:
-        registry.merge(_single_plugin(name, installed).register_components())
+        registry.merge(_select_plugin(name, installed).register_components())
     return registry
 
 
 def survey_plugins() -> Survey:
-    """Load every installed plugin.
-
-    If a plugin cannot be loaded, its report contains an error, and all other plugins are loaded.
-    """
+    """Load every installed plugin. The report of a plugin that cannot be loaded has an error."""
     registry = Registry()
     reports = []
-    for claims in installed_plugins().values():
+    for claims in find_installed_plugins().values():
         # several plugins with the same name have one report each
         for plugin in claims:
             reports.append(_load_into(registry, plugin, claims))
@@ -174,6 +176,10 @@ def survey_plugins() -> Survey:
 
 
 def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> PluginReport:
+    """Load a plugin and add its components to a registry. An error is returned in the report.
+
+    `claims`: all installed plugins with the name of this plugin.
+    """
     try:
         _check_single(plugin.name, claims)
         registered = plugin.register_components()
@@ -183,7 +189,7 @@ def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> Plug
     return PluginReport(plugin, registered.components(), None)
 
 
-def _components_outside(listed: list[str]) -> list[Component]:
+def _find_unlisted_components(listed: list[str]) -> list[Component]:
     """Return the components of all installed plugins, except of those named in `listed`."""
     found: list[Component] = []
     for report in survey_plugins().reports:
@@ -192,7 +198,7 @@ def _components_outside(listed: list[str]) -> list[Component]:
     return found
 
 
-def _single_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
+def _select_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
     """Return the installed plugin `name`. Raises PluginError unless exactly one is installed."""
     if name not in installed:
         raise PluginError(
@@ -205,6 +211,7 @@ def _single_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
 
 
 def _check_single(name: str, claims: list[Plugin]) -> None:
+    """Raise PluginError if `claims`, the installed plugins with a name, are more than one."""
     if len(claims) > 1:
         owners = " and ".join(str(plugin.origin) for plugin in claims)
         raise PluginError(
@@ -213,7 +220,8 @@ def _check_single(name: str, claims: list[Plugin]) -> None:
         )
 
 
-def _origin_of(entry_point: importlib.metadata.EntryPoint) -> Origin:
+def _find_origin(entry_point: importlib.metadata.EntryPoint) -> Origin:
+    """Return the package, distribution and version of a plugin's entry point."""
     # "package.module:object" -> "package"
     package = entry_point.value.partition(":")[0].partition(".")[0].strip()
     distribution = entry_point.dist

@@ -109,7 +109,7 @@ class Members:
     """Processes only: vocabularies for which `ddiff check` builds the process."""
 
     @classmethod
-    def of(cls, target: object) -> Members:
+    def collect(cls, target: object) -> Members:
         """Collect the members of `target`, the imported object of a component."""
         found: dict[str, Any] = {}
         for member in fields(cls):
@@ -157,12 +157,12 @@ class Component:
 
         with convert_errors(to_plugin_error):
             found = operator.attrgetter(path)(importlib.import_module(module))
-            self._check_contract(Members.of(found))
+            self._check_contract(Members.collect(found))
         return found
 
     def members(self) -> Members:
         """Load the component and collect its members. Raises PluginError if `load` fails."""
-        return Members.of(self.load())
+        return Members.collect(self.load())
 
     def config_class(self) -> type[ComponentConfig]:
         """Load the component and return its `Config`, the pydantic model of its table."""

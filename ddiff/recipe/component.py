@@ -15,7 +15,7 @@ from ddiff.plugin.registry import Component, Members
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """Component with its settings, which can be built.
+    """Registered component together with its checked settings.
 
     Args:
         component: the registered component.
@@ -35,15 +35,19 @@ class ComponentSpec:
     def build(self, **inputs: Any) -> Any:
         """Call `build(config, ...)` of the component with the inputs that its signature names.
 
-        A component names only the inputs that it uses, so plugins still work if their kind gets a
-        new input. Raises PluginError if `build` has a parameter that is not an input of its kind.
+        `inputs`: all inputs of the component's kind, such as `vocabulary` and `length` of a
+        backbone. A component names only the inputs that it uses, so plugins still work if their
+        kind gets a new input. Raises PluginError if `build` has a parameter that is not an input.
         If `build` raises an ArgumentError or DataError, the component's table is added to the
         beginning of the message.
         """
         return self._call("build", self.component.load().build, inputs)
 
     def preview(self, **inputs: Any) -> Any:
-        """Call `preview(config, ...)`, which describes the result without reading data."""
+        """Call `preview(config, ...)`, which describes the result of `build` without reading data.
+
+        Returns None if the component cannot describe the result.
+        """
         return self._call("preview", self.members.preview, inputs)
 
     def input_paths(self) -> tuple[str, ...]:
@@ -56,7 +60,7 @@ class ComponentSpec:
 
     @contextmanager
     def prefix_errors(self) -> Iterator[None]:
-        """Put the component's recipe table in front of errors raised in a `with` block.
+        """Add the table of the component to messages of errors raised in a `with` block.
 
         Only the messages of ArgumentError and DataError are changed.
         """
@@ -68,6 +72,13 @@ class ComponentSpec:
             raise
 
     def _call(self, name: str, function: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """Call a member of the component with its settings and those inputs that it names.
+
+        Args:
+            name: name of the member, for messages.
+            function: the member.
+            inputs: all inputs by name.
+        """
         signature = inspect.signature(function)
         takes_all = any(
             parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ddiff.errors import PluginError, RecipeError, shorten
-from ddiff.plugin.loader import installed_plugins, load_plugins
+from ddiff.plugin.loader import find_installed_plugins, load_plugins
 from ddiff.plugin.registry import Component, Registry
 from ddiff.recipe.messages import format_table, format_value
 from ddiff.recipe.schema import SLOTS, TABLES, TablePath
@@ -18,7 +18,7 @@ def load_listed_plugins(plugins: Sequence[str], tree: RecipeTree) -> Registry:
         return load_plugins(plugins)
     except PluginError as error:
         remedy = ""
-        if not set(plugins) <= set(installed_plugins()):
+        if not set(plugins) <= set(find_installed_plugins()):
             remedy = " Install the distribution of the plugin: pip install -e path/to/plugin."
         raise RecipeError(
             f"{tree.locate(('plugins',))}: plugins = {format_value(list(plugins))}: {error}{remedy}"

@@ -70,7 +70,7 @@ def _format_type(schema: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------- validation errors
 
 
-def first_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
+def select_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
     """Return the entry of `ValidationError.errors()` that is reported to the user.
 
     The `loc` of the returned entry is the key as written in the recipe. If a union type refuses a
@@ -98,7 +98,7 @@ def explain_validation(
     known: Sequence[str],
     whole: str = "the recipe",
 ) -> str:
-    """Return a one-paragraph message about the validation error that `first_error` returned.
+    """Return a one-paragraph message about the validation error that `select_error` returned.
 
     Args:
         error: entry of `ValidationError.errors()`.

@@ -126,11 +126,11 @@ class Recipe:
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List the keys that differ between two recipes, as (dotted key, old value, new value).
 
+    The value of an absent key is None.
+
     Args:
         old: first recipe, from `Recipe.to_dict`.
         new: second recipe, from `Recipe.to_dict`.
-
-    The value of an absent key is None.
     """
     before = flatten_keys(old)
     after = flatten_keys(new)

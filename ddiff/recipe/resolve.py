@@ -60,9 +60,14 @@ def configure_component(
     settings: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> ComponentSpec:
-    """Configure a component without a recipe, from "key=value" texts over `defaults`.
+    """Configure a component without a recipe.
 
     Used for the settings of `ddiff check NAME --set` and `ddiff sample --set`.
+
+    Args:
+        component: the registered component.
+        settings: "key=value" texts with keys of the component's `Config`.
+        defaults: values of keys that `settings` does not set; by default those of `Config`.
     """
     base = RecipeTree(dict(defaults or {}), "--set")
     tree = read_settings(settings, "--set").merge_over(base, _inherit_all)

@@ -24,11 +24,14 @@ from ddiff.plugin.config import (
 )
 
 NAME_BYTES = 200
-"""Largest size of a file name. Most systems allow 255 bytes;
-ddiff appends an ending such as `.part`."""
+"""Largest size of a file name in bytes. Most file systems allow 255 bytes.
+
+The difference leaves room for endings that ddiff appends, such as `.part`."""
 
 PATH_BYTES = 3800
-"""Largest size of a path. Linux allows 4096 bytes, and ddiff creates files two folders below."""
+"""Largest size of a path in bytes. Linux allows 4096 bytes.
+
+The difference leaves room for files that ddiff writes two folders below a run directory."""
 
 Processes = Annotated[int, Field(gt=0, le=1024)]
 """Number of processes on one machine."""
@@ -353,7 +356,7 @@ def expand_shorthand(values: dict[str, Any]) -> None:
             table[path[-1]] = {"kind": table[path[-1]]}
 
 
-def inherited_keys(
+def find_inherited_keys(
     path: TablePath, base: Mapping[str, Any], new: Mapping[str, Any]
 ) -> frozenset[str] | None:
     """Return the keys of a base table that an overriding table inherits; None: all keys.

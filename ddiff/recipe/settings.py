@@ -34,15 +34,16 @@ _OPTIONS = {
 
 
 def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
-    """Read `a.b=c` texts. A value that is not valid TOML is read as a string without quotes.
+    """Parse texts such as "train.steps=200" to a tree of tables.
+
+    A value that is not valid TOML is read as a string, so that strings need no quotes. Raises
+    RecipeError if a text has no `=`, more than one key, or an invalid key or value, and if a key
+    such as `a.b` is set although another text gives `a` a value that is not a table.
 
     Args:
         settings: the texts.
-        source: name of the tree, for messages.
-        option: "--set" or "--condition", for messages.
-
-    Raises RecipeError if a text has no `=`, more than one key, or an invalid key or value, and if a
-    key such as `a.b` is set although `a` is not a table.
+        source: name of the returned tree, for messages about keys that no text sets.
+        option: "--set" or "--condition", for messages about the texts.
     """
     tree = RecipeTree({}, source)
     for setting in settings:

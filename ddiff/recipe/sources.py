@@ -12,7 +12,7 @@ from dataclasses import replace
 from ddiff.errors import ArgumentError, RecipeError, shorten
 from ddiff.recipe.files import RecipeFile, read_file
 from ddiff.recipe.messages import format_value
-from ddiff.recipe.schema import expand_shorthand, inherited_keys
+from ddiff.recipe.schema import expand_shorthand, find_inherited_keys
 from ddiff.recipe.settings import read_settings
 from ddiff.recipe.toml import read_toml
 from ddiff.recipe.tree import RecipeTree
@@ -47,7 +47,7 @@ def read_sources(
         expand_shorthand(tree.values)
     merged = trees.pop()
     for tree in reversed(trees):
-        merged = tree.merge_over(merged, inherited_keys)
+        merged = tree.merge_over(merged, find_inherited_keys)
     return merged
 
 

@@ -21,9 +21,9 @@ from ddiff.recipe.lookup import find_components, load_listed_plugins
 from ddiff.recipe.messages import (
     explain_unknown_key,
     explain_validation,
-    first_error,
     format_table,
     format_value,
+    select_error,
 )
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.schema import (
@@ -207,7 +207,7 @@ def validate_table(
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = first_error(error.errors(include_url=False), model)
+        first = select_error(error.errors(include_url=False), model)
         place = tree.locate((*path, *first["loc"]))
         owner = _owner(component)
         raise RecipeError(

@@ -37,8 +37,12 @@ _PARSER_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
 def read_toml(text: str, source: str) -> RecipeTree:
     """Parse TOML text of a recipe.
 
-    Raises RecipeError, with the line, for text that is not valid TOML, and for a
-    value which no recipe may contain.
+    Raises RecipeError with the line if the text is not valid TOML, and RecipeError if the text
+    contains a value that no recipe may contain.
+
+    Args:
+        text: TOML text.
+        source: file name of the text, for messages.
     """
     try:
         values = tomllib.loads(text)
@@ -101,13 +105,13 @@ def find_fault(value: Any) -> str | None:
 
 
 def explain_toml_error(error: tomllib.TOMLDecodeError) -> str:
-    """Return the reason of a TOML error without the line and column."""
+    """Return the reason that tomllib gives for invalid TOML, without the line and column."""
     reason = shorten(_PARSER_LINE.sub("", str(error)))
     return reason[:1].lower() + reason[1:]
 
 
 def explain_parser_error(error: Exception) -> str:
-    """Return the reason why the parser failed on syntactically valid text."""
+    """Return the reason why tomllib failed on text with valid syntax."""
     if isinstance(error, RecursionError):
         return f"it has more than {DEEPEST} levels of nested tables and lists"
     return f"the parser refuses the text ({shorten(str(error))})"
@@ -148,7 +152,7 @@ def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
 class _Scanner:
     """Scanner that finds the line of each key in TOML text.
 
-    The text must be accepted by tomllib, so the scanner does not check the syntax.
+    The scanner does not check the syntax, so the text must be text that tomllib accepts.
     """
 
     def __init__(self, text: str) -> None:

@@ -50,7 +50,9 @@ class RecipeTree:
     def merge_over(self, base: RecipeTree, inherited: InheritedKeys) -> RecipeTree:
         """Merge this tree with a base tree, table by table. Values of this tree take precedence.
 
-        `inherited`: function that may limit the keys that a table inherits from the base table.
+        Args:
+            base: the base tree, which is not changed.
+            inherited: function that may limit the keys that a table inherits from the base table.
         """
         places = dict(base.places)
         values = _merge_tables(base.values, self.values, (), places, inherited)
@@ -64,7 +66,15 @@ def _merge_tables(
     places: dict[KeyPath, str],
     inherited: InheritedKeys,
 ) -> dict[str, Any]:
-    """Merge `over` over `base`, and delete the places of replaced values from `places`."""
+    """Merge a table over a base table, and delete the places of replaced values.
+
+    Args:
+        base: the base table.
+        over: table whose values take precedence.
+        path: path of both tables.
+        places: file and line of every key of the base tree; changed in place.
+        inherited: function that may limit the keys that `over` inherits from `base`.
+    """
     keys = inherited(path, base, over)
     kept = {key: value for key, value in base.items() if keys is None or key in keys}
     # copied, because settings and the shorthand change trees in place

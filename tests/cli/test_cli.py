@@ -13,7 +13,7 @@ import pytest
 
 import ddiff
 from ddiff.cli import app, main
-from ddiff.plugin.loader import installed_plugins, survey_plugins
+from ddiff.plugin.loader import find_installed_plugins, survey_plugins
 from ddiff.plugin.registry import KINDS
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
@@ -106,7 +106,9 @@ def test_help_option_lists_every_command(capsys):
 
 def test_version_option_prints_version_of_the_distribution(capsys):
     assert call(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
-    assert {plugin.origin.version for plugin in installed_plugins()["core"]} == {ddiff.__version__}
+    assert {plugin.origin.version for plugin in find_installed_plugins()["core"]} == {
+        ddiff.__version__
+    }
 
 
 def test_plugins_command_lists_all_plugins_and_components(capsys):
@@ -121,7 +123,7 @@ def test_plugins_command_lists_all_plugins_and_components(capsys):
     ] == []
 
 
-@pytest.mark.parametrize("name", list(installed_plugins()))
+@pytest.mark.parametrize("name", list(find_installed_plugins()))
 def test_plugins_command_lists_every_key_of_a_plugin(capsys, name):
     code, out, _ = call(capsys, "plugins", name)
     assert code == 0

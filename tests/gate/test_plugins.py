@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ddiff.plugin import loader as plugin
-from ddiff.plugin.loader import installed_plugins, load_plugins, survey_plugins
+from ddiff.plugin.loader import find_installed_plugins, load_plugins, survey_plugins
 
 HOOK = """
 from ddiff import hookimpl
@@ -43,7 +43,7 @@ def test_load_plugins_imports_only_listed_plugins_and_no_components(
         "other_pkg": hook(name="other"),
     }
     distribution("toy-dist", "1.0", {"toy": "toy_pkg", "other": "other_pkg"}, modules)
-    assert {"toy", "other"} <= set(installed_plugins())
+    assert {"toy", "other"} <= set(find_installed_plugins())
     load_plugins(["toy"])
     assert "toy_pkg" in sys.modules
     assert not {"other_pkg", "toy_parts"} & set(sys.modules)

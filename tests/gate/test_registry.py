@@ -90,7 +90,7 @@ def test_component_with_only_a_build_method_gets_default_members():
         def build(config):
             return None
 
-    members = Members.of(Plain)
+    members = Members.collect(Plain)
     assert members.build is Plain.build
     assert (members.Config, members.slots, members.writes) == (NoKeys, None, ())
     assert not members.is_distributed
