@@ -1,10 +1,11 @@
-"""Predicted distribution of the clean token given the REST of the noisy sequence.
+"""Predicted distribution of a clean token x_i, given the states of all other positions.
 
-The evidence of a row's own state z_i is excluded, and every formula of the engine multiplies the
-evidence in. With the full conditional P(x_i | z) instead, the bound would be wrong by tenths of a
-nat wherever a visible token may be corrupted. Networks that predict the full conditional (plain
-cross-entropy at visible rows) declare `parameterization="all"`, and `drop_own_evidence` converts
-their output. A `Score` is not a distribution.
+The prediction P(x_i | z without z_i) excludes the evidence q_t(z_i | x_i) of the row's state z_i,
+because every formula of the engine multiplies by this evidence. With the full conditional
+P(x_i | z) instead, the bound would be wrong by tenths of a nat if tokens that are not masked may be
+corrupted. Networks that predict the full conditional (as plain cross-entropy trains it at positions
+that are not masked) declare `parameterization="all"`, and `drop_own_evidence` converts their
+output. A `Score` holds ratios of probabilities and is not a distribution.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from ddiff.errors import ArgumentError
 
 
 class CleanDistribution(Protocol):
-    """Predicted distribution P(x_i | the rest of the sequence) of r rows, by nodes of the tree.
+    """Predicted distribution P(x_i | z without z_i) of r rows, over tokens and nodes of the tree.
 
-    All rows are conditioned on one node `top`: the token is below `top`. Probabilities of nodes
-    above `top` are not known.
+    Every row is conditioned on the event that its token is below the node `top`. Probabilities of
+    nodes above `top` are not known.
     """
 
     vocabulary: Vocabulary
@@ -34,9 +35,9 @@ class CleanDistribution(Protocol):
         """Return log P(node | top) [r,w] for the w nodes of `level` below top, in tree order."""
 
     def log_prob(self, node: Tensor) -> Tensor:
-        """Return the log-probability [r] of one node per row: that the token is below this node.
+        """Return the log-probability [r] that the token is below the given node of each row.
 
-        A node is an id of any level; for a token the result is its log-probability.
+        A node is an id of any level. For a token, the result is the token's log-probability.
         """
 
     def log_child(self, node: Tensor, child: Tensor) -> Tensor:
@@ -91,14 +92,14 @@ def require_distribution(prediction: Prediction, caller: str) -> CleanDistributi
     if isinstance(prediction, Score):
         raise ArgumentError(
             f"{caller}: the prediction must be a distribution of the clean token, since a token is "
-            "drawn from it; got a Score, whose ratios are no distribution. Use a sampler made for "
+            "drawn from it; got a Score, which holds ratios only. Use a sampler made for "
             "scores (tau-leaping, analytic), or a head that predicts a distribution."
         )
     return prediction
 
 
 class SubtreeDistribution(ABC):
-    """Distribution of the token below one node `top`, from the distribution of each level.
+    """Distribution of the token below one node `top`. A subclass defines `log_below`.
 
     `log_prob` and `log_mass` need `top` to be the root, since probabilities of nodes above `top`
     are not known. `top_is_query_node` declares that `top` is the query node of every row, which
@@ -150,7 +151,7 @@ class SubtreeDistribution(ABC):
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
         if not self.top_is_query_node:
             return self.log_child(node, child)
-        # Every child is one level below `self.top`, so no other level is computed or searched.
+        # Every child is one level below `self.top`, so other levels are not needed.
         level = len(self._below) - 1
         log_child = self._log_at(level, self._place(child, level))
         return torch.where(child == node, 0.0, log_child)
@@ -367,7 +368,7 @@ class _Softmax:
         if logits.shape[-1]:
             peak = logits.amax(-1, keepdim=True)
         else:
-            # amax raises an error without columns; the sum is 0.
+            # amax raises an error if there are no columns; the sum is then 0.
             peak = logits.sum(-1, keepdim=True)
         self.exponentials = logits.sub(peak).exp_()
         self.total = self.exponentials.sum(-1, keepdim=True)
@@ -379,7 +380,7 @@ class _Softmax:
         return self
 
     def scale_probabilities(self, factor: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return probabilities [r,w] times `factor` [r], plus `addend` [r,w]: a gradient of logits.
+        """Return a gradient of the logits: probabilities [r,w] * `factor` [r] + `addend` [r,w].
 
         The result overwrites the exponentials if no other function needs them.
         """
@@ -493,16 +494,17 @@ def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Ten
     peak = torch.where(peak.isfinite(), peak, torch.zeros_like(peak))
     exponentials = (values - peak.gather(-1, index)).exp()
     total = torch.zeros_like(peak).index_add(-1, segment, exponentials)
-    # A segment without mass (`drop_own_evidence` makes them) must send no gradient back.
+    # A segment with probability 0, as after `drop_own_evidence`, must send no gradient back.
     return safe_log(total) + peak
 
 
 def drop_own_evidence(log_p: Tensor, log_likelihood: Tensor) -> Tensor:
-    """Turn the full conditional P(x | z) into P(x | rest), proportional to p(x) / q_t(z_i | x).
+    """Convert the full conditional P(x_i | z) to P(x_i | z without z_i), in logs [r,V].
 
-    log_p [r,V] is the log of the full conditional, log_likelihood [r,V] the result of
-    `ForwardProcess.log_likelihood(zt, t)`. Tokens that cannot have become z_i keep probability 0,
-    since the full conditional carries no information on them.
+    The result is proportional to P(x_i | z) / q_t(z_i | x_i). `log_p` [r,V] is the log of the full
+    conditional, and `log_likelihood` [r,V] the result of `ForwardProcess.log_likelihood(zt, t)`.
+    Tokens that cannot have become z_i keep probability 0, since the full conditional carries no
+    information on them.
     """
     possible = log_likelihood.isfinite()
     quotient = torch.where(possible, log_p - log_likelihood, -torch.inf)
