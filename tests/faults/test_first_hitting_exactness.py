@@ -107,7 +107,7 @@ def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
     process = gidd(0.9, 0.5)
     with pytest.raises(
         ArgumentError,
-        match=r"of 128 positions 1\.\d+ are noise already.*error of up to 0\.\d+.*gamma",
+        match=r"1\.\d+ of 128 positions are noise.*error of up to 0\.\d+.*gamma",
     ):
         find_event_interval(process, 1e-3, 128)
     assert find_event_interval(process, 1e-3, 2)[1] == pytest.approx(EARLIEST)
