@@ -73,9 +73,11 @@ def draw_svg(bounds: Sequence[Curve]) -> str:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(nats, high)) / (high - low)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">training steps</text><text x="4" y="12">nats per token</text>',
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">training steps</text>'
+        '<text x="4" y="12">nats per token</text>',
     ]
     for count in range(5):
         nats, step = low + (high - low) * count / 4, last * count // 4

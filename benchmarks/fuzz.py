@@ -39,8 +39,9 @@ CORPUS = "\n".join(
     f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
 )
 SMALL = [
-    "data.length=8", "denoiser.width=16", "denoiser.layers=1", "denoiser.heads=2", "train.steps=2", "train.batch=4",
-    "train.warmup=1", "evaluate.rows=4", "evaluate.batch=4", "sample.steps=2", "sample.count=2", "sample.batch=2",
+    "data.length=8", "denoiser.width=16", "denoiser.layers=1", "denoiser.heads=2",
+    "train.steps=2", "train.batch=4", "train.warmup=1", "evaluate.rows=4", "evaluate.batch=4",
+    "sample.steps=2", "sample.count=2", "sample.batch=2",
 ]  # fmt: skip
 SHORT = ["train.steps=2", "evaluate.rows=4", "evaluate.draws=1", "sample.steps=2", "sample.count=2"]
 TEXT = 'data={kind="text", files=["corpus.txt"], split="line", held_out=0.2, length=8}'
@@ -403,9 +404,8 @@ def fuzz(
             report(str(faults[-1]))
         elif output.code == 2:
             late += 1
-            report(
-                f"--- recipe {number}: accepted, then refused: {output.err.strip().splitlines()[-1][:600]}"
-            )
+            last_line = output.err.strip().splitlines()[-1]
+            report(f"--- recipe {number}: accepted, then refused: {last_line[:600]}")
         shutil.rmtree("runs", ignore_errors=True)
     report(f"{len(chosen)} runs: {late} refused late, {len(faults)} faults in all")
     return faults

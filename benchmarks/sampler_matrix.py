@@ -1,6 +1,6 @@
 """Measure error and network evaluations of every sampler on every process that it supports.
 
-python benchmarks/sampler_matrix.py                      # write docs/samplers.md, about half an hour
+python benchmarks/sampler_matrix.py                # write docs/samplers.md, about half an hour
 python benchmarks/sampler_matrix.py --only mdlm gidd --points 4096 --out /tmp/samplers.md
 """
 

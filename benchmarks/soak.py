@@ -156,7 +156,8 @@ def soak(
     minutes = (time.monotonic() - began) / 60.0
     when = ", ".join(f"{count} {moment}" for moment, count in moments.most_common())
     print(
-        f"{trials} runs, {sum(moments.values())} times killed ({when}), {faults} ended differently; {minutes:.1f} min"
+        f"{trials} runs, {sum(moments.values())} times killed ({when}), "
+        f"{faults} ended differently; {minutes:.1f} min"
     )
     return int(faults > 0)
 
@@ -192,7 +193,8 @@ class Run:
         _kill(ranks)
         if any(code != 0 for code in codes):
             raise RuntimeError(
-                f"{self.place} in {self.layout} failed with exit codes {codes}:\n{self.log.read_text()[-4000:]}"
+                f"{self.place} in {self.layout} failed with exit codes {codes}:\n"
+                f"{self.log.read_text()[-4000:]}"
             )
 
     def start_and_kill(self, kill: Kill) -> str:

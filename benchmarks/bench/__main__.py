@@ -62,6 +62,17 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
+def say_header(*names: str) -> None:
+    """Print the first two lines of a Markdown table with these columns."""
+    say_row(*names)
+    say("|" + "---|" * len(names))
+
+
+def say_row(*cells: str) -> None:
+    """Print one row of a Markdown table."""
+    say("| " + " | ".join(cells) + " |")
+
+
 def spread(found: dict[str, float]) -> str:
     return f"{found['median']:.3f} [{found['least']:.3f}, {found['greatest']:.3f}]"
 
@@ -73,10 +84,16 @@ def verdict(value: float, target: float | None) -> str:
 def train(effort: Effort) -> list[dict[str, Any]]:
     """Measure a training step: draw t, noise, forward, loss and backward, without optimizer."""
     say("\n## Training step, 4 layers, width 256, batch 8x128: CPU seconds\n")
-    say(
-        "| family | V | ours | plain | trunk | plain/trunk (limit) | ours/plain [least, greatest] | target |"
+    say_header(
+        "family",
+        "V",
+        "ours",
+        "plain",
+        "trunk",
+        "plain/trunk (limit)",
+        "ours/plain [least, greatest]",
+        "target",
     )
-    say("|---|---|---|---|---|---|---|---|")
     rows = []
     for vocabulary in (SMALL, LARGE):
         for family, names in HEADS.items():
@@ -93,10 +110,15 @@ def train(effort: Effort) -> list[dict[str, Any]]:
                 medians = {
                     side: statistics.median(found[side]) for side in (name, "plain", "trunk")
                 }
-                say(
-                    f"| {name} | {vocabulary} | {medians[name]:.3f} | {medians['plain']:.3f} | {medians['trunk']:.3f} "
-                    f"| {over['median']:.1f} {f'({limit:g})' if limit else ''} | {spread(ratio)} "
-                    f"| {verdict(ratio['median'], target)} |"
+                say_row(
+                    name,
+                    str(vocabulary),
+                    f"{medians[name]:.3f}",
+                    f"{medians['plain']:.3f}",
+                    f"{medians['trunk']:.3f}",
+                    f"{over['median']:.1f} {f'({limit:g})' if limit else ''}",
+                    spread(ratio),
+                    verdict(ratio["median"], target),
                 )
                 row = {"family": name, "vocabulary": vocabulary, "ratio": ratio, "target": target}
                 rows.append(row | {"plain_over_trunk": over, "limit": limit, "seconds": found})
@@ -106,12 +128,19 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 def sample(effort: Effort) -> list[dict[str, Any]]:
     """Measure a sampling run. The plain implementation runs only some steps, of equal cost."""
     say(
-        f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} tokens, ours cached): CPU seconds of a run\n"
+        f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} tokens, ours cached): "
+        "CPU seconds of a run\n"
     )
-    say(
-        "| family | V | ours | plain | a plain step [least, greatest] | steps run | ours/plain [least, greatest] | target |"
+    say_header(
+        "family",
+        "V",
+        "ours",
+        "plain",
+        "a plain step [least, greatest]",
+        "steps run",
+        "ours/plain [least, greatest]",
+        "target",
     )
-    say("|---|---|---|---|---|---|---|---|")
     rows = []
     for vocabulary in (SMALL, LARGE):
         for family, names in HEADS.items():
@@ -131,14 +160,19 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
                 found["plain_step"][i : i + each] for i in range(0, len(found["plain_step"]), each)
             ]
             plain = [sum(part) * steps / each for part in parts]
+            step = found["plain_step"]
             for name in names:
                 ratio = ratios(found[name], plain)
                 target = SAMPLE_TARGETS.get(name) if vocabulary == LARGE else None
-                say(
-                    f"| {name} | {vocabulary} | {statistics.median(found[name]):.2f} | {statistics.median(plain):.1f} "
-                    f"| {statistics.median(found['plain_step']):.2f} [{min(found['plain_step']):.2f}, "
-                    f"{max(found['plain_step']):.2f}] | {len(found['plain_step'])} | {spread(ratio)} "
-                    f"| {verdict(ratio['median'], target)} |"
+                say_row(
+                    name,
+                    str(vocabulary),
+                    f"{statistics.median(found[name]):.2f}",
+                    f"{statistics.median(plain):.1f}",
+                    f"{statistics.median(step):.2f} [{min(step):.2f}, {max(step):.2f}]",
+                    str(len(step)),
+                    spread(ratio),
+                    verdict(ratio["median"], target),
                 )
                 row = {"family": name, "vocabulary": vocabulary, "ratio": ratio, "target": target}
                 rows.append(row | {"seconds": found, "plain_run": plain})
@@ -148,8 +182,7 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
 def memory(effort: Effort) -> list[dict[str, Any]]:
     """Measure the peak memory of a step or a run, in a separate process per implementation."""
     say(f"\n## Memory increase over the model, gradients included, V = {LARGE}: MB\n")
-    say("| what | family | ours | plain | ours/plain | target |")
-    say("|---|---|---|---|---|---|")
+    say_header("what", "family", "ours", "plain", "ours/plain", "target")
     rows = []
     for what in ("train", "sample"):
         for names in HEADS.values():
@@ -157,10 +190,9 @@ def memory(effort: Effort) -> list[dict[str, Any]]:
             for name in names:
                 ours = in_process("memory", what=what, side="ours", family=name, vocabulary=LARGE)
                 target = RISE_TARGET if name in TRAIN_TARGETS else None
-                say(
-                    f"| {what} | {name} | {ours:.0f} | {plain:.0f} | {ours / plain:.3f} "
-                    f"| {verdict(ours / plain, target)} |"
-                )
+                ratio = ours / plain
+                cells = (f"{ours:.0f}", f"{plain:.0f}", f"{ratio:.3f}", verdict(ratio, target))
+                say_row(what, name, *cells)
                 rows.append(
                     {
                         "what": what,
@@ -175,16 +207,18 @@ def memory(effort: Effort) -> list[dict[str, Any]]:
 
 def handwritten(effort: Effort) -> list[dict[str, Any]]:
     say("\n## Training step of the generic engine and of hand-written masked diffusion\n")
-    say("| V | generic | by hand | generic/by hand [least, greatest] | target |")
-    say("|---|---|---|---|---|")
+    say_header("V", "generic", "by hand", "generic/by hand [least, greatest]", "target")
     rows = []
     for vocabulary in (SMALL, LARGE):
         found = in_process("handwritten", vocabulary=vocabulary, rounds=effort.handwritten)
         ratio = ratios(found["generic"], found["handwritten"])
         generic, by_hand = (statistics.median(found[side]) for side in ("generic", "handwritten"))
-        say(
-            f"| {vocabulary} | {generic:.3f} | {by_hand:.3f} | {spread(ratio)} "
-            f"| {verdict(ratio['median'], HANDWRITTEN_TARGET)} |"
+        say_row(
+            str(vocabulary),
+            f"{generic:.3f}",
+            f"{by_hand:.3f}",
+            spread(ratio),
+            verdict(ratio["median"], HANDWRITTEN_TARGET),
         )
         rows.append(
             {
@@ -234,8 +268,7 @@ GROWTH += [
 def growth(effort: Effort) -> list[dict[str, Any]]:
     """Measure how the cost of ddiff grows with vocabulary, length, levels and steps."""
     say(f"\n## Growth of the cost of ddiff, V = {SMALL} by default: CPU seconds\n")
-    say("| with | family | what | CPU seconds |")
-    say("|---|---|---|---|")
+    say_header("with", "family", "what", "CPU seconds")
     rows = []
     for name, family, what, label, sizes in GROWTH:
         key = {"V": "vocabulary", "L": "length", "levels": "levels", "N": "steps"}[name]
@@ -244,9 +277,8 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
             found[size[key]] = statistics.median(
                 in_process("grow", family=family, what=what, rounds=effort.growth, **size)
             )
-        say(
-            f"| {name} | {family} | {label} | {', '.join(f'{at}: {value:.3f}' for at, value in found.items())} |"
-        )
+        seconds = ", ".join(f"{at}: {value:.3f}" for at, value in found.items())
+        say_row(name, family, label, seconds)
         rows.append({"with": name, "family": family, "what": label, "seconds": found})
     return rows
 
@@ -254,8 +286,9 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
 def ddp(effort: Effort) -> list[dict[str, Any]]:
     """Measure a step of two ranks with 8 rows per rank, without and with all-reduce."""
     say("\n## Two processes with and without all-reduce (ddp, gloo), mdlm, 8x128 each\n")
-    say("| V | alone | together | CPU, together/alone [least, greatest] | wall clock | target |")
-    say("|---|---|---|---|---|---|")
+    say_header(
+        "V", "alone", "together", "CPU, together/alone [least, greatest]", "wall clock", "target"
+    )
     rows = []
     for vocabulary in (SMALL, LARGE):
         found = _on_ranks(2, "ddp", vocabulary=vocabulary, rounds=effort.ddp)
@@ -264,9 +297,13 @@ def ddp(effort: Effort) -> list[dict[str, Any]]:
             ratios(found["together_wall"], found["alone_wall"]),
         )
         alone, together = (statistics.median(found[side]) for side in ("alone", "together"))
-        say(
-            f"| {vocabulary} | {alone:.3f} | {together:.3f} | {spread(ratio)} | {spread(wall)} "
-            f"| {verdict(ratio['median'], DDP_TARGET)} |"
+        say_row(
+            str(vocabulary),
+            f"{alone:.3f}",
+            f"{together:.3f}",
+            spread(ratio),
+            spread(wall),
+            verdict(ratio["median"], DDP_TARGET),
         )
         rows.append(
             {
@@ -327,10 +364,18 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     if not rehearsal and not torch.cuda.is_available():
         say("This machine has no GPU.")
         return []
-    say(
-        "| family | compiled ms | tokens/s | TFLOP/s | MFU | memory GB | eager ms | compiled/eager | plain ms | memory GB |"
+    say_header(
+        "family",
+        "compiled ms",
+        "tokens/s",
+        "TFLOP/s",
+        "MFU",
+        "memory GB",
+        "eager ms",
+        "compiled/eager",
+        "plain ms",
+        "memory GB",
     )
-    say("|---|---|---|---|---|---|---|---|---|---|")
     batch, rows = (2 if rehearsal else GPU_BATCHES[0]), []
     measure = lambda family, side, batch=batch: in_process(  # noqa: E731
         "gpu", family=family, side=side, batch=batch, rehearsal=rehearsal
@@ -338,10 +383,17 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     formatted = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
     for name in (name for names in HEADS.values() for name in names):
         compiled, eager, plain = (measure(name, side) for side in ("compiled", "eager", "plain"))
-        say(
-            f"| {name} | {compiled['ms']:.1f} | {compiled['tokens_per_second']:.0f} | {compiled['tflops_per_second']:.1f} "
-            f"| {formatted(compiled['mfu'], 3)} | {compiled['memory_gb']:.1f} | {eager['ms']:.1f} "
-            f"| {compiled['ms'] / eager['ms']:.2f} | {formatted(plain['ms'], 1)} | {formatted(plain['memory_gb'], 1)} |"
+        say_row(
+            name,
+            f"{compiled['ms']:.1f}",
+            f"{compiled['tokens_per_second']:.0f}",
+            f"{compiled['tflops_per_second']:.1f}",
+            formatted(compiled["mfu"], 3),
+            f"{compiled['memory_gb']:.1f}",
+            f"{eager['ms']:.1f}",
+            f"{compiled['ms'] / eager['ms']:.2f}",
+            formatted(plain["ms"], 1),
+            formatted(plain["memory_gb"], 1),
         )
         rows.append({"family": name, "compiled": compiled, "eager": eager, "plain": plain})
     ms = {row["family"]: row["compiled"]["ms"] for row in rows}
@@ -363,7 +415,8 @@ def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
                 for side, found in sides.items()
             }
             say(
-                f"\nhdlm-levelwise, {rows_at_once}x512: ours {texts['compiled']}, plain {texts['plain']}"
+                f"\nhdlm-levelwise, {rows_at_once}x512: ours {texts['compiled']}, "
+                f"plain {texts['plain']}"
             )
             rows.append({"family": "hdlm-levelwise", "batch": rows_at_once} | sides)
     return rows

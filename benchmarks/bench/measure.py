@@ -102,6 +102,7 @@ def _processor() -> str:
             name.strip(): value.strip()
             for name, _, value in (line.partition(":") for line in lines)
         }
-        return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
+        family = found.get("cpu family", "?")
+        return f"{found['model name']} (family {family}, model {found.get('model', '?')})"
     except (OSError, KeyError):
         return platform.processor()

@@ -112,7 +112,8 @@ def test_file_source_refuses_plain_text_with_a_compressed_ending(
 ) -> None:
     with pytest.raises(
         DataError,
-        match=rf"a\.txt\{ending} has the ending of a {NAMES[ending]} file, but it begins with b'line",
+        match=rf"a\.txt\{ending} has the ending of a {NAMES[ending]} file, "
+        "but it begins with b'line",
     ):
         read(write(tmp_path / f"a.txt{ending}", PLAIN))
     with pytest.raises(DataError, match="but it is empty"):

@@ -106,7 +106,7 @@ def test_mdlm_uses_the_named_schedule(keys: dict[str, Any], alpha: Any) -> None:
     close(levels(process, T)[:, 0], alpha(T))
 
 
-# ---------------------------------------------------------------------- zeros that must not become defaults
+# ------------------------------------------------------- zeros that must not become defaults
 
 
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])

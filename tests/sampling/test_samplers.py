@@ -47,7 +47,7 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
     return generate(sampler, process, index=torch.tensor(index), **settings)
 
 
-# ---------------------------------------------------------------------- all samplers on all processes
+# ------------------------------------------------------------------ all samplers on all processes
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)

@@ -82,7 +82,7 @@ def draw_by_race(generator: torch.Generator) -> Tensor:
 
     Few of the 50,257 variables are drawn. Rounding a uniform down to float32 increases its
     exponential, so that only tokens whose exact E_v/w_v is below the value of the mask can win.
-    The exact values are the first arrivals of Poisson processes with rates w_v, drawn in time order.
+    The exact values are the first arrivals of Poisson processes with rates w_v, in order of time.
     """
     words = torch.full((DRAWS,), WORDS)
     cumulative = ZIPF.cumsum(0)

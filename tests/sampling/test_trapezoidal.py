@@ -25,7 +25,10 @@ MILD = (
     * TILT
 )
 MILD /= MILD.sum()
-"""No law of one symbol is below half of itself whatever the other one is: no extrapolated rate is negative."""
+"""Joint distribution in which no conditional probability of a token is below half of its marginal.
+
+No extrapolated rate is therefore negative.
+"""
 
 
 class Zeros:
