@@ -343,7 +343,7 @@ class _Report:
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Describe the process of a recipe, such as "mdlm" or "mdlm, block".
+    """Describe the process of a recipe, such as "KIND" or "KIND, block".
 
     The description is the kind of the process, and the kind of the time rule unless it is "flat".
     If the recipe has no process, the description is the kind of the objective.

@@ -191,7 +191,8 @@ def find_event_interval(process: ForwardProcess, until: float, length: int) -> t
             f"FirstHittingSampler: on average {together:.2g} of {length} positions are noise at "
             f"t = {EARLIEST}, the earliest time that is evaluated. These positions would be drawn "
             f"at once, with an error of up to {together**2 / 2:.2g}. Use a process with less "
-            'noise near t = 0 (for the process "gidd", a larger gamma or a smaller p_uniform), '
+            "noise near t = 0 (with parameters gamma and p_uniform: a larger gamma or a smaller "
+            "p_uniform), "
             "a shorter sequence, or a sampler with steps, such as ancestral."
         )
     return _sigmoid(begin), _sigmoid(finish)
