@@ -99,7 +99,7 @@ class LevelClock(SettingsRepr, ABC):
         goal = reached + u.log() + self._inflow_at_end(level, t)
         cell = self._find_cell(level, goal)
         position = torch.full_like(t, 0.5)
-        # Newton's method on a nearly straight line, since cells are narrow.
+        # Newton's method. Cells are narrow, so the integral is nearly linear within a cell.
         for _ in range(6):
             total, rate = self._interpolate_integral(level, cell, position)
             newton_step = torch.where(rate > 0, (goal - total) / rate, 0.0)
@@ -125,7 +125,7 @@ class LevelClock(SettingsRepr, ABC):
         """
         dt_dlogit = (t * (1.0 - t)).unsqueeze(-1)
         rates = self.inflow(t) / self.pi(t)[:, 1:] * dt_dlogit
-        # At the very ends pi may be lost to rounding.
+        # Near the ends, rounding may make pi 0, and the rate would be infinite or NaN.
         return rates.nan_to_num(0.0, 0.0, 0.0)
 
     @cached_property
@@ -144,7 +144,7 @@ class LevelClock(SettingsRepr, ABC):
         rates = rates.reshape(CELLS, len(nodes), -1)
         scaled_weights = (CELL / 2.0 * weights).unsqueeze(-1)
         per_cell = (rates * scaled_weights).sum(1)
-        # A row of zeros in front: the integral at the lowest edge.
+        # The first row is the integral at the lowest edge, which is 0.
         totals = torch.nn.functional.pad(per_cell.cumsum(0), (0, 0, 1, 0))
         return totals, self._entry_rates(torch.sigmoid(edges))
 
@@ -224,7 +224,7 @@ class LogTimeClock(LevelClock):
         stay = torch.diag(1.0 - rates / self._max_rate)
         step = stay + torch.diag(rates[:-1] / self._max_rate, 1)
         longest = -self._max_rate * math.log1p(-LATEST)
-        # The mean of the Poisson weights plus 12 standard deviations.
+        # Number of terms of the Poisson series: its mean plus 12 standard deviations.
         count = int(longest + 12.0 * math.sqrt(longest) + 40.0)
         powers = [torch.eye(size, dtype=torch.float64)]
         for _ in range(count):

@@ -39,7 +39,7 @@ class DenseProcess(ForwardProcess):
         schedule: noise schedule alpha that defines the rate. Not used if `matrix` is a function.
     """
 
-    # Magnus steps across an interval if generators do not commute: 1e-9 on random chains.
+    # Number of Magnus steps per interval. The error is 1e-9 on random chains.
     steps = 512
 
     def __init__(

@@ -112,11 +112,11 @@ class Prior:
     def draw(self, u: Tensor) -> Tensor:
         """Draw one state per uniform; u of any shape, states of the same shape."""
         weights = self.log_prob.exp().to(u.device)
-        # One cumulative sum for all rows: no tensor as large as u times the states is made.
+        # All draws share one cumulative sum, so that no tensor with S entries per draw is made.
         cdf = weights.cumsum(0)
         target = u.contiguous() * cdf[-1]
         drawn = torch.searchsorted(cdf, target, right=True)
-        # Rounding at u near 1 may search past the last state with positive probability.
+        # For u near 1, rounding may lead past the last state with positive probability.
         last_possible = int(weights.nonzero().max())
         return drawn.clamp(max=last_possible)
 

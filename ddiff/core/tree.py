@@ -320,7 +320,7 @@ class TreeProcess(ForwardProcess):
     def information_lost(self, t: Tensor) -> Tensor:
         """Return sum_l (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level l)).
 
-        All terms are positive, so the sum has no cancellation.
+        If the clock closes at t = 0, no term is negative, so the sum has no cancellation.
         """
         levels = self._level_information
         start = torch.zeros_like(t)

@@ -30,7 +30,7 @@ def draw_below(
     target: Tensor,
     u: Tensor,
 ) -> Tensor:
-    """Draw the state at level `target` [r] below z_t by the decoding rule."""
+    """Draw for each row a state at level `target` [r], below that of z_t, by the decoding rule."""
     if parents.is_deterministic or rule == "within":
         return dist.draw(zt, target, u)
     if rule == "free":

@@ -439,7 +439,7 @@ def _build_order_tables(vocabulary: Vocabulary, level: int, ancestor: Tensor) ->
     num_rows = len(ancestor)
     paths = ancestor[offset : offset + size]
     order = torch.arange(size)
-    # Stable sorts from the finest ancestor to the coarsest sort by the whole path.
+    # Stable sorts, from the finest ancestor to the coarsest, order the nodes by the whole path.
     for above in range(level + 1, vocabulary.num_levels + 1):
         keys = paths[order, above]
         order = order[torch.argsort(keys, stable=True)]

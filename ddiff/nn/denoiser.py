@@ -108,7 +108,7 @@ class Context(NamedTuple):
         return self.layout.position
 
     def select_sequences(self, sequences: Tensor) -> Context:
-        """Return the context of some sequences [b]."""
+        """Return the context of the sequences with the indices `sequences` [b]."""
         return self._replace(
             valid=None if self.valid is None else self.valid[sequences],
             document=None if self.document is None else self.document[sequences],
@@ -116,7 +116,7 @@ class Context(NamedTuple):
         )
 
     def select_positions(self, positions: Tensor, length: int) -> Context:
-        """Return the context of some positions [n] of the `length` of each sequence."""
+        """Return the context of the given positions [n] of sequences with `length` positions."""
         conditions = {}
         for name, value in self.conditions.items():
             per_position = _is_per_position(value, length)
@@ -257,7 +257,7 @@ class Denoiser(nn.Module):
         return self.backbone(ids, t, context)[:, length:].flatten(0, 1)
 
     def _autoregressive_states(self, noisy: Noisy, context: Context) -> Tensor:
-        """Run on the previous tokens, each position as its own block."""
+        """Run the backbone on the previous tokens, with each position as a separate block."""
         position = torch.arange(noisy.zt.shape[1], device=noisy.zt.device)
         layout = AttentionLayout(position, position.unsqueeze(0))
         ids = noisy.zt if noisy.memory is None else noisy.memory
