@@ -407,8 +407,8 @@ class ForwardProcess(ABC):
         """Return I(X; Z_t) [n] in nats at times t [n], for X uniform over the tokens.
 
         The default is the mean of KL( q_t(.|x) || q_t-bar ) over the tokens x, or over 64 evenly
-        spaced tokens if there are more. An inaccurate value changes only the variance of estimates
-        of the bound, never their mean.
+        spaced tokens if there are more. Here q_t-bar belongs to the uniform prediction. An
+        inaccurate value changes only the variance of estimates of the bound, never their mean.
         """
         return self._mean_over_tokens(self._kl_to_uniform, t)
 

@@ -19,9 +19,10 @@ from ddiff.core.tree_parents import StochasticParents, level_ids, level_slice
 
 @final
 class TreeKernel(Kernel):
-    """Kernel on a tree: `levels` [r,L+1,L+1] between levels, `parents` between nodes of two levels.
+    """Kernel on the states of a vocabulary tree.
 
-    The kernel is block upper triangular, since a position only moves to higher levels.
+    `levels` [r,L+1,L+1] holds the numbers K_ij of each row, and `parents` computes kappa_ij. The
+    kernel is block upper triangular, since a position only moves to higher levels.
     """
 
     def __init__(self, levels: Tensor, parents: StochasticParents) -> None:

@@ -313,7 +313,7 @@ class _ChunkLogits:
         return logits
 
     def are_finite(self) -> Tensor:
-        """Return [] bool: every logit that was computed is finite."""
+        """Return bool []: whether all computed logits are finite."""
         if not self.computed:
             return torch.ones((), dtype=torch.bool, device=self.hidden.device)
         return torch.stack([logits.isfinite().all() for _, logits in self.computed]).all()
