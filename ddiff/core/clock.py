@@ -83,12 +83,7 @@ class LevelClock(SettingsRepr, ABC):
 
     # ------------------------------------------------------------------ entry times
 
-    def entry_time(
-        self,
-        level: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the time s < t at which a row entered level l, if it is at level l at time t.
 
         `level` [r] holds l >= 1 for each row. The time s solves P(at level l at s | at level l at
@@ -333,13 +328,7 @@ class CdfClock(LevelClock):
         pairs, pair_index = torch.unique(both, dim=0, return_inverse=True)
         start = pairs[:, 0]
         stop = pairs[:, 1]
-        moved = propagate(
-            self.generator,
-            start,
-            stop,
-            self.num_levels + 1,
-            self.steps,
-        )
+        moved = propagate(self.generator, start, stop, self.num_levels + 1, self.steps)
         if self.closes_at_prior:
             has_ended = ((stop >= 1.0) & (start < 1.0))[:, None, None]
             moved = torch.where(has_ended, _all_at_root(moved), moved)

@@ -133,45 +133,23 @@ class ComponentProcess(InterpolatingProcess):
         beyond = _weighted_sum(mass, components[:, num_tokens:])
         return at_tokens, beyond
 
-    def _arrive_at(
-        self,
-        zt: Tensor,
-        s: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
         mass = self._component_arrivals(s, t)
         return (mass * self._components_at(zt)).sum(-1)
 
     # ------------------------------------------------------------------ forward draws
 
-    def sample(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         stay = evaluate_per_time(self.alpha, t)
         mass = evaluate_per_time(self.coefficients, t)
         return self._redraw(x0, stay, mass, u)
 
-    def forward_step(
-        self,
-        zs: Tensor,
-        s: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         stay = self._stay(s, t)
         mass = self._component_arrivals(s, t)
         return self._redraw(zs, stay, mass, u)
 
-    def _redraw(
-        self,
-        ids: Tensor,
-        stay: Tensor,
-        mass: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def _redraw(self, ids: Tensor, stay: Tensor, mass: Tensor, u: Tensor) -> Tensor:
         """Keep each row with probability `stay`; otherwise redraw it from a random component.
 
         `mass` [r,K] holds the unnormalized probabilities of the components.

@@ -110,13 +110,7 @@ class DenseProcess(ForwardProcess):
         start, stop, pair_index = distinct_pairs(s, t)
         if self._matrix is None:
             size = self.vocabulary.num_states
-            moved = propagate(
-                self._generator,
-                start,
-                stop,
-                size,
-                self.steps,
-            )
+            moved = propagate(self._generator, start, stop, size, self.steps)
             return moved[pair_index]
         elapsed = self._log_alpha(start) - self._log_alpha(stop)
         exponent = elapsed[:, None, None] * self._matrix.to(t.device)
@@ -137,13 +131,7 @@ class DenseProcess(ForwardProcess):
         logit_knots = torch.linspace(first, last, self.steps + 1, dtype=torch.float64)
         knots = torch.sigmoid(logit_knots)
         size = self.vocabulary.num_states
-        moves = propagate(
-            self._generator,
-            knots[:-1],
-            knots[1:],
-            size,
-            steps=4,
-        )
+        moves = propagate(self._generator, knots[:-1], knots[1:], size, steps=4)
         reached = [torch.eye(size, dtype=torch.float64)]
         for move in moves:
             reached.append(reached[-1] @ move)
@@ -161,13 +149,7 @@ class DenseProcess(ForwardProcess):
         before = torch.searchsorted(knots, interior(times), right=True) - 1
         before = before.clamp(0, len(knots) - 1)
         size = self.vocabulary.num_states
-        rest = propagate(
-            self._generator,
-            knots[before],
-            times,
-            size,
-            steps=4,
-        )
+        rest = propagate(self._generator, knots[before], times, size, steps=4)
         return (reached[before] @ rest)[time_index].clamp(min=0.0)
 
     # ------------------------------------------------------------------ the forward process
@@ -191,12 +173,7 @@ class DenseProcess(ForwardProcess):
         diagonal = self._transition_from_clean(times).diagonal(dim1=-2, dim2=-1)
         return diagonal[time_index, x0]
 
-    def sample(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return draw_index(self.from_clean(t).row(x0), u[:, 0])
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:

@@ -106,28 +106,9 @@ def nelbo(
     """
     length = x0.shape[1]
     clock = process.information_time
-    first, last = rule.ends(
-        clock,
-        rng,
-        slot,
-        slots,
-        length,
-    )
-    times = rule.draw(
-        clock,
-        rng,
-        slot,
-        slots,
-        length,
-    )
-    noisy = corrupt(
-        process,
-        x0,
-        times,
-        scored,
-        rng,
-        "diffusion",
-    )
+    first, last = rule.ends(clock, rng, slot, slots, length)
+    times = rule.draw(clock, rng, slot, slots, length)
+    noisy = corrupt(process, x0, times, scored, rng, "diffusion")
     return NelboTerms(
         closing=closing_term(process, network, x0, last, scored, rng),
         diffusion=diffusion_term(process, network, x0, noisy, times.speed),
@@ -214,14 +195,7 @@ def decoding_term(
     position's own state. The term is 0 at positions that are clean or not scored, and at t0 = 0 if
     q_0 is the clean token (`closes_at_clean`).
     """
-    noisy = corrupt(
-        process,
-        x0,
-        times,
-        scored,
-        rng,
-        "decoding",
-    )
+    noisy = corrupt(process, x0, times, scored, rng, "decoding")
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
         # If q_0 is the clean token, a state into which the chain never jumps is the clean token.
@@ -258,14 +232,7 @@ def closing_term(
     if process.closes_at_prior:
         # If q_1 is the prior for every token, the KL at t = 1 is 0.
         evaluated = counted & (times.t < 1)
-    noisy = corrupt(
-        process,
-        x0,
-        times,
-        scored,
-        rng,
-        "closing",
-    )
+    noisy = corrupt(process, x0, times, scored, rng, "closing")
     prior = process.prior.draw(rng.uniform("prior"))
     noisy = noisy._replace(
         zt=torch.where(counted, prior, noisy.zt),
@@ -335,12 +302,7 @@ def network_from_noisy(log_probs: Callable[[Noisy], Tensor], vocabulary: Vocabul
     """Make a `Network` from a plain function noisy -> log_p [B,L,V]."""
 
     def network(noisy: Noisy) -> Query:
-        def query(
-            rows: Tensor,
-            node: Tensor,
-            fn: RowFunction,
-            *per_row: Tensor,
-        ) -> Any:
+        def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
             log_p = log_probs(noisy).reshape(-1, vocabulary.num_tokens)[rows]
             return fn(DenseDistribution(log_p, vocabulary), *per_row)
 

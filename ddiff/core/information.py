@@ -201,12 +201,7 @@ class InformationTime:
         t, speed = self.at(start + (stop - start) * share)
         return t, (stop - start) * slope * speed
 
-    def _make_quantiles(
-        self,
-        start: float,
-        stop: float,
-        length: int,
-    ) -> MonotoneMap:
+    def _make_quantiles(self, start: float, stop: float, length: int) -> MonotoneMap:
         """Return the quantile function of the draws: v -> (tau - start) / (stop - start)."""
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)

@@ -157,12 +157,7 @@ class InterpolatingProcess(ForwardProcess):
         noise = self.noise(t)
         return noise.sum(-1, keepdim=True) - noise
 
-    def _arrive_at(
-        self,
-        zt: Tensor,
-        s: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """Return P(z_t | z_s = y) [r], which is the same for every state y != z_t."""
         kept = self._stay(s, t) * self.noise_at(zt, s)
         return subtract_or_zero(self.noise_at(zt, t), kept).clamp(min=0.0)
@@ -193,12 +188,7 @@ class InterpolatingProcess(ForwardProcess):
         arrive = self.noise(t) - stay.unsqueeze(-1) * self.noise(s)
         return InterpolatingKernel(stay, arrive.clamp(min=0.0))
 
-    def sample(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Keep the token with probability alpha_t, otherwise draw from b_t."""
         zt = x0.clone()
         redrawn = find_rows(u[:, 0] >= self.alpha(t))
@@ -207,13 +197,7 @@ class InterpolatingProcess(ForwardProcess):
         zt[redrawn] = draw_index(noise, u[redrawn, 1])
         return zt
 
-    def forward_step(
-        self,
-        zs: Tensor,
-        s: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Keep the state with probability alpha_ts, otherwise draw from b_t - alpha_ts b_s."""
         zt = zs.clone()
         stay = self._stay(s, t)
@@ -260,12 +244,7 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ the bound
 
-    def weight(
-        self,
-        x0: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return the total true reverse rate, omega_t(z) (1 - q_t(z|x)) / q_t(z|x).
 
         If q_t(z|x) = 1, this rate is 0. The density may still be positive, since tokens other than
@@ -364,23 +343,13 @@ class InterpolatingProcess(ForwardProcess):
         nll = self._log_marginal_at(log_p_z, zt, t) - log_p_x - evidence
         return torch.where(certain, 0.0, nll)
 
-    def closing_kl(
-        self,
-        prediction: Prediction,
-        x0: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
         others, log_p_x, _ = self._read_prediction(prediction, x0, x0, t)
         return self._kl(others, log_p_x, x0, t)
 
-    def reverse_rates(
-        self,
-        prediction: Prediction,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         ratio = self._log_ratio(prediction, zt, interior(t)).exp()
         arrive = to_column(self.arrivals_at(zt, t), ratio)
         rates = torch.where(arrive > 0, arrive * ratio, 0.0)
@@ -401,21 +370,9 @@ class InterpolatingProcess(ForwardProcess):
         log_p = dist.log_mass(0)
         noise, _ = self.split_noise(log_p, t)
         alpha = to_column(self.alpha(t), log_p)
-        return TokenDivergence.apply(
-            log_p,
-            alpha,
-            noise,
-            x0,
-            self._token_or_first(zt),
-        )
+        return TokenDivergence.apply(log_p, alpha, noise, x0, self._token_or_first(zt))
 
-    def _kl(
-        self,
-        others: Tensor,
-        log_p_x: Tensor,
-        x0: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _kl(self, others: Tensor, log_p_x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) per row [r].
 
         The KL is q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
@@ -463,12 +420,7 @@ class InterpolatingProcess(ForwardProcess):
         """Return z_t per row if it is a token, else token 0."""
         return torch.where(zt < self.vocabulary.num_tokens, zt, 0)
 
-    def _log_marginal_at(
-        self,
-        log_p_z: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _log_marginal_at(self, log_p_z: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return ln q_t-bar(z_t) per row [r], from ln p(z_t) [r].
 
         If b_t(z_t) = 0, the sum ln alpha + ln p is used, since p of a token may underflow.
@@ -479,22 +431,12 @@ class InterpolatingProcess(ForwardProcess):
         log_noise = torch.where(noise > 0, noise, 1.0).log()
         return torch.where(is_token | (noise == 0), mixed, log_noise)
 
-    def _likelihood(
-        self,
-        x0: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return q_t(z|x) per row [r]."""
         clean = torch.where(zt == x0, self.alpha(t), 0.0)
         return self.noise_at(zt, t) + clean
 
-    def _elsewhere(
-        self,
-        x0: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return 1 - q_t(z|x) per row, without cancellation.
 
         The sum of b_t(y) over y != z, plus alpha_t if z is not x, keeps its relative accuracy.
@@ -571,14 +513,7 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ reverse
 
-    def step(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s from the exact reverse transition, without querying rows that cannot move.
 
         Rows leave z with probability P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) /
@@ -586,14 +521,7 @@ class InterpolatingProcess(ForwardProcess):
         state y != z is drawn from q_s-bar.
         """
         arrive = self._arrive_at(zt, s, t)
-        return self._leave(
-            query,
-            zt,
-            t,
-            s,
-            arrive,
-            u,
-        )
+        return self._leave(query, zt, t, s, arrive, u)
 
     def _leave(
         self,
@@ -658,13 +586,7 @@ class InterpolatingProcess(ForwardProcess):
         leave_probability = arrive * total / log_here.double().exp()
         return torch.where(u[:, 0] < leave_probability, drawn, zt)
 
-    def decode(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Keep z with probability alpha p(z) / q_t-bar(z), otherwise draw the token x ~ p.
 
         A redrawn state carries no information on x, so p alone is its posterior.
@@ -710,22 +632,11 @@ class InterpolatingProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ events
 
-    def event_time(
-        self,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the time of the latest candidate event before t (`CandidateEvents`)."""
         return CandidateEvents(self, zt).next_time(t, u)
 
-    def event(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Accept a candidate event with probability (rate of leaving z_t) / (candidate rate).
 
         An accepted candidate moves to a state y != z_t drawn from q_t-bar.
@@ -742,14 +653,7 @@ class InterpolatingProcess(ForwardProcess):
                 "candidate events are too few. Give the process a smoother schedule, or use a "
                 "sampler with steps."
             )
-        return self._leave(
-            query,
-            zt,
-            t,
-            t,
-            arrive,
-            u,
-        )
+        return self._leave(query, zt, t, t, arrive, u)
 
 
 def subtract_or_zero(total: Tensor, part: Tensor) -> Tensor:

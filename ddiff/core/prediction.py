@@ -58,12 +58,7 @@ class CleanDistribution(Protocol):
         At level 0 the result is [r,V], the log-probabilities of all tokens.
         """
 
-    def draw(
-        self,
-        node: Tensor,
-        level: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         """Draw a descendant of each node [r] at the target `level` [r], from one uniform u [r].
 
         A node that is already at its target level or below is returned unchanged.
@@ -163,12 +158,7 @@ class SubtreeDistribution(ABC):
             return mass
         return _select_columns(mass, self.vocabulary.position(level, mass.device))
 
-    def draw(
-        self,
-        node: Tensor,
-        level: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
         drawn = node.clone()
         own_level = self.vocabulary.level_of(node)
         for target in range(max(self.vocabulary.num_levels, 1)):
@@ -178,13 +168,7 @@ class SubtreeDistribution(ABC):
                 drawn[rows] = self._draw_at(node[rows], target, u[rows], rows)
         return drawn
 
-    def _draw_at(
-        self,
-        node: Tensor,
-        level: int,
-        u: Tensor,
-        rows: Tensor,
-    ) -> Tensor:
+    def _draw_at(self, node: Tensor, level: int, u: Tensor, rows: Tensor) -> Tensor:
         """Draw one descendant at `level` per row, by inverse CDF within the node's range."""
         log_p = self.log_below(level)[rows]
         start, stop = self._local_range(node, level)
@@ -410,12 +394,7 @@ class _PickToken(torch.autograd.Function):
     """Log-probability [r] of one token per row."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        softmax: _Softmax,
-        place: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, softmax: _Softmax, place: Tensor) -> Tensor:
         ctx.softmax = softmax
         ctx.place = place.unsqueeze(-1)
         picked = logits.gather(-1, ctx.place)

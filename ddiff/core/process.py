@@ -170,12 +170,7 @@ class ForwardProcess(ABC):
         """Return the generator Q_t, evaluated at interior times."""
 
     @abstractmethod
-    def sample(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw z_t [r] given x0 from uniforms u [r, uniforms_per_sample]."""
 
     @classmethod
@@ -227,13 +222,7 @@ class ForwardProcess(ABC):
         marginal = self.log_marginal(self._log_one_hot(x0), t)
         return pick(marginal, x0).exp()
 
-    def forward_step(
-        self,
-        zs: Tensor,
-        s: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw z_t given z_s from the forward transition, s <= t, without a network.
 
         u is [r, uniforms_per_forward_step].
@@ -312,12 +301,7 @@ class ForwardProcess(ABC):
         certain = _is_only_possible_token(self.log_likelihood(zt, t), x0)
         return torch.where(undefined, torch.where(certain, 0.0, torch.inf), density)
 
-    def weight(
-        self,
-        x0: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return the total true reverse rate per row, sum_{y != z} Q[y,z] s(y).
 
         The weight does not depend on a prediction. All families return the same number for the
@@ -367,12 +351,7 @@ class ForwardProcess(ABC):
         nll = log_joint.logsumexp(-1) - pick(log_joint, x0)
         return torch.where(certain, 0.0, torch.where(finite, nll, torch.inf))
 
-    def closing_kl(
-        self,
-        prediction: Prediction,
-        x0: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) per row, in nats.
 
         For a score, q_t-bar is softmax(log_ratio).
@@ -466,12 +445,7 @@ class ForwardProcess(ABC):
         """True if the reversed chain moves only to states below the current state in the tree."""
         return False
 
-    def reverse_rates(
-        self,
-        prediction: Prediction,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         """Return the rates [r,S] of the reversed chain out of z_t, per unit of t.
 
         The rate into state y is Q_t[y,z_t] s_theta(y). The entry at z_t itself is 0.
@@ -495,12 +469,7 @@ class ForwardProcess(ABC):
         joint = self.log_marginal(log_p, s) + arrive.log()
         return joint.log_softmax(-1)
 
-    def event_time(
-        self,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the latest time before t at which z_t may change, per row, from uniforms u [r].
 
         P(no event in (s,t]) = u at the returned time s. The time is 0 if z_t does not change. No
@@ -508,13 +477,7 @@ class ForwardProcess(ABC):
         """
         raise ArgumentError(self._no_events_message("event_time"))
 
-    def event(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the state after the candidate event at t, which may be z_t itself.
 
         u is [r, uniforms_per_event]. The network is queried at most once.
@@ -528,14 +491,7 @@ class ForwardProcess(ABC):
             "steps, such as ancestral or tau-leaping."
         )
 
-    def step(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s given z_t from the exact reverse transition.
 
         u is [r, uniforms_per_step]. The network is queried at most once. The default queries every
@@ -570,13 +526,7 @@ class ForwardProcess(ABC):
         log_probs = self.reverse_log_probs(dist.log_mass(0), zt, t, s)
         return draw_index(log_probs.exp(), u[:, 0])
 
-    def decode(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the clean token, x ~ p(x) q_t(z|x) / q_t-bar(z).
 
         The evidence of the row's own state z_t is included. u is [r, uniforms_per_decode].
@@ -584,14 +534,7 @@ class ForwardProcess(ABC):
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
         rows = torch.arange(len(zt), device=zt.device)
-        return query(
-            rows,
-            self.scope(zt),
-            self._draw_clean_token,
-            zt,
-            t,
-            u,
-        )
+        return query(rows, self.scope(zt), self._draw_clean_token, zt, t, u)
 
     def _draw_clean_token(
         self,
@@ -620,22 +563,12 @@ class ForwardProcess(ABC):
         column = self.rates(interior(t)).column(zt)
         return column.scatter(-1, zt.unsqueeze(-1), 0.0)
 
-    def _true_log_ratio(
-        self,
-        x0: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _true_log_ratio(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return the true log ratio, log s(y) = log q_t(y|x)/q_t(z|x) [r,S]."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)
         return _subtract_at(marginal, zt)
 
-    def _log_ratio(
-        self,
-        prediction: Prediction,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def _log_ratio(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         """Return log s_theta(y) [r,S], the predicted log ratio of state y to z_t."""
         if isinstance(prediction, Score):
             return prediction.log_ratio

@@ -92,12 +92,7 @@ class CounterRng:
         uniforms = torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
         return uniforms.to(self.index.device)[place]
 
-    def _raw_bits(
-        self,
-        index: int,
-        channel: str,
-        count: int,
-    ) -> np.ndarray:
+    def _raw_bits(self, index: int, channel: str, count: int) -> np.ndarray:
         """Return `count` random uint64 numbers of one sample and channel."""
         # The first number of the Philox counter counts blocks of positions, so it starts at 0.
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)

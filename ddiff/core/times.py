@@ -107,24 +107,14 @@ class TimeSampler(Protocol):
 class TimeRule(TimeSampler, Protocol):
     """Time sampler that also defines a path of times, along which sequences are generated."""
 
-    def at(
-        self,
-        clock: TimeChange,
-        tau: Tensor,
-        length: int,
-    ) -> Times:
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """Return the times of all positions at progress tau [B] in [0,1].
 
         Samplers follow this path from tau = 1, where all positions are at the prior, to tau = 0,
         where all positions are decoded.
         """
 
-    def with_window(
-        self,
-        start: float,
-        stop: float,
-        tokens: int = 16,
-    ) -> TimeRule:
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
         """Return the same rule on another window of tau.
 
         For sequences of `tokens` tokens, its draws give the estimate of the bound with the least
@@ -142,12 +132,7 @@ class FlatTimes:
     follow the length of the batch, so that the times of a sequence do not depend on its padding.
     """
 
-    def __init__(
-        self,
-        start: float = 0.0,
-        stop: float = 1.0,
-        tokens: int = 16,
-    ) -> None:
+    def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 16) -> None:
         _check_window("FlatTimes", start, stop)
         if tokens < 1:
             raise ArgumentError(f"FlatTimes: tokens must be at least 1; got {tokens}.")
@@ -167,12 +152,7 @@ class FlatTimes:
         t, speed = clock.draw(v, self.start, self.stop, self.tokens)
         return _full_attention_times(t.expand(-1, length), speed.expand(-1, length))
 
-    def at(
-        self,
-        clock: TimeChange,
-        tau: Tensor,
-        length: int,
-    ) -> Times:
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         width = self.stop - self.start
         t, speed = clock.at((self.start + width * tau).unsqueeze(-1))
         speed = width * speed
@@ -193,12 +173,7 @@ class FlatTimes:
         last = _full_attention_times(t[1] * ones, ones)
         return first, last
 
-    def with_window(
-        self,
-        start: float,
-        stop: float,
-        tokens: int = 16,
-    ) -> FlatTimes:
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
         return FlatTimes(start, stop, tokens)
 
 
@@ -243,19 +218,8 @@ class WindowTimes:
         self.start = start
         self.stop = stop
 
-    def with_window(
-        self,
-        start: float,
-        stop: float,
-        tokens: int = 16,
-    ) -> WindowTimes:
-        return WindowTimes(
-            self.width,
-            self.shape,
-            self.paired,
-            start,
-            stop,
-        )
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> WindowTimes:
+        return WindowTimes(self.width, self.shape, self.paired, start, stop)
 
     def draw(
         self,
@@ -266,13 +230,7 @@ class WindowTimes:
         length: int,
     ) -> Times:
         if not self.paired:
-            return self._draw_one_window(
-                clock,
-                rng,
-                slot,
-                slots,
-                length,
-            )
+            return self._draw_one_window(clock, rng, slot, slots, length)
         if self.shape == "slide":
             phase = _one_per_sample(rng, slot, slots)
             return self._all_slides(clock, phase * self.width, length)
@@ -296,26 +254,10 @@ class WindowTimes:
 
     # ------------------------------------------------------------------ paired: all windows at once
 
-    def _paired_times(
-        self,
-        t: Tensor,
-        speed: Tensor,
-        window: Tensor,
-    ) -> Times:
-        return Times(
-            t,
-            speed,
-            _all_false(t),
-            block=window,
-            paired=True,
-        )
+    def _paired_times(self, t: Tensor, speed: Tensor, window: Tensor) -> Times:
+        return Times(t, speed, _all_false(t), block=window, paired=True)
 
-    def _all_blocks(
-        self,
-        clock: TimeChange,
-        v: Tensor,
-        length: int,
-    ) -> Times:
+    def _all_blocks(self, clock: TimeChange, v: Tensor, length: int) -> Times:
         """Return times of all blocks, from one number in [0,1] for each block, v [B,count]."""
         window = self._window_numbers(length, v.device)
         t, speed = clock.draw(v, self.start, self.stop, self.width)
@@ -326,12 +268,7 @@ class WindowTimes:
             window,
         )
 
-    def _all_slides(
-        self,
-        clock: TimeChange,
-        offset: Tensor,
-        length: int,
-    ) -> Times:
+    def _all_slides(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
         """Divide sequences into adjacent windows, and return times that rise along each window.
 
         The first window starts `offset` [B,1] positions to the left of the sequence. `offset` is in
@@ -370,12 +307,7 @@ class WindowTimes:
         t, speed = clock.draw(current + 1 - settled, self.start, self.stop, self.width)
         return self._one_open_block(t, speed * count, current, length)
 
-    def at(
-        self,
-        clock: TimeChange,
-        tau: Tensor,
-        length: int,
-    ) -> Times:
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         share = 1.0 - tau.unsqueeze(-1)
         if self.shape == "block":
             count = self._num_windows(length)
@@ -430,13 +362,7 @@ class WindowTimes:
         """
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
-        return Times(
-            t,
-            speed,
-            clean,
-            at_prior,
-            block,
-        )
+        return Times(t, speed, clean, at_prior, block)
 
     # ------------------------------------------------------------------ ends
 
@@ -505,24 +431,12 @@ class WindowTimes:
         before = (place - chosen) / self.width
         t, speed = self._at_share(clock, before.clamp(0.0, 1.0))
         window = before.floor().long()
-        decoded = self._one_open_window(
-            t,
-            speed,
-            before < 0,
-            before >= 1,
-            window,
-        )
+        decoded = self._one_open_window(t, speed, before < 0, before >= 1, window)
         # ... and at the right edge of the window when it leaves the prior.
         after = before + 1.0
         t, speed = self._at_share(clock, after.clamp(0.0, 1.0))
         window = _window_numbers_at(after)
-        closed = self._one_open_window(
-            t,
-            speed,
-            after <= 0,
-            after > 1,
-            window,
-        )
+        closed = self._one_open_window(t, speed, after <= 0, after > 1, window)
         weight = float(length)
         return (
             _with_weight(decoded, place == chosen, weight),

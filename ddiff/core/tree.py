@@ -140,25 +140,14 @@ class TreeProcess(ForwardProcess):
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         return TreeKernel(self.clock.transition(s, t), self.parents)
 
-    def sample(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw z_t given x0: first the level, with P(level >= l) = F_l(t), then the node."""
         cdf = evaluate_per_time(self.clock.cdf, t)
         # F_l falls with l: the number of levels with u < F_l is the level.
         level = (u[:, :1] < cdf).sum(-1)
         return self.parents.draw(x0, level, u)
 
-    def forward_step(
-        self,
-        zs: Tensor,
-        s: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw z_t given z_s: first the level j, then the node at this level.
 
         The level is drawn from row i of the clock's transition K_ij(s,t), with i the level of z_s.
@@ -210,12 +199,7 @@ class TreeProcess(ForwardProcess):
 
     # ------------------------------------------------------------------ the bound
 
-    def weight(
-        self,
-        x0: Tensor,
-        zt: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return F_l'/pi_l, the total true reverse rate; 0 at tokens.
 
         The integral of pi_l times this weight over t is F_l(1) - F_l(0), which is 1 if the clock
@@ -272,12 +256,7 @@ class TreeProcess(ForwardProcess):
             return -prediction.log_child(zt, x0)
         return token_nll(self.parents, prediction, x0, zt)
 
-    def closing_kl(
-        self,
-        prediction: Prediction,
-        x0: Tensor,
-        t: Tensor,
-    ) -> Tensor:
+    def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
         """Return sum_l pi_l(t) (-ln P(anc_l(x0))) over the levels below the root, for xi = 1."""
         if isinstance(prediction, Score) or not self.parents.is_deterministic:
             return super().closing_kl(prediction, x0, t)
@@ -350,14 +329,7 @@ class TreeProcess(ForwardProcess):
     def is_monotone(self) -> bool:
         return self.parents.is_deterministic
 
-    def step(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        s: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s given z_t: first the level, without the network, then the node.
 
         The level is i at time s with probability P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t), where j is
@@ -371,13 +343,7 @@ class TreeProcess(ForwardProcess):
         target = draw_index(self.clock.pi(s) * arrive, u[:, 0])
         return self._draw_at_level(query, zt, target, u[:, 1])
 
-    def decode(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         target = torch.zeros_like(zt)
         return self._descend(
             query,
@@ -402,12 +368,7 @@ class TreeProcess(ForwardProcess):
             return draw_index(weights, u)
         return draw_below(self.parents, self.decoding, prediction, zt, target, u)
 
-    def event_time(
-        self,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the time at which each row entered its level, without a network.
 
         An event of the reversed chain moves a row one level down. Its rate F_l'/pi_l does not
@@ -417,20 +378,10 @@ class TreeProcess(ForwardProcess):
         s = torch.zeros_like(t)
         above = find_rows(level > 0)
         if len(above):
-            s[above] = self.clock.entry_time(
-                level[above],
-                t[above],
-                u[above],
-            )
+            s[above] = self.clock.entry_time(level[above], t[above], u[above])
         return s
 
-    def event(
-        self,
-        query: Query,
-        zt: Tensor,
-        t: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         target = (self.vocabulary.level_of(zt) - 1).clamp(min=0)
         return self._draw_at_level(query, zt, target, u[:, 0])
 
@@ -442,14 +393,7 @@ class TreeProcess(ForwardProcess):
         u: Tensor,
     ) -> Tensor:
         """Draw the state at level `target` [r] given z_t."""
-        return self._descend(
-            query,
-            zt,
-            target,
-            self._draw_step_below,
-            target,
-            u,
-        )
+        return self._descend(query, zt, target, self._draw_step_below, target, u)
 
     def _draw_step_below(
         self,
@@ -479,13 +423,7 @@ class TreeProcess(ForwardProcess):
         if len(moving):
             z = zt[moving]
             values = [value[moving] for value in per_row]
-            zs[moving] = query(
-                moving,
-                self.scope(z),
-                draw,
-                z,
-                *values,
-            )
+            zs[moving] = query(moving, self.scope(z), draw, z, *values)
         return zs
 
     @classmethod

@@ -101,12 +101,7 @@ class TreeKernel(Kernel):
             solved[:, ids] = rest / to_column(diagonal[:, j], vector)
         return solved
 
-    def _push(
-        self,
-        vector: Tensor,
-        i: int,
-        j: int,
-    ) -> Tensor:
+    def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
         """Return the part of `vector` at level i, moved to level j by kappa_ij, [r,n_j]."""
         vocabulary = self.parents.vocabulary
         block = vector[:, level_slice(vocabulary, i)]

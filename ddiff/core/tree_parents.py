@@ -83,36 +83,20 @@ class StochasticParents:
         sure, stray = self._from_tokens.on(z.device)[:, z]
         return sure, stray
 
-    def entry(
-        self,
-        i: int,
-        j: int,
-        y: Tensor,
-        z: Tensor,
-    ) -> Tensor:
+    def entry(self, i: int, j: int, y: Tensor, z: Tensor) -> Tensor:
         """Return kappa_ij(y,z), for ids y of level i and z of level j of shapes that broadcast."""
         is_ancestor = self.vocabulary.ancestor(y, j) == z
         sure = self.sure[i][j] * is_ancestor.double()
         return sure + self.stray_at(i, j, z)
 
-    def stray_at(
-        self,
-        i: int,
-        j: int,
-        z: Tensor,
-    ) -> Tensor:
+    def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
         """Return r_ij(z) for each id z of level j."""
         stray = self._stray_constants[i][j]
         if stray is None:
             return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
         return stray.on(z.device)[z - self.vocabulary.offsets[j]]
 
-    def log_spread(
-        self,
-        i: int,
-        j: int,
-        log_mass: Tensor,
-    ) -> Tensor:
+    def log_spread(self, i: int, j: int, log_mass: Tensor) -> Tensor:
         """Return the log-probabilities [r,n_j] of the state after a move from level i to level j.
 
         `log_mass` [r,n_j] holds for each node z of level j the log-probability that z is the
@@ -124,12 +108,7 @@ class StochasticParents:
         remainder = stray.on(log_mass.device).to(log_mass.dtype)
         return safe_log(self.sure[i][j] * log_mass.exp() + remainder)
 
-    def draw(
-        self,
-        ids: Tensor,
-        level: Tensor,
-        u: Tensor,
-    ) -> Tensor:
+    def draw(self, ids: Tensor, level: Tensor, u: Tensor) -> Tensor:
         """Draw a node of the given level [r] from kappa_ij(id, .) per row, with uniforms u[:,1].
 
         If all xi are 1, the node is the ancestor of the id, and u is not used.
@@ -148,13 +127,7 @@ class StochasticParents:
                     drawn[rows] = stray
         return drawn
 
-    def _draw_stray(
-        self,
-        ancestor: Tensor,
-        i: int,
-        j: int,
-        u: Tensor,
-    ) -> Tensor:
+    def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
         """Draw a node z of level j with probability A_ij 1[z = ancestor] + r_ij(z).
 
         A_ij can be negative if xi < 1/n for a level with n nodes.
