@@ -29,9 +29,9 @@ from ddiff.run_dir.files import (
     RECIPE,
     SAMPLES,
     SAMPLING,
+    RunRecord,
     read_json,
     read_json_lines,
-    read_recipe_tree,
 )
 from ddiff.run_dir.identity import Difference, check_recorded, raise_differences
 
@@ -243,8 +243,9 @@ class _Report:
                 f"{place} is not a run directory: recipe.toml is missing. Give a directory "
                 "that `ddiff run` wrote: runs/<name>."
             )
-        self.recipe = read_recipe_tree(place / RECIPE)
-        self.environment = self._read(ENVIRONMENT, read_json)
+        self.record = RunRecord.read(place)
+        self.recipe = self.record.recipe
+        self._check_present(ENVIRONMENT)
         self.evaluation = self._read(EVALUATION, read_json)
         self.metrics = self._read(METRICS, read_json_lines)
         self.samples = self._read(SAMPLES, read_json_lines)
@@ -253,13 +254,16 @@ class _Report:
         self._check_checkpoint()
 
     def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
-        path = self.place / name
-        if not path.exists():
+        self._check_present(name)
+        return read(self.place / name)
+
+    def _check_present(self, name: str) -> None:
+        """Raise CheckpointError if the run has not written the file `name`."""
+        if not (self.place / name).exists():
             raise CheckpointError(
                 f"{self.place} is not finished: {name} is missing. Repeat `ddiff run` with the "
                 "recipe of the run, which resumes the run."
             )
-        return read(path)
 
     def _check_steps(self) -> None:
         """Raise CheckpointError unless all files describe the same training step."""
@@ -281,7 +285,7 @@ class _Report:
         state = newest_state(str(self.place / CHECKPOINTS))
         if state is None:
             return  # the weights were deleted; the results are still valid
-        check_recorded(self.place, state)
+        check_recorded(self.record, state)
         was = state.get("fingerprints", {}).get("tokenizer")
         now = self.evaluation["protocol"].get("tokenizer")
         if was is not None and now is not None and was != now:
@@ -322,7 +326,7 @@ class _Report:
             run=self.recipe["name"],
             process=_describe_process(self.recipe),
             seeds=1,
-            parameters=self.environment["parameters"],
+            parameters=self.record.environment["parameters"],
             tokens_seen=tokens,
             bound=bound,
             nats=evaluation[f"{bound.lower()}_nats_per_{unit}"],
@@ -467,7 +471,7 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
         )
     places = set()
     for report in reports:
-        environment = report.environment
+        environment = report.record.environment
         layout = [environment.get(key) for key in ("device", "threads", "machine")]
         places.add(str(layout))
     if len(places) > 1:
@@ -476,7 +480,7 @@ def _notes(reports: Sequence[_Report]) -> list[str]:
             f"{', '.join(sorted(places))}."
         )
     for report in reports:
-        init = report.environment.get("init")
+        init = report.record.environment.get("init")
         if init:
             source = init.get("run") or init.get("model")
             notes.append(

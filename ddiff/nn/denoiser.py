@@ -393,3 +393,20 @@ def _shared_blocks(noisy: Noisy) -> Tensor:
         f"right, the same in all sequences, without a memory; got {got}. "
         "Without cached=True any block numbers are allowed."
     )
+
+
+def resolve_precision(precision: str, device: str) -> torch.dtype | None:
+    """Return the dtype of matrix products, or None for the dtype of the weights.
+
+    Args:
+        precision: "bfloat16", "float32", or "auto" for bfloat16 on GPUs.
+        device: name of a torch device, or "auto" for CUDA if available and otherwise the CPU.
+    """
+    if precision == "bfloat16":
+        return torch.bfloat16
+    on_gpu = device.startswith("cuda")
+    if device == "auto":
+        on_gpu = torch.cuda.is_available()
+    if precision == "auto" and on_gpu:
+        return torch.bfloat16
+    return None

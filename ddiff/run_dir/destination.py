@@ -14,7 +14,8 @@ from typing import IO, Any, NamedTuple
 
 from ddiff.atomic import open_atomic
 from ddiff.errors import ArgumentError
-from ddiff.run_dir.files import CHECKPOINTS, FILES, RECIPE, REPLAY
+from ddiff.run_dir.files import FILES, RECIPE
+from ddiff.run_dir.location import find_enclosing_checkpoint
 
 
 class Destination(NamedTuple):
@@ -99,19 +100,6 @@ def unwritable_error(place: Destination, error: Exception) -> ArgumentError:
     return ArgumentError(
         f"{place.argument}: {place.name} cannot be written ({reason}). Use another path."
     )
-
-
-def find_enclosing_checkpoint(path: Path) -> Path | None:
-    """Find the checkpoint or folder of checkpoints that contains a resolved path.
-
-    Returns None if the path is outside of all checkpoints.
-    """
-    for above in (path, *path.parents):
-        if above.name in (CHECKPOINTS, REPLAY) and (above.parent / RECIPE).is_file():
-            return above
-        if above.name.startswith("step_") and (above / "complete.json").exists():
-            return above
-    return None
 
 
 def _resolve(name: str, argument: str) -> Destination:

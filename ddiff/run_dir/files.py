@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +195,43 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if the file is damaged.
     """
+    return _parse_recipe_tree(read_text(path), path)
+
+
+def _parse_recipe_tree(text: str, path: Path) -> dict[str, Any]:
     try:
-        found = tomllib.loads(read_text(path))
+        found = tomllib.loads(text)
     except ValueError as error:
         raise damage_error(path, str(error)) from error
     except RecursionError as error:
         raise damage_error(path, "its tables are nested too deeply") from error
     _check_shape(found, OBJECTS[RECIPE], path)
     return found
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Recipe and environment that a run recorded in its directory.
+
+    Args:
+        directory: directory of the run.
+        recipe_text: content of recipe.toml.
+        recipe: the recipe as nested tables, without defaults of keys that are newer than the file.
+        environment: content of environment.json; empty if the file does not exist.
+    """
+
+    directory: Path
+    recipe_text: str
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> RunRecord:
+        """Read the record of a run. Raises CheckpointError if a file is missing or damaged."""
+        path = directory / RECIPE
+        text = read_text(path)
+        recipe = _parse_recipe_tree(text, path)
+        return cls(directory, text, recipe, read_json(directory / ENVIRONMENT))
 
 
 def is_own_recipe(path: Path) -> bool:

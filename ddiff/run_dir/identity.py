@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddiff.errors import CheckpointError
-from ddiff.run_dir.files import ENVIRONMENT, RECIPE, read_json, read_recipe_tree
+from ddiff.run_dir.files import ENVIRONMENT, RECIPE, RunRecord
 
 READING = (
     "process",
@@ -173,30 +173,34 @@ def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Di
     return None
 
 
-def check_recorded(directory: Path, state: Mapping[str, Any], *, training: bool = False) -> None:
-    """Raise CheckpointError if files of a run directory do not belong to its checkpoint.
+def check_recorded(record: RunRecord, state: Mapping[str, Any], *, training: bool = False) -> None:
+    """Raise CheckpointError if the record of a run does not belong to its checkpoint.
 
-    `state`: state of the checkpoint. No plugin is loaded. All code that reads a checkpoint calls
-    this function first: evaluation, sampling, export, comparison, `--verify-resume`,
-    `[train] init` and resumed training.
+    `state`: state of the checkpoint. `training`: as in `check_recipe`. No plugin is loaded. All
+    code that reads a checkpoint calls this function first: evaluation, sampling, export,
+    comparison, `--verify-resume`, `[train] init` and resumed training.
     """
-    check_recipe(directory, state, read_recipe_tree(directory / RECIPE), training=training)
-    recorded = read_json(directory / ENVIRONMENT).get("given")
-    given = recorded_overrides(state)
+    check_recipe(record.directory, state, record.recipe, training=training)
+    recorded = record.environment.get("given")
+    given = _saved_overrides(state)
     if recorded is None or given is None or recorded == given:
         return
     keys = dict.fromkeys([*given, *recorded])
     differences = [Difference(f"given {key}", given.get(key), recorded.get(key)) for key in keys]
-    remedy = f"Restore {directory / ENVIRONMENT} from a copy, or delete this file."
-    raise_differences(directory, differences, remedy)
+    remedy = f"Restore {record.directory / ENVIRONMENT} from a copy, or delete this file."
+    raise_differences(record.directory, differences, remedy)
 
 
-def recorded_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the components that a Python caller passed to replace components of the recipe.
+def recorded_overrides(record: RunRecord, state: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the components that a Python caller passed to replace components of the recipe."""
+    given = _saved_overrides(state)
+    if given is None:  # an earlier version recorded the overrides only in environment.json
+        return record.environment.get("given", {})
+    return given
 
-    Reads the state of a checkpoint. Returns None if an earlier version of ddiff wrote the
-    checkpoint, since earlier versions did not record these components.
-    """
+
+def _saved_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Return the overrides in the state of a checkpoint, or None in one of an earlier version."""
     return state.get("made_with", {}).get("given")
 
 

@@ -25,8 +25,13 @@ from ddiff.data.corpus import (
 from ddiff.data.documents import Documents
 from ddiff.data.packing import PackedRows, Rows, batch_rows
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.errors import DataError
 from ddiff.recipe.model import Recipe
-from ddiff.runs.build import build_documents
+
+
+def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
+    """Build the data set that [data] describes."""
+    return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
 
 
 class RunText:
@@ -71,6 +76,20 @@ class RunText:
         return self.recipe.vocabulary.build(
             tokenizer=self.tokenizer, rows=self.train_rows, cache=self._cache
         )
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Raise DataError if the vocabulary was built for another tokenizer."""
+        tokenizer = self.tokenizer
+        theirs = vocabulary.tokenizer_fingerprint
+        has_other_fingerprint = bool(theirs) and theirs != tokenizer.fingerprint
+        if vocabulary.num_tokens != tokenizer.num_tokens or has_other_fingerprint:
+            raise DataError(
+                "The vocabulary belongs to another tokenizer: the vocabulary has "
+                f"{vocabulary.num_tokens} tokens of tokenizer {theirs or '(not recorded)'}, but "
+                f"the tokenizer of the run has {tokenizer.num_tokens} tokens and fingerprint "
+                f"{tokenizer.fingerprint}. Build the vocabulary from this tokenizer, or use the "
+                "tokenizer of the vocabulary."
+            )
 
 
 class RunData:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from ddiff.errors import ArgumentError, explain_error
 from ddiff.recipe.model import Recipe
-from ddiff.runs.build import NO_OVERRIDES, assemble, check_backend
+from ddiff.runs.backends import check_backend
+from ddiff.runs.build import NO_OVERRIDES, assemble
 from ddiff.runs.conditioning import check_sampling
-from ddiff.runs.directory import check_directory, print_foreign
+from ddiff.runs.directory import check_directory
 from ddiff.runs.memory import check_memory
 
 
@@ -23,19 +23,22 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     the recipe determines the number of tokens, the model is also built on the meta device, with a
     placeholder vocabulary of the same shape. Raises a DdiffError if a check fails.
     """
-    check_directory(Path(recipe.run_dir), recipe, NO_OVERRIDES, fresh)
-    print_foreign(Path(recipe.run_dir), recipe)
-    check_backend(recipe)
-    check_memory(recipe, None)
+    check_directory(recipe, NO_OVERRIDES, fresh, warn=True)
+    device = check_backend(recipe)
     _check_files(recipe)
     recipe.data.preview(length=recipe.length)
     vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
-    _check_init(recipe)
-    if vocabulary is None:
-        return check_memory(recipe, None)
-    model = assemble(recipe, vocabulary, torch.device("meta"))
-    verdict = check_memory(recipe, model.denoiser)
-    check_sampling(recipe, model)
+    init = recipe.train.init
+    if init is not None and init.run is not None:
+        from ddiff.runs.initial_weights import check_source  # imports tokenizers
+
+        check_source(init.run)
+    model = None  # unknown before the tokens are counted
+    if vocabulary is not None:
+        model = assemble(recipe, vocabulary, torch.device("meta"))
+    verdict = check_memory(recipe, model.denoiser if model else None, device)
+    if model is not None:
+        check_sampling(recipe, model)
     return verdict
 
 
@@ -46,19 +49,9 @@ def _check_files(recipe: Recipe) -> None:
         if patterns:
             from ddiff.data.paths import find_files  # slow to import; few recipes need it
 
-            with component.prefix_errors(), _name_table(component.table):
+            with _name_table(component.table), component.prefix_errors():
                 for pattern in patterns:
                     find_files(pattern)
-
-
-def _check_init(recipe: Recipe) -> None:
-    """Raise CheckpointError if [train] init names a run that was not trained."""
-    init = recipe.train.init
-    if init is not None and init.run is not None:
-        from ddiff.runs.initial_weights import check_source  # imports tokenizers
-
-        with _name_table("[train] init"):
-            check_source(init.run)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from ddiff.evaluation.likelihood import Evaluation
 from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import EVALUATION, damage_error, read_json
 from ddiff.run_dir.identity import Difference
-from ddiff.runs.directory import check_writable, write_run_file
+from ddiff.run_dir.location import check_writable
 from ddiff.runs.loading import load
 from ddiff.runs.provenance import changed_data_error, find_changed_data
+from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.summary import print_evaluation
 

@@ -9,8 +9,9 @@ from typing import IO, Literal
 from ddiff import __version__
 from ddiff.errors import ArgumentError
 from ddiff.run_dir.destination import check_destination, write_file
+from ddiff.run_dir.files import RunRecord
 from ddiff.run_dir.identity import check_recorded
-from ddiff.runs.directory import open_checkpoints
+from ddiff.runs.record import open_checkpoints
 
 Weights = Literal["auto", "ema", "trained"]
 _LONGEST_HEADER = 1 << 27
@@ -40,7 +41,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
         )
     newest = open_checkpoints(Path(run_dir)).newest()
     assert newest is not None  # `open_checkpoints` refuses a run without one
-    check_recorded(Path(run_dir), newest.state)
+    check_recorded(RunRecord.read(Path(run_dir)), newest.state)
     target = check_destination(file, "export", owned=_is_export)
     average = weights == "ema" or (weights == "auto" and bool(newest.state.get("ema")))
     metadata = {

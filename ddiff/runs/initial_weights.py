@@ -12,14 +12,13 @@ from ddiff.checkpoint.weight_transfer import Parts, TrainedWeights, transfer_wei
 from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
-from ddiff.errors import ArgumentError, CheckpointError, DataError
+from ddiff.errors import ArgumentError, CheckpointError, DataError, explain_error
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.recipe.resolve import read_recipe
 from ddiff.recipe.schema import InitKeys
-from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY
+from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
-from ddiff.runs.build import build_head
 
 
 def load_initial_weights(
@@ -34,8 +33,12 @@ def load_initial_weights(
 def check_source(run_dir: str) -> Path:
     """Return the directory of a trained run. Raises CheckpointError for any other directory."""
     directory = Path(run_dir)
-    has_recipe = (directory / RECIPE).is_file()
-    if not has_recipe or not Checkpoints(str(directory / CHECKPOINTS)).steps():
+    try:
+        has_recipe = (directory / RECIPE).is_file()
+        is_trained = has_recipe and bool(Checkpoints(str(directory / CHECKPOINTS)).steps())
+    except OSError as error:
+        raise ArgumentError(f"[train] init: {explain_error(error)}") from error
+    if not is_trained:
         raise CheckpointError(
             f"[train] init: {run_dir} is not a trained run: it has no {RECIPE} or no complete "
             "checkpoint. Give the directory of a finished `ddiff run`; a relative path starts at "
@@ -74,7 +77,7 @@ def load_run_weights(
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
     assert newest is not None  # `check_source` refuses a run without one
-    check_recorded(directory, newest.state)
+    check_recorded(RunRecord.read(directory), newest.state)
     theirs = load_tokenizer(str(directory / TOKENIZER)).fingerprint
     if theirs != tokenizer.fingerprint:
         raise DataError(
@@ -90,7 +93,9 @@ def load_run_weights(
     width = denoiser.head.width
     if "head.table" in weights:
         width = weights["head.table"].shape[-1]
-    source = TrainedWeights(run_dir, weights, vocabulary, build_head(recipe, vocabulary, width))
+    assert recipe.head is not None
+    head = recipe.head.build(vocabulary=vocabulary, width=width)
+    source = TrainedWeights(run_dir, weights, vocabulary, head)
     taken = transfer_weights(denoiser, source, parts)
     denoiser.load_state_dict(taken.weights)
     return {

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.resolve import read_recipe
-from ddiff.run_dir.files import ENVIRONMENT, RECIPE, TOKENIZER, VOCABULARY, read_json
+from ddiff.run_dir.files import RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_recorded, recorded_overrides
-from ddiff.runs.build import Overrides, build_single_backend, check_tokenizer
+from ddiff.runs.backends import build_single_backend
+from ddiff.runs.build import Overrides
 from ddiff.runs.data import RunText
-from ddiff.runs.directory import open_checkpoints
 from ddiff.runs.provenance import check_checkpoint
+from ddiff.runs.record import open_checkpoints
 from ddiff.runs.run import Run
 
 
@@ -40,9 +39,10 @@ def load(
     assert newest is not None  # `open_checkpoints` refuses a run without one
     settings = list(settings)
     _check_settings(settings)
-    check_recorded(directory, newest.state)
+    record = RunRecord.read(directory)
+    check_recorded(record, newest.state)
     recipe = read_recipe(directory / RECIPE, [f"run_dir={json.dumps(str(run_dir))}", *settings])
-    given = _recorded_overrides(directory, newest)
+    given = recorded_overrides(record, newest.state)
     if "process" in given and process is None:
         raise CheckpointError(
             f"{run_dir} was trained with a process that was passed from Python "
@@ -51,8 +51,8 @@ def load(
         )
     tokenizer = load_tokenizer(str(directory / TOKENIZER))
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
-    check_tokenizer(tokenizer, vocabulary)
     text = RunText(recipe, tokenizer)
+    text.check_vocabulary(vocabulary)
     device = build_single_backend(recipe).device
     run = Run.assemble(text, vocabulary, device, Overrides(process=process))
     check_checkpoint(newest, run.data, run.model, run.overrides)
@@ -69,10 +69,3 @@ def _check_settings(settings: Iterable[str]) -> None:
                 f"as evaluate.draws=4; got {setting!r}. Other keys define the trained run and "
                 "cannot change."
             )
-
-
-def _recorded_overrides(directory: Path, newest: Checkpoint) -> Mapping[str, Any]:
-    given = recorded_overrides(newest.state)
-    if given is None:  # an earlier version recorded the overrides only in environment.json
-        return read_json(directory / ENVIRONMENT).get("given", {})
-    return given

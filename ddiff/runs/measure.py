@@ -28,7 +28,8 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import assemble, build_backend
+from ddiff.runs.backends import build_backend
+from ddiff.runs.build import assemble
 from ddiff.runs.cost import (
     TRAINING,
     Footprint,

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from ddiff.distributed.blocks import find_blocks
-from ddiff.distributed.single import resolve_device
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
@@ -32,7 +31,6 @@ class MemoryNeed:
     during a training step. `sampling`: bytes that are allocated during sampling.
     """
 
-    parameters: int
     standing: float
     rows: float
     sampling: float
@@ -42,16 +40,20 @@ class MemoryNeed:
         return max(self.standing + self.rows, self.sampling)
 
 
-def check_memory(recipe: Recipe, denoiser: Denoiser | None) -> str:
+def check_memory(recipe: Recipe, denoiser: Denoiser | None, device: torch.device) -> str:
     """Return one line, such as `fits: 2.1 M parameters, ...`.
 
-    `denoiser`: may be on the meta device; None if its size is unknown. Raises ArgumentError if the
-    lower bound of the run's memory exceeds the memory of the device.
+    Args:
+        recipe: recipe of the run.
+        denoiser: network of the run, possibly on the meta device; None if its size is unknown.
+        device: device of the run.
+
+    Raises ArgumentError if the lower bound of the run's memory exceeds the memory of the device.
     """
+    room = total_memory(device)
+    sizes = _describe_sizes(recipe, denoiser)
     need = estimate_need(recipe, denoiser)
-    room = total_memory(resolve_device(recipe.backend_keys.device))
     amount = f"{_format_bytes(need.total)} of memory at least, of {_format_bytes(room)}"
-    sizes = _describe_sizes(recipe, need)
     if need.total > room:
         raise ArgumentError(
             f"{recipe.name} does not fit into memory: {sizes} need {amount}. Reduce [denoiser], "
@@ -73,19 +75,16 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
     train = recipe.train
     sample = recipe.sample
     processes = recipe.backend_keys.processes
-    parameters = 0
+    weight_bytes = 4.0 * _count_parameters(denoiser)
     width = 0
     layers = 0
     if denoiser is not None:
-        parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         width = int(denoiser.head.width)
         layers = max(1, len(find_blocks(denoiser)))
-    weight_bytes = 4.0 * parameters
     copies = 4 if train.ema else 3
     positions = train.batch // (train.accumulate * processes) * recipe.length
     sampled = min(sample.batch, sample.count) * recipe.length
     return MemoryNeed(
-        parameters,
         standing=copies * weight_bytes / processes,  # as fsdp shards it; ddp holds more
         rows=float(positions) * (2.0 * width * layers + TIME_BYTES),  # hidden states in bfloat16
         sampling=weight_bytes
@@ -107,11 +106,19 @@ def total_memory(device: torch.device) -> float:
     return machine
 
 
-def _describe_sizes(recipe: Recipe, need: MemoryNeed) -> str:
+def _count_parameters(denoiser: Denoiser | None) -> int:
+    """Return the number of parameters, or 0 if the denoiser is not known."""
+    if denoiser is None:
+        return 0
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+def _describe_sizes(recipe: Recipe, denoiser: Denoiser | None) -> str:
     train = recipe.train
     sizes = f"{train.steps:,} steps of {train.batch:,} x {recipe.length:,} tokens"
-    if need.parameters:
-        return f"{_format_count(need.parameters)} parameters, {sizes}"
+    parameters = _count_parameters(denoiser)
+    if parameters:
+        return f"{_format_count(parameters)} parameters, {sizes}"
     return sizes
 
 

@@ -22,10 +22,12 @@ from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.run_dir.contents import classify_contents, format_names
+from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, REPLAY, read_json, read_text
+from ddiff.run_dir.protection import format_names
 from ddiff.runs.build import NO_OVERRIDES
-from ddiff.runs.directory import check_directory, describe_layout, open_checkpoints
+from ddiff.runs.directory import check_directory
+from ddiff.runs.record import describe_layout, open_checkpoints
 from ddiff.runs.session import TrainingSession
 from ddiff.training.metrics import FILE, WALL_CLOCK
 from ddiff.training.trainer import TrainingSummary
@@ -66,7 +68,7 @@ def verify_resume(recipe: Recipe, steps: int) -> int:
     """
     directory = Path(recipe.run_dir)
     checkpoints = open_checkpoints(directory)
-    check_directory(directory, recipe, NO_OVERRIDES, fresh=False)
+    check_directory(recipe, NO_OVERRIDES, fresh=False)
     recorded_recipe = parse_recipe(read_text(directory / RECIPE), str(directory / RECIPE))
     if recorded_recipe.train.steps != recipe.train.steps:
         raise ArgumentError(

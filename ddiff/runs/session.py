@@ -22,19 +22,13 @@ from ddiff.distributed.blocks import compile_blocks, recompute_activations
 from ddiff.distributed.launcher import get_machine_cores
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.identity import flatten_keys
-from ddiff.runs.build import (
-    NO_OVERRIDES,
-    Overrides,
-    assemble,
-    build_backend,
-    build_denoiser_on_meta,
-    build_single_backend,
-    check_tokenizer,
-)
+from ddiff.runs.backends import build_backend
+from ddiff.runs.build import NO_OVERRIDES, Overrides, assemble
 from ddiff.runs.data import RunText
 from ddiff.runs.evaluation import score_validation
 from ddiff.runs.initial_weights import load_initial_weights
 from ddiff.runs.memory import check_memory
+from ddiff.runs.meta_device import build_denoiser_on_meta
 from ddiff.runs.noising import sample_noising
 from ddiff.runs.provenance import check_checkpoint, run_fingerprints
 from ddiff.runs.run import Run
@@ -50,24 +44,20 @@ from ddiff.training.trainer import (
 )
 
 
-def build_run(
-    recipe: Recipe, overrides: Overrides = NO_OVERRIDES, backend: Backend | None = None
-) -> Run:
+def build_run(recipe: Recipe, backend: Backend, overrides: Overrides = NO_OVERRIDES) -> Run:
     """Build the text, the vocabulary and the untrained model of a run.
 
-    `backend`: backend of the training; None for one process on the recipe's device. Raises an error
-    before a file is written if the network does not accept the conditions of the data, or if the
-    memory is too small.
+    `backend`: backend of the training. Raises an error before a file is written if the network does
+    not accept the conditions of the data, or if the memory is too small.
     """
-    backend = backend or build_single_backend(recipe)
     text = RunText(recipe)
     # rank 0 tokenizes first; the other ranks then find the shards in the cache
     with backend.main_process_first():
         text.train_rows  # noqa: B018
         text.check_repetitions()
         vocabulary = _choose_vocabulary(text, overrides)
-    check_tokenizer(text.tokenizer, vocabulary)
-    check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary))
+    text.check_vocabulary(vocabulary)
+    check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary), backend.device)
     run = Run.assemble(text, vocabulary, backend.device, overrides)
     run.data.read_conditions()
     return run
@@ -114,7 +104,7 @@ class TrainingSession:
     def open(cls, recipe: Recipe, overrides: Overrides = NO_OVERRIDES) -> TrainingSession:
         """Start the backend of a recipe and build the run on the backend."""
         backend = build_backend(recipe)
-        return cls(build_run(recipe, overrides, backend), backend)
+        return cls(build_run(recipe, backend, overrides), backend)
 
     def __enter__(self) -> TrainingSession:
         return self

@@ -20,22 +20,19 @@ from ddiff.distributed.launcher import get_rank_info
 from ddiff.errors import ArgumentError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
-from ddiff.run_dir.contents import delete_run
 from ddiff.run_dir.files import SAMPLES, SAMPLING, read_json, read_json_lines
+from ddiff.run_dir.protection import delete_run
 from ddiff.runs.build import NO_OVERRIDES, Overrides
 from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.directory import (
     check_directory,
     lock_run_dir,
-    print_foreign,
-    read_recorded_steps,
-    record_run,
     remove_leftovers,
     tracked_names,
-    write_run_file,
 )
 from ddiff.runs.evaluation_report import evaluate_once
 from ddiff.runs.loading import load
+from ddiff.runs.record import read_recorded_steps, record_run, write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.sampling import build_sampler
 from ddiff.runs.session import TrainingSession
@@ -119,10 +116,8 @@ def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run 
     """
     directory = Path(recipe.run_dir)
     there = get_rank_info()  # None for one process
-    check_directory(directory, recipe, overrides, fresh)
     leads = there is None or there.rank == 0
-    if leads:
-        print_foreign(directory, recipe)
+    check_directory(recipe, overrides, fresh, warn=leads)
     with lock_run_dir(directory) if leads else nullcontext():
         if leads:
             remove_leftovers(directory)
@@ -163,6 +158,7 @@ def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> N
     backend = session.backend
     recorded = None
     if recipe.train.schedule == "cosine":  # only this learning rate depends on the last step
+        # read under the lock: another process may have trained after `check_directory`
         recorded = read_recorded_steps(session.run.run_dir)
     record_run(session.run, backend, init)
     kind = recipe.backend.component.name

@@ -14,7 +14,7 @@ from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import find_disk_full
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.destination import Destination, check_destination, unwritable_error
-from ddiff.runs.build import build_documents
+from ddiff.runs.data import build_documents
 
 
 class Prepared(NamedTuple):

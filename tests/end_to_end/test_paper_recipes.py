@@ -15,11 +15,12 @@ import torch
 import ddiff
 import ddiff.runs.initial_weights
 from ddiff.core.rng import CounterRng
+from ddiff.distributed.single import SingleBackend
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.build import assemble
-from ddiff.runs.directory import record_run
+from ddiff.runs.record import record_run
 from ddiff.runs.session import TrainingSession, build_run
 
 PAPER = sorted(name for name in find_shipped_recipes() if name.startswith("paper/"))
@@ -85,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_paper_recipe_training_step_does_not_synchronize_with_device(
     name: str, place: Path
 ) -> None:
-    run = build_run(read_recipe(name, small(name)))
+    run = build_run(read_recipe(name, small(name)), SingleBackend())
     run.objective.module.to("meta")
     batch = run.data.batch_at(0, 0)
     counts = run.objective.counts(batch)

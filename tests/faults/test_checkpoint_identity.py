@@ -19,6 +19,7 @@ from ddiff.checkpoint.atomic_folder import newest_state
 from ddiff.errors import CheckpointError
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.recipe.toml import write_toml
+from ddiff.run_dir.files import RunRecord
 from ddiff.run_dir.identity import check_recorded, flatten_keys
 
 MEANING = ("process", "denoiser", "objective", "tokenizer", "vocabulary")
@@ -102,7 +103,7 @@ def test_load_error_names_each_changed_key_of_the_trained_recipe(
         rf"recipe\.toml is damaged|{key}: was .*, is " if is_needed else f"{key}: was .*, is "
     )
     with pytest.raises(CheckpointError, match=expected):
-        check_recorded(run_dir, state)
+        check_recorded(RunRecord.read(run_dir), state)
 
 
 def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
@@ -117,7 +118,7 @@ def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
     }.items():
         recipe.write_text(write_toml(replace_key(parse_toml(before), key, value), "resolved"))
         with pytest.raises(CheckpointError, match=f"{key}: was absent"):
-            check_recorded(run_dir, state)
+            check_recorded(RunRecord.read(run_dir), state)
 
 
 def test_changed_keys_cover_every_recipe_table_that_affects_weights() -> None:
@@ -146,7 +147,7 @@ def test_load_accepts_changed_keys_that_do_not_affect_weights(key: str, run_dir:
     )
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
-    check_recorded(run_dir, state)
+    check_recorded(RunRecord.read(run_dir), state)
 
 
 def test_resume_refuses_changed_training_keys_that_load_accepts(run_dir: Path) -> None:
@@ -160,9 +161,9 @@ def test_resume_refuses_changed_training_keys_that_load_accepts(run_dir: Path) -
         "train.clip": 0.5,
     }.items():
         recipe.write_text(write_toml(replace_key(parse_toml(before), key, value), "resolved"))
-        check_recorded(run_dir, state)
+        check_recorded(RunRecord.read(run_dir), state)
         with pytest.raises(CheckpointError, match=key):
-            check_recorded(run_dir, state, training=True)
+            check_recorded(RunRecord.read(run_dir), state, training=True)
 
 
 def edit_recipe(run_dir: Path, old: str, new: str) -> None:

@@ -11,8 +11,9 @@ from tiny_run import RECIPE, files
 
 import ddiff as api
 from ddiff.errors import CheckpointError
-from ddiff.run_dir.contents import classify_contents, delete_run
+from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import FILES
+from ddiff.run_dir.protection import delete_run
 
 FRESH = ("run", "tiny.toml", "--fresh")
 FOREIGN = {

@@ -14,7 +14,7 @@ import ddiff
 from ddiff import atomic
 from ddiff.errors import CheckpointError
 from ddiff.evaluation.comparison import write_comparison
-from ddiff.runs import directory
+from ddiff.runs import record
 from ddiff.runs.directory import remove_leftovers
 
 LEFT = [
@@ -88,7 +88,7 @@ def test_failed_write_of_a_run_file_leaves_no_partial_file(
         monkeypatch.setattr("ddiff.atomic.os.replace", refuse)
         expected = CheckpointError
     with pytest.raises(expected):
-        directory.write_run_file(path, "after" * 9999)
+        record.write_run_file(path, "after" * 9999)
     assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]
     assert path.read_text() == "before"
 

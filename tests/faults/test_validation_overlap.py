@@ -22,9 +22,9 @@ from ddiff.data.shards import read_shards, write_shards
 from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
+from ddiff.distributed.single import SingleBackend
 from ddiff.errors import DataError
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
 from ddiff.runs.dry_run import rehearse
 from ddiff.runs.session import build_run
 from ddiff.runs.tokenize import prepare_data
@@ -112,7 +112,7 @@ def test_dry_run_refuses_a_file_named_for_training_and_validation(kind: str, fil
     Path(f"corp/a{ending}").write_bytes(b"\xff no text of any kind, which reading would find")
     Path(f"corp/b{ending}").write_bytes(b"\xff")
     parsed = recipe(kind, [files + ending], [f"corp/a{ending}"])
-    for refuse in (rehearse, lambda parsed: build_run(parsed, Overrides())):
+    for refuse in (rehearse, lambda parsed: build_run(parsed, SingleBackend())):
         with pytest.raises(
             DataError, match=rf"\[data\].*corp/a\{ending} is named by validation and by files"
         ):
@@ -124,7 +124,7 @@ def test_run_refuses_a_copy_of_the_training_text_as_validation(kind: str) -> Non
     lines = KINDS[kind][1]
     written(kind, a=lines, copy=lines)
     parsed = recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/copy{KINDS[kind][0]}"])
-    for refuse in (lambda parsed: build_run(parsed, Overrides()), prepare_data):
+    for refuse in (lambda parsed: build_run(parsed, SingleBackend()), prepare_data):
         with pytest.raises(
             DataError, match=rf"all {len(lines)} validation documents are in the training text"
         ):
@@ -142,7 +142,7 @@ def test_validation_documents_in_the_training_text_are_counted(
     for _ in range(2):  # with new shards, and with cached ones
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            build_run(parsed, Overrides())
+            build_run(parsed, SingleBackend())
         assert [
             text
             for text in caplog.messages
@@ -158,7 +158,7 @@ def test_corpus_of_distinct_documents_gives_no_overlap_warning(
     written(kind, a=lines[:120], v=lines[120:])
     with caplog.at_level(logging.WARNING):
         build_run(
-            recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"]), Overrides()
+            recipe(kind, [f"corp/a{KINDS[kind][0]}"], [f"corp/v{KINDS[kind][0]}"]), SingleBackend()
         )
     assert not [text for text in caplog.messages if "documents" in text]
 
@@ -192,7 +192,7 @@ def test_repeated_documents_within_a_part_are_counted(caplog: pytest.LogCaptureF
     write("text", "corp/copy.txt", LINES[:50])
     write("text", "v.txt", LINES[150:] + LINES[150:170])
     with caplog.at_level(logging.WARNING):
-        build_run(recipe("text", ["corp/*.txt"], ["v.txt"]), Overrides())
+        build_run(recipe("text", ["corp/*.txt"], ["v.txt"]), SingleBackend())
     output = "\n".join(caplog.messages)
     assert "50 of the 200 documents of the part train repeat an earlier document" in output
     assert "20 of the 70 documents of the part validation repeat an earlier document" in output

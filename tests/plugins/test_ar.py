@@ -20,13 +20,13 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.data.batch import Batch
+from ddiff.distributed.single import SingleBackend
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead, TreeHead
 from ddiff.nn.network import as_network
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.build import Overrides
 from ddiff.runs.session import build_run
 from ddiff.sampling.loop import generate
 
@@ -246,7 +246,8 @@ def test_ar_objective_keeps_the_precision_of_the_recipe(
     """The objective runs the denoiser of the run, in the precision of the backend."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     run = build_run(
-        parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]), Overrides()
+        parse_recipe(RECIPE, settings=["data.rows=16", "backend.precision=bfloat16"]),
+        SingleBackend(),
     )
     assert run.objective.module is run.denoiser
     assert run.denoiser.precision == torch.bfloat16

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.blocks import compile_blocks, find_blocks, recompute_activations
+from ddiff.distributed.single import SingleBackend
 from ddiff.nn.denoiser import NUM_ROW_COUNTS
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.run import Run
@@ -22,7 +23,7 @@ DEEP = ["denoiser.layers=3", "denoiser.dropout=0.2"]
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP))
+    return build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), DEEP), SingleBackend())
 
 
 def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,6 +26,7 @@ from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.data_parallel import DistributedBackend
 from ddiff.distributed.launcher import get_rank_info, launch
+from ddiff.distributed.single import SingleBackend
 from ddiff.errors import ArgumentError, CheckpointError, RecipeError
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.build import Overrides
@@ -65,7 +66,7 @@ def test_random_draws_do_not_depend_on_ranks_and_micro_batches(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
-    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS)), Overrides())
+    built = build_run(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS)), SingleBackend())
     for step in (0, 7):
         whole = draws(built, 1, 1, step)
         assert whole["index"].tolist() == list(range(8))
@@ -320,11 +321,10 @@ def test_run_resumes_with_another_backend_but_not_another_recipe(tmp_path: Path)
         1, {}, {}
     )  # without checkpoints, two runs cannot be mixed
     check_directory(
-        tmp_path,
         parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4)),
         Overrides(),
         False,
     )
     other = parse_recipe(SYMBOLS.read_text(), "symbols.toml", settings(tmp_path, 4, "seed=5"))
     with pytest.raises(CheckpointError, match=r"Changed keys:\n  seed: was 0, is 5\nGive"):
-        check_directory(tmp_path, other, Overrides(), False)
+        check_directory(other, Overrides(), False)

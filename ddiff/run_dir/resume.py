@@ -1,0 +1,62 @@
+"""Check that a run can resume with a changed recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddiff.errors import CheckpointError
+
+Change = tuple[str, Any, Any]
+"""Dotted key, old value, new value."""
+
+
+def check_resumable(directory: Path, changed: Iterable[Change], replaced: Iterable[Change]) -> None:
+    """Raise CheckpointError if a trained run cannot resume with the present recipe.
+
+    Args:
+        directory: directory of the run.
+        changed: differences between the recorded and the present recipe. run_dir, [backend] and
+            [evaluate] every may differ, and [train] steps may grow.
+        replaced: differences between the components that were passed from Python then and now.
+    """
+    refused = []
+    for key, old, new in changed:
+        if not _may_change(key, old, new):
+            refused.append((key, old, new))
+    for key, old, new in replaced:
+        refused.append((f"given {key}", old, new))
+    if refused:
+        raise CheckpointError(_explain_changes(directory, refused))
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+    """Return True if a run can resume with the new value of this key."""
+    if key == "train.steps":
+        return isinstance(old, int) and new >= old
+    return key in ("run_dir", "evaluate.every") or key.startswith("backend.")
+
+
+def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
+    if [key for key, _, _ in changed] == ["train.steps"]:
+        _, old, new = changed[0]
+        return (
+            f"{directory} is a run of {old} steps (train.steps: was {old}, is {new}). To resume, "
+            f"set train.steps >= {old}. To use the trained run, call `ddiff eval {directory}`, "
+            f'`ddiff sample {directory}` or ddiff.load("{directory}"). To start over, use --fresh.'
+        )
+    lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
+    tables = {key.split(".")[0] for key, _, _ in changed}
+    if tables <= {"evaluate", "sample"}:
+        remedy = (
+            "These keys do not affect training. To use other settings, call "
+            f"`ddiff eval {directory} --set ...` or `ddiff sample {directory} --set ...`. To make "
+            "a separate run, use --set name=..."
+        )
+    else:
+        remedy = (
+            "Give the new run another name (--set name=...), or delete the trained run and start "
+            "over with --fresh. Only train.steps may grow and [backend] may change on resuming."
+        )
+    return f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}"
