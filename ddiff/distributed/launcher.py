@@ -220,11 +220,18 @@ def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -
     first = min(failed, key=lambda rank: _failure_order(workers[rank], reports, rank))
     code = workers[first].returncode
     report = reports / str(first)
+    log = reports / f"{first}.log"  # rank 0 writes to the terminal and has no log
+    output = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
     if report.exists():
         print(report.read_text(encoding="utf-8"), file=sys.stderr)
-    elif code < 0:
-        log = reports / f"{first}.log"
-        output = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
+    elif code > 0:
+        # The interpreter itself, or a library, ended the worker before it could report.
+        print(
+            f"{output}Worker {first} of {len(workers)} ended with exit code {code}, so all workers "
+            "were ended.",
+            file=sys.stderr,
+        )
+    else:
         print(
             f"{output}Worker {first} of {len(workers)} was killed by "
             f"{signal.Signals(-code).name}, so all workers were ended. If the signal is SIGKILL, "

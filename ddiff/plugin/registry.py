@@ -37,7 +37,7 @@ KINDS: dict[str, str] = {
     "training_loss": "[objective] loss: build(config, *, process) -> TrainingLoss",
     "time_rule": "[objective] times: build(config) -> TimeRule",
     "optimizer": "[train] optimizer: build(config, *, module) -> optimizer",
-    "backend": "[backend]: build(config, *, device, processes, precision) -> Backend",
+    "backend": "[backend]: build(config, *, device, processes, length, precision) -> Backend",
     "sampler": "[sample] sampler: build(config, *, steps, vocabulary) -> Sampler",
     "tracker": "[tracker]: build(config, *, run_dir, recipe) -> Tracker",
 }

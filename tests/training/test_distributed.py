@@ -25,7 +25,7 @@ from toy import rows_at, toy_trainer
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.data_parallel import DistributedBackend
-from ddiff.distributed.launcher import get_rank_info, launch
+from ddiff.distributed.launcher import _report_outcome, get_rank_info, launch
 from ddiff.distributed.single import SingleBackend
 from ddiff.errors import ArgumentError, CheckpointError, RecipeError
 from ddiff.recipe.resolve import parse_recipe
@@ -295,6 +295,21 @@ def test_launch_prints_an_error_of_all_ranks_only_once(capfd: pytest.CaptureFixt
     message = capfd.readouterr().err
     assert message.count("no_such_recipe") == 1, message
     assert "Traceback" not in message
+
+
+def test_launcher_prints_the_log_of_a_worker_that_ends_without_a_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workers = []
+    for code in (0, 3):
+        worker = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+        worker.wait()
+        workers.append(worker)
+    (tmp_path / "1.log").write_text("libfoo: cannot allocate\n")
+    assert _report_outcome(workers, tmp_path) == 3
+    message = capfd.readouterr().err
+    assert "libfoo: cannot allocate" in message
+    assert "Worker 1 of 2 ended with exit code 3" in message
 
 
 def test_batch_size_must_be_a_multiple_of_the_process_count() -> None:
