@@ -30,7 +30,7 @@ from ddiff.runs.directory import check_directory
 from ddiff.runs.record import describe_layout, open_checkpoints
 from ddiff.runs.session import TrainingSession
 from ddiff.training.metrics import FILE, WALL_CLOCK
-from ddiff.training.trainer import TrainingSummary
+from ddiff.training.settings import TrainingSummary
 
 # Allowed relative difference of a figure in another layout: rounding of float32 sums (1e-7 each),
 # which the orthogonalization of Muon makes about ten times as large.

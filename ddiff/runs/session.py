@@ -34,14 +34,9 @@ from ddiff.runs.provenance import check_checkpoint, run_fingerprints
 from ddiff.runs.run import Run
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Tracker
+from ddiff.training.settings import Provenance, TrainerSettings, TrainingSummary, Validation
 from ddiff.training.tracker import NoTracker
-from ddiff.training.trainer import (
-    Provenance,
-    Trainer,
-    TrainerSettings,
-    TrainingSummary,
-    Validation,
-)
+from ddiff.training.trainer import Trainer
 
 
 def build_run(recipe: Recipe, backend: Backend, overrides: Overrides = NO_OVERRIDES) -> Run:

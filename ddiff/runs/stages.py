@@ -37,7 +37,7 @@ from ddiff.runs.run import Run
 from ddiff.runs.sampling import build_sampler
 from ddiff.runs.session import TrainingSession
 from ddiff.runs.summary import print_resume, print_start, print_summary
-from ddiff.training.trainer import TrainingSummary
+from ddiff.training.settings import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGINT
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Denoiser
-from ddiff.training.trainer import TrainingSummary
+from ddiff.training.settings import TrainingSummary
 
 
 def print_start(

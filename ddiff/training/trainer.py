@@ -24,8 +24,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from rich.console import Console
@@ -43,6 +43,8 @@ from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, summarize
 from ddiff.training.optimizers import step_if
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
+from ddiff.training.run_state import RunState, get_random_state, set_random_state
+from ddiff.training.settings import Provenance, TrainerSettings, TrainingSummary, Validation
 from ddiff.training.signals import StopSignals
 from ddiff.training.tracker import NoTracker
 
@@ -50,150 +52,6 @@ if TYPE_CHECKING:
     from ddiff.core.rng import CounterRng
 
 MOST_SKIPPED_IN_A_ROW = 20
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """Result of `Trainer.fit`.
-
-    Attributes:
-        status: "finished" after the last step, "interrupted" by a signal, or "stopped" after
-            `max_steps`.
-        step: number of finished steps; `steps` is the number of steps of the whole run.
-        seconds: wall-clock time of this process; earlier processes of a resumed run do not count.
-        tokens: tokens trained on by this process.
-        checkpoint: path of the newest checkpoint.
-        signal: number of the signal that interrupted training.
-    """
-
-    status: Literal["finished", "interrupted", "stopped"]
-    step: int
-    steps: int
-    skipped_steps: int
-    seconds: float
-    tokens: float
-    metrics: Mapping[str, float]  # of the last report: means over up to log_every steps
-    checkpoint: str | None
-    signal: int | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code for a shell: 0, or 128 + signal after an interruption."""
-        return 128 + self.signal if self.signal is not None else 0
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Evaluation of the model at regular intervals during training.
-
-    Args:
-        every: number of steps between two evaluations.
-        score: callable without arguments that returns metrics by name, for metrics.jsonl and the
-            tracker, and a sentence to print. Every rank calls `score` at the same step, and must
-            evaluate the same rows, because the forward pass of a sharded module needs all ranks.
-        of_average: whether to evaluate the exponential moving average of the weights, if the run
-            has one, instead of the weights.
-    """
-
-    every: int
-    score: Callable[[], tuple[Mapping[str, float], str]]
-    of_average: bool = False
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """Sizes and intervals of a training run.
-
-    Raises ArgumentError if a value is out of range.
-
-    Args:
-        steps: number of optimizer steps of the whole run.
-        slots: number of sequences of the global batch, over all micro-batches and ranks.
-        accumulate: number of micro-batches per step and rank.
-        clip: largest gradient norm. None: no clipping.
-        ema: decay of the exponential moving average of the weights, which checkpoints store.
-            0: no average.
-        log_every: number of steps between two reports to the tracker.
-        checkpoint_every: number of steps between two checkpoints.
-        keep: number of newest checkpoints that are kept on disk.
-    """
-
-    steps: int
-    slots: int
-    accumulate: int = 1
-    clip: float | None = 1.0
-    ema: float = 0.0
-    log_every: int = 10
-    checkpoint_every: int = 200
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        numbers = {
-            "steps": self.steps,
-            "slots": self.slots,
-            "accumulate": self.accumulate,
-            "log_every": self.log_every,
-            "checkpoint_every": self.checkpoint_every,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise ArgumentError(f"TrainerSettings: {name} must be at least 1; got {value}.")
-        if self.clip is not None and not self.clip > 0.0:
-            raise ArgumentError(
-                f"TrainerSettings: clip must be positive, or None for no clipping; got {self.clip}."
-            )
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Components, data and recipe of a run, stored in its checkpoints.
-
-    Args:
-        origins: name of a component -> Python distribution and version that provided the component.
-        fingerprints: name -> fingerprint, for example of the vocabulary and of the data. A run
-            resumes only with equal fingerprints.
-        made_with: recipe of the run, and components that were given as Python objects (see
-            ddiff.run_dir.identity).
-    """
-
-    origins: Mapping[str, str] = field(default_factory=dict)
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    made_with: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class _RunState:
-    """Progress of a run, saved in checkpoints next to model, optimizer and random state."""
-
-    step: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)  # last report to the tracker
-    window: list[StepRecord] = field(default_factory=list)  # steps since that report
-
-    def count_step(self, is_finite: bool) -> None:
-        self.step += 1
-        self.skipped_steps += not is_finite
-        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-
-    def to_tree(self) -> dict[str, Any]:
-        return {
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "metrics": self.metrics,
-            "window": [record.to_tree() for record in self.window],
-        }
-
-    @classmethod
-    def from_tree(cls, step: int, tree: Mapping[str, Any]) -> _RunState:
-        window = [StepRecord.from_tree(record) for record in tree["window"]]
-        return cls(
-            step=step,
-            skipped_steps=tree["skipped_steps"],
-            skipped_in_a_row=tree["skipped_in_a_row"],
-            metrics=tree["metrics"],
-            window=window,
-        )
 
 
 @dataclass(frozen=True)
@@ -400,12 +258,12 @@ class Trainer:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _save(self, state: _RunState) -> str:
+    def _save(self, state: RunState) -> str:
         tree = {
             "run": state.to_tree(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.to_tree() if self.ema else None,
-            "random": _random_state(self.backend.device),
+            "random": get_random_state(self.backend.device),
             "multiplier": repr(self.multiplier),
             "origins": dict(self.provenance.origins),
             "fingerprints": dict(self.provenance.fingerprints),
@@ -414,7 +272,7 @@ class Trainer:
         module = self.backend.unwrap(self.objective.module)
         return self.checkpoints.save_async(state.step, module.state_dict(), tree)
 
-    def _restore(self, start: Checkpoint | None) -> _RunState:
+    def _restore(self, start: Checkpoint | None) -> RunState:
         if start is None:
             if found := self.checkpoints.steps():
                 raise CheckpointError(
@@ -423,7 +281,7 @@ class Trainer:
                     "from the newest checkpoint, empty the run directory, or choose another run "
                     "directory."
                 )
-            return _RunState()
+            return RunState()
         self.check_fit(start)
         module = self.backend.unwrap(self.objective.module)
         start.restore(module)
@@ -434,8 +292,8 @@ class Trainer:
         elif self.ema:
             # The checkpoint has no average, so the average starts from the restored weights.
             self.ema = ExponentialMovingAverage(module, self.ema.decay)
-        _set_random_state(tree["random"], self.backend.device)
-        return _RunState.from_tree(start.step, tree["run"])
+        set_random_state(tree["random"], self.backend.device)
+        return RunState.from_tree(start.step, tree["run"])
 
 
 class _Loop:
@@ -448,7 +306,7 @@ class _Loop:
     def __init__(
         self,
         trainer: Trainer,
-        state: _RunState,
+        state: RunState,
         end: int,
         file: MetricsFile | None,
         on_step: Callable[[StepRecord], None] | None,
@@ -607,7 +465,7 @@ class _Loop:
         validation = self.trainer.validation
         assert validation is not None
         module = self.backend.unwrap(self.trainer.objective.module)
-        random_state = _random_state(self.backend.device)
+        random_state = get_random_state(self.backend.device)
         weights: AbstractContextManager[None] = nullcontext()
         if self.trainer.ema and validation.of_average:
             weights = self.trainer.ema.apply()
@@ -617,7 +475,7 @@ class _Loop:
             except NonFiniteError as error:  # reported, but not a reason to end the run
                 figures, sentence = {}, str(error)
         self.trainer.objective.module.train()
-        _set_random_state(random_state, self.backend.device)
+        set_random_state(random_state, self.backend.device)
         if self.backend.rank == 0 and figures:
             self.trainer.tracker.log(self.state.step, figures)
         bar.note(f"step {self.state.step}: {sentence}")
@@ -661,20 +519,3 @@ def _pair(first: Tensor, second: Tensor) -> Tensor:
 
 def _describe(steps: Sequence[int]) -> str:
     return f"step {steps[-1]}" if steps else "no step"
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of torch's random generators, from which dropout draws.
-
-    The objective and the data use a `CounterRng`, which has no state.
-    """
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ddiff.distributed.single import SingleBackend
 from ddiff.training.optimizers import muon
 from ddiff.training.protocols import LossTerms
-from ddiff.training.trainer import Provenance, Trainer, TrainerSettings
+from ddiff.training.settings import Provenance, TrainerSettings
+from ddiff.training.trainer import Trainer
 
 ROWS, LENGTH, SYMBOLS, WIDTH = 8, 6, 5, 4
 PARTS = ("batch_at", "rng_at", "backend", "multiplier", "tracker", "validation")  # not settings
