@@ -222,7 +222,8 @@ def test_load_refuses_checkpoints_of_another_format_version(
     marker = tmp_path / "step_00000005" / "complete.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": number}))
     with pytest.raises(
-        CheckpointError, match=rf"format {number}; this ddiff reads only format 2: .* {age} ddiff"
+        CheckpointError,
+        match=rf"format {number}; this ddiff reads only format 2: .* {age} version of ddiff",
     ):
         checkpoints.newest()
 
