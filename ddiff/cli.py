@@ -79,7 +79,7 @@ class Commands(TyperGroup):
 
 
 def _is_raised_by_main(error: BaseException) -> bool:
-    """Return whether an error was raised in the main script rather than in an imported module."""
+    """Return whether the main script, not an imported module, raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -572,7 +572,7 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line (entry point `ddiff`). Exits with 2 after an error of the caller."""
+    """Run the command line (entry point `ddiff`). Exit with 2 after a user error."""
     # OpenMP threads that spin while they wait slow down other processes: 0.4 instead of 1.9 steps
     # per second on two busy cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""Names of the files in a run directory, and readers that check the contents of these files.
+"""Files of a run directory: their names, and readers that check their contents.
 
 This module does not import torch, so that `ddiff compare` and error messages are fast.
 """
@@ -260,7 +260,10 @@ def check_entry_types(directory: Path) -> None:
 
 
 def check_readable(directory: Path) -> None:
-    """Raise CheckpointError if a result file of a run is damaged. Called before any long work."""
+    """Raise CheckpointError if a result file of a run is damaged.
+
+    Called before any long work.
+    """
     for name in (ENVIRONMENT, EVALUATION, SAMPLING):
         read_json(directory / name)
     read_json_lines(directory / SAMPLES)

@@ -200,7 +200,7 @@ def recorded_overrides(record: RunRecord, state: Mapping[str, Any]) -> Mapping[s
 
 
 def _saved_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the overrides in the state of a checkpoint, or None in one of an earlier version."""
+    """Return the overrides in a checkpoint, or None if an earlier version wrote it."""
     return state.get("made_with", {}).get("given")
 
 

@@ -21,7 +21,7 @@ def check_location(run_dir: str) -> None:
 
 
 def _check_local(run_dir: str) -> None:
-    """Raise ArgumentError for a run directory that is a URL or lies inside a checkpoint folder."""
+    """Raise ArgumentError for a URL, or a path inside the checkpoints of a run."""
     if "://" in run_dir:
         raise ArgumentError(
             f"run_dir must be a directory of this machine; got the URL {run_dir}. Set a local "

@@ -1,4 +1,7 @@
-"""Protection of foreign files: a run neither overwrites nor deletes a file that no run wrote."""
+"""Protection of foreign files: no run overwrites or deletes them.
+
+A foreign file is a file in the run directory that no run wrote.
+"""
 
 from __future__ import annotations
 
@@ -97,9 +100,9 @@ def check_deleting(contents: Contents, source: str, inputs: Iterable[tuple[str, 
 
 
 def _find_protection(directory: Path, source: str) -> str | None:
-    """Return the reason why a directory must not be emptied, or None if it may be emptied.
+    """Return the reason why a directory must not be emptied.
 
-    `source`: path of the recipe file.
+    Returns None if the directory may be emptied. `source`: path of the recipe file.
     """
     real = directory.resolve()
     if directory.is_symlink():
@@ -158,7 +161,7 @@ def _foreign_error(directory: Path, foreign: list[str]) -> CheckpointError:
 
 
 def format_names(names: list[str]) -> str:
-    """Join names as `a, b, c`, or a long list of names as `a, b, c, d, e and 4 more`."""
+    """Join names as `a, b, c`, or a long list as `a, b, c, d, e and 4 more`."""
     text = ", ".join(names[:LISTED_NAMES])
     rest = len(names) - LISTED_NAMES
     return f"{text} and {rest} more" if rest > 0 else text

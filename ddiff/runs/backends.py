@@ -20,11 +20,11 @@ def build_backend(recipe: Recipe) -> Backend:
     """
     train = recipe.train
     backend = _build_backend(recipe, recipe.backend_keys.processes)
-    there = get_rank_info()
-    if there is not None and there.world_size != backend.world_size:
+    rank_info = get_rank_info()
+    if rank_info is not None and rank_info.world_size != backend.world_size:
         raise ArgumentError(
             f'[backend] kind = "{recipe.backend.component.name}" runs {backend.world_size} '
-            f"process, but {there.world_size} processes were started, and each would write the "
+            f"process, but {rank_info.world_size} processes were started, and each would write the "
             'same run. Set kind = "ddp" or "fsdp", or start one process.'
         )
     if train.batch % (train.accumulate * backend.world_size):
@@ -47,9 +47,9 @@ def build_single_backend(recipe: Recipe) -> Backend:
 
 
 def check_backend(recipe: Recipe) -> torch.device:
-    """Return the device of the backend. No process is started.
+    """Check that the backend can start, and return its device.
 
-    Raises ArgumentError if the backend cannot start.
+    No process is started. Raises ArgumentError if the backend cannot start.
     """
     if not recipe.backend.members.is_distributed:
         backend = build_backend(recipe)

@@ -1,4 +1,4 @@
-"""Count parameters, FLOPs, logits and bytes of a model, and find peak FLOPs of a device."""
+"""Cost of a model: parameters, FLOPs, logits and bytes; peak FLOPs of a device."""
 
 from __future__ import annotations
 
@@ -155,9 +155,9 @@ def count_flops() -> Iterator[FlopCounterMode]:
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """Return the peak FLOPs per second of a device, and a text about the source of the number.
+    """Return the peak FLOPs per second of a device, and a text that names its source.
 
-    The number is from a data sheet, or from the time of matrix products on the device.
+    The source is a data sheet, or a timed product of matrices on the device.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -184,7 +184,7 @@ def _time_products(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the free bytes of a GPU, or the available bytes of main memory for a CPU."""
+    """Return the free bytes of a GPU, or of main memory for a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,4 +1,4 @@
-"""Print the measured cost of a recipe: a table of figures and a table of memory by backend."""
+"""Print the measured cost of a recipe: figures, and memory by backend."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def print_measurement(measured: Measurement) -> None:
         f"{rows} of {recipe.length} tokens a step"
     )
     if measured.stand_in:
-        console.print(f"Random tokens stand in for its text: {measured.stand_in}")
+        console.print(f"Random tokens replace the text of the recipe: {measured.stand_in}")
     console.print()
     table = Table("", "", "how", box=None, pad_edge=False, show_header=False)
     table.columns[1].justify = "right"
@@ -60,14 +60,14 @@ def _counted_rows(measured: Measurement) -> list[Row]:
         (
             "logits/token",
             f"{cost.logits:,.1f}",
-            f"of {measured.num_tokens:,}: computed by the head, counted",
+            f"counted; the vocabulary has {measured.num_tokens:,} tokens",
         ),
         (
             "FLOPs/token",
             _format_count(cost.flops),
             f"{TRAINING} x (backbone {_format_count(cost.backbone_flops)} + head "
-            f"{_format_count(cost.head_flops)}), a backward pass being two forward passes; "
-            "backbone: 2nmk of its products by shapes, attention's too; head: 2 x width x logits",
+            f"{_format_count(cost.head_flops)}): a backward pass counts as two forward passes; "
+            "backbone: 2 n m k for each matrix product, with attention; head: 2 x width x logits",
         ),
     ]
 
@@ -80,17 +80,17 @@ def _timed_rows(measured: Measurement) -> list[Row]:
     per_step = f"{pace.step_seconds:.3f} s a step"
     if ranks > 1:
         per_step += (
-            f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f}, their exchange not "
-            "counted"
+            f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f} without communication"
         )
     tokens = keys.steps * keys.batch * recipe.length
+    processes = _plural(ranks, "process", "processes")
     return [
         ("tokens/s", f"{pace.tokens_per_second:,.0f}", per_step),
         ("MFU", f"{measured.mfu:.1%}", f"of {_format_count(pace.peak)}FLOP/s: {pace.peak_from}"),
         (
             "ETA",
             _format_duration(pace.step_seconds * keys.steps),
-            f"for {keys.steps:,} steps, {_format_count(tokens)} tokens, on {ranks} such",
+            f"for {keys.steps:,} steps, {_format_count(tokens)} tokens, with {processes}",
         ),
         (
             "checkpoint",
@@ -102,19 +102,27 @@ def _timed_rows(measured: Measurement) -> list[Row]:
 
 def _loss_rows(measured: Measurement) -> list[Row]:
     initial = measured.initial
-    rows = [("first loss", f"{measured.first_loss:.4f}", "nats/token, of step 1 as it was trained")]
+    rows = [("first loss", f"{measured.first_loss:.4f}", "nats/token, of training step 1")]
     if initial is None:
-        unknown = "unknown: the head begins with other weights than its counts"
+        unknown = "unknown: the head does not start from the token counts"
         return [*rows, ("  expected", "", unknown)]
     expected = (
-        f"± {initial.error:.4f}: the loss of the head's initial distribution over rows and times; "
-        f"a step is off by {initial.spread:.4f}"
+        f"± {initial.error:.4f}: mean loss of the head's initial distribution over rows and times; "
+        f"standard deviation of one step: {initial.spread:.4f}"
     )
     return [
         *rows,
         ("  expected", f"{initial.mean:.4f}", expected),
-        ("  there", f"{initial.there:.4f}", "the same on the rows, times and noise of step 1"),
-        ("  unigram", f"{measured.unigram:.4f}", "the entropy by counts: what a bound starts from"),
+        (
+            "  of step 1",
+            f"{initial.of_step_1:.4f}",
+            "the same for the rows, times and noise of step 1",
+        ),
+        (
+            "  unigram",
+            f"{measured.unigram:.4f}",
+            "unigram entropy of the training text, at which a bound starts",
+        ),
     ]
 
 
@@ -125,7 +133,7 @@ def _memory_table(measured: Measurement) -> Table:
     """
     footprint = measured.cost.footprint
     ranks = measured.recipe.backend_keys.processes
-    columns = ("parameters", "gradients", "optimizer", "exchange", "step's rise", "in all")
+    columns = ("parameters", "gradients", "optimizer", "communication", "activations", "total")
     table = Table("memory per rank", *columns, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -153,9 +161,9 @@ def _warning(measured: Measurement) -> str:
     assert measured.initial is not None
     return (
         f"WARNING: the first loss is {measured.first_loss:.4f}, but the initial distribution of "
-        f"the head has the loss {measured.initial.there:.4f} on the same rows, times and noise, "
-        "for any hidden states. Training therefore sums, weights or counts differently from the "
-        "objective. Check the loss, its denominators, and the reduction of both by the backend."
+        f"the head has the loss {measured.initial.of_step_1:.4f} on the same rows, times and "
+        "noise, for any hidden states. Training therefore sums, weights or counts differently from "
+        "the objective. Check the loss, its denominators, and the reduction of both by the backend."
     )
 
 

@@ -39,7 +39,7 @@ PATIENCE = 5.0  # seconds to wait for the lock: a killed process may take a mome
 def check_directory(
     recipe: Recipe, overrides: Overrides, fresh: bool, *, warn: bool = False
 ) -> None:
-    """Raise an error if a run of the recipe must not be written to its directory.
+    """Raise an error if a recipe must not be run in its directory.
 
     If `fresh` is True, raise an error if the directory must not be emptied. A run can resume only
     if its recipe equals the recorded recipe, except for run_dir, [backend], [evaluate] every, and a
@@ -74,7 +74,7 @@ def check_directory(
 
 
 def tracked_names(recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of files that the tracker of the recipe writes to a run directory."""
+    """Return the names of the files that the tracker of a recipe writes."""
     return recipe.tracker.members.writes
 
 

@@ -50,7 +50,7 @@ def evaluate_once(run: Run) -> EvaluationReport:
 
 
 def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationReport | None:
-    """Return the evaluation in `saved`, or None if its step or settings are not the run's."""
+    """Return the evaluation in `saved`, or None if step or settings differ from the run."""
     wanted, protocol = _settings(run)
     # other keys, such as the batch size or the version, do not change the figures
     found = {**saved, **saved["protocol"]}

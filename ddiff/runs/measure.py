@@ -96,7 +96,7 @@ class InitialLoss(NamedTuple):
     mean: float  # over rows, times and noise
     error: float  # standard error of that mean
     spread: float  # standard deviation of one step's loss
-    there: float  # on the rows, times and noise of the first step
+    of_step_1: float  # on the rows, times and noise of the first step
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Measurement:
         """
         if self.initial is None:
             return False
-        allowed = ROUNDING * max(1.0, abs(self.initial.there))
-        return not abs(self.first_loss - self.initial.there) <= allowed  # also for NaN
+        allowed = ROUNDING * max(1.0, abs(self.initial.of_step_1))
+        return not abs(self.first_loss - self.initial.of_step_1) <= allowed  # also for NaN
 
 
 def measure(recipe: Recipe, count: int) -> Measurement:
@@ -145,7 +145,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 
 def _single_process(recipe: Recipe, directory: str) -> Recipe:
-    """Return a recipe for one process, which trains on the rows of one process in each step."""
+    """Return a recipe for one process, with its share of the batch."""
     settings = [
         f"run_dir={json.dumps(directory)}",
         f"train.batch={recipe.train.batch // recipe.backend_keys.processes}",
@@ -312,7 +312,10 @@ class RandomText(RunText):
 
     @cached_property
     def train_rows(self) -> PackedRows:
-        """Draw rows of independent tokens. The token of rank r has weight 1 / (r + 2.7)."""
+        """Draw rows of independent tokens.
+
+        A random permutation ranks the tokens, and the token of rank r has weight 1 / (r + 2.7).
+        """
         random = np.random.default_rng(self.recipe.seed)
         share = 1.0 / (np.arange(self.num_tokens) + 2.7)
         order = random.permutation(self.num_tokens)
@@ -387,9 +390,10 @@ def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]
 
 
 def _window(count: int) -> int:
-    """Return the number of steps between two reports: `count` / 4 if an integer, otherwise 1.
+    """Return the number of steps between two reports: `count` / 4, or 1.
 
-    The host waits for the device at each report, so frequent reports would slow training down.
+    The number is 1 if 4 does not divide `count`. The host waits for the device at each report, so
+    frequent reports would slow training down.
     """
     return count // 4 if count % 4 == 0 else 1
 
@@ -456,12 +460,12 @@ def _initial_loss(session: TrainingSession) -> InitialLoss | None:
         mean=statistics.fmean(losses),
         error=deviation / GROUPS**0.5,
         spread=deviation * (size / recipe.train.batch) ** 0.5,
-        there=_first_step_loss(session, objective),
+        of_step_1=_first_step_loss(session, objective),
     )
 
 
 def _biases_only(run: Run) -> Objective:
-    """Build the objective of a run with the biases of its head and a backbone that returns zero."""
+    """Build the objective of a run with the biases of its head and a zero backbone."""
     model = assemble(
         run.recipe, run.vocabulary, run.device, process=run.process, backbone=ZeroBackbone()
     )
@@ -472,7 +476,7 @@ def _biases_only(run: Run) -> Objective:
 
 
 def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
-    """Return the loss of `objective` on the rows, diffusion times and noise of the first step."""
+    """Return the loss of `objective` on the rows, times and noise of step 1."""
     keys = session.recipe.train
     batches = [session.data.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)

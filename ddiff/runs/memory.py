@@ -1,4 +1,4 @@
-"""Refuse a run if a lower bound of its memory exceeds the memory of the machine.
+"""Check that a lower bound of the memory of a run fits into the machine.
 
 A run that would fit is never refused. `ddiff run --dry-run --measure` measures the memory that a
 run uses.
@@ -94,9 +94,9 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
 
 
 def total_memory(device: torch.device) -> float:
-    """Return the memory of a GPU, or the memory of this machine that the process may use.
+    """Return the bytes of a GPU, or of main memory for a CPU.
 
-    A Linux control group may limit the memory of the process.
+    If a Linux control group limits the memory of the process, the limit is returned.
     """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)

@@ -1,4 +1,4 @@
-"""Build a denoiser on the meta device of torch, whose tensors have shapes but no values."""
+"""Build a denoiser on the meta device, whose tensors have no values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure peak memory of a computation: allocated bytes on a GPU, resident bytes on a CPU."""
+"""Peak memory of a computation: allocated bytes on a GPU, resident bytes on a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MemoryRise:
 
 
 def _reset_peak() -> float:
-    """Reset the peak of resident memory to the resident bytes in use, and return this number."""
+    """Reset the peak to the resident bytes in use, and return these bytes."""
     # malloc keeps freed memory, which would hide a rise of the same size. Only glibc has
     # malloc_trim.
     with suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Record of a run: write recipe and components, and read them again."""
+"""Record of a run: write and read its recipe, components and environment."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ def describe_layout(backend: Backend) -> dict[str, Any]:
 
 
 def resolve_recorded(record: RunRecord) -> Mapping[str, Any]:
-    """Return the recorded recipe as nested tables, with the defaults of keys newer than the file.
+    """Return the recorded recipe as nested tables, with defaults for missing keys.
 
-    Without the plugins of the run, the recipe cannot be resolved, and is returned as recorded.
+    Keys are missing if an earlier version of ddiff recorded the recipe. Without the plugins of the
+    run, the recipe cannot be resolved, and is returned as recorded.
     """
     try:
         return parse_recipe(record.recipe_text, str(record.directory / RECIPE)).to_dict()
@@ -81,7 +82,7 @@ def resolve_recorded(record: RunRecord) -> Mapping[str, Any]:
 
 
 def read_recorded_steps(directory: Path) -> int | None:
-    """Read [train] steps of the run in a directory. Returns None if there is no run."""
+    """Read [train] steps of the run in a directory, or None without a run."""
     if not (directory / RECIPE).is_file():
         return None
     steps = resolve_recorded(RunRecord.read(directory)).get("train", {}).get("steps")

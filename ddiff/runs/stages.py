@@ -115,8 +115,8 @@ def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run 
     The run is None if a signal stopped the training.
     """
     directory = Path(recipe.run_dir)
-    there = get_rank_info()  # None for one process
-    leads = there is None or there.rank == 0
+    rank_info = get_rank_info()  # None for one process
+    leads = rank_info is None or rank_info.rank == 0
     check_directory(recipe, overrides, fresh, warn=leads)
     with lock_run_dir(directory) if leads else nullcontext():
         if leads:

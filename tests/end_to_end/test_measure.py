@@ -124,7 +124,7 @@ def test_first_training_loss_equals_predicted_initial_loss(
     """Compare on the same rows, times and noise, with dropout. Tolerance 1e-6: float32 sums."""
     found = measured(settings, text=text)
     assert found.initial is not None
-    assert found.first_loss == pytest.approx(found.initial.there, rel=1e-6)
+    assert found.first_loss == pytest.approx(found.initial.of_step_1, rel=1e-6)
     assert not found.is_off
     assert (
         abs(found.initial.mean - found.unigram) < 6 * found.initial.error + 0.05
