@@ -56,7 +56,7 @@ class Frame(NamedTuple):
         return Frame(self.tokens.to(device), self.clamped.to(device), valid)
 
 
-def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
+def encode_prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
     """Encode a text that samples of `length` tokens begin with.
 
     Raises ArgumentError if the text has more than `length` tokens.
@@ -67,7 +67,7 @@ def prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
     return _check_length(Template(text, ids, given, whole=False), length)
 
 
-def infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
+def encode_infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     """Encode a text with gaps: `She [MASK:8] to Bath` has eight free tokens.
 
     The sample ends at the end of the text. One space before a gap is removed, since sampled tokens
@@ -112,9 +112,9 @@ def make_templates(
             "text with the prompt."
         )
     if prompts is not None:
-        return [prompt(text, tokenizer, length) for text in _as_list(prompts)]
+        return [encode_prompt(text, tokenizer, length) for text in _as_list(prompts)]
     if infills is not None:
-        return [infill(text, tokenizer, length) for text in _as_list(infills)]
+        return [encode_infill(text, tokenizer, length) for text in _as_list(infills)]
     return []
 
 

@@ -18,7 +18,7 @@ from ddiff.data.sources import open_file_source
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.runs.prompts import infill, make_templates, prompt, read_prompts
+from ddiff.runs.prompts import encode_infill, encode_prompt, make_templates, read_prompts
 from ddiff.runs.run import Run
 from ddiff.runs.session import TrainingSession
 
@@ -162,7 +162,7 @@ def test_prompts_and_texts_in_memory_must_be_valid_text(kind: str) -> None:
         documents_from_texts(["fine", text])
     with pytest.raises(DataError, match=message):
         pack_texts([text], TOKENIZER, 8)
-    for read_one in (prompt, infill):
+    for read_one in (encode_prompt, encode_infill):
         argument = f"{text} [MASK:2]" if isinstance(text, str) else text
         with pytest.raises(ArgumentError, match=message) as raised:
             read_one(argument, TOKENIZER, 32)
