@@ -138,6 +138,7 @@ def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
     recipe = session.recipe
     leads = session.backend.rank == 0
     check_sampling(recipe, session.run.model)
+    # read under the lock: another process may have trained after `check_directory`
     start = None if fresh else session.run.checkpoints.newest()
     init = session.initialize_weights() if start is None else None
     if fresh and leads:
@@ -158,7 +159,7 @@ def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> N
     backend = session.backend
     recorded = None
     if recipe.train.schedule == "cosine":  # only this learning rate depends on the last step
-        # read under the lock: another process may have trained after `check_directory`
+        # read under the lock too, so that the steps belong to the checkpoint
         recorded = read_recorded_steps(session.run.run_dir)
     record_run(session.run, backend, init)
     kind = recipe.backend.component.name
