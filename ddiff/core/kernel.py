@@ -20,6 +20,10 @@ from ddiff.errors import ArgumentError
 # Largest number of states of a kernel that is solved as a dense matrix.
 MAX_DENSE = 512
 
+# Operators with a condition number up to this value are inverted by elimination, whose rounding
+# errors are then small.
+WELL_CONDITIONED = 1e4
+
 # Singular values below this fraction of the largest only amplify rounding errors.
 MIN_SINGULAR_SHARE = 1e-13
 
@@ -129,6 +133,28 @@ def solve_nearest(
             solved = solved + residual @ inverse[k]
         x = x.index_copy(0, rows, solved)
     return x
+
+
+def solve_well_conditioned(
+    square: Tensor,
+    s: Tensor,
+    time_index: Tensor,
+    p: Tensor,
+) -> Tensor:
+    """Replace p [r,V] by the solution of p K = s in rows whose operator K is well conditioned.
+
+    `square` [n,S,S] holds the operators K of n times, and `time_index` [r] the time of each row.
+    The solution by elimination keeps the relative accuracy of small probabilities at small t. This
+    accuracy matters, because decoding formulas multiply small probabilities by factors of order
+    1/t.
+    """
+    well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
+    for k in find_rows(well_conditioned).tolist():
+        rows = find_rows(time_index == k)
+        # For row vectors, p K = s is the system K^T p^T = s^T.
+        solved = torch.linalg.solve(square[k].T, s[rows].T).T
+        p = p.index_copy(0, rows, solved[:, : p.shape[1]])
+    return p
 
 
 @final

@@ -27,7 +27,13 @@ from torch import Tensor
 
 from ddiff.core.description import format_settings
 from ddiff.core.information import InformationTime, uniform_reference
-from ddiff.core.kernel import MAX_DENSE, DenseKernel, Kernel, solve_nearest
+from ddiff.core.kernel import (
+    MAX_DENSE,
+    DenseKernel,
+    Kernel,
+    solve_nearest,
+    solve_well_conditioned,
+)
 from ddiff.core.numerics import (
     FLOOR,
     LATEST,
@@ -67,10 +73,6 @@ class Query(Protocol):
         *per_row: Tensor,
     ) -> Any: ...
 
-
-# Operators with a condition number up to this value are inverted by elimination, whose rounding
-# errors are then small.
-WELL_CONDITIONED = 1e4
 
 # Number of tokens over which the default of `information` averages. An inaccurate mean only
 # increases the variance of the bound.
@@ -258,7 +260,7 @@ class ForwardProcess(ABC):
             )
             dense = kernel.dense()
             p = solve_nearest(dense[:, :num_tokens], even, s, time_index)
-            p = _solve_well_conditioned(dense, s, time_index, p)
+            p = solve_well_conditioned(dense, s, time_index, p)
         least = FLOOR * s[:, :num_tokens]
         return log_normalize(safe_log(torch.maximum(p, least)))
 
@@ -590,28 +592,6 @@ class ForwardProcess(ABC):
         if isinstance(prediction, Score):
             return self.tweedie(prediction, t)
         return prediction.log_mass(0)
-
-
-def _solve_well_conditioned(
-    square: Tensor,
-    s: Tensor,
-    time_index: Tensor,
-    p: Tensor,
-) -> Tensor:
-    """Replace p [r,V] by the solution of p K = s in rows whose operator K is well conditioned.
-
-    `square` [n,S,S] holds the operators K of n times, and `time_index` [r] the time of each row.
-    The solution by elimination keeps the relative accuracy of small probabilities at small t. This
-    accuracy matters, because decoding formulas multiply small probabilities by factors of order
-    1/t.
-    """
-    well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
-    for k in find_rows(well_conditioned).tolist():
-        rows = find_rows(time_index == k)
-        # For row vectors, p K = s is the system K^T p^T = s^T.
-        solved = torch.linalg.solve(square[k].T, s[rows].T).T
-        p = p.index_copy(0, rows, solved[:, : p.shape[1]])
-    return p
 
 
 def _is_only_possible_token(log_likelihood: Tensor, x0: Tensor) -> Tensor:
