@@ -1,8 +1,8 @@
-"""Attention masks for padding, packed documents, blocks and cached positions; key-value cache.
+"""Attention masks (padding, packed documents, blocks, cached positions) and a key-value cache.
 
-A backbone runs on n inputs per sequence. Usually these are the L positions. With a clean copy next
-to the noisy sequence there are 2L inputs. With a cache, the inputs are the positions that are not
-cached.
+A backbone runs on n inputs per sequence, by default the L positions (n = L). If the clean tokens
+are placed next to the noisy sequence, every position is two inputs, a clean one and a noisy one
+(n = 2L). With a key-value cache, only positions that are not cached are inputs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ MIN_HEAD_WIDTH = 16  # channels; the smallest that flex attention's kernels take
 
 
 class AttentionLayout(NamedTuple):
-    """Inputs of a backbone: `position` [n] in the sequence, `block` [1 or B,n], `noisy` [n] bool.
+    """Positions and block numbers of the n inputs of a backbone, if attention is by blocks.
 
-    If `noisy` is None, an input attends to its own block and to earlier blocks. Otherwise a noisy
-    input attends to the noisy inputs of its own block and to the clean inputs of earlier blocks. A
-    clean input attends to the clean inputs of its own block and of earlier blocks.
+    Attributes:
+        position: [n] long, the position of each input in its sequence.
+        block: [1 or B,n] long, the block number of each input.
+        noisy: [n] bool, True for noisy inputs and False for clean inputs. A noisy input attends to
+            the noisy inputs of its own block and to the clean inputs of earlier blocks. A clean
+            input attends to the clean inputs of its own block and of earlier blocks. None: an input
+            attends to all inputs of its own block and of earlier blocks.
     """
 
     position: Tensor
@@ -37,10 +41,15 @@ class AttentionLayout(NamedTuple):
 
 
 class PositionFacts(NamedTuple):
-    """Properties of n inputs that determine which inputs attend to each other, [1 or B,n] each.
+    """Properties of n inputs that determine which inputs attend to each other.
 
-    `place` numbers the inputs 0, 1, ... Other properties are None if they are the same for all
-    inputs.
+    Every property is a tensor [1 or B,n], or None if it is the same for all inputs.
+
+    Attributes:
+        place: numbers 0, 1, ..., n - 1 of the inputs; never None.
+        valid: False at padding.
+        document: number of the document in a packed sequence.
+        block, noisy: see `AttentionLayout`.
     """
 
     place: Tensor
@@ -55,16 +64,20 @@ class PositionFacts(NamedTuple):
         return PositionFacts(fn(self.place), *others)
 
     def select(self, row: Tensor, index: Tensor) -> PositionFacts:
-        """Return the properties of input `index` of sequence `row`, two tensors of shape []."""
+        """Return the properties of one input: input number `index` of sequence number `row`.
+
+        Both numbers are tensors of shape [].
+        """
         return self.map(lambda fact: fact[row if len(fact) > 1 else 0, index])
 
 
 def may_attend(query: PositionFacts, key: PositionFacts) -> Tensor:
-    """Return bool: whether the inputs `query` may attend to the inputs `key`.
+    """Return a bool mask that is True where the input `query` may attend to the input `key`.
 
-    The shapes of the properties of `query` and `key` broadcast to the shape of the result. A key
-    must be valid, in the same document as the query, and in a block to which the block of the query
-    attends. An input always attends to itself, so that no row of the softmax is empty.
+    The mask has the shape to which the properties of `query` and `key` broadcast. A query attends
+    to itself, so that no row of the softmax is empty. It attends to another input only if that
+    input is not padding, is in the same document, and is in a block to which it may attend (see
+    `AttentionLayout`).
     """
     is_self = query.place == key.place
     allowed = ~is_self  # has the broadcast shape; `is_self` is added at the end
@@ -85,17 +98,21 @@ def may_attend(query: PositionFacts, key: PositionFacts) -> Tensor:
 
 
 def build_dense_mask(facts: PositionFacts, cached: int = 0) -> Tensor:
-    """Build the mask [1 or B,1,n-m,n] of the inputs after the m cached ones."""
+    """Build the bool mask [1 or B,1,n-m,n] with which n - m new inputs attend to all n inputs.
+
+    `facts` describes all n inputs. The first m = `cached` inputs are in the key-value cache.
+    """
     query = facts.map(lambda fact: fact[:, cached:].unsqueeze(-1))
     key = facts.map(lambda fact: fact.unsqueeze(-2))
     return may_attend(query, key).unsqueeze(1)
 
 
 def build_block_mask(facts: PositionFacts) -> BlockMask:
-    """Build the mask of flex attention (arXiv 2412.05496).
+    """Build the attention mask as a `BlockMask` for flex attention (arXiv 2412.05496).
 
-    The mask lists the tiles in which some pairs may attend, and those in which all pairs may. Rows
-    of tiles are computed one after the other, so that no tensor of n^2 entries is made.
+    The n x n mask is cut into tiles of TILE x TILE pairs of inputs. A `BlockMask` lists the tiles
+    in which some pairs may attend, and the tiles in which all pairs may attend. Rows of tiles are
+    computed one after the other, so that no tensor of n^2 entries is made.
     """
     length = facts.place.shape[-1]
     key = facts.map(lambda fact: fact.unsqueeze(-2))
@@ -117,23 +134,35 @@ def build_block_mask(facts: PositionFacts) -> BlockMask:
 
 
 def _count_in_tiles(facts: PositionFacts, key: PositionFacts, start: int, length: int) -> Tensor:
-    """Count the allowed pairs per tile, for the row of tiles that begins at `start`."""
+    """Count the pairs that may attend in each tile of one row of tiles; returns [1 or B,tiles].
+
+    Args:
+        facts: properties of all inputs, [1 or B,n].
+        key: the same properties with the shape [1 or B,1,n].
+        start: number of the first query in the row of tiles.
+        length: number n of inputs.
+    """
     query = facts.map(lambda fact: fact[:, start : start + TILE].unsqueeze(-1))
     allowed = F.pad(may_attend(query, key), (0, -length % TILE))
     return allowed.unflatten(-1, (-1, TILE)).sum((1, 3))
 
 
 def _sort_tiles(is_marked: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the marked tiles of each row, and list all tiles with the marked ones first."""
+    """Return two tensors in the form that `BlockMask` takes, from a bool [...,rows,tiles].
+
+    Returns the number of marked tiles in each row of tiles, and the tile numbers of each row, in
+    which the marked tiles come first.
+    """
     marked = is_marked.int()
     order = marked.argsort(dim=-1, descending=True, stable=True)
     return marked.sum(-1, dtype=torch.int32), order.int()
 
 
 def has_flex_kernel(x: Tensor, head_width: int) -> bool:
-    """Return whether flex attention has a fused kernel for the device and dtype of `x`.
+    """Return whether flex attention has a fused kernel for the hidden states `x`.
 
-    Kernels also need a `head_width` of at least MIN_HEAD_WIDTH.
+    The device and dtype of `x` must be supported, and `head_width`, the number of channels of an
+    attention head, must be at least MIN_HEAD_WIDTH.
     """
     # FLOP counting disables fused kernels through `sdpa_kernel`, so flex attention is not used.
     is_allowed = torch.backends.cuda.flash_sdp_enabled()
@@ -141,9 +170,10 @@ def has_flex_kernel(x: Tensor, head_width: int) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-    """Compute softmax(q k^T / sqrt(w)) v: q [B,heads,L,w], k and v [B,heads,m+L,w] -> q's shape.
+    """Compute the attention softmax(q k^T / sqrt(w)) v, in the shape of q.
 
-    `mask` is the `Context.kernel_mask` of the pass. Flex attention skips tiles that are masked.
+    q is [B,heads,L,w]. k and v are [B,heads,m+L,w], where the first m entries come from the
+    key-value cache. `mask` is the result of `Context.kernel_mask`.
     """
     if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -159,11 +189,12 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @final
 class KeyValueCache:
-    """Keys and values [B,heads,m,w] of final inputs by layer, and their hidden states.
+    """Keys, values and hidden states of the first m inputs of every sequence, for reuse.
 
-    An input is final if its token will not change any more and every input to which it attends is
-    final. Its keys and values then stay the same, so the cache is exact. A pass over new inputs
-    calls `begin_update`, then `update` in every layer, then `finish_update`.
+    Only final inputs are cached. An input is final if its token will not change any more and every
+    input to which it attends is final. The keys and values of a final input stay the same, so the
+    cache is exact. Keys and values are stored by layer, each [B,heads,m,w]. A forward pass over new
+    inputs calls `begin_update`, then `update` in every layer, then `finish_update`.
     """
 
     def __init__(self) -> None:
@@ -180,10 +211,11 @@ class KeyValueCache:
         return self.ids.shape[1]
 
     def crop(self, ids: Tensor, block: Tensor, num_final: int) -> int:
-        """Crop the cache to the longest prefix that agrees with ids [B,L] and block [L].
+        """Crop the cache to the longest prefix that can be reused, and return its length.
 
-        At most `num_final` inputs are kept. Returns the new length. A block is kept as a whole or
-        not at all, since its inputs attend to each other.
+        The prefix can be reused if it has the given `ids` [B,L] and block numbers `block` [L]. At
+        most `num_final` inputs are kept. A block is kept as a whole or not at all, since its inputs
+        attend to each other.
         """
         length = min(self.length, num_final) if len(self.ids) == len(ids) else 0
         if length:
@@ -205,11 +237,15 @@ class KeyValueCache:
         return length
 
     def begin_update(self, num_new: int) -> None:
-        """Announce that the first `num_new` inputs of the next pass are final."""
+        """Begin a forward pass in which the first `num_new` inputs are final."""
         self._num_new = num_new
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [B,heads,m+n,w] of `layer`, given those of n new inputs."""
+        """Return the keys and values [B,heads,m+n,w] of layer number `layer`, for all inputs.
+
+        `k` and `v` [B,heads,n,w] are the keys and values of the n new inputs. The m cached inputs
+        come first in the result.
+        """
         if layer == len(self.keys):
             self.keys.append(k[:, :, :0])
             self.values.append(v[:, :, :0])
@@ -223,10 +259,13 @@ class KeyValueCache:
         return k, v
 
     def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
-        """Return the hidden states [B,L',width] of all inputs after a pass up to input L'.
+        """End a forward pass, and return the hidden states [B,m+n,width] of all inputs.
 
-        `ids` [B,L'] and `block` [L'] include the cached inputs. `hidden` [B,n,width] are the hidden
-        states of the pass. The keys and values that `update` stored become part of the cache.
+        The final ones of the n new inputs become part of the cache.
+
+        Args:
+            ids, block: ids [B,m+n] and block numbers [m+n] of the m cached and the n new inputs.
+            hidden: hidden states [B,n,width] of the new inputs.
         """
         if self.hidden is not None and self.length:
             hidden = torch.cat([self.hidden, hidden], 1)

@@ -38,12 +38,16 @@ Inputs = Literal["own", "previous"]
 class Context(NamedTuple):
     """Inputs of a backbone other than ids and times.
 
-    `valid` [B,L] bool is False at padding (None: no padding). `document` [B,L] long is the document
-    of each position (None: not packed). If both are None, attention runs without a mask.
-    `conditions` maps names to labels [B] or [B,L] long (-1: absent) or to vectors [B,d] or [B,L,d]
-    float (NaN: absent). The denoiser sets `layout`, the inputs on which the backbone is run, and
-    `cache`, the keys and values of earlier inputs. With a cache, `valid` and `document` also
-    include the cached inputs, which come first.
+    Callers set the first three attributes, the denoiser sets the last two. With a cache, `valid`
+    and `document` also include the cached inputs, which come first.
+
+    Attributes:
+        valid: [B,L] bool, False at padding. None: no padding.
+        document: [B,L] long, the document number of each position. None: sequences are not packed.
+        conditions: conditions by name. A condition is a tensor of labels [B] or [B,L] long (-1:
+            absent) or of vectors [B,d] or [B,L,d] float (NaN: absent).
+        layout: positions and blocks of the inputs. None: one input per position, and no blocks.
+        cache: keys and values of earlier inputs. None: no cache.
     """
 
     valid: Tensor | None = None
@@ -53,18 +57,22 @@ class Context(NamedTuple):
     cache: KeyValueCache | None = None
 
     def attention_mask(self) -> Tensor | None:
-        """Return the mask [B or 1,1,L,m+L] bool, m cached inputs first, or None."""
+        """Return the attention mask [B or 1,1,L,m+L] bool of L inputs after m cached inputs.
+
+        The result is None if every input attends to every input.
+        """
         facts = self._position_facts()
         if facts is None:
             return None
         return build_dense_mask(facts, self.cache.length if self.cache else 0)
 
     def kernel_mask(self, x: Tensor, head_width: int) -> AttentionMask:
-        """Return the mask for `attend`, for hidden states x [B,L,d].
+        """Return the attention mask in the form that is fastest for hidden states x [B,L,d].
 
-        One call serves all layers. On a GPU the result is a flex attention mask. With a cache it is
-        a dense mask, since L changes between passes and flex attention would be compiled for
-        every L.
+        `head_width` is the number of channels of an attention head. All layers can share the
+        result, which is passed to `attend`. On a GPU it is a flex attention mask, if flex attention
+        has a kernel for x. On a CPU, or with a cache, it is the mask of `attention_mask`: with a
+        cache L changes between passes, and flex attention would be compiled for every L.
         """
         if self.cache or not has_flex_kernel(x, head_width):
             return self.attention_mask()
@@ -72,7 +80,7 @@ class Context(NamedTuple):
         return None if facts is None else build_block_mask(facts)
 
     def _position_facts(self) -> PositionFacts | None:
-        """Return the properties that determine attention, cached inputs first.
+        """Return the properties of all inputs that determine attention, cached inputs first.
 
         The result is None if every input attends to every input.
         """
@@ -89,7 +97,9 @@ class Context(NamedTuple):
     def _blocks(self) -> Tensor | None:
         """Return the block numbers [1 or B,m+L] of the m cached and the L new inputs.
 
-        Cached inputs get the number of the first block, to which all inputs attend.
+        All cached inputs get the number of the first new block, so that all new inputs attend to
+        the cached ones. The result is None if there are no blocks, or if there is a cache and the
+        new inputs are in one block.
         """
         if self.layout is None:
             return None
@@ -108,7 +118,7 @@ class Context(NamedTuple):
         return self.layout.position
 
     def select_sequences(self, sequences: Tensor) -> Context:
-        """Return the context of the sequences with the indices `sequences` [b]."""
+        """Return the context restricted to the sequences with the numbers `sequences` [b]."""
         return self._replace(
             valid=None if self.valid is None else self.valid[sequences],
             document=None if self.document is None else self.document[sequences],
@@ -116,7 +126,11 @@ class Context(NamedTuple):
         )
 
     def select_positions(self, positions: Tensor, length: int) -> Context:
-        """Return the context of the given positions [n] of sequences with `length` positions."""
+        """Return the context restricted to the positions `positions` [n].
+
+        `length` is the number of positions before the restriction. It shows which conditions have a
+        value per position.
+        """
         conditions = {}
         for name, value in self.conditions.items():
             per_position = _is_per_position(value, length)
@@ -129,7 +143,10 @@ class Context(NamedTuple):
 
 
 def _is_per_position(value: Tensor, length: int) -> bool:
-    """Return whether a condition has a value per position: labels [B,L], vectors [B,L,d]."""
+    """Return whether the condition `value` has one label or vector per position.
+
+    Labels are then [B,L], vectors [B,L,d], with L = `length`.
+    """
     dimensions = 3 if value.is_floating_point() else 2
     return value.dim() == dimensions and value.shape[1] == length
 
@@ -140,9 +157,9 @@ UNPADDED = Context()
 class Backbone(nn.Module):
     """Base class of backbones: noisy ids [B,L] and times t [B,L] -> hidden states [B,L,width].
 
-    `forward` passes the mask `context.kernel_mask` to `attend` (or uses `context.attention_mask()`)
-    and takes positions from `context.positions`, so that padding, documents and blocks are
-    respected.
+    A subclass defines `forward`. It must take its attention mask from `context.kernel_mask` (for
+    `attend`) or `context.attention_mask`, and its positions from `context.positions`. Attention
+    then respects padding, documents and blocks.
     """
 
     width: int
@@ -160,14 +177,19 @@ class Backbone(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Backbone and head.
+    """Network that predicts clean tokens: a backbone, then a head on its hidden states.
 
-    `parameterization`: "rest" if the head predicts P(x_i | z without z_i), "all" if it predicts the
-    full conditional P(x_i | z), as plain cross-entropy trains it at positions that are not masked.
-    A head may define another parameterization. `inputs="previous"` makes the denoiser
-    autoregressive: the input at position i is the token at i - 1 (the mask at the start of a
-    document), and position i attends to no later position. The denoiser then predicts
-    P(x_i | x_<i).
+    Args:
+        backbone: maps noisy ids and times to hidden states.
+        head: maps hidden states to predictions.
+        parameterization: "rest" if the head predicts P(x_i | z without z_i), or "all" if it
+            predicts the full conditional P(x_i | z). Plain cross-entropy at positions that are not
+            masked trains the full conditional. A head that defines another parameterization, such
+            as a score, needs the default.
+        inputs: "own" if the input at position i is the state z_i. "previous" makes the denoiser
+            autoregressive: the input at position i is the token at i - 1 (the mask at the start of
+            a document), and position i attends to no later position. The denoiser then predicts
+            P(x_i | x_<i).
     """
 
     precision: torch.dtype | None = None
@@ -227,7 +249,7 @@ class Denoiser(nn.Module):
         return self.backbone.condition_forms
 
     def hidden_states(self, noisy: Noisy, context: Context) -> Tensor:
-        """Return the hidden states [B*L,width] of flat positions."""
+        """Run the backbone, and return the hidden states [B*L,width] of all positions."""
         with self._autocast(noisy.zt.device):
             if self.inputs == "previous":
                 return self._autoregressive_states(noisy, context)
@@ -245,7 +267,12 @@ class Denoiser(nn.Module):
     def _paired_states(
         self, noisy: Noisy, context: Context, block: Tensor, memory: Tensor
     ) -> Tensor:
-        """Run the clean memory and the noisy sequence side by side; keep the noisy half."""
+        """Run the backbone on clean and noisy tokens side by side.
+
+        The input of the backbone is `memory` [B,L], the clean tokens, followed by the noisy
+        sequence. `block` [1 or B,L] are the block numbers of both halves. Returns the hidden states
+        [B*L,width] of the noisy half.
+        """
         length = noisy.zt.shape[1]
         position = torch.arange(length, device=noisy.zt.device)
         twice = torch.cat([position, position])
@@ -257,7 +284,10 @@ class Denoiser(nn.Module):
         return self.backbone(ids, t, context)[:, length:].flatten(0, 1)
 
     def _autoregressive_states(self, noisy: Noisy, context: Context) -> Tensor:
-        """Run the backbone on the previous tokens, with each position as a separate block."""
+        """Run the backbone with the previous token as input at each position.
+
+        Every position is a separate block, so that it attends to itself and to earlier positions.
+        """
         position = torch.arange(noisy.zt.shape[1], device=noisy.zt.device)
         layout = AttentionLayout(position, position.unsqueeze(0))
         ids = noisy.zt if noisy.memory is None else noisy.memory
@@ -266,7 +296,10 @@ class Denoiser(nn.Module):
         return self.backbone(ids, torch.zeros_like(noisy.t), context).flatten(0, 1)
 
     def _shift_right(self, ids: Tensor, document: Tensor | None) -> Tensor:
-        """Return the token before each position [B,L]; the mask where a document starts."""
+        """Shift `ids` [B,L] to the right by one position; insert the mask where a document starts.
+
+        `document` [B,L] are document numbers, or None if every sequence is one document.
+        """
         start = self.head.vocabulary.root
         before = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
         if document is None:
@@ -279,12 +312,16 @@ class Denoiser(nn.Module):
     def extend_cache(
         self, noisy: Noisy, context: Context, cache: KeyValueCache
     ) -> tuple[Tensor, Tensor]:
-        """Return hidden states [B,n,width] and positions [n] of the first block that is not clean.
+        """Run the backbone on the first block that is not clean, with a cache of earlier blocks.
 
-        All sequences must have the same block numbers, in rising order. Positions before this block
-        that are not cached yet are run too, and then cached. Later blocks are not run. The hidden
-        states equal those of `hidden_states`. Raises ArgumentError if there are no blocks, or if
-        sequences have different blocks.
+        The block numbers must rise from left to right and be the same in all sequences. Earlier
+        positions that are not in `cache` yet are run too, and then cached. Later blocks are not
+        run. Returns two tensors for the n positions of the block:
+
+        - hidden states [B,n,width], equal to those of `hidden_states`,
+        - positions [n].
+
+        Raises ArgumentError if there are no blocks, or if sequences have different blocks.
         """
         block = _shared_blocks(noisy)
         is_open = (~noisy.clean).any(0)
@@ -324,9 +361,10 @@ class Denoiser(nn.Module):
     def query_head(
         self, hidden: Tensor, node: Tensor, fn: HeadCallback
     ) -> Tensor | tuple[Tensor, ...]:
-        """Return the results of `fn` for rows of hidden states [k,width], without gradients.
+        """Run the head on hidden states [k,width], and return the results of `fn` for all rows.
 
-        `node` [k] is the query node of each row.
+        `node` [k] is the query node of each row, the node of the tree below which the row needs the
+        predicted distribution. No gradients are computed.
         """
         with self._autocast(hidden.device):
             return self.head.query(hidden, node, fn)
@@ -334,9 +372,16 @@ class Denoiser(nn.Module):
     def forward(
         self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: HeadCallback
     ) -> tuple[Tensor, ...]:
-        """Return the sum of the first result of `fn` over `rows`, and all results, detached.
+        """Run backbone and head, and evaluate a function of the prediction, with gradients.
 
-        `rows` [k] are flat positions b * L + i, and `node` [k] are their query nodes.
+        Args:
+            rows: [k] flat positions b * L + i at which the prediction is needed.
+            node: [k] query nodes. The query node of a row is the node of the tree below which the
+                row needs the predicted distribution.
+            fn: called as fn(prediction, idx) for chunks of the rows (see `HeadCallback`).
+
+        Returns a tuple: first the sum of the first result of `fn` over all rows, with gradients;
+        then every result of `fn` for all rows, without gradients.
         """
         count = len(rows)
         if self.fixed_shapes and count:
@@ -350,9 +395,9 @@ class Denoiser(nn.Module):
     def query(
         self, noisy: Noisy, context: Context, rows: Tensor, node: Tensor, fn: HeadCallback
     ) -> Tensor | tuple[Tensor, ...]:
-        """Return the results of `fn` for flat positions `rows` [k], without gradients.
+        """Run backbone and head, and return the results of `fn` for all rows, without gradients.
 
-        `node` [k] is the query node of each row.
+        The arguments are those of `forward`.
         """
         hidden = self.hidden_states(noisy, context).index_select(0, rows)
         return self.query_head(hidden, node, fn)
@@ -361,9 +406,11 @@ class Denoiser(nn.Module):
 def _pad_rows(
     rows: Tensor, node: Tensor, fn: HeadCallback, positions: int
 ) -> tuple[Tensor, Tensor, HeadCallback]:
-    """Pad the rows to a multiple of `positions` / NUM_ROW_COUNTS by repeating the last row.
+    """Pad rows by repeating the last row, so that few different numbers of rows occur.
 
-    The returned callback adds 0 to the sum for the padding.
+    The new number of rows is a multiple of `positions` / NUM_ROW_COUNTS, where `positions` is B*L.
+    Returns the padded `rows`, their query nodes, and a callback that replaces `fn` and returns 0
+    as first result for the padding.
     """
     count = len(rows)
     missing = -count % max(1, positions // NUM_ROW_COUNTS)
@@ -378,7 +425,11 @@ def _pad_rows(
 
 
 def _shared_blocks(noisy: Noisy) -> Tensor:
-    """Return the blocks [L] that all sequences must share, in rising order."""
+    """Return the block numbers [L] of all sequences.
+
+    Raises ArgumentError if there are none, if sequences have different block numbers, if they do
+    not rise from left to right, or if there is a memory.
+    """
     block = noisy.block
     if block is None:
         got = "none"

@@ -1,4 +1,4 @@
-"""Embeddings of all states; nodes of a tree start from the embeddings of their tokens."""
+"""Embedding of all states of a vocabulary: tokens, the mask and the nodes of a tree."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from ddiff.core.vocabulary import Vocabulary
 
 
 class StateEmbedding(nn.Embedding):
-    """Embedding of states of any level: ids [...] -> [...,width].
+    """Embedding of tokens, mask and nodes of a tree: ids [...] -> [...,width].
 
-    Rows of tokens are initialized from a normal distribution with standard deviation width^-1/2,
-    rows of nodes from the rows of their tokens.
+    The rows of tokens are initialized from a normal distribution with standard deviation
+    width^-1/2. The row of a node is initialized from the rows of the tokens below it (see
+    `init_nodes`).
     """
 
     is_table = True  # Muon, an optimizer for hidden matrices, must not update this parameter
@@ -25,18 +26,19 @@ class StateEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def start_from_tokens(self, tokens: Tensor) -> None:
-        """Set the rows of the tokens to `tokens` [V,width], and compute the rows of the nodes."""
+        """Set the rows of the V tokens to `tokens` [V,width], and initialize the nodes again."""
         self.weight[: self.vocabulary.num_tokens] = tokens.to(self.weight)
         init_nodes(self.weight, self.vocabulary)
 
 
 @torch.no_grad()
 def init_nodes(weight: Tensor, vocabulary: Vocabulary) -> None:
-    """Set the rows of all nodes, root included, in `weight` [S,d] from the rows of the tokens.
+    """Initialize the rows of the nodes of a tree in an embedding `weight` [S,d], in place.
 
-    The nodes of a level start at the centroids of the vocabulary if the centroids have d channels;
-    centroids and token embeddings must then be in the same space. Otherwise the row of a node is
-    the mean of the rows of its tokens (arXiv 2510.08632).
+    The nodes include the root, which is the mask. If the vocabulary has cluster centroids with d
+    channels, the row of a node is its centroid; centroids and token embeddings must then be in the
+    same space. Otherwise the row of a node is the mean of the rows of its tokens
+    (arXiv 2510.08632).
     """
     if weight.is_meta:  # a meta tensor has no values to compute
         return

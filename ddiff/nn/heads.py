@@ -1,12 +1,17 @@
 """Heads: from hidden states to predictions of the clean token, one chunk of rows at a time.
 
-A head never returns a prediction. It calls `fn(prediction, idx)` for each chunk of rows with the
-same query node. Only the logits of the tokens or states below this node are computed, so no tensor
-[positions, V] is made. In training the gradients are computed within the chunk (three matrix
-products, as in a fused cross-entropy) and added in place to one buffer per table. If autograd
-sliced the table, each slice would make a zero-filled gradient [V,d].
+A row is one position at which a prediction is needed. Its query node is the node of the tree below
+which the row needs the predicted distribution; with a flat vocabulary this is always the root.
 
-The rows of a table are in tree order, so that the states below a node are one range of rows. Ids
+A head never returns a prediction. For each chunk of rows with the same query node it calls
+`fn(prediction, idx)`, where idx are the numbers of these rows. Only the logits below the query node
+are computed, and only for one chunk at a time, so that no tensor [positions, V] is made.
+
+In training the gradients are computed chunk by chunk too (as in a fused cross-entropy), and added
+in place to one buffer for the whole table. Autograd would make a zero-filled gradient [V,d] for
+every slice of the table.
+
+The rows of a table are sorted such that the states below a node are adjacent (tree order). Ids
 outside of heads keep the order of the tokenizer.
 """
 
@@ -37,11 +42,11 @@ TreeKind = Literal["tied", "levelwise"]
 
 
 class Head(nn.Module, ABC):
-    """Linear head: a table [rows,width] and a bias per row.
+    """Base class of linear heads: logits are a table [rows,width] times hidden states, plus biases.
 
-    A subclass defines the number of rows of the table, the distribution below a node (`dist`) and
-    the number of logits that it needs (`logits_per_row`). Table and bias start at zero, so that the
-    first prediction is uniform within each softmax.
+    A subclass passes the number of rows of the table to the constructor, and defines `dist`,
+    `logits_per_row` and `start_from_counts`. Table and biases start at zero, so that the first
+    prediction is uniform within each softmax.
     """
 
     is_table = True  # Muon, an optimizer for hidden matrices, must not update these parameters
@@ -65,13 +70,16 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
-        """Return the predicted distribution below the node `top`, computed from `logits`."""
+        """Return the predicted distribution over the tokens and nodes below the node `top`.
+
+        `logits(start, stop)` computes the logits of a range of rows of the table.
+        """
 
     @abstractmethod
     def logits_per_row(self, top: int) -> int:
-        """Return the usual number of logits of a row with query node `top`.
+        """Return the number of logits that a row with query node `top` usually needs.
 
-        This number limits the number of rows in a chunk.
+        The number of rows in a chunk is chosen by this number.
         """
 
     @abstractmethod
@@ -82,13 +90,17 @@ class Head(nn.Module, ABC):
         """
 
     def total(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> tuple[Tensor, ...]:
-        """Return the sum of the first result of `fn` over all rows, and all results, detached.
+        """Evaluate a function of the predictions, and sum its first result over all rows.
 
-        The sum has gradients for `hidden` [n,d] and the table. `node` [n] is the query node of each
-        row. It should be on the host, since rows are grouped by node there. `fn(prediction, idx)`
-        returns a tensor [k] or a tuple of tensors [k,...] for the rows idx [k]. Tensors that `fn`
-        closes over get no gradient. The detached results are in row order. If there are no rows,
-        `fn` is called once with an empty prediction, and the sum is 0.
+        Args:
+            hidden: [n,d] hidden states of the rows.
+            node: [n] query nodes, best on the host, since rows are grouped by node there.
+            fn: fn(prediction, idx) returns a tensor [k] or a tuple of tensors [k,...] for the rows
+                idx [k]. Tensors of an enclosing function that `fn` uses get no gradient.
+
+        Returns a tuple: first the sum of the first result of `fn`, with gradients for `hidden`,
+        table and biases; then every result of `fn`, in row order and without gradients. If there
+        are no rows, `fn` is called once with an empty prediction, and the sum is 0.
         """
         return _ChunkedSum.apply(
             hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled()
@@ -96,9 +108,10 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def query(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> Tensor | tuple[Tensor, ...]:
-        """Return fn's results in row order, without gradients.
+        """Evaluate a function of the predictions; return its results in row order.
 
-        Raises NonFiniteError if a logit is NaN or infinite.
+        The arguments are those of `total`. No gradients are computed. Raises NonFiniteError if a
+        logit is NaN or infinite.
         """
         results = []
         is_finite = torch.ones((), dtype=torch.bool, device=hidden.device)
@@ -124,7 +137,10 @@ class Head(nn.Module, ABC):
         return gathered[0] if len(gathered) == 1 else gathered
 
     def _group_rows(self, node: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Sort rows by their node: indices [n], and (node, count) of each group."""
+        """Sort the rows by their query node `node` [n].
+
+        Returns the row numbers [n] in sorted order, and a list of (node, number of rows).
+        """
         # Rows whose query node is a token form one group, since they need no logits.
         node = node.clamp(min=self.vocabulary.num_tokens - 1)
         order = torch.argsort(node, stable=True)
@@ -145,9 +161,10 @@ class Head(nn.Module, ABC):
         return self.dist(logits, top)
 
     def _split_into_chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """Return (node, first, last) of each chunk of the sorted rows.
+        """Split groups (node, number of rows) of the sorted rows into chunks.
 
-        If there are no rows, the result is one empty chunk at the root.
+        Returns (node, first, last) of each chunk, which consists of the sorted rows from `first` to
+        `last` - 1. If there are no rows, the result is one empty chunk at the root.
         """
         limit = self.chunk_logits
         if limit is None:
@@ -166,7 +183,11 @@ class Head(nn.Module, ABC):
 
 
 class TokenHead(Head):
-    """One logit per token, in id order; P(node) is the sum over its tokens."""
+    """Head with one logit per token, which computes the logits of all tokens in every row.
+
+    The table is in the order of token ids. The probability of a node of a tree is the sum over the
+    tokens below it.
+    """
 
     def __init__(self, vocabulary: Vocabulary, width: int) -> None:
         super().__init__(vocabulary, width, vocabulary.num_tokens)
@@ -190,13 +211,15 @@ class TokenHead(Head):
 
 
 class TreeHead(Head):
-    """Head that computes only the part of the tree below a row's node.
+    """Head for trees, which computes only logits below the query node of a row.
 
-    "tied": the table has one row per token. P(node) is the sum over the tokens below the node, and
-    a prediction below a node needs only the logits of these tokens. "levelwise": the table has one
-    row per state except the root, with a softmax among siblings. A prediction below a node needs
-    one logit per child. Probabilities of lower levels are computed by the chain rule if `fn` uses
-    them.
+    `kind` selects the logits:
+
+    - "tied": the table has one row per token. The probability of a node is the sum over the tokens
+      below it. A row needs the logits of the tokens below its query node.
+    - "levelwise": the table has one row per state except the root, and the children of a node share
+      a softmax. A row needs one logit per child of its query node. If `fn` uses probabilities of
+      lower levels, their logits are computed too, and multiplied by the chain rule.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int, kind: TreeKind) -> None:
@@ -239,9 +262,9 @@ class TreeHead(Head):
 
 
 class LevelwiseDistribution(SubtreeDistribution):
-    """Distribution from logits among siblings.
+    """Distribution below a node `top`, from a softmax over the children of every node.
 
-    log P(node | top) is the sum of log-softmaxes along the path from top to node.
+    log P(node | top) is the sum of the log-softmaxes along the path from `top` to the node.
     """
 
     def __init__(
@@ -274,7 +297,7 @@ class LevelwiseDistribution(SubtreeDistribution):
 
 
 class PointDistribution(SubtreeDistribution):
-    """Distribution of rows below tokens: P(token | token) = 1, computed without logits."""
+    """Distribution for rows whose query node is a token: P(token | token) = 1, without logits."""
 
     def log_below(self, level: int) -> Tensor:
         raise ArgumentError(
@@ -285,9 +308,9 @@ class PointDistribution(SubtreeDistribution):
 
 
 class _ChunkLogits:
-    """Logits of one chunk, computed for slices of the table.
+    """Function logits(start, stop), which computes logits of one chunk for a slice of the table.
 
-    Each slice of logits is a leaf of the autograd graph of `fn`.
+    Each result is a leaf of an autograd graph, so that the gradients of `fn` end at the logits.
     """
 
     def __init__(self, hidden: Tensor, table: Tensor, bias: Tensor, with_gradient: bool) -> None:
@@ -313,7 +336,7 @@ class _ChunkLogits:
         return logits
 
     def are_finite(self) -> Tensor:
-        """Return bool []: whether all computed logits are finite."""
+        """Return a bool tensor []: True if all logits computed so far are finite."""
         if not self.computed:
             return torch.ones((), dtype=torch.bool, device=self.hidden.device)
         return torch.stack([logits.isfinite().all() for _, logits in self.computed]).all()
@@ -321,9 +344,10 @@ class _ChunkLogits:
     def add_gradients(
         self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor
     ) -> None:
-        """Add the gradients of `value` to three buffers in place.
+        """Add the gradients of `value` [] to three buffers in place.
 
-        `d_hidden` is the buffer of the hidden states of this chunk.
+        The buffers are the gradients of the hidden states of this chunk (`d_hidden`), of the whole
+        table (`d_table`) and of all biases (`d_bias`).
         """
         if not value.requires_grad:
             return
@@ -342,9 +366,10 @@ class _ChunkLogits:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Autograd function of `Head.total`.
+    """Autograd function that implements `Head.total`.
 
-    The forward pass also computes the gradients; the backward pass only scales them.
+    The forward pass also computes the gradients of the sum. The backward pass only multiplies them
+    by the incoming gradient.
     """
 
     @staticmethod
@@ -399,7 +424,11 @@ class _ChunkedSum(torch.autograd.Function):
 
 
 def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Tensor, ...]:
-    """Concatenate the results of all chunks and restore the order of the rows."""
+    """Concatenate the results of all chunks, and restore the original order of the rows.
+
+    `results` holds the results of `fn` for each chunk. Row i of the concatenation is the original
+    row `order[i]`.
+    """
     columns = [torch.cat(column) for column in zip(*results)]
     return tuple(torch.empty_like(column).index_copy_(0, order, column) for column in columns)
 
@@ -407,7 +436,7 @@ def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Ten
 def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to the buffer in place.
 
-    `addmm_` saves a copy of the product, but needs equal dtypes.
+    `addmm_`, which needs no temporary tensor for the product, is used if the dtypes are equal.
     """
     if buffer.dtype == left.dtype:
         buffer.addmm_(left, right)
@@ -416,7 +445,10 @@ def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the products that make logits: that of autocast if it is enabled."""
+    """Return the dtype of the matrix products that compute logits.
+
+    It is the dtype of autocast if autocast is enabled, else the dtype of `hidden`.
+    """
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 

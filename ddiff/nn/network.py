@@ -1,4 +1,4 @@
-"""A denoiser as the network of samplers and evaluation."""
+"""Adapter that turns a denoiser into the network function of samplers and evaluation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 
 
 class DenoiserNetwork(CountingNetwork):
-    """Network made from a denoiser: network(noisy) returns a query, which runs the denoiser.
+    """Network function made from a denoiser: network(noisy) returns a query object.
 
-    A query runs each sequence at most once, and only sequences with queried rows. If a sequence has
-    the same ids as in the previous query, and the same times in case the backbone reads times, its
-    hidden states are reused. `cached=True` also keeps keys and values of finished blocks. With
-    `process=None` the parameterization of the denoiser is ignored: callers receive the head's
-    predictions unchanged. Dropout follows the mode of the denoiser: call `.eval()` first.
+    The query, when called, runs the denoiser on the sequences that have queried rows. It runs each
+    sequence at most once. If a sequence has the same ids as in the query before, and the same times
+    or a backbone that does not read times, its hidden states are reused. Dropout follows the mode
+    of the denoiser: call `.eval()` first.
+
+    Args:
+        process: needed to convert the output of the head to the prediction that the formulas use
+            (see `Parameterization`). None: the predictions of the head are used unchanged.
+        context: padding, documents and conditions of the sequences.
+        cached: whether keys and values of finished blocks are cached.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class DenoiserNetwork(CountingNetwork):
 
 
 class _DenoiserQuery:
-    """Query of one noisy state, with the hidden states [B*L,width] computed so far."""
+    """Query of one noisy batch: evaluates the denoiser at some rows, and keeps hidden states."""
 
     def __init__(self, network: DenoiserNetwork, noisy: Noisy) -> None:
         self.network = network
@@ -85,7 +90,7 @@ class _DenoiserQuery:
         return denoiser.query_head(hidden, node, callback)
 
     def _hidden_states(self, rows: Tensor) -> Tensor:
-        """Return hidden states that contain at least those of the rows."""
+        """Return hidden states [B*L,width], which are computed at least at the given rows."""
         if self.hidden is None:
             self._reuse_hidden_states(self.network.last)
             self.network.last = self
@@ -98,7 +103,7 @@ class _DenoiserQuery:
         return self.hidden
 
     def _reuse_hidden_states(self, last: _DenoiserQuery | None) -> None:
-        """Copy hidden states of the previous query `last` for sequences with the same input."""
+        """Copy the hidden states of sequences whose input is the same as in the query `last`."""
         if last is None or last.hidden is None or not _is_same_attention(last.noisy, self.noisy):
             return
         same = last.is_known & (last.noisy.zt == self.noisy.zt).all(-1)
@@ -114,7 +119,7 @@ class _DenoiserQuery:
             self.positions = last.positions
 
     def _run(self, sequences: Tensor) -> None:
-        """Run the denoiser for some sequences and store their hidden states."""
+        """Run the backbone on the sequences with the given numbers; store their hidden states."""
         network = self.network
         batch, length = self.noisy.zt.shape
         positions = torch.arange(length, device=self.is_known.device)
@@ -140,7 +145,10 @@ class _DenoiserQuery:
         self.is_known[sequences] = True
 
     def _check_computed(self, rows: Tensor) -> None:
-        """Raise ArgumentError for rows outside of the block that a cached pass computed."""
+        """Raise ArgumentError if a row has no hidden state.
+
+        With a cache of keys and values, only the first block that is not clean is computed.
+        """
         if self.positions is None or not len(rows):
             return
         position = rows % self.noisy.zt.shape[1]
@@ -182,5 +190,8 @@ def as_network(
     context: Context = UNPADDED,
     cached: bool = False,
 ) -> DenoiserNetwork:
-    """Return the denoiser as a network(noisy) -> query for samplers and evaluation."""
+    """Return a function network(noisy) -> query that samplers and evaluation can call.
+
+    The arguments are those of `DenoiserNetwork`.
+    """
     return DenoiserNetwork(denoiser, process, context, cached)

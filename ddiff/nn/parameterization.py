@@ -1,4 +1,9 @@
-"""Output parameterizations: conversion of a head's output to the prediction that formulas use."""
+"""Output parameterizations: convert the output of a head to the prediction that formulas use.
+
+The formulas of bound and samplers use the distribution P(x_i | z without z_i), or a score. A head
+calls a callback with its own output. A parameterization wraps a callback that takes the prediction
+of the formulas, such that the head can call it.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +26,41 @@ ParameterizationName = Literal["rest", "all"]
 
 
 class Parameterization(Protocol):
-    """Adapts a callback on the predicted distribution or score to the raw output of a head."""
+    """Interface of parameterizations, which adapt a callback to the output of a head.
+
+    `predicts` is the kind of prediction that the callback takes: a distribution or a score.
+    """
 
     @property
     def predicts(self) -> Predicts: ...
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
-        """Return the tensor `prepared` for `wrap_callback`, from states zt [k] and times t [k].
+        """Compute what `wrap_callback` needs per row, from states zt [k] and times t [k].
 
-        Training calls the method with tensors on the host, sampling with tensors on the device of
-        the head.
+        The result is the argument `prepared` of `wrap_callback`, and may be None. Training calls
+        this method with tensors on the host, sampling with tensors on the device of the head.
         """
 
     def wrap_callback(
         self, fn: HeadCallback, process: ForwardProcess, zt: Tensor, t: Tensor, prepared: Any
     ) -> HeadCallback:
-        """Return the callback for the head, which calls `fn`; all tensors are on its device."""
+        """Return a callback for the head, which converts the output of the head and calls `fn`.
+
+        zt [k] are the states and t [k] the times of all rows, and `prepared` is the result of
+        `prepare`. All tensors are on the device of the head.
+        """
 
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
-        """Return the query nodes [k] of the head that a prediction below `node` [k] needs."""
+        """Return the query nodes [k] with which the head must be called.
+
+        A row needs the prediction below the node `node` [k] of the tree. The conversion may need
+        the output of the head below a higher node.
+        """
 
 
 @final
 class LeaveOneOutParameterization:
-    """P(x_i | z without z_i), the form that the formulas of the engine use."""
+    """Parameterization of heads that predict P(x_i | z without z_i); nothing is converted."""
 
     predicts: Predicts = "distribution"
 
@@ -62,9 +78,10 @@ class LeaveOneOutParameterization:
 
 @final
 class FullConditionalParameterization:
-    """Full conditional P(x_i | z), which is divided by q_t(z_i | x_i) and normalized.
+    """Parameterization of heads that predict the full conditional P(x_i | z).
 
-    Plain cross-entropy at positions that are not masked trains the full conditional.
+    Plain cross-entropy at positions that are not masked trains this distribution. The conversion
+    divides it by q_t(z_i | x_i) and normalizes, which gives P(x_i | z without z_i).
     """
 
     predicts: Predicts = "distribution"
