@@ -26,16 +26,20 @@ from ddiff.sampling.loop import (
 
 @final
 class AdaptiveCorrectionSampler(GridSampler):
-    """Heuristic sampler: ancestral steps in which tokens are redrawn with probability eta (1 - pi).
+    """Heuristic sampler: ancestral steps, in which some tokens are drawn again.
 
-    eta in [0,1] is the strength of the correction; eta = 0 is ancestral sampling. In a step from
-    time t to time s, pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that a masked
-    position is revealed, where alpha_t = q_t(x|x) is the probability that the present token x is
-    still clean. For a linear alpha, pi = 1 - s/t. Redraws are therefore most likely in early steps,
-    and there are none in the last step. The new token is drawn from P(x | z_t), which includes the
-    present token as evidence, and is not noised to time s.
+    In a step from time t to time s, each token is drawn again with probability eta (1 - pi):
 
-    The process must be one whose bound trains the prediction at tokens, not only at masks.
+    - eta in [0,1] is the strength of the correction; eta = 0 is ancestral sampling.
+    - pi = (alpha_s - alpha_t)/(1 - alpha_t) is the probability that the step reveals a masked
+      position, where alpha_t = q_t(x|x) is the probability that token x is still clean at time t.
+
+    For alpha_t = 1 - t, for example, pi = 1 - s/t. Tokens are therefore drawn again most often in
+    early steps, and never in the last step. The new token is drawn from the full conditional
+    P(x | z_t), where z_t includes the present token. It is not noised to time s.
+
+    The bound of the process must train the prediction at tokens, not only at masks (see
+    `require_informed_tokens`).
     """
 
     quality: Quality = "heuristic"
@@ -82,7 +86,7 @@ class AdaptiveCorrectionSampler(GridSampler):
         s: Tensor,
         rng: CounterRng,
     ) -> Tensor:
-        """Return [B,L] bool: the positions whose token is redrawn."""
+        """Return a bool [B,L] that marks the tokens to draw again in the step to times s [B,L]."""
         alpha_s = compute_alpha(process, s, canvas.zt)
         alpha_t = compute_alpha(process, canvas.t, canvas.zt)
         reveal = ((alpha_s - alpha_t) / (1.0 - alpha_t)).clamp(0.0, 1.0)
@@ -97,7 +101,8 @@ def require_informed_tokens(
 ) -> None:
     """Raise ArgumentError unless the bound of the process trains the prediction at tokens.
 
-    Without training, for example in masked diffusion, the prediction at a token is arbitrary.
+    In masked diffusion, for example, only predictions at masks are trained. The prediction at a
+    position that already has a token is then arbitrary, and `sampler` cannot redraw tokens.
     """
     require_process(sampler, process)
     check_predicts_distribution(sampler, predicts)

@@ -27,12 +27,12 @@ from ddiff.sampling.loop import (
 
 @final
 class AnalyticSampler(GridSampler):
-    """Draw z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]. Order 1.
+    """Sampler whose steps solve for the reverse transition in closed form. Order 1.
 
-    r is the row vector of the predicted ratios r(y) = q_t(y)/q_t(z_t), and
-    K[y,z] = P(z_t = z | z_s = y) is the forward transition. If the network predicts a distribution,
-    the step equals the ancestral step: r K^-1 is then q-bar_s/q-bar_t(z_t), where q-bar_t is the
-    predicted marginal.
+    A step draws z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]. Here r is the row vector of the
+    predicted ratios r(y) = q_t(y)/q_t(z_t) of all states y, and K[y,z] = P(z_t = z | z_s = y) is
+    the forward transition. If the network predicts a distribution, the step equals the ancestral
+    step.
 
     If the network predicts a score, probabilities may be negative. Negative probabilities are set
     to 0, and the others are normalized. The entry `clamped_mass` of `Canvas.extras` is the sum of
@@ -73,12 +73,14 @@ def reverse_probs(
     t: Tensor,
     s: Tensor,
 ) -> Tensor:
-    """Return the reverse transition P(z_s | z_t) at each row, [rows,S] over the S states.
+    """Return the probabilities P(z_s | z_t) [r,S] of the S states at time s.
 
-    Each row sums to 1, but may have negative entries if the prediction is a score. The forward
-    transition K may be singular in floating point, as in a dense chain at t = 1. The score then
-    does not determine the distribution of z_s. Of the possible distributions, the one nearest to
-    the marginal of a uniform clean token is returned.
+    zt [r] are the states at times t [r], and `prediction` is the prediction at these rows. Each row
+    of the result sums to 1, but may have negative entries if the prediction is a score.
+
+    The forward transition from s to t may be singular in floating point, for example in a dense
+    chain at t = 1. Several distributions of z_s then agree with the score. The result is the one of
+    them that is nearest to q_s if the clean token is uniform.
     """
     if not isinstance(prediction, Score):
         return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()

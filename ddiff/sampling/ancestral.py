@@ -24,12 +24,15 @@ from ddiff.sampling.loop import Canvas, query_at_root, step_rows
 
 @final
 class AncestralSampler(GridSampler):
-    """Draw z_s from P(z_s | z_t) = sum_x p(x) q(z_s | z_t, x) at each position. Order 1.
+    """Ancestral sampler: draws from the exact reverse transition at each position. Order 1.
 
-    p is the predicted distribution of the clean token. The distribution of each single position is
-    exact for any step length. The error comes from drawing the positions of a step independently.
-    On a tree, a position may pass several levels in one step. In the last step, tokens are drawn
-    (`last = "draw"`) or the most likely tokens are taken (`last = "argmax"`).
+    A step from time t to time s draws z_s from P(z_s | z_t), which is proportional to
+    sum_x p(x) q_t(z_t | x) q(z_s | z_t, x), where p is the predicted distribution of the clean
+    token x. The distribution of each single position is exact for any step length. The only error
+    is that the positions of a step are drawn independently. On a tree, a position may pass several
+    levels in one step.
+
+    `last` selects the last step: "draw" draws tokens, "argmax" takes the most likely tokens.
     """
 
     def __init__(self, grid: Steps | int = 64, last: Literal["draw", "argmax"] = "draw") -> None:
@@ -76,9 +79,10 @@ def reverse_step(
     rng: CounterRng,
     channel: str,
 ) -> Canvas:
-    """Move every free position from its time to s [B,L] by the exact reverse transition.
+    """Draw z_s given z_t from the exact reverse transition, at every position in `canvas.free`.
 
-    The uniforms come from the channel `channel` of `rng`.
+    t are the times of the canvas, and `s` [B,L] the new times. The uniforms come from the stream of
+    `rng` with the name `channel`.
     """
     # Uniforms are drawn for all positions, so that the draw at one position does not depend on the
     # set of positions that move.

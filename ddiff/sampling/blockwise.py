@@ -21,14 +21,14 @@ Visibility = Literal["blocks", "all"]
 class BlockwiseSampler(Sampler):
     """Sample windows of `width` positions from left to right, each with the sampler `inner`.
 
-    A window is denoised from t = 1 to t = 0 before the next window starts. Until then, later
-    windows stay at the prior, except for prompt tokens. `sight` selects the attention:
+    A window is denoised from t = 1 to t = 0 before the next window starts. Until then, the next
+    window stays at the prior, except for prompt tokens. `sight` selects the attention:
 
-    - "blocks": no position attends to a later window, not even to its prompt tokens, as in the
-      training of block diffusion.
-    - "all": positions attend to all windows.
+    - "blocks": a position attends to its own and earlier windows, as in the training of block
+      diffusion. Prompt tokens in later windows have no influence.
+    - "all": a position attends to all windows.
 
-    The quality is the quality of `inner`.
+    The sampler has the `quality` (see `Sampler`) of `inner`.
     """
 
     def __init__(self, inner: Sampler, width: int, sight: Visibility = "blocks") -> None:

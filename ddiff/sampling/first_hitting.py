@@ -39,29 +39,34 @@ BISECTIONS = 48
 
 @final
 class FirstHittingSampler(Sampler):
-    """Exact sampler that moves each sequence from one candidate event to the next.
+    """Exact sampler that changes one position at a time, at random times.
 
-    An event is a change of state at one position in continuous time. A candidate event is a time at
-    which a position may change. `process.event_time` draws candidate times without the network, and
-    `process.event` draws the new state with the network. If the rate of events depends on the
-    network, `process.event` rejects some candidates. After each event, new candidates are drawn for
-    all positions, which does not change the distribution, because candidate times have no memory.
-    With masks the number of network evaluations is the number of positions. The process must
-    support events (`process.has_events`).
+    An event is a change of state at one position in continuous time. A candidate is a time at which
+    a position may change. Each step of the sampler
 
-    With uniform noise (tokens turn into other tokens), candidates come at rates of about 1/t and
-    1/(1 - t), and most are rejected. So all tokens move together at both ends of time: from t = 1
-    to a time t_1 in one ancestral step, and from a time t_0 to 0 in the final decoding step.
-    `until` is the average number of positions that change at each end. It determines t_1 and t_0:
-    in a sequence of L positions, a fraction until/L of the tokens is still clean at t_1, and a
-    fraction until/L is noise at t_0. Positions that change together are drawn independently. The
-    error in total variation is at most until^2/2 at each end. By default (until = 1e-3) the two
-    errors add up to at most 1e-6. Masks and trees have no such error.
+    1. draws a candidate for every position (`process.event_time`), without the network;
+    2. moves each sequence to the latest time among its candidates;
+    3. draws the new state of this position with the network (`process.event`), which may be the old
+       state if the rate of events depends on the network.
 
-    Times before 1e-12 are not evaluated. If more than a fraction until/L of the tokens is noise
-    already at t = 1e-12, t_0 is 1e-12. In this case, sampling raises ArgumentError if on average
-    more than 0.05 positions (and more than `until`) would change in the decoding step, with an
-    error of up to 0.00125.
+    Candidates of other positions are discarded, which is exact since their times have no memory.
+    With masks there is one network evaluation per position. The process must support events
+    (`process.has_events`).
+
+    If tokens may turn into other tokens (uniform noise), candidates become very frequent near t = 0
+    and t = 1, and most of them change nothing. Tokens therefore change all at once at both ends:
+    from t = 1 to a time t_1 in one ancestral step, and from a time t_0 to t = 0 in the final
+    decoding step. Tokens that change at once are drawn independently, with an error in total
+    variation of at most until^2/2 at each end. Masks and trees have no such error.
+
+    Args:
+        until: average number of positions of a sequence that change at each end. This number
+            determines t_1 and t_0: of L positions, a fraction until/L is still clean at t_1, and a
+            fraction until/L is noise at t_0. The default gives a total error of at most 1e-6.
+
+    The earliest t_0 is 1e-12. If t_0 would have to be earlier, more positions change at once near
+    t = 0. Sampling raises ArgumentError if their average number is above 0.05 and above `until`; an
+    average of 0.05 gives an error of at most 0.00125.
     """
 
     quality: Quality = "exact"
@@ -114,7 +119,10 @@ class FirstHittingSampler(Sampler):
         begin: float,
         rng: CounterRng,
     ) -> Canvas:
-        """Move all tokens from t = 1 to `begin` in one ancestral step."""
+        """Move positions with tokens from t = 1 to the time `begin` in one ancestral step.
+
+        Other states, such as masks, are not changed.
+        """
         tokens = canvas.free & (canvas.zt < process.vocabulary.num_tokens)
         s = canvas.t.clamp(max=begin)
         moved = reverse_step(process, network, replace(canvas, free=tokens), s, rng, "first")
@@ -127,10 +135,12 @@ class FirstHittingSampler(Sampler):
         finish: float,
         rng: CounterRng,
     ) -> tuple[Canvas, Tensor]:
-        """Move every sequence to its next candidate event.
+        """Move every sequence to the time of its next candidate, without changing a state.
 
-        Tokens have no events before time `finish`. Returns the canvas, and a bool [B,L] that marks
-        the position of each event.
+        Tokens have no candidates at times below `finish`. Returns two values:
+
+        - the canvas (state of the batch) at the new times,
+        - a bool [B,L] that marks the position of the candidate in each sequence that has one.
         """
         is_token = canvas.zt < process.vocabulary.num_tokens
         u = draw_uniforms(rng, "when", 1)[:, 0]
@@ -152,7 +162,7 @@ class FirstHittingSampler(Sampler):
         has_event: Tensor,
         rng: CounterRng,
     ) -> Canvas:
-        """Draw the new states of the positions that have an event."""
+        """Draw new states at the positions that `has_event` [B,L] marks."""
         u = draw_uniforms(rng, "event", process.uniforms_per_event)
 
         def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -164,10 +174,12 @@ class FirstHittingSampler(Sampler):
 def find_event_interval(process: ForwardProcess, until: float, length: int) -> tuple[float, float]:
     """Return the times (t_1, t_0), t_1 > t_0, between which tokens change one event at a time.
 
-    Of the `length` positions, on average at most `until` change between t = 1 and t_1, and at most
-    `until` between t_0 and t = 0, if both times are interior. If tokens never turn into other
-    tokens, the result is (LATEST, EARLIEST). Raises ArgumentError if more than max(`until`, 0.05)
-    positions would change below EARLIEST = 1e-12.
+    Of the `length` positions of a sequence, on average at most `until` change between t = 1 and
+    t_1, and at most `until` between t_0 and t = 0. If this would need a t_0 below EARLIEST = 1e-12,
+    t_0 is EARLIEST. If tokens never turn into other tokens, the result is (LATEST, EARLIEST).
+
+    Raises ArgumentError if on average more than max(`until`, 0.05) positions would change below
+    EARLIEST.
     """
     to_token, _ = _noise_probabilities(process, 0.5)
     if to_token == 0.0:  # no token turns into another token
@@ -199,9 +211,10 @@ def find_event_interval(process: ForwardProcess, until: float, length: int) -> t
 
 
 def _find_last(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return the largest y in [low, high] with holds(y), or `low` if holds(y) is never true.
+    """Find by bisection the largest y in [low, high] for which holds(y) is true.
 
-    `holds` must be true up to some y and false for larger y. The search is a bisection.
+    holds(y) must be true up to some y and false for larger y. Returns `low` if it is false for
+    every y in the interval.
     """
     if holds(high):
         return high
@@ -223,9 +236,12 @@ def _sigmoid(y: float) -> float:
 
 
 def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, float]:
-    """Return the probabilities that a clean token has become another token, or any other state.
+    """Return two probabilities of noise at time t, for a token that is clean at time 0.
 
-    Both are probabilities at time t, and maxima over the tokens of `_example_rows`.
+    - the probability that the token has become another token,
+    - the probability that the token has become any other state.
+
+    Both are the largest values among the tokens that `_example_rows` selects.
     """
     tokens, times = _example_rows(process, t)
     moved = process.transition(torch.zeros_like(times), times).row(tokens)
@@ -235,17 +251,18 @@ def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, floa
 
 
 def _clean_fraction(process: ForwardProcess, t: float) -> float:
-    """Return the fraction of tokens that are still clean at t: 1 - sum_z min_x q_t(z|x).
+    """Return 1 - sum_z min_x q_t(z|x), the fraction of tokens that are still clean at time t.
 
-    This is the part of q_t(.|x) that depends on x, and equals alpha_t if the distribution of the
-    noise does not depend on x.
+    This is the part of the marginal q_t(.|x) that depends on the clean token x. It is alpha if
+    q_t(.|x) = alpha delta_x + (1 - alpha) noise, with the same noise distribution for every x. The
+    minimum is over the tokens x that `_example_rows` selects.
     """
     tokens, times = _example_rows(process, t)
     return 1.0 - float(process.from_clean(times).row(tokens).amin(0).sum())
 
 
 def _example_rows(process: ForwardProcess, t: float) -> tuple[Tensor, Tensor]:
-    """Return tokens [r], evenly spread over the vocabulary, and the time t [r] for each token."""
+    """Return some tokens [r], evenly spread over the vocabulary, and a tensor [r] filled with t."""
     vocabulary = process.vocabulary
     rows = max(2, MAX_ENTRIES // vocabulary.num_states)
     tokens = pick_tokens(vocabulary.num_tokens, rows, torch.device("cpu"))

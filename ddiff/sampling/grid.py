@@ -11,7 +11,7 @@ Spacing = Literal["uniform", "cosine", "log"]
 
 
 class Steps(Protocol):
-    """Interface of time grids, with `steps` steps."""
+    """Interface of time grids: a number of steps, and the times between which they go."""
 
     steps: int
 
@@ -21,12 +21,15 @@ class Steps(Protocol):
 
 @final
 class Grid:
-    """Grid of N = `steps` >= 1 steps with times t_k, k = 0..N.
+    """Grid of N = `steps` steps between the times t_0 = 1, t_1, ..., t_N = 0.
 
-    - uniform: t_k = 1 - k/N.
-    - cosine: t_k = cos(pi k / 2N), with short steps first (arXiv 2202.04200).
-    - log: equal steps in u = -ln(1 - t), the clock of trees. u is infinite at t = 1, so the first
-      step goes from 1 to 1 - 1/N; the other steps divide the remaining u = ln N equally.
+    `spacing` selects the times:
+
+    - "uniform": t_k = 1 - k/N.
+    - "cosine": t_k = cos(pi k / 2N), with short steps first (arXiv 2202.04200).
+    - "log": steps of equal length in u = -ln(1 - t), the time in which tree processes jump at
+      constant rates by default. u is infinite at t = 1. The first step therefore goes to
+      t_1 = 1 - 1/N, where u = ln N, and the other N - 1 steps go from u = ln N to u = 0.
     """
 
     def __init__(self, spacing: Spacing = "uniform", steps: int = 64) -> None:
@@ -56,10 +59,10 @@ class Grid:
 
 @final
 class LoopGrid:
-    """Grid that pauses at the time `hold`, for remasking (arXiv 2503.00307, "loop").
+    """Grid that stays at the time `hold` for many steps, for remasking (arXiv 2503.00307, "loop").
 
-    tau = 1 - k/N, k = 0..N with N = `steps`, falls from 1 to 0 at a constant speed. The time t is a
-    function of tau:
+    After k of N = `steps` steps, tau = 1 - k/N is the fraction of steps that remain. The time t is
+    a piecewise linear function of tau:
 
         tau from 1 to `on`        t falls from 1 to `hold`
         tau from `on` to `off`    t = `hold`
@@ -89,13 +92,13 @@ class LoopGrid:
         return [self._time(1.0 - k / self.steps) for k in range(self.steps)] + [0.0]
 
     def _time(self, tau: float) -> float:
-        """Return the time t at tau."""
+        """Return the time t at which a fraction `tau` of the steps remains."""
         if tau >= self.on:
             return 1.0 - (1.0 - self.hold) * (1.0 - tau) / (1.0 - self.on)
         return self.hold * min(tau / self.off, 1.0)
 
 
 def _check_steps(steps: int) -> None:
-    """Raise ArgumentError if a grid has no step."""
+    """Raise ArgumentError unless the number of steps is at least 1."""
     if steps < 1:
         raise ArgumentError(f"Grid: steps must be at least 1; got {steps}.")

@@ -31,10 +31,10 @@ MAX_AVERAGED_TOKENS = 512
 class GridSampler(Sampler):
     """Base class of samplers that move from t = 1 to t = 0 along a grid of times.
 
-    Every step but the last moves the canvas from time t to time s. The last step draws tokens from
-    p(x) q_t(z|x) / q-bar_t(z), where p is the prediction and q-bar_t the marginal under p. This is
-    the exact step from t to 0 for every process. `grid` is a number of equal steps, or an object
-    with the times.
+    `grid` is a number of equal steps, or a time grid (see `Steps`). A subclass defines `move`, a
+    step from times t to times s > 0. The last step, `finish`, draws each clean token x from its
+    posterior, which is proportional to p(x) q_t(z|x), where p is the predicted distribution and z
+    the state at time t. For every process this is the exact reverse transition from t to 0.
     """
 
     quality: Quality = "of an order"
@@ -74,7 +74,10 @@ class GridSampler(Sampler):
         s: Tensor,
         rng: CounterRng,
     ) -> Canvas:
-        """Move the free positions to the times s [B,L], 0 < s <= t, and return the canvas."""
+        """Move the positions in `canvas.free` from their times t to the times s [B,L].
+
+        0 < s <= t. Returns the new canvas (state of the batch).
+        """
 
     def finish(
         self,
@@ -83,9 +86,9 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng: CounterRng,
     ) -> Canvas:
-        """Draw tokens at every free position, and return the canvas.
+        """Draw tokens at all positions in `canvas.free`, which may be at different times.
 
-        Positions may be at different times t [B,L].
+        Returns the new canvas (state of the batch), at t = 0.
         """
         return draw_tokens(process, network, canvas, rng)
 
@@ -96,7 +99,11 @@ def draw_tokens(
     canvas: Canvas,
     rng: CounterRng,
 ) -> Canvas:
-    """Draw the clean token at every free position whose state does not determine it."""
+    """Draw the clean token at every position in `canvas.free`.
+
+    The network is evaluated only at positions whose state does not determine the clean token.
+    Returns the new canvas, at t = 0.
+    """
     u = draw_uniforms(rng, "last", process.uniforms_per_decode)
 
     def draw(query: Query, zt: Tensor, t: Tensor, rows: Tensor) -> Tensor:
@@ -107,29 +114,30 @@ def draw_tokens(
 
 
 def find_undetermined(process: ForwardProcess, canvas: Canvas) -> Tensor:
-    """Return [B,L] bool, True at positions whose state does not determine the clean token.
+    """Return a bool [B,L], True at positions whose state does not determine the clean token.
 
-    If the process has no noise at t = 0, these are the active states, such as masks. A state that
-    is not active cannot be the result of noise, and is therefore the clean token. If the process
-    has noise at t = 0, all positions are undetermined.
+    If the process has no noise at t = 0, these are the positions in active states. An active state
+    is one that noise can produce, for example a mask. Any other state is the clean token. If the
+    process has noise at t = 0, all positions are undetermined.
     """
     return process.active(canvas.zt) | (not process.closes_at_clean)
 
 
 def draw_uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
-    """Draw `count` uniforms for each of the B*L positions, [B*L,count].
+    """Draw `count` uniforms for each of the B*L positions; returns [B*L,count].
 
-    `channel` names the use of the numbers; different channels are independent.
+    `channel` is the name of a random stream of `rng`. Streams with different names are independent.
     """
     return rng.uniform(channel, count).reshape(-1, count)
 
 
 def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
-    """Return alpha_t = q_t(x | x), the probability that a token is still clean, in the shape of t.
+    """Return alpha_t, the probability that a token is still clean at time t, in the shape of t.
 
-    If the state zt of a position is a token x, alpha_t is q_t(x | x) of that token. At other states
-    (masks, nodes of a tree), or without zt, alpha_t is the mean over at most 512 tokens. Only dense
-    chains have tokens with different rates, and their vocabularies are smaller than that.
+    For a token x this probability is q_t(x|x). Its value is that of the token `zt` at the position.
+    If `zt` is another state (a mask or a node of a tree) or None, the result is the mean of q_t(x|x)
+    over at most 512 tokens x. Only dense chains have tokens with different q_t(x|x), and dense
+    chains have fewer tokens than that.
     """
     times, place = torch.unique(t, return_inverse=True)
     tokens = pick_tokens(process.vocabulary.num_tokens, MAX_AVERAGED_TOKENS, t.device)
@@ -147,7 +155,7 @@ def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) 
 
 
 def pick_tokens(num_tokens: int, count: int, device: torch.device) -> Tensor:
-    """Return at most `count` tokens, evenly spread over the vocabulary."""
+    """Return the ids of at most `count` tokens, evenly spread over the vocabulary."""
     if num_tokens <= count:
         return torch.arange(num_tokens, device=device)
     return torch.linspace(0, num_tokens - 1, count, device=device).long()
