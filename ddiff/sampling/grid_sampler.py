@@ -134,10 +134,10 @@ def draw_uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:
 def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) -> Tensor:
     """Return alpha_t, the probability that a token is still clean at time t, in the shape of t.
 
-    For a token x this probability is q_t(x|x). Its value is that of the token `zt` at the position.
-    If `zt` is another state (a mask or a node of a tree) or None, the result is the mean of q_t(x|x)
-    over at most 512 tokens x. Only dense chains have tokens with different q_t(x|x), and dense
-    chains have fewer tokens than that.
+    If the state `zt` of a position is a token x, alpha_t is q_t(x|x). If the state is a mask or a
+    node of a tree, or if `zt` is None, alpha_t is the mean of q_t(x|x) over all tokens x. At most
+    512 tokens are evaluated: only dense chains have tokens with different q_t(x|x), and dense
+    chains have at most 512 states.
     """
     times, place = torch.unique(t, return_inverse=True)
     tokens = pick_tokens(process.vocabulary.num_tokens, MAX_AVERAGED_TOKENS, t.device)

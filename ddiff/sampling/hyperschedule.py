@@ -1,4 +1,4 @@
-"""Hyperschedules: a grid sampler in which every position has its own time (arXiv 2504.06416)."""
+"""Hyperschedule sampler: a grid sampler with a separate time per position (arXiv 2504.06416)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
 @final
 class HyperscheduleSampler(Sampler):
-    """Sample with the steps of `inner`, where `rule` sets the time of every position.
+    """Sample with the steps of a grid sampler, in which every position has a separate time.
 
-    `rule` maps a progress tau, which falls from 1 to 0, to the times of all positions. Step k moves
-    the positions from the times rule.at(tau_k) to rule.at(tau_{k+1}), where tau_k are the times of
-    the grid of `inner`. If a position becomes clean in a step, its token is drawn in this step from
-    the prediction at the start of the step. Prompt tokens never change. If the rule has blocks, no
-    position attends to a later block. The quality is the quality of `inner`.
+    The grid of `inner` gives numbers tau_k that fall from 1 to 0, the progress of sampling. `rule`
+    maps each tau to the times of all positions, and step k moves the positions from the times
+    rule.at(tau_k) to the times rule.at(tau_{k+1}). If a position becomes clean in a step, its token
+    is drawn from the prediction at the start of the step. Prompt tokens never change.
+
+    If the rule has blocks, no position attends to a later block. The sampler has the `quality` (see
+    `Sampler`) of `inner`.
     """
 
     def __init__(self, inner: GridSampler, rule: TimeRule) -> None:
@@ -81,13 +83,13 @@ class HyperscheduleSampler(Sampler):
             yield canvas
 
     def _times_at(self, process: ForwardProcess, tau: float, canvas: Canvas) -> Times:
-        """Return the times of all positions at progress tau."""
+        """Return the times of all positions of the batch at progress `tau`, from 1 down to 0."""
         progress = torch.full_like(canvas.t[:, 0], tau)
         return self.rule.at(process.information_time, progress, canvas.t.shape[1])
 
 
 class _SharedQuery:
-    """Network that returns the result of an earlier evaluation, `query`, at every call."""
+    """Network that returns the same query at every call, so that two draws share one evaluation."""
 
     def __init__(self, query: Query) -> None:
         self.query = query
@@ -97,7 +99,10 @@ class _SharedQuery:
 
 
 def _sampling_times(times: Times) -> Tensor:
-    """Return the times [B,L]: 1 at positions at the prior, 0 at clean positions."""
+    """Return the times [B,L] of the positions.
+
+    They are those of the rule, except for 1 at positions at the prior and 0 at clean positions.
+    """
     t = times.t.masked_fill(times.clean, 0.0)
     if times.at_prior is None:
         return t

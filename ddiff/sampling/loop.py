@@ -35,13 +35,13 @@ class Canvas:
     """State of a batch of sequences during sampling.
 
     Attributes:
-        zt: states [B,L].
-        t: time [B,L] of each position.
-        clean: [B,L] bool, prompt tokens and finished tokens, which never change.
-        free: [B,L] bool, positions that may change now. Positions that are neither clean nor free
-            stay at the prior.
+        zt: [B,L] states.
+        t: [B,L] times, one for each position.
+        clean: [B,L] bool, True at prompt tokens and finished tokens, which never change.
+        free: [B,L] bool, True at positions that the sampler may change in the next step. Positions
+            that are neither clean nor free stay at the prior.
         block: [1,L] or [B,L] long, block numbers for attention (see `Noisy`).
-        extras: [B,L] tensors by name that a sampler passes from step to step.
+        extras: other tensors [B,L], by name, that a sampler passes from step to step.
     """
 
     zt: Tensor
@@ -56,7 +56,10 @@ class Canvas:
         return Noisy(self.zt, torch.where(self.clean, 0.0, self.t), self.clean, self.block)
 
     def advance(self, zt: Tensor, s: Tensor, **extras: Tensor) -> Canvas:
-        """Return the canvas with states zt [B,L] and free positions at time s [B,L]."""
+        """Return a canvas with states `zt` [B,L], in which free positions are at times `s` [B,L].
+
+        `extras` are tensors to add to those of the canvas, or to replace.
+        """
         t = torch.where(self.free, s, self.t)
         return replace(self, zt=zt, t=t, extras={**self.extras, **extras})
 
@@ -64,7 +67,7 @@ class Canvas:
 class Sampler(ABC):
     """Base class of samplers, which turn a draw from the prior into tokens.
 
-    `quality` is the accuracy of the sampler, given an exact network:
+    `quality` says how close samples are to the data distribution if the network is exact:
 
     - "exact": samples follow the data distribution for any number of steps.
     - "of an order": the total variation distance to the data distribution falls as 1/steps^order.
@@ -87,7 +90,7 @@ class Sampler(ABC):
 
     @property
     def steps(self) -> int | None:
-        """Number of canvases that `run` yields; None if it depends on the draws or the length."""
+        """Number of steps of `run`; None if it depends on the draws or the sequence length."""
         return None
 
     def check_supported(  # noqa: B027
@@ -95,7 +98,10 @@ class Sampler(ABC):
         process: ForwardProcess | None,
         predicts: Predicts,
     ) -> None:
-        """Raise ArgumentError if the sampler cannot work with this process or prediction."""
+        """Raise ArgumentError if the sampler does not support the process or the prediction.
+
+        `predicts` is the kind of prediction of the network, "distribution" or "score".
+        """
 
     @abstractmethod
     def run(
@@ -105,9 +111,10 @@ class Sampler(ABC):
         canvas: Canvas,
         rng_at: RngAt,
     ) -> Iterator[Canvas]:
-        """Yield the canvas after each step. The last canvas has tokens at all free positions.
+        """Sample from the state `canvas`, and yield the new canvas after each step.
 
-        Step k draws its uniforms from `rng_at(k)`, k = 0, 1, ...
+        The last canvas has tokens at all positions that were free at the start. `rng_at(k)` is the
+        random generator of step k = 0, 1, ...
         """
 
 
@@ -117,11 +124,11 @@ class Samples:
 
     Attributes:
         ids: tokens [B,L].
-        nfe: number of network evaluations of the batch.
-        runs: [B], for each sequence the number of evaluations in which one of its positions was
-            queried.
-        clamped_mass: [B], sum of the absolute values of negative probabilities that were set to 0
-            (only if the network predicts a score).
+        nfe: number of network evaluations for the batch. One evaluation may include any number of
+            sequences.
+        runs: [B], number of network evaluations that included each sequence.
+        clamped_mass: [B], sum of the absolute values of negative probabilities that the sampler set
+            to 0. It is 0 unless the network predicts a score.
     """
 
     ids: Tensor
@@ -146,16 +153,22 @@ def generate(
     prompt_mask: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Samples:
-    """Draw B sequences of `length` tokens.
+    """Draw B sequences of `length` tokens with a sampler.
 
     Args:
-        index: numbers [B] of the samples. A sample depends only on its number and on `seed`, not on
+        sampler: the sampling method.
+        process: the process that `network` was trained to reverse; None for autoregression.
+        network: function network(noisy) -> query, for example the result of `as_network`.
+        index: [B] long, sample numbers. A sample depends only on its number and on `seed`, not on
             the other samples of the batch.
-        prompt: token ids [B,L], which are kept at the positions with `prompt_mask` [B,L] True.
-        on_step: called as on_step(k, canvas) after every step k = 1, 2, ...
+        length: number L of positions.
+        prompt: [B,L] token ids, which are kept at the positions where `prompt_mask` is True.
+        prompt_mask: [B,L] bool.
+        on_step: called as on_step(k, canvas) after every step k = 1, 2, ..., where `canvas` is the
+            state of the batch.
 
-    Raises ArgumentError if the prompt has another shape or ids that are not tokens, or if the
-    sampler does not support the process or the prediction.
+    Raises ArgumentError if `prompt` or `prompt_mask` has another shape, if a prompt id is not a
+    token, or if the sampler does not support the process or the prediction.
     """
     batch = len(index)
     counted = count_evaluations(network)
@@ -186,12 +199,16 @@ def step_rows(
     draw: DrawRows,
     among: Tensor | None = None,
 ) -> Tensor:
-    """Draw new states at free positions and return all states [B,L].
+    """Draw new states at free positions, and return the states of all positions [B,L].
 
-    If `among` [B,L] bool is given, new states are drawn only at free positions where it is True.
-    The new states are `draw(query, zt [r], t [r], rows [r])`, where `rows` are the flat positions
-    b * L + i that are drawn, and row k of the query is the position `rows[k]`. If no position is
-    drawn, the network is not evaluated.
+    Args:
+        canvas: state of the batch; `canvas.free` marks the free positions.
+        draw: draw(query, zt, t, rows) returns r new states. `rows` [r] are the flat positions
+            b * L + i to draw, `zt` [r] their states and `t` [r] their times. Row k of `query` is
+            the position rows[k].
+        among: [B,L] bool. If given, only free positions where it is True are drawn.
+
+    If there is no position to draw, the network is not evaluated.
     """
     chosen = canvas.free if among is None else canvas.free & among
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
@@ -210,10 +227,14 @@ def draw_where(
     zt: Tensor,
     *per_row: Tensor,
 ) -> Tensor:
-    """Return states [r]: draw(query, zt, *per_row) in rows with `condition` [r] True, else `zt`.
+    """Draw new states in the rows where a condition is True, and return the states [r] of all rows.
 
-    `draw` receives only the rows [k] with `condition` True, and a query restricted to these rows.
-    If there is no such row, `draw` is not called.
+    Args:
+        condition: [r] bool.
+        draw: draw(query, zt, *per_row) returns the new states. It receives only the rows where the
+            condition is True. If there is no such row, it is not called.
+        zt: [r] present states, which are kept where the condition is False.
+        per_row: other tensors with r rows that `draw` needs.
     """
     rows = condition.nonzero().squeeze(-1)
     states = zt.clone()
@@ -224,7 +245,7 @@ def draw_where(
 
 
 def restrict(query: Query, rows: Tensor) -> Query:
-    """Return a query whose row k is row `rows[k]` of `query`."""
+    """Return a query on a subset of rows: its row k is the row `rows[k]` of `query`."""
 
     def restricted(chosen: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return query(rows[chosen], node, fn, *per_row)
@@ -241,7 +262,8 @@ def query_at_root(
 ) -> Any:
     """Evaluate fn(prediction, zt, *per_row) at every row, with predictions over all tokens.
 
-    The query node of every row is the root of the tree.
+    zt [r] are the states of the rows of `query`, and `per_row` are other tensors with r rows. The
+    function `fn` is called for chunks of the rows.
     """
     rows = torch.arange(len(zt), device=zt.device)
     root = torch.full_like(zt, process.vocabulary.root)
@@ -249,7 +271,7 @@ def query_at_root(
 
 
 def require_process(sampler: object, process: ForwardProcess | None) -> None:
-    """Raise ArgumentError if there is no process."""
+    """Raise ArgumentError with the name of the sampler if `process` is None."""
     if process is None:
         raise ArgumentError(
             f"{type(sampler).__name__}: process must be a forward process; this run has none. "
@@ -258,7 +280,10 @@ def require_process(sampler: object, process: ForwardProcess | None) -> None:
 
 
 def check_predicts_distribution(sampler: object, predicts: Predicts) -> None:
-    """Raise ArgumentError if the network predicts a score."""
+    """Raise ArgumentError with the name of the sampler unless the network predicts a distribution.
+
+    `predicts` is the kind of prediction of the network.
+    """
     if predicts != "distribution":
         raise ArgumentError(
             f"{type(sampler).__name__}: the denoiser must predict a distribution of the clean "
@@ -275,7 +300,11 @@ def _initial_canvas(
     prompt: Tensor | None,
     prompt_mask: Tensor | None,
 ) -> Canvas:
-    """Return the canvas at t = 1: prior draws (token 0 without a process) and prompt tokens."""
+    """Return the state of the batch at t = 1, before the first step.
+
+    Positions where `prompt_mask` is True have the tokens of the prompt. The other positions have
+    draws from the prior of the process, or token 0 if there is no process.
+    """
     shape = (len(index), length)
     times = torch.ones(shape, dtype=torch.float64, device=index.device)
     if process is None:
@@ -305,7 +334,10 @@ def _check_prompt(
     prompt_mask: Tensor,
     shape: tuple[int, int],
 ) -> None:
-    """Raise ArgumentError if a prompt has another shape, or ids that are not tokens at its mask."""
+    """Raise ArgumentError if a prompt cannot be used for samples of shape `shape`.
+
+    Prompt and mask must have this shape, and the ids where the mask is True must be tokens.
+    """
     if prompt.shape != shape or prompt_mask.shape != shape:
         raise ArgumentError(
             f"generate: prompt and prompt_mask must have the shape [{shape[0]}, {shape[1]}] "

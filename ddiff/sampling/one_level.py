@@ -1,4 +1,4 @@
-"""Step of the published hierarchical sampler: at most one level down (arXiv 2510.08632)."""
+"""Sampler of the hierarchical diffusion paper: one level per step (arXiv 2510.08632)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ddiff.sampling.unmasking import require_monotone
 class OneLevelSampler(GridSampler):
     """Sampler for trees that moves a position down at most one level in a step. Order 1.
 
-    In a step from time t to time s, a position at level l leaves the level with probability
-    min(1, (F_l(t) - F_l(s)) / pi_l(t)). Here pi_l(t) is the probability that a position is at
-    level l at time t, and F_l the sum of pi_m over m >= l. Level 0 contains the tokens. If the
-    fraction is at most 1 for every l, every level has its exact probability at time s after the
-    step.
+    Level 0 contains the tokens, and the highest level is the mask. Let pi_l(t) be the probability
+    that a position is at level l at time t, and F_l(t) the probability that it is at level l or
+    higher. In a step from time t to time s, a position at level l moves to level l - 1 with
+    probability min(1, (F_l(t) - F_l(s)) / pi_l(t)). If no probability is cut off at 1, a position
+    is at each level with its exact probability pi_l(s) after the step.
 
-    The step differs from the ancestral step, which may pass several levels at once. With one level
-    above the tokens the two steps are equal. The last step draws tokens at all positions. The
-    process must be monotone: its reverse steps only move down the tree.
+    An ancestral step may pass several levels at once; with one level above the tokens the two steps
+    are equal. The last step draws tokens at all positions. The process must be monotone: its
+    reverse steps only move down the tree.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -64,12 +64,16 @@ class OneLevelSampler(GridSampler):
 
 
 def _draw_descendants(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-    """Draw descendants [k] of `node` [k] at `level` [k] from `dist`, with uniforms u [k]."""
+    """Draw a descendant of each node [k] at its level `level` [k], with uniforms u [k]."""
     return dist.draw(node, level, u)
 
 
 def _leave_probability(process: ForwardProcess, level: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return (F_l(t) - F_l(s)) / pi_l(t) [r] for the levels l [r]; a value may exceed 1."""
+    """Return (F_l(t) - F_l(s)) / pi_l(t) [r], where l are the levels `level` [r].
+
+    pi_l(t) is the probability of level l at time t, and F_l(t) the probability of level l or
+    higher. A value may exceed 1.
+    """
     level = level.unsqueeze(-1)
     pi_t = _occupation(process, t)
     pi_s = _occupation(process, s)
@@ -78,7 +82,7 @@ def _leave_probability(process: ForwardProcess, level: Tensor, t: Tensor, s: Ten
 
 
 def _occupation(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return pi_l(t) [r,L+1], the probability that a position is at level l."""
+    """Return the probability [r,L+1] that a position is at level l = 0..L at time t [r]."""
     times, place = torch.unique(t, return_inverse=True)
     vocabulary = process.vocabulary
     # The probability of a level does not depend on the clean token; a uniform one is convenient.
@@ -89,5 +93,5 @@ def _occupation(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 def _sum_from_level(occupation: Tensor) -> Tensor:
-    """Return F_l [r,L+1], the sum of pi_m over m >= l."""
+    """Return the probability [r,L+1] of level l or higher, from the probabilities of levels."""
     return occupation.flip(-1).cumsum(-1).flip(-1)

@@ -1,4 +1,4 @@
-"""Predictor-corrector sampling: moves at a constant time between the steps of a sampler."""
+"""Predictor-corrector sampler: after each step of a sampler, a corrector resamples positions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ddiff.sampling.loop import Canvas, Quality, check_predicts_distribution, re
 class ForwardBackward:
     """Corrector: a forward step, then the reverse step back (arXiv 2402.04997, 2407.15595).
 
-    The forward step is `share` times as long as the preceding step of the sampler. The corrector
-    needs one network evaluation. It does not change the distribution of any single position.
-    Positions that are noised together lose part of their dependence. This loss decreases as steps
-    become shorter.
+    The forward step is `share` times as long as the preceding step of the sampler. A correction
+    takes one network evaluation. It does not change the distribution of any single position, but
+    positions that are noised together lose part of their dependence. The loss is smaller for
+    shorter steps.
     """
 
     def __init__(self, share: float = 1.0) -> None:
@@ -49,10 +49,10 @@ class ForwardBackward:
         rng: CounterRng,
         channel: str,
     ) -> Canvas:
-        """Return the corrected canvas, at the same times as before.
+        """Correct the state of a batch; the returned canvas has the same times as `canvas`.
 
-        `span` [B,L] is the length of the preceding step. The uniforms come from channels of `rng`
-        whose names contain `channel`.
+        `span` [B,L] is the length of the preceding step. `channel` is the prefix of the names of
+        the random streams of `rng` that are used.
         """
         u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s = canvas.t
@@ -68,7 +68,7 @@ class ForwardBackward:
 class PredictorCorrectorSampler(GridSampler):
     """Apply `rounds` rounds of a corrector after each step of `inner` except the last.
 
-    The quality is the quality of `inner`.
+    The sampler has the `quality` (see `Sampler`) of `inner`.
     """
 
     def __init__(self, inner: GridSampler, corrector: ForwardBackward, rounds: int = 1) -> None:

@@ -32,10 +32,13 @@ DRAWN_LOG_P = "drawn_log_p"
 
 
 class Kappa(Protocol):
-    """Function that computes kappa, the probability of the posterior step in a psi sampler.
+    """Interface of functions that compute kappa, the probability of an ancestral step.
 
-    `records_log_p`: whether kappa depends on the entry `drawn_log_p` of `Canvas.extras`, which
-    holds ln p of each token at the step in which the token was drawn.
+    kappa is a parameter of the psi sampler (see `PsiSampler`).
+
+    Attributes:
+        records_log_p: whether kappa depends on the probability with which each token was drawn. The
+            sampler then stores ln p of every drawn token as `Canvas.extras["drawn_log_p"]`.
     """
 
     records_log_p: bool
@@ -46,15 +49,18 @@ class Kappa(Protocol):
 
 @final
 class PsiSampler(GridSampler):
-    """Heuristic sampler: posterior step with probability kappa, else draw a token and noise it.
+    """Heuristic sampler in which every position can change in every step.
 
-    The posterior step is the ancestral step, z_s ~ P(z_s | z_t). Otherwise a token x is drawn from
-    P(x | z_t) and then noised, z_s ~ q_s(. | x), so that every position can change. With kappa = 1
-    the sampler is the ancestral sampler. A step takes one network evaluation.
+    In a step from time t to time s, each position moves in one of two ways:
+
+    - with probability kappa by an ancestral step, z_s ~ P(z_s | z_t);
+    - otherwise a token x is drawn from P(x | z_t) and noised again, z_s ~ q_s(. | x).
+
+    With kappa = 1 the sampler is the ancestral sampler. A step takes one network evaluation.
 
     If kappa at a position does not depend on the state there, the position has its exact
-    distribution. Positions that are redrawn in the same step are drawn independently and lose part
-    of their dependence. No order of convergence is proven for this error.
+    distribution. But positions that are noised again in the same step are drawn independently, and
+    lose part of their dependence. No order of convergence is proven for this error.
     """
 
     quality: Quality = "heuristic"
@@ -107,12 +113,12 @@ class PsiSampler(GridSampler):
 
 
 def _drawn_log_p(canvas: Canvas) -> Tensor:
-    """Return `drawn_log_p` [B,L] of `Canvas.extras`; +inf marks tokens that were not drawn."""
+    """Return ln p [B,L] of each token in the step that drew it; +inf at other positions."""
     return canvas.extras.get(DRAWN_LOG_P, torch.full_like(canvas.t, torch.inf))
 
 
 def _log_p(process: ForwardProcess, query: Query, tokens: Tensor) -> Tensor:
-    """Return ln p [k] of the drawn `tokens` [k]; row i of `query` is the position of token i."""
+    """Return the predicted ln p [k] of `tokens` [k], where tokens[i] is at row i of `query`."""
     if len(tokens) == 0:
         return tokens.double()
 
@@ -123,7 +129,7 @@ def _log_p(process: ForwardProcess, query: Query, tokens: Tensor) -> Tensor:
 
 
 class _ConstantKappa:
-    """The same kappa at every position and time."""
+    """Function that returns the same kappa at every position and time."""
 
     records_log_p = False
 
@@ -140,15 +146,14 @@ class _ConstantKappa:
 
 
 class _Remasking:
-    """Base class of remasking rules: kappa = 1 - sigma/(1 - alpha_s).
+    """Base class of remasking rules, which set kappa of a psi sampler to 1 - sigma/(1 - alpha_s).
 
-    sigma is the probability that a token returns to noise in a step from t to s. alpha_t = q_t(x|x)
-    is the probability that the token x at the position is still clean (on a tree pi_0(t), the
-    probability of level 0).
+    In a step from time t to time s, a rule noises a token again with probability sigma. A subclass
+    defines sigma. alpha_s = q_s(x|x) is the probability that token x is still clean at time s.
 
-    The paper (arXiv 2503.00307) limits sigma to sigma_max = min(1, (1 - alpha_s)/alpha_t). In this
-    class sigma is also limited to 1 - alpha_s, because kappa >= 0. The two limits differ by the
-    factor alpha_t, which matters only in the last steps.
+    The paper (arXiv 2503.00307) requires sigma <= sigma_max = min(1, (1 - alpha_s)/alpha_t). This
+    class also limits sigma to 1 - alpha_s, because kappa must not be negative. The second limit is
+    smaller by the factor alpha_t if sigma_max < 1.
     """
 
     records_log_p = False
@@ -172,16 +177,16 @@ class _Remasking:
         return 1.0 - share.clamp(max=1.0)
 
     def sigma(self, process: ForwardProcess, canvas: Canvas, s: Tensor, largest: Tensor) -> Tensor:
-        """Return the probability [B,L] that a token is remasked in the step to times s [B,L].
+        """Return sigma [B,L], the probability that a token is remasked in the step to times s.
 
-        `largest` [B,L] is sigma_max.
+        `largest` [B,L] is the largest sigma that the paper permits, sigma_max.
         """
         raise NotImplementedError
 
 
 @final
 class CapRemasking(_Remasking):
-    """Remasking with probability sigma = min(eta, sigma_max), with eta in [0,1]."""
+    """Remasking rule with the probability sigma = min(eta, sigma_max), eta in [0,1]."""
 
     def __init__(self, eta: float = 0.008) -> None:
         super().__init__(eta)
@@ -192,7 +197,7 @@ class CapRemasking(_Remasking):
 
 @final
 class RescaleRemasking(_Remasking):
-    """Remasking with probability sigma = eta sigma_max, with eta in [0,1]."""
+    """Remasking rule with the probability sigma = eta * sigma_max, eta in [0,1]."""
 
     def __init__(self, eta: float = 0.015) -> None:
         super().__init__(eta)
@@ -203,11 +208,12 @@ class RescaleRemasking(_Remasking):
 
 @final
 class ConfidenceRemasking(_Remasking):
-    """Remasking with probability sigma_i = eta sigma_max softmax_i(-p_i) at position i.
+    """Remasking rule that remasks tokens of low probability more often.
 
-    p_i is the probability with which the token at position i was drawn; the softmax is over the
-    tokens of a sequence. eta = 1 is the published rule, in which a sequence remasks at most one
-    token per step on average.
+    The probability at position i is sigma_i = eta * sigma_max * softmax(-p)_i, where p_i is the
+    probability with which the token at position i was drawn. The softmax is over the tokens of a
+    sequence. With eta = 1, the rule of arXiv 2503.00307, the expected number of tokens of a
+    sequence that a step remasks is at most one.
     """
 
     records_log_p = True
@@ -225,7 +231,10 @@ class ConfidenceRemasking(_Remasking):
 
 @final
 class LoopRemasking(_Remasking):
-    """Remasking with probability eta in steps of constant time (`LoopGrid`), else 0."""
+    """Remasking rule for `LoopGrid`: sigma = min(eta, sigma_max) while the time stays constant.
+
+    In steps that lower the time, sigma is 0.
+    """
 
     def __init__(self, eta: float = 0.02) -> None:
         super().__init__(eta)

@@ -1,4 +1,4 @@
-"""Self-correction: repeat the most likely changes until nothing improves (arXiv 2503.04482)."""
+"""Self-correcting sampler: replaces tokens of finished samples (arXiv 2503.04482)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler, query_at_root, 
 class SelfCorrectingSampler(Sampler):
     """Heuristic sampler: sample with `inner`, then correct tokens in up to `rounds` rounds.
 
-    Each round proposes a token x' at every position, drawn from P(x | z)^(1/temperature),
-    normalized. Of the proposals that differ from the present token, the `commit` most likely ones
-    in each sequence are accepted. The network is conditioned on the time t = `at`, although the
-    tokens are already clean.
+    Each round proposes a new token at every position, drawn from the full conditional P(x | z) with
+    temperature `temperature`. Of the proposals that differ from the present token, the `commit`
+    most likely ones in each sequence are accepted. The network is conditioned on the time t = `at`,
+    although the tokens are already clean.
 
-    The rounds of a sequence end when no token changes, or when for `patience` rounds there was no
-    improvement. An improvement is a new maximum of the number of positions whose present token is
-    the most likely one.
+    The correction of a sequence ends when no token changes, or after more than `patience` rounds
+    without improvement. Improvement means that the number of positions whose present token is the
+    most likely one reaches a new maximum.
 
-    The process must be one whose bound trains the prediction at tokens, not only at masks.
+    The bound of the process must train the prediction at tokens, not only at masks (see
+    `require_informed_tokens`).
     """
 
     quality: Quality = "heuristic"
@@ -100,7 +101,7 @@ class SelfCorrectingSampler(Sampler):
 
 
 class _Patience:
-    """Early stopping: finds the sequences that have improved within the last `rounds` rounds."""
+    """Early stopping, for each sequence: at most `rounds` rounds in a row without improvement."""
 
     def __init__(self, rounds: int, is_active: Tensor) -> None:
         self.rounds = rounds
@@ -108,9 +109,10 @@ class _Patience:
         self.best = torch.full_like(self.since, -1)
 
     def __call__(self, num_best: Tensor) -> Tensor:
-        """Return [B] bool: which sequences have improved within the last `rounds` rounds.
+        """Count one round, and return a bool [B] that is False for sequences that should stop.
 
-        `num_best` [B] is the number of positions whose present token is the most likely one.
+        `num_best` [B] is the number of positions whose present token is the most likely one. A
+        sequence improves if this number is larger than in every earlier round.
         """
         self.since = torch.where(num_best > self.best, 0, self.since + 1)
         self.best = torch.maximum(self.best, num_best)
@@ -125,10 +127,14 @@ def propose_changes(
     rng: CounterRng,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a token at every free position of the active sequences.
+    """Draw a proposal at every free position of the sequences that `is_active` [B] marks.
 
-    Returns three tensors [B,L]: the drawn tokens; ln p of each drawn token, or -inf if it equals
-    the present token; and a bool that marks positions whose present token is the most likely one.
+    A proposal is drawn from the full conditional P(x | z) with temperature `temperature`. Returns
+    three tensors [B,L]:
+
+    - the proposed tokens,
+    - ln p of each proposed token, or -inf if it equals the present token,
+    - a bool that is True where the present token is the most likely one.
     """
     u = draw_uniforms(rng, "again", 1)[:, 0]
     score = torch.full_like(canvas.t, -torch.inf).reshape(-1)

@@ -1,11 +1,13 @@
-"""Temperature, filters and guidance: reshape the predicted distributions that are drawn from.
+"""Temperature, filters and guidance, which reshape predicted distributions before a draw.
 
-Shaping is applied to each conditional distribution from which a sampler draws: with a flat
-vocabulary the distribution over all tokens, on a tree the distribution over the children of a node.
-For example, a temperature on a tree is applied at every level separately, which differs from a
-temperature on the distribution over tokens. Shaping is applied to the distribution of the clean
-token, before the posterior is computed. Samplers that rank positions rank them by the unshaped
-distribution.
+A shaper is a function that changes a distribution, for example by a temperature. It is applied to
+
+- the distribution over all tokens, if the vocabulary is flat;
+- the distribution over the children of a node, if the vocabulary is a tree. A temperature is then
+  applied at every level separately, which differs from a temperature on the tokens.
+
+The predicted distribution of the clean token is reshaped, not the reverse transition that a sampler
+computes from it. Samplers that rank positions by confidence use the original distribution.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ Classifier = Callable[[Noisy, Tensor], Tensor]
 
 @final
 class ShapedDistribution(SubtreeDistribution):
-    """Distribution whose conditionals are computed by `shape` from those of the `dists`.
+    """Distribution made from one or several others by a function of their conditionals.
 
-    `shape(log_p, ...) -> log_p` takes one tensor [k,w] for each distribution in `dists`. A tensor
-    holds the normalized log-probabilities of the w nodes of one level, with -inf at nodes that are
-    not children of the current node. The result of `shape` is normalized. `plain` is the unshaped
-    distribution, by which samplers rank positions; by default this distribution itself.
+    A conditional is the distribution over the children of a node, given the node.
+
+    Args:
+        dists: the original distributions, below the same node of the tree.
+        shape: shape(log_p, ...) returns new log-probabilities, which are then normalized. It takes
+            one tensor [k,w] for each of the `dists`: in k rows, the log-probabilities of the w
+            nodes of a level, with -inf at nodes that are not children of the node of the row.
+        plain: distribution by which samplers rank positions. None: this distribution itself.
     """
 
     def __init__(
@@ -58,18 +64,20 @@ class ShapedDistribution(SubtreeDistribution):
         self._levels: dict[int, Tensor] = {}
 
     def conditional(self, node: Tensor, level: int, rows: Tensor) -> Tensor:
-        """Return log P(child | node) [k,w] over the w nodes of `level` below `self.top`.
+        """Return the reshaped log P(child | node) [k,w] for k pairs of a row and a node.
 
-        `node` [k] is one level above `level`, and `rows` [k] are rows of the distribution.
+        `rows` [k] are rows of the distribution, and `node` [k] are nodes one level above `level`.
+        The w columns are the nodes of `level` below `self.top`. The value is -inf at nodes that are
+        not children of the node.
         """
         conditionals = [next_log_p(dist, node, level, rows) for dist in self.dists]
         return self.shape(*conditionals).log_softmax(-1)
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Draw descendants [k] of node [k] at level [k], one conditional after the other.
+        """Draw a descendant of each node [k] at its target `level` [k], one level after the other.
 
-        Each draw turns u [k] into a new uniform for the next draw: the relative position of u
-        within the interval of the drawn child.
+        All levels use one uniform u [k]. After the draw of a child, the relative position of u in
+        the interval of this child is a new uniform for the next level.
         """
         drawn = node.clone()
         remaining = u.clone()
@@ -90,7 +98,10 @@ class ShapedDistribution(SubtreeDistribution):
         return self._levels[level]
 
     def _multiply_conditionals(self, level: int) -> Tensor:
-        """Return ln p of the nodes of `level`: the sum of log-conditionals from the top down."""
+        """Return the log-probabilities [r,w] of the w nodes of `level` below `self.top`.
+
+        They are sums of reshaped log P(child | node) along the path from the top to the node.
+        """
         raw = self.dists[0].log_below(level)
         rows = torch.arange(len(raw), device=raw.device)
         above = level + 1
@@ -111,9 +122,11 @@ class ShapedDistribution(SubtreeDistribution):
 
 
 def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) -> Tensor:
-    """Return log P(child | node) [k,w] over the w nodes of `level` below `dist.top`.
+    """Return log P(child | node) [k,w] for k pairs of a row and a node.
 
-    `node` [k] is the parent in each row. The value is -inf at nodes that are not its children.
+    `rows` [k] are rows of `dist`, and `node` [k] are nodes one level above `level`. The w columns
+    are the nodes of `level` below `dist.top`. The value is -inf at nodes that are not children of
+    the node.
     """
     # `log_below` starts at the first node below `dist.top`, whose place is therefore subtracted.
     log_p = dist.log_below(level)[rows]
@@ -125,15 +138,21 @@ def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) 
 
 
 def unshaped(dist: CleanDistribution) -> CleanDistribution:
-    """Return the distribution without temperature and filters, by which positions are ranked."""
+    """Return the distribution without temperature and filters.
+
+    Samplers rank positions by this distribution.
+    """
     return dist.plain if isinstance(dist, ShapedDistribution) else dist
 
 
 def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw an index from each row of `weights` [k,w] by inversion of the cumulative sum at u [k].
+    """Draw an index from each row of `weights` [k,w] with uniforms u [k].
 
-    Returns the indices [k] and new uniforms [k], which are independent of the indices. A new
-    uniform is the relative position of u within the interval of the drawn index.
+    The draw inverts the cumulative sum of the weights. Returns two tensors:
+
+    - the drawn indices [k],
+    - new uniforms [k], independent of the indices: the relative position of u in the interval of
+      the drawn index.
     """
     place = draw_index(weights, u).unsqueeze(-1)
     cdf = weights.double().cumsum(-1)
@@ -148,9 +167,10 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 @final
 class Temperature:
-    """Temperature T >= 0: p^(1/T), normalized; T < 1 sharpens the distribution.
+    """Shaper that changes p to p^(1/T), normalized, with the temperature T >= 0.
 
-    T = 0 is greedy: it keeps only the most likely entry, the first one of several equal entries.
+    T < 1 sharpens the distribution. T = 0 keeps only the most likely entry, or the first of several
+    most likely entries.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -167,7 +187,7 @@ class Temperature:
 
 @final
 class TopK:
-    """Filter that keeps the k most likely entries."""
+    """Filter that keeps the k most likely entries of a distribution."""
 
     def __init__(self, k: int) -> None:
         if k < 1:
@@ -182,9 +202,9 @@ class TopK:
 
 @final
 class TopP:
-    """Filter that keeps the smallest set of most likely entries with a total of at least p.
+    """Filter that keeps the most likely entries, as few as have a total probability of at least p.
 
-    p is in (0,1].
+    p is in (0,1], and 1 keeps all entries.
     """
 
     def __init__(self, p: float) -> None:
@@ -203,7 +223,10 @@ class TopP:
 
 @final
 class MinP:
-    """Filter that keeps entries of at least `share` in [0,1] times the largest probability."""
+    """Filter that keeps entries with at least `share` times the probability of the largest entry.
+
+    `share` is in [0,1], and 0 keeps all entries.
+    """
 
     def __init__(self, share: float) -> None:
         if not 0.0 <= share <= 1.0:
@@ -219,7 +242,11 @@ class MinP:
 
 
 class _ComposedNetwork(CountingNetwork):
-    """Base class of networks that evaluate other networks and count their evaluations."""
+    """Base class of networks that combine or change the predictions of other networks.
+
+    The number of evaluations is the sum over the other networks. `name` is the name of the public
+    function in error messages.
+    """
 
     def __init__(self, name: str, *networks: Network) -> None:
         super().__init__()
@@ -270,7 +297,7 @@ class _ShapedNetwork(_ComposedNetwork):
 
 @final
 class _GuidedNetwork(_ComposedNetwork):
-    """Network with classifier-free guidance."""
+    """Network with classifier-free guidance, returned by `guide_network`."""
 
     def __init__(self, network: Network, null_network: Network, weight: float) -> None:
         super().__init__("guide_network", network, null_network)
@@ -319,7 +346,7 @@ class _GuidedNetwork(_ComposedNetwork):
 
 @final
 class _RowSubsetDistribution(SubtreeDistribution):
-    """Distribution that consists of the rows `rows` of `dist`."""
+    """Distribution that consists of some rows of another distribution, `dist`."""
 
     def __init__(self, dist: CleanDistribution, rows: Tensor) -> None:
         super().__init__(dist.vocabulary, dist.top)
@@ -332,7 +359,7 @@ class _RowSubsetDistribution(SubtreeDistribution):
 
 @final
 class _ClassifierGuidedNetwork(_ComposedNetwork):
-    """Network with classifier guidance."""
+    """Network with classifier guidance, returned by `guide_by_classifier`."""
 
     def __init__(self, network: Network, log_likelihood: Classifier, weight: float) -> None:
         super().__init__("guide_by_classifier", network)
@@ -352,7 +379,10 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
         return guided_query
 
     def _guide(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
-        """Return `dist` with weight * log_likelihood added to ln p of its tokens, normalized."""
+        """Add weight * log_likelihood to the log-probabilities of `dist`, and normalize.
+
+        `rows` [k] are the flat positions b * L + i of the rows of `dist`.
+        """
         log_p = dist.log_below(0)
         vocabulary = dist.vocabulary
         tokens = vocabulary.order(0, log_p.device)[vocabulary.subtree(dist.top)[0]]
@@ -385,10 +415,11 @@ def _check_weight(name: str, weight: float) -> None:
 
 
 def shape_network(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
-    """Return a network whose conditional distributions are reshaped by `shapers`, in this order.
+    """Return a network whose predictions are reshaped by `shapers`, applied in this order.
 
-    A shaper is a function from log_p [k,w] to log_p [k,w], such as `Temperature`, `TopK`, `TopP`
-    and `MinP`.
+    A shaper maps the log-probabilities [k,w] of k distributions to new log-probabilities [k,w].
+    `Temperature`, `TopK`, `TopP` and `MinP` are shapers. On a tree they are applied to the
+    distribution over the children of each node.
     """
     return _ShapedNetwork(network, shapers) if shapers else network
 
@@ -397,15 +428,15 @@ def guide_network(network: Network, null_network: Network, weight: float) -> Net
     """Return a network with classifier-free guidance: log p ~ (1-w) log p_null + w log p.
 
     `network` predicts p with the condition, `null_network` predicts p_null without the condition,
-    and w is `weight`. Each conditional distribution of the clean token is guided and then
-    normalized. w = 0 is unconditional, w = 1 is conditional, and w > 1 follows the condition more
-    closely. A step evaluates both networks once.
+    and w is `weight`. The result is normalized, on a tree over the children of each node. w = 0 is
+    unconditional, w = 1 is conditional, and w > 1 follows the condition more closely. A step
+    evaluates both networks once.
 
     This is guidance of the logits (arXiv 2207.12598; for masked tokens 2301.00704). The guided
-    distribution replaces the predicted distribution in the reverse steps. The rate at which masks
-    are revealed therefore does not depend on w, as 2507.08965 recommends. Methods that guide the
-    reverse transition, p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) (2412.10193), or the reverse rates
-    (2406.01572) change this rate.
+    distribution replaces the predicted distribution of the clean token. The rate at which masks are
+    revealed therefore does not depend on w, as 2507.08965 recommends. This rate would depend on w
+    with guidance of the reverse transition, p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) (2412.10193), or of
+    the reverse rates (2406.01572).
     """
     return _GuidedNetwork(network, null_network, weight)
 
@@ -415,11 +446,13 @@ def guide_by_classifier(
     log_likelihood: Classifier,
     weight: float = 1.0,
 ) -> Network:
-    """Return a network with classifier guidance: p(x_i) p(y | x_i)^weight over tokens, normalized.
+    """Return a network with classifier guidance: p(x_i) p(y | x_i)^weight, normalized.
 
-    `log_likelihood(noisy, rows)` returns log p(y | x_i = v) [k,V] for the V tokens v at the flat
-    positions rows [k] = b * L + i of the noisy sequences. For example, to prefer the tokens of a
-    list at every position:
+    p(x_i) is the prediction of `network` for token x_i at position i, and p(y | x_i) the
+    probability that the classifier gives to the desired property y. `log_likelihood(noisy, rows)`
+    returns ln p(y | x_i = v) [k,V] for each of the V tokens v, at the k flat positions
+    rows = b * L + i of the noisy sequences. For example, to prefer the tokens of a list at every
+    position:
 
         bonus = torch.zeros(num_tokens)
         bonus[preferred] = 2.0  # nats
@@ -437,9 +470,9 @@ def guide_by_classifier(
 
 @final
 class ShapedSampler(Sampler):
-    """Apply shapers to every conditional from which the sampler `inner` draws.
+    """Sample with `inner` from predictions that are reshaped by `shapers` (see `shape_network`).
 
-    The quality is the quality of `inner`, for the reshaped distribution.
+    The sampler has the `quality` (see `Sampler`) of `inner`, relative to the reshaped distribution.
     """
 
     def __init__(self, inner: Sampler, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:

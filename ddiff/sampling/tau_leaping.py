@@ -19,11 +19,13 @@ from ddiff.sampling.loop import Canvas, query_at_root, require_process, step_row
 
 @final
 class TauLeapingSampler(GridSampler):
-    """Leave state z with probability 1 - exp(-R (t - s)) for a state y ~ R(y)/R. Order 1.
+    """Tau-leaping sampler: reverse rates stay constant during a step. Order 1.
 
-    R(y) = Q[y,z] s_theta(y) is the reverse rate from z to y at time t, where Q[y,z] is the forward
-    rate from y to z and s_theta(y) = q_t(y)/q_t(z) the predicted ratio. R is the sum of R(y) over
-    the states y != z. The sampler uses only reverse rates, so the network may predict a score.
+    R(y) = Q[y,z] s_theta(y) is the reverse rate from the present state z to a state y at time t.
+    Here Q[y,z] is the forward rate from y to z, and s_theta(y) = q_t(y)/q_t(z) is the predicted
+    ratio. R is the sum of R(y) over the states y != z. In a step from time t to time s, a position
+    leaves z with probability 1 - exp(-R (t - s)), and then moves to state y with probability
+    R(y)/R. The sampler uses only reverse rates, so the network may predict a score.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -51,10 +53,11 @@ class TauLeapingSampler(GridSampler):
 
 
 def tau_leap(rates: Tensor, zt: Tensor, span: Tensor, u: Tensor) -> Tensor:
-    """Return the states [r] that follow `zt` [r] after times `span` [r] at constant rates.
+    """Return the states [r] after a time `span` [r] in which rates are constant.
 
-    `rates` [r,S] are the rates into the S states. u [r,2] are uniforms: u[:,0] decides whether the
-    state jumps, and u[:,1] selects the new state.
+    At most one jump is made. zt [r] are the states at the start, and `rates` [r,S] are the rates
+    from there into the S states. u [r,2] are uniforms: u[:,0] decides whether the state jumps, and
+    u[:,1] selects the new state.
     """
     # In float64: for short spans 1 - exp(-x) would lose its digits.
     probability = -torch.expm1(-rates.sum(-1).double() * span)

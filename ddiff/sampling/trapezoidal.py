@@ -22,18 +22,22 @@ from ddiff.sampling.tau_leaping import tau_leap
 
 @final
 class TrapezoidalSampler(GridSampler):
-    """Tau-leap in two stages per step, the second with extrapolated rates. Order 2.
+    """Tau-leaping in two stages per step, the second with extrapolated rates. Order 2.
 
-    The first stage covers the fraction theta in (0,1) of the step, with the reverse rates mu of the
-    start. It ends at states z* with reverse rates mu*. The second stage covers the rest of the step
-    with the extrapolated rates [a mu* - (a - 1) mu]_+, where a = 1 / (2 theta (1 - theta)). If a
-    position moved in the first stage, mu are the rates of its old state. Its rates in the second
-    stage are therefore a mu*, which makes the probability of two jumps in one step correct to
-    second order. A step takes two network evaluations. The sampler uses only reverse rates, so the
-    network may predict a score.
+    A step from time t to time s consists of two tau-leaps (rates stay constant in each):
 
-    The order is 2 if the extrapolated rates are smooth in t and positive before [.]_+, as the paper
-    assumes. There are three exceptions; N is the number of steps:
+    1. The first stage covers the fraction theta in (0,1) of the step. Its rates are mu, the reverse
+       rates at time t.
+    2. The second stage covers the rest of the step. Let mu* be the reverse rates at the state and
+       time where the first stage ended, and a = 1 / (2 theta (1 - theta)). A position that has not
+       moved has the rates max(0, a mu* - (a - 1) mu). A position that has moved has the rates
+       a mu*, which makes the probability of two jumps in one step correct to second order.
+
+    A step takes two network evaluations. The sampler uses only reverse rates, so the network may
+    predict a score.
+
+    The paper proves order 2 for rates that are smooth in t and whose extrapolation is positive.
+    There are three exceptions, in which N is the number of steps:
 
     - The rates of masks are proportional to 1/t. The error then falls as ln N / N^2.
     - A draw at another position may reduce a rate to less than (a - 1)/a of its value (one half for

@@ -36,11 +36,11 @@ Criterion = Literal["confidence", "top", "margin", "entropy"]
 
 @final
 class UnmaskingSampler(GridSampler):
-    """Heuristic sampler: draw a next state at every position and keep the most confident draws.
+    """Heuristic sampler: draw a next state at every position, and keep the most confident draws.
 
-    A descent is a move one level down the tree; with masks it is the move from the mask to a token.
-    The grid sets the number of positions that move in a step: after the step to time s, a fraction
-    s of all descents remains to be made (arXiv 2202.04200 with a cosine grid). `by` selects the
+    A descent is a move one level down the tree. With masks it is the move from the mask to a token.
+    The grid of times sets the number of descents of a step: after the step to time s, a fraction s
+    of all descents of a sequence remains (arXiv 2202.04200 uses a cosine grid). `by` selects the
     confidence, which is computed without temperature and filters:
 
     - confidence: ln p of the drawn state.
@@ -48,8 +48,9 @@ class UnmaskingSampler(GridSampler):
     - margin: difference of the two largest probabilities (arXiv 2502.06768).
     - entropy: negative entropy.
 
-    If `noise` > 0, noise * s * g is added to the confidence, where g is a standard Gumbel variable.
-    The process must be monotone: its reverse steps never change a revealed token.
+    If `noise` > 0, the order is randomized: noise * s * g is added to each confidence, where g is a
+    standard Gumbel variable. The process must be monotone: its reverse steps never change a
+    revealed token.
     """
 
     quality: Quality = "heuristic"
@@ -97,7 +98,10 @@ class UnmaskingSampler(GridSampler):
         return canvas.advance(torch.where(moves, drawn, canvas.zt), s)
 
     def _count_descents(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
-        """Return the number of descents [B] of a step to times s [B,L]."""
+        """Return the number of descents [B] that a step to times s [B,L] makes in each sequence.
+
+        A descent is a move one level down the tree.
+        """
         fraction = torch.where(canvas.free, s, 0.0).amax(-1)
         total = process.vocabulary.num_levels * canvas.free.sum(-1)
         remaining = (total * fraction).floor().long()
@@ -108,13 +112,15 @@ class UnmaskingSampler(GridSampler):
 class EntropyBoundSampler(Sampler):
     """Heuristic sampler: each step moves the positions of lowest entropy, up to a limit.
 
-    The entropy of a position, in nats, is that of the conditional distribution from which its next
-    state is drawn. A step takes positions in rising order of entropy, as long as the sum of their
-    entropies, not counting the largest, is at most `bound`. This sum bounds the error of drawing
-    the positions independently (arXiv 2505.24857). At least one position moves, so the number of
-    steps is at most the number of descents (moves one level down the tree). The time t on which
-    the network is conditioned is the fraction of descents that remains. The process must be
-    monotone: its reverse steps never change a revealed token.
+    The entropy of a position, in nats, is that of the distribution from which its next state is
+    drawn. A step takes positions in rising order of entropy, as long as the sum of all their
+    entropies except the largest is at most `bound`. This sum limits the error of drawing the
+    positions independently (arXiv 2505.24857).
+
+    A descent is a move one level down the tree. Every step makes at least one descent in each
+    unfinished sequence. The network is conditioned on the time t that equals the fraction of
+    descents that remain. The process must be monotone: its reverse steps never change a revealed
+    token.
     """
 
     quality: Quality = "heuristic"
@@ -157,9 +163,9 @@ class EntropyBoundSampler(Sampler):
             yield draw_tokens(process, network, canvas, rng_at(last))
 
     def _choose(self, confidence: Tensor, rng: CounterRng) -> Tensor:
-        """Return [B,L] bool: the positions that move in this step.
+        """Return a bool [B,L] that marks the positions to move in a step.
 
-        `confidence` [B,L] is the negative entropy of each position.
+        `confidence` [B,L] is the negative entropy of each position, -inf at finished positions.
         """
         order = rank_by_confidence(confidence, rng)
         entropy = -confidence.gather(-1, order)
@@ -172,15 +178,18 @@ class EntropyBoundSampler(Sampler):
 
 
 def count_descents_left(process: ForwardProcess, canvas: Canvas) -> Tensor:
-    """Return the number of descents [B] that remain until all free positions hold tokens."""
+    """Return the number of descents [B] that remain until all free positions have tokens.
+
+    A descent is a move one level down the tree. Free positions are those in `canvas.free`.
+    """
     return torch.where(canvas.free, process.vocabulary.level_of(canvas.zt), 0).sum(-1)
 
 
 def rank_by_confidence(confidence: Tensor, rng: CounterRng) -> Tensor:
-    """Return the positions [B,L] in order of decreasing confidence [B,L]; ties are random.
+    """Return the positions [B,L] of each sequence, sorted by decreasing `confidence` [B,L].
 
-    Confidences are rounded first, because the confidences of masked positions may differ only by
-    rounding errors, which depend on the batch.
+    Equal confidences are in random order. Confidences are rounded first: those of masked positions
+    may differ only by rounding errors, and rounding errors depend on the batch.
     """
     shuffled = rng.uniform("tie").argsort(dim=-1)
     rounded = (confidence * RESOLUTION).round().gather(-1, shuffled)
@@ -196,8 +205,10 @@ def propose_descents(
 ) -> tuple[Tensor, Tensor]:
     """Draw a state one level down the tree at every free position that is not yet a token.
 
-    `by` selects the confidence (see `UnmaskingSampler`). Returns the states [B,L] and their
-    confidence [B,L], which is -inf at all other positions.
+    `by` selects the confidence (see `UnmaskingSampler`). Returns two tensors [B,L]:
+
+    - the states, which are unchanged at all other positions,
+    - the confidence of each draw, which is -inf at all other positions.
     """
     u = draw_uniforms(rng, "descent", 1)[:, 0]
     confidence = torch.full_like(canvas.t, -torch.inf).reshape(-1)
@@ -229,10 +240,14 @@ def _confidence(
     drawn: Tensor,
     by: Criterion,
 ) -> Tensor:
-    """Return the confidence [r] float64 of the drawn children.
+    """Return the confidence [r] float64 of draws of a child from its parent.
 
-    `node` [r] are the present states, `below` [r] the levels of their children, `drawn` [r] the
-    drawn children. `by` selects the confidence (see `UnmaskingSampler`).
+    Args:
+        dist: distribution from which the children were drawn, without temperature and filters.
+        node: [r] present states, the parents.
+        below: [r] level of the children of each parent.
+        drawn: [r] drawn children.
+        by: kind of confidence (see `UnmaskingSampler`).
     """
     if by == "confidence":
         return dist.log_child(node, drawn).double()
@@ -254,7 +269,11 @@ def _confidence(
 
 
 def require_monotone(sampler: object, process: ForwardProcess | None, predicts: Predicts) -> None:
-    """Raise ArgumentError if reverse steps of the process may change a revealed token."""
+    """Raise ArgumentError if reverse steps of the process may change a revealed token.
+
+    The error message has the name of the sampler. The error is also raised if there is no process,
+    or if the network predicts a score.
+    """
     require_process(sampler, process)
     check_predicts_distribution(sampler, predicts)
     if process is not None and not process.is_monotone:
