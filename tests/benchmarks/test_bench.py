@@ -14,7 +14,7 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_plain_implementation_computes_the_density_of_the_process(family: str) -> None:
+def test_plain_benchmark_loss_equals_the_bound_integrand_of_ddiff(family: str) -> None:
     """Compare float32 with float64. Tolerance 1e-4: weights are as large as some hundreds."""
     torch.manual_seed(0)
     case = Case(family, SMALL)
@@ -36,7 +36,7 @@ def test_plain_implementation_computes_the_density_of_the_process(family: str) -
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_plain_implementation_samples_have_no_masks(family: str) -> None:
+def test_plain_benchmark_sampler_leaves_no_mask_in_its_samples(family: str) -> None:
     """No cluster remains either, except for hdlm, whose plain sampler moves one level per step."""
     torch.manual_seed(0)
     side, steps = plain_family(Case(family, SMALL)), 8
@@ -48,7 +48,7 @@ def test_plain_implementation_samples_have_no_masks(family: str) -> None:
     assert (zt < (side.mask if family == "hdlm" else 20)).all()
 
 
-def test_handwritten_chunked_loss_equals_cross_entropy() -> None:
+def test_handwritten_benchmark_loss_equals_torch_cross_entropy() -> None:
     torch.manual_seed(0)
     hidden, table = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (40, 7))
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
@@ -66,7 +66,7 @@ def test_handwritten_chunked_loss_equals_cross_entropy() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_bench_cluster_sizes_have_the_published_extremes() -> None:
+def test_benchmark_cluster_sizes_have_the_extremes_of_the_hdlm_clusters() -> None:
     """Compare with the 128 published clusters of GPT-2's tokens.
 
     They have 24 to about 1801 tokens; the cluster of a random token has 626 tokens on average.

@@ -187,7 +187,7 @@ def test_plugins_command_suggests_a_name_for_an_unknown_plugin(capsys):
     assert 'Did you mean "hdlm"?' in err
 
 
-def test_run_help_states_the_limits_of_a_dry_run(capsys):
+def test_help_of_the_run_command_states_what_a_dry_run_does_not_check(capsys):
     assert "Not checked" in call(capsys, "run", "--help")[1]
 
 
@@ -209,7 +209,7 @@ def test_recipes_command_lists_shipped_recipes_with_descriptions(capsys):
     assert all(text.strip().endswith(".") for text in lines.values())
 
 
-def test_every_shipped_recipe_passes_dry_run_and_reads_back_equal(capsys, tmp_path):
+def test_every_shipped_recipe_equals_the_recipe_read_from_its_dry_run_output(capsys, tmp_path):
     assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(find_shipped_recipes())
     for name in find_shipped_recipes():
         code, out, err = call(capsys, "run", name, "--dry-run")
@@ -363,7 +363,7 @@ def test_dry_run_and_plugins_commands_import_no_slow_library_but_torch(arguments
     assert ANSWERS[arguments] in done.stdout
 
 
-def test_dry_run_prints_the_verdict_as_a_toml_comment_at_the_end(capsys, tmp_path, monkeypatch):
+def test_dry_run_output_ends_with_its_result_as_a_toml_comment(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = call(capsys, "run", "mdlm_small", "--dry-run")[1]
     assert out.splitlines()[-1].startswith("# fits: ")

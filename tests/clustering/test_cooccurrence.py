@@ -52,7 +52,7 @@ def test_cooccurrence_counts_equal_those_of_a_loop_over_pairs(
     assert np.stack(found) == pytest.approx(expected, abs=1e-5)  # float32 sums of thirds
 
 
-def test_cooccurrence_embeddings_of_one_topic_are_similar() -> None:
+def test_cooccurrence_embeddings_of_tokens_of_one_topic_are_similar() -> None:
     # Each document has one topic, so a window across two documents would mix topics.
     ids, document = two_topics()
     similarity = cosine(compute_cooccurrence_embeddings(ids, document, 10, width=4))

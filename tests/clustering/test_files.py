@@ -60,7 +60,7 @@ def test_read_clusters_accepts_fsspec_paths(tmp_path: Path) -> None:
     assert read_clusters([path], 6)[0].tolist() == CLUSTERS.tolist()
 
 
-def test_read_clusters_accepts_the_published_layout(tmp_path: Path) -> None:
+def test_read_clusters_accepts_files_without_the_mask_token(tmp_path: Path) -> None:
     # The file has tokens 0..4 and a padding token, but no mask. One tokenizer has neither token,
     # the other has both.
     path = write(tmp_path, "npy", np.array([0, 1, 1, 2, 0, 0], dtype=np.int64))
@@ -143,7 +143,7 @@ def test_cluster_and_embedding_readers_refuse_an_npz_archive(tmp_path: Path) -> 
             read(str(tmp_path / "c.npy"))
 
 
-def test_read_clusters_refuses_a_mask_beyond_the_tokens(tmp_path: Path) -> None:
+def test_read_clusters_refuses_a_mask_token_id_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mask_token_id .* 7 tokens, 0\.\.6; got 9"):
         read_clusters([write(tmp_path, "npy", CLUSTERS)], 7, mask_token_id=9)
 

@@ -124,13 +124,13 @@ def test_nested_kmeans_keeps_cluster_sizes_within_limits(
     assert counts.max() <= np.ceil(max_share * 20)
 
 
-def test_balance_moves_the_point_with_least_loss_from_a_large_cluster() -> None:
+def test_balance_moves_the_point_with_the_least_cost_out_of_a_large_cluster() -> None:
     affinity = np.array([[0.9, 0.1], [0.9, 0.8], [0.9, 0.3], [0.0, 1.0]], dtype=np.float32)
     moved = _balance(affinity, np.array([0, 0, 0, 1]), lower=1, upper=2)
     assert moved.tolist() == [0, 1, 0, 1]
 
 
-def test_balance_fills_an_empty_cluster_with_the_point_of_least_loss() -> None:
+def test_balance_fills_an_empty_cluster_with_the_point_of_least_cost() -> None:
     affinity = np.array([[0.9, 0.1, 0.2], [0.9, 0.1, 0.85], [0.1, 0.9, 0.88]], dtype=np.float32)
     # Point 2 has the least loss, but is the only point of its cluster.
     assert _balance(affinity, np.array([0, 0, 1]), lower=1, upper=3).tolist() == [0, 2, 1]

@@ -43,7 +43,9 @@ def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
 
 
 @pytest.mark.parametrize("rates", RATES, ids=str)
-def test_log_time_clock_has_relative_error_below_1e_10(rates: tuple[float, ...]) -> None:
+def test_log_time_clock_probabilities_have_relative_error_below_1e_10(
+    rates: tuple[float, ...],
+) -> None:
     t = torch.tensor(TIMES, dtype=torch.float64)
     expected = torch.tensor([exact_masses(rates, time) for time in TIMES], dtype=torch.float64)
     got = LogTimeClock(rates).pi(t)
@@ -89,18 +91,18 @@ def test_flat_times_pass_all_conformance_checks(window: tuple[float, float]) -> 
     ],
     ids=["at the end", "in the last hundredth"],
 )
-def test_cdf_clock_rejects_schedules_that_cross_near_the_ends(schedules: list[Schedule]) -> None:
+def test_cdf_clock_rejects_schedules_that_cross_near_time_0_or_1(schedules: list[Schedule]) -> None:
     with pytest.raises(ArgumentError, match="do not keep that order"):
         CdfClock(schedules)
 
 
-def test_cdf_clock_accepts_equal_schedules_at_the_ends() -> None:
+def test_cdf_clock_accepts_schedules_that_are_equal_at_times_0_and_1() -> None:
     clock = CdfClock([CosineSchedule(), PowerSchedule(1.0), PowerSchedule(1.001)])
     assert float(clock.pi(torch.tensor([0.0, *TIMES, 1.0], dtype=torch.float64)).min()) >= 0.0
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
-def test_entry_time_of_slow_clock_is_accurate_within_1e_12_of_t_one(rate: float) -> None:
+def test_entry_time_of_slow_clock_is_accurate_at_times_within_1e_12_of_1(rate: float) -> None:
     """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u.
 
     At rate 0.3, a fraction 2.5e-4 of the tokens enters the root after 1 - 1e-12, the last time at

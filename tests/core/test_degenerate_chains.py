@@ -60,7 +60,7 @@ def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2
 @pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
 @pytest.mark.parametrize("length", [1, 4096])
 @pytest.mark.parametrize("noise", ["mask", "tokens"])
-def test_bound_is_exact_if_rates_are_zero_at_early_times(
+def test_bound_of_constant_prediction_is_minus_log_p_with_zero_early_rates(
     noise: str, length: int, start: float
 ) -> None:
     masked = noise == "mask"
@@ -72,7 +72,7 @@ def test_bound_is_exact_if_rates_are_zero_at_early_times(
         assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
 
 
-def test_time_draws_do_not_cluster_at_times_with_zero_rates() -> None:
+def test_drawn_noise_times_do_not_cluster_at_times_with_zero_rates() -> None:
     matrix = torch.ones(3, 3, dtype=torch.float64) - 3.0 * torch.eye(3, dtype=torch.float64)
 
     def late(t: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def test_time_draws_do_not_cluster_at_times_with_zero_rates() -> None:
 
 
 @pytest.mark.parametrize("name", ["one token", "one masked token", "no rates"])
-def test_time_draws_are_uniform_if_no_information_is_lost(name: str) -> None:
+def test_noise_times_are_uniform_if_the_noise_removes_no_information(name: str) -> None:
     alone = FlatVocabulary(1, mask=False)
     hidden = FlatVocabulary(1)
     process: ForwardProcess = {
@@ -105,7 +105,7 @@ def test_time_draws_are_uniform_if_no_information_is_lost(name: str) -> None:
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
-def test_density_with_noise_on_one_token_equals_derived_density(t: float) -> None:
+def test_bound_integrand_with_noise_on_one_token_equals_default_formula(t: float) -> None:
     """All noise is token 0, so that x = 0 stays in state 0; the prediction has other tokens too."""
     target = torch.tensor([1.0, 0.0, 0.0])
     process = MixtureProcess(BARE, LinearSchedule(), target)
@@ -126,13 +126,13 @@ def test_density_with_noise_on_one_token_equals_derived_density(t: float) -> Non
 
 
 @pytest.mark.parametrize("token", [0, 1, 2])
-def test_bound_with_noise_on_one_token_is_minus_log_p(token: int) -> None:
+def test_bound_of_process_with_noise_on_one_token_is_minus_log_p(token: int) -> None:
     process = MixtureProcess(BARE, LinearSchedule(), torch.tensor([1.0, 0.0, 0.0]))
     expected = -math.log(float(PREDICTION[token]))
     assert mean_charge(process, token, 64) == pytest.approx(expected, abs=1e-3)
 
 
-def test_tree_density_is_zero_at_tokens_for_any_prediction() -> None:
+def test_tree_bound_integrand_is_zero_at_leaf_tokens_for_any_prediction() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0, 1, 1]])
     process = TreeProcess.examples()[1]
     certain = torch.eye(5, dtype=torch.float64).log()[[4, 4]]

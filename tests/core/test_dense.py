@@ -58,7 +58,7 @@ def test_dense_process_rejects_matrix_that_is_not_a_generator(
         DenseProcess(bare, matrix)
 
 
-def test_dense_process_rejects_too_many_states_before_any_work() -> None:
+def test_dense_process_rejects_more_than_512_states() -> None:
     with pytest.raises(ArgumentError, match=r"S at most 512; got \(513, 513\).*structured process"):
         DenseProcess(FlatVocabulary(512), torch.zeros(513, 513))
 
@@ -103,7 +103,7 @@ def unmasked_mixture() -> ForwardProcess:
 
 @pytest.mark.parametrize("make", [idle_mask, unmasked_mixture])
 @pytest.mark.parametrize("derived", [True, False])
-def test_density_gradient_is_finite_if_mask_is_never_entered(
+def test_bound_integrand_gradient_is_finite_if_mask_is_unreachable(
     make: Callable[[], ForwardProcess], derived: bool
 ) -> None:
     process = make()
@@ -123,7 +123,7 @@ def test_density_gradient_is_finite_if_mask_is_never_entered(
     assert float(logits.grad[:-1].abs().min(-1).values.min()) > 0
 
 
-def test_density_gradient_is_finite_if_token_probability_underflows() -> None:
+def test_bound_integrand_gradient_is_finite_if_probability_underflows() -> None:
     """exp(-200) is 0 in float32, so the predicted marginal of token 2 is 0."""
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -136,7 +136,7 @@ def test_density_gradient_is_finite_if_token_probability_underflows() -> None:
     torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0, 0.0]]))
 
 
-def test_dense_step_from_nan_distribution_raises() -> None:
+def test_dense_process_step_raises_if_the_prediction_is_nan() -> None:
     process = DenseProcess(bare, chain)
 
     def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_equals_mutual_information_of_joint_table(name: str) -> None:
+def test_process_information_equals_mutual_information_of_x_and_z_t(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     expected = enumerated_information(process, t)
@@ -66,7 +66,7 @@ def test_information_equals_mutual_information_of_joint_table(name: str) -> None
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_overrides_equal_the_default_formula(name: str) -> None:
+def test_information_methods_of_subclasses_equal_the_default_formula(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-9, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     for method in ("information", "change_probability"):
@@ -75,7 +75,7 @@ def test_information_overrides_equal_the_default_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
+def test_equal_steps_of_information_time_lose_equal_information(name: str) -> None:
     """Compare the information lost by t(tau) with tau; the table with 257 knots has error 2e-4."""
     process = PROCESSES[name]
     clock = process.information_time
@@ -88,7 +88,7 @@ def test_equal_steps_of_tau_lose_equal_information(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_time_speed_is_exact_derivative_of_t(name: str) -> None:
+def test_information_time_speed_is_the_derivative_of_t_by_tau(name: str) -> None:
     """The speed is the derivative of the interpolated t(tau), so that the bound has no bias."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
@@ -102,7 +102,7 @@ def test_information_time_speed_is_exact_derivative_of_t(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"]
 )
-def test_time_draws_increase_in_v_with_slope_equal_to_their_speed(
+def test_noise_time_increases_with_its_uniform_at_the_declared_speed(
     name: str, window: tuple[float, float], length: int
 ) -> None:
     clock = PROCESSES[name].information_time
@@ -115,7 +115,7 @@ def test_time_draws_increase_in_v_with_slope_equal_to_their_speed(
     assert bool((ends[0] <= t[0]) & (t[-1] <= ends[1]))
 
 
-def test_time_draws_have_density_of_least_variance() -> None:
+def test_noise_times_have_the_distribution_of_least_bound_variance() -> None:
     """For masking, the density of tau is proportional to sqrt(1 + a/tau), with a = 1/L.
 
     The integral of this density is sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between
@@ -135,7 +135,7 @@ def test_time_draws_have_density_of_least_variance() -> None:
         )
 
 
-def test_linear_masking_has_tau_equal_to_t() -> None:
+def test_information_time_of_linear_masking_is_t() -> None:
     for process in (
         TreeProcess(FlatVocabulary(50), LogTimeClock((1.0,))),
         TreeProcess(FlatVocabulary(50), CdfClock([LinearSchedule()])),
@@ -145,7 +145,7 @@ def test_linear_masking_has_tau_equal_to_t() -> None:
         torch.testing.assert_close(speed, torch.ones_like(TAU), rtol=1e-9, atol=0)
 
 
-def test_tree_information_is_sum_over_levels() -> None:
+def test_tree_process_information_is_the_sum_over_its_levels() -> None:
     """For hazards (1, 1), pi_0 = 1 - t and pi_1 = -(1 - t) ln(1 - t).
 
     The clusters have two and three tokens.
@@ -158,7 +158,7 @@ def test_tree_information_is_sum_over_levels() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
+def test_bound_of_uniform_prediction_grows_linearly_in_information_time(name: str) -> None:
     """tau is defined by this identity. The mean is an explicit sum over tokens x and states z."""
     process = PROCESSES[name]
     clock = process.information_time
@@ -182,7 +182,7 @@ def test_mean_density_of_uniform_prediction_is_flat_in_tau(name: str) -> None:
     assert charged == pytest.approx([expected] * 5, rel=5e-3)
 
 
-def test_information_time_at_0_and_1_gives_the_extreme_noise_times() -> None:
+def test_information_time_0_and_1_give_the_extreme_noise_times() -> None:
     """In "early masks", 25 % of the tokens are masked before the earliest evaluated time.
 
     The fraction is (1e-12)^0.05.
@@ -197,7 +197,7 @@ def test_information_time_at_0_and_1_gives_the_extreme_noise_times() -> None:
     assert plain.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
-def test_information_time_with_noise_at_both_ends_spans_0_to_1() -> None:
+def test_information_time_spans_0_to_1_with_noise_at_t_0_and_data_at_t_1() -> None:
     process = MixtureProcess(
         FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0])
     )
@@ -206,7 +206,9 @@ def test_information_time_with_noise_at_both_ends_spans_0_to_1() -> None:
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=3, max_size=12), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=40)
-def test_monotone_map_rises_and_passes_through_its_knots(steps: list[float], seed: int) -> None:
+def test_monotone_interpolation_rises_and_passes_through_its_knots(
+    steps: list[float], seed: int
+) -> None:
     rises = torch.rand(len(steps), generator=torch.Generator().manual_seed(seed)).double() + 0.01
     x = torch.tensor(steps, dtype=torch.float64).cumsum(0) - sum(steps) / 2
     y = rises.cumsum(0) - float(rises.sum()) / 2

@@ -114,7 +114,9 @@ def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s:
 
 @pytest.mark.parametrize("name", THINNED)
 @pytest.mark.parametrize(("t", "s"), [(0.77, 0.31), (0.5, 0.49), (1.0, 0.6), (0.4, 0.0)])
-def test_thinned_step_equals_exact_reverse_transition(name: str, t: float, s: float) -> None:
+def test_reverse_step_by_thinning_equals_exact_reverse_transition(
+    name: str, t: float, s: float
+) -> None:
     process = THINNED[name]()
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
     reached = process.log_marginal(log_p, full(t, log_p[:, 0]))[0].exp() > 1e-12
@@ -127,7 +129,7 @@ def test_thinned_step_equals_exact_reverse_transition(name: str, t: float, s: fl
     )
 
 
-def test_thinned_step_queries_only_rows_that_may_move() -> None:
+def test_reverse_step_queries_network_only_at_rows_that_may_change() -> None:
     """In a step of 1/64 of the time, about t (1 - t) / 64 of the tokens are candidates.
 
     In a step with s = t, there are none.
@@ -166,7 +168,7 @@ class WideDoubles(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
+def test_component_process_makes_no_float64_tensor_of_vocabulary_width(even: bool) -> None:
     vocabulary, rows = FlatVocabulary(500), 64
     process = MaskAndWords(vocabulary)
     process._is_even_on_tokens = even
@@ -202,7 +204,7 @@ def test_component_process_makes_no_wide_float64_tensor(even: bool) -> None:
         )  # the distribution is float32
 
 
-def test_step_keeps_state_with_predicted_probability_one() -> None:
+def test_reverse_step_keeps_a_token_predicted_with_probability_one() -> None:
     process = uneven()
     log_p = torch.eye(4).double().log()
     zt, u = torch.arange(4), torch.tensor([[0.0, 0.5]]).double().expand(4, -1)
@@ -214,7 +216,7 @@ def test_step_keeps_state_with_predicted_probability_one() -> None:
     ]
 
 
-def test_thinned_step_from_nan_distribution_raises() -> None:
+def test_reverse_step_by_thinning_raises_if_the_prediction_is_nan() -> None:
     zt, u = torch.arange(4), torch.zeros(4, 2).double()
     query = TableQuery(torch.full((4, 4), torch.nan).double(), WORDS)
     for draw in (lambda: uneven().step(query, zt, full(0.5, zt), full(0.2, zt), u),
@@ -223,7 +225,7 @@ def test_thinned_step_from_nan_distribution_raises() -> None:
             draw()
 
 
-def test_step_rejects_scores() -> None:
+def test_reverse_step_rejects_a_network_that_predicts_scores() -> None:
     def query(rows: Tensor, node: Tensor, fn: Callable[..., Tensor], *per_row: Tensor) -> Tensor:
         return fn(Score(torch.zeros(len(rows), 5)), *per_row)
 
@@ -289,7 +291,7 @@ def test_simulated_events_reproduce_the_reverse_transition(name: str) -> None:
         assert bool(((shares - expected).abs() <= limit).all()), (z, shares, expected)
 
 
-def test_event_time_is_zero_for_clean_tokens_of_masked_diffusion() -> None:
+def test_next_event_time_is_zero_at_clean_tokens_of_masked_diffusion() -> None:
     process = MixtureProcess(MASKED, LinearSchedule(), mask_distribution(MASKED))
     zt = torch.arange(4)
     times = process.event_time(zt, full(0.5, zt), full(0.9, zt))
@@ -312,7 +314,7 @@ def test_event_time_of_process_without_events_raises_argument_error() -> None:
         process.event_time(zt, full(0.5, zt), full(0.5, zt))
 
 
-def test_event_rejects_rates_above_the_rate_of_candidate_events() -> None:
+def test_event_raises_if_the_reverse_rate_exceeds_the_candidate_rate() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
         """Process whose rates triple near t = 0.507, between the times of the rate table."""
 
@@ -355,7 +357,7 @@ def test_component_process_equals_process_with_explicit_noise() -> None:
         )
 
 
-def test_component_process_derives_prior_and_closing_from_coefficients() -> None:
+def test_component_process_derives_its_prior_from_its_coefficients() -> None:
     assert MaskAndWords(MASKED).closes_at_clean
     assert MaskAndWords(MASKED).closes_at_prior
     assert MaskAndWords(MASKED).prior.log_prob.exp().tolist() == [0.0, 0.0, 0.0, 1.0]

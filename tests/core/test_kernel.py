@@ -160,7 +160,7 @@ def test_propagate_solves_forward_equation_in_time_order() -> None:
     assert float((generators[0] @ generators[1] - generators[1] @ generators[0]).abs().max()) > 1e-1
 
 
-def test_propagate_converges_with_fourth_power_of_steps() -> None:
+def test_propagate_error_falls_with_the_fourth_power_of_its_steps() -> None:
     """Twice the steps divide the error by 16; with a wrong commutator they would divide it by 4."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [
@@ -189,7 +189,7 @@ def test_propagate_agrees_with_closed_form_clock_marginals() -> None:
     torch.testing.assert_close(reached, clock.pi(t), rtol=0.0, atol=1e-9)
 
 
-def test_propagate_over_no_time_is_identity_and_rows_do_not_mix() -> None:
+def test_propagate_over_no_time_is_the_identity_for_each_row() -> None:
     s = torch.tensor([0.3, 0.0, 1.0, 0.2], dtype=torch.float64)
     t = torch.tensor([0.3, 0.0, 1.0, 0.8], dtype=torch.float64)
     moved = propagate(turning, s, t, 4)

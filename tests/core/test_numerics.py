@@ -68,7 +68,7 @@ def test_draw_index_without_rows_gives_no_draws() -> None:
     assert draw_index(torch.empty(0, 3), torch.empty(0).double()).shape == (0,)
 
 
-def test_interior_changes_only_t_0_and_t_1() -> None:
+def test_interior_moves_times_0_and_1_by_1e_12_and_keeps_all_others() -> None:
     t = torch.tensor([0.0, 1e-12, 0.3, 1.0], dtype=torch.float64)
     assert interior(t).tolist() == [1e-12, 1e-12, 0.3, 1.0 - 1e-12]
 
@@ -116,7 +116,7 @@ def test_float32_uniforms_are_multiples_of_2_to_the_minus_24() -> None:
     assert torch.equal(u, u.round())
 
 
-def test_joint_float32_race_loses_probability_of_rare_tokens() -> None:
+def test_float32_exponential_race_with_a_mask_starves_rare_tokens() -> None:
     """Tokens with a quarter of the total probability are almost never drawn.
 
     The generated text then looks more likely than it is.
@@ -129,7 +129,7 @@ def test_joint_float32_race_loses_probability_of_rare_tokens() -> None:
     assert float(revealed.sum()) < 0.9 * 2 * STEP  # fewer tokens are revealed in total, too
 
 
-def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
+def test_float32_reverse_step_keeps_the_probability_of_rare_tokens() -> None:
     """Compare the mean of -ln p of revealed tokens with the entropy, over a grid of uniforms.
 
     -ln p increases with the id of the token, so the grid has an error of at most ln V / points.
@@ -155,7 +155,7 @@ def test_step_in_float32_keeps_probability_of_rare_tokens() -> None:
     )
 
 
-def test_rare_token_is_revealed_with_exact_probability() -> None:
+def test_reverse_step_reveals_a_rare_token_with_exact_probability() -> None:
     """The probability is (t - s)/t for linear masked diffusion, up to one point of the grid."""
     vocabulary, points = FlatVocabulary(2), 100_000
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))

@@ -71,7 +71,7 @@ def test_log_child_is_the_conditional_log_probability_at_any_depth(
             torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-11, check_dtype=False)
 
 
-def test_log_child_of_equal_nodes_is_zero_even_if_impossible() -> None:
+def test_log_child_of_a_node_and_itself_is_zero_at_probability_zero() -> None:
     dist = DenseDistribution(
         torch.tensor([[-torch.inf, 0.0]]).double(), HierarchicalVocabulary([[0, 1]])
     )
@@ -79,14 +79,14 @@ def test_log_child_of_equal_nodes_is_zero_even_if_impossible() -> None:
         assert dist.log_child(torch.tensor([node]), torch.tensor([node])).tolist() == [0.0]
 
 
-def test_distribution_results_keep_dtype_of_log_p() -> None:
+def test_clean_distribution_methods_return_the_dtype_of_log_p() -> None:
     dist = DenseDistribution(random_log_p(7, 0).float(), some_tree)
     assert {dist.log_mass(level).dtype for level in range(3)} == {torch.float32}
 
 
 @given(trees(), st.integers(0, 99), st.booleans())
 @many
-def test_draw_is_inverse_cdf_over_tokens_below_the_node(
+def test_clean_distribution_draw_is_inverse_cdf_over_tokens_below_a_node(
     tree: HierarchicalVocabulary, seed: int, impossible: bool
 ) -> None:
     log_p = random_log_p(tree.num_tokens, seed, rows=1, impossible=impossible)
@@ -110,7 +110,7 @@ def test_draw_is_inverse_cdf_over_tokens_below_the_node(
         assert drawn == [inside[min(int((edges <= u).sum()), len(inside) - 1)] for u in uniforms]
 
 
-def test_draws_follow_the_conditional_distribution() -> None:
+def test_draws_below_a_node_follow_the_conditional_distribution() -> None:
     """A midpoint grid of N uniforms draws a node of probability p about N p times, up to one."""
     points = 2000
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
@@ -132,7 +132,7 @@ def test_draws_follow_the_conditional_distribution() -> None:
         torch.testing.assert_close(share, expected, rtol=0.0, atol=1.01 / points)
 
 
-def test_draw_uses_the_node_and_level_of_each_row() -> None:
+def test_draw_below_nodes_uses_the_node_and_level_of_each_row() -> None:
     dist = DenseDistribution(random_log_p(7, 5, rows=1).expand(4, -1), some_tree)
     node, level = torch.tensor([13, 13, 11, 4]), torch.tensor([2, 0, 1, 0])
     u = torch.tensor([0.1, 0.7, 0.5, 0.9], dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_draws_at_extreme_uniforms_stay_below_the_node() -> None:
             assert tree.parent(drawn).tolist() == [node, node]
 
 
-def test_impossible_token_is_never_drawn() -> None:
+def test_token_of_probability_zero_is_never_drawn() -> None:
     log_p = torch.tensor([[-torch.inf, 0.5, 0.0, 0.5, -torch.inf]]).log_softmax(-1).double()
     grid = torch.linspace(0, 1 - 2.0**-53, 101, dtype=torch.float64)
     drawn = DenseDistribution(log_p.expand(101, -1), FlatVocabulary(5)).draw(
@@ -177,7 +177,7 @@ def test_draw_from_nan_distribution_raises() -> None:
         dist.draw(torch.tensor([13, 13]), torch.zeros(2).long(), torch.tensor([0.1, 0.2]).double())
 
 
-def test_draw_below_node_without_probability_raises() -> None:
+def test_draw_below_a_node_of_probability_zero_raises() -> None:
     log_p = random_log_p(7, 0)
     log_p[:, sorted(below(some_tree, 8, 0))] = -torch.inf
     dist = DenseDistribution(log_p, some_tree)
@@ -187,7 +187,7 @@ def test_draw_below_node_without_probability_raises() -> None:
 
 @given(trees(max_levels=3), st.integers(0, 99))
 @many
-def test_subtree_distribution_equals_whole_distribution_below_top(
+def test_subtree_distribution_equals_full_distribution_below_its_top_node(
     tree: HierarchicalVocabulary, seed: int
 ) -> None:
     log_p, u = random_log_p(tree.num_tokens, seed), torch.tensor([0.2, 0.8], dtype=torch.float64)
@@ -211,7 +211,7 @@ def test_subtree_distribution_equals_whole_distribution_below_top(
                     )
 
 
-def test_subtree_distribution_rejects_queries_above_its_top() -> None:
+def test_subtree_distribution_rejects_nodes_above_its_top_node() -> None:
     dist = DenseDistribution(torch.zeros(1, 2).double().log_softmax(-1), some_tree, top=7)
     for network in (lambda: dist.log_prob(torch.tensor([1])), lambda: dist.log_mass(0)):
         with pytest.raises(ArgumentError, match="the rows were queried below node 7 only"):
@@ -247,7 +247,7 @@ def test_segment_of_probability_zero_has_zero_gradient() -> None:
 # ---------------------------------------------------------------------- own evidence
 
 
-def test_full_conditional_gradient_is_zero_at_tokens_outside_node() -> None:
+def test_drop_own_evidence_gradient_is_zero_at_tokens_outside_the_node() -> None:
     process = TreeProcess(HierarchicalVocabulary([[0, 1, 0, 1]]), LogTimeClock((1.0, 1.0)))
     logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     node, x0, t = torch.tensor([4]), torch.tensor([2]), torch.tensor([0.4], dtype=torch.float64)
@@ -280,7 +280,7 @@ def conditionals(
     ],
     ids=["stochastic parents", "uniform noise"],
 )
-def test_drop_own_evidence_of_full_conditional_gives_rest_distribution(
+def test_drop_own_evidence_turns_full_conditional_into_leave_one_out(
     process: ForwardProcess,
 ) -> None:
     joint = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

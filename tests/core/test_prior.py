@@ -16,7 +16,7 @@ def test_prior_draws_are_inverse_cdf_for_uniforms_of_any_shape() -> None:
     assert drawn.tolist() == [[1, 1, 3], [3, 4, 4]]
 
 
-def test_point_prior_is_drawn_for_every_uniform() -> None:
+def test_prior_at_a_single_state_returns_this_state_for_every_uniform() -> None:
     u = torch.tensor([0.0, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
     assert Prior.point(2, 4).draw(u).tolist() == [2, 2, 2]
 

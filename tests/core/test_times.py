@@ -46,7 +46,7 @@ def test_flat_times_put_one_sample_in_every_stratum(slots: int, step: int) -> No
 
 
 @pytest.mark.parametrize("slots", [4, 16, 64, 512])
-def test_contiguous_quarter_of_power_of_two_slots_is_stratified(slots: int) -> None:
+def test_flat_times_of_each_of_four_ranks_are_stratified(slots: int) -> None:
     for step in range(5):
         for quarter in drawn(slots, step=step)[:, 0].reshape(4, -1):
             share = len(quarter)
@@ -54,7 +54,7 @@ def test_contiguous_quarter_of_power_of_two_slots_is_stratified(slots: int) -> N
 
 
 @pytest.mark.parametrize("slots", [20, 48, 96, 100, 300, 500])
-def test_contiguous_quarter_of_any_batch_has_mean_time_near_one_half(slots: int) -> None:
+def test_flat_times_of_each_of_four_ranks_have_mean_near_one_half(slots: int) -> None:
     """The mean of m contiguous strata is within 1.2/m of 1/2 (measured up to m = 500).
 
     The draws within the strata change the mean by at most half a stratum, 0.5/slots.
@@ -65,7 +65,7 @@ def test_contiguous_quarter_of_any_batch_has_mean_time_near_one_half(slots: int)
         assert float((means - 0.5).abs().max()) < 1.2 / share + 0.5 / slots
 
 
-def test_strata_in_increasing_order_give_first_quarter_mean_one_eighth() -> None:
+def test_contiguous_strata_give_the_first_of_four_ranks_mean_time_1_8() -> None:
     """With contiguous strata, the times of the first of four ranks have a mean of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
@@ -81,7 +81,7 @@ def test_flat_times_of_a_rank_are_a_slice_of_the_global_batch() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.001, 0.999), (0.2, 0.3)])
-def test_flat_times_stay_in_window_and_have_speed_equal_to_its_width(
+def test_flat_times_stay_in_their_window_and_have_its_width_as_speed(
     start: float, stop: float
 ) -> None:
     slot = torch.arange(64)
@@ -98,7 +98,7 @@ def test_flat_times_stay_in_window_and_have_speed_equal_to_its_width(
     assert first.speed.unique().tolist() == last.speed.unique().tolist() == [1.0]
 
 
-def test_speed_weighted_mean_is_unbiased_integral() -> None:
+def test_speed_weighted_mean_over_flat_times_is_an_unbiased_integral() -> None:
     """E[speed f(t)] is the integral of f over the window [a,b], here for f = 1/t.
 
     One draw has the variance (1/a - 1/b)(b - a) - ln^2(b/a), and the mean of a batch has at most

@@ -72,7 +72,9 @@ def words_by_rule(decoding: str, node: int) -> Tensor:
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
 @pytest.mark.parametrize("node", [0, 1, 2])
-def test_token_below_node_follows_formula_of_decoding_rule(decoding: str, node: int) -> None:
+def test_token_drawn_below_a_node_follows_the_formula_of_its_decoding_rule(
+    decoding: str, node: int
+) -> None:
     zt, t = torch.full((POINTS,), 6 + node), torch.full((POINTS,), 0.4, dtype=torch.float64)
     expected = words_by_rule(decoding, node)
     assert float(expected.sum()) == pytest.approx(1.0)
@@ -88,7 +90,7 @@ def test_tree_decoding_rules_agree_at_the_root(decoding: str) -> None:
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_only_bayes_decoding_draws_wrong_parents_as_often_as_forward(
+def test_only_bayes_decoding_allows_for_wrong_parents_of_the_forward_draw(
     decoding: str,
 ) -> None:
     rule, t, s = (
@@ -124,14 +126,14 @@ def test_tree_step_equals_exact_reverse_transition() -> None:
         torch.testing.assert_close(shares(drawn), exact, rtol=0.0, atol=2.0 / side)
 
 
-def test_tree_step_keeps_tokens_without_querying() -> None:
+def test_tree_step_keeps_leaf_tokens_without_querying_the_network() -> None:
     zt, t = torch.tensor([0, 5]), torch.tensor([0.8, 0.9]).double()
     u = torch.tensor([[0.1, 0.2], [0.99, 0.5]]).double()
     assert torch.equal(process().step(never, zt, t, t / 2, u), zt)
     assert torch.equal(process().decode(never, zt, t, u[:, :1]), zt)
 
 
-def test_tree_decodes_exactly_if_only_upper_levels_are_stochastic() -> None:
+def test_tree_decoding_is_exact_if_only_upper_levels_are_stochastic() -> None:
     """Compare with Bayes' rule for clusters with xi = 1 below nodes with xi = 0.7."""
     deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
@@ -149,7 +151,7 @@ def test_tree_decodes_exactly_if_only_upper_levels_are_stochastic() -> None:
         torch.testing.assert_close(shares(drawn, 12)[:5], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
-def test_node_with_underflowing_mass_has_finite_loss_and_gradient() -> None:
+def test_tree_node_with_underflowing_mass_has_finite_loss_and_gradient() -> None:
     three = HierarchicalVocabulary([[0, 0, 1, 1], [0, 1], [0, 0]])
     process = TreeProcess(three, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.8, 1.0))
     logits = torch.tensor(
@@ -194,7 +196,7 @@ def test_distribution_that_underflows_below_node_still_decodes() -> None:
 
 
 @pytest.mark.parametrize("xi", [(0.8, 1.0), (0.3, 0.6), (0.05, 0.2), (1.0, 0.7)])
-def test_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
+def test_tree_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
     """With xi < 1/n, for n nodes, the true parent is less likely than each wrong parent."""
     deep = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
@@ -217,7 +219,7 @@ def test_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float])
             )
 
 
-def test_level_of_forward_draw_follows_the_clock() -> None:
+def test_level_of_tree_forward_draw_follows_the_clock() -> None:
     chain = process(xi=1.0)
     t = torch.full((POINTS,), 0.35).double()
     level = tree.level_of(chain.sample(torch.zeros(POINTS).long(), t, GRID.unsqueeze(-1)))
@@ -227,7 +229,7 @@ def test_level_of_forward_draw_follows_the_clock() -> None:
 
 
 @pytest.mark.parametrize("xi", [1.0, 0.8])
-def test_forward_draw_is_token_at_0_and_root_at_1(xi: float) -> None:
+def test_tree_forward_draw_is_the_token_at_time_0_and_the_root_at_1(xi: float) -> None:
     chain, x0 = process(xi=xi), torch.arange(6)
     u = torch.tensor([[1e-300, 0.999]]).double().expand(6, -1)
     assert torch.equal(chain.sample(x0, torch.zeros(6).double(), u), x0)
@@ -265,7 +267,7 @@ def test_tree_process_rejects_vocabulary_without_mask() -> None:
         TreeProcess(FlatVocabulary(4, mask=False), LogTimeClock((1.0,)))
 
 
-def test_unknown_decoding_rule_error_suggests_nearest() -> None:
+def test_error_for_an_unknown_decoding_rule_suggests_the_nearest_name() -> None:
     with pytest.raises(
         ArgumentError,
         match=r'one of bayes, within, between, free; got .withn.. Did you mean "within"',
@@ -319,7 +321,7 @@ def test_cdf_clock_error_names_the_schedules_that_cross() -> None:
     ],
     ids=["log-time", "cdf"],
 )
-def test_entry_time_inverts_its_distribution(clock: LevelClock) -> None:
+def test_level_entry_time_is_the_inverse_cdf_of_its_uniform(clock: LevelClock) -> None:
     """P(at the level at s | at the level at t) = u for the returned s < t."""
     level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
     t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()

@@ -46,7 +46,7 @@ def test_ancestor_equals_repeated_parent(tree: HierarchicalVocabulary) -> None:
 
 @given(trees())
 @many
-def test_descendants_at_a_level_are_contiguous_in_tree_order(
+def test_descendants_of_a_node_at_one_level_are_contiguous_in_order(
     tree: HierarchicalVocabulary,
 ) -> None:
     ids = torch.arange(tree.num_states)
@@ -64,7 +64,9 @@ def test_descendants_at_a_level_are_contiguous_in_tree_order(
 
 @given(trees())
 @many
-def test_tree_order_sorts_by_path_from_the_root(tree: HierarchicalVocabulary) -> None:
+def test_vocabulary_order_sorts_ids_by_their_path_from_the_root(
+    tree: HierarchicalVocabulary,
+) -> None:
     """Heads keep their tables in this order, so it is part of every checkpoint."""
     for level in range(tree.num_levels + 1):
         order = tree.order(level).tolist()
@@ -73,7 +75,7 @@ def test_tree_order_sorts_by_path_from_the_root(tree: HierarchicalVocabulary) ->
 
 @given(trees())
 @many
-def test_children_are_descendants_one_level_down_in_tree_order(
+def test_children_of_a_node_are_its_descendants_one_level_down(
     tree: HierarchicalVocabulary,
 ) -> None:
     for id_ in range(tree.num_states):
@@ -126,7 +128,7 @@ def test_hierarchical_vocabulary_adds_a_root_only_if_missing() -> None:
 # ---------------------------------------------------------------------- labels
 
 
-def test_from_labels_makes_a_node_per_distinct_path() -> None:
+def test_vocabulary_from_labels_has_a_node_for_each_distinct_path() -> None:
     labels = {
         "run": ("verb", "open"),
         "red": ("colour", "open"),
@@ -147,14 +149,14 @@ def test_from_labels_makes_a_node_per_distinct_path() -> None:
     assert far[0] == far[1] == far[3] != far[2]
 
 
-def test_from_labels_treats_plain_label_as_one_level() -> None:
+def test_vocabulary_from_plain_string_labels_has_one_level_of_clusters() -> None:
     tree = HierarchicalVocabulary.from_labels(["a", "1", "b"], str.isalpha)
     assert tree.level_sizes == (3, 2, 1)
     assert tree.ancestor(torch.arange(3), 1).tolist() == [3, 4, 3]
 
 
 @pytest.mark.parametrize("label", [lambda token: ("x",) * len(token), lambda token: ()])
-def test_from_labels_rejects_ragged_or_empty_labels(
+def test_vocabulary_from_labels_rejects_ragged_or_empty_labels(
     label: Callable[[str], tuple[str, ...]],
 ) -> None:
     with pytest.raises(
@@ -207,7 +209,7 @@ def test_vocabulary_copies_the_tensors_of_the_caller() -> None:
 # ---------------------------------------------------------------------- fingerprints
 
 
-def test_fingerprint_depends_only_on_tree_and_never_changes() -> None:
+def test_vocabulary_fingerprint_depends_only_on_the_tree_and_is_stable() -> None:
     tree = HierarchicalVocabulary([[0, 1, 0], [0, 0]])
     assert (
         tree.fingerprint == "e2dfc7c2d7a902ba"
@@ -220,7 +222,9 @@ def test_fingerprint_depends_only_on_tree_and_never_changes() -> None:
 
 @given(parent_lists(), parent_lists())
 @many
-def test_different_trees_have_different_fingerprints(one: Parents, other: Parents) -> None:
+def test_vocabularies_of_different_trees_have_different_fingerprints(
+    one: Parents, other: Parents
+) -> None:
     first, second = HierarchicalVocabulary(one), HierarchicalVocabulary(other)
     same = [p.tolist() for p in first.parents] == [p.tolist() for p in second.parents]
     assert (first.fingerprint == second.fingerprint) == same

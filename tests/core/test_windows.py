@@ -80,7 +80,7 @@ def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("process", PROCESSES)
-def test_bound_of_exact_prediction_is_entropy_plus_cost_of_ends(process: str, rule: str) -> None:
+def test_window_bound_of_exact_prediction_is_entropy_plus_end_cost(process: str, rule: str) -> None:
     chain, times = PROCESSES[process], RULES[rule].with_window(*WINDOW)
     closing, diffusion, decoding = exact_terms(chain, times)
     expected = float(ENTROPY) + cost(chain, times, WINDOW)
@@ -88,14 +88,14 @@ def test_bound_of_exact_prediction_is_entropy_plus_cost_of_ends(process: str, ru
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired", "slide 2, alone"])
-def test_bound_of_tree_with_jumps_is_entropy_plus_end_cost(rule: str) -> None:
+def test_window_bound_of_tree_with_jumps_is_entropy_plus_end_cost(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(STRAYING, times)))
     assert total == pytest.approx(float(ENTROPY) + cost(STRAYING, times, WINDOW), abs=QUADRATURE)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_masked_process_on_unit_interval_has_zero_end_terms(rule: str) -> None:
+def test_masked_process_on_times_0_to_1_has_no_prior_or_decoding_term(rule: str) -> None:
     """The integrand is a polynomial for this process, so the only error is rounding."""
     closing, diffusion, decoding = exact_terms(PROCESSES["masked"], RULES[rule])
     assert not closing.any()
@@ -104,7 +104,7 @@ def test_masked_process_on_unit_interval_has_zero_end_terms(rule: str) -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_slide_end_terms_are_zero_if_and_only_if_process_closes(process: str) -> None:
+def test_sliding_window_end_terms_are_zero_only_without_noise_at_time_0(process: str) -> None:
     rule = RULES["slide 2, paired"]
     terms = exact_terms(PROCESSES[process], rule)
     closes = PROCESSES[process].closes_at_clean
@@ -115,7 +115,7 @@ def test_slide_end_terms_are_zero_if_and_only_if_process_closes(process: str) ->
 
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("paired", [True, False])
-def test_windows_of_width_one_give_autoregressive_nll_of_every_sequence(
+def test_bound_of_windows_of_width_one_is_the_autoregressive_nll(
     process: str, paired: bool
 ) -> None:
     """NELBO(x) = -ln p(x) for every x: the prediction at the one noisy position is constant."""
@@ -124,7 +124,7 @@ def test_windows_of_width_one_give_autoregressive_nll_of_every_sequence(
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_window_as_wide_as_sequence_equals_flat_times_exactly(paired: bool) -> None:
+def test_window_times_as_wide_as_the_sequence_equal_flat_times(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
     network, scored = (
         network_from_noisy(exact_prediction(process), process.vocabulary),
@@ -181,14 +181,14 @@ class WithoutSpeed:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_bound_without_speed_factor_differs_from_entropy(rule: str) -> None:
+def test_window_bound_without_speed_factor_differs_from_the_entropy(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(PROCESSES["masked"], WithoutSpeed(times))))
     assert abs(total - float(ENTROPY) - cost(PROCESSES["masked"], times, WINDOW)) > 0.05
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired"])
-def test_attending_to_clean_tokens_of_own_window_gives_less_than_entropy(
+def test_bound_is_below_entropy_if_a_window_attends_to_its_clean_tokens(
     rule: str,
 ) -> None:
     """A bound below the entropy shows a leak of clean tokens."""
@@ -202,7 +202,7 @@ def test_attending_to_clean_tokens_of_own_window_gives_less_than_entropy(
 
 
 @pytest.mark.parametrize("rule", ["block 2, alone", "slide 2, alone"])
-def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None:
+def test_attending_to_positions_at_the_prior_does_not_change_the_bound(rule: str) -> None:
     honest, times = exact_prediction(PROCESSES["humped noise"]), RULES[rule].with_window(*WINDOW)
     total, seeing = (
         mean(sum(exact_terms(PROCESSES["humped noise"], times, dist)))
@@ -211,7 +211,7 @@ def test_attending_to_positions_at_prior_gives_no_information(rule: str) -> None
     assert seeing == pytest.approx(total, abs=1e-12)
 
 
-def test_exact_prediction_equals_conditional_of_joint_distribution() -> None:
+def test_exact_prediction_helper_equals_the_conditional_of_the_joint() -> None:
     """Compare the prediction for x_1 with explicit sums.
 
     x_2 is in a later block or in the same block; x_0 is clean, or clean only in the memory.
@@ -249,7 +249,7 @@ def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
 
 
 @pytest.mark.parametrize(("slots", "count"), [(4, 4), (6, 4), (5, 16), (8, 6), (7, 1), (1, 5)])
-def test_windows_of_a_batch_are_stratified_jointly(slots: int, count: int) -> None:
+def test_windows_and_times_of_a_batch_are_stratified_jointly(slots: int, count: int) -> None:
     """Without the common rotation, every stratum contains exactly one draw.
 
     There are slots * count strata for the batch, `slots` for a window and `count` for a sample.
@@ -278,7 +278,7 @@ def test_jointly_stratified_windows_are_uniform() -> None:
     assert float((drawn.square().mean((0, 1)) - 1 / 3).abs().max()) < 5 * 0.30 / 12_000**0.5
 
 
-def test_slide_window_times_rise_from_left_to_right() -> None:
+def test_times_in_a_sliding_window_rise_from_left_to_right() -> None:
     tau = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     times = WindowTimes(4, "slide").at(IdentityTime(), tau, 12)
     assert times.at_prior is not None

@@ -27,7 +27,7 @@ class Builder:
         (place / "file").write_text(self.content)
 
 
-def test_cache_entry_is_determined_by_kind_and_inputs(tmp_path: Path) -> None:
+def test_cache_entry_path_depends_on_kind_and_inputs_only(tmp_path: Path) -> None:
     build = Builder()
     first = Cache(tmp_path).load_or_build("rows", {"a": 1, "b": [2, 3]}, build)
     assert Cache(tmp_path).load_or_build("rows", {"b": [2, 3], "a": 1}, build) == first

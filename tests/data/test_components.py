@@ -45,7 +45,7 @@ def build_clusters(
     return Clusters.build(Clusters.Config(**keys), tokenizer=tokenizer, rows=rows, cache=cache)
 
 
-def test_data_component_tests_cover_all_registered_components() -> None:
+def test_data_component_tests_import_every_registered_data_component() -> None:
     here = {
         "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
         "tokenizer": (Alphabet, BytePair, Pretrained, Saved),
@@ -150,7 +150,7 @@ def test_vocabulary_components_store_the_tokenizer_fingerprint(
     assert [vocabulary.num_tokens for vocabulary in built] == [tokenizer.num_tokens] * 3
 
 
-def test_clusters_component_builds_centroids_and_a_special_branch(
+def test_clusters_component_puts_special_tokens_in_a_separate_branch(
     documents: Documents, tokenizer: BytePairTokenizer
 ) -> None:
     tree = build_clusters(tokenizer, pack(documents.train, tokenizer, 16), sizes=(12, 3), width=8)
@@ -184,7 +184,7 @@ def test_clusters_component_is_cached_by_rows_and_settings(
     assert len(list((tmp_path / "clusters").iterdir())) == 3
 
 
-def test_clusters_component_needs_no_rows_for_an_embeddings_file(
+def test_clusters_component_with_an_embeddings_file_needs_no_training_rows(
     tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     source = str(tmp_path / "e.npy")
@@ -202,7 +202,7 @@ def test_clusters_component_needs_no_rows_for_an_embeddings_file(
     assert second.fingerprint != first.fingerprint
 
 
-def test_clusters_component_of_an_alphabet_has_no_special_branch() -> None:
+def test_clusters_component_of_an_alphabet_has_no_special_token_branch() -> None:
     config = Markov.Config(alphabet=8, rows=50, validation=5)
     rows = Markov.build(config, length=20, seed=0, cache=None)
     tokenizer = AlphabetTokenizer.from_texts(rows.train["text"])

@@ -31,7 +31,7 @@ def write(folder: Path, **contents: str) -> list[str]:
     return [str(folder / f"{name}.txt") for name in contents]
 
 
-def test_bundled_novels_are_split_by_chapter_with_persuasion_held_out(novels: Documents) -> None:
+def test_bundled_novels_are_split_by_chapter_and_persuasion_is_held_out(novels: Documents) -> None:
     assert (len(novels.train), len(novels.validation)) == (55 + 48 + 31 + 61 + 50, 24)
     assert {name.rsplit(" ", 1)[0] for name in novels.validation["name"]} == {"persuasion"}
     assert "persuasion" not in " ".join(novels.train["name"])

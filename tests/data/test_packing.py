@@ -56,7 +56,7 @@ def test_pack_puts_every_token_in_exactly_one_valid_position(
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 1000])
-def test_pack_without_separate_pads_only_the_last_row(length: int) -> None:
+def test_pack_pads_only_the_last_row_if_documents_may_share_rows(length: int) -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, length)
     total = sum(map(len, encode_with_end_mark(TEXTS)))
     assert len(rows) == -(-total // length)
@@ -65,7 +65,7 @@ def test_pack_without_separate_pads_only_the_last_row(length: int) -> None:
     assert 1 <= num_valid[-1] <= length
 
 
-def test_pack_separate_starts_a_new_row_with_each_document() -> None:
+def test_pack_with_separate_documents_starts_each_in_a_new_row() -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
     batch = batch_rows(rows, np.arange(len(rows)))
     assert (batch.document == batch.document[:, :1]).all()
@@ -180,7 +180,7 @@ def test_pack_error_names_the_row_of_an_unknown_symbol() -> None:
         pack(documents_from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
-def test_tokens_are_cached_by_text_and_tokenizer_and_not_by_length(
+def test_token_cache_depends_on_text_and_tokenizer_but_not_on_row_length(
     tmp_path: Path,
 ) -> None:
     cache = Cache(tmp_path)
@@ -209,7 +209,7 @@ def test_failed_tokenization_leaves_no_cache_entry(tmp_path: Path) -> None:
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
-def test_packed_rows_fingerprint_depends_on_length_and_separate() -> None:
+def test_fingerprint_of_packed_rows_depends_on_length_and_separate() -> None:
     made = [
         pack(documents_from_texts(TEXTS), TOKENIZER, length, separate=s)
         for length in (8, 16)

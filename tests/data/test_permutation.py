@@ -14,13 +14,13 @@ SIZES = [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 1000, 4097]
 
 
 @pytest.mark.parametrize("num_rows", SIZES)
-def test_row_at_is_a_permutation_in_every_epoch(num_rows: int) -> None:
+def test_row_order_is_a_permutation_in_every_epoch(num_rows: int) -> None:
     for seed, epoch in ((0, 0), (3, 1), (2**63, 12345)):
         shown = row_at(seed, np.arange(epoch * num_rows, (epoch + 1) * num_rows), num_rows)
         assert sorted(shown) == list(range(num_rows))
 
 
-def test_row_at_differs_between_epochs_and_seeds() -> None:
+def test_row_order_differs_between_epochs_and_seeds() -> None:
     first = row_at(0, np.arange(1000), 1000)
     for other in (row_at(0, np.arange(1000, 2000), 1000), row_at(1, np.arange(1000), 1000)):
         # Two random permutations agree at one position on average (Poisson distribution): 12 or
@@ -28,7 +28,7 @@ def test_row_at_differs_between_epochs_and_seeds() -> None:
         assert (first == other).sum() < 12
 
 
-def test_row_at_of_an_array_equals_row_at_of_each_position() -> None:
+def test_row_order_of_an_array_equals_that_of_each_position() -> None:
     together = row_at(7, np.arange(300), 129)
     assert [int(row_at(7, position, 129)) for position in range(300)] == together.tolist()
     assert (
@@ -37,7 +37,7 @@ def test_row_at_of_an_array_equals_row_at_of_each_position() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 5, 12])
-def test_row_at_is_uniform_over_seeds(num_rows: int) -> None:
+def test_row_at_a_position_is_uniformly_distributed_over_seeds(num_rows: int) -> None:
     counts = np.bincount(
         [int(row_at(seed, 0, num_rows)) for seed in range(1000)], minlength=num_rows
     )
@@ -47,13 +47,13 @@ def test_row_at_is_uniform_over_seeds(num_rows: int) -> None:
     assert chi_square < 45
 
 
-def test_row_at_rarely_gives_consecutive_rows() -> None:
+def test_row_order_rarely_keeps_consecutive_rows_together() -> None:
     shown = row_at(0, np.arange(1000), 1000)
     consecutive = sum(after - before == 1 for before, after in pairwise(shown.tolist()))
     assert consecutive < 12  # one on average
 
 
-def test_row_at_is_exact_at_large_positions() -> None:
+def test_row_order_is_exact_at_positions_up_to_1e15() -> None:
     num_rows = 1_000_003
     position = 10**15
     epoch = position // num_rows
@@ -65,7 +65,7 @@ def test_row_at_is_exact_at_large_positions() -> None:
 @pytest.mark.parametrize(
     ("position", "num_rows", "named"), [(0, 0, "num_rows"), (-1, 5, "position")]
 )
-def test_row_at_refuses_negative_positions_and_empty_data(
+def test_row_order_refuses_negative_positions_and_empty_data(
     position: int, num_rows: int, named: str
 ) -> None:
     with pytest.raises(ArgumentError, match=named):

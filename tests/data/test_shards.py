@@ -62,7 +62,7 @@ def test_shards_give_the_same_rows_as_packing_in_memory(made: Shards) -> None:
         assert made.stream(part).num_bytes == sum(len(text.encode()) for text in documents["text"])
 
 
-def test_rows_of_shards_do_not_depend_on_the_reading_order(made: Shards) -> None:
+def test_rows_read_from_shards_do_not_depend_on_the_reading_order(made: Shards) -> None:
     for part, separate in ((TRAIN, False), (TRAIN, True)):
         rows = pack_stream(made.stream(part), TOKENIZER, 16, separate=separate)
         order = np.random.default_rng(0).permutation(len(rows))
@@ -220,7 +220,7 @@ def test_encode_chunks_error_names_the_row_of_an_unknown_symbol(workers: int) ->
         list(encode_chunks(chunks, AlphabetTokenizer("ACGT"), workers=workers))
 
 
-def test_worker_encodes_the_string_of_the_end_mark_as_text() -> None:
+def test_tokenizer_worker_encodes_the_string_of_the_end_mark_as_text() -> None:
     """The string `<|eos|>` in a text is not encoded as the end mark of a document."""
     text = ["the <|eos|> cat"]
     assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == TOKENIZER.encode(text)

@@ -197,7 +197,7 @@ def test_sharded_corpus_reads_local_and_remote_shards(tmp_path: Path) -> None:
         Shards.build(Shards.Config(path="memory://nowhere"), length=8, seed=0, cache=None)
 
 
-def test_byte_pairs_of_a_streamed_source_are_cached(tmp_path: Path) -> None:
+def test_byte_pair_tokenizer_of_a_streamed_source_is_cached(tmp_path: Path) -> None:
     direct = split_documents(documents_from_texts(TEXTS), 0.2, "")
     expected = BytePair.build(BytePair.Config(size=270), documents=direct, cache=None)
     for _ in range(2):
@@ -295,7 +295,7 @@ def test_source_error_names_the_cause(tmp_path: Path, fault: str) -> None:
         read(open_source())
 
 
-def test_file_source_refuses_endings_without_a_unique_format(tmp_path: Path) -> None:
+def test_file_source_refuses_unknown_or_mixed_file_endings(tmp_path: Path) -> None:
     faults(tmp_path)
     for names in (["a.csv"], ["a.jsonl", "latin.txt"]):
         with pytest.raises(ArgumentError, match="format ="):
@@ -313,7 +313,7 @@ def test_file_source_drops_missing_and_blank_texts(tmp_path: Path) -> None:
     assert read(open_file_source([str(tmp_path / "a.parquet")])) == ["a", "b"]
 
 
-def test_source_corpus_refuses_a_part_without_text(tmp_path: Path) -> None:
+def test_source_corpus_refuses_a_train_or_validation_part_without_text(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     few = json_file(tmp_path / "few.jsonl", ["a"])
     cases = [

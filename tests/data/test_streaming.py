@@ -63,7 +63,7 @@ def test_streamed_rows_do_not_depend_on_the_order_of_reading() -> None:
         assert (found.document == document[numbers]).all()
 
 
-def test_streamed_order_permutes_each_block_separately() -> None:
+def test_shuffled_stream_permutes_each_block_separately() -> None:
     rows = streamed(block=64)
     order = rows.order(3, np.arange(640)).reshape(10, 64)
     assert (np.sort(order, axis=1) == np.arange(640).reshape(10, 64)).all()
@@ -128,7 +128,7 @@ def test_streamed_rows_resume_from_a_state_stored_as_json() -> None:
     assert counted.texts < len(TEXTS) / 2
 
 
-def test_streamed_rows_keep_at_most_three_blocks() -> None:
+def test_streamed_rows_keep_at_most_three_blocks_in_memory() -> None:
     rows = streamed()
     rows[np.arange(200)]
     assert len(rows._blocks) <= 3

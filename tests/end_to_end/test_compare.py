@@ -48,7 +48,7 @@ def lines(path: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_compare_returns_the_figures_in_files_of_the_run_directories(place: Path) -> None:
+def test_compare_returns_the_numbers_stored_in_the_run_directories(place: Path) -> None:
     comparison = compare([place / "tree", place / "flat"])
     assert [row.process for row in comparison.rows] == ["hdlm", "mdlm"]
     for row in comparison.rows:
@@ -152,7 +152,7 @@ def test_compare_refuses_runs_with_different_evaluation_settings(
 
 
 @pytest.mark.slow
-def test_compare_labels_exact_likelihood_nll_and_ignores_its_window(
+def test_compare_labels_exact_likelihoods_nll_and_ignores_their_window(
     place: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(place / "window", tmp_path / "exact")

@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_every_shipped_recipe_is_listed() -> None:
+def test_list_of_tested_recipes_contains_every_shipped_recipe() -> None:
     assert (
         sorted(name for name in find_shipped_recipes() if not name.startswith("paper/")) == RECIPES
     )
@@ -69,7 +69,7 @@ def test_every_shipped_recipe_is_listed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_trains_evaluates_and_samples(name: str, place: Path) -> None:
+def test_shipped_recipe_with_reduced_sizes_trains_and_samples(name: str, place: Path) -> None:
     """Only sizes and the corpus differ from the recipe. After two steps the bound is near ln V."""
     network = (
         [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK

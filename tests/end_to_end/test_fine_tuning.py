@@ -110,7 +110,7 @@ def test_init_of_embeddings_changes_no_other_weights() -> None:
 
 
 @pytest.mark.slow
-def test_init_of_incompatible_head_uses_unigram_counts() -> None:
+def test_init_from_run_with_another_head_starts_the_head_from_counts() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/tree"}')
     plain, _ = initialized(*FLAT)
     assert init["anew"] == ["head.table", "head.bias"]
@@ -179,7 +179,7 @@ def test_train_init_requires_exactly_one_of_keys_run_and_model() -> None:
             read_recipe("small.toml", [f"train.init={init}"])
 
 
-def test_cosine_schedule_ends_at_the_floor() -> None:
+def test_cosine_learning_rate_ends_at_the_floor_of_the_recipe() -> None:
     session = TrainingSession.open(read_recipe("small.toml", [*SHORT, "train.floor=0.25"]))
     multiplier = session.trainer().multiplier
     assert multiplier(3) == pytest.approx(0.25)
@@ -189,7 +189,7 @@ def test_cosine_schedule_ends_at_the_floor() -> None:
 
 
 @pytest.mark.slow
-def test_train_prefix_sets_fraction_of_rows_and_uniform_lengths() -> None:
+def test_train_prefix_key_sets_the_fraction_of_rows_with_a_prefix() -> None:
     """Count rows with a prefix of length > 0.
 
     Of 256 rows of 8 tokens, 1/2 have a prefix, and 7/8 of these prefixes have length > 0: 112 rows

@@ -192,7 +192,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
-def test_bound_decreases_to_within_5_percent_above_the_entropy(name: str, folder: Path) -> None:
+def test_trained_bound_decreases_to_at_most_5_percent_above_the_entropy(
+    name: str, folder: Path
+) -> None:
     process = swaps_and_masks() if name == "dense" else None
     readings = []
     for steps in (40, 120, 300):  # each run resumes the previous run

@@ -207,7 +207,7 @@ def test_commands_name_a_directory_that_is_not_a_run(
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.txt", "small.toml"]
 
 
-def test_invalid_recipe_with_fresh_does_not_delete_the_old_run(
+def test_option_fresh_with_an_invalid_recipe_keeps_the_old_run(
     run_dir: Path, ddiff: Command
 ) -> None:
     before = files(run_dir)
@@ -346,7 +346,7 @@ def test_eval_and_sample_refuse_weights_with_nan(
     assert files(run_dir) == before
 
 
-def test_training_fails_if_every_step_is_nan(run_dir: Path, ddiff: Command) -> None:
+def test_training_fails_if_the_loss_is_nan_in_every_step(run_dir: Path, ddiff: Command) -> None:
     poison(run_dir)
     answer = ddiff("run", "small.toml", *SHORT, "--set", "train.steps=40")
     refused(answer, "not finite in 20 steps in a row", "step 24")
@@ -423,7 +423,7 @@ def test_rate_matrix_accepts_nested_lists_of_numbers_only() -> None:
             api.DenseProcess(vocabulary, wrong)  # type: ignore[arg-type]
 
 
-def test_process_argument_refuses_a_class() -> None:
+def test_run_refuses_a_process_class_in_place_of_an_instance() -> None:
     with pytest.raises(ArgumentError, match=r"instance .*DenseProcess"):
         check_process(api.DenseProcess)  # type: ignore[arg-type]
 
@@ -502,7 +502,7 @@ def test_error_for_changed_evaluation_keys_suggests_ddiff_eval(
     assert "--fresh" not in err
 
 
-def test_recipe_that_extends_another_is_named_after_its_file(folder: Path) -> None:
+def test_recipe_that_extends_another_gets_the_name_of_its_own_file(folder: Path) -> None:
     Path("mine.toml").write_text('extends = "small.toml"\n')
     assert api.read_recipe("mine.toml").run_dir == "runs/mine"
     assert api.read_recipe("mine.toml", ["name=other"]).run_dir == "runs/other"
@@ -540,9 +540,7 @@ GENERATED = (
 )  # fmt: skip
 
 
-def test_evaluation_on_symbols_has_entropy_rate_but_no_bits_per_byte(
-    folder: Path, ddiff: Command
-) -> None:
+def test_evaluation_of_generated_symbols_prints_entropy_rate(folder: Path, ddiff: Command) -> None:
     for command in (("run", "small.toml", *SHORT, *GENERATED), ("eval", "runs/small")):
         code, out, err = ddiff(*command)
         assert code == 0, err
@@ -552,7 +550,7 @@ def test_evaluation_on_symbols_has_entropy_rate_but_no_bits_per_byte(
     assert run.nelbo(run.data.documents.validation["text"][:2], draws=1).bits_per_byte is None
 
 
-def test_evaluation_on_text_has_bits_per_byte_but_no_entropy_rate(
+def test_evaluation_of_text_prints_bits_per_byte_but_no_entropy_rate(
     run_dir: Path, ddiff: Command
 ) -> None:
     assert api.load(run_dir).nelbo(["the old cat"], draws=1).bits_per_byte is not None
@@ -587,6 +585,6 @@ def test_run_without_checkpoint_accepts_a_changed_recipe(folder: Path, ddiff: Co
     assert code == 0, err
 
 
-def test_every_sampler_accepts_a_model_with_one_window(folder: Path) -> None:
+def test_sampling_accepts_a_model_trained_with_one_full_width_window(folder: Path) -> None:
     settings = ["train.steps=2", 'objective.times={kind="block", width=8}']
     assert api.run("small.toml", settings=settings).sample(1)

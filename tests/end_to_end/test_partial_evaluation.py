@@ -30,7 +30,7 @@ def place(folder: Path) -> None:
     Path("held_out.txt").write_text(Path("corpus.txt").read_text().replace("cat", "dog"))
 
 
-def test_partial_evaluation_and_baselines_score_the_same_rows() -> None:
+def test_evaluation_on_some_rows_and_its_baselines_score_the_same_rows() -> None:
     run = built("evaluate.rows=7")
     rows, (found, counted) = run.data.validation_rows, run.evaluate()
     chosen = np.arange(7) * len(rows) // 7
@@ -53,12 +53,12 @@ def test_bound_of_untrained_model_equals_unigram_baseline() -> None:
     assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)
 
 
-def test_evaluate_rows_above_the_row_count_scores_all_rows() -> None:
+def test_evaluate_key_rows_above_the_row_count_scores_all_rows() -> None:
     whole, limited = built().evaluate(), built("evaluate.rows=10000").evaluate()
     assert limited == whole
     assert whole[0].bits_per_byte is not None
 
 
-def test_evaluation_protocol_depends_on_number_of_evaluated_rows() -> None:
+def test_recorded_evaluation_settings_depend_on_the_evaluated_rows() -> None:
     assert built().protocol()["data"] != built("evaluate.rows=7").protocol()["data"]
     assert built().protocol() == built("evaluate.rows=10000").protocol()

@@ -372,7 +372,7 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(BEGINNING))
-def test_run_that_cannot_start_is_refused_and_writes_no_file(
+def test_run_with_impossible_settings_is_refused_and_writes_no_file(
     name: str, place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -383,7 +383,7 @@ def test_run_that_cannot_start_is_refused_and_writes_no_file(
 
 
 @pytest.mark.slow
-def test_fresh_with_invalid_init_does_not_delete_the_old_run(
+def test_option_fresh_with_an_invalid_init_keeps_the_old_run(
     place: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)

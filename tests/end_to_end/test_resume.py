@@ -164,7 +164,7 @@ def test_resume_with_changed_recipe_lists_the_changed_keys(folder: Path, ddiff: 
     assert len(metrics(Path("runs/small"))) == 4
 
 
-def test_fresh_deletes_the_old_run_and_trains_again(folder: Path, ddiff: Command) -> None:
+def test_option_fresh_deletes_the_old_run_and_trains_again(folder: Path, ddiff: Command) -> None:
     assert ddiff(*SHORT)[0] == 0
     first = records(Path("runs/small"))
     assert ddiff(*SHORT, "--fresh", "--set", "seed=1")[0] == 0
@@ -172,9 +172,7 @@ def test_fresh_deletes_the_old_run_and_trains_again(folder: Path, ddiff: Command
     assert records(Path("runs/small")) != first
 
 
-def test_fresh_refuses_to_delete_a_directory_that_is_not_a_run(
-    folder: Path, ddiff: Command
-) -> None:
+def test_option_fresh_refuses_a_directory_that_is_not_a_run(folder: Path, ddiff: Command) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     code, out, err = ddiff(*SHORT, "--fresh", "--set", 'run_dir="mine"')

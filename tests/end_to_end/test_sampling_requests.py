@@ -56,7 +56,7 @@ def test_samples_conditioned_on_a_label_have_symbols_of_that_label(labelled: Run
 
 
 @pytest.mark.slow
-def test_sample_of_labelled_model_does_not_depend_on_the_batch(labelled: Run) -> None:
+def test_labelled_sample_does_not_depend_on_other_samples_of_its_batch(labelled: Run) -> None:
     kinds = [0, 1, 1, 0, 1]
     samples = labelled.sample(5, conditions={"kind": kinds}, batch=2)
     assert [sample["ids"] for sample in samples] == [
@@ -177,7 +177,7 @@ def test_samples_begin_with_prompts_of_any_length(sampler: str, small: Run) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ancestral", "confidence", "first_hitting"])
-def test_infill_changes_only_the_gaps(sampler: str, small: Run) -> None:
+def test_infill_sampling_changes_only_the_gaps_of_a_text(sampler: str, small: Run) -> None:
     samples = small.sample(2, infill="the [MASK:3] sat on [MASK:2]", sampler=sampler, steps=3)
     begin, middle = encoded(small, "the"), encoded(small, " sat on")
     assert len(samples) == 2
@@ -191,7 +191,7 @@ def test_infill_changes_only_the_gaps(sampler: str, small: Run) -> None:
 
 
 @pytest.mark.slow
-def test_infill_sample_does_not_depend_on_the_batch(small: Run) -> None:
+def test_infill_sample_does_not_depend_on_other_samples_of_its_batch(small: Run) -> None:
     texts = ["the [MASK:3] sat", "[MASK:9]", "a[MASK:1] red hat sat on the [MASK:2]"]
     together = small.sample(infill=texts, steps=3, batch=3)
     assert together == small.sample(infill=texts, steps=3, batch=1)
@@ -250,7 +250,7 @@ def test_sample_accepts_a_sampler_object_and_a_step_callback(small: Run) -> None
 
 
 @pytest.mark.slow
-def test_nfe_is_counted_per_sample(small: Run) -> None:
+def test_network_evaluations_are_counted_separately_for_each_sample(small: Run) -> None:
     """A gap of one token needs fewer network evaluations than a gap of 24 tokens."""
     closed, opened = small.sample(infill=["the old cat[MASK:1]", "[MASK:24]"], steps=24)
     assert closed["nfe"] < opened["nfe"] <= 24

@@ -49,7 +49,7 @@ def started(folder: Path, *settings: str) -> tuple[float, list[str], list[str]]:
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_run_with_warm_cache_builds_neither_tokenizer_nor_clusters(folder: Path) -> None:
+def test_second_run_builds_neither_tokenizer_nor_clusters_again(folder: Path) -> None:
     """The time limit is in CPU seconds, which do not depend on other processes."""
     _, cold, _ = started(folder)
     seconds, built, loaded = started(folder, "--set", "name=again")

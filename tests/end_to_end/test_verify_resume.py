@@ -22,7 +22,9 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def test_verify_resume_reports_equal_for_an_unchanged_run(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_of_an_unchanged_run_reports_no_difference(
+    folder: Path, ddiff: Command
+) -> None:
     assert ddiff(*RUN)[0] == 0
     before = contents(Path("runs/small"))
     code, out, err = ddiff(*RUN, "--verify-resume", "3")
@@ -107,13 +109,13 @@ def test_verify_resume_refuses_untrained_and_changed_runs(folder: Path, ddiff: C
         ([60], 60, 60, (0, 60, True)),
     ],
 )
-def test_choose_span_ends_at_the_last_checkpoint_in_range(
+def test_replayed_steps_end_at_the_last_checkpoint_in_range(
     checkpoints: list[int], recorded: int, steps: int, span: tuple[int, int, bool]
 ) -> None:
     assert choose_span(checkpoints, recorded, steps) == span
 
 
-def test_choose_span_raises_without_recorded_steps() -> None:
+def test_choosing_steps_to_replay_raises_without_recorded_steps() -> None:
     with pytest.raises(CheckpointError, match="records no step"):
         choose_span([5], 0, 3)
 

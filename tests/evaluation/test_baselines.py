@@ -36,7 +36,7 @@ def stream(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_baselines_equal_explicit_sums_over_tokens(seed: int) -> None:
+def test_unigram_and_bigram_baselines_equal_explicit_sums_over_tokens(seed: int) -> None:
     draw = np.random.default_rng(seed)
     train, validation = (
         [draw.integers(0, 6, size).tolist() for size in draw.integers(1, 12, documents)]
@@ -47,7 +47,7 @@ def test_baselines_equal_explicit_sums_over_tokens(seed: int) -> None:
     )
 
 
-def test_baselines_equal_explicit_sums_for_unseen_tokens() -> None:
+def test_unigram_and_bigram_baselines_are_exact_for_unseen_tokens() -> None:
     train, validation = [[0], [1]], [[2], [2, 0], [0, 1]]
     assert score_baselines(stream(train), stream(validation), 4) == pytest.approx(
         by_hand(train, validation, 4), abs=1e-12

@@ -28,7 +28,9 @@ UNEQUAL = np.array([1.0, 2.0, 4.0, 60.0, 200.0])
     ("freedom", "quantile"),
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (100, 1.98397), (1e9, 1.95996)],
 )
-def test_student95_matches_published_tables(freedom: float, quantile: float) -> None:
+def test_student_t_quantile_at_95_percent_matches_published_tables(
+    freedom: float, quantile: float
+) -> None:
     assert student95(freedom) == pytest.approx(quantile, rel=1e-5)
 
 
@@ -51,7 +53,7 @@ def test_document_variance_is_unbiased_if_proportional_to_tokens(
     assert expected == pytest.approx(1.0 / whole, rel=1e-12)
 
 
-def test_d_documents_of_equal_length_give_d_minus_1_degrees_of_freedom() -> None:
+def test_n_documents_of_equal_length_have_n_minus_1_degrees_of_freedom() -> None:
     for count in (2, 3, 50):
         estimate = RatioEstimate.of(np.arange(float(count))[:, None], np.full(count, 5.0))
         assert estimate.total is not None
@@ -161,7 +163,9 @@ def examples() -> dict[str, ForwardProcess]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [(1e-3, 1.0 - 1e-3), (0.0, 1.0)])
-def test_intervals_of_all_examples_have_95_percent_coverage(window: tuple[float, float]) -> None:
+def test_intervals_of_all_example_processes_have_95_percent_coverage(
+    window: tuple[float, float],
+) -> None:
     """Coverage over 40 evaluations of each of 44 examples is between 93 and 97 %.
 
     Five standard errors would be 2.5 %. For one example with 95 % coverage, fewer than 31 of 40

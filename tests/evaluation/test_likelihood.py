@@ -82,7 +82,7 @@ def test_each_row_is_assigned_each_time_stratum_equally_often() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reported_terms_sum_to_nelbo_and_parts_to_its_diffusion_term(name: str) -> None:
+def test_evaluation_nelbo_is_the_sum_of_its_reported_terms(name: str) -> None:
     evaluation = score(network(processes()[name]), words(9, 5), draws=2, batch=4)
     terms = evaluation.terms_nats_per_token
     assert list(terms) == ["closing", "diffusion", "decoding"]
@@ -208,7 +208,7 @@ def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_size_does_not_change_the_bound(name: str) -> None:
+def test_evaluation_batch_size_does_not_change_the_bound(name: str) -> None:
     """Results are equal up to the order of float64 sums: tolerance 1e-12."""
     scores = [
         score(network(processes()[name]), words(11, 5), batch=batch, draws=2)
@@ -220,7 +220,7 @@ def test_batch_size_does_not_change_the_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_does_not_change_the_bound(name: str) -> None:
+def test_padding_of_rows_does_not_change_the_evaluated_bound(name: str) -> None:
     """The noise of a position does not depend on the row length."""
     ids, num_valid, bounds = words(8, 9), torch.tensor([4, 2, 1, 4, 3, 4, 4, 2]), []
     for length, filler in ((4, 0), (4, 3), (9, 0), (9, 2)):
@@ -231,7 +231,7 @@ def test_padding_does_not_change_the_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bound_does_not_depend_on_the_loss_of_the_objective(name: str) -> None:
+def test_evaluated_bound_does_not_depend_on_the_training_loss(name: str) -> None:
     process, ids = processes()[name], words(8, 5)
     plain, clipped = network(process), network(process, ClippedLoss(largest=0.5))
     assert score(plain, ids) == score(clipped, ids)

@@ -42,12 +42,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_kimura_package_has_at_most_390_code_tokens() -> None:
+def test_example_plugin_kimura_has_at_most_390_code_tokens() -> None:
     assert count_tokens(SOURCE / "ddiff_kimura" / "process.py") <= 350
     assert count_tokens(SOURCE / "ddiff_kimura" / "__init__.py") <= 40
 
 
-def test_ddiff_does_not_import_kimura() -> None:
+def test_ddiff_does_not_import_its_example_plugin_kimura() -> None:
     root = SOURCE.parents[1]
     modules = [path for room in ("ddiff", "plugins") for path in (root / room).rglob("*.py")]
     # Docstrings of the plugin loader mention the name as an example; only imports count.
@@ -70,7 +70,9 @@ def test_plugins_command_lists_kimura_with_its_distribution(
 
 
 @pytest.mark.slow
-def test_kimura_passes_every_law(installed: Path, tmp_path: Path) -> None:
+def test_example_process_kimura_passes_every_law_of_ddiff_check(
+    installed: Path, tmp_path: Path
+) -> None:
     table = run_python(*DDIFF, "check", "kimura", folder=tmp_path, path=installed)
     assert "Chapman-Kolmogorov" in table
     run_python(*DDIFF, "check", "kimura", "--set", "ts=7.5", folder=tmp_path, path=installed)

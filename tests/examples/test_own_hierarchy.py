@@ -22,7 +22,7 @@ TINY = (
 
 
 @pytest.mark.slow
-def test_own_hierarchy_trains_evaluates_and_samples(tmp_path: Path) -> None:
+def test_example_own_hierarchy_trains_evaluates_and_samples(tmp_path: Path) -> None:
     names = [
         "Anne",
         "Catherine",

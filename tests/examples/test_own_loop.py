@@ -13,14 +13,14 @@ from scripts import EXAMPLES, count_tokens, run_python
 SCRIPT = EXAMPLES / "own_loop.py"
 
 
-def test_own_loop_is_small_and_uses_neither_recipe_nor_trainer() -> None:
+def test_example_own_loop_is_small_and_uses_no_recipe_or_trainer() -> None:
     source = SCRIPT.read_text(encoding="utf-8")
     assert count_tokens(SCRIPT) <= 450
     assert not re.search(r"ddiff\.(recipe|training|runs)|read_recipe|ddiff\.run", source)
 
 
 @pytest.mark.slow
-def test_own_loop_learns_and_its_bound_is_above_the_entropy(
+def test_example_own_loop_trains_to_a_bound_above_the_entropy(
     tmp_path: Path,
 ) -> None:
     printed = run_python(str(SCRIPT), folder=tmp_path)

@@ -239,7 +239,7 @@ def test_check_process_includes_the_bound_terms_law(monkeypatch: pytest.MonkeyPa
     assert terms_have_their_expectations.name in broken
 
 
-def test_closing_term_is_too_low_if_its_states_are_drawn_from_q_1(
+def test_prior_kl_term_is_too_low_if_its_states_are_drawn_from_q_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If clean tokens are left at t = 1, states drawn from q_1(z | x0) reveal x0 to the network."""
@@ -269,7 +269,7 @@ def test_sobol_rng_uses_separate_dimensions_for_each_channel() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_path_equals_the_integral_of_its_speed(name: str) -> None:
+def test_time_along_information_path_is_the_integral_of_its_speed(name: str) -> None:
     process = PROCESSES[name]
     window = inner_information_window(process)
     v = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
@@ -280,7 +280,7 @@ def test_information_path_equals_the_integral_of_its_speed(name: str) -> None:
     assert bool((t.diff(dim=0) > 0).all())
 
 
-def test_positions_at_the_prior_are_independent_of_x0() -> None:
+def test_states_at_the_prior_ignore_x0_even_if_q_1_depends_on_x0() -> None:
     """Positions at the prior are drawn from the prior, even if clean tokens are left at t = 1."""
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.arange(3).repeat(4096).reshape(-1, 2)

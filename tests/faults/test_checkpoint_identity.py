@@ -121,7 +121,7 @@ def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
             check_recorded(RunRecord.read(run_dir), state)
 
 
-def test_changed_keys_cover_every_recipe_table_that_affects_weights() -> None:
+def test_changed_key_tests_cover_recipe_tables_that_affect_weights() -> None:
     keys = {key for key, _ in iterate_mutations(resolve_text())}
     assert {
         "process.xi",
@@ -256,7 +256,7 @@ def overridden_run(
 
 
 @pytest.mark.parametrize("environment", [None, "{}", '{"parameters": 1, "given": {}}'])
-def test_load_requires_a_process_that_training_got_from_python(
+def test_load_requires_the_process_that_was_passed_to_training(
     environment: str | None, overridden_run: Path, ddiff: Command
 ) -> None:
     (overridden_run / "environment.json").unlink()
@@ -270,7 +270,7 @@ def test_load_requires_a_process_that_training_got_from_python(
             api.load(overridden_run)
 
 
-def test_load_accepts_only_the_same_process_from_python(overridden_run: Path) -> None:
+def test_load_refuses_another_process_than_that_passed_to_training(overridden_run: Path) -> None:
     vocabulary = api.Vocabulary.load(str(overridden_run / "vocabulary.safetensors"))
     right = build_process(vocabulary, (1.0, 2.0))
     assert api.load(overridden_run, process=right).process is right
@@ -278,7 +278,7 @@ def test_load_accepts_only_the_same_process_from_python(overridden_run: Path) ->
         api.load(overridden_run, process=build_process(vocabulary, (1.0, 2.5)))
 
 
-def test_load_accepts_a_process_only_if_it_equals_that_of_the_recipe(run_dir: Path) -> None:
+def test_load_refuses_a_process_that_differs_from_that_of_the_recipe(run_dir: Path) -> None:
     vocabulary = api.Vocabulary.load(str(run_dir / "vocabulary.safetensors"))
     same = build_process(vocabulary, (1.0, 1.0))
     assert api.load(run_dir, process=same).process is same
@@ -286,7 +286,7 @@ def test_load_accepts_a_process_only_if_it_equals_that_of_the_recipe(run_dir: Pa
         api.load(run_dir, process=build_process(vocabulary, (2.0, 1.0)))
 
 
-def test_checkpoint_records_components_given_from_python(overridden_run: Path) -> None:
+def test_checkpoint_records_components_passed_as_python_objects(overridden_run: Path) -> None:
     state = newest_state(str(overridden_run / "checkpoints"))
     assert state is not None
     assert set(state["made_with"]["given"]) == {"vocabulary", "process"}

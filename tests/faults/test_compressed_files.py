@@ -145,7 +145,7 @@ PLAIN_READERS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("named", [True, False])
-def test_text_readers_error_suggests_kind_files_for_compressed_files(
+def test_text_reader_error_suggests_data_kind_files_for_compressed_files(
     tmp_path: Path, kind: str, ending: str, named: bool
 ) -> None:
     path = write(tmp_path / (f"x.jsonl{ending}" if named else "x.jsonl"), PACKERS[ending](JSON))

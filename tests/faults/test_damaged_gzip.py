@@ -47,7 +47,7 @@ def test_run_and_data_commands_name_a_damaged_gzip_file(
     assert not (folder / "runs").exists()
 
 
-def test_text_kind_error_suggests_kind_files_for_gzip(
+def test_error_of_data_kind_text_suggests_kind_files_for_gzip(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))

@@ -127,7 +127,7 @@ WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
 
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", FILES)
-def test_commands_without_data_succeed_or_name_the_damaged_file(
+def test_commands_that_read_no_data_succeed_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check_commands(file, kind, run_dir, ddiff, READS_NO_DATA)
@@ -136,7 +136,7 @@ def test_commands_without_data_succeed_or_name_the_damaged_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
-def test_commands_with_data_succeed_or_name_the_damaged_file(
+def test_commands_that_read_data_succeed_or_name_the_damaged_file(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check_commands(
@@ -155,7 +155,9 @@ def read_file(path: Path) -> Any:
 
 @pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
 @pytest.mark.parametrize("file", OBJECTS)
-def test_readers_name_the_damaged_file(file: str, kind: str, run_dir: Path) -> None:
+def test_errors_of_run_file_readers_name_the_damaged_file(
+    file: str, kind: str, run_dir: Path
+) -> None:
     before = read_file(run_dir / file)
     damage_file(run_dir, file, kind)
     if kind == "empty" and file.endswith(".jsonl"):
@@ -174,7 +176,7 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_run_files_with_a_value_of_another_type_name_the_key(
+def test_run_file_error_names_the_key_of_a_value_of_another_type(
     file: str, key: str, value: Any, run_dir: Path
 ) -> None:
     path = run_dir / file
@@ -206,7 +208,7 @@ OPTIONAL = ("init", "interval", "bits_per_byte")
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_run_files_without_a_required_key_name_the_key(file: str, key: str, run_dir: Path) -> None:
+def test_run_file_error_names_a_missing_key(file: str, key: str, run_dir: Path) -> None:
     path = run_dir / file
     lines = [
         json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
@@ -230,7 +232,7 @@ def test_read_samples_error_names_the_number_of_a_damaged_line(run_dir: Path) ->
         read_json_lines(path)
 
 
-def test_readers_return_empty_results_for_missing_run_files(run_dir: Path) -> None:
+def test_run_file_readers_return_empty_results_for_missing_files(run_dir: Path) -> None:
     assert (read_json(run_dir / "no.json"), read_json_lines(run_dir / "no.jsonl")) == ({}, [])
 
 

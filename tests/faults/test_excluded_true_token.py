@@ -61,7 +61,7 @@ def test_bound_of_a_visible_token_is_zero_in_masked_processes(process: ForwardPr
     assert float(process.closing_kl(prediction, x0, t)) == math.inf
 
 
-def test_sedd_decoding_of_visible_tokens_is_zero() -> None:
+def test_sedd_decoding_term_of_visible_tokens_is_zero() -> None:
     """With geometric noise, states are noisy at t = 0, so that sedd evaluates the decoding term at
     visible tokens too."""
     config = ScoreEntropyDiffusion.Config(graph="absorb", noise="geometric")
@@ -77,7 +77,7 @@ def test_sedd_decoding_of_visible_tokens_is_zero() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_processes_satisfy_the_excluded_token_law(process: ForwardProcess) -> None:
+def test_excluded_true_token_law_holds_for_every_process(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (impossible_truth_is_bayes,))
     assert report.passed, str(report)
     assert impossible_truth_is_bayes in PROCESS_LAWS

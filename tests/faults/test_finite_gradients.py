@@ -16,7 +16,7 @@ from ddiff.testing.report import evaluate_laws
 
 
 @pytest.mark.parametrize("state", [4, 1])
-def test_hybrid_gamma_0_has_finite_gradients_at_masks_and_tokens(state: int) -> None:
+def test_gamma_hybrid_with_gamma_0_has_finite_gradients(state: int) -> None:
     """The logits differ by 2e4, so that the true token 1 has the predicted probability 1."""
     process = GammaHybrid(FlatVocabulary(4), 0.0)
     head = TokenHead(process.vocabulary, 4)
@@ -70,7 +70,7 @@ def test_bound_terms_have_finite_gradients_at_extreme_logits(
         assert bool(leaf.grad[finite].isfinite().all())
 
 
-def test_gradient_law_detects_zero_times_infinity() -> None:
+def test_gradient_law_detects_nan_from_zero_times_infinity() -> None:
     """The planted fault masks an infinite value with torch.where, so that its gradient is NaN."""
     process = GammaHybrid(FlatVocabulary(3), 0.0)
 

@@ -59,7 +59,7 @@ def stay_probability(process: ForwardProcess, t: float) -> float:
         (0.2, 1.0, "current"),
     ],
 )
-def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Form) -> None:
+def test_first_hitting_sampler_is_exact_on_gidd(p_uniform: float, gamma: float, form: Form) -> None:
     """A sampler that ends at a fixed time has an error of 0.274 at p_uniform 0.9 and gamma 0.5."""
     result = measure_sampler(
         FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS
@@ -69,7 +69,7 @@ def test_first_hitting_is_exact_on_gidd(p_uniform: float, gamma: float, form: Fo
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_expected_noisy_positions_at_end_of_first_hitting_equal_until(
+def test_first_hitting_ends_with_until_noisy_positions_in_expectation(
     p_uniform: float, gamma: float, length: int
 ) -> None:
     """At the last simulated time the expected number of noisy positions is `until`; at the first
@@ -114,7 +114,7 @@ def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
     assert 2 * (1.0 - stay_probability(process, EARLIEST)) < MAX_DRAWN_AT_ONCE
 
 
-def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
+def test_first_hitting_time_range_ignores_the_noise_at_time_0() -> None:
     """5 % of the tokens are noisy at t = 0; the final decoding step of every sampler removes this
     noise."""
     vocabulary = FlatVocabulary(3, mask=False)
@@ -141,7 +141,7 @@ def test_first_hitting_range_ignores_the_noise_at_t_0() -> None:
         pytest.param(GammaHybrid(FlatVocabulary(3), 0.0), id="hybrid without noise"),
     ],
 )
-def test_first_hitting_range_is_0_to_1_without_noise_among_tokens(process: ForwardProcess) -> None:
+def test_first_hitting_time_range_is_0_to_1_without_uniform_noise(process: ForwardProcess) -> None:
     assert find_event_interval(process, 0.3, 64) == (LATEST, EARLIEST)
 
 

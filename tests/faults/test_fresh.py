@@ -39,7 +39,7 @@ def put(path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("mode", [(), ("--dry-run",)], ids=["run", "dry run"])
-def test_fresh_option_refuses_a_run_directory_with_foreign_files(
+def test_option_fresh_refuses_a_run_directory_with_foreign_files(
     kind: str, mode: tuple[str, ...], run_dir: Path, ddiff: Command
 ) -> None:
     put(run_dir / FOREIGN[kind])
@@ -50,7 +50,9 @@ def test_fresh_option_refuses_a_run_directory_with_foreign_files(
     assert files(run_dir) == before
 
 
-def test_fresh_trains_again_in_a_directory_with_only_a_run(run_dir: Path, ddiff: Command) -> None:
+def test_option_fresh_trains_again_in_a_directory_with_only_a_run(
+    run_dir: Path, ddiff: Command
+) -> None:
     old = (run_dir / "metrics.jsonl").read_text()
     answer = ddiff(*FRESH, "--set", "seed=1", "--set", "train.steps=2")
     assert answer.code == 0, answer.err
@@ -59,7 +61,7 @@ def test_fresh_trains_again_in_a_directory_with_only_a_run(run_dir: Path, ddiff:
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_fresh_deletes_partial_files_of_a_killed_run(run_dir: Path) -> None:
+def test_option_fresh_deletes_partial_files_of_a_killed_run(run_dir: Path) -> None:
     for name in (
         "recipe.toml.part",
         "tokenizer.json.partial-0123abcd",
@@ -86,7 +88,9 @@ def test_every_file_of_a_finished_run_is_recognized_as_a_run_file(run_dir: Path)
 
 
 @pytest.mark.parametrize("what", ["a file", "the checkpoints", "a checkpoint", "weights"])
-def test_fresh_does_not_follow_symbolic_links(what: str, run_dir: Path, ddiff: Command) -> None:
+def test_option_fresh_does_not_follow_symbolic_links(
+    what: str, run_dir: Path, ddiff: Command
+) -> None:
     place = {
         "a file": run_dir / "metrics.jsonl",
         "the checkpoints": run_dir / "checkpoints",
@@ -102,7 +106,7 @@ def test_fresh_does_not_follow_symbolic_links(what: str, run_dir: Path, ddiff: C
     assert place.is_symlink()
 
 
-def test_fresh_refuses_a_run_dir_that_is_a_link(run_dir: Path, ddiff: Command) -> None:
+def test_option_fresh_refuses_a_run_directory_that_is_a_link(run_dir: Path, ddiff: Command) -> None:
     Path("link").symlink_to(run_dir.absolute())
     before = files(run_dir)
     assert is_refusal(ddiff(*FRESH, "--set", "run_dir=link"), "symbolic link")
@@ -110,7 +114,7 @@ def test_fresh_refuses_a_run_dir_that_is_a_link(run_dir: Path, ddiff: Command) -
 
 
 @pytest.mark.parametrize("place", [".", "..", "../work", "/", "work/..", "~"])
-def test_fresh_refuses_a_directory_above_the_working_directory(
+def test_option_fresh_refuses_a_directory_above_the_working_directory(
     place: str, run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each directory contains a valid run, so that only its position can be the reason."""
@@ -129,7 +133,9 @@ def test_fresh_refuses_a_directory_above_the_working_directory(
     assert files(run_dir) == before
 
 
-def test_fresh_does_not_delete_the_recipe_that_it_reads(run_dir: Path, ddiff: Command) -> None:
+def test_option_fresh_does_not_delete_the_recipe_that_it_reads(
+    run_dir: Path, ddiff: Command
+) -> None:
     before = files(run_dir)
     assert is_refusal(ddiff("run", "runs/tiny/recipe.toml", "--fresh"), "holds the recipe")
     assert files(run_dir) == before
@@ -164,7 +170,7 @@ def test_first_run_reports_and_keeps_foreign_files(folder: Path, ddiff: Command)
     assert Path("own/thesis.tex").read_text() == "precious"
 
 
-def test_resuming_keeps_comments_added_to_the_recipe_of_a_run(
+def test_resuming_a_run_keeps_comments_added_to_its_recipe_file(
     run_dir: Path, ddiff: Command
 ) -> None:
     recipe = run_dir / "recipe.toml"
@@ -176,7 +182,7 @@ def test_resuming_keeps_comments_added_to_the_recipe_of_a_run(
     assert ddiff("sample", "runs/tiny", "--count", "1").code == 0
 
 
-def test_fresh_deletes_files_that_a_tracker_declares_as_its_own(run_dir: Path) -> None:
+def test_option_fresh_deletes_files_that_a_tracker_declares_as_its_own(run_dir: Path) -> None:
     put(run_dir / "wandb/offline-run/log.txt")
     (run_dir / "wandb/latest").symlink_to(Path("corpus.txt").absolute())
     put(run_dir / "wandb_id")
@@ -206,7 +212,7 @@ def test_run_dir_must_be_a_local_path(address: str, folder: Path, ddiff: Command
         ('tokenizer={kind="saved", path="runs/tiny/tokenizer.json"}', "tokenizer.json"),
     ],
 )
-def test_fresh_refuses_to_delete_inputs_of_its_recipe(
+def test_option_fresh_refuses_to_delete_inputs_of_its_recipe(
     setting: str, name: str, run_dir: Path, ddiff: Command
 ) -> None:
     before = files(run_dir)

@@ -91,7 +91,7 @@ def test_implementations_of_one_markov_chain_have_equal_losses(
             torch.testing.assert_close(part, due, rtol=1e-8, atol=1e-9, msg=f"{name}, {predicts}")
 
 
-def test_clipped_loss_at_t_0_99_equals_the_unclipped_loss() -> None:
+def test_clipped_loss_equals_the_unclipped_loss_if_weights_are_small() -> None:
     """The weight of -ln p(x) at t = 0.99 is 1/t in both processes, less than the clip of 10."""
     rows = ReachableRows(masks()["mdlm"], times((0.99,)))
     mask = rows.select(rows.zt == 4)
@@ -102,14 +102,14 @@ def test_clipped_loss_at_t_0_99_equals_the_unclipped_loss() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_loss_weight_of_every_process_is_the_true_reverse_rate(process: ForwardProcess) -> None:
+def test_loss_weight_of_every_process_is_the_exact_reverse_rate(process: ForwardProcess) -> None:
     (report,) = evaluate_laws(process, (weight_is_derived,))
     assert report.passed, str(report)
     assert weight_is_derived in PROCESS_LAWS
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_clipped_loss_is_at_most_the_density_of_the_bound(process: ForwardProcess) -> None:
+def test_clipped_loss_is_at_most_the_integrand_of_the_bound(process: ForwardProcess) -> None:
     """Near t = 0 the divergence of a clean token grows as 1/t and its weight decreases as t, so
     their product is finite. With `smallest` > 0 the clipped loss would diverge."""
     rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))

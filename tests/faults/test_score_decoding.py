@@ -59,7 +59,7 @@ def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> 
     return joint / joint.sum(-1, keepdim=True)
 
 
-def test_score_decoding_of_constant_data_gives_its_only_token() -> None:
+def test_decoding_the_score_of_constant_data_gives_its_only_token() -> None:
     """Uniform noise on 7 tokens; the data are always token 1, so P(x = 1 | z) = 1 at z = 6."""
     process = uniform(7)
     log_p = torch.full((1, 7), -torch.inf, dtype=torch.float64)
@@ -103,7 +103,9 @@ def test_decoding_the_exact_score_gives_the_exact_posterior(process: ForwardProc
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_decode_nll_of_exact_scores_and_exact_posteriors_is_equal(process: ForwardProcess) -> None:
+def test_decoding_term_of_exact_scores_equals_that_of_exact_posteriors(
+    process: ForwardProcess,
+) -> None:
     """Compared at t = 0 and t = 0.1; tolerance 1e-9."""
     rows = ReachableRows(process, times((0.0, 0.1)))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -179,7 +181,7 @@ def test_score_samplers_draw_no_token_of_probability_zero() -> None:
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_arbitrary_scores_have_finite_decode_nll_and_gradient(process: ForwardProcess) -> None:
+def test_arbitrary_scores_have_finite_decoding_term_and_gradient(process: ForwardProcess) -> None:
     """The random ratios, like those of an untrained network, belong to no distribution."""
     rows = ReachableRows(process, times((1e-3, 0.02, 0.5, 0.97)))
     generator = torch.Generator().manual_seed(1)
@@ -226,7 +228,7 @@ def test_uninformative_score_decodes_to_the_uniform_distribution() -> None:
     )  # masks do not mix tokens: the ratios are those of p
 
 
-def test_from_clean_transition_includes_the_noise_at_t_0() -> None:
+def test_transition_from_the_clean_token_includes_the_noise_at_time_0() -> None:
     """With sigma_min = 0.2, states are noisy at t = 0; `transition(0, t)` excludes this noise."""
     vocabulary = FlatVocabulary(4, mask=False)
     process = MixtureProcess(

@@ -319,7 +319,7 @@ def test_checkpoint_refuses_malformed_json_with_matching_checksum(
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".."])
-def test_checkpoint_refuses_complete_json_with_foreign_file_names(
+def test_checkpoint_refuses_complete_json_that_names_foreign_files(
     checkpoint: Path, name: str
 ) -> None:
     marker = json.loads((checkpoint / "complete.json").read_text())

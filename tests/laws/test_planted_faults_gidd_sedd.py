@@ -281,20 +281,20 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_law_detects_planted_fault(fault: Fault) -> None:
+def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
     torch.set_num_threads(1)
     assert_detected(fault)
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_entropy_law_detects_full_conditional(form: Form) -> None:
+def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(form: Form) -> None:
     """Cross-entropy at visible tokens trains P(x|z), which depends on the state of the row."""
     process = mixed(form=form)
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
-def test_score_head_gives_exact_density_only_if_scaled() -> None:
+def test_score_head_gives_the_exact_bound_only_if_its_output_is_scaled() -> None:
     """For a head output ln p + ln V, the score is that of p only if the head is scaled."""
     process = absorbing()
     rows = ReachableRows(process, times(INNER))

@@ -280,11 +280,11 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_law_detects_planted_fault(fault: Fault) -> None:
+def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
-def test_only_comparison_with_published_rates_detects_interpolating_chain() -> None:
+def test_only_published_rates_tell_gamma_hybrid_from_interpolating_chain() -> None:
     """A consistent chain with another generator obeys all laws of the kit."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (
@@ -299,7 +299,7 @@ def test_only_comparison_with_published_rates_detects_interpolating_chain() -> N
 @pytest.mark.parametrize(
     "process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"]
 )
-def test_entropy_law_detects_full_conditional(
+def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(
     process: Any,
 ) -> None:
     """The published epsilon loss trains the conditional given all states.
@@ -310,7 +310,7 @@ def test_entropy_law_detects_full_conditional(
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05  # nats
 
 
-def test_published_epsilon_loss_is_minimal_for_full_conditional() -> None:
+def test_published_epsilon_hybrid_loss_is_minimal_at_full_conditional() -> None:
     """The expected cross-entropy at a visible token is minimal for the full conditional P(x | z).
 
     The conditional given the other states has a larger loss, unless it is multiplied by the own

@@ -27,7 +27,7 @@ def density_at(process: ForwardProcess, rows: ReachableRows) -> Tensor:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_tree_of_one_level_equals_absorbing_mixture(schedule: Schedule) -> None:
+def test_one_level_tree_process_equals_absorbing_mixture_process(schedule: Schedule) -> None:
     tree = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
     mixture = masked(schedule)  # type: ignore[arg-type]
     rows = ReachableRows(tree, times(INNER))
@@ -41,7 +41,7 @@ def test_tree_of_one_level_equals_absorbing_mixture(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_masked_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
+def test_masked_diffusion_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
     """The formulas are eq. 10 of arXiv 2406.07524, and the score entropy of arXiv 2310.16834.
 
     The score at the mask is s(y) = alpha/(1-alpha) p(y).
@@ -64,7 +64,7 @@ def test_masked_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
     )
 
 
-def test_uniform_density_equals_published_score_entropy() -> None:
+def test_uniform_noise_loss_equals_score_entropy_of_the_sedd_paper() -> None:
     """The formula is sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ).
 
     It is from arXiv 2310.16834 and holds for any prediction.
@@ -94,7 +94,7 @@ def masses(gamma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
-def test_two_level_density_equals_published_cross_entropies(gamma: float) -> None:
+def test_two_level_tree_loss_equals_cross_entropies_of_the_hdlm_paper(gamma: float) -> None:
     process = TreeProcess(PAIR, LogTimeClock((gamma, 1.0)))
     rows = ReachableRows(process, times(INNER))
     _, beta_c, beta_m, d_beta_m = masses(gamma, rows.t)
@@ -112,7 +112,7 @@ def test_two_level_density_equals_published_cross_entropies(gamma: float) -> Non
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
-def test_level_transitions_equal_published_formulas(gamma: float) -> None:
+def test_level_transitions_equal_the_formulas_of_the_hdlm_paper(gamma: float) -> None:
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.7, 0.95)))
     ratio = (1.0 - t) / (1.0 - s)
     to_cluster = masses(gamma, 1.0 - ratio)[1]  # token -> own cluster is beta_c at u = ratio
@@ -126,7 +126,7 @@ def test_level_transitions_equal_published_formulas(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("xi", [0.9, 0.8])
-def test_density_with_stochastic_parents_equals_closed_form(xi: float) -> None:
+def test_tree_loss_with_stochastic_parents_equals_closed_form(xi: float) -> None:
     """The density is w_m KL(rho_x || rho^) at masks.
 
     At a cluster k it is w_c (-ln [ rho_x(k) p(x) / rho^_k ]).
@@ -148,13 +148,13 @@ def test_density_with_stochastic_parents_equals_closed_form(xi: float) -> None:
     torch.testing.assert_close(density_at(process, rows), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_humped_noise_without_hump_equals_masked_diffusion() -> None:
+def test_gidd_noise_without_uniform_part_equals_masked_diffusion() -> None:
     flat, tree = HumpedNoise(0.0), TreeProcess(FlatVocabulary(3), LogTimeClock((1.0,)))
     rows = ReachableRows(tree, times(INNER))
     torch.testing.assert_close(density_at(flat, rows), density_at(tree, rows), **CLOSE)
 
 
-def test_humped_noise_has_published_weights() -> None:
+def test_interpolating_process_with_gidd_noise_has_the_gidd_weights() -> None:
     """The weights of arXiv 2503.04482 with g = 1 are omega/q.
 
     omega is the total rate of arrival in z, and q = q_t(z|x): 1/(t(1-t)) at the mask, 1/(2t(1-t))
@@ -175,7 +175,7 @@ def test_humped_noise_has_published_weights() -> None:
     )
 
 
-def test_mask_can_become_leaf_token_in_one_step() -> None:
+def test_tree_posterior_can_turn_a_mask_into_a_leaf_token_in_one_step() -> None:
     """The probability of the move is alpha_s P(token -> mask from s to t) / beta_m(t) p(x).
 
     The published sampler gives this move probability 0.

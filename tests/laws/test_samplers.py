@@ -64,11 +64,13 @@ def declare(
         (UnmaskingSampler, 1, False),  # most confident first: does not converge to the joint
     ],
 )
-def test_order_law_detects_wrong_declared_order(build: Any, order: int, holds: bool) -> None:
+def test_order_law_detects_samplers_that_declare_a_wrong_order(
+    build: Any, order: int, holds: bool
+) -> None:
     assert laws.orders_are_reached(declare(build, "of an order", order)).passed is holds
 
 
-def test_exactness_law_detects_inexact_samplers() -> None:
+def test_exactness_law_detects_an_inexact_sampler_declared_exact() -> None:
     assert laws.exact_samplers_are_exact(
         declare(lambda n: FirstHittingSampler(), "exact", 0)
     ).passed
@@ -83,7 +85,9 @@ def test_exactness_law_detects_inexact_samplers() -> None:
     ("quality", "order"),
     [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
-def test_declaration_law_detects_inconsistent_order(quality: str, order: int) -> None:
+def test_declaration_law_detects_an_order_that_contradicts_the_quality(
+    quality: str, order: int
+) -> None:
     assert not laws.declarations_are_consistent(declare(AncestralSampler, quality, order)).passed
 
 
@@ -111,7 +115,7 @@ class SharesRandomness(Declares):
             yield canvas.advance(canvas.zt.roll(1, 0), canvas.t)
 
 
-def test_sampler_laws_detect_planted_faults() -> None:
+def test_sampler_laws_detect_samplers_with_planted_faults() -> None:
     def broken(fault: type[Declares]) -> set[str]:
         case = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
         reports = [one(case) for one in laws.SAMPLER_LAWS]

@@ -40,7 +40,7 @@ def test_vocabularies_obey_every_law(vocabulary: Vocabulary) -> None:
     assert_laws(check_vocabulary(vocabulary))
 
 
-def test_dense_distributions_obey_every_law(vocabulary: Vocabulary) -> None:
+def test_dense_clean_distributions_obey_every_law(vocabulary: Vocabulary) -> None:
     assert_laws(
         check_clean_distribution(
             DenseDistribution(random_log_probs(vocabulary.num_tokens), vocabulary)

@@ -116,7 +116,7 @@ def cut(context: Context, stop: int) -> Context:
 
 @pytest.mark.parametrize("name", CONTEXTS)
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_paired_pass_equals_each_block_after_its_clean_prefix(
+def test_paired_forward_equals_separate_forward_of_each_block(
     backbone: DiT, blocks: str, name: str
 ) -> None:
     model, block, context = denoiser(backbone), BLOCKS[blocks], CONTEXTS[name]
@@ -213,7 +213,7 @@ def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_previous_token_inputs_depend_only_on_earlier_positions(backbone: DiT, name: str) -> None:
+def test_hidden_states_of_previous_token_inputs_are_causal(backbone: DiT, name: str) -> None:
     model, context = denoiser(backbone, "previous"), CONTEXTS[name]
     noisy = Noisy(
         words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -230,7 +230,7 @@ def test_previous_token_inputs_depend_only_on_earlier_positions(backbone: DiT, n
         assert torch.equal(moved & seen, later & seen), position
 
 
-def test_previous_token_inputs_start_every_document_with_the_mask(backbone: DiT) -> None:
+def test_previous_token_inputs_begin_each_document_with_the_mask(backbone: DiT) -> None:
     model, ids = denoiser(backbone, "previous"), words(10)
     noisy = Noisy(
         ids, torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -242,7 +242,7 @@ def test_previous_token_inputs_start_every_document_with_the_mask(backbone: DiT)
         torch.testing.assert_close(packed[row, first:last], own, **CLOSE)
 
 
-def test_previous_token_inputs_start_with_the_mask_and_ignore_times(backbone: DiT) -> None:
+def test_previous_token_inputs_begin_with_the_mask_and_ignore_times(backbone: DiT) -> None:
     model, noisy = denoiser(backbone, "previous"), drawn(11)
     shown = torch.cat([torch.full((BATCH, 1), VOCABULARY.root), noisy.zt[:, :-1]], 1)
     causal = Noisy(shown, torch.zeros_like(noisy.t), noisy.clean, torch.arange(LENGTH).unsqueeze(0))
@@ -334,7 +334,9 @@ def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) 
 
 
 @pytest.mark.parametrize("inputs", ["own", "previous"])
-def test_cache_is_cropped_at_the_first_changed_position(backbone: DiT, inputs: Inputs) -> None:
+def test_key_value_cache_is_cropped_at_the_first_changed_position(
+    backbone: DiT, inputs: Inputs
+) -> None:
     """Clean tokens, block numbers and batch size change; the result equals a full forward pass."""
     model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
     changed = final.clone()
@@ -359,7 +361,7 @@ def test_cache_is_cropped_at_the_first_changed_position(backbone: DiT, inputs: I
         torch.testing.assert_close(got, whole[:, columns], **CLOSE)
 
 
-def test_queries_with_and_without_cache_agree(backbone: DiT) -> None:
+def test_predictions_with_and_without_key_value_cache_agree(backbone: DiT) -> None:
     model, clean = denoiser(backbone), PROMPTS["ragged"]
     rng = drawn(17, clean)
     noisy = rng._replace(block=BLOCKS["fours"].unsqueeze(0))
@@ -375,7 +377,7 @@ def test_queries_with_and_without_cache_agree(backbone: DiT) -> None:
         cached(noisy)(torch.tensor([5]), node[:1], mass)
 
 
-def test_cache_refuses_unsupported_block_layouts(backbone: DiT) -> None:
+def test_key_value_cache_refuses_unsupported_block_layouts(backbone: DiT) -> None:
     model, noisy = denoiser(backbone), drawn(18)
     blocks = torch.stack([BLOCKS["fours"], BLOCKS["fours"], BLOCKS["uneven"]])
     for wrong in (None, blocks, BLOCKS["fours"].flip(0).unsqueeze(0)):
@@ -425,7 +427,7 @@ ALL = dict(contexts())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_flex_tiles_equal_the_dense_mask(flex: None, name: str) -> None:
+def test_flex_attention_mask_tiles_equal_the_dense_mask(flex: None, name: str) -> None:
     """Compare entries and tiles of the mask with the dense mask, and the attention values.
 
     Values are softmaxes over the same columns: tolerance 1e-5 in float32, 1e-13 in float64.

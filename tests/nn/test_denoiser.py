@@ -49,7 +49,7 @@ def shown() -> Noisy:
     return Noisy(zt, t, torch.zeros_like(zt, dtype=torch.bool))
 
 
-def test_one_forward_gives_gradients_to_backbone_and_head(denoiser: Denoiser) -> None:
+def test_gradients_through_head_chunks_reach_backbone_and_head(denoiser: Denoiser) -> None:
     """Gradients through chunks equal those of plain autograd, up to the order of float64 sums."""
     noisy = shown()
     rows = torch.tensor([7, 0, 3, 10])
@@ -71,7 +71,7 @@ def test_one_forward_gives_gradients_to_backbone_and_head(denoiser: Denoiser) ->
     )
 
 
-def test_network_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser) -> None:
+def test_backbone_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser) -> None:
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     network = as_network(denoiser, process)
     noisy = shown()
@@ -87,7 +87,7 @@ def test_network_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser)
     assert network.calls == 1, "an unchanged state was evaluated twice"
 
 
-def test_network_runs_only_queried_sequences_that_changed(denoiser: Denoiser) -> None:
+def test_backbone_runs_only_on_queried_sequences_that_changed(denoiser: Denoiser) -> None:
     """A network without time input is not run again for unchanged ids."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
@@ -131,7 +131,7 @@ class FullConditional(Backbone):
         return (self.log_rest + likelihood).log_softmax(-1)
 
 
-def test_full_conditional_denoiser_predicts_given_the_rest_after_division() -> None:
+def test_denoiser_divides_full_conditional_by_likelihood_of_own_state() -> None:
     """p(x) q_t(z|x) divided by q_t(z|x) is p(x), for queries below any node."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
     log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(

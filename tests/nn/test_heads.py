@@ -69,7 +69,7 @@ def gradients(value: Tensor, hidden: Tensor, head: Head) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 20, 2**22])
-def test_head_total_equals_the_dense_loss_in_value_and_gradients(
+def test_chunked_loss_of_a_head_equals_the_dense_loss_with_gradients(
     head: Head, chunk_logits: int
 ) -> None:
     head.chunk_logits = chunk_logits
@@ -113,7 +113,7 @@ def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head)
         torch.testing.assert_close(mass, dense.log_mass(level).detach(), **EXACT)
 
 
-def test_gradient_of_a_node_probability_passes_through_all_levels(head: Head) -> None:
+def test_gradient_of_a_node_probability_reaches_the_logits_of_all_levels(head: Head) -> None:
     """The value is the entropy of the distribution at every level, which has no closed form."""
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
@@ -133,7 +133,7 @@ def test_gradient_of_a_node_probability_passes_through_all_levels(head: Head) ->
         torch.testing.assert_close(ours, expected, **EXACT)
 
 
-def test_head_query_and_total_return_equal_results_of_rows(head: Head) -> None:
+def test_head_methods_query_and_total_return_equal_results_for_each_row(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node, child, torch.rand(ROWS, dtype=torch.float64))
     head.chunk_logits = 20
@@ -151,7 +151,7 @@ def test_head_draws_equal_draws_of_the_dense_distribution(head: Head) -> None:
     assert torch.equal(drawn, fn(dense_law(head, hidden.detach()), torch.arange(200)))
 
 
-def test_head_total_passes_gradcheck() -> None:
+def test_chunked_loss_of_a_head_passes_gradcheck() -> None:
     """The expected gradients are finite differences, which do not depend on chunks."""
     head = make_head("levelwise", TREES["three levels"], width=3)
     head.chunk_logits = 10
@@ -175,7 +175,7 @@ class _Total(torch.nn.Module):
         return self.head.total(hidden, node, fn)[0]
 
 
-def test_head_total_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
+def test_chunked_loss_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
     """Every parameter must get a gradient, because other ranks wait for it in the reduction."""
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node[:0], child[:0], torch.rand(0, dtype=torch.float64))
@@ -288,7 +288,7 @@ def test_new_head_predicts_the_uniform_distribution() -> None:
         assert log_p[word] == pytest.approx(-math.log(choices), abs=1e-6)  # float32
 
 
-def test_head_started_from_counts_predicts_the_unigram_distribution() -> None:
+def test_head_initialized_from_counts_predicts_the_unigram_distribution() -> None:
     for vocabulary in TREES.values():
         counts = torch.randint(50, (vocabulary.num_tokens,))
         counts[0] = 0  # a token with count 0 has a finite loss
@@ -337,7 +337,7 @@ def test_predicted_distributions_are_float32_under_autocast() -> None:
     assert torch.nn.functional.cosine_similarity(ours, expected, dim=0) > 0.999
 
 
-def test_head_tables_are_marked_for_the_optimizer() -> None:
+def test_heads_are_marked_as_tables_for_the_optimizer() -> None:
     assert all(make_head(kind, FlatVocabulary(4)).is_table for kind in KINDS)
 
 

@@ -48,7 +48,7 @@ ROWS = 40
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_every_head_and_process_has_the_gradient_of_the_dense_bound(name: str, kind: str) -> None:
+def test_training_gradient_of_every_head_equals_that_of_dense_bound(name: str, kind: str) -> None:
     """Compare with the density that is derived from rates and marginals, under plain autograd.
 
     The two losses share no formula. Both are float64 sums of fewer than a hundred terms. Ratios of

@@ -52,7 +52,7 @@ def test_process_class_of_model_family_has_at_most_560_code_tokens(file: str) ->
     assert methods <= PROCESS_METHODS
 
 
-def test_gamma_hybrid_processes_stay_below_code_token_limits() -> None:
+def test_both_gamma_hybrid_classes_stay_below_their_code_token_limits() -> None:
     """Check two implementations of the GammaHybrid process, which masks and replaces tokens.
 
     The minimal class in tests/laws has only the required methods and must meet the limit. The class

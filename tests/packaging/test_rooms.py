@@ -30,7 +30,7 @@ def sources(*rooms: str) -> list[Path]:
     return found
 
 
-def test_engine_files_do_not_mention_names_of_model_families() -> None:
+def test_ddiff_package_does_not_mention_names_of_model_families() -> None:
     named = {
         str(path): match[0]
         for path in sources()
@@ -39,7 +39,7 @@ def test_engine_files_do_not_mention_names_of_model_families() -> None:
     assert named == {}
 
 
-def test_engine_code_does_not_mention_the_example_plugin() -> None:
+def test_ddiff_package_does_not_mention_the_example_plugin() -> None:
     spoken = {
         str(path): list(names_and_strings(path.read_text(encoding="utf-8"))) for path in sources()
     }
@@ -145,11 +145,11 @@ def test_plugins_and_examples_use_only_public_names_of_ddiff() -> None:
         "import ddiff\nddiff.core.prediction.DenseDistribution",
     ],
 )
-def test_import_check_detects_every_form_of_private_import(line: str) -> None:
+def test_check_for_private_imports_detects_every_form_of_import(line: str) -> None:
     assert private_uses(line) != []
 
 
-def test_import_check_accepts_public_imports() -> None:
+def test_check_for_private_imports_accepts_public_imports() -> None:
     lines = (
         "import ddiff",
         "from ddiff import Vocabulary",

@@ -73,7 +73,7 @@ def test_ar_probabilities_of_all_sequences_sum_to_one(vocabulary: Vocabulary) ->
     assert float(probability.max() / probability.min()) > 2.0
 
 
-def test_ar_likelihood_is_independent_of_rng_times_and_batch() -> None:
+def test_ar_likelihood_does_not_depend_on_rng_times_or_batch_size() -> None:
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     slot = torch.arange(2)
     several = [
@@ -149,7 +149,7 @@ def sampled(
 @pytest.mark.parametrize(
     "config", [{}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str
 )
-def test_left_to_right_cache_gives_identical_tokens(
+def test_left_to_right_samples_with_and_without_cache_are_identical(
     vocabulary: Vocabulary, config: dict[str, Any]
 ) -> None:
     one = objective(vocabulary, scale=0.2)
@@ -160,7 +160,7 @@ def test_left_to_right_cache_gives_identical_tokens(
     assert len(drawn.ids.unique(dim=0)) > 8
 
 
-def test_left_to_right_ragged_prompts_sample_as_separate_rows() -> None:
+def test_left_to_right_samples_of_ragged_prompts_equal_single_rows() -> None:
     one = objective(FlatVocabulary(9))
     prompt = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
     prompt_mask = torch.arange(12) < torch.tensor([[2], [7], [5]])
@@ -203,7 +203,7 @@ def test_left_to_right_samples_follow_the_scored_distribution() -> None:
 # ---------------------------------------------------------------------- invalid arguments
 
 
-def test_ar_refuses_inputs_own_vocabulary_without_mask_and_processes() -> None:
+def test_ar_objective_refuses_unsupported_inputs_and_vocabularies() -> None:
     backbone = DiT(TREE, 8, layers=1, heads=2)
     with pytest.raises(ArgumentError, match='inputs = "previous"; got "own"'):
         AutoregressiveObjective(Denoiser(backbone, TokenHead(TREE, 8)))
@@ -240,7 +240,7 @@ length = 16
 """
 
 
-def test_ar_objective_keeps_the_precision_of_the_recipe(
+def test_ar_objective_trains_in_the_precision_of_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The objective runs the denoiser of the run, in the precision of the backend."""

@@ -75,7 +75,7 @@ def prompts() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("time", [True, False], ids=["time", "no time"])
 @pytest.mark.parametrize("name", PROCESSES)
-def test_blockwise_cache_gives_identical_tokens(name: str, time: bool) -> None:
+def test_blockwise_samples_with_and_without_cache_are_identical(name: str, time: bool) -> None:
     process = PROCESSES[name]
     cached, plain = (drawn(process, cache, time).ids for cache in (True, False))
     assert torch.equal(cached, plain)
@@ -83,7 +83,7 @@ def test_blockwise_cache_gives_identical_tokens(name: str, time: bool) -> None:
 
 
 @pytest.mark.parametrize("inner", ["confidence", "first_hitting", "psi"])
-def test_blockwise_cache_is_exact_with_inner_samplers_and_prompts(inner: str) -> None:
+def test_blockwise_cache_changes_no_token_for_any_inner_sampler(inner: str) -> None:
     prompt, prompt_mask = prompts()
     cached, plain = (
         drawn(

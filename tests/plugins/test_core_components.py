@@ -121,7 +121,7 @@ def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
     assert sampler.kappa.eta == 0.3
 
 
-def test_remasking_loop_builds_a_loop_grid_with_the_hold_time() -> None:
+def test_remasking_rule_loop_builds_a_grid_that_pauses_at_hold() -> None:
     assert (
         built(samplers.Remasking, setting="loop", hold=0.3).grid.times()
         == LoopGrid(7, hold=0.3).times()

@@ -67,7 +67,7 @@ def _one_thread() -> None:
 
 
 @pytest.mark.parametrize("process", RestlessTree.examples(), ids=["tokens", "tokens and clusters"])
-def test_restless_tree_passes_every_law(process: ForwardProcess) -> None:
+def test_tree_that_redraws_tokens_passes_every_law(process: ForwardProcess) -> None:
     assert_laws(check_process(process))
 
 
@@ -78,13 +78,13 @@ class RatesWithoutRedrawing(RestlessTree):
         return TreeKernel(self.clock.generator(t), self.parents)
 
 
-def test_transition_law_detects_rates_without_redrawing() -> None:
+def test_transition_law_detects_rates_that_never_redraw_tokens() -> None:
     assert chain.transition_is_oracle(restless(1)).passed
     faulty = RatesWithoutRedrawing(TREE, LogTimeClock((1.0, 1.0)), 0.7)
     assert not chain.transition_is_oracle(faulty).passed
 
 
-def test_restless_tree_without_redrawing_equals_the_tree_process() -> None:
+def test_tree_with_redraw_rate_0_equals_the_tree_process() -> None:
     process, tree = restless(2, 0.0), TreeProcess(TREE, LogTimeClock((1.0, 1.0)))
     t = times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
@@ -94,7 +94,7 @@ def test_restless_tree_without_redrawing_equals_the_tree_process() -> None:
     torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
 
 
-def test_restless_tree_without_clusters_equals_the_gamma_hybrid() -> None:
+def test_tree_without_clusters_that_redraws_tokens_is_the_gamma_hybrid() -> None:
     """The redraw rate is gamma/(1 - gamma) times the mask rate."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (
@@ -111,7 +111,7 @@ def test_restless_tree_without_clusters_equals_the_gamma_hybrid() -> None:
     torch.testing.assert_close(process.density(*asked), hybrid.density(*asked), **CLOSE)
 
 
-def test_restless_tree_redraws_tokens_within_their_family() -> None:
+def test_tree_that_redraws_tokens_draws_below_a_common_ancestor() -> None:
     """Cluster 3 has tokens 0 and 2, cluster 4 has token 1: shares 2/3 and 1/3 of the tokens."""
     within, across = (likelihoods(restless(below), times((0.5,)))[0] for below in (1, 2))
     assert within[0, 1] == within[1, 0] == within[1, 2] == within[0, 4] == within[1, 3] == 0.0
@@ -121,7 +121,7 @@ def test_restless_tree_redraws_tokens_within_their_family() -> None:
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_restless_tree_bound_of_exact_prediction_is_the_entropy(below: int) -> None:
+def test_exact_bound_of_tree_that_redraws_tokens_is_the_entropy(below: int) -> None:
     log_joint = random_joint(3)
     entropy = -(log_joint.exp() * log_joint).sum()
     process = restless(below)
@@ -133,7 +133,7 @@ def test_restless_tree_bound_of_exact_prediction_is_the_entropy(below: int) -> N
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_restless_tree_ancestral_samples_converge_to_the_joint(below: int) -> None:
+def test_samples_of_tree_that_redraws_tokens_converge_to_the_joint(below: int) -> None:
     """The error is of first order: 64 steps have a sixteenth of the error of 4 steps.
 
     The error of 4 steps is 0.14 or 0.17. That of 64 steps, with sampling noise, is between 0.007
@@ -149,7 +149,7 @@ def test_restless_tree_ancestral_samples_converge_to_the_joint(below: int) -> No
     assert far > 4 * near
 
 
-def test_restless_tree_refuses_invalid_rate_and_level() -> None:
+def test_tree_that_redraws_tokens_refuses_invalid_rate_and_level() -> None:
     for arguments in (
         {"redrawing": -1.0},
         {"redrawing": 1.0, "below": 3},
@@ -185,7 +185,7 @@ def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
 
 @pytest.mark.parametrize("keys", [{"gamma": 0.5}, {"gamma": 1.0, "xi": 0.8}], ids=str)
 @pytest.mark.parametrize("rule", ["quenched", "block, paired", "slide, paired"])
-def test_hdlm_bound_on_a_window_is_entropy_plus_cost_of_its_ends(
+def test_hdlm_bound_on_a_time_window_is_entropy_plus_cost_of_end_terms(
     rule: str, keys: dict[str, float]
 ) -> None:
     """The cost is positive only if several positions reach an end of the window together."""
@@ -317,7 +317,7 @@ def test_remasking_on_a_tree_moves_tokens_up_and_ends_in_tokens(
 
 
 @pytest.mark.slow
-def test_restless_tree_trains_and_samples_through_a_recipe(place: Path) -> None:
+def test_tree_that_redraws_tokens_trains_in_a_shipped_recipe(place: Path) -> None:
     """Train a shipped recipe with a process from Python, and sample.
 
     The sampler "acs" requires noise on visible tokens, which this process has.
@@ -394,7 +394,7 @@ def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProce
         assert 0.5 * float((moved - law_at(process, t, t)).abs().sum()) > 5 * EVEN
 
 
-def test_marginal_check_of_psi_detects_noise_of_another_time() -> None:
+def test_marginal_check_of_psi_detects_remasking_noise_of_another_time() -> None:
     process = hdlm(gamma=0.5)
     late = copy.copy(process)
 

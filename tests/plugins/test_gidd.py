@@ -48,7 +48,7 @@ def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_gidd_weight_and_density_equal_those_of_the_paper(gamma: float) -> None:
+def test_gidd_weight_and_bound_integrand_equal_those_of_the_paper(gamma: float) -> None:
     process = make(0.2, gamma)
     rows = ReachableRows(process, times(INNER))
     t, (c, d_c) = rows.t, hump(process, rows.t)
@@ -80,7 +80,7 @@ def test_gidd_weight_and_density_equal_those_of_the_paper(gamma: float) -> None:
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_gidd_density_equals_the_older_published_bound_on_average(form: Form) -> None:
+def test_gidd_bound_equals_that_of_the_older_paper_in_mean_over_states(form: Form) -> None:
     """The expectation of omega/q is -alpha'/alpha.
 
     The older bound has the term alpha'/alpha in place of -omega/q, so both bounds have the same
@@ -241,7 +241,7 @@ def test_gidd_settings_out_of_range_are_refused(keys: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("form", ["current", "original"])
-def test_gidd_refuses_much_noise_before_the_earliest_evaluated_time(form: Form) -> None:
+def test_gidd_refuses_much_noise_before_time_1e_12(form: Form) -> None:
     build = lambda **keys: GeneralizedInterpolation.build(  # noqa: E731
         GeneralizedInterpolation.Config(form=form, **keys), vocabulary=FlatVocabulary(WORDS)
     )
@@ -255,7 +255,9 @@ def test_gidd_refuses_much_noise_before_the_earliest_evaluated_time(form: Form) 
 @pytest.mark.parametrize(
     "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
 )
-def test_gidd_refuses_a_vocabulary_that_does_not_fit(vocabulary: FlatVocabulary) -> None:
+def test_gidd_refuses_a_vocabulary_without_mask_or_with_clusters(
+    vocabulary: FlatVocabulary,
+) -> None:
     with pytest.raises(ArgumentError, match=r'needs tokens and a mask.*kind = "flat"'):
         GeneralizedInterpolation.build(GeneralizedInterpolation.Config(), vocabulary=vocabulary)
 

@@ -67,7 +67,7 @@ def test_hdlm_readme_bounds_are_at_least_the_entropy() -> None:
             assert number(cell.exact) == pytest.approx(command.unigram_nelbo(), abs=ROUNDED)
 
 
-def test_hdlm_readme_compares_published_expression_with_bound() -> None:
+def test_hdlm_readme_compares_the_loss_of_the_paper_code_with_the_bound() -> None:
     for cell in cells():
         exact, published = number(cell.exact), number(cell.published)
         assert ("*" in cell.published) == (published < command.entropy() - ROUNDED)
@@ -86,7 +86,7 @@ def test_hdlm_readme_quotes_the_entropies_of_xi_bounds() -> None:
     ]
 
 
-def test_xi_bounds_flattering_prediction_minimizes_published_expression() -> None:
+def test_flattering_prediction_minimizes_the_loss_of_the_hdlm_paper_code() -> None:
     """Any change of the prediction `flattering` at any state increases the published expression."""
     published = command.process_of(command.Published, 1.0, 0.8)
     best = command.predictions_of(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]

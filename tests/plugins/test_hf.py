@@ -128,7 +128,7 @@ def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
 
 
 @pytest.mark.parametrize("inputs_", ["own", "previous"])
-def test_hf_blocks_and_autoregression_match_separate_passes(path: str, inputs_: Any) -> None:
+def test_hf_backbone_blocks_equal_separate_forward_passes(path: str, inputs_: Any) -> None:
     """The hidden states of a block equal those of a separate pass after its clean prefix."""
     model = Denoiser(build_backbone(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
@@ -162,7 +162,7 @@ def test_hf_backbone_weights_get_gradients(path: str) -> None:
     assert not any("emb" in name or "wte" in name or "wpe" in name for name in hidden)
 
 
-def test_hf_refuses_models_and_inputs_that_do_not_fit(tmp_path: Path, path: str) -> None:
+def test_hf_backbone_refuses_unsupported_models_and_inputs(tmp_path: Path, path: str) -> None:
     config = PretrainedBackbone.Config(path=path)
     with pytest.raises(ArgumentError, match=r"at most 13 tokens, the embeddings of .*; got 20"):
         PretrainedBackbone.build(config, vocabulary=FlatVocabulary(20), length=8)

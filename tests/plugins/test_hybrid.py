@@ -80,7 +80,7 @@ def name_of(process: ForwardProcess) -> str:
 @pytest.mark.parametrize(
     "process", [*GammaHybrid.examples(), *EpsilonHybrid.examples()], ids=name_of
 )
-def test_hybrids_obey_every_process_law_in_every_setting(process: ForwardProcess) -> None:
+def test_gamma_and_epsilon_hybrids_obey_every_process_law(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws([*check_process(process), *check_parts(process)])
 
@@ -155,7 +155,7 @@ class Twin(ComponentProcess):
         return torch.stack([(1.0 - t) - self.alpha(t), t], -1)
 
 
-def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
+def test_gamma_hybrid_and_interpolating_process_have_equal_marginals() -> None:
     process = gamma_hybrid(0.3)
     twin, t = Twin(process), times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(twin, t), **CLOSE)
@@ -165,7 +165,7 @@ def test_gamma_hybrid_has_the_marginals_of_an_interpolating_process() -> None:
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and has another density
 
 
-def test_gamma_hybrid_time_settings_describe_the_same_chain() -> None:
+def test_gamma_hybrid_time_setting_does_not_change_the_chain_in_sigma() -> None:
     """At times of equal sigma, the transitions and the ratios density / sigma' are equal."""
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
@@ -195,7 +195,9 @@ def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "process", [gamma_hybrid(0.0), epsilon_hybrid(0.0)], ids=["gamma 0", "epsilon 0"]
 )
-def test_hybrids_without_uniform_noise_are_masked_diffusion(process: ForwardProcess) -> None:
+def test_gamma_and_epsilon_hybrids_without_redraws_are_masked_diffusion(
+    process: ForwardProcess,
+) -> None:
     masked = masked_diffusion()
     rows, states = ReachableRows(masked, times(INNER)), torch.arange(WORDS + 1)
     asked = (rows.dist, rows.x0, rows.zt, rows.t)
@@ -219,7 +221,7 @@ def test_hybrids_without_uniform_noise_are_masked_diffusion(process: ForwardProc
     assert process.prior.log_prob.exp().tolist() == masked.prior.log_prob.exp().tolist()
 
 
-def test_epsilon_hybrid_shuffles_at_zero_and_then_only_masks() -> None:
+def test_epsilon_hybrid_redraws_tokens_at_time_0_and_later_only_masks() -> None:
     """Transitions are those of masked diffusion, and the density is 0 at tokens.
 
     Only the decoding term depends on the prediction at tokens.
@@ -248,7 +250,7 @@ def test_epsilon_hybrid_shuffles_at_zero_and_then_only_masks() -> None:
 # ---------------------------------------------------------------------- steps
 
 
-def test_gamma_hybrid_reveals_masks_independent_of_the_network() -> None:
+def test_gamma_hybrid_reveals_equally_many_masks_for_any_prediction() -> None:
     """A step from t to s queries the fraction 1 - s/t of the masks and reveals all of these."""
     process, count = gamma_hybrid(0.3), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
@@ -381,7 +383,7 @@ def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Te
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_published_gamma_loss_equals_the_published_code(keys: dict[str, Any]) -> None:
+def test_gamma_hybrid_loss_published_equals_the_code_of_the_paper(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
     loss, rows = MixedEntropies(process), ReachableRows(process, times(INNER))
     sigma, speed = noise_of(process, rows.t)
@@ -395,7 +397,7 @@ def test_published_gamma_loss_equals_the_published_code(keys: dict[str, Any]) ->
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_published_gamma_loss_is_not_the_bound() -> None:
+def test_gamma_hybrid_loss_of_the_paper_code_is_not_the_bound() -> None:
     """The loss is not proportional to the density of the bound.
 
     At a wrong token, the loss of a uniform prediction is 90 times smaller than the density. At a
@@ -425,7 +427,7 @@ def test_published_gamma_loss_is_not_the_bound() -> None:
 
 @pytest.mark.parametrize("weights", ["flat", "annealing"])
 @pytest.mark.parametrize("lam", [1.0, 0.1])
-def test_published_epsilon_weights_equal_the_published_code(weights: Any, lam: float) -> None:
+def test_epsilon_hybrid_weights_equal_the_code_of_the_paper(weights: Any, lam: float) -> None:
     """The weight is 1/t at masks, lam (1 - epsilon) at redrawn and lam epsilon at other tokens.
 
     With weights = "flat", the weight of tokens is divided by 1 - t. If the token is unchanged, it
@@ -445,7 +447,7 @@ def test_published_epsilon_weights_equal_the_published_code(weights: Any, lam: f
     )
 
 
-def test_published_epsilon_loss_is_full_conditional_cross_entropy() -> None:
+def test_epsilon_hybrid_published_loss_is_full_conditional_cross_entropy() -> None:
     """If the full conditional P(x | z) is predicted, the loss is the cross-entropy -ln P(x | z)."""
     process, loss = epsilon_hybrid(), EverywhereCrossEntropy()
     rows = ReachableRows(process, times(INNER))
@@ -460,7 +462,7 @@ def test_published_epsilon_loss_is_full_conditional_cross_entropy() -> None:
 @pytest.mark.parametrize(
     ("epsilon", "lam", "everything"), [(0.3, 1.0, True), (0.0, 1.0, False), (0.3, 0.0, False)]
 )
-def test_published_epsilon_loss_skips_visible_tokens_of_weight_zero(
+def test_epsilon_hybrid_published_loss_skips_tokens_of_weight_zero(
     epsilon: float, lam: float, everything: bool
 ) -> None:
     process = epsilon_hybrid(epsilon)
@@ -527,7 +529,9 @@ def test_epsilon_hybrid_elbo_trains_the_decoding_term() -> None:
 
 @pytest.mark.parametrize("given", ["rest", "all"])
 @pytest.mark.parametrize("process", [epsilon_hybrid(), gamma_hybrid()], ids=["epsilon", "gamma"])
-def test_published_losses_are_logged_next_to_the_bound(process: ForwardProcess, given: Any) -> None:
+def test_published_hybrid_losses_are_logged_in_addition_to_the_bound(
+    process: ForwardProcess, given: Any
+) -> None:
     loss = Published.build(Published.Config(), process=process)
     terms, denoiser = trained_on(process, loss, given)
     total, count = terms.metrics["loss_published_nats_per_token"]
@@ -538,7 +542,7 @@ def test_published_losses_are_logged_next_to_the_bound(process: ForwardProcess, 
     assert all(parameter.grad.isfinite().all() for parameter in denoiser.parameters())
 
 
-def test_published_epsilon_loss_scales_with_the_window_of_times() -> None:
+def test_epsilon_hybrid_published_loss_scales_with_time_window_width() -> None:
     """A window ten times as wide has ten times the loss, also at visible tokens.
 
     The times of both windows differ by at most 1e-3, so that few of the 512 states differ.
@@ -588,7 +592,7 @@ def test_gamma_hybrid_refuses_masking_too_slow_for_float64() -> None:
     "vocabulary", [FlatVocabulary(4, mask=False), HierarchicalVocabulary([[0, 1, 0, 1]])]
 )
 @pytest.mark.parametrize("kind", [EpsilonHybrid, GammaHybrid])
-def test_hybrids_refuse_a_vocabulary_that_does_not_fit(
+def test_hybrids_refuse_a_vocabulary_without_mask_or_with_clusters(
     kind: Any, vocabulary: FlatVocabulary
 ) -> None:
     with pytest.raises(ArgumentError, match=r'hybrid_\w+ needs tokens and a mask.*kind = "flat"'):
@@ -612,7 +616,7 @@ def test_redraw_kernel_refuses_to_solve_if_singular() -> None:
             kernel.solve(vector)
 
 
-def test_gamma_hybrid_decode_nll_gradient_is_finite_at_zero_scores() -> None:
+def test_gamma_hybrid_decoding_term_has_finite_gradient_at_zero_scores() -> None:
     """At t = 1 only the mask is possible; the exact score of all tokens is 0."""
     log_ratio = torch.full((1, WORDS + 1), -torch.inf, dtype=torch.float64)
     log_ratio[0, WORDS] = 0.0

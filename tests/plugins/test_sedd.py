@@ -116,7 +116,7 @@ def times_log_less_one(ratio: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_sedd_absorb_density_is_the_published_score_entropy(noise: str) -> None:
+def test_sedd_absorb_bound_integrand_is_the_score_entropy_of_the_paper(noise: str) -> None:
     """The density at masks is sigma' ( sum_y s(y) - ln s(x)/a + K(1/a) ), with a = e^sigma - 1.
 
     At tokens the density is 0.
@@ -134,7 +134,7 @@ def test_sedd_absorb_density_is_the_published_score_entropy(noise: str) -> None:
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_sedd_uniform_density_is_the_published_score_entropy(noise: str) -> None:
+def test_sedd_uniform_bound_integrand_is_score_entropy_of_the_paper(noise: str) -> None:
     """Compare with the published closed form.
 
     It contains rho = (e^sigma - 1)/(e^sigma - 1 + V), and means over the V tokens.
@@ -155,7 +155,7 @@ def test_sedd_uniform_density_is_the_published_score_entropy(noise: str) -> None
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_sedd_uniform_density_is_that_of_udlm_and_duo(noise: str) -> None:
+def test_sedd_uniform_bound_integrand_is_that_of_udlm_and_duo(noise: str) -> None:
     """Compare with the density of arXiv 2412.10193 and 2506.10892.
 
     The density is alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z
@@ -192,7 +192,7 @@ def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: T
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_sedd_scaled_score_of_a_distribution_has_the_masked_loss(noise: str) -> None:
+def test_sedd_loss_of_a_scaled_score_equals_the_masked_diffusion_loss(noise: str) -> None:
     """Scaled logits ln p + ln V have the loss -ln p(x) sigma'/(e^sigma - 1) of arXiv 2406.07524.
 
     The score is then s = p/(e^sigma - 1). Unscaled scores have another loss.
@@ -221,9 +221,7 @@ def test_sedd_scaled_score_of_a_distribution_has_the_masked_loss(noise: str) -> 
 
 
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
-def test_sedd_density_of_exact_score_equals_that_of_its_distribution(
-    graph: str, noise: str
-) -> None:
+def test_sedd_loss_of_a_score_equals_the_loss_of_its_distribution(graph: str, noise: str) -> None:
     process = make(graph, noise)
     rows = ReachableRows(process, times(INNER))
     asked = (rows.x0, rows.zt, rows.t)
@@ -236,7 +234,9 @@ def test_sedd_density_of_exact_score_equals_that_of_its_distribution(
 
 @pytest.mark.parametrize("stop", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
-def test_sedd_score_has_the_closing_term_of_its_distribution(noise: str, stop: float) -> None:
+def test_sedd_prior_term_of_a_score_equals_that_of_its_distribution(
+    noise: str, stop: float
+) -> None:
     """The score must be evaluated at t = 1, where few tokens are left.
 
     If it were used for states at t = 0.5, the closing term would be too large.
@@ -464,7 +464,9 @@ class Constant(Backbone):
         ({"noise": "geometric", "sigma_max": 2000.0}, "sigma_max"),
     ],
 )
-def test_sedd_settings_that_do_not_fit_are_refused(keys: dict[str, object], named: str) -> None:
+def test_sedd_settings_of_the_wrong_graph_or_noise_are_refused(
+    keys: dict[str, object], named: str
+) -> None:
     with pytest.raises(ValidationError, match=named):
         ScoreEntropyDiffusion.Config(**keys)
 

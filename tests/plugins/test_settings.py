@@ -47,7 +47,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0, 3.0])
-def test_hdlm_gamma_is_the_hazard_of_leaving_the_tokens(gamma: float) -> None:
+def test_hdlm_gamma_is_the_rate_of_leaving_the_leaf_tokens(gamma: float) -> None:
     """alpha = (1 - t)^gamma, and beta_c = gamma ((1 - t) - (1 - t)^gamma)/(gamma - 1)."""
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=gamma), vocabulary=TWO)
     clean = (1.0 - T) ** gamma
@@ -60,7 +60,7 @@ def test_hdlm_gamma_is_one_by_default() -> None:
     close(levels(process, T)[:, 1], -(1.0 - T) * torch.log1p(-T))
 
 
-def test_hdlm_rates_are_ordered_from_the_tokens_up() -> None:
+def test_hdlm_rates_are_listed_from_the_lowest_level_up() -> None:
     """The first of rates = (4, 0.5) is the rate of leaving the tokens: alpha = (1 - t)^4."""
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO
@@ -78,14 +78,14 @@ def test_hdlm_gamma_sets_only_the_rate_of_the_token_level() -> None:
     close(levels(built[0], T), levels(built[1], T))
 
 
-def test_hdlm_powers_are_ordered_from_the_lowest_level_up() -> None:
+def test_hdlm_powers_are_listed_from_the_lowest_level_up() -> None:
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(powers=(0.8, 3.0)), vocabulary=TWO
     )
     close(levels(process, T), torch.stack([1.0 - T**0.8, T**0.8 - T**3, T**3], -1))
 
 
-def test_hdlm_xi_is_the_probability_of_the_own_parent() -> None:
+def test_hdlm_xi_is_the_probability_of_the_true_parent() -> None:
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(xi=0.7), vocabulary=TWO)
     at_clusters = likelihoods(process, T)[:, 0, 6:9]
     close(at_clusters / at_clusters.sum(-1, keepdim=True), times((0.7, 0.15, 0.15)).expand(5, -1))
@@ -140,7 +140,7 @@ def test_sedd_geometric_noise_runs_from_sigma_min_to_sigma_max(
     close(schedule.alpha(T), torch.exp(-(least ** (1.0 - T)) * most**T))
 
 
-def test_remasking_does_not_replace_eta_zero_by_the_default() -> None:
+def test_remasking_component_keeps_eta_zero_instead_of_its_default() -> None:
     for setting, default in (
         ("cap", 0.008),
         ("rescale", 0.015),
@@ -153,14 +153,14 @@ def test_remasking_does_not_replace_eta_zero_by_the_default() -> None:
         assert Remasking.build(unset, steps=4).kappa.eta == default
 
 
-def test_published_loss_does_not_replace_lambda_zero_by_the_default() -> None:
+def test_published_loss_component_keeps_lambda_zero_instead_of_default() -> None:
     process = EpsilonHybrid.build(EpsilonHybrid.Config(), vocabulary=FlatVocabulary(3))
     for config, lam in ((Published.Config(lam=0.0), 0.0), (Published.Config(), 1.0)):
         loss: Any = Published.build(config, process=process)
         assert loss.lam == lam
 
 
-def test_entropy_sampler_does_not_replace_bound_zero_by_the_default() -> None:
+def test_entropy_sampler_component_keeps_bound_zero_instead_of_default() -> None:
     sampler: Any = EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4)
     assert sampler.bound == 0.0
 
@@ -217,7 +217,7 @@ def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:
     assert float(process.weight(x0, zt, early).max()) > 1.5
 
 
-def test_gamma_hybrid_floor_is_the_noise_left_at_time_one() -> None:
+def test_gamma_hybrid_floor_is_alpha_at_time_one() -> None:
     """With time = noise, e^-sigma at t = 1 is the floor: 0.005 by default, and 0 if 0 is given."""
     for keys, left in (({}, 0.005), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)):
         config = GammaHybrid.Config(gamma=0.3, time="noise", **keys)
@@ -240,7 +240,7 @@ def test_component_defaults_equal_the_documented_defaults() -> None:
     assert (EARLIEST, LATEST) == (1e-12, 1.0 - 1e-12)
 
 
-def test_score_log_ratio_is_zero_at_the_current_state() -> None:
+def test_score_head_log_ratio_is_zero_at_the_current_state() -> None:
     """The ratio of the probability of z_t to itself is 1 for any logits."""
     process = ScoreEntropyDiffusion.build(
         ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3)

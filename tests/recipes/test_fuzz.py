@@ -48,7 +48,7 @@ def test_mutated_recipes_are_accepted_or_refused_with_a_message(
         (lambda *_, **__: "", "no verdict"),
     ],
 )
-def test_fuzzer_detects_tracebacks_leftover_files_and_missing_verdict(
+def test_fuzzer_detects_tracebacks_leftover_files_and_missing_results(
     fuzz: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

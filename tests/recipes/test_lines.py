@@ -65,7 +65,7 @@ def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
         yield from paths(below, (*path, key))
 
 
-def test_key_lines_returns_lines_of_quoted_dotted_and_array_keys():
+def test_key_lines_gives_the_line_of_quoted_dotted_and_array_keys():
     found = key_lines(AWKWARD)
     assert {path: found[path] for path in LINES} == LINES
 
@@ -95,7 +95,7 @@ tables = st.recursive(
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.dictionaries(keys, tables, max_size=4))
-def test_key_lines_has_a_line_for_every_value_of_written_toml(tree):
+def test_key_lines_gives_a_line_for_every_value_of_a_toml_text(tree):
     text = write_toml(tree, "any tables")
     assert tomllib.loads(text) == tree
     found = key_lines(text)

@@ -93,7 +93,7 @@ def test_recipe_origins_name_the_distribution_of_each_component(write):
     assert read_recipe(write()).origins()["process"] == "toy (toy_pkg, toy-dist 1.0)"
 
 
-def test_recipe_may_omit_the_process_if_the_objective_needs_none(write):
+def test_recipe_of_an_objective_without_process_may_omit_the_process(write):
     text = RECIPE.replace('[process]\nkind = "toy"\ngamma = 2\n', '[objective]\nkind = "next"\n')
     recipe = read_recipe(write(text))
     assert (recipe.process, recipe.loss, recipe.times) == (None, None, None)
@@ -102,12 +102,12 @@ def test_recipe_may_omit_the_process_if_the_objective_needs_none(write):
         read_recipe(write(text), ["objective.loss=elbo"])
 
 
-def test_component_key_named_like_an_engine_key_gets_engine_value(write):
+def test_component_key_with_the_name_of_an_engine_key_gets_its_value(write):
     recipe = read_recipe(write())
     assert recipe.backend.config.device == recipe.backend_keys.device == "auto"
 
 
-def test_component_key_named_like_a_slot_is_refused(write):
+def test_component_key_with_a_reserved_name_is_refused(write):
     with pytest.raises(PluginError, match=r'backbone "greedy" .*has the reserved key "head"'):
         read_recipe(write(), ["denoiser.kind=greedy"])
 
@@ -141,7 +141,7 @@ def test_extends_finds_base_recipe_in_folder_of_extending_file(write):
     )
 
 
-def test_table_with_changed_kind_inherits_only_keys_of_the_engine(write):
+def test_recipe_table_with_changed_kind_inherits_only_keys_of_the_engine(write):
     write(
         RECIPE.replace('head = "tied"', 'head = "tied"\nwidth = 32').replace(
             "steps = 10", 'steps = 10\noptimizer = {kind = "muon", lr = 1.0}'

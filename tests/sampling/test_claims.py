@@ -65,14 +65,14 @@ TABLES = tables()
 ROWS = [(process, label) for process, table in TABLES.items() for label in table]
 
 
-def test_every_process_of_the_benchmark_has_a_table() -> None:
+def test_sampler_page_has_a_table_for_every_process_of_the_benchmark() -> None:
     assert set(TABLES) == set(benchmark().processes())
 
 
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"]
 )
-def test_distances_of_exact_samplers_are_within_sampling_noise(process: str, label: str) -> None:
+def test_sampler_page_shows_no_error_for_exact_samplers(process: str, label: str) -> None:
     """hybrid_epsilon redraws a tenth of the tokens at t = 0.
 
     The final decoding step replaces both tokens independently, which adds an error.
@@ -85,7 +85,9 @@ def test_distances_of_exact_samplers_are_within_sampling_noise(process: str, lab
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]]
 )
-def test_distances_of_samplers_with_an_order_fall_with_the_steps(process: str, label: str) -> None:
+def test_sampler_page_error_falls_with_steps_for_samplers_with_an_order(
+    process: str, label: str
+) -> None:
     """With order 1, the distance at N = 64 is an eighth of that at N = 8; a third is accepted."""
     _, distances = TABLES[process][label]
     floor = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
@@ -94,7 +96,9 @@ def test_distances_of_samplers_with_an_order_fall_with_the_steps(process: str, l
 
 @pytest.mark.parametrize("process", [name for name in TABLES if "hdlm" not in name])
 @pytest.mark.parametrize("sampler", ["analytic", "tau_leaping", "trapezoidal"])
-def test_distances_from_scores_fall_as_from_distributions(process: str, sampler: str) -> None:
+def test_sampler_page_errors_from_scores_equal_those_from_distributions(
+    process: str, sampler: str
+) -> None:
     """Distances from scores must equal those from distributions, up to sampling noise."""
     _, of_law = TABLES[process][sampler]
     _, of_score = TABLES[process][f"{sampler}, score"]
@@ -114,7 +118,7 @@ def test_distances_from_scores_fall_as_from_distributions(process: str, sampler:
         ("dense", "analytic", "score", 2),
     ],
 )
-def test_numbers_of_the_sampler_page_match_a_computation(
+def test_sampler_page_numbers_equal_recomputed_numbers(
     process: str, label: str, predicts: str, steps: int
 ) -> None:
     """The benchmark uses fixed seeds, so its results differ between machines by rounding only."""
@@ -222,7 +226,7 @@ def _guided_transition(
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 3.0])
-def test_guidance_does_not_change_the_rate_of_unmasking(weight: float) -> None:
+def test_guidance_does_not_change_the_rate_at_which_masks_are_revealed(weight: float) -> None:
     process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     mask = torch.tensor([3])
     assert float(_guided(process, mask, 0.8, 0.4, weight)[3]) == pytest.approx(0.5, abs=1e-12)

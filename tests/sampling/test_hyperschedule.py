@@ -23,7 +23,7 @@ NOISE = 0.018
 
 
 @pytest.mark.parametrize("name", CLOSING)
-def test_one_position_at_a_time_is_exact_in_any_number_of_steps(name: str) -> None:
+def test_sampling_one_position_at_a_time_is_exact(name: str) -> None:
     """With windows of width 1, each token is drawn given all earlier tokens."""
     for shape, steps in (("block", 2), ("block", 8), ("slide", 9)):
         sampler = HyperscheduleSampler(AncestralSampler(steps), WindowTimes(1, shape, paired=False))  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class InformationGrid:
 
 
 @pytest.mark.parametrize("name", [*CLOSING, "dense"])
-def test_hyperschedule_of_flat_times_equals_its_inner_sampler(name: str) -> None:
+def test_hyperschedule_sampler_with_flat_times_equals_its_inner_sampler(name: str) -> None:
     process = processes()[name]
     settings = {"index": torch.arange(50), "length": 2, "seed": 5}
     plain = generate(

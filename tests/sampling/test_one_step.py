@@ -158,7 +158,7 @@ def test_one_level_sampler_moves_tokens_at_most_one_level_down(state: int, level
 # ---------------------------------------------------------------------- remasking
 
 
-def test_psi_step_mixes_posterior_and_fresh_noise_by_kappa() -> None:
+def test_psi_step_mixes_posterior_and_new_noise_with_weight_kappa() -> None:
     t, s, kappa = 0.6, 0.4, 0.7
     stays = (
         kappa * s / t + (1.0 - kappa) * s
@@ -185,7 +185,7 @@ def test_psi_step_mixes_posterior_and_fresh_noise_by_kappa() -> None:
     ],
     ids=lambda value: type(value).__name__ if callable(value) else str(value),
 )
-def test_a_token_is_remasked_with_probability_sigma(
+def test_remasking_masks_a_token_with_probability_sigma(
     rule: Any, t: float, s: float, sigma: float
 ) -> None:
     assert step_of(PsiSampler(4, rule), MASKED, 0, t, s) == near([1.0 - sigma, 0.0, 0.0, sigma])
@@ -224,7 +224,7 @@ def test_psi_records_log_probabilities_of_new_tokens() -> None:
     assert bool(second.isinf().all()), "the record of an unchanged token changed"
 
 
-def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
+def test_loop_grid_repeats_time_hold_for_tau_between_on_and_off() -> None:
     """The time falls from 1 to `hold` while tau > `on`, and from `hold` to 0 while tau < `off`.
 
     tau falls from 1 to 0 in ten equal steps. Between `on` and `off`, the time stays at `hold`.
@@ -238,7 +238,7 @@ def test_loop_grid_pauses_at_hold_between_on_and_off() -> None:
 
 
 @pytest.mark.parametrize(("t", "s"), [(0.8, 0.4), (0.5, 0.45)])
-def test_acs_redraws_with_eta_times_one_minus_reveal_probability(t: float, s: float) -> None:
+def test_adaptive_correction_redraws_tokens_with_the_paper_probability(t: float, s: float) -> None:
     """With probability eta (1 - pi), the token is redrawn from its distribution given z_t.
 
     pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t is the reveal probability. Otherwise the
@@ -255,7 +255,7 @@ def test_acs_redraws_with_eta_times_one_minus_reveal_probability(t: float, s: fl
 
 
 @pytest.mark.parametrize(("share", "above"), [(1.0, 0.7), (0.5, 0.6), (4.0, 1.0)])
-def test_forward_backward_corrector_renoises_by_its_share_of_the_step(
+def test_forward_backward_corrector_adds_noise_for_its_share_of_the_step(
     share: float, above: float
 ) -> None:
     """The corrector adds noise from t = 0.5 to the time `above`, at most 1, and steps back to t.
@@ -299,7 +299,7 @@ def test_predictor_corrector_passes_step_length_to_corrector() -> None:
 # ---------------------------------------------------------------------- self-correction
 
 
-def test_self_correction_proposes_with_own_evidence_at_its_temperature() -> None:
+def test_self_correction_proposal_includes_likelihood_of_current_state() -> None:
     """The proposal is x' ~ [P(x) q_at(z|x)]^(1/T), where `at` is the time passed to the network."""
     at, temperature, state = 0.4, 0.7, 2
     canvas = canvas_of((state,), at)
@@ -376,12 +376,12 @@ def first_revealed(
 PEAKED, SPREAD = (0.6, 0.4, *(0.0,) * 10), (0.2, *(0.8 / 11,) * 11)
 
 
-def test_margin_compares_probabilities_not_logarithms() -> None:
+def test_margin_order_compares_differences_of_probabilities() -> None:
     """0.6 - 0.4 is more than 0.2 - 0.073, although 0.6/0.4 is less than 0.2/0.073."""
     assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
 
 
-def test_top_order_ranks_positions_by_their_largest_probability() -> None:
+def test_reveal_order_top_ranks_positions_by_largest_probability() -> None:
     rows = ((0.55, 0.45), (0.6, 0.4))
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
     # The second position has the larger confidence unless it draws the token of probability .4.
@@ -423,13 +423,13 @@ def steps_of_entropy_bound(
     return [int((step.zt == MASK).sum()) for step in steps], [float(step.t[0, 0]) for step in steps]
 
 
-def test_entropy_bound_accepts_equality() -> None:
+def test_entropy_bound_sampler_reveals_positions_exactly_at_the_bound() -> None:
     """Certain positions have entropy 0, so a bound of 0 reveals all of them in one step."""
     certain = (1.0, 0.0, 0.0)
     assert steps_of_entropy_bound(0.0, (certain, certain, certain)) == ([0], [0.0])
 
 
-def test_entropy_bound_sums_all_entropies_but_the_largest() -> None:
+def test_entropy_bound_sampler_sums_all_entropies_but_the_largest() -> None:
     """Three positions have entropy h = ln 3 each.
 
     A bound between h and 2 h reveals two positions, and a bound below h reveals one.
@@ -474,7 +474,7 @@ def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:
 
 
 @pytest.mark.parametrize("shape", ["block", "slide"])
-def test_prompt_tokens_are_network_inputs_at_time_zero_in_any_window(shape: Any) -> None:
+def test_network_input_has_prompt_tokens_at_time_zero_in_any_window(shape: Any) -> None:
     shown: list[Noisy] = []
 
     def network(noisy: Noisy) -> Tensor:
@@ -503,14 +503,14 @@ def test_prompt_tokens_are_network_inputs_at_time_zero_in_any_window(shape: Any)
         assert bool((noisy.zt == prompt)[prompt_mask].all())
 
 
-def test_canvas_advance_changes_time_of_free_positions_only() -> None:
+def test_sampling_step_keeps_the_time_of_prompt_positions() -> None:
     canvas = canvas_of((MASK, MASK), 0.9, 1)
     canvas = replace(canvas, free=torch.tensor([[True, False]]))
     moved_on = canvas.advance(canvas.zt, torch.full_like(canvas.t, 0.4))
     assert moved_on.t.tolist() == [[0.4, 0.9]]
 
 
-def test_prompt_tokens_are_at_time_zero_on_every_canvas() -> None:
+def test_prompt_tokens_have_time_zero_in_every_sampling_step() -> None:
     prompt, prompt_mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
     times: list[Tensor] = []
     settings: dict[str, Any] = {
@@ -526,7 +526,7 @@ def test_prompt_tokens_are_at_time_zero_on_every_canvas() -> None:
     assert [t[0, 0].item() for t in times] == pytest.approx([2 / 3, 1 / 3, 0.0])
 
 
-def test_every_grid_step_uses_separate_uniforms() -> None:
+def test_every_step_of_a_grid_sampler_uses_different_uniforms() -> None:
     asked: list[int] = []
 
     def rng_at(step: int) -> Any:
@@ -537,7 +537,7 @@ def test_every_grid_step_uses_separate_uniforms() -> None:
     assert asked == [0, 1, 2, 3]
 
 
-def test_final_decoding_corrects_tokens_corrupted_at_time_zero() -> None:
+def test_final_decoding_corrects_tokens_that_are_noisy_at_time_zero() -> None:
     """The process redraws a fraction 0.3 of the tokens at t = 0 and masks tokens later."""
     process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
     assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
@@ -547,7 +547,7 @@ def test_final_decoding_corrects_tokens_corrupted_at_time_zero() -> None:
     assert shares(after[:, 0], 3) == near((joint / joint.sum()).tolist())
 
 
-def test_kappa_stays_in_unit_interval_at_both_ends_of_time() -> None:
+def test_remasking_rules_give_kappa_between_0_and_1_at_all_times() -> None:
     for rule in (
         CapRemasking(1.0),
         RescaleRemasking(1.0),
@@ -576,7 +576,7 @@ def test_confidence_remasking_ignores_prompt_positions() -> None:
     assert ConfidenceRemasking(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
 
 
-def test_unmasking_on_a_tree_counts_moves_of_every_level() -> None:
+def test_unmasking_sampler_on_a_tree_counts_moves_at_every_level() -> None:
     """Four masks of a tree of two levels need eight moves; at s = 0.75, six of the moves remain."""
     canvas = canvas_of((5, 5, 5, 5), 1.0)
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt

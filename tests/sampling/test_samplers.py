@@ -51,7 +51,7 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
-def test_prompts_are_unchanged_and_free_positions_end_as_tokens(sampler: str, process: str) -> None:
+def test_samples_keep_the_prompt_and_contain_only_tokens(sampler: str, process: str) -> None:
     """Each row has a separate prompt; one prompt is empty, and one covers the whole row."""
     prompt = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
     prompt_mask = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
@@ -65,14 +65,14 @@ def test_prompts_are_unchanged_and_free_positions_end_as_tokens(sampler: str, pr
 
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
-def test_a_sample_does_not_depend_on_its_batch(sampler: str, process: str) -> None:
+def test_sample_does_not_depend_on_other_samples_of_its_batch(sampler: str, process: str) -> None:
     build = SAMPLERS[sampler][0]
     together = draw(build(4), PROCESSES[process], list(range(6))).ids
     assert torch.equal(draw(build(4), PROCESSES[process], [5, 2]).ids, together[[5, 2]])
 
 
 @pytest.mark.parametrize("process", ["uniform", "masked"])
-def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
+def test_first_hitting_decodes_each_sequence_after_its_own_last_event(process: str) -> None:
     """Rows end after different numbers of events.
 
     The final decoding of a row must not depend on the row that needs most events.
@@ -91,7 +91,7 @@ def test_first_hitting_stops_each_sequence_separately(process: str) -> None:
         )
 
 
-def test_confidences_equal_up_to_rounding_rank_alike() -> None:
+def test_ranks_of_confidences_equal_up_to_rounding_do_not_change() -> None:
     """64 equal confidences are changed by float32 rounding errors; their ranks must not change."""
     rng = CounterRng(0, 1, torch.arange(4), 64)
     confidence = torch.full((4, 64), -1.2345, dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_samplers_and_grids_refuse_invalid_arguments() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampling_names_a_network_that_predicts_nan(sampler: str) -> None:
+def test_sampling_error_names_the_network_that_predicts_nan(sampler: str) -> None:
     process = PROCESSES["uniform" if "masked" in SAMPLERS[sampler][1] else "masked"]
     network = network_from_table(
         lambda zt, t: torch.full((*zt.shape, 3), torch.nan).double(), process.vocabulary
@@ -189,7 +189,7 @@ def test_sampling_names_a_network_that_predicts_nan(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree", "uniform"])
-def test_first_hitting_samples_follow_the_joint(name: str) -> None:
+def test_first_hitting_samples_follow_the_joint_distribution(name: str) -> None:
     """The chi-square statistic of nine cells is above 35 with probability 2.7e-5.
 
     There are four cases, and the seed is fixed.
@@ -203,7 +203,7 @@ def test_first_hitting_samples_follow_the_joint(name: str) -> None:
 @pytest.mark.parametrize(
     "inner", [AncestralSampler(3), TauLeapingSampler(1), FirstHittingSampler()]
 )
-def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> None:
+def test_sampling_one_position_at_a_time_is_exact(inner: Any) -> None:
     count = 2**15
     dist = measure_sampler(BlockwiseSampler(inner, 1), PROCESSES["tree"], JOINT, points=count).dist[
         :3, :3
@@ -213,7 +213,7 @@ def test_one_position_at_a_time_is_exact_in_any_number_of_steps(inner: Any) -> N
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 @pytest.mark.parametrize("build", [TauLeapingSampler, AnalyticSampler])
-def test_ancestral_error_is_first_order_in_the_steps(build: Any, name: str) -> None:
+def test_ancestral_sampling_error_is_first_order_in_the_step_size(build: Any, name: str) -> None:
     """Four times as many steps divide the distance by four.
 
     The sum over canvases has an error below 4e-4; the distances are above 8e-3.
@@ -243,7 +243,7 @@ def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
     assert many.runs < euler.runs + 1e-9
 
 
-def test_noise_at_time_zero_leaves_an_error_that_steps_cannot_reduce() -> None:
+def test_sampling_error_from_noise_at_time_zero_does_not_fall_with_steps() -> None:
     """A tenth of the tokens is noise at t = 0; the final decoding replaces both tokens at once."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
@@ -259,7 +259,7 @@ def test_noise_at_time_zero_leaves_an_error_that_steps_cannot_reduce() -> None:
     )
 
 
-def test_unmasking_by_confidence_does_not_sample_the_joint() -> None:
+def test_unmasking_in_order_of_confidence_favours_likely_sequences() -> None:
     """An order that depends on the drawn tokens favours likely tokens, for any number of steps.
 
     An order that depends only on the predicted distributions does not.
@@ -285,7 +285,7 @@ def test_unmasking_by_confidence_does_not_sample_the_joint() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_psi_with_kappa_one_and_acs_with_eta_zero_equal_ancestral(name: str) -> None:
+def test_psi_with_kappa_1_and_adaptive_correction_eta_0_equal_ancestral(name: str) -> None:
     process, index = PROCESSES[name], list(range(40))
     plain = draw(AncestralSampler(6), process, index).ids
     assert torch.equal(draw(PsiSampler(6, 1.0), process, index).ids, plain)
@@ -293,7 +293,7 @@ def test_psi_with_kappa_one_and_acs_with_eta_zero_equal_ancestral(name: str) -> 
         assert torch.equal(draw(AdaptiveCorrectionSampler(6, eta=0.0), process, index).ids, plain)
 
 
-def test_remdm_equals_psi_on_masks() -> None:
+def test_remasking_sampler_of_remdm_equals_psi_sampler_on_masks() -> None:
     """With sigma = 0.3, a token is masked with probability 0.3 (arXiv 2503.00307).
 
     A mask is revealed with probability (alpha_s - 0.7 alpha_t)/(1 - alpha_t). Five standard
@@ -323,7 +323,7 @@ def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
     assert one.distance(JOINT) == pytest.approx(plain.distance(JOINT), abs=1e-3)
 
 
-def test_analytic_steps_from_a_score_and_its_distribution_agree() -> None:
+def test_analytic_steps_of_a_score_and_of_its_distribution_agree() -> None:
     """Ratios near t = 1 are differences of 1e-12, so the first step loses the last digits."""
     for name in ("masked", "uniform"):
         process, states = PROCESSES[name], []
@@ -343,7 +343,7 @@ def test_analytic_steps_from_a_score_and_its_distribution_agree() -> None:
         assert float(score.clamped_mass.max()) < 1e-3
 
 
-def test_negative_probability_from_a_raw_score_is_clamped_and_reported() -> None:
+def test_analytic_sampler_clamps_and_reports_negative_probabilities() -> None:
     process = PROCESSES["uniform"]
     exact = ExactNetwork(process, JOINT, "score")
 
@@ -378,7 +378,7 @@ def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     )
 
 
-def test_first_hitting_on_masks_costs_one_evaluation_per_position() -> None:
+def test_first_hitting_of_masked_diffusion_evaluates_once_per_position() -> None:
     process = PROCESSES["masked"]
     network, prompt_mask = (
         network_from_table(even_table, process.vocabulary),
@@ -436,7 +436,9 @@ def test_first_hitting_result_ignores_until_without_uniform_noise(name: str) -> 
     ("sampler", "most"),
     [("ancestral", 5), ("trapezoidal", 9), ("dfm", 13), ("margin", 5), ("psi", 5)],
 )
-def test_network_evaluations_per_step_are_bounded(sampler: str, most: int) -> None:
+def test_number_of_network_evaluations_stays_below_limit_of_sampler(
+    sampler: str, most: int
+) -> None:
     process = PROCESSES["tree"]
     network = network_from_table(even_table, process.vocabulary)
     drawn = draw(SAMPLERS[sampler][0](5), process, list(range(8)), network=network, length=12)
@@ -460,7 +462,7 @@ def test_unmasking_grid_sets_the_number_of_revealed_positions(by: Any) -> None:
     assert left == [[9, 9], [7, 7], [3, 3], [0, 0]]  # floor of 10 cos(pi k / 8)
 
 
-def test_blockwise_finishes_a_block_before_the_next_and_hides_later_ones() -> None:
+def test_blockwise_finishes_each_block_before_it_starts_the_next() -> None:
     process, shown = PROCESSES["masked"], []
 
     def table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -502,7 +504,7 @@ def test_left_to_right_samplers_declare_looks_ahead_false() -> None:
             assert BlockwiseSampler(sampler, 2, "all").looks_ahead is expected
 
 
-def test_samplers_without_look_ahead_ignore_text_after_a_gap() -> None:
+def test_samplers_without_look_ahead_ignore_prompt_tokens_after_a_gap() -> None:
     """P(x_1 | x_2 = 1) is (.08, .80, .12), and the marginal of x_1 is (.40, .25, .35).
 
     The drawn tokens show which of the two was used.

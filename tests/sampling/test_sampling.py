@@ -56,7 +56,7 @@ def draw(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ancestral_error_falls_as_one_over_the_steps(name: str) -> None:
+def test_ancestral_sampling_error_is_inversely_proportional_to_steps(name: str) -> None:
     """Four times as many steps must divide the distance by four (3.5 to 4.5 from 16 to 64 steps).
 
     The sum is over all canvases, without sampling error. A single step draws both tokens from their
@@ -77,7 +77,7 @@ def test_ancestral_error_falls_as_one_over_the_steps(name: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_ancestral_samples_follow_the_enumerated_chain(name: str, steps: int) -> None:
+def test_ancestral_samples_follow_the_exactly_computed_distribution(name: str, steps: int) -> None:
     """The chi-square statistic of nine cells is above 35 with probability 2.7e-5.
 
     There are ten cases of 20 000 samples, and the seed is fixed.
@@ -107,7 +107,7 @@ def test_prompt_tokens_are_unchanged_and_condition_the_others(name: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
+def test_sample_does_not_depend_on_other_samples_of_its_batch(name: str) -> None:
     process = processes()[name]
     together = draw(process, list(range(12))).ids
     assert torch.equal(draw(process, [7]).ids, together[7:8])

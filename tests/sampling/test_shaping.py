@@ -44,7 +44,7 @@ def listed(shape: Any, log_p: Tensor = LOG) -> list[float]:
     return shape(log_p).softmax(-1)[0].tolist()
 
 
-def test_filters_on_three_tokens_have_their_closed_form() -> None:
+def test_sampling_filters_on_three_tokens_equal_their_closed_form() -> None:
     assert listed(TopK(2)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
     assert listed(TopP(0.9)) == pytest.approx([1.0, 0.0, 0.0])
     assert listed(TopP(0.91)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
@@ -55,7 +55,7 @@ def test_filters_on_three_tokens_have_their_closed_form() -> None:
         assert listed(nothing) == pytest.approx([0.90, 0.08, 0.02])
 
 
-def test_filters_out_of_range_are_refused() -> None:
+def test_sampling_filters_out_of_range_are_refused() -> None:
     wrong: list[Any] = [
         lambda: Temperature(-0.1),
         lambda: TopK(0),
@@ -76,7 +76,7 @@ def test_filters_out_of_range_are_refused() -> None:
         lambda n: UnmaskingSampler(n, "top"),
     ],
 )
-def test_filter_frequencies_agree_in_every_sampler(build: Any) -> None:
+def test_every_sampler_draws_tokens_from_the_filtered_distribution(build: Any) -> None:
     """The filters keep two of three tokens; the second token has probability 4/49.
 
     Five standard deviations of 1200 draws are 0.04.
@@ -94,7 +94,7 @@ def sharpened(dist: Tensor) -> Tensor:
     return dist**2 / (dist**2).sum(-1, keepdim=True)
 
 
-def test_filters_on_a_tree_reshape_each_conditional() -> None:
+def test_sampling_filters_on_a_tree_apply_to_each_level() -> None:
     dist = ShapedDistribution([DenseDistribution(WORDS.log(), TREE)], Temperature(0.5))
     parent = torch.tensor([0, 1, 0, 1, 1, 0])
     mass = torch.stack([WORDS[0][parent == node].sum() for node in (0, 1)])
@@ -114,7 +114,7 @@ def test_filters_on_a_tree_reshape_each_conditional() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(6), FlatVocabulary(6, mask=False)])
-def test_shaped_draw_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
+def test_filtered_draw_on_a_tree_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
     """20 001 evenly spaced uniforms draw every token in proportion to its probability.
 
     The allowed error is one draw per cell boundary and level.
@@ -132,7 +132,7 @@ def test_shaped_draw_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
     assert float(found.min()) == 0.0
 
 
-def test_shaped_draw_below_a_node_uses_its_children() -> None:
+def test_filtered_draw_below_a_node_filters_its_children() -> None:
     dist = ShapedDistribution(
         [DenseDistribution(WORDS.log().expand(2, -1), TREE)], Temperature(0.7)
     )
@@ -183,7 +183,7 @@ def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
-def test_guidance_mixes_log_probabilities_for_any_chunks(weight: float) -> None:
+def test_guidance_mixes_log_probabilities_for_any_chunk_size(weight: float) -> None:
     told, silent = read(table(1)), read(table(2))
     expected = (told.log() * weight + silent.log() * (1 - weight)).softmax(-1)
     for cut, null_cut in (((), ()), ((1,), ()), ((), (2,)), ((3,), (1, 1))):
@@ -212,7 +212,7 @@ def test_classifier_guidance_is_bayes_rule_on_tokens() -> None:
         read(guide_by_classifier(table(1), lambda noisy, rows: evidence[rows, :2]))
 
 
-def test_filters_refuse_scores() -> None:
+def test_sampling_filters_refuse_a_network_that_predicts_scores() -> None:
     process = processes()["masked"]
     score = count_evaluations(
         ExactNetwork(process, torch.full((3, 3), 1 / 9).double(), "score"), "score"
@@ -228,7 +228,7 @@ def test_filters_refuse_scores() -> None:
 
 
 @pytest.mark.parametrize("by", ["top", "margin", "entropy"])
-def test_reveal_order_ignores_filters(by: Any) -> None:
+def test_order_of_reveal_is_computed_before_temperature_and_filters(by: Any) -> None:
     """At low temperature every margin is 1 and every entropy is 0, so the order would be lost."""
     process = processes()["masked"]
     generator = torch.Generator().manual_seed(3)
@@ -264,7 +264,7 @@ def configured(settings: dict[str, float]) -> list[Any]:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
-def test_filters_apply_in_order_temperature_top_k_top_p_min_p(which: int) -> None:
+def test_filter_order_is_temperature_top_k_top_p_min_p(which: int) -> None:
     """p = (.4, .3, .2, .1) becomes (16, 9, 4, 1)/30 by the temperature.
 
     Two tokens then hold 0.8 of the probability; without the temperature, three would.
@@ -281,7 +281,7 @@ def test_filters_apply_in_order_temperature_top_k_top_p_min_p(which: int) -> Non
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
-def test_filters_at_default_values_are_omitted(which: int) -> None:
+def test_sampling_filters_at_default_values_are_omitted(which: int) -> None:
     for settings in ({}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}):
         assert not isinstance(configured(settings)[which], ShapedSampler)
     for one in ({"temperature": 0.9}, {"top_k": 1}, {"top_p": 0.99}, {"min_p": 0.01}):

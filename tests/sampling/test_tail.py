@@ -106,7 +106,7 @@ def draw_by_race(generator: torch.Generator) -> Tensor:
     return words
 
 
-def test_float32_gumbel_race_over_tokens_and_mask_starves_the_tail() -> None:
+def test_float32_gumbel_race_with_a_mask_draws_too_few_rare_tokens() -> None:
     """Published samplers draw too few rare tokens for the same reason (arXiv 2409.02908)."""
     words = draw_by_race(torch.Generator().manual_seed(0))
     assert int(words.max()) < WORDS

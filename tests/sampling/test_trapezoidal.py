@@ -120,7 +120,9 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
 
 
 @pytest.mark.parametrize(("name", "least"), [("uniform", 3.6), ("masked", 3.3)])
-def test_trapezoidal_is_second_order_if_rates_stay_positive(name: str, least: float) -> None:
+def test_trapezoidal_sampler_is_second_order_if_rates_stay_positive(
+    name: str, least: float
+) -> None:
     """Twice as many steps divide the distance by four (measured 3.8).
 
     For masks the error is ln N / N^2, which gives 3.2 to 3.5. Euler gives 2.
@@ -134,7 +136,7 @@ def test_trapezoidal_is_second_order_if_rates_stay_positive(name: str, least: fl
     assert many < 0.1 * euler[1]
 
 
-def test_trapezoidal_is_second_order_with_two_jumps_in_one_step() -> None:
+def test_trapezoidal_sampler_is_second_order_if_a_step_has_two_jumps() -> None:
     """The two tokens are independent, and one token is likely; the measured factor is 3.5.
 
     The factor is 2.2 if rates of the state before the first jump are subtracted from rates of the
@@ -148,7 +150,7 @@ def test_trapezoidal_is_second_order_with_two_jumps_in_one_step() -> None:
     assert few / many > 3.1
 
 
-def test_trapezoidal_is_second_order_for_any_theta() -> None:
+def test_trapezoidal_sampler_is_second_order_for_any_theta() -> None:
     process = processes()["uniform"]
     few, many = (distance(TrapezoidalSampler(n, theta=0.4), process, MILD) for n in (12, 24))
     assert few / many > 3.4

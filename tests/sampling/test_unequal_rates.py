@@ -32,7 +32,7 @@ def canvas_of(tokens: Tensor, t: float) -> Canvas:
     return Canvas(tokens, torch.full(tokens.shape, t, dtype=torch.float64), ~free, free)
 
 
-def test_alpha_at_a_position_equals_alpha_of_its_token() -> None:
+def test_alpha_used_at_a_position_is_alpha_of_its_token() -> None:
     tokens = torch.tensor([[0, 1, 2]])
     t = torch.full(tokens.shape, T, dtype=torch.float64)
     diagonal = PROCESS.from_clean(t[0, :1]).dense()[0].diagonal()
@@ -41,7 +41,7 @@ def test_alpha_at_a_position_equals_alpha_of_its_token() -> None:
     torch.testing.assert_close(compute_alpha(PROCESS, t), diagonal.mean().expand_as(t))
 
 
-def test_alpha_at_non_tokens_is_the_mean_over_tokens() -> None:
+def test_alpha_used_at_a_mask_is_the_mean_over_tokens() -> None:
     masked = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     t = torch.tensor([[0.25, 0.5]], dtype=torch.float64)
     assert compute_alpha(masked, t, torch.tensor([[3, 1]])).tolist() == [[0.75, 0.5]]
@@ -62,7 +62,7 @@ def test_remasking_probability_is_equal_for_all_tokens() -> None:
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1]])
-def test_sampling_is_equivariant_under_permutation_of_tokens(order: list[int]) -> None:
+def test_probability_of_leaving_a_token_survives_renumbering_of_tokens(order: list[int]) -> None:
     """If the tokens are renumbered, the probability of leaving a token stays the same.
 
     The probability is measured with 2^15 draws (five standard deviations are 0.014).

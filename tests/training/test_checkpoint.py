@@ -133,7 +133,7 @@ class Mortal(Store):
         return self._fs.open(path, mode)
 
 
-def test_kill_during_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+def test_kill_during_save_leaves_the_previous_complete_checkpoint(tmp_path: Path) -> None:
     survived = []
     for last in range(20):
         root = tmp_path / str(last)
@@ -159,7 +159,7 @@ def test_kill_during_save_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     assert survived[0] == 7
 
 
-def test_newest_skips_a_checkpoint_without_marker(tmp_path: Path) -> None:
+def test_newest_checkpoint_skips_folders_without_marker_file(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5, 10)
     (tmp_path / "step_00000010" / "complete.json").unlink()

@@ -62,7 +62,7 @@ def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, 
     return {name: value[order] for name, value in zip(names, (index, *seen))} | {"counts": counts}
 
 
-def test_random_draws_do_not_depend_on_ranks_and_micro_batches(
+def test_random_draws_of_a_step_do_not_depend_on_rank_or_micro_batch_count(
     cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
@@ -254,7 +254,7 @@ def ddiff_run(
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_on_another_backend_and_process_count(
+def test_killed_run_resumes_with_another_backend_and_process_count(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)
@@ -321,7 +321,7 @@ def test_batch_size_must_be_a_multiple_of_the_process_count() -> None:
         )
 
 
-def test_distributed_backend_without_a_launcher_raises_argument_error() -> None:
+def test_distributed_backend_without_torchrun_raises_argument_error() -> None:
     assert get_rank_info() is None
     with pytest.raises(
         ArgumentError, match="must be started by the command `ddiff run`, or by torchrun"

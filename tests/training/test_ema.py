@@ -53,7 +53,7 @@ def test_ema_of_bfloat16_weights_is_float32() -> None:
     assert average.weights["weight"].dtype == torch.float32
 
 
-def test_ema_load_tree_restores_averages_and_update_count() -> None:
+def test_ema_state_loading_restores_averages_and_update_count() -> None:
     nets = [nn.Linear(3, 2) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     first, second = ExponentialMovingAverage(nets[0], 0.9), ExponentialMovingAverage(nets[1], 0.9)

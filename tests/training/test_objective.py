@@ -86,7 +86,7 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_noise_times_of_the_diffusion_term_are_uniform(rule: str) -> None:
+def test_training_times_of_the_diffusion_term_are_uniform_in_their_window(rule: str) -> None:
     """Each tenth of the time window contains 10 % of the times of the diffusion term.
 
     The information time is replaced by t, so that the noise times are uniform in t. Tolerance
@@ -110,7 +110,7 @@ def test_noise_times_of_the_diffusion_term_are_uniform(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_expected_loss_equals_diffusion_plus_decoding_term(rule: str) -> None:
+def test_mean_training_loss_equals_diffusion_plus_decoding_term(rule: str) -> None:
     """Compare the mean loss of 60 steps with the mean of 60 evaluations of `nll` on the same text.
 
     Tolerance: five standard errors, each at most 8 % of the value.
@@ -137,7 +137,7 @@ def test_expected_loss_equals_diffusion_plus_decoding_term(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_losses_of_micro_batches_sum_to_the_loss_of_the_batch(rule: str) -> None:
+def test_losses_of_micro_batches_sum_to_the_loss_of_the_whole_batch(rule: str) -> None:
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     whole = loss_at(one, 3, everything)
     for size in (10, 5, 7):
@@ -164,7 +164,7 @@ def test_drop_conditions_drops_each_condition_at_its_own_rate() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_default_divergence_of_a_loss_is_computed_only_once(share: float) -> None:
+def test_loss_with_default_divergence_computes_the_divergence_once(share: float) -> None:
     slots = torch.arange(SLOTS)
     calls = []
 
@@ -200,7 +200,7 @@ class OneNat(MixtureProcess):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", [ElboLoss(), RecordingLoss()], ids=["elbo", "own divergence"])
-def test_decoding_and_diffusion_rows_are_weighted_by_inverse_share(
+def test_rows_of_decoding_and_diffusion_term_have_inverse_share_as_weight(
     rule: str, loss: ElboLoss | RecordingLoss, share: float
 ) -> None:
     """Each term costs 1 nat per unit, so that the exact value of the loss is known.
@@ -222,7 +222,7 @@ def test_decoding_and_diffusion_rows_are_weighted_by_inverse_share(
     assert total == pytest.approx(1.0 - START + (share > 0.0), abs=tolerance[1])
 
 
-def test_default_decoding_share_depends_on_process_and_loss() -> None:
+def test_default_share_of_decoded_rows_depends_on_process_and_loss() -> None:
     """None selects a default that depends on `closes_at_clean` and `select_rows`; 0 does not."""
 
     class Choosing(RecordingLoss):
@@ -271,7 +271,7 @@ def test_clipped_loss_clips_the_weight_before_the_speed_factor() -> None:
     assert (ClippedLoss().smallest, ClippedLoss().largest) == (0.0, 2.0)
 
 
-def test_reported_bound_does_not_depend_on_the_training_loss() -> None:
+def test_logged_training_bound_does_not_depend_on_the_training_loss() -> None:
     """Clipping changes the training loss, but not the logged diffusion term of the bound."""
     slots = torch.arange(SLOTS)
     (bound, reported), (clipped, still) = (
@@ -283,7 +283,7 @@ def test_reported_bound_does_not_depend_on_the_training_loss() -> None:
     assert clipped < 0.9 * bound
 
 
-def test_prompt_tokens_are_not_counted_and_have_no_loss() -> None:
+def test_training_loss_and_token_count_exclude_prompt_tokens() -> None:
     one, shown = objective(ElboLoss(), RULES["flat"], 0.0), batch(torch.arange(SLOTS))
     prompt = torch.arange(LENGTH) < 2
     part = replace(shown, scored=(~prompt).expand(SLOTS, -1))
@@ -296,7 +296,7 @@ def test_prompt_tokens_are_not_counted_and_have_no_loss() -> None:
     assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
 
 
-def test_metrics_of_a_tree_level_contain_only_rows_at_that_level() -> None:
+def test_training_metrics_of_a_tree_level_contain_only_its_rows() -> None:
     """On a tree where clusters cost 0 and masks 1 nat, only the metric of level 2 is not 0."""
 
     class MasksCost(TreeProcess):
@@ -325,7 +325,7 @@ def test_metrics_of_a_tree_level_contain_only_rows_at_that_level() -> None:
     assert (parts["level1"].sum().item(), sorted(parts)) == (0.0, ["level1", "level2"])
 
 
-def test_prompt_tokens_have_no_loss_with_a_custom_select_rows() -> None:
+def test_loss_with_custom_select_rows_excludes_prompt_tokens() -> None:
     class Everything(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
             return torch.ones_like(noisy.clean)

@@ -170,7 +170,7 @@ def test_optimizer_component_passes_every_key_to_the_optimizer(component: type) 
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
-def test_optimizer_converges_to_a_distant_minimum(make: type) -> None:
+def test_optimizer_reaches_a_distant_minimum_of_a_quadratic(make: type) -> None:
     torch.manual_seed(0)
     net, target = Net(), Net()
     optimizer, ids = make(net), torch.arange(5)[None]
@@ -193,7 +193,7 @@ def test_optimizer_converges_to_a_distant_minimum(make: type) -> None:
     ],
     ids=["adamw", "muon", "sgd"],
 )
-def test_step_if_not_finite_leaves_parameters_and_state_unchanged(
+def test_optimizer_step_on_non_finite_gradient_changes_nothing(
     made: Any,
 ) -> None:
     nets = [Net().double() for _ in range(2)]

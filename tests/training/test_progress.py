@@ -34,7 +34,7 @@ def shown(clock: Clock, total: int | None, seconds: float, count: int, start: in
     return out.getvalue().splitlines()
 
 
-def test_progress_log_prints_every_ten_seconds_or_twentieth_of_work(clock: Clock) -> None:
+def test_progress_log_prints_every_10_s_or_every_twentieth_of_the_work(clock: Clock) -> None:
     slow = shown(clock, 1000, seconds=2.0, count=20)
     assert [line.split()[1] for line in slow] == ["5/1000", "10/1000", "15/1000", "20/1000"]
     fast = shown(clock, 100, seconds=0.5, count=100)

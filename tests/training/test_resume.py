@@ -78,7 +78,7 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_run(tmp_pat
         assert places[0].read_bytes() == places[1].read_bytes(), name
 
 
-def test_toy_run_depends_on_the_random_state_of_torch(tmp_path: Path) -> None:
+def test_toy_training_run_depends_on_the_random_state_of_torch(tmp_path: Path) -> None:
     # The test above needs this: otherwise it would not notice a wrong random state of torch.
     runs = []
     for name, seed in (("a", 0), ("b", 1)):

@@ -68,7 +68,7 @@ def broken_trainer(
     return toy_trainer(run_dir, steps, objective=objective, **settings)
 
 
-def test_training_does_not_depend_on_accumulation(tmp_path: Path) -> None:
+def test_training_does_not_depend_on_the_number_of_micro_batches(tmp_path: Path) -> None:
     # Rows have between 1 and 6 scored symbols, so that a mean of micro-batch means would have an
     # error of several percent. The tolerance allows the rounding of float64 sums in another order,
     # about 1e-16 relative per sum, over six steps.
@@ -100,7 +100,7 @@ def test_gradient_is_divided_by_the_token_count_of_the_global_batch(tmp_path: Pa
         )
 
 
-def test_trainer_clips_gradients_and_reports_the_norm_before_clipping(tmp_path: Path) -> None:
+def test_trainer_reports_the_gradient_norm_before_clipping(tmp_path: Path) -> None:
     trainer = toy_trainer(
         tmp_path, 1, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=1.0), clip=1e-3
     )
@@ -232,7 +232,7 @@ def test_metrics_of_equal_runs_differ_only_in_wall_clock_time(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_ends_training_after_the_step_and_training_resumes(
+def test_signal_ends_training_after_the_current_step(
     tmp_path: Path, number: int, code: int
 ) -> None:
     trainer, rows = toy_trainer(tmp_path / "run", 9), rows_at(1)
