@@ -65,7 +65,7 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
         sys.modules.pop(module, None)
 
 
-class NoWaiting(TorchDispatchMode):
+class NoBlockingCopies(TorchDispatchMode):
     """Mode that refuses blocking copies from the host to "meta", except in `to_device`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +80,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.fixture
-def no_answers(monkeypatch: pytest.MonkeyPatch) -> type[NoWaiting]:
+def no_sync_guard(monkeypatch: pytest.MonkeyPatch) -> type[NoBlockingCopies]:
     """Let a training step run on the device "meta", to find synchronizations with a GPU.
 
     Tensors on "meta" have no values, so reading a value raises an error. Autocast and the fused
@@ -90,4 +90,4 @@ def no_answers(monkeypatch: pytest.MonkeyPatch) -> type[NoWaiting]:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
-    return NoWaiting
+    return NoBlockingCopies

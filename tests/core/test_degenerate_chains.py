@@ -37,7 +37,9 @@ class DelayedSchedule(Schedule):
         return (t - self.start).clamp(min=0.0) / (1.0 - self.start)
 
 
-def mean_charge(process: ForwardProcess, token: int, length: int, times: int = 2000) -> float:
+def constant_prediction_bound(
+    process: ForwardProcess, token: int, length: int, times: int = 2000
+) -> float:
     """Return the diffusion term of one token for a constant prediction.
 
     It is computed by midpoints in v and the sum over all states.
@@ -69,7 +71,9 @@ def test_bound_of_constant_prediction_is_minus_log_p_with_zero_early_rates(
     process = MixtureProcess(vocabulary, DelayedSchedule(start), target)
     for token in range(3):
         expected = -math.log(float(PREDICTION[token]))
-        assert mean_charge(process, token, length) == pytest.approx(expected, abs=3e-3)
+        assert constant_prediction_bound(process, token, length) == pytest.approx(
+            expected, abs=3e-3
+        )
 
 
 def test_drawn_noise_times_do_not_cluster_at_times_with_zero_rates() -> None:
@@ -129,7 +133,7 @@ def test_bound_integrand_with_noise_on_one_token_equals_default_formula(t: float
 def test_bound_of_process_with_noise_on_one_token_is_minus_log_p(token: int) -> None:
     process = MixtureProcess(BARE, LinearSchedule(), torch.tensor([1.0, 0.0, 0.0]))
     expected = -math.log(float(PREDICTION[token]))
-    assert mean_charge(process, token, 64) == pytest.approx(expected, abs=1e-3)
+    assert constant_prediction_bound(process, token, 64) == pytest.approx(expected, abs=1e-3)
 
 
 def test_tree_bound_integrand_is_zero_at_leaf_tokens_for_any_prediction() -> None:

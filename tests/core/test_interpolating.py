@@ -90,7 +90,9 @@ def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
     return (low + high) / 2
 
 
-def law_of_step(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
+def step_distribution(
+    process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s: float
+) -> Tensor:
     """Return the exact distribution [r,S] of a step.
 
     The first uniform decides whether the row moves, and the second chooses the state, in the order
@@ -125,7 +127,7 @@ def test_reverse_step_by_thinning_equals_exact_reverse_transition(
         log_p.expand(len(zt), -1), zt, full(t, zt), full(s, zt)
     ).exp()
     torch.testing.assert_close(
-        law_of_step(process, log_p, zt, t, s), expected, rtol=0.0, atol=1e-12
+        step_distribution(process, log_p, zt, t, s), expected, rtol=0.0, atol=1e-12
     )
 
 

@@ -55,7 +55,7 @@ def process(decoding: str = "bayes", xi: float | Sequence[float] = XI) -> TreePr
 # ---------------------------------------------------------------------- decoding rules
 
 
-def words_by_rule(decoding: str, node: int) -> Tensor:
+def tokens_by_decoding_rule(decoding: str, node: int) -> Tensor:
     """Return the distribution [V] of the token below a node by the formula of the decoding rule."""
     n = 3
     inside = torch.tensor([parent == node for parent in PARENT])
@@ -76,7 +76,7 @@ def test_token_drawn_below_a_node_follows_the_formula_of_its_decoding_rule(
     decoding: str, node: int
 ) -> None:
     zt, t = torch.full((POINTS,), 6 + node), torch.full((POINTS,), 0.4, dtype=torch.float64)
-    expected = words_by_rule(decoding, node)
+    expected = tokens_by_decoding_rule(decoding, node)
     assert float(expected.sum()) == pytest.approx(1.0)
     drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], expected, rtol=0.0, atol=1.5 / POINTS)

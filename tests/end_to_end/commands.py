@@ -10,7 +10,7 @@ import pytest
 from ddiff.cli import main
 
 
-class Answer(NamedTuple):
+class CommandResult(NamedTuple):
     """Exit code and output of a command."""
 
     code: int
@@ -18,10 +18,10 @@ class Answer(NamedTuple):
     err: str
 
 
-Command = Callable[..., Answer]
+Command = Callable[..., CommandResult]
 
 
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> CommandResult:
     """Run `ddiff ARGUMENTS` in this process, and return exit code, stdout and stderr."""
     code = 0
     try:
@@ -29,31 +29,31 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Answer:
     except SystemExit as stop:
         code = int(stop.code or 0)
     written = capsys.readouterr()
-    return Answer(code, written.out, written.err)
+    return CommandResult(code, written.out, written.err)
 
 
 @pytest.fixture
 def ddiff(capsys: pytest.CaptureFixture[str]) -> Command:
     """Function that runs a command in this process, for example `ddiff("eval", "runs/tiny")`."""
 
-    def call(*arguments: str) -> Answer:
+    def call(*arguments: str) -> CommandResult:
         return run_command(capsys, *arguments)
 
     return call
 
 
-def refusal(answer: Answer) -> str:
+def refusal(result: CommandResult) -> str:
     """Check that a command failed with exit code 2 and one paragraph, and return the paragraph."""
-    assert answer.code == 2, answer
-    assert "Traceback" not in answer.err
-    assert "Aborted" not in answer.err
-    assert len(answer.err) < 3000
-    return answer.err
+    assert result.code == 2, result
+    assert "Traceback" not in result.err
+    assert "Aborted" not in result.err
+    assert len(result.err) < 3000
+    return result.err
 
 
-def is_refusal(answer: Answer, *expected: str) -> bool:
+def is_refusal(result: CommandResult, *expected: str) -> bool:
     """Assert that a command failed with a message that contains all of `expected`."""
-    message = refusal(answer)
+    message = refusal(result)
     missing = [text for text in expected if text not in message]
     assert missing == [], message
     return True

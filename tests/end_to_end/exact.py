@@ -12,7 +12,7 @@ from ddiff.core.elbo import Network, RowFunction
 from ddiff.core.process import Query
 
 
-def exact_ask(
+def exact_network(
     process: ForwardProcess, source: MarkovSource, predicts: str = "distribution"
 ) -> Network:
     """Return the network that predicts the exact distribution of each symbol, or its score.
@@ -21,7 +21,7 @@ def exact_ask(
     """
 
     def network(noisy: Noisy) -> Query:
-        log_p = _law_of_rest(process, source, noisy).flatten(0, 1)
+        log_p = _log_likelihoods(process, source, noisy).flatten(0, 1)
         zt, t = noisy.zt.reshape(-1), noisy.t.reshape(-1)
 
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
@@ -51,7 +51,7 @@ def ids_of(source: MarkovSource, count: int, length: int) -> Tensor:
     )
 
 
-def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) -> Tensor:
+def _log_likelihoods(process: ForwardProcess, source: MarkovSource, noisy: Noisy) -> Tensor:
     """Return the log-likelihood [B,L,V] of each state given each symbol.
 
     States at the prior and states in later blocks carry no information.
@@ -67,11 +67,11 @@ def _law_of_rest(process: ForwardProcess, source: MarkovSource, noisy: Noisy) ->
     assert noisy.memory is not None
     block = noisy.block.expand_as(noisy.zt).unsqueeze(-1)
     told = torch.nn.functional.one_hot(noisy.memory, seen.shape[-1]).double()
-    law = torch.zeros_like(seen)
+    likelihood = torch.zeros_like(seen)
     for current in range(int(block.max()) + 1):
         evidence = torch.where(block < current, told, torch.where(block == current, seen, 1.0))
-        law = torch.where(block == current, _forward_backward(evidence, source), law)
-    return law.log()
+        likelihood = torch.where(block == current, _forward_backward(evidence, source), likelihood)
+    return likelihood.log()
 
 
 def _forward_backward(evidence: Tensor, source: MarkovSource) -> Tensor:

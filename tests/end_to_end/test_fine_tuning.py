@@ -87,13 +87,13 @@ def test_init_from_flat_run_keeps_token_distribution_in_clusters() -> None:
     logits = hidden @ theirs["head.table"].T + theirs["head.bias"]
     cluster = vocabulary.parent(torch.arange(vocabulary.num_tokens))
     for node in cluster.unique().tolist():
-        law = run.denoiser.head.query(
-            hidden, torch.full((5,), node), lambda law, idx: law.log_below(0).exp()
+        probs = run.denoiser.head.query(
+            hidden, torch.full((5,), node), lambda dist, idx: dist.log_below(0).exp()
         )
         first = int(vocabulary.node_range(torch.tensor(node), 0)[0])
-        below = vocabulary.order(0)[first : first + law.shape[1]]
+        below = vocabulary.order(0)[first : first + probs.shape[1]]
         assert set(below.tolist()) == set((cluster == node).nonzero().squeeze(-1).tolist())
-        torch.testing.assert_close(law, logits[:, below].softmax(-1))
+        torch.testing.assert_close(probs, logits[:, below].softmax(-1))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from ddiff_ar.objective import AutoregressiveObjective
-from exact import exact_ask, ids_of, row_nats
+from exact import exact_network, ids_of, row_nats
 from torch import Tensor
 
 import ddiff
@@ -236,7 +236,7 @@ def test_mean_bound_of_exact_prediction_equals_mean_nll(name: str) -> None:
     process = recipe.process.build(vocabulary=VOCABULARIES.get(name, FlatVocabulary(4)))
     source, index = MarkovSource(4, peakedness=2.0), torch.arange(4096)
     x0 = ids_of(source, len(index), 8)
-    network = exact_ask(
+    network = exact_network(
         process, source, "score" if recipe.head.component.name == "score" else "distribution"
     )
     rule = recipe.times.build().with_window(*recipe.evaluate.window)

@@ -98,8 +98,8 @@ def test_count_logits_stops_after_the_with_block(folder: Path) -> None:
     head = TokenHead(FlatVocabulary(5), 3)
     hidden, node = torch.zeros(4, 3), torch.full((4,), 5)
     with count_logits(head) as logits:
-        head.query(hidden, node, lambda law, idx: law.log_mass(0))
-    head.query(hidden, node, lambda law, idx: law.log_mass(0))
+        head.query(hidden, node, lambda dist, idx: dist.log_mass(0))
+    head.query(hidden, node, lambda dist, idx: dist.log_mass(0))
     assert logits.total == 4 * 5
     assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
 

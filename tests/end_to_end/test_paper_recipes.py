@@ -81,7 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.usefixtures("no_answers")
+@pytest.mark.usefixtures("no_sync_guard")
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipe_training_step_does_not_synchronize_with_device(
     name: str, place: Path

@@ -63,7 +63,7 @@ def row_of(vocabulary: Vocabulary, node: int) -> int:
     )
 
 
-def dense_law(head: Head, hidden: Tensor) -> DenseDistribution:
+def dense_distribution(head: Head, hidden: Tensor) -> DenseDistribution:
     return DenseDistribution(dense_log_p(head, hidden), head.vocabulary)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_heads import TREES, dense_law, make_head, random_nodes, random_token_below
+from dense_heads import TREES, dense_distribution, make_head, random_nodes, random_token_below
 from torch import Tensor, nn
 
 from ddiff import Backbone
@@ -58,7 +58,8 @@ def test_gradients_through_head_chunks_reach_backbone_and_head(denoiser: Denoise
     fn = lambda dist, idx: -dist.log_child(node[idx], word[idx])  # noqa: E731
     total, values = denoiser(noisy, UNPADDED, rows, node, fn)
     dense = fn(
-        dense_law(denoiser.head, denoiser.hidden_states(noisy, UNPADDED)[rows]), torch.arange(4)
+        dense_distribution(denoiser.head, denoiser.hidden_states(noisy, UNPADDED)[rows]),
+        torch.arange(4),
     )
     torch.testing.assert_close(values, dense.detach(), rtol=1e-12, atol=1e-12)
     parameters = list(denoiser.parameters())

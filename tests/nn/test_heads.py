@@ -9,7 +9,7 @@ import torch
 from dense_heads import (
     KINDS,
     TREES,
-    dense_law,
+    dense_distribution,
     dense_log_p,
     make_head,
     random_nodes,
@@ -77,7 +77,7 @@ def test_chunked_loss_of_a_head_equals_the_dense_loss_with_gradients(
     weight = torch.rand(ROWS, dtype=torch.float64)
     fn = weighted_surprise(node, child, weight)
     total, values, surprise = head.total(hidden, node, fn)
-    dense_values, dense_surprise = fn(dense_law(head, hidden), torch.arange(ROWS))
+    dense_values, dense_surprise = fn(dense_distribution(head, hidden), torch.arange(ROWS))
     torch.testing.assert_close(total, dense_values.sum(), **EXACT)
     torch.testing.assert_close(values, dense_values.detach(), **EXACT)
     torch.testing.assert_close(surprise, dense_surprise.detach(), **EXACT)
@@ -93,7 +93,7 @@ def test_chunked_loss_of_a_head_equals_the_dense_loss_with_gradients(
 def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head) -> None:
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
-    dense = dense_law(head, hidden)
+    dense = dense_distribution(head, hidden)
     levels = range(max(head.vocabulary.num_levels, 1))
 
     def fn(dist: CleanDistribution, idx: Tensor) -> tuple[Tensor, ...]:
@@ -126,7 +126,7 @@ def test_gradient_of_a_node_probability_reaches_the_logits_of_all_levels(head: H
         )
 
     total = head.total(hidden, root, fn)[0]
-    dense = fn(dense_law(head, hidden), torch.arange(ROWS)).sum()
+    dense = fn(dense_distribution(head, hidden), torch.arange(ROWS)).sum()
     for ours, expected in zip(
         gradients(total, hidden, head), gradients(dense, hidden, head), strict=True
     ):
@@ -148,7 +148,7 @@ def test_head_draws_equal_draws_of_the_dense_distribution(head: Head) -> None:
     level, u = torch.zeros_like(node), torch.rand(200, dtype=torch.float64)
     fn = lambda dist, idx: dist.draw(node[idx], level[idx], u[idx])  # noqa: E731
     drawn = head.query(hidden, node, fn)
-    assert torch.equal(drawn, fn(dense_law(head, hidden.detach()), torch.arange(200)))
+    assert torch.equal(drawn, fn(dense_distribution(head, hidden.detach()), torch.arange(200)))
 
 
 def test_chunked_loss_of_a_head_passes_gradcheck() -> None:

@@ -14,7 +14,7 @@ from ddiff_hdlm.process import HierarchicalDiffusion
 from ddiff_hybrid.epsilon import EpsilonHybrid
 from ddiff_hybrid.gamma import GammaHybrid
 from ddiff_mdlm.process import MaskedDiffusion
-from dense_heads import KINDS, dense_law, make_head
+from dense_heads import KINDS, dense_distribution, make_head
 from torch import Tensor, nn
 
 from ddiff.core.components import MixtureProcess
@@ -66,7 +66,7 @@ def test_training_gradient_of_every_head_equals_that_of_dense_bound(name: str, k
         return weight[idx] * process.divergence(dist, x0[idx], zt[idx], t[idx])
 
     total, each = head.total(hidden, process.scope(zt), question)
-    dense = ForwardProcess.density(process, dense_law(head, hidden), x0, zt, t)
+    dense = ForwardProcess.density(process, dense_distribution(head, hidden), x0, zt, t)
     torch.testing.assert_close(each, dense.detach(), **close)
     for ours, expected in zip(
         gradients(total, hidden, head), gradients(dense.sum(), hidden, head), strict=True
@@ -79,7 +79,7 @@ def test_training_gradient_of_every_head_equals_that_of_dense_bound(name: str, k
     "name", [name for name in PROCESSES if "Dense" not in name]
 )  # dense processes are test oracles and may synchronize
 def test_training_step_of_every_head_and_process_runs_on_meta_tensors(
-    name: str, kind: str, no_answers: Any
+    name: str, kind: str, no_sync_guard: Any
 ) -> None:
     """A "meta" tensor has no values, so code that needs a value on the host raises an error."""
     process = PROCESSES[name]
@@ -93,7 +93,7 @@ def test_training_step_of_every_head_and_process_runs_on_meta_tensors(
     batch = Batch(ids, every, every, torch.zeros_like(ids), index, packed=False, conditions={})
     step = lambda: objective(batch, CounterRng(0, 0, index, 5), {"tokens": torch.tensor(40.0)}, 8)  # noqa: E731
     step()
-    with no_answers():
+    with no_sync_guard():
         terms = step()
         terms.loss.backward()
     assert terms.loss.is_meta

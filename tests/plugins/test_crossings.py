@@ -363,7 +363,7 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
     ).reshape(size, -1)
 
 
-def law_at(process: ForwardProcess, s: float, t: float) -> Tensor:
+def joint_at(process: ForwardProcess, s: float, t: float) -> Tensor:
     """Return the joint distribution [S,S] of the first position at s and the second at t."""
     first, second = likelihoods(process, times((s, t)))
     return torch.einsum("ab,ai,bj->ij", JOINT, first, second)
@@ -389,9 +389,9 @@ def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProce
     """For any kappa, the moved position has its marginal at s, jointly with its neighbour at t."""
     sampler, t, s = PSI[case]
     moved = after_a_psi_step(process, sampler, t, s)
-    assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) < EVEN
+    assert 0.5 * float((moved - joint_at(process, s, t)).abs().sum()) < EVEN
     if s < t:
-        assert 0.5 * float((moved - law_at(process, t, t)).abs().sum()) > 5 * EVEN
+        assert 0.5 * float((moved - joint_at(process, t, t)).abs().sum()) > 5 * EVEN
 
 
 def test_marginal_check_of_psi_detects_remasking_noise_of_another_time() -> None:
@@ -404,4 +404,4 @@ def test_marginal_check_of_psi_detects_remasking_noise_of_another_time() -> None
     late.sample = sample_late  # type: ignore[method-assign]
     sampler, t, s = PSI["half"]
     moved = after_a_psi_step(late, sampler, t, s)
-    assert 0.5 * float((moved - law_at(process, s, t)).abs().sum()) > 5 * EVEN
+    assert 0.5 * float((moved - joint_at(process, s, t)).abs().sum()) > 5 * EVEN

@@ -64,11 +64,11 @@ def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor
     return table
 
 
-def exact_ask(process: ForwardProcess) -> Network:
+def exact_network(process: ForwardProcess) -> Network:
     return network_from_table(given_the_rest(process), process.vocabulary)
 
 
-def law_of_chain(process: ForwardProcess, num_steps: int) -> Tensor:
+def distribution_after_steps(process: ForwardProcess, num_steps: int) -> Tensor:
     """Return the distribution [S,S] of both states after `num_steps` equal reverse steps.
 
     The sum is over all canvases. Positions move independently given the canvas, each by

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from joint import JOINT, exact_ask, processes
+from joint import JOINT, exact_network, processes
 
 from ddiff.core.elbo import network_from_table
 from ddiff.core.process import ForwardProcess
@@ -66,10 +66,10 @@ def test_hyperschedule_sampler_with_flat_times_equals_its_inner_sampler(name: st
     process = processes()[name]
     settings = {"index": torch.arange(50), "length": 2, "seed": 5}
     plain = generate(
-        AncestralSampler(InformationGrid(process, 7)), process, exact_ask(process), **settings
+        AncestralSampler(InformationGrid(process, 7)), process, exact_network(process), **settings
     )  # type: ignore[arg-type]
     sampler = HyperscheduleSampler(AncestralSampler(7), FlatTimes())
-    along = generate(sampler, process, exact_ask(process), **settings)  # type: ignore[arg-type]
+    along = generate(sampler, process, exact_network(process), **settings)  # type: ignore[arg-type]
     assert torch.equal(plain.ids, along.ids)
 
 
@@ -87,14 +87,14 @@ def test_hyperschedule_keeps_prompts_and_later_positions_at_the_prior() -> None:
         assert torch.equal(canvas.zt[:, 1], prompt[:, 1])
         assert bool((canvas.zt[canvas.clean] < 3).all())
 
-    def uniform_law(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def uniform_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.full((*zt.shape, 3), 1 / 3, dtype=torch.float64).log()
 
     sampler = HyperscheduleSampler(AncestralSampler(12), WindowTimes(2, "slide", paired=False))
     drawn = generate(
         sampler,
         process,
-        network_from_table(uniform_law, process.vocabulary),
+        network_from_table(uniform_table, process.vocabulary),
         index=torch.arange(6),
         length=4,
         seed=1,

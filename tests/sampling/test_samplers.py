@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from all_samplers import SAMPLERS
-from joint import JOINT, EarlyNoise, exact_ask, processes
+from joint import JOINT, EarlyNoise, exact_network, processes
 
 from ddiff.core.components import MixtureProcess
 from ddiff.core.elbo import network_from_noisy, network_from_table
@@ -43,7 +43,7 @@ REFUSED = [(s, p) for s, (_, refused) in SAMPLERS.items() for p in refused]
 
 
 def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings: Any) -> Samples:
-    settings = {"network": exact_ask(process), "seed": 3, "length": 2} | settings
+    settings = {"network": exact_network(process), "seed": 3, "length": 2} | settings
     return generate(sampler, process, index=torch.tensor(index), **settings)
 
 
@@ -142,7 +142,7 @@ def test_diffusion_samplers_refuse_a_run_without_process(sampler: str) -> None:
         generate(
             SAMPLERS[sampler][0](4),
             None,
-            exact_ask(PROCESSES["masked"]),
+            exact_network(PROCESSES["masked"]),
             index=torch.arange(1),
             length=2,
             seed=0,
@@ -304,7 +304,9 @@ def test_remasking_sampler_of_remdm_equals_psi_sampler_on_masks() -> None:
     free = torch.ones_like(zt, dtype=torch.bool)
     canvas = Canvas(zt, torch.full(zt.shape, t).double(), ~free, free)
     sampler, rng = PsiSampler(2, CapRemasking(0.3)), FastRng(count, 5)
-    moved = sampler.move(process, exact_ask(process), canvas, torch.full_like(canvas.t, s), rng).zt  # type: ignore[arg-type]
+    moved = sampler.move(
+        process, exact_network(process), canvas, torch.full_like(canvas.t, s), rng
+    ).zt  # type: ignore[arg-type]
     masked = (moved == 3).double().mean(0)
     revealed = ((1 - s) - 0.7 * (1 - t)) / t
     assert masked.tolist() == pytest.approx([0.3, 1 - revealed], abs=0.0125)
@@ -517,7 +519,7 @@ def test_samplers_without_look_ahead_ignore_prompt_tokens_after_a_gap() -> None:
         BlockwiseSampler(AncestralSampler(2), 1, "all"),
         HyperscheduleSampler(AncestralSampler(3), WindowTimes(1, "slide", paired=False)),
     ):
-        network = BlindAsk(process)
+        network = PastOnlyNetwork(process)
         drawn = draw(
             sampler,
             process,
@@ -532,7 +534,7 @@ def test_samplers_without_look_ahead_ignore_prompt_tokens_after_a_gap() -> None:
         )
 
 
-class BlindAsk:
+class PastOnlyNetwork:
     """Network that is exact given the positions in the same or earlier blocks."""
 
     def __init__(self, process: ForwardProcess) -> None:

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from joint import JOINT, EarlyNoise, distance, exact_ask, given_the_rest, law_of_chain, processes
+from joint import (
+    JOINT,
+    EarlyNoise,
+    distance,
+    distribution_after_steps,
+    exact_network,
+    given_the_rest,
+    processes,
+)
 from torch import Tensor
 
 from ddiff.core.components import MixtureProcess
@@ -41,7 +49,7 @@ def many(process: ForwardProcess, num_steps: int, count: int) -> Tensor:
     free = torch.ones(count, 2, dtype=torch.bool)
     canvas = Canvas(start, torch.ones(count, 2).double(), ~free, free)
     sampler = AncestralSampler(num_steps)
-    return list(sampler.run(process, exact_ask(process), canvas, lambda step: noise))[-1].zt  # type: ignore[arg-type,return-value]
+    return list(sampler.run(process, exact_network(process), canvas, lambda step: noise))[-1].zt  # type: ignore[arg-type,return-value]
 
 
 def draw(
@@ -49,7 +57,7 @@ def draw(
 ) -> Samples:
     settings = {
         "sampler": AncestralSampler(steps),
-        "network": exact_ask(process),
+        "network": exact_network(process),
         "seed": 3,
     } | settings
     return generate(process=process, index=torch.tensor(index), length=length, **settings)
@@ -65,7 +73,7 @@ def test_ancestral_sampling_error_is_inversely_proportional_to_steps(name: str) 
     """
     process = processes()[name]
     far, nearer, near, nearest = (
-        distance(law_of_chain(process, steps)) for steps in (1, 4, 16, 64)
+        distance(distribution_after_steps(process, steps)) for steps in (1, 4, 16, 64)
     )
     marginals = torch.outer(JOINT.sum(1), JOINT.sum(0))
     assert far == pytest.approx(0.5 * float((marginals - JOINT).abs().sum()), abs=1e-9)
@@ -85,7 +93,7 @@ def test_ancestral_samples_follow_the_exactly_computed_distribution(name: str, s
     process, count = processes()[name], 20_000
     ids = many(process, steps, count)
     found = torch.bincount(ids[:, 0] * 3 + ids[:, 1], minlength=9).double()
-    expected = count * law_of_chain(process, steps)[:3, :3].reshape(-1)
+    expected = count * distribution_after_steps(process, steps)[:3, :3].reshape(-1)
     assert float(expected.sum()) == pytest.approx(count, abs=1e-6), (
         "not all final states are tokens"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ddiff_ar.sampler import LeftToRight
 from ddiff_core.samplers import Ancestral
-from joint import exact_ask, processes
+from joint import exact_network, processes
 from torch import Tensor
 
 from ddiff.core.elbo import network_from_table
@@ -193,7 +193,7 @@ def test_guidance_mixes_log_probabilities_for_any_chunk_size(weight: float) -> N
 
 def test_guidance_counts_evaluations_of_both_networks() -> None:
     process = processes()["masked"]
-    network = guide_network(exact_ask(process), exact_ask(process), 1.5)
+    network = guide_network(exact_network(process), exact_network(process), 1.5)
     drawn = generate(AncestralSampler(1), process, network, index=torch.arange(3), length=2, seed=0)
     assert (drawn.nfe, drawn.runs.tolist()) == (2, [2, 2, 2])
 
@@ -201,13 +201,13 @@ def test_guidance_counts_evaluations_of_both_networks() -> None:
 def test_classifier_guidance_is_bayes_rule_on_tokens() -> None:
     evidence = torch.rand(4, 3, generator=torch.Generator().manual_seed(5)).double()
     plain = read(table(1))
-    steered_law = read(
+    steered_probs = read(
         guide_by_classifier(
             in_chunks(table(1), (1, 2)), lambda noisy, rows: evidence[rows].log(), 2.0
         )
     )
     expected = plain * evidence**2
-    assert torch.allclose(steered_law, expected / expected.sum(-1, keepdim=True))
+    assert torch.allclose(steered_probs, expected / expected.sum(-1, keepdim=True))
     with pytest.raises(ArgumentError, match=r"must return a tensor \[4, 3\].*\(4, 2\)"):
         read(guide_by_classifier(table(1), lambda noisy, rows: evidence[rows, :2]))
 
@@ -245,7 +245,7 @@ def test_order_of_reveal_is_computed_before_temperature_and_filters(by: Any) -> 
     assert order([Temperature(0.01)]) == order([])
 
 
-def law_of(sampler: Any, p: Tensor) -> list[float]:
+def filtered_distribution(sampler: Any, p: Tensor) -> list[float]:
     """Return the distribution that the filters of a configured sampler make of p."""
     log_p = p.log().unsqueeze(0)
     for shaper in sampler.shapers:
@@ -270,13 +270,13 @@ def test_filter_order_is_temperature_top_k_top_p_min_p(which: int) -> None:
     Two tokens then hold 0.8 of the probability; without the temperature, three would.
     """
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    got = law_of(configured({"temperature": 0.5, "top_p": 0.8})[which], p)
+    got = filtered_distribution(configured({"temperature": 0.5, "top_p": 0.8})[which], p)
     assert got == pytest.approx([0.64, 0.36, 0.0, 0.0])
     # top_p keeps two of the three tokens of top_k, because .4/.9 < .75 <= .7/.9. Without top_k it
     # would keep three tokens.
-    got = law_of(configured({"top_k": 3, "top_p": 0.75})[which], p)
+    got = filtered_distribution(configured({"top_k": 3, "top_p": 0.75})[which], p)
     assert got == pytest.approx([4 / 7, 3 / 7, 0.0, 0.0])
-    got = law_of(configured({"temperature": 0.5, "min_p": 0.3})[which], p)
+    got = filtered_distribution(configured({"temperature": 0.5, "min_p": 0.3})[which], p)
     assert got == pytest.approx([0.64, 0.36, 0.0, 0.0])  # 4/16 < .3 <= 9/16, and .2/.4 > .3
 
 

@@ -41,7 +41,7 @@ class Zeros:
         return torch.zeros(self.batch, 2, count, dtype=torch.float64)
 
 
-def laws_of_leaps(
+def leap_distributions(
     sampler: GridSampler,
     process: ForwardProcess,
     network: Network,
@@ -95,9 +95,9 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
     dist, times = torch.outer(prior, prior).reshape(-1), sampler.grid.times()
     for t, s in itertools.pairwise(times[:-1]):
         start = canvases[dist > 0]
-        first = both(laws_of_leaps(sampler, process, network, start, start, t, s)[0])
+        first = both(leap_distributions(sampler, process, network, start, start, t, s)[0])
         source, middle = (first > 0).nonzero(as_tuple=True)
-        dists = laws_of_leaps(sampler, process, network, start[source], canvases[middle], t, s)
+        dists = leap_distributions(sampler, process, network, start[source], canvases[middle], t, s)
         weight = dist[dist > 0][source] * first[source, middle]
         dist = weight @ both(dists[1]) if len(dists) > 1 else dist[dist > 0] @ first
     start, last = (

@@ -19,7 +19,7 @@ from ddiff.training.signals import StopSignals
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_step_does_not_wait_for_the_device(
     optimizer: str,
-    no_answers: Any,
+    no_sync_guard: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -32,13 +32,13 @@ def test_training_step_does_not_wait_for_the_device(
     trainer = session.trainer()
     first, second = ([trainer.batch_at(step, micro) for micro in (0, 1)] for step in (0, 1))
     trainer._launch(0, first, StopSignals())
-    with no_answers():
+    with no_sync_guard():
         launched = trainer._launch(1, second, StopSignals())
     assert launched.figures.is_meta
 
 
-def test_no_sync_guard_detects_blocking_copies(no_answers: Any) -> None:
-    with no_answers(), pytest.raises(AssertionError, match="waits"):
+def test_no_sync_guard_detects_blocking_copies(no_sync_guard: Any) -> None:
+    with no_sync_guard(), pytest.raises(AssertionError, match="waits"):
         torch.ones(2).to("meta")
     with pytest.raises(RuntimeError, match="meta"):
         bool(torch.ones(2, device="meta").any())
