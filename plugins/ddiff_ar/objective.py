@@ -30,11 +30,11 @@ from ddiff import (
 
 @final
 class AutoregressiveObjective:
-    """Objective that trains a causal denoiser on the negative log-likelihood.
+    """Objective that trains an autoregressive denoiser on the negative log-likelihood.
 
-    The input of the denoiser at each position is the token before that position
-    (`inputs = "previous"`). There is no process and no time, and `nll` is exact. `module` is the
-    module that the trainer calls: the denoiser, or the backend's wrapper of the denoiser.
+    The denoiser must have `inputs = "previous"`: its input at each position is the token before
+    that position. There is no forward process and no noise time, and `nll` is exact. The attribute
+    `module` is the module that the trainer calls: the denoiser, or the backend's wrapper of it.
 
     Raises ArgumentError if the vocabulary has no mask, since the mask is the input before the first
     token of a document, or if the head predicts scores.
@@ -71,9 +71,11 @@ class AutoregressiveObjective:
     def __call__(
         self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
     ) -> LossTerms:
-        """Return the sum of -ln p of this micro-batch, divided by the tokens of the global batch.
+        """Return the loss of a micro-batch, in nats per token.
 
-        Only scored tokens count, in the sum and in `denominators["tokens"]`.
+        It is the sum of -ln p over the scored tokens of `batch`, divided by
+        `denominators["tokens"]`, the number of scored tokens of the global batch. `rng` selects the
+        sequences without conditions. `slots` is not used.
         """
         device = get_device(self.module)
         context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)
@@ -90,7 +92,7 @@ class AutoregressiveObjective:
         return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
 
     def network(self, batch: Batch) -> Network:
-        """Return the denoiser as a network conditioned on this batch's documents and conditions."""
+        """Return the denoiser as a network function for the documents and conditions of `batch`."""
         return as_network(self.denoiser, None, build_context(batch))
 
     def nll(
@@ -98,7 +100,8 @@ class AutoregressiveObjective:
     ) -> Likelihood:
         """Return -ln p(x_i | x_<i) [B,L], 0 at positions that are not scored.
 
-        The likelihood needs no random numbers and no noise times: `rng` and `times` are not used.
+        This likelihood is exact and deterministic. The other arguments are for objectives that
+        estimate a bound at random times, and are not used.
         """
         rows, node, targets = self._scored_rows(batch, batch.ids.device)
         nats = torch.zeros(batch.ids.numel(), dtype=torch.float64, device=batch.ids.device)
@@ -109,11 +112,13 @@ class AutoregressiveObjective:
         return Likelihood({"nll": nats.reshape(batch.ids.shape)}, {})
 
     def _scored_rows(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the flat indices, query nodes and tokens of the scored positions, each [k].
+        """Return three tensors [k] for the k scored positions.
 
-        Every query node is the root, so that the head predicts over all tokens. Indices and tokens
-        are on `device`. The nodes stay on the device of the batch, since heads group rows by node
-        on the host.
+        - flat indices b * L + i, on `device`,
+        - query nodes, on the device of the batch, since heads group rows by node on the host,
+        - tokens, on `device`.
+
+        Every query node is the root of the tree, so that the head predicts over all tokens.
         """
         rows = batch.scored.reshape(-1).nonzero().squeeze(-1)
         node = torch.full_like(rows, self.vocabulary.root)
@@ -126,14 +131,17 @@ def _nats(dist: CleanDistribution, targets: Tensor) -> Tensor:
 
 
 def _clean_input(batch: Batch) -> Noisy:
-    """Return all tokens as clean input; the causal denoiser hides later tokens from a position."""
+    """Return the tokens of a batch as network input without noise.
+
+    The denoiser is causal, so that the prediction at a position does not use its own token.
+    """
     times = torch.zeros(batch.ids.shape, device=batch.ids.device).double()
     return Noisy(batch.ids, times, torch.ones_like(batch.scored))
 
 
 @final
 class Autoregression:
-    """Autoregressive objective from left to right; takes no [process], no loss and no times."""
+    """Autoregressive objective from left to right, without [process], loss and times."""
 
     slots = ()
     inputs = "previous"  # input of the denoiser: the token before each position

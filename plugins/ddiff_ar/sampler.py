@@ -1,4 +1,4 @@
-"""Left-to-right sampling, one token per network call."""
+"""Left-to-right sampler of autoregressive models, one token per network call."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ from ddiff import (
 
 @final
 class LeftToRightSampler(Sampler):
-    """Exact sampler that draws the positions in order, each from P(x_i | x_<i).
+    """Exact sampler that draws the tokens in order, each from P(x_i | x_<i).
 
-    The sampler makes one network call per position without a prompt token. With a cache of keys
-    and values, a call runs the backbone only on the current position. Prompt tokens are kept, but
-    a drawn token does not depend on prompt tokens to its right.
+    There is one network call per position, except for positions with a prompt token in every
+    sequence of the batch. With a cache of keys and values, a call runs the backbone only on the
+    current position. Prompt tokens are kept, but a drawn token does not depend on prompt tokens to
+    its right.
     """
 
     quality: Literal["exact", "of an order", "heuristic"] = "exact"
@@ -91,7 +92,7 @@ class LeftToRight:
     """Exact left-to-right sampling, one network call per token; `steps` has no effect."""
 
     class Config(ComponentConfig):
-        """Temperature and filters of each distribution P(x_i | x_<i); off by default."""
+        """Temperature and filters of the distribution of the next token; off by default."""
 
         temperature: NonNegativeFloat = 1.0
         """Draw from p^(1/temperature), normalized; 0 is greedy."""

@@ -1,4 +1,4 @@
-"""Built-in components, registered through the same hook as the components of any plugin."""
+"""Components of recipes that are part of the engine, such as samplers, heads and optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends of the engine as recipe components."""
+"""Backends as recipe components: one process, data parallelism or sharding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Single:
-    """One process on one device."""
+    """Backend with one process on one device."""
 
     @staticmethod
     def build(config: ComponentConfig, *, device: str, processes: int) -> SingleBackend:

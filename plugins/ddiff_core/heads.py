@@ -1,4 +1,4 @@
-"""Heads of the engine as recipe components."""
+"""Heads as recipe components. A head maps hidden states to a distribution of the clean token."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Tokens:
 
 
 class Tied:
-    """Head with one logit per token; computes only the logits below the node at a position.
+    """Head with one logit per token; only the logits that a position needs are computed.
 
-    At a mask these are the logits of all tokens, at a cluster the logits of its tokens. The
-    probability of a node is the sum over the tokens below the node.
+    A masked position needs the logits of all tokens. A position whose state is a cluster needs only
+    the logits of the tokens in this cluster. On a tree, the probability of a node is the sum over
+    the tokens below the node.
     """
 
     class Config(ComponentConfig):
@@ -35,10 +36,10 @@ class Tied:
 
 
 class Levelwise:
-    """Head with separate logits for the children of every node, a hierarchical softmax.
+    """Hierarchical softmax: separate logits for the children of every node of a tree.
 
-    At each position only the logits of the children of the queried node are computed: in the
-    bound, the clusters at a mask and the tokens of one cluster at a cluster.
+    For the bound, a position needs only the logits of the children of its state: those of the top
+    clusters at a mask, and those of the tokens in one cluster at a cluster of tokens.
     """
 
     class Config(ComponentConfig):

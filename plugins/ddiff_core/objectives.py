@@ -1,4 +1,4 @@
-"""Objective, training losses and time rules of the engine as recipe components."""
+"""Diffusion objective, training losses and time rules as recipe components."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ddiff import (
 
 @final
 class Nelbo:
-    """Diffusion objective: the NELBO at random times t.
+    """Diffusion objective: the NELBO, estimated at random noise times t.
 
-    [objective] loss replaces the weights or the divergence of the NELBO in the training loss, and
-    [objective] times draws t.
+    The key `times` selects the rule that draws t. The key `loss` selects a training loss, which may
+    weight positions differently from the NELBO; evaluation always reports the NELBO.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class Nelbo:
 
 @final
 class Elbo:
-    """Training loss without reweighting: its gradient is an unbiased gradient of the NELBO."""
+    """Training loss that is the NELBO itself, so that gradients are unbiased."""
 
     @staticmethod
     def build(config: ComponentConfig, *, process: ForwardProcess) -> ElboLoss:
@@ -55,7 +55,7 @@ class Elbo:
 
 @final
 class Clip:
-    """Training loss: the NELBO with the weight of every position clipped to a range."""
+    """Training loss that clips the weight of every position in the NELBO to a range."""
 
     class Config(ComponentConfig):
         smallest: NonNegativeFloat = 0.0
@@ -69,11 +69,11 @@ class Clip:
 
 
 class TauConfig(ComponentConfig):
-    """Range of the noise times in training, in units of tau (information time).
+    """Range of the noise times in training, given as values of tau.
 
-    tau is the lost fraction of the information about the token: 0 for clean tokens, 1 if the noisy
-    state has no information about the token. Equal steps of tau lose equal information, for every
-    schedule of the process.
+    tau is the fraction of the information about the clean token that noise has destroyed: 0 for
+    clean tokens, 1 if the noisy state has no information about the token. Each process converts tau
+    to its time t, so that the range has the same meaning for every noise schedule.
     """
 
     start: Probability = 1e-3
@@ -92,7 +92,7 @@ class TauConfig(ComponentConfig):
 
 
 class PairedConfig(TauConfig):
-    """Keys of time rules with noise in one window of positions after a clean prefix."""
+    """Keys of time rules that add noise in a window of positions, after clean positions."""
 
     paired: bool = True
     """true: train all windows of a row in one forward pass over its clean and its noisy tokens;
@@ -100,7 +100,7 @@ class PairedConfig(TauConfig):
 
 
 class WindowConfig(PairedConfig):
-    """Keys of time rules with windows of a chosen width."""
+    """Keys of time rules that add noise in a window of `width` positions."""
 
     width: PositiveInt
     """Number of positions in a window. Positions before the window are clean, and positions after
@@ -109,7 +109,7 @@ class WindowConfig(PairedConfig):
 
 @final
 class Flat:
-    """Time rule with one noise time per sequence, stratified over the global batch."""
+    """Time rule that draws one noise time per sequence, stratified over the global batch."""
 
     class Config(TauConfig):
         tokens: PositiveInt = 8
@@ -123,9 +123,9 @@ class Flat:
 
 @final
 class Block:
-    """Block diffusion: adjacent windows, each with a separate noise time.
+    """Time rule of block diffusion: each block of `width` positions has a separate noise time.
 
-    Blocks are generated in order, so that the model is autoregressive between blocks.
+    Blocks are generated from left to right, so that the model is autoregressive between blocks.
     """
 
     Config = WindowConfig
@@ -137,7 +137,7 @@ class Block:
 
 @final
 class Slide:
-    """Sliding window: noise times increase from left to right within the window.
+    """Time rule of a sliding window, in which noise times increase from left to right.
 
     Positions to the left of the window are clean, positions to the right are at the prior.
     """
@@ -151,7 +151,10 @@ class Slide:
 
 @final
 class Quenched:
-    """Windows of one position: any process is trained to generate one token after the other."""
+    """Time rule with blocks of one position, for generation of one token after the other.
+
+    Any process can be trained in this way.
+    """
 
     Config = PairedConfig
 

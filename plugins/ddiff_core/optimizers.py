@@ -1,4 +1,4 @@
-"""Optimizers of the engine as recipe components."""
+"""Optimizers as recipe components."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class AdamW:
 class Muon:
     """Muon for hidden matrices; AdamW for all other parameters.
 
-    Hidden matrices are 2-D parameters except tables. Tables (embeddings, output layers and other
-    parameters with one row per token or channel), norms and biases are trained by AdamW.
+    Hidden matrices are the 2-D parameters that are not tables. Tables are embeddings, output layers
+    and other parameters with one row per token or channel. AdamW trains tables, norms and biases.
     """
 
     class Config(ComponentConfig):

@@ -1,7 +1,7 @@
-"""Samplers as components of a recipe.
+"""Samplers as recipe components.
 
-Every sampler accepts `temperature`, `top_k`, `top_p` and `min_p`, which reshape each conditional
-distribution from which the sampler draws.
+Every sampler accepts `temperature`, `top_k`, `top_p` and `min_p`. They are applied to the predicted
+distribution of the token; on a tree, to the distribution over the children of each node.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ Spacing = Literal["uniform", "cosine", "log"]
 
 
 class ShapingConfig(ComponentConfig):
-    """Settings that reshape each conditional distribution; the defaults change nothing."""
+    """Temperature and filters of the predicted distribution; the defaults change nothing.
+
+    On a tree they are applied to the distribution over the children of each node.
+    """
 
     temperature: NonNegativeFloat = 1.0
     """Probabilities are raised to the power 1/temperature; 0 takes the most likely entry."""
@@ -66,14 +69,14 @@ class ShapingConfig(ComponentConfig):
 
 
 class GridConfig(ShapingConfig):
-    """Settings of samplers with `[sample] steps` steps on a grid of times."""
+    """Settings of samplers that take `[sample] steps` steps on a grid of times."""
 
     grid: Spacing = "uniform"
     """Spacing of times: uniform in t, cosine (short steps first), or uniform in -ln(1 - t)."""
 
 
 def shape(config: ShapingConfig, sampler: Sampler) -> Sampler:
-    """Add temperature and filters to a sampler if the settings change anything."""
+    """Return the sampler with the temperature and filters of `config`."""
     shapers: list[Callable[[Tensor], Tensor]] = []
     # The order matters: filters act on the distribution after temperature.
     if config.temperature != 1.0:
@@ -89,7 +92,7 @@ def shape(config: ShapingConfig, sampler: Sampler) -> Sampler:
 
 @final
 class Ancestral:
-    """Ancestral sampling: draw from the exact reverse transition at every step."""
+    """Ancestral sampler: draws from the exact reverse transition at every step."""
 
     class Config(GridConfig):
         last: Literal["draw", "argmax"] = "draw"
@@ -102,7 +105,7 @@ class Ancestral:
 
 @final
 class TauLeaping:
-    """Tau-leaping: reverse rates are constant over each step."""
+    """Tau-leaping sampler: keeps the reverse rates constant during each step."""
 
     Config = GridConfig
 
@@ -113,7 +116,7 @@ class TauLeaping:
 
 @final
 class Analytic:
-    """Reverse transition in closed form (Tweedie), from a distribution or a score."""
+    """Analytic (Tweedie) sampler: reverse transition in closed form, from distribution or score."""
 
     Config = GridConfig
 
@@ -124,7 +127,7 @@ class Analytic:
 
 @final
 class Trapezoidal:
-    """Theta-trapezoidal method: two stages per step, the second with extrapolated rates."""
+    """Theta-trapezoidal sampler: two tau-leaps per step, the second with extrapolated rates."""
 
     class Config(GridConfig):
         theta: Probability = 0.5
@@ -137,9 +140,10 @@ class Trapezoidal:
 
 @final
 class FirstHitting:
-    """First-hitting sampler: exact, one network evaluation per candidate event.
+    """First-hitting sampler: exact, with one position after the other at random times.
 
-    The setting `steps` has no effect.
+    The network is evaluated once for each time at which a position may change. `steps` has no
+    effect.
     """
 
     class Config(ShapingConfig):
@@ -154,7 +158,7 @@ class FirstHitting:
 
 @final
 class Confidence:
-    """Reveal first the positions of highest confidence."""
+    """Confidence sampler: reveals first the positions with the most confident predictions."""
 
     class Config(GridConfig):
         by: Literal["confidence", "top", "entropy"] = "confidence"
@@ -171,7 +175,10 @@ class Confidence:
 
 @final
 class Margin:
-    """Reveal first the positions with the largest margin between the two most likely tokens."""
+    """Margin sampler: reveals first the positions where the most likely token leads by most.
+
+    The margin is the difference of the probabilities of the two most likely tokens.
+    """
 
     class Config(GridConfig):
         noise: NonNegativeFloat = 0.0
@@ -185,9 +192,10 @@ class Margin:
 
 @final
 class EntropyBound:
-    """Reveal the positions of lowest entropy first, as many per step as `bound` allows.
+    """Entropy-bound sampler: reveals first the positions of lowest entropy.
 
-    The number of steps depends on the entropies; the setting `steps` has no effect.
+    A step reveals as many positions as `bound` allows. The number of steps therefore depends on the
+    predictions, and the setting `steps` has no effect.
     """
 
     class Config(ShapingConfig):
@@ -202,7 +210,7 @@ class EntropyBound:
 
 @final
 class Psi:
-    """Psi sampler: posterior step with probability kappa, else draw a token and noise it again."""
+    """Psi sampler: ancestral step with probability kappa, else draw a token and noise it again."""
 
     class Config(GridConfig):
         kappa: Probability = 0.9
@@ -224,7 +232,7 @@ REMASKING = {
 
 @final
 class Remasking:
-    """Remasking (ReMDM): in each step, return each token to noise with probability sigma."""
+    """Remasking sampler (ReMDM): each step noises each token again with probability sigma."""
 
     class Config(GridConfig):
         setting: Literal["cap", "rescale", "confidence", "loop"] = "cap"
@@ -247,7 +255,7 @@ class Remasking:
 
 @final
 class AdaptiveCorrection:
-    """Adaptive correction sampler: ancestral steps that also redraw tokens."""
+    """Adaptive correction sampler: ancestral steps in which some tokens are drawn again."""
 
     class Config(GridConfig):
         eta: Probability = 0.25
@@ -260,11 +268,11 @@ class AdaptiveCorrection:
 
 @final
 class SelfCorrection:
-    """Ancestral sampling, then correction of the finished tokens.
+    """Self-correcting sampler: ancestral sampling, then correction of the finished tokens.
 
-    In each round of the correction, tokens are proposed at every position, and the most likely
-    changes are made. The correction of a sequence ends when no token changes, or after `patience`
-    rounds without improvement.
+    Each correction round proposes a token at every position and accepts the most likely changes.
+    The correction of a sequence ends when no token changes, or after more than `patience` rounds
+    without improvement.
     """
 
     class Config(GridConfig):
@@ -295,7 +303,7 @@ class SelfCorrection:
 
 @final
 class PredictorCorrector:
-    """Ancestral steps, each followed by corrector rounds (discrete flow matching)."""
+    """Predictor-corrector sampler (discrete flow matching): corrects after every ancestral step."""
 
     class Config(GridConfig):
         rounds: PositiveInt = 1
@@ -312,7 +320,7 @@ class PredictorCorrector:
 
 @final
 class OneLevel:
-    """Sampler of the hierarchical diffusion paper: at most one level of the tree per step."""
+    """Sampler of the hierarchical diffusion paper: moves at most one level of the tree per step."""
 
     Config = GridConfig
 
@@ -336,7 +344,10 @@ WITHOUT_GRID: dict[str, Callable[[], Sampler]] = {
 
 @final
 class Blockwise:
-    """Sample one window after the other, from left to right, with `steps` steps per window."""
+    """Blockwise sampler: one window after the other, from left to right.
+
+    `steps` is the number of steps per window.
+    """
 
     class Config(GridConfig):
         width: PositiveInt = 16
@@ -360,7 +371,7 @@ class Blockwise:
 
 @final
 class Hyperschedule:
-    """Denoise the positions inside a window that moves from left to right.
+    """Hyperschedule sampler: denoises positions in a window that moves from left to right.
 
     `steps` is the number of steps for the whole sequence.
     """

@@ -1,4 +1,4 @@
-"""Tokenizers of the engine as recipe components."""
+"""Tokenizers as recipe components."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MOST_TOKENS = 2**24
 
 
 class BytePair:
-    """Byte-level BPE learned from the training documents, with the special token `<|eos|>`."""
+    """Byte-level BPE tokenizer, learned from the training documents.
+
+    `<|eos|>` is its only special token.
+    """
 
     class Config(ComponentConfig):
         size: Annotated[int, Field(ge=257, le=MOST_TOKENS)] = 2048
@@ -53,14 +56,14 @@ class BytePair:
 
     @staticmethod
     def preview(config: Config) -> int:
-        """Return the largest possible number of tokens, for a dry run."""
+        """Return the largest possible number of tokens, which a dry run uses."""
         return config.size
 
 
 class Alphabet:
-    """One token per character of fixed-length rows, without special tokens.
+    """Tokenizer with one token per character, without special tokens.
 
-    Metrics are per symbol.
+    It is for corpora whose rows all have the same length. Metrics are per symbol (character).
     """
 
     class Config(ComponentConfig):
@@ -116,7 +119,7 @@ class Pretrained:
 
 
 class Saved:
-    """Tokenizer saved by ddiff: `tokenizer.json` of a run directory or a folder of token shards."""
+    """Tokenizer saved by ddiff, as `tokenizer.json` in a run directory or next to token shards."""
 
     class Config(ComponentConfig):
         path: str

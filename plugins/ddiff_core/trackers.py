@@ -1,6 +1,6 @@
-"""Trackers of the engine as recipe components.
+"""Trackers as recipe components. A tracker sends the metrics of a run to a service.
 
-With any tracker, a run also writes `metrics.jsonl`.
+Every run also writes its metrics to `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 class Disabled:
-    """Disabled tracker: metrics are written to `metrics.jsonl` only."""
+    """No tracker: metrics are written to `metrics.jsonl` only."""
 
     class Config(ComponentConfig):
         """Empty: this tracker has no keys."""
@@ -33,7 +33,8 @@ class Disabled:
 class WeightsAndBiases:
     """Weights & Biases tracker.
 
-    The run directory stores the wandb id of the run. A resumed run continues under the same id.
+    The id of the run in wandb is stored in the run directory, so that a resumed run continues the
+    same wandb run.
     """
 
     # Names in the run directory that --fresh removes.
@@ -63,7 +64,7 @@ class WeightsAndBiases:
 
 
 class WandbTracker:
-    """Tracker of one wandb run.
+    """Tracker that logs the metrics of one run to wandb.
 
     Raises PluginError if wandb cannot start the run.
     """
@@ -99,9 +100,9 @@ class WandbTracker:
 
 
 def has_login() -> bool:
-    """Return whether the environment or the netrc file has a key for wandb.
+    """Return whether the environment or the netrc file has a login for wandb.
 
-    The function does not import wandb, since the import takes seconds.
+    wandb is not imported, since the import takes seconds.
     """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

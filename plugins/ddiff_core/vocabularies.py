@@ -1,4 +1,4 @@
-"""Vocabularies (state spaces) of the engine as recipe components."""
+"""Vocabularies (state spaces of a position) as recipe components."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Flat:
 class Clusters:
     """Tree of token clusters, from nested k-means of token embeddings.
 
-    The vocabulary stores the centroids with the tree. Special tokens form a separate branch.
+    The cluster centroids are stored with the tree. Special tokens form a separate branch of
+    the tree.
     """
 
     class Config(ComponentConfig):
@@ -104,10 +105,10 @@ class Clusters:
 
     @staticmethod
     def preview(config: Config, *, num_tokens: int | None) -> HierarchicalVocabulary | None:
-        """Return a tree with the requested level sizes and balanced nodes, for a dry run.
+        """Return a tree with the requested level sizes and equally large clusters, for a dry run.
 
-        Model parameters have the same shapes as with the tree that `build` computes, and need as
-        much memory. Returns None if the number of tokens is not known.
+        A model on this tree has parameters of the same shapes as on the tree that `build` computes.
+        Returns None if the number of tokens, `num_tokens`, is None.
         """
         import torch
 
@@ -166,9 +167,10 @@ class Clusters:
 
     @classmethod
     def _source_fingerprint(cls, config: Config, tokenizer: Tokenizer, rows: Rows | None) -> str:
-        """Return a fingerprint of the data that determine the token embeddings.
+        """Return a hash of the data that determine the token embeddings.
 
-        The data are the training rows for co-occurrence embeddings, else the embedding matrix.
+        These data are the training rows `rows` if embeddings come from co-occurrences, else the
+        embedding matrix.
         """
         if config.model is None and config.source == COOCCURRENCE:
             # Hashing the rows is cheaper than counting co-occurrences, which a cached tree avoids.
@@ -177,7 +179,7 @@ class Clusters:
 
 
 class File:
-    """Tree of token clusters, read from token-to-cluster files."""
+    """Tree of token clusters, read from files with the cluster of each token."""
 
     class Config(ComponentConfig):
         paths: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -209,10 +211,12 @@ class File:
 
 
 def _root_level(sizes: tuple[int, ...]) -> list[list[int]]:
-    """Return the parents of an additional root level if the top level has only one cluster.
+    """Return the parents of an extra root level if all tokens are in one cluster, else no level.
 
-    Otherwise return an empty list, because the vocabulary adds the root itself. Without the
-    additional level, the single cluster would become the root, which is the mask.
+    `sizes` are the numbers of clusters per level. A vocabulary takes a top level with one node as
+    its root, which is the mask. With the sizes (1,) the single cluster would therefore become the
+    mask. The result [[0]] adds a root above it. In other cases the vocabulary adds the root itself,
+    and the result is an empty list.
     """
     return [[0]] if sizes == (1,) else []
 
