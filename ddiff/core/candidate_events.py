@@ -1,11 +1,13 @@
 """Candidate event times of the interpolating family, drawn without a network.
 
-The rate at which the reversed chain leaves a state depends on the network. An upper bound of this
-rate does not. `CandidateEvents` draws candidate events at a rate of at least this upper bound.
-`InterpolatingProcess.event` accepts each candidate with probability (true rate) / (candidate rate),
-which is called thinning.
+An event is a jump of the reversed chain. The rate at which the reversed chain leaves a state
+depends on the network, but an upper bound of this rate does not. `CandidateEvents` draws candidate
+events at a rate of at least this upper bound. `InterpolatingProcess.event` accepts each candidate
+with probability (true rate) / (candidate rate), which is called thinning.
 
-Notation as in `ddiff.core.interpolating`: b_t is the noise, omega_t are the arrival rates.
+Notation: the marginal of an interpolating process is q_t(.|x) = alpha_t delta_x + b_t. The vector
+b_t is the noise, the part that does not depend on the token x. The arrival rate omega_t(z) is the
+rate at which the forward chain jumps from any other state into z.
 """
 
 from __future__ import annotations
@@ -29,25 +31,26 @@ class NoiseTables(Protocol):
     """Interface of a process with tables of its noise b_t and its arrival rates omega_t."""
 
     def representative(self, zt: Tensor) -> Tensor:
-        """Return for each row a state y [r] with b_t(y) = b_t(z_t) at all times t.
+        """Return for each row a state y [r] whose noise equals that of z_t at all times.
 
-        States with equal noise share one representative, so that tables have fewer entries.
+        States with equal noise, b_t(y) = b_t(z_t), share one representative, so that tables have
+        fewer entries.
         """
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return the noise b_t [n,m] of states [m] at times [n]."""
+        """Return the noise b_t(y) [n,m] of states y [m] at times t [n]."""
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return the arrival rates omega_t [n,m] of states [m] at times [n]."""
+        """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n]."""
 
 
 class CandidateEvents:
-    """Candidate events for rows in states zt [r].
+    """Candidate events of rows whose current states are zt [r].
 
-    The axis of logit t is divided into NUM_CELLS cells of equal width. Per unit of logit t, the
-    candidate rate is constant within a cell. The candidate rate is at least omega_t(z)
-    (1 - b_t(z)) / b_t(z), which is an upper bound of the true rate of leaving z for every
-    prediction.
+    The candidate rate of a row in state z is at least omega_t(z) (1 - b_t(z)) / b_t(z). This number
+    is an upper bound of the rate at which the reversed chain leaves z, for every prediction of the
+    network. The axis of logit t is divided into NUM_CELLS cells of equal width. Within a cell, the
+    candidate rate per unit of logit t is constant.
     """
 
     def __init__(self, process: NoiseTables, zt: Tensor) -> None:
@@ -70,20 +73,24 @@ class CandidateEvents:
         self.total = torch.nn.functional.pad(integral, (0, 0, 1, 0))
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cell of each row, and its logit-time distance from the cell's lower edge."""
+        """Return the cell of each time t [r], and the distance of t from the cell's lower edge.
+
+        The distance is measured in logit t.
+        """
         depth = torch.logit(interior(t)) - self.low
         cell = (depth / self.width).long().clamp(0, NUM_CELLS - 1)
         return cell, depth - cell * self.width
 
     def rate(self, t: Tensor) -> Tensor:
-        """Return the candidate rate of each row, per unit of t."""
+        """Return the candidate rate [r] of each row at its time t [r], per unit of t."""
         cell, _ = self._locate(t)
         return self.rates[cell, self.state_index] / (t * (1.0 - t))
 
     def next_time(self, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the latest candidate time s < t of each row from a uniform u [r].
+        """Draw for each row the time s < t of its latest candidate event, from uniforms u [r].
 
-        P(no candidate in (s,t]) = u. The time is 0 if it would fall below the lowest cell.
+        The time s is the solution of P(no candidate event in (s,t]) = u. The result is 0 if s would
+        be below the lowest cell.
         """
         cell, offset = self._locate(t)
         total = self.total[cell, self.state_index]
@@ -96,9 +103,10 @@ class CandidateEvents:
         return torch.where(exists, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
-        """Return the largest cell up to `last` whose lower edge has an integral of at most `goal`.
+        """Find for each row the last cell whose lower edge has an integral of at most `goal`.
 
-        The candidate rate is integrated from the lowest edge. The search is a bisection.
+        The integral is that of the candidate rate from the lowest cell to the edge. Only cells up
+        to the cell number `last` [r] are searched, by bisection.
         """
         low = torch.zeros_like(last)
         high = last

@@ -40,9 +40,15 @@ MAX_RATE = 20.0
 
 
 class LevelClock(SettingsRepr, ABC):
-    """Distribution of the level over time, for L levels above the tokens.
+    """Distribution over time of the level of a position, for L levels above the tokens.
 
-    Times are float64 tensors [r], one time per row.
+    A position starts at its token (level 0) and only rises; level L is the root. A subclass defines
+    `pi`, `inflow` and `transition`. Times are float64 tensors [r], one time per row.
+
+    Attributes:
+        num_levels: the number L.
+        closes_at_clean: whether every position is at level 0 at t = 0.
+        closes_at_prior: whether every position is at the root at t = 1.
     """
 
     num_levels: int
@@ -51,21 +57,32 @@ class LevelClock(SettingsRepr, ABC):
 
     @abstractmethod
     def pi(self, t: Tensor) -> Tensor:
-        """Return pi_l(t) [r,L+1], the probability of each level at t; exact at t = 0 and t = 1."""
+        """Return pi_l(t) [r,L+1], the probability of being at level l, for l = 0..L.
+
+        The values are exact at t = 0 and t = 1.
+        """
 
     @abstractmethod
     def inflow(self, t: Tensor) -> Tensor:
-        """Return F_l'(t) [r,L] for l = 1..L, the flow into level l from below, per unit of time."""
+        """Return the derivatives F_l'(t) [r,L] for the levels l = 1..L.
+
+        F_l(t) is the probability of having reached level l, so F_l' is the probability per unit of
+        time that flows from level l - 1 into level l.
+        """
 
     @abstractmethod
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
         """Return K_ij(s,t) = P(level j at t | level i at s), [r,L+1,L+1], for s <= t.
 
-        The matrices are upper triangular, since levels only rise.
+        The matrices are upper triangular, since positions only rise.
         """
 
     def hazard(self, t: Tensor) -> Tensor:
-        """Return the rates lambda_l = F_{l+1}' / pi_l [r,L] of leaving levels l = 0..L-1."""
+        """Return the rates lambda_l [r,L] at which positions leave level l, for l = 0..L-1.
+
+        lambda_l = F_{l+1}' / pi_l, where F_{l+1}' is the flow into the next level (`inflow`) and
+        pi_l the probability of being at level l.
+        """
         below = self.pi(interior(t))[:, :-1]
         return self.inflow(t) / below
 
@@ -84,11 +101,16 @@ class LevelClock(SettingsRepr, ABC):
     # ------------------------------------------------------------------ entry times
 
     def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the time s < t at which a row entered level l, if it is at level l at time t.
+        """Draw the time s < t at which each row entered the level at which it is at time t.
 
-        `level` [r] holds l >= 1 for each row. The time s solves P(at level l at s | at level l at
-        t) = pi_l(s) K_ll(s,t) / pi_l(t) = exp(-int_s^t F_l'/pi_l) = u. The result is 0 if s would
-        be below 1e-12.
+        The time s is the solution of u = P(at level l at s | at level l at t) = exp(-int_s^t
+        F_l'/pi_l), where pi_l is the probability of level l and F_l' the flow into level l
+        (`inflow`). The result is 0 if s would be below 1e-12.
+
+        Args:
+            level: [r] level l >= 1 of each row at time t.
+            t: [r] times.
+            u: [r] uniforms.
         """
         reached = self._integral_to(level, t)
         goal = reached + u.log() + self._inflow_at_end(level, t)
@@ -104,7 +126,10 @@ class LevelClock(SettingsRepr, ABC):
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, level: Tensor, goal: Tensor) -> Tensor:
-        """Return the cell of logit t in which the integral of the entry rate reaches `goal`."""
+        """Return for each row the cell of logit t in which the integral reaches `goal` [r].
+
+        The integral is that of the entry rate (`_entry_rates`) of the row's level, `level` [r].
+        """
         totals = self._entry_table[0].to(goal.device)
         cell = torch.zeros_like(level)
         for l in range(1, self.num_levels + 1):
@@ -114,9 +139,10 @@ class LevelClock(SettingsRepr, ABC):
         return cell.clamp(0, CELLS - 1)
 
     def _entry_rates(self, t: Tensor) -> Tensor:
-        """Return the rates F_l'/pi_l [r,L], per unit of logit t.
+        """Return the entry rates F_l'/pi_l [r,L] of the levels l = 1..L, per unit of logit t.
 
-        The reversed chain leaves level l at this rate.
+        The reversed chain moves from level l down to level l - 1 at the entry rate of level l. F_l'
+        is the flow into level l (`inflow`), and pi_l the probability of level l.
         """
         dt_dlogit = (t * (1.0 - t)).unsqueeze(-1)
         rates = self.inflow(t) / self.pi(t)[:, 1:] * dt_dlogit
@@ -125,9 +151,9 @@ class LevelClock(SettingsRepr, ABC):
 
     @cached_property
     def _entry_table(self) -> tuple[Tensor, Tensor]:
-        """Tabulate the integrals of the entry rates from 1e-12 to each cell edge.
+        """Tabulate the integrals of the entry rates from t = 1e-12 to each cell edge.
 
-        Returns the integrals and the entry rates at the edges, [CELLS+1,L] each.
+        Returns two tensors [CELLS+1,L]: the integrals, and the entry rates at the edges.
         """
         gauss_nodes, gauss_weights = np.polynomial.legendre.leggauss(4)
         nodes = torch.from_numpy(gauss_nodes)
@@ -144,7 +170,7 @@ class LevelClock(SettingsRepr, ABC):
         return totals, self._entry_rates(torch.sigmoid(edges))
 
     def _integral_to(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integral of the entry rate of each row's level from 1e-12 to t."""
+        """Return the integral of the entry rate of level `level` [r] from 1e-12 to t [r]."""
         depth = (torch.logit(interior(t)) - LOWEST) / CELL
         cell = depth.long().clamp(0, CELLS - 1)
         return self._interpolate_integral(level, cell, depth - cell)[0]
@@ -152,8 +178,8 @@ class LevelClock(SettingsRepr, ABC):
     def _inflow_at_end(self, level: Tensor, t: Tensor) -> Tensor:
         """Return the integral of the root's entry rate from the last interior time to t = 1.
 
-        It is not 0 because a slow clock still moves probability to the root after the last interior
-        time. Rows with t < 1 and rows below the root get the value 0.
+        The integral is positive, because a slow clock still moves probability to the root after the
+        last interior time. Rows with t < 1 and rows with `level` below the root get the value 0.
         """
         ends = torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device)
         log_root = self.pi(ends)[:, -1].log()
@@ -166,10 +192,12 @@ class LevelClock(SettingsRepr, ABC):
         cell: Tensor,
         position: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the integral of the entry rate, and its slope, at a position within a cell.
+        """Return the integral of the entry rate up to a point, and its derivative at this point.
 
-        `position` is 0 at the lower edge of the cell and 1 at the upper edge. The interpolant is
-        the cubic with the tabulated values and slopes at both edges.
+        The point is given by the number of its cell, `cell` [r], and by its relative position in
+        the cell, `position` [r]: 0 at the lower edge and 1 at the upper edge. `level` [r] is the
+        level of each row. The interpolant is the cubic that has the tabulated values and slopes at
+        both edges.
         """
         totals = self._entry_table[0].to(position.device)
         rates = self._entry_table[1].to(position.device)
@@ -186,15 +214,17 @@ class LevelClock(SettingsRepr, ABC):
 
 @final
 class LogTimeClock(LevelClock):
-    """Level clock with hazards g_l / (1 - t), that is, constant rates g_l in log-time -ln(1 - t).
+    """Level clock that leaves level l at the rate g_l / (1 - t).
 
-    `rates` are g_0..g_{L-1}, positive and at most 20. Equal and nearly equal rates are allowed.
-    The rates (1,) give linear masking, (gamma, 1) the two-level clock of arXiv 2510.08632.
+    In log-time tau = -ln(1 - t), the rates are the constants g_l. `rates` are g_0..g_{L-1},
+    positive and at most 20. Equal and nearly equal rates are allowed. The rates (1,) give linear
+    masking, and (gamma, 1) give the two-level clock of arXiv 2510.08632.
 
-    exp(tau A), with A the generator in log-time, is computed by uniformization. This is a series of
-    positive terms, so every entry keeps its relative accuracy (1e-10 for t >= 1e-6). Two other
-    methods would lose digits by cancellation: partial fractions, and the computation of the root's
-    probability as 1 minus those of the other levels.
+    The transition over a log-time tau is exp(tau A), where A is the generator of the levels in
+    log-time. exp(tau A) is computed by uniformization. This is a series of positive terms, so every
+    entry keeps its relative accuracy (1e-10 for t >= 1e-6). Two other methods would lose digits by
+    cancellation: partial fractions, and the computation of the root's probability as 1 minus those
+    of the other levels.
     """
 
     def __init__(self, rates: Sequence[float]) -> None:
@@ -210,9 +240,10 @@ class LogTimeClock(LevelClock):
         self._powers = self._matrix_powers()
 
     def _matrix_powers(self) -> Tensor:
-        """Return the powers [K,L+1,L+1] of I + A/q, with q = max(rates).
+        """Return the powers (I + A/q)^k [K,L+1,L+1] for k = 0..K-1, with q = max(rates).
 
-        K powers are enough for the series at every interior time.
+        A is the generator of the levels in log-time. The number K of powers is large enough for the
+        series of `_exponential` at every interior time.
         """
         size = self.num_levels + 1
         rates = torch.tensor((*self.rates, 0.0), dtype=torch.float64)
@@ -227,9 +258,10 @@ class LogTimeClock(LevelClock):
         return torch.stack(powers)
 
     def _exponential(self, tau: Tensor, row: int | None = None) -> Tensor:
-        """Return exp(tau A) = sum_k Poisson(k; q tau) (I + A/q)^k, or only its row `row`.
+        """Return exp(tau A) [r,L+1,L+1], or only its row number `row` [r,L+1].
 
-        tau is log-time, A the generator in log-time, and q = max(rates).
+        A is the generator of the levels in log-time, and tau [r] the elapsed log-time. The series
+        is sum_k Poisson(k; q tau) (I + A/q)^k, with q = max(rates).
         """
         powers = self._powers.to(tau.device)
         if row is not None:
@@ -270,11 +302,12 @@ class LogTimeClock(LevelClock):
 
 @final
 class CdfClock(LevelClock):
-    """Level clock with one schedule per level: F_l = 1 - alpha_l, with F_1 > F_2 > ... on (0,1).
+    """Level clock with one schedule alpha_l(t) for each level l = 1..L.
 
-    pi_l = F_l - F_{l+1}. With one level, the transition has a closed form. With more levels, the
-    transition is a time-ordered product over 400 fourth-order Magnus steps. Its error is 8e-13 for
-    power schedules with powers .8, 1.5 and 3.
+    The probability of having reached level l is F_l = 1 - alpha_l. F_1 > F_2 > ... must hold on
+    (0,1). The probability of being at level l is pi_l = F_l - F_{l+1}. With one level, the
+    transition has a closed form. With more levels, the transition is a time-ordered product over
+    400 fourth-order Magnus steps. Its error is 8e-13 for power schedules with powers .8, 1.5 and 3.
     """
 
     steps = 400
@@ -291,7 +324,7 @@ class CdfClock(LevelClock):
         self._check_order()
 
     def _check_order(self) -> None:
-        """Raise ArgumentError if a level is reached before the one below it."""
+        """Raise ArgumentError if positions could reach some level before the level below it."""
         # Two schedules may cross in the last hundredth, so times are dense at both ends.
         near = torch.logspace(-6, -2, 9, dtype=torch.float64)
         middle = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
@@ -346,7 +379,7 @@ class CdfClock(LevelClock):
 
 
 def _all_at_root(like: Tensor) -> Tensor:
-    """Return probabilities of the levels, 1 at the root and 0 elsewhere, in the shape of `like`."""
+    """Return level probabilities in the shape of `like` [...,L+1]: 1 at the root, 0 elsewhere."""
     root = torch.zeros_like(like)
     root[..., -1] = 1.0
     return root

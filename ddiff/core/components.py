@@ -1,7 +1,8 @@
 """Interpolating processes whose noise is a mixture of a few fixed distributions.
 
-Notation as in `ddiff.core.interpolating`: q_t(.|x) = alpha_t delta_x + b_t, and omega_t are the
-arrival rates.
+Notation: the marginal given the token x is q_t(.|x) = alpha_t delta_x + b_t
+(`ddiff.core.interpolating`). alpha_t is the probability that the token is clean and was never
+redrawn, and the vector b_t over the states is the noise.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from ddiff.errors import ArgumentError
 
 
 class ComponentProcess(InterpolatingProcess):
-    """Process whose noise mixes K fixed distributions nu_k: b_t = sum_k c_k(t) nu_k.
+    """Interpolating process whose noise mixes K fixed distributions: b_t = sum_k c_k(t) nu_k.
 
-    A subclass defines alpha and the coefficients c_k, with sum_k c_k = 1 - alpha. `components` are
-    the K distributions nu_k over the S states (`mask_distribution`, `token_distribution` or any
-    other). Training and sampling make no float64 tensor [r,S]; only methods for tests, such as
-    `transition`, make such a tensor.
+    The marginal given the token x is q_t(.|x) = alpha_t delta_x + b_t. A subclass defines `alpha`
+    and the coefficients c_k (`coefficients`), with sum_k c_k = 1 - alpha. Each component must have
+    a non-negative arrival rate: c_k' >= (alpha'/alpha) c_k. Training and sampling make no float64
+    tensor [r,S] for S states; only methods for tests, such as `transition`, do.
 
-    `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the prior (b_1,
-    normalized) are computed from alpha and c_k. A subclass therefore sets the attributes that alpha
-    and c_k use before it calls `super().__init__`. Each component must have non-negative arrivals:
-    c_k' >= (alpha'/alpha) c_k.
+    `__init__` computes `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the
+    prior (b_1, normalized) from alpha and c_k. A subclass must therefore set the attributes that
+    alpha and c_k use before it calls `super().__init__`.
+
+    Args:
+        vocabulary: the S states.
+        components: the K distributions nu_k over the states, for example `mask_distribution` or
+            `token_distribution` of the vocabulary.
     """
 
     def __init__(self, vocabulary: Vocabulary, components: Sequence[Tensor]) -> None:
@@ -54,7 +59,7 @@ class ComponentProcess(InterpolatingProcess):
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Tensor:
-        """Return the coefficients c_k(t) >= 0 of the components, [r,K]."""
+        """Return the coefficients c_k(t) >= 0 [r,K] of the K distributions in the noise."""
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         """Return the derivatives dc_k/dt [r,K], by forward differentiation of `coefficients`.
@@ -65,18 +70,22 @@ class ComponentProcess(InterpolatingProcess):
         return torch.func.jvp(self.coefficients, (t,), (ones,))[1]
 
     def _component_rates(self, t: Tensor) -> Tensor:
-        """Return the rate at which each component arrives, [r,K]."""
+        """Return the rate [r,K] at which a state is redrawn from each component."""
         t = interior(t)
         log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
         return subtract_or_zero(self.d_coefficients(t), log_decay * self.coefficients(t))
 
     def _component_arrivals(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return the probability of each component that arrives between s and t, [r,K]."""
+        """Return the probability [r,K] that the last redraw between s and t uses each component.
+
+        The probabilities of a row sum to 1 - alpha_t / alpha_s, the probability of at least one
+        redraw.
+        """
         kept = self._stay(s, t).unsqueeze(-1) * self.coefficients(s)
         return subtract_or_zero(self.coefficients(t), kept).clamp(min=0.0)
 
     def _components_at(self, zt: Tensor) -> Tensor:
-        """Return nu_k(z_t), shape [r,K]."""
+        """Return nu_k(z_t) [r,K], the probability of the state z_t under each component."""
         return self._components_on(zt.device).T[zt]
 
     # ------------------------------------------------------------------ noise and arrivals
@@ -107,7 +116,10 @@ class ComponentProcess(InterpolatingProcess):
 
     @cached_property
     def _representatives(self) -> Constant:
-        """For each state [S], the first state that has the same probability in every component."""
+        """Representative of each state [S]: the first state with the same noise at all times.
+
+        These are states that have the same probability in every component.
+        """
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))
         no_state = torch.full_like(kind, len(kind))
@@ -150,9 +162,10 @@ class ComponentProcess(InterpolatingProcess):
         return self._redraw(zs, stay, mass, u)
 
     def _redraw(self, ids: Tensor, stay: Tensor, mass: Tensor, u: Tensor) -> Tensor:
-        """Keep each row with probability `stay`; otherwise redraw it from a random component.
+        """Keep each id with probability `stay` [r]; otherwise redraw it from a random component.
 
-        `mass` [r,K] holds the unnormalized probabilities of the components.
+        `mass` [r,K] holds the unnormalized probabilities of the components, and u [r,2] the
+        uniforms.
         """
         drawn = ids.clone()
         redrawn = find_rows(u[:, 0] >= stay)
@@ -176,11 +189,11 @@ class ComponentProcess(InterpolatingProcess):
 
 @final
 class MixtureProcess(ComponentProcess):
-    """Process with noise of one fixed distribution: b_t = (1 - alpha_t) target.
+    """Interpolating process with one noise distribution `target`: b_t = (1 - alpha_t) target.
 
-    `target` is a distribution over the states. If alpha(1) = 0, it is also the prior. All
-    probability on the mask gives masked diffusion, and 1/V on each of the V tokens gives uniform
-    diffusion.
+    The marginal given the token x is q_t(.|x) = alpha_t delta_x + b_t. `target` is a distribution
+    over the states. If alpha(1) = 0, it is also the prior. All probability on the mask gives masked
+    diffusion, and 1/V on each of the V tokens gives uniform diffusion.
     """
 
     def __init__(
@@ -231,7 +244,7 @@ def mask_distribution(vocabulary: Vocabulary) -> Tensor:
 
 
 def token_distribution(vocabulary: Vocabulary) -> Tensor:
-    """Return the distribution over the states that is uniform on the tokens."""
+    """Return the uniform distribution over the tokens, as a distribution over all states."""
     num_tokens = vocabulary.num_tokens
     beyond = vocabulary.num_states - num_tokens
     even = torch.full((num_tokens,), 1.0 / num_tokens, dtype=torch.float64)
@@ -239,9 +252,10 @@ def token_distribution(vocabulary: Vocabulary) -> Tensor:
 
 
 def _check_distribution(process: object, vocabulary: Vocabulary, dist: Tensor) -> Tensor:
-    """Return the normalized noise distribution `dist`.
+    """Check the noise distribution `dist` [S], and return it normalized.
 
-    Raises ArgumentError if `dist` is not a distribution over the states.
+    Raises ArgumentError, with the class name of `process`, if `dist` is not a distribution over the
+    states.
     """
     dist = dist.double()
     sums_to_one = torch.isclose(dist.sum(), dist.new_ones(()))
@@ -257,9 +271,9 @@ def _check_distribution(process: object, vocabulary: Vocabulary, dist: Tensor) -
 
 
 def _weighted_sum(mass: Tensor, dists: Tensor) -> Tensor:
-    """Return mass [r,K] @ dists [K,n], summed term by term.
+    """Return the product mass [r,K] @ dists [K,n], summed term by term.
 
-    A matrix product may be rounded to fewer digits on an accelerator (TF32).
+    A matrix product could be rounded to fewer digits on an accelerator (TF32).
     """
     total = mass[:, :1] * dists[:1]
     for k in range(1, len(dists)):

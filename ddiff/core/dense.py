@@ -26,16 +26,16 @@ MAX_STATES = 512
 class DenseProcess(ForwardProcess):
     """Any continuous-time Markov chain on up to 512 states.
 
-    The prior is q_1, the mean over clean tokens of their distributions at t = 1. `closes_at_prior`
-    is true if these distributions are within 1e-9 of each other. The cost is O(S^3) per distinct
-    time for S states.
+    The prior is the mean of the marginals q_1(.|x) over all tokens x. `closes_at_prior` is true if
+    these marginals are within 1e-9 of each other. The cost is O(S^3) per distinct time for S
+    states.
 
     Args:
-        matrix: one generator [S,S] as a tensor or nested lists (rows sum to 0, off-diagonal
-            entries >= 0), or a function t [r] -> Q_t [r,S,S]. A single generator is multiplied by
-            the rate of the schedule: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the
-            integral of the rate is -ln alpha. A function must be continuous in t: an integration
-            step across a jump has an error proportional to the length of the step.
+        matrix: one generator [S,S] as a tensor or nested lists (rows sum to 0, off-diagonal entries
+            >= 0), or a function t [r] -> Q_t [r,S,S]. A single generator is multiplied by the rate
+            of the schedule: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the integral of
+            the rate is -ln alpha. A function must be continuous in t: an integration step across a
+            jump has an error proportional to the length of the step.
         schedule: noise schedule alpha that defines the rate. Not used if `matrix` is a function.
     """
 
@@ -97,7 +97,7 @@ class DenseProcess(ForwardProcess):
     # ------------------------------------------------------------------ transitions
 
     def _generator(self, t: Tensor) -> Tensor:
-        """Return the generators Q_t [r,S,S] at interior times."""
+        """Return the generators Q_t [r,S,S] at times t [r], clamped to interior times."""
         t = interior(t)
         if self._function is not None:
             return self._function(t).double()
@@ -106,7 +106,10 @@ class DenseProcess(ForwardProcess):
         return rate[:, None, None] * self._matrix.to(t.device)
 
     def _transition(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return the transitions [r,S,S] from s to t, computed once per distinct pair of times."""
+        """Return the transition matrices [r,S,S] from times s [r] to times t [r].
+
+        The matrix of each distinct pair (s, t) is computed only once.
+        """
         start, stop, pair_index = distinct_pairs(s, t)
         if self._matrix is None:
             size = self.vocabulary.num_states
@@ -122,9 +125,10 @@ class DenseProcess(ForwardProcess):
         return self.schedule.alpha(t.clamp(max=LATEST)).log()
 
     def _tabulate(self) -> tuple[Tensor, Tensor]:
-        """Return K table times and the transitions [K,S,S] from time 0 to each of them.
+        """Tabulate the transitions from time 0.
 
-        A transition from 0 to any other time then costs one short step.
+        Returns K times, and the transition matrices [K,S,S] from time 0 to each of these times. A
+        transition from time 0 to any other time then needs only a short integration.
         """
         ends = interior(torch.tensor([0.0, 1.0], dtype=torch.float64))
         first, last = torch.logit(ends).tolist()
@@ -138,7 +142,7 @@ class DenseProcess(ForwardProcess):
         return knots, torch.stack(reached)
 
     def _transition_from_clean(self, t: Tensor) -> Tensor:
-        """Return the transitions [r,S,S] from time 0 to t."""
+        """Return the transition matrices [r,S,S] from time 0 to times t [r]."""
         if self._table is None:
             return self._transition(torch.zeros_like(t), t)
         times, time_index = torch.unique(t, return_inverse=True)
@@ -184,14 +188,17 @@ class DenseProcess(ForwardProcess):
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """Return the mean over tokens x of KL( q_t(.|x) || mean of q_t(.|x) over x )."""
+        """Return I(X; Z_t) [n] in nats at times t [n], for X uniform over the tokens.
+
+        The value is the mean over tokens x of KL( q_t(.|x) || mean of q_t over the tokens ).
+        """
         return self._average_over_tokens(t)[0]
 
     def change_probability(self, t: Tensor) -> Tensor:
         return self._average_over_tokens(t)[1]
 
     def _average_over_tokens(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return I(X; Z_t) and P(Z_t != X) for X uniform over the tokens.
+        """Return two tensors [n] for X uniform over the tokens: I(X; Z_t) and P(Z_t != X).
 
         Both values need the same transitions, and one transition of 512 states takes 0.2 seconds,
         so the values at the latest times are cached.
@@ -214,7 +221,7 @@ class DenseProcess(ForwardProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Return a chain with one generator and a chain whose generators do not commute."""
+        """Return a chain with one generator, and a chain whose generators do not commute."""
         rng = torch.Generator().manual_seed(0)
         first = torch.rand(4, 4, generator=rng).double()
         second = torch.rand(4, 4, generator=rng).double()
@@ -241,9 +248,11 @@ def _as_tensor(matrix: Tensor | Sequence[Sequence[float]]) -> Tensor:
 
 
 def distinct_pairs(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the distinct pairs (s, t), and for each row the index of its pair.
+    """Find the distinct pairs among the r pairs of times (s, t).
 
-    This is 30 times faster than `torch.unique` over the rows of a table.
+    Returns three tensors: the s of each distinct pair, the t of each distinct pair, and for each
+    row [r] the index of its pair. The function is 30 times faster than `torch.unique` over the rows
+    of a table.
     """
     starts, start_index = torch.unique(s, return_inverse=True)
     stops, stop_index = torch.unique(t, return_inverse=True)

@@ -4,14 +4,20 @@
              + E_tau sum_i speed_i density_i(z_i, x_i)                          diffusion
              + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                            decoding
 
-Each term takes one network call. t0 is the time at which the time rule starts and t1 the time at
-which it ends (0 and 1 by default). The predicted q_{t1} is the marginal at t1 of a token that is
-drawn from the network's prediction for z1, a draw from the prior at t = 1. The density is
-`ForwardProcess.density`. tau is the information time of the process (`ddiff.core.information`).
-Times are drawn in tau, and speed_i = dt_i/dtau.
+The sums run over the positions i. The time rule draws times between t0 and t1 (0 and 1 by default).
+Each term takes one network call:
 
-The bound holds for any window of times and does not depend on training weights. Because z1 is drawn
-from the prior, the closing term is also finite for a prior on a single state.
+- The closing term compares the marginals at the last time t1. The network is evaluated at z1, a
+  draw from the prior at t = 1. The predicted q_{t1} is the marginal at t1 of a token that is drawn
+  from this prediction. Because z1 is drawn from the prior, the closing term is also finite for a
+  prior on a single state.
+- The diffusion term is an integral over time. density_i is its integrand per unit of time
+  (`ForwardProcess.density`). Times are drawn in the information time tau of the process
+  (`ddiff.core.information`), and speed_i = dt_i/dtau.
+- The decoding term is the negative log-likelihood of the tokens given the states at the first time
+  t0.
+
+The bound holds for any t0 < t1 and does not depend on training weights.
 """
 
 from __future__ import annotations
@@ -32,13 +38,17 @@ from ddiff.core.times import Noisy, Times, TimeSampler
 from ddiff.core.vocabulary import Vocabulary
 
 Network = Callable[[Noisy], Query]
-"""Function noisy -> query. The network runs when the query is called."""
+"""Function from a corrupted batch to the query of its rows. Calling the query runs the network."""
 
 
 class NelboTerms(NamedTuple):
     """Terms of the bound in nats, [B,L] float64 each, 0 at positions that are not scored.
 
-    `noisy` is the corrupted batch at which the diffusion term was evaluated.
+    Attributes:
+        closing: KL divergence between the true and the predicted marginal at the last time.
+        diffusion: integrand of the bound at the drawn time, times the speed dt/dtau.
+        decoding: negative log-likelihood of the token given the state at the first time.
+        noisy: corrupted batch at which the diffusion term was evaluated.
     """
 
     closing: Tensor
@@ -62,7 +72,8 @@ class Likelihood:
 
     Attributes:
         terms: name of each term of the bound -> values [B,L].
-        parts: name of each part of the diffusion term, for example a level -> values [B,L].
+        parts: name of each part of the diffusion term (for example a level of the tree) -> values
+            [B,L].
     """
 
     terms: Mapping[str, Tensor]
@@ -74,7 +85,7 @@ class Likelihood:
 
 
 def _format_means(terms: Mapping[str, Tensor]) -> str:
-    """Format as `closing 0.0000, diffusion 3.1052; mean nats per position of 8 x 16`."""
+    """Format terms as `closing 0.0000, diffusion 3.1052; mean nats per position of 8 x 16`."""
     shapes = {" x ".join(map(str, tensor.shape)) for tensor in terms.values()}
     if any(tensor.is_meta for tensor in terms.values()):
         return f"{', '.join(terms)}; of {', '.join(sorted(shapes))}, on meta"
@@ -95,12 +106,15 @@ def nelbo(
     slot: Tensor,
     slots: int | Tensor,
 ) -> NelboTerms:
-    """Draw one unbiased estimate of the three terms of the bound per sequence.
+    """Draw one unbiased estimate of the three terms of the bound for each sequence.
 
     Args:
+        network: function that returns the query of a corrupted batch (`Network`).
         x0: [B,L] clean tokens.
         scored: bool [B,L]. Positions that are not scored stay clean and add nothing.
-        slot: [B] stratum of each sequence among `slots`.
+        rule: time rule that draws the times.
+        rng: random generator of the B samples.
+        slot: [B] number of the stratum from which the time of each sequence is drawn.
         slots: number of strata, or one number per sequence [B] if sequences are stratified in
             separate groups.
     """
@@ -125,10 +139,11 @@ def corrupt(
     rng: CounterRng,
     channel: str,
 ) -> Noisy:
-    """Draw z_t ~ q_t(.|x0) at scored positions that the time rule corrupts.
+    """Draw z_t ~ q_t(.|x0) at the scored positions that the time rule corrupts.
 
-    Positions that are not corrupted stay clean, at time 0. Positions marked `at_prior` hold draws
-    from the prior.
+    Positions that are not scored, or that `times` marks as clean, keep their tokens and get time 0.
+    Positions that `times` marks as `at_prior` hold draws from the prior. `channel` names the random
+    numbers of `rng` that are used.
     """
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)
@@ -157,9 +172,12 @@ def diffusion_term(
 ) -> Tensor:
     """Return the diffusion term of the bound, speed * weight * divergence [B,L], in nats.
 
-    The network is queried only at positions where this product can be non-zero.
+    `noisy` is a batch that was corrupted at the times of a time rule, and `speed` [B,L] the
+    `Times.speed` of these times. The product weight * divergence of the process is the integrand of
+    the bound (`ForwardProcess.density`). The network is queried only at positions where speed *
+    weight * divergence can be non-zero.
     """
-    # States with density 0 are not queried.
+    # States in which the integrand of the bound is 0 are not queried.
     evaluated = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
     divergence = _evaluate_at(
         network,
@@ -189,11 +207,12 @@ def decoding_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """Return -ln P(x0 | z_t0) [B,L] in nats, weighted by speed.
+    """Return the decoding term of the bound, speed * (-ln P(x0 | z_t0)) [B,L], in nats.
 
-    `times` holds t0, the first time of each position. P(x0 | z_t0) includes the evidence of the
-    position's own state. The term is 0 at positions that are clean or not scored, and at t0 = 0 if
-    q_0 is the clean token (`closes_at_clean`).
+    `times` holds the first time t0 of each position, at which z_t0 is drawn, and the speed, the
+    weight of the position. P(x0 | z_t0) includes the evidence of the position's own state. The term
+    is 0 at positions that are clean or not scored, and at t0 = 0 if q_0 is the clean token
+    (`closes_at_clean`).
     """
     noisy = corrupt(process, x0, times, scored, rng, "decoding")
     evaluated = (times.speed > 0) & ~noisy.clean
@@ -221,11 +240,11 @@ def closing_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """Return KL( q_t1(.|x0) || predicted q_t1 ) [B,L] in nats, weighted by speed.
+    """Return the closing term, speed * KL( q_t1(.|x0) || predicted q_t1 ) [B,L], in nats.
 
-    `times` holds t1, the last time of each position. The network is evaluated with every scored
-    position drawn from the prior. The term is 0 at positions that are clean or not scored, and at
-    t1 = 1 if q_1 is exactly the prior (`closes_at_prior`).
+    `times` holds the last time t1 of each position, and the speed, the weight of the position. The
+    network is evaluated with every scored position drawn from the prior. The term is 0 at positions
+    that are clean or not scored, and at t1 = 1 if q_1 is exactly the prior (`closes_at_prior`).
     """
     counted = (times.speed > 0) & ~times.clean & scored
     evaluated = counted
@@ -251,7 +270,7 @@ def closing_term(
 
 
 def _root_scope(process: ForwardProcess, zt: Tensor) -> Tensor:
-    """Return the root for every row, since `closing_kl` needs the whole distribution."""
+    """Return the root for every row, since `closing_kl` needs the distribution of all tokens."""
     return torch.full_like(zt, process.vocabulary.root)
 
 
@@ -263,9 +282,10 @@ def _closing_kl(
 ) -> Tensor:
     """Return KL( q_t(.|x0) || predicted q_t ) [r] for a prediction that was made at t = 1.
 
-    A score at t = 1 gives the relative probabilities of states there, not the amount of noise at an
-    earlier t, which only the process knows. The score is therefore normalized over the tokens, and
-    the result is used as the predicted distribution at t < 1.
+    A score at t = 1 gives the relative probabilities of the states at t = 1. It does not contain
+    the smaller amount of noise at an earlier t, which only the process knows. At t < 1, the score
+    is therefore normalized over the tokens and used as the predicted distribution of the clean
+    token.
     """
     if not isinstance(prediction, Score):
         return process.closing_kl(prediction, x0, t)
@@ -286,7 +306,8 @@ def _evaluate_at(
 ) -> Tensor:
     """Return formula(prediction, *arguments) [B,L] at `evaluated` positions, and 0 elsewhere.
 
-    The network is called once, or not at all if no position is marked in `evaluated`.
+    `scope` returns for each state the node below which the formula needs the prediction. The
+    network is called once, or not at all if no position is marked in `evaluated`.
     """
     rows = find_rows(evaluated.reshape(-1))
     values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)
@@ -299,7 +320,10 @@ def _evaluate_at(
 
 
 def network_from_noisy(log_probs: Callable[[Noisy], Tensor], vocabulary: Vocabulary) -> Network:
-    """Make a `Network` from a plain function noisy -> log_p [B,L,V]."""
+    """Make a `Network` from a plain function noisy -> log_p [B,L,V].
+
+    log_p holds the predicted log-probabilities of the V tokens at every position.
+    """
 
     def network(noisy: Noisy) -> Query:
         def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
@@ -315,9 +339,10 @@ def network_from_table(
     denoiser: Callable[[Tensor, Tensor], Tensor],
     vocabulary: Vocabulary,
 ) -> Network:
-    """Make a `Network` from a plain function (zt [B,L], t [B,L]) -> log_p [B,L,V].
+    """Make a `Network` from a plain function `denoiser`: (zt [B,L], t [B,L]) -> log_p [B,L,V].
 
-    Toy models, oracles and custom networks are evaluated and sampled in this way.
+    log_p holds the predicted log-probabilities of the V tokens at every position. Toy models,
+    oracles and custom networks are evaluated and sampled in this way.
     """
 
     def log_probs(noisy: Noisy) -> Tensor:
