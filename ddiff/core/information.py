@@ -1,25 +1,28 @@
-"""Information time: a time change under which a constant prediction has a constant mean density.
+"""Information time tau: time measured by the fraction of the information that is lost.
 
-With X uniform over the tokens, I(X; Z_t) is the information in nats that the state at time t
-carries about its token. The fraction of information that is lost by time t,
+With X uniform over the tokens, I(X; Z_t) is the information in nats that the state Z_t at time t
+carries about its token X. The fraction of this information that is lost by time t,
 
     tau(t) = (I(X; Z_0) - I(X; Z_t)) / (I(X; Z_0) - I(X; Z_1)),
 
-rises from 0 to 1. Its derivative is proportional to the mean density (the density is the integrand
-of the bound) under the uniform prediction. If tau is drawn uniformly, every time therefore has the
-same mean density, and the estimate of the bound is not skewed. If t is drawn uniformly, the
-estimate is skewed for processes that lose their tokens quickly near one end. The integral of the
-weight of the density cannot replace tau, since this integral diverges at t = 1 for uniform noise.
+rises from 0 to 1.
+
+The diffusion term of the bound is an integral over t. For the uniform prediction, the mean of its
+integrand over tokens and states is proportional to dtau/dt. Per unit of tau, this mean is therefore
+constant: if tau is drawn uniformly, every drawn time has the same mean, and the estimate of the
+bound is not skewed. If t is drawn uniformly, the estimate is skewed for processes that lose their
+tokens quickly near one end. The integral of `ForwardProcess.weight` cannot replace tau, since this
+integral diverges at t = 1 for uniform noise.
 
 For linear masking tau = t. For a tree, tau is a closed-form sum over levels
 (`TreeProcess.information`).
 
-Even if the mean density is constant, the density of single tokens varies. A token is noise with
-probability P(tau), which is small for small tau, and the density at a noisy token is then about
-1/P. The sum over a sequence of L tokens therefore has a second moment proportional to
-1 + 1/(L P(tau)). The variance is least if the probability density of the drawn times is
-proportional to the square root of this moment. `TimeChange.draw` uses this probability density. It
-is nearly flat for long sequences and concentrated near tau = 0 for short sequences.
+The integrand at single tokens still varies, even if its mean is constant. A token is noise with
+probability P(tau), which is small for small tau, and the integrand at a noisy token is then about
+1/P. The sum over a sequence of L tokens therefore has a second moment proportional to 1 + 1/(L
+P(tau)). The variance is least if the probability density of the drawn tau is proportional to the
+square root of this moment. `TimeChange.draw` uses this probability density. It is nearly flat for
+long sequences and concentrated near tau = 0 for short sequences.
 """
 
 from __future__ import annotations
@@ -55,10 +58,10 @@ SMALLEST = 2.0**-53
 
 
 class TimeChange(Protocol):
-    """Strictly increasing map from tau in [0,1] to t in [0,1], with its derivative."""
+    """Strictly increasing map from information time tau in [0,1] to time t in [0,1]."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t(tau) and dt/dtau, both of the shape of tau. dt/dtau is finite."""
+        """Return t(tau) and its derivative dt/dtau, both in the shape of tau. dt/dtau is finite."""
 
     def draw(
         self,
@@ -67,16 +70,16 @@ class TimeChange(Protocol):
         stop: float,
         length: int,
     ) -> tuple[Tensor, Tensor]:
-        """Map v uniform in [0,1] to (t, dt/dv), with t rising from tau = `start` to tau = `stop`.
+        """Map v, uniform in [0,1], to a random time t. Returns t and dt/dv.
 
-        With these draws, the estimate of the bound of a sequence of `length` tokens has the least
-        variance.
+        t rises with v from the time at tau = `start` to the time at tau = `stop`. With these draws,
+        the estimate of the bound of a sequence of `length` tokens has the least variance.
         """
 
 
 @final
 class IdentityTime:
-    """Identity t = tau, with uniform draws."""
+    """Time change t = tau, with uniform draws."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         return tau, torch.ones_like(tau)
@@ -132,10 +135,10 @@ class MonotoneMap:
 
 @final
 class InformationTime:
-    """t as a function of tau, by interpolation of the information at knots.
+    """Time t as a function of information time tau, interpolated between knots.
 
     dt/dtau is the exact derivative of the interpolant. A bound estimated in tau is therefore
-    unbiased whatever the interpolation error is; this error affects only the variance.
+    unbiased, however large the interpolation error is. This error affects only the variance.
 
     If logit tau rises by more than 2 between two knots, the cell between them is halved until the
     rise is at most 2. This happens, for example, if a process loses no information before t = 1/2.
@@ -146,7 +149,7 @@ class InformationTime:
     last interior time, tau = 1 is mapped to the last interior time.
 
     Args:
-        information: t [n] -> I(X; Z_t) in nats.
+        information: t [n] -> I(X; Z_t) in nats, the information of the state on its token X.
         information_lost: t [n] -> I(X; Z_0) - I(X; Z_t).
         change_probability: t [n] -> P(Z_t != X).
     """
@@ -202,7 +205,10 @@ class InformationTime:
         return t, (stop - start) * slope * speed
 
     def _make_quantiles(self, start: float, stop: float, length: int) -> MonotoneMap:
-        """Return the quantile function of the draws: v -> (tau - start) / (stop - start)."""
+        """Return the map from a uniform v to (tau - start) / (stop - start) for `draw`.
+
+        This is the quantile function of the probability density in the module's docstring.
+        """
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)
         tau = start + (stop - start) * share
@@ -230,7 +236,10 @@ class InformationTime:
 
 
 class _InformationShares:
-    """Fractions of the information that are lost before and after times t [n], shape [2,n]."""
+    """Function t [n] -> [2,n]: the fractions of information lost before t and after t.
+
+    `ends` [4] holds the times 0, the first and the last interior time, and 1.
+    """
 
     def __init__(
         self,
@@ -259,7 +268,11 @@ def uniform_reference(num_tokens: int) -> Tensor:
 def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor]:
     """Insert knots until logit tau rises by at most STEEP between neighbouring knots.
 
-    Returns the information fractions [2,k] at the knots, and logit t [k] of the knots.
+    Args:
+        shares: t [n] -> [2,n], the fractions of the information lost before and after t.
+        logit_t: logits of the times of the first knots.
+
+    Returns the fractions [2,k] at the final k knots, and logit t [k] of these knots.
     """
     shares_at = shares(torch.sigmoid(logit_t))
     for _ in range(REFINEMENTS):
@@ -277,9 +290,11 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
 
 
 def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logit tau [k] and logit t [k] of the knots at which logit tau exceeds earlier values.
+    """Keep the knots at which logit tau is larger than at all earlier knots.
 
-    Knots at which a fraction of the information is below RELIABLE are dropped.
+    Knots at which a fraction of the information is below RELIABLE are dropped too. `shares_at`
+    holds the fractions of the information lost before and after each knot. Returns logit tau [k]
+    and logit t [k] of the k remaining knots.
     """
     before, after = shares_at
     is_reliable = (before > RELIABLE) & (after > RELIABLE)

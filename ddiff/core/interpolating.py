@@ -3,18 +3,20 @@
     q_t(.|x) = alpha_t delta_x + b_t
 
 alpha_t is the probability that the token is clean and was never redrawn. The noise b_t is a vector
-over the states with sum 1 - alpha_t. The generator moves any state to state z at the arrival rate
+over the states with sum 1 - alpha_t. The forward chain jumps from any state into state z at the
+arrival rate
 
     omega_t(z) = b_t'(z) - (alpha'/alpha) b_t(z) >= 0.
 
-With q_t-bar = alpha_t p + b_t for a predicted distribution p, the bound has the closed form (arXiv
-2503.04482, written with reverse rates)
+Let q_t-bar = alpha_t p + b_t be the marginal for a predicted distribution p of the token. The
+integrand of the bound then has the closed form (arXiv 2503.04482, written with reverse rates)
 
     density = (omega_t(z) / q_t(z|x)) [ KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho ],
     rho     = q_t(z|x) / q_t-bar(z).
 
-`mismatch` is the bracket. `weight` is the total true reverse rate, as in every family, omega_t(z)
-(1 - q_t(z|x)) / q_t(z|x). `divergence` is density / weight = mismatch / (1 - q_t(z|x)).
+In code, `mismatch` is the bracket. `weight` is omega_t(z) (1 - q_t(z|x)) / q_t(z|x), the total rate
+at which the reversed chain leaves z given the true token. `divergence` is density / weight =
+mismatch / (1 - q_t(z|x)).
 
 Masked diffusion, uniform diffusion and mixtures of the two belong to this family. The reversed
 chain leaves z at the rate omega_t(z) (1 - q_t-bar(z)) / q_t-bar(z), for a state y != z drawn from
@@ -65,11 +67,11 @@ REACHED_TIMES = 129
 
 
 class InterpolatingProcess(ForwardProcess):
-    """Process with q_t(.|x) = alpha_t delta_x + b_t. A subclass defines alpha and b.
+    """Process with q_t(.|x) = alpha_t delta_x + b_t. A subclass defines `alpha` and `noise` (b_t).
 
     A subclass also sets `vocabulary` and `prior`. If alpha_1 = 0, the prior is b_1, normalized.
-    Rates divide by b_t, so b_t must keep its relative accuracy near t = 0. For example, compute
-    t^2 nu for a distribution nu, and not (1 - alpha_t) nu, which float64 rounds to 0 near t = 0.
+    Rates divide by b_t, so b_t must keep its relative accuracy near t = 0. For example, compute t^2
+    nu for a distribution nu, and not (1 - alpha_t) nu, which float64 rounds to 0 near t = 0.
     `ComponentProcess` has cheaper formulas for noise that mixes a few fixed distributions.
     """
 
@@ -105,7 +107,7 @@ class InterpolatingProcess(ForwardProcess):
         return torch.func.jvp(self.noise, (t,), (ones,))[1]
 
     def arrivals(self, t: Tensor) -> Tensor:
-        """Return omega_t(z) [r,S], the rate into state z from any other state."""
+        """Return the arrival rates omega_t(z) [r,S] into each state z from any other state."""
         t = interior(t)
         log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
         return subtract_or_zero(self.d_noise(t), log_decay * self.noise(t))
@@ -113,17 +115,18 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ noise at some states only
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return b_t(z_t) per row [r]."""
+        """Return the noise b_t(z_t) at the state of each row [r]."""
         return _gather_at_times(self.noise, zt, t)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return omega_t(z_t) per row [r]."""
+        """Return the arrival rate omega_t(z_t) into the state of each row [r]."""
         return _gather_at_times(self.arrivals, zt, t)
 
     def split_noise(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return b_t on the tokens and b_t on the other states [r,S-V], in the dtype of log_p.
+        """Split the noise b_t into two tensors, in the dtype of log_p.
 
-        The first tensor is [r,V], or [r,1] if all tokens have the same noise.
+        Returns b_t on the V tokens, and b_t on the other states [r,S-V]. The first tensor is [r,V],
+        or [r,1] if all tokens have the same noise.
         """
         times, time_index = t.unique(return_inverse=True)
         noise = self.noise(times).to(log_p.dtype)[time_index]
@@ -131,7 +134,7 @@ class InterpolatingProcess(ForwardProcess):
         return noise[:, :num_tokens], noise[:, num_tokens:]
 
     def representative(self, zt: Tensor) -> Tensor:
-        """Return a state y [r] with b_t(y) = b_t(z_t) at all times t, for each row.
+        """Return for each row a state y [r] whose noise equals that of z_t at all times.
 
         Many states may share one representative. Tables of noise have entries for representatives
         only.
@@ -139,13 +142,13 @@ class InterpolatingProcess(ForwardProcess):
         return zt
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return b_t [n,m] of the given states [m] at times [n]."""
+        """Return the noise b_t(y) [n,m] of states y [m] at times t [n]."""
         # The table is made in chunks, since the noise of all states at all times is too large.
         chunks = [self.noise(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return omega_t [n,m] of the given states [m] at times [n]."""
+        """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n]."""
         chunks = [self.arrivals(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
 
@@ -158,12 +161,15 @@ class InterpolatingProcess(ForwardProcess):
         return noise.sum(-1, keepdim=True) - noise
 
     def _arrive_at(self, zt: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Return P(z_t | z_s = y) [r], which is the same for every state y != z_t."""
+        """Return the probability P(z_t | z_s = y) [r] of arriving in z_t from another state.
+
+        The probability is the same for every state y != z_t.
+        """
         kept = self._stay(s, t) * self.noise_at(zt, s)
         return subtract_or_zero(self.noise_at(zt, t), kept).clamp(min=0.0)
 
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return alpha_t / alpha_s per row [r]."""
+        """Return alpha_t / alpha_s [r], the probability of no redraw between s and t."""
         alpha_s = self.alpha(s)
         ratio = self.alpha(t) / alpha_s
         return torch.where(alpha_s > 0, ratio, torch.ones_like(t))
@@ -180,16 +186,16 @@ class InterpolatingProcess(ForwardProcess):
         return InterpolatingKernel(-arrive.sum(-1), arrive)
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
-        """Return the transition alpha_ts I + 1 (b_t - alpha_ts b_s)^T from s to t.
+        """Return the transition from s to t: alpha_ts I + 1 (b_t - alpha_ts b_s)^T.
 
-        alpha_ts = alpha_t / alpha_s, and 1 is the vector of ones.
+        alpha_ts = alpha_t / alpha_s is the probability of no redraw, and 1 is the vector of ones.
         """
         stay = self._stay(s, t)
         arrive = self.noise(t) - stay.unsqueeze(-1) * self.noise(s)
         return InterpolatingKernel(stay, arrive.clamp(min=0.0))
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Keep the token with probability alpha_t, otherwise draw from b_t."""
+        """Draw z_t: keep x0 with probability alpha_t, otherwise draw from the noise b_t."""
         zt = x0.clone()
         redrawn = find_rows(u[:, 0] >= self.alpha(t))
         # Noise is drawn only for the redrawn rows, since b_0 may be 0 and cannot be drawn from.
@@ -198,7 +204,11 @@ class InterpolatingProcess(ForwardProcess):
         return zt
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Keep the state with probability alpha_ts, otherwise draw from b_t - alpha_ts b_s."""
+        """Draw z_t given z_s, for s <= t.
+
+        The state is kept with probability alpha_ts = alpha_t / alpha_s, and otherwise drawn in
+        proportion to b_t - alpha_ts b_s.
+        """
         zt = zs.clone()
         stay = self._stay(s, t)
         redrawn = find_rows(u[:, 0] >= stay)
@@ -225,12 +235,12 @@ class InterpolatingProcess(ForwardProcess):
         return self._likelihood(x0, x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log of p = (s / |s| - b_t) / alpha_t on tokens, for a score s.
+        """Return the log of the distribution p = (s / |s| - b_t) / alpha_t of the token, [r,V].
 
-        |s| is the sum of s over the states. The formula inverts alpha_t I + 1 b_t^T, where 1 is the
-        vector of ones. Up to normalization, p is s times the factor 1 - b_t |s| / s. The factor is
-        raised to at least 1e-14. If a score near t = 1 contains only noise, p is therefore
-        proportional to s on the tokens.
+        s is the score, relative probabilities of the states, and |s| its sum over the states. The
+        formula inverts q_t-bar = alpha_t p + b_t with q_t-bar = s / |s|. Up to normalization, p is
+        s times the factor 1 - b_t |s| / s. The factor is raised to at least 1e-14. If a score near
+        t = 1 contains only noise, p is therefore proportional to s on the tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]
@@ -245,10 +255,12 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the total true reverse rate, omega_t(z) (1 - q_t(z|x)) / q_t(z|x).
+        """Return the true rate [r] of leaving z_t, omega_t(z) (1 - q_t(z|x)) / q_t(z|x).
 
-        If q_t(z|x) = 1, this rate is 0. The density may still be positive, since tokens other than
-        x could have become z. The weight is then 1 if the chain can jump into z, else 0.
+        This is the total rate of the reversed chain given the token x = x0, and omega_t is the
+        arrival rate. If q_t(z|x) = 1, the rate is 0, but the integrand of the bound (`density`) may
+        be positive, since tokens other than x could have become z. The weight is then 1 if the
+        chain can jump into z, else 0.
         """
         t = interior(t)
         arrive = self.arrivals_at(zt, t)
@@ -266,7 +278,7 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return mismatch / (1 - q_t(z|x)) per row.
+        """Return density / weight = mismatch / (1 - q_t(z|x)) per row [r].
 
         If q_t(z|x) = 1 and the weight is 1, the divergence equals the density. The divergence is 0
         if the chain never jumps into z.
@@ -364,8 +376,9 @@ class InterpolatingProcess(ForwardProcess):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute from the predicted distribution p three tensors [r] that the bound uses.
 
-        The first is the sum over the tokens y != x0 in the formula of `_kl`. The second is
-        ln p(x0). The third is ln p(z_t), or an arbitrary number if z_t is not a token.
+        1. The sum over the tokens y != x0 in the formula of `_kl`.
+        2. ln p(x0).
+        3. ln p(z_t), or an arbitrary number if z_t is not a token.
         """
         log_p = dist.log_mass(0)
         noise, _ = self.split_noise(log_p, t)
@@ -373,10 +386,14 @@ class InterpolatingProcess(ForwardProcess):
         return TokenDivergence.apply(log_p, alpha, noise, x0, self._token_or_first(zt))
 
     def _kl(self, others: Tensor, log_p_x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """Return KL( q_t(.|x) || q_t-bar ) per row [r].
+        """Return KL( q_t(.|x) || q_t-bar ) per row [r], where q_t-bar = alpha_t p + b_t.
 
         The KL is q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
         delta = alpha (1 - p_x) / q_x and phi(v) = v - ln(1 + v). A term with b_y = 0 is alpha p_y.
+
+        Args:
+            others: [r] the sum over y != x.
+            log_p_x: [r] ln p(x) of the token x = x0.
         """
         alpha = self.alpha(t)
         truth = self._likelihood(x0, x0, t)
@@ -421,9 +438,9 @@ class InterpolatingProcess(ForwardProcess):
         return torch.where(zt < self.vocabulary.num_tokens, zt, 0)
 
     def _log_marginal_at(self, log_p_z: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return ln q_t-bar(z_t) per row [r], from ln p(z_t) [r].
+        """Return ln q_t-bar(z_t) [r] = ln( alpha_t p(z_t) + b_t(z_t) ), from ln p(z_t) [r].
 
-        If b_t(z_t) = 0, the sum ln alpha + ln p is used, since p of a token may underflow.
+        If b_t(z_t) = 0, the sum ln alpha_t + ln p(z_t) is used, since p(z_t) may underflow.
         """
         noise = self.noise_at(zt, t)
         is_token = zt < self.vocabulary.num_tokens
@@ -437,7 +454,7 @@ class InterpolatingProcess(ForwardProcess):
         return self.noise_at(zt, t) + clean
 
     def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return 1 - q_t(z|x) per row, without cancellation.
+        """Return 1 - q_t(z|x) [r], the probability of other states than z, without cancellation.
 
         The sum of b_t(y) over y != z, plus alpha_t if z is not x, keeps its relative accuracy.
         """
@@ -447,9 +464,10 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """Return the mean over tokens x of KL( q_t(.|x) || q_t-bar ), for the uniform prediction.
+        """Return I(X; Z_t) [n] in nats at times t [n], for X uniform over the tokens.
 
-        The KL is computed once per representative of the tokens.
+        The value is the mean over tokens x of KL( q_t(.|x) || mean of q_t over the tokens ). Tokens
+        with the same noise have the same KL, which is computed once.
         """
         num_tokens = self.vocabulary.num_tokens
         tokens, counts = self._token_representatives()
@@ -474,14 +492,20 @@ class InterpolatingProcess(ForwardProcess):
         return (1.0 - kept).clamp(min=0.0)
 
     def _token_representatives(self) -> tuple[Tensor, Tensor]:
-        """Return the m distinct representatives of the tokens, and the number of tokens of each."""
+        """Return the m distinct representatives of the tokens, and the number of tokens of each.
+
+        Tokens with the same representative have the same noise at all times.
+        """
         tokens = torch.arange(self.vocabulary.num_tokens)
         return self.representative(tokens).unique(return_counts=True)
 
     # ------------------------------------------------------------------ reachable states
 
     def active(self, zt: Tensor) -> Tensor:
-        """Return bool [r]: whether the chain can jump into z_t; if not, the density is 0."""
+        """Return for each row whether its state z_t can add to the bound, bool [r].
+
+        The chain can jump into such a state. In other states, the integrand of the bound is 0.
+        """
         return self._reached.on(zt.device)[zt]
 
     @property
@@ -495,9 +519,10 @@ class InterpolatingProcess(ForwardProcess):
 
     @cached_property
     def _reached(self) -> Constant:
-        """Return bool [S]: whether the arrival rate of a state is positive at any time.
+        """Whether the forward chain can jump into each state at some time, bool [S].
 
-        REACHED_TIMES times are checked, since the rate may be 0 at a single time.
+        The arrival rates are checked at REACHED_TIMES times, since a rate may be 0 at a single
+        time.
         """
         ends = torch.tensor([EARLIEST, LATEST], dtype=torch.float64)
         low, high = torch.logit(ends).tolist()
@@ -516,8 +541,9 @@ class InterpolatingProcess(ForwardProcess):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s from the exact reverse transition, without querying rows that cannot move.
 
-        Rows leave z with probability P(z_s != z | z_t = z) = arrive_ts(z) (1 - q_s-bar(z)) /
-        q_t-bar(z), where arrive_ts(z) is the probability of arriving in z between s and t. The new
+        A row leaves its state z = z_t with probability P(z_s != z | z_t = z) = arrive_ts(z) (1 -
+        q_s-bar(z)) / q_t-bar(z). Here arrive_ts(z) is the probability of arriving in z between s
+        and t, and q_t-bar = alpha_t p + b_t the marginal for the predicted distribution p. The new
         state y != z is drawn from q_s-bar.
         """
         arrive = self._arrive_at(zt, s, t)
@@ -532,12 +558,17 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Leave z with probability arrive (1 - q_s-bar(z)) / q_t-bar(z).
+        """Leave z = z_t with probability arrive (1 - q_s-bar(z)) / q_t-bar(z), else keep z.
 
-        In a step, `arrive` [r] is the probability of arriving in z between s and t. At an event,
-        `arrive` is the arrival rate divided by the candidate rate. u is [r,2]. The new state y != z
-        is drawn from q_s-bar. With b in place of q-bar, the formula gives an upper bound of the
-        probability that needs no network. Only rows with u[:,0] below the upper bound are queried.
+        q_t-bar = alpha_t p + b_t is the marginal for the predicted distribution p. The new state y
+        != z is drawn from q_s-bar. With b in place of q-bar, the formula gives an upper bound of
+        the probability that needs no network. Only rows with u[:,0] below the upper bound are
+        queried.
+
+        Args:
+            arrive: [r] in a step, the probability of arriving in z between s and t; at an event,
+                the arrival rate into z divided by the candidate rate.
+            u: [r,2] uniforms.
         """
         noise_s = self.noise_at(zt, s)
         noise_t = self.noise_at(zt, t)
@@ -572,7 +603,8 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Draw new states for the candidates that leave z under the predicted distribution.
 
-        A candidate leaves if u[:,0] is below its exact probability; other candidates keep z.
+        Candidates are the rows that `_leave` queries, and `arrive` is the tensor of `_leave` for
+        them. A candidate leaves if u[:,0] is below its exact probability; other candidates keep z.
         """
         dist = require_distribution(prediction, "InterpolatingProcess.step")
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
@@ -587,9 +619,11 @@ class InterpolatingProcess(ForwardProcess):
         return torch.where(u[:, 0] < leave_probability, drawn, zt)
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Keep z with probability alpha p(z) / q_t-bar(z), otherwise draw the token x ~ p.
+        """Draw the clean token: keep z_t or draw from the predicted distribution p.
 
-        A redrawn state carries no information on x, so p alone is its posterior.
+        z_t is kept with probability alpha_t p(z_t) / (alpha_t p(z_t) + b_t(z_t)), the probability
+        that it is the clean token. Otherwise z_t was redrawn and carries no information on the
+        token, so the token is drawn from p.
         """
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
@@ -633,13 +667,14 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the time of the latest candidate event before t (`CandidateEvents`)."""
+        """Draw for each row the time of its latest candidate event before t (`CandidateEvents`)."""
         return CandidateEvents(self, zt).next_time(t, u)
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Accept a candidate event with probability (rate of leaving z_t) / (candidate rate).
 
-        An accepted candidate moves to a state y != z_t drawn from q_t-bar.
+        An accepted candidate moves to a state y != z_t drawn from q_t-bar = alpha_t p + b_t, where
+        p is the predicted distribution. Other candidates keep z_t.
         """
         t = interior(t)
         candidates = CandidateEvents(self, zt).rate(t)
@@ -664,7 +699,7 @@ def subtract_or_zero(total: Tensor, part: Tensor) -> Tensor:
 
 
 def _log_mixture(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
-    """Return ln(b + alpha p) per row [r].
+    """Return ln(b + alpha p) per row [r], where b is `noise` and ln p is `log_p`.
 
     If b = 0, the sum ln alpha + ln p is used, since p of a token may underflow.
     """

@@ -29,21 +29,24 @@ MIN_SINGULAR_SHARE = 1e-13
 
 
 class Kernel(ABC):
-    """A batch of r linear operators on S states; ids are long [r], vectors [r,S]."""
+    """Batch of r linear operators K on S states.
+
+    The arguments `ids` are long [r], one state for each operator, and vectors are [r,S].
+    """
 
     num_states: int
 
     @abstractmethod
     def row(self, ids: Tensor) -> Tensor:
-        """Return K[ids, .] [r,S]: the rate or probability of each target state."""
+        """Return K[ids, .] [r,S]: the rate or probability from state `ids` to each state."""
 
     @abstractmethod
     def column(self, ids: Tensor) -> Tensor:
-        """Return K[., ids] [r,S]: the rate or probability of arriving from each source state."""
+        """Return K[., ids] [r,S]: the rate or probability from each state to state `ids`."""
 
     @abstractmethod
     def apply(self, vector: Tensor) -> Tensor:
-        """Return vector @ K, shape [r,S]."""
+        """Return the product of row vectors and operators, vector @ K, shape [r,S]."""
 
     def dense(self) -> Tensor:
         """Return the whole operators [r,S,S], with O(r S^2) memory; for tests and small chains."""
@@ -84,7 +87,7 @@ class Kernel(ABC):
 def require_invertible(singular: Tensor, name: str) -> None:
     """Raise ArgumentError if the kernel of any row is singular.
 
-    `singular` is bool [r].
+    `singular` is bool [r]. The message begins with `name`, the class of the kernel.
     """
     if bool(singular.any()):
         raise ArgumentError(
@@ -186,10 +189,10 @@ class DenseKernel(Kernel):
 
 @final
 class InterpolatingKernel(Kernel):
-    """Diagonal plus rank one: K[y,z] = stay 1[y=z] + arrive[z], with `stay` [r] and `arrive` [r,S].
+    """Diagonal plus rank-one kernel: K[y,z] = stay 1[y=z] + arrive[z] for states y and z.
 
-    A transition keeps the state with probability `stay`, and otherwise draws a new state in
-    proportion to `arrive`. A generator has stay = -sum(arrive).
+    `stay` is [r] and `arrive` [r,S]. A transition keeps the state with probability `stay`, and
+    otherwise draws a new state in proportion to `arrive`. A generator has stay = -sum(arrive).
     """
 
     def __init__(self, stay: Tensor, arrive: Tensor) -> None:
@@ -210,9 +213,10 @@ class InterpolatingKernel(Kernel):
         return kept + total * self.arrive.to(vector.dtype)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Return x = (v - |x| arrive) / stay for the vector v, with |x| = |v| / (stay + |arrive|).
+        """Return the solution x of x K = v for the vector v.
 
-        |x| denotes the sum of the entries of x.
+        x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|). |.| is the sum of the
+        entries.
         """
         row_sum = self.stay + self.arrive.sum(-1)
         # A row sum as small as the rounding error of `stay` is the exact 0 of a generator.
@@ -224,7 +228,7 @@ class InterpolatingKernel(Kernel):
         return (vector - arrived) / to_column(self.stay, vector)
 
     def _diagonal(self, ids: Tensor) -> Tensor:
-        """Return a matrix [r,S] with `stay` at the ids and 0 elsewhere."""
+        """Return a matrix [r,S] with `stay` of each row at its id and 0 elsewhere."""
         zeros = torch.zeros_like(self.arrive)
         stay = self.stay.unsqueeze(-1)
         return zeros.scatter(-1, ids.unsqueeze(-1), stay)
@@ -257,7 +261,7 @@ class SumKernel(Kernel):
 
 @final
 class ScaledKernel(Kernel):
-    """Product of a kernel and one factor per row [r]."""
+    """Product of a kernel and a number per row, `factor` [r]."""
 
     def __init__(self, factor: Tensor, kernel: Kernel) -> None:
         self.factor = factor

@@ -36,20 +36,29 @@ class CountingNetwork(ABC):
 
     @property
     def runs(self) -> Tensor | None:
-        """Number of evaluations that included each sequence [B]; None before the first one."""
+        """Number of evaluations that included each sequence of the batch [B].
+
+        None before the first evaluation.
+        """
         return self._runs
 
     def runs_of_batch(self, batch: int) -> Tensor:
-        """Return a copy of `runs` [B] for B = `batch`; zeros if the last batch had another size."""
+        """Return a copy of `runs` [B] for a batch of B = `batch` sequences.
+
+        The copy is all zeros if no batch was evaluated yet, or if the latest one had another size.
+        """
         runs = self.runs
         if runs is None or len(runs) != batch:
             return torch.zeros(batch, dtype=torch.long)
         return runs.clone()
 
     def _count(self, batch: int, sequences: Tensor, new_call: bool = True) -> None:
-        """Count one evaluation of `sequences`, given as indices or as a mask on the host.
+        """Count one evaluation of some sequences of a batch.
 
-        With `new_call=False`, the sequences are added to the latest evaluation.
+        Args:
+            batch: number of sequences in the batch.
+            sequences: the evaluated sequences, as indices or as a bool mask, on the CPU.
+            new_call: if False, the sequences are added to the latest evaluation.
         """
         self._calls += int(new_call)
         if self._runs is None or len(self._runs) != batch:
@@ -59,7 +68,10 @@ class CountingNetwork(ABC):
 
 @final
 class EvaluationCounter(CountingNetwork):
-    """Network that counts the queries of a plain function: one evaluation per noisy state."""
+    """Wrapper that counts the evaluations of a network.
+
+    All queries of one noisy state count as one evaluation.
+    """
 
     def __init__(self, network: Network, predicts: Predicts) -> None:
         super().__init__()
@@ -84,7 +96,7 @@ class EvaluationCounter(CountingNetwork):
 def count_evaluations(network: Network, predicts: Predicts = "distribution") -> CountingNetwork:
     """Return the network itself if it counts its evaluations, else wrap the network.
 
-    `predicts` states the kind of prediction that a plain function makes.
+    `predicts` states whether a network that is wrapped predicts a distribution or a score.
     """
     if isinstance(network, CountingNetwork):
         return network

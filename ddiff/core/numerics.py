@@ -1,9 +1,10 @@
 """Numerical conventions of the engine, and helpers that implement them.
 
-Formulas contain no epsilon. Marginals are exact at t = 0 and t = 1. Rates and weights may diverge
-at t = 0 or t = 1 if their state has probability zero there, so they are evaluated at the nearest
-interior time. Times and per-row weights are float64. Tensors with an entry per token or state keep
-the dtype of the predicted distribution.
+- Formulas contain no epsilon, and marginals are exact at t = 0 and t = 1.
+- A rate or weight may diverge at t = 0 or t = 1, if the state has probability zero there. Rates and
+  weights are therefore evaluated at the nearest interior time, in [1e-12, 1 - 1e-12].
+- Times and per-row weights are float64. Tensors with an entry per token or state keep the dtype of
+  the predicted distribution.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FLOOR = 1e-14
 
 
 def interior(t: Tensor) -> Tensor:
-    """Clamp `t` to [1e-12, 1 - 1e-12], where every rate and weight is finite."""
+    """Clamp t to the interior times [1e-12, 1 - 1e-12], at which rates and weights are finite."""
     return t.clamp(EARLIEST, LATEST)
 
 
@@ -46,7 +47,7 @@ def safe_log(mass: Tensor) -> Tensor:
 
 
 def log_normalize(log_mass: Tensor) -> Tensor:
-    """Return the log of normalized masses [r,n] from their logs.
+    """Normalize masses [r,n] that are given by their logs, and return the logs.
 
     A row without any mass gives the uniform distribution.
     """
@@ -64,10 +65,11 @@ def where_or_zero(condition: Tensor, values: Tensor) -> Tensor:
 
 
 def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
-    """Return the log-weights of p^(1/T) along the last dimension, T >= 0.
+    """Return log-weights of p^(1/T) along the last dimension, for temperature T >= 0.
 
-    T = 0 keeps only the first most likely entry. The largest log p is subtracted before the
-    division, so that the most likely entry is finite for every T > 0.
+    `log_p` is ln p. T = 0 keeps only the most likely entry, the first one if several are equal. The
+    largest log p is subtracted before the division, so that the most likely entry is finite for
+    every T > 0.
     """
     largest, first = log_p.max(-1, keepdim=True)
     if temperature == 0.0:
@@ -83,15 +85,16 @@ def find_rows(condition: Tensor) -> Tensor:
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """Return values[i, index[i]] [r] for each row i of values [r,n]."""
+    """Return one entry per row: values[i, index[i]] [r] for each row i of values [r,n]."""
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
 def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Return values(t) [r,...], evaluated once for equal neighbouring times.
+    """Return values(t) [r,...], with one evaluation for equal neighbouring times.
 
-    Positions of a sequence mostly share their time. On an accelerator every row is evaluated, since
-    finding the number of distinct times would need a synchronization.
+    `values` maps times [n] to a tensor [n,...]. Positions of a sequence mostly share their time. On
+    an accelerator every row is evaluated, since finding the number of distinct times would need a
+    synchronization.
     """
     if t.device.type != "cpu":
         return values(t)

@@ -1,4 +1,4 @@
-"""Dense oracle: finite transitions of any generator, integrated in the right time order.
+"""Transition matrices of any time-dependent generator, by numerical integration.
 
 dP/dt = P Q_t is integrated by the fourth-order Magnus method on a grid that is uniform in logit t,
 which resolves both ends of time. One exponential of the integrated generator would be exact only if
@@ -16,7 +16,7 @@ from torch import Tensor
 from ddiff.core.numerics import interior
 
 Generator = Callable[[Tensor], Tensor]
-"""t [n] -> Q_t [n,S,S]."""
+"""Function t [n] -> Q_t [n,S,S], the rate matrices at times t."""
 
 # Largest number of entries of generators in memory at once; they take 8 MB.
 CHUNK_ENTRIES = 2**20
@@ -29,11 +29,16 @@ def propagate(
     num_states: int,
     steps: int = 200,
 ) -> Tensor:
-    """Return the transitions [r,S,S] from s to t of the chain with generator(t [n]) -> [n,S,S].
+    """Return the transition matrices [r,S,S] from times s to times t.
 
-    Times s <= t are float64 [r]; equal times give the identity. The cost is O(r steps S^3). Errors
-    fall as steps^-4: 200 steps give about 1e-10 over (0.001, 0.999) (Blanes et al., Phys. Rep. 470,
-    eq. 253, in the row convention).
+    The cost is O(r steps S^3). Errors fall as steps^-4: 200 steps give about 1e-10 over (0.001,
+    0.999) (Blanes et al., Phys. Rep. 470, eq. 253, in the row convention).
+
+    Args:
+        generator: function t [n] -> Q_t [n,S,S].
+        s, t: float64 [r], s <= t. Equal times give the identity.
+        num_states: the number S.
+        steps: number of integration steps from s to t.
     """
     first = torch.logit(interior(s))
     last = torch.logit(interior(t))
@@ -51,9 +56,10 @@ def propagate(
 
 
 def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Tensor:
-    """Return the transitions [k,r,S,S] over k steps.
+    """Return the transition matrices [k,r,S,S] of k integration steps for each of r rows.
 
-    Each step has `width` [r] around `middle` [k,r] in logit time.
+    In logit time, a step of row i is `width`[i] long, and `middle` [k,r] holds the middles of the
+    steps.
     """
     # Evaluating the generator at the two Gauss-Legendre points of a step gives order four.
     offset = math.sqrt(3.0) / 6.0
