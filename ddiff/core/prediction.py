@@ -1,11 +1,13 @@
 """Predicted distribution of a clean token x_i, given the states of all other positions.
 
-The prediction P(x_i | z without z_i) excludes the evidence q_t(z_i | x_i) of the row's state z_i,
-because every formula of the engine multiplies by this evidence. With the full conditional
-P(x_i | z) instead, the bound would be wrong by tenths of a nat if tokens that are not masked may be
-corrupted. Networks that predict the full conditional (as plain cross-entropy trains it at positions
-that are not masked) declare `parameterization="all"`, and `drop_own_evidence` converts their
-output. A `Score` holds ratios of probabilities and is not a distribution.
+The prediction P(x_i | z without z_i) excludes the evidence q_t(z_i | x_i) of the position's own
+state z_i, because every formula of the engine multiplies by this evidence. With the full
+conditional P(x_i | z) instead, the bound would be wrong by tenths of a nat if tokens that are not
+masked may be corrupted.
+
+Some networks predict the full conditional, for example after plain cross-entropy training at
+positions that are not masked. They declare `parameterization="all"`, and `drop_own_evidence`
+converts their output. A `Score` holds ratios of probabilities and is not a distribution.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ from ddiff.errors import ArgumentError
 
 
 class CleanDistribution(Protocol):
-    """Predicted distribution P(x_i | z without z_i) of r rows, over tokens and nodes of the tree.
+    """Predicted distribution P(x_i | z without z_i) of the clean token, for r rows (positions).
 
-    Every row is conditioned on the event that its token is below the node `top`. Probabilities of
-    nodes above `top` are not known.
+    It gives probabilities of tokens and of nodes of the vocabulary tree. The probability of a node
+    is that of all tokens below it. Every row is conditioned on the event that its token is below
+    the node `top`. Probabilities of nodes above `top` are not known.
     """
 
     vocabulary: Vocabulary
     top: int
 
     def log_below(self, level: int) -> Tensor:
-        """Return log P(node | top) [r,w] for the w nodes of `level` below top, in tree order."""
+        """Return log P(node | top) [r,w] for the w nodes of `level` below top.
+
+        The nodes are in tree order (`Vocabulary.order`).
+        """
 
     def log_prob(self, node: Tensor) -> Tensor:
         """Return the log-probability [r] that the token is below the given node of each row.
@@ -47,9 +53,10 @@ class CleanDistribution(Protocol):
         """
 
     def log_step(self, node: Tensor, child: Tensor) -> Tensor:
-        """Return log P(child | node) [r] for query nodes `node` and children one level below.
+        """Return log P(child | node) [r] for children one level below their query nodes.
 
-        The result is 0 for a child that equals its node.
+        `node` holds the query node of each row, the node below which the network predicted the
+        distribution. The result is 0 for a child that equals its node.
         """
 
     def log_mass(self, level: int) -> Tensor:
@@ -59,7 +66,7 @@ class CleanDistribution(Protocol):
         """
 
     def draw(self, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Draw a descendant of each node [r] at the target `level` [r], from one uniform u [r].
+        """Draw a descendant of each node [r] at the target `level` [r], from uniforms u [r].
 
         A node that is already at its target level or below is returned unchanged.
         """
@@ -80,7 +87,7 @@ Prediction = CleanDistribution | Score
 
 
 def require_distribution(prediction: Prediction, caller: str) -> CleanDistribution:
-    """Return the prediction if it is a distribution.
+    """Return the prediction unchanged if it is a distribution.
 
     Raises ArgumentError, with the name of the caller, if the prediction is a score.
     """
@@ -97,7 +104,8 @@ class SubtreeDistribution(ABC):
     """Distribution of the token below one node `top`. A subclass defines `log_below`.
 
     `log_prob` and `log_mass` need `top` to be the root, since probabilities of nodes above `top`
-    are not known. `top_is_query_node` declares that `top` is the query node of every row, which
+    are not known. The query node of a row is the node below which the network predicted the
+    distribution. `top_is_query_node` declares that `top` is the query node of every row, which
     makes `log_step` cheaper.
     """
 
@@ -115,7 +123,10 @@ class SubtreeDistribution(ABC):
 
     @abstractmethod
     def log_below(self, level: int) -> Tensor:
-        """Return log P(node | top) [r,w] for the w nodes of `level` below top, in tree order."""
+        """Return log P(node | top) [r,w] for the w nodes of `level` below top.
+
+        The nodes are in tree order (`Vocabulary.order`).
+        """
 
     def log_prob(self, node: Tensor) -> Tensor:
         self._require_root("log_prob")
@@ -135,7 +146,7 @@ class SubtreeDistribution(ABC):
         return torch.where(certain, 0.0, where_or_zero(~certain, difference))
 
     def _covers_node(self, node: Tensor, child: Tensor) -> Tensor:
-        """Return bool [r]: whether all tokens below the node are below the child.
+        """Return for each row whether all tokens below the node are below the child, bool [r].
 
         Then P(child | node) = 1.
         """
@@ -169,7 +180,10 @@ class SubtreeDistribution(ABC):
         return drawn
 
     def _draw_at(self, node: Tensor, level: int, u: Tensor, rows: Tensor) -> Tensor:
-        """Draw one descendant at `level` per row, by inverse CDF within the node's range."""
+        """Draw for each node [k] one descendant at `level` by inverse CDF, from uniforms u [k].
+
+        `rows` [k] are the rows of the distribution to which the nodes belong.
+        """
         log_p = self.log_below(level)[rows]
         start, stop = self._local_range(node, level)
         place = torch.arange(log_p.shape[1], device=log_p.device)
@@ -184,9 +198,9 @@ class SubtreeDistribution(ABC):
         return self.vocabulary.order(level, node.device)[drawn_place]
 
     def _log_at(self, level: int, place: Tensor) -> Tensor:
-        """Return log P(node | top) [r], with top = `self.top`, for one node of `level` per row.
+        """Return log P(node | top) [r] for one node of `level` per row.
 
-        `place` [r] is the result of `_place` for these nodes.
+        `place` [r] is the index of each node among the nodes at `level` below top (`_place`).
         """
         return pick(self.log_below(level), place)
 
@@ -202,22 +216,23 @@ class SubtreeDistribution(ABC):
     def _place(self, node: Tensor, level: int) -> Tensor:
         """Return the index [r] of each node among the nodes at `level` below `self.top`.
 
-        The index is arbitrary for a node that is not at `level` or not below `self.top`.
+        Indices count in tree order. The index is arbitrary for a node that is not at `level` or not
+        below `self.top`.
         """
         start, _ = self._local_range(node, level)
         return start.clamp(0, self._width(level) - 1)
 
     def _local_range(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Return the first and one-past-last index of the nodes of `level` below each node.
+        """Return the first and one-past-last index [r] of the nodes of `level` below each node.
 
-        Index 0 is the first node of `level` that is below `self.top`.
+        Indices count in tree order. Index 0 is the first node of `level` that is below `self.top`.
         """
         start, stop = self.vocabulary.node_range(node, level)
         first = self._below[level].start
         return start - first, stop - first
 
     def _log_given_top(self, node: Tensor, lowest: int = 0) -> Tensor:
-        """Return log P(node | top) [r], with top = `self.top`.
+        """Return log P(node | top) [r] for nodes of any level, one per row.
 
         The value is 0 for `self.top` and for nodes at levels below `lowest`.
         """
@@ -247,8 +262,8 @@ class SubtreeDistribution(ABC):
 class DenseDistribution(SubtreeDistribution):
     """Distribution given by the log-probabilities of tokens.
 
-    `log_p` [r,V] in id order covers the whole vocabulary. With `top` below the root, `log_p`
-    contains only the tokens below `top`, in tree order and normalized (tied heads).
+    `log_p` [r,V] in id order covers the whole vocabulary. If `top` is given, `log_p` contains only
+    the tokens below `top`, in tree order (`Vocabulary.order`) and normalized.
     """
 
     def __init__(
@@ -278,10 +293,10 @@ class DenseDistribution(SubtreeDistribution):
 class LogitDistribution(SubtreeDistribution):
     """Distribution given by logits of tokens. The softmax over all tokens is never stored.
 
-    `logits` [r,w] in id order cover the whole vocabulary. With `top` below the root, `logits`
-    cover only the tokens below `top`, in tree order. The exponentials are computed once. Each use
-    of the distribution (the probability of one token, or the masses of a level) adds one product
-    with the exponentials to the backward pass. Row-major and column-major logits are both
+    `logits` [r,w] in id order cover the whole vocabulary. If `top` is given, `logits` cover only
+    the tokens below `top`, in tree order (`Vocabulary.order`). The exponentials are computed once.
+    Each use of the distribution (the probability of one token, or the masses of a level) adds one
+    product with the exponentials to the backward pass. Row-major and column-major logits are both
     supported without a copy.
     """
 
@@ -315,9 +330,10 @@ class LogitDistribution(SubtreeDistribution):
         return _PickToken.apply(self._logits, self._softmax.add_reader(), place)
 
     def _log_masses(self, level: int) -> Tensor:
-        """Return the log mass [r,n] of the n nodes of `level`.
+        """Return log P(node | top) [r,n] for the n nodes of `level` below `self.top`.
 
-        The mass is a log-sum-exp over the contiguous tokens below each node.
+        The mass of a node is the sum of the exponentials of the tokens below the node, which are
+        contiguous in tree order.
         """
         nodes = self.vocabulary.order(level)[self._below[level]]
         first, last = self.vocabulary.node_range(nodes, 0)
@@ -341,11 +357,15 @@ class LogitDistribution(SubtreeDistribution):
 class _Softmax:
     """Exponentials and sums of a softmax of logits [r,w], shared by several autograd functions.
 
-    `exponentials` [r,w] are exp(logit - peak), with the largest logit of each row as peak. `total`
-    [r,1] are their sums, and `log_total` [r,1] the logs of the sums of exp(logit). Autograd treats
-    all three as constants. `readers` counts the functions that use the softmax and have a gradient.
-    The backward pass runs once, so the last of these functions overwrites the exponentials with
-    its gradient, to save memory.
+    Autograd treats the attributes as constants.
+
+    Attributes:
+        exponentials: [r,w] exp(logit - peak), where peak is the largest logit of each row.
+        total: [r,1] sums of the exponentials.
+        log_total: [r,1] logs of the sums of exp(logit).
+        readers: number of functions that use the softmax and have a gradient. The backward pass
+            runs once, so the last of these functions overwrites the exponentials with its gradient,
+            to save memory.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -366,7 +386,7 @@ class _Softmax:
     def scale_probabilities(self, factor: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return a gradient of the logits: probabilities [r,w] * `factor` [r] + `addend` [r,w].
 
-        The result overwrites the exponentials if no other function needs them.
+        The result overwrites the exponentials if no other function will use them.
         """
         self.readers -= 1
         scale = factor.unsqueeze(-1) / self.total
@@ -377,7 +397,7 @@ class _Softmax:
 
 
 class _LogSoftmax(torch.autograd.Function):
-    """Log-probabilities [r,w] of all tokens."""
+    """Autograd function from logits [r,w] to the log-probabilities [r,w] of all w tokens."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, softmax: _Softmax) -> Tensor:
@@ -391,7 +411,10 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 class _PickToken(torch.autograd.Function):
-    """Log-probability [r] of one token per row."""
+    """Autograd function from logits [r,w] to the log-probability [r] of one token per row.
+
+    `place` [r] is the column of the token.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, softmax: _Softmax, place: Tensor) -> Tensor:
@@ -409,7 +432,11 @@ class _PickToken(torch.autograd.Function):
 
 
 class _SegmentMasses(torch.autograd.Function):
-    """Log-probabilities [r,n] of n segments of tokens, from sums of exponentials."""
+    """Autograd function from logits [r,w] to the log-probabilities [r,n] of n segments of tokens.
+
+    `sums` [r,n] holds the sums of the exponentials of each segment, and `segment` [w] the segment
+    number of each token.
+    """
 
     @staticmethod
     def forward(
@@ -451,7 +478,7 @@ def _segments(
 ) -> Tensor:
     """Return the index [w] of the ancestor at `level` of each of the w tokens below `top`.
 
-    Tokens are in tree order. Index 0 is the first node of `level` that is below `top`.
+    Tokens and ancestors are in tree order. Index 0 is the first node of `level` below `top`.
     """
     below = vocabulary.subtree(top)
     tokens = vocabulary.order(0, device)[below[0]]

@@ -1,15 +1,19 @@
 """Forward process: the interface of a process family, and all formulas derived from it.
 
-A family implements the marginal, the rates and a way to sample. Transition, bound density, reverse
-step, end terms and the final decoding are derived in this module by formulas that hold for any
-continuous-time Markov chain. A family may override a derived method for speed or accuracy. The
-conformance kit then tests that the override agrees with the derived method, which it calls through
-the base class: `ForwardProcess.density(process, ...)`.
+A family implements the marginal, the rates and a way to sample. Everything else is derived in this
+module by formulas that hold for any continuous-time Markov chain: the transition, the integrand of
+the bound, the closing and the decoding term of the bound, the reverse step and the final decoding.
+A family may override a derived method for speed or accuracy. The conformance kit then tests that
+the override agrees with the derived method, which it calls through the base class:
+`ForwardProcess.density(process, ...)`.
 
-Notation: Q_t[y,z] is the rate from state y to state z. q_t(z|x) is the marginal of z_t given the
-clean token x. q_t-bar(z) = sum_x p(x) q_t(z|x) is the marginal when x is drawn from the predicted
-distribution p. s(y) = q_t(y|x) / q_t(z|x) is the true ratio of state y to the current state z, and
-s_theta(y) = q_t-bar(y) / q_t-bar(z) is the predicted ratio.
+Notation:
+
+- Q_t[y,z]: rate from state y to state z.
+- q_t(z|x): marginal of z_t given the clean token x.
+- q_t-bar(z) = sum_x p(x) q_t(z|x): marginal of z_t if x is drawn from the predicted distribution p.
+- s(y) = q_t(y|x) / q_t(z|x): true ratio of state y to the current state z.
+- s_theta(y) = q_t-bar(y) / q_t-bar(z): predicted ratio.
 
 Shapes for r rows, V tokens and S states: x0, zt [r] long; t, s [r] float64; log_p [r,V].
 """
@@ -52,16 +56,20 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
 RowFunction = Callable[..., Any]
-"""fn(prediction, *values): one result or a tuple, with an entry per row of the prediction."""
+"""Function fn(prediction, *values) -> tensor or tuple of tensors, with one entry per row."""
 
 
 class Query(Protocol):
-    """Evaluate the network at some rows of one noisy state.
+    """Evaluate the network at some rows (positions) of one noisy state of the batch.
 
-    `rows` [k] are flat row numbers, and `node` [k] is the node below which each row needs the
-    predicted distribution. The network may work in chunks: for each chunk it calls `fn(prediction,
-    *values)`, where `values` are the entries of `per_row` (tensors with k entries each) that belong
-    to the chunk. The results are returned in the order of `rows`.
+    The network may work in chunks of rows. For each chunk it calls `fn(prediction, *values)`. The
+    query returns the results of `fn` in the order of `rows`.
+
+    Args:
+        rows: [k] flat row numbers.
+        node: [k] node of the tree below which each row needs the predicted distribution.
+        fn: function of the prediction of a chunk and of the entries of `per_row` for the chunk.
+        per_row: tensors with one entry for each of the k rows.
     """
 
     def __call__(
@@ -85,8 +93,8 @@ REFERENCE_ENTRIES = 2**21
 class TrainedPart(IntEnum):
     """Part of the predicted distribution that receives training signal at a row.
 
-    NONE: no part. BELOW_NODE: only the conditional distribution below the row's node. ALL: the
-    whole distribution.
+    NONE: no part. BELOW_NODE: only the conditional distribution of the tokens below the row's
+    state, a node of the tree. ALL: the whole distribution.
     """
 
     NONE = 0
@@ -95,7 +103,7 @@ class TrainedPart(IntEnum):
 
 
 class Prior:
-    """Distribution of states that sampling starts from: log_prob [S] float64."""
+    """Distribution of the states from which sampling starts, given by log_prob [S], float64."""
 
     def __init__(self, log_prob: Tensor) -> None:
         self.log_prob = log_prob.double()
@@ -112,7 +120,7 @@ class Prior:
         return f"Prior({where} of {len(self.log_prob)})"
 
     def draw(self, u: Tensor) -> Tensor:
-        """Draw one state per uniform; u of any shape, states of the same shape."""
+        """Draw one state for each uniform u in [0,1). The result has the shape of u."""
         weights = self.log_prob.exp().to(u.device)
         # All draws share one cumulative sum, so that no tensor with S entries per draw is made.
         cdf = weights.cumsum(0)
@@ -165,11 +173,14 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
-        """Return the log-probabilities [r,S] of z_t when x0 is drawn from p."""
+        """Return the log-probabilities [r,S] of the states z_t if x0 is drawn from p.
+
+        `log_p` [r,V] is the log of the distribution p of the token.
+        """
 
     @abstractmethod
     def rates(self, t: Tensor) -> Kernel:
-        """Return the generator Q_t, evaluated at interior times."""
+        """Return the generator Q_t at times t, which are clamped to interior times."""
 
     @abstractmethod
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -280,12 +291,16 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the integrand [r] of the diffusion term at (z_t, t), in nats per unit of t.
+        """Return the integrand [r] of the diffusion term of the bound, in nats per unit of t.
 
-        The density is sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ), which
-        is the score entropy (arXiv 2310.16834, eq. 5) for any generator. The density is +inf if the
-        prediction gives probability 0 to z_t or to a state from which z_t may have come. The
-        density is 0 if x0 is the only token that can have become z_t.
+        The integrand is the score entropy (arXiv 2310.16834, eq. 5), which holds for any generator:
+
+            density = sum_{y != z} Q[y,z] ( s_theta(y) - s(y) + s(y) ln(s(y)/s_theta(y)) ).
+
+        Q[y,z] is the rate from state y to z = z_t, s(y) = q_t(y|x)/q_t(z|x) the true ratio for x =
+        x0, and s_theta(y) the predicted ratio. The density is +inf if the prediction gives
+        probability 0 to z_t or to a state from which z_t may have come. The density is 0 if x0 is
+        the only token that can have become z_t.
         """
         t = interior(t)
         inward = self._inward_rates(zt, t)
@@ -304,12 +319,14 @@ class ForwardProcess(ABC):
         return torch.where(undefined, torch.where(certain, 0.0, torch.inf), density)
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the total true reverse rate per row, sum_{y != z} Q[y,z] s(y).
+        """Return the total true reverse rate per row [r], sum_{y != z} Q[y,z] s(y).
 
-        The weight does not depend on a prediction. All families return the same number for the
-        same chain, so a loss that clamps weights does not depend on the family. The weight is 0 if
-        the chain never jumps into z_t; the density is then 0 too. The weight is 1 if the chain can
-        jump into z_t only from states that have probability 0 given x0.
+        Q[y,z] is the rate from state y to z = z_t, and s(y) = q_t(y|x)/q_t(z|x) for x = x0. The
+        weight is the factor of the integrand of the bound (`density`) that does not depend on a
+        prediction. All families return the same number for the same chain, so a loss that clamps
+        weights does not depend on the family. The weight is 0 if the chain never jumps into z_t;
+        the density is then 0 too. The weight is 1 if the chain can jump into z_t only from states
+        that have probability 0 given x0.
         """
         inward = self._inward_rates(zt, t)
         log_s = self._true_log_ratio(x0, zt, interior(t))
@@ -325,7 +342,10 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return density / weight per row; 0 if both are 0."""
+        """Return density / weight [r], the factor of the density that depends on the prediction.
+
+        The result is 0 if density and weight are both 0.
+        """
         weight = self.weight(x0, zt, t)
         density = self.density(prediction, x0, zt, t)
         return density / torch.where(weight > 0, weight, 1.0)
@@ -337,11 +357,12 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return -ln P(x0 | z_t) = -ln [ p(x) q_t(z|x) / q_t-bar(z) ] per row, in nats.
+        """Return -ln P(x0 | z_t) per row [r], in nats.
 
-        The evidence of the row's own state z_t is included. For a score, p is the result of
-        `tweedie`. The value is +inf if the prediction gives x0 probability 0. If x0 is the only
-        token that can have become z_t, the value is 0 for every prediction.
+        P(x | z) = p(x) q_t(z|x) / q_t-bar(z) includes the evidence of the row's own state z. Here p
+        is the predicted distribution, and q_t-bar(z) the normalization. For a score, p is the
+        result of `tweedie`. The value is +inf if the prediction gives x0 probability 0. If x0 is
+        the only token that can have become z_t, the value is 0 for every prediction.
         """
         log_likelihood = self.log_likelihood(zt, t)
         log_joint = self._log_clean(prediction, t)
@@ -354,9 +375,10 @@ class ForwardProcess(ABC):
         return torch.where(certain, 0.0, torch.where(finite, nll, torch.inf))
 
     def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
-        """Return KL( q_t(.|x) || q_t-bar ) per row, in nats.
+        """Return KL( q_t(.|x) || q_t-bar ) per row [r], in nats.
 
-        For a score, q_t-bar is softmax(log_ratio).
+        q_t(.|x) is the true marginal for x = x0, and q_t-bar the marginal for the predicted
+        distribution. For a score, q_t-bar is softmax(log_ratio).
         """
         log_q = self.log_marginal(self._log_one_hot(x0), t)
         if isinstance(prediction, Score):
@@ -368,17 +390,20 @@ class ForwardProcess(ABC):
         return torch.where(q > 0, terms, 0.0).sum(-1)
 
     def active(self, zt: Tensor) -> Tensor:
-        """Return bool [r]: whether the density can be non-zero in this state."""
+        """Return for each row whether its state z_t can add to the bound, bool [r].
+
+        In other states, the integrand of the bound (`density`) is 0.
+        """
         return torch.ones_like(zt, dtype=torch.bool)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """Return per row the `TrainedPart` that gets a training signal from the bound."""
+        """Return the part of the prediction that the bound trains at each row (`TrainedPart`)."""
         return torch.full_like(zt, TrainedPart.ALL)
 
     def scope(self, zt: Tensor) -> Tensor:
-        """Return the node per row below which the formulas use the predicted distribution.
+        """Return for each row the node of the tree below which the prediction is needed.
 
-        The default is the root.
+        The default is the root, so that the whole distribution is predicted.
         """
         return torch.full_like(zt, self.vocabulary.root)
 
@@ -387,19 +412,23 @@ class ForwardProcess(ABC):
     def information(self, t: Tensor) -> Tensor:
         """Return I(X; Z_t) [n] in nats at times t [n], for X uniform over the tokens.
 
-        The default is the mean of KL( q_t(.|x) || q_t-bar ) over the tokens x, or over 64 evenly
-        spaced tokens if there are more. Here q_t-bar belongs to the uniform prediction. An
-        inaccurate value changes only the variance of estimates of the bound, never their mean.
+        The default is the mean over tokens x of KL( q_t(.|x) || q_t-bar ), where q_t-bar is the
+        marginal for a uniform prediction. If there are more than 64 tokens, the mean is taken over
+        64 evenly spaced tokens. An inaccurate value changes only the variance of estimates of the
+        bound, never their mean.
         """
         return self._mean_over_tokens(self._kl_to_uniform, t)
 
     def _kl_to_uniform(self, x0: Tensor, t: Tensor) -> Tensor:
-        """Return KL( q_t(.|x) || q_t-bar ) per row, for the uniform prediction."""
+        """Return KL( q_t(.|x) || q_t-bar ) per row [r].
+
+        q_t-bar is the marginal if the token is uniformly distributed.
+        """
         log_p = uniform_reference(self.vocabulary.num_tokens).expand(len(x0), -1)
         return self.closing_kl(DenseDistribution(log_p, self.vocabulary), x0, t)
 
     def information_lost(self, t: Tensor) -> Tensor:
-        """Return I(X; Z_0) - I(X; Z_t) [n] in nats.
+        """Return I(X; Z_0) - I(X; Z_t) [n] in nats at times t [n] (see `information`).
 
         A family may override this method to keep relative accuracy near t = 0.
         """
@@ -418,7 +447,10 @@ class ForwardProcess(ABC):
         return -torch.expm1(pick(marginal, x0))
 
     def _mean_over_tokens(self, values: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Tensor:
-        """Return the mean of values(x, t) [n] over all tokens x, or over 64 evenly spaced ones."""
+        """Return the mean of values(x, t) over the tokens x for each time, [n].
+
+        If there are more than 64 tokens, the mean is taken over 64 evenly spaced tokens.
+        """
         num_tokens = self.vocabulary.num_tokens
         count = min(num_tokens, REFERENCE_TOKENS)
         tokens = torch.linspace(0, num_tokens - 1, count).round().long()
@@ -433,7 +465,7 @@ class ForwardProcess(ABC):
 
     @cached_property
     def information_time(self) -> InformationTime:
-        """Information time of the process: t as a function of the fraction of information lost."""
+        """Time t as a function of the fraction of information that is lost."""
         return InformationTime(
             self.information,
             self.information_lost,
@@ -450,7 +482,9 @@ class ForwardProcess(ABC):
     def reverse_rates(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
         """Return the rates [r,S] of the reversed chain out of z_t, per unit of t.
 
-        The rate into state y is Q_t[y,z_t] s_theta(y). The entry at z_t itself is 0.
+        The rate into state y is Q_t[y,z_t] s_theta(y). Q_t[y,z_t] is the forward rate from y to
+        z_t, and s_theta(y) the predicted probability of y relative to z_t. The entry at z_t itself
+        is 0.
         """
         inward = self._inward_rates(zt, t)
         log_ratio = self._log_ratio(prediction, zt, interior(t))
@@ -463,9 +497,10 @@ class ForwardProcess(ABC):
         t: Tensor,
         s: Tensor,
     ) -> Tensor:
-        """Return log P(z_s | z_t) [r,S] when x0 is drawn from p.
+        """Return log P(z_s | z_t) [r,S] if x0 is drawn from p.
 
-        P(z_s = y | z_t) = q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t).
+        P(z_s = y | z_t) = q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t), where q_s-bar and q_t-bar are
+        the marginals at s and t for the token distribution p.
         """
         arrive = self.transition(s, t).column(zt).to(log_p.dtype)
         joint = self.log_marginal(log_p, s) + arrive.log()
@@ -529,9 +564,10 @@ class ForwardProcess(ABC):
         return draw_index(log_probs.exp(), u[:, 0])
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the clean token, x ~ p(x) q_t(z|x) / q_t-bar(z).
+        """Draw the clean token x with probability p(x) q_t(z|x) / q_t-bar(z), where z = z_t.
 
-        The evidence of the row's own state z_t is included. u is [r, uniforms_per_decode].
+        p is the predicted distribution and q_t-bar(z) the normalization. The evidence q_t(z|x) of
+        the row's own state is included. u is [r, uniforms_per_decode].
         """
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
@@ -566,12 +602,12 @@ class ForwardProcess(ABC):
         return column.scatter(-1, zt.unsqueeze(-1), 0.0)
 
     def _true_log_ratio(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the true log ratio, log s(y) = log q_t(y|x)/q_t(z|x) [r,S]."""
+        """Return the log of the true ratio s(y) = q_t(y|x) / q_t(z|x) of each state y [r,S]."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)
         return _subtract_at(marginal, zt)
 
     def _log_ratio(self, prediction: Prediction, zt: Tensor, t: Tensor) -> Tensor:
-        """Return log s_theta(y) [r,S], the predicted log ratio of state y to z_t."""
+        """Return the log of the predicted ratio s_theta(y) of each state y to z_t, [r,S]."""
         if isinstance(prediction, Score):
             return prediction.log_ratio
         marginal = self.log_marginal(prediction.log_mass(0), t)
@@ -583,7 +619,7 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the log of the unnormalized weights of `decode` [r,V]."""
+        """Return log( p(x) q_t(z_t|x) ) [r,V], the unnormalized weights of `decode`."""
         log_p = self._log_clean(prediction, t)
         return log_p + self.log_likelihood(zt, t).to(log_p.dtype)
 
@@ -595,7 +631,10 @@ class ForwardProcess(ABC):
 
 
 def _is_only_possible_token(log_likelihood: Tensor, x0: Tensor) -> Tensor:
-    """Return bool [r]: whether x0 is the only token with q_t(z|x) > 0."""
+    """Return for each row whether x0 is the only token with q_t(z_t|x) > 0, bool [r].
+
+    `log_likelihood` [r,V] holds ln q_t(z_t|x) for every token x.
+    """
     possible = log_likelihood > -torch.inf
     is_unique = possible.sum(-1) == 1
     return is_unique & pick(possible, x0)

@@ -57,10 +57,10 @@ class CounterRng:
         self.group = torch.zeros_like(index) if group is None else group
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        """Return uniforms in [0,1), float64, on the device of `index`.
+        """Return float64 uniforms in [0,1), on the device of `index`.
 
-        The shape is [B,L] for count 1, else [B,L,count]. `channel` names the use of the numbers;
-        different channels are independent.
+        The shape is [B,L] for count 1, else [B,L,count]. `channel` names the purpose of the
+        numbers; numbers of different channels are independent.
         """
         draws = [self._draw_channel(f"{channel}.{i}") for i in range(count)]
         if count == 1:
@@ -80,9 +80,9 @@ class CounterRng:
         return torch.from_numpy(numbers).to(self.index.device)
 
     def uniform_per_group(self, channel: str) -> Tensor:
-        """Return float64 uniforms [B] in [0,1), one number per group for all its samples.
+        """Return float64 uniforms [B] in [0,1); all samples of a group get the same number.
 
-        The number changes from step to step.
+        The number changes from step to step. `channel` names the purpose of the numbers.
         """
         groups, place = self.group.unique(return_inverse=True)
         numbers = []
@@ -93,7 +93,10 @@ class CounterRng:
         return uniforms.to(self.index.device)[place]
 
     def _raw_bits(self, index: int, channel: str, count: int) -> np.ndarray:
-        """Return `count` random uint64 numbers of one sample and channel."""
+        """Return `count` random uint64 numbers of one channel.
+
+        `index` is the number of a sample or of a group.
+        """
         # The first number of the Philox counter counts blocks of positions, so it starts at 0.
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
         key = np.array([self.seed, _hash(self.purpose)], np.uint64)
@@ -101,5 +104,5 @@ class CounterRng:
 
 
 def _hash(name: str) -> int:
-    """Return an integer for a name that is the same in every run and on every machine."""
+    """Return an integer for a name, the same in every run and on every machine."""
     return zlib.crc32(name.encode())

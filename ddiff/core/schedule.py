@@ -44,7 +44,7 @@ class Schedule(SettingsRepr, ABC):
     def one_minus_alpha(self, t: Tensor) -> Tensor:
         """Return 1 - alpha(t).
 
-        A subclass may override this method to stay accurate if alpha is near 1.
+        A subclass may override this method to avoid cancellation if alpha is near 1.
         """
         return 1.0 - self.alpha(t)
 
@@ -74,9 +74,9 @@ class LinearSchedule(Schedule):
 
 @final
 class CosineSchedule(Schedule):
-    """Cosine schedule, alpha = 1 - sin(pi t / 2).
+    """Cosine schedule, alpha = 1 - sin(pi t / 2), of Chang et al. (arXiv 2202.04200).
 
-    It was proposed by Chang et al. (arXiv 2202.04200); here t = 0 is the clean end.
+    Here t = 0 is the clean end.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
