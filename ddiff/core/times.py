@@ -1,8 +1,8 @@
 """Time rules: the time t of each position, and the weight of the position in the bound.
 
-A time rule draws tau, the fraction of information that is lost (`ddiff.core.information`), from an
-interval [start, stop]. The information time of the process, a `TimeChange`, maps tau to the time t
-of the formulas.
+A time rule draws the information time tau, the fraction of the information that is lost
+(`ddiff.core.information`), from an interval [start, stop]. The `TimeChange` of the process maps tau
+to the time t of the formulas.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ Shape = Literal["block", "slide"]
 class Times(NamedTuple):
     """Times at which the positions of a batch are evaluated.
 
-    The sum of speed * density over the positions is an unbiased estimate of the diffusion term.
+    The sum over the positions of speed * (integrand of the bound) is an unbiased estimate of the
+    diffusion term of the bound.
 
     Attributes:
         t: [B,L] float64, the time of each position.
         speed: [B,L] weight of the position, dt_i/dv for a draw with v uniform in [0,1]; 0 if the
             position adds nothing to the bound.
-        clean: bool [B,L], whether the position has its clean token: it is already decoded, or
-            this rule does not corrupt it.
+        clean: bool [B,L], whether the position has its clean token: it is already decoded, or this
+            rule does not corrupt it.
         at_prior: bool [B,L], whether the state of the position is drawn from the prior. Positions
             that add to the bound do not attend to such a position. None: no position is at the
             prior.
@@ -69,7 +70,7 @@ class Noisy(NamedTuple):
 
 
 class TimeSampler(Protocol):
-    """Interface of an object that draws times for a global batch of `slots` samples.
+    """Interface of an object that draws the times of a batch.
 
     The times are a pure function of the random generator.
     """
@@ -82,10 +83,15 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        """Draw the times of B samples, stratified over the global batch or the draws of a document.
+        """Draw the times of B samples. Samples in different strata get different parts of [0,1].
 
-        Sample i has the stratum slot[i] out of `slots` strata. `clock` is the information time of
-        the process, which gives t and dt/dtau at each tau.
+        Args:
+            clock: information time of the process, which gives t and dt/dtau at each tau.
+            rng: random generator of the samples.
+            slot: [B] number of the stratum of each sample.
+            slots: number of strata, the size of the global batch or the number of draws of a
+                document. A tensor [B] holds one number per sample.
+            length: number of positions L.
         """
 
     def ends(
@@ -96,11 +102,12 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding term and of the closing term.
+        """Return the times of the decoding term and the times of the closing term of the bound.
 
-        `Times.speed` is the weight of each position in the term. In the closing term, exactly the
-        positions with speed > 0 have states drawn from the prior. The other positions have states
-        drawn at their times.
+        The decoding term is evaluated at the first time of each position, the closing term at the
+        last. `Times.speed` is the weight of each position in the term. In the closing term, exactly
+        the positions with speed > 0 have states drawn from the prior. The other positions have
+        states drawn at their times. The arguments are those of `draw`.
         """
 
 
@@ -110,26 +117,26 @@ class TimeRule(TimeSampler, Protocol):
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """Return the times of all positions at progress tau [B] in [0,1].
 
-        Samplers follow this path from tau = 1, where all positions are at the prior, to tau = 0,
-        where all positions are decoded.
+        Samplers follow this path from tau = 1, at which all positions are at the prior, to tau = 0,
+        at which all positions are decoded.
         """
 
     def with_window(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
-        """Return the same rule on another window of tau.
+        """Return the same rule for draws of tau between `start` and `stop`.
 
-        For sequences of `tokens` tokens, its draws give the estimate of the bound with the least
-        variance.
+        `tokens` is the sequence length for which the draws give the estimate of the bound with the
+        least variance.
         """
 
 
 @final
 class FlatTimes:
-    """One tau per sequence in [start, stop], stratified over the slots of a batch.
+    """One tau per sequence in [start, stop], stratified over the sequences of a global batch.
 
-    Strata are assigned to slots in van der Corput order, so that every contiguous fraction of the
-    slots (a rank, a micro-batch) gets times from the whole window. `tokens` is the sequence length
-    for which the estimate of the bound has the least variance. This number is fixed and does not
-    follow the length of the batch, so that the times of a sequence do not depend on its padding.
+    Strata are numbered in van der Corput order, so that every contiguous part of the batch (a rank,
+    a micro-batch) gets times from the whole interval. `tokens` is the sequence length for which the
+    estimate of the bound has the least variance. This number is fixed and does not follow the
+    length of the batch, so that the times of a sequence do not depend on its padding.
     """
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 16) -> None:
@@ -190,8 +197,8 @@ class WindowTimes:
     to its right edge (arXiv 2504.06416).
 
     In both shapes, as the window moves over the sequence, tau of each position runs exactly once
-    through [start, stop]. The sum of the density terms over the positions is therefore a bound for
-    any process.
+    through [start, stop]. The diffusion terms of the positions therefore add up to a bound, for any
+    process.
 
     With `paired`, all windows are evaluated in one pass over the clean and the noisy sequence, and
     each window attends to the clean tokens before it (`Noisy.memory`). Without `paired`, one window
@@ -258,7 +265,11 @@ class WindowTimes:
         return Times(t, speed, _all_false(t), block=window, paired=True)
 
     def _all_blocks(self, clock: TimeChange, v: Tensor, length: int) -> Times:
-        """Return times of all blocks, from one number in [0,1] for each block, v [B,count]."""
+        """Return the times of all blocks in one pass.
+
+        `v` [B,count] holds a number in [0,1] for each of the blocks of a sequence, which determines
+        the time of the block.
+        """
         window = self._window_numbers(length, v.device)
         t, speed = clock.draw(v, self.start, self.stop, self.width)
         block_of_position = window[0]
@@ -334,9 +345,10 @@ class WindowTimes:
         current: Tensor,
         length: int,
     ) -> Times:
-        """Return times with the block number `current` [B] at time t [B].
+        """Return times with one noisy block per sequence.
 
-        Earlier blocks are clean, later blocks are at the prior.
+        The block number `current` [B,1] is noisy at time t [B,1]. Earlier blocks are clean, later
+        blocks are at the prior. `speed` [B,1] is the weight of the positions of the block.
         """
         window = self._window_numbers(length, t.device)
         wide = torch.zeros_like(window, dtype=t.dtype)
@@ -358,7 +370,8 @@ class WindowTimes:
     ) -> Times:
         """Return times with weight only in the window between clean and prior positions.
 
-        Positions in `clean` get time 0, positions in `at_prior` time 1, both with speed 0.
+        Positions in `clean` get time 0, positions in `at_prior` time 1, both with speed 0. `block`
+        holds the block numbers that restrict attention.
         """
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
@@ -397,9 +410,9 @@ class WindowTimes:
     ) -> tuple[Times, Times]:
         """Return the times of the decoding and closing terms, for shape "slide" with `paired`.
 
-        The windows are shifted by a random number of positions. The first position of every window
-        counts in the decoding term, and the last position in the closing term. Their weight is
-        `width`, because one of `width` positions counts.
+        The windows are shifted by a random number of positions. Only the first position of every
+        window counts in the decoding term, and only the last position in the closing term. One of
+        `width` positions counts, so the weight of a position that counts is `width`.
         """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
@@ -423,7 +436,7 @@ class WindowTimes:
     ) -> tuple[Times, Times]:
         """Return the times of the decoding and closing terms, for shape "slide" without `paired`.
 
-        In each sequence one random position counts. Its weight is the length of the sequence.
+        Only one random position of each sequence counts. Its weight is the length of the sequence.
         """
         place = torch.arange(length, device=slot.device)
         chosen = (rng.uniform("window")[:, :1] * length).floor()
@@ -489,9 +502,10 @@ def _full_attention_times(t: Tensor, speed: Tensor) -> Times:
 def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
     """Map uniforms u [B,k] to numbers [B,k] in [0,1) that lie in the given strata.
 
-    `stratum` [B,k] selects one of the `strata` equal parts of [0,1). `strata` is a number, or a
-    tensor [B] with one number per sample. Parts are numbered in van der Corput order, so that every
-    contiguous range of strata covers the whole interval evenly.
+    The interval [0,1) is divided into `strata` equal parts. `strata` is a number, or a tensor [B]
+    with one number per sample. `stratum` [B,k] is the number of the part of each result. Parts are
+    numbered in van der Corput order, so that every contiguous range of strata covers the whole
+    interval evenly.
     """
     counts = torch.as_tensor(strata, device=stratum.device)
     if counts.dim():
@@ -512,12 +526,17 @@ def jointly_stratified(
     slots: int | Tensor,
     count: int,
 ) -> Tensor:
-    """Return numbers in [0,1) [B,count], one for each of the `count` windows of each sample.
+    """Draw a number in [0,1) for each of the `count` windows of each sample, [B,count].
 
-    The numbers of one sample are evenly spaced. The numbers of one window are stratified over the
-    slots. All numbers together are stratified too, with one number in each of slots * count cells.
-    The cells are rotated by a random number per group. Without this rotation, the numbers of a
-    window would lie in one cell of each of its strata only.
+    Sample i has the stratum slot[i] out of `slots` strata. The numbers are stratified in three
+    ways:
+
+    - The numbers of one sample are evenly spaced.
+    - The numbers of one window are stratified over the slots.
+    - All numbers together have one number in each of slots * count cells.
+
+    The cells are rotated by a random number per group of samples. Without this rotation, the
+    numbers of a window would lie in one cell of each of its strata only.
     """
     u = rng.uniform("time")[:, :1]
     if count == 1:
@@ -543,7 +562,10 @@ def _van_der_corput_rank(stratum: Tensor, counts: Tensor) -> Tensor:
 
 
 def van_der_corput_order(count: int) -> Tensor:
-    """Return the permutation [count] of 0..count-1 by the ranks of the bit-reversed indices."""
+    """Return the van der Corput permutation [count] of 0..count-1.
+
+    The entry of an index is the rank of its bit-reversed value.
+    """
     bits = max(count - 1, 1).bit_length()
     index = torch.arange(count)
     reversed_index = torch.zeros_like(index)

@@ -9,15 +9,24 @@ from torch import Tensor
 
 
 class TokenDivergence(torch.autograd.Function):
-    """Sum over tokens y != x of b_y phi(alpha p_y / b_y) per row, with phi(v) = v - ln(1 + v).
+    """Autograd function for the sum over tokens of the KL divergence, and two log-probabilities.
 
-    b is the noise, alpha the probability that the token is clean, and p the predicted distribution.
-    A term with b_y = 0 is alpha p_y. The function also returns ln p_x and ln p_z. log_p is [r,V],
-    alpha [r,1], noise [r,1] or [r,V]; x0 and z are tokens [r].
+    Returns three tensors [r]:
+
+    1. The sum over tokens y != x of b_y phi(alpha p_y / b_y), with phi(v) = v - ln(1 + v). A term
+       with b_y = 0 is alpha p_y.
+    2. ln p_x for the clean token x.
+    3. ln p_z for the token z.
 
     Autograd would store every intermediate result, and would make one gradient of width V for each
-    of ln p_x and ln p_z. The derivative of the sum by ln p_y is b_y v^2 / (1 + v), with
-    v = alpha p_y / b_y.
+    of ln p_x and ln p_z. The derivative of the sum by ln p_y is b_y v^2 / (1 + v), with v = alpha
+    p_y / b_y.
+
+    Args:
+        log_p: [r,V] log of the predicted distribution p.
+        alpha: [r,1] probability that the token is clean.
+        noise: [r,V] noise b_y at the tokens, or [r,1] if it is the same at all tokens.
+        x0, z: [r] the tokens x and z.
     """
 
     @staticmethod

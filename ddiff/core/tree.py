@@ -1,25 +1,28 @@
 """Tree family: a position moves from its token to ever coarser nodes; the root is the mask.
 
 One level above the tokens is masked diffusion (arXiv 2406.07524), two levels the hierarchical model
-of arXiv 2510.08632. Any number of levels is possible. Parents may be stochastic: a position moves
-to the parent of its node, at level l, with probability xi_l. It moves to each of the other n_l - 1
-nodes of level l with probability (1 - xi_l)/(n_l - 1).
+of arXiv 2510.08632. Any number L of levels is possible. Parents may be stochastic: a position that
+moves up to level l gets to the parent of its node with probability xi_l. It gets to each of the
+other n_l - 1 nodes of level l with probability (1 - xi_l)/(n_l - 1).
 
-Notation: pi_l(t) is the probability of level l at time t, and F_l(t) = sum_{j>=l} pi_j(t)
-(`ddiff.core.clock`). anc_j(y) is the ancestor of y at level j. kappa_ij(y,z) is the probability of
-node z when a position moves from node y of level i to level j. kappa is the sum of a part A_ij at
-the ancestor of y and a remainder r_ij that does not depend on y:
+Notation:
+
+- pi_l(t): probability of being at level l at time t (`ddiff.core.clock`).
+- F_l(t) = sum_{j>=l} pi_j(t): probability of having reached level l.
+- anc_j(y): ancestor of node y at level j.
+- kappa_ij(y,z): probability of node z if a position moves from node y of level i to level j. It is
+  the sum of a part A_ij at the ancestor of y and a remainder r_ij that does not depend on y.
+- density: integrand of the bound per unit of time.
+
+With the level l of the state z, and a state y one level below z:
 
     kappa_ij(y,z) = A_ij 1[anc_j(y) = z] + r_ij(z)
-    q_t(z|x)      = pi_j(t) kappa_0j(x,z)                     j the level of z
-    density       = (F_l'/pi_l) KL( P(y | z,x) || P(y | z) )  y one level below z, l the level of z
+    q_t(z|x)      = pi_l(t) kappa_0l(x,z)
+    density       = (F_l'/pi_l) KL( P(y | z,x) || P(y | z) )
 
 P(y | z,x) is the distribution of y given z and the clean token x. P(y | z) is computed from the
-predicted distribution. For xi = 1 and a_l = anc_l(x) the density is
-
-    (F_l'/pi_l) (-ln P(a_{l-1} | a_l)).
-
-For xi < 1 the density gives a true bound too, unlike the formula of arXiv 2510.08632.
+predicted distribution. For xi = 1 the density is (F_l'/pi_l) (-ln P(a_{l-1} | a_l)), where a_l =
+anc_l(x). For xi < 1 the density gives a true bound too, unlike the formula of arXiv 2510.08632.
 
 The module holds the process. `ddiff.core.tree_parents` has kappa, `tree_kernel` the rates and
 transitions, `tree_divergence` the KL divergence, and `tree_decoding` the draws of P(y | z).
@@ -58,9 +61,10 @@ from ddiff.errors import ArgumentError, suggest
 
 
 class TreeProcess(ForwardProcess):
-    """Process that moves tokens up a vocabulary tree by a level clock.
+    """Process that moves each position from its token up a vocabulary tree.
 
-    Parents are stochastic if xi < 1.
+    A level clock determines the times of the moves. If xi < 1, a position may move to another node
+    than its parent.
 
     Args:
         vocabulary: at least one level above the tokens.
@@ -141,16 +145,19 @@ class TreeProcess(ForwardProcess):
         return TreeKernel(self.clock.transition(s, t), self.parents)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw z_t given x0: first the level, with P(level >= l) = F_l(t), then the node."""
+        """Draw z_t given x0: first the level, then the node at this level.
+
+        The level is at least l with probability F_l(t) (`LevelClock.cdf`).
+        """
         cdf = evaluate_per_time(self.clock.cdf, t)
         # F_l falls with l: the number of levels with u < F_l is the level.
         level = (u[:, :1] < cdf).sum(-1)
         return self.parents.draw(x0, level, u)
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw z_t given z_s: first the level j, then the node at this level.
+        """Draw z_t given z_s: first the level, then the node at this level.
 
-        The level is drawn from row i of the clock's transition K_ij(s,t), with i the level of z_s.
+        From level i, level j is drawn with the probability K_ij(s,t) of `LevelClock.transition`.
         """
         own = self.vocabulary.level_of(zs)
         rows = torch.arange(len(zs), device=zs.device)
@@ -171,8 +178,8 @@ class TreeProcess(ForwardProcess):
     def from_clean(self, t: Tensor) -> Kernel:
         """Return the operator from the clean token to z_t.
 
-        Tokens move to level l with probability pi_l(t). Rows of other states are those of
-        `transition(0, t)`.
+        Tokens move to level l with probability pi_l(t) (`LevelClock.pi`). Rows of other states are
+        those of `transition(0, t)`.
         """
         # The clock may keep or share its tensor, so the code writes to a copy.
         levels = self.clock.transition(torch.zeros_like(t), t).clone()
@@ -180,30 +187,33 @@ class TreeProcess(ForwardProcess):
         return TreeKernel(levels, self.parents)
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
-        """Return pi_0(t) per row [r]."""
+        """Return pi_0(t) [r], the probability of being at level 0, the level of the token."""
         return self._level_probability(x0, t)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log of the score, normalized over the tokens.
+        """Return the log of the score, normalized over the tokens [r,V].
 
-        Only the token x can be at state x, so q_t-bar(x) = pi_0 p(x), and the score at tokens is
-        proportional to p.
+        Only a position with token x can be at state x. The marginal at tokens is therefore pi_0(t)
+        p(x), where pi_0 is the probability of level 0 and p the predicted distribution, and the
+        score at tokens is proportional to p.
         """
         at_tokens = score.log_ratio[:, : self.vocabulary.num_tokens]
         return log_normalize(at_tokens.double())
 
     def _level_probability(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return pi_l(t) per row, with l the level of z_t."""
+        """Return pi_l(t) [r], the probability of being at level l, where l is the level of z_t."""
         pi = evaluate_per_time(self.clock.pi, t)
         return pick(pi, self.vocabulary.level_of(zt))
 
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return F_l'/pi_l, the total true reverse rate; 0 at tokens.
+        """Return the total true reverse rate out of z_t [r], F_l'/pi_l; 0 at tokens.
 
-        The integral of pi_l times this weight over t is F_l(1) - F_l(0), which is 1 if the clock
-        closes at both ends.
+        l is the level of z_t, pi_l(t) the probability of being at level l, and F_l(t) the
+        probability of having reached level l. The integral of pi_l times the weight over t is
+        F_l(1) - F_l(0), which is 1 if all positions are at tokens at t = 0 and at the root at t =
+        1.
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
@@ -220,9 +230,10 @@ class TreeProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return KL( P(y | z,x) || P(y | z) ) per row; 0 at tokens.
+        """Return KL( P(y | z,x) || P(y | z) ) per row [r]; 0 at tokens.
 
-        The state y is one level below z.
+        y is the state one level below z = z_t from which the position came. P(y | z,x) is the
+        distribution of y given the token x = x0, and P(y | z) the distribution for the prediction.
         """
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
@@ -257,7 +268,12 @@ class TreeProcess(ForwardProcess):
         return token_nll(self.parents, prediction, x0, zt)
 
     def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
-        """Return sum_l pi_l(t) (-ln P(anc_l(x0))) over the levels below the root, for xi = 1."""
+        """Return KL( q_t(.|x0) || q_t-bar ) [r]; q_t-bar is the marginal for the prediction.
+
+        If parents are not stochastic, this is the sum over levels l of -pi_l(t) ln P(anc_l(x0)).
+        pi_l is the probability of level l, and P(anc_l(x0)) the predicted probability of the
+        ancestor of x0 at level l.
+        """
         if isinstance(prediction, Score) or not self.parents.is_deterministic:
             return super().closing_kl(prediction, x0, t)
         pi = self.clock.pi(t)
@@ -290,16 +306,18 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ information
 
     def information(self, t: Tensor) -> Tensor:
-        """Return sum_l pi_l(t) I(X; node at level l).
+        """Return I(X; Z_t) [n] in nats, as the sum over levels l of pi_l(t) I(X; node at level l).
 
-        The level itself carries no information on the token.
+        pi_l is the probability of level l. The level itself carries no information on the token X.
         """
         return self.clock.pi(t) @ self._level_information
 
     def information_lost(self, t: Tensor) -> Tensor:
-        """Return sum_l (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level l)).
+        """Return I(X; Z_0) - I(X; Z_t) [n] in nats, without cancellation near t = 0.
 
-        If the clock closes at t = 0, no term is negative, so the sum has no cancellation.
+        The result is the sum over levels l of (pi_l(t) - pi_l(0)) (I(X; X) - I(X; node at level
+        l)), where pi_l is the probability of level l. If all positions are at tokens at t = 0, no
+        term is negative.
         """
         levels = self._level_information
         start = torch.zeros_like(t)
@@ -311,9 +329,9 @@ class TreeProcess(ForwardProcess):
 
     @cached_property
     def _level_information(self) -> Tensor:
-        """Return I(X; node at level l) for l = 0..L in nats.
+        """I(X; node at level l) in nats for l = 0..L, for X uniform over the tokens.
 
-        X is uniform over the tokens, and the node is drawn from kappa_0l(X, .).
+        The node is the state to which a position at token X moves when it moves to level l.
         """
         reference = uniform_reference(self.vocabulary.num_tokens)
         dist = DenseDistribution(reference, self.vocabulary)
@@ -332,8 +350,8 @@ class TreeProcess(ForwardProcess):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s given z_t: first the level, without the network, then the node.
 
-        The level is i at time s with probability P(i | j) = pi_i(s) K_ij(s,t) / pi_j(t), where j is
-        the level of z_t and K the clock's transition.
+        At time s, the level is i with probability pi_i(s) K_ij(s,t) / pi_j(t), where j is the level
+        of z_t, K the clock's transition, and pi_i the probability of level i.
         """
         level = self.vocabulary.level_of(zt)
         num_levels = self.clock.num_levels + 1
@@ -371,8 +389,8 @@ class TreeProcess(ForwardProcess):
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the time at which each row entered its level, without a network.
 
-        An event of the reversed chain moves a row one level down. Its rate F_l'/pi_l does not
-        depend on the network.
+        An event of the reversed chain moves a row one level down. The rate of events depends only
+        on the level clock (`LevelClock.entry_time`).
         """
         level = self.vocabulary.level_of(zt)
         s = torch.zeros_like(t)
@@ -413,9 +431,9 @@ class TreeProcess(ForwardProcess):
         draw: Callable[..., Tensor],
         *per_row: Tensor,
     ) -> Tensor:
-        """Replace z_t by draw(prediction, z_t, *per_row) if the target level is below that of z_t.
+        """Replace z_t by draw(prediction, z_t, *per_row) in rows whose target level is lower.
 
-        Other rows keep their states and are not queried.
+        `target` [r] holds the target levels. Other rows keep their states and are not queried.
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()

@@ -5,9 +5,11 @@
     between    draws a node below z_t with probability xi, and another node with probability 1 - xi
     free       draws from the predicted distribution and ignores z_t
 
-Within both parts of `between`, nodes are drawn in proportion to the predicted distribution. For a
-draw across several levels, the probability kappa_ij of an ancestor replaces xi. If all xi are 1,
-every rule is replaced by `within`, which is then the exact posterior.
+xi is the probability that a position moved to the parent of its node, and not to another node of
+the parent's level. For a draw across several levels, the probability kappa that z_t is the ancestor
+of the lower node replaces xi. In both cases of `between`, the node is drawn in proportion to the
+predicted distribution. If xi is 1 at all levels, every rule is replaced by `within`, which is then
+the exact posterior.
 """
 
 from __future__ import annotations
@@ -30,7 +32,16 @@ def draw_below(
     target: Tensor,
     u: Tensor,
 ) -> Tensor:
-    """Draw for each row a state at level `target` [r], below that of z_t, by the decoding rule."""
+    """Draw for each row a state at level `target` [r] by a decoding rule, given z_t.
+
+    Args:
+        parents: probabilities of the moves from a node to the nodes of higher levels.
+        rule: one of DECODING (see the module).
+        dist: predicted distribution.
+        zt: [r] current states.
+        target: [r] levels of the result.
+        u: [r] uniforms.
+    """
     if parents.is_deterministic or rule == "within":
         return dist.draw(zt, target, u)
     if rule == "free":
@@ -56,9 +67,9 @@ def _weights_below(
     i: int,
     j: int,
 ) -> Tensor:
-    """Return unnormalized probabilities [r,n_i] of the nodes at level i.
+    """Return unnormalized probabilities [r,n] of the n nodes at level i, given z_t at level j > i.
 
-    The state z_t at level j moves down to one of these nodes.
+    `log_mass` [r,n] holds the predicted log-probabilities of these nodes.
     """
     nodes = level_ids(parents.vocabulary, i, zt.device)
     if rule == "bayes":

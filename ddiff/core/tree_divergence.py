@@ -1,6 +1,8 @@
 """Divergences of the tree family, between the true and the predicted state one level below.
 
-Notation as in `ddiff.core.tree`, with A and r as in `ddiff.core.tree_parents`.
+Notation as in `ddiff.core.tree`: a position at token x moves to node z of level l with probability
+A 1[anc(x) = z] + r(z). Here anc(x) is the ancestor of x at level l, A = A_0l, and r = r_0l is a
+remainder that does not depend on x (`StochasticParents`).
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ def kl_below(
     x0: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Return KL( P(y | z,x) || P(y | z) ) per row; 0 at tokens.
+    """Return KL( P(y | z,x) || P(y | z) ) per row [r]; 0 at tokens.
 
-    The state y is one level below z.
+    y is the state one level below z = z_t. P(y | z,x) is the distribution of y given the token x =
+    x0, and P(y | z) the distribution for the predicted token distribution `dist`.
     """
     level = parents.vocabulary.level_of(zt)
     # For xi = 1, x determines y, and the divergence is -ln P(y | z).
@@ -53,11 +56,11 @@ def token_nll(
     x0: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Return -ln P(x0 | z_t) per row for xi < 1; 0 at tokens.
+    """Return -ln P(x0 | z_t) per row [r], for stochastic parents; 0 at tokens.
 
-    The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ). Here l is the level of
-    z, A = A_0l, r = r_0l, and anc(x0) is the ancestor of x0 at level l. P(z) is the predicted
-    probability of the tokens below z.
+    The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), where z = z_t, p is
+    the predicted distribution of the token, and P(z) its probability of the tokens below z. A, r
+    and anc are those of the module's docstring.
     """
     level = parents.vocabulary.level_of(zt)
     is_token = level == 0
@@ -86,9 +89,9 @@ def _kl_at_level(
     zt: Tensor,
     level: int,
 ) -> Tensor:
-    """Return KL( P(y | z,x) || P(y | z) ) of rows at one level >= 2, for stochastic parents.
+    """Return `kl_below` for rows at one level >= 2, for stochastic parents.
 
-    The state y is one level below z. At level 1, y is the token x, and `token_nll` is used.
+    At level 1, the state below is the token, and `token_nll` is used.
     """
     below = level - 1
     log_mass = dist.log_mass(below)

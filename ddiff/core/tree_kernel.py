@@ -1,7 +1,7 @@
 """Kernel on a vocabulary tree, with one block per pair of levels.
 
-A kernel moves a position from level i to level j with the probability or rate K_ij. Given this
-move, a position at node y of level i gets to node z of level j with probability kappa_ij(y,z) (see
+A kernel moves a position from level i to level j with the probability or rate K_ij. If it moves
+from node y of level i to level j, it gets to node z with the probability kappa_ij(y,z) (see
 `ddiff.core.tree_parents`).
 """
 
@@ -21,8 +21,13 @@ from ddiff.core.tree_parents import StochasticParents, level_ids, level_slice
 class TreeKernel(Kernel):
     """Kernel on the states of a vocabulary tree.
 
-    `levels` [r,L+1,L+1] holds the numbers K_ij of each row, and `parents` computes kappa_ij. The
-    kernel is block upper triangular, since a position only moves to higher levels.
+    The kernel is block upper triangular, since a position only moves to higher levels.
+
+    Args:
+        levels: [r,L+1,L+1] probability or rate K_ij of a move from level i to level j, for each
+            row.
+        parents: probabilities of the nodes of level j, given a move from a node of level i to level
+            j.
     """
 
     def __init__(self, levels: Tensor, parents: StochasticParents) -> None:
@@ -82,10 +87,10 @@ class TreeKernel(Kernel):
         return torch.cat(levels, -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Solve x K = v for the vector v, level by level, from the tokens up.
+        """Return the solution x of x K = v for the vector v, level by level from the tokens up.
 
-        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj. Here x_j is the part of x at level j, and
-        push moves a part from level i to level j by kappa_ij.
+        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj. x_j is the part of x at level j, K_ij the
+        probability of a move from level i to level j, and push(x_i) the part x_i moved to level j.
         """
         vocabulary = self.parents.vocabulary
         diagonal = self.levels.diagonal(dim1=-2, dim2=-1)
@@ -102,7 +107,7 @@ class TreeKernel(Kernel):
         return solved
 
     def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
-        """Return the part of `vector` at level i, moved to level j by kappa_ij, [r,n_j]."""
+        """Return the part of `vector` at level i, moved to the n nodes of level j, [r,n]."""
         vocabulary = self.parents.vocabulary
         block = vector[:, level_slice(vocabulary, i)]
         ids = level_ids(vocabulary, i, vector.device)

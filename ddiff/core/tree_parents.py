@@ -1,10 +1,11 @@
 """Stochastic parents: the probability of each node when a position moves up a vocabulary tree.
 
-A position moves from a node to the parent of the node, at level l, with probability xi_l. It moves
-to each of the other n_l - 1 nodes of level l with probability (1 - xi_l)/(n_l - 1). anc_j(y) is the
-ancestor of y at level j. kappa_ij(y,z) is the probability of node z when a position moves from node
-y of level i to level j. kappa is the sum of a part A_ij at the ancestor of y and a remainder r_ij
-that does not depend on y:
+A position that moves up to level l gets to the parent of its node with probability xi_l. It gets to
+each of the other n_l - 1 nodes of level l with probability (1 - xi_l)/(n_l - 1).
+
+kappa_ij(y,z) is the probability of node z if a position moves from node y of level i to level j. It
+is the sum of a part A_ij at the ancestor anc_j(y) of y at level j, and of a remainder r_ij that
+does not depend on y:
 
     kappa_ij(y,z) = A_ij 1[anc_j(y) = z] + r_ij(z)
 """
@@ -22,11 +23,20 @@ from ddiff.errors import ArgumentError
 
 
 class StochasticParents:
-    """Probabilities kappa_ij of all pairs of levels, computed from the xi of each level.
+    """Probabilities kappa_ij(y,z) of node z if a position moves from node y of level i to level j.
 
-    A level with a single node has xi = 1. `self.sure[i][j]` is the number A_ij.
-    `self.stray[i][j]` is the vector r_ij over the nodes of level j in id order, or None if r_ij is
-    zero. `self.is_deterministic` is true if all xi are 1.
+    kappa_ij(y,z) = A_ij 1[z is the ancestor of y] + r_ij(z).
+
+    Args:
+        vocabulary: the tree.
+        xi: for each level 1..L, the probability that a position that moves up to this level gets to
+            its parent. A level with a single node has xi = 1.
+
+    Attributes:
+        sure: sure[i][j] is the number A_ij.
+        stray: stray[i][j] is the vector r_ij over the nodes of level j in id order, or None if r_ij
+            is zero.
+        is_deterministic: whether all xi are 1.
     """
 
     def __init__(self, vocabulary: Vocabulary, xi: Sequence[float]) -> None:
@@ -50,11 +60,11 @@ class StochasticParents:
         self._from_tokens = Constant(torch.cat(tables, 1))
 
     def _add_level(self, i: int, j: int) -> None:
-        """Compute kappa_ij from kappa_i,j-1.
+        """Compute A_ij and r_ij from A_i,j-1 and r_i,j-1.
 
         A distribution p over level j-1 becomes a push(p) + b over the n nodes of level j. Here
-        push(p) moves the probability of each node to its parent, b = (1 - xi_j)/(n - 1) and
-        a = xi_j - b.
+        push(p) moves the probability of each node to its parent, b = (1 - xi_j)/(n - 1) and a =
+        xi_j - b.
         """
         size = self.vocabulary.level_sizes[j]
         xi = self.xi[j - 1]
@@ -71,7 +81,7 @@ class StochasticParents:
         self.stray[i][j] = a * pushed + b
 
     def _table_from_tokens(self, level: int) -> Tensor:
-        """Return A_0l and r_0l(z) [2,n] for the n nodes z of a level."""
+        """Return A_0l and r_0l(z) as a table [2,n] for the n nodes z of level l = `level`."""
         stray = self.stray[0][level]
         if stray is None:
             stray = torch.zeros(self.vocabulary.level_sizes[level], dtype=torch.float64)
@@ -79,28 +89,34 @@ class StochasticParents:
         return torch.stack([sure, stray])
 
     def from_tokens(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A_0l and r_0l(z) per row, for ids z of any level l."""
+        """Return A_0l [r] and r_0l(z) [r] for ids z, where l is the level of each id.
+
+        A token x moves to z with probability A_0l 1[z is the ancestor of x] + r_0l(z).
+        """
         sure, stray = self._from_tokens.on(z.device)[:, z]
         return sure, stray
 
     def entry(self, i: int, j: int, y: Tensor, z: Tensor) -> Tensor:
-        """Return kappa_ij(y,z), for ids y of level i and z of level j of shapes that broadcast."""
+        """Return kappa_ij(y,z), the probability of node z if node y moves to level j.
+
+        The ids y are at level i, and the ids z at level j. Their shapes are broadcast.
+        """
         is_ancestor = self.vocabulary.ancestor(y, j) == z
         sure = self.sure[i][j] * is_ancestor.double()
         return sure + self.stray_at(i, j, z)
 
     def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
-        """Return r_ij(z) for each id z of level j."""
+        """Return r_ij(z) for ids z of level j, the part of kappa_ij(y,z) without y."""
         stray = self._stray_constants[i][j]
         if stray is None:
             return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
         return stray.on(z.device)[z - self.vocabulary.offsets[j]]
 
     def log_spread(self, i: int, j: int, log_mass: Tensor) -> Tensor:
-        """Return the log-probabilities [r,n_j] of the state after a move from level i to level j.
+        """Return the log-probabilities [r,n] of the n nodes of level j after a move from level i.
 
-        `log_mass` [r,n_j] holds for each node z of level j the log-probability that z is the
-        ancestor of the state at level i.
+        `log_mass` [r,n] holds for each node z of level j the log-probability that z is the ancestor
+        of the node at level i.
         """
         stray = self._stray_constants[i][j]
         if stray is None:
@@ -109,7 +125,7 @@ class StochasticParents:
         return safe_log(self.sure[i][j] * log_mass.exp() + remainder)
 
     def draw(self, ids: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Draw a node of the given level [r] from kappa_ij(id, .) per row, with uniforms u[:,1].
+        """Draw for each id the node to which it moves at the given level [r], with uniforms u[:,1].
 
         If all xi are 1, the node is the ancestor of the id, and u is not used.
         """
@@ -130,7 +146,8 @@ class StochasticParents:
     def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
         """Draw a node z of level j with probability A_ij 1[z = ancestor] + r_ij(z).
 
-        A_ij can be negative if xi < 1/n for a level with n nodes.
+        `ancestor` [r] holds the ancestors at level j of nodes of level i. A_ij can be negative if
+        xi < 1/n for a level with n nodes.
         """
         stray = self.stray[i][j]
         assert stray is not None
@@ -143,8 +160,9 @@ class StochasticParents:
     def node_information(self, level: int, mass: Tensor) -> Tensor:
         """Return the information H(node) - H(node | X) in nats that a node carries on the token X.
 
-        The node of `level` l is drawn from kappa_0l(X, .). `mass` [n] holds for each of the n nodes
-        of this level the probability that it is the ancestor of X.
+        The node is the one to which a position at token X moves when it moves to level `level`.
+        `mass` [n] holds for each of the n nodes of this level the probability that it is the
+        ancestor of X.
         """
         stray = self.stray[0][level]
         if stray is None:
@@ -171,7 +189,7 @@ def level_ids(vocabulary: Vocabulary, level: int, device: torch.device) -> Tenso
 
 
 def check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
-    """Return one xi per level, with 1 for a root that is not listed.
+    """Return xi for each level 1..L as a tuple, with 1 for a root that is not listed.
 
     Raises ArgumentError if the number of values or their range does not fit.
     """

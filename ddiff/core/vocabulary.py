@@ -73,7 +73,7 @@ class Vocabulary:
         self._tables = {name: Constant(table) for name, table in _build_tables(self).items()}
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        """Return a named table on a device."""
+        """Return the look-up table `name` (see `_build_tables`) on a device."""
         return self._tables[name].on(device)
 
     def level_of(self, ids: Tensor) -> Tensor:
@@ -99,7 +99,10 @@ class Vocabulary:
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:
-        """Return the ids one level below `node` in tree order; a token has none."""
+        """Return the ids one level below `node`; a token has none.
+
+        The ids are in tree order (`order`).
+        """
         below = int(self.level_of(torch.tensor(node))) - 1
         if below < 0:
             return torch.empty(0, dtype=torch.long)
@@ -111,28 +114,31 @@ class Vocabulary:
         return self._table("num_children", ids.device)[ids]
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
-        """Return the ids of a level in tree order, [n] for a level of n nodes."""
+        """Return the ids [n] of the n nodes of a level in tree order.
+
+        In this order, the nodes below any higher node are contiguous.
+        """
         return self._table(f"order{level}", device or torch.device("cpu"))
 
     def position(self, level: int, device: torch.device | None = None) -> Tensor:
-        """Return the place in `order(level)` of each node of the level.
+        """Return for each of the n nodes of a level its place in `order(level)`, [n].
 
-        The nodes are indexed by their number within the level.
+        The nodes are indexed by their number within the level, id - offsets[level].
         """
         return self._table(f"position{level}", device or torch.device("cpu"))
 
     def node_range(self, ids: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Return the range of places in `order(level)` of the nodes below each id.
 
-        The two tensors hold the first and the one-past-last place. The range of a node at `level`
-        contains only this node. The range of `root` is the whole level. A node at a level below
-        `level` has an empty range.
+        The two tensors, in the shape of `ids`, hold the first and the one-past-last place. The
+        range of a node at `level` contains only this node. The range of `root` is the whole level.
+        A node at a level below `level` has an empty range.
         """
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
 
     def subtree(self, node: int) -> tuple[slice, ...]:
-        """Return the places of all nodes below `node`, as one slice of `order(level)` per level.
+        """Return the slice of `order(level)` that holds the nodes below `node`, for each level.
 
         The slices are listed from level 0 to the level below `node`. The result is cached.
         """
@@ -395,7 +401,7 @@ def _fingerprint_tree(level_sizes: tuple[int, ...], parents: Sequence[Tensor]) -
 
 
 def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """Return every look-up table, indexed by id.
+    """Return every look-up table by name. The tables of ids are indexed by id.
 
     If the vocabulary has no mask, one more row represents all tokens together (the id `root`).
     """
@@ -430,9 +436,11 @@ def _build_tables(vocabulary: Vocabulary) -> dict[str, Tensor]:
 
 
 def _build_order_tables(vocabulary: Vocabulary, level: int, ancestor: Tensor) -> dict[str, Tensor]:
-    """Return the tree-order tables of one level.
+    """Return the tables `order`, `position` and `range` of one level.
 
-    Nodes are sorted by the path from the root down; ties are broken by id.
+    They hold the results of `Vocabulary.order`, `position` and `node_range`. Nodes are sorted by
+    the path from the root down; ties are broken by id. `ancestor` is the table of ancestors by id
+    and level.
     """
     offset = vocabulary.offsets[level]
     size = vocabulary.level_sizes[level]
