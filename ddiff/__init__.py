@@ -1,4 +1,4 @@
-"""Discrete diffusion: bound, loss, sampler and evaluation follow from one process object.
+"""Discrete diffusion framework: a process object determines bound, loss, sampler and evaluation.
 
 Importing the package imports none of its modules. `__init__.pyi` lists the public names, for type
 checkers and for lazy_loader, which imports a name when it is first used.

@@ -47,8 +47,8 @@ def open_atomic(
 ) -> Iterator[IO[bytes]]:
     """Open a file for writing; it appears at `path` only if the `with` block ends without error.
 
-    Missing folders are created. After an error the partial file is removed, and an OSError names
-    `path`.
+    Missing folders are created. After an error the partial file is removed. An OSError without a
+    filename gets `path` as its filename.
 
     Args:
         path: a local path, or a string with any fsspec address.
@@ -78,7 +78,10 @@ def write_atomic(
     system: Any = None,
     sync: bool = False,
 ) -> None:
-    """Write `content` to a file atomically; a str is encoded as UTF-8."""
+    """Write `content` to a file atomically. A str is encoded as UTF-8.
+
+    `system` and `sync` are those of `open_atomic`.
+    """
     with open_atomic(path, system=system, sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -102,9 +105,9 @@ def copy_atomic(source: Path, path: str, system: Any) -> None:
 def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
     """Lock an open file exclusively, waiting up to `patience` seconds for the lock.
 
-    Return False if another process still has the lock after that time. The lock is released when
-    the file is closed or the process ends, even if it is killed. On a file system without locks,
-    raises OSError with an errno in NO_LOCKS.
+    Returns False if another process still has the lock after that time, else True. The lock is
+    released when the file is closed or the process ends, even if it is killed. On a file system
+    without locks, raises OSError with an errno in NO_LOCKS.
     """
     if math.isinf(patience):
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -121,7 +124,10 @@ def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
 
 
 def _locate(path: str | Path, system: Any) -> tuple[Any, str]:
-    """Split an address into (file system, path). The file system is None for local files."""
+    """Return the file system and the path of an address; the file system is None for local files.
+
+    `system` is the fsspec file system of the path, or None if the address determines it.
+    """
     if isinstance(path, Path):
         return None, str(path)
     # Imported only when needed, so that `ddiff --help` starts without fsspec.
@@ -140,9 +146,10 @@ def _publish(
     partial: str,
     place: str,
 ) -> Iterator[None]:
-    """Context manager that renames the file `partial` to `place` after the block.
+    """Rename the file `partial` to `place` after the `with` block.
 
-    After an error in the block, the file `partial` is deleted instead.
+    After an error in the block, the file `partial` is deleted instead. `system` is the fsspec file
+    system of both files, or None for local files.
     """
     try:
         yield

@@ -53,11 +53,12 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(TyperGroup):
-    """Command group that converts `SystemExit` of libraries and plugins into errors.
+    """Command group that turns some exceptions of commands into clear errors.
 
-    Without this conversion, a plugin that exits with 0 would look like a passed check. At the end
-    of an input file, typer would print only "Aborted.". After the reader closes a pipe, typer would
-    exit with 1 and print no message.
+    - SystemExit of a plugin or library: without the conversion, a plugin that exits with 0 would
+      look like a passed check.
+    - EOFError at the end of an input file: typer would print only "Aborted.".
+    - BrokenPipeError after the reader closed a pipe: typer would exit with 1 and print no message.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -79,7 +80,7 @@ class Commands(TyperGroup):
 
 
 def _is_raised_by_main(error: BaseException) -> bool:
-    """Return whether the main script, not an imported module, raised an error."""
+    """Return whether an error was raised in the main script, not in an imported module."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -239,7 +240,12 @@ def run(
 
 
 def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
-    """Check a recipe. Print the resolved recipe with a verdict or, with `measure`, its cost."""
+    """Check a recipe without training, and print the result.
+
+    If `measure` is None, prints the resolved recipe and a verdict. Otherwise, runs `measure`
+    training steps, and prints their cost and the verdict. `fresh` is the option --fresh of the
+    command.
+    """
     with _pause_garbage_collection():
         from ddiff.runs.dry_run import rehearse
 
@@ -256,9 +262,9 @@ def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
 
 
 def needs_launcher(recipe: Recipe) -> bool:
-    """Return whether the launcher must start the processes of a recipe.
+    """Return whether this process must launch the worker processes of a recipe.
 
-    Returns False if the recipe uses one process, or if a launcher has started this process.
+    Returns False if the recipe uses one process, or if this process is already a worker process.
     """
     if recipe.backend_keys.processes == 1 or get_rank_info() is not None:
         return False
@@ -268,7 +274,11 @@ def needs_launcher(recipe: Recipe) -> bool:
 def _launch_run(
     recipe: Recipe, name: str, settings: list[str], fresh: bool, verify_resume: int | None
 ) -> int:
-    """Start the same command in each process of a recipe, and return the exit code."""
+    """Run the command in each worker process of a recipe, and return the exit code.
+
+    `name` is the recipe as given on the command line. The other arguments are the command's
+    options.
+    """
     arguments = ["run"]
     arguments += [f"--set={setting}" for setting in settings]
     if fresh:
@@ -382,7 +392,7 @@ def sample(
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> str | list[str] | None:
-    """Read the prompts of --prompt or --prompts.
+    """Return the prompts of the option --prompt or of the file of the option --prompts.
 
     A single --prompt is returned as a string, from which --count samples are drawn.
     """
@@ -543,7 +553,10 @@ def recipes() -> None:
 
 
 def print_columns(titles: list[str], rows: list[list[str]]) -> None:
-    """Print aligned columns of plain text, without wrapping at the width of the terminal."""
+    """Print a table of plain text with aligned columns.
+
+    Lines are not wrapped at the width of the terminal.
+    """
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
     for line in (titles, *rows):
         cells = [f"{cell:{width}}" for cell, width in zip(line, widths)]
@@ -602,7 +615,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_query(arguments: list[str]) -> bool:
-    """Return whether a command only prints text, so that the process may end without cleanup."""
+    """Return whether a command only prints text: `ddiff plugins` or `ddiff run --dry-run`.
+
+    The process of such a command may end without cleanup.
+    """
     return arguments[:1] == ["plugins"] or (arguments[:1] == ["run"] and "--dry-run" in arguments)
 
 
@@ -621,7 +637,7 @@ def _end_with(error: Exception) -> NoReturn:
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, so that locks and partial files are removed.
+    """Raise SystemExit on SIGTERM in a `with` block, so that locks and partial files are removed.
 
     Worker processes of a distributed run do not install the handler: training handles SIGTERM.
     """
@@ -656,7 +672,10 @@ def _pause_garbage_collection() -> Iterator[None]:
 
 
 def _escape_unencodable_output() -> None:
-    """Escape characters that the encoding of stdout lacks as `\\uXXXX`, as in TOML and JSON."""
+    """Escape the characters of the output that its encoding cannot represent.
+
+    They are printed as `\\uXXXX`, as in TOML and JSON.
+    """
     codecs.register_error("ddiff", _escape)
     for stream in (sys.stdout, sys.stderr):
         # a test or a notebook may have put another kind of stream there
@@ -665,7 +684,11 @@ def _escape_unencodable_output() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Replace a character that cannot be encoded by \\uXXXX, or \\UXXXXXXXX if above 65535."""
+    """Return the escapes of the characters that cannot be encoded, and the end of these characters.
+
+    A character is escaped as \\uXXXX, or as \\UXXXXXXXX above 65535. This function is an error
+    handler of `codecs`.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     escapes = ""
@@ -676,7 +699,7 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def _discard_output() -> None:
-    """Discard output that cannot be written, so that Python does not fail at exit."""
+    """Discard buffered output that cannot be written, so that Python does not fail at exit."""
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             try:

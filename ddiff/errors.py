@@ -60,7 +60,7 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean "x"?` with the known name that is most similar to `name`.
+    """Return ` Did you mean "x"?`, where x is the name in `known` that is most similar to `name`.
 
     Returns an empty string if no known name is similar.
     """
@@ -142,7 +142,10 @@ _NO_THREADS_TEXTS = ("can't start new thread",)
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Return one paragraph that explains a user's error, or None for a defect of the code."""
+    """Return one paragraph that explains an error of the user, or None for any other error.
+
+    Errors that are not explained are defects of ddiff or of a plugin.
+    """
     if isinstance(error, DdiffError):
         return str(error)
     disk_full = find_disk_full(error)
@@ -205,7 +208,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _contains(error: BaseException, texts: tuple[str, ...]) -> bool:
-    """Return whether the message of a library's error contains one of the texts, in any case."""
+    """Return whether the message of an error contains one of the texts, in any case.
+
+    Only errors of the classes that libraries raise (RuntimeError, ValueError, OverflowError) count.
+    """
     if not isinstance(error, RuntimeError | ValueError | OverflowError):
         return False
     message = str(error).lower()

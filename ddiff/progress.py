@@ -35,7 +35,7 @@ class Progress(Protocol):
     """Interface through which a running job reports its progress."""
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """Add `n` finished items and show `figures`, such as `tokens_per_second=5300.0`."""
+        """Add `n` finished items, and show named numbers, such as `tokens_per_second=5300.0`."""
         ...
 
     def note(self, text: str) -> None:
@@ -104,7 +104,10 @@ def _print_elapsed(title: str, console: Console, ended: threading.Event) -> None
 
 
 def print_line(line: str, console: Console | None = None) -> None:
-    """Print a line unchanged on stderr, above the live bar if a bar is shown."""
+    """Print a line unchanged on stderr, or on `console` if given.
+
+    If a live bar is shown, the line is printed above the bar.
+    """
     console = console or Console(stderr=True)
     # rich would style numbers and interpret text in brackets as markup
     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -132,8 +135,8 @@ class ProgressLines:
     """Progress as plain lines, for a log file or a pipe.
 
     The interval between two lines is 5 % of the elapsed time, but at least 10 and at most 300
-    seconds. A short job prints a line after each 5 % of its items, at most one line per second.
-    The interval does not depend on the number of calls of `advance`.
+    seconds. A short job also prints a line after each 5 % of its items, at most one line per
+    second. The interval does not depend on the number of calls of `advance`.
     """
 
     def __init__(self, total: int | None, title: str, start: int, console: Console) -> None:
@@ -163,7 +166,7 @@ class ProgressLines:
         print_line(text, self._console)
 
     def finish(self) -> None:
-        """Print the number of finished items, unless the last line already shows this number."""
+        """Print a last line, unless the latest line already shows the number of finished items."""
         if self._printed != self._done:
             self._print()
 

@@ -29,11 +29,13 @@ def compute_cooccurrence_embeddings(
 
     V is `num_tokens`. The contexts of a token are the tokens up to `window` positions before and
     after the token in the same document. `document` [n] is the document number of each position.
-    Contexts before and after are counted separately, with weight 1/distance. The counts are
-    converted to the matrix of positive pointwise mutual information, max(0, ln(P(token, context) /
-    (P(token) P(context)))). With the singular value decomposition U S W^T of this matrix, truncated
-    to the `width` largest singular values, the embeddings are U sqrt(S). A token that does not
-    occur has the zero vector. The same input and seed give the same embeddings.
+    Contexts before and after are counted separately, with weight 1/distance.
+
+    The counts are converted to the matrix of positive pointwise mutual information, max(0,
+    ln(P(token, context) / (P(token) P(context)))). Let U S W^T be the singular value decomposition
+    of this matrix, truncated to the `width` largest singular values. The embeddings are U sqrt(S).
+    A token that does not occur has the zero vector. The same input and seed give the same
+    embeddings.
     """
     if width < 1 or window < 1:
         raise ArgumentError(
@@ -100,10 +102,11 @@ def _add_pairs(
 
 
 def _positive_information(counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the positive pointwise mutual information max(0, ln(n_wc N / (n_w n_c))).
+    """Return the positive pointwise mutual information max(0, ln(n_wc N / (n_w n_c))), [V,C].
 
-    n_wc is the count of token w with context c, n_w the sum over contexts, n_c the sum over tokens
-    raised to the power 0.75, and N the sum of the n_c. Pairs that do not occur get 0.
+    `counts` [V,C] holds the count n_wc of token w with context c. n_w is the sum of n_wc over
+    contexts, n_c its sum over tokens raised to the power 0.75, and N the sum of the n_c. Pairs that
+    do not occur get 0.
     """
     # Sums in float64: float32 loses single counts in sums of many millions.
     token = counts.sum(1, keepdims=True, dtype=np.float64)

@@ -30,15 +30,19 @@ def read_clusters(
 
     The first file holds the cluster of each of the `num_tokens` tokens, the second file the parent
     of each of these clusters, and so on. Clusters are numbered 0, 1, 2, ... without gaps. A file is
-    .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor).
+    .npy, .json (a list, or an object from index to cluster) or .safetensors (one tensor). Returns
+    one array per file. Raises DataError for a file of a wrong length, with the expected and the
+    actual length.
 
-    `extra` and `mask_token_id` are for the files published with arXiv 2510.08632, whose tokens
-    differ from those of the tokenizer. The last `extra` entries of the first file are ignored: they
-    belong to special tokens that the tokenizer does not have. `mask_token_id` is the id of a token
-    that has no entry in the first file. This token gets the cluster of the token with the previous
-    id, an arbitrary choice without effect, because the token does not occur in text.
+    The last two arguments are for the files published with arXiv 2510.08632, whose tokens differ
+    from those of the tokenizer.
 
-    Raises DataError for a file of a wrong length, with the expected and the actual length.
+    Args:
+        extra: number of entries at the end of the first file that are ignored: they belong to
+            special tokens that the tokenizer does not have.
+        mask_token_id: id of a token that has no entry in the first file. This token gets the
+            cluster of the token with the previous id, an arbitrary choice without effect, because
+            the token does not occur in text.
     """
     if not paths:
         raise DataError(

@@ -2,11 +2,11 @@
 
 Each level clusters the points of the level below (tokens, then nodes) with the k-means of faiss on
 unit vectors. Then points are moved until the number of points in every cluster is between
-`min_share` and `max_share` times the mean. The loss of a move is the cosine of the point with the
-old centroid minus its cosine with the new centroid:
+`min_share` and `max_share` times the mean number. The loss of a move is the cosine of the point
+with the old centroid minus its cosine with the new centroid:
 
-1. From a cluster above the upper limit, the points with the least loss move to the best cluster
-   below the upper limit.
+1. From a cluster above the upper limit, the points with the least loss move to the most similar
+   cluster below the upper limit.
 2. To a cluster below the lower limit (at least one point), the points with the least loss move from
    clusters above the lower limit.
 
@@ -45,11 +45,19 @@ def nested_kmeans(
 ) -> tuple[list[_Ints], list[_Floats]]:
     """Build a tree over the rows of `embeddings` [V, d] by k-means.
 
-    V is the number of tokens and d the width of the embeddings. Level l has `sizes[l]` nodes, and
-    `sizes` must decrease strictly. Level 0 is the level directly above the tokens. The result is
-    (parents, centroids). `parents[l]` holds the parent in level l of each node of level l - 1 (of
-    each token for l = 0). `centroids[l]` [sizes[l], d] holds the mean embedding of the tokens below
-    each node. Raises ArgumentError for impossible sizes or limits, DataError for NaN or infinity.
+    V is the number of tokens and d the width of the embeddings. Level 0 is the level directly above
+    the tokens. Raises ArgumentError for impossible sizes or limits, DataError for NaN or infinity.
+
+    Args:
+        sizes: number of nodes of each level, strictly decreasing.
+        seed: seed of the start centroids and of k-means.
+        min_share, max_share: limits on the number of points in a cluster, as fractions of the mean
+            number.
+        special_ids: tokens that form a separate node instead of being clustered.
+
+    Returns two lists with one array per level. For level l, the first holds the parent in level l
+    of each node of level l - 1 (of each token for l = 0). The second holds the centroids [sizes[l],
+    d], the mean embeddings of the tokens below each node.
     """
     vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
     token_ids = np.arange(len(vectors))
@@ -117,7 +125,11 @@ def _check(
 
 
 def _cluster(points: _Floats, size: int, seed: int, min_share: float, max_share: float) -> _Ints:
-    """Return the cluster of each point, by k-means with k-means++ starts, then balancing."""
+    """Return the cluster of each of the `points` [n,d], by k-means followed by balancing.
+
+    The start centroids are drawn by k-means++. `size` is the number of clusters. `min_share` and
+    `max_share` limit the number of points in a cluster, as fractions of the mean number.
+    """
     import faiss  # slow to import, and only clustering needs it
 
     # Without minimum, faiss would warn of every small cluster.
@@ -165,7 +177,7 @@ def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _I
     """Move points with the least loss until each cluster has `lower` to `upper` points.
 
     `affinity` [n,k] contains the cosines of n points with k centroids. `assignment` [n] is the
-    cluster of each point.
+    cluster of each point. Returns the new assignment.
     """
     assignment = assignment.copy()
     counts = np.bincount(assignment, minlength=affinity.shape[1])
@@ -185,8 +197,9 @@ def _give_away(
 ) -> None:
     """Move the excess points of `cluster` to the most similar clusters below the limit `upper`.
 
-    Returns early if a target cluster becomes full. The caller then calls the function again, which
-    no longer uses the full cluster as a target.
+    Changes `assignment` (the cluster of each point) and `counts` (the size of each cluster) in
+    place. Returns early if a target cluster becomes full. The caller then calls the function again,
+    which no longer uses the full cluster as a target.
     """
     members = np.flatnonzero(assignment == cluster)
     open_clusters = np.flatnonzero(counts < upper)
@@ -205,7 +218,11 @@ def _give_away(
 
 
 def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, lower: int) -> None:
-    """Move points from clusters above the lower limit until `cluster` has `lower` points."""
+    """Move points from clusters above the limit `lower` until `cluster` has `lower` points.
+
+    Changes `assignment` (the cluster of each point) and `counts` (the size of each cluster) in
+    place.
+    """
     points = np.arange(len(assignment))
     to_own_cluster = affinity[points, assignment]
     loss = to_own_cluster - affinity[:, cluster]
@@ -228,7 +245,10 @@ def _normalize(vectors: _Floats) -> _Floats:
 
 
 def _means(vectors: _Floats, node: _Ints, size: int) -> _Floats:
-    """Return the mean of the `vectors` in each of `size` nodes, computed in float64."""
+    """Return the mean [size, d] of the `vectors` [n, d] of each node, computed in float64.
+
+    `node` [n] is the node of each vector, and `size` the number of nodes.
+    """
     sums = np.zeros((size, vectors.shape[1]))
     np.add.at(sums, node, vectors)
     counts = np.bincount(node, minlength=size)
