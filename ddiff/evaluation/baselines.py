@@ -14,7 +14,7 @@ Tokens = tuple[Ints, Ints]
 
 
 class Baselines(NamedTuple):
-    """Nats per validation token under unigram and bigram models of the training text."""
+    """Nats per validation token under a unigram and a bigram model of the training text."""
 
     unigram_nats_per_token: float
     bigram_nats_per_token: float
@@ -35,8 +35,8 @@ def score_baselines(
     has probability P(b).
 
     Args:
-        train: training tokens.
-        validation: m validation tokens.
+        train: token ids and document numbers of the training text.
+        validation: token ids [m] and document numbers [m] of the validation text.
         num_tokens: size of the vocabulary.
         counted: array [m] bool, True for validation tokens that the mean includes; all by default.
     """
@@ -57,9 +57,10 @@ def _score_bigrams(
     num_tokens: int,
     unigram: Floats,
 ) -> Floats:
-    """Return log P(b|a) for each validation token b with the preceding token a.
+    """Return log P(b|a) for each validation token b with the preceding token a, as an array [m].
 
-    The result is an array [m] float64 for m validation tokens.
+    The first token b of a document has log P(b). `unigram` contains P(b) for each token of the
+    vocabulary.
     """
     pairs, _ = _encode_pairs(*train, num_tokens)
     codes, counts = np.unique(pairs, return_counts=True)
@@ -89,10 +90,13 @@ def _score_bigrams(
 def _encode_pairs(
     ids: Ints, document: Ints, num_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Encode pairs (a, b) of adjacent tokens in one document as integers a * num_tokens + b.
+    """Encode pairs (a, b) of adjacent tokens of one document as integers a * num_tokens + b.
 
-    Also returns an array [n-1] bool, which is True if a token and its successor are in the same
-    document.
+    `ids` and `document` contain the token and the document number of n positions.
+
+    Returns:
+        - the codes of the pairs,
+        - an array [n-1] bool, True if a token and its successor are in the same document.
     """
     inside = document[1:] == document[:-1]
     wide = ids.astype(np.int64)  # a code needs more than 32 bits

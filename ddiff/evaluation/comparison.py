@@ -45,8 +45,10 @@ class Row:
     """Row of the table: one run, or the mean of runs that differ only in the seed.
 
     Attributes:
+        process: kind of the process, followed by the kind of the time rule unless it is "flat".
+        tokens_seen: number of tokens processed in training.
         bound: "NELBO", or "NLL" if the likelihood is exact.
-        nats: the bound in nats per unit.
+        nats: the bound in nats per unit, which is a token or a symbol.
         interval: 95 % confidence interval of the bound: over documents for one run, over seeds for
             the mean of several runs. None for one run with one document.
         sample_entropy: mean over the samples of the entropy, in nats, of the token frequencies
@@ -77,8 +79,11 @@ class Row:
 class Comparison:
     """Table of runs with the same evaluation settings, and baselines on the same tokens.
 
-    `protocol` contains the settings of the evaluation. `notes` are sentences that explain the
-    table.
+    Attributes:
+        protocol: evaluation settings and numbers of tokens and documents.
+        baselines: name of each baseline -> nats per unit.
+        rows: rows of the table.
+        notes: sentences that explain the table.
     """
 
     protocol: Mapping[str, Any]
@@ -90,7 +95,12 @@ class Comparison:
         return asdict(self)
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
-        """Return the column titles and the cells of each row, as text."""
+        """Return the table as text.
+
+        Returns:
+            - the titles of the columns,
+            - a list of cells for each row.
+        """
         columns = dict(COLUMNS)
         # leave out a column of ones
         if all(row.seeds == 1 for row in self.rows):
@@ -103,7 +113,7 @@ class Comparison:
         return titles, cells
 
     def to_markdown(self, command: str) -> str:
-        """Return the command, the table and the remarks as Markdown."""
+        """Return the table and the remarks as Markdown, after the given command."""
         titles, cells = self.columns()
         lines = [titles, ["---"] * len(titles), *cells]
         table = "\n".join(_markdown_row(line) for line in lines)
@@ -111,7 +121,7 @@ class Comparison:
         return f"`{command}`\n\n{table}\n\n{notes}\n"
 
     def remarks(self) -> list[str]:
-        """Return sentences about the evaluation settings, the baselines, and the notes."""
+        """Return sentences on the evaluation settings and the baselines, followed by the notes."""
         protocol = self.protocol
         unit = protocol["unit"]
         settings = [
@@ -163,8 +173,8 @@ def compare(run_dirs: Sequence[str | Path], *, group_seeds: bool = False) -> Com
     """Compare finished runs, given by their directories.
 
     If `group_seeds` is True, runs that differ only in the seed are averaged to one row. Raises
-    CheckpointError if a run is not finished or a file of a run is damaged, and ArgumentError if the
-    evaluation settings of the runs differ.
+    CheckpointError if a run is not finished or one of its files is damaged, and ArgumentError if
+    the evaluation settings of the runs differ.
     """
     if not run_dirs:
         raise ArgumentError("ddiff compare: give at least one run directory, such as runs/<name>.")
@@ -207,8 +217,9 @@ def write_comparison(
 ) -> list[Path]:
     """Write compare.json and compare.md to a directory. Return both paths.
 
-    Raises ArgumentError if the directory is not writable, or if an existing file with one of these
-    names was not written by `ddiff compare`.
+    `command` is the shell command, which is included in both files. Raises ArgumentError if the
+    directory is not writable, or if an existing file with one of these names was not written by
+    `ddiff compare`.
     """
     tree = {"command": command, **comparison.to_dict()}
     texts = {
@@ -228,13 +239,16 @@ def write_comparison(
 
 
 def _is_comparison(file: IO[bytes]) -> bool:
-    """Return True if `ddiff compare` wrote the file."""
+    """Return True if the open file was written by `ddiff compare`."""
     start = file.read(200).lstrip()
     return start.startswith(b"`ddiff compare") or b'"command": "ddiff compare' in start
 
 
 class _Report:
-    """Files of one run directory, checked for consistency."""
+    """Contents of the files in one run directory.
+
+    Raises CheckpointError if a file is missing or damaged, or if the files do not belong together.
+    """
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -281,7 +295,10 @@ class _Report:
             )
 
     def _check_checkpoint(self) -> None:
-        """Raise CheckpointError if the files do not belong to the newest checkpoint."""
+        """Raise CheckpointError if the files do not belong to the newest checkpoint.
+
+        The checkpoint then has another recipe or another tokenizer.
+        """
         state = newest_state(str(self.place / CHECKPOINTS))
         if state is None:
             return  # the weights were deleted; the results are still valid
@@ -293,7 +310,7 @@ class _Report:
             raise_differences(self.place, [difference], "Evaluate the run again: ddiff eval.")
 
     def protocol(self) -> dict[str, Any]:
-        """Return the evaluation settings.
+        """Return the evaluation settings that must be equal in all compared runs.
 
         `window` and `draws` are None for an exact likelihood, which needs no random times.
         """
@@ -306,7 +323,7 @@ class _Report:
         return protocol
 
     def recipe_without_seed(self) -> str:
-        """Return the recipe as text, without name, run_dir and seed."""
+        """Return the recipe as JSON text, without its keys name, run_dir and seed."""
         shared = dict(self.recipe)
         for key in OWN_KEYS:
             shared.pop(key, None)
@@ -340,17 +357,20 @@ class _Report:
         )
 
     def _describe_sampler(self) -> str:
-        """Return the sampler's kind and number of steps, or – for a random number of steps."""
+        """Return the kind of the sampler and its number of steps, such as "KIND, 64".
+
+        If the number of steps is random, it is replaced by "–".
+        """
         keys = self.recipe["sample"]
         steps = self.sampling.get("steps", keys["steps"])  # earlier versions did not write steps
         return f"{keys['sampler']['kind']}, {'–' if steps is None else steps}"
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Describe the process of a recipe, such as "KIND" or "KIND, block".
+    """Return the kind of the process of a recipe, such as "KIND" or "KIND, block".
 
-    The description is the kind of the process, and the kind of the time rule unless it is "flat".
-    If the recipe has no process, the description is the kind of the objective.
+    The second word is the kind of the time rule, which is omitted if it is "flat". If the recipe
+    has no process, the result is the kind of the objective.
     """
     objective = recipe["objective"]
     if "process" not in recipe:
@@ -374,7 +394,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _common_protocol(reports: Sequence[_Report]) -> dict[str, Any]:
-    """Return the settings that all evaluations share.
+    """Return the evaluation settings, which must be equal in all runs.
 
     Raises ArgumentError with the list of settings that differ.
     """
@@ -453,7 +473,7 @@ def _mean_if_known(values: Sequence[float | None]) -> float | None:
 
 
 def _join_names(names: Sequence[str]) -> str:
-    """Join names in the brace notation of a shell: a_{0,1,2}."""
+    """Join names that begin alike in the brace notation of a shell: a_{0,1,2}."""
     if len(names) == 1:
         return names[0]
     shared = os.path.commonprefix(names)  # noqa: RUF071  # by characters, not by folders
@@ -461,7 +481,7 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _notes(reports: Sequence[_Report]) -> list[str]:
-    """Return sentences that explain the table, such as the meaning of ±."""
+    """Return sentences that explain the table, such as the meaning of its ± signs."""
     notes = [
         "± is half the 95 % interval (Student): over documents for one run, over seeds for several."
     ]

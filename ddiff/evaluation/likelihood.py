@@ -1,12 +1,13 @@
 """Likelihood bound of a text, with the terms of the bound and confidence intervals.
 
 In each draw, every token is scored at one random diffusion time. The times are drawn in information
-time (`ddiff.core.information`), in which all times contribute about equally to the bound, so that
-the estimator has no heavy tails.
+time (`ddiff.core.information`): all times then contribute about equally to the bound, so that the
+estimator has no heavy tails.
 
 The diffusion term of the bound is an integral over a window of times, [1e-3, 1 - 1e-3] by default.
-The decoding term accounts for the times before the window, and the closing term for the times after
-the window. The sum of all terms is therefore a bound for any window.
+The decoding term (negative log-likelihood of the tokens at the start of the window) accounts for the
+times before the window. The closing term (KL divergence at the end of the window) accounts for the
+times after it. The sum of all terms is therefore a bound for any window.
 """
 
 from __future__ import annotations
@@ -57,29 +58,39 @@ class Scored(Protocol):
         slots: Tensor,
         times: TimeRule,
     ) -> Likelihood:
-        """Draw an estimate of the bound (or the exact likelihood) at every position, in nats.
+        """Draw an unbiased estimate of the bound (or the exact likelihood) at every position.
 
-        `times` draws the diffusion time of row b in the stratum `slot[b]` of `slots[b]` strata. The
-        estimate is unbiased.
+        The estimate is in nats.
+
+        Args:
+            batch: batch of B rows.
+            rng: random generator of the noise and the times.
+            slot: [B] time stratum of each row, from 0.
+            slots: [B] number of time strata of each row.
+            times: rule that draws the diffusion time of a row in its stratum.
         """
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Likelihood bound in nats per token, with its terms and intervals.
+    """Likelihood bound in nats per token, with its terms and confidence intervals.
 
-    If the text is a sequence of symbols without bytes, `unit` is "symbol" and all figures are per
-    symbol. All intervals use Student's t distribution.
+    If the text is a sequence of symbols without bytes, `unit` is "symbol", and all numbers per
+    token are numbers per symbol. All intervals use Student's t distribution.
 
     Attributes:
         interval: 95 % confidence interval of the bound for documents from the same source; None for
-            one document. The interval includes the Monte-Carlo error of random times and noise, and
-            the differences between documents.
+            one document. The interval includes the differences between documents and the
+            Monte-Carlo error of random times and noise.
         monte_carlo_interval: 95 % confidence interval of the bound for exactly these documents,
             which includes only the Monte-Carlo error; None for one draw.
-        standard_errors_nats_per_token: standard errors "total", "monte_carlo" and "documents".
-        terms_nats_per_token: terms whose sum is the bound.
-        parts_nats_per_token: parts whose sum is the diffusion term.
+        standard_errors_nats_per_token: "total" and "monte_carlo", the standard errors of both
+            intervals, and "documents", the part of "total" due to the differences between
+            documents.
+        terms_nats_per_token: name of each term of the bound -> value. Their sum is the bound.
+        parts_nats_per_token: name of each part of the diffusion term, for example a level -> value.
+        tokens: number of scored tokens.
+        documents: number of documents with scored tokens.
         protocol: settings of the evaluation.
         bound: "NELBO", or "NLL" for an exact negative log-likelihood.
     """
@@ -109,7 +120,10 @@ class Evaluation:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as a dict. Keys name bound and unit, as in `nll_nats_per_symbol`."""
+        """Return all fields as a dict.
+
+        The keys contain the bound and the unit, as in `nll_nats_per_symbol`.
+        """
         tree = {}
         for field, value in asdict(self).items():
             tree[_field_key(field, self.unit, self.bound)] = value
@@ -134,7 +148,11 @@ class Evaluation:
 
 
 def _field_key(field: str, unit: str, bound: str) -> str:
-    """Return the JSON key of a field, such as nelbo_nats_per_token -> nll_nats_per_symbol."""
+    """Return the key of a field in the result of `Evaluation.to_dict`.
+
+    For unit "symbol" and bound "NLL", the field nelbo_nats_per_token has the key
+    nll_nats_per_symbol.
+    """
     if field == "tokens":
         return f"{unit}s"
     named = field.replace("nelbo", bound.lower())
@@ -158,11 +176,11 @@ def evaluate(
 ) -> Evaluation:
     """Estimate the likelihood bound of a text and its standard errors.
 
-    The bound of each of R rows is estimated `draws` times, with new diffusion times and noise. The
-    times are stratified within a document: in each draw, the n rows of a document get n different
-    strata. Consecutive rows get consecutive strata, beginning with a random stratum. A single row
-    is therefore in every stratum with the same probability, and the times of a document are evenly
-    spread. Draws and documents are independent.
+    The text is split into R rows. The bound of each row is estimated `draws` times, with new
+    diffusion times and noise. Times are stratified within a document: in each draw, the n rows of a
+    document get n different strata. Consecutive rows get consecutive strata, beginning with a
+    random stratum. A row is therefore in every stratum with the same probability, and the times of
+    a document are evenly spread. Draws and documents are independent.
 
     Args:
         objective: computes the nats of a batch.
@@ -256,15 +274,16 @@ def _deal_strata(
     batch: int,
     seed: int,
 ) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
-    """Assign a time stratum to each row. Yields (rows, slot, slots, draw) for each batch.
+    """Assign a time stratum to each row, and yield the rows in batches.
 
-    `index` [R] is the document of each of R rows. In each draw, the strata of a document are
-    assigned to its rows in order, beginning with a random stratum. Of a yielded batch of B rows,
+    In each draw, the strata of a document are assigned to its rows in order, beginning with a
+    random stratum. `index` [R] is the document of each of R rows, and `batch` the largest number of
+    rows in a batch. For a batch of B rows, the function yields
 
-    - `rows` [B] are the row indices,
-    - `slots` [B] are the numbers of strata: the number of rows in the document of each row,
-    - `slot` [B] are the strata of the rows, from 0,
-    - `draw` is the number of the draw.
+    - `rows` [B], the row indices,
+    - `slot` [B], the stratum of each row, from 0,
+    - `slots` [B], the number of strata, which is the number of rows in the row's document,
+    - `draw`, the number of the draw.
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
@@ -311,9 +330,13 @@ class _Scores:
         self.means = _Means()
 
     def add_batch(self, documents: Rows, draw: int, likelihood: Likelihood, scored: Tensor) -> None:
-        """Add a batch of B rows of one draw.
+        """Add the nats and the numbers of tokens of a batch of B rows to the sums.
 
-        `documents` [B] is the document of each row, and `scored` [B,L] marks the scored tokens.
+        Args:
+            documents: [B] index of the document of each row.
+            draw: number of the draw.
+            likelihood: terms of the bound at each position.
+            scored: bool [B,L], True at scored tokens.
         """
         total = reduce(add, likelihood.terms.values())
         row_nats = total.sum(-1).cpu().numpy()

@@ -1,4 +1,7 @@
-"""Mean nats per token over documents, with total and Monte-Carlo standard errors."""
+"""Mean nats per token over documents, with total and Monte-Carlo standard errors.
+
+The mean is a ratio: the sum of nats over documents divided by the sum of tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Error:
-    """Standard error, with the degrees of freedom of its estimate."""
+    """Standard error of a mean.
+
+    Attributes:
+        standard: the standard error.
+        freedom: its degrees of freedom in Student's t distribution.
+    """
 
     standard: float
     freedom: float
@@ -45,10 +53,13 @@ class RatioEstimate:
 
     @classmethod
     def of(cls, nats: Floats, tokens: Floats) -> Self:
-        """Estimate the nats per token from the nats and numbers of tokens of D documents.
+        """Estimate the nats per token of D documents from K independent draws.
 
-        `nats`: an array [D,K] with one column for each of K independent draws. `tokens`: an array
-        [D]. Documents without tokens are ignored.
+        Documents without tokens are ignored.
+
+        Args:
+            nats: array [D,K] with the nats of each document in each draw.
+            tokens: array [D] with the number of tokens of each document.
         """
         nats = nats[tokens > 0]
         tokens = tokens[tokens > 0]
@@ -61,8 +72,8 @@ class RatioEstimate:
     def documents(self) -> float | None:
         """Part of the standard error `total` that is due to the differences between documents.
 
-        This is sqrt(total^2 - monte_carlo^2), or 0 if the difference is negative. None for one
-        document or one draw.
+        The value is sqrt(total^2 - monte_carlo^2), or 0 if total is below monte_carlo. It is None
+        for one document or one draw.
         """
         if self.total is None or self.monte_carlo is None:
             return None
@@ -73,13 +84,13 @@ class RatioEstimate:
 def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
     """Estimate the standard error of the mean nats per token from differences between documents.
 
-    `residual` contains residual_d = nats_d - mean * tokens_d for each document d, and `tokens`
-    contains tokens_d. The variance of the mean is estimated as
+    Let h_d = tokens_d / sum_d tokens_d be the fraction of tokens in document d. `residual` contains
+    residual_d = nats_d - mean * tokens_d. The variance of the mean is estimated as
 
-        sum_d residual_d^2 / (1 - h_d) / (sum_d tokens_d)^2,    h_d = tokens_d / sum_d tokens_d.
+        sum_d residual_d^2 / (1 - h_d) / (sum_d tokens_d)^2.
 
-    This estimate is unbiased if Var(nats_d) is proportional to tokens_d, because the expectation of
-    residual_d^2 is then (1 - h_d) Var(nats_d). Under the same assumption, Satterthwaite's formula
+    If Var(nats_d) is proportional to tokens_d, the expectation of residual_d^2 is (1 - h_d)
+    Var(nats_d), so this estimate is unbiased. Under the same assumption, Satterthwaite's formula
     gives the degrees of freedom: D - 1 for D documents of equal length, and fewer for unequal
     lengths. Returns None for fewer than two documents.
     """

@@ -1,8 +1,14 @@
-"""Laws of the bound as `core.elbo.nelbo` assembles it, with exact expectations.
+"""Laws of the likelihood bound that `ddiff.core.elbo.nelbo` computes, with exact expectations.
 
-`exact_nelbo` runs `nelbo` with enumerated states in place of random draws and quadrature nodes in
-place of random noise times. The result is the exact expectation of the quantity that training and
-evaluation estimate.
+The bound is a sum of three terms for a window (t0, t1) of noise times:
+
+- the decoding term -ln P(x | z_t0) for the states at the start of the window,
+- the diffusion term, which is the integral of `ForwardProcess.density` over the window,
+- the closing term KL( q_t1(.|x) || predicted q_t1 ) for the states at the end of the window.
+
+`exact_nelbo` runs `nelbo` with enumerated states in place of random draws and with quadrature nodes
+in place of random noise times. The result is the exact expectation of the estimate that training
+and evaluation draw.
 """
 
 from __future__ import annotations
@@ -37,7 +43,9 @@ from ddiff.testing.report import Gap, compare, law
 
 Window = tuple[float, float]
 Path = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(v [n] in [0,1], position) -> place between the ends of logit t, and its derivative by v."""
+"""Function (v [n] in [0,1], position) -> (place, derivative of the place by v).
+
+The place in [0,1] is linear in logit t and runs from the start to the end of the window."""
 Table = Callable[[Tensor, Tensor], Tensor]
 """Network as a function: (zt [B,L], t [B,L]) -> log_p [B,L,V]."""
 
@@ -51,7 +59,7 @@ FEWER_NODES = 7  # for two positions, which have many states; the quadrature err
 
 
 class Expectation(NamedTuple):
-    """Exact expectations [n] in nats of the three terms of the bound, for n clean sequences."""
+    """Exact expectations [n], in nats, of the three terms of the bound for n clean sequences."""
 
     closing: Tensor
     diffusion: Tensor
@@ -63,9 +71,12 @@ class Expectation(NamedTuple):
 
 
 class NodeTimes:
-    """Time rule that returns given noise times and speeds [B,L], and the ends of a window.
+    """Time rule that returns given noise times, the nodes of a quadrature.
 
-    `t` are quadrature nodes, and `speed` contains the quadrature weights.
+    Args:
+        t: [B,L] noise times.
+        speed: [B,L] weights in the diffusion term, which include the quadrature weights.
+        window: first and last noise time of every position.
     """
 
     def __init__(
@@ -104,13 +115,14 @@ CHANNELS = ("diffusion", "decoding", "prior")  # random channels that `nelbo` dr
 
 
 class EnumeratedRng(CounterRng):
-    """Random generator whose uniforms encode enumerated states zt [B,L].
+    """Random generator whose uniforms encode given states zt [B,L].
 
-    For S states, the uniform of a state is the middle of the cell [state, state + 1) / S.
-    `enumerate_draws` makes a process that decodes the state from the uniform. The states of each
-    channel are shifted by the index of the channel. Every state still occurs once in each channel.
-    A term that uses the channel of another term gets states whose probabilities are wrong, which
-    the laws detect.
+    State z of S states is encoded as the uniform (z + 0.5) / S. `enumerate_draws` makes a process
+    that decodes the state from the uniform.
+
+    Each term of the bound draws from a separate channel, which is a named stream of uniforms. In
+    each channel, the states are shifted by the index of the channel, modulo S. A term that uses the
+    channel of another term therefore gets states with wrong probabilities, which the laws detect.
     """
 
     def __init__(
@@ -144,16 +156,20 @@ def shift_states(
     channel: str,
     num_states: int,
 ) -> Tensor:
-    """Return the states zt shifted by the index of a channel, as `EnumeratedRng` encodes them."""
+    """Return the states zt, shifted by the index of a channel modulo the number of states.
+
+    `EnumeratedRng` encodes these shifted states.
+    """
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
 
 
 class EnumeratedPrior(Prior):
-    """Prior that computes the state from a uniform u as floor((1 - u) S), for S states.
+    """Prior that maps a uniform u to the state floor((1 - u) S), for S states.
 
-    Samples of an enumerated process use floor(u S). Therefore a term that draws from the prior in
-    place of the process, or the reverse, changes the bound.
+    In contrast, `sample` of a process from `enumerate_draws` returns floor(u S). A term that draws
+    from the prior instead of the process, or from the process instead of the prior, therefore
+    changes the bound.
     """
 
     def draw(self, u: Tensor) -> Tensor:
@@ -161,7 +177,7 @@ class EnumeratedPrior(Prior):
 
 
 def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
-    """Copy a process so that its draws return the state that a uniform u encodes.
+    """Copy a process and make its draws return the state that a uniform u encodes.
 
     For S states, `sample` returns floor(u S), and `prior.draw` returns floor((1 - u) S).
     """
@@ -184,7 +200,10 @@ def straight_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Path with the same time for all positions; logit t is linear in v."""
+    """Return (v, 1), the path on which all positions have the same time.
+
+    The results are the place on the logit-t axis of the window and its derivative by v.
+    """
     return v, torch.ones_like(v)
 
 
@@ -192,13 +211,17 @@ def bent_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Path on which the times of different positions differ, except at the ends of the window."""
+    """Return the place and its derivative by v, on a path that depends on the position.
+
+    The place is on the logit-t axis of the window. At both ends of the window, all positions have
+    the same time.
+    """
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
 
 
 def all_sequences(count: int, length: int) -> Tensor:
-    """Return a tensor [count^length, length] of every sequence of `length` ids below `count`."""
+    """Return all sequences of `length` ids below `count`, as a tensor [count^length, length]."""
     axes = [torch.arange(count)] * length
     return torch.cartesian_prod(*axes).reshape(-1, length)
 
@@ -211,12 +234,18 @@ def exact_nelbo(
     path: Path = straight_path,
     finer: int = 1,
 ) -> Expectation:
-    """Return the exact expectations of `nelbo` for every sequence in `all_sequences(V, length)`.
+    """Return the exact expectations of the terms of `nelbo` for every sequence of tokens.
 
-    `table` is the network, and `window` holds the first and the last noise time. `path` gives the
-    time of each position at every place v in [0,1] of the window. `finer` multiplies the number of
-    quadrature nodes. For V tokens and S states, the cost is O(nodes (V S)^length), so processes
-    must be small.
+    The sequences are those of `all_sequences(V, length)`. For V tokens and S states, the cost is
+    O(nodes (V S)^length), so the process must be small.
+
+    Args:
+        process: forward process.
+        table: network, as a function (zt, t) -> log_p.
+        length: number of positions of a sequence.
+        window: first and last noise time.
+        path: function that gives the noise time of each position at every v in [0,1].
+        finer: factor on the number of quadrature nodes.
     """
     vocabulary = process.vocabulary
     order = NODES if length == 1 else FEWER_NODES
@@ -263,9 +292,9 @@ def exact_nelbo(
 def _times_of_nodes(
     v: Tensor, weight: Tensor, window: Window, length: int, path: Path
 ) -> tuple[Tensor, Tensor]:
-    """Return the noise time t_i [n,L] of every position i at nodes v [n], and its speed.
+    """Return the noise times [n,L] and the speeds [n,L] at the quadrature nodes v [n].
 
-    The speed is dt_i/dv times the quadrature weight of the node.
+    The speed of a position with noise time t is dt/dv times the quadrature weight of the node.
     """
     # rates are evaluated at interior times only
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
@@ -283,9 +312,10 @@ def _times_of_nodes(
 def _probabilities(
     process: ForwardProcess, t: Tensor, window: Window, node: Tensor, x0: Tensor, zt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the probabilities [B] of the states for the closing, diffusion and decoding terms.
+    """Return the probabilities [B] of the states zt for the closing, diffusion and decoding terms.
 
-    Only the diffusion term depends on the quadrature node. The probabilities of the closing and
+    Row b of zt and x0 belongs to the quadrature node `node[b]`, which has the noise times
+    `t[node[b]]`. Only the diffusion term depends on the node. The probabilities for the closing and
     decoding terms are 0 at all nodes except node 0, so that these terms are counted once.
     """
     states = process.vocabulary.num_states
@@ -314,9 +344,10 @@ def constant_denoiser(
 ) -> Iterator[Gap]:
     """Check that the bound of a denoiser that always predicts p is -ln p(x) for every token x.
 
-    For data with distribution p this prediction is exact, so the bound is tight on any window. On
-    the window [0, 1], the quadrature covers times down to 1e-12 from the ends, and the contribution
-    of the remaining times is added. Tolerance 1e-9: quadrature and rounding have an error of 1e-10.
+    For data with the distribution p, this prediction is exact, so the bound equals the negative
+    log-likelihood on every window of noise times. On the window [0, 1], the quadrature omits times
+    within 1e-12 of 0 and 1, and their contribution is added. `finer` is a factor on the number of
+    quadrature nodes. Tolerance 1e-9: quadrature and rounding have an error of 1e-10.
     """
     num_tokens = process.vocabulary.num_tokens
     tokens = torch.arange(num_tokens)
@@ -340,10 +371,11 @@ def constant_table(log_p: Tensor) -> Table:
 
 
 def _beyond_quadrature(process: ForwardProcess, log_p: Tensor) -> Tensor:
-    """Return the part [V] of the bound that belongs to times within 1e-12 of 0 or 1.
+    """Return the contribution [V] of times within 1e-12 of 0 or 1 to the bound of each token.
 
-    The part is the sum of the closing and decoding terms at a distance of 1e-12 from the ends,
-    minus the sum of these terms at the ends.
+    The network always predicts log_p [V]. The bound is equal on every window, so the contribution
+    is the closing term plus the decoding term on the window [1e-12, 1 - 1e-12], minus both terms on
+    the window [0, 1].
     """
     missing = _closing(process, log_p, LATEST) + _decoding(process, log_p, EARLIEST)
     if not process.closes_at_prior:
@@ -358,7 +390,10 @@ def _closing(
     log_p: Tensor,
     t: float,
 ) -> Tensor:
-    """Return the closing term of the bound [V] at time t for the constant prediction log_p [V]."""
+    """Return the closing term KL( q_t(.|x) || predicted q_t ) of every token x, as a tensor [V].
+
+    The predicted q_t is the marginal at time t of a token with the log-distribution log_p [V].
+    """
     tokens = torch.arange(process.vocabulary.num_tokens)
     prediction = DenseDistribution(
         log_p.expand(len(tokens), -1),
@@ -373,7 +408,11 @@ def _decoding(
     log_p: Tensor,
     t: float,
 ) -> Tensor:
-    """Return the decoding term of the bound [V] at time t for the constant prediction log_p [V]."""
+    """Return the decoding term E[-ln P(x | z_t)] of every token x, as a tensor [V].
+
+    The expectation is over z_t ~ q_t(.|x). P is the posterior if tokens have the log-distribution
+    log_p [V].
+    """
     p = log_p.exp().unsqueeze(-1)
     joint = p * likelihoods(process, times((t,)))[0]
     posterior = joint / joint.sum(0)
@@ -389,7 +428,10 @@ def random_joint(
     length: int = 2,
     seed: int = 4,
 ) -> Tensor:
-    """Return random log-probabilities [V, ..., V] of sequences with dependent positions."""
+    """Return random log-probabilities [V, ..., V] of all sequences of `length` tokens.
+
+    The tokens of a sequence depend strongly on each other.
+    """
     shape = (num_tokens,) * length
     generator = torch.Generator().manual_seed(seed)
     # 1.5 makes positions strongly dependent, as in text
@@ -398,11 +440,12 @@ def random_joint(
 
 
 def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
-    """Make a network that predicts each of two tokens given the other position's state.
+    """Make a network for two positions that predicts each token given the other position's state.
 
-    The prediction P(x_i | z_j) is exact under `log_joint` and does not use the state z_i of the
-    same position, as the formulas of the bound require. At t = 1 the prediction is the marginal
-    distribution of the token, as the closing term of the bound requires.
+    The prediction for position i is the exact P(x_i | z_j) under exp(log_joint), where z_j is the
+    state of the other position. The prediction does not use the state z_i, as the formulas of the
+    bound require. At t = 1 the prediction is the marginal distribution of x_i, as the closing term
+    of the bound requires.
     """
     joint = log_joint.exp()
 
@@ -420,7 +463,10 @@ def _evidence(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return q_t(z|x) [B,V] of the states z for every token x; the value is 1 at t = 1."""
+    """Return q_t(z|x) [B,V] of the states zt [B] for every token x, and 1 at t = 1.
+
+    With the value 1, a network ignores the states at t = 1.
+    """
     evidence = token_likelihoods(process, zt, t)
     return torch.where((t < 1.0).unsqueeze(-1), evidence, 1.0)
 
@@ -432,13 +478,15 @@ def entropy_equality(
     denoiser: Callable[..., Table] = rest_conditional_table,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """Check the expected bound of exact conditionals against the entropy of the data.
+    """Check the expected bound of an exact network against the entropy of the data.
 
-    X is a pair of tokens from a random joint distribution, and Z_t its noisy state. The network
-    predicts the exact distribution of each token X_i given the state of the other position. On a
-    window (t0, t1), the expected bound must be H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i
-    H(Z_i,t1) - H(Z_t1)], where H is the entropy. The brackets are the cost of predicting tokens
-    independently. Tolerance 1e-8: quadrature and rounding have an error of 1e-9.
+    X is a pair of tokens from a random joint distribution, Z_t its noisy state, and H the entropy.
+    The network predicts the exact distribution of each token X_i given the state of the other
+    position. On a window (t0, t1) of noise times, the expected bound must be H(X) + [sum_i
+    H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)]. The brackets are the costs, at t0 and at
+    t1, of predicting the two tokens independently. `denoiser` makes the network from the process
+    and the joint distribution, and `finer` is a factor on the number of quadrature nodes. Tolerance
+    1e-8: quadrature and rounding have an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     terms = exact_nelbo(
@@ -462,9 +510,10 @@ def speed_equality(
 ) -> Iterator[Gap]:
     """Check that the bound is unchanged if every position follows a separate path of noise times.
 
-    The paths t_i(v) of the positions i have the same ends, and the integrand is multiplied by the
-    speed dt_i/dv. The bound must equal the value for a common path, because it depends only on the
-    ends of the paths. Tolerance 1e-8: the quadrature has an error of 1e-9.
+    Position i has the noise time t_i(v), where v runs from 0 to 1, and the integrand of its bound
+    is multiplied by dt_i/dv. All paths have the same ends. The bound depends only on these ends, so
+    it must equal the value for one common path. `path` gives the times, and `finer` is a factor on
+    the number of quadrature nodes. Tolerance 1e-8: the quadrature has an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     table = rest_conditional_table(process, log_joint)
@@ -486,9 +535,10 @@ def entropy_of_window(
     log_joint: Tensor,
     window: Window,
 ) -> Tensor:
-    """Return H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)] in nats.
+    """Return the bound on a window (t0, t1) that `entropy_equality` expects, in nats.
 
-    X is a pair of tokens, Z_t its noisy state, and H the entropy.
+    The bound is H(X) + [sum_i H(X_i|Z_t0) - H(X|Z_t0)] + [sum_i H(Z_i,t1) - H(Z_t1)], where X is a
+    pair of tokens with the log-probabilities `log_joint`, Z_t its noisy state, and H the entropy.
     """
     joint = log_joint.exp()
     early, late = likelihoods(process, times(window))
@@ -511,7 +561,10 @@ def _conditional_entropy(
     p: Tensor,
     unknown: tuple[int, ...],
 ) -> Tensor:
-    """Return the entropy of the axes `unknown` of a joint distribution p, given the other axes."""
+    """Return the entropy of some axes of a joint distribution p, given its other axes.
+
+    `unknown` lists the axes whose entropy is returned.
+    """
     return _entropy(p) - _entropy(p.sum(unknown))
 
 
@@ -522,11 +575,13 @@ def _conditional_entropy(
 def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the bound over N discrete steps converges to the diffusion term as O(1/N).
 
-    The discrete bound is sum_k E KL( q(z_s|z_t,x) || reverse(z_s|z_t,prediction) ), where step k
-    leads from t to s. The limit is extrapolated from N = 32, 64, 128 and compared with the integral
-    of the density, relative to the integral. The prediction depends on state and time, so the law
-    fails if density and reverse step belong to different generators. Tolerance 1e-3: extrapolation
-    removes the errors of order 1/N and 1/N^2, and leaves an error of order 1/N^3.
+    The diffusion term is the integral of `density` over the noise times. The discrete bound is
+    sum_k E KL( q(z_s|z_t,x) || p(z_s|z_t) ), where step k leads from time t to time s, and p is the
+    reverse step under the network's prediction. The limit for large N is extrapolated from N = 32,
+    64, 128 and compared with the integral. The error is relative to the integral. The prediction
+    depends on state and time, so the law fails if density and reverse step belong to different
+    generators. Tolerance 1e-3: extrapolation removes the errors of order 1/N and 1/N^2, and leaves
+    an error of order 1/N^3.
     """
     window = FINITE[1]
     table = state_and_time_table(process)
@@ -567,9 +622,10 @@ def _discrete_bound(
     window: Window,
     steps: int,
 ) -> Tensor:
-    """Return the discrete-time bound [V] without its closing and decoding terms.
+    """Return the sum over discrete steps of E KL( true || predicted reverse step ), a tensor [V].
 
-    The times of the steps are evenly spaced in logit t.
+    The sum has one value per clean token. The window is divided into `steps` steps of equal length
+    in logit t.
     """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
@@ -609,10 +665,11 @@ def weights_are_level_flows(
 ) -> Iterator[Gap]:
     """Check that the expected weight of a level integrates to the probability of entering it.
 
-    The weight of a level is the total weight of its states in the bound of a tree process. Let
-    F_l(t) be the probability that a token has entered level l by time t. The probability of
-    entering level l within a window (t0, t1) is then F_l(t1) - F_l(t0). Tolerance 1e-8: the
-    quadrature has an error of 1e-9.
+    The law applies to tree processes. The integrand of the bound is weight * divergence. The
+    expected weight of a level is the sum over the states of the level of probability * weight. Let
+    F_l(t) be the probability of having reached level l by time t. The integral of the expected
+    weight of level l over a window (t0, t1) must be F_l(t1) - F_l(t0), the probability that a token
+    enters level l within the window. Tolerance 1e-8: the quadrature has an error of 1e-9.
     """
     if not isinstance(process, TreeProcess):
         return
@@ -627,7 +684,10 @@ def weights_are_level_flows(
 
 
 def _expected_weight_by_level(process: TreeProcess, window: Window) -> Tensor:
-    """Integrate the expected weight over the window, for each token and level: [V, levels + 1]."""
+    """Integrate the expected weight of each level over the window: [V, levels + 1].
+
+    The result has one row for each of the V clean tokens. The expectation is over the noisy state.
+    """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
     v, y, node_weight = logit_nodes(*window, num_panels(*window))

@@ -1,8 +1,9 @@
-"""Law of the bound with random draws, compared with an enumeration that shares no code with it.
+"""Law of the likelihood bound with random draws, checked against an independent enumeration.
 
-`bound.exact_nelbo` replaces the draws of the bound by enumerated states, so it cannot detect that a
-term draws from a wrong distribution. In this module, the process draws its states from uniforms
-that cover the unit cube evenly.
+`bound.exact_nelbo` replaces the random draws of `nelbo` by enumerated states. It therefore cannot
+detect a term that draws states from a wrong distribution. In this module, the process draws its
+states from Sobol points, which are uniforms that cover the unit cube evenly. The expected values
+are computed by enumeration, without `nelbo`.
 """
 
 from __future__ import annotations
@@ -48,9 +49,13 @@ Formula = Callable[[DenseDistribution, Tensor, Tensor, Tensor], Tensor]
 class SobolRng(CounterRng):
     """Random generator that returns Sobol points, with separate dimensions for each channel.
 
-    A channel that is queried twice returns the same numbers twice, as in `CounterRng`.
-    `self.queries` counts the queries of each channel. `point`, a tensor [B], holds the index of the
-    Sobol point of each sequence. Indices are below `points`.
+    A channel is a named stream of uniforms. If a channel is queried twice, it returns the same
+    numbers twice, as in `CounterRng`. `self.queries` counts the queries of each channel.
+
+    Args:
+        point: [B] index of the Sobol point of each sequence, below `points`.
+        points: number of Sobol points.
+        length: number of positions of a sequence.
     """
 
     def __init__(
@@ -84,13 +89,21 @@ class SobolRng(CounterRng):
 
 
 class InformationPath:
-    """Paths t_i(v) through the window along which the diffusion term of the bound varies little.
+    """Paths of noise times along which the diffusion term of the bound varies little.
 
-    For some processes, the diffusion term is large only in a small part of the times, if times are
-    uniform in t or logit t. The estimate of its mean is then inaccurate. Along these paths, the
-    information I(X; Z_t) of a uniform token X decreases evenly, and the mean of the term hardly
-    depends on time. v runs from 0 to 1. t changes more slowly with v near the ends of the window.
-    `bent_path` makes the path of every position i different.
+    With times that are uniform in t or logit t, the diffusion term of some processes is large only
+    for a small fraction of the times. The estimate of its mean is then inaccurate. The mean hardly
+    depends on tau, the fraction of the information I(X; Z_t) that is lost at time t, where Z_t is
+    the noisy state of a uniform token X. These paths therefore move evenly in tau, and more slowly
+    near the ends of the window.
+
+    The noise time of position i is t_i(v), where v runs from 0 to 1. The path of each position is
+    different, as in `bent_path`.
+
+    Args:
+        process: forward process.
+        window: first and last noise time.
+        nodes: number of noise times at which the information is computed.
     """
 
     def __init__(
@@ -119,7 +132,10 @@ class InformationPath:
         v: Tensor,
         length: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return the noise time t_i [n,L] of every position at v [n] in [0, 1], and dt_i/dv."""
+        """Return the noise times t_i(v) and the derivatives dt_i/dv of all positions i, [n,L] each.
+
+        `v` [n] contains values in [0, 1], and `length` is the number L of positions.
+        """
         t = []
         speed = []
         for position in range(length):
@@ -136,7 +152,11 @@ class InformationPath:
         self,
         tau: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return t and d logit t / dtau at tau [n], by linear interpolation between the nodes."""
+        """Return t [n] and d logit t / dtau [n] at tau [n], by interpolation between the nodes.
+
+        tau is the fraction of the information that is lost since the start of the window. logit t
+        is linear in tau between two nodes.
+        """
         cell = torch.searchsorted(self.tau, tau.contiguous(), right=True)
         right = cell.clamp(1, len(self.tau) - 1)
         left = right - 1
@@ -146,9 +166,10 @@ class InformationPath:
 
 
 def inner_information_window(process: ForwardProcess) -> Window:
-    """Return a window over which 40 % of the information is lost.
+    """Return a window of noise times over which 40 % of the information is lost.
 
-    On this window, all three terms of the bound are large.
+    The information is the mutual information of a uniform token and its noisy state. On this
+    window, all three terms of the bound are large.
     """
     path = InformationPath(process, WHOLE)
     cell = torch.searchsorted(
@@ -163,13 +184,14 @@ def inner_information_window(process: ForwardProcess) -> Window:
 
 
 def sensitive_table(process: ForwardProcess) -> Table:
-    """Make a network for two positions whose predictions depend on state and time at every t <= 1.
+    """Make a network for two positions whose predictions depend on states and times at all t <= 1.
 
-    Up to the time `latest`, the prediction is the exact distribution of each token given the state
-    of the other position. Above `latest`, the network treats states as if they were at time
-    `latest`, and its prediction becomes flatter with time. An exact network would ignore all states
-    at t = 1 if q_1 equals the prior, so that the law would not detect a wrong state at t = 1. A
-    state that cannot occur does not change the prediction.
+    Up to the time `latest`, the network predicts the exact distribution of each token given the
+    state of the other position. Above `latest`, the network treats states as if they were at time
+    `latest`, and its prediction becomes flatter with time.
+
+    If q_1 equals the prior, an exact network ignores all states at t = 1. The law could then not
+    detect a wrong state at t = 1. A state that cannot occur does not change the prediction.
     """
     latest = inner_information_window(process)[1]
     # the factor 0.5 flattens the joint, so that no term is tiny
@@ -197,8 +219,8 @@ def sensitive_table(process: ForwardProcess) -> Table:
 def replace_prior(process: ForwardProcess) -> ForwardProcess:
     """Copy a process and replace its prior by one that differs from q_1, the marginal at t = 1.
 
-    If the prior equals q_1, the law cannot detect a closing term that draws states from q_1(.|x0)
-    and not from the prior. In the new prior, every state has a positive probability, which
+    With a prior equal to q_1, the law could not detect a closing term that draws states from
+    q_1(.|x0) instead of the prior. In the new prior, every state has a positive probability, which
     increases with the id of the state.
     """
     twin = copy.copy(process)
@@ -217,8 +239,19 @@ def draw_terms(
 ) -> tuple[NelboTerms, SobolRng]:
     """Evaluate `nelbo` of n sequences x0 [n,L] at every Sobol point.
 
-    The noise times lie on an `InformationPath`. Returns the terms, each a tensor [n,points,L], and
-    the random generator.
+    The noise times lie on an `InformationPath`.
+
+    Args:
+        process: forward process.
+        table: network, as a function (zt, t) -> log_p.
+        x0: [n,L] clean tokens.
+        scored: bool [n,L]; positions that are not scored stay clean and add nothing to the bound.
+        window: first and last noise time.
+        points: number of Sobol points for each sequence.
+
+    Returns:
+        - the terms of the bound, a tensor [n,points,L] for each,
+        - the random generator, which has counted the queries of each channel.
     """
     length = x0.shape[1]
     sequence, point = product(
@@ -255,10 +288,12 @@ def draw_terms(
 
 
 class Moments(NamedTuple):
-    """Moments of a term of the bound in nats for n sequences.
+    """Moments of a term of the bound, in nats, for n sequences.
 
-    `mean` [n,L] is the mean of the term, `square` [n,L] the mean of its square, and `square_of_sum`
-    [n] the mean square of its sum over positions.
+    Attributes:
+        mean: [n,L] mean of the term at each position.
+        square: [n,L] mean of the squared term at each position.
+        square_of_sum: [n] mean of the squared sum of the term over the positions.
     """
 
     mean: Tensor
@@ -269,9 +304,16 @@ class Moments(NamedTuple):
 class Enumeration:
     """Exact moments of the three terms of the bound for sequences x0 [n,L].
 
-    They are computed from the formulas of the process only. A moment is the expectation of a term
-    or of its square over all states of the scored positions. Positions that are not scored keep
+    A moment is the expectation of a term, or of its square, over all states of the scored
+    positions. It is computed from the formulas of the process. Positions that are not scored keep
     their tokens and have noise time 0.
+
+    Args:
+        process: forward process.
+        table: network, as a function (zt, t) -> log_p.
+        x0: [n,L] clean tokens.
+        scored: bool [n,L], True at positions that add to the bound.
+        window: first and last noise time.
     """
 
     def __init__(
@@ -284,9 +326,10 @@ class Enumeration:
         self.window = window
 
     def closing(self) -> Moments:
-        """Return the moments of the closing term of the bound.
+        """Return the moments of the closing term KL( q_t1(.|x) || predicted q_t1 ).
 
-        The network is queried at t = 1. The term is evaluated at the end of the window.
+        t1 is the end of the window. The network makes its prediction at t = 1, for states from the
+        prior.
         """
 
         def formula(
@@ -342,7 +385,7 @@ class Enumeration:
         )
 
     def _everywhere(self, t: float) -> Tensor:
-        """Return a tensor [1,L] with time t at every position."""
+        """Return a tensor [1,L] with the time t at every position."""
         return torch.full(
             (1, self.x0.shape[1]),
             t,
@@ -350,7 +393,10 @@ class Enumeration:
         )
 
     def _marginals(self, t: Tensor) -> Tensor:
-        """Return the probabilities q_t(z|x) [n,L,V,S] at times t [n,L]."""
+        """Return the marginals q_t(z|x) [n,L,V,S] at times t [n,L].
+
+        There are V tokens x and S states z.
+        """
         q = likelihoods_by_row(self.process, t.reshape(-1))
         return q.reshape(*t.shape, *q.shape[1:])
 
@@ -359,9 +405,15 @@ class Enumeration:
     ) -> Moments:
         """Return the moments of weight * formula over quadrature nodes and states.
 
-        `t` and `weight` have the shape [nodes,L], and the probabilities of the states have the
-        shape [nodes, 1 or L, V, S]. `query_t` [nodes,L] are the times passed to the network. All
-        nodes have the same probability.
+        All nodes have the same probability.
+
+        Args:
+            t: [nodes,L] noise times passed to the formula.
+            weight: [nodes,L] factor on the formula.
+            probabilities: [nodes, 1 or L, V, S] probability of each of S states given each of V
+                tokens.
+            formula: term of the bound, as a function (prediction, x0, zt, t) -> nats.
+            query_t: [nodes,L] noise times passed to the network.
         """
         vocabulary = self.process.vocabulary
         length = self.x0.shape[1]
@@ -411,9 +463,13 @@ class Enumeration:
         n: Tensor,
         zt: Tensor,
     ) -> Tensor:
-        """Return the probability [r] of the states zt [r,L].
+        """Return the probability [r] of each row of the states zt [r,L].
 
-        Row i belongs to the sequence with index n[i] and to the quadrature node with index node[i].
+        Args:
+            probabilities: [nodes, 1 or L, V, S] probability of each state given each token.
+            node: [r] quadrature node of each row.
+            n: [r] index of the sequence of each row.
+            zt: [r,L] states.
         """
         length = self.x0.shape[1]
         x0 = self.x0[n]
@@ -434,12 +490,13 @@ def terms_have_their_expectations(
 ) -> Iterator[Gap]:
     """Check that every term of `nelbo` with random draws has its exact expectation.
 
-    The expectation is computed by enumeration over all states. Closing, diffusion and decoding
-    terms are compared separately, for each position, on the window [0, 1] and on an inner window.
-    Positions that are not scored must keep their tokens and have terms of 0. Each channel of the
-    random generator must be used for one draw only. The error of a mean is divided by the allowed
-    error: 0.5 % of the term, plus two standard errors of a mean over the same number of random
-    points. Tolerance 1: means over Sobol points reach about half of the allowed error.
+    The expectation is computed by enumeration over all states. The closing, diffusion and decoding
+    terms are compared separately at each position, on the window [0, 1] of noise times and on a
+    window inside it. At positions that are not scored, the tokens must stay unchanged and the terms
+    must be 0. Each channel of the random generator must be used for one draw only. The mean of a
+    term is estimated from `points` Sobol points. Its error is divided by the allowed error: 0.5 %
+    of the term, plus two standard errors of a mean over the same number of random points. Tolerance
+    1: means over Sobol points reach about half of the allowed error.
     """
     table = sensitive_table(process)
     # the sequences have the first, middle and last token at either position
@@ -487,9 +544,10 @@ def terms_have_their_expectations(
 def _moment_gaps(
     drawn: Tensor, exact: Moments, x0: Tensor, labels: Mapping[str, object]
 ) -> Iterator[Gap]:
-    """Compare the mean of a drawn term [n,points,L] with its exact expectation.
+    """Compare the mean of a drawn term [n,points,L] over the points with its exact expectation.
 
-    Means are compared for each position, and for the sum over positions.
+    Means are compared at each position of each sequence, and in the sum over all sequences.
+    `labels` are printed with a difference.
     """
     points = drawn.shape[1]
     got = drawn.mean(1)
@@ -520,5 +578,8 @@ def _allowed(
     square: Tensor,
     points: int,
 ) -> Tensor:
-    """Return the largest accepted error of a mean over a number `points` of Sobol points."""
+    """Return the largest accepted error of a mean over `points` Sobol points.
+
+    `mean` and `square` are the exact means of the term and of its square.
+    """
     return 0.005 * mean + 2.0 * (square / points).sqrt() + EXACT

@@ -1,4 +1,9 @@
-"""Laws of the forward chain: generator, transitions, marginals and ends, checked by enumeration."""
+"""Laws of the forward chain: generator, transitions, marginals and ends, checked by enumeration.
+
+Notation: Q_t[y,z] is the rate from state y to state z, P(s,t) the matrix of transition
+probabilities from time s to time t, and q_t(z|x) the marginal of the state z at time t for the
+clean token x.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +56,7 @@ def rates_rows_sum_to_zero(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("rates: off-diagonal entries are not negative", tolerance=1e-9)
 def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the generator Q_t has Q_t[y,z] >= 0 for all states y != z.
+    """Check that the rate Q_t[y,z] from a state y to another state z is not negative.
 
     The error is relative to the largest rate. Tolerance 1e-9: a rate that is computed as a
     difference may round below 0.
@@ -71,10 +76,11 @@ def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("kernels: row, column and apply agree", tolerance=1e-12)
 def kernels_agree(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that `row`, `column`, `apply` and `dense` of a kernel describe one matrix.
+    """Check that the methods `row`, `column`, `apply` and `dense` of a kernel describe one matrix.
 
-    The kernels are `rates(t)` and `transition(0.3 t, t)`. The error is relative to the largest
-    entry. Tolerance 1e-12: the methods sum in different orders.
+    A kernel is a matrix over the states. The law tests the kernels `rates(t)` and `transition(0.3
+    t, t)`. The error is relative to the largest entry. Tolerance 1e-12: the methods sum in
+    different orders.
     """
     t, ids = product(
         times(INNER, NEAR_ENDS, ENDS),
@@ -90,9 +96,10 @@ def kernel_gaps(
     ids: Tensor,
     labels: dict[str, Tensor],
 ) -> Iterator[Gap]:
-    """Compare `dense`, `column`, `row` and `apply` of a kernel with its matrix, at states ids [r].
+    """Compare the methods `dense`, `column`, `row` and `apply` of a kernel with one matrix.
 
-    The matrix is built from the results of `row` for single states.
+    The matrix is built from the results of `row` for single states. `column` and `row` are compared
+    at the states `ids` [r]. `labels` are printed with a difference.
     """
     states = torch.arange(kernel.num_states)
     # single rows are the definition, because a subclass may override `dense`
@@ -145,11 +152,11 @@ def transition_rows_are_distributions(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("transition = time-ordered integral of the rates", tolerance=1e-7)
 def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that `transition(s, t)` solves dP/dt = P Q_t with P(s,s) = 1.
+    """Check that the matrix P(s,t) of `transition(s, t)` solves dP/dt = P Q_t.
 
-    Q_t is the generator `rates(t)` of the same process. The transition is compared with the result
-    of a Magnus integrator with 300 steps. Tolerance 1e-7: the integrator has an error of at most
-    1e-8.
+    Q_t is the generator `rates(t)` of the same process, and P(s,s) is the identity. The transition
+    is compared with the result of a Magnus integrator with 300 steps. Tolerance 1e-7: the
+    integrator has an error of at most 1e-8.
     """
 
     def generator(time: Tensor) -> Tensor:
@@ -174,8 +181,8 @@ def transition_is_oracle(process: ForwardProcess) -> Iterator[Gap]:
 def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the transition matrix P of the states satisfies P(s,u) P(u,t) = P(s,t).
 
-    The triples (s, u, t) with s < u < t include s = 0 with t = 1. Tolerance 1e-6: a transition that
-    is computed numerically over all of [0,1] has an error of 1e-7.
+    The triples s < u < t include one with s = 0 and t = 1. Tolerance 1e-6: a transition that is
+    computed numerically over all of [0,1] has an error of 1e-7.
     """
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     whole = process.transition(s, t).dense()
@@ -191,9 +198,9 @@ def chapman_kolmogorov(process: ForwardProcess) -> Iterator[Gap]:
 def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the marginal at t is the marginal at s times the transition from s to t.
 
-    As a formula: q_t(.|x) = q_s(.|x) P(s,t) for every token x. The pairs (s, t) include s = 0.
-    Tolerance 1e-6: a transition that is computed numerically over all of [0,1] has an error of
-    1e-7.
+    As a formula: q_t(.|x) = q_s(.|x) P(s,t) for every token x, where q are row vectors of marginal
+    probabilities and P(s,t) is the transition matrix. The pairs (s, t) include s = 0. Tolerance
+    1e-6: a transition that is computed numerically over all of [0,1] has an error of 1e-7.
     """
     s, t = times(*PAIRS_FROM_CLEAN).reshape(-1, 2).T
     # marginals are row vectors: q_t = q_s P
@@ -207,9 +214,11 @@ def marginal_follows_transitions(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("marginal: total probability", tolerance=1e-10)
 def total_probability(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that log_marginal(p, t) is the mixture of q_t(.|x) over tokens x ~ p, and sums to 1.
+    """Check that `log_marginal` under p is the log of the mixture sum_x p(x) q_t(.|x).
 
-    The times include t = 0 and t = 1. Tolerance 1e-10: float64 rounding of sums over the tokens.
+    Here p is a distribution of tokens x, and q_t(.|x) is the marginal for one token. The mixture
+    must sum to 1. The times include t = 0 and t = 1. Tolerance 1e-10: float64 rounding of sums over
+    the tokens.
     """
     t = times(INNER, NEAR_ENDS, ENDS)
     num_tokens = process.vocabulary.num_tokens
@@ -222,11 +231,11 @@ def total_probability(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("ends: marginals are as declared", tolerance=1e-9)
 def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the marginals at t = 0 and t = 1 are as the flags of the process declare.
+    """Check the marginals q_t(.|x) at t = 0 and t = 1 against the flags of the process.
 
-    With `closes_at_clean`, q_0(.|x) must be 1 at x. With `closes_at_prior`, q_1(.|x) must be the
-    prior. The prior must sum to 1. Tolerance 1e-9: the error of processes that integrate dense
-    rates.
+    If `closes_at_clean` is set, q_0(.|x) must have probability 1 at the token x. If
+    `closes_at_prior` is set, q_1(.|x) must be the prior for every x. The prior must sum to 1.
+    Tolerance 1e-9: the error of processes that integrate dense rates.
     """
     vocabulary = process.vocabulary
     # each marginal has the shape [V,S]
@@ -244,13 +253,13 @@ def ends_as_declared(process: ForwardProcess) -> Iterator[Gap]:
 def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the marginals are continuous at t = 0 and t = 1.
 
-    The bound would not include the cost of a jump. At each end, the marginal at a distance of 1e-12
-    is compared with the marginal at a distance of 1e-9: it must be nearer to the marginal at the
-    end. The error is the ratio of the two differences. Differences below 1e-7 count as 0, because
-    that is the error of a numerical transition.
+    A jump at t = 0 or t = 1 would have a cost that the bound does not include. Let d(e) be the
+    distance between the marginal at a time difference e from an end and the marginal at the end.
+    The error is d(1e-12) / d(1e-9), or 0 if d(1e-12) is below 1e-7, the error of a numerical
+    transition.
 
-    Tolerance 0.8: if the marginal approaches its value at t = 1 as (1-t)^a, the ratio is 10^(-3a),
-    which is below 0.8 for a >= 0.04. A jump has the ratio 1.
+    Tolerance 0.8: for a jump, the ratio is 1. If the marginal approaches its value at t = 1 as
+    (1-t)^a, the ratio is 10^(-3a), which is below 0.8 for a >= 0.04.
     """
     for end, far, near in ((0.0, 1e-9, 1e-12), (1.0, 1.0 - 1e-9, 1.0 - 1e-12)):
         at_end, at_far, at_near = likelihoods(process, times((end, far, near)))
@@ -267,7 +276,7 @@ def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
 def safe_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     """Check that no marginal, likelihood or transition is NaN at t = 0 or t = 1.
 
-    Rates must be finite at both ends. Tolerance 0: the conditions are exact.
+    The rates must be finite at both times. Tolerance 0: the conditions are exact.
     """
     vocabulary = process.vocabulary
     t, zt = product(

@@ -1,4 +1,7 @@
-"""`ddiff check NAME`: apply the laws to small instances of a component and print every error."""
+"""`ddiff check NAME`: test a component on small instances and print the largest errors.
+
+A test applies every law of `ddiff.testing` for this kind of component.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,12 @@ def check_component(
 ) -> int:
     """Check a component, or every process and sampler of a plugin, and print the results.
 
-    `settings` are texts of the form key=value for the component's Config. If `plugins` is None, all
-    installed plugins are searched. Returns 0 if all laws hold, else 1.
+    Returns 0 if all laws hold, else 1.
+
+    Args:
+        name: name of the component or of the plugin.
+        settings: values of the component's Config, each in the form "key=value".
+        plugins: names of the plugins that are searched; None for all installed plugins.
 
     Raises PluginError for an unknown name, RecipeError for a wrong setting, and ArgumentError if
     the component accepts no small instance with these settings.
@@ -77,11 +84,16 @@ def find_components(
     plugins: Sequence[str] | None,
     configured: bool,
 ) -> list[Component]:
-    """Find the components called `name` that have laws, and the components of the plugin `name`.
+    """Return the components that `ddiff check NAME` checks.
 
-    Of a plugin, only processes and samplers are returned. `configured` is true if settings are
-    given. Settings belong to one component, so the components of a plugin are then returned only if
-    no component is called `name`.
+    These are the components called `name`, if their kind has laws, and the processes and samplers
+    of the plugin called `name`.
+
+    Args:
+        name: name of components or of a plugin.
+        plugins: names of the plugins that are searched; None for all installed plugins.
+        configured: whether settings are given. Settings belong to one component, so the components
+            of a plugin are then returned only if no component is called `name`.
     """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
@@ -156,9 +168,11 @@ def _make_processes(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make the examples of a process class.
+    """Make the small instances of a process class that are checked.
 
-    If settings are given, make the configured process on the vocabularies of the examples.
+    Without settings, the instances are the examples of the class. If settings are given
+    (`configured`), or if there are no examples, the process is built from `spec` on each of the
+    vocabularies that `_example_vocabularies` returns.
     """
     processes = _load_examples(component)
     if configured or not processes:
@@ -179,10 +193,10 @@ def _check_process_and_parts(process: ForwardProcess) -> list[LawReport]:
 
 
 def _load_examples(component: Component) -> list[ForwardProcess]:
-    """Return the examples of the component's process class, or an empty list if it defines none.
+    """Return the examples that the component's process class defines, or an empty list.
 
-    If a plugin's class inherits `examples` from a class of ddiff.core, the result is also empty,
-    because these examples are instances of the class of ddiff.core.
+    Examples that a plugin's class inherits from a class of ddiff.core are not returned, because
+    they are instances of the class of ddiff.core.
     """
     found = component.load()
     classes = found.__mro__ if isinstance(found, type) else ()
@@ -199,8 +213,9 @@ def _example_vocabularies(
 ) -> list[Vocabulary]:
     """Return the vocabularies on which a component is built.
 
-    They are the result of the component's `example_vocabularies()` if it is defined. Otherwise they
-    are the vocabularies of the component's examples, or small vocabularies if it has none.
+    If the component defines `example_vocabularies()`, they are its result. Otherwise they are the
+    vocabularies of `examples`, the component's examples. Without examples, they are
+    `small_vocabularies()`.
     """
     offered = component.members().example_vocabularies
     if offered is not None:
@@ -212,9 +227,10 @@ def _example_vocabularies(
 def _build_on(
     component: Component, spec: ComponentSpec, vocabularies: list[Vocabulary], **inputs: Any
 ) -> list[Any]:
-    """Build the component on every vocabulary that the component accepts.
+    """Build the component on each vocabulary that it accepts.
 
-    Raises ArgumentError if the component accepts none.
+    `inputs` are further arguments of `spec.build`. Raises ArgumentError if the component accepts
+    none of the vocabularies.
     """
     built = []
     rejection = None
@@ -258,7 +274,7 @@ def _make_backbones(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make a denoiser from the backbone and a plain head, to be checked with a masked process."""
+    """Make a denoiser from the backbone and a plain head; it is checked with masked diffusion."""
     vocabulary = FlatVocabulary(5)
     backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
@@ -309,7 +325,7 @@ MAKERS: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = 
 
 
 def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
-    """Check every instance, with a progress line on a terminal."""
+    """Check every instance and yield its reports, with a progress line on a terminal."""
     console = Console(stderr=True)
     progress = Progress(
         SpinnerColumn(),
@@ -364,7 +380,10 @@ def _print_reports(reports: list[LabelledReport]) -> None:
 
 
 def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
-    """Return for each law the report with the largest relative error, in the order of the laws."""
+    """Return for each law the report with the largest error relative to its tolerance.
+
+    The reports are in the order of the laws.
+    """
     worst: dict[str, LabelledReport] = {}
     for one in reports:
         known = worst.get(one.report.law)

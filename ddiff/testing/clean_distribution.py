@@ -1,4 +1,9 @@
-"""Laws of predicted clean-token distributions: all methods must describe one distribution."""
+"""Laws of a predicted distribution of clean tokens: its methods must agree with each other.
+
+A prediction covers the tokens below one node of the vocabulary's tree, `prediction.top`, which is
+called the query node. "Tree order" is an order of the nodes of a level in which the nodes below any
+higher node are contiguous.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,10 @@ def below(
     node: int,
     level: int,
 ) -> Tensor:
-    """Return the ids of the nodes at `level` that are descendants of `node`, in tree order."""
+    """Return the ids of the nodes at `level` that are descendants of `node`.
+
+    They are in tree order, in which the descendants of every node are contiguous.
+    """
     start, stop = vocabulary.node_range(torch.tensor(node), level)
     return vocabulary.order(level)[int(start) : int(stop)]
 
@@ -27,9 +35,10 @@ def _level_of(vocabulary: Vocabulary, node: int) -> int:
 
 
 def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
-    """Return every inner node of the prediction's subtree, paired with every level below that node.
+    """Return all pairs (node, level) of a node and a level below it, within a prediction.
 
-    The subtree is that of `prediction.top`, which is included.
+    The nodes are `prediction.top`, below which the prediction was made, and all its descendants
+    that are not tokens.
     """
     vocabulary = prediction.vocabulary
     # level 0 has no levels below it
@@ -44,7 +53,10 @@ def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
 
 
 def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
-    """Return log P(node | prediction.top) [r], summed over the leaf tokens below the node."""
+    """Return the log-probability [r] of a node given `prediction.top`.
+
+    It is computed from the probabilities of the leaf tokens below the node.
+    """
     vocabulary = prediction.vocabulary
     first, _ = vocabulary.node_range(torch.tensor(prediction.top), 0)
     start, stop = vocabulary.node_range(torch.tensor(node), 0)
@@ -54,7 +66,7 @@ def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
 
 @law("clean distribution: probabilities sum to 1 at every level", tolerance=1e-10)
 def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
-    """Check that probabilities sum to 1 at every level of the tree.
+    """Check that the predicted probabilities of the nodes of each level sum to 1.
 
     The probability of a node must be the sum of the probabilities of its leaf tokens. Tolerance
     1e-10: float64 rounding of sums of exponentials.
@@ -86,11 +98,13 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
 
 @law("clean distribution: log_child is conditional", tolerance=1e-10)
 def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
-    """Check that log_child(node, child) is log P(child) - log P(node), at any depth of the tree.
+    """Check that log_child(node, child) is log P(child) - log P(node).
 
-    If child and node are equal, log_child must be 0. `log_step` must agree with `log_child` for
-    children of the queried node. If the queried node is the root, `log_prob` must be log P(child).
-    Tolerance 1e-10: float64 rounding of sums of exponentials.
+    The child may be any descendant of the node. If child and node are equal, `log_child` must be 0.
+    The query node is the node below which the distribution was predicted. For its children one
+    level below, `log_step` must agree with `log_child`. If the query node is the root,
+    `log_prob(child)` must be log P(child). Tolerance 1e-10: float64 rounding of sums of
+    exponentials.
     """
     rows = len(prediction.log_below(0))
     vocabulary = prediction.vocabulary
@@ -117,12 +131,12 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
 
 @law("clean distribution: draw is the inverse CDF", tolerance=1e-9)
 def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
-    """Check that draw(node, level, u) is the inverse CDF over the node's descendants at `level`.
+    """Check that draw(node, level, u) is the inverse CDF of the node's descendants at `level`.
 
-    The descendants in tree order divide the unit interval into cells of width exp(log_child).
-    `draw` must return the descendant whose cell contains u. Each cell is tested at its middle and
-    just inside its ends. Tolerance 1e-9: ids are integers, so every wrong draw has an error of at
-    least 1.
+    The uniform u is in [0, 1). The descendants divide the unit interval into cells of width
+    exp(log_child), in tree order. `draw` must return the descendant whose cell contains u. Each
+    cell is tested at its middle and just inside its ends. Tolerance 1e-9: ids are integers, so
+    every wrong draw has an error of at least 1.
     """
     rows = len(prediction.log_below(0))
     for node, level in _nodes_and_levels(prediction):
@@ -160,5 +174,8 @@ CLEAN_DISTRIBUTION_LAWS: tuple[Law, ...] = (
 
 
 def check_clean_distribution(prediction: CleanDistribution) -> list[LawReport]:
-    """Apply every law of clean-token distributions, in float64 on a small vocabulary."""
+    """Apply every law of clean-token distributions to a prediction.
+
+    The prediction must be in float64 and on a small vocabulary.
+    """
     return evaluate_laws(prediction, CLEAN_DISTRIBUTION_LAWS)

@@ -1,4 +1,8 @@
-"""Laws of a level clock, the Markov chain of a token's level in the tree of the vocabulary."""
+"""Laws of a level clock, the Markov chain of a token's level in the tree of the vocabulary.
+
+A token starts at level 0 and moves up to the root. pi_l(t) is the probability of level l at time t,
+and F_l(t) the probability of having reached level l by time t.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,10 @@ PAIRS_FROM_CLEAN = ((0.0, 1e-6), (0.0, 0.31), (0.0, 1.0), (0.02, 0.77), (0.5, 1.
 
 @law("clock: occupation is a distribution", tolerance=1e-12)
 def occupation_is_a_distribution(clock: LevelClock) -> Iterator[Gap]:
-    """Check that the level probabilities pi_l(t) are >= 0 and sum to 1.
+    """Check that the level probabilities pi_l(t) are not negative and sum to 1.
 
-    pi_l(t) is the probability that a token is at level l of the tree at time t. The times include t
-    = 0 and t = 1. Tolerance 1e-12: float64 rounding of sums over the levels.
+    pi_l(t) is the probability that a token is at level l of the tree at time t. The tested times
+    include 0 and 1. Tolerance 1e-12: float64 rounding of sums over the levels.
     """
     t = times(OPEN, ENDS)
     pi = clock.pi(t)
@@ -31,11 +35,12 @@ def occupation_is_a_distribution(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: ends as declared", tolerance=1e-9)
 def clock_ends(clock: LevelClock) -> Iterator[Gap]:
-    """Check that the level probabilities at t = 0 and t = 1 are as the flags of the clock declare.
+    """Check the level probabilities at t = 0 and t = 1 against the flags of the clock.
 
-    With `closes_at_clean`, level 0 must have probability 1 at t = 0. With `closes_at_prior`, the
-    root must have probability 1 at t = 1, and the transition from 0.3 to 1 must lead from every
-    level to the root. Tolerance 1e-9: float64 rounding, and the error of numerical transitions.
+    If `closes_at_clean` is set, level 0 must have probability 1 at t = 0. If `closes_at_prior` is
+    set, the root must have probability 1 at t = 1, and the transition from time 0.3 to time 1 must
+    lead from every level to the root. Tolerance 1e-9: float64 rounding, and the error of numerical
+    transitions.
     """
     start, stop = clock.pi(times(ENDS))
     if clock.closes_at_clean:
@@ -49,12 +54,12 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: inflow = derivative of the fraction that has entered", tolerance=1e-9)
 def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
-    """Check that `inflow` is the derivative of the probability that a token has entered a level.
+    """Check that `inflow` is the time derivative of F_l(t).
 
-    Let F_l(t) be the probability that a token has entered level l by time t. The difference F_l(t)
-    - F_l(t/1000) is compared with the integral of inflow_l from t/1000 to t. The error is relative
-    to the integral, so that the law also detects small errors at t = 1e-6, where F_l is small.
-    Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
+    F_l(t) is the probability that a token has reached level l by time t. The difference F_l(t) -
+    F_l(t/1000) is compared with the integral of the inflow into level l from t/1000 to t. The error
+    is relative to the integral, so that the law also detects small errors at t = 1e-6, where F_l is
+    small. Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:
@@ -74,7 +79,7 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
 def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
     """Check that the hazard of level l times its probability is the inflow into level l + 1.
 
-    The hazard is the rate at which tokens leave a level. The error is relative to the inflow.
+    The hazard of a level is the rate at which tokens leave it. The error is relative to the inflow.
     Tolerance 1e-9: float64 rounding of two operations, with a margin.
     """
     t = times(OPEN)
@@ -89,11 +94,11 @@ def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: transition = time-ordered integral of the hazards", tolerance=1e-8)
 def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
-    """Check that the transition matrix of the levels solves the Kolmogorov equation of the hazards.
+    """Check that the transition matrix of the levels is the integral of the hazards.
 
-    `transition(s, t)` is compared with a numerical integration of the hazards from s to t, and each
-    of its rows must sum to 1. Tolerance 1e-8: the integrator has an error of 1e-9 with 600 Magnus
-    steps.
+    The hazard of a level is the rate at which tokens leave it. `transition(s, t)` is compared with
+    a numerical solution of the Kolmogorov equation from s to t, and each of its rows must sum to 1.
+    Tolerance 1e-8: the integrator has an error of 1e-9 with 600 Magnus steps.
     """
     s, t = times(*PAIRS).reshape(-1, 2).T
     got = clock.transition(s, t)
@@ -116,8 +121,8 @@ def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
 def clock_chapman_kolmogorov(clock: LevelClock) -> Iterator[Gap]:
     """Check that the transition matrix K of the levels satisfies K(s,u) K(u,t) = K(s,t).
 
-    The triples (s, u, t) with s < u < t include s = 0 with t = 1. Tolerance 1e-6: a transition that
-    is computed numerically over all of [0,1] has an error of 1e-7.
+    The triples s < u < t include one with s = 0 and t = 1. Tolerance 1e-6: a transition that is
+    computed numerically over all of [0,1] has an error of 1e-7.
     """
     s, u, t = times(*TRIPLES).reshape(-1, 3).T
     composed = clock.transition(s, u) @ clock.transition(u, t)
@@ -145,11 +150,11 @@ def occupation_follows_transitions(clock: LevelClock) -> Iterator[Gap]:
 def entry_time_inverts(clock: LevelClock) -> Iterator[Gap]:
     """Check that entry_time(l, t, u) is the u-quantile of the time at which level l was entered.
 
-    Suppose that the token is at level l at time t. The probability that it entered level l before s
-    is pi_l(s) K_ll(s,t) / pi_l(t), where pi_l is the probability of level l, and K_ll is the
-    probability of staying at level l. At s = entry_time(l, t, u) this probability must be u.
-    Tolerance 1e-7: bisection finds s up to rounding, and numerical transitions have an error of
-    1e-9.
+    The token is at level l at time t. The probability that it entered level l before time s is
+    pi_l(s) K_ll(s,t) / pi_l(t), where pi_l is the probability of level l, and K_ll(s,t) is the
+    probability of staying at level l from s to t. At s = entry_time(l, t, u), this probability must
+    be u. Tolerance 1e-7: bisection finds s up to rounding, and numerical transitions have an error
+    of 1e-9.
     """
     levels = torch.arange(1, clock.num_levels + 1)
     level, t, u = product(

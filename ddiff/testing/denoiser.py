@@ -1,4 +1,4 @@
-"""Laws of a denoiser: which inputs the prediction of a position may depend on."""
+"""Laws of a denoiser (a backbone with a head): inputs that may influence a prediction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def _prepare(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> tuple[Denoiser, Noisy]:
-    """Copy the denoiser to float64 with random parameters, and make noisy sequences for it."""
+    """Copy the denoiser to float64 with random parameters, and draw noisy sequences of the process.
+
+    Returns:
+        - the copy of the denoiser,
+        - the noisy sequences.
+    """
     twin = randomize_in_float64(denoiser, scale=0.5)
     generator = torch.Generator().manual_seed(3)
     x0 = torch.randint(
@@ -49,7 +54,10 @@ def _log_p(
     noisy: Noisy,
     context: Context,
 ) -> Tensor:
-    """Predict the log-distribution of the clean token at every position: [B,L,V] float64."""
+    """Predict the log-distribution of the clean token at every position: [B,L,V] float64.
+
+    `context` contains the padding mask and the document numbers.
+    """
 
     def log_mass(prediction: CleanDistribution) -> Tensor:
         return prediction.log_mass(0).double()
@@ -161,11 +169,12 @@ def evidence_is_dropped(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> Iterator[Gap]:
-    """Check that the bound's prediction for a position excludes the position's own state z_t.
+    """Check that the prediction used in the bound excludes the position's own state z_t.
 
-    With parameterization "rest", the bound must use the head's distribution p(x). With "all", the
-    bound must use p(x) / q_t(z_t|x), normalized over the tokens x. Tolerance 1e-9: float64
-    rounding.
+    Let p(x) be the output of the head for token x. A denoiser with parameterization "rest" predicts
+    from the states of the other positions, and the bound must use p(x). A denoiser with
+    parameterization "all" also predicts from z_t, and the bound must use p(x) / q_t(z_t|x),
+    normalized over the tokens x. Tolerance 1e-9: float64 rounding.
     """
     twin, noisy = _prepare(denoiser, process)
     rows = torch.arange(noisy.zt.numel())
@@ -203,7 +212,7 @@ def check_denoiser(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> list[LawReport]:
-    """Apply every law of denoisers to a backbone with a head.
+    """Apply every law of denoisers to a denoiser (a backbone with a head).
 
     `process` is a small process on the vocabulary of the denoiser.
     """

@@ -1,4 +1,7 @@
-"""Laws of the formulas that are derived from the chain: posterior, density and end terms.
+"""Laws of the formulas that `ForwardProcess` derives from the chain.
+
+The formulas are the reverse posterior, the density, which is the integrand of the bound, and the
+end terms of the bound: `decode_nll` at the first noise time and `closing_kl` at the last.
 
 A process may override a derived formula for speed or accuracy. The laws named "override = derived"
 compare the result of the override with that of the method of `ForwardProcess`.
@@ -33,7 +36,7 @@ NEAR_ENDS = (1e-3, 1.0 - 1e-3)
 
 
 def is_overridden(process: ForwardProcess, method: str) -> bool:
-    """Return True if a subclass replaces this method of `ForwardProcess`."""
+    """Return True if the class of a process overrides this method of `ForwardProcess`."""
     for cls in type(process).__mro__:
         if method in vars(cls):
             return cls is not ForwardProcess
@@ -46,7 +49,11 @@ def score_from_distribution(
     zt: Tensor,
     t: Tensor,
 ) -> Score:
-    """Return the score of the states [r,S] under a distribution log_p [r,V] of the clean token."""
+    """Return the score at states zt [r] of a log-distribution log_p [r,V] of the clean token.
+
+    The score contains, for each of S states, the log of its probability at time t relative to the
+    probability of zt: [r,S].
+    """
     log_marginal = process.log_marginal(log_p, t)
     return Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1)))
 
@@ -61,10 +68,10 @@ def make_certain(process: ForwardProcess, x0: Tensor) -> DenseDistribution:
 def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `reverse_log_probs` is Bayes' rule with transitions integrated from the rates.
 
-    As a formula: P(y | z) = sum_x p(x) q_s(y|x) P(z|y) / sum_x p(x) q_t(z|x), where z is the state
-    at t, y the state at s, p the prediction, and P(z|y) the integrated transition. The pairs (s, t)
-    include s = t. Tolerance 1e-6: the integration has an error of 1e-9, and it is divided by the
-    probability of z, which is at least 1e-3.
+    Let z be the state at time t, y the state at time s <= t, p the predicted distribution of the
+    token x, and P(z|y) the integrated transition. As a formula: P(y|z) = sum_x p(x) q_s(y|x) P(z|y)
+    / sum_x p(x) q_t(z|x). The pairs (s, t) include s = t. Tolerance 1e-6: the integration has an
+    error of 1e-9, and it is divided by the probability of z, which is at least 1e-3.
     """
 
     def generator(time: Tensor) -> Tensor:
@@ -109,8 +116,8 @@ def posterior_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
 def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that an overridden `density`, the integrand of the bound, equals the derived formula.
 
-    The derived formula is the score entropy of the rates and marginals of the process. The error is
-    relative to 1 + density. Tolerance 1e-9: the score entropy subtracts large numbers.
+    The derived formula is the score entropy, computed from the rates and marginals of the process.
+    The error is relative to 1 + density. Tolerance 1e-9: the score entropy subtracts large numbers.
     """
     if is_overridden(process, "density"):
         rows = ReachableRows(process, times(INNER, NEAR_ENDS))
@@ -126,10 +133,10 @@ def density_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("density: equal for a score and its distribution", tolerance=1e-9)
 def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that a score gives the same density as the distribution from which it is computed.
+    """Check that `density`, the integrand of the bound, is equal for a distribution and its score.
 
-    The density is the integrand of the bound. The score consists of ratios of marginals under the
-    predicted distribution. The error is relative to 1 + density. Tolerance 1e-9: float64 rounding.
+    The score consists of ratios of marginals under the predicted distribution. The error is
+    relative to 1 + density. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -147,10 +154,10 @@ def density_accepts_scores(process: ForwardProcess) -> Iterator[Gap]:
 def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the weight of a state z in the bound is the total true reverse rate out of z.
 
-    As a formula, the weight is sum_y Q[y,z] q_t(y|x)/q_t(z|x) over states y != z, where Q are the
-    forward rates. The weight is 0 if no state moves to z. A loss that clips weights is then the
-    same function for every implementation of a process. The error is relative. Tolerance 1e-9:
-    float64 rounding.
+    As a formula, the weight is the sum over states y != z of Q[y,z] q_t(y|x) / q_t(z|x), where x is
+    the clean token and Q[y,z] the forward rate from y to z. The weight is 0 if no state moves to z.
+    All implementations of a process then have the same weights, so a loss that clips weights is
+    also the same. The error is relative. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER, NEAR_ENDS))
     expected = ForwardProcess.weight(process, *rows.args)
@@ -164,7 +171,7 @@ def weight_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("weight * divergence = density", tolerance=1e-9)
 def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the weight times the divergence is the density, the integrand of the bound.
+    """Check that `weight` times `divergence` is `density`, the integrand of the bound.
 
     Neither weight nor divergence may be negative. The error is relative to 1 + density. Tolerance
     1e-9: float64 rounding.
@@ -186,11 +193,11 @@ def weight_times_divergence_is_density(process: ForwardProcess) -> Iterator[Gap]
 
 @law("density: finite, not negative, zero for the true token", tolerance=1e-9)
 def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density, the integrand of the bound, is finite and >= 0.
+    """Check that `density`, the integrand of the bound, is finite and not negative.
 
-    The density must be 0 if the true token is predicted with probability 1. The error is relative
-    to 1 + weight, because at a distance of 1e-6 from t = 0 or t = 1, a weight of 1e6 multiplies the
-    rounding error of the divergence. Tolerance 1e-9: float64 rounding.
+    The density must be 0 if the true token is predicted with probability 1. The tested times
+    include 1e-6 and 1 - 1e-6, where a weight of up to 1e6 multiplies the rounding error of the
+    divergence. The error is therefore relative to 1 + weight. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(
         process,
@@ -245,7 +252,7 @@ def likelihood_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
     """Check an overridden `reverse_log_probs` against Bayes' rule with the process's transitions.
 
-    The pairs (s, t) include s = 0 with t = 1. Tolerance 1e-9: float64 rounding.
+    The steps from t to s include one from t = 1 to s = 0. Tolerance 1e-9: float64 rounding.
     """
     if is_overridden(process, "reverse_log_probs"):
         for s, t in (*STEPS, (0.0, 1.0), (0.0, 0.5)):
@@ -258,10 +265,10 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that an overridden `decode_nll` is -ln of the posterior of token x given state z.
+    """Check that an overridden `decode_nll` is -ln P(x|z), the posterior of token x given state z.
 
-    The posterior is p(x) q_t(z|x), normalized over x, where p is the prediction. The value is not
-    -ln p(x). The error is relative. Tolerance 1e-9: float64 rounding.
+    The posterior P(x|z) is p(x) q_t(z|x), normalized over x, where p is the prediction. The factor
+    q_t(z|x) must not be omitted. The error is relative. Tolerance 1e-9: float64 rounding.
     """
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))
@@ -279,9 +286,10 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: closing_kl", tolerance=1e-9)
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that `closing_kl` is KL( q_t(.|x) || marginal under the prediction ) over all states.
+    """Check that `closing_kl` is KL( q_t(.|x) || predicted q_t ) over all states.
 
-    `closing_kl` must be 0 at t = 1 if the process has `closes_at_prior`. Tolerance 1e-9: float64
+    The predicted q_t is the marginal of the state at t if the token is drawn from the prediction.
+    If the process has `closes_at_prior`, `closing_kl` must be 0 at t = 1. Tolerance 1e-9: float64
     rounding.
     """
     vocabulary = process.vocabulary
@@ -313,10 +321,10 @@ def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("active: the density is 0 in inactive states", tolerance=1e-12)
 def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density, the integrand of the bound, is 0 in states that `active` excludes.
+    """Check that `density`, the integrand of the bound, is 0 in states that `active` excludes.
 
-    Training and evaluation skip these states. Tolerance 1e-12: float64 rounding of the derived
-    formula.
+    Training and evaluation do not query the network in these states. Tolerance 1e-12: float64
+    rounding of the derived formula.
     """
     rows = ReachableRows(process, times(INNER))
     inactive = ~process.active(rows.zt)
@@ -332,9 +340,10 @@ def active_covers_density(process: ForwardProcess) -> Iterator[Gap]:
 def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `divergence` and `decode_nll` use only the tokens below the node `scope(z)`.
 
-    A prediction that is restricted to these tokens must give the same values as the whole
-    prediction. Every scope must be an inner node of the tree. The error is relative. Tolerance
-    1e-9: rounding of normalization.
+    For a state z, the network is queried only below the node `scope(z)` of the vocabulary's tree. A
+    prediction that is restricted to the tokens below this node must give the same values as the
+    whole prediction. Every scope must be an inner node of the tree. The error is relative.
+    Tolerance 1e-9: rounding of normalization.
     """
     rows = ReachableRows(process, times(INNER))
     scope = process.scope(rows.zt)
@@ -371,10 +380,11 @@ def scope_suffices(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("trained_part: the density depends on this part only", tolerance=1e-9)
 def trained_part_suffices(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density depends only on the probabilities that `trained_part` selects.
+    """Check that the integrand of the bound uses only probabilities that `trained_part` selects.
 
-    The density is the integrand of the bound. It must be equal for two predictions that differ only
-    in probabilities that `trained_part` does not select. The error is relative. Tolerance 1e-9:
+    For each state, `trained_part` selects no probability, the conditional distribution below the
+    state, or all probabilities. The integrand, `density`, must be equal for two predictions that
+    differ only in probabilities that are not selected. The error is relative. Tolerance 1e-9:
     float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
@@ -408,7 +418,10 @@ def _change_outside(
     log_p: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Change the probabilities of a prediction, except the conditional distribution below z_t."""
+    """Change predictions, except the conditional distribution of the tokens below the state.
+
+    Row i has the log-distribution log_p[i] and the state zt[i].
+    """
     vocabulary = process.vocabulary
     tokens = torch.arange(vocabulary.num_tokens).unsqueeze(0)
     ancestor = vocabulary.ancestor(

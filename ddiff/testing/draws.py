@@ -1,9 +1,8 @@
 """Laws of the states that a process draws: samples, reverse steps and the final decoding.
 
 A draw is a function from uniforms in the unit cube to states. Its distribution is measured on Sobol
-points, which cover the cube evenly, so that the laws are not random. The function is constant on
-pieces of the cube. With n points, the error of a probability is about (number of pieces) * log n /
-n.
+points, which cover the cube evenly, so that the laws are not random. A draw is constant on pieces
+of the cube. With n points, the error of a probability is about (number of pieces) * log(n) / n.
 """
 
 from __future__ import annotations
@@ -41,9 +40,15 @@ def estimate_distribution(
     dimensions: int,
     states: int,
 ) -> Tensor:
-    """Return the distribution [rows,states] of the states that draw(row, uniforms) returns.
+    """Return the distributions [rows,states] of the states that a function draws at each row.
 
-    Every row is drawn with the same POINTS Sobol points as uniforms.
+    Every row uses the same POINTS Sobol points as uniforms.
+
+    Args:
+        draw: function (row [n], uniforms [n,dimensions]) -> states [n].
+        rows: number of rows.
+        dimensions: number of uniforms of one draw.
+        states: number of states.
     """
     cube = grid_of_uniforms(POINTS, dimensions)
     row, point = product(
@@ -62,7 +67,10 @@ def estimate_distribution(
 
 
 def make_query(process: ForwardProcess, rows: int) -> TableQuery:
-    """Make a query that predicts the same random distribution at every row."""
+    """Make a query that predicts the same random distribution at each of `rows` rows.
+
+    A query returns the network's predictions at chosen rows.
+    """
     log_p = random_log_probs(
         process.vocabulary.num_tokens,
         1,
@@ -85,7 +93,7 @@ def possible_states(
 
 
 def full_time(like: Tensor, t: float) -> Tensor:
-    """Return time t for every row of `like`, in float64."""
+    """Return a float64 tensor of the shape of `like`, filled with the time t."""
     return torch.full(like.shape, t, dtype=torch.float64)
 
 
@@ -96,7 +104,7 @@ def full_time(like: Tensor, t: float) -> Tensor:
 def sample_follows_marginal(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `sample(x0, t)` draws the state z_t from the marginal q_t(.|x0).
 
-    `prior.draw` must draw from the prior. The times include t = 0 and t = 1. Tolerance 5e-3: 2048
+    `prior.draw` must draw from the prior. The tested times include 0 and 1. Tolerance 5e-3: 2048
     Sobol points resolve a probability to 5e-3.
     """
 
@@ -180,8 +188,8 @@ def _step_gaps(
 def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `decode`, the final sampling step, draws the token x from its posterior given z_t.
 
-    The posterior is p(x) q_t(z|x) / sum_x' p(x') q_t(z|x'), where p is the prediction. At t = 0, a
-    process with `closes_at_clean` must return the state z. Tolerance 5e-3: 2048 Sobol points
+    The posterior is p(x) q_t(z_t|x), normalized over x, where p is the prediction. At t = 0, a
+    process with `closes_at_clean` must return the state z_t. Tolerance 5e-3: 2048 Sobol points
     resolve a probability to 5e-3.
     """
     for t in (0.0, 0.02, 0.5, 0.97):
@@ -249,7 +257,10 @@ def compare_not_queried(
     zs: Tensor,
     zt: Tensor,
 ) -> Gap:
-    """Compare states before and after a step at the rows that were not queried."""
+    """Compare the states zs after a step with the states zt before, at rows that were not queried.
+
+    `query` has recorded the rows that were queried.
+    """
     others = torch.ones(len(zt), dtype=torch.bool)
     others[query.queried] = False
     labels = {"a row that was not queried, zt": zt[others]}
@@ -287,7 +298,11 @@ def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
 
 
 class RowDraws(NamedTuple):
-    """Functions that draw states of a process at fixed rows; each method is a `Draw`."""
+    """Methods of a process that draw states, for fixed rows of arguments.
+
+    Each method is a function (row [n], uniforms [n,dimensions]) -> states [n]. The arguments are
+    tokens x0, states zt, times t and predictions log_p, with one entry per row.
+    """
 
     process: ForwardProcess
     x0: Tensor
@@ -450,9 +465,9 @@ def _calls(
     process: ForwardProcess,
     log_p: Tensor,
 ) -> dict[str, Call]:
-    """Return the methods of a process that take tensors, by name, with arguments for a call.
+    """Return the methods of a process that take tensors, by name, with the arguments of a call.
 
-    Every argument has one row per token.
+    Every argument has one row per token. `log_p` [V,V] contains the predictions.
     """
     x0 = torch.arange(process.vocabulary.num_tokens)
     t = full_time(x0, 0.5)

@@ -29,7 +29,7 @@ TERMS = ("divergence", "density", "decode_nll", "closing_kl")
 def extreme_distributions(num_tokens: int) -> Tensor:
     """Return log-distributions [3V,V] in which one token has probability 0, 1e-400 or 1.
 
-    Every token occurs once with each of the three probabilities.
+    Each of the V tokens occurs once with each of the three probabilities.
     """
     middle = random_log_probs(num_tokens, 1)[0]
     token = torch.arange(num_tokens)
@@ -49,9 +49,9 @@ def _extreme_rows(process: ForwardProcess) -> ReachableRows:
 def _evaluate(
     process: ForwardProcess, term: str, prediction: Prediction, rows: ReachableRows
 ) -> Tensor:
-    """Evaluate one term of the bound for a prediction at the rows: nats [r].
+    """Evaluate one term of the bound for a prediction at r rows: [r] in nats.
 
-    `term` is a name in TERMS.
+    `term` is the name of a method of the process that is listed in TERMS.
     """
     if term == "divergence":
         return process.divergence(prediction, *rows.args)
@@ -69,10 +69,10 @@ def _evaluate(
 def gradients_are_finite(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the gradient of every term of the bound is finite wherever the term is finite.
 
-    Gradients are taken with respect to the prediction, for two kinds of predictions. One is a
-    distribution in which one token has probability 0, 1e-400 (stored as a logarithm) or 1. The
-    other is the score of this distribution. If the distribution gives z_t probability 0, all
-    log-ratios of the score are 0. Tolerance 0: the condition is exact.
+    Gradients are taken with respect to two kinds of predictions. The first is a distribution in
+    which one token has probability 0, 1e-400 (stored as a logarithm) or 1. The second is the score
+    of such a distribution, that is, log-ratios of state probabilities to the probability of z_t. If
+    z_t has probability 0, all these log-ratios are set to 0. Tolerance 0: the condition is exact.
     """
     rows = _extreme_rows(process)
     log_marginal = process.log_marginal(rows.log_p, rows.t)
@@ -137,10 +137,11 @@ def _gradient_gaps(
 def impossible_truth_is_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """Check the terms of the bound for predictions that give tokens probability 0.
 
-    Every term must equal its definition, computed by enumeration. The value may be +inf but not
-    NaN. If the prediction gives z_t probability 0, the terms must be infinite, with two exceptions.
-    Every term is 0 if x0 is the only token that can have become z_t. The density is 0 if no state
-    moves to z_t. Errors are relative. Tolerance 1e-9: float64 rounding.
+    Every term must equal its definition, computed by enumeration, and may be +inf but not NaN. A
+    term must be infinite if the prediction gives the state z_t probability 0, with two exceptions.
+    First, every term is 0 if the clean token x0 is the only token that can have become z_t. Second,
+    `density`, the integrand of the bound, is 0 if no state moves to z_t. Errors are relative.
+    Tolerance 1e-9: float64 rounding.
     """
     rows = _extreme_rows(process)
     for term in TERMS:
@@ -192,24 +193,30 @@ def _value_gaps(
 
 
 def _true_marginal(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return the marginal q_t(.|x0) [r,S] of the rows' clean tokens."""
+    """Return the marginal q_t(.|x0) [r,S] of each row's clean token."""
     row = torch.arange(len(rows.zt))
     return likelihoods_by_row(process, rows.t)[row, rows.x0]
 
 
 def _evidence(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return q_t(z_t|x) [r,V] of the rows' states for every token x."""
+    """Return q_t(z_t|x) [r,V] of each row's state z_t for every token x."""
     row = torch.arange(len(rows.zt))
     return likelihoods_by_row(process, rows.t)[row, :, rows.zt]
 
 
 def _has_one_origin(evidence: Tensor) -> Tensor:
-    """Return a bool mask [r] of the rows whose z_t can have come from one token only."""
+    """Return a bool mask [r] of the rows whose z_t can have come from one token only.
+
+    `evidence` [r,V] contains q_t(z_t|x) for every token x.
+    """
     return (evidence > 0).sum(-1) == 1
 
 
 def _expected_closing(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return KL( q_t(.|x0) || marginal under the prediction ) [r], by its definition."""
+    """Return KL( q_t(.|x0) || predicted q_t ) [r] by its definition.
+
+    The predicted q_t is the marginal at t of a token that is drawn from the prediction.
+    """
     truth = _true_marginal(process, rows)
     log_model = process.log_marginal(rows.log_p, rows.t)
     return torch.where(truth > 0, truth * (truth.log() - log_model), 0.0).sum(-1)
@@ -227,11 +234,12 @@ def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
 
 
 def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return the score entropy [r], summed over all states; NaN marks rows that cannot be compared.
+    """Return the density, the integrand of the bound, as the score entropy over all states: [r].
 
-    A row is NaN if three conditions hold: the prediction gives z_t probability 0, several tokens
-    can have become z_t, and all of these tokens imply the same reverse rates. In such a row, both 0
-    (the value for nearby predictions) and infinity are correct.
+    The value is NaN in rows that cannot be compared. These are the rows in which the prediction
+    gives z_t probability 0, several tokens can have become z_t, and all of these tokens imply the
+    same reverse rates. In such a row, both 0 (the value for nearby predictions) and infinity are
+    correct.
     """
     own_state = rows.zt.unsqueeze(-1)
     # rates into z_t: Q[y,z_t] for y != z_t
@@ -259,7 +267,9 @@ def _has_equal_reverse_rates(
 ) -> Tensor:
     """Return a bool mask [r] of the rows whose possible clean tokens imply equal reverse rates.
 
-    Rates are equal if q_t(y|x)/q_t(z|x) is the same for every token x that can have become z_t.
+    The rates are equal if q_t(y|x) / q_t(z_t|x) is the same for every token x that can have become
+    z_t, at all states y with a positive entry in `inward`. `inward` [r,S] contains the forward
+    rates from each state into z_t.
     """
     forward = likelihoods_by_row(process, rows.t)  # [r,V,S]
     evidence = _evidence(process, rows).unsqueeze(-1)

@@ -30,7 +30,8 @@ def randomize_in_float64(
 ) -> Module:
     """Copy a module to float64, in evaluation mode, with random parameters.
 
-    Parameters that are initialized to zero would hide faults.
+    Parameters that are initialized to zero would hide faults. `scale` is the standard deviation of
+    the new parameters.
     """
     twin = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -48,8 +49,10 @@ def randomize_in_float64(
 class HeadRows(NamedTuple):
     """Rows on which a head is queried.
 
-    `hidden` [n,d] are hidden states, `node` [n] the queried nodes, and `token` [n] one leaf token
-    below each node.
+    Attributes:
+        hidden: [n,d] hidden states.
+        node: [n] nodes of the vocabulary's tree; a row is queried for the tokens below its node.
+        token: [n] one leaf token below each node.
     """
 
     hidden: Tensor
@@ -61,7 +64,10 @@ class HeadRows(NamedTuple):
         prediction: CleanDistribution,
         idx: Tensor,
     ) -> Tensor:
-        """Return (log P)^2 - log P for P = P(token | node); the square exposes wrong gradients."""
+        """Return (log P)^2 - log P for the rows idx, where P = P(token | node) is predicted.
+
+        The square makes the gradient depend on the value, which exposes wrong gradients.
+        """
         log_p = prediction.log_child(self.node[idx], self.token[idx])
         return log_p.square() - log_p
 
@@ -111,7 +117,7 @@ def _query_values(
 def scopes_agree(head: Head) -> Iterator[Gap]:
     """Check that a query below a node gives the same probabilities as a query at the root.
 
-    The values of log P(token | node) from both queries are compared, relative to their size.
+    Both queries are compared in (log P)^2 - log P for P = P(token | node). The error is relative.
     Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)
@@ -136,9 +142,9 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
 def chunks_agree(head: Head) -> Iterator[Gap]:
     """Check that a head returns the same values for chunks of one row as for all rows at once.
 
-    `query` and `total` with chunks of one row are compared with `query` at the default chunk size.
-    Values must be in row order, and the total must be the sum of the values. The error is relative.
-    Tolerance 1e-10: float64 rounding.
+    `query` returns a value for each row, and `total` also returns the sum of the values. Both are
+    evaluated in chunks of one row and compared with `query` at the default chunk size. Values must
+    be in row order. The error is relative. Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -171,11 +177,11 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
 
 @law("head: gradients = autograd of the dense distribution", tolerance=1e-9)
 def gradients_agree(head: Head) -> Iterator[Gap]:
-    """Check that the chunked `total` has the same gradient as the dense distribution.
+    """Check that `total`, a sum computed in chunks of one row, has the gradient of the dense sum.
 
-    `total` is evaluated in chunks of one row. The expected gradient is that of autograd through the
-    logits of all rows at once. Gradients with respect to the hidden states and all parameters are
-    compared, relative to the largest entry. Tolerance 1e-9: float64 rounding.
+    The expected gradient is that of autograd through the logits of all rows at once. Gradients with
+    respect to the hidden states and all parameters are compared, relative to the largest entry.
+    Tolerance 1e-9: float64 rounding.
     """
     twin = randomize_in_float64(head)
     rows = _make_rows(head)
@@ -209,8 +215,8 @@ HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
 def check_head(head: Head) -> list[LawReport]:
     """Apply every law of heads to a head on a small vocabulary.
 
-    The laws of clean-token distributions are applied to the distributions that the head returns at
-    the root and below each node.
+    The laws for clean-token distributions are applied to the distributions that the head predicts
+    at the root and below each node of the vocabulary's tree.
     """
     reports = evaluate_laws(head, HEAD_LAWS)
     vocabulary = head.vocabulary

@@ -1,4 +1,8 @@
-"""Laws of information time, the time change by which noise times of the bound are drawn."""
+"""Laws of information time, the time change by which noise times of the bound are drawn.
+
+Information time tau is the fraction of the information I(X; Z_t) that is lost by time t, where X is
+a uniform token and Z_t its noisy state.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from ddiff.testing.report import Gap, compare, law
 
 WINDOWS = ((1e-3, 1.0 - 1e-3), (0.0, 1.0))
 TOKENS = 64  # length of the sequence for which times are drawn
-OUTER = 0.01  # fraction of tau at each end
+OUTER = 0.01  # fraction of the draws at each end that counts as extreme
 
 
 @law("information: matches the enumerated joint of token and state", tolerance=1e-9)
@@ -57,8 +61,8 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the noise time t increases with information time tau, and that dt/dtau is correct.
 
     The integral of dt/dtau between two values of tau is compared with the difference of t at these
-    values. The error is relative to that difference. A wrong derivative would bias every estimate
-    of the bound. Tolerance 1e-3: the error of Simpson's rule on 2000 panels.
+    values. The error is relative to the difference. A wrong derivative would bias every estimate of
+    the bound. Tolerance 1e-3: the error of Simpson's rule on 2000 panels.
     """
     tau = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     t, speed = process.information_time.at(tau)
@@ -83,7 +87,7 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
 def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
     """Check that tau is the fraction of the information that is lost by time t(tau).
 
-    The information is the mutual information of the clean token and its noisy state. All
+    The information is the mutual information of a uniform token and its noisy state. All
     information that is lost between tau = 0 and tau = 1 counts as 1. Tolerance 0.01: the error of
     interpolation, which affects only the variance of estimates.
     """
@@ -96,12 +100,13 @@ def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("bound: extreme noise times hold little of the variance", tolerance=0.4)
 def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that extreme noise times hold at most 0.4 of E[(speed * density)^2].
+    """Check that extreme noise times contribute at most 0.4 of E[(speed * density)^2].
 
-    The expectation is over information time tau, for the uniform prediction. Here speed is dt/dtau,
-    and density is the integrand of the bound. Extreme times are the first and the last percent of
-    tau. If they hold a larger fraction, most estimates of the bound miss a few large terms and are
-    too low. Tolerance 0.4: the fraction is below 0.35 for every process of ddiff, and it would be
+    The noise time t is drawn as a function of a uniform v in [0, 1], by `information_time.draw`.
+    The speed is dt/dv, and the density is the integrand of the bound, for a network that predicts
+    the uniform distribution. Extreme times are those with v below 0.01 or above 0.99. If they
+    contribute a larger fraction, most estimates of the bound miss a few large terms and are too
+    low. Tolerance 0.4: the fraction is below 0.35 for every process of ddiff, and it would be
     between 0.5 and 1 if t were drawn uniformly.
 
     Remedy for a broken law: correct the overridden `information` and `change_probability`, or let
@@ -117,8 +122,9 @@ def tail_variance_share(
 ) -> Tensor:
     """Return the fraction of the diffusion term's second moment that lies at extreme noise times.
 
-    Extreme times are the first and the last percent of information time. The result is NaN if the
-    second moment is infinite; `variance_has_no_tail` then fails.
+    `clock.draw` maps a uniform v in [0, 1] to the noise time, with tau from `window[0]` to
+    `window[1]`. Extreme times are those with v below 0.01 or above 0.99. The result is NaN if the
+    second moment is infinite, and `variance_has_no_tail` then fails.
     """
     # cells are fine near the ends, where the integrand may be steep
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)
@@ -137,10 +143,10 @@ def tail_variance_share(
 
 
 def _mean_square_density(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return E[density^2] [n] of the uniform prediction at times t [n].
+    """Return E[density^2] [n] at times t [n], for a network that predicts the uniform distribution.
 
-    The expectation is over a uniform clean token x and its state z ~ q_t(.|x). The density is the
-    integrand of the bound.
+    The density is the integrand of the bound. The expectation is over a uniform clean token x and
+    its state z ~ q_t(.|x).
     """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens

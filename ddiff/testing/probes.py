@@ -41,7 +41,10 @@ def random_log_probs(
     count: int = 3,
     seed: int = 0,
 ) -> Tensor:
-    """Draw log-distributions [count,V], from nearly uniform to peaked."""
+    """Draw `count` random log-distributions over the tokens, as a tensor [count,V].
+
+    They range from nearly uniform to peaked.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(
         count,
@@ -60,7 +63,10 @@ def certain_log_probs(num_tokens: int) -> Tensor:
 
 
 def product(*axes: Tensor) -> tuple[Tensor, ...]:
-    """Return all combinations of the entries of 1-d tensors, as one flat tensor per axis."""
+    """Return all combinations of the entries of 1-d tensors, as one flat tensor per axis.
+
+    For example, the axes [0, 1] and [5, 6, 7] give [0, 0, 0, 1, 1, 1] and [5, 6, 7, 5, 6, 7].
+    """
     indices = [torch.arange(len(axis)) for axis in axes]
     # "ij": the last axis varies fastest, as in nested loops
     places = torch.meshgrid(*indices, indexing="ij")
@@ -79,7 +85,10 @@ def logit_ends(
     start: float,
     stop: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of two times; times 0 and 1 are first moved into the interval (0, 1)."""
+    """Return the logits of the times `start` and `stop`.
+
+    The times 0 and 1 are first moved into the interval (0, 1).
+    """
     first, last = torch.logit(interior(times((start, stop))))
     return first, last
 
@@ -87,11 +96,20 @@ def logit_ends(
 def logit_nodes(
     start: float, stop: float, panels: int, order: int = 10
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Gauss-Legendre nodes on equal panels of logit t, from logit start to logit stop.
+    """Return n Gauss-Legendre nodes on equal panels of logit t, between two times.
 
-    Equal panels of logit t resolve integrands that are steep at t = 0 and t = 1. Returns the nodes
-    v in [0,1] (logit t, rescaled), logit t at the nodes, and the quadrature weights for an integral
-    over v.
+    Equal panels of logit t resolve integrands that are steep at t = 0 and t = 1.
+
+    Args:
+        start: first time.
+        stop: last time.
+        panels: number of panels.
+        order: number of nodes per panel.
+
+    Returns:
+        - v [n] in [0,1], the nodes; v is linear in logit t,
+        - logit t [n] at the nodes,
+        - the weights [n] of the nodes in an integral over v.
     """
     # move the nodes in [-1, 1] to each panel
     x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
@@ -109,9 +127,9 @@ def num_panels(
 ) -> int:
     """Return the number of quadrature panels for [start, stop]: one per 2.3 units of logit t.
 
-    With ten nodes per panel, this resolves an integrand that is an analytic function of logit t
-    within a distance of pi from the real axis. A steeper integrand, such as that of a schedule that
-    is an exponential of an exponential, needs `finer` times as many panels.
+    With ten nodes per panel, this number resolves an integrand that is an analytic function of
+    logit t within a distance of pi from the real axis. A steeper integrand, such as that of a
+    schedule that is an exponential of an exponential, needs `finer` times as many panels.
     """
     first, last = logit_ends(start, stop)
     return finer * max(2, math.ceil(float(last - first) / PANEL))
@@ -125,7 +143,8 @@ def integral(
 ) -> Tensor:
     """Integrate a function over t in [start, stop] by Gauss-Legendre quadrature in logit t.
 
-    `rate` maps times [n] to values [n,k]. Returns the integrals [k].
+    `rate` maps times [n] to values [n,k]. `finer` is a factor on the number of nodes. Returns the
+    integrals [k].
     """
     _, y, weight = logit_nodes(
         start,
@@ -144,7 +163,7 @@ def integral(
 def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
     """Return q_t(z|x) [r,V,S] for V tokens x and S states z at times t [r].
 
-    It is computed by `log_marginal` of the process only.
+    The probabilities are computed from `log_marginal` of the process.
     """
     num_tokens = process.vocabulary.num_tokens
     log_p = certain_log_probs(num_tokens).repeat(len(t), 1)
@@ -153,7 +172,10 @@ def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 def likelihoods_by_row(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return q_t(z|x) [r,V,S] at times t [r]; each distinct time is computed once."""
+    """Return q_t(z|x) [r,V,S] for V tokens x and S states z at times t [r].
+
+    Unlike `likelihoods`, this function computes equal times once.
+    """
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place]
 
@@ -163,17 +185,28 @@ def token_likelihoods(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return q_t(z|x) [r,V] of each row's state z for every token x, for zt [r] and t [r]."""
+    """Return q_t(z|x) [r,V] for every token x, at states zt [r] and times t [r]."""
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place, :, zt]
 
 
 class ReachableRows:
-    """Every combination of prediction, clean token x0, state zt and noise time t that can occur.
+    """Every combination of prediction, clean token, state and noise time that can occur.
 
-    A combination can occur if q_t(zt|x0) > 0. Each combination is a row of the attributes: x0 [r]
-    and zt [r] of type long, t [r], weight [r] = q_t(zt|x0), and log_p [r,V], the logarithm of the
-    predicted distribution. `self.dist` is log_p as a distribution of the clean token.
+    A combination can occur if q_t(z_t|x0) > 0. Each combination is one of r rows.
+
+    Args:
+        process: forward process.
+        t: noise times.
+        log_probs: log-distributions that are the predictions; three random ones by default.
+
+    Attributes:
+        x0: [r] clean tokens.
+        zt: [r] states.
+        t: [r] noise times.
+        weight: [r] probabilities q_t(z_t|x0).
+        log_p: [r,V] predicted log-distributions.
+        dist: `log_p` as a `DenseDistribution`.
     """
 
     def __init__(
@@ -202,7 +235,7 @@ class ReachableRows:
         self.dist = DenseDistribution(self.log_p, vocabulary)
 
     def select(self, chosen: Tensor) -> ReachableRows:
-        """Return the rows marked by a bool mask [r]."""
+        """Return the rows that are marked by a bool mask [r]."""
         rows = copy.copy(self)
         rows.x0 = self.x0[chosen]
         rows.zt = self.zt[chosen]
@@ -214,7 +247,7 @@ class ReachableRows:
 
     @property
     def args(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (x0, zt, t), the arguments of a process formula that follow the prediction."""
+        """Return (x0, zt, t), the arguments of formulas such as `density` after the prediction."""
         return self.x0, self.zt, self.t
 
     @property
@@ -226,11 +259,14 @@ class ReachableRows:
 
 
 class TableQuery:
-    """Query that returns predictions from fixed log-distributions log_p [n,V].
+    """Query that returns predictions from fixed log-distributions log_p [n,V] instead of a network.
 
-    The prediction of a row covers only the tokens below the queried `node`, so that a formula that
-    needs other tokens fails. `self.calls` is the number of calls. `self.queried` holds the row
-    numbers of the latest call.
+    Each row is queried below one `node` of the vocabulary's tree. Its prediction covers only the
+    tokens below this node, so that a formula that needs other tokens fails.
+
+    Attributes:
+        calls: number of calls.
+        queried: row numbers of the latest call.
     """
 
     def __init__(
@@ -262,9 +298,10 @@ class TableQuery:
 def distributions_below(
     log_p: Tensor, node: Tensor, vocabulary: Vocabulary
 ) -> Iterator[tuple[Tensor, CleanDistribution]]:
-    """Group rows by node, and yield the row indices and the predicted distribution for each node.
+    """Group rows by their node, and yield the row indices and the prediction for each node.
 
-    The distribution covers only the tokens below the node.
+    The prediction is the distribution log_p [r,V], restricted to the tokens below the node. `node`
+    [r] contains the node of each row.
     """
     for top in node.unique().tolist():
         idx = (node == top).nonzero().squeeze(-1)
@@ -287,6 +324,7 @@ def evaluate_below(
 ) -> Tensor:
     """Evaluate formula(prediction, *arguments) with predictions restricted to tokens below `node`.
 
+    `log_p` [r,V] contains the predictions before the restriction, and `node` [r] one node per row.
     Returns a tensor [r] with one value per row.
     """
     rows = torch.arange(len(log_p))

@@ -90,7 +90,7 @@ LAWS_OF_EXACT_STEPS = (
 
 
 def check_parts(process: ForwardProcess) -> list[LawReport]:
-    """Apply the laws of vocabularies, clocks and schedules to the attributes of a process."""
+    """Apply the laws for vocabularies, clocks and schedules to these parts of a process."""
     reports = check_vocabulary(process.vocabulary)
     for part in vars(process).values():
         if isinstance(part, LevelClock):
@@ -103,11 +103,11 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
 
 
 def check_process(process: ForwardProcess) -> list[LawReport]:
-    """Apply every law of a process to a small instance (at most 64 states), in float64.
+    """Apply every law for processes to a small instance (at most 64 states), in float64.
 
-    If the process declares `exact_step = False`, the laws in `LAWS_OF_EXACT_STEPS` are not applied.
-    A law during which the process raises an exception counts as broken. The report of a broken law
-    has `passed = False`.
+    The report of a broken law has `passed = False`. A law also counts as broken if the process
+    raises an exception in it. If the process declares `exact_step = False`, its reverse steps are
+    not exact, and the laws in `LAWS_OF_EXACT_STEPS` are not applied.
 
     Raises ArgumentError for an instance with more than 64 states.
     """

@@ -1,4 +1,7 @@
-"""Laws as callable objects, and reports of their results."""
+"""Laws as callable objects, and reports of their results.
+
+A law is a property that the conformance kit tests.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,13 @@ FINER = 4  # factor on the quadrature nodes when a failed law is evaluated again
 class LawReport(NamedTuple):
     """Result of one law on one object.
 
-    `error` is the largest error, `tolerance` is the largest allowed error, and `where` is the place
-    of the largest error. `probes` is the number of compared values. If `probes` is 0, the law does
-    not apply to the object.
+    Attributes:
+        law: name of the law.
+        error: largest error.
+        tolerance: largest allowed error.
+        where: place of the largest error.
+        explanation: docstring of the law.
+        probes: number of compared values; 0 if the law does not apply to the object.
     """
 
     law: str
@@ -43,7 +50,13 @@ class LawReport(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Largest difference among `probes` compared numbers, and the place where it occurred."""
+    """Largest difference between computed and expected numbers.
+
+    Attributes:
+        error: the difference.
+        where: place of the difference, as text.
+        probes: number of compared numbers.
+    """
 
     error: float
     where: str
@@ -56,12 +69,17 @@ def compare(
     where: Mapping[str, Any] | None = None,
     relative_to: Tensor | float = 1.0,
 ) -> Gap:
-    """Find the largest |got - expected| / relative_to.
+    """Find the largest value of |got - expected| / relative_to and its place.
 
     If one of the two numbers is NaN, or only one is infinite, their difference counts as infinite.
-    `where` labels the place of the difference in the report. A label that is a tensor is indexed at
-    that place; its dimensions are the first dimensions of `got`. Other labels are printed
-    unchanged.
+
+    Args:
+        got: computed numbers.
+        expected: expected numbers.
+        where: labels by name, which describe the place in the report. A tensor label contains one
+            value for each index of the first dimensions of `got`. Other labels are printed
+            unchanged.
+        relative_to: scale of the differences.
     """
     target = torch.as_tensor(expected, dtype=torch.float64).detach()
     # float64 even for ids and float32 results, so that the comparison adds no rounding
@@ -104,13 +122,18 @@ Measure = Callable[..., Iterator[Gap]]
 
 
 class Law:
-    """Named law: a call with an object (and options) returns a `LawReport`.
+    """Law with a name: a call with an object (and options) returns a `LawReport`.
 
-    `self.measure` is a generator of gaps. Its docstring states the property and the reason for the
-    tolerance. If `measure` raises an exception, the law counts as broken, since code that relies on
-    the law would raise the same exception. `measure` may have an argument `finer`, a factor on the
-    number of quadrature nodes. Then a failed law is evaluated a second time with `finer=FINER`
-    before it counts as broken, because a steep integrand is not a fault.
+    A law fails if its largest error exceeds its tolerance, or if `measure` raises an exception,
+    since code that relies on the law would raise the same exception.
+
+    Args:
+        name: name of the law in reports.
+        tolerance: largest allowed error.
+        measure: generator function, object -> `Gap` objects. Its docstring states the property and
+            the reason for the tolerance. If it has an argument `finer`, a factor on the number of
+            quadrature nodes, a failed law is evaluated a second time with `finer=FINER`, because a
+            steep integrand is not a fault.
     """
 
     def __init__(
@@ -164,7 +187,7 @@ def law(
     name: str,
     tolerance: float,
 ) -> Callable[[Measure], Law]:
-    """Decorate a generator of gaps as a `Law`."""
+    """Return a decorator that makes a `Law` from a generator function of `Gap` objects."""
 
     def decorate(measure: Measure) -> Law:
         return Law(name, tolerance, measure)
@@ -173,7 +196,10 @@ def law(
 
 
 def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
-    """Evaluate laws on an object and return the reports of those that apply."""
+    """Evaluate laws on an object and return the reports of those that apply.
+
+    A law applies if it compares at least one number. `options` are passed to each law.
+    """
     reports = [one(subject, **options) for one in laws]
     # a law that yields nothing does not apply, which is neither passed nor broken
     return [report for report in reports if report.probes > 0]

@@ -43,7 +43,11 @@ READABLE = 1e10  # largest condition number at which a score determines the clea
 
 
 class ScoreQuery:
-    """Query that returns the scores of a fixed distribution log_p [1,V]."""
+    """Query that returns scores instead of the predictions of a network.
+
+    Each row has the score of the same log-distribution log_p [1,V] of the clean token, at its state
+    in zt and its time in t.
+    """
 
     def __init__(
         self,
@@ -115,11 +119,11 @@ def _decoded_score_gaps(
 def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `tweedie` recovers the distribution p of the clean token from its score.
 
-    The score is computed from p. Tweedie's formula is p = s K^-1, where s is the score and K =
-    `from_clean(t)`. The normalized posterior p(x) q_t(z|x) must be exact for every state z at all t
-    >= 1e-6. The error is relative to `condition_number` of K. If the condition number is above
-    1e10, the score carries no information on the token, and `tweedie` is only required to return a
-    distribution. Tolerance 1e-12: float64 rounding of s.
+    The score s is computed from p. Tweedie's formula is p = s K^-1, where K is the kernel
+    `from_clean(t)`. The posterior p(x) q_t(z|x), normalized over x, must be exact for every state z
+    at all t >= 1e-6. The error is relative to `condition_number` of K. If the condition number is
+    above 1e10, the score carries no information on the token, and `tweedie` is only required to
+    return a distribution. Tolerance 1e-12: float64 rounding of s.
     """
     grid = times(
         (1e-6, 1e-3),
@@ -164,7 +168,7 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _distributions_with_zeros(num_tokens: int) -> Tensor:
-    """Return log-distributions of tokens; the last one gives half of the tokens probability 0."""
+    """Return log-distributions [n,V] of tokens; the last one gives half of them probability 0."""
     count = max(1, num_tokens // 2)
     weights = torch.zeros(1, num_tokens, dtype=torch.float64)
     weights[0, :count] = torch.arange(1, count + 1)
@@ -193,9 +197,10 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
 def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     """Check that a score gives the same terms of the bound as the distribution it is computed from.
 
-    `decode_nll` and `closing_kl` of the score must equal those of the distribution. The weight
-    times the divergence of the score must equal its density. Errors are relative; those of
-    `decode_nll` are also relative to `condition_number`. Tolerance 1e-9: float64 rounding.
+    `decode_nll` and `closing_kl` of the score must equal those of the distribution. For the score,
+    `weight` times `divergence` must equal `density`, the integrand of the bound. Errors are
+    relative. The error of `decode_nll` is also relative to `condition_number`. Tolerance 1e-9:
+    float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -238,10 +243,10 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("from_clean: row x is the marginal of token x", tolerance=1e-9)
 def from_clean_is_marginal(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that row x of the kernel `from_clean(t)` is the marginal q_t(.|x).
+    """Check that row x of the kernel `from_clean(t)` is the marginal q_t(.|x) of token x.
 
-    The kernel's `solve` must invert the kernel. If the process has noise at t = 0, row x must
-    include this noise. The error of `solve` is relative to the condition number of the kernel.
+    If the process has noise at t = 0, the row must include this noise. The kernel's `solve` must
+    map q_t(.|x) back to token x, with an error relative to the condition number of the kernel.
     Tolerance 1e-9: float64 rounding of a matrix elimination.
     """
     t, x0 = product(
@@ -310,11 +315,12 @@ def solve_inverts(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: probability flows balance", tolerance=1e-9)
 def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the reverse flow from z to y equals the forward flow from y to z.
+    """Check that the reverse flow from state z to y equals the forward flow from state y to z.
 
     As a formula: q_t(z) R[z,y] = q_t(y) Q_t[y,z]. Here q_t is the marginal under a predicted
-    distribution, Q_t are the forward rates, and R are the reverse rates of the distribution or of
-    its score. The error is relative to the largest flow. Tolerance 1e-9: float64 rounding.
+    distribution, Q_t are the forward rates, and R are the reverse rates, which are computed from
+    the distribution and from its score. The error is relative to the largest flow. Tolerance 1e-9:
+    float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     own_state = rows.zt.unsqueeze(-1)
@@ -332,11 +338,11 @@ def reverse_flows_balance(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the density", tolerance=1e-9)
 def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that the density, the integrand of the bound, follows from the reverse rates.
+    """Check that `density`, the integrand of the bound, follows from the reverse rates.
 
     As a formula, the density is the sum over states y of R(y) - R*(y) + R*(y) ln (R*(y)/R(y)). R(y)
-    is the reverse rate from z to y under the prediction, and R*(y) that for the true clean token.
-    The error is relative. Tolerance 1e-9: float64 rounding.
+    is the reverse rate from state z to y under the prediction, and R*(y) is the reverse rate for
+    the true clean token. The error is relative. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     model = process.reverse_rates(rows.dist, rows.zt, rows.t)
@@ -362,10 +368,11 @@ def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("reverse rates: reproduce the posterior", tolerance=1e-6)
 def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that integrated reverse rates give the transition `reverse_log_probs` from t to s.
+    """Check that reverse rates, integrated from t to s, give the probabilities `reverse_log_probs`.
 
-    The prediction does not depend on z, so that the reverse chain is exact. Tolerance 1e-6: the
-    4th-order integrator has an error of 1e-8.
+    The law uses a prediction that is the same in all states z. Only then, reverse rates and
+    `reverse_log_probs` describe the same chain. Tolerance 1e-6: the 4th-order integrator has an
+    error of 1e-8.
     """
     vocabulary = process.vocabulary
     num_states = vocabulary.num_states
@@ -373,9 +380,9 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     possible = possible_states(process, 0.5)
 
     def generator(backward_time: Tensor) -> Tensor:
-        """Return the reverse rates [n,S,S] at times t = 1 - backward_time [n].
+        """Return the generator [n,S,S] of the reverse chain at times t = 1 - backward_time [n].
 
-        The rates of states that cannot occur are 0.
+        The rates out of states that cannot occur are 0.
         """
         count = len(backward_time)
         t, zt = product(1.0 - backward_time, possible)
@@ -406,8 +413,9 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
 def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the reverse rates of a monotone process lead only to states below the current one.
 
-    A state is below another if it is a descendant of the other in the tree. The law applies if the
-    process declares `is_monotone`. Tolerance 0: the rates to all other states must be exactly 0.
+    A process is monotone if it declares `is_monotone`; the law applies only to such processes. A
+    state is below another state if it is a descendant of that state in the tree. Tolerance 0: the
+    rates to all other states must be exactly 0.
     """
     if not process.is_monotone:
         return
@@ -472,13 +480,13 @@ def _forward_step_gap(
 
 @law("events: occur at the reverse rates", tolerance=6e-3)
 def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that events move a state z to y at the reverse rate from z to y.
+    """Check that events move a state z to a state y at the reverse rate from z to y.
 
-    `event_time` draws the time s of the next candidate event; candidates occur at a rate g(s).
-    `event` accepts a candidate as a move to y with some probability. The product of rate and
-    probability must be the reverse rate. If `event_time` finds no event for its uniform u, the
-    integral of the reverse rates out of z must be at most -ln u. Errors are relative to g.
-    Tolerance 6e-3: 2048 Sobol points resolve a probability to 5e-3.
+    `event_time` draws the time s of the next candidate event, and candidates occur at a rate g(s).
+    `event` turns a candidate into a move to y with some probability. This probability times g(s)
+    must be the reverse rate. If `event_time` finds no event for its uniform u, the integral of the
+    total reverse rate out of z must be at most -ln u. Errors are relative to g. Tolerance 6e-3:
+    2048 Sobol points resolve a probability to 5e-3.
     """
     if not process.has_events:
         return
@@ -513,9 +521,16 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
 def _event_gap(
     process: ForwardProcess, log_p: Tensor, zt: Tensor, s: Tensor, u: Tensor, start: Tensor
 ) -> Gap:
-    """Compare the rate of accepted moves at the time s of the next event with the reverse rates.
+    """Compare the rates of moves by events with the reverse rates.
 
     Both rates are divided by the rate of candidate events.
+
+    Args:
+        log_p: [1,V] predicted log-distribution.
+        zt: [r] states.
+        s: [r] times of the next event.
+        u: [r] uniforms from which `event_time` drew s.
+        start: [r] times from which `event_time` started.
     """
 
     def draw(row: Tensor, v: Tensor) -> Tensor:
@@ -551,7 +566,11 @@ def _no_event_gap(
     u: Tensor,
     t: float,
 ) -> Gap:
-    """Compare the integrated reverse rates with their limit -ln u at rows without an event."""
+    """Compare the integrated reverse rates with their limit -ln u at rows without an event.
+
+    In these rows, `event_time` found no event before the time t for the state zt and the uniform u.
+    `log_p` [1,V] is the predicted log-distribution.
+    """
     states, place = zt.unique(return_inverse=True)
 
     def leaving(time: Tensor) -> Tensor:

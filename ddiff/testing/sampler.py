@@ -1,9 +1,9 @@
 """Laws of a sampler: its declarations, compared with the distribution of its samples.
 
-Samples are pairs of tokens. The network predicts exactly for a known joint distribution of two
-tokens. The total variation distance between samples and joint distribution is therefore the error
-of the sampler. A check takes a function that makes a `Sampler` for a given number of steps, because
-an order of convergence can only be measured over several numbers of steps.
+A sample is a pair of tokens. The network predicts exactly for a known joint distribution of two
+tokens, JOINT. The total variation distance between samples and joint distribution is therefore the
+error of the sampler. A check takes a function that makes a `Sampler` for a given number of steps,
+because an order of convergence can only be measured over several numbers of steps.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ SLACK = 0.6  # of an order: rates are clipped at 0 for this joint, which lowers 
 
 
 class SamplerCase(NamedTuple):
-    """Sampler to check: a builder for any number of steps, a process, and the kind of prediction.
+    """Sampler to check, with the process and the kind of network that it uses.
 
-    The process is None for next-token models. The kind of prediction is that of the network.
+    Attributes:
+        build: function that makes the sampler for a number of steps.
+        process: forward process; None for next-token models.
+        predicts: "distribution" or "score", the kind of the network's predictions.
     """
 
     build: Callable[[int], Sampler]
@@ -66,7 +69,10 @@ class SamplerCase(NamedTuple):
         return count_evaluations(exact, self.predicts)
 
     def generate(self, steps: int, index: Tensor, seed: int, **options: Any) -> Tensor:
-        """Generate the samples numbered `index` [B]: ids [B,2]."""
+        """Generate the samples with the numbers `index` [B] and return their token ids [B,2].
+
+        `options` are further arguments of `ddiff.sampling.loop.generate`.
+        """
         sampler = self.build(steps)
         network = self.make_network()
         samples = generate(
@@ -76,9 +82,9 @@ class SamplerCase(NamedTuple):
 
 
 class NextTokenNetwork:
-    """Network of a next-token model: predicts each token given the previous token.
+    """Network of a next-token model, which predicts each token given the previous token.
 
-    The predictions are exact for the joint distribution of two tokens.
+    The predictions are exact for the joint distribution JOINT of two tokens.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -97,9 +103,10 @@ class NextTokenNetwork:
 
 
 def small_processes() -> dict[str, ForwardProcess | None]:
-    """Return four processes on three tokens, by name, on which samplers are checked.
+    """Return the processes on which samplers are checked, by name.
 
-    They are masked diffusion, diffusion on a tree, uniform noise, and None for next-token models.
+    They are masked diffusion, diffusion on a tree and uniform noise, on three tokens each. The
+    fourth entry is None, for samplers of next-token models.
     """
     unmasked = FlatVocabulary(3, mask=False)
     tree = HierarchicalVocabulary([[0, 1, 0]])
@@ -116,10 +123,14 @@ def check_sampler(
     process: ForwardProcess | None,
     predicts: Predicts = "distribution",
 ) -> list[LawReport]:
-    """Apply every law of samplers on one process of three tokens, as in `small_processes`.
+    """Apply every law of samplers to a sampler on one small process.
 
-    `build(steps)` makes the sampler. Raises ArgumentError if the sampler's `check_supported`
-    rejects the process.
+    Args:
+        build: function that makes the sampler for a number of steps.
+        process: process on three tokens, as in `small_processes`; None for a next-token model.
+        predicts: "distribution" or "score", the kind of the network's predictions.
+
+    Raises ArgumentError if the sampler's `check_supported` rejects the process.
     """
     case = SamplerCase(build, process, predicts)
     build(FEW).check_supported(process, predicts)
@@ -129,7 +140,8 @@ def check_sampler(
 def measure_distance(case: SamplerCase, steps: int) -> float:
     """Measure the total variation distance between the joint distribution and the samples.
 
-    `POINTS` samples are drawn for a process, and a quarter of `POINTS` for a next-token model.
+    The sampler runs with `steps` steps. `POINTS` samples are drawn for a process, and a quarter of
+    `POINTS` for a next-token model.
     """
     if case.process is None:
         final = case.generate(
@@ -152,7 +164,7 @@ def _draw_samples(
     process: ForwardProcess,
     steps: int,
 ) -> Tensor:
-    """Draw samples with a faster random generator than that of `generate`; return [POINTS,2]."""
+    """Draw samples [POINTS,2] with a random generator that is faster than that of `generate`."""
     rng = FastRng(POINTS, seed=7)
     canvas = make_canvas(
         process.prior.draw(rng.uniform("start")),
@@ -171,8 +183,9 @@ def _draw_samples(
 def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
     """Check that the declared `quality` and `order` of a sampler are consistent.
 
-    `quality` must be "exact", "of an order" or "heuristic". `order` must be at least 1 if `quality`
-    is "of an order", and 0 otherwise. Tolerance 0: the conditions are exact.
+    `quality` must be "exact", "of an order" or "heuristic". `order`, the order of convergence, must
+    be at least 1 if `quality` is "of an order", and 0 otherwise. Tolerance 0: the conditions are
+    exact.
     """
     sampler = case.build(FEW)
     is_unknown = sampler.quality not in get_args(Quality)
@@ -193,8 +206,8 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
 def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
     """Check that `run` yields as many canvases as the property `steps` declares.
 
-    A canvas is the state of the batch after a step. The law does not apply if `steps` is None.
-    Tolerance 0: canvases are counted.
+    A canvas is the state of a batch during sampling, and `run` yields one after each step. The law
+    does not apply if `steps` is None. Tolerance 0: canvases are counted.
     """
     for steps in (1, 3):
         declared = case.build(steps).steps
@@ -216,7 +229,7 @@ def _count_canvases(case: SamplerCase, steps: int) -> int:
 
 @law("sampler: returns tokens and keeps the prompt", tolerance=0.0)
 def ends_in_tokens(case: SamplerCase) -> Iterator[Gap]:
-    """Check that the final canvas contains only tokens and that prompt positions keep their tokens.
+    """Check that samples contain only tokens and that prompt positions keep their tokens.
 
     Tolerance 0: ids are integers.
     """
@@ -262,9 +275,9 @@ def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
 
 @law("sampler: exact if declared exact", tolerance=NOISE)
 def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
-    """Check that a sampler declared "exact" draws from the joint distribution.
+    """Check that a sampler that declares the quality "exact" draws from the joint distribution.
 
-    The law is tested for several numbers of steps. The error is the total variation distance
+    The law is tested with one and with several steps. The error is the total variation distance
     between samples and joint distribution. Tolerance 0.02: the randomness of the samples adds
     0.006.
     """
@@ -280,12 +293,12 @@ def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
 def orders_are_reached(case: SamplerCase) -> Iterator[Gap]:
     """Check that a sampler reaches its declared order of convergence.
 
-    With order p, four times as many steps must divide the total variation distance to the joint
-    distribution by 4^p, for at least one number of steps. The error is the declared order minus the
-    largest measured order. The number of steps grows until the distance is too small to measure.
-    Trees are not tested, because their orders can be measured only with many steps. Tolerance 0.6:
-    some rates are clipped at 0 for this joint distribution, which lowers the measured order by up
-    to 0.6.
+    With order p, four times as many steps must divide the total variation distance between samples
+    and joint distribution by 4^p, for at least one number of steps. The number of steps is doubled
+    until the distance is too small to measure. The error is the declared order minus the largest
+    measured order. Trees are not tested, because their orders can be measured only with many steps.
+    Tolerance 0.6: some rates are clipped at 0 for this joint distribution, which lowers the
+    measured order by up to 0.6.
     """
     sampler = case.build(FEW)
     if sampler.quality != "of an order" or case.vocabulary.num_levels > 1:
@@ -327,10 +340,14 @@ SAMPLER_LAWS = (
 def find_accepted_processes(
     build: Callable[[Vocabulary, int], Sampler],
 ) -> tuple[dict[str, SamplerCase], list[str]]:
-    """Find the small processes that a sampler accepts, by name, and the errors of its rejections.
+    """Find the small processes that a sampler accepts.
 
     `build(vocabulary, steps)` makes the sampler. Only an ArgumentError counts as a rejection; other
     exceptions are raised.
+
+    Returns:
+        - the accepted processes as cases to check, by name,
+        - the error messages of the rejections.
     """
     cases: dict[str, SamplerCase] = {}
     rejected: list[str] = []

@@ -1,4 +1,4 @@
-"""Distribution of a sampler's output on a joint distribution of two tokens.
+"""Measured distribution of a sampler's output for a joint distribution of two tokens.
 
 The network predicts the exact distribution of each token given the other position's state. The
 distance between output and joint distribution is then the error of the sampler.
@@ -28,16 +28,21 @@ DIMENSIONS = 32  # of the Sobol points: uniforms of one step
 
 
 class SamplerMeasurement(NamedTuple):
-    """Measured distribution of the two final states, and the mean number of network evaluations.
+    """Measured distribution of a sampler's output, and its cost.
 
-    `dist` is a tensor [S,S] of probabilities, for S states per position.
+    Attributes:
+        dist: [S,S] probabilities of the final states of both positions, for S states per position.
+        runs: mean number of network evaluations per sample.
     """
 
     dist: Tensor
     runs: float
 
     def distance(self, joint: Tensor) -> float:
-        """Return the total variation distance of the measured distribution to `joint` [V,V]."""
+        """Return the total variation distance of the measured distribution to `joint` [V,V].
+
+        `joint` contains the probabilities of pairs of tokens.
+        """
         whole = torch.zeros_like(self.dist)
         whole[: len(joint), : len(joint)] = joint
         return 0.5 * float((self.dist - whole).abs().sum())
@@ -51,8 +56,12 @@ def condition_on_other(
 ) -> Tensor:
     """Return log-distributions [B,2,V] of each token given the other position's state.
 
-    The states zt, the noise times t and the mask `clean` have the shape [B,2]. The state of a
-    position marked by `clean` is its token.
+    Args:
+        process: forward process.
+        joint: [V,V] joint distribution of the two tokens.
+        zt: [B,2] states.
+        t: [B,2] noise times.
+        clean: bool [B,2], True at positions whose state is their token.
     """
     evidence = _evidence(process, zt, t)
     token = torch.where(clean, zt, 0)
@@ -71,7 +80,7 @@ def _evidence(
     zt: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return q_t(zt|x) [B,2,V] for every token x."""
+    """Return q_t(z_t|x) [B,2,V] of the states zt [B,2] for every token x."""
     times, place = t.unique(return_inverse=True)
     if len(times) > FEW_TIMES:
         log_likelihood = process.log_likelihood(zt.reshape(-1), t.reshape(-1))
@@ -84,9 +93,9 @@ def _evidence(
 
 @final
 class ExactNetwork:
-    """Network that predicts exactly for two tokens with the distribution `joint` [V,V].
+    """Network that predicts exactly for pairs of tokens with the joint distribution `joint` [V,V].
 
-    With `predicts = "score"`, the predictions are the scores of the exact distributions.
+    If `predicts` is "score", the predictions are the scores of the exact distributions.
     """
 
     def __init__(
@@ -102,7 +111,7 @@ class ExactNetwork:
 
 @final
 class ExactQuery:
-    """Query of an `ExactNetwork` at one noisy state of two positions."""
+    """Predictions of an `ExactNetwork` for one batch of noisy states of two positions."""
 
     def __init__(
         self,
@@ -141,7 +150,8 @@ class ExactQuery:
 class FastRng(CounterRng):
     """Random generator that draws the uniforms of all samples from one `torch.Generator`.
 
-    It is faster than `CounterRng`, which seeds every sample separately. Samples have two positions.
+    It is faster than `CounterRng`, which seeds every sample separately. There are `count` samples
+    with two positions each.
     """
 
     def __init__(
@@ -171,10 +181,9 @@ class FastRng(CounterRng):
 class ShiftedSobolRng(CounterRng):
     """Random generator of Sobol points, which are shifted by a random vector for each canvas.
 
-    A canvas is a pair of states. The random shifts make estimates unbiased.
-
-    The rows of a batch are copies of a few canvases: `counts[i]` rows are copies of canvas i. The
-    copies of every canvas use the first Sobol points.
+    A canvas is the pair of states from which a sampling step starts. A batch contains `counts[i]`
+    copies of canvas i. Copy j of every canvas uses Sobol point j. The random shifts make estimates
+    unbiased.
     """
 
     def __init__(
@@ -223,14 +232,22 @@ def measure_sampler(
     seed: int = 7,
     predicts: Predicts = "distribution",
 ) -> SamplerMeasurement:
-    """Measure the distribution of a sampler's output under the exact network of `joint` [V,V].
+    """Measure the distribution of a sampler's output if the network is exact.
 
-    A `GridSampler` that keeps only the canvas from step to step is measured step by step. Every
-    step starts from all possible canvases, and `points` draws are divided among the canvases in
-    proportion to their probabilities. For other samplers, `points` whole samples are drawn.
+    A `GridSampler` that passes only the canvas (the states of the batch) from step to step is
+    measured step by step. Each step starts from all possible canvases, and the draws are divided
+    among the canvases in proportion to their probabilities. For other samplers, whole samples are
+    drawn.
 
-    If `apart` is true, the two positions move independently given the canvas. The distribution
-    after a step is then computed as the product of the distributions of both positions.
+    Args:
+        sampler: sampler.
+        process: forward process.
+        joint: [V,V] joint distribution of two tokens, for which the network is exact.
+        points: number of draws per step, or of whole samples.
+        apart: whether the two positions move independently given the canvas. The distribution after
+            a step is then computed as the product of the distributions of both positions.
+        seed: seed of the random generator.
+        predicts: "distribution" or "score", the kind of the network's predictions.
     """
     network = ExactNetwork(process, joint, predicts)
     sampler.check_supported(process, predicts)
@@ -259,11 +276,11 @@ def _measure_by_step(
     apart: bool,
     seed: int,
 ) -> SamplerMeasurement:
-    """Measure the distribution of the final canvas, one sampler step at a time.
+    """Measure the distribution of a sampler's output, one sampling step at a time.
 
-    Each step starts from every canvas of positive probability, with a number of draws (about
-    `points` in total) proportional to that probability. `apart` means that the two positions move
-    independently given the canvas.
+    Each step starts from every canvas (pair of states) of positive probability. The number of draws
+    from a canvas is proportional to its probability, about `points` in total. `apart` means that
+    the two positions move independently given the canvas.
     """
     size = process.vocabulary.num_states
     times = sampler.grid.times()
@@ -311,7 +328,11 @@ def _sum_of_products(
 ) -> Tensor:
     """Return the sum [S,S] over canvases of the product of both positions' distributions.
 
-    Rows zt [n,2] of the same canvas have the same weight.
+    Args:
+        zt: [n,2] drawn states.
+        weight: [n] weights of the draws, equal for all draws from one canvas.
+        canvas: [n] number of the canvas (pair of states) from which each row was drawn.
+        size: number S of states.
     """
     bins = size * (int(canvas.max()) + 1)
     first = torch.bincount(
@@ -330,7 +351,10 @@ def _sum_of_products(
 
 
 def make_canvas(zt: Tensor, t: float) -> Canvas:
-    """Make a canvas with states zt at time t, on which every position is to be generated."""
+    """Make the `Canvas` (state of a batch) with states zt, in which all positions have time t.
+
+    The sampler may change every position.
+    """
     free = torch.ones(zt.shape, dtype=torch.bool)
     return Canvas(
         zt,
@@ -345,9 +369,9 @@ def _histogram(
     weight: Tensor,
     process: ForwardProcess,
 ) -> Tensor:
-    """Return the joint distribution [S,S] of the states of two positions, for S states each.
+    """Return the joint distribution [S,S] of drawn pairs of states, for S states per position.
 
-    Row i of zt [n,2] is a drawn pair of states with the weight `weight[i]`.
+    Row i of zt [n,2] is a drawn pair with the weight `weight[i]`.
     """
     size = process.vocabulary.num_states
     cell = zt[:, 0] * size + zt[:, 1]

@@ -1,4 +1,4 @@
-"""Laws of a noise schedule."""
+"""Laws of a noise schedule alpha(t), the probability that a token is not yet corrupted."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def derivative_is_autograd(schedule: Schedule) -> Iterator[Gap]:
 def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
     """Check that alpha(t) lies in [0, 1] and never increases with t.
 
-    alpha is evaluated at 1001 times, and its derivative d_alpha at some times in (0, 1). Tolerance
-    1e-12: float64 rounding of alpha.
+    alpha is compared at 1001 times. Its derivative d_alpha must not be positive at times in (0, 1).
+    Tolerance 1e-12: float64 rounding of alpha.
     """
     t = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
     alpha = schedule.alpha(t)
@@ -56,10 +56,10 @@ def alpha_decreases(schedule: Schedule) -> Iterator[Gap]:
 
 @law("schedule: ends as declared", tolerance=1e-12)
 def schedule_ends(schedule: Schedule) -> Iterator[Gap]:
-    """Check that alpha(0) and alpha(1) are as the flags of the schedule declare.
+    """Check alpha(0) and alpha(1) against the flags of the schedule.
 
-    With `closes_at_clean`, alpha(0) must be 1. With `closes_at_prior`, alpha(1) must be 0. Both
-    values must be finite. Tolerance 1e-12: float64 rounding.
+    If `closes_at_clean` is set, alpha(0) must be 1. If `closes_at_prior` is set, alpha(1) must be
+    0. Both values must be finite. Tolerance 1e-12: float64 rounding.
     """
     ends = times(ENDS)
     alpha = schedule.alpha(ends)
@@ -79,11 +79,12 @@ def one_minus_alpha_is_accurate(
     schedule: Schedule,
     finer: int = 1,
 ) -> Iterator[Gap]:
-    """Check that one_minus_alpha equals 1 - alpha, with full relative accuracy near t = 0.
+    """Check that one_minus_alpha(t) is 1 - alpha(t), with full relative accuracy near t = 0.
 
-    one_minus_alpha + alpha must be 1. The growth of one_minus_alpha from t/1000 to t is compared
-    with the integral of -d_alpha, relative to one_minus_alpha(t), because 1 - alpha loses its
-    digits when alpha is near 1. Tolerance 1e-9: the quadrature has an error of 1e-11.
+    The sum of one_minus_alpha and alpha must be 1. This sum does not show errors of a small
+    one_minus_alpha. Its growth from t/1000 to t is therefore also compared with the integral of
+    -d_alpha, relative to one_minus_alpha(t). `finer` is a factor on the number of quadrature nodes.
+    Tolerance 1e-9: the quadrature has an error of 1e-11.
     """
 
     def growth(t: Tensor) -> Tensor:

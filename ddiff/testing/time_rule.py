@@ -1,4 +1,9 @@
-"""Laws of a time rule, which draws the noise time of every position of a batch."""
+"""Laws of a time rule, which draws the noise time of every position of a batch.
+
+A rule draws, for each position, a noise time t and a speed, which is the weight of the position in
+the bound. Positions with speed 0 are not scored. Before the window of its noise times, a position
+is clean. After the window, its state is drawn from the prior ("at the prior").
+"""
 
 from __future__ import annotations
 
@@ -56,7 +61,10 @@ def _ends(
 
 
 def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
-    """Return the first and last noise time [L] at which each position is scored by the bound."""
+    """Return the first noise time [L] and the last noise time [L] at which each position is scored.
+
+    The bound scores a position if its speed is above 0.
+    """
     first, last = _ends(rule)
     return _mean_scored_time(first), _mean_scored_time(last)
 
@@ -64,7 +72,7 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
 def _mean_scored_time(end: Times) -> Tensor:
     """Return the mean noise time [L] of each position over the sequences that score the position.
 
-    A position is scored by the bound in a sequence if its speed is above 0.
+    A sequence scores a position if the position's speed, its weight in the bound, is above 0.
     """
     # with windows, only some sequences score a position
     scored = (end.speed > 0).double()
@@ -77,16 +85,19 @@ def _at_prior(times: Times) -> Tensor:
 
 
 def _outside(times: Times) -> Tensor:
-    """Return a bool mask [B,L] of the positions that are not scored: clean or at the prior."""
+    """Return a bool mask [B,L] of the positions that are clean or at the prior.
+
+    The bound does not score these positions.
+    """
     return times.clean | _at_prior(times)
 
 
 @law("times: within [0, 1], speeds not negative", tolerance=0.0)
 def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
-    """Check that noise times lie in [0, 1] and that speeds are finite and >= 0.
+    """Check that noise times lie in [0, 1] and that speeds are finite and not negative.
 
-    The speed is the weight of a position in the bound. It must be 0 at positions that are clean and
-    at positions whose state is drawn from the prior. Tolerance 0: the conditions are exact.
+    The speed of a position is its weight in the bound. The speed must be 0 if the position is clean
+    or if its state is drawn from the prior. Tolerance 0: the conditions are exact.
     """
     drawn = _draw_batch(rule)
     yield compare(
@@ -108,8 +119,8 @@ def times_are_valid(rule: TimeRule) -> Iterator[Gap]:
 def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
     """Check that a sample has the same noise times and speeds in the whole batch as in any subset.
 
-    Ranks and micro-batches then draw the same times as one process would. Tolerance 0: the values
-    must be bitwise identical.
+    Several ranks or micro-batches then draw the same times as a single process. Tolerance 0: the
+    values must be bitwise identical.
     """
     whole = _draw_batch(rule)
     for slots in (torch.arange(8), torch.arange(40, 48), torch.arange(3, SLOTS, 7)):
@@ -130,9 +141,10 @@ def times_are_independent_of_batch(rule: TimeRule) -> Iterator[Gap]:
 def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
     """Check that the mean of speed * g(t) is the integral of g over the window of each position.
 
-    The functions g are 1, t and t^2. The error is relative to the integral. Tolerance 0.04: the
-    standard error over 128 batches of 64 samples is at most 0.01. A rule that scores each position
-    in one of five sequences, with weight 5, has the largest standard error.
+    The speed is the weight of a position in the bound, t its noise time, and the window the
+    interval of its noise times. The functions g are 1, t and t^2. The error is relative to the
+    integral. Tolerance 0.04: the standard error over 128 batches of 64 samples is at most 0.01. It
+    is largest for a rule that scores each position in one of five sequences, with weight 5.
     """
     batches = [_draw_batch(rule, step) for step in range(DRAWS)]
     t = torch.stack([times.t for times in batches])
@@ -147,10 +159,11 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: every position is scored once at each end of its window", tolerance=0.1)
 def ends_are_scored_once(rule: TimeRule) -> Iterator[Gap]:
-    """Check that the bound scores every position once at either end of its window, on average.
+    """Check that every position has a mean speed of 1 at both ends of its window of noise times.
 
-    At each end, the mean speed of a position must be 1, and the noise time of a scored position
-    must be the time of that end. Tolerance 0.1: for a position that is scored in one of four
+    The speed is the weight of a position in the bound. Its mean over many sequences must be 1, so
+    that the end terms of the bound count once. The noise time of a position with positive speed
+    must be the time of the end. Tolerance 0.1: for a position that is scored in one of four
     sequences with speed 4, the mean over 128 batches of 64 samples has a standard error of 0.02.
     """
     first, last = _window(rule)
@@ -187,10 +200,10 @@ def _end_gaps(
 def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
     """Check that eight contiguous parts of a batch have nearly the same mean noise time.
 
-    Parts stand for ranks or micro-batches. Noise times are rescaled to [0, 1] over the window.
-    Clean positions count as 0, and positions at the prior as 1. Tolerance 0.15: with 8 samples per
-    part in van der Corput order, means differ by up to 1/8. If each part drew a contiguous slice of
-    times, means would differ by 0.45.
+    The parts stand for ranks or micro-batches. Each noise time is rescaled to [0, 1] over the
+    window of its position. Clean positions count as 0, and positions at the prior as 1. Tolerance
+    0.15: with 8 samples per part in van der Corput order, means differ by up to 1/8. If each part
+    drew a contiguous slice of times, means would differ by 0.45.
     """
     drawn = _draw_batch(rule)
     first, last = _window(rule)
@@ -207,11 +220,12 @@ def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: the path moves forward at its declared speed", tolerance=1e-9)
 def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
-    """Check that the noise times of `rule.at(tau)` never decrease and grow at the declared speed.
+    """Check that the noise times t of `rule.at(tau)` never decrease and grow at the declared speed.
 
-    tau runs from 0 to 1. Each position must be clean at first, then pass through its window, and
-    then be at the prior. Within the window, difference quotients of t are compared with the speed
-    dt/dtau. Tolerance 1e-9: difference quotients of straight lines have an error of 1e-10.
+    tau runs from 0 to 1. Each position must first be clean, then pass through its window of noise
+    times, and then be at the prior. Within the window, difference quotients of t are compared with
+    the speed dt/dtau. Tolerance 1e-9: difference quotients of straight lines have an error of
+    1e-10.
     """
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
     path = rule.at(IdentityTime(), tau, LENGTH)
@@ -238,12 +252,11 @@ def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
 
 @law("times: no scored position attends to a position at the prior", tolerance=0.0)
 def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
-    """Check that no scored position attends to a position at the prior.
+    """Check that no scored position attends to a position whose state is drawn from the prior.
 
-    A position attends to all positions in its own block and in earlier blocks. Block numbers must
-    not decrease from left to right. Clean positions must be in earlier blocks than every scored
-    position. Positions at the prior must be in later blocks than every scored position. Tolerance
-    0: block numbers are integers.
+    A position attends to its own block and to earlier blocks. Block numbers must not decrease from
+    left to right. Clean positions must be in earlier blocks than every scored position, and
+    positions at the prior must be in later blocks. Tolerance 0: block numbers are integers.
     """
     path = rule.at(
         IdentityTime(),
@@ -294,7 +307,7 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
     """Apply every law of time rules to a time rule.
 
-    The laws require that the rule stratifies the times of a batch, and that its times cover the
-    window of every position.
+    The laws require that the rule stratifies the times of a batch, and that the times of each
+    position cover its whole window of noise times.
     """
     return evaluate_laws(rule, TIME_RULE_LAWS)

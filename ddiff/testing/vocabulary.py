@@ -1,4 +1,8 @@
-"""Laws of a vocabulary: its tables must describe one tree."""
+"""Laws of a vocabulary: its tables must describe one tree.
+
+A vocabulary is a tree whose leaves, at level 0, are the tokens. "Tree order" is an order of the ids
+of a level in which the ids below any higher node are contiguous.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +52,9 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
 def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
     """Check that `ancestor`, `parent` and `level_of` describe one tree.
 
-    The ancestor of an id at level l + 1 must be the parent of its ancestor at level l, and must be
-    at level l + 1. The ancestor of an id at its own level must be the id. Tolerance 0: ids are
-    integers.
+    At its own level, the ancestor of an id must be the id. At level l + 1, its ancestor must be the
+    parent of its ancestor at level l, and `level_of` this ancestor must be l + 1. Tolerance 0: ids
+    are integers.
     """
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)
@@ -74,10 +78,12 @@ def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: in tree order every node covers a contiguous range", tolerance=0.0)
 def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """Check that node_range(node, l) covers the ids of level l below the node, in tree order.
+    """Check that node_range(node, l) is the range of the ids of level l below a node.
 
-    The range must hold exactly these ids. order(l) must be a permutation of the ids of level l,
-    position(l) must be its inverse, and no range may be empty. Tolerance 0: ids are integers.
+    The range counts ids in tree order, in which the ids below any node are contiguous. It must
+    contain exactly the ids below the node, and at least one id. order(l) lists the ids of level l
+    in tree order and must be a permutation of them. position(l) must be the inverse of order(l).
+    Tolerance 0: ids are integers.
     """
     for level in range(vocabulary.num_levels + 1):
         yield from _order_gaps(vocabulary, level)
@@ -158,7 +164,7 @@ def children_invert_parent(vocabulary: Vocabulary) -> Iterator[Gap]:
 
 @law("vocabulary: saving and loading preserve the tree", tolerance=0.0)
 def survives_saving(vocabulary: Vocabulary) -> Iterator[Gap]:
-    """Check that a saved and loaded vocabulary has the same fingerprints and parents as before.
+    """Check that saving and loading a vocabulary preserves its fingerprints and its parents.
 
     Tolerance 0: fingerprints and ids are exact.
     """
