@@ -101,11 +101,14 @@ class LevelClock(SettingsRepr, ABC):
     # ------------------------------------------------------------------ entry times
 
     def entry_time(self, level: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the time s < t at which each row entered the level at which it is at time t.
+        """Draw for each row the time s < t at which the row reached its current level.
 
-        The time s is the solution of u = P(at level l at s | at level l at t) = exp(-int_s^t
-        F_l'/pi_l), where pi_l is the probability of level l and F_l' the flow into level l
-        (`inflow`). The result is 0 if s would be below 1e-12.
+        The time s is the solution of
+
+            u = P(at level l at s | at level l at t) = exp(-int_s^t F_l'/pi_l),
+
+        where l is the level at time t, pi_l the probability of level l, and F_l' the flow into
+        level l (`inflow`). The result is 0 if s would be below 1e-12.
 
         Args:
             level: [r] level l >= 1 of each row at time t.
@@ -170,7 +173,10 @@ class LevelClock(SettingsRepr, ABC):
         return totals, self._entry_rates(torch.sigmoid(edges))
 
     def _integral_to(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integral of the entry rate of level `level` [r] from 1e-12 to t [r]."""
+        """Return for each row the integral of the entry rate of its level from 1e-12 to t [r].
+
+        `level` [r] is the level of each row. `_entry_rates` defines the entry rate.
+        """
         depth = (torch.logit(interior(t)) - LOWEST) / CELL
         cell = depth.long().clamp(0, CELLS - 1)
         return self._interpolate_integral(level, cell, depth - cell)[0]

@@ -29,7 +29,7 @@ class ComponentProcess(InterpolatingProcess):
     The marginal given the token x is q_t(.|x) = alpha_t delta_x + b_t. A subclass defines `alpha`
     and the coefficients c_k (`coefficients`), with sum_k c_k = 1 - alpha. Each component must have
     a non-negative arrival rate: c_k' >= (alpha'/alpha) c_k. Training and sampling make no float64
-    tensor [r,S] for S states; only methods for tests, such as `transition`, do.
+    tensor [r,S] for S states; only methods for tests, such as `transition`, make such tensors.
 
     `__init__` computes `closes_at_clean` (alpha(0) = 1), `closes_at_prior` (alpha(1) = 0) and the
     prior (b_1, normalized) from alpha and c_k. A subclass must therefore set the attributes that
@@ -76,7 +76,7 @@ class ComponentProcess(InterpolatingProcess):
         return subtract_or_zero(self.d_coefficients(t), log_decay * self.coefficients(t))
 
     def _component_arrivals(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return the probability [r,K] that the last redraw between s and t uses each component.
+        """Return the probability [r,K] that the last redraw between s and t is from each component.
 
         The probabilities of a row sum to 1 - alpha_t / alpha_s, the probability of at least one
         redraw.

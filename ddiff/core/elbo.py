@@ -209,10 +209,10 @@ def decoding_term(
 ) -> Tensor:
     """Return the decoding term of the bound, speed * (-ln P(x0 | z_t0)) [B,L], in nats.
 
-    `times` holds the first time t0 of each position, at which z_t0 is drawn, and the speed, the
-    weight of the position. P(x0 | z_t0) includes the evidence of the position's own state. The term
-    is 0 at positions that are clean or not scored, and at t0 = 0 if q_0 is the clean token
-    (`closes_at_clean`).
+    `times` holds the first time t0 of each position, and `times.speed` the weight of each position
+    in the bound. z_t0 is drawn at t0. P(x0 | z_t0) includes the evidence of the position's own
+    state. The term is 0 at positions that are clean or not scored, and at t0 = 0 if q_0 is the
+    clean token (`closes_at_clean`).
     """
     noisy = corrupt(process, x0, times, scored, rng, "decoding")
     evaluated = (times.speed > 0) & ~noisy.clean
@@ -242,9 +242,10 @@ def closing_term(
 ) -> Tensor:
     """Return the closing term, speed * KL( q_t1(.|x0) || predicted q_t1 ) [B,L], in nats.
 
-    `times` holds the last time t1 of each position, and the speed, the weight of the position. The
-    network is evaluated with every scored position drawn from the prior. The term is 0 at positions
-    that are clean or not scored, and at t1 = 1 if q_1 is exactly the prior (`closes_at_prior`).
+    `times` holds the last time t1 of each position, and `times.speed` the weight of each position
+    in the bound. The network is evaluated with every scored position drawn from the prior. The term
+    is 0 at positions that are clean or not scored, and at t1 = 1 if q_1 is exactly the prior
+    (`closes_at_prior`).
     """
     counted = (times.speed > 0) & ~times.clean & scored
     evaluated = counted

@@ -213,7 +213,7 @@ class InformationTime:
         share = torch.sigmoid(logit_share)
         tau = start + (stop - start) * share
         density = (1.0 + 1.0 / (length * self._noise_probability(tau))).sqrt()
-        # Trapezoids between the knots. Below the first knot the density grows at most as
+        # Trapezoids between the knots. Below the first knot `density` grows at most as
         # share^(-1/2), whose integral from 0 is 2 * share * density.
         cells = (density[1:] + density[:-1]) / 2.0 * share.diff()
         first = 2.0 * density[:1] * share[:1]

@@ -255,11 +255,11 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the true rate [r] of leaving z_t, omega_t(z) (1 - q_t(z|x)) / q_t(z|x).
+        """Return the rate [r] at which the reversed chain leaves z_t if the token is known.
 
-        This is the total rate of the reversed chain given the token x = x0, and omega_t is the
-        arrival rate. If q_t(z|x) = 1, the rate is 0, but the integrand of the bound (`density`) may
-        be positive, since tokens other than x could have become z. The weight is then 1 if the
+        For z = z_t and x = x0, the rate is omega_t(z) (1 - q_t(z|x)) / q_t(z|x), where omega_t is
+        the arrival rate. If q_t(z|x) = 1, the rate is 0, but the integrand of the bound (`density`)
+        may be positive, since tokens other than x could have become z. The weight is then 1 if the
         chain can jump into z, else 0.
         """
         t = interior(t)
@@ -278,7 +278,7 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return density / weight = mismatch / (1 - q_t(z|x)) per row [r].
+        """Return density / weight = mismatch / (1 - q_t(z|x)) per row [r], z = z_t and x = x0.
 
         If q_t(z|x) = 1 and the weight is 1, the divergence equals the density. The divergence is 0
         if the chain never jumps into z.
@@ -299,14 +299,14 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho per row.
+        """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho per row [r].
 
-        Here q_t-bar = alpha_t p + b_t for the predicted distribution p, and
-        rho = q_t(z|x) / q_t-bar(z). Published losses multiply the mismatch by their weights. The
-        mismatch is 0 if the chain never jumps into z_t.
+        q_t(.|x) is the true marginal for x = x0, and q_t-bar = alpha_t p + b_t the marginal for the
+        predicted distribution p. rho = q_t(z|x) / q_t-bar(z) for z = z_t. Published losses multiply
+        the mismatch by their weights. The mismatch is 0 if the chain never jumps into z_t.
 
-        For a score s_theta, the mismatch is the generalized KL divergence between
-        q(y) = q_t(y|x) and m(y) = q_t(z|x) s_theta(y),
+        For a score s_theta, the mismatch is the generalized KL divergence between q(y) = q_t(y|x)
+        and m(y) = q_t(z|x) s_theta(y),
 
             sum_{y != z} [ q(y) ln( q(y) / m(y) ) - q(y) + m(y) ].
 
@@ -449,14 +449,15 @@ class InterpolatingProcess(ForwardProcess):
         return torch.where(is_token | (noise == 0), mixed, log_noise)
 
     def _likelihood(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return q_t(z|x) per row [r]."""
+        """Return the probability q_t(z_t|x0) of the state of each row given its token, [r]."""
         clean = torch.where(zt == x0, self.alpha(t), 0.0)
         return self.noise_at(zt, t) + clean
 
     def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return 1 - q_t(z|x) [r], the probability of other states than z, without cancellation.
+        """Return 1 - q_t(z|x) [r] without cancellation, for z = z_t and x = x0.
 
-        The sum of b_t(y) over y != z, plus alpha_t if z is not x, keeps its relative accuracy.
+        The sum of b_t(y) over the states y != z, plus alpha_t if z is not x, keeps its relative
+        accuracy.
         """
         clean = torch.where(zt == x0, 0.0, self.alpha(t))
         return self._noise_elsewhere(zt, t) + clean
@@ -510,7 +511,7 @@ class InterpolatingProcess(ForwardProcess):
 
     @property
     def is_monotone(self) -> bool:
-        """True if the chain jumps only into the mask.
+        """True if the forward chain jumps only into the mask.
 
         Sampling then never changes a revealed token.
         """

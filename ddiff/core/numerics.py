@@ -80,7 +80,10 @@ def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
 
 
 def find_rows(condition: Tensor) -> Tensor:
-    """Return the indices [k] of the true entries of a bool [r]. Synchronizes an accelerator."""
+    """Return the indices [k] of the true entries of a bool tensor [r].
+
+    The function synchronizes an accelerator with the CPU.
+    """
     return condition.nonzero().squeeze(-1)
 
 
@@ -103,7 +106,7 @@ def evaluate_per_time(values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def may_be_true(condition: Tensor) -> bool:
-    """Return whether any entry may be true.
+    """Return whether any entry of a bool tensor may be true.
 
     On an accelerator the result is always True, since the exact answer would synchronize the
     device.

@@ -246,14 +246,14 @@ class ForwardProcess(ABC):
     # ------------------------------------------------------------------ scores
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log of the clean-token distribution p [r,V] that has this score, in float64.
+        """Return the float64 log of the clean-token distribution p [r,V] that has the given score.
 
-        p = s K^-1 on tokens, with K = `from_clean(t)` and with s the ratios, normalized over the
-        states. True ratios never give a negative p, but predicted ratios may. Entries of p below
-        1e-14 times the entry of s are raised to this value, so that every probability is positive
-        and its logarithm has a gradient. Then p is normalized. Rounding errors of s are multiplied
-        by the condition number of K. Components of p that K shrinks to less than 1e-13 cannot be
-        recovered from s, and p is uniform in these components.
+        p = s K^-1 on tokens. K is `from_clean(t)`, and s holds the ratios of the score, normalized
+        over the states. True ratios never give a negative p, but predicted ratios may. Entries of p
+        below 1e-14 times the entry of s are raised to this value, so that every probability is
+        positive and its logarithm has a gradient. Then p is normalized. Rounding errors of s are
+        multiplied by the condition number of K. Components of p that K shrinks to less than 1e-13
+        cannot be recovered from s, and p is uniform in these components.
         """
         num_tokens = self.vocabulary.num_tokens
         s = score.log_ratio.double().softmax(-1)
@@ -507,15 +507,15 @@ class ForwardProcess(ABC):
         return joint.log_softmax(-1)
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the latest time before t at which z_t may change, per row, from uniforms u [r].
+        """Draw for each row the latest time s < t at which z_t may change, from uniforms u [r].
 
-        P(no event in (s,t]) = u at the returned time s. The time is 0 if z_t does not change. No
-        network is evaluated.
+        The time s is the solution of P(no event in (s,t]) = u. The result is 0 if z_t does not
+        change. No network is evaluated.
         """
         raise ArgumentError(self._no_events_message("event_time"))
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the state after the candidate event at t, which may be z_t itself.
+        """Draw the state after a candidate event at time t; it may equal z_t.
 
         u is [r, uniforms_per_event]. The network is queried at most once.
         """
@@ -597,7 +597,7 @@ class ForwardProcess(ABC):
         return log_p.scatter(-1, x0.unsqueeze(-1), 0.0)
 
     def _inward_rates(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return Q_t[y, z_t] [r,S] for y != z_t, and 0 at z_t."""
+        """Return the rates Q_t[y,z_t] [r,S] from each state y into z_t, and 0 at y = z_t."""
         column = self.rates(interior(t)).column(zt)
         return column.scatter(-1, zt.unsqueeze(-1), 0.0)
 
@@ -619,7 +619,11 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return log( p(x) q_t(z_t|x) ) [r,V], the unnormalized weights of `decode`."""
+        """Return the logs of the unnormalized probabilities of the tokens in `decode`, [r,V].
+
+        The probability of token x is proportional to p(x) q_t(z_t|x), for the predicted
+        distribution p.
+        """
         log_p = self._log_clean(prediction, t)
         return log_p + self.log_likelihood(zt, t).to(log_p.dtype)
 

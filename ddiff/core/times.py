@@ -83,13 +83,13 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        """Draw the times of B samples. Samples in different strata get different parts of [0,1].
+        """Draw the times of B samples, stratified over `slots` strata.
 
         Args:
             clock: information time of the process, which gives t and dt/dtau at each tau.
             rng: random generator of the samples.
             slot: [B] number of the stratum of each sample.
-            slots: number of strata, the size of the global batch or the number of draws of a
+            slots: number of strata: the size of the global batch, or the number of draws of a
                 document. A tensor [B] holds one number per sample.
             length: number of positions L.
         """
@@ -533,10 +533,10 @@ def jointly_stratified(
 
     - The numbers of one sample are evenly spaced.
     - The numbers of one window are stratified over the slots.
-    - All numbers together have one number in each of slots * count cells.
+    - All numbers together are stratified: each of slots * count equal cells of [0,1) holds one.
 
-    The cells are rotated by a random number per group of samples. Without this rotation, the
-    numbers of a window would lie in one cell of each of its strata only.
+    All numbers are shifted cyclically in [0,1) by a random amount per group of samples. Without
+    this shift, the numbers of a window would lie in only one cell of each of its strata.
     """
     u = rng.uniform("time")[:, :1]
     if count == 1:

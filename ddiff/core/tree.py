@@ -14,7 +14,7 @@ Notation:
   the sum of a part A_ij at the ancestor of y and a remainder r_ij that does not depend on y.
 - density: integrand of the bound per unit of time.
 
-With the level l of the state z, and a state y one level below z:
+Let l be the level of the state z, and y a state one level below z. Then
 
     kappa_ij(y,z) = A_ij 1[anc_j(y) = z] + r_ij(z)
     q_t(z|x)      = pi_l(t) kappa_0l(x,z)
@@ -300,7 +300,7 @@ class TreeProcess(ForwardProcess):
         if not self.parents.is_deterministic:
             return torch.full_like(zt, self.vocabulary.root)
         # At tokens nothing is predicted. If q_0 is not the clean token, the decoding term queries
-        # the rows of tokens too, and their query node is the parent.
+        # the rows of tokens too, below their parents.
         return torch.where(self.active(zt), zt, self.vocabulary.parent(zt))
 
     # ------------------------------------------------------------------ information

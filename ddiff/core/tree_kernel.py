@@ -1,8 +1,8 @@
 """Kernel on a vocabulary tree, with one block per pair of levels.
 
-A kernel moves a position from level i to level j with the probability or rate K_ij. If it moves
-from node y of level i to level j, it gets to node z with the probability kappa_ij(y,z) (see
-`ddiff.core.tree_parents`).
+A kernel moves a position from level i to level j with the probability or rate K_ij. A position that
+moves from node y of level i to level j gets to node z of level j with probability kappa_ij(y,z)
+(see `ddiff.core.tree_parents`).
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Vocabulary:
         return self.order(below)[int(start) : int(stop)]
 
     def num_children(self, ids: Tensor) -> Tensor:
-        """Return the number of ids one level below each id; 0 for tokens."""
+        """Return the number of children of each id, which are one level below it; 0 for tokens."""
         return self._table("num_children", ids.device)[ids]
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
