@@ -5,9 +5,9 @@ time (`ddiff.core.information`): all times then contribute about equally to the 
 estimator has no heavy tails.
 
 The diffusion term of the bound is an integral over a window of times, [1e-3, 1 - 1e-3] by default.
-The decoding term (-ln P of the tokens at the start of the window) accounts for the
-times before the window. The closing term (KL divergence at the end of the window) accounts for the
-times after it. The sum of all terms is therefore a bound for any window.
+The decoding term (-ln P of the tokens at the start of the window) accounts for the times before the
+window. The closing term (KL divergence at the end of the window) accounts for the times after it.
+The sum of all terms is therefore a bound for any window.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ Window = tuple[float, float]
 Path = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Function (v [n] in [0,1], position) -> (place, derivative of the place by v).
 
-The place in [0,1] is linear in logit t and runs from the start to the end of the window."""
+The place is logit t, rescaled to [0, 1] over the window of noise times."""
 Table = Callable[[Tensor, Tensor], Tensor]
 """Network as a function: (zt [B,L], t [B,L]) -> log_p [B,L,V]."""
 
@@ -200,9 +200,9 @@ def straight_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return (v, 1), the path on which all positions have the same time.
+    """Return logit t, rescaled to [0, 1] over the window, and its derivative by v: (v, 1).
 
-    The results are the place on the logit-t axis of the window and its derivative by v.
+    All positions have the same time.
     """
     return v, torch.ones_like(v)
 
@@ -211,10 +211,9 @@ def bent_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the place and its derivative by v, on a path that depends on the position.
+    """Return logit t, rescaled to [0, 1] over the window, and its derivative by v.
 
-    The place is on the logit-t axis of the window. At both ends of the window, all positions have
-    the same time.
+    Even and odd positions have different times, except at the ends of the window, v = 0 and v = 1.
     """
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
@@ -294,7 +293,8 @@ def _times_of_nodes(
 ) -> tuple[Tensor, Tensor]:
     """Return the noise times [n,L] and the speeds [n,L] at the quadrature nodes v [n].
 
-    The speed of a position with noise time t is dt/dv times the quadrature weight of the node.
+    The speed of a position with noise time t is dt/dv times `weight`, the quadrature weight of the
+    node. `path` gives the time of each position.
     """
     # rates are evaluated at interior times only
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
@@ -666,10 +666,10 @@ def weights_are_level_flows(
     """Check that the expected weight of a level integrates to the probability of entering it.
 
     The law applies to tree processes. The integrand of the bound is weight * divergence. The
-    expected weight of a level is the sum over the states of the level of probability * weight. Let
-    F_l(t) be the probability of having reached level l by time t. The integral of the expected
-    weight of level l over a window (t0, t1) must be F_l(t1) - F_l(t0), the probability that a token
-    enters level l within the window. Tolerance 1e-8: the quadrature has an error of 1e-9.
+    expected weight of a level is the sum of probability * weight over its states. F_l(t) is the
+    probability of having reached level l by time t. The integral of the expected weight of level l
+    over a window (t0, t1) must be F_l(t1) - F_l(t0), the probability that a token enters level l
+    within the window. Tolerance 1e-8: the quadrature has an error of 1e-9.
     """
     if not isinstance(process, TreeProcess):
         return

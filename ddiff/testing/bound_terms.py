@@ -493,10 +493,10 @@ def terms_have_their_expectations(
     The expectation is computed by enumeration over all states. The closing, diffusion and decoding
     terms are compared separately at each position, on the window [0, 1] of noise times and on a
     window inside it. At positions that are not scored, the tokens must stay unchanged and the terms
-    must be 0. Each channel of the random generator must be used for one draw only. The mean of a
-    term is estimated from `points` Sobol points. Its error is divided by the allowed error: 0.5 %
-    of the term, plus two standard errors of a mean over the same number of random points. Tolerance
-    1: means over Sobol points reach about half of the allowed error.
+    must be 0. Each channel (named stream of uniforms) of the random generator must be used for one
+    draw only. The mean of a term is estimated from `points` Sobol points. Its error is divided by
+    the allowed error: 0.5 % of the term, plus two standard errors of a mean over the same number of
+    random points. Tolerance 1: means over Sobol points reach about half of the allowed error.
     """
     table = sensitive_table(process)
     # the sequences have the first, middle and last token at either position
@@ -546,8 +546,8 @@ def _moment_gaps(
 ) -> Iterator[Gap]:
     """Compare the mean of a drawn term [n,points,L] over the points with its exact expectation.
 
-    Means are compared at each position of each sequence, and in the sum over all sequences.
-    `labels` are printed with a difference.
+    Means are compared at each position of each sequence, and in the sum over all sequences. `x0`
+    and `labels` describe the place of a difference in the report.
     """
     points = drawn.shape[1]
     got = drawn.mean(1)

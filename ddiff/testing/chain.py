@@ -99,7 +99,7 @@ def kernel_gaps(
     """Compare the methods `dense`, `column`, `row` and `apply` of a kernel with one matrix.
 
     The matrix is built from the results of `row` for single states. `column` and `row` are compared
-    at the states `ids` [r]. `labels` are printed with a difference.
+    at the states `ids` [r]. `labels` describe the place of a difference in the report.
     """
     states = torch.arange(kernel.num_states)
     # single rows are the definition, because a subclass may override `dense`
@@ -254,9 +254,8 @@ def ends_are_approached(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the marginals are continuous at t = 0 and t = 1.
 
     A jump at t = 0 or t = 1 would have a cost that the bound does not include. Let d(e) be the
-    distance between the marginal at a time difference e from an end and the marginal at the end.
-    The error is d(1e-12) / d(1e-9), or 0 if d(1e-12) is below 1e-7, the error of a numerical
-    transition.
+    difference of the marginals at t = e and t = 0, or at t = 1 - e and t = 1. The error is d(1e-12)
+    / d(1e-9). It is 0 if d(1e-12) is below 1e-7, the error of a numerical transition.
 
     Tolerance 0.8: for a jump, the ratio is 1. If the marginal approaches its value at t = 1 as
     (1-t)^a, the ratio is 10^(-3a), which is below 0.8 for a >= 0.04.

@@ -288,7 +288,7 @@ def _make_samplers(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make one instance for each small process that the sampler accepts."""
+    """Make one instance for each process of `small_processes` that the sampler accepts."""
 
     def build(vocabulary: Vocabulary, steps: int) -> Any:
         return spec.build(steps=steps, vocabulary=vocabulary)

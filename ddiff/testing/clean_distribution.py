@@ -35,7 +35,7 @@ def _level_of(vocabulary: Vocabulary, node: int) -> int:
 
 
 def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
-    """Return all pairs (node, level) of a node and a level below it, within a prediction.
+    """Return all pairs (node, level) of a predicted node and a level below this node.
 
     The nodes are `prediction.top`, below which the prediction was made, and all its descendants
     that are not tokens.
@@ -100,11 +100,11 @@ def masses_add_up(prediction: CleanDistribution) -> Iterator[Gap]:
 def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that log_child(node, child) is log P(child) - log P(node).
 
-    The child may be any descendant of the node. If child and node are equal, `log_child` must be 0.
-    The query node is the node below which the distribution was predicted. For its children one
-    level below, `log_step` must agree with `log_child`. If the query node is the root,
-    `log_prob(child)` must be log P(child). Tolerance 1e-10: float64 rounding of sums of
-    exponentials.
+    P(node) is the predicted probability that the token is below the node. The child may be any
+    descendant of the node. If child and node are equal, `log_child` must be 0. The query node is
+    the node below which the distribution was predicted. For its children one level below,
+    `log_step` must agree with `log_child`. If the query node is the root, `log_prob(child)` must be
+    log P(child). Tolerance 1e-10: float64 rounding of sums of exponentials.
     """
     rows = len(prediction.log_below(0))
     vocabulary = prediction.vocabulary

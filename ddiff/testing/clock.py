@@ -54,12 +54,12 @@ def clock_ends(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: inflow = derivative of the fraction that has entered", tolerance=1e-9)
 def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
-    """Check that `inflow` is the time derivative of F_l(t).
+    """Check that `inflow` is the time derivative of the probability of having reached a level.
 
-    F_l(t) is the probability that a token has reached level l by time t. The difference F_l(t) -
-    F_l(t/1000) is compared with the integral of the inflow into level l from t/1000 to t. The error
-    is relative to the integral, so that the law also detects small errors at t = 1e-6, where F_l is
-    small. Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
+    Let F_l(t) be the probability that a token has reached level l by time t. The difference F_l(t)
+    - F_l(t/1000) is compared with the integral of the inflow into level l from t/1000 to t. The
+    error is relative to the integral, so that the law also detects small errors at t = 1e-6, where
+    F_l is small. Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:

@@ -265,10 +265,10 @@ def posterior_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: decode_nll", tolerance=1e-9)
 def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that an overridden `decode_nll` is -ln P(x|z), the posterior of token x given state z.
+    """Check that an overridden `decode_nll` is -ln P(x|z) for the posterior P of token x.
 
-    The posterior P(x|z) is p(x) q_t(z|x), normalized over x, where p is the prediction. The factor
-    q_t(z|x) must not be omitted. The error is relative. Tolerance 1e-9: float64 rounding.
+    Given a state z, P(x|z) is p(x) q_t(z|x), normalized over x, where p is the prediction. The
+    factor q_t(z|x) must not be omitted. The error is relative. Tolerance 1e-9: float64 rounding.
     """
     if is_overridden(process, "decode_nll"):
         rows = ReachableRows(process, times(INNER, ENDS, (1e-6,)))

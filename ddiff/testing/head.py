@@ -64,7 +64,7 @@ class HeadRows(NamedTuple):
         prediction: CleanDistribution,
         idx: Tensor,
     ) -> Tensor:
-        """Return (log P)^2 - log P for the rows idx, where P = P(token | node) is predicted.
+        """Return (log P)^2 - log P for the rows idx, where P is the predicted P(token | node).
 
         The square makes the gradient depend on the value, which exposes wrong gradients.
         """
@@ -117,7 +117,7 @@ def _query_values(
 def scopes_agree(head: Head) -> Iterator[Gap]:
     """Check that a query below a node gives the same probabilities as a query at the root.
 
-    Both queries are compared in (log P)^2 - log P for P = P(token | node). The error is relative.
+    The compared values are (log P)^2 - log P, where P is P(token | node). The error is relative.
     Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)

@@ -100,14 +100,15 @@ def tau_is_the_share_lost(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("bound: extreme noise times hold little of the variance", tolerance=0.4)
 def variance_has_no_tail(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that extreme noise times contribute at most 0.4 of E[(speed * density)^2].
+    """Check that extreme noise times contribute at most 40 % of the bound's second moment.
 
-    The noise time t is drawn as a function of a uniform v in [0, 1], by `information_time.draw`.
-    The speed is dt/dv, and the density is the integrand of the bound, for a network that predicts
-    the uniform distribution. Extreme times are those with v below 0.01 or above 0.99. If they
-    contribute a larger fraction, most estimates of the bound miss a few large terms and are too
-    low. Tolerance 0.4: the fraction is below 0.35 for every process of ddiff, and it would be
-    between 0.5 and 1 if t were drawn uniformly.
+    The second moment is E[(speed * density)^2] for a network that predicts the uniform
+    distribution. The noise time t is drawn as a function of a uniform v in [0, 1]
+    (`information_time.draw`), the speed is dt/dv, and the density is the integrand of the bound.
+    Extreme times are those with v below 0.01 or above 0.99. If they contribute a larger fraction,
+    most estimates of the bound miss a few large terms and are too low. Tolerance 0.4: the fraction
+    is below 0.35 for every process of ddiff, and it would be between 0.5 and 1 if t were drawn
+    uniformly.
 
     Remedy for a broken law: correct the overridden `information` and `change_probability`, or let
     the window start later.

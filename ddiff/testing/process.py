@@ -106,8 +106,8 @@ def check_process(process: ForwardProcess) -> list[LawReport]:
     """Apply every law for processes to a small instance (at most 64 states), in float64.
 
     The report of a broken law has `passed = False`. A law also counts as broken if the process
-    raises an exception in it. If the process declares `exact_step = False`, its reverse steps are
-    not exact, and the laws in `LAWS_OF_EXACT_STEPS` are not applied.
+    raises an exception during the test. If the process declares `exact_step = False`, its reverse
+    steps are not exact, and the laws in `LAWS_OF_EXACT_STEPS` are not applied.
 
     Raises ArgumentError for an instance with more than 64 states.
     """

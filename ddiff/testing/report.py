@@ -122,18 +122,18 @@ Measure = Callable[..., Iterator[Gap]]
 
 
 class Law:
-    """Law with a name: a call with an object (and options) returns a `LawReport`.
+    """Property that the conformance kit tests. A call with an object returns a `LawReport`.
 
-    A law fails if its largest error exceeds its tolerance, or if `measure` raises an exception,
+    A law is broken if its largest error exceeds its tolerance, or if `measure` raises an exception,
     since code that relies on the law would raise the same exception.
 
     Args:
         name: name of the law in reports.
         tolerance: largest allowed error.
-        measure: generator function, object -> `Gap` objects. Its docstring states the property and
-            the reason for the tolerance. If it has an argument `finer`, a factor on the number of
-            quadrature nodes, a failed law is evaluated a second time with `finer=FINER`, because a
-            steep integrand is not a fault.
+        measure: generator function that maps an object (and options) to `Gap` objects. Its
+            docstring states the property and the reason for the tolerance. If it has an argument
+            `finer`, a factor on the number of quadrature nodes, a failed law is evaluated a second
+            time with `finer=FINER`, because a steep integrand is not a fault.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Laws of the reverse-time chain: decoding of scores, reverse rates, forward steps and events."""
+"""Laws of the reverse-time chain: decoding of scores, reverse rates, forward steps and events.
+
+An event is a time at which the reverse chain may change its state (`event_time`, `event`).
+"""
 
 from __future__ import annotations
 
@@ -199,8 +202,8 @@ def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
 
     `decode_nll` and `closing_kl` of the score must equal those of the distribution. For the score,
     `weight` times `divergence` must equal `density`, the integrand of the bound. Errors are
-    relative. The error of `decode_nll` is also relative to `condition_number`. Tolerance 1e-9:
-    float64 rounding.
+    relative. The error of `decode_nll` is also relative to `condition_number`, which is large if
+    the noise hides the clean token. Tolerance 1e-9: float64 rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -370,8 +373,8 @@ def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
 def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     """Check that reverse rates, integrated from t to s, give the probabilities `reverse_log_probs`.
 
-    The law uses a prediction that is the same in all states z. Only then, reverse rates and
-    `reverse_log_probs` describe the same chain. Tolerance 1e-6: the 4th-order integrator has an
+    The law uses a prediction that is the same in all states z, because only then the reverse rates
+    and `reverse_log_probs` describe the same chain. Tolerance 1e-6: the 4th-order integrator has an
     error of 1e-8.
     """
     vocabulary = process.vocabulary

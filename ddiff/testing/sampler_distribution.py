@@ -240,7 +240,7 @@ def measure_sampler(
     drawn.
 
     Args:
-        sampler: sampler.
+        sampler: sampler to measure.
         process: forward process.
         joint: [V,V] joint distribution of two tokens, for which the network is exact.
         points: number of draws per step, or of whole samples.

@@ -81,10 +81,10 @@ def one_minus_alpha_is_accurate(
 ) -> Iterator[Gap]:
     """Check that one_minus_alpha(t) is 1 - alpha(t), with full relative accuracy near t = 0.
 
-    The sum of one_minus_alpha and alpha must be 1. This sum does not show errors of a small
-    one_minus_alpha. Its growth from t/1000 to t is therefore also compared with the integral of
-    -d_alpha, relative to one_minus_alpha(t). `finer` is a factor on the number of quadrature nodes.
-    Tolerance 1e-9: the quadrature has an error of 1e-11.
+    The sum of one_minus_alpha and alpha must be 1, but the sum does not show relative errors of a
+    small one_minus_alpha. The growth of one_minus_alpha from t/1000 to t is therefore also compared
+    with the integral of -d_alpha, relative to one_minus_alpha(t). `finer` is a factor on the number
+    of quadrature nodes. Tolerance 1e-9: the quadrature has an error of 1e-11.
     """
 
     def growth(t: Tensor) -> Tensor:

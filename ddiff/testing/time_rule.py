@@ -201,9 +201,9 @@ def parts_are_balanced(rule: TimeRule) -> Iterator[Gap]:
     """Check that eight contiguous parts of a batch have nearly the same mean noise time.
 
     The parts stand for ranks or micro-batches. Each noise time is rescaled to [0, 1] over the
-    window of its position. Clean positions count as 0, and positions at the prior as 1. Tolerance
-    0.15: with 8 samples per part in van der Corput order, means differ by up to 1/8. If each part
-    drew a contiguous slice of times, means would differ by 0.45.
+    window of its position. Clean positions count as 0, and positions whose state is drawn from the
+    prior count as 1. Tolerance 0.15: with 8 samples per part in van der Corput order, means differ
+    by up to 1/8. If each part drew a contiguous slice of times, means would differ by 0.45.
     """
     drawn = _draw_batch(rule)
     first, last = _window(rule)
@@ -223,9 +223,9 @@ def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
     """Check that the noise times t of `rule.at(tau)` never decrease and grow at the declared speed.
 
     tau runs from 0 to 1. Each position must first be clean, then pass through its window of noise
-    times, and then be at the prior. Within the window, difference quotients of t are compared with
-    the speed dt/dtau. Tolerance 1e-9: difference quotients of straight lines have an error of
-    1e-10.
+    times, and then be at the prior, with a state drawn from the prior. Within the window,
+    difference quotients of t are compared with the speed dt/dtau. Tolerance 1e-9: difference
+    quotients of straight lines have an error of 1e-10.
     """
     tau = torch.linspace(0.0, 1.0, 241, dtype=torch.float64)
     path = rule.at(IdentityTime(), tau, LENGTH)
@@ -254,9 +254,10 @@ def paths_move_forward(rule: TimeRule) -> Iterator[Gap]:
 def prior_positions_are_hidden(rule: TimeRule) -> Iterator[Gap]:
     """Check that no scored position attends to a position whose state is drawn from the prior.
 
-    A position attends to its own block and to earlier blocks. Block numbers must not decrease from
-    left to right. Clean positions must be in earlier blocks than every scored position, and
-    positions at the prior must be in later blocks. Tolerance 0: block numbers are integers.
+    The bound scores a position if its speed (weight in the bound) is above 0. A position attends to
+    its own block and to earlier blocks. Block numbers must not decrease from left to right. Clean
+    positions must be in earlier blocks than every scored position, and positions with states from
+    the prior must be in later blocks. Tolerance 0: block numbers are integers.
     """
     path = rule.at(
         IdentityTime(),
