@@ -1,10 +1,10 @@
 """Diffusion transformer (DiT, arXiv 2212.09748) as a backbone.
 
-Pre-norm blocks with adaLN-zero modulation, rotary positions and full attention. One network maps
-times and conditions to modulation vectors that all blocks share, and every block adds six learned
-vectors to them (arXiv 2310.00426). Every position may have its own noise time. With the
-shared network, the modulation then costs one matrix product per forward pass instead of one per
-block.
+Pre-norm blocks with adaLN-zero modulation, rotary positions and full attention. Unlike in the
+original DiT, one network computes the modulation vectors (shift, scale and gate) from noise times
+and conditions for all blocks, and every block adds learned vectors to them (arXiv 2310.00426).
+Since every position may have a separate noise time, a modulation network per block would cost a
+matrix product over all positions in every block.
 
 Shapes: B sequences, L positions, `width` channels.
 """
@@ -57,7 +57,7 @@ ExtendCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Condition(ComponentConfig):
-    """Condition of a sample or of each position: a label or a vector."""
+    """Settings of one condition of the network: a label or a vector, per sample or per position."""
 
     classes: PositiveInt | None = None
     """Number of labels, for a condition that is a label."""
@@ -84,8 +84,9 @@ class DiT(Backbone):
     """Diffusion transformer: state ids [B,L] and times t [B,L] -> hidden states [B,L,width].
 
     A state is a token, the mask, or on a tree a node of any level. With `time=False` the hidden
-    states do not depend on t. Embeddings of conditions are added to the embedding of t. An absent
-    condition (label -1, vector NaN, or not in the context) adds a learned vector.
+    states do not depend on t. The embedding of every condition is added to the embedding of t. If a
+    condition is absent (label -1, vector NaN, or not in the context), a learned vector replaces its
+    embedding.
 
     Raises ArgumentError if width is not a multiple of 2 * heads.
     """
@@ -127,9 +128,9 @@ class DiT(Backbone):
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> DiT:
-        """Build the backbone of a recipe.
+        """Build the backbone that the settings of a recipe describe.
 
-        `length` is not used, since rotary positions do not limit the length of a sequence.
+        `length`, the number of positions, is not used: rotary positions work for any length.
         """
         width, layers = SIZES[config.size]
         width = config.width or width
@@ -204,7 +205,8 @@ class DiT(Backbone):
 class Block(nn.Module):
     """Transformer block: x + gate * attention(norm(x)), then x + gate * MLP(norm(x)).
 
-    Gates are zero at initialization, so that the block starts as the identity.
+    The norms are modulated by a shift and a scale. Gates are zero at initialization, so that the
+    block starts as the identity.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -257,10 +259,11 @@ class Block(nn.Module):
 class Modulation(nn.Module):
     """Modulation network: noise times [B,L] and conditions -> eight vectors [B,L or 1,width].
 
-    All blocks share the first six vectors; the last two are for the final norm. A noise time is
-    embedded as sines and cosines at 32 frequencies from 1 to 256 radians per unit of t, followed by
-    an MLP of width 128. A label selects a row of a table, a vector is mapped linearly. The sum of
-    the embeddings is multiplied by a matrix that is zero at initialization.
+    All blocks share the first six vectors: shift, scale and gate of the attention, then those of
+    the MLP. The last two are shift and scale of the final norm. A noise time is embedded as sines
+    and cosines at 32 frequencies from 1 to 256 radians per unit of t, followed by an MLP of width
+    128. The embeddings of conditions are added (see `ConditionEmbedding`), and a linear map that is
+    zero at initialization makes the vectors from the sum.
     """
 
     frequencies: Tensor
@@ -304,8 +307,8 @@ class Modulation(nn.Module):
 class ConditionEmbedding(nn.Module):
     """Embedding [B,L or 1,128] of one condition.
 
-    A label selects a row of a table, a vector is mapped linearly. An absent condition is embedded
-    as a learned vector.
+    A label selects a row of a table, and a vector is mapped linearly. A learned vector is the
+    embedding of an absent condition.
     """
 
     def __init__(self, name: str, condition: Condition) -> None:
@@ -350,7 +353,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class Channels(nn.Linear):
-    """Linear map to the channels of a modulation, initialized to zero."""
+    """Linear map to modulation vectors, initialized to zero and trained by AdamW, not Muon."""
 
     # AdamW instead of Muon trains the matrix: its rows are independent channels.
     is_table = True
@@ -361,11 +364,16 @@ class Channels(nn.Linear):
 
 
 class Rotation:
-    """Rotary position embedding (arXiv 2104.09864) for x [B,L,...,w] with w channels.
+    """Rotary position embedding (arXiv 2104.09864) of queries or keys [B,L,...,w].
 
-    Channels i and i + w/2 are rotated by the angle position * base^(-2i/w), with base 10,000. The
-    product of a rotated query and a rotated key depends only on the difference of their positions.
-    Position numbers therefore need not restart at every packed document.
+    Channels i and i + w/2 of the w channels are rotated by the angle position * base^(-2i/w), where
+    base is 10,000. The product of a rotated query and a rotated key depends only on the difference
+    of their positions. Positions therefore need not restart at 0 in every packed document.
+
+    Args:
+        x: a tensor with the device and dtype of the queries.
+        width: number w of channels of a query.
+        positions: [L] position numbers.
     """
 
     def __init__(self, x: Tensor, width: int, positions: Tensor) -> None:
@@ -394,7 +402,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_shared(own: Tensor, shared: ModulationVectors | None) -> ModulationVectors:
-    """Add the shared vectors, if not None, to the n vectors `own` [n,1,width] of a block."""
+    """Return the n modulation vectors of a block: its own `own` [n,1,width] plus the shared ones.
+
+    `shared` is None if there is no modulation network.
+    """
     if shared is None:
         return own.unbind()
     return tuple(vector + common for vector, common in zip(own, shared))

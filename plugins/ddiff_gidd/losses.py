@@ -1,6 +1,6 @@
-"""Dynamic training weights of GIDD (arXiv 2503.04482).
+"""Training loss with the dynamic weights of GIDD (arXiv 2503.04482).
 
-The reported bound does not use training weights.
+The loss is used for training only. Evaluation reports the NELBO, without these weights.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ WIDEST = 20.0
 class Dynamic(TrainingLoss[ForwardProcess]):
     """Training loss with the dynamic weights of GIDD, clipped to a range.
 
-    The loss is a weight times the divergence of `divergence`. The weight depends on the state:
+    The loss of a position is a weight times a divergence (see `divergence`). The weight depends on
+    the noisy state of the position:
 
         mask                2
         another token       1
         the clean token     b e^(gamma L/2)
 
-    gamma is the exponent of the process, and b is `Mixing.per_token`. The setting `clean` selects
-    L, where alpha is the probability that a token is clean at time t:
+    gamma is the exponent of the process, b is `Mixing.per_token`, and L depends on the noise time
+    t. Let alpha(t) be the probability that a token is clean at time t. The setting `clean` selects
+    L:
 
     - "snr": L = -ln(alpha/(1 - alpha)). For gamma = 1 and little uniform noise, the weights are
-      then 2 t (1 - t) times those of the bound.
-    - "sigmoid": L = 1/(1 + e^t), as in the current published code. The weight at the clean token
-      then hardly depends on t.
+      then 2 t (1 - t) times those of the NELBO.
+    - "sigmoid": L = 1/(1 + e^t), as in the current code of the GIDD authors. The weight at the
+      clean token then hardly depends on t.
     """
 
     class Config(ComponentConfig):
@@ -84,10 +86,10 @@ class Dynamic(TrainingLoss[ForwardProcess]):
     def divergence(
         self, process: ForwardProcess, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho, as published.
+        """Return KL( q_t(.|x) || q_t-bar ) + rho - 1 - ln rho [r], as in the paper.
 
-        q_t-bar is the marginal of z_t if x follows the predicted distribution, and
-        rho = q_t(z_t|x)/q_t-bar(z_t).
+        q_t(.|x) is the distribution of z_t given the clean token x, and q_t-bar is its mean over x
+        under the predicted distribution. rho is q_t(z_t|x)/q_t-bar(z_t).
         """
         return _require_gidd(process).mismatch(prediction, x0, zt, t)
 

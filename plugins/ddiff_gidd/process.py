@@ -1,8 +1,8 @@
 """Generalized interpolating diffusion: masks and uniform noise (arXiv 2503.04482).
 
 At time t a state is the clean token with probability alpha(t), the mask with probability c_mask(t)
-and a uniformly drawn token with probability c_tokens(t). c_tokens is 0 at both ends of time and
-largest in the middle; gamma sets how broad this peak is.
+and a uniformly drawn token with probability c_tokens(t). c_tokens is 0 at t = 0 and t = 1 and has a
+peak in between. The exponent gamma sets the width of the peak: smaller values are broader.
 """
 
 from __future__ import annotations
@@ -33,28 +33,34 @@ MOST_AT_ONCE = 0.02
 
 
 class Mixing(Protocol):
-    """Probabilities of clean token, mask and uniform noise as functions of time."""
+    """Interface of mixings: probabilities of clean token, mask and uniform token at time t."""
 
     @property
     def gamma(self) -> float: ...
 
     @property
     def per_token(self) -> float:
-        """Coefficient b: height of the peak of uniform noise, per token.
+        """Coefficient b: size of the peak of uniform noise for each token.
 
-        The dynamic training weights use b.
+        The training loss `Dynamic` uses b in its weights.
         """
 
     def shares(self, t: Tensor) -> Tensor:
-        """Return alpha, c_mask and c_tokens [r,3] at times t [r]; each row sums to 1."""
+        """Return the probabilities [r,3] of clean token, mask and uniform token at times t [r].
+
+        The columns are alpha, c_mask and c_tokens. Each row sums to 1.
+        """
 
 
 @final
 @dataclass(frozen=True)
 class CurrentMixing:
-    """Mixing of the current published code: alpha, c_mask, c_tokens = (1 - t, t, c)/(1 + c).
+    """Mixing of the current code of the GIDD authors.
 
-    Here c = B (t (1 - t))^(gamma/2), with B = 2^gamma p_uniform/(1 - p_uniform) as `height`.
+    (alpha, c_mask, c_tokens) = (1 - t, t, c)/(1 + c)
+
+    Here c = `height` * (t (1 - t))^(gamma/2), and `height` is 2^gamma p_uniform/(1 - p_uniform).
+    Uniform noise then has the probability p_uniform at t = 1/2.
     """
 
     p_uniform: float
@@ -77,14 +83,13 @@ class CurrentMixing:
 @final
 @dataclass(frozen=True)
 class OriginalMixing:
-    """Mixing of the older published code.
+    """Mixing of an older version of the code of the GIDD authors.
 
-    alpha, c_mask, c_tokens = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c)
+    (alpha, c_mask, c_tokens) = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c)
 
-    N is the number of tokens, w in [0,1] the time of the published code, v = 1 - w,
-    c = b (v w)^(gamma/2) and b = `per_token`. alpha is 0 where v^(gamma/2) = b w^(gamma/2), at
-    w = 1/(1 + b^(2/gamma)), and would be negative for larger w. The time t of this class is
-    t = w (1 + b^(2/gamma)), so that alpha = 0 at t = 1.
+    Here N is the number of tokens, w is the time in that code, v = 1 - w, b = `per_token` and
+    c = b (v w)^(gamma/2). In that code w runs from 0 to 1, but alpha would be negative for w above
+    w_1 = 1/(1 + b^(2/gamma)). The time of this class is t = w/w_1, so that alpha = 0 at t = 1.
     """
 
     p_uniform: float
@@ -116,9 +121,11 @@ MIXINGS: dict[Form, type[CurrentMixing] | type[OriginalMixing]] = {
 
 
 class GeneralizedInterpolation(ComponentProcess):
-    """Process with q_t(.|x) = alpha delta_x + c_mask delta_mask + c_tokens (uniform over tokens).
+    """Generalized interpolating diffusion: masks and uniform noise with probabilities of a mixing.
 
-    A `Mixing` defines alpha, c_mask and c_tokens. The density of the bound is exact.
+    The marginal is q_t(.|x) = alpha delta_x + c_mask delta_mask + c_tokens Unif, where Unif is the
+    uniform distribution over the tokens. A `Mixing` defines alpha, c_mask and c_tokens as functions
+    of t.
     """
 
     class Config(ComponentConfig):

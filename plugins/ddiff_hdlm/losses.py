@@ -1,6 +1,6 @@
-"""Training losses of the published code of hierarchical diffusion (arXiv 2510.08632).
+"""Training losses of the code of hierarchical diffusion (arXiv 2510.08632).
 
-The reported bound does not use these losses.
+They are used for training only. Evaluation reports the NELBO.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def _require_tree(process: ForwardProcess, name: str, levels: int | None = None)
 
 @final
 class Empirical(TrainingLoss[ForwardProcess]):
-    """Training loss with fitted weights of the paper: t^2 - t + 3 at masks, 3 - 2t at clusters.
+    """Training loss with the empirical weights of the paper.
 
-    These weights replace the weights of the bound; the divergence is that of the bound. The tree
-    must have two levels above the tokens.
+    The weight is t^2 - t + 3 at a mask and 3 - 2t at a cluster, in place of the weights of the
+    NELBO. The tree must have two levels above the tokens: clusters and the mask.
     """
 
     @classmethod
@@ -51,9 +51,11 @@ class Empirical(TrainingLoss[ForwardProcess]):
 
 @final
 class HardTokens(TrainingLoss[ForwardProcess]):
-    """Training loss -ln P(token | node) at nodes of every level, with the bound's weight, clipped.
+    """Training loss that predicts the token, not only the next lower level of the tree.
 
-    In the bound, only the child of the node is predicted: at a mask the cluster, not the token.
+    The loss of a position is -ln P(token | node), where the node is its noisy state, times the
+    weight of the NELBO clipped to at most `largest`. The NELBO itself would score the child of the
+    node: the cluster at a mask, and the token at a cluster.
     """
 
     class Config(ComponentConfig):

@@ -1,9 +1,13 @@
 """Hierarchical diffusion (arXiv 2510.08632): tokens become clusters, coarser clusters, the mask.
 
-Level 0 contains the tokens, and level L is the mask. pi_l(t) is the probability that a position is
-at level l at time t, and F_l = pi_l + ... + pi_L the probability that it has reached level l. The
-hazard of a level is the rate at which a position leaves the level for the next one. It then moves
-to the parent of its node with probability xi, and otherwise to another node of the parent's level.
+The states form a tree. Level 0 contains the tokens, the levels above contain clusters, and the
+highest level L is the mask. Symbols:
+
+    pi_l(t)    probability that a position is at level l at time t
+    F_l(t)     probability that a position has reached level l by time t: pi_l + ... + pi_L
+    hazard     rate at which a position at a level moves to the next higher level
+    xi         probability that such a move leads to the parent of the present node, and not to
+               another node of the parent's level
 """
 
 from __future__ import annotations
@@ -35,15 +39,22 @@ Power = Annotated[float, Field(ge=0.3, le=10.0)]
 
 @final
 class HierarchicalDiffusion(TreeProcess):
-    """Hierarchical diffusion: a tree process whose tokens have the hazard gamma/(1 - t).
+    """Hierarchical diffusion: positions move from tokens to clusters and on to the mask.
 
-    Nodes above the tokens have the hazard 1/(1 - t). With u = 1 - t, the probability of a token is
-    pi_0 = u^gamma (alpha of the paper). With two levels above the tokens, the probability of
-    clusters is pi_1 = gamma (u - u^gamma)/(gamma - 1) (beta_c), or the limit -u ln u at gamma = 1,
-    and the probability of the mask is pi_2 = 1 - pi_0 - pi_1 (beta_m).
+    One of three settings gives the rates of these moves:
 
-    Two other settings replace gamma. With `rates`, level l has the hazard rates_l/(1 - t). With
-    `powers`, F_l = t^powers_l.
+    - gamma: tokens become clusters at the rate gamma/(1 - t), and clusters move up at the rate
+      1/(1 - t).
+    - rates: states of level l move up at the rate rates[l]/(1 - t).
+    - powers: a position has reached level l by time t with the probability t^p, where p is
+      powers[l - 1].
+
+    On a tree of tokens, clusters and the mask, gamma gives the following probabilities at time t,
+    where u = 1 - t and the symbols of the paper are in brackets:
+
+        token      u^gamma                               (alpha)
+        cluster    gamma (u - u^gamma)/(gamma - 1)       (beta_c); -u ln u at gamma = 1
+        mask       1 minus the two others                (beta_m)
     """
 
     class Config(ComponentConfig):

@@ -1,7 +1,7 @@
 """Encoders and decoders of the transformers library as backbones.
 
-The backbone uses the layers of the model. The embedding is replaced by a table with one row per
-state of the vocabulary, and the attention mask comes from the denoiser.
+The layers of the model are used unchanged. Its embedding is replaced by a table with one row per
+state of the vocabulary, and its attention mask by that of the denoiser.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ if TYPE_CHECKING:
 
 @final
 class PretrainedBackbone(Backbone):
-    """Pretrained backbone: state ids [B,L] -> last hidden states [B,L,width].
+    """Backbone made from a transformers model: state ids [B,L] -> hidden states [B,L,width].
 
-    Noise times are not used. The attention mask of the denoiser replaces that of the model, even a
-    causal mask. By default every position therefore attends to every position. The V tokens start
-    with the first V embeddings of the model, and a tree node with the mean of the embeddings of its
-    tokens.
+    Noise times are not used. The attention mask of the denoiser replaces that of the model, so that
+    by default every position attends to every position, also in a decoder.
+
+    Args:
+        model: the model, without its output layer.
+        length: number of positions of a sequence.
+        bidirectional: False: a position attends only to itself and to earlier positions.
+        mask_token: id of the token in the model whose embedding initializes the mask. None: the
+            mask starts as the mean of all tokens.
+        pretrained: whether the V tokens start with the first V embeddings of the model, and a node
+            of a tree with the mean of the embeddings of its tokens. False: random embeddings.
 
     Raises ArgumentError if the model has too few positions or embeddings.
     """
@@ -135,14 +142,15 @@ class PretrainedBackbone(Backbone):
 
     @property
     def table(self) -> StateEmbedding:
-        """Embedding table of all states, a submodule of the model."""
+        """Embedding table of all states, which replaces the input embedding of the model."""
         embedding: Any = self.model.get_input_embeddings()
         return embedding
 
     def _make_mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
-        """Return the additive attention mask [B,1,L,L]: 0, or the smallest number if not visible.
+        """Return the attention mask [B,1,L,L] that the model adds to its attention scores.
 
-        The result is never None, since a decoder without a mask would apply its causal mask.
+        An entry is 0 if the query may attend to the key, else the smallest finite number. The
+        result is never None, since a decoder without a mask would apply its causal mask.
         """
         visible = context.attention_mask()
         length = ids.shape[1]
@@ -158,9 +166,10 @@ class PretrainedBackbone(Backbone):
 
 
 def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
-    """Load the model of a directory or hub name without its output layer, in float32.
+    """Load a model of the transformers library without its output layer, in float32.
 
-    Code in the repository of the model is never run.
+    `path` is a local directory or a name on the hub. With `pretrained=False` only the architecture
+    is loaded, and weights are random. Code in the repository of the model is never run.
 
     Raises DataError if there is no model, and ArgumentError if the model is an encoder-decoder.
     """
@@ -218,7 +227,11 @@ def _check_one_stack(config: Any) -> None:
 def _make_embedding(
     model: PreTrainedModel, vocabulary: Vocabulary, mask_token: int | None, pretrained: bool
 ) -> StateEmbedding:
-    """Return an embedding with one row per state, initialized from the embedding of the model."""
+    """Return an embedding with one row per state of the vocabulary.
+
+    With `pretrained` its rows are initialized from the embedding of the model. `mask_token` is the
+    id of the token in the model whose embedding initializes the mask.
+    """
     table: Any = model.get_input_embeddings()
     weight: Tensor = table.weight.detach()
     if mask_token is not None and (mask_token >= len(weight) or vocabulary.mask_id is None):
@@ -245,7 +258,10 @@ def _make_embedding(
 
 
 def _find_first_position(model: PreTrainedModel) -> int:
-    """Return the position id of the first token: padding id + 1 for RoBERTa's family, else 0."""
+    """Return the number that the model gives to the first position of a sequence.
+
+    It is padding id + 1 for RoBERTa and related models, else 0.
+    """
     table = dict(model.named_modules()).get("embeddings.position_embeddings")
     if isinstance(table, nn.Embedding) and table.padding_idx is not None:
         return int(table.padding_idx) + 1

@@ -1,7 +1,4 @@
-"""Masks combined with uniform noise: the processes epsilon-hybrid and gamma-hybrid.
-
-Source: arXiv 2504.06416.
-"""
+"""Epsilon-hybrid and gamma-hybrid: processes with masks and uniform noise (arXiv 2504.06416)."""
 
 from __future__ import annotations
 

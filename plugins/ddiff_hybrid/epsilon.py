@@ -1,7 +1,8 @@
 """Epsilon-hybrid: some tokens are replaced at t = 0, then all are masked (arXiv 2504.06416).
 
-At t = 0 a token is shuffled with probability epsilon, that is, replaced by a uniformly drawn token.
-p = 1 - alpha_t is the probability of a mask at time t, where alpha_t is the schedule of masking.
+At t = 0 a token is shuffled with probability epsilon: a uniformly drawn token replaces it. Later it
+is masked as in masked diffusion. p = 1 - alpha_t is the probability of a mask at time t, where
+alpha_t is the masking schedule.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ Power = Annotated[float, Field(ge=0.3, le=20.0)]
 
 @final
 class EpsilonHybrid(ComponentProcess):
-    """Process with q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask.
+    """Epsilon-hybrid process: tokens are shuffled at t = 0 and only masked afterwards.
 
-    Tokens are shuffled at t = 0 and only masked afterwards. The density of the bound is that of
-    masked diffusion of the shuffled token. The last sampling step (decoding) draws the clean token
-    given the shuffled token. The decoding term -ln P(x | z) of the bound scores this draw.
+    q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask, where p is the
+    probability of a mask at time t, and Unif is the uniform distribution over the tokens.
+
+    Reverse steps reveal the shuffled token. The last sampling step then draws the clean token x
+    given the shuffled sequence z. The bound has a separate term -ln P(x | z) for this step, the
+    decoding term.
     """
 
     class Config(ComponentConfig):
@@ -98,9 +102,9 @@ class EpsilonHybrid(ComponentProcess):
         return torch.stack([self.epsilon * d_alpha, -d_alpha], -1)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """Return TrainedPart.ALL at masks, and also at tokens if epsilon > 0; otherwise NONE.
+        """Return `TrainedPart.ALL` at masks, and at tokens if epsilon > 0, else `TrainedPart.NONE`.
 
-        At tokens the training signal comes only from the decoding term.
+        At tokens only the last term of the bound, -ln P(x | z) at t = 0, trains the prediction.
         """
         at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
         return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))

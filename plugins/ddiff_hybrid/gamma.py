@@ -1,26 +1,31 @@
 """Gamma-hybrid: tokens are redrawn at one rate and masked at another (arXiv 2504.06416).
 
-The generator is Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ]. The two generators
-commute, so that two independent clocks describe the chain:
+The generator is Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ], where sigma(t) is the
+total noise up to time t. Q_absorb moves tokens to the mask, Q_uniform redraws them uniformly. The
+two generators commute, so that masking and redrawing are independent:
 
     A_t = e^{-(1 - gamma) sigma}    probability that a position is not masked until t
     B_t = e^{-gamma sigma}          probability that the token was not redrawn until t
 
-A position that is not masked is in the state of uniform diffusion with alpha = B. Notation: V is
-the number of tokens, x the clean token, z the state and p a predicted distribution of x.
+Notation: V is the number of tokens, x the clean token, z the state at time t, and p the predicted
+distribution of x. If a position is not masked, its token y at time t has the distribution r_t:
 
-    r_t(y|x) = B_t 1[y = x] + (1 - B_t)/V
-    r_t(y|p) = B_t p(y) + (1 - B_t)/V
+    r_t(y|x) = B_t 1[y = x] + (1 - B_t)/V    if the clean token is x
+    r_t(y|p) = B_t p(y) + (1 - B_t)/V        if the clean token is drawn from p
 
-    marginal        q_t(.|x) = A r_t(.|x) + (1 - A) delta_mask
-    density, masks  (-A'/(1 - A)) KL( r_t(.|x) || r_t(.|p) )
-    density, token z, rho = r_t(z|x)/r_t(z|p)
-                    (-B'/(V B r_t(z|x))) [ KL( r_t(.|x) || r_t(.|p) ) + rho - 1 - ln rho ]
-    reverse step    a mask stays with probability (1 - A_s)/(1 - A_t), else becomes y ~ r_s(.|p);
-                    tokens move as in uniform diffusion
+Formulas, in which A' and B' are derivatives with respect to t:
 
-The marginals are those of an interpolating process (`InterpolatingProcess`), but rates and
-transitions differ: in the forward process of this module a mask never changes.
+    marginal         q_t(.|x) = A r_t(.|x) + (1 - A) delta_mask
+    bound, z = mask  (-A'/(1 - A)) KL( r_t(.|x) || r_t(.|p) )
+    bound, z token   (-B'/(V B r_t(z|x))) [ KL( r_t(.|x) || r_t(.|p) ) + rho - 1 - ln rho ],
+                     where rho = r_t(z|x)/r_t(z|p)
+    reverse step     a mask stays with probability (1 - A_s)/(1 - A_t), else becomes y ~ r_s(.|p);
+                     tokens move as in uniform diffusion
+
+The lines "bound" are the integrand of the NELBO, which is an integral over t.
+
+An interpolating process (`InterpolatingProcess`) can have the same marginals, but other rates and
+transitions: in this module a mask never changes in the forward process.
 """
 
 from __future__ import annotations
@@ -67,7 +72,7 @@ Gamma = Annotated[float, Field(ge=0.0, le=MAX_GAMMA)]
 
 @final
 class PowerOf(Schedule):
-    """Schedule alpha^power, a power >= 0 of the schedule alpha."""
+    """Schedule alpha_t^power, where alpha_t is another schedule and power >= 0."""
 
     def __init__(self, schedule: Schedule, power: float) -> None:
         self.schedule = schedule
@@ -86,7 +91,7 @@ class PowerOf(Schedule):
         return -torch.expm1(self.log_alpha(t))
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """Return ln alpha [r], accurate both near alpha = 1 and near alpha = 0."""
+        """Return the logarithm [r] of this schedule, accurate near 1 and near 0."""
         alpha = self.schedule.alpha(t)
         power = torch.full_like(t, self.power)
         # xlogy and xlog1py are 0 for power 0, even if the logarithm is infinite.
@@ -95,24 +100,32 @@ class PowerOf(Schedule):
         return torch.where(alpha > 0.5, near_one, near_zero)
 
     def lost(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return 1 - alpha_t/alpha_s [r], and 0 if s = t."""
+        """Return the fraction [r] of this schedule that is lost between the times s and t.
+
+        For a schedule alpha_t it is 1 - alpha_t/alpha_s, and 0 if s = t.
+        """
         log_ratio = self.log_alpha(t) - self.log_alpha(s)
         return torch.where(s < t, -torch.expm1(log_ratio), 0.0)
 
 
 @final
 class GammaHybrid(ForwardProcess):
-    """Gamma-hybrid process, Q_t = sigma'(t) [ (1 - gamma) Q_absorb + gamma Q_uniform ].
+    """Gamma-hybrid process: tokens are redrawn uniformly at one rate and masked at another.
 
-    The setting `time` is the meaning of t:
+    gamma is the fraction of noise events that redraw a token. The setting `time` defines the total
+    noise sigma(t), and with it A_t, the probability that a position is not masked:
 
-    - "masked": A = 1 - t, so that t is the expected fraction of masks for every gamma.
-    - "noise": e^{-sigma} = 1 - (1 - floor) t, as published. If floor > 0, some tokens are visible
-      at t = 1.
+    - "masked": A_t = 1 - t, so that t is the expected fraction of masks for every gamma.
+    - "noise": e^{-sigma} = 1 - (1 - floor) t, as in the paper. If floor > 0, some tokens are not
+      masked at t = 1.
 
-    Both are the same chain at different speeds. The attributes `visible` and `kept` are the
-    schedules A and B: the powers `masking` and `redrawing` of 1 - (1 - floor) t. `uniform` is
-    uniform diffusion of the tokens with alpha = B, which computes the formulas at visible tokens.
+    Both settings give the same chain at different speeds.
+
+    Attributes:
+        visible: schedule A_t, the power `masking` of 1 - (1 - floor) t.
+        kept: schedule B_t, the probability that a token is not redrawn: the power `redrawing` of
+            1 - (1 - floor) t.
+        uniform: uniform diffusion with alpha = B_t, whose formulas hold at positions with tokens.
     """
 
     # Uniform numbers per row that each method takes in its argument u.
@@ -185,7 +198,7 @@ class GammaHybrid(ForwardProcess):
         return cls(vocabulary, config.gamma, config.time, floor)
 
     def _make_prior(self) -> Prior:
-        """Return the marginal at t = 1 of a clean token that is uniform over the vocabulary."""
+        """Return the distribution of the state at t = 1 if the clean token is uniform."""
         num_tokens = self.vocabulary.num_tokens
         masked = self.visible.one_minus_alpha(torch.ones(1, dtype=torch.float64))
         per_token = (1.0 - masked) / num_tokens
@@ -207,7 +220,10 @@ class GammaHybrid(ForwardProcess):
         return torch.where(self._is_masked(zt).unsqueeze(-1), log_masked, at_token)
 
     def information(self, t: Tensor) -> Tensor:
-        """Return A_t times the information of uniform diffusion; a mask carries none."""
+        """Return the information of a state about the clean token, in nats.
+
+        With probability A_t it is that of uniform diffusion. A mask has no information.
+        """
         return self.visible.alpha(t) * self.uniform.information(t)
 
     def change_probability(self, t: Tensor) -> Tensor:
@@ -216,9 +232,10 @@ class GammaHybrid(ForwardProcess):
         return masked + self.visible.alpha(t) * self.uniform.change_probability(t)
 
     def rates(self, t: Tensor) -> Kernel:
-        """Return the generator: tokens are masked at (1 - gamma) sigma', redrawn at gamma sigma'.
+        """Return the generator Q_t at times t.
 
-        Masks have the rate 0.
+        Tokens are masked at the rate (1 - gamma) sigma'(t) and redrawn at the rate
+        gamma sigma'(t). Masks never change.
         """
         t = interior(t)
         hazard = -self.noise.d_alpha(t) / self.noise.alpha(t)
@@ -253,9 +270,10 @@ class GammaHybrid(ForwardProcess):
         return self._corrupt(zs, self.visible.lost(s, t), self.kept.lost(s, t), u)
 
     def _corrupt(self, ids: Tensor, masked: Tensor, redrawn: Tensor, u: Tensor) -> Tensor:
-        """Mask or redraw the tokens `ids` [r] with probabilities `masked` and `redrawn` [r].
+        """Mask states `ids` with probability `masked`; redraw tokens with probability `redrawn`.
 
-        The uniforms u [r,3] decide on masking, on redrawing, and on the new token, in this order.
+        All arguments are [r], except for the uniforms u [r,3]: u[:,0] decides on masking, u[:,1] on
+        redrawing, and u[:,2] selects the new token.
         """
         uniform_token = (u[:, 2] * self.vocabulary.num_tokens).long()
         is_redrawn = (u[:, 1] < redrawn) & ~self._is_masked(ids)
@@ -265,9 +283,10 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the total true reverse rate [r].
+        """Return the total rate [r] at which the reverse chain leaves z_t, given the clean token.
 
-        The rate is -A'/(1 - A) at masks and -B'/(V B) (1 - r_t(z|x))/r_t(z|x) at tokens z.
+        The rate is -A'/(1 - A) at masks and -B'/(V B) (1 - r_t(z|x))/r_t(z|x) at tokens z. The
+        docstring of this module defines the symbols.
         """
         t = interior(t)
         at_mask = -self.visible.d_alpha(t) / self.visible.one_minus_alpha(t)
@@ -277,7 +296,11 @@ class GammaHybrid(ForwardProcess):
     def divergence(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return KL( r_t(.|x) || r_t(.|p) ) at masks, else the divergence of uniform diffusion."""
+        """Return the divergence [r], which times `weight` is the integrand of the bound.
+
+        At masks it is KL( r_t(.|x) || r_t(.|p) ), where r_t is the distribution of a token that is
+        not masked. At tokens it is the divergence of uniform diffusion.
+        """
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)
         at_mask = self.uniform.closing_kl(prediction, x0, interior(t))
@@ -299,14 +322,22 @@ class GammaHybrid(ForwardProcess):
     def decode_nll(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return the decoding term [r]: -ln p(x) at masks, that of uniform diffusion at tokens."""
+        """Return the decoding term [r] of the bound, -ln P(x | z_t).
+
+        It is -ln p(x) at masks, where p is the prediction. At tokens it is the decoding term of
+        uniform diffusion.
+        """
         if isinstance(prediction, Score):
             return super().decode_nll(prediction, x0, zt, t)
         at_token = self.uniform.decode_nll(prediction, x0, self._token(zt), t)
         return torch.where(self._is_masked(zt), -prediction.log_prob(x0), at_token)
 
     def closing_kl(self, prediction: CleanDistribution | Score, x0: Tensor, t: Tensor) -> Tensor:
-        """Return the closing term A KL( r_t(.|x) || r_t(.|p) ) [r]."""
+        """Return KL( q_t(.|x) || q_t-bar ) [r], where q_t-bar is the marginal if x is drawn from p.
+
+        It equals A KL( r_t(.|x) || r_t(.|p) ), where r_t is the distribution of a token that is not
+        masked.
+        """
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
         return self.visible.alpha(t) * self.uniform.closing_kl(prediction, x0, t)
@@ -324,10 +355,11 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ reverse
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Unmask with probability 1 - (1 - A_s)/(1 - A_t), and move tokens by uniform diffusion.
+        """Draw z_s from the exact reverse transition, given z_t.
 
-        Neither the probability of unmasking nor an upper bound on the probability that a token
-        moves depends on the network. The network is therefore queried only at rows that may move.
+        A mask is revealed with probability 1 - (1 - A_s)/(1 - A_t). Tokens move as in uniform
+        diffusion. The rows that may move are drawn without the network, and the network is queried
+        only at these rows.
         """
         masked_s = self.visible.one_minus_alpha(s)
         masked_t = self.visible.one_minus_alpha(t)
@@ -345,18 +377,22 @@ class GammaHybrid(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Unmask with probability `reveal` [r], and move tokens between t and s.
+        """Reveal masks and move tokens, for steps from t to s and for events (s = t).
 
-        A mask becomes y ~ r_s(.|p). A token z moves with probability
-        arrive (1 - r_s(z|p))/r_t(z|p), to a token y != z with y ~ r_s(.|p). `arrive` [r] is, in a
-        step, the probability of being redrawn as z between s and t; for an event it is (1 - B_t)/V.
+        A mask is revealed with probability `reveal`, as a token y ~ r_s(.|p). A token z moves with
+        probability arrive (1 - r_s(z|p))/r_t(z|p) to another token y, drawn from r_s(.|p) without
+        z. The docstring of this module defines r_t.
 
-        Since r >= (1 - B)/V, the probability of a move is at most
-        arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), which does not depend on the network. The network is
-        queried only at rows whose uniform u[:,0] is below this bound.
+        This probability is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), because r_t and r_s are
+        at least (1 - B)/V. The limit does not depend on the network, which is queried only at rows
+        whose uniform u[:,0] is below it.
 
-        u [r,3] are uniforms: u[:,0] decides whether the row moves, u[:,1] selects the token, and
-        u[:,2] decides whether the token is drawn from the noise or from the prediction.
+        Args:
+            reveal: [r] probability that a mask is revealed.
+            arrive: [r] in a step, the probability that the forward process redraws a token as z
+                between s and t; in an event (1 - B_t)/V.
+            u: [r,3] uniforms. u[:,0] decides whether a row moves, u[:,1] selects the token, and
+                u[:,2] decides whether it is drawn from the noise or from the prediction.
         """
         masked = self._is_masked(zt)
         noise_s = self._redrawn_per_token(s)
@@ -385,10 +421,16 @@ class GammaHybrid(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the new states of the k queried rows; a token may stay.
+        """Draw the new states [k] of the rows at which `_move` queries the network.
 
-        A new token is drawn from r_s(.|p) without z. This distribution is a mixture of uniform
-        noise, with mass `by_noise`, and the predicted distribution, with mass `by_prediction`.
+        All masks are revealed, and a token z moves or stays. A new token is drawn from r_s(.|p)
+        without z. This distribution is a mixture of uniform noise, with mass `by_noise`, and the
+        predicted distribution, with mass `by_prediction`.
+
+        Args:
+            z: [k] states, masks where `masked` [k] is True.
+            noise_t, noise_s: [k] probability (1 - B)/V of each token by noise, at times t and s.
+            arrive, u: see `_move`.
         """
         u_leave, u_token, u_source = u.unbind(-1)
         log_p_z = torch.where(masked, -torch.inf, dist.log_prob(self._token(z)).double())
@@ -412,9 +454,9 @@ class GammaHybrid(ForwardProcess):
     def _draw_other_token(
         self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor
     ) -> Tensor:
-        """Draw tokens [k] from `rows` [k] of a distribution, excluding the tokens z [k].
+        """Draw a token other than the state z [k] from each of the rows `rows` [k] of `dist`.
 
-        At masks (z = V, the number of tokens) no token is excluded.
+        If the state is the mask, every token may be drawn.
         """
         log_p = dist.log_mass(0)[rows]
         # Column V is added for the mask: at a mask z = V excludes this column and no token.
@@ -424,9 +466,10 @@ class GammaHybrid(ForwardProcess):
         return DenseDistribution(others, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the distribution of the clean token by Tweedie's formula for uniform diffusion.
+        """Return the log-probabilities [r,V] of the clean token that belong to a score.
 
-        Only ratios between tokens are used. The ratio of the mask does not depend on the token.
+        They come from Tweedie's formula for uniform diffusion and the ratios between tokens. The
+        ratio of the mask is not used, since it does not depend on the clean token.
         """
         log_ratio = score.log_ratio[:, : self.vocabulary.num_tokens]
         # If no token is possible, the gradient of the softmax is NaN; such rows are made uniform.
@@ -434,9 +477,10 @@ class GammaHybrid(ForwardProcess):
         return self.uniform.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Keep a token z with probability B p(z)/r_t(z|p), or else draw x ~ p.
+        """Draw the clean token given the state z_t.
 
-        At masks x ~ p is always drawn.
+        A token z is kept with probability B p(z)/r_t(z|p), where r_t(z|p) = B p(z) + (1 - B)/V. If
+        it is not kept, and at masks, the clean token is drawn from the prediction p.
         """
         if bool((t == 0.0).all()):
             return zt.clone()
@@ -461,7 +505,13 @@ class GammaHybrid(ForwardProcess):
         noise: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the clean tokens of the k queried rows."""
+        """Draw the clean tokens [k] of the rows at which `decode` queries the network.
+
+        Args:
+            z: [k] states, masks where `masked` [k] is True.
+            noise: [k] probability (1 - B_t)/V of each token by noise.
+            u: [k,2] uniforms. u[:,0] decides whether a token is kept, u[:,1] selects a token.
+        """
         dist = self._clean_distribution(prediction, t)
         kept_mass = self.kept.alpha(t) * dist.log_prob(self._token(z)).double().exp()
         stays = torch.where(masked, 0.0, kept_mass / (kept_mass + noise))
@@ -479,13 +529,14 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Return the time s of the next event: a mask is unmasked, or a token may move.
+        """Return the time s < t [r] at which a mask is revealed, or at which a token may move.
 
-        u [r] is uniform. s solves 1 - A_s = u (1 - A_t) at masks and
-        (1 - B_s)/B_s = u (1 - B_t)/B_t at tokens. A token z moves at the rate
-        gamma sigma' (1 - r)/(V r) with r = r_t(z|p), which depends on the network. The events of
-        tokens have a larger rate, gamma sigma'/(1 - B), which does not depend on the network.
-        `event` therefore accepts or rejects the move.
+        s solves an equation with the uniform u [r]: 1 - A_s = u (1 - A_t) at masks, and
+        (1 - B_s)/B_s = u (1 - B_t)/B_t at tokens. The time is 0 if there is no further event.
+
+        A token z moves at the rate gamma sigma' (1 - r)/(V r), where r = r_t(z|p) depends on the
+        network. The times s of tokens have the larger rate gamma sigma'/(1 - B), which does not
+        depend on the network. `event` therefore rejects some of the moves.
         """
         t = interior(t)
         log_noise = torch.log1p(-u * self.visible.one_minus_alpha(t)) / self.masking
@@ -500,9 +551,10 @@ class GammaHybrid(ForwardProcess):
         return torch.where(happens, torch.minimum(s, t), 0.0)
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Unmask with y ~ r_t(.|p), and accept or reject the proposed move of a token z.
+        """Draw the state after a time that `event_time` has drawn.
 
-        The move is accepted with probability ((1 - B)/V) (1 - r_t(z|p))/r_t(z|p).
+        A mask becomes a token y ~ r_t(.|p). A token z moves to another token with probability
+        ((1 - B)/V) (1 - r_t(z|p))/r_t(z|p), and stays otherwise.
         """
         t = interior(t)
         return self._move(query, zt, t, t, torch.ones_like(t), self._redrawn_per_token(t), u)
@@ -510,16 +562,17 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ terms of the formulas above
 
     def _redrawn_per_token(self, t: Tensor) -> Tensor:
-        """Return (1 - B_t)/V [r], the probability in r_t that a token was redrawn as y."""
+        """Return (1 - B_t)/V [r], the probability that a token was redrawn as one given token."""
         return self.kept.one_minus_alpha(t) / self.vocabulary.num_tokens
 
     def _is_masked(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root
 
     def _token(self, zt: Tensor) -> Tensor:
-        """Return z_t [r] with every mask replaced by token 0.
+        """Return the states [r] with every mask replaced by token 0.
 
-        Formulas for tokens can then be evaluated at all rows. Their values at masks are not used.
+        Formulas for tokens can then be evaluated at all rows. The values of these formulas at masks
+        are not used.
         """
         return torch.where(self._is_masked(zt), 0, zt)
 

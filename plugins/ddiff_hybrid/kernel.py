@@ -1,4 +1,4 @@
-"""Kernel of the gamma-hybrid, in which tokens are kept, redrawn uniformly or masked."""
+"""Kernel (transition or generator matrix) of the gamma-hybrid process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from ddiff import ArgumentError, Kernel
 
 @final
 class RedrawKernel(Kernel):
-    """Kernel K = keep I + each 1 1^T between tokens, with `leave` from every token to the mask.
+    """Batch of kernels K in which a token stays, becomes any token, or becomes the mask.
 
-    The mask is the last state; its row of K has `rest` on the diagonal and is 0 elsewhere. `keep`,
-    `each`, `leave` and `rest` have shape [r], one value per kernel of a batch. A transition from
-    time s to t has keep = A B, each = A (1 - B)/V, leave = 1 - A and rest = 1. There V is the
-    number of tokens, A the probability of not being masked between s and t, and B the probability
-    of not being redrawn.
+    The entries K[y,z] from state y to state z are, for V tokens and the mask as last state:
+
+        token y, token z    keep 1[y = z] + each
+        token y, mask       leave
+        mask, token z       0
+        mask, mask          rest
+
+    `keep`, `each`, `leave` and `rest` are tensors [r], one value per kernel. In a transition from
+    time s to t, let A be the probability that a token is not masked, and B the probability that it
+    is not redrawn. Then keep = A B, each = A (1 - B)/V, leave = 1 - A and rest = 1.
     """
 
     def __init__(
@@ -56,10 +61,10 @@ class RedrawKernel(Kernel):
         return torch.cat([keep * tokens + each * total, leave * total + rest * mask], -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Return the row vectors x with x K = v.
+        """Return the row vectors x that solve x K = v, for the rows v of `vector` [r,S].
 
-        With |x| = |v|/(keep + V each), where |.| is the sum over the V tokens, the solution is
-        x = (v - each |x|)/keep on tokens and x = (v - leave |x|)/rest at the mask.
+        Let sum(v) be the sum over the V tokens, and n = sum(v)/(keep + V each). Then
+        x = (v - each n)/keep at tokens and x = (v - leave n)/rest at the mask.
         """
         total_factor = self.keep + self.num_tokens * self.each
         # The total factor of a generator is 0, up to the rounding of keep and V each.

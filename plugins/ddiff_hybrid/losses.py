@@ -1,7 +1,7 @@
-"""Training losses of the published code (arXiv 2504.06416), [objective] loss = "published".
+"""Training losses of the code of arXiv 2504.06416, in recipes [objective] loss = "published".
 
-The reported bound does not use these losses. The symbols are defined in the docstrings of the
-modules `ddiff_hybrid.epsilon` and `ddiff_hybrid.gamma`.
+They are used for training only. Evaluation reports the NELBO. The processes are defined in
+`ddiff_hybrid.epsilon` and `ddiff_hybrid.gamma`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .gamma import GammaHybrid, PowerOf
 
 @final
 class Published:
-    """Training loss of the published code, for hybrid_epsilon and hybrid_gamma."""
+    """Training loss of the code of arXiv 2504.06416, for hybrid_epsilon and hybrid_gamma."""
 
     class Config(ComponentConfig):
         lam: NonNegativeFloat | None = None
@@ -65,10 +65,11 @@ class Published:
 
 @final
 class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
-    """Cross-entropy -ln P(x | z) of the clean token x at every position z, for hybrid_epsilon.
+    """Weighted cross-entropy of the clean token at masks and at tokens, for hybrid_epsilon.
 
-    p is the probability of a mask at time t, and epsilon the probability that a token was shuffled,
-    that is, replaced by a uniformly drawn token. The weight depends on the state:
+    The loss of a position is -ln P(x | z) times a weight, where x is its clean token and z the
+    noisy sequence. The weight depends on the noisy state. p is the probability of a mask at time t,
+    and epsilon the probability that a token was shuffled (replaced by a uniformly drawn token):
 
         mask                           1/p
         token that was shuffled        lam (1 - epsilon)
@@ -76,8 +77,8 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
 
     With weights = "flat" the two weights of tokens are divided by 1 - p.
 
-    If z = x, the token was either not shuffled or shuffled to itself. The weight is then the mean
-    of the two weights over these two cases, with their probabilities given z = x.
+    A noisy token that equals the clean token was not shuffled, or was shuffled to itself. Its
+    weight is the mean of the two weights of tokens, with the probabilities of the two cases.
     """
 
     name = "published"
@@ -87,7 +88,11 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
         self.weights = weights
 
     def select_rows(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
-        """Return bool [B,L]: noisy masks, and noisy visible tokens if their weight is not 0."""
+        """Return a bool [B,L] that marks the positions with a loss.
+
+        They are the masks, and the tokens if their weight is not 0. Positions that are clean or do
+        not count in the bound have no loss.
+        """
         rows = (times.speed > 0) & ~noisy.clean
         if self.lam * process.epsilon > 0.0:
             return rows
@@ -115,10 +120,11 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
 class MixedEntropies(TrainingLoss[GammaHybrid]):
     """Mixture of the score entropies of masked and uniform diffusion, for hybrid_gamma.
 
-    The loss is (1 - gamma) times the loss of masked diffusion at masks, and gamma times the loss of
-    uniform diffusion at tokens. The published code uses e^sigma in both losses. The bound has
-    e^{(1 - gamma) sigma} at masks and e^{gamma sigma} at tokens, so that the published loss is not
-    a bound for 0 < gamma < 1.
+    The loss is (1 - gamma) times the score entropy of masked diffusion at masks, and gamma times
+    the score entropy of uniform diffusion at tokens. sigma is the total noise up to time t. The
+    code of the paper uses e^sigma in both score entropies. The NELBO would have
+    e^{(1 - gamma) sigma} at masks and e^{gamma sigma} at tokens, so that for 0 < gamma < 1 this
+    loss is not a bound on the likelihood.
     """
 
     name = "published"
@@ -154,11 +160,11 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
         return torch.where(zt == root, at_mask, at_token)
 
     def _split(self, zt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return valid states [r] for the masked loss and [r] for the uniform loss.
+        """Return the states at which the two losses are evaluated, two tensors [r].
 
-        Each loss is evaluated at all rows, but used only at masks (masked loss) or tokens (uniform
-        loss). At the unused rows the state z_t is replaced: by the mask for the masked loss, by
-        token 0 for the uniform loss.
+        - for masked diffusion: the mask at every row. The loss is used only at masks.
+        - for uniform diffusion: the token of the row, or token 0 at masks. The loss is used only at
+          tokens.
         """
         root = self.masked.vocabulary.root
         return torch.full_like(zt, root), zt.remainder(root)
@@ -167,7 +173,10 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
 def _log_ratio(
     process: ForwardProcess, prediction: CleanDistribution | Score, zt: Tensor, t: Tensor
 ) -> Tensor:
-    """Return the log-ratio [r,S] of the probability of each of S states to that of z_t."""
+    """Return the log-ratio [r,S] of the probability of each of the S states to that of z_t.
+
+    The probabilities are predicted: those of a score, or the marginal of a predicted distribution.
+    """
     if isinstance(prediction, Score):
         return prediction.log_ratio
     log_marginal = process.log_marginal(prediction.log_mass(0), t)

@@ -32,8 +32,9 @@ Power = Annotated[float, Field(ge=0.3, le=10.0)]
 class MaskedDiffusion(TreeProcess):
     """Masked diffusion process, q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask.
 
-    The density of the bound is (-alpha'/(1 - alpha)) (-ln p(x)) at masks and 0 at tokens, where p
-    is the predicted distribution of the clean token x.
+    The NELBO is an integral over t. Its integrand is (-alpha'/(1 - alpha)) (-ln p(x)) at a mask and
+    0 at a token, where alpha' is the derivative of alpha_t, and p is the predicted distribution of
+    the clean token x.
     """
 
     class Config(ComponentConfig):

@@ -1,8 +1,8 @@
 """Score head: probability ratios of all states to the current state (arXiv 2310.16834).
 
-The score at z_t is s(y) = q_t-bar(y)/q_t-bar(z_t) for every state y. q_t-bar is the distribution
-of the state of a position at time t, given the other positions. V is the number of tokens. sigma is
-the noise of the process up to t: a token has had no noise event with probability e^-sigma.
+The score at a state z_t is s(y) = q_t-bar(y)/q_t-bar(z_t) for every state y. Here q_t-bar is the
+predicted distribution of the state at time t, given the other positions. V is the number of tokens,
+and sigma is the total noise up to time t: with probability e^-sigma a token has not been noised.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ HeadCallback = Callable[[Any, Tensor], Any]
 
 @final
 class RatioDistribution(SubtreeDistribution):
-    """Distribution softmax(raw) over the V tokens, from unscaled log-ratios `raw` [r,S].
+    """Output of the score head, also usable as a distribution over the V tokens.
 
-    S is the number of states: the V tokens and possibly the mask. The entry of the mask is not
-    used. Ratios between tokens do not depend on the scale at masks (see `Ratios`).
+    `raw` [r,S] are the outputs for the S states: the V tokens and possibly the mask. They are
+    log-ratios up to a constant per row, so that their softmax over the tokens is a distribution.
     """
 
     def __init__(self, raw: Tensor, vocabulary: Vocabulary) -> None:
@@ -50,22 +50,22 @@ class RatioDistribution(SubtreeDistribution):
 @final
 @dataclass(frozen=True)
 class Ratios:
-    """Score parameterization: log s(y) = raw(y), and 0 at the current state y = z_t.
+    """Score parameterization: the head output raw(y) is the log-ratio ln s(y), for every state y.
 
-    `raw` is the head output. If `scaled`, ln V + ln(e^sigma - 1) is subtracted if z_t is a mask.
-    The head output raw = ln p + ln V then gives the score p/(e^sigma - 1), the true score if the
-    clean token has the distribution p.
+    At the current state y = z_t the log-ratio is set to 0. With `scaled`, rows at masks are scaled:
+    ln s(y) = raw(y) - ln V - ln(e^sigma - 1). The head output ln p(y) + ln V then gives the score
+    p(y)/(e^sigma - 1), which is exact if the clean token has the distribution p.
     """
 
     scaled: bool
     predicts: ClassVar[Literal["score"]] = "score"
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the logarithm of the scale, [k]: ln(V (e^sigma - 1)) at masks, 0 at tokens.
+        """Return the logarithm of the scale [k], which `wrap_callback` subtracts from the output.
 
-        e^sigma - 1 is the probability of the mask divided by the total probability of the tokens.
-        This ratio is computed from the marginal of the process, so that the scale is right for any
-        process with a mask.
+        It is ln(V (e^sigma - 1)) at masks, and 0 at tokens or if `scaled` is False. e^sigma - 1 is
+        the probability of the mask divided by the total probability of the tokens. This ratio is
+        computed from the marginal of the process, so that it is right for any process with a mask.
         """
         scale = torch.zeros_like(t)
         masked = ((zt == process.vocabulary.root) & self.scaled).nonzero().squeeze(-1)
@@ -100,10 +100,11 @@ class Ratios:
 
 @final
 class ScoreHead(Head):
-    """Score head with one logit per state, the log-ratio to the current state (see `Ratios`).
+    """Score head: one output per state, the log of its probability ratio to the current state.
 
-    A scaled head starts at the score of the uniform distribution, and after `start_from_counts` at
-    the score of the unigram distribution. An unscaled head starts with all ratios equal to 1.
+    With `scaled`, the outputs at masks are scaled (see `Ratios`). The head then starts at the score
+    of the uniform distribution, and after `start_from_counts` at the score of the unigram
+    distribution. Otherwise it starts with all ratios equal to 1.
     """
 
     parameterization: Ratios
@@ -143,7 +144,8 @@ class ScoreHead(Head):
     def start_from_counts(self, counts: Tensor) -> None:
         """Set the biases so that exp(bias)/V is the unigram distribution.
 
-        `counts` [V] are the token counts, to which one is added. An unscaled head is not changed.
+        `counts` [V] are the token counts, to which one is added. The method does nothing if the
+        head is not scaled.
         """
         if self.parameterization.scaled:
             # One is added to every count, so that unseen tokens have finite biases.

@@ -1,7 +1,7 @@
 """Score entropy diffusion: tokens are masked, or replaced by uniform tokens (arXiv 2310.16834).
 
-sigma(t) is the total noise up to time t. The probability that a token has no noise event before t
-is alpha = e^-sigma.
+sigma(t) is the total noise up to time t: with probability alpha = e^-sigma a token has not been
+noised by time t.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PUBLISHED_SIGMA_MAX = 20.0
 
 
 class ScoreEntropyDiffusion:
-    """Process with q_t(.|x) = e^-sigma delta_x + (1 - e^-sigma) target.
+    """Score entropy diffusion: q_t(.|x) = e^-sigma delta_x + (1 - e^-sigma) noise distribution.
 
-    `graph` selects the target: the mask, or the uniform distribution over the tokens. `noise`
-    selects the schedule sigma(t).
+    `graph` selects the noise distribution: the mask, or the uniform distribution over the tokens.
+    `noise` selects the schedule sigma(t).
     """
 
     class Config(ComponentConfig):
