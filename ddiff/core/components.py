@@ -118,7 +118,7 @@ class ComponentProcess(InterpolatingProcess):
     def _representatives(self) -> Constant:
         """Representative of each state [S]: the first state with the same noise at all times.
 
-        These are states that have the same probability in every component.
+        Two states have the same noise if every component gives them the same probability.
         """
         _, kind = self.components.T.unique(dim=0, return_inverse=True)
         states = torch.arange(len(kind))

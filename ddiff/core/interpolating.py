@@ -67,12 +67,13 @@ REACHED_TIMES = 129
 
 
 class InterpolatingProcess(ForwardProcess):
-    """Process with q_t(.|x) = alpha_t delta_x + b_t. A subclass defines `alpha` and `noise` (b_t).
+    """Process with the marginals q_t(.|x) = alpha_t delta_x + b_t.
 
-    A subclass also sets `vocabulary` and `prior`. If alpha_1 = 0, the prior is b_1, normalized.
-    Rates divide by b_t, so b_t must keep its relative accuracy near t = 0. For example, compute t^2
-    nu for a distribution nu, and not (1 - alpha_t) nu, which float64 rounds to 0 near t = 0.
-    `ComponentProcess` has cheaper formulas for noise that mixes a few fixed distributions.
+    A subclass defines `alpha` (alpha_t), `noise` (b_t), `vocabulary` and `prior`. If alpha_1 = 0,
+    the prior is b_1, normalized. Rates divide by b_t, so b_t must keep its relative accuracy near t
+    = 0. For example, compute t^2 nu for a distribution nu, and not (1 - alpha_t) nu, which float64
+    rounds to 0 near t = 0. `ComponentProcess` has cheaper formulas for noise that mixes a few fixed
+    distributions.
     """
 
     uniforms_per_sample = 2
@@ -91,7 +92,7 @@ class InterpolatingProcess(ForwardProcess):
         """Return the noise b_t [r,S], with sum 1 - alpha_t."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """Return d alpha / dt [r], by forward differentiation of `alpha`.
+        """Return d alpha_t / dt [r], by forward differentiation of `alpha`.
 
         A subclass may override this method with a closed form.
         """
@@ -99,7 +100,7 @@ class InterpolatingProcess(ForwardProcess):
         return torch.func.jvp(self.alpha, (t,), (ones,))[1]
 
     def d_noise(self, t: Tensor) -> Tensor:
-        """Return d b / dt [r,S], by forward differentiation of `noise`.
+        """Return the derivative of the noise b_t [r,S], by forward differentiation of `noise`.
 
         A subclass may override this method with a closed form.
         """
@@ -153,7 +154,7 @@ class InterpolatingProcess(ForwardProcess):
         return torch.cat(chunks)
 
     def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the sum of b_t(y) over all states y != z_t, per row [r]."""
+        """Return the sum of the noise b_t(y) over all states y != z_t, per row [r]."""
         return _gather_at_times(self._noise_of_others, zt, t)
 
     def _noise_of_others(self, t: Tensor) -> Tensor:
@@ -188,7 +189,8 @@ class InterpolatingProcess(ForwardProcess):
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
         """Return the transition from s to t: alpha_ts I + 1 (b_t - alpha_ts b_s)^T.
 
-        alpha_ts = alpha_t / alpha_s is the probability of no redraw, and 1 is the vector of ones.
+        alpha_ts = alpha_t / alpha_s is the probability of no redraw, b_t the noise, and 1 the
+        vector of ones.
         """
         stay = self._stay(s, t)
         arrive = self.noise(t) - stay.unsqueeze(-1) * self.noise(s)
@@ -207,7 +209,7 @@ class InterpolatingProcess(ForwardProcess):
         """Draw z_t given z_s, for s <= t.
 
         The state is kept with probability alpha_ts = alpha_t / alpha_s, and otherwise drawn in
-        proportion to b_t - alpha_ts b_s.
+        proportion to b_t - alpha_ts b_s, where b is the noise.
         """
         zt = zs.clone()
         stay = self._stay(s, t)
@@ -227,7 +229,7 @@ class InterpolatingProcess(ForwardProcess):
     def from_clean(self, t: Tensor) -> Kernel:
         """Return the operator alpha_t I + 1 b_t^T from the clean token to z_t.
 
-        1 is the vector of ones.
+        b_t is the noise, and 1 is the vector of ones.
         """
         return InterpolatingKernel(self.alpha(t), self.noise(t))
 
@@ -237,10 +239,11 @@ class InterpolatingProcess(ForwardProcess):
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Return the log of the distribution p = (s / |s| - b_t) / alpha_t of the token, [r,V].
 
-        s is the score, relative probabilities of the states, and |s| its sum over the states. The
-        formula inverts q_t-bar = alpha_t p + b_t with q_t-bar = s / |s|. Up to normalization, p is
-        s times the factor 1 - b_t |s| / s. The factor is raised to at least 1e-14. If a score near
-        t = 1 contains only noise, p is therefore proportional to s on the tokens.
+        s is the score, relative probabilities of the states, |s| its sum over the states, and b_t
+        the noise. The formula inverts q_t-bar = alpha_t p + b_t with q_t-bar = s / |s|. Up to
+        normalization, p is s times the factor 1 - b_t |s| / s. The factor is raised to at least
+        1e-14. If a score near t = 1 contains only noise, p is therefore proportional to s on the
+        tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]
@@ -456,8 +459,8 @@ class InterpolatingProcess(ForwardProcess):
     def _elsewhere(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         """Return 1 - q_t(z|x) [r] without cancellation, for z = z_t and x = x0.
 
-        The sum of b_t(y) over the states y != z, plus alpha_t if z is not x, keeps its relative
-        accuracy.
+        The sum of the noise b_t(y) over the states y != z, plus alpha_t if z is not x, keeps its
+        relative accuracy.
         """
         clean = torch.where(zt == x0, 0.0, self.alpha(t))
         return self._noise_elsewhere(zt, t) + clean

@@ -162,7 +162,7 @@ def solve_well_conditioned(
 
 @final
 class DenseKernel(Kernel):
-    """Kernel of explicit matrices [r,S,S]."""
+    """Kernel given by explicit matrices [r,S,S], one per row."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix

@@ -148,7 +148,7 @@ class SubtreeDistribution(ABC):
     def _covers_node(self, node: Tensor, child: Tensor) -> Tensor:
         """Return for each row whether all tokens below the node are below the child, bool [r].
 
-        Then P(child | node) = 1.
+        In such rows P(child | node) = 1.
         """
         first, last = self.vocabulary.node_range(node, 0)
         child_first, child_last = self.vocabulary.node_range(child, 0)

@@ -410,9 +410,10 @@ class WindowTimes:
     ) -> tuple[Times, Times]:
         """Return the times of the decoding and closing terms, for shape "slide" with `paired`.
 
-        The windows are shifted by a random number of positions. Only the first position of every
-        window counts in the decoding term, and only the last position in the closing term. One of
-        `width` positions counts, so the weight of a position that counts is `width`.
+        The windows are shifted by a random number of positions. Only one position of every window
+        has a weight above 0: the first position in the decoding term, and the last position in the
+        closing term. The weight is `width`, because the position stands for all positions of the
+        window.
         """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
@@ -436,7 +437,8 @@ class WindowTimes:
     ) -> tuple[Times, Times]:
         """Return the times of the decoding and closing terms, for shape "slide" without `paired`.
 
-        Only one random position of each sequence counts. Its weight is the length of the sequence.
+        Only one random position of each sequence has a weight above 0. The weight is the length of
+        the sequence, because the position stands for all positions.
         """
         place = torch.arange(length, device=slot.device)
         chosen = (rng.uniform("window")[:, :1] * length).floor()
@@ -482,7 +484,7 @@ def _window_numbers_at(depth: Tensor) -> Tensor:
 
 
 def _with_weight(times: Times, counted: Tensor, weight: float) -> Times:
-    """Return `times` with speed `weight` at the counted positions and 0 elsewhere."""
+    """Return `times` with speed `weight` at the positions marked in `counted`, and 0 elsewhere."""
     speed = torch.where(counted, weight, 0.0)
     return times._replace(speed=speed.to(times.t))
 

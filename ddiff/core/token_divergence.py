@@ -18,9 +18,9 @@ class TokenDivergence(torch.autograd.Function):
     2. ln p_x for the clean token x.
     3. ln p_z for the token z.
 
-    Autograd would store every intermediate result, and would make one gradient of width V for each
-    of ln p_x and ln p_z. The derivative of the sum by ln p_y is b_y v^2 / (1 + v), with v = alpha
-    p_y / b_y.
+    The gradient is explicit, because automatic differentiation would store every intermediate
+    result, and would make one gradient of width V for each of ln p_x and ln p_z. The derivative of
+    the sum by ln p_y is b_y v^2 / (1 + v), with v = alpha p_y / b_y.
 
     Args:
         log_p: [r,V] log of the predicted distribution p.

@@ -308,7 +308,8 @@ class TreeProcess(ForwardProcess):
     def information(self, t: Tensor) -> Tensor:
         """Return I(X; Z_t) [n] in nats, as the sum over levels l of pi_l(t) I(X; node at level l).
 
-        pi_l is the probability of level l. The level itself carries no information on the token X.
+        pi_l is the probability of level l, and the node is the state of a position that is at level
+        l. The level itself carries no information on the token X.
         """
         return self.clock.pi(t) @ self._level_information
 
@@ -410,7 +411,10 @@ class TreeProcess(ForwardProcess):
         target: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the state at level `target` [r] given z_t."""
+        """Draw the state at level `target` [r] given z_t.
+
+        Rows whose target level is not below the level of z_t keep z_t.
+        """
         return self._descend(query, zt, target, self._draw_step_below, target, u)
 
     def _draw_step_below(

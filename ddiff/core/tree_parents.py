@@ -106,7 +106,11 @@ class StochasticParents:
         return sure + self.stray_at(i, j, z)
 
     def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
-        """Return r_ij(z) for ids z of level j, the part of kappa_ij(y,z) without y."""
+        """Return r_ij(z) for ids z of level j.
+
+        This is the part of the probability kappa_ij(y,z) that does not depend on the node y of
+        level i.
+        """
         stray = self._stray_constants[i][j]
         if stray is None:
             return torch.zeros(z.shape, dtype=torch.float64, device=z.device)
@@ -189,8 +193,9 @@ def level_ids(vocabulary: Vocabulary, level: int, device: torch.device) -> Tenso
 
 
 def check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
-    """Return xi for each level 1..L as a tuple, with 1 for a root that is not listed.
+    """Return xi for each level 1..L above the tokens as a tuple.
 
+    A single number is used for all levels. If only the number of the root is missing, it is 1.
     Raises ArgumentError if the number of values or their range does not fit.
     """
     if isinstance(xi, (int, float)):
