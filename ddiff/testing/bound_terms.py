@@ -40,7 +40,7 @@ CELLS = 128  # times of a window, each combined with POINTS / CELLS points
 EXACT = 1e-9  # nats, tolerance for terms that are 0 or constant
 
 Formula = Callable[[DenseDistribution, Tensor, Tensor, Tensor], Tensor]
-"""(prediction, x0, zt, t) -> nats [r]."""
+"""Term of the bound, as a function (prediction, x0, zt, t) -> nats [r]."""
 
 
 # ------------------------------------------------------------------ draws

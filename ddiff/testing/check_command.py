@@ -318,7 +318,7 @@ MAKERS: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = 
     "backbone": _make_backbones,
     "sampler": _make_samplers,
 }
-"""Functions that make small instances, for each kind that has laws."""
+"""Function that makes small instances, for each kind of component that has laws."""
 
 
 # ---------------------------------------------------------------------- checking and printing

@@ -1,8 +1,7 @@
 """Laws of a predicted distribution of clean tokens: its methods must agree with each other.
 
-A prediction covers the tokens below one node of the vocabulary's tree, `prediction.top`, which is
-called the query node. "Tree order" is an order of the nodes of a level in which the nodes below any
-higher node are contiguous.
+A prediction covers the tokens below one node of the vocabulary's tree, `prediction.top`. "Tree
+order" is an order of the nodes of a level in which the nodes below any higher node are contiguous.
 """
 
 from __future__ import annotations
@@ -101,10 +100,10 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that log_child(node, child) is log P(child) - log P(node).
 
     P(node) is the predicted probability that the token is below the node. The child may be any
-    descendant of the node. If child and node are equal, `log_child` must be 0. The query node is
-    the node below which the distribution was predicted. For its children one level below,
-    `log_step` must agree with `log_child`. If the query node is the root, `log_prob(child)` must be
-    log P(child). Tolerance 1e-10: float64 rounding of sums of exponentials.
+    descendant of the node. If child and node are equal, `log_child` must be 0. The prediction
+    covers the tokens below `prediction.top`. For nodes one level below `prediction.top`, `log_step`
+    must agree with `log_child`. If `prediction.top` is the root, `log_prob(child)` must be log
+    P(child). Tolerance 1e-10: float64 rounding of sums of exponentials.
     """
     rows = len(prediction.log_below(0))
     vocabulary = prediction.vocabulary

@@ -34,7 +34,9 @@ from ddiff.testing.sampler_distribution import ExactNetwork, FastRng, make_canva
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.08], [0.02, 0.20, 0.03], [0.05, 0.05, 0.25]], dtype=torch.float64
 )
-"""P(x_1, x_2); its total variation distance to the product of its marginals is 0.41."""
+"""Joint distribution P(x_1, x_2) of two tokens.
+
+Its total variation distance to the product of its marginals is 0.41."""
 
 POINTS = 2**15  # samples; a true distance of 0 is measured as about 0.006
 SAMPLING = 0.006  # contribution of the random samples to a distance
