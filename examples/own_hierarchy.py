@@ -1,4 +1,4 @@
-"""Train a shipped recipe on a hierarchy of tokens written by hand.
+"""Train the recipe hdlm_small on a tree of tokens whose groups are defined by a function.
 
     python examples/own_hierarchy.py [KEY=VALUE ...]
 
@@ -11,7 +11,7 @@ import ddiff
 
 
 def assign_groups(token: str) -> tuple[str, str]:
-    """Return the finer and the coarser group of a token, by its spelling."""
+    """Return two groups of a token by its spelling: a narrow group, and the wide group above it."""
     word = token.removeprefix("Ġ")  # byte-level BPE spells a leading space as "Ġ"
     if token == "<|eos|>":
         return "end of document", "mark"

@@ -1,22 +1,28 @@
 """A process in closed form: a tree with uniform noise inside its levels.
 
-    python examples/restless_tree.py        # test two small instances against every law
+    python examples/restless_tree.py        # test two small instances against every law of the kit
 
-A token becomes its cluster, then the mask. At levels under `below`, it is also redrawn uniformly
-among the tokens that have the same ancestor at level `below`:
+A token (level 0) becomes its cluster (level 1), then the mask (level 2). On larger trees there are
+more levels of clusters. As long as the state is lower than the level `below`, its token is also
+redrawn uniformly among the tokens that have the same ancestor at the level `below`:
 
 - below = 1: among the tokens of its cluster;
 - below = 2, on a tree with levels token, cluster, mask: among all tokens.
 
-The class defines the marginal q_t(z|x) as a function of z and as a function of x, rates,
-transitions and draws. ddiff derives loss, bound, samplers and checks:
+The class `RestlessTree` defines the marginal q_t(z|x), the rates, the transitions and a way to
+sample. ddiff derives loss, bound, samplers and checks:
 
     process = RestlessTree(vocabulary, clock, redrawing=0.5)
     ddiff.run(recipe, vocabulary=vocabulary, process=process)
 
-Symbols: a_l(x) is the ancestor of token x at level l, pi_l(t) the probability of level l at time t,
-B_t = (1 - t)^redrawing the probability that a token was never redrawn by t. The family of a state
-is its ancestor at level `below`, and share(z) the share of the family's tokens that are under z.
+Symbols:
+
+    a_l(x)      ancestor of token x at level l
+    pi_l(t)     probability that a position is at level l at time t
+    B_t         (1 - t)^redrawing, the probability that a token was never redrawn until time t
+    family(z)   ancestor of state z at the level `below`, or z itself if it is at that level or
+                higher; a token is redrawn among the tokens of its family
+    share(z)    number of tokens under z, divided by the number of tokens under family(z)
 """
 
 from __future__ import annotations
@@ -42,16 +48,22 @@ from ddiff.testing import assert_laws, check_process
 
 
 class RestlessTree(ForwardProcess):
-    """Tree process whose levels under `below` are redrawn at the rate redrawing / (1 - t).
+    """Tree process in which tokens are also redrawn, at the rate redrawing / (1 - t).
 
-    q_t(z|x) for a state z of level l is
+    The marginal q_t(z|x) of a state z at level l is
 
-        l < below    pi_l(t) ( B_t 1[a_l(x) = z] + (1 - B_t) share(z) 1[x is in the family of z] )
+        l < below    pi_l(t) ( B_t 1[a_l(x) = z] + (1 - B_t) share(z) 1[x is under family(z)] )
         l >= below   pi_l(t) 1[a_l(x) = z]
 
-    and the transition from s to t is the same with B_t/B_s and the clock's transition.
-    redrawing = 0 is the plain tree; below = 1 on tokens and a mask is the gamma-hybrid of
-    arXiv 2504.06416.
+    The docstring of this module defines the symbols. A transition from time s to time t has the
+    same form, with B_t/B_s in place of B_t and the transition probabilities between levels in place
+    of pi_l(t).
+
+    With redrawing = 0 nothing is redrawn. With below = 1 on a tree of tokens and a mask, the
+    process is the gamma-hybrid of arXiv 2504.06416.
+
+    Args:
+        clock: defines when positions move from level to level.
     """
 
     uniforms_per_sample = 3
@@ -89,7 +101,10 @@ class RestlessTree(ForwardProcess):
         return (log_level + either.masked_fill(never, -torch.inf)).to(log_p.dtype)
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return log q_t(z_t | x) for every x; the engine could also derive it token by token."""
+        """Return log q_t(z_t | x) [r,V] for every token x.
+
+        This method is optional: the engine could derive it from `log_marginal`, but more slowly.
+        """
         tokens = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         level = self.vocabulary.level_of(zt).unsqueeze(-1)
         is_under = self.vocabulary.ancestor(tokens, level) == zt.unsqueeze(-1)
@@ -112,7 +127,11 @@ class RestlessTree(ForwardProcess):
         return TreeKernel(levels, self.parents) + self._lost(s, t) * Redrawing(levels, self)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the level, whether the token was redrawn, and the token; u [r,3] in this order."""
+        """Draw the states z_t [r] given the clean tokens x0 [r].
+
+        u [r,3] are uniforms: u[:,0] selects the level, u[:,1] decides whether the token was
+        redrawn, and u[:,2] selects the new token.
+        """
         level = (u[:, :1] < self.clock.cdf(t)).sum(-1)
         first, last = self.vocabulary.node_range(self.family(x0), 0)
         # Tokens in tree order: those of a family are a contiguous range.
@@ -124,19 +143,20 @@ class RestlessTree(ForwardProcess):
     # ------------------------------------------------------------------ families
 
     def is_restless(self, states: Tensor) -> Tensor:
-        """Return whether each state is below level `below`."""
+        """Return a bool that is True at states lower than the level `below`, which are redrawn."""
         return self.vocabulary.level_of(states) < self.below
 
     def family(self, states: Tensor) -> Tensor:
-        """Return the ancestor at level `below`, among whose tokens a state is redrawn.
+        """Return the ancestor of each state at the level `below`.
 
-        For states at level `below` or higher this is the state itself.
+        A token is redrawn among the tokens under this ancestor. For states at the level `below` or
+        higher the result is the state itself.
         """
         level = self.vocabulary.level_of(states).clamp(min=self.below)
         return self.vocabulary.ancestor(states, level)
 
     def share(self, states: Tensor) -> Tensor:
-        """Return the fraction of the family's tokens that are under each state."""
+        """Return the number of tokens under each state, divided by that under its family."""
         return self._num_tokens(states) / self._num_tokens(self.family(states))
 
     def _num_tokens(self, nodes: Tensor) -> Tensor:
@@ -144,7 +164,7 @@ class RestlessTree(ForwardProcess):
         return (last - first).double()
 
     def _lost(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return 1 - B_t/B_s [r], the probability of a redraw between s and t."""
+        """Return 1 - B_t/B_s [r], the probability that a token is redrawn between s and t."""
         log_kept = torch.special.xlogy(self.redrawing, (1.0 - t) / (1.0 - s).clamp(min=1e-300))
         return torch.where(s < t, -torch.expm1(log_kept), 0.0)
 
@@ -162,14 +182,17 @@ class RestlessTree(ForwardProcess):
 
 
 class Redrawing(Kernel):
-    """Change of the transition of the tree if tokens are redrawn.
+    """Kernel that is added to the transition of a plain tree process if tokens are redrawn.
 
-    levels [r,L+1,L+1] holds transition probabilities between levels. For states y and z,
+    The transition of the process from time s to time t is that of the plain tree process plus
+    (1 - B_t/B_s) K. If z is lower than the level `below`, the entry of K from state y to state z is
 
-        K[y,z] = levels[level of y, level of z] (share(z) 1[same family] - 1[z is an ancestor of y])
+        K[y,z] = levels[level of y, level of z] ( share(z) 1[family(y) = family(z)]
+                                                  - 1[z is y or an ancestor of y] )
 
-    if z is below level `below`, and 0 otherwise. If `levels` is the identity, K is the generator of
-    redrawing. The transition of the process is that of the tree plus (1 - B_t/B_s) K.
+    Otherwise it is 0. `levels` [r,L+1,L+1] are transition probabilities between levels. If `levels`
+    is the identity, K is the generator of redrawing. The docstring of this module defines B_t,
+    share and family.
     """
 
     def __init__(self, levels: Tensor, process: RestlessTree) -> None:
@@ -194,7 +217,7 @@ class Redrawing(Kernel):
         return sums[:, group] * process.share(states).to(vector.dtype) - moved
 
     def _entries(self, y: Tensor, z: Tensor) -> Tensor:
-        """Return K[y,z] for ids y and z that broadcast to [r,S]."""
+        """Return the entries K[y,z] for states y and z, whose shapes broadcast to [r,S]."""
         process = self.process
         vocabulary = process.vocabulary
         row = torch.arange(len(self.levels), device=z.device).unsqueeze(-1)

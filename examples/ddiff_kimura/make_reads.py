@@ -1,6 +1,6 @@
-"""Write reads.txt, rows of 64 letters from a Markov chain, and print the entropy per letter.
+"""Write reads.txt with rows of 64 nucleotides from a Markov chain, and print its entropy.
 
-In the chain CG is rare and equal neighbours are frequent.
+In the chain, G rarely follows C, and equal neighbours are frequent.
 """
 
 import math
@@ -19,7 +19,7 @@ BURN_IN = 1000  # letters that are dropped, so that the rest is stationary
 
 
 def entropy_after(letter: str) -> float:
-    """Return the entropy in nats of the letter that follows `letter`."""
+    """Return the entropy, in nats, of the next letter after `letter`."""
     total = sum(NEXT[letter])
     shares = [weight / total for weight in NEXT[letter]]
     return -sum(share * math.log(share) for share in shares)

@@ -1,4 +1,4 @@
-"""Nucleotide substitution (Kimura 1980) for ddiff."""
+"""Plugin with a process for nucleotides: substitution with the two rates of Kimura (1980)."""
 
 from ddiff import Registry, hookimpl
 

@@ -1,6 +1,6 @@
-"""Nucleotide substitution with the two rates of Kimura (1980).
+"""Process for nucleotides: substitution with the two rates of Kimura (1980).
 
-The class gives the rate matrix; ddiff derives loss, bound, samplers and checks from it.
+The class `Kimura` defines a rate matrix. ddiff derives loss, bound, samplers and checks from it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ TRANSITION = {"A": "G", "G": "A", "C": "T", "T": "C"}
 class Kimura(DenseProcess):
     """Substitution of nucleotides with a rate of transitions and a rate of transversions.
 
-    The rates are relative: every site mutates at rate 1 in the noise time -ln(1 - t), and at t = 1
-    all four nucleotides are equally likely. Symbols must be in the order ACGT.
+    Transitions exchange A with G or C with T; all other changes are transversions. Only the ratio
+    of the two rates matters: every nucleotide mutates at the total rate 1 in the time -ln(1 - t).
+    At t = 1 all four nucleotides are equally likely. Symbols must be in the order ACGT.
     """
 
     class Config(ComponentConfig):
@@ -48,7 +49,11 @@ class Kimura(DenseProcess):
 
     @staticmethod
     def rate_matrix(ts: float, tv: float) -> Tensor:
-        """Return the generator [4,4]; row y holds the rates out of y, which sum to 1."""
+        """Return the generator [4,4] with rates ts of transitions and tv of transversions.
+
+        Row y has the rates from nucleotide y to the others, scaled to the sum 1, and -1 on the
+        diagonal.
+        """
         matrix = torch.full((len(ORDER), len(ORDER)), tv, dtype=torch.float64)
         for row, symbol in enumerate(ORDER):
             matrix[row, ORDER.index(TRANSITION[symbol])] = ts
@@ -57,7 +62,7 @@ class Kimura(DenseProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Return the instances that `ddiff check kimura` tests."""
+        """Return the processes that the command `ddiff check kimura` tests."""
         vocabulary = FlatVocabulary(len(ORDER), mask=False)
         configs = [cls.Config(ts=ts, tv=1.0) for ts in (2.0, 1.0, 0.5)]
         return [cls.build(config, vocabulary=vocabulary) for config in configs]
