@@ -30,9 +30,9 @@ class AttentionLayout(NamedTuple):
         position: [n] long, the position of each input in its sequence.
         block: [1 or B,n] long, the block number of each input.
         noisy: [n] bool, True for noisy inputs and False for clean inputs. A noisy input attends to
-            the noisy inputs of its own block and to the clean inputs of earlier blocks. A clean
-            input attends to the clean inputs of its own block and of earlier blocks. None: an input
-            attends to all inputs of its own block and of earlier blocks.
+            the noisy inputs in its own block and to the clean inputs in earlier blocks. A clean
+            input attends to the clean inputs in its own and in earlier blocks. None: an input
+            attends to all inputs in its own and in earlier blocks.
     """
 
     position: Tensor

@@ -1,4 +1,4 @@
-"""Denoiser: a backbone that makes hidden states and a head that predicts from them."""
+"""Denoiser: a backbone that computes hidden states, and a head that predicts clean tokens."""
 
 from __future__ import annotations
 
@@ -364,7 +364,8 @@ class Denoiser(nn.Module):
         """Run the head on hidden states [k,width], and return the results of `fn` for all rows.
 
         `node` [k] is the query node of each row, the node of the tree below which the row needs the
-        predicted distribution. No gradients are computed.
+        predicted distribution. `fn` is called as fn(prediction, idx) for chunks of the rows (see
+        `HeadCallback`). No gradients are computed.
         """
         with self._autocast(hidden.device):
             return self.head.query(hidden, node, fn)

@@ -79,7 +79,7 @@ class Head(nn.Module, ABC):
     def logits_per_row(self, top: int) -> int:
         """Return the number of logits that a row with query node `top` usually needs.
 
-        The number of rows in a chunk is chosen by this number.
+        This number determines how many rows form a chunk.
         """
 
     @abstractmethod
@@ -436,7 +436,8 @@ def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Ten
 def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to the buffer in place.
 
-    `addmm_`, which needs no temporary tensor for the product, is used if the dtypes are equal.
+    `addmm_`, which needs no temporary tensor for the product, is used if the dtypes of the buffer and
+    the factors are equal.
     """
     if buffer.dtype == left.dtype:
         buffer.addmm_(left, right)

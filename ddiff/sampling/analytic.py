@@ -27,7 +27,7 @@ from ddiff.sampling.loop import (
 
 @final
 class AnalyticSampler(GridSampler):
-    """Sampler whose steps solve for the reverse transition in closed form. Order 1.
+    """Sampler whose steps solve for the reverse transition in closed form (first order).
 
     A step draws z_s from P(z_s = y | z_t) = (r K^-1)(y) K[y, z_t]. Here r is the row vector of the
     predicted ratios r(y) = q_t(y)/q_t(z_t) of all states y, and K[y,z] = P(z_t = z | z_s = y) is

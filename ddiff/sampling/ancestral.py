@@ -24,7 +24,7 @@ from ddiff.sampling.loop import Canvas, query_at_root, step_rows
 
 @final
 class AncestralSampler(GridSampler):
-    """Ancestral sampler: draws from the exact reverse transition at each position. Order 1.
+    """Ancestral sampler (first order): draws from the exact reverse transition at each position.
 
     A step from time t to time s draws z_s from P(z_s | z_t), which is proportional to
     sum_x p(x) q_t(z_t | x) q(z_s | z_t, x), where p is the predicted distribution of the clean

@@ -1,4 +1,4 @@
-"""First-hitting sampler: go from event to event in continuous time (arXiv 2409.02908)."""
+"""First-hitting sampler: changes one position at a time, at random times (arXiv 2409.02908)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class FirstHittingSampler(Sampler):
     """Exact sampler that changes one position at a time, at random times.
 
     An event is a change of state at one position in continuous time. A candidate is a time at which
-    a position may change. Each step of the sampler
+    a position may change. A step of the sampler has three parts:
 
-    1. draws a candidate for every position (`process.event_time`), without the network;
-    2. moves each sequence to the latest time among its candidates;
-    3. draws the new state of this position with the network (`process.event`), which may be the old
+    1. Draw a candidate for every position (`process.event_time`), without the network.
+    2. Move each sequence to the latest time among its candidates.
+    3. Draw the new state of this position with the network (`process.event`). It may be the old
        state if the rate of events depends on the network.
 
     Candidates of other positions are discarded, which is exact since their times have no memory.

@@ -11,7 +11,7 @@ Spacing = Literal["uniform", "cosine", "log"]
 
 
 class Steps(Protocol):
-    """Interface of time grids: a number of steps, and the times between which they go."""
+    """Interface of time grids: a number of steps, and the times at which they start and end."""
 
     steps: int
 

@@ -19,7 +19,7 @@ from ddiff.sampling.unmasking import require_monotone
 
 @final
 class OneLevelSampler(GridSampler):
-    """Sampler for trees that moves a position down at most one level in a step. Order 1.
+    """Sampler for trees that moves a position down at most one level in a step (first order).
 
     Level 0 contains the tokens, and the highest level is the mask. Let pi_l(t) be the probability
     that a position is at level l at time t, and F_l(t) the probability that it is at level l or

@@ -127,10 +127,10 @@ def propose_changes(
     rng: CounterRng,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a proposal at every free position of the sequences that `is_active` [B] marks.
+    """Propose a token at every free position of the sequences that `is_active` [B] marks.
 
-    A proposal is drawn from the full conditional P(x | z) with temperature `temperature`. Returns
-    three tensors [B,L]:
+    A free position is one in `canvas.free`. A proposal is drawn from the full conditional P(x | z)
+    with temperature `temperature`. Returns three tensors [B,L]:
 
     - the proposed tokens,
     - ln p of each proposed token, or -inf if it equals the present token,

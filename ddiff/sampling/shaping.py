@@ -202,9 +202,9 @@ class TopK:
 
 @final
 class TopP:
-    """Filter that keeps the most likely entries, as few as have a total probability of at least p.
+    """Filter that keeps the most likely entries, until their total probability is at least p.
 
-    p is in (0,1], and 1 keeps all entries.
+    The entry that reaches p is kept too. p is in (0,1], and 1 keeps all entries.
     """
 
     def __init__(self, p: float) -> None:

@@ -19,7 +19,7 @@ from ddiff.sampling.loop import Canvas, query_at_root, require_process, step_row
 
 @final
 class TauLeapingSampler(GridSampler):
-    """Tau-leaping sampler: reverse rates stay constant during a step. Order 1.
+    """Tau-leaping sampler: reverse rates stay constant during a step (first order).
 
     R(y) = Q[y,z] s_theta(y) is the reverse rate from the present state z to a state y at time t.
     Here Q[y,z] is the forward rate from y to z, and s_theta(y) = q_t(y)/q_t(z) is the predicted

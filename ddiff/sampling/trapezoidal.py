@@ -22,7 +22,7 @@ from ddiff.sampling.tau_leaping import tau_leap
 
 @final
 class TrapezoidalSampler(GridSampler):
-    """Tau-leaping in two stages per step, the second with extrapolated rates. Order 2.
+    """Tau-leaping in two stages per step, the second with extrapolated rates (second order).
 
     A step from time t to time s consists of two tau-leaps (rates stay constant in each):
 

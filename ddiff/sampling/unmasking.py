@@ -205,7 +205,8 @@ def propose_descents(
 ) -> tuple[Tensor, Tensor]:
     """Draw a state one level down the tree at every free position that is not yet a token.
 
-    `by` selects the confidence (see `UnmaskingSampler`). Returns two tensors [B,L]:
+    A free position is one in `canvas.free`. `by` selects the confidence (see `UnmaskingSampler`).
+    Returns two tensors [B,L]:
 
     - the states, which are unchanged at all other positions,
     - the confidence of each draw, which is -inf at all other positions.
