@@ -134,7 +134,8 @@ class GeneralizedInterpolation(ComponentProcess):
         gamma: Annotated[float, Field(ge=0.3, le=2.0)] = 1.0
         """Exponent of the peak of uniform noise over time; smaller values are broader."""
         form: Form = "current"
-        """Mixing of the "current" published code, or of the "original" code, which HDLM uses."""
+        """Mixing of the "current" code of the GIDD authors, or of their "original" code, which HDLM
+        uses."""
 
     def __init__(self, vocabulary: Vocabulary, mixing: Mixing) -> None:
         self.mixing = mixing

@@ -299,7 +299,8 @@ class GammaHybrid(ForwardProcess):
         """Return the divergence [r], which times `weight` is the integrand of the bound.
 
         At masks it is KL( r_t(.|x) || r_t(.|p) ), where r_t is the distribution of a token that is
-        not masked. At tokens it is the divergence of uniform diffusion.
+        not masked (see the docstring of this module). At tokens it is the divergence of uniform
+        diffusion.
         """
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)

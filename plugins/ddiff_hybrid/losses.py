@@ -40,7 +40,8 @@ class Published:
         lam: NonNegativeFloat | None = None
         """For hybrid_epsilon: weight of visible tokens, lambda of the paper; 1 by default."""
         weights: Literal["flat", "annealing"] | None = None
-        """For hybrid_epsilon: "flat" (default) divides the weight of visible tokens by 1 - p."""
+        """For hybrid_epsilon: "flat" (default) divides the weight of visible tokens by 1 - p, the
+        probability that a token is visible (not masked)."""
 
     @classmethod
     def build(
