@@ -436,8 +436,8 @@ def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Ten
 def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to the buffer in place.
 
-    If the dtypes of the buffer and the factors are equal, `addmm_` is used, which needs no temporary
-    tensor for the product.
+    If the buffer and the factors have the same dtype, `addmm_` saves the temporary tensor of the
+    product.
     """
     if buffer.dtype == left.dtype:
         buffer.addmm_(left, right)
