@@ -1,10 +1,11 @@
-"""Print learning curves of runs, by level for trees, as a Markdown table, and draw them as SVG.
+"""Print learning curves of runs as a Markdown table, and draw them as an SVG image.
 
     python benchmarks/curves.py runs/side/{mdlm,hdlm}_small_seed0 --svg docs/learning_curves.svg
 
-Each number is a mean over the training steps since the previous number. The averaged metric of
-`metrics.jsonl` is the diffusion term of the bound, unclipped, in nats per token of the training
-text. The closing term and the decoding term are not included.
+The curves show the diffusion term of the bound, without clipped weights, in nats per token of the
+training text, as recorded in `metrics.jsonl`. The other terms of the bound (KL to the prior at
+t = 1, decoding at t = 0) are not included. A run on a tree of tokens also has a row for each level.
+Each number is a mean over the training steps since the previous number.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class Curve(NamedTuple):
 
 
 def curves(run_dir: Path, every: int) -> list[Curve]:
-    """Return curves of the bound and of its terms; each point is the mean of `every` steps."""
+    """Read the curve of the bound of a run, followed by the curve of each tree level.
+
+    Each point is the mean over `every` training steps.
+    """
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     groups = [lines[first : first + every] for first in range(0, len(lines), every)]
     names = [name for name in lines[0] if name.startswith(("nelbo_", "nll_"))]
@@ -60,7 +64,7 @@ def table(all_curves: Sequence[Curve]) -> str:
 
 
 def draw_svg(bounds: Sequence[Curve]) -> str:
-    """Return an SVG image of the bounds as functions of the training step."""
+    """Return the text of an SVG image of the curves `bounds`, by training step."""
     low = min(min(curve.nats) for curve in bounds)
     # Exclude the first points, which are high after the random initialization.
     high = max(max(curve.nats[1:] or curve.nats) for curve in bounds)

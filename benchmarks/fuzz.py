@@ -3,10 +3,10 @@
 python benchmarks/fuzz.py                          # 1,000 dry runs, then 40 short runs
 python benchmarks/fuzz.py --recipes 100 --runs 5 --seed 3
 
-All recipes run in one process and in a temporary directory. A fault is a traceback, an empty or
-very long message, a time limit that is exceeded, or a file that is not removed. Each fault is
-printed with the text and the number of the recipe; `--seed S --only N` repeats recipe N. The exit
-code is 1 if there is a fault.
+A mutated recipe is a valid recipe with random changes. All recipes run in one process and in a
+temporary directory. A fault is a traceback, an empty or very long message, a time limit that is
+exceeded, or a file that is not removed. Each fault is printed with the text and the number of the
+recipe; `--seed S --only N` repeats recipe N. The exit code is 1 if there is a fault.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ TEXTS = [
 
 
 class Fault(NamedTuple):
-    """Recipe to which the command line reacted with a fault."""
+    """Recipe on which the command line failed, with a description of the fault."""
 
     number: int
     what: str
@@ -121,7 +121,10 @@ class Output(NamedTuple):
 
 
 def bases() -> list[dict[str, Any]]:
-    """Return the shipped small recipes with all defaults, reduced in size, on two data sets."""
+    """Return the recipes to mutate: shipped small recipes, reduced in size, on two data sets.
+
+    The recipes are nested tables in which every default is filled in.
+    """
     plugins = [name for name in find_installed_plugins() if name != "core"]
     found = []
     for name in find_shipped_recipes():
@@ -181,7 +184,10 @@ def set_oddly(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[st
 
 
 def near_limits(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
-    """Replace a number by another number of the same type; most recipes stay valid."""
+    """Replace a random number in the recipe `tree` by another number of the same type, in place.
+
+    Most recipes stay valid. `kinds` is ignored.
+    """
     numbers = [
         path for path in leaves(tree) if type(inside(tree, path[:-1])[path[-1]]) in (int, float)
     ]
@@ -212,7 +218,11 @@ def swap_kind(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[st
 
 
 def wrap(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
-    """Replace a scalar by a list, a list by a scalar, or wrap either in a table."""
+    """Replace a random value of the recipe `tree` by a value of another structure, in place.
+
+    A scalar becomes a list, a list becomes a scalar, or the value is wrapped in a table. `kinds` is
+    ignored.
+    """
     *path, key = rng.choice(list(leaves(tree)))
     table = inside(tree, path)
     value = table[key]
@@ -258,7 +268,7 @@ def mutate_text(text: str, rng: random.Random) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """Format a value as TOML, including values that TOML libraries refuse to write."""
+    """Format a value as TOML, even a value that TOML libraries refuse to write."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -289,7 +299,10 @@ def to_toml(value: Any) -> str:
 
 
 def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str, list[str]]) -> str:
-    """Return the text of a mutated recipe, as a function of the recipe number and the seed."""
+    """Return the text of the mutated recipe with the given number, reproducibly by seed.
+
+    trees: recipes to mutate. kinds: names of components, by kind.
+    """
     import copy
 
     rng = random.Random(f"{seed} {number}")
@@ -307,7 +320,7 @@ def mutant(number: int, seed: int, trees: list[dict[str, Any]], kinds: dict[str,
 
 
 class TooSlow(BaseException):
-    """Time limit exceeded. The command line does not catch it, since it is no Exception."""
+    """Raised when the time limit is exceeded; the command line catches only `Exception`."""
 
 
 def run_command(*arguments: str) -> Output:
@@ -366,9 +379,9 @@ def find_fault(output: Output, running: bool) -> str | None:
 def fuzz(
     recipes: Sequence[int], runs: int, seed: int, report: Callable[[str], None]
 ) -> list[Fault]:
-    """Dry-run the recipes, then run every k-th accepted recipe, `runs` recipes in total.
+    """Dry-run all recipes, then train `runs` of the accepted recipes; return the faults.
 
-    recipes: recipe numbers. report: function that prints a line.
+    recipes: numbers of the recipes. report: function that prints a line.
     """
     registry = survey_plugins().registry
     kinds: dict[str, list[str]] = {}

@@ -2,11 +2,12 @@
 
     python benchmarks/gradient_variance.py runs/variance [RECIPE ...]
 
-The distributions are uniform t, uniform information time tau, and the draws of `FlatTimes` for
-several numbers of tokens. Each recipe is trained for a few steps first. Then the same rows are
-noised repeatedly, so that gradients differ only by noise times and noise. The result is
-trace(Cov(gradient)) / |mean gradient|^2 for one batch, with the loss of the recipe and with the
-bound as loss.
+The distributions are uniform t, uniform information time tau (the share of the mutual information
+of x and z_t that is lost at time t), and the draws of `FlatTimes` for several sequence lengths.
+
+Each recipe is trained for a few steps first. Then gradients of one fixed batch are computed with
+different noise times and noise. The script prints trace(Cov(gradient)) / |mean gradient|^2, with
+the loss of the recipe and with the bound as loss.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOKENS = (64, 16, 4, 1)
 
 
 class EvenDraws:
-    """Time change whose noise times are drawn uniformly in the information time tau."""
+    """Time change with the map tau -> t of `clock`, and noise times drawn uniformly in tau."""
 
     def __init__(self, clock: TimeChange) -> None:
         self.clock = clock
@@ -46,9 +47,9 @@ class EvenDraws:
 
 
 class DrawsForLength(EvenDraws):
-    """Time change whose noise times are drawn as for sequences of `tokens` tokens.
+    """Time change that draws noise times as if all sequences had `tokens` tokens.
 
-    `FlatTimes` depends on the length of the sequences; this class sets another length.
+    The draws of `FlatTimes` depend on the length of the sequences; this class ignores their length.
     """
 
     def __init__(self, clock: TimeChange, tokens: int) -> None:
@@ -60,7 +61,10 @@ class DrawsForLength(EvenDraws):
 
 
 def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
-    """Return float32 gradients [DRAWS, parameters] of one fixed batch with different noise."""
+    """Return gradients [DRAWS, parameters] of one fixed batch, each with other noise.
+
+    clock: time change from which noise times are drawn. loss: training loss.
+    """
     objective = run.objective
     run.process.__dict__["information_time"] = clock
     objective.loss = loss
@@ -77,7 +81,10 @@ def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
 
 
 def relative_variance(gradient: Tensor) -> float:
-    """Return trace(Cov) / |mean|^2, with |mean|^2 corrected for the variance of the mean."""
+    """Return trace(Cov) / |mean|^2 over the rows of `gradient` [draws, parameters].
+
+    |mean|^2 is corrected for the variance of the mean.
+    """
     mean = gradient.double().mean(0)
     variance = float((gradient.double() - mean).square().sum()) / (len(gradient) - 1)
     return variance / (float(mean.square().sum()) - variance / len(gradient))

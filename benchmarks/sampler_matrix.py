@@ -188,7 +188,10 @@ def rows(
 
 
 def refused_section(refused: Refused) -> Iterator[str]:
-    """Yield the lines of the section of refused pairs, grouped by error message."""
+    """Yield the lines of the page section on refused samplers, grouped by error message.
+
+    `refused` maps error message -> process -> samplers.
+    """
     yield "\n## Refused\n"
     yield REFUSED
     for message, pairs in refused.items():
@@ -199,7 +202,7 @@ def refused_section(refused: Refused) -> Iterator[str]:
 
 
 def takes_scores(sampler: Sampler, process: ForwardProcess) -> bool:
-    """Return whether the sampler and the vocabulary of the process support score heads."""
+    """Return whether sampler and process support a network that predicts scores."""
     if process.vocabulary.num_levels > 1:
         return False
     try:
@@ -239,7 +242,10 @@ def row(
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
-    """Yield the text of the page whenever the table of another process is complete."""
+    """Yield the text of the whole page, again after the table of each process.
+
+    names: names of the processes. steps: numbers of sampling steps. points: draws per step.
+    """
     refused: Refused = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())
     far = 0.5 * float((torch.outer(JOINT.sum(1), JOINT.sum(0)) - JOINT).abs().sum())

@@ -3,10 +3,11 @@
     python benchmarks/side_by_side.py runs/side            # all families
     python benchmarks/side_by_side.py runs/side --gap      # ablations of hierarchical diffusion
 
-All runs have the same number of steps, batch and validation text. The first three families have
-three seeds; all other families have one seed. With `--gap`, the script instead trains the runs of
-`GAP`, which test why hierarchical diffusion may learn later than masked diffusion. The command can
-be stopped and started again; finished runs are not repeated.
+All runs have the same number of steps, batch size and validation text. The first three families are
+trained with three seeds, all other families with one seed. With `--gap`, the script instead trains
+the runs in the list `GAP`. Each of these runs tests one reason why hierarchical diffusion may learn
+later than masked diffusion. The script can be stopped and started again; finished runs are not
+repeated.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ ONE_SEED = (
 
 
 class Trained(NamedTuple):
-    """Training run: its name, its recipe, and overrides of recipe keys.
+    """Training run: name, recipe, and overrides of recipe keys (`settings`).
 
-    `{side}` in an override is replaced by the directory of the runs.
+    The text `{side}` in an override is replaced by the directory of the runs.
     """
 
     name: str

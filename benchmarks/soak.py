@@ -10,10 +10,12 @@ processes, either one process or all processes are killed.
 
 There are two types of trials:
 
-- One layout (single; ddp or fsdp on two processes), with dropout and Muon. Metrics, checkpoint,
-  evaluation and samples must be bitwise identical to those of the uninterrupted run.
-- A random layout at each start (mixed), with AdamW and no dropout. Losses must agree with those of
-  the uninterrupted run within 1e-6 relative, and weights within 1e-5 in norm.
+- The layout (a single process, or ddp or fsdp on two processes) stays the same. The recipe has
+  dropout and Muon. Metrics, checkpoint, evaluation and samples must be bitwise identical to those
+  of the uninterrupted run.
+- The layout is chosen at random at each start ("mixed"). The recipe has AdamW and no dropout.
+  Losses must agree with those of the uninterrupted run within 1e-6 relative, and weights within
+  1e-5 in norm.
 
 The exit code is 0 if all trials agree. `make soak` runs fifty trials; the test suite runs three.
 """
@@ -91,10 +93,13 @@ PRELOAD = [
 
 
 class Kill(NamedTuple):
-    """Random moment of a kill.
+    """Random moment at which a run is killed.
 
-    share: fraction of the remaining steps before the kill. delay: seconds after this step. in_save:
-    wait until a checkpoint is being saved. all_ranks: kill all processes instead of one.
+    Attributes:
+        share: fraction of the remaining training steps to complete before the kill.
+        delay: seconds from the last of these steps to the kill.
+        in_save: delay the kill further until a checkpoint is being saved.
+        all_ranks: kill all processes of the run instead of one.
     """
 
     share: float
@@ -167,7 +172,7 @@ def draw_kill(draw: random.Random) -> Kill:
 
 
 class Run:
-    """Run of the tiny recipe in a directory, with a layout of processes."""
+    """Run of the tiny recipe in a directory, on one process or on several ranks."""
 
     def __init__(self, place: Path, layout: str, kind: str, every: int) -> None:
         self.place, self.layout = place, layout
@@ -184,7 +189,7 @@ class Run:
         self.log = place.with_suffix(".log")
 
     def finish(self) -> None:
-        """Run the recipe to the end. Raises RuntimeError with the log if the run fails."""
+        """Run the recipe to the end; raise RuntimeError with the log if the run fails."""
         ranks = self._start()
         deadline = time.monotonic() + PATIENCE
         for rank in ranks:
@@ -245,14 +250,18 @@ class Run:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def _unfinished(self) -> list[str]:
-        """Return the checkpoints without a marker file, which are being written or incomplete."""
+        """Return the names of checkpoints without marker file: incomplete or still being written."""
         folder = self.place / "checkpoints"
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [name for name in names if not (folder / name / "complete.json").exists()]
 
 
 def train(rank: int, world: int, port: int, settings: list[str], log: str, path: list[str]) -> None:
-    """Train as one rank of a run; the main function of a separate process."""
+    """Train as rank `rank` of `world` ranks; the main function of a separate process.
+
+    port: port of rank 0. settings: overrides of recipe keys. log: path of the log file. path: import
+    path of the parent process.
+    """
     sys.path[:] = path
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)

@@ -1,11 +1,14 @@
-"""Compare the exact bound at xi < 1 with its published approximation, without random draws.
+"""Compare the exact bound of HDLM with the loss in the code of its paper, for xi < 1.
 
     python benchmarks/xi_bounds.py    # write the table in plugins/ddiff_hdlm/README.md, one minute
 
-The data are sequences of two tokens with a known joint distribution, over four tokens in three
-clusters. Expectations over states and times are computed by sums in float64. The exact bound and
-the published approximation have the same terms (closing, diffusion, decoding), noise, times and
-weights, and differ only in the divergence of a row.
+xi is the probability that the forward process moves a token to its true cluster, instead of a wrong
+cluster. The code of arXiv 2510.08632 approximates the bound if xi < 1.
+
+The data are sequences of two tokens with a known joint distribution. There are four tokens in three
+clusters. Expectations over states and times are sums in float64, without random draws. The bound
+and the approximation have the same noise, times, weights, KL to the prior and decoding term. They
+differ only in the divergence between the true and the predicted reverse transition.
 """
 
 from __future__ import annotations
@@ -40,10 +43,12 @@ BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
 
 
 class Published(TreeProcess):
-    """Objective of the code of arXiv 2510.08632 for xi < 1 (`simplified`), on two levels.
+    """Tree process with the approximate divergence of HDLM's code (option `simplified`).
 
-    The published divergence depends on rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1), for the predicted
-    probability P_c of the true cluster c and n clusters:
+    Let n be the number of clusters, P_c the predicted probability of the true cluster c, p(x) the
+    predicted probability of the true token x, and rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) the
+    predicted probability that the forward process moves the token to c. The divergence of the code
+    (arXiv 2510.08632) is
 
     - at masks: -xi ln(rho / xi), which is one term of the exact divergence;
     - at the true cluster: -ln(xi p(x) / rho), which is exact;
@@ -68,7 +73,10 @@ class Published(TreeProcess):
 
 
 class Row(NamedTuple):
-    """Exact bound and published expression of one prediction, in mean nats of two tokens."""
+    """Exact bound and approximation in HDLM's code, for one prediction.
+
+    Both values are the mean nats of a sequence of two tokens.
+    """
 
     gamma: float
     xi: float
@@ -82,9 +90,9 @@ def process_of(kind: type[TreeProcess], gamma: float, xi: float) -> TreeProcess:
 
 
 def predictions_of(process: TreeProcess) -> dict[str, Table]:
-    """Return the predictions that replace the output of a network, by name.
+    """Return fixed predictions that are evaluated in place of a network, by name.
 
-    The names are the columns of the table; plugins/ddiff_hdlm/README.md describes them.
+    The names are columns of the table; plugins/ddiff_hdlm/README.md describes the predictions.
     """
     true, bend = (
         rest_conditional_table(process, LOG_JOINT),
@@ -99,16 +107,17 @@ def predictions_of(process: TreeProcess) -> dict[str, Table]:
 
 
 def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
-    """Return the prediction [B,L,V] that minimizes the published expression.
+    """Return the log-probabilities [B,L,V] that minimize the loss in HDLM's code (`Published`).
 
-    The minimizer is computed from the exact distribution p of x given the rest of the sequence.
-    Let n be the number of clusters and b = (1 - xi)/(n - 1).
+    `log_p` [B,L,V] is the exact log-distribution of x given the rest of the sequence, and `zt` are
+    the noisy states. Let n be the number of clusters, and b = (1 - xi)/(n - 1) the probability of a
+    move to a given wrong cluster.
 
-    - At masks, cluster k has the probability P_k = (mu p_k - b)+/(xi - b), with mu such that all
-      P_k sum to 1.
-    - At a cluster k that is the true cluster with probability A, the tokens below the cluster have
-      the total probability s, and all other tokens 1 - s. s is the positive root of
-      (1 - A)(xi - b) s^2 + b s - A b = 0.
+    - At masks, let p_k be the exact probability of cluster k. The minimizer gives cluster k the
+      probability max(mu p_k - b, 0)/(xi - b). The number mu is chosen so that these sum to 1.
+    - At cluster k, let A be the exact probability that k is the true cluster. The minimizer gives
+      the tokens of k the total probability s, and all other tokens 1 - s. The number s is the
+      positive root of (1 - A)(xi - b) s^2 + b s - A b = 0.
     """
     xi, count = process.parents.xi[0], TREE.level_sizes[1]
     if xi == 1.0:
@@ -137,7 +146,7 @@ def flattering(process: TreeProcess, log_p: Tensor, zt: Tensor) -> Tensor:
 
 
 def unigram_log_probs() -> Tensor:
-    """Return the log-distribution [V] of a single token, averaged over both positions."""
+    """Return the log-distribution [V] of a token, averaged over both positions of a sequence."""
     return (0.5 * (LOG_JOINT.exp().sum(0) + LOG_JOINT.exp().sum(1))).log()
 
 
@@ -146,10 +155,7 @@ def entropy() -> float:
 
 
 def unigram_nelbo() -> float:
-    """Return E[-ln p(x_1) p(x_2)], the NELBO of the constant prediction.
-
-    p is the distribution of a single token.
-    """
+    """Return E[-ln p(x_1) p(x_2)], the NELBO of a network that always predicts the unigram p."""
     single = unigram_log_probs()
     return -mean((single.unsqueeze(-1) + single).reshape(-1))
 
@@ -159,7 +165,7 @@ def mean(values: Tensor) -> float:
 
 
 def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
-    """Compute the rows for every gamma, xi and prediction, with an error of 1e-5 nats."""
+    """Compute a row of the table for every gamma, xi and prediction; errors are below 1e-5 nats."""
     found = []
     for gamma in gammas:
         for xi in xis:
@@ -176,8 +182,8 @@ def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[R
 def table(found: Sequence[Row]) -> str:
     """Return a Markdown table with a row per (gamma, xi) and a column per prediction.
 
-    Each cell is "exact bound / published expression" in nats. Values below the entropy of the data
-    are bold, because a valid bound cannot be below the entropy.
+    Each cell is "exact bound / loss in HDLM's code" in nats. A value below the entropy of the data
+    is bold, because a valid bound cannot be below the entropy.
     """
     names = list(dict.fromkeys(row.prediction for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]

@@ -1,8 +1,8 @@
 """Compare the cost of ddiff with the cost of a plain implementation (`make bench`).
 
-Every case runs in a separate process, in which ddiff and the plain implementation alternate
-(A B A B). The results are CPU seconds, and the least, median and greatest ratio of neighbouring
-runs. Tables are printed, and all numbers are written to a JSON file.
+Every case runs in a separate process, in which runs of ddiff and of the plain implementation
+alternate. The script prints tables of CPU seconds, and of the least, median and greatest ratio of
+neighbouring runs. All numbers are also written to a JSON file (`--json`).
 
     python benchmarks/bench                      # all parts
     python benchmarks/bench --quick              # fewer rounds
@@ -41,9 +41,10 @@ RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 
 
 class Effort(NamedTuple):
-    """Number of rounds of each part.
+    """Number of measurement rounds of each part of the benchmark.
 
-    `plain_steps` is the number of plain sampling steps per round at V = 50257.
+    `plain_steps` is the number of sampling steps of the plain implementation in a round of the part
+    `sample`, for the vocabulary of 50257 tokens.
     """
 
     train: int = 5
@@ -63,7 +64,7 @@ def say(line: str = "") -> None:
 
 
 def say_header(*names: str) -> None:
-    """Print the first two lines of a Markdown table with these columns."""
+    """Print the header of a Markdown table, with the given column names."""
     say_row(*names)
     say("|" + "---|" * len(names))
 
@@ -82,7 +83,11 @@ def verdict(value: float, target: float | None) -> str:
 
 
 def train(effort: Effort) -> list[dict[str, Any]]:
-    """Measure a training step: draw t, noise, forward, loss and backward, without optimizer."""
+    """Measure training steps of each family, without the optimizer update.
+
+    A step draws noise times and noisy states, and runs forward, loss and backward. Prints a table
+    and returns its rows.
+    """
     say("\n## Training step, 4 layers, width 256, batch 8x128: CPU seconds\n")
     say_header(
         "family",
@@ -126,7 +131,11 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 
 
 def sample(effort: Effort) -> list[dict[str, Any]]:
-    """Measure a sampling run. The plain implementation runs only some steps, of equal cost."""
+    """Measure sampling runs of each family; prints a table and returns its rows.
+
+    All steps of the plain diffusion samplers cost the same, so only some steps are run and the cost
+    of a whole run is extrapolated.
+    """
     say(
         f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} tokens, ours cached): "
         "CPU seconds of a run\n"
@@ -180,7 +189,11 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
 
 
 def memory(effort: Effort) -> list[dict[str, Any]]:
-    """Measure the peak memory of a step or a run, in a separate process per implementation."""
+    """Measure the peak memory of a training step and of a sampling run.
+
+    ddiff and the plain implementation are measured in separate processes. Prints a table and
+    returns its rows. `effort` is ignored.
+    """
     say(f"\n## Memory increase over the model, gradients included, V = {LARGE}: MB\n")
     say_header("what", "family", "ours", "plain", "ours/plain", "target")
     rows = []
@@ -266,7 +279,10 @@ GROWTH += [
 
 
 def growth(effort: Effort) -> list[dict[str, Any]]:
-    """Measure how the cost of ddiff grows with vocabulary, length, levels and steps."""
+    """Measure how the cost of ddiff grows with vocabulary, length, tree levels and sampling steps.
+
+    Prints a table and returns its rows.
+    """
     say(f"\n## Growth of the cost of ddiff, V = {SMALL} by default: CPU seconds\n")
     say_header("with", "family", "what", "CPU seconds")
     rows = []
@@ -284,7 +300,10 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
 
 
 def ddp(effort: Effort) -> list[dict[str, Any]]:
-    """Measure a step of two ranks with 8 rows per rank, without and with all-reduce."""
+    """Measure the cost of the gradient all-reduce in a training step of two ranks (DDP).
+
+    Each rank has 8 sequences. Prints a table and returns its rows.
+    """
     say("\n## Two processes with and without all-reduce (ddp, gloo), mdlm, 8x128 each\n")
     say_header(
         "V", "alone", "together", "CPU, together/alone [least, greatest]", "wall clock", "target"
@@ -318,7 +337,10 @@ def ddp(effort: Effort) -> list[dict[str, Any]]:
 
 
 def _on_ranks(count: int, work: str, **arguments: Any) -> Any:
-    """Run `work` on `count` processes as under torchrun and return the result of rank 0."""
+    """Run a function of workers.py on several ranks, as torchrun does; return rank 0's result.
+
+    count: number of ranks. work: name of the function. arguments: its keyword arguments.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -358,7 +380,8 @@ GPU_BATCHES = (
 def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     """Measure training steps of all families on a GPU, and of hdlm also with larger batches.
 
-    `rehearsal`: run tiny steps on the CPU, to test this function.
+    Prints a table and returns its rows. With `rehearsal`, tiny steps run on the CPU instead, to test
+    this function. `effort` is ignored.
     """
     say("\n## Training step on a GPU: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
     if not rehearsal and not torch.cuda.is_available():

@@ -1,12 +1,12 @@
 """GPU benchmark of training steps: a small diffusion transformer in bfloat16, for all families.
 
-The transformer is measured compiled and eager. A step over T positions of sequences of length L,
-with n layers of width d, has the FLOPs
+The transformer is measured compiled and eager. Let T be the number of positions in a batch, L the
+length of a sequence, n the number of layers and d their width. A training step has the FLOPs
 
     6 T (parameters of the backbone) + 12 T n L d (attention) + 6 d (number of logits).
 
-MFU is the rate of these FLOPs divided by the dense bfloat16 rate of the card, if the latter is
-known.
+MFU (model FLOPs utilization) is this number per second, divided by the peak dense bfloat16 rate of
+the GPU. MFU is None for a GPU whose peak rate is not listed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ WARM, TIMED = 10, 30
 def gpu_step(
     family: str, compiled: bool, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """Measure milliseconds, tokens/s, MFU and peak memory of forward and backward."""
+    """Measure a training step of ddiff (forward and backward) in bfloat16.
+
+    `timed` is the number of timed steps. Returns milliseconds, tokens per second, TFLOPs per second,
+    MFU, peak memory in GB, and the name of the GPU.
+    """
     case = Case(family, size)
     denoiser = denoiser_of(case).to(device)
     objective = objective_of(case, denoiser)
@@ -75,9 +79,10 @@ def gpu_step(
 def plain_gpu_step(
     family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """Measure the plain implementation on the card, eager, in bfloat16.
+    """Measure a training step of the plain implementation, eager, in bfloat16.
 
-    The values are None if the step does not fit into memory.
+    `timed` is the number of timed steps. Returns milliseconds and peak memory in GB; both are None
+    if the step does not fit into memory.
     """
     try:
         step = plain_training_step(Case(family, size), device)
@@ -96,7 +101,10 @@ def plain_gpu_step(
 
 
 def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float:
-    """Return the mean number of logits per step, over `steps` untimed steps."""
+    """Return the mean number of logits that the head computes in a training step.
+
+    The mean is taken over `steps` calls of `step`.
+    """
     head, counted = denoiser.head, []
     total = head.total
 
@@ -114,7 +122,7 @@ def _logits_of(denoiser: Any, step: Callable[[], None], steps: int = 4) -> float
 
 
 def _timed(step: Callable[[], None], device: str, timed: int) -> tuple[float, float]:
-    """Return the median milliseconds of a step after a warm-up, and the peak memory in GB."""
+    """Run warm-up steps and then `timed` steps; return (median milliseconds, peak memory in GB)."""
     cuda = torch.device(device).type == "cuda"
     wait = torch.cuda.synchronize if cuda else (lambda: None)
     for _ in range(WARM if cuda else 2):

@@ -1,4 +1,4 @@
-"""Hand-written training step of masked diffusion, optimized for this process only."""
+"""Training step of masked diffusion written by hand, without the generality of ddiff."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ CHUNK = 2**22  # number of logits in memory at once, as in the heads of ddiff
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted cross-entropy, summed over rows, with gradients computed in the same pass.
+    """Cross-entropy of a linear layer, with a weight per row and gradients in the same pass.
 
-    The value is the sum of weight * (logsumexp of the logits - logit of the target).
+    The logits are computed in chunks of rows, so that they are never all in memory. The value is
+    the sum over rows of weight * (logsumexp of the logits - logit of the target).
     """
 
     @staticmethod
@@ -50,7 +51,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def handwritten_step(case: Case) -> Callable[[], float]:
-    """Return a training step: draw t, mask, forward, cross-entropy only at masks, backward."""
+    """Return a function that runs a training step by hand and returns the loss.
+
+    The step draws noise times, masks tokens, evaluates the head only at masks, and runs backward.
+    """
     denoiser, x0 = fill_zero_parameters(denoiser_of(case)), tokens_of(case)
     mask = denoiser.head.vocabulary.root
     head, backbone = denoiser.head, denoiser.backbone

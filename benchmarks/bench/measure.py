@@ -1,4 +1,4 @@
-"""Measure CPU seconds of alternating functions, and peak memory in a separate process."""
+"""Measurements of CPU time and peak memory, for functions of ddiff and alternatives to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Seconds = dict[str, list[float]]
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Return the CPU seconds of `run` in all threads, which depend little on other load."""
+    """Return the CPU seconds of a call of `run`, summed over all threads.
+
+    CPU seconds depend less on other processes than wall-clock seconds.
+    """
     began = time.process_time()
     run()
     return time.process_time() - began
@@ -30,7 +33,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 def time_alternating(
     sides: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True
 ) -> Seconds:
-    """Return CPU seconds of functions that run alternately, A B A B, after an untimed round."""
+    """Call the functions `sides` in turn, `rounds` times each; return their CPU seconds by name.
+
+    `warm`: call each function once before, without measuring it.
+    """
     if warm:
         for run in sides.values():
             run()
@@ -42,13 +48,13 @@ def time_alternating(
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Return the least, median and greatest ratio of paired runs."""
+    """Return the least, median and greatest of the ratios above[i] / below[i]."""
     each = [a / b for a, b in zip(above, below, strict=True)]
     return {"least": min(each), "median": statistics.median(each), "greatest": max(each)}
 
 
 def measure_memory_rise(run: Callable[[], object]) -> float:
-    """Return the increase of the peak resident memory of this process by `run`, in MB."""
+    """Return by how many MB a call of `run` raises the peak resident memory of this process."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = _status("VmRSS")
@@ -61,13 +67,13 @@ def measure_memory_rise(run: Callable[[], object]) -> float:
 
 
 def _status(name: str) -> int:
-    """Return a field of /proc/self/status in kB."""
+    """Return the field `name` of /proc/self/status, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def in_process(work: str, **arguments: Any) -> Any:
-    """Run `work` of workers.py in a new process and return the JSON of its last output line."""
+    """Call the function `work` of workers.py in a new process and return its result."""
     command = [sys.executable, str(BENCH / "workers.py"), work, json.dumps(arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Benchmark cases, their vocabularies and backbones, and the functions of ddiff to measure."""
+"""Benchmark cases (model family and size), and the functions of ddiff that are measured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ SPREAD = 0.68
 
 
 class Size(NamedTuple):
-    """Size of a case: `batch` sequences in training, `samples` sequences in sampling."""
+    """Size of a benchmark case.
+
+    `vocabulary` is the number of tokens, `batch` the number of sequences in training, `samples` the
+    number of sequences in sampling, and `steps` the number of sampling steps.
+    """
 
     vocabulary: int
     width: int = 256
@@ -60,7 +64,7 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A family (mdlm, gidd, hdlm-tied, hdlm-levelwise or ar) at a size."""
+    """Model family (mdlm, gidd, hdlm-tied, hdlm-levelwise or ar) at a size."""
 
     family: str
     size: Size
@@ -71,10 +75,11 @@ class Case(NamedTuple):
 
 
 def cluster_sizes(num_tokens: int, clusters: int) -> list[int]:
-    """Return cluster sizes with the relative spread of the published clustering.
+    """Return sizes of `clusters` clusters with the spread of HDLM's clusters of GPT-2's tokens.
 
-    The sizes are log-normal quantiles between the smallest and the largest published size. Fewer
-    than 16 clusters have equal sizes.
+    The sizes sum to `num_tokens`. They are quantiles of a log-normal distribution between the
+    smallest and the largest size of HDLM (arXiv 2510.08632), scaled to the mean size. Fewer than 16
+    clusters get equal sizes.
     """
     mean = num_tokens / clusters
     if clusters < 16:
@@ -95,7 +100,10 @@ def clusters_of(num_tokens: int) -> int:
 
 
 def vocabulary_of(case: Case) -> Vocabulary:
-    """Return the vocabulary of a case; the tokens of a cluster have scattered ids."""
+    """Return the vocabulary of a case: a tree for hdlm, a flat vocabulary otherwise.
+
+    Token ids are assigned to the clusters of a tree at random.
+    """
     num_tokens = case.size.vocabulary
     if not case.family.startswith("hdlm"):
         return FlatVocabulary(num_tokens)
@@ -133,7 +141,7 @@ def backbone_of(case: Case, vocabulary: Vocabulary) -> DiT:
 
 
 def fill_zero_parameters(module: nn.Module) -> nn.Module:
-    """Replace zero parameters by small random numbers, as in the middle of training."""
+    """Fill parameters that are all zero with small random numbers, as if the model were trained."""
     for parameter in module.parameters():
         if not parameter.detach().any():
             nn.init.normal_(parameter, std=0.02)
@@ -177,7 +185,7 @@ def objective_of(case: Case, denoiser: Denoiser) -> DiffusionObjective | Autoreg
 
 
 def our_training_step(case: Case) -> Callable[[], float]:
-    """Return a training step of ddiff: draw t, noise, forward, loss, backward."""
+    """Return a function that runs a training step of ddiff and returns the loss."""
     denoiser = denoiser_of(case)
     return step_of(case, denoiser, objective_of(case, denoiser))
 
@@ -200,7 +208,7 @@ def step_of(
 
 
 def our_sampler(case: Case) -> Callable[[], float]:
-    """Return a function that samples once and returns the fraction of states that are tokens."""
+    """Return a function that samples with ddiff and returns the fraction of ids that are tokens."""
     denoiser = denoiser_of(case).eval()
     index, length = torch.arange(case.size.samples), case.size.length
     if case.family == "ar":

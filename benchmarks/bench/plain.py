@@ -1,9 +1,9 @@
-"""Plain implementation of each family, written as in paper code, eager, on the same backbone.
+"""Plain implementation of each model family, in the style of paper code, on ddiff's backbone.
 
-Every position is passed to the head. Tokens are one-hot rows, and distributions of z_t are tensors
-[B,L,S] over S states. A sampler draws by Gumbel noise in float64 over the whole vocabulary, at
-every position of every step. The code is not made slower on purpose: all operations are torch
-operations on whole tensors.
+The head is evaluated at every position. Tokens are one-hot rows, and the distribution of the noisy
+state z_t is a tensor [B,L,S] over S states. A sampler draws a state from the whole vocabulary at
+every position of every step, by an exponential race in float64. The code is not made slower on
+purpose: all operations are torch operations on whole tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ddiff.core.times import Noisy
 
 
 class PlainModel(nn.Module):
-    """Backbone with one linear head over all states."""
+    """Backbone with a linear head of `outputs` logits."""
 
     def __init__(self, case: Case, vocabulary: Vocabulary, outputs: int) -> None:
         super().__init__()
@@ -40,18 +40,21 @@ class PlainModel(nn.Module):
 
 
 def stratified(batch: int) -> Tensor:
-    """Draw one stratified noise time per sequence, [B]."""
+    """Draw a noise time in (0.001, 1) for each of `batch` sequences, stratified over the batch."""
     return 1e-3 + (1.0 - 1e-3) * (torch.rand(1) + torch.arange(batch) / batch) % 1.0
 
 
 def gumbel_draw(probs: Tensor) -> Tensor:
-    """Draw the arg-max of probs / exponential noise; float64 lets rare tokens be drawn."""
+    """Draw indices from `probs` (last dimension) as the arg-max of probs / exponential noise.
+
+    The noise is float64, so that rare tokens are drawn with their probability.
+    """
     noise = -(torch.rand_like(probs, dtype=torch.float64) + 1e-30).log()
     return (probs / noise).argmax(-1)
 
 
 def categorical(probs: Tensor) -> Tensor:
-    """Draw indices from distributions in the last dimension, by the inverse CDF."""
+    """Draw indices from `probs` (last dimension) by the inverse CDF."""
     cdf = probs.cumsum(-1)
     return (
         (cdf < torch.rand(*probs.shape[:-1], 1) * cdf[..., -1:])
@@ -61,7 +64,10 @@ def categorical(probs: Tensor) -> Tensor:
 
 
 class Masked:
-    """Plain masked diffusion: log-softmax over all states, -ln p(x) / t at every position."""
+    """Plain masked diffusion.
+
+    The loss of a position is -ln p(x) / t, from a log-softmax over all states.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -93,7 +99,11 @@ class Masked:
 
 
 class Mixed:
-    """Plain GIDD: q_t(.|x) and q_t(.|x_hat) as tensors, with an elementwise KL."""
+    """Plain GIDD (arXiv 2503.04482).
+
+    q_t(. | x) for the token x and q_t(. | x_hat) for the predicted distribution x_hat are tensors
+    over all states, and the loss contains their KL divergence.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -102,7 +112,10 @@ class Mixed:
         self.model = PlainModel(case, self.vocabulary, self.states)
 
     def marginal(self, p: Tensor, t: Tensor) -> Tensor:
-        """Return q_t [B,L,S] for clean tokens with the distribution p [B,L,S]."""
+        """Return the distribution of z_t [B,L,S] if the clean token has the distribution p [B,L,S].
+
+        t: noise time [B] of each sequence.
+        """
         hump = self.height * (t * (1.0 - t)).sqrt()
         noise = (
             (hump / (1.0 + hump) / (self.states - 1)).unsqueeze(-1).expand(-1, self.states).clone()
@@ -111,7 +124,7 @@ class Mixed:
         return ((1.0 - t) / (1.0 + hump))[:, None, None] * p + noise.unsqueeze(1)
 
     def weight(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the rate [B,L] of arriving at z_t from other states."""
+        """Return the rate [B,L] at which the forward process at time t jumps to the state zt."""
         root, t = (t * (1.0 - t)).sqrt().unsqueeze(-1), t.unsqueeze(-1)
         each = self.height / (2.0 * root * (1.0 + self.height * root) * (self.states - 1))
         return torch.where(zt == self.mask, 1.0 / ((1.0 + self.height * root) * (1.0 - t)), each)
@@ -156,7 +169,11 @@ class Mixed:
 
 
 class Clustered:
-    """Plain hierarchical diffusion: a membership matrix, and q masked to the level below."""
+    """Plain hierarchical diffusion (HDLM) with one level of clusters.
+
+    A matrix `members` [tokens, clusters] assigns tokens to clusters. The distribution of the next
+    state is the distribution of z_t, restricted to the level below z_t.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -167,7 +184,10 @@ class Clustered:
         self.model = PlainModel(case, self.vocabulary, self.tokens)
 
     def marginal(self, p: Tensor, t: Tensor) -> Tensor:
-        """Return q_t [B,L,S] for clean tokens with the distribution p [B,L,V]."""
+        """Return the distribution of z_t [B,L,S] if the clean token has the distribution p [B,L,V].
+
+        t: noise time [B] of each sequence.
+        """
         clean, cluster = (1.0 - t)[:, None, None], (-(1.0 - t) * torch.log1p(-t))[:, None, None]
         mask = (1.0 - clean - cluster).expand(*p.shape[:2], 1)
         return torch.cat([clean * p, cluster * (p @ self.members.to(p)), mask], -1)
@@ -177,9 +197,9 @@ class Clustered:
         return categorical(q), q
 
     def child_distribution(self, q: Tensor, zt: Tensor) -> Tensor:
-        """Return the distribution [B,L,V+n] of the state one level below z_t.
+        """Restrict the distribution q of z_t to the states one level below zt, and normalize.
 
-        q is the distribution of z_t; the states are V tokens and n clusters.
+        Returns a tensor [B,L,V+n] over V tokens and n clusters.
         """
         at_mask, cluster = (zt == self.mask).unsqueeze(-1), (zt - self.tokens).unsqueeze(-1)
         open_ = torch.cat(
@@ -202,7 +222,7 @@ class Clustered:
         return torch.full(shape, self.mask)
 
     def move(self, logits: Tensor, zt: Tensor, t: float, s: float) -> Tensor:
-        """Move each position at most one level down, as the published sampler does."""
+        """Move each position from time t to s, at most one level down, as HDLM's sampler does."""
         p = logits.softmax(-1)
         cluster = self.tokens + gumbel_draw(p @ self.members)
         inside = self.cluster_of == (zt - self.tokens).unsqueeze(-1)
@@ -219,7 +239,7 @@ class Clustered:
 
 
 class Autoregressive:
-    """Plain autoregression: one cross-entropy; sampling evaluates the prefix for every token."""
+    """Plain autoregression. Sampling evaluates the whole prefix again for every token."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -240,7 +260,7 @@ class Autoregressive:
         return F.cross_entropy(self.model["head"](self.hidden(x0)), x0.reshape(-1))
 
     def draw_next(self, ids: Tensor) -> Tensor:
-        """Draw the token [B] at the last position of ids [B,n], given the earlier positions."""
+        """Draw the tokens [B] at the last position of `ids` [B,n], given all earlier positions."""
         last = self.hidden(ids).reshape(*ids.shape, -1)[:, -1]
         return gumbel_draw(self.model["head"](last).softmax(-1))
 
@@ -258,9 +278,9 @@ def plain_family(case: Case) -> Diffusing | Autoregressive:
 
 
 def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
-    """Return a plain training step: draw t, noise, forward, loss, backward.
+    """Return a function that runs a training step of the plain model and returns the loss.
 
-    `device` must be the default device of torch.
+    `device` must be the default device of torch when the step is called.
     """
     side, x0 = plain_family(case), tokens_of(case).to(device)
     side.model.to(device)
@@ -282,7 +302,7 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
 
 def plain_sampling(case: Case) -> Iterator[None]:
-    """Yield after each sampling step, without end; all steps cost the same."""
+    """Sample with the plain model forever; yield after each sampling step, so that it can be timed."""
     side = plain_family(case)
     side.model.eval()
     while True:

@@ -1,7 +1,7 @@
-"""Measurements in a separate process.
+"""Measurements that run in a separate process.
 
-`python workers.py WORK ARGUMENTS` calls the function WORK with ARGUMENTS, a JSON object, and prints
-the result as JSON in the last line.
+`python workers.py WORK ARGUMENTS` calls the function WORK of this module with the keyword arguments
+in the JSON object ARGUMENTS, and prints the result as JSON in the last line.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps
 
 
 def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
-    """Measure seconds of training steps.
+    """Measure CPU seconds of training steps, by name of the implementation.
 
-    The steps are those of ddiff with each head, of the plain implementation, and of the backbone
-    without a head.
+    Measured are ddiff with each head of the family, the plain implementation, and the backbone
+    without a head. `vocabulary` is the number of tokens.
     """
     keep_freed_memory()  # for ddiff and for plain, as in training
     case = Case(FAMILIES[family][0], Size(vocabulary))
@@ -68,7 +68,11 @@ def backbone_step(case: Case) -> Any:
 
 
 def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
-    """Measure seconds of sampling runs of ddiff, and of `plain_steps` single plain steps."""
+    """Measure CPU seconds of whole sampling runs of ddiff and of single steps of the plain sampler.
+
+    A round has one run of ddiff per head, and `plain_steps` plain steps. `vocabulary` is the number
+    of tokens.
+    """
     keep_freed_memory()
     size = Size(vocabulary)
     ours = {name: our_sampler(Case(name, size)) for name in FAMILIES[family]}
@@ -83,9 +87,13 @@ def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[
 
 
 def memory(what: str, side: str, family: str, vocabulary: int) -> float:
-    """Measure the memory that a training step or a sampling run needs besides the model, in MB.
+    """Measure the memory in MB that a training step or a sampling run needs besides the model.
 
-    what: "train" or "sample". side: "ours" (ddiff) or "plain".
+    Args:
+        what: "train" (a training step) or "sample" (a sampling run).
+        side: "ours" (ddiff) or "plain".
+        family: name of the model family.
+        vocabulary: number of tokens.
     """
     warm, case = Case(family, TINY), Case(family, Size(vocabulary))
     make = {("train", "ours"): our_training_step, ("train", "plain"): plain_training_step}
@@ -106,7 +114,11 @@ def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
-    """Measure seconds of a training step (what = "train") or a sampling run of ddiff at a size."""
+    """Measure CPU seconds of ddiff at a given size, one number per round.
+
+    `what` is "train" for a training step; any other value measures a sampling run. `levels` is the
+    number of tree levels above the tokens. `size` overrides fields of `Size`.
+    """
     keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
     run = our_training_step(case) if what == "train" else our_sampler(case)
@@ -116,9 +128,11 @@ def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> l
 def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
     """Measure a training step with and without the gradient all-reduce of DDP.
 
-    All ranks run at the same time. The two kinds of step alternate, each after a barrier. Returns
-    the seconds per round: CPU seconds under "alone" (without all-reduce) and "together" (with it),
-    wall-clock seconds under "alone_wall" and "together_wall".
+    All ranks run at the same time. Steps without and with all-reduce alternate, each after a
+    barrier. Returns lists of seconds per round:
+
+    - "alone": CPU seconds without all-reduce; "alone_wall": wall-clock seconds without all-reduce;
+    - "together": CPU seconds with all-reduce; "together_wall": wall-clock seconds with all-reduce.
     """
     backend = DistributedBackend("cpu", int(os.environ["WORLD_SIZE"]))
     case = Case("mdlm", Size(vocabulary))
@@ -157,7 +171,11 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
-    """Measure a step on the GPU, or with `rehearsal` a tiny step on the CPU for tests."""
+    """Measure a training step on the GPU.
+
+    side: "compiled" or "eager" (ddiff), or "plain". batch: number of sequences. rehearsal: run a
+    tiny step on the CPU instead, to test this function.
+    """
     size, where = (
         (TINY._replace(batch=batch), ("cpu", 1))
         if rehearsal
