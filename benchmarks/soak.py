@@ -250,7 +250,7 @@ class Run:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def _unfinished(self) -> list[str]:
-        """Return the names of checkpoints without marker file: incomplete or still being written."""
+        """Return the names of incomplete checkpoints, which have no marker file."""
         folder = self.place / "checkpoints"
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
         return [name for name in names if not (folder / name / "complete.json").exists()]
@@ -259,8 +259,8 @@ class Run:
 def train(rank: int, world: int, port: int, settings: list[str], log: str, path: list[str]) -> None:
     """Train as rank `rank` of `world` ranks; the main function of a separate process.
 
-    port: port of rank 0. settings: overrides of recipe keys. log: path of the log file. path: import
-    path of the parent process.
+    port: port of rank 0. settings: overrides of recipe keys. log: path of the log file. path:
+    `sys.path` of the parent process.
     """
     sys.path[:] = path
     with open(log, "ab") as file:

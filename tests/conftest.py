@@ -1,4 +1,4 @@
-"""Fixtures: distributions that exist for one test, and a device whose tensors have no values."""
+"""Fixtures: Python distributions that exist for one test, and training without a real device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def write_distribution(
     entry_points: Mapping[str, str],
     modules: Mapping[str, str],
 ) -> Path:
-    """Write modules (dotted name -> source) and a dist-info, as pip would leave them."""
+    """Write an installed Python distribution into `folder`: modules and metadata, as pip does.
+
+    `modules` maps dotted names to source code; `entry_points` maps plugin names to modules.
+    """
     folder.mkdir(parents=True)
     for module, source in modules.items():
         path = folder.joinpath(*module.split(".")).with_suffix(".py")
@@ -47,7 +50,7 @@ def write_distribution(
 
 @pytest.fixture
 def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeDistribution]:
-    """Function that installs a distribution for one test, by a folder on sys.path."""
+    """Function that installs a Python distribution for one test, in a folder on sys.path."""
     made: list[str] = []
 
     def make(
@@ -66,7 +69,10 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ma
 
 
 class NoBlockingCopies(TorchDispatchMode):
-    """Mode that refuses blocking copies from the host to "meta", except in `to_device`."""
+    """Dispatch mode in which a blocking copy from the host to "meta" raises an error.
+
+    Copies in `to_device` are allowed.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -84,8 +90,9 @@ def no_sync_guard(monkeypatch: pytest.MonkeyPatch) -> type[NoBlockingCopies]:
     """Let a training step run on the device "meta", to find synchronizations with a GPU.
 
     Tensors on "meta" have no values, so reading a value raises an error. Autocast and the fused
-    AdamW of torch do not support "meta" and are replaced. Returns a mode under which blocking
-    copies raise errors too; enter the mode after the first step, which copies constants.
+    AdamW of torch do not support "meta", and are replaced. The fixture returns a mode in which
+    blocking copies raise errors too. Enter this mode after the first step, because the first step
+    copies constants.
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)

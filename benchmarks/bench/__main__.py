@@ -380,8 +380,8 @@ GPU_BATCHES = (
 def gpu(effort: Effort, rehearsal: bool = False) -> list[dict[str, Any]]:
     """Measure training steps of all families on a GPU, and of hdlm also with larger batches.
 
-    Prints a table and returns its rows. With `rehearsal`, tiny steps run on the CPU instead, to test
-    this function. `effort` is ignored.
+    Prints a table and returns its rows. `effort` is ignored. With `rehearsal`, tiny steps run on
+    the CPU instead, to test this function.
     """
     say("\n## Training step on a GPU: 12 layers, width 768, V = 50257, bfloat16, 64x512\n")
     if not rehearsal and not torch.cuda.is_available():

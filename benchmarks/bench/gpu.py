@@ -33,8 +33,8 @@ def gpu_step(
 ) -> dict[str, Any]:
     """Measure a training step of ddiff (forward and backward) in bfloat16.
 
-    `timed` is the number of timed steps. Returns milliseconds, tokens per second, TFLOPs per second,
-    MFU, peak memory in GB, and the name of the GPU.
+    `timed` is the number of timed steps. Returns milliseconds, tokens and TFLOPs per second, MFU,
+    peak memory in GB, and the name of the GPU.
     """
     case = Case(family, size)
     denoiser = denoiser_of(case).to(device)

@@ -302,7 +302,7 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
 
 def plain_sampling(case: Case) -> Iterator[None]:
-    """Sample with the plain model forever; yield after each sampling step, so that it can be timed."""
+    """Sample with the plain model forever; yield after each step, so that steps can be timed."""
     side = plain_family(case)
     side.model.eval()
     while True:

@@ -1,4 +1,4 @@
-"""The implementations to which the benchmark compares ddiff are correct."""
+"""The plain and hand-written implementations of the benchmark are correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
 def test_plain_benchmark_loss_equals_the_bound_integrand_of_ddiff(family: str) -> None:
-    """Compare float32 with float64. Tolerance 1e-4: weights are as large as some hundreds."""
+    """The plain loss is float32, and ddiff's integrand of the bound is float64.
+
+    The tolerance is 1e-4, because the loss weights are as large as some hundreds.
+    """
     torch.manual_seed(0)
     case = Case(family, SMALL)
     side, process = plain_family(case), process_of(case, vocabulary_of(case))
@@ -37,7 +40,7 @@ def test_plain_benchmark_loss_equals_the_bound_integrand_of_ddiff(family: str) -
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
 def test_plain_benchmark_sampler_leaves_no_mask_in_its_samples(family: str) -> None:
-    """No cluster remains either, except for hdlm, whose plain sampler moves one level per step."""
+    """Samples contain no clusters, except for hdlm, whose plain sampler moves one level a step."""
     torch.manual_seed(0)
     side, steps = plain_family(Case(family, SMALL)), 8
     zt = side.start((4, 16))
@@ -67,9 +70,10 @@ def test_handwritten_benchmark_loss_equals_torch_cross_entropy() -> None:
 
 
 def test_benchmark_cluster_sizes_have_the_extremes_of_the_hdlm_clusters() -> None:
-    """Compare with the 128 published clusters of GPT-2's tokens.
+    """Compare with the 128 clusters of GPT-2's tokens that were published with HDLM.
 
-    They have 24 to about 1801 tokens; the cluster of a random token has 626 tokens on average.
+    These clusters have 24 to 1801 tokens. The mean size of a token's cluster, over all tokens, is
+    626 tokens.
     """
     sizes = torch.tensor(cluster_sizes(50257, CLUSTERS[50257])).double()
     assert sizes.sum() == 50257

@@ -32,7 +32,7 @@ print(json.dumps([code, time.process_time(), sorted(sys.modules)]), file=sys.std
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run one command in this process, and return exit code, stdout and stderr."""
+    """Run `ddiff ARGUMENTS` in this process; return (exit code, stdout, stderr)."""
     code = 0
     try:
         main(list(arguments))
@@ -262,7 +262,7 @@ def test_unknown_option_exits_with_code_2(capsys):
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Replace the functions behind the commands by functions that record their arguments."""
+    """List of calls: the functions behind the commands only record their arguments there."""
     calls: list = []
     module = ModuleType("ddiff.runs.stages")
     module.run_recipe = lambda recipe, *, fresh: (

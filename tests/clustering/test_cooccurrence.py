@@ -1,4 +1,4 @@
-"""Tokens with similar contexts get embeddings of similar direction."""
+"""Co-occurrence embeddings: tokens with similar contexts get similar directions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def cosine(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def two_topics(length: int = 6000) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return documents of ten tokens, with all tokens from 0..4 or all from 5..9."""
+    """Return token ids [length] and the document number of each id.
+
+    A document has ten tokens of the same topic: all ids in 0..4, or all ids in 5..9.
+    """
     rng = np.random.default_rng(0)
     document = np.arange(length) // 10
     ids = rng.integers(0, 5, length) + 5 * (document % 2)
@@ -28,7 +31,10 @@ def two_topics(length: int = 6000) -> tuple[NDArray[np.int32], NDArray[np.int32]
 def reference_counts(
     ids: NDArray[np.int32], document: NDArray[np.int32], num_tokens: int, window: int
 ) -> NDArray[np.float64]:
-    """Count the contexts before and after each token, pair by pair."""
+    """Count pairs of tokens at most `window` positions apart in the same document, in a loop.
+
+    Returns an array [num_tokens, 2 num_tokens] of counts before and after each token.
+    """
     counts = np.zeros((2, num_tokens, num_tokens))
     for i in range(len(ids)):
         for distance in range(1, window + 1):

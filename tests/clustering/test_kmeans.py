@@ -16,7 +16,10 @@ from ddiff.errors import ArgumentError, DataError
 def planted(
     groups: int, members: int, width: int = 16, noise: float = 0.1
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return points around orthogonal directions, and the group of each point."""
+    """Return points around orthogonal directions, and the group number of each point.
+
+    `members` is the number of points of a group, and `noise` their standard deviation.
+    """
     rng = np.random.default_rng(0)
     group = np.arange(groups * members) % groups
     points = 3 * np.eye(width)[group] + noise * rng.standard_normal((groups * members, width))
@@ -28,7 +31,7 @@ def sizes_of(parents: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
 
 
 def nodes_of_tokens(parents: Sequence[NDArray[np.int64]], level: int) -> NDArray[np.int64]:
-    """Return the node of each token at a level."""
+    """Return the node of each token at a level, by following `parents` up from the tokens."""
     node = parents[0]
     for above in parents[1:level]:
         node = above[node]

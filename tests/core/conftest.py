@@ -1,4 +1,4 @@
-"""Make `random_trees`, `exact_windows` and the `chains` of tests/laws importable."""
+"""Import path: helper modules of this folder, and the module `chains` of tests/laws."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Exact bound of a window rule on a joint distribution of three symbols, without random draws.
+"""Exact bound of a time rule on a joint distribution of three symbols, without random draws.
 
-Expectations are sums over states, over the windows of the end terms, and over quadrature nodes in
-time. The functions of `ddiff.core.elbo` compute the terms; the predictions are exact conditional
-distributions.
+A time rule gives the positions of a sequence their noise times. In a window rule, only the
+positions of a window are noisy at the same time. The bound has three terms: the KL to the prior at
+the end of the path (closing term), an integral over time (diffusion term), and decoding at the
+start of the path. The functions of `ddiff.core.elbo` compute the terms for exact conditional
+distributions. Expectations are sums over states and windows, and over quadrature nodes in time.
 """
 
 from __future__ import annotations
@@ -31,10 +33,15 @@ ENTROPY = -(JOINT * JOINT.log()).sum()
 
 
 class Scripted(CounterRng):
-    """Random generator that returns given numbers for the channels `time` and `window`.
+    """Random generator whose draws of time, window and states are given.
 
-    All other channels draw the given states zt. With `rotated`, `time` is the number shared by a
-    group, which rotates the times of all windows together.
+    Args:
+        time: uniforms [n] of the channel `time`.
+        window: uniforms [n] of the channel `window`.
+        zt: states [n, LENGTH] that all other channels draw.
+        num_states: number of states of the process.
+        rotated: return `time` as the uniform of a group, which shifts the times of all windows of a
+            sequence together. The channel `time` is then 0.
     """
 
     def __init__(
@@ -58,10 +65,10 @@ class Scripted(CounterRng):
 
 
 def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
-    """Return Gauss-Legendre nodes and weights [n] for the integral over the time of the path.
+    """Return Gauss-Legendre nodes [n] and weights [n] for an integral over path time in [0, 1].
 
-    Each window is open during at least six panels. Panels begin and end where a window opens or
-    closes.
+    [0, 1] is divided into panels with `order` nodes each. The positions of a window are noisy
+    during at least six panels. Panels begin and end where a window of `rule` begins or ends.
     """
     width, alone = getattr(rule, "width", LENGTH), not getattr(rule, "paired", True)
     panels = 6
@@ -77,10 +84,10 @@ def nodes(rule: TimeSampler, order: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def exact_prediction(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
-    """Make a network that predicts P(x_i | states that position i attends to, except z_i).
+    """Return a network that predicts P(x_i | states that position i attends to, except z_i).
 
-    P is the conditional probability under the joint distribution and the forward process. A state
-    drawn from the prior carries no information.
+    P is the conditional probability under JOINT and the forward process. States drawn from the
+    prior (t = 1) are ignored, because they do not depend on the tokens.
     """
 
     def dist(noisy: Noisy) -> Tensor:
@@ -120,7 +127,11 @@ def exact_prediction(process: ForwardProcess) -> Callable[[Noisy], Tensor]:
 def exact_terms(
     process: ForwardProcess, rule: TimeSampler, dist: Callable[[Noisy], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the expectations [27] of closing, diffusion and decoding term for every sequence."""
+    """Return the expected terms of the bound, each [27], for all sequences of three symbols.
+
+    The terms are, in order: KL to the prior (closing), diffusion, decoding. `dist` is the
+    prediction of the network, by default `exact_prediction(process)`.
+    """
     twin, network = (
         enumerate_draws(process),
         network_from_noisy(dist or exact_prediction(process), process.vocabulary),
@@ -168,10 +179,17 @@ def _expected(
     term: Callable[[Tensor, Times, Tensor, CounterRng], Tensor],
     at_prior: bool = False,
 ) -> Tensor:
-    """Return the expectation [27] of a term for every sequence.
+    """Return the expectation [27] of a term of the bound for every sequence.
 
-    The expectation is the sum over the nodes (time, window) with weights `weight` [n], and over all
-    states. `times_of` draws the times of the term; `at_prior` is explained in `_chance`.
+    Args:
+        process: forward process.
+        scripted: constructor of a `Scripted` generator.
+        times_of: function that draws the noise times of the term.
+        time: quadrature nodes [n], as uniforms of the channel `time`.
+        window: uniforms [n] of the channel `window`.
+        weight: quadrature weights [n].
+        term: function that evaluates the term.
+        at_prior: whether scored positions are drawn from the prior (see `_chance`).
     """
     states = process.vocabulary.num_states
     grid = all_sequences(states, LENGTH)
@@ -203,11 +221,11 @@ def _chance(
     zt: Tensor,
     at_prior: bool,
 ) -> Tensor:
-    """Return the probabilities [n] of the states zt.
+    """Return the probabilities [n] of the states zt, given the tokens x0.
 
     A state is a clean token, a draw from the prior, or a draw from q_t(.|x0). Positions marked in
-    `times.at_prior` are drawn from the prior. With `at_prior`, as in the closing term, positions
-    with a term (speed > 0) are drawn from the prior too.
+    `times.at_prior` are drawn from the prior. With `at_prior`, scored positions (speed > 0) are
+    drawn from the prior too, as in the KL term at the end of the path.
     """
     times = times_of(
         scripted(time, window, zt, process.vocabulary.num_states),
@@ -226,14 +244,15 @@ def _chance(
 def cost_of_ends(
     process: ForwardProcess, window: tuple[float, float], blocks: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Return by how many nats the end terms raise the bound above the entropy.
+    """Return by how many nats the KL and decoding terms raise the bound above the entropy.
 
-    The end terms treat the positions of a block as independent. The cost is the sum over blocks and
-    over both ends t of the window of
+    Both terms treat the positions of a block as independent. The cost is the sum, over `blocks` and
+    over both ends t of the time window, of
 
-        sum_i H(X_i | Z_t, before) - H(X | Z_t, before)
+        sum_i H(X_i | Z_t, B) - H(X | Z_t, B)
 
-    with the tokens X of the block, their states Z_t, and the tokens `before` of earlier blocks.
+    where X are the tokens of the block, Z_t their states at time t, B the tokens of all earlier
+    blocks, and H the conditional entropy. `blocks` lists the positions of each block.
     """
     early, late = likelihoods(process, torch.tensor(window, dtype=torch.float64))
     cost = torch.zeros((), dtype=torch.float64)

@@ -11,9 +11,10 @@ Parents = list[list[int]]
 
 @st.composite
 def parent_lists(draw: st.DrawFn, max_tokens: int = 9, max_levels: int = 3) -> Parents:
-    """Return parents of 1 to max_tokens tokens in trees of 1 to max_levels levels.
+    """Strategy for trees of 1 to max_tokens tokens and 1 to max_levels levels, as lists of parents.
 
-    Trees are in random order, may have nodes with a single child, and have no added root.
+    Entry i of list l is the parent, on level l + 1, of node i on level l. Children of a node have
+    scattered ids, a node may have a single child, and the lists contain no common root.
     """
     size, levels = draw(st.integers(1, max_tokens)), []
     for _ in range(draw(st.integers(1, max_levels))):
@@ -29,7 +30,7 @@ def trees(max_tokens: int = 9, max_levels: int = 3) -> st.SearchStrategy[Hierarc
 
 
 def forward_step(tree: Vocabulary, node: int) -> list[int]:
-    """Return the ids from a node up to the root, starting at the node, by following `parents`."""
+    """Return the ids on the path from a node to the root, including both, by following parents."""
     level = next(l for l in reversed(range(tree.num_levels + 1)) if tree.offsets[l] <= node)
     path, index = [node], node - tree.offsets[level]
     for above in range(level, tree.num_levels):
@@ -39,7 +40,7 @@ def forward_step(tree: Vocabulary, node: int) -> list[int]:
 
 
 def below(tree: Vocabulary, node: int, level: int) -> set[int]:
-    """Return the ids at `level` below a node; at the level of the node, return the node."""
+    """Return the set of descendants of a node at `level`, or the node itself at its own level."""
     first = tree.offsets[level]
     return {
         id_

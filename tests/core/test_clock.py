@@ -1,4 +1,7 @@
-"""Level clocks: accuracy at rare levels, the laws of the kit, and invalid schedules."""
+"""Level clocks: accuracy for small probabilities, conformance checks, and invalid schedules.
+
+A level clock gives the probability that a token has reached each level of a tree by time t.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,10 @@ TIMES = (1e-6, 1e-4, 1e-3, 0.02, 0.5, 0.97, 1.0 - 1e-6)
 
 
 def exact_masses(rates: tuple[float, ...], t: float) -> list[float]:
-    """Return the first row of exp(tau A), tau = -ln(1 - t), by its power series in 80 digits.
+    """Return the probability of each level at time t for given rates of leaving the levels.
 
-    The terms of the series grow to e^28 before they decrease.
+    The probabilities are the first row of exp(tau A), where tau = -ln(1 - t) and A is the
+    generator. The power series is summed with 80 digits, because its terms grow to e^28.
     """
     with localcontext() as context:
         context.prec = 80
@@ -103,11 +107,11 @@ def test_cdf_clock_accepts_schedules_that_are_equal_at_times_0_and_1() -> None:
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
 def test_entry_time_of_slow_clock_is_accurate_at_times_within_1e_12_of_1(rate: float) -> None:
-    """P(at the root at s | at the root at 1) = 1 - (1 - s)^rate = u.
+    """The entry time s of the root solves P(at the root at s) = 1 - (1 - s)^rate = u.
 
     At rate 0.3, a fraction 2.5e-4 of the tokens enters the root after 1 - 1e-12, the last time at
-    which rates are evaluated. The tolerance 1e-5 allows for the error 1e-6 of the table of entry
-    times, in ln(1 - s).
+    which rates are evaluated. The tabulated entry times have an error of 1e-6 in ln(1 - s); the
+    tolerance is 1e-5.
     """
     clock = LogTimeClock((rate,))
     u = torch.tensor([0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
@@ -118,6 +122,6 @@ def test_entry_time_of_slow_clock_is_accurate_at_times_within_1e_12_of_1(rate: f
 
 
 def test_cdf_clock_rejects_levels_reached_at_the_same_time() -> None:
-    """No position would ever be at the lower level, and the rates of this level would be 0/0."""
+    """If two levels are reached at the same time, the rates of the lower level would be 0/0."""
     with pytest.raises(ArgumentError, match=r"F_1\(t\) > F_2\(t\)"):
         CdfClock([PowerSchedule(1.5), PowerSchedule(1.5)])

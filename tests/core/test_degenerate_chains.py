@@ -1,4 +1,4 @@
-"""Processes whose rates are 0 for some time, or in which a state is certain, have exact bounds."""
+"""Bounds are exact if rates are 0 for some time, or if a state has probability 1."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class DelayedSchedule(Schedule):
 def constant_prediction_bound(
     process: ForwardProcess, token: int, length: int, times: int = 2000
 ) -> float:
-    """Return the diffusion term of one token for a constant prediction.
+    """Return the diffusion term of the bound of one token, for the constant prediction PREDICTION.
 
-    It is computed by midpoints in v and the sum over all states.
+    The integral over time is a midpoint sum with `times` points in the uniform from which noise
+    times are drawn. `length` is the sequence length on which these draws depend.
     """
     v = (torch.arange(times, dtype=torch.float64) + 0.5) / times
     t, speed = process.information_time.draw(v, 0.0, 1.0, length)
@@ -110,7 +111,10 @@ def test_noise_times_are_uniform_if_the_noise_removes_no_information(name: str) 
 
 @pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
 def test_bound_integrand_with_noise_on_one_token_equals_default_formula(t: float) -> None:
-    """All noise is token 0, so that x = 0 stays in state 0; the prediction has other tokens too."""
+    """All noise is token 0, so that the token x = 0 never changes.
+
+    The prediction also gives probability to other tokens, so the integrand at x = 0 is positive.
+    """
     target = torch.tensor([1.0, 0.0, 0.0])
     process = MixtureProcess(BARE, LinearSchedule(), target)
     truth = torch.tensor([0, 1, 1])

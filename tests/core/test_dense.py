@@ -1,4 +1,4 @@
-"""Dense and mixture processes: invalid arguments, and derived formulas at unreached states."""
+"""Dense and mixture processes: invalid arguments, and gradients at states of probability 0."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_dense_process_rejects_more_than_512_states() -> None:
 
 
 def test_dense_process_accepts_rounding_in_rows_of_float32_matrix() -> None:
-    """No probability is lost: the rest of a row's sum is subtracted from its diagonal."""
+    """The row sums of the generator are made exactly 0 by correcting its diagonal."""
     thirds = torch.full((3, 3), 1 / 3) - torch.eye(3)
     assert float(thirds.double().sum(-1).abs().max()) > 1e-9
     process = DenseProcess(bare, thirds)
@@ -91,7 +91,7 @@ def test_mixture_process_rejects_negative_noise() -> None:
 
 
 def idle_mask() -> ForwardProcess:
-    """Return a chain of three tokens and a mask that is never entered."""
+    """Return a process on three tokens and a mask in which no token is ever masked."""
     matrix = torch.zeros(4, 4, dtype=torch.float64)
     matrix[:3, :3] = chain
     return DenseProcess(FlatVocabulary(3), matrix)
@@ -124,7 +124,7 @@ def test_bound_integrand_gradient_is_finite_if_mask_is_unreachable(
 
 
 def test_bound_integrand_gradient_is_finite_if_probability_underflows() -> None:
-    """exp(-200) is 0 in float32, so the predicted marginal of token 2 is 0."""
+    """A predicted probability exp(-200) is 0 in float32, so the predicted q_t(token 2) is 0."""
     vocabulary = FlatVocabulary(3)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.0, 0.0, 0.0, 1.0]))
     logits = torch.tensor([[0.0, 0.0, -200.0]], requires_grad=True)

@@ -1,4 +1,7 @@
-"""Information time: information lost by t, the time change, and draws of least variance."""
+"""Information time tau: the share of information on the token that is lost at noise time t.
+
+Noise times are drawn so that estimates of the bound have little variance.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ SLOPES = {
 
 
 def enumerated_information(process: ForwardProcess, t: Tensor) -> Tensor:
-    """Return I(X; Z_t), the mean over x of KL(q_t(.|x) || mean of q_t over all tokens)."""
+    """Return the mutual information I(X; Z_t) of a uniform token X and its state Z_t.
+
+    This is the mean over tokens x of KL(q_t(.|x) || mean of q_t over all tokens).
+    """
     num_tokens = process.vocabulary.num_tokens
     certain = torch.eye(num_tokens, dtype=torch.float64).log()
     found = []
@@ -76,7 +82,10 @@ def test_information_methods_of_subclasses_equal_the_default_formula(name: str) 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_equal_steps_of_information_time_lose_equal_information(name: str) -> None:
-    """Compare the information lost by t(tau) with tau; the table with 257 knots has error 2e-4."""
+    """The share of information that is lost at the time t(tau) is tau.
+
+    t(tau) is interpolated in a table with 257 knots, with an error of 2e-4.
+    """
     process = PROCESSES[name]
     clock = process.information_time
     t, _ = clock.at(TAU)
@@ -89,7 +98,7 @@ def test_equal_steps_of_information_time_lose_equal_information(name: str) -> No
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_information_time_speed_is_the_derivative_of_t_by_tau(name: str) -> None:
-    """The speed is the derivative of the interpolated t(tau), so that the bound has no bias."""
+    """The speed dt/dtau is the derivative of the interpolated t(tau); the bound is then unbiased."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
     (slope,) = torch.autograd.grad(t.sum(), tau)
@@ -116,10 +125,11 @@ def test_noise_time_increases_with_its_uniform_at_the_declared_speed(
 
 
 def test_noise_times_have_the_distribution_of_least_bound_variance() -> None:
-    """For masking, the density of tau is proportional to sqrt(1 + a/tau), with a = 1/L.
+    """For masked diffusion and sequences of length L, the density of tau is sqrt(1 + a/tau).
 
-    The integral of this density is sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). Trapezoids between
-    257 knots have an error of 1e-3. L is the length of the sequences.
+    Here a = 1/L, and the density is not normalized. Its integral is
+    sqrt(tau (tau + a)) + a asinh(sqrt(tau / a)). The process integrates by trapezoids between 257
+    knots, with an error of 1e-3.
     """
     clock = TreeProcess(FlatVocabulary(7), LogTimeClock((1.0,))).information_time
     v = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
@@ -146,9 +156,10 @@ def test_information_time_of_linear_masking_is_t() -> None:
 
 
 def test_tree_process_information_is_the_sum_over_its_levels() -> None:
-    """For hazards (1, 1), pi_0 = 1 - t and pi_1 = -(1 - t) ln(1 - t).
+    """Compare with a formula for two clusters, which have two and three tokens.
 
-    The clusters have two and three tokens.
+    At both rates equal to 1, the probability of the token level at time t is 1 - t, and that of the
+    cluster level is -(1 - t) ln(1 - t).
     """
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))
@@ -159,7 +170,10 @@ def test_tree_process_information_is_the_sum_over_its_levels() -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_bound_of_uniform_prediction_grows_linearly_in_information_time(name: str) -> None:
-    """tau is defined by this identity. The mean is an explicit sum over tokens x and states z."""
+    """The mean integrand of the bound per unit of tau is constant, which defines tau.
+
+    The mean is an explicit sum over tokens x and states z.
+    """
     process = PROCESSES[name]
     clock = process.information_time
     states, tokens = process.vocabulary.num_states, process.vocabulary.num_tokens
@@ -183,9 +197,9 @@ def test_bound_of_uniform_prediction_grows_linearly_in_information_time(name: st
 
 
 def test_information_time_0_and_1_give_the_extreme_noise_times() -> None:
-    """In "early masks", 25 % of the tokens are masked before the earliest evaluated time.
+    """The process "early masks" masks 25 % of the tokens, (1e-12)^0.05, before time 1e-12.
 
-    The fraction is (1e-12)^0.05.
+    Rates are evaluated only at times from 1e-12.
     """
     early = PROCESSES["early masks"].information_time
     assert early.first == pytest.approx(1e-12**0.05, rel=1e-6)

@@ -1,4 +1,7 @@
-"""Interpolating processes: thinned steps, events, components and inverse kernels."""
+"""Interpolating processes: reverse steps by thinning, events, components, inverse kernels.
+
+Thinning draws candidate moves at an upper bound of the rate, and accepts some of these moves.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ PAIR = HierarchicalVocabulary([[0, 1, 0, 0]])
 
 
 class MaskAndWords(ComponentProcess):
-    """Noise with mass t at the mask and t(1-t)/2 over even tokens."""
+    """Process with probability t of the mask and t(1-t)/2 of a uniformly random token."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
         super().__init__(
@@ -49,7 +52,7 @@ class MaskAndWords(ComponentProcess):
 
 
 class WrittenOut(InterpolatingProcess):
-    """Process with the noise of `MaskAndWords`, but without components."""
+    """Process with the noise of `MaskAndWords`, given explicitly instead of by components."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
         self.vocabulary, self._twin = vocabulary, MaskAndWords(vocabulary)
@@ -79,7 +82,7 @@ def full(value: float, like: Tensor) -> Tensor:
 
 
 def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    """Return the thresholds [count] in [0,1] up to which `holds` is true, by bisection."""
+    """Return thresholds [count] in [0,1]: entry i of `holds(u)` is true for u_i below entry i."""
     low, high = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
     for _ in range(52):
         middle = (low + high) / 2
@@ -93,10 +96,11 @@ def last_before(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:
 def step_distribution(
     process: ForwardProcess, log_p: Tensor, zt: Tensor, t: float, s: float
 ) -> Tensor:
-    """Return the exact distribution [r,S] of a step.
+    """Return the exact distribution [r,S] of the states that `process.step` draws from t to s.
 
-    The first uniform decides whether the row moves, and the second chooses the state, in the order
-    of the ids. The probabilities are differences of thresholds, which bisection finds to 2^-52.
+    `log_p` [V] is the predicted log-distribution at all r rows. The first uniform decides whether a
+    row changes, and the second chooses the new state, in the order of the ids. The probabilities
+    are differences of thresholds of the uniforms, which bisection finds to 2^-52.
     """
 
     def step(first: Tensor, second: Tensor) -> Tensor:
@@ -132,9 +136,9 @@ def test_reverse_step_by_thinning_equals_exact_reverse_transition(
 
 
 def test_reverse_step_queries_network_only_at_rows_that_may_change() -> None:
-    """In a step of 1/64 of the time, about t (1 - t) / 64 of the tokens are candidates.
+    """The network is queried at rows with a candidate move, about the fraction t (1 - t) / 64.
 
-    In a step with s = t, there are none.
+    The step has 1/64 of the time. A step with s = t has no candidates.
     """
     vocabulary = FlatVocabulary(1000, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), token_distribution(vocabulary))
@@ -151,7 +155,7 @@ def test_reverse_step_queries_network_only_at_rows_that_may_change() -> None:
 
 
 class WideDoubles(TorchDispatchMode):
-    """Record every new float64 tensor of at least `size` entries."""
+    """Dispatch mode that records every new float64 tensor of at least `size` entries."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -265,9 +269,9 @@ EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
 def test_simulated_events_reproduce_the_reverse_transition(name: str) -> None:
     """20,000 chains run from t = 0.9 to s = 0.15 under a constant prediction.
 
-    A frequency is off by more than five standard deviations (at most 0.018) once in 1.7 million
-    cases. 35 frequencies are compared, so one run in 50,000 fails by chance; with this seed, none
-    does.
+    A frequency differs from its probability by more than five standard deviations (at most 0.018)
+    once in 1.7 million cases. The test compares 35 frequencies, with a fixed seed; with a random
+    seed, one run in 50,000 would fail by chance.
     """
     process, count, s = EVENTFUL[name](), 20_000, 0.15
     log_p = random_log_probs(process.vocabulary.num_tokens, 1, seed=3)
@@ -318,7 +322,7 @@ def test_event_time_of_process_without_events_raises_argument_error() -> None:
 
 def test_event_raises_if_the_reverse_rate_exceeds_the_candidate_rate() -> None:
     class Leaping(MixtureProcess):  # type: ignore[misc]
-        """Process whose rates triple near t = 0.507, between the times of the rate table."""
+        """Process whose rates triple near t = 0.507, between two times of the table of rates."""
 
         def d_coefficients(self, t: Tensor) -> Tensor:
             return super().d_coefficients(t) * torch.where(
@@ -385,9 +389,9 @@ def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
 
 
 def test_kernel_solve_inverts_apply() -> None:
-    """Solve with dense, interpolating, scaled and summed kernels.
+    """`solve` inverts `apply` for dense, interpolating, scaled and summed kernels.
 
-    Diagonals are dominant, so that the only error is rounding.
+    The matrices are diagonally dominant, so that the only error is rounding.
     """
     noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     matrix = torch.eye(4, dtype=torch.float64) + 0.2 * noise

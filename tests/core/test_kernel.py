@@ -1,4 +1,4 @@
-"""Structured kernels against dense matrices, and the oracle against a Runge-Kutta method."""
+"""Structured kernels equal dense matrices; `propagate` equals a Runge-Kutta method."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def diagonal(values: Tensor, size: int = STATES) -> Tensor:
 
 
 def parents_one_by_one(tree: HierarchicalVocabulary, xi: tuple[float, ...]) -> Tensor:
-    """Return kappa [S,S] for all pairs of levels, as products of one-level kernels with xi."""
+    """Return the matrix [S,S] of P(ancestor | node) for all pairs of levels.
+
+    It is the product of one-level matrices. xi[l] is the probability that a node of level l moves
+    to its true parent.
+    """
     size = tree.num_states
     kappa = torch.eye(size, dtype=torch.float64)
     up = torch.zeros(size, size, dtype=torch.float64)
@@ -122,14 +126,20 @@ def test_stochastic_parents_are_products_of_one_level_kernels(
 
 
 def turning(t: Tensor) -> Tensor:
-    """Return generators (1 - t) A + 5 t^2 B [n,4,4], which do not commute at different times."""
+    """Return the generators (1 - t) A + 5 t^2 B [n,4,4] at times t [n].
+
+    Generators of different times do not commute.
+    """
     early, late = (random(4, 4, seed=seed) for seed in (6, 7))
     early, late = (m - m.sum(-1).diag() for m in (early, late))
     return (1.0 - t)[:, None, None] * early + (5.0 * t * t)[:, None, None] * late
 
 
 def runge_kutta(s: float, t: float, steps: int = 400) -> Tensor:
-    """Solve dP/dt = P Q_t by the classical fourth-order method; error below 1e-9 for 400 steps."""
+    """Return the transition matrix from s to t of the generator `turning`.
+
+    dP/dt = P Q_t is solved by the classical Runge-Kutta method; 400 steps have an error below 1e-9.
+    """
     total, h = torch.eye(4, dtype=torch.float64), (t - s) / steps
     rate = lambda time: turning(torch.tensor([time], dtype=torch.float64))[0]  # noqa: E731
     for step in range(steps):
@@ -161,7 +171,7 @@ def test_propagate_solves_forward_equation_in_time_order() -> None:
 
 
 def test_propagate_error_falls_with_the_fourth_power_of_its_steps() -> None:
-    """Twice the steps divide the error by 16; with a wrong commutator they would divide it by 4."""
+    """Twice as many steps divide the error by 16, or by 4 if the commutator term is wrong."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [
         float((propagate(turning, *pair(0.1, 0.9), 4, steps=n) - best).abs().max())
@@ -173,14 +183,17 @@ def test_propagate_error_falls_with_the_fourth_power_of_its_steps() -> None:
 
 
 def test_single_matrix_exponential_is_wrong_if_generators_do_not_commute() -> None:
-    """A single exponential is exact only if generators commute."""
+    """The exponential of the integrated generator is exact only if generators commute."""
     grid = torch.linspace(0.1, 0.9, 2001, dtype=torch.float64)
     once = torch.matrix_exp(torch.trapezoid(turning(grid), grid, dim=0))
     assert float((once - propagate(turning, *pair(0.1, 0.9), 4)[0]).abs().max()) > 1e-3
 
 
 def test_propagate_agrees_with_closed_form_clock_marginals() -> None:
-    """pi(s) times the transition from s to t is pi(t), although hazards diverge at both ends."""
+    """The level probabilities at s times the transition from s to t are those at t.
+
+    The rates of the clock diverge at t = 0 and at t = 1.
+    """
     clock = CdfClock([PowerSchedule(0.8), PowerSchedule(1.5), PowerSchedule(3.0)])
     t = torch.tensor([0.01, 0.4, 0.99], dtype=torch.float64)
     start = torch.full_like(t, 1e-3)

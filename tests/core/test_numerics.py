@@ -1,4 +1,4 @@
-"""Draws by inverse CDF: edges, distribution, and rare tokens in single precision."""
+"""Draws by inverse CDF: edge cases, distribution, and rare tokens in float32."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def test_draw_index_never_draws_zero_weight() -> None:
 
 
 def test_draw_index_at_largest_uniform_is_last_possible_index() -> None:
-    """u * total may round up to total, where the search would end after the last index."""
+    """The product of the uniform and the total weight may round up to the total weight.
+
+    A search for the total weight in the cumulative sums would end after the last index.
+    """
     for seed in range(200):
         weights = torch.rand(
             1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
@@ -100,12 +103,15 @@ RARE = 3e-5  # tokens below this probability are drawn too rarely; their total p
 
 
 def race_in_single_precision(reveal: float) -> Tensor:
-    """Return P(token is revealed) [V] if a token and the mask race with float32 uniforms.
+    """Return P(token v is revealed) [V] in an exponential race with float32 uniforms.
 
-    In a race, the least E_v/w_v wins, for exponential variables E_v and weights w_v. The mask has
-    the weight 1 - reveal. A float32 uniform is a multiple of 2^-24, so an exponential near 0 is a
-    multiple of e = 6e-8. With a = e (1 - reveal)/w, a token of weight w wins with probability
-    sum_k 2^-24 exp(-k a) = 2^-24 / (e^a - 1). The correct probability is 2^-24 / a.
+    The token with the least E_v/w_v wins the race, where E_v is an exponential variable and w_v the
+    weight of token v. The mask takes part with the weight 1 - reveal, where `reveal` is the
+    probability that the position is revealed.
+
+    A float32 uniform is a multiple of 2^-24, so an exponential variable near 0 is a multiple of
+    d = 2^-24 = 6e-8. Let a = d (1 - reveal)/w. A token of small weight w wins with probability
+    sum_k d exp(-k a) = d / (exp(a) - 1). The correct probability is d / a.
     """
     smallest = float(-torch.log1p(-torch.tensor(2.0**-24)))
     return 2.0**-24 / torch.expm1(smallest * (1.0 - reveal) / (reveal * ZIPF))
@@ -130,9 +136,10 @@ def test_float32_exponential_race_with_a_mask_starves_rare_tokens() -> None:
 
 
 def test_float32_reverse_step_keeps_the_probability_of_rare_tokens() -> None:
-    """Compare the mean of -ln p of revealed tokens with the entropy, over a grid of uniforms.
+    """The mean of -ln p over revealed tokens equals the entropy of the prediction.
 
-    -ln p increases with the id of the token, so the grid has an error of at most ln V / points.
+    The uniforms form a grid. -ln p increases with the token id, so the mean over the grid has an
+    error of at most ln V / (number of points), for V tokens.
     """
     vocabulary, points, chunk = FlatVocabulary(len(ZIPF)), 1024, 64
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
@@ -156,7 +163,10 @@ def test_float32_reverse_step_keeps_the_probability_of_rare_tokens() -> None:
 
 
 def test_reverse_step_reveals_a_rare_token_with_exact_probability() -> None:
-    """The probability is (t - s)/t for linear masked diffusion, up to one point of the grid."""
+    """A step from t to s of linear masked diffusion reveals a mask with probability (t - s)/t.
+
+    The frequency on a grid of uniforms differs from the probability by at most one grid point.
+    """
     vocabulary, points = FlatVocabulary(2), 100_000
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
     t = torch.full((points,), 0.5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Predicted distributions: sums over tokens, draws, and division by the own evidence."""
+"""Predicted distributions: sums over tokens, draws, and division by the own likelihood q_t(z|x)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_log_p(num_tokens: int, seed: int, rows: int = 2, impossible: bool = F
 
 
 def mass(tree: Vocabulary, log_p: Tensor, node: int) -> Tensor:
-    """Return P(token below node) [r], the sum over the tokens."""
+    """Return the probability [r] of a node: the sum over the tokens below the node."""
     return log_p[:, sorted(below(tree, node, 0))].exp().sum(-1)
 
 
@@ -111,7 +111,7 @@ def test_clean_distribution_draw_is_inverse_cdf_over_tokens_below_a_node(
 
 
 def test_draws_below_a_node_follow_the_conditional_distribution() -> None:
-    """A midpoint grid of N uniforms draws a node of probability p about N p times, up to one."""
+    """N grid uniforms draw a node of probability p between N p - 1 and N p + 1 times."""
     points = 2000
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     log_p = random_log_p(7, 3, rows=1)
@@ -150,7 +150,7 @@ def test_draw_below_nodes_uses_the_node_and_level_of_each_row() -> None:
 
 
 def test_draws_at_extreme_uniforms_stay_below_the_node() -> None:
-    """In float32 the cumulative sum may end under or over 1; the draw must stay in range."""
+    """Draws stay below the node although float32 cumulative sums may end below or above 1."""
     ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     tree = HierarchicalVocabulary([[i % 7 for i in range(500)]])
     for seed in range(20):
@@ -263,7 +263,10 @@ def test_drop_own_evidence_gradient_is_zero_at_tokens_outside_the_node() -> None
 def conditionals(
     process: ForwardProcess, zt: Tensor, t: float, joint: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return P(x_i | z) and P(x_i | z without z_i), each [2,V], for a joint distribution [V,V]."""
+    """Return P(x_i | z) and P(x_i | z without z_i), each [2,V].
+
+    `joint` [V,V] is the distribution of two tokens x, and zt are their states z at time t.
+    """
     evidence = process.log_likelihood(zt, torch.full((2,), t, dtype=torch.float64)).exp()
     first, second = evidence[0].unsqueeze(1), evidence[1].unsqueeze(0)
     full = joint * first * second

@@ -1,4 +1,4 @@
-"""Draws of the prior: inverse CDF, without a table of uniforms times states."""
+"""Draws from the prior are by inverse CDF, and make no tensor [rows, states]."""
 
 from __future__ import annotations
 

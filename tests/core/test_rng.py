@@ -1,6 +1,7 @@
-"""CounterRng: numbers are a pure function of their purpose, and uniform.
+"""CounterRng: numbers are uniform, and depend only on seed, step, purpose, sample and position.
 
-Statistical tests have fixed seeds; with a random seed, each would fail with probability 1e-6.
+Statistical tests have fixed seeds. With a random seed, each of them would fail with probability
+1e-6.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ FAILURE = 1e-6
 
 
 def distance_from_uniform(u: Tensor) -> float:
-    """Return the Kolmogorov-Smirnov statistic."""
+    """Return the Kolmogorov-Smirnov statistic of numbers u against the uniform distribution."""
     ordered, count = u.flatten().sort().values, u.numel()
     steps = torch.arange(count + 1, dtype=torch.float64) / count
     return float(torch.maximum((ordered - steps[:-1]).abs(), (steps[1:] - ordered).abs()).max())
@@ -127,7 +128,7 @@ def test_rng_numbers_are_uniform(seed: int) -> None:
 
 
 def test_rng_first_position_is_uniform_over_samples_and_steps() -> None:
-    """Stratified times use only the first number of each sample and step."""
+    """Stratified noise times use only the first number of each sample and step."""
     over_samples = CounterRng(0, 3, torch.arange(20_000), 1).uniform("time")
     over_steps = torch.cat(
         [CounterRng(0, step, torch.tensor([6]), 1).uniform("time") for step in range(5_000)]

@@ -1,4 +1,7 @@
-"""Flat times: one sample per stratum of the global batch, for any split of the batch."""
+"""`FlatTimes`: one noise time for all positions of a sample, stratified over the global batch.
+
+The times do not depend on how the batch is split over ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ddiff.errors import ArgumentError
 def drawn(
     slots: int, rule: FlatTimes | None = None, step: int = 0, length: int = 1
 ) -> torch.Tensor:
-    """Return the times [slots, length] of a whole global batch."""
+    """Return the noise times [slots, length] of a global batch of `slots` samples."""
     slot = torch.arange(slots)
     return (
         (rule or FlatTimes())
@@ -55,9 +58,11 @@ def test_flat_times_of_each_of_four_ranks_are_stratified(slots: int) -> None:
 
 @pytest.mark.parametrize("slots", [20, 48, 96, 100, 300, 500])
 def test_flat_times_of_each_of_four_ranks_have_mean_near_one_half(slots: int) -> None:
-    """The mean of m contiguous strata is within 1.2/m of 1/2 (measured up to m = 500).
+    """The mean time of a rank is near 1/2, for any number of samples.
 
-    The draws within the strata change the mean by at most half a stratum, 0.5/slots.
+    A rank has m consecutive samples. The mean of the midpoints of their strata is within 1.2/m of
+    1/2 (measured up to m = 500). The draws within the strata change the mean by at most half a
+    stratum, 0.5/slots.
     """
     share = slots // 4
     for step in range(5):
@@ -66,7 +71,7 @@ def test_flat_times_of_each_of_four_ranks_have_mean_near_one_half(slots: int) ->
 
 
 def test_contiguous_strata_give_the_first_of_four_ranks_mean_time_1_8() -> None:
-    """With contiguous strata, the times of the first of four ranks have a mean of 1/8."""
+    """If sample i had stratum i, the times of the first of four ranks would have a mean of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
 
@@ -99,11 +104,11 @@ def test_flat_times_stay_in_their_window_and_have_its_width_as_speed(
 
 
 def test_speed_weighted_mean_over_flat_times_is_an_unbiased_integral() -> None:
-    """E[speed f(t)] is the integral of f over the window [a,b], here for f = 1/t.
+    """E[speed f(t)] is the integral of f over the time window [a,b]; here f(t) = 1/t.
 
-    One draw has the variance (1/a - 1/b)(b - a) - ln^2(b/a), and the mean of a batch has at most
-    this variance divided by the number of slots. The tolerance is 5.3 standard errors of 600 steps:
-    one of the five cases fails by chance with probability below 1e-6.
+    A single draw has the variance (1/a - 1/b)(b - a) - ln^2(b/a). The mean over the samples of a
+    batch has at most this variance divided by the number of samples. The tolerance is 5.3 standard
+    errors of 600 steps; any of the five cases fails by chance with probability below 1e-6.
     """
     start, stop, steps = 0.05, 0.9, 600
     expected, width = math.log(stop / start), stop - start

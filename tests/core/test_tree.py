@@ -1,8 +1,8 @@
-"""Tree family: forward draws and decoding rules against their formulas, invalid arguments.
+"""Tree processes: forward draws and decoding rules equal their formulas; invalid arguments.
 
 Distributions of draws are measured on a midpoint grid of N uniforms, without random numbers. An
-interval of length p contains between N p - 1 and N p + 1 of them, so that a frequency has an error
-of at most 1/N per interval.
+interval of length p contains between N p - 1 and N p + 1 grid points, so that a frequency has an
+error of at most 1/N per interval.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def process(decoding: str = "bayes", xi: float | Sequence[float] = XI) -> TreePr
 
 
 def tokens_by_decoding_rule(decoding: str, node: int) -> Tensor:
-    """Return the distribution [V] of the token below a node by the formula of the decoding rule."""
+    """Return the distribution [V] of the token that a decoding rule draws at a node, by formula."""
     n = 3
     inside = torch.tensor([parent == node for parent in PARENT])
     forward_step = torch.where(inside, XI, (1 - XI) / (n - 1))
@@ -109,7 +109,7 @@ def test_only_bayes_decoding_allows_for_wrong_parents_of_the_forward_draw(
 
 
 def test_tree_step_equals_exact_reverse_transition() -> None:
-    """One uniform chooses the level, and the other chooses the state; 300 x 300 grid points."""
+    """Draw with a grid of 300 x 300 uniforms: one chooses the level, and one chooses the state."""
     side = 300
     edge = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     u = torch.cartesian_prod(edge, edge)
@@ -134,7 +134,7 @@ def test_tree_step_keeps_leaf_tokens_without_querying_the_network() -> None:
 
 
 def test_tree_decoding_is_exact_if_only_upper_levels_are_stochastic() -> None:
-    """Compare with Bayes' rule for clusters with xi = 1 below nodes with xi = 0.7."""
+    """Compare with Bayes' rule, for P(true parent) = 1 of tokens and 0.7 of clusters."""
     deep = HierarchicalVocabulary([[0, 1, 2, 3, 0], [0, 1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.7, 1.0))
     p = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_tree_node_with_underflowing_mass_has_finite_loss_and_gradient() -> None
 
 
 def test_distribution_that_underflows_below_node_still_decodes() -> None:
-    """In float32 e^-200 is 0; weights below the node must be relative to their largest."""
+    """All tokens below the node have the probability e^-200, which is 0 in float32."""
     chain = TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi=0.8)
     deep = HierarchicalVocabulary([[0, 1, 1], [0, 0]])
     certain = TreeProcess(deep, LogTimeClock((0.7, 1.0)))
@@ -197,7 +197,10 @@ def test_distribution_that_underflows_below_node_still_decodes() -> None:
 
 @pytest.mark.parametrize("xi", [(0.8, 1.0), (0.3, 0.6), (0.05, 0.2), (1.0, 0.7)])
 def test_tree_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, float]) -> None:
-    """With xi < 1/n, for n nodes, the true parent is less likely than each wrong parent."""
+    """If xi < 1/n, where n is the number of nodes, each wrong parent is likelier than the true one.
+
+    xi is the probability of the true parent.
+    """
     deep = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
     chain = TreeProcess(deep, LogTimeClock((1.0, 0.6, 1.4)), xi)
     t = torch.full((POINTS,), 0.6).double()
@@ -322,7 +325,7 @@ def test_cdf_clock_error_names_the_schedules_that_cross() -> None:
     ids=["log-time", "cdf"],
 )
 def test_level_entry_time_is_the_inverse_cdf_of_its_uniform(clock: LevelClock) -> None:
-    """P(at the level at s | at the level at t) = u for the returned s < t."""
+    """The entry time s < t of a level solves P(at the level at s | at the level at t) = u."""
     level, u = torch.tensor([1, 2, 3, 3]), torch.tensor([0.2, 0.5, 0.01, 0.99]).double()
     t = torch.tensor([0.4, 0.9, 0.7, 1.0]).double()
     s = clock.entry_time(level, t, u)

@@ -1,4 +1,4 @@
-"""Vocabularies: ids, trees against their definition, fingerprints, files, invalid arguments."""
+"""Vocabularies: ids, tree look-ups, fingerprints, files, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_descendants_of_a_node_at_one_level_are_contiguous_in_order(
 def test_vocabulary_order_sorts_ids_by_their_path_from_the_root(
     tree: HierarchicalVocabulary,
 ) -> None:
-    """Heads keep their tables in this order, so it is part of every checkpoint."""
+    """Heads store their tables in this order, so checkpoints depend on the order."""
     for level in range(tree.num_levels + 1):
         order = tree.order(level).tolist()
         assert order == sorted(order, key=lambda id_: forward_step(tree, id_)[::-1])

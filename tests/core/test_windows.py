@@ -1,6 +1,7 @@
-"""Window rules: the bound of exact conditional distributions is the entropy of the joint.
+"""Window rules: the bound of exact predictions is the entropy of the data.
 
-The joint distribution is over three symbols. No number is drawn: `exact_windows` sums over states,
+In a window rule, only the positions of a window have noise times between 0 and 1. The data are
+three symbols with a known joint distribution. No number is drawn: `exact_windows` sums over states,
 windows and quadrature nodes.
 """
 
@@ -42,7 +43,7 @@ QUADRATURE = 1e-6
 
 
 class EarlyNoise(Schedule):
-    """alpha = 0.05 + 0.85 (1 - t): noise at t = 0, and tokens that survive t = 1."""
+    """Schedule alpha = 0.05 + 0.85 (1 - t): noise at t = 0, and clean tokens left at t = 1."""
 
     closes_at_clean = closes_at_prior = False
 
@@ -67,9 +68,10 @@ RULES = {
 
 
 def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -> float:
-    """Return `cost_of_ends` for the blocks of a rule; 0 for a sliding window.
+    """Return `cost_of_ends` for the blocks of a rule, and 0 for a sliding window.
 
-    The positions of a sliding window reach the ends of the window one after the other.
+    The positions of a sliding window reach the ends of the time window one after the other, so that
+    no dependence between positions is lost.
     """
     if getattr(rule, "shape", "block") == "slide":
         return 0.0
@@ -96,7 +98,7 @@ def test_window_bound_of_tree_with_jumps_is_entropy_plus_end_cost(rule: str) -> 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_masked_process_on_times_0_to_1_has_no_prior_or_decoding_term(rule: str) -> None:
-    """The integrand is a polynomial for this process, so the only error is rounding."""
+    """Compare exactly: the integrand is a polynomial in t, so the only error is rounding."""
     closing, diffusion, decoding = exact_terms(PROCESSES["masked"], RULES[rule])
     assert not closing.any()
     assert not decoding.any()
@@ -118,7 +120,7 @@ def test_sliding_window_end_terms_are_zero_only_without_noise_at_time_0(process:
 def test_bound_of_windows_of_width_one_is_the_autoregressive_nll(
     process: str, paired: bool
 ) -> None:
-    """NELBO(x) = -ln p(x) for every x: the prediction at the one noisy position is constant."""
+    """NELBO(x) = -ln p(x) for every sequence x, since only one position is noisy at a time."""
     terms = exact_terms(PROCESSES[process], WindowTimes(1, "block", paired).with_window(*WINDOW))
     torch.testing.assert_close(sum(terms), -LOG_JOINT.reshape(-1), rtol=0, atol=10 * QUADRATURE)
 
@@ -150,9 +152,10 @@ def test_window_times_as_wide_as_the_sequence_equal_flat_times(paired: bool) -> 
 
 
 class WithoutSpeed:
-    """Rule whose speed is 1 at noisy positions.
+    """Fault: a rule whose speed is 1 at noisy positions.
 
-    The true speed is dt_i/dtau times the number of windows that a drawn window represents.
+    The correct speed at position i is dt_i/dtau times the number of windows of a sequence, because
+    only one window is drawn.
     """
 
     def __init__(self, rule: WindowTimes) -> None:
@@ -191,7 +194,7 @@ def test_window_bound_without_speed_factor_differs_from_the_entropy(rule: str) -
 def test_bound_is_below_entropy_if_a_window_attends_to_its_clean_tokens(
     rule: str,
 ) -> None:
-    """A bound below the entropy shows a leak of clean tokens."""
+    """A network that attends to the tokens it predicts has a bound below the entropy."""
     honest, times = exact_prediction(PROCESSES["masked"]), RULES[rule].with_window(*WINDOW)
 
     def peeking(noisy: Noisy) -> torch.Tensor:
@@ -212,9 +215,11 @@ def test_attending_to_positions_at_the_prior_does_not_change_the_bound(rule: str
 
 
 def test_exact_prediction_helper_equals_the_conditional_of_the_joint() -> None:
-    """Compare the prediction for x_1 with explicit sums.
+    """Compare the prediction for x_1 with explicit sums over JOINT, in three cases.
 
-    x_2 is in a later block or in the same block; x_0 is clean, or clean only in the memory.
+    1. x_0 is clean, and x_2 is in a later block than x_1.
+    2. x_0 is clean, and x_2 is in the same block as x_1.
+    3. x_0 is clean only in `memory`, the clean copy to which later blocks attend.
     """
     joint, dist = JOINT.reshape(3, 3, 3), exact_prediction(PROCESSES["masked"])
     zt, t = torch.tensor([[2, 3, 1]]), torch.tensor([[0.0, 0.5, 0.3]], dtype=torch.float64)
@@ -238,7 +243,7 @@ def test_window_times_pass_all_conformance_checks(rule: str, window: tuple[float
 
 
 def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
-    """Sixteen windows have one time in each sixteenth of the unit interval, for every sequence."""
+    """Each of the sixteen windows of a sequence has its time in another sixteenth of [0, 1]."""
     slot = torch.arange(5)
     times = WindowTimes(4).draw(IdentityTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
     per_window = times.t.unflatten(1, (16, 4))
@@ -250,9 +255,10 @@ def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
 
 @pytest.mark.parametrize(("slots", "count"), [(4, 4), (6, 4), (5, 16), (8, 6), (7, 1), (1, 5)])
 def test_windows_and_times_of_a_batch_are_stratified_jointly(slots: int, count: int) -> None:
-    """Without the common rotation, every stratum contains exactly one draw.
+    """Every stratum contains exactly one draw, if the shift common to a sequence is removed.
 
-    There are slots * count strata for the batch, `slots` for a window and `count` for a sample.
+    A batch of `slots` samples with `count` windows has slots * count strata: `slots` strata for the
+    draws of a window, and `count` strata for those of a sample.
     """
     slot = torch.arange(slots)
     for step in range(3):
@@ -269,7 +275,10 @@ def test_windows_and_times_of_a_batch_are_stratified_jointly(slots: int, count: 
 
 
 def test_jointly_stratified_windows_are_uniform() -> None:
-    """The means of v and v^2 over 4,000 steps are within five standard errors of 1/2 and 1/3."""
+    """The means of the draws v and of v^2 over 4,000 steps are close to 1/2 and 1/3.
+
+    The tolerance is five standard errors.
+    """
     slot = torch.arange(3)
     drawn = torch.stack(
         [jointly_stratified(CounterRng(1, step, slot, 4), slot, 3, 4) for step in range(4000)]
