@@ -31,9 +31,9 @@ def two_topics(length: int = 6000) -> tuple[NDArray[np.int32], NDArray[np.int32]
 def reference_counts(
     ids: NDArray[np.int32], document: NDArray[np.int32], num_tokens: int, window: int
 ) -> NDArray[np.float64]:
-    """Count pairs of tokens at most `window` positions apart in the same document, in a loop.
+    """Count the neighbours before and after each token in a loop over pairs of positions.
 
-    Returns an array [num_tokens, 2 num_tokens] of counts before and after each token.
+    Neighbours are at most `window` positions apart, in the same document, and count 1 / distance.
     """
     counts = np.zeros((2, num_tokens, num_tokens))
     for i in range(len(ids)):

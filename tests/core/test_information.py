@@ -98,7 +98,7 @@ def test_equal_steps_of_information_time_lose_equal_information(name: str) -> No
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_information_time_speed_is_the_derivative_of_t_by_tau(name: str) -> None:
-    """The speed dt/dtau is the derivative of the interpolated t(tau); the bound is then unbiased."""
+    """The speed is the derivative of the interpolated t(tau), so that the bound has no bias."""
     tau = TAU.clone().requires_grad_()
     t, speed = PROCESSES[name].information_time.at(tau)
     (slope,) = torch.autograd.grad(t.sum(), tau)

@@ -39,13 +39,16 @@ def parquet_files(folder: Path, texts: list[str], files: int = 3, column: str = 
 
 
 def json_file(path: Path, texts: list[str]) -> str:
-    """Write the texts as JSON lines and return the path."""
+    """Write the texts as JSON lines to `path` and return the path as a string."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
 
 
 def chunks_of(texts: list[str], at_once: int = 8) -> Any:
-    """Return a source in memory with `at_once` texts per chunk; a cursor is a number of texts."""
+    """Return a source that reads `texts` from memory, `at_once` texts per chunk.
+
+    A cursor of the source is the number of texts that are already read.
+    """
 
     def chunks(cursor: int | None) -> Iterator[Chunk]:
         for start in range(cursor or 0, len(texts), at_once):

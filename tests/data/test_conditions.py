@@ -1,4 +1,4 @@
-"""Conditions follow their documents, from the fields of a file to each position of a row."""
+"""Conditions (labels, vectors): from the fields of a file to the positions of packed rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents are files, paragraphs or lines, are split by hash, and must be text."""
+"""Documents are files, paragraphs or lines; a hash of the text selects the held-out documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The row order is a pure function of seed, epoch and position, and a permutation per epoch."""
+"""The row order is a permutation in each epoch, and depends only on seed and position."""
 
 from __future__ import annotations
 

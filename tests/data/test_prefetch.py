@@ -1,4 +1,4 @@
-"""Prefetching changes neither batches nor the order of errors, for any number of threads."""
+"""Prefetching of batches in threads changes neither batches nor the step of an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches_of(rows: Rows) -> Callable[[int, int], list[list[int]]]:
 def test_prefetched_batches_do_not_depend_on_the_number_of_workers(
     source: str, workers: int
 ) -> None:
-    """The calls run over epochs, then continue at another step, as after resuming."""
+    """Batches are requested over several epochs, and then from another step, as after resuming."""
     streamed = StreamedRows(chunks_of(TEXTS), TOKENIZER, 16, head=PACKED, fingerprint="", block=8)
     rows = PACKED if source == "packed" else streamed
     plain = batches_of(PACKED if source == "packed" else rows)
@@ -63,7 +63,7 @@ def test_prefetcher_reads_the_next_batches_in_advance() -> None:
 
 
 def test_prefetcher_reads_batches_while_training_steps_run() -> None:
-    """Twenty reads of 10 ms and twenty steps of 10 ms take 0.4 s one after another."""
+    """Without overlap, twenty reads of 10 ms and twenty steps of 10 ms would take 0.4 s."""
 
     def batch_at(step: int, micro: int) -> int:
         time.sleep(0.01)

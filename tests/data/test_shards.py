@@ -1,4 +1,4 @@
-"""Shards do not depend on the number of workers or on kills; errors name damaged files."""
+"""Shards of a tokenized corpus: the same bytes for any number of workers and after kills."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def test_shards_give_the_same_rows_as_packing_in_memory(made: Shards) -> None:
-    """Split, rows and documents are equal, even if rows extend over several shards."""
+    """Train and validation rows and their documents are equal, even across ends of shards."""
     assert len(made.records(TRAIN)) > 5
     direct = split_documents(documents_from_texts(TEXTS), HELD_OUT, "")
     for part, documents, separate in (
@@ -115,7 +115,7 @@ build(Path(sys.argv[1]), workers={workers})
 def test_write_shards_resumes_a_killed_build(
     made: Shards, tmp_path: Path, after: int, workers: int
 ) -> None:
-    """The build is killed within a file, between files of a shard, and between two shards."""
+    """The build is killed within a file, between two files of a shard, or between two shards."""
     script = KILLED.format(here=str(Path(__file__).parent), after=after, workers=workers)
     ended = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "killed")], stderr=subprocess.DEVNULL
@@ -288,7 +288,7 @@ print(max(peaks) - peaks[0], made.stream(TRAIN).num_documents)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from Linux")
 def test_write_shards_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """With 64 bits per document in memory, the larger corpus would need 1.6 MB more."""
+    """If the build kept 64 bits per document, the larger corpus would need 1.6 MB more."""
     grown = []
     for documents in (2000, 200_000):
         command = [sys.executable, "-c", MEASURED, str(tmp_path / str(documents)), str(documents)]

@@ -84,7 +84,7 @@ def test_hub_source_reads_a_local_folder(tmp_path: Path) -> None:
 def test_file_source_continues_from_any_cursor_without_gap_or_repeat(
     tmp_path: Path, made: str
 ) -> None:
-    """Cursors are JSON; some lie between files, some within files and within row groups."""
+    """Cursors (JSON) point between files, into files, and into row groups of a parquet file."""
     texts = sentences(400)
     folder = tmp_path / "files"
     place = (
@@ -100,7 +100,7 @@ def test_file_source_continues_from_any_cursor_without_gap_or_repeat(
 
 
 def corpora(tmp_path: Path) -> dict[str, Any]:
-    """Build corpora of the same texts from files and from a folder in hub layout."""
+    """Build corpora of the same texts, by name: from files, and from a folder in hub layout."""
     (tmp_path / "set").mkdir(parents=True)
     json_file(tmp_path / "set" / "train.jsonl", TEXTS)
     files = Files.Config(files=(parquet_files(tmp_path / "p", TEXTS),), held_out=0.2, workers=2)
@@ -224,7 +224,7 @@ def test_read_conditions_refuses_a_corpus_without_columns(tmp_path: Path) -> Non
 
 
 def faults(folder: Path) -> dict[str, Any]:
-    """Return, by name of the fault, a function that opens the source and the expected message."""
+    """Return faulty sources by name: (function that opens the source, expected error message)."""
     folder.mkdir(parents=True, exist_ok=True)
     parquet = parquet_files(folder / "p", TEXTS[:9], column="body")
     lines = json_file(folder / "a.jsonl", TEXTS[:3])

@@ -32,7 +32,7 @@ def streamed(chunks: Any = None, **settings: Any) -> StreamedRows:
 
 
 def expected(num_rows: int) -> tuple[Any, Any]:
-    """Return ids and documents of the packed text, repeated."""
+    """Return ids and document numbers of `num_rows` rows of the packed text, repeated."""
     ids, document = PACKED.stream()
     epochs = -(-num_rows * LENGTH // len(ids))
     numbers = np.concatenate([document + epoch * len(TRAIN) for epoch in range(epochs)])
@@ -90,7 +90,10 @@ class CountingSource:
 
 @pytest.mark.parametrize("place", ["list", "parquet", "json"])
 def test_streamed_rows_resume_from_stored_cursors(tmp_path: Path, place: str) -> None:
-    """Reading resumes at every block of two epochs and ignores an incomplete line of cursors."""
+    """Reading resumes at every block of two epochs.
+
+    The file of cursors ends in an incomplete line, as after a kill; the line is ignored.
+    """
     if place == "list":
         chunks: Any = chunks_of(TEXTS)
     else:

@@ -1,4 +1,4 @@
-"""Fixtures of this folder: a folder with a small recipe and its corpus, and `ddiff` commands."""
+"""Fixtures: a folder with a small recipe and its corpus, and a function that runs commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Labelled rows with symbols a, b (label 0) or c, d (label 1), and a recipe with this label."""
+"""Rows of symbols with a label, and a recipe that is conditioned on the label.
+
+Rows of label 0 have symbols a and b, and rows of label 1 have symbols c and d.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ device = "cpu"
 
 
 def rows(count: int) -> str:
-    """Return JSON lines with both labels equally often and uniformly random symbols."""
+    """Return `count` rows as JSON lines, with alternating labels and uniformly random symbols."""
     draw = random.Random(0)
     kinds = [(number % 2, "cd" if number % 2 else "ab") for number in range(count)]
     return "".join(

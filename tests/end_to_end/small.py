@@ -1,4 +1,4 @@
-"""A small recipe that trains in a second, and its corpus."""
+"""Recipe that trains in a second, and its corpus."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tok
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Context manager that works in `folder` with the recipe, its corpus and a separate cache.
+    """Context manager: change to `folder`, with the recipe, its corpus and a separate cache.
 
-    It is used by module fixtures, which cannot use the fixture `folder`.
+    Module fixtures use it, because they cannot use the fixture `folder`.
     """
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,11 @@ SHORT = ["train.steps=3", "denoiser.dropout=0.0"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Runs tree, flat, flat1 (another seed), long (rows of 12), window (another window)."""
+    """Folder with five trained runs.
+
+    `tree`: hierarchical diffusion. `flat`: masked diffusion. `flat1`: the same with another seed.
+    `long`: rows of 12 tokens. `window`: another time window.
+    """
     folder = tmp_path_factory.mktemp("compare")
     with working_in(folder):
         api.run("small.toml", settings=[*SHORT, 'name="tree"'])
@@ -189,7 +193,7 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compare_shows_number_of_steps_recorded_by_the_sampler(place: Path, tmp_path: Path) -> None:
-    """The table shows – if the number of steps is random, even if [sample] steps is set."""
+    """The table shows "–" for a sampler with a random number of steps, even if `steps` is set."""
     asked = api.load(place / "flat").recipe.sample
     shown = []
     for name, steps in (("took", 7), ("none", None)):

@@ -48,7 +48,7 @@ BERT = ["hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "inter
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a part of the bundled novels, and one cache for all tests."""
+    """Folder with a part of the bundled novels, and with a cache that all tests share."""
     folder = tmp_path_factory.mktemp("recipes")
     novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0], encoding="utf-8")
@@ -70,7 +70,7 @@ def test_list_of_tested_recipes_contains_every_shipped_recipe() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipe_with_reduced_sizes_trains_and_samples(name: str, place: Path) -> None:
-    """Only sizes and the corpus differ from the recipe. After two steps the bound is near ln V."""
+    """The recipe is changed only in sizes and corpus. After two steps the bound is near ln V."""
     network = (
         [f"denoiser.settings.{setting}" for setting in BERT] if name.startswith("hf_") else NETWORK
     )

@@ -23,7 +23,10 @@ SHORT = ["train.steps=4", "evaluate.draws=1"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with runs/flat (masking, token head) and runs/tree (two levels, level-wise head)."""
+    """Folder with two trained runs.
+
+    runs/flat: masked diffusion with a token head. runs/tree: two tree levels, level-wise head.
+    """
     folder = tmp_path_factory.mktemp("tuning")
     with working_in(folder):
         api.run("small.toml", settings=[*SHORT, *FLAT, 'name="flat"', "train.steps=12"])
@@ -38,7 +41,7 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def initialized(*settings: str) -> tuple[api.Run, dict[str, Any]]:
-    """Return a run with initial weights, and the record of [train] init."""
+    """Return an untrained run with its initial weights, and its record of the key [train] init."""
     session = TrainingSession.open(read_recipe("small.toml", [*SHORT, *settings]))
     init = session.initialize_weights()
     return session.run, init or {}
@@ -77,7 +80,10 @@ def test_init_of_cluster_embeddings_is_the_mean_of_token_embeddings() -> None:
 
 @pytest.mark.slow
 def test_init_from_flat_run_keeps_token_distribution_in_clusters() -> None:
-    """Compare with the softmax of the old logits within each cluster, at random hidden states."""
+    """The distribution within a cluster is the softmax of the old logits over its tokens.
+
+    The hidden states are random.
+    """
     run, _ = initialized('train.init={run="runs/flat"}')
     theirs = weights("flat")
     vocabulary, hidden = (
@@ -142,9 +148,9 @@ def test_resume_works_after_the_init_run_is_deleted(place: Path) -> None:
 
 @pytest.mark.slow
 def test_init_from_pretrained_model_copies_token_embeddings(tmp_path: Path) -> None:
-    """A token gets its row of the embedding table, and a cluster the mean of its tokens.
+    """A token gets its row of the pretrained table, and a cluster the mean over its tokens.
 
-    A model of another width is refused.
+    A pretrained model of another width is refused.
     """
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=8)
@@ -190,10 +196,10 @@ def test_cosine_learning_rate_ends_at_the_floor_of_the_recipe() -> None:
 
 @pytest.mark.slow
 def test_train_prefix_key_sets_the_fraction_of_rows_with_a_prefix() -> None:
-    """Count rows with a prefix of length > 0.
+    """Half of the rows have a prefix of clean tokens, of uniformly random length 0 to 7.
 
-    Of 256 rows of 8 tokens, 1/2 have a prefix, and 7/8 of these prefixes have length > 0: 112 rows
-    are expected. Tolerance 32: four standard deviations.
+    In 256 rows of 8 tokens, 256 * 1/2 * 7/8 = 112 prefixes of length > 0 are expected. The
+    tolerance 32 is four standard deviations.
     """
     run, _ = initialized("train.prefix=0.5", "train.batch=256")
     batch = run.data.batch_at(3, 0)

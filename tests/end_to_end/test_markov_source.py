@@ -1,7 +1,7 @@
-"""No trained model reports a bound below the entropy of its source.
+"""Bounds of trained models are above the entropy of the data, and close to the entropy.
 
-The source is a Markov chain. The entropy of its finite rows is known exactly, and the expectation
-of the bound is at least that entropy for any network. Two claims are tested for every family:
+The data are rows of a Markov chain with a known entropy. The expected bound of any network is at
+least this entropy. Two claims are tested for every model family:
 
 - **Never below the entropy**: the upper end of the 95 % interval of each evaluation is at least the
   entropy. A perfect model would violate this condition with probability 2.5 %; the seeds are fixed
@@ -10,10 +10,12 @@ of the bound is at least that entropy for any network. Two claims are tested for
   of its interval is under 4 %. The unigram distribution is at least 29 % above the entropy, so the
   model must use the context.
 
-Models of `FIRST` are evaluated three times during training. Models of `OTHERS` are evaluated once,
+Models in `FIRST` are evaluated three times during training. Models in `OTHERS` are evaluated once,
 on four symbols, after 160 steps (320 for uniform noise, 240 for three levels with the loss of the
-recipe, 60 for autoregression). A second test needs no training: the exact distribution of the
-source replaces the network, with the process, the times and the parameterization of each family.
+recipe, 60 for autoregression).
+
+A second test needs no training: the exact conditional distributions of the source replace the
+network, with the process, the noise times and the parameterization of each family.
 """
 
 from __future__ import annotations
@@ -166,14 +168,17 @@ def half_width(evaluation: Evaluation) -> float:
 
 
 class Reading(NamedTuple):
-    """A bound and the half width of its interval, in units of the source's entropy."""
+    """Bound of a trained model and half width of its interval, relative to the data's entropy."""
 
     bound: float
     half: float
 
 
 def read(recipe: Recipe, draws: int, process: ForwardProcess | None = None) -> Reading:
-    """Train to the last step of the recipe and evaluate."""
+    """Train with a recipe and evaluate with `draws` draws of noise per row.
+
+    `process` replaces the process of the recipe.
+    """
     run = ddiff.run(recipe, process=process)
     entropy = run.data.documents.entropy_rate
     assert entropy is not None
@@ -222,12 +227,14 @@ def test_bound_of_trained_model_is_within_5_percent_of_the_entropy(name: str, fo
 
 @pytest.mark.parametrize("name", TWINS)
 def test_mean_bound_of_exact_prediction_equals_mean_nll(name: str) -> None:
-    """The mean of bound minus -ln P(row) is 0 over 4,096 rows of 8 symbols.
+    """The mean of (bound - (-ln P(row))) over 4,096 rows of 8 symbols is 0.
 
-    Tolerance: four standard errors, which are under 3 % of the entropy (false alarm in one of 10
-    cases: 6e-4; seeds are fixed). Decoding at t = 0.01, and the final step of hybrid_epsilon,
-    ignore the dependence between positions that are noised together, which changes the bound by
-    less than 1e-3 nats. tests/laws makes the same comparison to 1e-9 without a recipe.
+    The tolerance is four standard errors, which are under 3 % of the entropy. With random seeds,
+    any of the 10 cases would fail by chance with probability 6e-4; the seeds are fixed.
+
+    Decoding at t = 0.01, and the final step of hybrid_epsilon, treat noisy positions as
+    independent. This changes the bound by less than 1e-3 nats. tests/laws makes the same comparison
+    to 1e-9 without a recipe.
     """
     recipe = parse_recipe(RECIPE, settings={**FIRST, **OTHERS}[name])
     assert recipe.process is not None
@@ -257,7 +264,7 @@ def test_mean_bound_of_exact_prediction_equals_mean_nll(name: str) -> None:
 
 
 class Previous(Backbone):
-    """Backbone whose hidden states are the input symbols, one-hot."""
+    """Backbone whose hidden states are one-hot vectors of the input symbols."""
 
     reads_time = False
 
@@ -270,10 +277,7 @@ class Previous(Backbone):
 
 
 def test_autoregressive_nll_of_exact_conditionals_equals_minus_ln_p() -> None:
-    """Compare row by row, without randomness.
-
-    Tolerance 1e-12: rounding of sums of eight float64 logarithms.
-    """
+    """The NLL of each row is -ln P(row), up to rounding of eight float64 logarithms (1e-12)."""
     source, index, vocabulary = MarkovSource(4, peakedness=2.0), torch.arange(64), FlatVocabulary(4)
     head = TokenHead(vocabulary, vocabulary.num_states).double()
     laws = torch.from_numpy(

@@ -1,4 +1,4 @@
-"""`ddiff run --dry-run --measure N`: cost of a run and expected first loss."""
+"""`ddiff run --dry-run --measure N`: predicts cost, memory and first loss of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measured(settings: Sequence[str] = (), steps: int = 2, text: str = RECIPE) -
 
 
 def autoregressive() -> str:
-    """Recipe of an autoregressive model, which has no process."""
+    """Path of a recipe of an autoregressive model, which has no process."""
     return RECIPE.replace('[process]\nkind = "hdlm"\n', '[objective]\nkind = "ar"\n').replace(
         "steps = 4\n", 'sampler = "left_to_right"\n'
     )
@@ -47,10 +47,10 @@ def autoregressive() -> str:
 
 
 def test_backbone_flops_equal_formula_of_transformer_width_and_length(folder: Path) -> None:
-    """A block of width d has 24 d^2 FLOPs per token for its matrices, and 4 L d for attention.
+    """A block of width d has 24 d^2 + 4 L d FLOPs per token, for sequences of L tokens.
 
-    The matrices have 12 d^2 entries (3 + 1 for attention, 4 + 4 for the MLP) with 2 FLOPs each. L
-    is the number of positions.
+    The matrices of the block have 12 d^2 entries (4 d^2 for attention, 8 d^2 for the MLP), with 2
+    FLOPs each. 4 L d is the cost of attention.
     """
     found = measured([*FLAT, "denoiser.time=false"])
     assert found.cost.backbone_flops == LAYERS * (24 * WIDTH**2 + 4 * LENGTH * WIDTH)
@@ -105,7 +105,10 @@ def test_count_logits_stops_after_the_with_block(folder: Path) -> None:
 
 
 def test_memory_rise_includes_memory_that_was_freed() -> None:
-    """Allocate and free 64 MiB. Tolerance: 48 to 96 MiB, for other memory of the interpreter."""
+    """The rise while 64 MiB are allocated and freed is 48 to 96 MiB.
+
+    The tolerance allows for other memory of the interpreter.
+    """
     rise = MemoryRise(torch.device("cpu"))
     torch.ones(2**24).sum()
     assert 48 * 2**20 < rise.bytes() < 96 * 2**20
@@ -121,7 +124,10 @@ def test_memory_rise_includes_memory_that_was_freed() -> None:
 def test_first_training_loss_equals_predicted_initial_loss(
     folder: Path, settings: list[str], text: str
 ) -> None:
-    """Compare on the same rows, times and noise, with dropout. Tolerance 1e-6: float32 sums."""
+    """Both losses are computed for the same rows, times, noise and dropout.
+
+    The tolerance 1e-6 is the rounding of float32 sums.
+    """
     found = measured(settings, text=text)
     assert found.initial is not None
     assert found.first_loss == pytest.approx(found.initial.of_step_1, rel=1e-6)

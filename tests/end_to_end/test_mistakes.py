@@ -37,7 +37,10 @@ SHORT = ("--set", "train.steps=4", "--set", "train.checkpoint_every=2")
 
 
 def refused(answer: tuple[int, str, str], *expected: str) -> str:
-    """Check exit code and form of an error message, and return the message."""
+    """Check that a command failed with one paragraph that contains `expected`; return it.
+
+    `answer` is (exit code, stdout, stderr).
+    """
     code, out, err = answer
     shown = [line for line in err.splitlines() if not PROGRESS.match(line)]
     message = "\n".join(shown)
@@ -221,7 +224,7 @@ def test_option_fresh_with_an_invalid_recipe_keeps_the_old_run(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a finished run, which tests copy and damage."""
+    """Directory of a finished run, which tests copy and damage."""
     folder = tmp_path_factory.mktemp("finished")
     with working_in(folder):
         api.run("small.toml", settings=["train.steps=4", "train.checkpoint_every=2"])
@@ -326,7 +329,7 @@ def test_fewer_train_steps_than_recorded_are_refused(run_dir: Path, ddiff: Comma
 
 
 def poison(run_dir: Path) -> None:
-    """Write a complete checkpoint with NaN in the head."""
+    """Put NaN into the head of the newest checkpoint of a run, with a valid checksum."""
     checkpoints = Checkpoints(run_dir / "checkpoints")
     newest = checkpoints.newest()
     assert newest is not None
@@ -464,7 +467,7 @@ def test_full_disk_is_reported_and_the_same_command_resumes(
 
 
 def test_second_process_cannot_write_to_a_run_in_progress(run_dir: Path, ddiff: Command) -> None:
-    """--fresh is refused too. The lock is released when the process ends."""
+    """A run in progress holds a lock, also against option --fresh, until its process ends."""
     before = files(run_dir)
     code = "from ddiff.runs.directory import lock_run_dir; from pathlib import Path; import time\n"
     code += f"with lock_run_dir(Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
@@ -577,7 +580,7 @@ def test_cache_leftovers_of_killed_builds_are_removed_after_a_day(tmp_path: Path
 
 
 def test_run_without_checkpoint_accepts_a_changed_recipe(folder: Path, ddiff: Command) -> None:
-    """A run that was killed before its first checkpoint may be repeated with a changed recipe."""
+    """A run that was killed before its first checkpoint can be repeated with another recipe."""
     (folder / "runs/small").mkdir(parents=True)
     (folder / "runs/small/recipe.toml").write_text(api.read_recipe("small.toml").to_toml())
     refused(ddiff("sample", "runs/small"), "runs/small", "no complete checkpoint")

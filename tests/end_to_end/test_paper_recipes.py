@@ -62,13 +62,13 @@ def small(name: str) -> list[str]:
 
 
 def embeddings(source: str, num_tokens: int) -> np.ndarray:
-    """Return random embeddings instead of embeddings of a pretrained model."""
+    """Return random embeddings; replaces the function that loads those of a pretrained model."""
     return np.random.default_rng(0).standard_normal((num_tokens, WIDTH)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return a folder with a small text, a shared cache, and embeddings without download."""
+    """Folder with a small text and a shared cache; pretrained embeddings are random there."""
     folder = tmp_path_factory.mktemp("paper")
     novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0][:6000], encoding="utf-8")
@@ -120,7 +120,7 @@ def test_paper_recipe_with_reduced_sizes_trains(name: str, place: Path) -> None:
 
 
 def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
-    """Train and return the weights before and after training, and the first loss."""
+    """Train a recipe; return (weights before training, weights after training, first loss)."""
     recipe = read_recipe(name, small(name))
     session = TrainingSession.open(recipe)
     init = session.initialize_weights()
@@ -134,7 +134,7 @@ def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipe_has_the_published_token_count(name: str) -> None:
-    """The token count is steps x batch x length."""
+    """The number of training tokens is steps x batch x length."""
     recipe = read_recipe(name)
     tokens = recipe.train.steps * recipe.train.batch * recipe.length
     expected = {512: {131e9}, 128: {66e9}, 1024: {524e9, 682e9, 262e9}}[

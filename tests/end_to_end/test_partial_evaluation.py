@@ -47,7 +47,7 @@ def test_evaluation_on_some_rows_and_its_baselines_score_the_same_rows() -> None
 def test_bound_of_untrained_model_equals_unigram_baseline() -> None:
     """An untrained model predicts the unigram distribution in any context.
 
-    Tolerance 2 %: the number of masked tokens per row is random.
+    The tolerance is 2 %, because the number of masked tokens per row is random.
     """
     found, counted = built("evaluate.rows=12", "evaluate.draws=400").evaluate()
     assert found.nelbo_nats_per_token == pytest.approx(counted.unigram_nats_per_token, rel=0.02)

@@ -29,10 +29,10 @@ PROGRESS = re.compile(r"[a-z ]+: \d+/\d+ ")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Train four small runs with different conditions.
+    """Folder with four trained runs, which differ in their conditions.
 
-    `labelled`: a label with condition dropout. `always`: a label without dropout. `styled`: a
-    vector. `small`: no condition, with a tree of clusters.
+    `labelled`: a label that is dropped in some training rows. `always`: a label that is never
+    dropped. `styled`: a vector. `small`: no condition, with a tree of clusters.
     """
     folder = tmp_path_factory.mktemp("mistakes")
     with working_in(folder):
@@ -222,7 +222,7 @@ def test_integers_are_accepted_for_a_declared_vector_condition(place: Path) -> N
 
 
 class Plain(Backbone):
-    """Backbone that uses a condition and declares no form for the condition."""
+    """Backbone that uses a condition without declaring its form (classes or width)."""
 
     width = 4
     condition_dropout: ClassVar[dict[str, float]] = {"kind": 0.0}
@@ -255,7 +255,7 @@ def test_condition_with_dropout_0_is_required_for_sampling(place: Path) -> None:
 
 @pytest.mark.slow
 def test_incompatible_sampler_is_refused_before_training(place: Path) -> None:
-    """The confidence sampler cannot change tokens, which the dense process requires."""
+    """The process "dense" replaces tokens by tokens, which the sampler "confidence" cannot undo."""
     process = api.DenseProcess(api.FlatVocabulary(4), torch.tensor(SWAPPING).double())
     recipe = (place / "labelled.toml").read_text().replace('name = "labelled"', 'name = "swapping"')
     (place / "swapping.toml").write_text(recipe + '\n[sample.sampler]\nkind = "confidence"\n')
@@ -285,7 +285,7 @@ def test_sampling_refuses_non_finite_weights(place: Path, ddiff: Command) -> Non
 
 
 def resealed(weights: Path) -> None:
-    """Update complete.json after a change to a file."""
+    """Update the checksums in complete.json after a change to the file `weights`."""
     marker = weights.with_name("complete.json")
     content, data = json.loads(marker.read_text()), weights.read_bytes()
     content["files"][weights.name] = {

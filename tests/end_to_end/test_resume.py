@@ -1,4 +1,4 @@
-"""A repeated `ddiff run`: bitwise identical resume, changed recipes, and --fresh."""
+"""Repeated `ddiff run`: bitwise identical resuming, changed recipes, and option --fresh."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def saved(run_dir: Path) -> int:
 
 
 def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
-    """Run `ddiff run` in a process, signal it after `step`, and wait for its end."""
+    """Start `ddiff run` in a process, send signal `number` after `step`, and wait for its end."""
     code = "import sys; from ddiff.cli import main; main(sys.argv[1:])"
     command = [
         sys.executable,
@@ -71,7 +71,7 @@ def signalled(run_dir: Path, step: int, number: int) -> subprocess.Popen[str]:
 def test_run_resumed_after_signals_equals_uninterrupted_run(folder: Path, ddiff: Command) -> None:
     """The run gets SIGKILL at a random step and SIGINT at a later step.
 
-    The recipe has dropout, which also tests the random state of torch.
+    The recipe has dropout, so that the random state of torch must be restored too.
     """
     torn, straight = Path("torn"), Path("straight")
     draw = random.Random(5)

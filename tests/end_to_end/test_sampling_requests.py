@@ -19,7 +19,7 @@ from ddiff.runs.run import Run
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with two trained runs: `labelled` on labelled rows, `small` on text."""
+    """Folder with two trained runs: `labelled` on labelled rows, `small` on text."""
     folder = tmp_path_factory.mktemp("asking")
     with working_in(folder):
         Path("rows.jsonl").write_text(rows(400))
@@ -68,7 +68,7 @@ def test_labelled_sample_does_not_depend_on_other_samples_of_its_batch(labelled:
 
 @pytest.mark.slow
 def test_guidance_0_samples_unconditionally_and_1_conditionally(labelled: Run) -> None:
-    """Samples with weights 0 and 1 equal unconditional and conditional samples bitwise."""
+    """Samples with weight 0 are bitwise equal to unconditional, with 1 to conditional samples."""
     plain = labelled.sample(8, conditions={"kind": 1}, batch=8)
     assert labelled.sample(8, conditions={"kind": 1}, guidance=1.0, batch=8) == plain
     none = labelled.sample(8, conditions={"kind": 1}, guidance=0.0, batch=8)
@@ -91,7 +91,10 @@ def test_nelbo_of_a_text_is_lower_with_its_true_label(labelled: Run) -> None:
 
 @pytest.mark.slow
 def test_evaluation_conditions_each_document_on_its_true_label(labelled: Run) -> None:
-    """Given the label, a symbol has ln 2 nats. Without the label, a row of 8 has ln 2 nats more."""
+    """Given its label, each of the 8 symbols of a row has ln 2 nats.
+
+    Without the label, a row has ln 2 nats more.
+    """
     evaluation, _ = labelled.evaluate()
     unconditional = labelled.nelbo(labelled.data.documents.validation["text"][:], draws=1)
     assert evaluation.nelbo_nats_per_token < unconditional.nelbo_nats_per_token
@@ -120,7 +123,7 @@ def test_sample_command_accepts_condition_options(
 
 @pytest.mark.slow
 def test_vector_conditions_change_the_samples(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights make the distribution depend on the vector."""
+    """The weights are random, so that the predictions depend on the vector."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
     lines = [
@@ -227,7 +230,7 @@ def test_sample_command_reads_prompts_from_a_file(place: Path, small: Run, ddiff
 
 @pytest.mark.slow
 def test_settings_argument_of_sample_overrides_sampler_keys(labelled: Run, small: Run) -> None:
-    """At temperature 0.01 the most likely symbol is always chosen, so few rows are distinct."""
+    """At temperature 0.01 the most likely symbol is always drawn, so few samples are distinct."""
     cold = {
         sample["text"]
         for sample in labelled.sample(16, conditions={"kind": 0}, settings=["temperature=0.01"])

@@ -1,4 +1,4 @@
-"""Objects of the public API print as one short line with settings and without tensors."""
+"""repr() of public objects is one short line with settings and without tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Path setup: the tests of this folder import `tables`."""
+"""Make the module `tables` importable for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coverage of intervals over many repeated evaluations of a known bound."""
+"""Coverage of confidence intervals: repeated evaluations of a bound with a known value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,14 @@ class Recorded(Known):
 
 
 class Repeats(NamedTuple):
-    """Bounds [runs] of repeated evaluations, and a flag [runs] for coverage of the known value."""
+    """Results of repeated evaluations.
+
+    Attributes:
+        bounds: estimated bound [runs].
+        covers: whether the confidence interval contains the true value [runs].
+        below: whether the whole interval is below the true value [runs].
+        truth: true value of the bound.
+    """
 
     bounds: np.ndarray
     covers: np.ndarray
@@ -49,10 +56,11 @@ def repeated(
     prediction: Tensor,
     seed: int = 0,
 ) -> Repeats:
-    """Evaluate `runs` new texts of independent tokens: 24 documents of two rows of 32 tokens.
+    """Evaluate the bound on `runs` new texts of independent tokens.
 
-    The network predicts the true distribution of a token in any context, so the expected bound is
-    the entropy. All runs use one call of `evaluate`, which evaluates documents independently.
+    A text has 24 documents of two rows of 32 tokens. `prediction` [V] is both the distribution of
+    the tokens and the prediction of the network, so the expected bound is the entropy. All texts
+    are evaluated by a single call of `evaluate`, which evaluates documents independently.
     """
     count = runs * DOCUMENTS * ROWS
     generator = torch.Generator().manual_seed(seed)

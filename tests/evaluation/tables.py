@@ -1,4 +1,4 @@
-"""Exact predictions that replace a network, and small processes for them."""
+"""Fixed predictions that replace a trained network, and small processes for evaluation tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Table = Callable[[Tensor, Tensor], Tensor]
 
 
 def processes() -> dict[str, ForwardProcess]:
-    """Return three processes on four tokens: masked, tree with xi < 1, and dense chain."""
+    """Return three processes on four tokens, by name.
+
+    The tree process moves tokens to a wrong cluster with probability 0.1.
+    """
     rates = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).double() + 0.2
     return {
         "masked": TreeProcess(FlatVocabulary(4), CdfClock([LinearSchedule()])),
@@ -38,7 +41,7 @@ def processes() -> dict[str, ForwardProcess]:
 
 
 class Known(Scored):
-    """Objective of an exact prediction. Records the evaluated rows and time strata."""
+    """Objective whose network is a table of predictions; records the evaluated rows and strata."""
 
     def __init__(self, process: ForwardProcess, table: Table) -> None:
         self.process, self.network = process, network_from_table(table, process.vocabulary)
@@ -54,12 +57,15 @@ class Known(Scored):
 
 
 def constant(dist: Tensor) -> Table:
-    """Return a network that predicts one distribution at every position, in any context."""
+    """Return a table that predicts the distribution `dist` [V] at every position."""
     return lambda zt, t: dist.log().expand(*zt.shape, -1)
 
 
 def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
-    """Return the network of exact conditionals of a Markov row given the other states."""
+    """Return a table of the exact distribution of each symbol given the states of the others.
+
+    The symbols are rows of the Markov source.
+    """
     move, start = torch.from_numpy(source.transition), torch.from_numpy(source.stationary)
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
@@ -68,26 +74,26 @@ def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
         )
         before, after = [start.expand(len(zt), -1)], [torch.ones(len(zt), len(start)).double()]
         for i in range(zt.shape[1] - 1):
-            before.append(_law((before[-1] * evidence[:, i]) @ move))
-            after.append(_law((after[-1] * evidence[:, -1 - i]) @ move.T))
-        return _law(torch.stack(before, 1) * torch.stack(after[::-1], 1)).log()
+            before.append(_normalize((before[-1] * evidence[:, i]) @ move))
+            after.append(_normalize((after[-1] * evidence[:, -1 - i]) @ move.T))
+        return _normalize(torch.stack(before, 1) * torch.stack(after[::-1], 1)).log()
 
     return table
 
 
-def _law(weights: Tensor) -> Tensor:
+def _normalize(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
 def full_rows(ids: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
-    """Return the batch function of rows `ids` [R,L] with all positions scored."""
+    """Return a function that makes batches of the rows `ids` [R,L], with all positions scored."""
     return scored_rows(ids, torch.full((len(ids),), ids.shape[1]))
 
 
 def scored_rows(ids: Tensor, num_valid: Tensor) -> Callable[[NDArray[np.int64]], Batch]:
-    """Return the batch function of rows whose first `num_valid` [R] positions are scored.
+    """Return a function that makes batches of the rows `ids` [R,L] from row numbers.
 
-    The other positions are padding.
+    The first `num_valid` [R] positions of a row are scored, and the others are padding.
     """
     valid = torch.arange(ids.shape[1]) < num_valid[:, None]
 
@@ -100,7 +106,7 @@ def scored_rows(ids: Tensor, num_valid: Tensor) -> Callable[[NDArray[np.int64]],
 
 
 def symbols(source: MarkovSource, count: int, length: int) -> Tensor:
-    """Return ids [count, length] of rows of the source."""
+    """Return the ids [count, length] of `count` rows of the source."""
     return torch.tensor(
         [[source.symbols.index(symbol) for symbol in row] for row in source.rows(count, length)]
     )

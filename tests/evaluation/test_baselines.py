@@ -14,7 +14,7 @@ from ddiff.evaluation.baselines import score_baselines
 def by_hand(
     train: list[list[int]], validation: list[list[int]], num_tokens: int
 ) -> tuple[float, float]:
-    """Return the mean nats per token of the unigram and the Witten-Bell bigram model."""
+    """Return the mean nats per validation token of (unigram model, Witten-Bell bigram model)."""
     words = [word for document in train for word in document]
     unigram = [(words.count(word) + 1) / (len(words) + num_tokens) for word in range(num_tokens)]
     pairs = [pair for document in train for pair in pairwise(document)]

@@ -1,4 +1,4 @@
-"""Intervals over documents: Student's quantile, unequal documents, coverage."""
+"""Confidence intervals over documents: Student's quantile, unequal lengths, coverage."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def test_student_t_quantile_at_95_percent_matches_published_tables(
 def test_document_variance_is_unbiased_if_proportional_to_tokens(
     tokens: np.ndarray,
 ) -> None:
-    """Compare expectation and formula exactly.
+    """The expectation of the variance estimate is computed exactly, without random draws.
 
-    Residuals are linear in the errors of documents, so the expected square is a sum over documents.
+    Residuals are linear in the errors of documents, so their expected squares are sums over
+    documents.
     """
     whole = tokens.sum()
     expected = 0.0
@@ -75,10 +76,10 @@ def test_n_documents_of_equal_length_have_n_minus_1_degrees_of_freedom() -> None
 def test_document_interval_has_95_percent_coverage_for_normal_nats(
     tokens: np.ndarray, least: float, most: float, power: float
 ) -> None:
-    """Errors are proportional to tokens^power of a document, for power 1/2 and 1.
+    """The error of a document is proportional to (number of tokens)^power, for power 1/2 and 1.
 
-    Tolerance for 10,000 texts: four standard errors are 0.9 %. For documents of 1 to 200 tokens and
-    power 1/2, the degrees of freedom are conservative, so coverage may be higher.
+    The tolerance for 10,000 texts is four standard errors, 0.9 %. For documents of 1 to 200 tokens
+    and power 1/2, the interval is conservative, so that coverage may be higher.
     """
     generator = np.random.default_rng(0)
     covered = 0
@@ -93,10 +94,10 @@ def test_document_interval_has_95_percent_coverage_for_normal_nats(
 @pytest.mark.parametrize("tokens", [np.ones(1), np.ones(12), UNEQUAL])
 @pytest.mark.parametrize("readings", [2, 5])
 def test_monte_carlo_interval_has_95_percent_coverage(tokens: np.ndarray, readings: int) -> None:
-    """Differences between documents are far larger than differences between draws.
+    """The interval of the noise draws covers although documents differ far more than draws.
 
-    Tolerance for 10,000 repeats: 1.2 % is five standard errors; the pooled variance of documents of
-    unequal length adds up to 1.5 %.
+    The tolerance for 10,000 repeats is five standard errors, 1.2 %. For documents of unequal
+    length, up to 1.5 % is added, because their variances are pooled.
     """
     generator = np.random.default_rng(1)
     own = tokens * (3.0 + generator.normal(size=len(tokens)))
@@ -112,9 +113,9 @@ def test_monte_carlo_interval_has_95_percent_coverage(tokens: np.ndarray, readin
 
 
 def test_monte_carlo_and_document_variances_sum_to_total_variance() -> None:
-    """Variance 0.25 between documents and 1 between draws.
+    """The true variance is 0.25 between documents and 1 between draws of a document.
 
-    400 documents determine both standard errors to 10 and 20 %.
+    400 documents determine the two standard errors with an error of 10 % and 20 %.
     """
     generator = np.random.default_rng(2)
     documents = 0.5 * generator.normal(size=400)
@@ -166,10 +167,10 @@ def examples() -> dict[str, ForwardProcess]:
 def test_intervals_of_all_example_processes_have_95_percent_coverage(
     window: tuple[float, float],
 ) -> None:
-    """Coverage over 40 evaluations of each of 44 examples is between 93 and 97 %.
+    """Of 40 evaluations of each of 44 examples, 93 to 97 % of the intervals contain the true value.
 
-    Five standard errors would be 2.5 %. For one example with 95 % coverage, fewer than 31 of 40
-    intervals cover with probability 5e-5. Seeds are fixed.
+    Five standard errors would be 2.5 %. For each example, at least 31 of 40 intervals must contain
+    the true value; with a coverage of 95 %, fewer do with probability 5e-5. Seeds are fixed.
     """
     share = {}
     for number, (name, process) in enumerate(examples().items()):

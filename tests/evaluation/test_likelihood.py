@@ -1,4 +1,4 @@
-"""Likelihood evaluation: every token once, a bound in any window, coverage of intervals."""
+"""`evaluate`: scores every token once; bounds and intervals are correct for any time window."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WINDOW = FlatTimes(0.05, 0.95)
 
 
 def words(rows: int, length: int, seed: int = 0) -> Tensor:
-    """Return ids of independent tokens with distribution LAW."""
+    """Return ids [rows, length] of independent tokens with the distribution LAW."""
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(LAW, rows * length, replacement=True, generator=generator).reshape(
         rows, length
@@ -41,7 +41,7 @@ def words(rows: int, length: int, seed: int = 0) -> Tensor:
 def score(
     objective: Any, ids: Tensor, document: list[int] | None = None, **settings: Any
 ) -> Evaluation:
-    """Evaluate rows. Each row is a separate document by default."""
+    """Evaluate an objective on rows of ids; by default, each row is a separate document."""
     numbers = np.arange(len(ids)) if document is None else np.array(document)
     settings = {"batch_of": full_rows(ids), "length": ids.shape[1], "times": WINDOW} | settings
     return evaluate(objective, document=numbers, **settings)
@@ -72,7 +72,10 @@ def test_each_time_stratum_of_a_document_is_used_once_per_draw() -> None:
 
 
 def test_each_row_is_assigned_each_time_stratum_equally_often() -> None:
-    """Count the strata of one row over 120 seeds. Tolerance 26: five standard deviations."""
+    """Count the time strata of a row over 120 seeds.
+
+    The tolerance 26 is five standard deviations.
+    """
     found: Counter[int] = Counter()
     for seed in range(120):
         objective = Known(processes()["masked"], constant(LAW))
@@ -98,10 +101,11 @@ def test_evaluation_nelbo_is_the_sum_of_its_reported_terms(name: str) -> None:
 def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
     name: str, window: tuple[float, float]
 ) -> None:
-    """For independent symbols the bound is tight: E NELBO = -mean ln p(x) in any window.
+    """For independent tokens, E[NELBO] = -mean ln p(x) in any time window.
 
-    Sixteen seeds of times and noise on the same rows. Tolerance: five standard errors; Student's
-    |t| > 5 with 15 degrees of freedom has probability 2e-4, 1.4e-3 in nine cases. Seeds are fixed.
+    The same rows are evaluated with sixteen seeds of times and noise. The tolerance is five
+    standard errors: Student's |t| > 5 with 15 degrees of freedom has probability 2e-4, or 1.4e-3 in
+    any of nine cases. Seeds are fixed.
     """
     ids = words(24, 6)
     exact = -float(LAW.log()[ids].mean())
@@ -116,10 +120,11 @@ def test_bound_of_constant_prediction_is_cross_entropy_in_any_window(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
-    """The entropy lies within four standard errors of the bound.
+    """The entropy of the Markov source is within four standard errors of the bound.
 
-    One of the three cases fails by chance with probability 2e-4; seeds are fixed. The decoding term
-    treats the symbols at t = 0.02 as independent, which adds less than 1e-3 nats.
+    With random seeds, any of the three cases would fail by chance with probability 2e-4; the seeds
+    are fixed. The decoding term treats the symbols at t = 0.02 as independent, which adds less than
+    1e-3 nats.
     """
     source, process = MarkovSource(4, peakedness=2.0), processes()[name]
     known = Known(process, given_the_rest(process, source))
@@ -133,12 +138,10 @@ def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
 
 
 def test_document_interval_covers_the_entropy_at_95_percent() -> None:
-    """The mean bound of 200 corpora is the entropy of LAW.
+    """Of 200 intervals, 178 to 198 contain the entropy of LAW, and the mean bound is the entropy.
 
-    A corpus has 40 documents, each with 1 to 3 padded rows.
-
-    Of 200 intervals at 95 %, fewer than 178 or more than 198 cover with probability 1e-3
-    (binomial); seeds are fixed.
+    Each interval is that of a corpus of 40 documents, with 1 to 3 padded rows each. For exact 95 %
+    intervals, other counts have probability 1e-3 (binomial). Seeds are fixed.
     """
     entropy = -float((LAW * LAW.log()).sum())
     objective, covered = Known(processes()["masked"], constant(LAW)), 0
@@ -209,7 +212,7 @@ def network(process: ForwardProcess, loss: Any = None) -> DiffusionObjective:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_batch_size_does_not_change_the_bound(name: str) -> None:
-    """Results are equal up to the order of float64 sums: tolerance 1e-12."""
+    """Results differ only by the order of float64 sums, within 1e-12."""
     scores = [
         score(network(processes()[name]), words(11, 5), batch=batch, draws=2)
         for batch in (1, 4, 64)
@@ -221,7 +224,7 @@ def test_evaluation_batch_size_does_not_change_the_bound(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_of_rows_does_not_change_the_evaluated_bound(name: str) -> None:
-    """The noise of a position does not depend on the row length."""
+    """Noise does not depend on the length of the row, so longer padding changes nothing."""
     ids, num_valid, bounds = words(8, 9), torch.tensor([4, 2, 1, 4, 3, 4, 4, 2]), []
     for length, filler in ((4, 0), (4, 3), (9, 0), (9, 2)):
         padded = torch.where(torch.arange(length) < num_valid[:, None], ids[:, :length], filler)

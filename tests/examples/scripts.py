@@ -1,4 +1,4 @@
-"""Run the scripts in examples/ as a reader would: in another process, an empty folder, offline."""
+"""Run scripts of examples/ as a user would: in a separate process and in an empty folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ DDIFF = ("-c", "from ddiff.cli import main; main()")
 
 
 def run_python(*arguments: str, folder: Path, path: Path | None = None) -> str:
-    """Return the output of `python ARGUMENTS` in `folder`, with `path` on the import path."""
+    """Run `python ARGUMENTS` offline in `folder`, with `path` on the import path.
+
+    Returns the output of the script.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -32,5 +35,5 @@ def run_python(*arguments: str, folder: Path, path: Path | None = None) -> str:
 
 
 def count_tokens(path: Path) -> int:
-    """Return the number of code tokens; comments, docstrings and layout do not count."""
+    """Count the code tokens of a file, without comments, docstrings and layout."""
     return len(code_tokens(path.read_text(encoding="utf-8")))

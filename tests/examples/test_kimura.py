@@ -1,4 +1,4 @@
-"""examples/ddiff_kimura: an external distribution with one process, installed next to ddiff."""
+"""examples/ddiff_kimura: an external plugin with one process, installed by pip."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder into which pip builds and installs a copy of the distribution, offline."""
+    """Folder into which pip has installed a copy of the example plugin, offline."""
     folder = tmp_path_factory.mktemp("kimura")
     shutil.copytree(SOURCE, folder / "source")
     pip = (

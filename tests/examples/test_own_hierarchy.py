@@ -1,4 +1,4 @@
-"""examples/own_hierarchy.py: a tree written by hand, trained with a shipped recipe."""
+"""examples/own_hierarchy.py trains a shipped recipe on a tree of tokens written by hand."""
 
 from __future__ import annotations
 

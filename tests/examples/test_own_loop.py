@@ -1,4 +1,4 @@
-"""examples/own_loop.py: any torch network with a ddiff process, in one small script."""
+"""examples/own_loop.py trains a plain torch network with a process of ddiff, in a small script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Example instances of every process of the core and of the plugins, with readable names."""
+"""Example instances of every process class of ddiff and of its plugins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = (
 
 
 def every_example() -> list[object]:
-    """Return one pytest parameter per example instance."""
+    """Return a pytest parameter for each example instance of each process class."""
     parameters = []
     for family in FAMILIES:
         for number, process in enumerate(family.examples()):

@@ -1,4 +1,4 @@
-"""Make test helpers importable, and share the fixtures of a tiny run."""
+"""Import path of test helpers, and the fixtures of a tiny run."""
 
 from __future__ import annotations
 

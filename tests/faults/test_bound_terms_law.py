@@ -1,4 +1,7 @@
-"""Law of the bound terms: it holds for `nelbo` and detects planted faults in its random draws."""
+"""The conformance law of the bound terms: holds for `nelbo`, and fails for planted faults.
+
+The law compares randomly drawn terms of the bound with their exact expectations.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +66,10 @@ DECODING = elbo.decoding_term
 def closing_with(
     make_states: Callable[..., Tensor], query_t: float | None = 1.0
 ) -> Callable[..., Tensor]:
-    """Build a closing term that queries the network in other states or at another time.
+    """Build a faulty KL term to the prior (closing term of the bound), to replace that of ddiff.
 
-    `query_t = None` is the end of the time window.
+    make_states: function that draws the states at which the network is queried. query_t: time at
+    which the network is queried; None is the end of the time window.
     """
 
     def closing(
@@ -133,7 +137,7 @@ def decode_noised_at_zero(
 
 
 def corrupt_by(name: str) -> Callable[..., Noisy]:
-    """Use the same channel of the random generator for every draw."""
+    """Fault: return a `corrupt` that always draws from the channel `name` of the generator."""
 
     def corrupt(
         process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
@@ -146,7 +150,7 @@ def corrupt_by(name: str) -> Callable[..., Noisy]:
 def corrupt_with_shared_uniforms(
     process: Any, x0: Tensor, times: Times, scored: Tensor, rng: CounterRng, channel: str
 ) -> Noisy:
-    """Use the uniforms of the first position for both positions."""
+    """Fault: `corrupt` that uses the uniforms of the first position for both positions."""
 
     class FirstPosition(CounterRng):
         def uniform(self, channel: str, count: int = 1) -> Tensor:
@@ -226,7 +230,7 @@ def test_bound_terms_law_detects_planted_faults(
 def test_entropy_law_detects_swapped_channels_of_the_random_generator(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sums of the law assign states to channels, so a swapped channel changes the bound."""
+    """The exact sums of the entropy law assign states to channels of the random generator."""
     process = PROCESSES["uniform"]
     assert bound.entropy_equality(process).passed
     monkeypatch.setattr(elbo, "corrupt", fault)
@@ -242,7 +246,10 @@ def test_check_process_includes_the_bound_terms_law(monkeypatch: pytest.MonkeyPa
 def test_prior_kl_term_is_too_low_if_its_states_are_drawn_from_q_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If clean tokens are left at t = 1, states drawn from q_1(z | x0) reveal x0 to the network."""
+    """If clean tokens are left at t = 1, a state drawn from q_1(z | x0) gives information on x0.
+
+    For the KL to the prior, the network must be queried in states drawn from the prior instead.
+    """
     from ddiff.testing.bound_terms import Enumeration, draw_terms, sensitive_table
 
     process = PROCESSES["uniform, tokens left at t = 1"]
@@ -281,7 +288,7 @@ def test_time_along_information_path_is_the_integral_of_its_speed(name: str) -> 
 
 
 def test_states_at_the_prior_ignore_x0_even_if_q_1_depends_on_x0() -> None:
-    """Positions at the prior are drawn from the prior, even if clean tokens are left at t = 1."""
+    """Positions marked `at_prior` are drawn from the prior, which differs from q_1 here."""
     process = PROCESSES["uniform, tokens left at t = 1"]
     x0 = torch.arange(3).repeat(4096).reshape(-1, 2)
     rng = CounterRng(0, 0, torch.arange(len(x0)), 2)

@@ -45,7 +45,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def replace_key(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Copy nested tables with another value at a dotted key; None removes the key."""
+    """Return a copy of nested tables with `value` at a dotted key; None removes the key."""
     copy = json.loads(json.dumps(tree))
     place = copy
     *tables, last = key.split(".")
@@ -59,7 +59,7 @@ def replace_key(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def change_value(value: Any) -> Any:
-    """Return another value of the same type."""
+    """Return a value of the same type that differs from `value`."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -107,7 +107,7 @@ def test_load_error_names_each_changed_key_of_the_trained_recipe(
 
 
 def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
-    """TOML has no null, so keys whose value is None, such as hdlm's `rates`, are absent."""
+    """Keys with the value None, such as hdlm's `rates`, are absent in the recipe of the run."""
     recipe, before = run_dir / "recipe.toml", (run_dir / "recipe.toml").read_text()
     state = newest_state(str(run_dir / "checkpoints"))
     assert state is not None
@@ -187,7 +187,10 @@ COMMANDS = {
 def test_every_command_refuses_a_checkpoint_of_another_process(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
-    """The command is refused even if its own recipe was changed in the same way."""
+    """The recipe of the run directory was edited after training.
+
+    The commands "verify" and "resume" are called with a recipe that is changed in the same way.
+    """
     edit_recipe(run_dir, "xi = 1.0", "xi = 0.7")
     before = files(run_dir)
     assert is_refusal(ddiff(*COMMANDS[command]), "process.xi: was 1.0, is 0.7", "recipe.toml")

@@ -140,7 +140,7 @@ def test_model_of_known_type_loads_the_library_class_with_a_warning(
 
 
 class FileOnUnpickling:
-    """Object that creates a file when it is unpickled."""
+    """Object that creates a file when it is unpickled, which shows that its code was run."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -97,7 +97,7 @@ def damage_file(run_dir: Path, file: str, kind: str) -> None:
 
 
 def works_or_names(answer: Any, file: str) -> bool:
-    """Return whether a command succeeded, or failed with the name of the file and no traceback."""
+    """Return whether a command succeeded, or failed with a message that names `file`."""
     assert "Traceback" not in answer.err
     if answer.code in (0, 1):  # 1: a verification that found a difference
         return answer.code == 0 or "NOT equal" in answer.out
@@ -196,7 +196,10 @@ def test_run_file_error_names_the_key_of_a_value_of_another_type(
 
 
 def is_also_valid(right: Any, key: str, value: Any) -> bool:
-    """Return whether another type is valid as well: 1.5 for a number, null for an optional key."""
+    """Return whether `value` is valid at a key although its type differs from that of `right`.
+
+    Examples are 1.5 for a number, and null for an optional key.
+    """
     if value is None:
         return key in OPTIONAL
     if isinstance(value, dict):

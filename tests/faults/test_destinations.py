@@ -1,4 +1,4 @@
-"""Output paths given by the user: no foreign file is overwritten and no partial file is left."""
+"""Output paths of commands: foreign files are never overwritten, and no partial file is left."""
 
 from __future__ import annotations
 

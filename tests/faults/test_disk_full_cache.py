@@ -1,4 +1,4 @@
-"""A full disk, quota or read-only cache is reported in one line and leaves no partial file."""
+"""Full disk, exceeded quota, read-only cache: a one-line error, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS = [f"text number {number}" for number in range(3000)]  # 100 kB of tokens
 
 
 def mount(place: Path, *options: str) -> bool:
-    """Mount a small file system in memory, and return whether the mount succeeded."""
+    """Mount a file system in memory at `place`; return whether the mount succeeded."""
     command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -64,7 +64,7 @@ def test_shards_on_a_full_disk_raise_enospc_and_leave_no_file(small_disk: Path) 
 
 
 def test_write_shards_resumes_after_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
-    """Complete shards in the journal are kept, and partial files are removed."""
+    """Resuming keeps the complete shards that the journal lists, and removes partial files."""
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)
     with pytest.raises(OSError, match="No space left"):

@@ -1,4 +1,4 @@
-"""`ddiff eval` scores only the text that a run was trained and evaluated with."""
+"""`ddiff eval` refuses data that differ from those of the training run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_run_evaluate_refuses_changed_data(run_dir: Path) -> None:
 
 
 def test_repeated_run_refuses_changed_data(run_dir: Path, ddiff: Command) -> None:
-    """The run has no evaluation.json, and only the validation text has changed."""
+    """Only the validation text has changed, and the run is not yet evaluated."""
     write(drop_validation(LINES))
     (run_dir / "evaluation.json").unlink()
     before = files(run_dir)

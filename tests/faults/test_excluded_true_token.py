@@ -1,4 +1,4 @@
-"""Bound of a prediction that excludes the true token: infinite or exact, but never NaN."""
+"""Predictions that give the true token probability 0: the bound is infinite or exact, not NaN."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def test_bound_of_a_visible_token_is_zero_in_masked_processes(process: ForwardPr
 
 
 def test_sedd_decoding_term_of_visible_tokens_is_zero() -> None:
-    """With geometric noise, states are noisy at t = 0, so that sedd evaluates the decoding term at
-    visible tokens too."""
+    """With geometric noise, states are noisy at t = 0, so visible tokens have a decoding term."""
     config = ScoreEntropyDiffusion.Config(graph="absorb", noise="geometric")
     process = ScoreEntropyDiffusion.build(config, vocabulary=FlatVocabulary(2))
     prediction = DenseDistribution(

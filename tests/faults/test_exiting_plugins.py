@@ -57,7 +57,10 @@ def __getattr__(name):
 
 
 def at_an_attribute(ending: str) -> dict[str, str]:
-    """Return plugin code that exits when an attribute is read; pluggy reads every attribute."""
+    """Return the code of a plugin module that runs `ending` when an attribute is read.
+
+    pluggy reads every attribute of a plugin.
+    """
     return {"bad_mod": ATTRIBUTE.format(body=ending)}
 
 

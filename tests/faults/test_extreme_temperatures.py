@@ -1,4 +1,4 @@
-"""Extreme temperatures and guidance weights are applied exactly or rejected with their name."""
+"""Extreme temperatures and guidance weights are applied exactly, or refused by name."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ VOCABULARIES = [FlatVocabulary(3), HierarchicalVocabulary([[0, 0, 1]])]
 
 
 def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
-    """Return the guided distribution of a position at the prior.
+    """Return the distribution of a masked position under guidance with the given weight.
 
-    The prediction is (0.5, 0.3, 0.2) with the condition and (0.2, 0.3, 0.5) without.
+    The network predicts (0.5, 0.3, 0.2) with the condition, and (0.2, 0.3, 0.5) without it.
     """
     log_p = P.log().float()
     network = network_from_table(lambda zt, t: log_p.expand(*zt.shape, 3), vocabulary)

@@ -151,7 +151,7 @@ def test_find_all_files_lists_each_file_once(folder: Path) -> None:
 
 
 def broken(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return (unreadable path, expected message) for each kind of fault, by name."""
+    """Make unreadable paths; return (path, expected error message) for each kind, by name."""
     (folder / "d").mkdir()
     (folder / "dangling.txt").symlink_to("nowhere.txt")
     os.mkfifo(folder / "pipe.txt")

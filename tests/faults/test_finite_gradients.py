@@ -1,4 +1,4 @@
-"""Gradients of finite bound terms are finite, even if a token has probability 1."""
+"""Finite terms of the bound have finite gradients, even if a token has probability 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddiff.testing.report import evaluate_laws
 
 @pytest.mark.parametrize("state", [4, 1])
 def test_gamma_hybrid_with_gamma_0_has_finite_gradients(state: int) -> None:
-    """The logits differ by 2e4, so that the true token 1 has the predicted probability 1."""
+    """The logits differ by 2e4, so that the predicted probability of the true token 1 is 1."""
     process = GammaHybrid(FlatVocabulary(4), 0.0)
     head = TokenHead(process.vocabulary, 4)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_bound_terms_of_every_process_have_finite_gradients(process: ForwardProc
 def test_bound_terms_have_finite_gradients_at_extreme_logits(
     process: ForwardProcess, difference: float
 ) -> None:
-    """The float32 logits give every token in turn, true or not, the probability 1."""
+    """The logits give probability 1 to each token in turn: the true token and wrong tokens."""
     vocabulary = process.vocabulary
     certain = difference * torch.eye(vocabulary.num_tokens)
     log_probs = certain.double().log_softmax(-1)

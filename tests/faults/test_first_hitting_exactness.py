@@ -1,6 +1,6 @@
-"""First-hitting sampler: exact for processes with fast early noise.
+"""First-hitting sampler: exact even if much noise is added close to t = 0.
 
-The sampler ends at a given fraction of noisy positions instead of at a fixed time.
+The sampler ends when the expected number of noisy positions is `until`, not at a fixed time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def stay_probability(process: ForwardProcess, t: float) -> float:
     ],
 )
 def test_first_hitting_sampler_is_exact_on_gidd(p_uniform: float, gamma: float, form: Form) -> None:
-    """A sampler that ends at a fixed time has an error of 0.274 at p_uniform 0.9 and gamma 0.5."""
+    """At p_uniform 0.9 and gamma 0.5, a sampler that ends at a fixed time has the error 0.274."""
     result = measure_sampler(
         FirstHittingSampler(), gidd(p_uniform, gamma, form), JOINT, points=POINTS
     )
@@ -72,8 +72,11 @@ def test_first_hitting_sampler_is_exact_on_gidd(p_uniform: float, gamma: float, 
 def test_first_hitting_ends_with_until_noisy_positions_in_expectation(
     p_uniform: float, gamma: float, length: int
 ) -> None:
-    """At the last simulated time the expected number of noisy positions is `until`; at the first
-    simulated time the expected number of clean positions is `until`."""
+    """The parameter `until` sets the range of simulated times.
+
+    At the last simulated time, the expected number of noisy positions is `until`. At the first
+    simulated time, the expected number of clean positions is `until`.
+    """
     until = 1e-3
     process = gidd(p_uniform, gamma)
     begin, finish = find_event_interval(process, until, length)
@@ -91,7 +94,7 @@ def test_first_hitting_time_range_grows_with_sequence_length() -> None:
 
 
 def test_first_hitting_time_range_is_set_by_fastest_decaying_token() -> None:
-    """The noise distribution is uneven, so that tokens decay at different rates."""
+    """The noise is not uniform over tokens, so that tokens are replaced at different rates."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))
     _, finish = find_event_interval(process, 1e-3, 10)
@@ -102,8 +105,10 @@ def test_first_hitting_time_range_is_set_by_fastest_decaying_token() -> None:
 
 
 def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
-    """With p_uniform 0.9 and gamma 0.5, 1.3 % of the tokens are noisy at the earliest time at which
-    rates are evaluated."""
+    """For p_uniform 0.9 and gamma 0.5, 1.3 % of the tokens are noisy at time 1e-12.
+
+    Rates are not evaluated at earlier times.
+    """
     process = gidd(0.9, 0.5)
     with pytest.raises(
         ArgumentError,
@@ -115,8 +120,7 @@ def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
 
 
 def test_first_hitting_time_range_ignores_the_noise_at_time_0() -> None:
-    """5 % of the tokens are noisy at t = 0; the final decoding step of every sampler removes this
-    noise."""
+    """5 % of the tokens are noisy at t = 0; the final decoding step removes this noise."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.05, 20.0), token_distribution(vocabulary)

@@ -117,7 +117,7 @@ def test_option_fresh_refuses_a_run_directory_that_is_a_link(run_dir: Path, ddif
 def test_option_fresh_refuses_a_directory_above_the_working_directory(
     place: str, run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each directory contains a valid run, so that only its position can be the reason."""
+    """The directories contain valid runs, so they are refused only because of their position."""
     Path("work").mkdir()
     before = files(run_dir)
     if place == "~":

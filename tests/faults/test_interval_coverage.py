@@ -1,8 +1,8 @@
 """Coverage of confidence intervals for processes whose noise is concentrated near t = 0 or t = 1.
 
-If noise times were uniform in t, most evaluations of these processes would underestimate the bound,
-and 10 to 70 % of the intervals would lie below the true value. Noise times that are uniform in
-information time remove this heavy tail.
+If noise times were uniform in t, a few draws would contribute most of the bound. Most evaluations
+would then underestimate the bound, and 10 to 70 % of the intervals would lie below the true value.
+Noise times that are uniform in information time remove this heavy tail.
 """
 
 from __future__ import annotations
@@ -59,10 +59,14 @@ CASES = [
 def test_confidence_intervals_have_coverage_near_95_percent() -> None:
     """Of 60 evaluations of each of ten cases, 93 to 97 % of all intervals contain the true value.
 
-    In each case, at least 50 of 60 intervals contain the true value; with a coverage of 95 %, fewer
-    do with probability 5e-4. The median bound of each case is at most three standard errors (each
-    1.25 sd/sqrt(60)) below the true value; one of ten medians is lower with probability 1 %. The
-    seeds are fixed.
+    In each case, two more claims are tested:
+
+    - At least 50 of 60 intervals contain the true value. With a coverage of 95 %, fewer do with
+      probability 5e-4.
+    - The median bound is at most three standard errors of a median, 1.25 sd/sqrt(60) each, below
+      the true value. Any of ten medians is lower with probability 1 %.
+
+    The seeds are fixed.
     """
     covered = []
     for number, (process, window) in enumerate(CASES):

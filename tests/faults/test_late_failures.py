@@ -51,7 +51,7 @@ def test_bounded_config_types_refuse_values_outside_their_limits() -> None:
 
 
 def test_every_integer_key_of_every_component_has_an_upper_limit() -> None:
-    """Without a limit, numbers that torch cannot represent would fail late in a run."""
+    """Integers that torch cannot represent must be refused by a dry run, not late in a run."""
     open_ended = []
     for component in survey_plugins().registry.components():
         for key, schema in (

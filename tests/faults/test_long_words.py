@@ -1,4 +1,4 @@
-"""Words above a length limit are learned in pieces; other text gives the standard tokenizer."""
+"""Byte-pair training cuts very long words; on other text it gives the standard tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def letters(count: int, alphabet: str = "ACGT", seed: int = 0) -> str:
 
 
 def plain(texts: list[str], size: int) -> str:
-    """Return the byte-pair definition that the tokenizers library learns by itself."""
+    """Train a tokenizer of `size` tokens with the tokenizers library alone; return its JSON."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -57,7 +57,7 @@ def test_short_words_are_split_as_by_the_byte_level_pre_tokenizer(seed: int) -> 
 
 
 def test_byte_pair_training_time_is_linear_in_word_length() -> None:
-    """If long words were not cut, two million letters would take hours, with quadratic time."""
+    """Without cutting, training on a word of two million letters would take hours."""
     seconds = []
     for count in (250_000, 500_000):
         began = time.process_time()
@@ -93,7 +93,7 @@ def test_long_word_is_learned_in_pieces_and_decoded_exactly(word: str) -> None:
 
 
 def test_encoding_time_is_linear_in_word_length() -> None:
-    """A tokenizer trained on short words does not cut long words when it encodes."""
+    """The tokenizer was trained on short words, so that it does not cut words when it encodes."""
     tokenizer = BytePairTokenizer.train([letters(20, seed=seed) for seed in range(500)], 300)
     seconds = []
     for count in (200_000, 800_000):

@@ -1,4 +1,7 @@
-"""Weight, divergence and clipped loss are equal in all implementations of a Markov chain."""
+"""Classes that implement the same Markov chain have the same loss.
+
+The integrand of the bound is weight x divergence; the clipped loss limits the weight.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ TIMES = (1e-3, 0.02, 0.31, 0.5, 0.77, 0.99)
 
 
 def masks() -> dict[str, ForwardProcess]:
-    """Return implementations of the masked process with alpha = 1 - t."""
+    """Return all classes that implement the masked process with alpha = 1 - t, by name."""
     vocabulary = FlatVocabulary(4)
     rates = -torch.eye(5, dtype=torch.float64)
     rates[:, -1] = 1.0
@@ -53,7 +56,7 @@ def masks() -> dict[str, ForwardProcess]:
 
 
 def uniform() -> dict[str, ForwardProcess]:
-    """Return implementations of the process with uniform noise and alpha = 1 - t."""
+    """Return all classes that implement uniform noise with alpha = 1 - t, by name."""
     vocabulary = FlatVocabulary(4, mask=False)
     rates = torch.full((4, 4), 0.25, dtype=torch.float64) - torch.eye(4, dtype=torch.float64)
     sedd = ScoreEntropyDiffusion.Config(graph="uniform", floor=0.0)
@@ -67,7 +70,10 @@ def uniform() -> dict[str, ForwardProcess]:
 def evaluate_loss(
     process: ForwardProcess, rows: ReachableRows, predicts: str, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weight, divergence and clipped loss of every row."""
+    """Return (weight, divergence, clipped loss) of every row.
+
+    predicts: "distribution" or "score". largest: limit of the weight in the clipped loss.
+    """
     prediction: Prediction = DenseDistribution(rows.log_p, process.vocabulary)
     if predicts == "score":
         prediction = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
@@ -82,7 +88,7 @@ def evaluate_loss(
 def test_implementations_of_one_markov_chain_have_equal_losses(
     chain: object, predicts: str
 ) -> None:
-    """The tolerance is the error of the matrix exponential in the dense process."""
+    """Losses agree up to the error of the matrix exponential of the dense process."""
     processes = chain()  # type: ignore[operator]
     rows = ReachableRows(processes["mixture"], times(TIMES))
     expected = evaluate_loss(processes["mixture"], rows, predicts, 10.0)
@@ -92,7 +98,7 @@ def test_implementations_of_one_markov_chain_have_equal_losses(
 
 
 def test_clipped_loss_equals_the_unclipped_loss_if_weights_are_small() -> None:
-    """The weight of -ln p(x) at t = 0.99 is 1/t in both processes, less than the clip of 10."""
+    """At t = 0.99 the weight of -ln p(x) is 1/t in both processes, less than its limit 10."""
     rows = ReachableRows(masks()["mdlm"], times((0.99,)))
     mask = rows.select(rows.zt == 4)
     surprise = -mask.log_p.gather(-1, mask.x0.unsqueeze(-1)).squeeze(-1)
@@ -110,8 +116,11 @@ def test_loss_weight_of_every_process_is_the_exact_reverse_rate(process: Forward
 
 @pytest.mark.parametrize("process", every_example())
 def test_clipped_loss_is_at_most_the_integrand_of_the_bound(process: ForwardProcess) -> None:
-    """Near t = 0 the divergence of a clean token grows as 1/t and its weight decreases as t, so
-    their product is finite. With `smallest` > 0 the clipped loss would diverge."""
+    """Near t = 0 the weight of a clean token is proportional to t, and its divergence to 1/t.
+
+    Their product is finite. With a lower limit `smallest` > 0 of the weight, the clipped loss would
+    diverge.
+    """
     rows = ReachableRows(process, times((1e-9, 1e-6, 1e-3, 0.5, 1.0 - 1e-6)))
     density = process.density(rows.dist, *rows.args)
     _, _, clipped = evaluate_loss(process, rows, "distribution", 10.0)

@@ -1,4 +1,4 @@
-"""Local files make no request, small sources are read once, and stalled runs can be stopped."""
+"""Text sources: no network request for local files, small sources, sources that stall."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_source_smaller_than_a_block_is_read_once(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 50])
 def test_small_streamed_source_resumes_from_every_cursor(tmp_path: Path, block: int) -> None:
-    """Blocks are smaller and larger than the source; each block is also read by a new object."""
+    """Blocks are smaller or larger than the source, and each block is also read by a new object."""
     texts = ["hello", "abc", "de", "fghijk", "l"]
     count = 20 * block
     whole = streamed(Source(texts), block, cursors=tmp_path / "c.jsonl")[np.arange(count)]
@@ -179,7 +179,7 @@ def test_streamed_rows_continue_without_a_cursor_file(
 
 
 class StalledSource:
-    """Source that gives the batches of three steps and blocks at the next."""
+    """Source that yields the text of three training steps and then blocks forever."""
 
     def __init__(self, batch_at: Any) -> None:
         self.batch_at = batch_at
@@ -239,7 +239,7 @@ main(sys.argv[2:])
 def test_first_signal_ends_a_run_that_waits_for_data(
     tmp_path: Path, number: int, blocks: int
 ) -> None:
-    """Before the first step nothing is saved; later the finished steps are saved."""
+    """A run stopped before its first step saves nothing; later, the finished steps are saved."""
     (tmp_path / "one.txt").write_text("hello world\n" * 3)
     (tmp_path / "two.txt").write_text("hello\nworld\n")
     settings = [

@@ -1,4 +1,4 @@
-"""The next run removes partial files from a run directory, and resumes if the disk has space."""
+"""Partial files in a run directory, left by a kill or a full disk, are removed by the next run."""
 
 from __future__ import annotations
 

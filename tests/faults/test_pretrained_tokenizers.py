@@ -88,7 +88,7 @@ def test_unused_ids_are_kept_by_save_and_load(holes: Path, tmp_path: Path) -> No
     ids=["WordLevel", "WordPiece", "Unigram", "BPE"],
 )
 def test_pretrained_encode_error_names_the_row_and_unknown_word(model: Any, tmp_path: Path) -> None:
-    """Byte pairs would drop the letters silently; other models raise a plain Exception."""
+    """The tokenizers library drops unknown letters silently, or raises a plain Exception."""
     tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(model))))
     assert len(tokenizer.encode(["cat dog"])[0]) > 1
     with pytest.raises(UnknownWord, match=r"Row 1 holds '(zebu|[zebu])'.*unknown") as caught:

@@ -1,4 +1,7 @@
-"""Decoding of scores by Tweedie's formula: the exact score gives the exact posterior."""
+"""Tweedie's formula decodes the exact score to the exact posterior P(x|z).
+
+A score contains the ratios q_t(y)/q_t(z) for the current state z and all states y.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def posterior(process: ForwardProcess, log_p: Tensor, zt: Tensor, t: Tensor) -> 
 
 
 def test_decoding_the_score_of_constant_data_gives_its_only_token() -> None:
-    """Uniform noise on 7 tokens; the data are always token 1, so P(x = 1 | z) = 1 at z = 6."""
+    """The data are always token 1 of 7, so P(x = 1 | z) = 1 at the noisy state z = 6."""
     process = uniform(7)
     log_p = torch.full((1, 7), -torch.inf, dtype=torch.float64)
     log_p[0, 1] = 0.0
@@ -84,8 +87,10 @@ def test_decoding_the_score_of_constant_data_gives_its_only_token() -> None:
 
 @pytest.mark.parametrize("process", every_example())
 def test_decoding_the_exact_score_gives_the_exact_posterior(process: ForwardProcess) -> None:
-    """Tolerance 1e-12 up to a condition number of 100 of the transition matrix, above it 1e-14
-    times the condition number: the rounding error of the score is amplified."""
+    """Decoding inverts a transition matrix, which amplifies rounding errors of the score.
+
+    The tolerance is 1e-14 times the condition number of the matrix, and at least 1e-12.
+    """
     path = times(PATH)
     rows = ReachableRows(process, path, random_log_probs(process.vocabulary.num_tokens))
     now = process.clamp_score_time(rows.t)
@@ -106,7 +111,7 @@ def test_decoding_the_exact_score_gives_the_exact_posterior(process: ForwardProc
 def test_decoding_term_of_exact_scores_equals_that_of_exact_posteriors(
     process: ForwardProcess,
 ) -> None:
-    """Compared at t = 0 and t = 0.1; tolerance 1e-9."""
+    """The decoding term -ln P(x|z) is compared at t = 0 and at t = 0.1, within 1e-9."""
     rows = ReachableRows(process, times((0.0, 0.1)))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)
     of_score = process.decode_nll(score, rows.x0, rows.zt, rows.t)
@@ -121,7 +126,7 @@ def test_every_process_obeys_the_score_laws(process: ForwardProcess) -> None:
 
 
 def test_score_laws_detect_decoding_without_tweedies_formula() -> None:
-    """The planted fault weights tokens by s(x) q_t(z|x)."""
+    """The planted fault gives token x the weight s(x) q_t(z|x), where s is the score."""
     faulty = uniform(4)
 
     def tweedie(score: Score, t: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ def test_sampler_error_is_equal_for_scores_and_probabilities(
 
 
 def test_score_samplers_draw_no_token_of_probability_zero() -> None:
-    """The noise is uniform on 6 tokens, and the data never contain tokens 4 and 5."""
+    """The data never contain tokens 4 and 5, but the uniform noise on 6 tokens does."""
     process = uniform(6)
     p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0, 0.0], dtype=torch.float64)
     joint = torch.outer(p, p)
@@ -182,7 +187,7 @@ def test_score_samplers_draw_no_token_of_probability_zero() -> None:
 
 @pytest.mark.parametrize("process", every_example())
 def test_arbitrary_scores_have_finite_decoding_term_and_gradient(process: ForwardProcess) -> None:
-    """The random ratios, like those of an untrained network, belong to no distribution."""
+    """The scores are random, as those of an untrained network, and belong to no distribution."""
     rows = ReachableRows(process, times((1e-3, 0.02, 0.5, 0.97)))
     generator = torch.Generator().manual_seed(1)
     raw = 6.0 * torch.randn(
@@ -207,7 +212,7 @@ def test_arbitrary_scores_have_finite_decoding_term_and_gradient(process: Forwar
 
 
 def test_uninformative_score_decodes_to_the_uniform_distribution() -> None:
-    """At t = 1 the state carries no information on the token."""
+    """At t = 1 the state gives no information on the token, and decoding is uniform."""
     unmasked = FlatVocabulary(3, mask=False)
     dense = DenseProcess(unmasked, [[-3, 2, 1], [0.5, -1.5, 1], [1, 1, -2]])
     log_p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
@@ -229,7 +234,10 @@ def test_uninformative_score_decodes_to_the_uniform_distribution() -> None:
 
 
 def test_transition_from_the_clean_token_includes_the_noise_at_time_0() -> None:
-    """With sigma_min = 0.2, states are noisy at t = 0; `transition(0, t)` excludes this noise."""
+    """With sigma_min = 0.2, states are noisy at t = 0.
+
+    `from_clean(t)` includes this noise, and `transition(0, t)` does not.
+    """
     vocabulary = FlatVocabulary(4, mask=False)
     process = MixtureProcess(
         vocabulary, GeometricSchedule(0.2, 5.0), token_distribution(vocabulary)
@@ -250,7 +258,7 @@ def test_transition_from_the_clean_token_includes_the_noise_at_time_0() -> None:
 
 
 def test_dense_kernel_rejects_singular_matrices() -> None:
-    """`solve` raises for a singular matrix; only decoding has a fallback."""
+    """`solve` raises for a singular matrix, in contrast to decoding, which has a fallback."""
     process = DenseProcess(FlatVocabulary(2, mask=False), [[-1.0, 1.0], [1.0, -1.0]])
     kernel = process.transition(times((0.0,)), times((1.0,)))
     with pytest.raises(ArgumentError, match="must be invertible in every row"):

@@ -78,7 +78,7 @@ NAMES = [
 def test_manifest_with_shard_names_outside_the_folder_is_refused(
     made: Shards, cache: Cache, tmp_path: Path, name: Any, place: str
 ) -> None:
-    """A shard file exists under each wrong name, and files outside the folder are not changed."""
+    """Manifests name existing shard files outside the folder; these files are not changed."""
     outside = tmp_path / "outside"
     outside.mkdir()
     for kind in ("tokens", "ends"):
@@ -186,7 +186,7 @@ def test_shard_damaged_in_transfer_is_downloaded_again(
 def test_downloaded_shards_with_ids_beyond_num_tokens_are_refused(
     made: Shards, cache: Cache
 ) -> None:
-    """The checksums match, so only counting the tokens finds the invalid id."""
+    """The checksums of the shards are correct, so that only a check of all ids finds the fault."""
     path = made.folder / "train_00000.tokens.npy"
     tokens = np.load(path)
     tokens[3] = 60000
@@ -237,7 +237,7 @@ def test_source_corpus_refuses_damaged_cached_shards(tmp_path: Path, cache: Cach
 
 
 def test_write_shards_ignores_a_journal_with_foreign_file_names(tmp_path: Path) -> None:
-    """An interrupted build resumes from its journal, whose names become file paths too."""
+    """An interrupted build resumes from the file names in its journal, which could be foreign."""
 
     def stopped(cursor: Any) -> Any:
         yield Chunk(["abc"], 1)

@@ -1,4 +1,4 @@
-"""The kinds `text`, `files` and `jsonl` find the same documents in the same file."""
+"""The data kinds `text`, `files` and `jsonl` split a file into the same documents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def from_files(path: Path, split: Any) -> list[str]:
 
 
 def expected(written: str, split: str) -> list[str]:
-    """Apply the rule of `ddiff.data.text` to the whole text at once."""
+    """Return the documents of a whole text by the rule of `ddiff.data.text`."""
     plain = re.sub(r"\r*\n|\r", "\n", written.removeprefix("\ufeff"))
     if split == "file":
         found = [plain]

@@ -1,4 +1,4 @@
-"""Validation text in the training text is detected by path and content, for every corpus."""
+"""Validation text that also occurs in the training text is detected, by path or by content."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_repetitions_of_a_generated_source_give_no_warning(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_find_overlap_counts_equal_counts_with_python_sets(seed: int) -> None:
-    """Documents are empty, are permutations of each other, or have a common beginning."""
+    """Some documents are empty, are permutations of each other, or have a common beginning."""
     rng = np.random.default_rng(seed)
     parts = {
         part: ["".join(rng.choice(list("ab"), rng.integers(0, 6))) for _ in range(150)]

@@ -64,7 +64,7 @@ def prepare(place: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Working directory with tiny.toml and corpus.txt, and a cache outside this directory."""
+    """Working directory with tiny.toml and corpus.txt; the cache is outside this directory."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     torch.set_num_threads(1)
@@ -97,7 +97,7 @@ def run_dir(finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def files(place: Path) -> dict[str, bytes]:
-    """Return the content of every file below a folder, by relative path."""
+    """Return the content of every file below the folder `place`, by relative path."""
     return {
         str(path.relative_to(place)): path.read_bytes()
         for path in place.rglob("*")

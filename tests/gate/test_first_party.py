@@ -1,4 +1,4 @@
-"""First-party plugins: every component can be imported and has a valid `build` and `Config`."""
+"""Components of the shipped plugins can be imported and have a valid `build` and `Config`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plugin loader: loading of listed plugins, and messages about plugins that cannot be loaded."""
+"""Plugin loader: loads the listed plugins, and reports plugins that cannot be loaded."""
 
 from __future__ import annotations
 
