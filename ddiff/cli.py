@@ -242,9 +242,9 @@ def run(
 def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
     """Check a recipe without training, and print the result.
 
-    If `measure` is None, prints the resolved recipe and a verdict. Otherwise, runs `measure`
-    training steps, and prints their cost and the verdict. `fresh` is the option --fresh of the
-    command.
+    If `measure` is None, the resolved recipe is printed. Otherwise `measure` training steps are run
+    and their cost is printed. The last line says that the recipe fits into memory. `fresh` is the
+    option --fresh of the command, which deletes an existing run.
     """
     with _pause_garbage_collection():
         from ddiff.runs.dry_run import rehearse

@@ -85,8 +85,8 @@ def newest_state(root: str) -> dict[str, Any] | None:
 class AtomicFolder:
     """Folder that is complete once its marker file is written.
 
-    `remedy()` returns a sentence that tells the user what to do. Each error message about damaged
-    files ends with this sentence.
+    `remedy()` returns the last sentence of each error message about damaged files. The sentence
+    tells the user what to do.
     """
 
     def __init__(

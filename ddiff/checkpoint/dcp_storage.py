@@ -102,7 +102,10 @@ class StoredTensor(NamedTuple):
     chunks: tuple[Chunk, ...]
 
     def allocate(self, **options: Any) -> Tensor:
-        """Allocate an uninitialized tensor with the dtype and size of the stored tensor."""
+        """Allocate an uninitialized tensor with the dtype and size of the stored tensor.
+
+        `options` are further arguments of `torch.empty`, such as the device.
+        """
         return torch.empty(self.size, dtype=self.dtype, **options)
 
 
@@ -280,8 +283,8 @@ def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 class StagedTensors:
     """Copies of the tensors that this rank has to write.
 
-    `files` maps file -> key -> tensor. `manifest` describes the files of all ranks, and is None on
-    every rank except rank 0.
+    `files` maps the name of a file to its tensors by key. `manifest` describes the files of all
+    ranks, and is None on every rank except rank 0.
     """
 
     files: dict[str, dict[str, Tensor]] = field(default_factory=dict)

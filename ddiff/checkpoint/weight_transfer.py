@@ -1,11 +1,13 @@
 """Weight transfer for fine-tuning: initialize a run with the weights of another run.
 
-Tensors that do not depend on the vocabulary are copied unchanged. If the new vocabulary is another
-tree over the same tokens, the state embeddings and the output table of the head are computed from
-the rows of the tokens: the row of a token is copied, and the row of a tree node is the mean over
-the tokens below the node. The embedding of the mask is copied. The head can be computed in this way
-only if the old head has one row per token. Otherwise the new head keeps its initial weights, unless
-both heads have the same kind and vocabulary.
+Tensors that do not depend on the vocabulary are copied unchanged. The embeddings of the states
+(tokens, tree nodes and mask) and the output table of the head depend on the vocabulary. If the new
+vocabulary is another tree over the same tokens, these tensors are computed from the rows of the
+tokens: the row of a token is copied, and the row of a tree node is the mean over the tokens below
+the node. The embedding of the mask is copied.
+
+The head can be computed in this way only if the old head has one row per token. Otherwise the new
+head keeps its initial weights, unless both heads have the same kind and vocabulary.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ def transfer_weights(
 ) -> TransferredWeights:
     """Compute initial weights for `denoiser` from the trained weights `source`.
 
-    `parts` selects all weights or only the state embeddings. Raises CheckpointError if tensors are
-    missing in `source` or have another shape.
+    `parts` is "all", or "embeddings" for only the embeddings of tokens, tree nodes and mask. Raises
+    CheckpointError if tensors are missing in `source` or have another shape.
     """
     own = denoiser.state_dict()
     vocabulary = denoiser.head.vocabulary
@@ -117,8 +119,8 @@ def _check_shapes(
 ) -> None:
     """Raise CheckpointError unless `source` has the tensors `names` with the shapes in `own`.
 
-    `states` are the names of the tensors that have one row per state. Their numbers of rows may
-    differ.
+    `own` contains the initial tensors of the new denoiser by name. `states` are the names of the
+    tensors with one row per state (token, tree node or mask). Their numbers of rows may differ.
     """
     faults = []
     for name in names:
@@ -157,9 +159,9 @@ def _raise_faults(faults: list[str], source: TrainedWeights) -> None:
 
 
 def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """Return the mean of `rows` [V,d] over the tokens below each node of `level`.
+    """Return the mean of `rows` over the tokens below each tree node of a level.
 
-    V is the number of tokens. The result is a tensor [n,d] for the n nodes of the level.
+    `rows` [V,d] has one row per token. The result is a tensor [n,d] for the n nodes of `level`.
     """
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]
@@ -170,11 +172,11 @@ def _average_tokens(rows: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
 
 
 def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor:
-    """Build the embeddings [S,d] of all S states of the vocabulary `new`.
+    """Build the embeddings [S,d] of all S states (tokens, tree nodes and mask) of a vocabulary.
 
-    `theirs` contains the embeddings for the vocabulary `old`. The embeddings of the tokens and of
-    the mask are copied. The embedding of a node is the mean of the embeddings of the tokens below
-    the node.
+    `theirs` contains the embeddings for the vocabulary `old`; the result belongs to the vocabulary
+    `new`. The embeddings of the tokens and of the mask are copied. The embedding of a node is the
+    mean of the embeddings of the tokens below the node.
     """
     tokens = theirs[: new.num_tokens]
     levels = [_average_tokens(tokens, new, level) for level in range(new.num_levels + 1)]
@@ -199,11 +201,12 @@ def _has_token_rows(head: Head) -> bool:
 
 
 def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[str, Tensor]:
-    """Build table and bias of the head `mine` from the head of `source`, with one row per token.
+    """Build the output table and bias of the head `mine` from a head with one row per token.
 
-    The row of a node is the mean of the rows of the tokens below the node. The bias of a node is
-    the log-sum-exp of the biases of these tokens. Within a node of the lowest level, the predicted
-    distribution over tokens is then the same as that of the old head.
+    `source` contains the weights of the old head. The row of a tree node is the mean of the rows of
+    the tokens below the node. The bias of a node is the log-sum-exp of the biases of these tokens.
+    The rows of single tokens are copied, so the predicted distribution over the tokens of one
+    lowest-level node is the same as with the old head.
     """
     # Rows of the old head, sorted by token id.
     tokens = torch.argsort(_row_order(source.head, 0))
@@ -219,10 +222,10 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
 
 
 def _row_order(head: Head, level: int) -> Tensor:
-    """Return the node of each row in the part of the head's table for `level`.
+    """Return the tree node to which each row of the head's table belongs, for the rows of `level`.
 
     The result is a tensor [n] for the n nodes of the level. Nodes are numbered from 0 within the
-    level.
+    level. At level 0 the nodes are the tokens.
     """
     vocabulary = head.vocabulary
     # A tree head stores the nodes of a subtree in consecutive rows.
@@ -232,9 +235,9 @@ def _row_order(head: Head, level: int) -> Tensor:
 
 
 def _logsumexp_tokens(values: Tensor, vocabulary: Vocabulary, level: int) -> Tensor:
-    """Return the log-sum-exp of `values` [V] over the tokens below each node of `level`.
+    """Return the log-sum-exp of `values` over the tokens below each tree node of a level.
 
-    V is the number of tokens. The result is a tensor [n] for the n nodes of the level.
+    `values` [V] has one value per token. The result is a tensor [n] for the n nodes of `level`.
     """
     tokens = torch.arange(vocabulary.num_tokens)
     index = vocabulary.ancestor(tokens, level) - vocabulary.offsets[level]

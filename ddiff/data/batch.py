@@ -1,4 +1,4 @@
-"""Batch of packed rows, the input of the network and of the bound."""
+"""Batch of packed rows, the input of the network and of the likelihood bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Batch:
     scored: bool [B,L], True at the positions that count in loss and metrics, False at padding.
     document: long [B,L], number of the document at each position.
     index: long [B], number of each row in the global batch (training) or in the text (evaluation).
-        It selects the stratum of the noise time and the random numbers of the row.
+        The number determines the random numbers of the row, and the stratum from which the noise
+        time of the row is drawn.
     packed: whether at least one row contains tokens of more than one document.
     conditions: name of a condition -> one value per row, or one value per position if `packed`.
     """

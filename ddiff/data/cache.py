@@ -43,7 +43,7 @@ class Cache:
 
     The root is a local folder, because entries are memory-mapped. Each entry is built under a
     temporary name and then renamed, so that an incomplete entry is never read. The next build of
-    the same kind removes the unfinished directories of killed processes.
+    the same kind of entry removes the unfinished directories of killed processes.
 
     A damaged entry is built again. To detect damage, the size of every file is compared with the
     size at the build. The SHA-256 is compared only for small files and for large files that were
@@ -64,8 +64,12 @@ class Cache:
     ) -> Path:
         """Return the cached directory for `inputs`, and build the directory if it is missing.
 
-        `inputs` are JSON values, such as fingerprints and settings, that determine the content.
-        `build(directory)` writes the files of a new entry; if `build` raises, the entry is removed.
+        Args:
+            kind: kind of the entry, such as "json_lines"; the name of a sub-folder of the cache.
+            inputs: JSON values that determine the content, such as fingerprints and settings.
+            build: function (directory) that writes the files of a new entry. If `build` raises an
+                error, the entry is removed.
+
         Raises DataError if the cache root cannot be written.
         """
         identity = json.loads(json.dumps({"format": FORMAT, "kind": kind, "inputs": dict(inputs)}))
@@ -134,7 +138,11 @@ def _write_contents(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
-    """Return whether an entry exists and is intact. A warning is logged if it is damaged."""
+    """Return whether the entry at `place` exists and is intact.
+
+    `identity` (format, kind and inputs) must equal the identity that the entry has stored. A
+    warning is logged for a damaged entry.
+    """
     if not place.exists():
         return False
     try:
@@ -153,7 +161,10 @@ def _is_whole(place: Path, identity: dict[str, Any]) -> bool:
 
 
 def _is_intact(file: Path, size: int, modified_ns: int, sha256: str) -> bool:
-    """Return whether a file has not changed since its cache entry was built."""
+    """Return whether a file still has the recorded size and SHA-256.
+
+    The SHA-256 of a large file is not computed if its modification time is still `modified_ns`.
+    """
     about = file.stat()
     if about.st_size != size:
         return False
@@ -169,7 +180,11 @@ def _sha256(path: Path) -> str:
 
 
 def _publish(partial: Path, place: Path, identity: dict[str, Any]) -> None:
-    """Rename the finished directory `partial` to `place`, unless another process was faster."""
+    """Rename the finished directory `partial` to `place`.
+
+    If another process has built the same entry in the meantime, the entry of that process is kept.
+    A damaged entry at `place` is replaced. `identity`: format, kind and inputs of the entry.
+    """
     if place.exists() and not _is_whole(place, identity):
         damaged = place.with_name(partial_name(place.name))
         os.rename(place, damaged)

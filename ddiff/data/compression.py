@@ -130,7 +130,7 @@ def _cut_off_error(path: str, compression: str) -> DataError:
 
 
 class _PrependedFile(io.RawIOBase):
-    """File object that gives the bytes `head` and then the rest of `file`."""
+    """File object whose content is the bytes `head`, followed by the rest of `file`."""
 
     def __init__(self, head: bytes, file: BinaryIO) -> None:
         self._head = head

@@ -1,7 +1,8 @@
 """Corpora too large for memory, tokenized into shards or streamed.
 
 The text of a sharded corpus is read and tokenized once. Training then reads only the shards. A
-streamed corpus is tokenized during training.
+streamed corpus is tokenized during training. Both kinds of corpus read the texts in chunks: a
+`Chunk` is a list of consecutive texts with a cursor, the position in the source after these texts.
 """
 
 from __future__ import annotations
@@ -205,7 +206,10 @@ class SourceCorpus:
                 )
 
     def train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
-        """Yield the chunks of the training source, including documents held out by hash."""
+        """Yield the chunks of the training source, including documents held out by hash.
+
+        `cursor`: position in the source after which reading begins; None: the start of the source.
+        """
         return self.source.chunks(cursor, part=None if self.validation_source is None else TRAIN)
 
     def sources(self) -> list[Iterator[Chunk]]:
@@ -217,9 +221,10 @@ class SourceCorpus:
     def chunks(self, cursor: Any = None) -> Iterator[Chunk]:
         """Yield the chunks of the training source, then those of the validation source.
 
-        With a validation source, a cursor is a pair: the part ("train" or "validation") and the
-        cursor in the source of that part. Without a validation source, `Chunk.part` is None, and
-        the hash of each text decides about its part.
+        Reading begins after the position `cursor`, or at the start if `cursor` is None. With a
+        validation source, a cursor is a pair: the part ("train" or "validation") and the position
+        in the source of that part. Without a validation source, `Chunk.part` is None, and the hash
+        of each text assigns the text to a part.
         """
         if self.validation_source is None:
             yield from self.source.chunks(cursor, part=None)

@@ -69,7 +69,8 @@ class Documents:
 def fingerprint_texts(documents: Any) -> str:
     """Return a SHA-256 of the texts and their boundaries, as 32 hexadecimal digits.
 
-    `documents` is a Dataset, or the part of a corpus, whose attribute `fingerprint` is returned.
+    `documents` is a Dataset or the part of a corpus. For the part of a corpus, its attribute
+    `fingerprint` is returned instead.
     """
     if not isinstance(documents, Dataset):
         return documents.fingerprint
@@ -85,9 +86,10 @@ def fingerprint_texts(documents: Any) -> str:
 
 
 def documents_from_texts(texts: Iterable[str], names: Iterable[str] | None = None) -> Dataset:
-    """Build a data set of documents in memory.
+    """Build a data set of documents in memory, with the columns "text" and "name".
 
-    Raises DataError for a value that is not text, or that contains NUL or a lone surrogate.
+    By default the names are "text 0", "text 1" and so on. Raises DataError for a value that is not
+    text, or that contains NUL or a lone surrogate.
     """
     texts = list(texts)
     if names is None:
@@ -234,7 +236,10 @@ def _check_part(part: Dataset, name: str) -> None:
 
 
 def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
-    """Read the documents of all files: memory-mapped from `cache`, or in memory if it is None."""
+    """Read the documents of all files.
+
+    The result is memory-mapped from `cache`. If `cache` is None, the result is in memory.
+    """
     if cache is None:
         corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))
     else:

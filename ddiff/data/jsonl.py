@@ -47,9 +47,11 @@ def read_json_lines(
         labels: names of the fields with a class label, an integer >= 0.
         vectors: names of the fields with a list of numbers.
 
-    Each label or vector field becomes a column of the same name. A field that is null or missing
-    has no value. Raises DataError if an object cannot be read, with its file and line, or if no
-    line of `train` has a value for one of the fields.
+    Each label or vector field becomes a column of the same name. A document has no value in this
+    column if its field is null or missing.
+
+    Raises DataError if an object cannot be read; the message names the file and the line. Raises
+    DataError also if no line of `train` has a value for one of the fields.
     """
     if not validation and not 0 < held_out < 1:
         raise ArgumentError(
@@ -90,7 +92,8 @@ def json_objects(file: BinaryIO, path: str) -> Iterator[tuple[int, str, dict[str
 def check_no_duplicates(found: dict[str, Any], fields: Iterable[str], place: str) -> None:
     """Raise DataError if the JSON object `found` has one of `fields` twice.
 
-    JSON does not define which of two values of a field is valid.
+    JSON does not define which of the two values is valid. `place`: file and line of the object, for
+    the message.
     """
     if not isinstance(found, _ObjectWithDuplicates):
         return
@@ -154,6 +157,11 @@ class _Reader:
         """Raise DataError for a label or vector field without a value in any document.
 
         A misspelt field name would otherwise stay unnoticed.
+
+        Args:
+            corpus: all documents.
+            paths: files that contain the documents.
+            patterns: paths and globs of these files as written by the user, for the message.
         """
         for name in (*self.labels, *self.vectors):
             if corpus.data.column(name).null_count < len(corpus):
@@ -240,7 +248,10 @@ def _fits_float32(value: Any) -> bool:
 
 
 def _array_objects(written: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield the objects of a file that is one JSON array."""
+    """Yield (number, place, object) for each object of `written`, the text of one JSON array.
+
+    `name`: name of the file in error messages.
+    """
     for number, value in enumerate(_parse(written, name), start=1):
         place = f"{name} object {number}"
         yield number, place, _check_object(value, place)

@@ -30,7 +30,7 @@ _Hashes = NDArray[np.uint64]
 
 
 class DocumentCount(NamedTuple):
-    """Count of affected documents: `documents` out of the `of` documents in the part."""
+    """Number of repeated documents (`documents`) among all documents of a part (`of`)."""
 
     documents: int
     of: int
@@ -115,7 +115,12 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
 
 @final
 class OverlapMonitor:
-    """Monitor that warns of the first validation document in a stream of training text."""
+    """Monitor that warns of the first validation document in a stream of training text.
+
+    Args:
+        validation: function without arguments that returns the validation texts.
+        source: name of the corpus in the warning.
+    """
 
     def __init__(self, validation: Callable[[], Iterable[str]], source: object) -> None:
         self._validation = validation

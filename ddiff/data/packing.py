@@ -273,7 +273,10 @@ def pack_stream(
 
 
 def pack_ids(ids: NDArray[np.integer], num_tokens: int) -> PackedRows:
-    """Pack an array `ids` [R,L] of token ids into R rows. Each row is a document of L tokens."""
+    """Pack an array `ids` [R,L] of token ids into R rows. Each row is a document of L tokens.
+
+    `num_tokens`: number of tokens of the vocabulary.
+    """
     return PackedRows(stream_from_ids(ids, num_tokens), ids.shape[1], filler=0)
 
 

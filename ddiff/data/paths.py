@@ -186,9 +186,9 @@ def _find_local(path: str) -> list[str]:
 
 
 def _matches(folder: str, parts: list[str]) -> Iterator[str]:
-    """Yield the paths under `folder` that match the pattern `parts`, split at slashes.
+    """Yield the paths under `folder` that match a pattern.
 
-    The folder "" is the working directory.
+    `parts`: the pattern, split at its slashes. The folder "" is the working directory.
     """
     head, *rest = parts
     if head == "**":
@@ -205,7 +205,7 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def _matching_names(folder: str, part: str) -> list[str]:
-    """Return the names in a folder that match one part of a pattern."""
+    """Return the names in a folder that match `part`, the part of a pattern between two slashes."""
     if not any(mark in part for mark in _MARKS) or _exists(os.path.join(folder, part)):
         return [part]  # an existing name is taken literally, not as a pattern
     is_hidden = part.startswith(".")

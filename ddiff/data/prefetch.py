@@ -22,12 +22,17 @@ _GRACE = 1.0  # seconds that `close` gives the threads to finish a read
 class Prefetcher(Generic[Item]):
     """Prefetcher of the batches that the pure function `batch_at(step, micro)` returns.
 
-    Each request for a batch starts reading the next `ahead` batches in `workers` threads. The next
-    batches are the remaining micro-batches of the step (`accumulate` per step), then those of the
-    next step. A request in another order also returns the requested batch, but discards the
-    prefetched batches. With `workers` = 0 nothing is prefetched. An exception of `batch_at` is
-    raised when the batch is requested. While a request waits, a line is printed every ten seconds,
-    unless `quiet` is true.
+    Each request for a batch starts reading the next `ahead` batches: the remaining micro-batches of
+    the step, then those of the next step. If a batch is requested in another order, the prefetched
+    batches are discarded and the requested batch is read. An exception of `batch_at` is raised when
+    the batch is requested.
+
+    Args:
+        ahead: number of batches to read ahead.
+        accumulate: number of micro-batches per step.
+        workers: number of threads; 0: nothing is read ahead.
+        quiet: do not print the line that is otherwise printed every ten seconds while a request
+            is blocked.
     """
 
     def __init__(

@@ -58,7 +58,10 @@ def load_pretrained(
 
 
 def _warn_of_custom_code(loaded: Any, shown: str) -> None:
-    """Warn if `loaded` has a class of the transformers library, not that of its repository."""
+    """Warn if a repository has a custom class but `loaded` has a class of transformers.
+
+    `shown`: name of the repository in the warning.
+    """
     from transformers import PreTrainedModel  # slow to import, but loading a model has imported it
 
     if isinstance(loaded, PreTrainedModel) and loaded.config.to_dict().get("auto_map"):
@@ -71,7 +74,10 @@ def _warn_of_custom_code(loaded: Any, shown: str) -> None:
 
 
 def custom_code_error(shown: str, what: str) -> DataError:
-    """Return the error for a repository whose tokenizer or model needs custom Python code."""
+    """Return the error for a repository whose tokenizer or model needs custom Python code.
+
+    `shown`: name of the repository. `what`: "tokenizer" or "model".
+    """
     return DataError(
         f"No {what} from {shown!r}: it has custom Python code (auto_map), and ddiff runs no code "
         f"of a tokenizer or model (trust_remote_code is always False). Load the {what} on a "

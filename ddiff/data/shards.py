@@ -320,7 +320,10 @@ def encode_in_memory(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> TokenStre
 
 
 def stream_from_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
-    """Build a token stream in memory from an array `ids` [R,L]: R documents of L tokens."""
+    """Build a token stream in memory from an array `ids` [R,L]: R documents of L tokens.
+
+    `num_tokens`: number of tokens of the vocabulary.
+    """
     documents, size = ids.shape
     record = ShardRecord(
         name="",
@@ -524,16 +527,17 @@ class _Build:
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _written_shards(self, part: str) -> Iterator[Shard]:
-        """Yield the written shards of a part; their document ends are not read."""
+        """Yield the written shards of a part, without the end positions of their documents."""
         for record in self.parts[part]:
             path = self._folder / f"{record['name']}.tokens.npy"
             yield Shard(np.load(path, mmap_mode="r"), _NO_ENDS, ShardRecord(**record))
 
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the journal of an interrupted build of the shards `identity`, or {}.
+    """Return the journal of an interrupted build, or {} if there is no such journal.
 
-    A journal with invalid entries is ignored, and the build starts again.
+    `identity`: source and tokenizer of the build. A journal of another identity, or with invalid
+    entries, is ignored; the build then starts again.
     """
     if not path.is_file():
         return {}

@@ -4,9 +4,9 @@ The token stream is not stored. It is cut into rows, and the rows are grouped in
 number of rows. Each block is shuffled by a separate permutation. The rows of a training step are
 therefore a function of the step, as with token shards.
 
-Of each block, the cursor (the position at which the block begins) is stored. A resumed run reads
-forward from the cursor of the checkpoint. To read any other block, the stream is read from the
-nearest stored cursor before the block, or from the start.
+For each block, a cursor is stored: the position in the stream at which the block begins. A resumed
+run continues from the cursor in its checkpoint. To read any other block, the stream is read from
+the nearest stored cursor before the block, or from the start.
 """
 
 from __future__ import annotations
@@ -249,7 +249,12 @@ class StreamedRows:
     def _repeat(self, found: list[EncodedChunk], skip: int, document: int) -> Iterator[_Piece]:
         """Yield the endless repetition of a source smaller than a block, from memory.
 
-        Reading such a source again from disk would take thousands of passes before the first step.
+        To fill a block, such a source would have to be read from disk many times.
+
+        Args:
+            found: all training documents of the source.
+            skip: number of tokens to skip at the beginning.
+            document: number of the first document.
         """
         ids = np.concatenate([chunk.ids for chunk in found])
         sizes = np.concatenate([chunk.sizes for chunk in found])

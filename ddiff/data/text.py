@@ -29,9 +29,11 @@ _OTHER_ENCODINGS = {
 
 
 def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) for each document of a file that is not blank.
+    """Yield (number, text) for each document of a file. Blank documents are left out.
 
-    The number counts lines or paragraphs of the file from 1, including blank lines.
+    `split` is the unit of a document: "file", "paragraph" or "line". `number` is the number of the
+    line or paragraph in the file, counted from 1; blank lines are counted too. `name`: name of the
+    file in error messages.
     """
     if split == "file":
         documents: Iterable[tuple[int, str]] = [(1, "".join(_blocks(file, name)))]
@@ -64,7 +66,8 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
 def check_text(text: str, name: str) -> str:
     """Return `text` unchanged if it is valid.
 
-    Raises DataError if `text` is not a str, or contains NUL or a lone surrogate.
+    Raises DataError if `text` is not a str, or contains NUL or a lone surrogate. `name`: name of
+    the document in the message.
     """
     if not isinstance(text, str):
         found = repr(text)

@@ -503,7 +503,7 @@ def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
 
 
 def _around_difference(before: str, after: str) -> tuple[str, str]:
-    """Return excerpts of the two texts around the first difference."""
+    """Return an excerpt of each of two texts, around their first difference."""
     shorter = min(len(before), len(after))
     same = 0
     while same < shorter and before[same] == after[same]:
@@ -518,7 +518,11 @@ def _is_huggingface(saved: Any) -> bool:
 
 
 def _check_not_saved_by_ddiff(source: Path, shown: str) -> None:
-    """Raise DataError for a tokenizer saved by ddiff, and for the path of a tokenizer.json."""
+    """Raise DataError for a file that the transformers library cannot load as a tokenizer.
+
+    Such files are a tokenizer saved by ddiff, and a tokenizer.json that is given without its
+    folder. `shown`: name of `source` in the message.
+    """
     file = source / "tokenizer.json" if source.is_dir() else source
     if not file.is_file():
         return
@@ -592,10 +596,11 @@ def _find_surrogate(text: str) -> str | None:
 def _dropped_character_finder(backend: Any) -> Callable[[str], str] | None:
     """Return a function that finds characters which the tokenizer silently drops.
 
-    The returned function takes a text and returns one dropped character, or "". Byte-pair encoding
-    without an unknown token drops characters that have no token. All other tokenizers never drop a
-    character, and the result is None: byte pairs with a token for every byte encode all text, and
-    models other than byte pairs raise an error.
+    The returned function takes a text and returns one dropped character, or "" if none is dropped.
+    The result is None for a tokenizer that never drops a character. Only byte-pair encoding without
+    an unknown token drops characters, namely those without a token. If the byte pairs include a
+    token for every byte, every text can be encoded. All other models raise an error instead of
+    dropping.
     """
     if backend is None:
         return None

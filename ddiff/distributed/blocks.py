@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """List the blocks of a module, in module order.
 
-    A block is an element, with parameters, of an outermost `nn.ModuleList`.
+    A block is an element, with parameters, of an `nn.ModuleList` that is not inside another
+    `nn.ModuleList`.
     """
     return [block for block in _iterate_lists(module) if any(True for _ in block.parameters())]
 

@@ -178,7 +178,7 @@ def survey_plugins() -> Survey:
 def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> PluginReport:
     """Load a plugin and add its components to a registry. An error is returned in the report.
 
-    `claims`: all installed plugins with the name of this plugin.
+    `claims`: all installed plugins that have the name of this plugin; more than one is an error.
     """
     try:
         _check_single(plugin.name, claims)
@@ -190,7 +190,7 @@ def _load_into(registry: Registry, plugin: Plugin, claims: list[Plugin]) -> Plug
 
 
 def _find_unlisted_components(listed: list[str]) -> list[Component]:
-    """Return the components of all installed plugins, except of those named in `listed`."""
+    """Return the components of all installed plugins except the plugins named in `listed`."""
     found: list[Component] = []
     for report in survey_plugins().reports:
         if report.plugin.name not in listed:
@@ -211,7 +211,10 @@ def _select_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
 
 
 def _check_single(name: str, claims: list[Plugin]) -> None:
-    """Raise PluginError if `claims`, the installed plugins with a name, are more than one."""
+    """Raise PluginError if several distributions provide a plugin with the name `name`.
+
+    `claims`: the installed plugins with this name.
+    """
     if len(claims) > 1:
         owners = " and ".join(str(plugin.origin) for plugin in claims)
         raise PluginError(

@@ -76,7 +76,7 @@ def _read_nothing(config: ComponentConfig) -> tuple[str, ...]:
 
 
 def _preview_nothing(config: ComponentConfig) -> None:
-    """Default of `preview`: the result of `build` is unknown before `build` is called."""
+    """Default of `preview`: return None, because no description exists before `build` is called."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Members:
 
 @dataclass(frozen=True)
 class Component:
-    """Registered component, whose target is imported by `load`."""
+    """Registered component. `target` ("module:object") is imported by `load`."""
 
     kind: str
     name: str

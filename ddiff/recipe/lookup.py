@@ -28,8 +28,9 @@ def load_listed_plugins(plugins: Sequence[str], tree: RecipeTree) -> Registry:
 def find_components(tree: RecipeTree, registry: Registry) -> dict[TablePath, Component]:
     """Return the components of a recipe by path, in the order of the tables.
 
-    An optional table that the recipe omits has no component. A slot has no component if the
-    component of its table does not use the slot.
+    An optional table that the recipe omits has no component. A slot is a key that names a further
+    component inside a table, such as `[train] optimizer`. A slot has no component if the component
+    of its table does not use the slot.
     """
     found: dict[TablePath, Component] = {}
     # a table is found before its slots, because SLOTS has this order

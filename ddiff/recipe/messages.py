@@ -25,7 +25,10 @@ class KeyDescription(NamedTuple):
 
 
 def describe_keys(model: type[BaseModel]) -> list[KeyDescription]:
-    """Describe every key of a table. The description is the docstring below the field."""
+    """Describe every key of a table, given the pydantic model of the table.
+
+    The description of a key is the docstring below its field.
+    """
     schema = model.model_json_schema()
     required = schema.get("required", ())
     rows = []
@@ -225,7 +228,10 @@ def _drop_branch(error: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suggest_choice(model: type[BaseModel], location: Sequence[str | int], came: Any) -> str:
-    """Suggest the allowed string that is most similar to a given string value."""
+    """Suggest the allowed string that is most similar to the refused string `came`.
+
+    Returns "" if the key at `location` has no fixed choices, or if `came` is not a string.
+    """
     field = model.model_fields.get(str(location[0])) if len(location) == 1 else None
     if field is None or not isinstance(came, str):
         return ""

@@ -106,4 +106,7 @@ def configure_sampler(
 
 
 def _inherit_all(path: tuple[str, ...], base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Return None, so that a table inherits every key of its base table."""
+    """Return None for every table, so that each table inherits every key of its base table.
+
+    The arguments are those of `find_inherited_keys`, and are not used.
+    """

@@ -367,7 +367,8 @@ def find_inherited_keys(
     Args:
         path: path of both tables.
         base: table of a recipe.
-        new: table of `--set` texts or of a recipe that extends the first one.
+        new: table that overrides `base`. It comes from `--set` texts, or from a recipe that
+            extends the recipe of `base`.
     """
     if path not in SLOTS or "kind" not in new:
         return None

@@ -36,14 +36,16 @@ _OPTIONS = {
 def read_settings(settings: Iterable[str], source: str, option: str = "--set") -> RecipeTree:
     """Parse texts such as "train.steps=200" to a tree of tables.
 
-    A value that is not valid TOML is read as a string, so that strings need no quotes. Raises
-    RecipeError if a text has no `=`, more than one key, or an invalid key or value, and if a key
-    such as `a.b` is set although another text gives `a` a value that is not a table.
+    A value that is not valid TOML is read as a string, so that strings need no quotes.
 
     Args:
         settings: the texts.
         source: name of the returned tree, for messages about keys that no text sets.
         option: "--set" or "--condition", for messages about the texts.
+
+    Raises RecipeError if a text has no `=`, more than one key, or an invalid key or value. Raises
+    RecipeError also if one text sets a key such as `a.b` and another text sets `a` to a value that
+    is not a table.
     """
     tree = RecipeTree({}, source)
     for setting in settings:

@@ -52,7 +52,7 @@ def read_sources(
 
 
 def _read_chain(file: RecipeFile) -> list[RecipeTree]:
-    """Read a recipe, the recipe that it extends, the recipe that this one extends, and so on."""
+    """Read a recipe, then the recipe that it extends, and so on to a recipe that extends none."""
     chain: list[RecipeFile] = []
     trees: list[RecipeTree] = []
     following: RecipeFile | None = file

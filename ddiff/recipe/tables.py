@@ -95,7 +95,10 @@ def _check_tables(tree: RecipeTree) -> None:
 
 
 def _suggest_name(name: str) -> str:
-    """Suggest the table of a key that is written at the top level, or a similar name."""
+    """Suggest a correction for an unknown key or table at the top level of a recipe.
+
+    The suggestion is the table to which the key belongs, or a similar name.
+    """
     for table, entry in TABLES.items():
         if name in entry.engine_keys():
             return f' Did you mean "{table}.{name}"?'

@@ -73,7 +73,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
 
 
 def find_fault(value: Any) -> str | None:
-    """Describe a value that no recipe may contain. Returns None if there is none.
+    """Describe a value that no recipe may contain. Returns None if `value` is allowed.
 
     A recipe may not contain dates, integers of more than 64 bits, or more than DEEPEST levels of
     nested tables and lists.

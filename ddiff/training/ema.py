@@ -17,10 +17,10 @@ from ddiff.training.optimizers import to_local
 class ExponentialMovingAverage:
     """Exponential moving average w of the trained parameters p.
 
-    After each optimizer step w <- d w + (1 - d) p. At the n-th step d = min(decay,
-    (1 + n) / (10 + n)), so that the initial weights are soon forgotten. Averages have the device
-    and the sharding of the parameters. Their precision is at least float32. Raises ArgumentError
-    unless `decay` is in (0, 1).
+    After optimizer step n, counted from 1, the average is updated as w <- d w + (1 - d) p, where d
+    = min(decay, (1 + n) / (10 + n)). The smaller d of the first steps makes the average forget the
+    initial weights soon. Averages have the device and the sharding of the parameters. Their
+    precision is at least float32. Raises ArgumentError unless `decay` is in (0, 1).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

@@ -1,8 +1,9 @@
 """Learning-rate schedules: functions from the step to a factor in [0, 1].
 
 The trainer multiplies the learning rate of each parameter group by the factor. A schedule has no
-state, because the step determines the factor. If a run is resumed with a larger number of `steps`,
-the cosine schedule is that of the new number, so the learning rate jumps up at the resumption.
+state, because the step determines the factor. The cosine schedule also depends on the total number
+of steps. If a run is resumed with a larger total number of steps, its learning rate therefore jumps
+up at the resumption.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class WarmupConstant:
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Linear warm-up, then a cosine decay from 1 to `floor` at the last step.
+    """Linear warm-up, then a cosine decay of the factor from 1 to `floor` at the last step.
 
-    The warm-up is that of `WarmupConstant`. If `steps <= warmup`, there is no decay.
+    `steps` is the number of steps of the run. The warm-up is that of `WarmupConstant`. If
+    `steps <= warmup`, there is no decay.
     """
 
     steps: int

@@ -20,10 +20,10 @@ Process = TypeVar("Process", bound=ForwardProcess)
 class TrainingLoss(Generic[Process]):
     """Training loss of a row (position): a weight times a divergence of the prediction.
 
-    The weight does not depend on the network. In this class weight and divergence are those of the
-    bound (NELBO), whose diffusion term is the integral over t of the expected weight * divergence.
-    A subclass overrides at least one method. `Process` is the type of forward process that the loss
-    supports.
+    The weight does not depend on the network. In this class, weight and divergence are those of the
+    bound (NELBO): the diffusion term of the bound is the integral over t of the expected value of
+    weight * divergence. A subclass overrides at least one method. The type parameter `Process` is
+    the type of forward process that the loss supports.
 
     The arguments of the methods describe r rows: clean tokens `x0` [r], states `zt` [r] and noise
     times `t` [r] (float64).
@@ -39,7 +39,7 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the weight of each row, a tensor [r], as a density over the noise time t.
+        """Return the weight of each row, a tensor [r], per unit of the noise time t.
 
         Called once per batch, for all rows.
         """
@@ -65,11 +65,16 @@ class TrainingLoss(Generic[Process]):
         noisy: Noisy,
         times: Times,
     ) -> Tensor:
-        """Return a bool tensor [B,L], True at the rows that enter the training loss.
+        """Return a bool tensor [B,L], True at the positions that enter the training loss.
 
-        If a subclass does not override this method, the rows scored by the bound enter the loss.
-        The loss of a selected row is multiplied by `times.speed`, the importance weight dt/dv of
-        the draw of t from a uniform v, or by 1 where `times.speed` is 0.
+        If a subclass does not override this method, the positions that can add to the bound enter
+        the loss. `times.speed` is the importance weight of the draw of the noise time t. The loss
+        of a selected position is multiplied by `times.speed`, or by 1 if `times.speed` is 0.
+
+        Args:
+            process: forward process.
+            noisy: states of the batch.
+            times: noise times of the batch.
         """
         raise NotImplementedError
 
@@ -93,11 +98,14 @@ class ElboLoss(TrainingLoss[ForwardProcess]):
 class ClippedLoss(TrainingLoss[ForwardProcess]):
     """The bound as training loss, with its weight clipped to [smallest, largest].
 
-    Clipping reduces the variance of the gradients. The clipped loss is not a bound. The weight
-    before clipping is the total rate of the reverse process given the clean token x0. Two
-    implementations of the same Markov chain therefore have the same loss. Keep `smallest` at 0 for
-    processes with uniform noise: near t = 0 the weight of a clean token is proportional to t, and
-    its divergence to 1/t.
+    Clipping reduces the variance of the gradients. The clipped loss is not a bound.
+
+    The weight before clipping is the total rate at which the reverse process leaves the state z_t,
+    given the clean token x0. The rate is a property of the Markov chain. Two implementations of the
+    same chain therefore have the same clipped loss.
+
+    Keep `smallest` at 0 for processes with uniform noise: near t = 0 the weight of a position with
+    its clean token is proportional to t, and its divergence is proportional to 1/t.
     """
 
     def __init__(self, smallest: float = 0.0, largest: float = 2.0) -> None:

@@ -52,11 +52,11 @@ class StepRecord:
 
 
 def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
-    """Summarize the records of consecutive steps: metrics by name.
+    """Return the mean of each metric over consecutive steps, by name.
 
     `train_loss` and `grad_norm` are means over the steps with finite loss and gradient norm. Each
     entry of `StepRecord.metrics` is its total sum divided by its total count, over the same steps.
-    `tokens`, `seconds` and `tokens_per_second` include all steps.
+    `tokens` and `seconds` are totals over all steps, and `tokens_per_second` is their quotient.
     """
     taken = [record for record in records if record.is_finite]
     figures: dict[str, float] = {}
@@ -84,7 +84,8 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
 class MetricsFile:
     """Writer of `metrics.jsonl` in a run directory.
 
-    Lines of steps after `start` are deleted, and new lines are appended.
+    `start` is the step at which training begins or resumes. Lines of steps after `start` are
+    deleted, and new lines are appended.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], start: int) -> None:

@@ -31,10 +31,11 @@ DECODING_SHARE = 0.1  # share of sequences for the decoding term, if states are 
 class _Rows(NamedTuple):
     """The k rows (positions) of a batch at which a training step evaluates the head.
 
-    `rows` [k]: indices in the flattened batch. `x0`, `zt`, `t` [k]: clean tokens, states and noise
-    times of the rows. `bound_weight`, `loss_weight` [k]: factors of a row's divergence in the bound
-    and in the training loss. `is_decoded` [k] bool: rows of the decoding term; None if the bound
-    has no such term.
+    `noisy`: states of the whole batch. `rows` [k]: indices of the rows in the flattened batch.
+    `x0`, `zt`, `t` [k]: clean tokens, states and noise times of the rows. `bound_weight`,
+    `loss_weight` [k]: factors of a row's divergence in the bound and in the training loss.
+    `is_decoded` [k] bool: True at rows of the decoding term (see `DiffusionObjective`); None if no
+    row estimates this term.
     """
 
     noisy: Noisy
@@ -51,6 +52,12 @@ class _Rows(NamedTuple):
 class DiffusionObjective:
     """Training objective of a denoiser on a forward process.
 
+    If states are still noisy at t = 0 (`process.closes_at_clean` is false), the bound has a
+    decoding term: -ln P(x | z), where x is the clean sequence and z its noisy state at the smallest
+    noise time. Randomly chosen sequences of the batch then estimate the decoding term, with weight
+    1 / decoding_share. The other sequences estimate the diffusion term at random noise times, with
+    weight 1 / (1 - decoding_share).
+
     Args:
         loss: training loss of each row (position).
         times: draws a noise time for each position.
@@ -58,14 +65,8 @@ class DiffusionObjective:
             term. None: 0.1 if the bound has a decoding term and `loss` does not override
             `select_rows`, otherwise 0.
 
-    If states are still noisy at t = 0 (`process.closes_at_clean` is false), the bound has a
-    decoding term: -ln P(x | z), where x is the clean sequence and z its noisy state at the smallest
-    noise time. Randomly chosen sequences of the batch then estimate the decoding term, with weight
-    1 / decoding_share. The other sequences estimate the diffusion term at random noise times, with
-    weight 1 / (1 - decoding_share).
-
-    `module` is the module that the trainer calls: the denoiser, or the backend's wrapper of the
-    denoiser.
+    The attribute `module` is the module that the trainer calls: the denoiser, or the backend's
+    wrapper of the denoiser.
     """
 
     bound = "NELBO"
@@ -134,7 +135,10 @@ class DiffusionObjective:
         rng: CounterRng,
         slots: int,
     ) -> _Rows:
-        """Draw noise times and noisy states, and select the rows at which the head is evaluated."""
+        """Draw noise times and noisy states, and select the rows at which the head is evaluated.
+
+        `slots`: number of sequences of the global batch.
+        """
         process = self.process
         times, decodes = self._draw_times(batch, rng, slots)
         noisy = corrupt(process, batch.ids, times, batch.scored, rng, "diffusion")
@@ -170,7 +174,8 @@ class DiffusionObjective:
     ) -> tuple[Times, Tensor]:
         """Draw the noise times of a batch.
 
-        Also return a bool tensor [B,L], True at the positions that estimate the decoding term.
+        Returns the noise times, and a bool tensor [B,L], True at the positions that estimate the
+        decoding term. `slots`: number of sequences of the global batch.
         """
         share = self.decoding_share
         clock = self.process.information_time
@@ -188,10 +193,11 @@ class DiffusionObjective:
         return _merge_times(chosen, first, times, share), decodes | chosen
 
     def _question(self, drawn: _Rows, tokens: Tensor) -> HeadCallback:
-        """Build the callback that the head applies to the predicted distributions of its rows.
+        """Build the callback that computes loss and bound from the predicted distributions of rows.
 
-        For each row the callback returns two numbers: the row's loss divided by `tokens`, and the
-        row's contribution to the diffusion term of the bound in nats.
+        The head calls it for chunks of the rows `drawn`. For each row the callback returns two
+        numbers: the row's loss divided by `tokens` (the tokens of the global batch), and the row's
+        contribution to the diffusion term of the bound in nats.
         """
         process = self.process
         weight = drawn.loss_weight / tokens
@@ -220,7 +226,8 @@ class DiffusionObjective:
     ) -> tuple[Tensor, Tensor]:
         """Return the divergences of the training loss and those of the bound, one per row.
 
-        Only the divergence of the training loss has a gradient.
+        Only the divergence of the training loss has a gradient. `dist`: predicted distributions of
+        the rows.
         """
         if not self.loss.has_own_divergence:
             divergence = self.process.divergence(dist, x0, zt, t)

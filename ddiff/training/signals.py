@@ -44,7 +44,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def to_counts(self) -> Tensor:
-        """Return how many SIGINT and SIGTERM (0 or 1) this process received, float64 [2]."""
+        """Return [SIGINT count, SIGTERM count] of this process, each 0 or 1, as float64 [2]."""
         received = [float(self.signal == number) for number in SIGNALS]
         return torch.tensor(received, dtype=torch.float64)
 

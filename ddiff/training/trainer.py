@@ -78,10 +78,15 @@ class Trainer:
         batch_at: pure function (step, micro) -> micro-batch of this rank, on the device that the
             objective expects. Wrap the function in `ddiff.data.prefetch.Prefetcher` to read ahead.
         rng_at: pure function (step, batch) -> random generator of the batch.
+        settings: sizes and intervals, such as the number of steps.
+        backend: devices and processes.
+        run_dir: directory for metrics.jsonl and checkpoints.
         multiplier: function (step) -> factor in [0, 1] for the learning rate of every parameter
             group. None: always 1.
+        tracker: logger that receives the metrics in addition to metrics.jsonl.
         validation: evaluation during training. The trained weights are bitwise identical with and
             without validation.
+        provenance: origin of components and data, stored in the checkpoints.
 
     A step whose loss or gradient norm is not finite changes neither parameters nor optimizer state
     and is counted as skipped.
@@ -207,8 +212,9 @@ class Trainer:
     def _seed_rank(self, step: int) -> None:
         """Seed torch's generator from seed, rank and step, on every rank except rank 0.
 
-        Checkpoints store only the random state of rank 0. With this seed the random numbers of the
-        other ranks do not depend on when the run was saved or resumed.
+        Checkpoints store only the random state of rank 0. The random numbers of the other ranks
+        must not depend on the steps at which the run was saved or resumed, so they are seeded at
+        every step.
         """
         if self.backend.rank > 0:
             torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
