@@ -450,7 +450,11 @@ def _write_files(
     staged: StagedTensors,
     tree: str,
 ) -> dict[str, FileDigest]:
-    """Write the checkpoint files of this rank, and return the digests by file name."""
+    """Write the checkpoint files of this rank, and return the digests by file name.
+
+    `staged` contains the tensors of this rank. `tree` is the JSON text of all other values of the
+    state, which only rank 0 writes.
+    """
     from ddiff.checkpoint.dcp_storage import manifest_to_json, write_tensors
 
     digests: dict[str, FileDigest] = {}
@@ -478,8 +482,8 @@ def _to_json(
 ) -> Any:
     """Encode a tree as JSON values, which `_from_json` decodes.
 
-    Each tensor is added to `tensors` under its path in the tree. The JSON contains this path in
-    place of the tensor.
+    `place` is the path of the tree within the whole state, such as "state.optimizer". Each tensor
+    is added to `tensors` under its path. The JSON contains this path in place of the tensor.
     """
     if isinstance(tree, torch.Tensor):
         tensors[place] = tree
@@ -524,7 +528,10 @@ def _replace_tensors(
     tensors: Mapping[str, Tensor],
     place: str,
 ) -> Any:
-    """Copy a tree, with each tensor replaced by the entry of `tensors` for its path."""
+    """Copy a tree, with each tensor replaced by the entry of `tensors` for its path.
+
+    `place` is the path of the tree within the whole state, such as "state.optimizer".
+    """
     if isinstance(tree, torch.Tensor):
         return tensors[place]
     if isinstance(tree, dict):

@@ -98,7 +98,7 @@ def _chunks_of_parts(documents: Documents) -> Iterator[Chunk]:
 
 
 def copy_shards(made: Shards, path: str) -> None:
-    """Copy a folder of shards to an fsspec path. The manifest is copied last.
+    """Copy the folder of the shards `made` to an fsspec path. The manifest is copied last.
 
     Raises DataError if the path holds other shards.
     """
@@ -197,7 +197,7 @@ class SourceCorpus:
         return made
 
     def check_parts(self, made: Shards) -> None:
-        """Raise DataError if the training or the validation part has no text."""
+        """Raise DataError if the training or the validation part of `made` has no text."""
         for part in (TRAIN, VALIDATION):
             if not made.records(part):
                 raise DataError(

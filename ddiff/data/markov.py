@@ -82,7 +82,11 @@ class MarkovSource:
         )
 
     def _walk(self, uniforms: NDArray[np.float64]) -> Iterator[NDArray[np.int64]]:
-        """Yield the symbols of all rows at each position, sampled by inversion of the CDF."""
+        """Yield the symbols of all rows at one position after the other.
+
+        `uniforms` [length, rows] are the uniform random numbers from which the symbols are sampled
+        by inversion of the CDF.
+        """
         state = _sample_by_inversion(np.cumsum(self.stationary)[None], uniforms[0])
         cumulative = np.cumsum(self.transition, axis=1)
         yield state

@@ -117,7 +117,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_hub_name(source: str, shown: str, what: str) -> None:
-    """Raise DataError if `source` cannot be a name on the hub. No request is made."""
+    """Raise DataError if `source` cannot be a name on the hub. No request is made.
+
+    `shown` is the name of the source in the message. `what` is "tokenizer" or "model".
+    """
     path = Path(source)
     if path.is_file():
         raise DataError(
@@ -132,7 +135,15 @@ def _check_hub_name(source: str, shown: str, what: str) -> None:
 
 
 def _explain(error: Exception, source: str, shown: str, what: str, is_local: bool) -> DataError:
-    """Find the cause of the failed load, and return a DataError whose message names the cause."""
+    """Find the cause of the failed load, and return a DataError whose message names the cause.
+
+    Args:
+        error: error of the transformers library.
+        source: local folder or name on the hub.
+        shown: name of the source in the message.
+        what: "tokenizer" or "model".
+        is_local: whether `source` is a local folder.
+    """
     if "trust_remote_code" in str(error):
         return custom_code_error(shown, what)
     package = _missing_package(error, Path(source), what, is_local)

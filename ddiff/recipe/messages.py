@@ -76,9 +76,9 @@ def _format_type(schema: Mapping[str, Any]) -> str:
 def select_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
     """Return the entry of `ValidationError.errors()` that is reported to the user.
 
-    The `loc` of the returned entry is the key as written in the recipe. If a union type refuses a
-    value, pydantic reports one error for each branch of the union. These errors are merged to one
-    error of type "union", with the expected types in `ctx`.
+    The `loc` of the returned entry is the key as written in the recipe. If a key has a union type,
+    pydantic reports one error for each branch of the union. These errors are merged to one error of
+    type "union", with the expected types in `ctx`.
     """
     # An unknown key comes first: a missing key is often misspelt, and then unknown too.
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
@@ -247,7 +247,7 @@ def _describe_type(model: type[BaseModel], location: Sequence[str | int]) -> str
 
 
 def _nested_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """List the keys of a table that is nested in the table of a component."""
+    """List the keys of the table at `location`, nested in a component's table with the model `model`."""
     for key in location:
         if isinstance(key, int) or key not in model.model_fields:
             continue

@@ -100,11 +100,12 @@ class DenoiserKeys(ComponentConfig):
     """Keys of the recipe table [denoiser] that exist for every backbone."""
 
     given: Literal["rest", "all"] = "rest"
-    """Evidence that the predicted distribution at a visible position is conditioned on.
+    """States that the predicted distribution at a visible (unmasked) position is conditioned on.
 
     "rest": the states of all other positions. "all": the states of all positions, including the
-    position itself; the loss there is plain cross-entropy, and the engine divides out the evidence
-    of the position's own state. A head with its own parameterization ignores this key."""
+    position itself. With "all", plain cross-entropy trains the head, and the engine divides the
+    prediction by the likelihood of the position's own state. A head with its own parameterization
+    ignores this key."""
 
 
 class InitKeys(ComponentConfig):
@@ -199,9 +200,11 @@ class EvaluateKeys(ComponentConfig):
     batch: PositiveInt = 64
     """Number of rows in a batch."""
     window: tuple[float, float] = (1e-3, 0.999)
-    """Limits of tau, in [0, 1], between which the diffusion term of the bound is integrated.
+    """Limits of the integral over tau that is the diffusion term of the bound.
 
-    The decoding term and the closing term of the bound cover the rest."""
+    tau in [0, 1] is the information time: the fraction of the information about a token that is
+    lost. The decoding term of the bound covers tau below the lower limit. The closing term (the KL
+    divergence to the prior) covers tau above the upper limit."""
     draws: PositiveInt = 1
     """Number of noise times drawn per row.
 

@@ -119,7 +119,10 @@ def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str) -> None:
-    """Insert a value at a path. A string in place of a table sets the kind of the table."""
+    """Insert a value at a path of a tree. `place`: name of the text in error messages.
+
+    A string where another text sets a table is a shorthand for the key `kind` of the table.
+    """
     for depth, key in enumerate(path[:-1], start=1):
         below = tree.setdefault(key, {})
         if isinstance(below, str):  # an earlier setting used the shorthand for {kind = "..."}

@@ -224,10 +224,11 @@ class Muon(torch.optim.Muon):
         group: dict[str, Any],
         turn: int,
     ) -> Tensor:
-        """Orthogonalize a matrix and return this rank's shard of the result.
+        """Orthogonalize the update of one matrix and return this rank's shard of the result.
 
-        `direction` is this rank's shard of the matrix. Rank `turn` (modulo the number of ranks)
-        orthogonalizes the whole matrix and broadcasts the result.
+        `direction` is this rank's shard of the update of `parameter`. Rank `turn` (modulo the
+        number of ranks) orthogonalizes the whole matrix and broadcasts the result. `group` contains
+        the settings of the Newton-Schulz iterations.
         """
         if not _is_sharded(parameter):
             return self._orthogonalize_whole(direction, group)
@@ -268,8 +269,9 @@ def orthogonalize(
     """Replace the singular values of a matrix by values near 1, by Newton-Schulz iterations.
 
     If U S V^T is the singular value decomposition of `matrix`, the result is U S' V^T with S' near
-    1. The matrix is first divided by its norm, which is at least `eps`. Then each of the `steps`
-    iterations is X <- a X + (b A + c A A) X, where A = X X^T and `coefficients` = (a, b, c).
+    1. The matrix is first divided by its norm, or by `eps` if the norm is smaller. Then each of the
+    `steps` iterations is X <- a X + (b A + c A A) X, where A = X X^T and `coefficients` = (a, b,
+    c).
     """
     a, b, c = coefficients
     is_wide = matrix.shape[0] <= matrix.shape[1]
