@@ -247,7 +247,7 @@ def _describe_type(model: type[BaseModel], location: Sequence[str | int]) -> str
 
 
 def _nested_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """List the keys of the table at `location`, nested in a component's table with the model `model`."""
+    """List the keys of a nested table at `location` in a component's table."""
     for key in location:
         if isinstance(key, int) or key not in model.model_fields:
             continue
