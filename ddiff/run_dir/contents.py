@@ -30,15 +30,17 @@ _PROBE = re.compile(
 
 @dataclass(frozen=True)
 class Contents:
-    """Entries of a directory, from one listing.
+    """Entries of a directory, read in one listing.
 
     Args:
         directory: the directory.
         names: names of all entries.
-        written: files and folders that a run wrote, in a safe order of deletion.
-        foreign: names of the entries that no run wrote, relative to the directory. The lock file is
-            in neither list.
+        written: files and folders that a run wrote, in an order of deletion that is safe if the
+            deletion is interrupted.
+        foreign: names of the entries that no run wrote, relative to the directory.
         has_own_recipe: whether ddiff wrote recipe.toml and the user added no comment to the file.
+
+    The lock file is neither in `written` nor in `foreign`.
     """
 
     directory: Path
@@ -51,8 +53,8 @@ class Contents:
 def classify_contents(directory: Path, also: Iterable[str] = ()) -> Contents:
     """Divide the entries of a directory into those that a run wrote and foreign entries.
 
-    `also`: names of files that the tracker of the run writes. Symbolic links are not followed, and
-    are always foreign.
+    `also`: names of files that the tracker of the run writes, which count as written by the run.
+    Symbolic links are not followed, and are always foreign.
     """
     entries = list(_list_entries(directory))
     written: list[Path] = []

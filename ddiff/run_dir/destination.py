@@ -56,8 +56,8 @@ def check_destination(
         argument: option or argument with the path, such as "ddiff eval --out", for messages.
         suffix: required ending of a file.
         folder: whether the output is a folder.
-        owned: function that returns whether ddiff wrote an existing file, so that the file may be
-            replaced; None: every file may be replaced.
+        owned: function (file) that returns whether ddiff wrote the existing file. A file that ddiff
+            did not write is not overwritten. None: every file may be overwritten.
 
     Raises ArgumentError if the path is not writable or must not be overwritten.
     """
@@ -127,7 +127,10 @@ def _resolve(name: str, argument: str) -> Destination:
 
 
 def _check_outside_runs(place: Destination, folder: bool) -> None:
-    """Check that a path is neither inside a checkpoint nor a file of a run."""
+    """Raise ArgumentError for a path inside a checkpoint and for a file of a run.
+
+    `folder`: whether the output is a folder.
+    """
     path = Path(place.path)
     # writing to a symbolic link replaces the link, so only the folders above a file are resolved
     real = path.resolve() if folder else path.parent.resolve() / path.name
@@ -146,7 +149,10 @@ def _check_outside_runs(place: Destination, folder: bool) -> None:
 def _check_existing(
     place: Destination, folder: bool, owned: Callable[[IO[bytes]], bool] | None
 ) -> None:
-    """Check that an existing path is of the expected type and may be replaced."""
+    """Raise ArgumentError if an existing path has the wrong type or must not be replaced.
+
+    `folder` and `owned` are described in `check_destination`.
+    """
     try:
         is_folder = place.system.isdir(place.path)
         is_file = place.system.isfile(place.path)

@@ -75,7 +75,11 @@ OBJECTS: dict[str, Shape] = {
 
 
 def _evaluation_figures(found: Mapping[str, Any]) -> Shape:
-    """Return the types of those keys in evaluation.json whose names contain the unit."""
+    """Return the types of those keys of evaluation.json whose names depend on its content.
+
+    An example is `nelbo_nats_per_token`, which contains the bound and the unit. `found` is the
+    content of the file.
+    """
     unit = found["unit"]
     return {
         f"{found['bound'].lower()}_nats_per_{unit}": NUMBER,
@@ -93,7 +97,15 @@ def _check_shape(
     *,
     allow_missing: bool = False,
 ) -> None:
-    """Raise CheckpointError if a key is missing or a value has a wrong type."""
+    """Raise CheckpointError if a key is missing or a value has a wrong type.
+
+    Args:
+        found: JSON object that was read.
+        shape: required keys with the types of their values.
+        path: file of the object, for the message.
+        where: place in the file, such as " in line 3", for the message.
+        allow_missing: whether keys may be missing.
+    """
     for key, types in shape.items():
         if key == "*":
             wrong = [name for name, value in found.items() if not _fits(value, types)]
@@ -247,7 +259,7 @@ def is_own_recipe(path: Path) -> bool:
 
 
 def check_entry_types(directory: Path) -> None:
-    """Raise CheckpointError if a run has a folder in place of a file, or the reverse."""
+    """Raise CheckpointError if a file of a run is a folder, or a folder of a run is a file."""
     for name in FILES:
         path = directory / name
         if path.is_dir():

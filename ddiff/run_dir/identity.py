@@ -119,8 +119,14 @@ def check_fingerprints(
 ) -> None:
     """Raise CheckpointError if components or data differ from those of a checkpoint.
 
-    The fingerprints in `names` are compared, by default all fingerprints in the checkpoint. A
-    fingerprint that is missing in the checkpoint of an earlier version is not compared.
+    Args:
+        place: run directory, for the message.
+        state: state of the checkpoint.
+        now: present fingerprints.
+        remedy: last sentence of the message.
+        names: fingerprints to compare; None: all fingerprints in the checkpoint.
+
+    A fingerprint that is missing in the checkpoint of an earlier version is not compared.
     """
     differences = compare_fingerprints(state.get("fingerprints", {}), now, names)
     raise_differences(place, differences, remedy)
@@ -176,9 +182,13 @@ def _compare_probabilities(trained: Sequence[float], now: Sequence[float]) -> Di
 def check_recorded(record: RunRecord, state: Mapping[str, Any], *, training: bool = False) -> None:
     """Raise CheckpointError if the record of a run does not belong to its checkpoint.
 
-    `state`: state of the checkpoint. `training`: as in `check_recipe`. No plugin is loaded. All
-    code that reads a checkpoint calls this function first: evaluation, sampling, export,
-    comparison, `--verify-resume`, `[train] init` and resumed training.
+    All code that reads a checkpoint calls this function first: evaluation, sampling, export,
+    comparison, `--verify-resume`, `[train] init` and resumed training. No plugin is loaded.
+
+    Args:
+        record: recipe and environment in the run directory.
+        state: state of the checkpoint.
+        training: whether training will resume, so that keys of [train] are also compared.
     """
     check_recipe(record.directory, state, record.recipe, training=training)
     recorded = record.environment.get("given")
@@ -192,7 +202,11 @@ def check_recorded(record: RunRecord, state: Mapping[str, Any], *, training: boo
 
 
 def recorded_overrides(record: RunRecord, state: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the components that a Python caller passed to replace components of the recipe."""
+    """Return the components that a Python caller passed to replace components of the recipe.
+
+    `state`: state of a checkpoint of the run. `record`: record of the run, which contains the
+    components if an earlier version of ddiff wrote the checkpoint.
+    """
     given = _saved_overrides(state)
     if given is None:  # an earlier version recorded the overrides only in environment.json
         return record.environment.get("given", {})
@@ -200,7 +214,10 @@ def recorded_overrides(record: RunRecord, state: Mapping[str, Any]) -> Mapping[s
 
 
 def _saved_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the overrides in a checkpoint, or None if an earlier version wrote it."""
+    """Return the components in a checkpoint that a Python caller passed.
+
+    Returns None if an earlier version of ddiff wrote the checkpoint, which did not store them.
+    """
     return state.get("made_with", {}).get("given")
 
 

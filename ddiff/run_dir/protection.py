@@ -22,7 +22,8 @@ LISTED_NAMES = 5  # largest number of names in a message
 def check_overwriting(contents: Contents, *, warn: bool = False) -> None:
     """Raise CheckpointError if a run would overwrite a file that ddiff did not write.
 
-    `warn`: print a warning if a new run is written to a directory with foreign files.
+    `contents`: entries of the run directory. `warn`: whether to print a warning if a new run is
+    written to a directory with foreign files.
     """
     if contents.has_own_recipe:
         return
@@ -66,7 +67,9 @@ def _check_names_free(directory: Path) -> None:
 
 
 def check_deleting(contents: Contents, source: str, inputs: Iterable[tuple[str, str]]) -> None:
-    """Raise CheckpointError if --fresh would delete anything that no run has written.
+    """Raise CheckpointError if the option --fresh would delete a file that no run has written.
+
+    The option --fresh deletes the existing run in a run directory.
 
     Args:
         contents: entries of the run directory.
@@ -126,7 +129,8 @@ def _find_protection(directory: Path, source: str) -> str | None:
 def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
     """Delete the files that a run wrote to a directory.
 
-    Raises CheckpointError, and deletes nothing, if the directory has other files.
+    `also`: names of files that the tracker of the run writes. Raises CheckpointError, and deletes
+    nothing, if the directory has other files.
     """
     also = set(also)
     # Listed again under the lock: another process may have written files since the checks.

@@ -15,11 +15,13 @@ Change = tuple[str, Any, Any]
 def check_resumable(directory: Path, changed: Iterable[Change], replaced: Iterable[Change]) -> None:
     """Raise CheckpointError if a trained run cannot resume with the present recipe.
 
+    A run can resume if only run_dir, [backend] and [evaluate] every differ, or [train] steps has
+    grown.
+
     Args:
         directory: directory of the run.
-        changed: differences between the recorded and the present recipe. run_dir, [backend] and
-            [evaluate] every may differ, and [train] steps may grow.
-        replaced: differences between the components that were passed from Python then and now.
+        changed: keys whose values differ between the recorded and the present recipe.
+        replaced: components passed from Python that differ between the recorded run and this run.
     """
     refused = []
     for key, old, new in changed:

@@ -24,7 +24,7 @@ from ddiff.training.protocols import Objective
 
 @dataclass(frozen=True)
 class Overrides:
-    """Components from a Python caller that replace the components of the recipe."""
+    """Vocabulary and process that a Python caller passed to replace those of the recipe."""
 
     vocabulary: Vocabulary | None = None
     process: ForwardProcess | None = None
@@ -70,9 +70,12 @@ def assemble(
     """Build the process, the denoiser and the objective of a recipe on `device`.
 
     The seed of the recipe determines the initial weights. `process` and `backbone` replace the
-    components of the recipe if they are not None. On the meta device, weights use no memory and are
-    not initialized, unless the constructor of a component computes with its weights. Raises
-    ArgumentError if the process was built on a different vocabulary.
+    components of the recipe if they are not None.
+
+    If `device` is the meta device, the weights use no memory and are not initialized. This does not
+    hold for a component whose constructor computes with its weights.
+
+    Raises ArgumentError if the process was built on a different vocabulary.
     """
     if process is None:
         process = build_process(recipe, vocabulary)

@@ -29,9 +29,10 @@ from ddiff.sampling.shaping import guide_network
 
 @dataclass(frozen=True)
 class SampleConditions:
-    """Conditions of B samples by name: a tensor [B] of labels or [B,d] of vectors.
+    """Conditions of B samples, by the name of the condition.
 
-    Labels are int64, and vectors are float32.
+    A label condition is an int64 tensor [B]. A vector condition of width d is a float32 tensor
+    [B,d].
     """
 
     values: Mapping[str, Tensor]
@@ -102,10 +103,10 @@ def _parse_values(name: str, value: Any, count: int, declared: Form | None) -> T
 
 
 def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
-    """Convert the labels of a condition to a tensor [count] long.
+    """Convert the labels of a condition to a long tensor [count].
 
-    Returns None for fractions, for a number of values other than 1 and `count`, and for labels out
-    of range.
+    Returns None if the labels are not valid: fractions, labels outside the range that `form`
+    declares, or a number of labels other than 1 and `count`.
     """
     if values.is_floating_point() or values.dim() > 1:
         return None
@@ -120,10 +121,10 @@ def _parse_labels(values: Tensor, count: int, form: Label) -> Tensor | None:
 
 
 def _parse_vectors(values: Tensor, count: int, form: Vector) -> Tensor | None:
-    """Convert the vectors of a condition to a tensor [count,d] float32.
+    """Convert the vectors of a condition to a float32 tensor [count,d].
 
-    Returns None for a number of vectors other than 1 and `count`, for a width d other than the
-    width that `form` declares, and for NaN or infinity.
+    Returns None if the vectors are not valid: NaN or infinity, a width d other than the width that
+    `form` declares, or a number of vectors other than 1 and `count`.
     """
     # NaN marks an absent vector in training, so a given vector must be finite
     if values.dim() not in (1, 2) or not bool(values.isfinite().all()):
@@ -222,7 +223,11 @@ def check_sampling(recipe: Recipe, model: Model) -> SamplingPlan:
 
 
 def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: float) -> None:
-    """Raise ArgumentError unless the model was also trained without each condition."""
+    """Raise ArgumentError unless guidance with the given conditions is possible.
+
+    Guidance compares the distributions with and without the conditions. The model must therefore
+    have been trained without each condition too (with a dropout above 0).
+    """
     if not conditions.values:
         raise ArgumentError(
             f"guidance: a weight of {guidance} needs a condition; got no condition. Give "
@@ -240,9 +245,9 @@ def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: 
 def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> None:
     """Raise ArgumentError if the sampler queries a block diffusion model at all positions at once.
 
-    A block diffusion model is trained to predict each block from the clean blocks before this
-    block. In training, the model never attends to noisy tokens after the predicted block. The model
-    is recognized by a time rule that divides a row into several blocks.
+    A block diffusion model is trained to predict each block from the clean tokens of the previous
+    blocks. In training, the model never attends to noisy tokens after the predicted block. A model
+    counts as a block diffusion model if its time rule divides a row into several blocks.
     """
     if objective.times is None or not sampler.looks_ahead:
         return

@@ -1,4 +1,4 @@
-"""Cost of a model: parameters, FLOPs, logits and bytes; peak FLOPs of a device."""
+"""Cost of a model (parameters, FLOPs, logits and bytes), and peak FLOPs of a device."""
 
 from __future__ import annotations
 
@@ -61,9 +61,11 @@ def count_parameters(module: nn.Module) -> int:
 class Footprint:
     """Bytes of memory on one rank during training.
 
-    `activations`: peak bytes during a step, minus the bytes that are allocated between steps.
+    `parameters`, `gradients`, `optimizer`: bytes of weights, gradients and optimizer state.
+    `activations`: peak bytes during a step, minus the bytes that stay allocated between steps.
     `average`: bytes of the exponential moving average. `exchange`: bytes of the communication
-    buffers, which contain gradients under DDP, and gathered weights and their gradients under FSDP.
+    buffers. Under DDP the buffers contain gradients, and under FSDP gathered weights and their
+    gradients.
     """
 
     parameters: float
@@ -102,10 +104,10 @@ class Footprint:
 
 
 def gathered_bytes(denoiser: Denoiser) -> int:
-    """Return the bytes of weights that FSDP gathers at once.
+    """Return the largest number of bytes of weights that FSDP gathers at the same time.
 
     FSDP gathers all weights outside the blocks of the backbone, and the weights of one block. The
-    largest block is counted.
+    result is the number of bytes for the largest block.
     """
     blocks = [num_bytes(block.parameters()) for block in find_blocks(denoiser)]
     return num_bytes(denoiser.parameters()) - sum(blocks) + max(blocks, default=0)

@@ -163,12 +163,13 @@ class RunData:
         return found
 
     def batch_at(self, step: int, micro: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return the rows of one micro-batch of one rank, on the CPU.
+        """Return micro-batch `micro` of rank `rank` at a training step, on the CPU.
 
-        A slot is an index of a row in the global batch. Slot s at step k contains the row with
-        index `order(seed, k * batch + s)`, where `order` shuffles the training rows. The global
-        batch therefore depends neither on the number of ranks nor on the number of micro-batches.
-        Each pair (micro-batch, rank) gets the same number of slots, in lexicographic order.
+        A slot is an index of a row in the global batch. At step k, slot s contains the row with the
+        index `order(seed, k * batch + s)`. Here `batch` is the number of slots, and `order`
+        shuffles the training rows. The global batch therefore depends neither on the number of
+        ranks nor on the number of micro-batches. Each pair (micro-batch, rank) gets the same number
+        of consecutive slots, and the pairs are in lexicographic order.
         """
         keys = self.recipe.train
         size = keys.batch // (keys.accumulate * world_size)
@@ -183,8 +184,9 @@ class RunData:
     def _draw_prefixes(self, step: int, index: Tensor) -> Tensor:
         """Draw the lengths of the clean prefixes of B rows.
 
-        `index`: slots of the rows in the batch. With probability [train] prefix, the length is
-        uniform on 0..L-1, where L is [data] length. Otherwise the length is 0.
+        With probability [train] prefix, the length is uniform on 0..L-1, where L is [data] length.
+        Otherwise the length is 0. `index` [B]: slots of the rows in the global batch, which select
+        the random numbers.
         """
         # two uniforms per row: the first decides about a prefix, the second is its length
         uniforms = CounterRng(self.recipe.seed, step, index, 2).uniform("prefix")

@@ -41,10 +41,17 @@ def check_directory(
 ) -> None:
     """Raise an error if a recipe must not be run in its directory.
 
-    If `fresh` is True, raise an error if the directory must not be emptied. A run can resume only
-    if its recipe equals the recorded recipe, except for run_dir, [backend], [evaluate] every, and a
-    larger number [train] steps. A file that ddiff did not write is never overwritten or deleted.
-    `warn`: print a warning if a new run is written to a directory that contains other files.
+    A run can resume only if its recipe equals the recorded recipe, except for run_dir, [backend],
+    [evaluate] every, and a larger number [train] steps. A file that ddiff did not write is never
+    overwritten or deleted.
+
+    Args:
+        recipe: recipe of the run.
+        overrides: components from a Python caller that replace components of the recipe.
+        fresh: whether the existing run is to be deleted. If so, an error is raised if the directory
+            must not be emptied.
+        warn: whether to print a warning if a new run is written to a directory that contains other
+            files.
     """
     directory = Path(recipe.run_dir)
     tracked = tracked_names(recipe)

@@ -21,7 +21,8 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
 
     The checks cover the run directory, the existence of input files, the device and the memory. If
     the recipe determines the number of tokens, the model is also built on the meta device, with a
-    placeholder vocabulary of the same shape. Raises a DdiffError if a check fails.
+    placeholder vocabulary of the same shape. `fresh`: whether the run would delete an existing run.
+    Raises a DdiffError if a check fails.
     """
     check_directory(recipe, NO_OVERRIDES, fresh, warn=True)
     device = check_backend(recipe)

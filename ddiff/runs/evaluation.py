@@ -62,10 +62,10 @@ def score_texts(
     draws: int,
     conditions: Mapping[str, Any],
 ) -> Evaluation:
-    """Compute the likelihood bound of given texts.
+    """Compute the likelihood bound of given texts, each of which is a separate document.
 
-    Each text is a separate document. `conditions` maps a name to one value for all texts or to one
-    value per text.
+    `draws`: number of independent draws of noise times and noise per text. `conditions` maps the
+    name of a condition to one value for all texts or to one value per text.
     """
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
         raise ArgumentError(
@@ -99,8 +99,15 @@ def score_rows(
 ) -> Evaluation:
     """Compute the likelihood bound of selected rows, with the settings of [evaluate].
 
-    `numbers`: indices of the rows, an array [R]. `conditions`: conditions of every document from
-    which the rows were packed.
+    Args:
+        model: denoiser with its process and objective.
+        rows: rows from which `numbers` selects.
+        recipe: recipe of the run.
+        tokenizer: tokenizer of the rows.
+        numbers: indices of the selected rows, an array [R].
+        draws: number of independent draws of noise times and noise per row.
+        conditions: conditions of the documents from which the rows were packed.
+        console: console for the progress bar.
     """
     keys = recipe.evaluate
     # The bytes of symbols have no meaning, and the number of bytes in a subset of rows is unknown.

@@ -24,7 +24,10 @@ from ddiff.runs.summary import print_evaluation
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Evaluation with its baselines. `written`: the content of evaluation.json as a dict."""
+    """Evaluation with its baselines.
+
+    `written` is the content of evaluation.json as a dict.
+    """
 
     evaluation: Evaluation
     baselines: Baselines
@@ -37,8 +40,8 @@ class EvaluationReport:
 def evaluate_once(run: Run) -> EvaluationReport:
     """Evaluate a run and write evaluation.json.
 
-    If the file already contains an evaluation of the same step with the same settings, the file is
-    read instead.
+    If evaluation.json already contains the evaluation of the same step with the same settings, the
+    evaluation is not repeated, and the file is read.
     """
     path = run.run_dir / EVALUATION
     saved = read_json(path)
@@ -50,7 +53,10 @@ def evaluate_once(run: Run) -> EvaluationReport:
 
 
 def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationReport | None:
-    """Return the evaluation in `saved`, or None if step or settings differ from the run."""
+    """Return the evaluation in `saved`, the content of evaluation.json at `path`.
+
+    Returns None if the step or the settings of the evaluation differ from those of the run.
+    """
     wanted, protocol = _settings(run)
     # other keys, such as the batch size or the version, do not change the figures
     found = {**saved, **saved["protocol"]}
@@ -84,7 +90,11 @@ def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
 
 
 def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return two dicts: the evaluated step and weights, and the settings of the evaluation."""
+    """Return what an evaluation depends on, as two dicts.
+
+    - The step and the weights ("ema" or "trained") that are evaluated.
+    - The settings of the evaluation.
+    """
     keys = run.recipe.evaluate
     wanted = {"step": run.step, "weights": "ema" if run.uses_ema else "trained"}
     return wanted, {"draws": keys.draws, "seed": keys.seed, **run.protocol()}
@@ -150,7 +160,10 @@ def _find_changes(run: Run) -> list[Difference]:
 def _mark_changed(
     run: Run, report: EvaluationReport, changed: list[Difference]
 ) -> EvaluationReport:
-    """Print a warning that the results belong to other data, and record the differences."""
+    """Print a warning that the data have changed since training or evaluation, and record the changes.
+
+    `changed` lists the data with their fingerprints. The returned report contains this list.
+    """
     differences = [str(difference) for difference in changed]
     print(
         f"These results are for other data than the data of training and evaluation of "

@@ -24,7 +24,10 @@ from ddiff.run_dir.identity import check_fingerprints, check_recorded
 def load_initial_weights(
     denoiser: Denoiser, tokenizer: Tokenizer, init: InitKeys
 ) -> dict[str, Any]:
-    """Load the weights that [train] init selects. Returns a record for environment.json."""
+    """Load the weights that [train] init selects into `denoiser`.
+
+    Returns a record of the source of the weights, for environment.json.
+    """
     if init.run is None:
         return load_model_weights(denoiser, tokenizer, str(init.model))
     return load_run_weights(denoiser, tokenizer, init.run, init.parts)
@@ -71,8 +74,8 @@ def load_run_weights(
 ) -> dict[str, Any]:
     """Load the weights of another run with the same tokenizer, for [train] init.
 
-    `parts`: "all" for all weights, "embeddings" for the state embeddings only. Raises DataError if
-    the tokenizers differ.
+    `parts`: "all" for all weights, "embeddings" for only the embeddings of tokens, tree nodes and
+    mask. Raises DataError if the tokenizers differ.
     """
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()

@@ -60,8 +60,8 @@ COPIES = 4  # of all parameters with AdamW: weights, gradients and two moments
 class Cost(NamedTuple):
     """Counted cost of a recipe.
 
-    FLOPs are per token of one forward pass. Bytes are those of one process that stores the whole
-    model.
+    `backbone_flops` and `head_flops` are per token of one forward pass. Bytes are those of one
+    process that stores the whole model.
     """
 
     parameters: Parameters
@@ -90,7 +90,8 @@ class Pace(NamedTuple):
 class InitialLoss(NamedTuple):
     """Expected loss before the first training step, in nats per token.
 
-    Before training, the distribution that the head predicts does not depend on the backbone.
+    Before training, the distribution that the head predicts depends only on the biases of the head.
+    The expected loss can therefore be computed without the backbone.
     """
 
     mean: float  # over rows, times and noise
@@ -125,7 +126,7 @@ class Measurement:
     def is_off(self) -> bool:
         """True if the loss of the first training step differs from the expected initial loss.
 
-        Both losses are computed on the same rows, diffusion times and noise.
+        Both losses are computed on the same rows, noise times and noise.
         """
         if self.initial is None:
             return False
@@ -145,7 +146,10 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 
 def _single_process(recipe: Recipe, directory: str) -> Recipe:
-    """Return a recipe for one process, with its share of the batch."""
+    """Return the recipe with a backend of one process and the batch of one process.
+
+    The run directory of the returned recipe is `directory`. The recipe has no tracker.
+    """
     settings = [
         f"run_dir={json.dumps(directory)}",
         f"train.batch={recipe.train.batch // recipe.backend_keys.processes}",
@@ -350,9 +354,10 @@ def _unigram_entropy(run: Run) -> float:
 
 @final
 class MemoryWatch:
-    """Measurement of peak memory during training, above the memory in use after `window` steps.
+    """Measurement of the peak memory of training steps, by the callback `on_step`.
 
-    `bytes` is the measured difference after step `last`.
+    The memory in use after step `window` is the baseline. After step `last`, `bytes` is the peak
+    memory since step `window` minus the baseline.
     """
 
     def __init__(self, device: torch.device, window: int, last: int) -> None:
@@ -390,10 +395,10 @@ def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]
 
 
 def _window(count: int) -> int:
-    """Return the number of steps between two reports: `count` / 4, or 1.
+    """Return the number of steps between two reports: a quarter of `count`, the number of steps.
 
-    The number is 1 if 4 does not divide `count`. The host waits for the device at each report, so
-    frequent reports would slow training down.
+    If `count` is not divisible by 4, the result is 1. The host waits for the device at each report,
+    so frequent reports would slow training down.
     """
     return count // 4 if count % 4 == 0 else 1
 
@@ -492,7 +497,8 @@ def _loss(
 ) -> float:
     """Return the loss of an objective on a batch, in nats per token.
 
-    The sum over tokens is divided by `tokens`, or by the counts of the batch if `tokens` is None.
+    `slots`: number of sequences in the global batch. The sum over tokens is divided by `tokens`. If
+    `tokens` is None, the sum is divided by the number of scored tokens in `batch`.
     """
     counts = {}
     for name, count in objective.counts(batch).items():

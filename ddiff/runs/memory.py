@@ -1,7 +1,7 @@
-"""Check that a lower bound of the memory of a run fits into the machine.
+"""Check that a run does not need more memory than the machine has.
 
-A run that would fit is never refused. `ddiff run --dry-run --measure` measures the memory that a
-run uses.
+The check compares a lower bound of the memory of the run. A run that would fit is therefore never
+refused. `ddiff run --dry-run --measure` measures the memory that a run uses.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 class MemoryNeed:
     """Lower bound of the bytes on one device.
 
-    `standing`: bytes that are allocated during the whole training. `rows`: bytes that are allocated
-    during a training step. `sampling`: bytes that are allocated during sampling.
+    `standing`: bytes that stay allocated during the whole training. `rows`: bytes that are
+    allocated for the rows of a training step. `sampling`: bytes that are allocated during sampling,
+    which follows training.
     """
 
     standing: float
@@ -41,14 +42,15 @@ class MemoryNeed:
 
 
 def check_memory(recipe: Recipe, denoiser: Denoiser | None, device: torch.device) -> str:
-    """Return one line, such as `fits: 2.1 M parameters, ...`.
+    """Check that a lower bound of the memory of a run fits into the memory of the device.
+
+    Returns one line, such as `fits: 2.1 M parameters, ...`. Raises ArgumentError if the run does
+    not fit.
 
     Args:
         recipe: recipe of the run.
         denoiser: network of the run, possibly on the meta device; None if its size is unknown.
         device: device of the run.
-
-    Raises ArgumentError if the lower bound of the run's memory exceeds the memory of the device.
     """
     room = total_memory(device)
     sizes = _describe_sizes(recipe, denoiser)

@@ -13,11 +13,10 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 def sample_noising(process: ForwardProcess | None) -> list[float]:
     """Return probabilities of a process that identify its settings and its code.
 
-    q_t(z | x) is the probability that token x is in state z at time t. The probabilities are
-    evaluated at five times t, for the first, the middle and the last token x of the vocabulary. For
-    each pair (t, x) the list contains three numbers: q_t(x | x), q_t(z* | x) for the most likely
-    state z* of the prior, and sum_z q_t(z | x)^2, which depends on every state z. Returns [] if
-    `process` is None.
+    Let q_t(z | x) be the probability that token x is in state z at time t, and z* the most likely
+    state of the prior. For each of five times t, and for the first, the middle and the last token x
+    of the vocabulary, the list contains three numbers: q_t(x | x), q_t(z* | x), and sum_z q_t(z |
+    x)^2. The sum depends on every state z. Returns [] if `process` is None.
     """
     if process is None:
         return []

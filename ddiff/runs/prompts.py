@@ -1,4 +1,4 @@
-"""Prompts and infill texts: parts of a sample that are given."""
+"""Prompts and infill texts, whose tokens are given and not sampled."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
 class Template(NamedTuple):
     """Sequence of n tokens, of which some are given and the others are sampled.
 
-    `ids`: a tensor [n] long. `given`: a tensor [n] bool. The sampler keeps the ids of positions at
-    which `given` is True, and samples the other positions. If `whole` is True, the sample ends
-    after n tokens. Otherwise the sampler continues after the template.
+    text: text from which the template was encoded.
+    ids: long tensor [n]. The sampler keeps the ids of the given positions.
+    given: bool tensor [n], True at positions whose token is given. All other positions are sampled.
+    whole: True for an infill text: the sample ends after n tokens. False for a prompt: the sampler
+        continues after the template.
     """
 
     text: str
@@ -41,9 +43,9 @@ class Template(NamedTuple):
 class Frame(NamedTuple):
     """Batch of B templates, padded to L positions.
 
-    `tokens`: a tensor [B,L] long. `clamped`: a tensor [B,L] bool, True at positions whose token the
-    sampler keeps. `valid`: a tensor [B,L] bool, False after the end of a whole template; None if
-    every position is valid.
+    tokens: long tensor [B,L]. clamped: bool tensor [B,L], True at positions whose token the sampler
+    keeps. valid: bool tensor [B,L], False after the end of an infill text; None if every position
+    is valid.
     """
 
     tokens: Tensor
@@ -68,7 +70,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
 
 
 def encode_infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
-    """Encode a text with gaps: `She [MASK:8] to Bath` has eight free tokens.
+    """Encode a text with gaps: `She [MASK:8] to Bath` has a gap of eight tokens, which are sampled.
 
     The sample ends at the end of the text. One space before a gap is removed, since sampled tokens
     contain their own spaces. Raises ArgumentError for a text without a gap, for a gap of 0 tokens,
@@ -143,7 +145,7 @@ def check_no_suffix(templates: Iterable[Template], subject: str, remedy: str) ->
 def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame:
     """Pad templates to `length` positions.
 
-    Positions after the end of a whole template contain the id `filler` and are not valid.
+    Positions after the end of an infill text contain the token id `filler` and are not valid.
     """
     shape = (len(templates), length)
     tokens = torch.full(shape, filler)

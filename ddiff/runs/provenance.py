@@ -36,7 +36,8 @@ def check_checkpoint(
 ) -> None:
     """Raise CheckpointError if a checkpoint was trained with components other than the run's.
 
-    The comparison includes the tokenizer, the vocabulary and probabilities of the forward process.
+    The compared components are the tokenizer, the vocabulary and the forward process. The forward
+    process is compared by some of its probabilities.
     """
     run_dir = Path(data.recipe.run_dir)
     components = component_fingerprints(data, model)

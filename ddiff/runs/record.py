@@ -34,8 +34,8 @@ def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None
     """Write the recipe and components of a run, so that `ddiff.load` needs no training data.
 
     `init`: record of the weights that [train] init loaded; None when training resumes. The recipe
-    is written first. If the process is killed early, the directory of every other file therefore
-    contains the recipe.
+    is written before all other files. If the process is killed early, a directory with any file of
+    a run therefore also contains the recipe.
     """
     directory = run.run_dir
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None
 
 
 def describe_layout(backend: Backend) -> dict[str, Any]:
-    """Return the layout: torch version, machine, threads, device and processes of a backend.
+    """Return the layout of a backend: torch version, machine, threads, device and processes.
 
     With equal layouts, two computations of the same training step are bitwise identical.
     """
@@ -82,7 +82,7 @@ def resolve_recorded(record: RunRecord) -> Mapping[str, Any]:
 
 
 def read_recorded_steps(directory: Path) -> int | None:
-    """Read [train] steps of the run in a directory, or None without a run."""
+    """Return the number [train] steps of the run in a directory, or None if there is no run."""
     if not (directory / RECIPE).is_file():
         return None
     steps = resolve_recorded(RunRecord.read(directory)).get("train", {}).get("steps")

@@ -1,10 +1,12 @@
 """Replay of recorded training steps: `ddiff run --verify-resume K`.
 
 The replay must reproduce the lines of `metrics.jsonl`, except for wall-clock times. If the replayed
-steps end at a checkpoint, the replay must also reproduce the state of the checkpoint. The layout of
-a run consists of `[backend]`, device, processes, threads and version of torch. If the replay has
-the layout of the recorded run, the results must be bitwise identical. In another layout, floating-
-point sums have another order, and differences up to the constants below are allowed.
+steps end at a checkpoint, the replay must also reproduce the state of the checkpoint.
+
+The layout of a run consists of `[backend]`, device, processes, threads and version of torch. If the
+replay has the layout of the recorded run, the results must be bitwise identical. In another layout,
+floating-point sums are computed in another order. Differences up to the constants ROUNDING and
+ROUNDING_OF_WEIGHTS are then allowed.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ Record = Mapping[str, float]
 
 
 class Span(NamedTuple):
-    """Range of training steps to replay: steps `start` + 1 to `end`.
+    """Range of training steps to replay: from step `start` + 1 to step `end`.
 
-    `has_state`: whether the run has a checkpoint of step `end`.
+    `has_state`: whether the run has a checkpoint of step `end`, with which the replay is compared.
     """
 
     start: int
@@ -54,7 +56,7 @@ class Span(NamedTuple):
 
 
 class Deviation(NamedTuple):
-    """Largest of several relative differences, and the place of the largest difference."""
+    """Largest of several relative differences, and the name of the value with this difference."""
 
     size: float
     where: str
@@ -129,16 +131,16 @@ def _make_empty(folder: Path) -> None:
 def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
     """Choose the training steps to replay.
 
+    The replay starts at the newest checkpoint with at least `steps` recorded steps after it. If
+    there is no such checkpoint, the replay starts at the newest checkpoint with any recorded step
+    after it. The replay ends at the last checkpoint within `steps` steps of the start, so that the
+    training states can be compared. If there is no such checkpoint, the replay ends after `steps`
+    steps or at the last recorded step.
+
     Args:
         checkpoints: steps of the checkpoints. Step 0 counts as a checkpoint too.
         recorded: number of steps in metrics.jsonl.
         steps: largest number of steps to replay.
-
-    The replay starts at the newest checkpoint with at least `steps` recorded steps after it. If
-    there is no such checkpoint, the replay starts at the newest checkpoint with any recorded step
-    after it. The replay ends at the last checkpoint within `steps` steps of the start, so that the
-    training states can be compared. If there is no checkpoint to end at, the replay ends after
-    `steps` steps or at the last recorded step.
     """
     starts = [start for start in (0, *checkpoints) if start < recorded]
     if not starts:
@@ -160,7 +162,15 @@ def choose_span(checkpoints: Sequence[int], recorded: int, steps: int) -> Span:
 def _compare(
     directory: Path, folder: Path, span: Span, recorded: Sequence[Record], is_exact: bool
 ) -> int:
-    """Print the differences between replay and record. Return the exit code."""
+    """Print the differences between replay and record, and return the exit code.
+
+    Args:
+        directory: directory of the run.
+        folder: folder of the replay.
+        span: replayed steps.
+        recorded: lines of metrics.jsonl of the run.
+        is_exact: whether the results must be bitwise identical.
+    """
     origin = f"step {span.start}" if span.start else "the beginning"
     expected = "in another layout: equality up to rounding is expected"
     if is_exact:

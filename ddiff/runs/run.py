@@ -112,7 +112,7 @@ class Run:
     def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
         """Compute the likelihood bound of the validation text, and n-gram baselines.
 
-        In each draw, every token of the evaluated rows is scored at one diffusion time. Raises
+        In each draw, every token of the evaluated rows is scored at one noise time. Raises
         CheckpointError if the data differ from the data of training, unless `changed_data` is True.
         """
         # checked here and not in `ddiff.load`, which must work without the data
@@ -133,9 +133,9 @@ class Run:
     ) -> Evaluation:
         """Compute the likelihood bound of given texts, one document per text.
 
-        `draws`: number of independent draws of diffusion times and noise per text. More draws
-        narrow the interval and do not change the expected bound. `conditions`: maps the name of a
-        condition to one value for all texts or to a list with one value per text.
+        `draws`: number of independent draws of noise times and noise per text. More draws narrow
+        the confidence interval and do not change the expected bound. `conditions`: maps the name of
+        a condition to one value for all texts or to a list with one value per text.
         """
         return score_texts(self.model, self.recipe, self.tokenizer, texts, draws, conditions or {})
 

@@ -22,7 +22,7 @@ from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Arguments of `Run.sample`. The default of an argument that is None is in the recipe."""
+    """Arguments of `Run.sample`. An argument that is None has the value in the recipe."""
 
     count: int | None = None
     steps: int | None = None
@@ -130,7 +130,7 @@ def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
 
 
 class _BatchSampler:
-    """Sampling of batches. Each sample is returned as a dictionary."""
+    """Sampler of batches, which returns each sample as a dictionary."""
 
     def __init__(self, plan: SamplingPlan, tokenizer: Tokenizer, length: int, seed: int) -> None:
         self.plan = plan
@@ -178,7 +178,10 @@ class _BatchSampler:
         ]
 
     def _cut(self, rows: list[list[int]], templates: Sequence[Template]) -> list[list[int]]:
-        """Truncate each row of an infill template to the length of the template."""
+        """Truncate each sample of an infill text to the length of the text.
+
+        `rows` are the token ids of the samples, and `templates` their prompts or infill texts.
+        """
         if not templates:
             return rows
         return [

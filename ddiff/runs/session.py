@@ -169,8 +169,8 @@ class TrainingSession:
     def distribute(self) -> None:
         """Prepare the network for training with the settings of [backend].
 
-        The blocks are compiled, then activation checkpointing is enabled, then the network is
-        wrapped for DDP or FSDP.
+        The blocks of the backbone are compiled. Then the recomputation of activations is enabled.
+        Finally the network is wrapped for DDP or FSDP.
         """
         keys = self.recipe.backend_keys
         objective = self.run.objective
@@ -192,8 +192,8 @@ class TrainingSession:
     ) -> Trainer:
         """Build the trainer of the recipe.
 
-        `folder`, `end` and `tracker` replace the run directory, the last step and the tracker of
-        the recipe if they are not None. A replay passes all three arguments.
+        If `folder`, `end` and `tracker` are not None, they replace the run directory, the last step
+        and the tracker of the recipe. A replay of recorded steps passes all three arguments.
         """
         keys = self.recipe.train
         objective = self.run.objective
@@ -217,7 +217,11 @@ class TrainingSession:
         )
 
     def rng_at(self, step: int, batch: Batch) -> CounterRng:
-        """Return the random generator of a batch, which depends on seed, step and slots."""
+        """Return the random generator of a batch at a step.
+
+        The random numbers depend on the seed, the step and the indices of the rows in the global
+        batch.
+        """
         return CounterRng(self.recipe.seed, step, batch.index, self.recipe.length)
 
     def _trainer_settings(self, end: int | None) -> TrainerSettings:

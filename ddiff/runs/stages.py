@@ -92,7 +92,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
 def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) -> None:
     """Run `ddiff sample`: print one JSON line per sample.
 
-    `arguments` are keyword arguments of `Run.sample`.
+    `count` and `arguments` are arguments of `Run.sample`.
     """
     for sample in load(run_dir).sample(count, **arguments):
         print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
@@ -134,7 +134,11 @@ def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run 
 
 
 def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
-    """Train to the last step. Resume from the newest checkpoint unless `fresh` is True."""
+    """Train to the last step of the recipe.
+
+    Training resumes from the newest checkpoint. If `fresh` is True, the existing run is deleted
+    and training starts from the beginning.
+    """
     recipe = session.recipe
     leads = session.backend.rank == 0
     check_sampling(recipe, session.run.model)
@@ -154,7 +158,10 @@ def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
 
 
 def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> None:
-    """Write the recipe and the components of the run, and print the first step."""
+    """Write the recipe and components of the run, and print the step at which training starts.
+
+    `init`: record of the weights that [train] init loaded; None when training resumes.
+    """
     recipe = session.recipe
     backend = session.backend
     recorded = None

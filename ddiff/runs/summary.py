@@ -20,7 +20,10 @@ from ddiff.training.settings import TrainingSummary
 def print_start(
     name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str
 ) -> None:
-    """Print number of parameters, dtypes and device to standard error."""
+    """Print the number of parameters, the dtypes and the device to standard error.
+
+    `kind` is the kind of the backend, such as "ddp".
+    """
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     weights = _dtype_name(next(denoiser.parameters()).dtype)
     products = ""
@@ -46,8 +49,11 @@ def _multiplies_bfloat16() -> bool:
 def print_resume(done: int, steps: int, recorded: int | None) -> None:
     """Print the step from which a run resumes.
 
-    `recorded`: [train] steps of the recorded recipe, on which the learning rate of previous steps
-    depends; None if the learning rate does not depend on this number.
+    Args:
+        done: number of finished steps.
+        steps: number of steps of the present recipe.
+        recorded: number of steps of the recorded recipe, which determined the learning rate until
+            now; None if the learning rate does not depend on the number of steps.
     """
     if done >= steps:
         line = f"All {steps} steps are done."
@@ -115,7 +121,8 @@ def print_evaluation(
 ) -> None:
     """Print the bound, its terms, the parts of the diffusion term, and the baselines.
 
-    `entropy_rate`: entropy rate of the source in nats per symbol; None if it is unknown.
+    `counted`: unigram and bigram baselines. `entropy_rate`: entropy rate of the source in nats per
+    symbol; None if it is unknown.
     """
     # with soft_wrap, a line that is longer than the terminal is not cut
     console = console or Console(soft_wrap=True, highlight=False)

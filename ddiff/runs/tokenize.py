@@ -28,8 +28,8 @@ class Prepared(NamedTuple):
 def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
     """Tokenize the text of a recipe and write the shards to the cache.
 
-    A run of the recipe then uses the cached shards. `out`: folder or fsspec URL to which the shards
-    are also copied, or None. Shards that already exist are verified by their checksums.
+    A run of the recipe then uses the cached shards. Shards that already exist are verified by their
+    checksums. `out`: folder or fsspec URL to which the shards are also copied, or None.
     """
     target = None
     if out is not None:
@@ -70,9 +70,9 @@ def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) ->
 
 
 def _verify_or_time(shards: Shards, began: float) -> str:
-    """Return a remark on the speed of tokenization.
+    """Return a remark on the speed of tokenization, or on the checksums.
 
-    If no shard was written since the time `began`, verify the checksums of the shards instead.
+    If no shard was written since the time `began`, the checksums of all shards are verified.
     """
     tokens, seconds = shards.written_since(began)
     if not tokens:
