@@ -160,7 +160,7 @@ def _find_changes(run: Run) -> list[Difference]:
 def _mark_changed(
     run: Run, report: EvaluationReport, changed: list[Difference]
 ) -> EvaluationReport:
-    """Print a warning that the data have changed since training or evaluation, and record the changes.
+    """Warn that the data have changed since training or evaluation, and record the changes.
 
     `changed` lists the data with their fingerprints. The returned report contains this list.
     """
