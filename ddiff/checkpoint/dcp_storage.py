@@ -204,7 +204,8 @@ def write_tensors(
 ) -> None:
     """Write contiguous CPU tensors to a safetensors file.
 
-    The tensors are written one by one, without a copy in memory.
+    The tensors are written one by one, without a copy in memory. `metadata`: texts by name that are
+    stored in the header of the file.
     """
     header = _build_header(tensors, metadata)
     file.write(len(header).to_bytes(8, "little") + header)
@@ -256,10 +257,11 @@ def _begin_of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def deduplicate(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Remove tied tensors from `tensors`, except one tensor of each group.
+    """Keep only one tensor of each group of tied tensors.
 
-    Return (tensors by name, alias -> name of the kept tensor). The result is the same on all ranks,
-    even if a rank has an empty shard of a tensor.
+    Return two dictionaries: the kept tensors by name, and the name of the kept tensor for the name
+    (alias) of each removed tensor. The result is the same on all ranks, even if a rank has an empty
+    shard of a tensor.
     """
     names: dict[tuple[Any, ...], str] = {}
     once: dict[str, Tensor] = {}

@@ -206,8 +206,9 @@ class SourceCorpus:
                 )
 
     def train_chunks(self, cursor: Any = None) -> Iterator[Chunk]:
-        """Yield the chunks of the training source, including documents held out by hash.
+        """Yield the chunks of the training source.
 
+        The chunks also contain the documents that their hash assigns to the validation part.
         `cursor`: position in the source after which reading begins; None: the start of the source.
         """
         return self.source.chunks(cursor, part=None if self.validation_source is None else TRAIN)

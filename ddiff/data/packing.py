@@ -251,8 +251,9 @@ def pack_stream(
 ) -> PackedRows:
     """Pack the token stream of a part into rows of `length` tokens.
 
-    With `separate`, each document starts a new row. Raises DataError if the stream has no token, or
-    if the unit of the tokenizer is "symbol" and a document does not have `length` symbols.
+    With `separate`, each document starts a new row. Raises DataError if the stream has no token. If
+    the unit of the tokenizer is "symbol", all documents must have `length` symbols, and DataError
+    is raised for a document of another length.
     """
     if length < 1:
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
@@ -318,9 +319,10 @@ def batch_rows(
 
 
 def chunks_of(documents: Dataset, part: str = TRAIN) -> Iterator[Chunk]:
-    """Divide a data set into chunks of documents, without cursors.
+    """Divide a data set in memory into chunks of consecutive documents.
 
-    `part` is the part of every chunk: "train" or "validation".
+    `part` is the part of every chunk: "train" or "validation". The chunks have no cursor, so
+    reading cannot resume between two chunks.
     """
     for batch in documents.iter(DOCUMENTS_AT_ONCE):
         yield Chunk(batch["text"], None, part, batch.get("name", []))

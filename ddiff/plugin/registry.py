@@ -81,10 +81,10 @@ def _preview_nothing(config: ComponentConfig) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """Members of a component that the engine uses. All members except `build` have defaults.
+    """Attributes that the engine reads from a component. All except `build` have defaults.
 
-    A component is any object with the member `build`, and needs no base class. The engine accesses
-    all other members through this class.
+    A component is any object with the attribute `build`, and needs no base class. The engine reads
+    the attributes of a component only through this class.
     """
 
     build: Callable[..., Any] | None = None
@@ -303,8 +303,9 @@ def duplicate_error(first: Component, second: Component) -> PluginError:
 def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[None]:
     """Convert exceptions of plugin code in a `with` block, including SystemExit, to PluginError.
 
-    A KeyboardInterrupt that the plugin raised is converted. A KeyboardInterrupt after Ctrl-C is not
-    converted. To distinguish the two cases, a signal handler records whether SIGINT arrived.
+    `convert`: function that returns the PluginError for an exception. A KeyboardInterrupt that the
+    plugin raised is converted. A KeyboardInterrupt after Ctrl-C is not converted. To distinguish
+    the two cases, a signal handler records whether SIGINT arrived.
     """
     interrupts: list[int] = []
     previous: Any = None

@@ -267,9 +267,10 @@ class Table(NamedTuple):
     """Description of one table of a recipe.
 
     Args:
-        component: slot of the component that `kind` names and that defines the other keys.
-        keys: model of the keys that the engine defines.
-        slots: keys that name further components.
+        component: slot for the key `kind`, which names the component that defines the other keys
+            of the table. None: no component belongs to the table.
+        keys: pydantic model of the keys that the engine defines.
+        slots: keys that name further components, such as `optimizer` in [train].
         is_optional: whether a recipe that omits the table has no such component.
     """
 

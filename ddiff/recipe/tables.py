@@ -235,9 +235,9 @@ def _check_reserved_keys(
 
 
 def _check_round_trip(spec: ComponentSpec) -> None:
-    """Check that the written table of a component, with all defaults, is read back as equal.
+    """Check that a component's table can be written with all defaults and read again unchanged.
 
-    A run writes its recipe with all defaults to recipe.toml. A recipe that could not be read back
+    A run writes its recipe with all defaults to recipe.toml. A recipe that could not be read again
     must be refused before training.
     """
     # as `Recipe.to_toml` writes it and `validate_table` reads it again

@@ -30,7 +30,8 @@ PEAKS = (("H200", 989e12), ("H100", 989e12), ("A100", 312e12))
 class Parameters(NamedTuple):
     """Numbers of parameters of the backbone, of the state embeddings, and of the head.
 
-    `backbone` does not include the state embeddings.
+    The state embeddings have one row per token, tree node and mask. `backbone` does not include
+    them.
     """
 
     backbone: int

@@ -481,7 +481,7 @@ def _biases_only(run: Run) -> Objective:
 
 
 def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
-    """Return the loss of `objective` on the rows, times and noise of step 1."""
+    """Return the loss of `objective` on the rows, noise times and noise of step 1."""
     keys = session.recipe.train
     batches = [session.data.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)

@@ -269,9 +269,9 @@ def orthogonalize(
     """Replace the singular values of a matrix by values near 1, by Newton-Schulz iterations.
 
     If U S V^T is the singular value decomposition of `matrix`, the result is U S' V^T with S' near
-    1. The matrix is first divided by its norm, or by `eps` if the norm is smaller. Then each of the
-    `steps` iterations is X <- a X + (b A + c A A) X, where A = X X^T and `coefficients` = (a, b,
-    c).
+    1. The matrix is first divided by its norm, or by `eps` if the norm is smaller. Each iteration
+    then computes X <- a X + (b A + c A A) X, where A = X X^T. The numbers a, b, c are the
+    `coefficients`, and `steps` is the number of iterations.
     """
     a, b, c = coefficients
     is_wide = matrix.shape[0] <= matrix.shape[1]

@@ -16,8 +16,9 @@ class TrainingSummary:
     Attributes:
         status: "finished" after the last step, "interrupted" by a signal, or "stopped" after
             `max_steps`.
-        step: number of finished steps; `steps` is the number of steps of the whole run.
-        seconds: wall-clock time of this process; earlier processes of a resumed run do not count.
+        step: number of finished steps.
+        steps: number of steps of the whole run.
+        seconds: wall-clock time of this process, without earlier processes of a resumed run.
         tokens: tokens trained on by this process.
         checkpoint: path of the newest checkpoint.
         signal: number of the signal that interrupted training.
