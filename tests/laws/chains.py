@@ -1,4 +1,4 @@
-"""Processes on which the laws are tested, in addition to the shipped processes."""
+"""Forward processes for tests of the conformance laws, in addition to the shipped processes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SINGLE = HierarchicalVocabulary([[0, 0, 0], [0]])
 
 
 class HumpedNoise(InterpolatingProcess):
-    """Process with mask noise and uniform noise, whose uniform noise is largest in the middle.
+    """Process with mask noise and uniform noise, in which uniform noise is largest at t = 1/2.
 
-    q = [(1-t) x + t mask + c u] / (1 + c), where u is uniform and c is proportional to
-    sqrt(t(1-t)).
+    q_t(. | x) = [(1-t) x + t mask + c u] / (1 + c), where u is the uniform distribution of tokens
+    and c is proportional to sqrt(t(1-t)). `share` is c/(1 + c) at t = 1/2.
     """
 
     def __init__(self, share: float = 0.2) -> None:
@@ -54,9 +54,9 @@ class HumpedNoise(InterpolatingProcess):
 
 
 class HumpedComponents(ComponentProcess):
-    """`HumpedNoise` as a mixture of two components, mask and tokens (arXiv 2503.04482).
+    """`HumpedNoise` with a power gamma, as a process of two components: mask and uniform token.
 
-    The power gamma is arbitrary.
+    This is the process of arXiv 2503.04482 (GIDD).
     """
 
     def __init__(self, vocabulary: FlatVocabulary, share: float = 0.2, gamma: float = 1.0) -> None:
@@ -78,9 +78,10 @@ class HumpedComponents(ComponentProcess):
 
 
 class CorruptedThenMasked(ComponentProcess):
-    """Process whose tokens are corrupted at t = 0 and masked later.
+    """Process whose tokens are replaced at t = 0 and masked later.
 
-    q = (1-t) [(1-e) x + e noise] + t mask, so the process does not start at the clean token.
+    q_t(. | x) = (1-t) [(1-e) x + e noise] + t mask, where e is the argument `share`. The state at
+    t = 0 is therefore not always the clean token.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class ShuffledThenMasked(ForwardProcess):
         self.prior = Prior.point(self.num_tokens, self.num_tokens + 1)
 
     def _finite(self, left: Tensor) -> Tensor:
-        """Return the transition [r,S,S] over which 1 - t is multiplied by `left` [r]."""
+        """Return transitions [r,S,S] from s to t, where `left` [r] is (1 - t)/(1 - s)."""
         size = self.num_tokens
         kept = (left**self.redraw)[:, None, None]
         unmasked = (left**self.mask)[:, None, None]
@@ -150,7 +151,10 @@ class ShuffledThenMasked(ForwardProcess):
 
 
 def kimura(ts: float = 2.0, tv: float = 1.0) -> DenseProcess:
-    """Build the nucleotide substitution process with two rates (Kimura 1980), states A, G, C, T."""
+    """Build the nucleotide substitution process of Kimura (1980) on the states A, G, C, T.
+
+    ts: rate of transitions (A-G, C-T). tv: rate of transversions.
+    """
     matrix = torch.full((4, 4), tv, dtype=torch.float64)
     for a, b in ((0, 1), (2, 3)):
         matrix[a, b] = matrix[b, a] = ts
@@ -173,7 +177,11 @@ def masked(schedule: CosineSchedule | LinearSchedule | PowerSchedule) -> Mixture
 
 
 def trees() -> dict[str, TreeProcess]:
-    """Build trees of one to four levels, for all clocks, with xi = 1 and xi < 1."""
+    """Build tree processes of one to four levels, with every kind of clock.
+
+    xi, the probability that a node moves to its true parent, is 1 in some trees and below 1 in
+    others.
+    """
     log_time, three_powers = LogTimeClock, (0.8, 1.5, 3.0)
     powers = lambda *p: CdfClock([PowerSchedule(power) for power in p])  # noqa: E731
     made = {
@@ -205,7 +213,7 @@ def trees() -> dict[str, TreeProcess]:
 
 
 def others() -> dict[str, ForwardProcess]:
-    """Build all processes that are not trees."""
+    """Build all processes whose vocabulary is not a tree."""
     examples = DenseProcess.examples()
     return {
         "mixture: mask, cosine": masked(CosineSchedule()),

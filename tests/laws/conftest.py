@@ -1,4 +1,4 @@
-"""Pytest configuration that lets the tests of this folder import `chains` and `faults`."""
+"""Make the modules `chains` and `faults` importable for the tests of this folder."""
 
 from __future__ import annotations
 

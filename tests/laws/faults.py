@@ -1,6 +1,7 @@
-"""Planted faults: pairs of a correct object and a faulty object, which differ in one line.
+"""Planted faults: pairs of a correct and a faulty object, which differ in one line.
 
-A law of the kit must pass on the correct object and fail on the faulty one.
+A law (conformance check of `ddiff.testing`) must pass on the correct object and fail on the faulty
+object.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ddiff.testing.report import Law
 
 
 class Fault(NamedTuple):
-    """A law, with builders of an object that obeys the law and of an object that breaks it."""
+    """Law, with builders of an object that obeys the law and of an object that breaks the law."""
 
     name: str
     law: Law
@@ -63,14 +64,17 @@ STOCHASTIC_PARENTS = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), 0.8)
 def build_with_parents(
     kind: type[StochasticParents], tree: HierarchicalVocabulary, xi: float
 ) -> TreeProcess:
-    """Build a tree process with stochastic parents of the given class."""
+    """Build a tree process whose stochastic parents have the class `kind`.
+
+    xi: probability that a node moves to its true parent.
+    """
     process = TreeProcess(tree, LogTimeClock((1.0,) * tree.num_levels), xi)
     process.parents = kind(tree, (xi,) * tree.num_levels)
     return process
 
 
 def tree_on_pair(kind: type[TreeProcess], xi: float = 1.0) -> Callable[[], TreeProcess]:
-    """Return a builder of a two-level tree process."""
+    """Return a builder of a two-level tree process of the class `kind`."""
     return lambda: kind(PAIR, CLOCK2, xi)
 
 
@@ -80,29 +84,29 @@ def tree_with_clock(clock: LevelClock) -> Callable[[], TreeProcess]:
 
 
 def power_masking(kind: type[TreeProcess]) -> Callable[[], TreeProcess]:
-    """Return a builder of a masked process with alpha = 1 - t^0.3."""
+    """Return a builder of a masked process of the class `kind`, with alpha = 1 - t^0.3."""
     return lambda: kind(FlatVocabulary(4), CdfClock([PowerSchedule(0.3)]))
 
 
 def uniform_noise(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Return a builder of a process with uniform noise."""
+    """Return a builder of a process of the class `kind` with uniform noise."""
     return lambda: kind(UNMASKED, LinearSchedule(), EVEN)  # type: ignore[call-arg]
 
 
 def uneven_noise(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Return a builder of a process whose noise gives tokens unequal probabilities."""
+    """Return a builder of a process of the class `kind` with unequal noise probabilities."""
     return lambda: kind(UNMASKED, LinearSchedule(), UNEVEN)  # type: ignore[call-arg]
 
 
 def masking(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Return a builder of a masked process as a `MixtureProcess`."""
+    """Return a builder of a masked process of the class `kind`."""
     vocabulary = ONE_LEVEL.vocabulary
     noise = mask_distribution(vocabulary)
     return lambda: kind(vocabulary, LinearSchedule(), noise)  # type: ignore[call-arg]
 
 
 def noisy_from_the_start(kind: type[MixtureProcess]) -> Callable[[], MixtureProcess]:
-    """Return a builder of a process that has noise at t = 0."""
+    """Return a builder of a process of the class `kind` that has noise at t = 0."""
     schedule = GeometricSchedule(0.1, 5.0)
     return lambda: kind(UNMASKED, schedule, EVEN)  # type: ignore[call-arg]
 
@@ -113,7 +117,7 @@ def non_commuting(kind: type[DenseProcess]) -> Callable[[], DenseProcess]:
 
 
 def small_tree(kind: type[HierarchicalVocabulary]) -> Callable[[], HierarchicalVocabulary]:
-    """Return a builder of a two-level vocabulary."""
+    """Return a builder of a two-level vocabulary of the class `kind`."""
     return lambda: kind([[0, 1, 0, 0]], tokenizer_fingerprint="of a tokenizer")
 
 
@@ -148,8 +152,8 @@ def build_denoiser(backbone: type[MeanBackbone], head: type[TokenHead] = TokenHe
 def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     """Fault: a network that predicts each of two tokens given the states of both positions.
 
-    The prediction P(x_i | z) uses the state z_i of the same position. It is wrong for the bound,
-    whose formulas multiply the prediction by q_t(z_i|x_i).
+    The prediction P(x_i | z) is conditioned on the state z_i of the same position. The formulas of
+    the bound multiply the prediction by q_t(z_i|x_i) again, so the bound is wrong.
     """
     rest = rest_conditional_table(process, log_joint)
 
@@ -161,7 +165,7 @@ def full_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
 
 
 class OneLevelAtATime(LogTimeClock):
-    """Fault: the transition over a finite step never rises by two levels."""
+    """Fault: the transition over a finite step never rises by two levels of the tree."""
 
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
         single = super().transition(s, t).tril(1)
@@ -169,7 +173,7 @@ class OneLevelAtATime(LogTimeClock):
 
 
 class FalselyClosing(LinearSchedule):
-    """Fault: the schedule declares alpha(1) = 0, but alpha(1) is 0.01."""
+    """Fault: the schedule declares alpha(1) = 0, but alpha(1) is `floor`."""
 
     def __init__(self, floor: float) -> None:
         super().__init__(floor)
@@ -177,7 +181,7 @@ class FalselyClosing(LinearSchedule):
 
 
 class RawDecoding(TreeProcess):
-    """Fault: the decoding term is -ln p(x) instead of -ln P(x|z)."""
+    """Fault: the decoding term ignores the state z: it is -ln p(x) instead of -ln P(x|z)."""
 
     def decode_nll(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor
@@ -186,21 +190,21 @@ class RawDecoding(TreeProcess):
 
 
 class NoClosingTerm(TreeProcess):
-    """Fault: the closing term of the bound is 0."""
+    """Fault: the KL to the prior at t = 1 (closing term of the bound) is 0."""
 
     def closing_kl(self, prediction: CleanDistribution, x0: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
 
 class LatePosterior(MixtureProcess):
-    """Fault: the posterior is that of a time between s and t instead of s."""
+    """Fault: the posterior of z_s is that of a time between s and t."""
 
     def reverse_log_probs(self, log_p: Tensor, zt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return super().reverse_log_probs(log_p, zt, t, s + 0.5 * (t - s))
 
 
 class InactiveMasks(TreeProcess):
-    """Fault: masked states count as inactive."""
+    """Fault: masks count as inactive, so that they add nothing to the bound."""
 
     def active(self, zt: Tensor) -> Tensor:
         return self.vocabulary.level_of(zt) == 1

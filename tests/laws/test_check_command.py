@@ -1,4 +1,4 @@
-"""Tests of `ddiff check NAME` on components of plugins, with their exit codes."""
+"""`ddiff check NAME` on components of plugins: reports and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test that every law of the kit detects at least one planted fault."""
+"""Every law of `ddiff.testing` detects at least one planted fault."""
 
 from __future__ import annotations
 

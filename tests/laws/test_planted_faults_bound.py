@@ -29,7 +29,7 @@ from ddiff.testing.bound import bent_path
 
 
 class SwappedWeights(TreeProcess):
-    """Fault: masks have the weight of clusters, and clusters the weight of masks."""
+    """Fault: masks have the loss weight of clusters, and clusters that of masks."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         other = torch.where(
@@ -85,7 +85,7 @@ def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(proces
 
 
 def test_entropy_law_accepts_full_conditional_of_masked_diffusion() -> None:
-    """A masked state has no information on its token, so both conditionals are equal."""
+    """A mask gives no information on its token, so the conditionals with and without it agree."""
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 
 

@@ -1,4 +1,4 @@
-"""Faults planted in the forward chain; each must be detected by one law."""
+"""Faults planted in the forward process; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DivisionByZeroNodes(StochasticParents):
 
 
 class RowAsColumn(TreeKernel):
-    """Fault: `column` returns the row."""
+    """Fault: the method `column` of the kernel returns the row."""
 
     def column(self, ids: Tensor) -> Tensor:
         return self.row(ids)
@@ -80,7 +80,7 @@ class RowAsColumnRates(TreeProcess):
 
 
 class RatesWithoutDiagonal(ShuffledThenMasked):
-    """Fault: the diagonal of the generator is 0."""
+    """Fault: the diagonal of the generator (rates of leaving) is 0."""
 
     def rates(self, t: Tensor) -> Kernel:
         matrix = super().rates(t).dense()
@@ -95,9 +95,9 @@ class NegatedRates(ShuffledThenMasked):
 
 
 class OtherGeneratorOfSameMarginals(ShuffledThenMasked):
-    """Fault: the generator is that of another process with the same marginals.
+    """Fault: the generator is that of an interpolating process with the same marginals.
 
-    Tokens leave the mask in the other process, which interpolates between tokens and noise.
+    In the interpolating process, masks can become tokens again.
     """
 
     def rates(self, t: Tensor) -> Kernel:
@@ -113,9 +113,9 @@ class OtherGeneratorOfSameMarginals(ShuffledThenMasked):
 
 
 class OneExponential(DenseProcess):
-    """Fault: the transition is one exponential of the integrated generator.
+    """Fault: the transition is the exponential of the integrated generator.
 
-    This is correct only if the generators at all times commute.
+    This formula is correct only if the generators at all times commute.
     """
 
     def transition(self, s: Tensor, t: Tensor) -> Kernel:
@@ -126,7 +126,7 @@ class OneExponential(DenseProcess):
 
 
 class MarginalOfDoubleNoise(MixtureProcess):
-    """Fault: the marginal applies the noise twice."""
+    """Fault: the marginal q_t contains the noise twice."""
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         return super().log_marginal(super().log_marginal(log_p, t), t)
@@ -141,7 +141,7 @@ class WrongPrior(MixtureProcess):
 
 
 class NaNAtTheEnd(MixtureProcess):
-    """Fault: the marginal divides 0 by 0 if alpha is 0."""
+    """Fault: the marginal q_t divides 0 by 0 if alpha is 0."""
 
     def log_marginal(self, log_p: Tensor, t: Tensor) -> Tensor:
         alpha = self.alpha(t).unsqueeze(-1)
@@ -149,7 +149,7 @@ class NaNAtTheEnd(MixtureProcess):
 
 
 class FalselyEvenComponents(HumpedComponents):
-    """Fault: noise counts as equal for all tokens, although one component is uneven."""
+    """Fault: the noise is declared equal for all tokens, although one component is not."""
 
     def __init__(self) -> None:
         super().__init__(FlatVocabulary(3))
@@ -160,7 +160,7 @@ class FalselyEvenComponents(HumpedComponents):
 
 
 class UnevenComponents(FalselyEvenComponents):
-    """Correct counterpart of `FalselyEvenComponents`."""
+    """Correct counterpart of `FalselyEvenComponents`, which declares the noise as unequal."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,14 +13,17 @@ from ddiff.testing import clock, schedule
 
 
 class InflowWithoutFactor(LogTimeClock):
-    """Fault: the published formula for beta_m' lacks 1/(gamma - 1), correct for gamma = 2 only."""
+    """Fault: the derivative of the mask probability lacks the factor 1/(gamma - 1).
+
+    The formula in arXiv 2510.08632 has this error; it is correct only for gamma = 2.
+    """
 
     def inflow(self, t: Tensor) -> Tensor:
         return super().inflow(t) * torch.tensor([1.0, self.rates[0] - 1.0], dtype=torch.float64)
 
 
 class ByPartialFractions(LogTimeClock):
-    """Fault: partial fractions lose all digits if two rates are nearly equal."""
+    """Fault: level probabilities by partial fractions, which fail if two rates are nearly equal."""
 
     def pi(self, t: Tensor) -> Tensor:
         left, levels = (1.0 - t).log(), []
@@ -51,14 +54,14 @@ class ExcessMass(LogTimeClock):
 
 
 class EarlierMasses(LogTimeClock):
-    """Fault: level probabilities are those of the earlier time 0.999 t."""
+    """Fault: the level probabilities at time t are those at time 0.999 t."""
 
     def pi(self, t: Tensor) -> Tensor:
         return super().pi(0.999 * t)
 
 
 class ScaledCosine(CosineSchedule):
-    """Correct cosine schedule, scaled by 1 - eps together with its derivative."""
+    """Correct cosine schedule: alpha and its derivative are both scaled by 1 - eps."""
 
     eps = 1e-3
 
@@ -75,7 +78,7 @@ class ScaledCosine(CosineSchedule):
 
 
 class ScaledFunctionOnly(ScaledCosine):
-    """Fault: alpha is scaled and its derivative is not, as in a published schedule.
+    """Fault: alpha is scaled by 1 - eps, but its derivative is not, as in a published schedule.
 
     Every bound is then 0.1 % too high.
     """

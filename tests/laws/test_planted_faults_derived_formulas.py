@@ -1,4 +1,4 @@
-"""Faults planted in the derived formulas and their edge cases; each must be detected by one law."""
+"""Faults planted in divergence, weight, posterior and decoding; one law must detect each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddiff.testing import derived_formulas, edge_cases
 
 
 class SurpriseOfTheToken(TreeProcess):
-    """Fault: the divergence at a node is that of the leaf token instead of the node's child."""
+    """Fault: the divergence at a node is -ln p of the leaf token instead of the node's child."""
 
     def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(prediction, Score):
@@ -39,7 +39,10 @@ class SurpriseOfTheToken(TreeProcess):
 
 
 class OneTermOfTheDivergence(TreeProcess):
-    """Fault: for xi < 1, the divergence keeps only the term of the true cluster, as published."""
+    """Fault: for xi < 1, the divergence contains only the term of the true cluster.
+
+    The code of arXiv 2510.08632 has this divergence.
+    """
 
     def divergence(self, prediction: Prediction, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         exact = super().divergence(prediction, x0, zt, t)
@@ -63,7 +66,7 @@ class NoTwoLevelPosterior(TreeProcess):
 
 
 class NormalizedLikelihood(TreeProcess):
-    """Fault: likelihoods are normalized over the tokens."""
+    """Fault: the likelihoods q_t(z|x) are normalized over the tokens x."""
 
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         return super().log_likelihood(zt, t).log_softmax(-1)
@@ -77,9 +80,11 @@ class DivergencePlusOne(MixtureProcess):
 
 
 class PublishedFactors(MixtureProcess):
-    """Fault: weight and divergence are the published factors omega/q and KL + rho - 1 - ln rho.
+    """Fault: weight and divergence are the factors of arXiv 2503.04482 (GIDD).
 
-    Their product is the correct density, but the weight is wrong for a loss that clips weights.
+    With the arrival rate omega, q = q_t(z|x) and the ratio rho of true and predicted q, the factors
+    are omega/q and KL + rho - 1 - ln rho. Their product is the correct integrand of the bound, but
+    the weight is not the reverse rate, as a loss that clips weights requires.
     """
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
@@ -90,14 +95,14 @@ class PublishedFactors(MixtureProcess):
 
 
 class DoubledDensity(TreeProcess):
-    """Fault: the density is doubled, but weight and divergence are not."""
+    """Fault: the integrand of the bound is doubled, but weight and divergence are not."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return 2.0 * super().density(prediction, x0, zt, t)
 
 
 class InfinityTimesZero(MixtureProcess):
-    """Fault: inactive rows are masked after the logarithm of a probability of 0."""
+    """Fault: rows without loss are multiplied by 0 after the logarithm of a probability of 0."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         surprise = prediction.log_prob(x0).exp().log() if not isinstance(prediction, Score) else 0.0
@@ -115,7 +120,7 @@ class InfinityMinusInfinity(MixtureProcess):
 
 
 class DoubledScoreDensity(MixtureProcess):
-    """Fault: the density of scores is doubled."""
+    """Fault: the integrand of the bound is doubled if the network predicts scores."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         charged = super().density(prediction, x0, zt, t)
@@ -123,14 +128,17 @@ class DoubledScoreDensity(MixtureProcess):
 
 
 class ScopeOfItself(TreeProcess):
-    """Fault: the scope of a leaf token is the token itself."""
+    """Fault: `scope` declares that a leaf token needs predictions only below the token itself."""
 
     def scope(self, zt: Tensor) -> Tensor:
         return zt
 
 
 class TooFewTrainedParts(TreeProcess):
-    """Fault: `trained_part` is limited to the tokens below the node, although xi < 1."""
+    """Fault: `trained_part` names only the tokens below the node, although clusters may be wrong.
+
+    If xi < 1, the bound at a node trains predictions of all tokens.
+    """
 
     def trained_part(self, zt: Tensor) -> Tensor:
         return torch.where(self.active(zt), int(TrainedPart.BELOW_NODE), int(TrainedPart.NONE))

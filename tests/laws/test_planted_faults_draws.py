@@ -1,4 +1,4 @@
-"""Faults planted in the draws of a process; each must be detected by one law."""
+"""Faults planted in the random draws of a process; each must be detected by one law."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddiff.testing import draws
 
 
 class StepDrawsAtT(MixtureProcess):
-    """Fault: `step` draws from the marginal at t instead of s."""
+    """Fault: `step` from t to s draws states with the noise of time t."""
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         return self._leave(query, zt, t, t, self._arrive_at(zt, s, t), u)
@@ -63,7 +63,7 @@ class StepOneLevelAtATime(TreeProcess):
 
 
 class MedianDecode(TreeProcess):
-    """Fault: `decode` uses the uniform 0.5 for all rows."""
+    """Fault: `decode` ignores the given uniforms and uses 0.5 for all rows."""
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return super().decode(query, zt, t, torch.full_like(u, 0.5))

@@ -33,14 +33,14 @@ def mixed(
 
 
 class SnrWeight(GeneralizedInterpolation):
-    """Fault: the weight is that of a training loss instead of the bound."""
+    """Fault: the weight is the "snr" weight of a training loss instead of that of the bound."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return Dynamic("snr").weight(self, x0, zt, t)
 
 
 class SigmoidWeight(GeneralizedInterpolation):
-    """Fault: the weight is the sigmoid weight of a training loss."""
+    """Fault: the weight is the "sigmoid" weight of a training loss instead of that of the bound."""
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return Dynamic("sigmoid").weight(self, x0, zt, t)
@@ -54,7 +54,7 @@ class ClippedBound(GeneralizedInterpolation):
 
 
 class ConstantUniformNoise(GeneralizedInterpolation):
-    """Fault: the rates lack c', as if the uniform noise c were constant."""
+    """Fault: the rates lack the derivative c' of the uniform noise c, as if c were constant."""
 
     def d_coefficients(self, t: Tensor) -> Tensor:
         slope = super().d_coefficients(t)
@@ -62,7 +62,10 @@ class ConstantUniformNoise(GeneralizedInterpolation):
 
 
 class MissingGamma(GeneralizedInterpolation):
-    """Fault: the derivative of v^g lacks the factor g, as published; correct for g = 1 only."""
+    """Fault: the derivative of v^g lacks the factor g, where v = 1 - t and g = gamma.
+
+    The published formula has this error; it is correct only for g = 1.
+    """
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return super().d_alpha(t) + self._missing(t) * (1.0 - self.alpha(t))
@@ -71,7 +74,7 @@ class MissingGamma(GeneralizedInterpolation):
         return super().d_coefficients(t) - self._missing(t).unsqueeze(-1) * self.coefficients(t)
 
     def _missing(self, t: Tensor) -> Tensor:
-        """Return (g - 1) v^(g-1)/C, the error of the derivative."""
+        """Return (g - 1) v^(g-1)/C, the error of the derivative, for the normalizer C of q_t."""
         gamma = self.mixing.gamma
         left = 1.0 - t + self.mixing.per_token ** (2.0 / gamma)
         return (gamma - 1.0) * left ** (gamma - 1.0) * self.coefficients(t)[:, 0] / t**gamma
@@ -85,7 +88,7 @@ class DivergencePlusOne(GeneralizedInterpolation):
 
 
 class InactiveTokens(GeneralizedInterpolation):
-    """Fault: only masked rows are active, as if visible tokens were always correct."""
+    """Fault: only masks add to the bound, as if visible tokens were always correct."""
 
     def active(self, zt: Tensor) -> Tensor:
         return zt == self.vocabulary.root
@@ -121,7 +124,7 @@ def _as(kind: type[MixtureProcess], process: MixtureProcess) -> MixtureProcess:
 
 
 class UnscaledScores(MixtureProcess):  # type: ignore[misc]
-    """Fault: the score at the mask is p instead of p/(e^sigma - 1)."""
+    """Fault: the score of a prediction p at the mask is p instead of p/(e^sigma - 1)."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if isinstance(prediction, Score):
@@ -132,7 +135,7 @@ class UnscaledScores(MixtureProcess):  # type: ignore[misc]
 
 
 class ScoresOfHalfTheNoise(MixtureProcess):  # type: ignore[misc]
-    """Fault: the score is that of half the noise sigma."""
+    """Fault: the score is computed for half the noise sigma."""
 
     def divergence(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return super().divergence(
@@ -144,7 +147,7 @@ class ScoresOfHalfTheNoise(MixtureProcess):  # type: ignore[misc]
 
 
 class FalselyClosing(MixtureProcess):  # type: ignore[misc]
-    """Fault: geometric noise is declared to reach the clean token and the prior."""
+    """Fault: geometric noise declares z_0 = x and q_1 = prior, which are only approximate."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -288,14 +291,17 @@ def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
 def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(form: Form) -> None:
-    """Cross-entropy at visible tokens trains P(x|z), which depends on the state of the row."""
+    """Cross-entropy at visible tokens trains P(x|z), conditioned on the position's own state.
+
+    The bound requires a prediction that is not conditioned on this state.
+    """
     process = mixed(form=form)
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05
 
 
 def test_score_head_gives_the_exact_bound_only_if_its_output_is_scaled() -> None:
-    """For a head output ln p + ln V, the score is that of p only if the head is scaled."""
+    """The head output ln p + ln V gives the score of p only if the head scales its output."""
     process = absorbing()
     rows = ReachableRows(process, times(INNER))
     raw = torch.nn.functional.pad(rows.log_p + torch.tensor(3.0).double().log(), (0, 1))

@@ -38,11 +38,11 @@ def epsilon_hybrid(kind: type[EpsilonHybrid] = EpsilonHybrid) -> Callable[[], Ep
 
 @law("rates = the paper's", tolerance=1e-12)
 def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
-    """Check that the rates Q_t are those of the paper.
+    """Check that the rates Q_t are those of the paper, up to a relative rounding of 1e-12.
 
-    As a formula: Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ] with (1 - gamma) sigma' =
-    1/(1 - t). No law of the kit detects a fault that changes rates and transitions together.
-    Tolerance 1e-12: relative rounding.
+    Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ], where sigma' is the derivative of the
+    noise, and (1 - gamma) sigma' = 1/(1 - t). No law of `ddiff.testing` detects a fault that
+    changes rates and transitions together.
     """
     t = times(INNER)
     mixed = -torch.eye(NUM_TOKENS + 1, dtype=torch.float64)
@@ -59,7 +59,7 @@ def rates_are_the_papers(process: GammaHybrid) -> Iterator[Gap]:
 
 
 class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
-    """Fault: the density is the loss of the published code."""
+    """Fault: the integrand of the bound is replaced by the loss in the code of the paper."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -73,7 +73,7 @@ class PublishedAsBound(GammaHybrid):  # type: ignore[misc]
 
 
 class TotalNoiseInDensity(GammaHybrid):  # type: ignore[misc]
-    """Fault: the density at visible tokens uses e^sigma in place of e^(gamma sigma)."""
+    """Fault: the integrand at visible tokens uses the noise sigma in place of gamma sigma."""
 
     def density(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         own = self.uniform
@@ -88,7 +88,7 @@ class TotalNoiseInDensity(GammaHybrid):  # type: ignore[misc]
 
 
 class TotalNoiseInSample(GammaHybrid):  # type: ignore[misc]
-    """Fault: `sample` uses e^sigma in place of e^(gamma sigma)."""
+    """Fault: `sample` uses the noise sigma in place of gamma sigma."""
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self._corrupt(x0, self.visible.one_minus_alpha(t), _all(self).one_minus_alpha(t), u)
@@ -151,7 +151,7 @@ class RevealsPredictedToken(GammaHybrid):  # type: ignore[misc]
 
 
 class ScoreWithoutEvidence(GammaHybrid):  # type: ignore[misc]
-    """Fault: `decode` with a score ignores the own state of the row."""
+    """Fault: `decode` of a score ignores the current state of the row."""
 
     def decode(self, query: Any, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         def draw(prediction: Any, z: Tensor, u: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class ScoreWithoutEvidence(GammaHybrid):  # type: ignore[misc]
 
 
 class FreeDecoding(EpsilonHybrid):  # type: ignore[misc]
-    """Fault: the decoding term of redrawn tokens is 0."""
+    """Fault: the decoding term of visible tokens is 0, although they may have been redrawn."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         return torch.where(
@@ -181,7 +181,7 @@ class RawDecoding(EpsilonHybrid):  # type: ignore[misc]
 
 
 class FalselyClosing(EpsilonHybrid):  # type: ignore[misc]
-    """Fault: the process declares that it starts at the clean token."""
+    """Fault: the process declares z_0 = x, although tokens are redrawn at t = 0."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -285,7 +285,7 @@ def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) 
 
 
 def test_only_published_rates_tell_gamma_hybrid_from_interpolating_chain() -> None:
-    """A consistent chain with another generator obeys all laws of the kit."""
+    """A consistent process with another generator obeys all laws of `ddiff.testing`."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (
         chain.transition_is_oracle,
@@ -302,9 +302,9 @@ def test_only_published_rates_tell_gamma_hybrid_from_interpolating_chain() -> No
 def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(
     process: Any,
 ) -> None:
-    """The published epsilon loss trains the conditional given all states.
+    """The published loss of the epsilon hybrid trains P(x_i | all states).
 
-    The bound requires the conditional given the other states.
+    The bound requires P(x_i | states of the other positions).
     """
     assert bound.entropy_equality(process).passed
     assert bound.entropy_equality(process, denoiser=full_conditional_table).error > 0.05  # nats
@@ -313,8 +313,8 @@ def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(
 def test_published_epsilon_hybrid_loss_is_minimal_at_full_conditional() -> None:
     """The expected cross-entropy at a visible token is minimal for the full conditional P(x | z).
 
-    The conditional given the other states has a larger loss, unless it is multiplied by the own
-    evidence.
+    The conditional given only the states of other positions has a larger loss, unless it is
+    multiplied by the likelihood q_t(z_i|x_i) of the position's own state.
     """
     process = epsilon_hybrid()()
     log_joint = random_joint(NUM_TOKENS)

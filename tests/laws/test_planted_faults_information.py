@@ -1,4 +1,7 @@
-"""Faults planted in information time; each must be detected by one law."""
+"""Faults planted in information time; each must be detected by one law.
+
+Information time tau is the share of information on the token that is lost at noise time t.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class HalfSpeedTree(TreeProcess):  # type: ignore[misc]
 
 
 class EvenTimesForEarlyMasks(TreeProcess):  # type: ignore[misc]
-    """Fault: times are uniform in t, although the fraction t^0.3 of tokens is masked by time t."""
+    """Fault: times are uniform in t, although the fraction t^0.3 of tokens is masked at time t."""
 
     @property
     def information_time(self) -> Any:  # type: ignore[override]

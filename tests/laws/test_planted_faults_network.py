@@ -26,7 +26,7 @@ class UnnormalizedDistribution(SubtreeDistribution):
 
 
 class NormalizedDistribution(UnnormalizedDistribution):
-    """Correct counterpart: normalized tokens, and nodes with the sums over their tokens."""
+    """Correct counterpart: tokens are normalized, and a node has the sum over its tokens."""
 
     def log_below(self, level: int) -> Tensor:
         words = super().log_below(0).log_softmax(-1)

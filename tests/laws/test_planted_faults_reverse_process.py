@@ -50,7 +50,7 @@ class AlphaAsStayProbability(MixtureProcess):
 
 
 class DecodedWithoutEvidence(MixtureProcess):
-    """Fault: `decode_nll` of a score ignores the own state of the row."""
+    """Fault: `decode_nll` of a score ignores the current state of the row."""
 
     def decode_nll(self, prediction: Any, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
         if not isinstance(prediction, Score):
@@ -59,7 +59,7 @@ class DecodedWithoutEvidence(MixtureProcess):
 
 
 class ForwardRatesOut(MixtureProcess):
-    """Fault: reverse rates use Q[z,y] in place of Q[y,z]."""
+    """Fault: reverse rates from z to y use the forward rate Q[z,y] in place of Q[y,z]."""
 
     def reverse_rates(self, prediction: Any, zt: Tensor, t: Tensor) -> Tensor:
         outward = self.rates(t).row(zt).scatter(-1, zt.unsqueeze(-1), 0.0)
@@ -81,7 +81,7 @@ class ForwardStepFromZero(TreeProcess):
 
 
 class ParentsOfTheWrongLevel(StochasticParents):
-    """Fault: wrong parents are drawn as if every row started at its leaf token."""
+    """Fault: wrong parents are drawn as if every state were a leaf token before the step."""
 
     def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
         return super()._draw_stray(ancestor, 0, j, u)
@@ -109,7 +109,7 @@ class EventsAtDoubleRate(TreeProcess):
 
 
 class MissedEvents(MixtureProcess):
-    """Fault: `event_time` finds no event for token 0."""
+    """Fault: `event_time` finds no event at token 0."""
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return torch.where(zt == 0, 0.0, super().event_time(zt, t, u))
@@ -123,13 +123,16 @@ class TwoQueriesInAnEvent(TreeProcess):
 
 
 class FalselyMonotone(TreeProcess):
-    """Fault: the process declares itself monotone, although clusters may be wrong."""
+    """Fault: the process declares `is_monotone`, although its clusters may be wrong.
+
+    The reversed chain can then leave the descendants of the current state.
+    """
 
     is_monotone = True
 
 
 class DiagonalSolveKernel(InterpolatingKernel):
-    """Fault: `solve` divides by the diagonal."""
+    """Fault: `solve` divides by the diagonal, as if the matrix were diagonal."""
 
     def solve(self, vector: Tensor) -> Tensor:
         return vector / self.stay.unsqueeze(-1)

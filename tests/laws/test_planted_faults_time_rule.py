@@ -14,7 +14,7 @@ from ddiff.testing import time_rule
 
 
 class ContiguousSlices(FlatTimes):
-    """Fault: sample i of n has time (i + u)/n, so every rank has one slice of time."""
+    """Fault: sample i of n has the time (i + u)/n, so that each rank has only a slice of times."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         t = (slot.unsqueeze(-1) + noise.uniform("time")[:, :1]) / slots
@@ -22,7 +22,7 @@ class ContiguousSlices(FlatTimes):
 
 
 class SquaredUniformTimes(FlatTimes):
-    """Fault: times are squared uniforms, but the speed is that of uniforms."""
+    """Fault: times are squared uniforms, but the declared speed is that of uniforms."""
 
     def draw(self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int) -> Times:
         drawn = super().draw(clock, noise, slot, slots, length)
@@ -54,7 +54,7 @@ class StrataSharedByWindows(WindowTimes):  # type: ignore[misc]
 
 
 class TwoWindowsDecoded(WindowTimes):  # type: ignore[misc]
-    """Fault: two windows instead of one are scored at the first end."""
+    """Fault: the decoding term scores two windows instead of one."""
 
     def ends(
         self, clock: Any, noise: Any, slot: Tensor, slots: Any, length: int
@@ -72,7 +72,7 @@ class HalvedPathSpeed(WindowTimes):  # type: ignore[misc]
 
 
 class PriorInSight(WindowTimes):  # type: ignore[misc]
-    """Fault: positions at the prior are in the same block as scored positions."""
+    """Fault: positions at the prior are in the block of scored positions, which attend to them."""
 
     def at(self, clock: Any, tau: Tensor, length: int) -> Times:
         path = super().at(clock, tau, length)

@@ -13,7 +13,7 @@ from ddiff.testing import clean_distribution, vocabulary
 
 
 class IdOrderAsTreeOrder(HierarchicalVocabulary):  # type: ignore[misc]
-    """Fault: `order` returns ids in id order instead of tree order."""
+    """Fault: `order` sorts ids by number instead of by their path from the root."""
 
     def order(self, level: int, device: torch.device | None = None) -> Tensor:
         return self.offsets[level] + torch.arange(self.level_sizes[level])

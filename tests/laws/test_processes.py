@@ -1,4 +1,4 @@
-"""Tests that every process obeys every law of the kit."""
+"""Every process obeys every law of `ddiff.testing` that applies to it."""
 
 from __future__ import annotations
 

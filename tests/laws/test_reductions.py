@@ -1,4 +1,4 @@
-"""Tests that special cases of processes agree with each other and with published formulas."""
+"""Special cases of processes agree with each other and with published formulas."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_one_level_tree_process_equals_absorbing_mixture_process(schedule: Sched
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 def test_masked_diffusion_loss_equals_absorbing_score_entropy(schedule: Schedule) -> None:
-    """The formulas are eq. 10 of arXiv 2406.07524, and the score entropy of arXiv 2310.16834.
+    """Eq. 10 of arXiv 2406.07524 (MDLM) equals the score entropy of arXiv 2310.16834 (SEDD).
 
-    The score at the mask is s(y) = alpha/(1-alpha) p(y).
+    A prediction p has the score s(y) = alpha/(1-alpha) p(y) at the mask.
     """
     process = TreeProcess(FlatVocabulary(4), CdfClock([schedule]))
     log_p, x0, t = (
@@ -65,9 +65,10 @@ def test_masked_diffusion_loss_equals_absorbing_score_entropy(schedule: Schedule
 
 
 def test_uniform_noise_loss_equals_score_entropy_of_the_sedd_paper() -> None:
-    """The formula is sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ).
+    """The formula of arXiv 2310.16834 holds for any prediction.
 
-    It is from arXiv 2310.16834 and holds for any prediction.
+    It is sigma'/N sum_{y != z} ( s_theta - s ln s_theta + s (ln s - 1) ), with the noise sigma, N
+    tokens, and the true and predicted score s and s_theta of y at the state z.
     """
     process, size = uniform(4), 4
     rows = ReachableRows(process, times(INNER))
@@ -82,7 +83,10 @@ def test_uniform_noise_loss_equals_score_entropy_of_the_sedd_paper() -> None:
 
 
 def masses(gamma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return alpha, beta_c, beta_m and beta_m' of arXiv 2510.08632 with u = 1 - t."""
+    """Return alpha, beta_c, beta_m and beta_m' at time t by the formulas of arXiv 2510.08632.
+
+    They are the probabilities of the token, cluster and mask level, and the derivative of the last.
+    """
     u = 1.0 - t
     alpha = u**gamma
     if gamma == 1.0:
@@ -127,9 +131,11 @@ def test_level_transitions_equal_the_formulas_of_the_hdlm_paper(gamma: float) ->
 
 @pytest.mark.parametrize("xi", [0.9, 0.8])
 def test_tree_loss_with_stochastic_parents_equals_closed_form(xi: float) -> None:
-    """The density is w_m KL(rho_x || rho^) at masks.
+    """Compare the integrand of the bound with a formula for clusters that may be wrong.
 
-    At a cluster k it is w_c (-ln [ rho_x(k) p(x) / rho^_k ]).
+    rho_x is the distribution of clusters for the token x, rho^ its mean under the prediction p, and
+    w_m and w_c are the weights of masks and clusters. The integrand is w_m KL(rho_x || rho^) at
+    masks and -w_c ln[ rho_x(k) p(x) / rho^_k ] at cluster k.
     """
     process = TreeProcess(PAIR, LogTimeClock((1.0, 1.0)), xi)
     rows = ReachableRows(process, times(INNER))
@@ -155,11 +161,11 @@ def test_gidd_noise_without_uniform_part_equals_masked_diffusion() -> None:
 
 
 def test_interpolating_process_with_gidd_noise_has_the_gidd_weights() -> None:
-    """The weights of arXiv 2503.04482 with g = 1 are omega/q.
+    """The weights of arXiv 2503.04482 (GIDD) are omega/q; those of ddiff are omega (1 - q)/q.
 
-    omega is the total rate of arrival in z, and q = q_t(z|x): 1/(t(1-t)) at the mask, 1/(2t(1-t))
-    at a wrong token, and a longer formula at the clean token. The weight of a process is the true
-    reverse rate out of z, omega (1 - q)/q.
+    omega is the total rate of arrival in the state z, and q = q_t(z|x). For gamma = 1, omega/q is
+    1/(t(1-t)) at the mask, 1/(2t(1-t)) at a wrong token, and a longer formula at the clean token.
+    omega (1 - q)/q is the true reverse rate out of z.
     """
     process, size = HumpedNoise(0.2), 3
     rows = ReachableRows(process, times(INNER))
@@ -176,9 +182,10 @@ def test_interpolating_process_with_gidd_noise_has_the_gidd_weights() -> None:
 
 
 def test_tree_posterior_can_turn_a_mask_into_a_leaf_token_in_one_step() -> None:
-    """The probability of the move is alpha_s P(token -> mask from s to t) / beta_m(t) p(x).
+    """A mask at t is the token x at s with probability alpha_s P(token -> mask) p(x) / beta_m(t).
 
-    The published sampler gives this move probability 0.
+    beta_m(t) is the probability of the mask at t. In the published sampler, a mask at t is always a
+    mask or a cluster at s.
     """
     process, s, t = TreeProcess(PAIR, LogTimeClock((0.5, 1.0))), times((0.3,)), times((0.8,))
     log_p = random_log_probs(4, 1)

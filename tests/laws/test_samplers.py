@@ -1,7 +1,4 @@
-"""Tests that laws of samplers detect false declarations.
-
-`ddiff check` must find the samplers of every plugin.
-"""
+"""Laws of samplers detect a falsely declared quality or order; `ddiff check` finds all samplers."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ from ddiff.testing.sampler import SamplerCase, find_accepted_processes, small_pr
 MASKS = small_processes()["masks"]
 
 
-class Declares:
-    """Sampler that wraps another sampler and declares another quality and order."""
+class DeclaredSampler:
+    """Sampler that behaves like `inner` and declares the given quality and order."""
 
     cached = False
     looks_ahead = True
@@ -51,7 +48,7 @@ class Declares:
 def declare(
     build: Callable[[int], Any], quality: str, order: int, predicts: Any = "distribution"
 ) -> SamplerCase:
-    return SamplerCase(lambda steps: Declares(build(steps), quality, order), MASKS, predicts)
+    return SamplerCase(lambda steps: DeclaredSampler(build(steps), quality, order), MASKS, predicts)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +88,14 @@ def test_declaration_law_detects_an_order_that_contradicts_the_quality(
     assert not laws.declarations_are_consistent(declare(AncestralSampler, quality, order)).passed
 
 
-class StopsEarly(Declares):
-    """Fault: the sampler leaves out the final canvas."""
+class StopsEarly(DeclaredSampler):
+    """Fault: the sampler leaves out the final state (canvas) of the batch."""
 
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
         yield from list(self.inner.run(process, network, canvas, rng_at))[:-1]
 
 
-class ForgetsGiven(Declares):
+class ForgetsGiven(DeclaredSampler):
     """Fault: the sampler overwrites the prompt."""
 
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
@@ -107,7 +104,7 @@ class ForgetsGiven(Declares):
         yield canvas.advance(torch.zeros_like(canvas.zt), canvas.t)
 
 
-class SharesRandomness(Declares):
+class SharesRandomness(DeclaredSampler):
     """Fault: a sample depends on the other samples of its batch."""
 
     def run(self, process: Any, network: Any, canvas: Canvas, rng_at: Any) -> Iterator[Canvas]:
@@ -116,12 +113,12 @@ class SharesRandomness(Declares):
 
 
 def test_sampler_laws_detect_samplers_with_planted_faults() -> None:
-    def broken(fault: type[Declares]) -> set[str]:
+    def broken(fault: type[DeclaredSampler]) -> set[str]:
         case = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
         reports = [one(case) for one in laws.SAMPLER_LAWS]
         return {report.law.partition(": ")[2] for report in reports if not report.passed}
 
-    assert broken(Declares) == set()
+    assert broken(DeclaredSampler) == set()
     assert broken(StopsEarly) == {
         "yields as many canvases as steps",
         "returns tokens and keeps the prompt",

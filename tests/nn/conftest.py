@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `dense_heads`."""
+"""Make the module `dense_heads` importable for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees with unusual shapes, and the dense counterpart of each head under plain autograd."""
+"""Trees of unusual shapes, and a dense reference implementation of each head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ KINDS = ("tokens", "tied", "levelwise")
 
 
 def make_head(kind: str, vocabulary: Vocabulary, width: int = 5, scale: float = 1.0) -> Head:
-    """Make a head in float64 with a random table and bias."""
+    """Make a float64 head with a random table and bias, of standard deviation `scale`.
+
+    kind: "tokens", "tied" or "levelwise". width: width of the hidden states.
+    """
     head = TokenHead(vocabulary, width) if kind == "tokens" else TreeHead(vocabulary, width, kind)  # type: ignore[arg-type]
     head = head.double()
     with torch.no_grad():
@@ -32,7 +35,10 @@ def make_head(kind: str, vocabulary: Vocabulary, width: int = 5, scale: float = 
 
 
 def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
-    """Return the log-distributions [n,V] of a head from all logits at once, by their definition."""
+    """Return the log-distributions [n,V] that a head predicts for hidden states [n,width].
+
+    All logits are computed at once, under plain autograd.
+    """
     vocabulary = head.vocabulary
     logits = hidden @ head.table.t() + head.bias
     if isinstance(head, TokenHead):
@@ -56,7 +62,10 @@ def dense_log_p(head: Head, hidden: Tensor) -> Tensor:
 
 
 def row_of(vocabulary: Vocabulary, node: int) -> int:
-    """Return the row of a state in a levelwise table, which stores each level in tree order."""
+    """Return the row of a state in the table of a level-wise head.
+
+    The rows of a level are sorted by their path from the root.
+    """
     level = int(vocabulary.level_of(torch.tensor(node)))
     return vocabulary.offsets[level] + int(
         vocabulary.position(level)[node - vocabulary.offsets[level]]
@@ -68,14 +77,14 @@ def dense_distribution(head: Head, hidden: Tensor) -> DenseDistribution:
 
 
 def random_nodes(vocabulary: Vocabulary, rows: int, generator: torch.Generator) -> Tensor:
-    """Return random nodes [rows] of the levels above the tokens; 30 % of the rows are the root."""
+    """Return random nodes [rows] above the tokens; 30 % of the rows are the root."""
     nodes = torch.arange(vocabulary.num_tokens, vocabulary.root + 1)
     picked = torch.randint(len(nodes), (rows,), generator=generator)
     return nodes[torch.where(torch.rand(rows, generator=generator) < 0.3, len(nodes) - 1, picked)]
 
 
 def random_token_below(vocabulary: Vocabulary, node: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random token [n] below each node."""
+    """Return a random token below each node of `node` [n], as a tensor [n]."""
     start, stop = vocabulary.node_range(node, 0)
     place = start + (torch.rand(len(node), generator=generator) * (stop - start)).long()
     return vocabulary.order(0)[place]

@@ -1,7 +1,7 @@
-"""Attention: blocks next to clean tokens, the cache, autoregression and packed documents.
+"""Attention: blocks that attend to clean tokens, key-value cache, autoregression, packing.
 
-Forward passes that should agree sum in different orders. The tolerance is 1e-12 in float64 for
-hidden states of order 1.
+Forward passes that must agree sum in different orders. The tolerance is 1e-12, for float64 hidden
+states of order 1.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def backbone() -> DiT:
 
 
 def denoiser(backbone: DiT, inputs: Inputs = "own") -> Denoiser:
-    """Make a denoiser whose logits depend on every hidden channel."""
+    """Make a denoiser of the backbone, with a head whose logits depend on every hidden channel."""
     head = TokenHead(VOCABULARY, WIDTH).double()
     with torch.no_grad():
         head.table.normal_(generator=torch.Generator().manual_seed(5))
@@ -139,9 +139,9 @@ def test_paired_forward_equals_separate_forward_of_each_block(
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_block_attends_only_to_itself_and_earlier_blocks(backbone: DiT, memory: bool) -> None:
-    """Equality is bitwise, because a hidden position has the weight exp(-inf) = 0.
+    """Changing a position changes exactly the hidden states that attend to this position.
 
-    Each position that may be attended to must also change the result.
+    Other hidden states are bitwise equal, because their attention weight is exp(-inf) = 0.
     """
     model, block = denoiser(backbone), BLOCKS["fours"]
     noisy = drawn(3)._replace(block=block.unsqueeze(0), memory=words(4) if memory else None)
@@ -178,9 +178,9 @@ def test_single_block_equals_full_attention(backbone: DiT) -> None:
 
 
 def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
-    """Compare with figure 3 of arXiv 2503.09573, for two blocks of two tokens.
+    """Compare with figure 3 of arXiv 2503.09573 (block diffusion), for two blocks of two tokens.
 
-    The clean columns come first.
+    The columns of the clean copy come first.
     """
     block = torch.tensor([[0, 0, 1, 1]])
     twice = Context(
@@ -283,7 +283,7 @@ def test_forward_with_cache_block_by_block_equals_one_full_forward(
 
 
 class Counting(Backbone):
-    """Backbone that records the number of columns of every forward pass."""
+    """Backbone that records the number of positions (columns) of every forward pass."""
 
     caches = True
 
@@ -297,10 +297,10 @@ class Counting(Backbone):
 
 
 def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) -> None:
-    """Each block of four is queried in two steps.
+    """The numbers of positions per forward pass are as expected.
 
-    A finished block is run once more with its clean tokens. With blocks of one token and previous
-    tokens as inputs, no position is run twice.
+    A block of four positions is queried in two steps, and is then run once more with its clean
+    tokens. With blocks of one token and inputs = "previous", no position is run twice.
     """
     counted = Counting(backbone)
     model, cache, clean = (
@@ -337,7 +337,7 @@ def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) 
 def test_key_value_cache_is_cropped_at_the_first_changed_position(
     backbone: DiT, inputs: Inputs
 ) -> None:
-    """Clean tokens, block numbers and batch size change; the result equals a full forward pass."""
+    """After a change of clean tokens, blocks or batch size, results equal a full forward pass."""
     model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
     changed = final.clone()
     changed[1, 2] = (changed[1, 2] + 1) % VOCABULARY.num_tokens
@@ -394,7 +394,7 @@ def test_key_value_cache_refuses_unsupported_block_layouts(backbone: DiT) -> Non
 
 @pytest.fixture
 def flex(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use masks of flex attention in tiles of four, and evaluate them densely on a CPU."""
+    """Use flex-attention masks with tiles of four positions, evaluated densely on the CPU."""
     monkeypatch.setattr(asked, "has_flex_kernel", lambda x, width: True)
     monkeypatch.setattr(attention, "TILE", 4)
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
@@ -413,7 +413,10 @@ SIGHTS = {
 
 
 def contexts() -> Iterator[tuple[str, Context]]:
-    """Return contexts with padding, documents, blocks and paired blocks that hide a position."""
+    """Yield contexts, by name, in which some positions may not attend to each other.
+
+    They have padding, several documents, blocks, or blocks with a clean copy (paired).
+    """
     for sight_name, sight in SIGHTS.items():
         for name in ("alone", "packed", "padded", "both"):
             context = CONTEXTS[name]._replace(layout=sight)
@@ -428,9 +431,9 @@ ALL = dict(contexts())
 
 @pytest.mark.parametrize("name", ALL)
 def test_flex_attention_mask_tiles_equal_the_dense_mask(flex: None, name: str) -> None:
-    """Compare entries and tiles of the mask with the dense mask, and the attention values.
+    """Entries and tiles of the mask equal the dense mask, and attention values agree.
 
-    Values are softmaxes over the same columns: tolerance 1e-5 in float32, 1e-13 in float64.
+    The tolerance of values is 1e-5 in float32 and 1e-13 in float64.
     """
     context = ALL[name]
     mask = context.attention_mask()
@@ -500,9 +503,9 @@ def test_flex_attention_is_used_only_if_it_has_a_kernel() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sight", SIGHTS)
 def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> None:
-    """float32 sums in another order have an error of 1e-4.
+    """Sequences have 300 positions, which is not a multiple of the tile size.
 
-    The number of rows, 300, is not a multiple of the tile size.
+    The tolerance 1e-4 is the rounding of float32 sums in another order.
     """
     length, device = 300, "cuda"
     wide, stretch = torch.arange(length), torch.arange(length) * LENGTH // length
@@ -528,7 +531,7 @@ def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> Non
 
 @torch.no_grad()
 def test_new_flex_masks_do_not_recompile_blocks(backbone: DiT, flex: None) -> None:
-    """The blocks are traced but not compiled: one graph serves all blocks and batches."""
+    """A single traced graph serves all blocks and batches, although each batch has a new mask."""
     model = denoiser(deepcopy(backbone))
     noisy = drawn(23)._replace(block=OWN, memory=words(24))
     batches = [
@@ -559,7 +562,7 @@ def elsewhere(ids: Tensor, there: Tensor) -> Tensor:
 def test_packing_does_not_change_hidden_states_or_predictions(
     backbone: DiT, name: str, inputs: Inputs
 ) -> None:
-    """Equality is bitwise, for any tokens, times and clean positions of the other documents."""
+    """Results of a document are bitwise equal for any tokens and times of the other documents."""
     model, context = denoiser(backbone, inputs), CONTEXTS[name]
     every, root = torch.arange(BATCH * LENGTH), torch.full((BATCH * LENGTH,), VOCABULARY.root)
 
@@ -601,8 +604,9 @@ def test_packing_does_not_change_bound_loss_or_gradient_of_a_document(
 ) -> None:
     """Other documents of a row do not change the terms of the bound of a document.
 
-    If only one document is scored, they do not change its training loss and gradient either.
-    Equality is bitwise: all tokens have uniform noise here, so that the same positions are queried.
+    If only one document is scored, the other documents change neither its training loss nor its
+    gradient. Equality is bitwise. All tokens have uniform noise, so that the network is queried at
+    the same positions in every row.
     """
     inputs, times = RULES[rule]
     process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), token_distribution(VOCABULARY))

@@ -1,4 +1,4 @@
-"""The denoiser joins a backbone and a head, and runs the backbone at most once per state."""
+"""`Denoiser` joins a backbone and a head, and runs the backbone at most once per noisy state."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shown() -> Noisy:
 
 
 def test_gradients_through_head_chunks_reach_backbone_and_head(denoiser: Denoiser) -> None:
-    """Gradients through chunks equal those of plain autograd, up to the order of float64 sums."""
+    """Gradients of a head that computes in chunks equal those of plain autograd."""
     noisy = shown()
     rows = torch.tensor([7, 0, 3, 10])
     node = noisy.zt.flatten()[rows]
@@ -89,7 +89,7 @@ def test_backbone_runs_once_for_repeated_queries_of_one_state(denoiser: Denoiser
 
 
 def test_backbone_runs_only_on_queried_sequences_that_changed(denoiser: Denoiser) -> None:
-    """A network without time input is not run again for unchanged ids."""
+    """Sequences whose ids are unchanged are not run again if the network has no time input."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
     noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
     everywhere = torch.arange(BATCH * LENGTH)
@@ -114,9 +114,9 @@ def test_backbone_runs_only_on_queried_sequences_that_changed(denoiser: Denoiser
 
 
 class FullConditional(Backbone):
-    """Backbone whose hidden states are the exact log P(x | z), including the own evidence.
+    """Backbone whose hidden states are the exact log P(x_i | z), conditioned also on z_i.
 
-    `rest` [B,L,V] are the given distributions without the own evidence.
+    `rest` [B,L,V] are the distributions P(x_i | z without z_i).
     """
 
     width = VOCABULARY.num_tokens
@@ -133,7 +133,7 @@ class FullConditional(Backbone):
 
 
 def test_denoiser_divides_full_conditional_by_likelihood_of_own_state() -> None:
-    """p(x) q_t(z|x) divided by q_t(z|x) is p(x), for queries below any node."""
+    """The full conditional, p(x) q_t(z|x), divided by q_t(z|x) is p(x), below any node."""
     process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)), xi=0.8)
     log_rest = torch.randn(BATCH, LENGTH, VOCABULARY.num_tokens, dtype=torch.float64).log_softmax(
         -1

@@ -1,4 +1,4 @@
-"""Initial embeddings of nodes are computed from those of their tokens."""
+"""Initial embeddings of tree nodes are computed from those of their tokens."""
 
 from __future__ import annotations
 

@@ -41,9 +41,12 @@ def head(request: pytest.FixtureRequest) -> Head:
 
 
 def rows_of(head: Head, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return hidden states (a leaf tensor), nodes, a token below each node, and a child.
+    """Return random inputs of a head for `rows` rows.
 
-    The child lies at any depth between the node and the token.
+    - Hidden states [rows, width], a leaf tensor of autograd.
+    - Nodes [rows].
+    - A token [rows] below each node.
+    - A state [rows] between the node and the token, at a random level.
     """
     generator = torch.Generator().manual_seed(3)
     vocabulary = head.vocabulary
@@ -114,7 +117,7 @@ def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head)
 
 
 def test_gradient_of_a_node_probability_reaches_the_logits_of_all_levels(head: Head) -> None:
-    """The value is the entropy of the distribution at every level, which has no closed form."""
+    """The function is the entropy at every level, whose gradient reaches all logits."""
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
 
@@ -152,7 +155,7 @@ def test_head_draws_equal_draws_of_the_dense_distribution(head: Head) -> None:
 
 
 def test_chunked_loss_of_a_head_passes_gradcheck() -> None:
-    """The expected gradients are finite differences, which do not depend on chunks."""
+    """The gradients of a chunked head equal finite differences."""
     head = make_head("levelwise", TREES["three levels"], width=3)
     head.chunk_logits = 10
     hidden, node, _, child = rows_of(head, 6)
@@ -176,7 +179,7 @@ class _Total(torch.nn.Module):
 
 
 def test_chunked_loss_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None:
-    """Every parameter must get a gradient, because other ranks wait for it in the reduction."""
+    """Every parameter gets a gradient, because other ranks wait for its reduction."""
     hidden, node, _, child = rows_of(head)
     fn = weighted_surprise(node[:0], child[:0], torch.rand(0, dtype=torch.float64))
     total, values, _ = head.total(hidden[:0], node[:0], fn)
@@ -187,9 +190,9 @@ def test_chunked_loss_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None
 
 
 def test_head_computes_no_logits_for_rows_at_clean_tokens() -> None:
-    """A process that leaves tokens unchanged may query rows at clean tokens.
+    """Rows at clean tokens cost no logits and change no result of other rows.
 
-    Next to other rows, these rows must change no result.
+    A process may query such rows, although it leaves clean tokens unchanged.
     """
     head = make_head("tied", TREES["two levels"])
     hidden, node, word, _ = rows_of(head)
@@ -217,7 +220,7 @@ def test_head_gradients_scale_with_the_backward_argument(head: Head) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts new tensors with a given number of elements that are not views of an argument."""
+    """Dispatch mode that counts new tensors of a given size which are not views of an argument."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -233,11 +236,11 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["tied", "levelwise"])
 def test_head_uses_one_gradient_buffer_for_any_number_of_chunks(kind: str) -> None:
-    """64 nodes are queried, but only two tensors of the table's size are made.
+    """A query of 64 nodes makes only two tensors of the size of the table.
 
-    They are the gradient buffer and its product with the gradient of the sum over rows. Slices of
-    the table under autograd would make one tensor per node, which is 36 times slower for a
-    vocabulary of 50k.
+    These are the buffer of the table's gradient, and the product of this buffer with the incoming
+    gradient. Slices of the table under autograd would make a tensor for each node, which is 36
+    times slower for a vocabulary of 50k.
     """
     vocabulary = HierarchicalVocabulary([torch.arange(512) % 64])
     head = make_head(kind, vocabulary, width=3)

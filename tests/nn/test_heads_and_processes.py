@@ -1,6 +1,6 @@
 """The chunked loss of every process and head equals the dense bound, in value and gradient.
 
-It also causes no synchronization with the device.
+The training step causes no synchronization with the device.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ROWS = 40
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_training_gradient_of_every_head_equals_that_of_dense_bound(name: str, kind: str) -> None:
-    """Compare with the density that is derived from rates and marginals, under plain autograd.
+    """Compare with the integrand of the bound computed from rates and marginals, by autograd.
 
     The two losses share no formula. Both are float64 sums of fewer than a hundred terms. Ratios of
     marginals near t = 0 are as large as 1e3, so the relative tolerance is 1e-9.
@@ -113,7 +113,7 @@ class Rows(Backbone):
 
 
 def drawn(process: ForwardProcess) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, states that are scored by the bound, and times inside (0, 1)."""
+    """Return random (tokens, noisy states, times in (0, 1)); every state adds to the bound."""
     x0 = torch.randint(process.vocabulary.num_tokens, (ROWS,))
     t = 0.05 + 0.9 * torch.rand(ROWS, dtype=torch.float64)
     zt = process.sample(x0, t, torch.rand(ROWS, process.uniforms_per_sample, dtype=torch.float64))

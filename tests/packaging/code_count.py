@@ -86,7 +86,7 @@ def code_lines(source: str) -> set[int]:
 
 
 def class_size(path: Path, name: str) -> tuple[int, int]:
-    """Count the code tokens and methods of a top-level class, including decorators."""
+    """Return (code tokens, methods) of the top-level class `name`, including decorators."""
     source = path.read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -101,7 +101,7 @@ def class_size(path: Path, name: str) -> tuple[int, int]:
 
 
 def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
-    """Iterate over the docstrings of modules, classes, functions and fields."""
+    """Iterate over the string nodes of docstrings of modules, classes, functions and fields."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Expr)
@@ -123,9 +123,9 @@ def names_and_strings(source: str) -> Iterator[str]:
 
 @dataclass
 class Style:
-    """Totals of style measurements over files.
+    """Sums of style measurements over files.
 
-    `functions` contains the length in lines and the location of each function.
+    `functions` contains (length in lines, location) of each function.
     """
 
     tokens: int = 0

@@ -1,4 +1,4 @@
-"""Commands of the Makefile without a suitable Python, and examples and links of the README."""
+"""`make` without a suitable Python, and examples and links in the README."""
 
 from __future__ import annotations
 

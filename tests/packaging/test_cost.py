@@ -1,8 +1,8 @@
 """Size limits: a process class has at most 560 code tokens, and a sampler class at most 650.
 
-Tokens of Python's tokenizer are counted, without comments, docstrings and whitespace. Lines are not
-counted, because a limit on lines leads to dense code. The number of methods is limited too, because
-a class with many methods has more than one purpose.
+Code tokens are tokens of Python's tokenizer, without comments, docstrings and whitespace. Lines are
+not counted, because a limit on lines leads to dense code. The number of methods is limited too,
+because a class with many methods has more than one purpose.
 
 The process of the example plugin is checked in tests/examples.
 """

@@ -1,4 +1,4 @@
-"""Forbidden names in files of the engine, and public names that plugins may import."""
+"""Import rules: the package ddiff names no model family, and plugins use only public names."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def private_uses(source: str) -> list[str]:
 
 
 def test_plugins_and_examples_use_only_public_names_of_ddiff() -> None:
-    """Check that plugins and examples import only names that external plugins may import."""
+    """Shipped plugins and examples import only what an external plugin may import."""
     outside = [
         path for room in ("plugins", "examples") for path in sorted((ROOT / room).rglob("*.py"))
     ]

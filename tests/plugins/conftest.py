@@ -1,4 +1,4 @@
-"""Put `exact_windows` of the core tests, the examples and the benchmarks on the import path."""
+"""Import path: `exact_windows` of the core tests, the examples and the benchmarks."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ LENGTH = 4
 
 
 def objective(vocabulary: Vocabulary = TREE, scale: float = 0.5) -> AutoregressiveObjective:
-    """Make a small objective in float64, with random weights everywhere."""
+    """Make a small float64 objective; all weights are random, of standard deviation `scale`."""
     torch.manual_seed(0)
     backbone = DiT(vocabulary, 8, layers=2, heads=2, time=False)
     head = (
@@ -66,7 +66,7 @@ def nll(one: AutoregressiveObjective, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(3)], ids=["tree", "flat"])
 def test_ar_probabilities_of_all_sequences_sum_to_one(vocabulary: Vocabulary) -> None:
-    """Sum over all 81 sequences of four tokens; their probabilities are not equal."""
+    """The sum is over all 81 sequences of four tokens, which have unequal probabilities."""
     sequences = torch.cartesian_prod(*[torch.arange(3)] * LENGTH)
     probability = (-nll(objective(vocabulary), batch_of(sequences)).sum(-1)).exp()
     assert float(probability.sum()) == pytest.approx(1.0, abs=1e-12)
@@ -93,7 +93,7 @@ def test_ar_nll_counts_scored_tokens_and_ignores_padding() -> None:
 
 
 def test_ar_conditions_on_prompts_without_scoring_them() -> None:
-    """Later tokens depend on the prompt, but sums and counts exclude the prompt."""
+    """The loss and the token count exclude the prompt, but later tokens depend on it."""
     one, ids = objective(), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
     prompt = torch.tensor([[True, True, False, False], [True, False, False, False]])
     whole, part = batch_of(ids), batch_of(ids, scored=~prompt)
@@ -188,9 +188,9 @@ def test_left_to_right_samples_of_ragged_prompts_equal_single_rows() -> None:
 
 
 def test_left_to_right_samples_follow_the_scored_distribution() -> None:
-    """Compare 20 000 samples of two tokens with the nine exact probabilities.
+    """Compare the frequencies of 20 000 samples of two tokens with nine exact probabilities.
 
-    The chi-square statistic is above 35 with probability 2.7e-5.
+    By chance, the chi-square statistic is above its limit 35 with probability 2.7e-5.
     """
     one = objective()
     sequences = torch.cartesian_prod(torch.arange(3), torch.arange(3))
@@ -271,7 +271,8 @@ def test_ar_learns_a_markov_source_to_its_entropy(
 ) -> None:
     """The NLL is at most 3 % above the entropy, and its interval does not end below the entropy.
 
-    The entropy of rows of 16 symbols is known exactly. The unigram distribution is 30 % above it.
+    The entropy of rows of 16 symbols is known exactly. The NLL of the unigram distribution is 30 %
+    above the entropy.
     """
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)

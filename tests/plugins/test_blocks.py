@@ -1,4 +1,4 @@
-"""Block diffusion: any process inside a block, finished blocks in the cache."""
+"""Block diffusion: any process within a block, and a key-value cache of finished blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROCESSES: dict[str, ForwardProcess] = {
 
 
 def denoiser(process: ForwardProcess, time: bool) -> Denoiser:
-    """Make a denoiser in float64, with random weights everywhere."""
+    """Make a float64 denoiser whose weights are all random; `time`: the backbone reads t."""
     torch.manual_seed(3)
     vocabulary = process.vocabulary
     backbone = DiT(vocabulary, 16, layers=2, heads=2, time=time)
@@ -64,10 +64,10 @@ def drawn(process: ForwardProcess, cached: bool, time: bool, **settings: Any) ->
 
 
 def prompts() -> tuple[Tensor, Tensor]:
-    """Return prompts of at least one token each.
+    """Return (prompt ids, prompt mask), with at least one token in each prompt.
 
-    Without a prompt, all masked positions have equal predictions, and rounding errors would decide
-    which position is revealed first.
+    Without a prompt, all masked positions would have equal predictions, and rounding errors would
+    decide which position is revealed first.
     """
     prompt = torch.randint(7, (6, LENGTH), generator=torch.Generator().manual_seed(1))
     return prompt, torch.arange(LENGTH) < torch.tensor([[1], [3], [4], [5], [9], [14]])
@@ -96,7 +96,7 @@ def test_blockwise_cache_changes_no_token_for_any_inner_sampler(inner: str) -> N
 
 
 def test_blockwise_earlier_blocks_do_not_attend_to_later_ones() -> None:
-    """Samples of a longer canvas begin with the samples of a shorter one."""
+    """Samples of more blocks begin with the samples of fewer blocks."""
     process = PROCESSES["masked"]
     sampler, network = (
         Blockwise.build(Blockwise.Config(width=4), steps=5),

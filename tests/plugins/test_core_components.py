@@ -1,4 +1,4 @@
-"""Every key of the built-in components reaches the object they build."""
+"""Every recipe key of the built-in components reaches the object that the component builds."""
 
 from __future__ import annotations
 

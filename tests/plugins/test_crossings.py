@@ -1,4 +1,4 @@
-"""Combinations without special code: noise within a tree's levels, hyperschedules and remasking."""
+"""Combinations that need no special code: trees that redraw tokens, hyperschedules, remasking."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_tree_with_redraw_rate_0_equals_the_tree_process() -> None:
 
 
 def test_tree_without_clusters_that_redraws_tokens_is_the_gamma_hybrid() -> None:
-    """The redraw rate is gamma/(1 - gamma) times the mask rate."""
+    """The gamma-hybrid redraws tokens at gamma/(1 - gamma) times its mask rate."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (
         RestlessTree(flat, LogTimeClock((1.0,)), gamma / (1.0 - gamma)),
@@ -112,7 +112,11 @@ def test_tree_without_clusters_that_redraws_tokens_is_the_gamma_hybrid() -> None
 
 
 def test_tree_that_redraws_tokens_draws_below_a_common_ancestor() -> None:
-    """Cluster 3 has tokens 0 and 2, cluster 4 has token 1: shares 2/3 and 1/3 of the tokens."""
+    """A token is replaced by a token below the same ancestor, on the level given by `below`.
+
+    Cluster 3 has tokens 0 and 2, and cluster 4 has token 1. A cluster is replaced in proportion to
+    the numbers of tokens, 2/3 and 1/3.
+    """
     within, across = (likelihoods(restless(below), times((0.5,)))[0] for below in (1, 2))
     assert within[0, 1] == within[1, 0] == within[1, 2] == within[0, 4] == within[1, 3] == 0.0
     assert within[0, 2] > 0.05
@@ -136,8 +140,8 @@ def test_exact_bound_of_tree_that_redraws_tokens_is_the_entropy(below: int) -> N
 def test_samples_of_tree_that_redraws_tokens_converge_to_the_joint(below: int) -> None:
     """The error is of first order: 64 steps have a sixteenth of the error of 4 steps.
 
-    The error of 4 steps is 0.14 or 0.17. That of 64 steps, with sampling noise, is between 0.007
-    and 0.017 for five seeds.
+    The measured error is 0.14 or 0.17 for 4 steps. For 64 steps it is between 0.007 and 0.017 over
+    five seeds, including sampling noise.
     """
     far, near = (
         measure_sampler(
@@ -176,7 +180,7 @@ RULES: dict[str, TimeRule] = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
-    """The marginals of gamma = 2 are polynomials, so that quadrature is exact up to rounding."""
+    """For gamma = 2 the marginals are polynomials in t, so quadrature is exact up to rounding."""
     closing, diffusion, decoding = exact_terms(hdlm(gamma=2.0), RULES[rule])
     assert not closing.any()
     assert not decoding.any()
@@ -188,7 +192,7 @@ def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
 def test_hdlm_bound_on_a_time_window_is_entropy_plus_cost_of_end_terms(
     rule: str, keys: dict[str, float]
 ) -> None:
-    """The cost is positive only if several positions reach an end of the window together."""
+    """The end terms of the bound cost nats only if several positions are noised together."""
     process, window = hdlm(**keys), (0.05, 0.9)
     cost = float(cost_of_ends(process, window, [[0, 1], [2]])) if rule == "block, paired" else 0.0
     total = mean(sum(exact_terms(process, RULES[rule].with_window(*window))))
@@ -198,7 +202,7 @@ def test_hdlm_bound_on_a_time_window_is_entropy_plus_cost_of_end_terms(
 
 @pytest.mark.parametrize("rule", ["block, paired", "slide, paired"])
 def test_hdlm_bound_rises_if_the_clean_prefix_is_ignored(rule: str) -> None:
-    """Without the clean prefix, the bound must be above the entropy."""
+    """A network that ignores the clean tokens of earlier blocks has a bound above the entropy."""
     process, blind = hdlm(gamma=2.0), exact_prediction(hdlm(gamma=2.0))
 
     def forgetful(noisy: Noisy) -> Tensor:
@@ -245,7 +249,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def learns(run: ddiff.Run) -> None:
-    """Check that the bound of similar text is below that of uniform tokens."""
+    """Check that text like the training text has a lower bound than uniformly random tokens."""
     assert run.nelbo(CORPUS.splitlines()[:8]).nelbo_nats_per_token < math.log(269)
 
 
@@ -318,7 +322,7 @@ def test_remasking_on_a_tree_moves_tokens_up_and_ends_in_tokens(
 
 @pytest.mark.slow
 def test_tree_that_redraws_tokens_trains_in_a_shipped_recipe(place: Path) -> None:
-    """Train a shipped recipe with a process from Python, and sample.
+    """Train a shipped recipe with a process object passed to `ddiff.run`, and sample.
 
     The sampler "acs" requires noise on visible tokens, which this process has.
     """
@@ -336,10 +340,10 @@ def test_tree_that_redraws_tokens_trains_in_a_shipped_recipe(place: Path) -> Non
 
 
 def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: float) -> Tensor:
-    """Return the joint distribution [S,S] of both positions after a step of the first position.
+    """Return the joint distribution [S,S] of two positions after a step of the first position.
 
-    The canvases before the step follow q_t. The first position is then at time s, and the second at
-    t.
+    Before the step, both positions follow q_t. The step moves the first position to time s, and the
+    second position stays at time t.
     """
     size, points = process.vocabulary.num_states, 2**15
     marginal = likelihoods(process, times((t,)))[0]
@@ -364,7 +368,7 @@ def after_a_psi_step(process: ForwardProcess, sampler: PsiSampler, t: float, s: 
 
 
 def joint_at(process: ForwardProcess, s: float, t: float) -> Tensor:
-    """Return the joint distribution [S,S] of the first position at s and the second at t."""
+    """Return the exact joint distribution [S,S] of the first position at s and the second at t."""
     first, second = likelihoods(process, times((s, t)))
     return torch.einsum("ab,ai,bj->ij", JOINT, first, second)
 
@@ -386,7 +390,10 @@ EVEN = 0.006
 )
 @pytest.mark.parametrize("case", PSI)
 def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProcess) -> None:
-    """For any kappa, the moved position has its marginal at s, jointly with its neighbour at t."""
+    """After a step to s, both positions have the joint distribution of the forward process.
+
+    This holds for any kappa, the weight of the posterior in the step.
+    """
     sampler, t, s = PSI[case]
     moved = after_a_psi_step(process, sampler, t, s)
     assert 0.5 * float((moved - joint_at(process, s, t)).abs().sum()) < EVEN

@@ -1,4 +1,4 @@
-"""The diffusion transformer: attention, initialization, conditions, sizes."""
+"""Diffusion transformer (DiT): attention, initialization, conditions, sizes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BATCH, LENGTH, WIDTH = 2, 12, 16
 
 
 def make(time: bool = True, trained: bool = True, **kwargs: float) -> DiT:
-    """Make a DiT in float64.
+    """Make a float64 DiT; `time`: the network reads noise times.
 
-    `trained`: fill parameters that start at zero with random numbers, so that every path is active.
+    `trained`: fill parameters that start at zero with random numbers, so that all of them matter.
     """
     torch.manual_seed(0)
     options: dict[str, Any] = {"layers": 2, "heads": 2, "time": time, **kwargs}

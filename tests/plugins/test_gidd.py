@@ -1,4 +1,4 @@
-"""Mask and uniform noise in one process: published formulas, limits, training weights."""
+"""GIDD, a process with mask noise and uniform noise: published formulas, limits, loss weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_gidd_obeys_every_process_law_in_every_setting(process: ForwardProcess) 
 
 
 def hump(process: GeneralizedInterpolation, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return c_t and its derivative, as defined in arXiv 2503.04482."""
+    """Return (c_t, dc_t/dt), where c_t is the unnormalized uniform noise in arXiv 2503.04482."""
     p, gamma = process.mixing.p_uniform, process.mixing.gamma  # type: ignore[attr-defined]
     c = 2.0**gamma * p / (1.0 - p) * (t * (1.0 - t)) ** (gamma / 2)
     return c, gamma / 2 * (1.0 - 2.0 * t) / (t * (1.0 - t)) * c
@@ -81,10 +81,10 @@ def test_gidd_weight_and_bound_integrand_equal_those_of_the_paper(gamma: float) 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
 def test_gidd_bound_equals_that_of_the_older_paper_in_mean_over_states(form: Form) -> None:
-    """The expectation of omega/q is -alpha'/alpha.
+    """The older bound has the term alpha'/alpha in place of -omega/q.
 
-    The older bound has the term alpha'/alpha in place of -omega/q, so both bounds have the same
-    expectation.
+    omega is the rate of arrival in z_t, and q = q_t(z_t|x). The expectation of omega/q over z_t is
+    -alpha'/alpha, so both bounds have the same expectation.
     """
     process, t = make(0.3, 1.5, form), times(INNER)
     for x in range(WORDS):
@@ -106,11 +106,15 @@ def test_gidd_bound_equals_that_of_the_older_paper_in_mean_over_states(form: For
 def test_gidd_original_form_equals_published_code_if_alpha_is_positive(
     p_uniform: float, gamma: float
 ) -> None:
-    """Compare alpha and the noise with the formulas of the older code.
+    """Compare alpha and the noise with the formulas of the older published code.
 
-    alpha = (v^g - c)/C, and the noise is t^g/C at the mask and c/C at every token, with v = 1 - t,
-    C = t^g + v^g + (S - 2) c, c = b (t v)^(g/2), 1/b = 1 + S (1 - p)/(2 p) and S states. The older
-    code also uses times at which alpha is negative; here time is scaled so that alpha(1) = 0.
+    alpha = (v^g - c)/C, and the noise is t^g/C at the mask and c/C at every token. Here g is gamma,
+    p is p_uniform, S is the number of states, and
+
+        v = 1 - t,  1/b = 1 + S (1 - p)/(2 p),  c = b (t v)^(g/2),  C = t^g + v^g + (S - 2) c.
+
+    The published code also uses times at which alpha is negative. In ddiff, time is scaled so that
+    alpha(1) = 0.
     """
     process, states = make(p_uniform, gamma, "original"), WORDS + 1
     b = 2.0 * p_uniform / (2.0 * p_uniform + (1.0 - p_uniform) * states)
@@ -165,9 +169,9 @@ def test_gidd_without_uniform_noise_is_masked_diffusion(gamma: float, form: Form
 @pytest.mark.parametrize("form", list(MIXINGS))
 @pytest.mark.parametrize("words", [2, 4, 50_000])
 def test_gidd_arrival_rates_are_never_negative(form: Form, words: int) -> None:
-    """Rates are >= 0 for every allowed setting, at times down to 1e-12 from both ends.
+    """For every allowed setting, rates are >= 0 and alpha falls from 1 to 0.
 
-    alpha falls from 1 to 0.
+    Times are as close as 1e-12 to t = 0 and t = 1.
     """
     t = torch.sigmoid(torch.linspace(-27.0, 27.0, 200, dtype=torch.float64))
     for p_uniform in (0.0, 1e-3, 0.2, 0.9, 0.9999):
@@ -202,10 +206,10 @@ def test_gidd_dynamic_weights_equal_the_published_weights() -> None:
 
 
 def test_gidd_snr_weight_is_bound_weight_times_two_t_one_minus_t() -> None:
-    """At gamma = 1 the weight "snr" is 2 t (1 - t) omega/q.
+    """For gamma = 1, the weight "snr" is 2 t (1 - t) times the weight omega/q of the bound.
 
-    The equality is exact at masks and wrong tokens. At the clean token it is the limit of little
-    uniform noise and a large vocabulary: the error is below 0.2 % for p_uniform = 1e-6 and 1000
+    The equality is exact at masks and wrong tokens. At the clean token it holds in the limit of
+    little uniform noise and many tokens: the error is below 0.2 % for p_uniform = 1e-6 and 1000
     tokens. The weight "sigmoid" is not proportional to omega/q.
     """
     process = make(1e-6, 1.0, words=1000)

@@ -1,4 +1,4 @@
-"""The README table for xi < 1 equals the output of benchmarks/xi_bounds.py."""
+"""The table in the README of ddiff_hdlm equals the output of benchmarks/xi_bounds.py."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_hdlm_readme_quotes_the_entropies_of_xi_bounds() -> None:
 
 
 def test_flattering_prediction_minimizes_the_loss_of_the_hdlm_paper_code() -> None:
-    """Any change of the prediction `flattering` at any state increases the published expression."""
+    """Any change of the prediction `flattering` at any state increases the loss in HDLM's code."""
     published = command.process_of(command.Published, 1.0, 0.8)
     best = command.predictions_of(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
 

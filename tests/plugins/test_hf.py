@@ -72,9 +72,9 @@ def inputs(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def moved_by(model: PretrainedBackbone, position: int, context: Context = UNPADDED) -> Tensor:
-    """Return a bool [B,L]: the hidden states that change if the id at a position changes.
+    """Return which hidden states [B,L] change if the id at `position` changes.
 
-    Changes below 1e-9 are rounding errors.
+    Changes below 1e-9 count as rounding errors.
     """
     ids, t = inputs()
     before = model(ids, t, context)
@@ -96,7 +96,7 @@ def test_hf_tokens_keep_embeddings_and_nodes_start_as_their_mean(path: str) -> N
 
 
 def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
-    """Compare with the model of the library on rows of tokens; decoders have a causal mask."""
+    """Hidden states of clean tokens equal those of the library's model, causal for decoders."""
     ids, t = inputs()
     ids = ids % V
     ids = torch.where(ids == 1, 2, ids)  # 1 is the padding id of RoBERTa

@@ -1,4 +1,4 @@
-"""Epsilon- and gamma-hybrid: generators of the paper, exact steps, published losses."""
+"""Epsilon- and gamma-hybrid (masks and redrawn tokens): generators, exact steps, losses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def generators() -> tuple[Tensor, Tensor]:
 
 
 def noise_of(process: GammaHybrid, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the noise sigma_t of the paper and its derivative."""
+    """Return (noise sigma_t of the paper, its derivative)."""
     if process.masking == 1.0:  # time = "masked": e^{-(1 - gamma) sigma} = 1 - t
         return -torch.log1p(-t) / (1.0 - process.gamma), 1.0 / (1.0 - t) / (1.0 - process.gamma)
     left = 1.0 - process.noise.floor
@@ -113,9 +113,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
 def test_gamma_hybrid_rates_mix_both_generators(keys: dict[str, Any]) -> None:
-    """Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ].
+    """The generator is Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ].
 
-    An interpolating process with the same marginals has other rates and transitions.
+    sigma' is the derivative of the noise. An interpolating process with the same marginals has
+    other rates and transitions.
     """
     process, t = gamma_hybrid(**keys), times(INNER)
     absorb, uniform = generators()
@@ -139,7 +140,7 @@ def test_gamma_hybrid_transitions_are_the_exponential_of_the_mixture(keys: dict[
 
 
 class Twin(ComponentProcess):
-    """The interpolating process with the marginals of the gamma-hybrid."""
+    """Interpolating process with the marginals of the gamma-hybrid."""
 
     def __init__(self, original: GammaHybrid) -> None:
         self.original = original
@@ -166,7 +167,10 @@ def test_gamma_hybrid_and_interpolating_process_have_equal_marginals() -> None:
 
 
 def test_gamma_hybrid_time_setting_does_not_change_the_chain_in_sigma() -> None:
-    """At times of equal sigma, the transitions and the ratios density / sigma' are equal."""
+    """At times of equal noise sigma, both settings have equal transitions and bounds.
+
+    The integrand of the bound is compared per unit of sigma.
+    """
     masked, rng = gamma_hybrid(0.4), gamma_hybrid(0.4, time="noise", floor=0.005)
     rows = ReachableRows(rng, times(INNER))
     there = -torch.expm1(
@@ -185,7 +189,7 @@ def test_gamma_hybrid_time_setting_does_not_change_the_chain_in_sigma() -> None:
 
 
 def _earlier(process: GammaHybrid, masked: Tensor) -> Tensor:
-    """Return the time at which the fraction `masked` is masked, for the setting time = "noise"."""
+    """Return the time at which a fraction `masked` of the tokens is masked, for time = "noise"."""
     return (1.0 - (1.0 - masked) ** (1.0 / (1.0 - process.gamma))) / (1.0 - process.noise.floor)
 
 
@@ -222,9 +226,10 @@ def test_gamma_and_epsilon_hybrids_without_redraws_are_masked_diffusion(
 
 
 def test_epsilon_hybrid_redraws_tokens_at_time_0_and_later_only_masks() -> None:
-    """Transitions are those of masked diffusion, and the density is 0 at tokens.
+    """For t > 0 the transitions are those of masked diffusion.
 
-    Only the decoding term depends on the prediction at tokens.
+    The integrand of the bound is 0 at visible tokens; only the decoding term depends on their
+    prediction.
     """
     process, masked = epsilon_hybrid(), masked_diffusion()
     s, t = product(times((0.0, 0.2, 0.5)), times((0.5, 0.9, 1.0)))
@@ -251,7 +256,7 @@ def test_epsilon_hybrid_redraws_tokens_at_time_0_and_later_only_masks() -> None:
 
 
 def test_gamma_hybrid_reveals_equally_many_masks_for_any_prediction() -> None:
-    """A step from t to s queries the fraction 1 - s/t of the masks and reveals all of these."""
+    """A step from t to s queries the network at 1 - s/t of the masks, and reveals all of these."""
     process, count = gamma_hybrid(0.3), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
     zt, t, s = torch.full((count,), WORDS), times((0.8,)).expand(count), times((0.6,)).expand(count)
@@ -263,10 +268,11 @@ def test_gamma_hybrid_reveals_equally_many_masks_for_any_prediction() -> None:
 
 
 def test_gamma_hybrid_step_queries_only_tokens_below_its_rate_bound() -> None:
-    """A step queries the fraction (1 - B_t/B_s)/(1 - B_t) (1 - (1 - B_s)/V) of the rows, here 0.3.
+    """A step from t to s queries the network at a known fraction of the visible tokens, here 0.3.
 
-    For gamma = 0.5, B_t = 1 - t is the probability that a token is not redrawn by time t. V is the
-    number of tokens. Tolerance 5 of 4096 rows: the grid of first uniforms may round at the bound.
+    The fraction is (1 - B_t/B_s)/(1 - B_t) (1 - (1 - B_s)/V), where V is the number of tokens and
+    B_t the probability that a token is not redrawn by time t (1 - t for gamma = 0.5). The tolerance
+    of 5 of 4096 rows allows for rounding of the grid of uniforms.
     """
     process, count = gamma_hybrid(0.5), 4096
     u = grid_of_uniforms(count, process.uniforms_per_step)
@@ -282,10 +288,10 @@ def test_gamma_hybrid_step_queries_only_tokens_below_its_rate_bound() -> None:
 
 
 def test_gamma_hybrid_kernel_inverts_scores_exactly() -> None:
-    """The score of time t times e^{-D Q} is q_s(y)/q_t(z), with D = sigma_t - sigma_s.
+    """Solving with the transition kernel gives the exact ratios q_s(y)/q_t(z) from the score at t.
 
-    The published code instead mixes the results for Q_absorb and Q_uniform linearly, which has an
-    error of second order in the step.
+    The kernel from s to t is exp(D Q), where D = sigma_t - sigma_s. The published code instead
+    mixes the results for Q_absorb and Q_uniform linearly, with an error of second order in D.
     """
     process = gamma_hybrid(0.5, time="noise", floor=0.005)
     absorb, uniform = generators()
@@ -362,11 +368,12 @@ def test_gamma_hybrid_makes_no_float64_tensor_of_vocabulary_width() -> None:
 
 
 def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Tensor) -> Tensor:
-    """Return the loss of the published code per unit of sigma.
+    """Return the loss in the code of the paper, per unit of the noise sigma.
 
-    The loss is (1 - gamma) L_absorb at masks and gamma L_uniform at tokens, with the score
-    entropies of arXiv 2310.16834. For example, L_absorb = sum_y s(y) - ln s(x)/a + K(1/a) with
-    K(r) = r (ln r - 1) and a = e^sigma - 1.
+    `log_s` are the logarithms of the predicted score s. The loss is (1 - gamma) L_absorb at masks
+    and gamma L_uniform at tokens, where L_absorb and L_uniform are the score entropies of arXiv
+    2310.16834: L_absorb = sum_y s(y) - ln s(x)/a + K(1/a), with a = e^sigma - 1 and
+    K(r) = r (ln r - 1).
     """
     a, pick = torch.expm1(sigma), x0.unsqueeze(-1)
     entropy = lambda r: r * (r.log() - 1.0)  # noqa: E731
@@ -398,10 +405,10 @@ def test_gamma_hybrid_loss_published_equals_the_code_of_the_paper(keys: dict[str
 
 
 def test_gamma_hybrid_loss_of_the_paper_code_is_not_the_bound() -> None:
-    """The loss is not proportional to the density of the bound.
+    """The loss is not proportional to the integrand of the bound.
 
-    At a wrong token, the loss of a uniform prediction is 90 times smaller than the density. At a
-    mask, the loss of the exact prediction is positive, and the density is 0.
+    At a wrong token, the loss of a uniform prediction is 90 times smaller than the integrand. At a
+    mask, the loss of the exact prediction is positive, but the integrand is 0.
     """
     process = GammaHybrid(FlatVocabulary(6), 0.05, "noise", 0.005)
     loss, even = MixedEntropies(process), torch.full((1, 6), 1.0 / 6.0, dtype=torch.float64).log()
@@ -428,10 +435,12 @@ def test_gamma_hybrid_loss_of_the_paper_code_is_not_the_bound() -> None:
 @pytest.mark.parametrize("weights", ["flat", "annealing"])
 @pytest.mark.parametrize("lam", [1.0, 0.1])
 def test_epsilon_hybrid_weights_equal_the_code_of_the_paper(weights: Any, lam: float) -> None:
-    """The weight is 1/t at masks, lam (1 - epsilon) at redrawn and lam epsilon at other tokens.
+    """Compare the weights of the published loss with a formula.
 
-    With weights = "flat", the weight of tokens is divided by 1 - t. If the token is unchanged, it
-    may have been redrawn as itself; its weight is the mean over both cases.
+    The weight is 1/t at masks, lam (1 - epsilon) at redrawn tokens and lam epsilon at other visible
+    tokens, where epsilon is the probability of a redraw and lam a setting. An unchanged token may
+    have been redrawn as itself, so its weight is the mean over both cases. With weights = "flat",
+    the weights of visible tokens are divided by 1 - t.
     """
     process, loss, t = epsilon_hybrid(), EverywhereCrossEntropy(lam, weights), times(INNER)
     x0 = torch.zeros(len(t), dtype=torch.long)
@@ -448,7 +457,7 @@ def test_epsilon_hybrid_weights_equal_the_code_of_the_paper(weights: Any, lam: f
 
 
 def test_epsilon_hybrid_published_loss_is_full_conditional_cross_entropy() -> None:
-    """If the full conditional P(x | z) is predicted, the loss is the cross-entropy -ln P(x | z)."""
+    """The loss of a network that predicts P(x | z) is its cross-entropy -ln P(x | z)."""
     process, loss = epsilon_hybrid(), EverywhereCrossEntropy()
     rows = ReachableRows(process, times(INNER))
     rest = drop_own_evidence(rows.log_p, process.log_likelihood(rows.zt, rows.t))
@@ -478,7 +487,7 @@ def test_epsilon_hybrid_published_loss_skips_tokens_of_weight_zero(
 
 
 class Unigram(Backbone):
-    """Backbone whose output depends only on the state of the position."""
+    """Backbone whose hidden state at a position depends only on the state of this position."""
 
     width = 8
     reads_time = False
@@ -498,7 +507,11 @@ def trained_on(
     given: Any = "rest",
     window: tuple[float, float] = (1e-3, 1.0),
 ) -> tuple[Any, Denoiser]:
-    """Return the objective's terms on 64 x 8 uniform tokens, and the denoiser with gradients."""
+    """Evaluate a training loss on 64 x 8 uniform tokens, and run backward.
+
+    `given` is the parameterization of the denoiser, and `window` the range of noise times. Returns
+    the terms of the objective and the denoiser with gradients.
+    """
     denoiser = Denoiser(
         Unigram(), TokenHead(process.vocabulary, Unigram.width), parameterization=given
     ).double()
@@ -519,7 +532,7 @@ def visible_gradient(denoiser: Denoiser) -> float:
 
 
 def test_epsilon_hybrid_elbo_trains_the_decoding_term() -> None:
-    """Only the decoding term trains the prediction at visible tokens."""
+    """With the bound as loss, only the decoding term trains the prediction at visible tokens."""
     terms, denoiser = trained_on(epsilon_hybrid(), ElboLoss())
     assert visible_gradient(denoiser) > 0
     assert not any("published" in name for name in terms.metrics)
@@ -543,7 +556,7 @@ def test_published_hybrid_losses_are_logged_in_addition_to_the_bound(
 
 
 def test_epsilon_hybrid_published_loss_scales_with_time_window_width() -> None:
-    """A window ten times as wide has ten times the loss, also at visible tokens.
+    """A time window ten times as wide has ten times the loss, also at visible tokens.
 
     The times of both windows differ by at most 1e-3, so that few of the 512 states differ.
     """
@@ -617,7 +630,7 @@ def test_redraw_kernel_refuses_to_solve_if_singular() -> None:
 
 
 def test_gamma_hybrid_decoding_term_has_finite_gradient_at_zero_scores() -> None:
-    """At t = 1 only the mask is possible; the exact score of all tokens is 0."""
+    """At t = 1 every state is the mask, so the exact score of all tokens is 0."""
     log_ratio = torch.full((1, WORDS + 1), -torch.inf, dtype=torch.float64)
     log_ratio[0, WORDS] = 0.0
     log_ratio.requires_grad_()

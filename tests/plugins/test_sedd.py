@@ -1,4 +1,4 @@
-"""Score entropy: both graphs and noises; scores, distributions and published bounds agree."""
+"""SEDD (score entropy): scores, distributions and published bounds agree, for every setting."""
 
 from __future__ import annotations
 
@@ -98,28 +98,31 @@ def test_geometric_schedule_refuses_sigmas_that_do_not_grow(sigmas: tuple[float,
 
 
 def sigmas(process: ComponentProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the total noise sigma and its derivative."""
+    """Return (total noise sigma at time t, its derivative)."""
     alpha = process.alpha(t)
     return -alpha.log(), -process.d_alpha(t) / alpha
 
 
 def any_scores(rows: ReachableRows, states: int) -> Tensor:
-    """Return random log s(y) [n,S] that are scores of no distribution; 0 at the current state."""
+    """Return random log-ratios log s(y) [n,S] that are the score of no distribution.
+
+    The ratio at the current state is 1, so its logarithm is 0.
+    """
     generator = torch.Generator().manual_seed(8)
     log_s = 1.5 * torch.randn(len(rows.zt), states, generator=generator, dtype=torch.float64)
     return log_s.scatter(-1, rows.zt.unsqueeze(-1), 0.0)
 
 
 def times_log_less_one(ratio: Tensor) -> Tensor:
-    """Return K(r) = r (ln r - 1)."""
+    """Return K(r) = r (ln r - 1), a term of the score entropy, for r = `ratio`."""
     return ratio * (ratio.log() - 1.0)
 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_absorb_bound_integrand_is_the_score_entropy_of_the_paper(noise: str) -> None:
-    """The density at masks is sigma' ( sum_y s(y) - ln s(x)/a + K(1/a) ), with a = e^sigma - 1.
+    """At masks, the integrand is sigma' ( sum_y s(y) - ln s(x)/a + K(1/a) ); at tokens it is 0.
 
-    At tokens the density is 0.
+    s is the predicted score, a = e^sigma - 1 for the total noise sigma, and K(r) = r (ln r - 1).
     """
     process = make("absorb", noise)
     rows = ReachableRows(process, times(INNER))
@@ -135,9 +138,9 @@ def test_sedd_absorb_bound_integrand_is_the_score_entropy_of_the_paper(noise: st
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_uniform_bound_integrand_is_score_entropy_of_the_paper(noise: str) -> None:
-    """Compare with the published closed form.
+    """Compare with the closed form in the published code.
 
-    It contains rho = (e^sigma - 1)/(e^sigma - 1 + V), and means over the V tokens.
+    The form contains rho = (e^sigma - 1)/(e^sigma - 1 + V) and means over the V tokens.
     """
     process = make("uniform", noise)
     rows = ReachableRows(process, times(INNER))
@@ -156,11 +159,12 @@ def test_sedd_uniform_bound_integrand_is_score_entropy_of_the_paper(noise: str) 
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_uniform_bound_integrand_is_that_of_udlm_and_duo(noise: str) -> None:
-    """Compare with the density of arXiv 2412.10193 and 2506.10892.
+    """Compare with the integrand of the bound in arXiv 2412.10193 (UDLM) and 2506.10892 (Duo).
 
-    The density is alpha'/(V alpha) [ V/xbar0_z - V/xbar_z - sum_j (xbar0_j/xbar0_z) ln( xbar_z
-    xbar0_j / (xbar_j xbar0_z) ) ], where xbar = V alpha p + 1 - alpha for the prediction p, and
-    xbar0 is the same for the clean token.
+    Let V be the number of tokens, xbar = V alpha p + 1 - alpha for the prediction p, and y the same
+    for the clean token in place of p. The integrand at the state z is
+
+        alpha'/(V alpha) [ V/y_z - V/xbar_z - sum_j (y_j/y_z) ln( xbar_z y_j / (xbar_j y_z) ) ].
     """
     process = make("uniform", noise)
     rows = ReachableRows(process, times(INNER))
@@ -178,7 +182,7 @@ def test_sedd_uniform_bound_integrand_is_that_of_udlm_and_duo(noise: str) -> Non
 
 
 def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: Tensor) -> Score:
-    """Return the score that the head's parameterization makes of raw log-ratios [r,S]."""
+    """Return the score that a score head makes of its raw output [r,S] at states zt and times t."""
     taken: list[Score] = []
     question = head.parameterization.wrap_callback(
         lambda prediction, idx: taken.append(prediction),
@@ -193,9 +197,10 @@ def read(head: ScoreHead, process: ForwardProcess, raw: Tensor, zt: Tensor, t: T
 
 @pytest.mark.parametrize("noise", ["loglinear", "geometric"])
 def test_sedd_loss_of_a_scaled_score_equals_the_masked_diffusion_loss(noise: str) -> None:
-    """Scaled logits ln p + ln V have the loss -ln p(x) sigma'/(e^sigma - 1) of arXiv 2406.07524.
+    """The head output ln p + ln V has the loss -ln p(x) sigma'/(e^sigma - 1) of arXiv 2406.07524.
 
-    The score is then s = p/(e^sigma - 1). Unscaled scores have another loss.
+    The head scales this output to the score p/(e^sigma - 1), where p is a distribution over V
+    tokens and sigma the total noise. Without scaling, the loss differs.
     """
     process = make("absorb", noise)
     rows = ReachableRows(process, times(INNER))
@@ -237,9 +242,9 @@ def test_sedd_loss_of_a_score_equals_the_loss_of_its_distribution(graph: str, no
 def test_sedd_prior_term_of_a_score_equals_that_of_its_distribution(
     noise: str, stop: float
 ) -> None:
-    """The score must be evaluated at t = 1, where few tokens are left.
+    """The KL to the prior (closing term) is evaluated with the score at t = 1.
 
-    If it were used for states at t = 0.5, the closing term would be too large.
+    A score for states at t = 0.5 would make this term too large.
     """
     process, rule = make("absorb", noise), FlatTimes(0.05, stop)
     log_p = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]], dtype=torch.float64).log()
@@ -376,7 +381,7 @@ def format_settings(graph: str, noise: str, head: str, run_dir: Path) -> list[st
 def test_sedd_training_lowers_the_loss_of_scores_and_distributions(
     graph: str, noise: str, head: str
 ) -> None:
-    """Train on one batch with fixed noise, so that the loss depends only on the weights."""
+    """Train on a single batch with fixed noise, so that the loss depends only on the weights."""
     torch.set_num_threads(1)
     process = make(graph, noise)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Numerical effect of settings: clocks, schedules, and zeros that must not become defaults."""
+"""Numerical effect of recipe keys: clocks, schedules, and zeros that must not become defaults."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ T = times(INNER)
 
 
 def levels(process: Any, t: Tensor) -> Tensor:
-    """Return the probability [n,L+1] of each level for token 0, from the marginal."""
+    """Return the probability [n,L+1] of each level at times t [n], for token 0.
+
+    L is the number of levels above the tokens.
+    """
     mass = likelihoods(process, t)[:, 0]
     return torch.stack(
         [part.sum(-1) for part in mass.split(process.vocabulary.level_sizes, -1)], -1
@@ -48,7 +51,11 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0, 3.0])
 def test_hdlm_gamma_is_the_rate_of_leaving_the_leaf_tokens(gamma: float) -> None:
-    """alpha = (1 - t)^gamma, and beta_c = gamma ((1 - t) - (1 - t)^gamma)/(gamma - 1)."""
+    """Compare the level probabilities with formulas.
+
+    The token level has alpha = (1 - t)^gamma, and the cluster level
+    beta_c = gamma ((1 - t) - (1 - t)^gamma)/(gamma - 1).
+    """
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=gamma), vocabulary=TWO)
     clean = (1.0 - T) ** gamma
     cluster = gamma * ((1.0 - T) - clean) / (gamma - 1.0)
@@ -61,7 +68,7 @@ def test_hdlm_gamma_is_one_by_default() -> None:
 
 
 def test_hdlm_rates_are_listed_from_the_lowest_level_up() -> None:
-    """The first of rates = (4, 0.5) is the rate of leaving the tokens: alpha = (1 - t)^4."""
+    """With rates = (4, 0.5), the rate of leaving the tokens is 4, so that alpha = (1 - t)^4."""
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(rates=(4.0, 0.5)), vocabulary=TWO
     )
@@ -175,7 +182,7 @@ def test_gidd_with_p_uniform_zero_replaces_no_token_by_another() -> None:
 
 
 def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
-    """For any clock, the weights are t^2 - t + 3 at masks and 3 - 2t at clusters.
+    """The loss weights are t^2 - t + 3 at masks and 3 - 2t at clusters, for any clock.
 
     The divergence is that of the bound.
     """
@@ -200,7 +207,7 @@ def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
 
 
 def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:
-    """The loss is the weight of the bound, at most `largest`, times -ln P(x | node)."""
+    """The loss is min(weight of the bound, `largest`) times -ln P(x | node)."""
     process = HierarchicalDiffusion.build(HierarchicalDiffusion.Config(gamma=1.0), vocabulary=TWO)
     loss = HardTokens.build(HardTokens.Config(largest=1.5), process=process)
     assert HardTokens.Config().largest == 2.0
@@ -218,7 +225,7 @@ def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:
 
 
 def test_gamma_hybrid_floor_is_alpha_at_time_one() -> None:
-    """With time = noise, e^-sigma at t = 1 is the floor: 0.005 by default, and 0 if 0 is given."""
+    """With time = "noise", alpha = e^-sigma at t = 1 is the key `floor`, 0.005 by default."""
     for keys, left in (({}, 0.005), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)):
         config = GammaHybrid.Config(gamma=0.3, time="noise", **keys)
         process = GammaHybrid.build(config, vocabulary=FlatVocabulary(3))
@@ -241,7 +248,7 @@ def test_component_defaults_equal_the_documented_defaults() -> None:
 
 
 def test_score_head_log_ratio_is_zero_at_the_current_state() -> None:
-    """The ratio of the probability of z_t to itself is 1 for any logits."""
+    """A score contains ratios to the probability of z_t, so its entry at z_t is always 1."""
     process = ScoreEntropyDiffusion.build(
         ScoreEntropyDiffusion.Config(), vocabulary=FlatVocabulary(3)
     )

@@ -1,4 +1,4 @@
-"""External plugin with a component of every kind, without torch, and a recipe with this plugin."""
+"""Toy plugin with a component of every kind, which imports no torch, and a recipe for it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ batch = 4
 
 @pytest.fixture
 def toy(distribution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the toy plugin and replace `core` by it, so that these tests do not import torch."""
+    """Install the toy plugin in place of the plugin `core`, so that tests do not import torch."""
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": REGISTER, "toy_parts": PARTS})
     monkeypatch.setattr(plugin, "CORE", "toy")
 

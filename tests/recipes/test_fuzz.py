@@ -1,4 +1,4 @@
-"""Fuzzer: every mutated recipe is accepted or refused with a message."""
+"""Fuzzer of benchmarks/: every mutated recipe is accepted, or refused with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`key_lines`: returns the keys that tomllib returns, with the line of each key."""
+"""`key_lines` finds the line of every key of a TOML text."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LINES = {
 
 
 def paths(value: object, path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Iterate over the paths of all values in nested tables and arrays."""
+    """Iterate over the key paths of all values in nested tables and arrays, prefixed by `path`."""
     items = (
         value.items()
         if isinstance(value, dict)

@@ -1,4 +1,4 @@
-"""Small instances of every sampler of the engine, and the processes that each sampler refuses."""
+"""Small instances of every sampler of ddiff, and the processes that each sampler refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `joint`."""
+"""Make the module `joint` importable for the tests of this folder."""
 
 from __future__ import annotations
 

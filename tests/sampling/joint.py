@@ -1,4 +1,4 @@
-"""Joint distribution of two tokens on which the output of every sampler can be enumerated."""
+"""Joint distribution of two tokens, for which the output of samplers is computed exactly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JOINT = torch.tensor(
 
 
 def processes() -> dict[str, ForwardProcess]:
-    """Return processes of every kind on three tokens."""
+    """Return processes of every kind on three tokens, by name."""
     bare, rates = (
         FlatVocabulary(3, mask=False),
         torch.tensor([[-3.0, 2.0, 1.0], [0.5, -1.5, 1.0], [1.0, 1.0, -2.0]]),
@@ -49,9 +49,9 @@ class EarlyNoise(Schedule):
 
 
 def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a network (zt [B,2], t [B,2]) -> [B,2,3] that is exact for JOINT.
+    """Return a function (zt [B,2], t [B,2]) -> log-distributions [B,2,3], exact for JOINT.
 
-    The prediction is the distribution of each token given the state of the other position.
+    The function predicts the distribution of each token given the state of the other position.
     """
 
     def table(zt: Tensor, t: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def exact_network(process: ForwardProcess) -> Network:
 
 
 def distribution_after_steps(process: ForwardProcess, num_steps: int) -> Tensor:
-    """Return the distribution [S,S] of both states after `num_steps` equal reverse steps.
+    """Return the exact distribution [S,S] of both positions after `num_steps` ancestral steps.
 
-    The sum is over all canvases. Positions move independently given the canvas, each by
-    `reverse_log_probs`.
+    The steps have equal length and begin at the prior. Given the states before a step, the two
+    positions move independently, by `reverse_log_probs`. The sum is over all pairs of states.
     """
     size = process.vocabulary.num_states
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
@@ -94,7 +94,7 @@ def distribution_after_steps(process: ForwardProcess, num_steps: int) -> Tensor:
 
 
 def distance(dist: Tensor) -> float:
-    """Return the total variation distance between a distribution of states [S,S] and JOINT."""
+    """Return the total variation distance of a distribution [S,S] of two states to JOINT."""
     whole = torch.zeros_like(dist)
     whole[:3, :3] = JOINT
     return 0.5 * float((dist - whole).abs().sum())

@@ -1,4 +1,4 @@
-"""Statements of README and docs/samplers.md on samplers are compared with measurements."""
+"""What README and docs/samplers.md state on samplers agrees with measurements."""
 
 from __future__ import annotations
 
@@ -73,9 +73,10 @@ def test_sampler_page_has_a_table_for_every_process_of_the_benchmark() -> None:
     ("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"]
 )
 def test_sampler_page_shows_no_error_for_exact_samplers(process: str, label: str) -> None:
-    """hybrid_epsilon redraws a tenth of the tokens at t = 0.
+    """Distances of exact samplers are within sampling noise, except for hybrid_epsilon.
 
-    The final decoding step replaces both tokens independently, which adds an error.
+    hybrid_epsilon redraws a tenth of the tokens at t = 0. The final decoding step replaces both
+    tokens independently, which adds an error.
     """
     _, distances = TABLES[process][label]
     shuffled = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
@@ -88,7 +89,7 @@ def test_sampler_page_shows_no_error_for_exact_samplers(process: str, label: str
 def test_sampler_page_error_falls_with_steps_for_samplers_with_an_order(
     process: str, label: str
 ) -> None:
-    """With order 1, the distance at N = 64 is an eighth of that at N = 8; a third is accepted."""
+    """At order 1, 64 steps have an eighth of the distance of 8 steps; a third is accepted."""
     _, distances = TABLES[process][label]
     floor = (0.1 * 2) ** 2 / 2 if process == "hybrid_epsilon" else 0.0
     assert distances[-1] < floor + max(NOISE, (distances[3] - floor) / 3.0)
@@ -121,7 +122,7 @@ def test_sampler_page_errors_from_scores_equal_those_from_distributions(
 def test_sampler_page_numbers_equal_recomputed_numbers(
     process: str, label: str, predicts: str, steps: int
 ) -> None:
-    """The benchmark uses fixed seeds, so its results differ between machines by rounding only."""
+    """The benchmark has fixed seeds, so results differ between machines only by rounding."""
     matrix = benchmark()
     line = matrix.row(
         label,
@@ -168,7 +169,7 @@ def test_readme_lists_every_sampler_with_its_declared_accuracy() -> None:
 
 
 def test_first_hitting_is_refused_if_it_would_not_be_exact() -> None:
-    """The README calls first hitting exact for every process with events."""
+    """The README states that the first-hitting sampler is exact for every process with events."""
     gidd = load_plugins(["gidd"]).component("process", "gidd").load()
     process = gidd.build(gidd.Config(p_uniform=0.9, gamma=0.5), vocabulary=FlatVocabulary(3))
     from ddiff.sampling.first_hitting import find_event_interval
@@ -189,7 +190,10 @@ def _distributions() -> tuple[torch.Tensor, torch.Tensor]:
 def _guided(
     process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float
 ) -> torch.Tensor:
-    """Return the reverse transition [S] under the guided distribution of the clean token."""
+    """Return the reverse transition [S] from t to s that ddiff draws from under guidance.
+
+    The distribution of the clean token is guided with the given weight.
+    """
     told, untold = _distributions()
     asks = [
         network_from_noisy(lambda noisy, log_p=log_p: log_p.expand(1, 1, 3), process.vocabulary)
@@ -212,9 +216,10 @@ def _guided(
 def _guided_transition(
     process: MixtureProcess | TreeProcess, zt: torch.Tensor, t: float, s: float, weight: float
 ) -> torch.Tensor:
-    """Return the normalized transition p(z_s|z_t)^w p_null(z_s|z_t)^(1-w) [S].
+    """Return the guided reverse transition of arXiv 2412.10193, a tensor [S].
 
-    arXiv 2412.10193 draws from this transition.
+    It is p(z_s|z_t)^w p_null(z_s|z_t)^(1-w), normalized, where w is the weight, and p and p_null
+    are the transitions with and without the condition.
     """
     now = torch.full((1,), t, dtype=torch.float64)
     then = torch.full((1,), s, dtype=torch.float64)
@@ -233,9 +238,9 @@ def test_guidance_does_not_change_the_rate_at_which_masks_are_revealed(weight: f
 
 
 def test_guided_clean_distribution_differs_from_a_guided_transition() -> None:
-    """Both are equal at w = 0 and at w = 1.
+    """Guiding the clean distribution and guiding the transition agree only for w = 0 and w = 1.
 
-    At w = 3, the guided transition also changes the rate at which masks are revealed.
+    For w = 3, the guided transition also changes the rate at which masks are revealed.
     """
     process = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     bare = FlatVocabulary(3, mask=False)
@@ -251,7 +256,7 @@ def test_guided_clean_distribution_differs_from_a_guided_transition() -> None:
 
 
 def test_tau_leaping_does_not_converge_on_trees_with_gamma_below_one() -> None:
-    """The rate of leaving the root is infinite at t = 1, as docs/samplers.md says of hdlm."""
+    """For gamma < 1 the rate of leaving the mask is infinite at t = 1 (see docs/samplers.md)."""
     tree = HierarchicalVocabulary([[0, 1, 0]])
     late = TreeProcess(tree, LogTimeClock((0.5, 1.0)), xi=0.8)
     even = TreeProcess(tree, LogTimeClock((1.0, 1.0)), xi=0.8)

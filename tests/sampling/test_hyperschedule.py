@@ -1,4 +1,4 @@
-"""Sampling along the path of a time rule has the distribution of the inner sampler."""
+"""Hyperschedule sampler: applies an inner sampler along the noise times of a time rule."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOISE = 0.018
 
 @pytest.mark.parametrize("name", CLOSING)
 def test_sampling_one_position_at_a_time_is_exact(name: str) -> None:
-    """With windows of width 1, each token is drawn given all earlier tokens."""
+    """With windows of one position, each token is drawn given all earlier tokens."""
     for shape, steps in (("block", 2), ("block", 8), ("slide", 9)):
         sampler = HyperscheduleSampler(AncestralSampler(steps), WindowTimes(1, shape, paired=False))  # type: ignore[arg-type]
         assert (
@@ -35,7 +35,7 @@ def test_sampling_one_position_at_a_time_is_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLOSING)
 def test_sliding_window_samples_converge_to_the_joint(name: str) -> None:
-    """The error is of first order: at 96 steps it is below 0.02 plus the sampling noise."""
+    """The error is of first order; for 96 steps it is below 0.02 plus the sampling noise."""
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (
         measure_sampler(

@@ -1,7 +1,7 @@
-"""Transition probabilities of one step of each sampler, compared with formulas.
+"""Transition probabilities of a single step of each sampler, compared with formulas.
 
-A network that always predicts the same distribution makes every probability of a step a short
-formula. Draws use Sobol points, which resolve a probability to 5e-3.
+The network always predicts the same distribution, so that the formulas are short. Draws use Sobol
+points, so that frequencies have an error below 5e-3.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ TREE = TreeProcess(HierarchicalVocabulary([[0, 1, 0]]), LogTimeClock((2.0, 1.0))
 
 
 def predicting(process: ForwardProcess, *p: tuple[float, ...]) -> Network:
-    """Make a network that ignores its input.
+    """Return a network that ignores its input.
 
-    It predicts the same distribution at all positions, or a fixed distribution at each position.
+    It predicts the distribution p[0] at all positions, or p[i] at position i if several are given.
     """
     log_p = torch.tensor(p, dtype=torch.float64).log()
     return network_from_noisy(lambda noisy: log_p.expand(*noisy.zt.shape, -1), process.vocabulary)
@@ -84,7 +84,7 @@ def moved(
 def step_of(
     sampler: GridSampler, process: ForwardProcess, state: int, t: float, s: float
 ) -> list[float]:
-    """Return the probabilities of all states after one step of a single position."""
+    """Return the probability of each state after a step of a single position from t to s."""
     after = moved(sampler, process, predicting(process, P), canvas_of((state,), t), s).zt
     return shares(after[:, 0], process.vocabulary.num_states)
 
@@ -111,7 +111,7 @@ def test_tau_leap_leaves_with_probability_one_minus_exp_rate_span() -> None:
 
 
 def test_tau_leaping_uses_rates_at_the_start_of_the_step() -> None:
-    """Masks are revealed at the rate 1/t."""
+    """Masks are revealed at the rate 1/t, where t is the time before the step."""
     gone = 1.0 - math.exp(-(0.8 - 0.3) / 0.8)
     expected = [*(gone * p for p in P), 1.0 - gone]
     assert step_of(TauLeapingSampler(4), MASKED, MASK, 0.8, 0.3) == near(expected)
@@ -119,10 +119,11 @@ def test_tau_leaping_uses_rates_at_the_start_of_the_step() -> None:
 
 @pytest.mark.parametrize("theta", [0.3, 0.5, 0.8])
 def test_trapezoidal_extrapolates_rates_from_its_theta_point(theta: float) -> None:
-    """A mask is revealed at rate 1/t in the first stage, which has the fraction theta of the step.
+    """Compare the probability that a mask is revealed in a step with a formula.
 
-    In the second stage, which starts at rho, the rate is the positive part of a/rho - (a - 1)/t,
-    where a = 1/(2 theta (1 - theta)).
+    The first stage has the fraction theta of the step from t to s, and the rate 1/t. The second
+    stage starts at the time rho at which the first stage ends. Its rate is the positive part of
+    a/rho - (a - 1)/t, where a = 1/(2 theta (1 - theta)).
     """
     t, s = 0.8, 0.3
     rho, ahead = t - theta * (t - s), 0.5 / (theta * (1.0 - theta))
@@ -192,9 +193,10 @@ def test_remasking_masks_a_token_with_probability_sigma(
 
 
 def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> None:
-    """A token drawn with probability p_i is remasked with eta sigma_max softmax_i(-p_i).
+    """The token at position i is remasked with probability eta sigma_max softmax_i(-p_i).
 
-    The softmax is over tokens with a recorded probability. Masks and other tokens have weight 0.
+    p_i is the probability with which the token was drawn. The softmax is over positions with a
+    recorded p_i; masks and all other tokens have weight 0.
     """
     t, s, eta = 0.45, 0.3, 0.5
     drawn_with = torch.tensor([0.9, 0.1, 0.5, 0.5])
@@ -225,9 +227,10 @@ def test_psi_records_log_probabilities_of_new_tokens() -> None:
 
 
 def test_loop_grid_repeats_time_hold_for_tau_between_on_and_off() -> None:
-    """The time falls from 1 to `hold` while tau > `on`, and from `hold` to 0 while tau < `off`.
+    """Compare the times of the grid with a formula in tau, which falls from 1 to 0 in ten steps.
 
-    tau falls from 1 to 0 in ten equal steps. Between `on` and `off`, the time stays at `hold`.
+    The time falls from 1 to `hold` while tau > `on`, stays at `hold` while tau is between `on` and
+    `off`, and falls from `hold` to 0 while tau < `off`.
     """
     times = LoopGrid(10, on=0.6, off=0.2, hold=0.3).times()
     expected = [1.0, 0.825, 0.65, 0.475, 0.3, 0.3, 0.3, 0.3, 0.3, 0.15, 0.0]
@@ -239,10 +242,10 @@ def test_loop_grid_repeats_time_hold_for_tau_between_on_and_off() -> None:
 
 @pytest.mark.parametrize(("t", "s"), [(0.8, 0.4), (0.5, 0.45)])
 def test_adaptive_correction_redraws_tokens_with_the_paper_probability(t: float, s: float) -> None:
-    """With probability eta (1 - pi), the token is redrawn from its distribution given z_t.
+    """A token is redrawn from its distribution given z_t with probability eta (1 - pi).
 
-    pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t is the reveal probability. Otherwise the
-    token is drawn from the posterior.
+    pi = (alpha_s - alpha_t)/(1 - alpha_t) = (t - s)/t is the probability that a mask is revealed.
+    Otherwise the token is drawn from the posterior.
     """
     eta = 0.6
     again = eta * (1.0 - (t - s) / t)
@@ -258,10 +261,10 @@ def test_adaptive_correction_redraws_tokens_with_the_paper_probability(t: float,
 def test_forward_backward_corrector_adds_noise_for_its_share_of_the_step(
     share: float, above: float
 ) -> None:
-    """The corrector adds noise from t = 0.5 to the time `above`, at most 1, and steps back to t.
+    """The corrector adds noise from t = 0.5 to a later time `above` <= 1, and steps back to t.
 
-    A token is masked with probability (above - t)/(1 - t). Of the masked tokens, the fraction
-    t/above is still masked at t.
+    A token is masked with probability (above - t)/(1 - t). The fraction t/above of the masked
+    tokens stays masked in the step back.
     """
     canvas = canvas_of((0,), 0.5)
     rng = covering(1)
@@ -300,7 +303,11 @@ def test_predictor_corrector_passes_step_length_to_corrector() -> None:
 
 
 def test_self_correction_proposal_includes_likelihood_of_current_state() -> None:
-    """The proposal is x' ~ [P(x) q_at(z|x)]^(1/T), where `at` is the time passed to the network."""
+    """The proposal is drawn from [P(x) q_a(z|x)]^(1/T), normalized.
+
+    P is the prediction, z the current state, T the temperature, and a the time that is passed to
+    the network.
+    """
     at, temperature, state = 0.4, 0.7, 2
     canvas = canvas_of((state,), at)
     going = torch.ones(POINTS, dtype=torch.bool)
@@ -364,7 +371,10 @@ def test_self_correction_commits_only_the_most_likely_changes() -> None:
 def first_revealed(
     sampler: UnmaskingSampler, rows: tuple[tuple[float, ...], ...], s: float
 ) -> list[float]:
-    """Return the frequency with which each masked position is revealed in the step from 1 to s."""
+    """Return how often each masked position is revealed in the step from time 1 to s.
+
+    rows: predicted distribution of each position.
+    """
     process = TreeProcess(FlatVocabulary(len(rows[0])), CdfClock([LinearSchedule()]))
     mask = len(rows[0])
     canvas = canvas_of((mask,) * len(rows), 1.0)
@@ -377,7 +387,10 @@ PEAKED, SPREAD = (0.6, 0.4, *(0.0,) * 10), (0.2, *(0.8 / 11,) * 11)
 
 
 def test_margin_order_compares_differences_of_probabilities() -> None:
-    """0.6 - 0.4 is more than 0.2 - 0.073, although 0.6/0.4 is less than 0.2/0.073."""
+    """The margin of a position is the difference of its two largest probabilities.
+
+    0.6 - 0.4 is more than 0.2 - 0.073, although 0.6/0.4 is less than 0.2/0.073.
+    """
     assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
 
 
@@ -401,7 +414,8 @@ def test_entropy_sampler_reveals_the_lowest_entropy_first() -> None:
 def test_gumbel_noise_of_unmasking_scales_with_time(s: float) -> None:
     """The position of higher confidence is revealed first with probability 1/(1 + e^(-d/b)).
 
-    b = noise * s is the scale of the noise, and d the difference of the confidences.
+    d is the difference of the confidences of two positions, and b = noise * s the scale of the
+    Gumbel noise at time s.
     """
     rows = ((0.8, 0.2), (0.5, 0.5))
     first = 1.0 / (1.0 + math.exp(-math.log(0.8 / 0.5) / (2.0 * s)))
@@ -413,7 +427,10 @@ def test_gumbel_noise_of_unmasking_scales_with_time(s: float) -> None:
 def steps_of_entropy_bound(
     bound: float, rows: tuple[tuple[float, ...], ...]
 ) -> tuple[list[int], list[float]]:
-    """Return the number of masked positions after each step, and the network's times."""
+    """Sample with the entropy-bound sampler; rows are the predicted distributions of the positions.
+
+    Returns the number of masked positions after each step, and the times passed to the network.
+    """
     canvas = canvas_of((MASK,) * len(rows), 1.0, 1)
 
     def rng(k: int) -> Any:
@@ -424,7 +441,7 @@ def steps_of_entropy_bound(
 
 
 def test_entropy_bound_sampler_reveals_positions_exactly_at_the_bound() -> None:
-    """Certain positions have entropy 0, so a bound of 0 reveals all of them in one step."""
+    """Positions with a certain prediction have entropy 0; a bound of 0 reveals all in one step."""
     certain = (1.0, 0.0, 0.0)
     assert steps_of_entropy_bound(0.0, (certain, certain, certain)) == ([0], [0.0])
 
@@ -446,7 +463,7 @@ def test_entropy_bound_sampler_sums_all_entropies_but_the_largest() -> None:
 
 
 def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:
-    """Sampling does not use the uniforms of training with the same seed or of another seed."""
+    """Sampling does not use the uniforms of training with its seed, nor those of another seed."""
     seen: list[tuple[int, int, str, list[int], int]] = []
 
     class RecordRng(Sampler):
@@ -538,7 +555,7 @@ def test_every_step_of_a_grid_sampler_uses_different_uniforms() -> None:
 
 
 def test_final_decoding_corrects_tokens_that_are_noisy_at_time_zero() -> None:
-    """The process redraws a fraction 0.3 of the tokens at t = 0 and masks tokens later."""
+    """The process redraws a fraction 0.3 of the tokens at t = 0, and only masks tokens later."""
     process = EpsilonHybrid(FlatVocabulary(3), LinearSchedule(), 0.3)
     assert process.active(torch.arange(4)).tolist() == [False, False, False, True]
     canvas = canvas_of((2,), 0.25)
@@ -564,7 +581,7 @@ def test_remasking_rules_give_kappa_between_0_and_1_at_all_times() -> None:
 
 
 def test_confidence_remasking_ignores_prompt_positions() -> None:
-    """A finished token of an earlier window has a recorded probability but is not remasked."""
+    """A token of a finished window has a recorded probability, but is not remasked."""
     canvas = canvas_of((0, 1), 0.45, 1)
     canvas = replace(
         canvas,
@@ -577,7 +594,7 @@ def test_confidence_remasking_ignores_prompt_positions() -> None:
 
 
 def test_unmasking_sampler_on_a_tree_counts_moves_at_every_level() -> None:
-    """Four masks of a tree of two levels need eight moves; at s = 0.75, six of the moves remain."""
+    """Four masks of a two-level tree need eight moves; after a step to s = 0.75, six remain."""
     canvas = canvas_of((5, 5, 5, 5), 1.0)
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt
     assert (after != 5).sum(-1).unique().tolist() == [2]
@@ -587,7 +604,7 @@ def test_unmasking_sampler_on_a_tree_counts_moves_at_every_level() -> None:
 
 
 def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
-    """The prediction changes within the step: token 0 at its start, token 1 at its middle."""
+    """The network predicts token 0 at the start of the step, and token 1 in its middle."""
     t, s, rho = 0.8, 0.3, 0.55
     early, late = (0.9, 0.05, 0.05), (0.1, 0.85, 0.05)
 

@@ -52,7 +52,7 @@ def draw(sampler: Sampler, process: ForwardProcess, index: list[int], **settings
 
 @pytest.mark.parametrize(("sampler", "process"), PAIRS)
 def test_samples_keep_the_prompt_and_contain_only_tokens(sampler: str, process: str) -> None:
-    """Each row has a separate prompt; one prompt is empty, and one covers the whole row."""
+    """Each row has its own prompt; one prompt is empty, and one covers the whole row."""
     prompt = torch.tensor([[1, 0], [2, 2], [0, 1], [1, 1]])
     prompt_mask = torch.tensor([[True, False], [False, True], [False, False], [True, True]])
     states: list[torch.Tensor] = []
@@ -73,9 +73,9 @@ def test_sample_does_not_depend_on_other_samples_of_its_batch(sampler: str, proc
 
 @pytest.mark.parametrize("process", ["uniform", "masked"])
 def test_first_hitting_decodes_each_sequence_after_its_own_last_event(process: str) -> None:
-    """Rows end after different numbers of events.
+    """Rows of a batch end after different numbers of events.
 
-    The final decoding of a row must not depend on the row that needs most events.
+    The final decoding of a row must not depend on the row with the most events.
     """
     dist = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     network = network_from_noisy(
@@ -92,7 +92,7 @@ def test_first_hitting_decodes_each_sequence_after_its_own_last_event(process: s
 
 
 def test_ranks_of_confidences_equal_up_to_rounding_do_not_change() -> None:
-    """64 equal confidences are changed by float32 rounding errors; their ranks must not change."""
+    """Float32 rounding errors of 64 equal confidences must not change the order of positions."""
     rng = CounterRng(0, 1, torch.arange(4), 64)
     confidence = torch.full((4, 64), -1.2345, dtype=torch.float64)
     confidence[:, ::7] = -0.5
@@ -190,9 +190,10 @@ def test_sampling_error_names_the_network_that_predicts_nan(sampler: str) -> Non
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree", "uniform"])
 def test_first_hitting_samples_follow_the_joint_distribution(name: str) -> None:
-    """The chi-square statistic of nine cells is above 35 with probability 2.7e-5.
+    """Compare the frequencies of nine pairs of tokens with the joint distribution.
 
-    There are four cases, and the seed is fixed.
+    By chance, the chi-square statistic is above its limit 35 with probability 2.7e-5. There are
+    four cases, and the seed is fixed.
     """
     count = 2**12 if name == "uniform" else 2**15
     dist = measure_sampler(FirstHittingSampler(), PROCESSES[name], JOINT, points=count).dist[:3, :3]
@@ -214,9 +215,9 @@ def test_sampling_one_position_at_a_time_is_exact(inner: Any) -> None:
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 @pytest.mark.parametrize("build", [TauLeapingSampler, AnalyticSampler])
 def test_ancestral_sampling_error_is_first_order_in_the_step_size(build: Any, name: str) -> None:
-    """Four times as many steps divide the distance by four.
+    """Four times as many steps divide the distance to the joint distribution by four.
 
-    The sum over canvases has an error below 4e-4; the distances are above 8e-3.
+    Distances are above 8e-3 and are computed with an error below 4e-4.
     """
     few, many = (
         measure_sampler(build(n), PROCESSES[name], JOINT, apart=True, points=2**14).distance(JOINT)
@@ -227,11 +228,11 @@ def test_ancestral_sampling_error_is_first_order_in_the_step_size(build: Any, na
 
 @pytest.mark.parametrize("name", ["masked", "uniform"])
 def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
-    """With twice as many steps, Euler halves its distance, and the trapezoidal method quarters it.
+    """Compare a trapezoidal step, with two network evaluations, with two steps of tau-leaping.
 
-    The order of the trapezoidal method requires positive extrapolated rates. For this joint
-    distribution some rates are cut off at 0, and the factor is 2.7. The noise of a distance is
-    about 2e-3.
+    Twice as many steps halve the distance of tau-leaping. They would quarter the distance of the
+    trapezoidal method if all extrapolated rates were positive. For this joint distribution some
+    rates are clipped at 0, and the factor is 2.7. The noise of a distance is about 2e-3.
     """
     process = PROCESSES[name]
     few, many = (
@@ -244,7 +245,7 @@ def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
 
 
 def test_sampling_error_from_noise_at_time_zero_does_not_fall_with_steps() -> None:
-    """A tenth of the tokens is noise at t = 0; the final decoding replaces both tokens at once."""
+    """A tenth of the tokens is noisy at t = 0; the final decoding draws both independently."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
         measure_sampler(AncestralSampler(n), process, JOINT, apart=True, points=2**13)
@@ -260,9 +261,10 @@ def test_sampling_error_from_noise_at_time_zero_does_not_fall_with_steps() -> No
 
 
 def test_unmasking_in_order_of_confidence_favours_likely_sequences() -> None:
-    """An order that depends on the drawn tokens favours likely tokens, for any number of steps.
+    """Revealing in an order that depends on the drawn tokens favours likely tokens.
 
-    An order that depends only on the predicted distributions does not.
+    The error remains for any number of steps. An order that depends only on the predicted
+    distributions has no such error.
     """
     process = PROCESSES["masked"]
     assert (
@@ -294,10 +296,11 @@ def test_psi_with_kappa_1_and_adaptive_correction_eta_0_equal_ancestral(name: st
 
 
 def test_remasking_sampler_of_remdm_equals_psi_sampler_on_masks() -> None:
-    """With sigma = 0.3, a token is masked with probability 0.3 (arXiv 2503.00307).
+    """Compare with the step of ReMDM (arXiv 2503.00307) for the remasking probability sigma = 0.3.
 
-    A mask is revealed with probability (alpha_s - 0.7 alpha_t)/(1 - alpha_t). Five standard
-    deviations of 40 000 draws are at most 0.0125.
+    A token is masked with probability 0.3, and a mask is revealed with probability
+    (alpha_s - 0.7 alpha_t)/(1 - alpha_t). The tolerance is five standard deviations of 40 000
+    draws, at most 0.0125.
     """
     process, count, t, s = PROCESSES["masked"], 20_000, 0.6, 0.4
     zt = torch.tensor([[0, 3]]).repeat(count, 1)
@@ -316,7 +319,7 @@ def test_remasking_sampler_of_remdm_equals_psi_sampler_on_masks() -> None:
 
 
 def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
-    """The two samplers use different uniforms, so their distances agree only up to 1e-3."""
+    """The samplers use different uniforms, so their distances to JOINT agree only up to 1e-3."""
     process = PROCESSES["masked"]
     one, plain = (
         measure_sampler(build(4), process, JOINT, apart=True, points=2**13)
@@ -326,7 +329,7 @@ def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
 
 
 def test_analytic_steps_of_a_score_and_of_its_distribution_agree() -> None:
-    """Ratios near t = 1 are differences of 1e-12, so the first step loses the last digits."""
+    """The tolerance allows for rounding in the first step, where 1 - t is 1e-12."""
     for name in ("masked", "uniform"):
         process, states = PROCESSES[name], []
         keep = lambda k, canvas: states.append(canvas.zt)  # noqa: B023, E731
@@ -373,7 +376,7 @@ def test_analytic_sampler_clamps_and_reports_negative_probabilities() -> None:
 
 
 def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return log-distributions [B,L,3] that depend only on the position."""
+    """Return predicted log-distributions [B,L,3] that depend only on the position."""
     place = torch.arange(zt.shape[1]).double()
     return (
         torch.stack([place * 0, 0.7 * place, place.sin()], -1).log_softmax(-1).expand(*zt.shape, 3)
@@ -407,12 +410,14 @@ def test_first_hitting_of_masked_diffusion_evaluates_once_per_position() -> None
 
 
 def test_first_hitting_with_larger_until_needs_fewer_evaluations() -> None:
-    """With uniform noise, candidate events occur at a rate of about 1/t + 2/(3 (1 - t)).
+    """The parameter `until` limits the range of simulated times, and with it the candidate events.
 
-    Between the times that `until` = 1e-4 sets for two positions, there are 16 candidates per
-    position; between 1e-12 and 1 - 1e-12, there would be 46. A larger `until` needs fewer. Its
-    error is at most until^2 / 2 at each end, the probability that both positions change outside the
-    range. Sampling adds 0.02.
+    With uniform noise, candidate events occur at a rate of about 1/t + 2/(3 (1 - t)). For two
+    positions and `until` = 1e-4, there are 16 candidates per position; between the times 1e-12 and
+    1 - 1e-12 there would be 46.
+
+    The error at each end of the range is at most until^2 / 2, the probability that both positions
+    change outside the range. The tolerance adds 0.02 for sampling noise.
     """
     process, count = PROCESSES["uniform"], 2**12
     near, far = (
@@ -426,7 +431,7 @@ def test_first_hitting_with_larger_until_needs_fewer_evaluations() -> None:
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
 def test_first_hitting_result_ignores_until_without_uniform_noise(name: str) -> None:
-    """The samples must be bitwise identical for both values of `until`."""
+    """The samples are bitwise identical for two values of `until`."""
     plain, other = (
         draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids
         for until in (1e-4, 0.4)
@@ -507,9 +512,9 @@ def test_left_to_right_samplers_declare_looks_ahead_false() -> None:
 
 
 def test_samplers_without_look_ahead_ignore_prompt_tokens_after_a_gap() -> None:
-    """P(x_1 | x_2 = 1) is (.08, .80, .12), and the marginal of x_1 is (.40, .25, .35).
+    """x_1 is drawn from its marginal, (.40, .25, .35), although the prompt contains x_2 = 1.
 
-    The drawn tokens show which of the two was used.
+    P(x_1 | x_2 = 1) would be (.08, .80, .12).
     """
     process, count = PROCESSES["masked"], 400
     prompt, prompt_mask = torch.tensor([[0, 1]] * count), torch.tensor([[False, True]] * count)
@@ -535,7 +540,7 @@ def test_samplers_without_look_ahead_ignore_prompt_tokens_after_a_gap() -> None:
 
 
 class PastOnlyNetwork:
-    """Network that is exact given the positions in the same or earlier blocks."""
+    """Network that predicts exactly, given only positions of the same or earlier blocks."""
 
     def __init__(self, process: ForwardProcess) -> None:
         self.process, self.exact = process, ExactNetwork(process, JOINT)

@@ -28,7 +28,7 @@ from ddiff.sampling.loop import Canvas, Samples, generate
 NAMES = list(processes())
 
 
-class Quick:
+class BatchRng:
     """Random generator that draws the uniforms of all samples from one `torch.Generator`.
 
     It is faster than `CounterRng`, which seeds every sample separately.
@@ -43,8 +43,8 @@ class Quick:
 
 
 def many(process: ForwardProcess, num_steps: int, count: int) -> Tensor:
-    """Return samples [count,2] of the ancestral sampler under the exact network."""
-    noise = Quick((count, 2), torch.Generator().manual_seed(7))
+    """Draw `count` samples [count,2] with the ancestral sampler and the exact network."""
+    noise = BatchRng((count, 2), torch.Generator().manual_seed(7))
     start = process.prior.draw(noise.uniform("start"))
     free = torch.ones(count, 2, dtype=torch.bool)
     canvas = Canvas(start, torch.ones(count, 2).double(), ~free, free)
@@ -65,11 +65,11 @@ def draw(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ancestral_sampling_error_is_inversely_proportional_to_steps(name: str) -> None:
-    """Four times as many steps must divide the distance by four (3.5 to 4.5 from 16 to 64 steps).
+    """Four times as many steps divide the distance by four (3.5 to 4.5 from 16 to 64 steps).
 
-    The sum is over all canvases, without sampling error. A single step draws both tokens from their
-    marginals. The error of masked diffusion is known: both tokens are revealed in the same of N
-    even steps with probability 1/N.
+    The distance to JOINT is computed exactly, without sampling. A single step draws both tokens
+    from their marginals. For masked diffusion, the error is known: of N equal steps, the same step
+    reveals both tokens with probability 1/N.
     """
     process = processes()[name]
     far, nearer, near, nearest = (
@@ -86,9 +86,10 @@ def test_ancestral_sampling_error_is_inversely_proportional_to_steps(name: str) 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_ancestral_samples_follow_the_exactly_computed_distribution(name: str, steps: int) -> None:
-    """The chi-square statistic of nine cells is above 35 with probability 2.7e-5.
+    """Compare the frequencies of nine pairs of tokens with `distribution_after_steps`.
 
-    There are ten cases of 20 000 samples, and the seed is fixed.
+    By chance, the chi-square statistic is above its limit 35 with probability 2.7e-5. There are ten
+    cases of 20 000 samples, and the seed is fixed.
     """
     process, count = processes()[name], 20_000
     ids = many(process, steps, count)

@@ -1,4 +1,4 @@
-"""Filters and guidance: their effect on each conditional distribution."""
+"""Sampling filters (temperature, top-k, top-p, min-p) and guidance: their effect on predictions."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def test_sampling_filters_out_of_range_are_refused() -> None:
     ],
 )
 def test_every_sampler_draws_tokens_from_the_filtered_distribution(build: Any) -> None:
-    """The filters keep two of three tokens; the second token has probability 4/49.
+    """Every sampler draws the second token with probability 4/49 under the filters.
 
-    Five standard deviations of 1200 draws are 0.04.
+    The filters keep two of three tokens. The tolerance 0.04 is five standard deviations of 1200
+    draws.
     """
     process = processes()["masked"]
     network = network_from_table(lambda zt, t: LOG.expand(*zt.shape, 3), process.vocabulary)
@@ -117,7 +118,7 @@ def test_sampling_filters_on_a_tree_apply_to_each_level() -> None:
 def test_filtered_draw_on_a_tree_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
     """20 001 evenly spaced uniforms draw every token in proportion to its probability.
 
-    The allowed error is one draw per cell boundary and level.
+    An error of one draw is allowed for each level and each boundary between tokens.
     """
     count = 20_001
     dist = ShapedDistribution(
@@ -142,7 +143,9 @@ def test_filtered_draw_below_a_node_filters_its_children() -> None:
 
 
 def read(network: Any, rows: int = 4, root: int = 3) -> Tensor:
-    """Return the distribution [rows,3] at the first positions of two sequences of two tokens."""
+    """Return the distributions [rows,3] that a network predicts at the first `rows` positions.
+
+    The batch has two sequences of two positions."""
     noisy = Noisy(
         torch.full((2, 2), 3), torch.ones(2, 2).double(), torch.zeros(2, 2, dtype=torch.bool)
     )
@@ -163,7 +166,7 @@ def table(shift: float) -> Any:
 
 
 def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
-    """Make a network that returns the same results in chunks of the given sizes."""
+    """Wrap a network so that each query is answered in chunks of the given sizes."""
 
     def chunked(noisy: Noisy) -> Any:
         query = network(noisy)
@@ -229,7 +232,7 @@ def test_sampling_filters_refuse_a_network_that_predicts_scores() -> None:
 
 @pytest.mark.parametrize("by", ["top", "margin", "entropy"])
 def test_order_of_reveal_is_computed_before_temperature_and_filters(by: Any) -> None:
-    """At low temperature every margin is 1 and every entropy is 0, so the order would be lost."""
+    """After a low temperature every entropy would be 0, and the order of reveal would be lost."""
     process = processes()["masked"]
     generator = torch.Generator().manual_seed(3)
     dist = torch.randn(12, 3, generator=generator).double().log_softmax(-1)
@@ -246,7 +249,7 @@ def test_order_of_reveal_is_computed_before_temperature_and_filters(by: Any) -> 
 
 
 def filtered_distribution(sampler: Any, p: Tensor) -> list[float]:
-    """Return the distribution that the filters of a configured sampler make of p."""
+    """Return the distribution that a sampler draws from if the network predicts p."""
     log_p = p.log().unsqueeze(0)
     for shaper in sampler.shapers:
         log_p = shaper(log_p).log_softmax(-1)
@@ -255,7 +258,7 @@ def filtered_distribution(sampler: Any, p: Tensor) -> list[float]:
 
 
 def configured(settings: dict[str, float]) -> list[Any]:
-    """Return the two components with filters: a sampler of the engine, and autoregression."""
+    """Build the two sampler components with filters from `settings`: ancestral, autoregressive."""
     ancestral = Ancestral.build(Ancestral.Config(**settings), steps=4)
     left_to_right = LeftToRight.build(
         LeftToRight.Config(**settings), steps=4, vocabulary=FlatVocabulary(4)
@@ -265,9 +268,9 @@ def configured(settings: dict[str, float]) -> list[Any]:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
 def test_filter_order_is_temperature_top_k_top_p_min_p(which: int) -> None:
-    """p = (.4, .3, .2, .1) becomes (16, 9, 4, 1)/30 by the temperature.
+    """The temperature 0.5 first changes p = (.4, .3, .2, .1) to (16, 9, 4, 1)/30.
 
-    Two tokens then hold 0.8 of the probability; without the temperature, three would.
+    Two tokens then have at least 0.8 of the probability; before the change, three tokens do.
     """
     p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     got = filtered_distribution(configured({"temperature": 0.5, "top_p": 0.8})[which], p)

@@ -1,9 +1,9 @@
-"""Probability of rare tokens in samples, in float64 and in a float32 race.
+"""Frequency of rare tokens in samples of ddiff, and of published samplers in float32.
 
-The network predicts Zipf's law over 50,257 tokens at every position, so that every position is an
-independent draw. Two sets are counted: the rarest tokens with a total probability of 0.01, and of
-0.1. A count of n draws passes if it is within four standard deviations of its expectation, which
-fails with probability 6e-5. Seeds are fixed.
+The network predicts the Zipf distribution over 50,257 tokens at every position, so that positions
+are independent. Two sets of tokens are counted in the samples: the rarest tokens with a total
+probability of 0.01, and those with a total probability of 0.1. A count must be within four standard
+deviations of its expectation; a correct sampler fails with probability 6e-5. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,22 @@ VOCABULARY, SAID = FlatVocabulary(WORDS), ZIPF.log().float()
 
 
 def tail(mass: float) -> int:
-    """Return the first of the rarest tokens, whose total probability is `mass`."""
+    """Return the first id of the rarest tokens with the total probability `mass`."""
     return int((ZIPF.flip(0).cumsum(0).flip(0) > mass).sum())
 
 
 def deviations(words: Tensor, mass: float) -> float:
-    """Return the number of rare tokens minus its expectation, in standard deviations."""
+    """Return (number of rare tokens - expected number) in standard deviations.
+
+    Rare tokens are those of `tail(mass)`.
+    """
     share = float(ZIPF[tail(mass) :].sum())
     count = int((words >= tail(mass)).sum())
     return (count - len(words) * share) / (len(words) * share * (1.0 - share)) ** 0.5
 
 
 def zipf(noisy: Noisy) -> Query:
-    """Return the query of a float32 network that predicts Zipf's law at every position."""
+    """Network that predicts the Zipf distribution, in float32, at every position."""
 
     def query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return fn(DenseDistribution(SAID.expand(len(rows), -1), VOCABULARY), *per_row)
@@ -65,24 +68,24 @@ def test_ancestral_sampling_draws_rare_tokens_at_their_probability() -> None:
 
 
 def exponential(u: Tensor) -> Tensor:
-    """Return -ln of a float32 uniform u in steps of 2^-24, as published code draws it.
+    """Return the exponential variable -ln u of float32 uniforms, as published code computes it.
 
-    The smallest value is 6e-8.
+    The uniforms are multiples of 2^-24, so the smallest value is 6e-8.
     """
     single = ((u * 2.0**24).floor() / 2.0**24).float()  # float32 uniforms as of torch.rand
     return 1e-10 - (single + 1e-10).log()
 
 
 def draw_by_race(generator: torch.Generator) -> Tensor:
-    """Draw tokens of masked diffusion; each step is a float32 race of all tokens and the mask.
+    """Sample masked diffusion by a float32 race of all tokens and the mask in each step.
 
     In the step from t = k/N to (k - 1)/N, a masked position takes the index v with the least
-    E_v/w_v. E_v is a float32 exponential variable, w_v = p_v/k the weight of token v, and
-    (k - 1)/k the weight of the mask.
+    E_v/w_v, where E_v is a float32 exponential variable. The weight w_v is p_v/k for token v, and
+    (k - 1)/k for the mask.
 
-    Few of the 50,257 variables are drawn. Rounding a uniform down to float32 increases its
-    exponential, so that only tokens whose exact E_v/w_v is below the value of the mask can win.
-    The exact values are the first arrivals of Poisson processes with rates w_v, in order of time.
+    To save time, only few of the 50,257 variables are drawn. Rounding a uniform down to float32
+    increases its exponential. Only tokens whose exact E_v/w_v is below the value of the mask can
+    therefore win. The exact values are first arrivals of Poisson processes with rates w_v.
     """
     words = torch.full((DRAWS,), WORDS)
     cumulative = ZIPF.cumsum(0)
@@ -107,7 +110,7 @@ def draw_by_race(generator: torch.Generator) -> Tensor:
 
 
 def test_float32_gumbel_race_with_a_mask_draws_too_few_rare_tokens() -> None:
-    """Published samplers draw too few rare tokens for the same reason (arXiv 2409.02908)."""
+    """Published samplers draw too few rare tokens because of float32 (arXiv 2409.02908)."""
     words = draw_by_race(torch.Generator().manual_seed(0))
     assert int(words.max()) < WORDS
     assert deviations(words, 0.1) < -8.0
@@ -117,7 +120,7 @@ def test_float32_gumbel_race_with_a_mask_draws_too_few_rare_tokens() -> None:
 def test_float64_exponential_race_draws_rare_tokens_correctly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same race is correct with float64 exponentials, so the error is one of precision."""
+    """The same race is correct with float64 exponentials, so float32 causes the error."""
     monkeypatch.setitem(globals(), "exponential", lambda u: -u.log())
     words = draw_by_race(torch.Generator().manual_seed(0))
     assert [round(deviations(words, mass), 1) for mass in MASSES] == pytest.approx(

@@ -1,4 +1,4 @@
-"""Error of the theta-trapezoidal method, summed over all canvases and both stages."""
+"""Order of the theta-trapezoidal sampler: its output distribution is computed exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ No extrapolated rate is therefore negative.
 """
 
 
-class Zeros:
+class ZeroRng:
     """Random generator that returns zeros, for steps that do not use their uniforms."""
 
     def __init__(self, batch: int) -> None:
@@ -50,9 +50,10 @@ def leap_distributions(
     t: float,
     s: float,
 ) -> list[Tensor]:
-    """Return the distributions [n,2,S] of each leap of a step from the canvases `start`.
+    """Return the distributions [n,2,S] from which the leaps of a step draw both positions.
 
-    The first leap of the step is forced to end in `middle`.
+    A step has one tau-leap per stage. It begins in the states `start` [n,2] at time t and ends at
+    time s. The first leap is forced to end in the states `middle` [n,2].
     """
     size, dists, now = process.vocabulary.num_states, [], start
     active = process.active(start.reshape(-1))
@@ -75,17 +76,17 @@ def leap_distributions(
         for module in (trapezoidal, tau_leaping):
             patch.setattr(module, "tau_leap", tau_leap)
         canvas = Canvas(start, times, ~free, free)
-        sampler.move(process, network, canvas, torch.full_like(times, s), Zeros(len(start)))  # type: ignore[arg-type]
+        sampler.move(process, network, canvas, torch.full_like(times, s), ZeroRng(len(start)))  # type: ignore[arg-type]
     return dists
 
 
 def both(dist: Tensor) -> Tensor:
-    """Return the product [n,S*S] of the distributions [n,2,S] of both positions."""
+    """Return the joint distributions [n,S*S] of two independent positions, from `dist` [n,2,S]."""
     return torch.einsum("ca,cb->cab", dist[:, 0], dist[:, 1]).flatten(1)
 
 
 def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> float:
-    """Return the total variation distance of the sampler's exact output distribution to `joint`."""
+    """Return the total variation distance of the exact distribution of samples to `joint`."""
     size, network, prior = (
         process.vocabulary.num_states,
         ExactNetwork(process, joint),
@@ -105,8 +106,8 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
         torch.full((2 * int((dist > 0).sum()),), times[-2], dtype=torch.float64),
     )
     log_p: list[Tensor] = []
-    ask_all = network(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).network_input())
-    ask_all(
+    query = network(Canvas(start, last.reshape(-1, 2), start < 0, start >= 0).network_input())
+    query(
         torch.arange(len(last)),
         start.reshape(-1),
         lambda prediction: log_p.append(prediction.log_mass(0)),
@@ -123,9 +124,10 @@ def distance(sampler: GridSampler, process: ForwardProcess, joint: Tensor) -> fl
 def test_trapezoidal_sampler_is_second_order_if_rates_stay_positive(
     name: str, least: float
 ) -> None:
-    """Twice as many steps divide the distance by four (measured 3.8).
+    """Twice as many steps divide the distance by four (measured: 3.8).
 
-    For masks the error is ln N / N^2, which gives 3.2 to 3.5. Euler gives 2.
+    For masks and N steps, the error is proportional to ln N / N^2, so the factor is 3.2 to 3.5. A
+    method of first order has the factor 2.
     """
     process = processes()[name]
     few, many = (distance(TrapezoidalSampler(n), process, MILD) for n in (12, 24))
@@ -137,10 +139,11 @@ def test_trapezoidal_sampler_is_second_order_if_rates_stay_positive(
 
 
 def test_trapezoidal_sampler_is_second_order_if_a_step_has_two_jumps() -> None:
-    """The two tokens are independent, and one token is likely; the measured factor is 3.5.
+    """Twice as many steps divide the distance by 3.5, although a position may jump twice in a step.
 
-    The factor is 2.2 if rates of the state before the first jump are subtracted from rates of the
-    state after it, because the difference is then cut off at 0.
+    The two tokens are independent, and one token is likely. A faulty implementation that subtracts
+    the rates of the state before the first jump from those after the jump has the factor 2.2,
+    because the differences are then clipped at 0.
     """
     common = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64)
     few, many = (
@@ -157,9 +160,9 @@ def test_trapezoidal_sampler_is_second_order_for_any_theta() -> None:
 
 
 def test_trapezoidal_beats_tau_leaping_under_strong_dependence() -> None:
-    """One token of JOINT can make another six times less likely, so rates are cut off at 0.
+    """In JOINT, a token can make the other token six times less likely.
 
-    This causes an error of first order.
+    Extrapolated rates are then clipped at 0, which adds an error of first order.
     """
     process = processes()["masked"]
     few, many = (distance(TrapezoidalSampler(n), process, JOINT) for n in (16, 32))

@@ -1,4 +1,7 @@
-"""Samplers use alpha of the token at each position; tokens of dense chains have unequal rates."""
+"""Samplers of processes in which tokens are noised at unequal rates.
+
+alpha_t(x), the probability that token x is still clean, then depends on the token.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,9 @@ def test_alpha_used_at_a_mask_is_the_mean_over_tokens() -> None:
 
 
 def test_remasking_probability_is_equal_for_all_tokens() -> None:
-    """With kappa_i = 1 - sigma/(1 - alpha_s(x_i)), noise replaces tokens at probability sigma.
+    """Noise replaces tokens of any rate with the probability sigma = 0.05.
 
-    sigma is 0.05, for tokens of any rate.
+    The sampler sets kappa_i = 1 - sigma/(1 - alpha_s(x_i)) at position i.
     """
     tokens = torch.tensor([[0, 1, 2]])
     canvas = canvas_of(tokens, T)
@@ -65,7 +68,7 @@ def test_remasking_probability_is_equal_for_all_tokens() -> None:
 def test_probability_of_leaving_a_token_survives_renumbering_of_tokens(order: list[int]) -> None:
     """If the tokens are renumbered, the probability of leaving a token stays the same.
 
-    The probability is measured with 2^15 draws (five standard deviations are 0.014).
+    The probability is measured with 2^15 draws. The tolerance 0.014 is five standard deviations.
     """
     place = torch.tensor(order)
     renamed = DenseProcess(FlatVocabulary(3, mask=False), RATES[place][:, place])
@@ -76,7 +79,7 @@ def test_probability_of_leaving_a_token_survives_renumbering_of_tokens(order: li
 
 
 def _leaving(sampler: PsiSampler | AdaptiveCorrectionSampler, process: ForwardProcess) -> Tensor:
-    """Return the frequency [3] with which a token changes in a step from T to S.
+    """Return how often each token [3] changes in a step from time T to time S.
 
     The network predicts the uniform distribution.
     """

@@ -1,4 +1,4 @@
-"""Make the module `toy` importable for the tests of this folder."""
+"""Make the helper modules of this folder importable, for example `toy`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs that tests run on several ranks.
+"""Training programs that tests run on several ranks.
 
 The ranks are forked from a process that has already imported all modules, to save time.
 """
@@ -30,7 +30,7 @@ SYMBOLS = Path(__file__).parent / "symbols.toml"
 
 
 def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(*arguments)` on every rank.
+    """Run `work(*arguments)` on `world_size` ranks.
 
     Raises AssertionError with the output of a rank that fails.
     """
@@ -86,7 +86,7 @@ def _rank(
 
 
 def train_symbols(settings: list[str], cache: str) -> None:
-    """Train the recipe symbols.toml with the given settings."""
+    """Train the recipe symbols.toml with the given settings; `cache` is the cache folder."""
     os.environ["DDIFF_CACHE"] = cache
     with TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings)) as session:
         start = session.run.checkpoints.newest()
@@ -96,7 +96,7 @@ def train_symbols(settings: list[str], cache: str) -> None:
 
 
 class BrokenOn(Identify):
-    """Loss of the toy model that is NaN in one step on one rank."""
+    """Objective of the toy model whose loss is NaN in one step on one rank."""
 
     def __init__(self, module: torch.nn.Module, rank: int, step: int) -> None:
         super().__init__(module)
@@ -126,7 +126,7 @@ def shares_at(backend: DistributedBackend, accumulate: int) -> Callable[[int, in
 
 
 def train_toys(folder: str) -> None:
-    """Train the toy model without and with micro-batches, and with a NaN step on the last rank."""
+    """Train the toy model three times: plain, with micro-batches, with a NaN on the last rank."""
     backend = DistributedBackend("cpu")
     for name, accumulate in (("whole", 1), ("micro", 2)):
         torch.manual_seed(0)
@@ -157,7 +157,7 @@ def train_toys(folder: str) -> None:
 
 
 def train_with_dropout(folder: str) -> None:
-    """Train the toy model with few checkpoints, with many, and with a signal in between."""
+    """Train the toy model three times: few checkpoints, many checkpoints, and with a signal."""
     backend = DistributedBackend("cpu")
     rows = shares_at(backend, 1)
     for name, checkpoint_every, starts in (("few", 6, 1), ("many", 1, 1), ("stopped", 6, 2)):
@@ -188,10 +188,10 @@ def _save(backend: DistributedBackend, objective: Identify, place: Path) -> None
 
 
 def stop_one(folder: str) -> None:
-    """Send SIGTERM to the last rank only, in the third step. All ranks stop after the fourth step.
+    """Send SIGTERM to the last rank in the third step; all ranks stop after the fourth step.
 
-    The other ranks receive the signal with the results of the third step, which are read while the
-    fourth step is computed.
+    The other ranks learn of the signal from the results of the third step. These results are read
+    while the fourth step is computed.
     """
     backend = DistributedBackend("cpu")
     torch.manual_seed(0)

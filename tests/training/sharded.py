@@ -45,7 +45,7 @@ def made(seed: int, *, sharded: bool) -> tuple[Uneven, torch.optim.AdamW]:
 
 
 def take_step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Take an optimizer step with gradients that depend only on step and name of a parameter."""
+    """Take an optimizer step with gradients that depend only on `number` and parameter names."""
     for place, parameter in enumerate(net.parameters()):
         generator = torch.Generator().manual_seed(100 * number + place)
         gradient = torch.randn(tuple(parameter.shape), generator=generator)
@@ -63,7 +63,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Gather model, optimizer state and weight average as unsharded tensors."""
+    """Gather model, optimizer state and exponential moving average as unsharded tensors."""
     state = optimizer.state_dict()["state"]
     moments = {
         f"{i}.{name}": value for i, values in state.items() for name, value in values.items()
@@ -85,7 +85,7 @@ def trained(sharded: bool, rank: int = 0) -> tuple[Uneven, torch.optim.AdamW, di
 
 
 def save_in_shards(folder: str) -> None:
-    """Save asynchronously, and take another step before the checkpoint is written."""
+    """Save a checkpoint asynchronously, and take another step before it is written."""
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True, rank=backend.rank)
     checkpoints = Checkpoints(folder)
@@ -100,7 +100,10 @@ def save_in_shards(folder: str) -> None:
 
 
 def load_in_shards(folder: str, expected: str) -> None:
-    """Load a checkpoint into a model that is sharded over these ranks, and take one step."""
+    """Load a checkpoint into a model that is sharded over these ranks, and take a step.
+
+    The tensors must equal those in the file `expected`.
+    """
     backend = DistributedBackend("cpu")
     net, optimizer = made(1, sharded=True)
     found = Checkpoints(folder).newest()
@@ -151,9 +154,9 @@ class Full:
 
 
 def fail_on_one_rank(folder: str) -> None:
-    """Save while rank 1 cannot write: `wait` raises on all ranks and no marker is written.
+    """Save while rank 1 cannot write its shard, and then save again.
 
-    The next save succeeds.
+    `wait` raises on all ranks, and no marker file is written. The second save succeeds.
     """
     backend = DistributedBackend("cpu")
     net, optimizer, state = trained(sharded=True)

@@ -1,4 +1,4 @@
-"""Activation recomputation, compilation and mixed precision of the blocks of a backbone."""
+"""Blocks (layers) of a backbone: activation recomputation, compilation and mixed precision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 
 
 def step(run: Run, number: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a batch (by default the first batch) and its gradients."""
+    """Return (loss, gradients by parameter name) of batch `number`."""
     torch.manual_seed(1)  # dropout
     batch = run.data.batch_at(number, 0)
     rng = CounterRng(0, number, batch.index, run.recipe.length)

@@ -1,4 +1,4 @@
-"""Saving, interrupted saving, loading and damage of checkpoints."""
+"""Checkpoints: saving, kills during saving, loading, and damaged files."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_checkpoints_keep_only_the_newest(tmp_path: Path) -> None:
 
 
 class Death(BaseException):
-    """Exception that simulates SIGKILL: no code under test catches it."""
+    """Exception that simulates SIGKILL, because no code under test catches BaseException."""
 
 
 class Store:
@@ -97,7 +97,7 @@ class Store:
 
 
 class Mortal(Store):
-    """Object store that permits `last` changes and raises `Death` before the next change."""
+    """Object store that raises `Death` before its change number `last` + 1."""
 
     def __init__(self, fs: Any, last: int) -> None:
         super().__init__(fs)
@@ -293,7 +293,7 @@ def test_read_weights_of_a_missing_ema_raises_checkpoint_error(tmp_path: Path) -
 
 
 def test_save_async_writes_the_values_at_the_time_of_the_call(tmp_path: Path) -> None:
-    """The tensor changes before the file is written; the file must contain the old values."""
+    """A tensor changes before the file is written; the file must contain the old values."""
     checkpoints, changed = Checkpoints(tmp_path), threading.Event()
     weight, moments = torch.ones(3), {"rate": torch.zeros(2)}
 

@@ -1,6 +1,6 @@
-"""Training on several processes compared with training in one process.
+"""Training on several processes equals training in one process.
 
-Random draws must be equal, and losses equal up to the rounding of sums in another order.
+Random draws must be equal. Losses must be equal up to the rounding of sums in another order.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def draws(built: Any, world_size: int, accumulate: int, step: int) -> dict[str, Tensor]:
-    """Return the random draws of a step over all ranks and micro-batches, ordered by slot.
+    """Return the random draws of a step, over all ranks and micro-batches, by name.
 
-    "counts" has the number of scored tokens of each micro-batch.
+    The draws are ordered by slot, the index of a sample in the global batch. The entry "counts" has
+    the number of scored tokens of each micro-batch.
     """
     recipe, parts = built.recipe, []
     object.__setattr__(recipe.train, "accumulate", accumulate)
@@ -90,7 +91,7 @@ def losses(run_dir: Path) -> Tensor:
 
 
 def farthest(run_dir: Path, other: Path, step: int) -> float:
-    """Return the relative distance between the parameters of two runs."""
+    """Return the relative distance between the parameters of two runs after `step`."""
     files = [Checkpoints(place / "checkpoints").read_weights(step) for place in (run_dir, other)]
     assert files[0].keys() == files[1].keys()
     one, two = (torch.cat([file[name].double().ravel() for name in sorted(file)]) for file in files)
@@ -99,7 +100,10 @@ def farthest(run_dir: Path, other: Path, step: int) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[..., Path]:
-    """Return a run of one process with these settings, which is trained on the first call."""
+    """Function that returns the directory of a single-process run with the given settings.
+
+    The run is trained on the first call.
+    """
 
     @functools.cache
     def trained(*long: str) -> Path:
@@ -168,9 +172,9 @@ def test_resumed_run_on_the_same_number_of_ranks_is_bitwise_identical(
 
 @pytest.mark.slow
 def test_transformers_backbone_trains_with_fsdp_in_bfloat16(tmp_path: Path, cache: str) -> None:
-    """Compare sharded training of a backbone with layer-norm weights with one process.
+    """Sharded training of a transformers backbone has the losses of a single process.
 
-    The first losses differ by the order of float32 sums. Later losses differ more, because
+    The first losses differ only by the order of float32 sums. Later losses differ more, because
     gradients are bfloat16 products (8 bits), summed over the rows of a rank and then over ranks.
     """
     sizes = "hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32"

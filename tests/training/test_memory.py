@@ -1,4 +1,4 @@
-"""Reuse of freed memory by the next training step."""
+"""Memory that a training step frees is reused by the next step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Training steps do not wait for the device.
+"""Training steps do not synchronize with the device.
 
-The tests run steps on the device "meta", whose tensors have no values: reading a value would fail.
+The tests run steps on the device "meta". Its tensors have no values, so reading a value would fail.
 """
 
 from __future__ import annotations

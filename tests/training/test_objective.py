@@ -1,4 +1,4 @@
-"""Diffusion objective: selected rows, decoding term, training losses and dropped conditions."""
+"""Diffusion objective: terms of the bound, training losses, prompts and dropped conditions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RULES = {
 
 
 class RecordingLoss(TrainingLoss[ForwardProcess]):
-    """Training loss equal to the bound that records the noise times of its rows."""
+    """Training loss that equals the bound and records the noise times of its rows."""
 
     def __init__(self) -> None:
         self.times: list[Tensor] = []
@@ -72,7 +72,10 @@ def objective(
 
 
 def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, float]:
-    """Return the loss per token and the diffusion part of the bound."""
+    """Return (loss per token, diffusion term of the bound) of a training step.
+
+    slots: numbers of the samples within the global batch.
+    """
     shown = batch(slots)
     terms = one(
         shown,
@@ -87,11 +90,12 @@ def loss_at(one: DiffusionObjective, step: int, slots: Tensor) -> tuple[float, f
 
 @pytest.mark.parametrize("rule", RULES)
 def test_training_times_of_the_diffusion_term_are_uniform_in_their_window(rule: str) -> None:
-    """Each tenth of the time window contains 10 % of the times of the diffusion term.
+    """Each tenth of the time window contains 10 % of the noise times of the diffusion term.
 
-    The information time is replaced by t, so that the noise times are uniform in t. Tolerance
-    0.015: five standard errors of the fraction in one bin, for 12 000 independent rows. If the
-    decoded sequences were those with the smallest times, the first bin would be empty.
+    Some sequences of a batch are used for the decoding term instead. If these were the sequences
+    with the smallest times, the first tenth would be empty. Information time is replaced by t, so
+    that noise times are uniform in t. The tolerance 0.015 is five standard errors of the fraction
+    in a tenth, for 12 000 independent rows.
     """
     watching, everything = RecordingLoss(), torch.arange(SLOTS)
     one = objective(watching, RULES[rule], share=0.1)
@@ -111,9 +115,9 @@ def test_training_times_of_the_diffusion_term_are_uniform_in_their_window(rule: 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_mean_training_loss_equals_diffusion_plus_decoding_term(rule: str) -> None:
-    """Compare the mean loss of 60 steps with the mean of 60 evaluations of `nll` on the same text.
+    """The mean loss of 60 steps equals the mean of 60 evaluations of `nll` on the same text.
 
-    Tolerance: five standard errors, each at most 8 % of the value.
+    The tolerance is five standard errors. A standard error is at most 8 % of the value.
     """
     one, everything = objective(ElboLoss(), RULES[rule], share=0.1), torch.arange(SLOTS)
     losses, parts = torch.tensor([loss_at(one, step, everything) for step in range(60)]).T
@@ -203,12 +207,12 @@ class OneNat(MixtureProcess):
 def test_rows_of_decoding_and_diffusion_term_have_inverse_share_as_weight(
     rule: str, loss: ElboLoss | RecordingLoss, share: float
 ) -> None:
-    """Each term costs 1 nat per unit, so that the exact value of the loss is known.
+    """Compare the loss with its exact value, for a process whose terms of the bound are constant.
 
-    Of 20 sequences, a fraction `share` is decoded with weight 1/share; the others have the weight
-    1/(1 - share). The diffusion rows then sum to the width of the time window per token, and the
-    rows of the decoding term to 1. The information time is replaced by t, so that the noise times
-    are uniform and the sums have no variance.
+    Of 20 sequences, a fraction `share` is used for the decoding term, with weight 1/share, and the
+    others for the diffusion term, with weight 1/(1 - share). Per token, the loss is then 1 for the
+    decoding term plus the width of the time window for the diffusion term. Information time is
+    replaced by t, so that noise times are uniform and the sums have no variance.
     """
     one = objective(loss, RULES[rule], share)
     one.process = OneNat(VOCABULARY, LinearSchedule(), torch.full((5,), 0.2))
@@ -223,7 +227,9 @@ def test_rows_of_decoding_and_diffusion_term_have_inverse_share_as_weight(
 
 
 def test_default_share_of_decoded_rows_depends_on_process_and_loss() -> None:
-    """None selects a default that depends on `closes_at_clean` and `select_rows`; 0 does not."""
+    """The share None selects a default; the share 0 turns the decoding term off.
+
+    The default depends on `closes_at_clean` of the process and on `select_rows` of the loss."""
 
     class Choosing(RecordingLoss):
         def select_rows(self, process: ForwardProcess, noisy: Noisy, times: Times) -> Tensor:
@@ -258,7 +264,7 @@ class EarlyNoise(LinearSchedule):
 
 
 def test_clipped_loss_clips_the_weight_before_the_speed_factor() -> None:
-    """Weights are clipped to [smallest, largest] before they are multiplied by the speed."""
+    """Weights are clipped to [smallest, largest] before they are multiplied by the speed dt/dv."""
     x0 = torch.tensor([0, 0, 1])
     zt = torch.tensor([1, 1, 1])
     t = torch.tensor([1e-3, 0.5, 0.999], dtype=torch.float64)
@@ -297,7 +303,7 @@ def test_training_loss_and_token_count_exclude_prompt_tokens() -> None:
 
 
 def test_training_metrics_of_a_tree_level_contain_only_its_rows() -> None:
-    """On a tree where clusters cost 0 and masks 1 nat, only the metric of level 2 is not 0."""
+    """Clusters (level 1) cost 0 nats and masks (level 2) cost 1, so only level 2 is not 0."""
 
     class MasksCost(TreeProcess):
         def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Progress: lines in a log, a bar on a terminal."""
+"""Progress display: lines in a log file, a bar on a terminal."""
 
 from __future__ import annotations
 

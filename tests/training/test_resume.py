@@ -27,7 +27,10 @@ def start(run_dir: Path) -> subprocess.Popen[str]:
 
 
 def steps_until_killed(process: subprocess.Popen[str], step: int, number: int) -> list[int]:
-    """Start the toy run, send a signal in step `step`, and return the steps that had begun."""
+    """Read the output of a toy run, send signal `number` in step `step`, and wait for its end.
+
+    Returns the numbers of the steps that had begun.
+    """
     assert process.stdout
     begun = []
     for line in process.stdout:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints on other numbers of processes, with bitwise identical results."""
+"""Sharded checkpoints load on other numbers of processes, with bitwise identical results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the tensors of a single process when it saves, and one step later."""
+    """File with the tensors of a single process when it saves, and one step later."""
     net, optimizer, state = trained(sharded=False)
     saved = parts(net, optimizer)
     take_step(net, optimizer, 2)

@@ -1,4 +1,4 @@
-"""Training loop: gradients, skipped steps, records, signals, resuming."""
+"""Training loop: gradients, skipped steps, metrics, signals, resuming."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 
 class Broken(Identify):
-    """Loss that is NaN, or has an infinite gradient, in the given steps."""
+    """Objective of the toy model whose loss is NaN, or its gradient infinite, in given steps."""
 
     def __init__(self, module: nn.Module, steps: set[int], kind: str = "loss") -> None:
         super().__init__(module)
@@ -165,7 +165,7 @@ def test_twenty_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 class RecordingTracker:
-    """Tracker that records the figures except wall-clock times."""
+    """Tracker that records all metrics except wall-clock times."""
 
     def __init__(self) -> None:
         self.records: list[tuple[int, dict[str, float]]] = []

@@ -1,4 +1,4 @@
-"""Validation during training: same results as `evaluate`, without an effect on training."""
+"""Validation during training has the results of `evaluate` and does not change training."""
 
 from __future__ import annotations
 

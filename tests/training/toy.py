@@ -33,7 +33,7 @@ class Rows:
 
 
 class Net(nn.Module):
-    """Network with an embedding, a hidden matrix, dropout and an output table."""
+    """Toy network with an embedding, a hidden matrix, dropout and an output table."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 class Identify:
-    """Objective: cross-entropy of each symbol given itself.
+    """Toy objective: cross-entropy of predicting each symbol from itself.
 
     `noise` is added to the weights of the rows.
     """
@@ -121,7 +121,10 @@ def toy_trainer(
 
 
 def main(run_dir: str, steps: str, seconds: str = "0") -> int:
-    """Train with dropout from the newest checkpoint, and print each step of this process."""
+    """Train with dropout, resuming from the newest checkpoint, and print each step.
+
+    The arguments are a run directory, the number of steps, and seconds to wait in each step.
+    """
     rows = rows_at(1)
 
     def batch_at(step: int, micro: int) -> Rows:
