@@ -146,7 +146,10 @@ class AtomicFolder:
         return writer.digest
 
     def mark_complete(self, step: int, digests: Mapping[str, FileDigest]) -> None:
-        """Write the marker. Call this method after all files are written."""
+        """Write the marker. Call this method after all files are written.
+
+        `step`: training step of the checkpoint. `digests`: size and SHA-256 of each file by name.
+        """
         files = {name: digest._asdict() for name, digest in sorted(digests.items())}
         content = {"format": FORMAT, "step": step, "files": files}
         marker = json.dumps(content, indent=1).encode()

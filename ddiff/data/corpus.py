@@ -214,7 +214,10 @@ class SourceCorpus:
         return self.source.chunks(cursor, part=None if self.validation_source is None else TRAIN)
 
     def sources(self) -> list[Iterator[Chunk]]:
-        """Return the chunks of each source, from the start of the source."""
+        """Return one iterator of chunks per source.
+
+        The first source is that of training. The second, if there is one, is that of validation.
+        """
         if self.validation_source is None:
             return [self.train_chunks()]
         return [self.train_chunks(), self.validation_source.chunks(part=VALIDATION)]
@@ -287,7 +290,7 @@ class StreamedCorpus:
         return CorpusPart(self, VALIDATION)
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the token shards of the first documents, and build missing shards."""
+        """Return the token shards of the first `head` documents, and build missing shards."""
         corpus = self._corpus
         inputs = {**self.identity, "tokenizer": tokenizer.fingerprint}
 
@@ -330,7 +333,10 @@ class StreamedCorpus:
         return self._monitor.watch(chunks)
 
     def texts(self, part: str) -> Iterator[str]:
-        """Read the first documents of the part "train" or "validation" from the source."""
+        """Read the texts of the part "train" or "validation".
+
+        Only the first `head` documents of each source are read.
+        """
         return self._corpus.select_texts(self._head_chunks(), part)
 
     def _head_chunks(self) -> Iterator[Chunk]:
@@ -441,6 +447,13 @@ def _fetch_file(system: Any, place: str, file: Path, sha256: str | None, source:
 
     A file with a wrong checksum is downloaded once more. Raises DataError if the second checksum is
     wrong too.
+
+    Args:
+        system: fsspec file system of the remote folder.
+        place: path of the file in this file system.
+        file: local path to which the file is written.
+        sha256: SHA-256 in the manifest; None: the checksum is not compared.
+        source: name of the remote folder in messages.
     """
     for _ in range(2):
         try:

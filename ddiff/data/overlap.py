@@ -128,7 +128,7 @@ class OverlapMonitor:
         self._has_warned = False
 
     def watch(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Yield `chunks` unchanged, with a warning at the first validation document."""
+        """Yield `chunks` unchanged. Warn once if a validation document occurs in them."""
         for chunk in chunks:
             if not self._has_warned:
                 self._check(chunk)

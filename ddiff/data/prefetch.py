@@ -82,7 +82,10 @@ class Prefetcher(Generic[Item]):
         return self._pending.pop(wanted).result()
 
     def _wait(self, future: Future[Item], step: int, stopped: Callable[[], bool]) -> bool:
-        """Wait until a batch is read; return False if `stopped()` becomes true first."""
+        """Wait until a batch is read; return False if `stopped()` becomes true first.
+
+        `step`: number of the training step, for the line that is printed during a long wait.
+        """
         began = time.monotonic()
         last_line = began
         while not _is_done(future, _POLL):

@@ -49,7 +49,8 @@ def text_documents(file: BinaryIO, name: str, split: Split) -> Iterator[tuple[in
 def text_lines(file: BinaryIO, name: str) -> Iterator[str]:
     """Yield the lines of a file without line ends.
 
-    The last line is the text after the last line end, which may be empty.
+    The last line is the text after the last line end, which may be empty. `name`: name of the file
+    in error messages.
     """
     # Pieces are joined once per line. Repeated concatenation would be quadratic for a file of one
     # line.

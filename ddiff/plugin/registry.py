@@ -282,7 +282,7 @@ class Registry:
 
 
 def duplicate_error(first: Component, second: Component) -> PluginError:
-    """Return the PluginError for two components with the same kind and name."""
+    """Return the PluginError for two components registered under the same kind and name."""
     if first.origin == second.origin:
         return PluginError(
             f'The plugin "{first.plugin}" ({first.origin}) registers the {first.kind} '

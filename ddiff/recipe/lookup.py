@@ -55,7 +55,10 @@ def _is_used(path: TablePath, tree: RecipeTree, found: Mapping[TablePath, Compon
 
 
 def _find_component(path: TablePath, tree: RecipeTree, registry: Registry) -> Component:
-    """Find the component of the table at a path."""
+    """Return the component that the key `kind` of the table at a path names.
+
+    Without the key `kind`, the default component of the table is returned.
+    """
     slot = SLOTS[path]
     table = tree.read_table(path)
     name = table.get("kind", slot.default)

@@ -129,7 +129,14 @@ def explain_validation(
 
 
 def explain_unknown_key(table: str, key: str, owner: str, takes: Sequence[str]) -> str:
-    """Return a one-paragraph message about a key that a table does not have."""
+    """Return a one-paragraph message about a key that a table does not have.
+
+    Args:
+        table: name of the table, such as "[train.optimizer]".
+        key: the unknown key.
+        owner: component that owns the table, as ` for kind "..." (from ...)`, or empty.
+        takes: valid keys of the table.
+    """
     return (
         f'{table} has no key "{shorten(key)}"{owner}.{suggest(key, takes)} '
         f"Valid keys: {', '.join(takes) or 'none'}."
@@ -172,7 +179,10 @@ _EXPECTATIONS = {
 
 
 def _expectation(error: Mapping[str, Any]) -> str:
-    """Format the requirement that a value violates, such as `must be greater than 0`."""
+    """Format the requirement that a value violates, such as `must be greater than 0`.
+
+    `error`: entry of `ValidationError.errors()`.
+    """
     context = {key: _format_limit(value) for key, value in error.get("ctx", {}).items()}
     kind = error["type"]
     if kind in _EXPECTATIONS:
@@ -196,7 +206,10 @@ def _format_limit(value: Any) -> str:
 
 
 def _count(error: Mapping[str, Any], limit: str) -> str:
-    """Format a limit on the length of a value, such as `1 character` or `2 items`."""
+    """Format a limit on the length of a value, such as `1 character` or `2 items`.
+
+    `error`: entry of `ValidationError.errors()`. `limit`: "min_length" or "max_length".
+    """
     number = error["ctx"][limit]
     unit = "character" if error["type"].startswith("string") else "item"
     return f"{number} {unit}{'' if number == 1 else 's'}"

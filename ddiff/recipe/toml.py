@@ -37,8 +37,8 @@ _PARSER_LINE = re.compile(r" \(at line (\d+), column \d+\)$")
 def read_toml(text: str, source: str) -> RecipeTree:
     """Parse TOML text of a recipe.
 
-    Raises RecipeError with the line if the text is not valid TOML, or contains a value that no
-    recipe may contain. `source`: file name of the text, for messages.
+    Raises RecipeError if the text is not valid TOML, or contains a value that no recipe may
+    contain. `source`: file name of the text, for messages.
     """
     try:
         values = tomllib.loads(text)

@@ -126,5 +126,8 @@ def _classify_replay(folder: Path, root: Path, written: list[Path], foreign: lis
 
 
 def _list_entries(directory: Path) -> Iterator[Path]:
-    """Yield the entries of a directory, sorted by name. Yield nothing without a directory."""
+    """Yield the entries of a directory, sorted by name.
+
+    Yields nothing if the directory does not exist.
+    """
     yield from sorted(directory.iterdir()) if directory.is_dir() else ()

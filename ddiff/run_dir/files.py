@@ -121,7 +121,7 @@ def _check_shape(
 
 
 def _fits(value: Any, types: Any) -> bool:
-    """Return whether a value has one of the types of a Shape."""
+    """Return whether a value has the type `types`, given as in a `Shape`."""
     if isinstance(types, tuple):
         return any(_fits(value, alternative) for alternative in types)
     if isinstance(types, Mapping):
@@ -303,7 +303,10 @@ def _format_json(value: Any) -> str:
 
 
 def damage_error(path: Path, what: str) -> CheckpointError:
-    """Return the CheckpointError for a damaged file of a run."""
+    """Return the CheckpointError for a damaged file of a run.
+
+    `what` describes the damage, such as "an interval must have two ends".
+    """
     return CheckpointError(f"{path} is damaged: {what}. {_remedy(path)}")
 
 

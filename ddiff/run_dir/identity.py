@@ -71,7 +71,10 @@ class Difference(NamedTuple):
 
 
 def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to one dict with dotted keys."""
+    """Flatten nested tables to one dict with dotted keys, such as "train.steps".
+
+    `prefix` is put before every key.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -222,7 +225,10 @@ def _saved_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
 
 
 def raise_differences(place: object, differences: Sequence[Difference], remedy: str) -> None:
-    """Raise a CheckpointError that lists the differences. Do nothing if the list is empty."""
+    """Raise a CheckpointError that lists the differences. Do nothing if the list is empty.
+
+    `place`: run directory, for the message. `remedy`: last sentence of the message.
+    """
     if not differences:
         return
     lines = [str(difference) for difference in differences[:LISTED_DIFFERENCES]]

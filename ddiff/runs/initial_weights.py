@@ -53,7 +53,8 @@ def check_source(run_dir: str) -> Path:
 def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
     """Load token embeddings from a model of the transformers library, for [train] init.
 
-    The initial embedding of a cluster is the mean of the embeddings of its tokens.
+    `source`: local folder or hub name of the model. The initial embedding of a cluster of tokens (a
+    tree node) is the mean of the embeddings of its tokens.
     """
     # with several embedding tables, the table of the tokens is ambiguous
     tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]

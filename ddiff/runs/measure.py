@@ -74,7 +74,7 @@ class Cost(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Return the FLOPs of a training step per token."""
+        """Return the FLOPs of a training step (forward and backward pass) per token."""
         return TRAINING * (self.backbone_flops + self.head_flops)
 
 
@@ -470,7 +470,10 @@ def _initial_loss(session: TrainingSession) -> InitialLoss | None:
 
 
 def _biases_only(run: Run) -> Objective:
-    """Build the objective of a run with the biases of its head and a zero backbone."""
+    """Build an objective like that of a run, with a backbone that outputs zeros.
+
+    The head has the biases of the run's head.
+    """
     model = assemble(
         run.recipe, run.vocabulary, run.device, process=run.process, backbone=ZeroBackbone()
     )

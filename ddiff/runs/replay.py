@@ -295,7 +295,10 @@ def _flatten_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _leaves(tree: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for each leaf of nested dicts and lists."""
+    """Yield (dotted key, value) for each leaf of nested dicts and lists.
+
+    `place`: dotted key of `tree` itself, or "" at the top.
+    """
     if isinstance(tree, dict | list | tuple):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _leaves(value, f"{place}.{key}" if place else str(key))

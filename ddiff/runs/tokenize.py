@@ -62,7 +62,10 @@ def prepare_data(recipe: Recipe, out: str | None = None) -> Prepared:
 
 
 def _part_sizes(shards: Shards, part: str, tokenizer: Tokenizer, length: int) -> list[str]:
-    """Return a table row with the documents, tokens, bytes and packed rows of one split."""
+    """Return a table row with the numbers of documents, tokens, bytes and packed rows of a part.
+
+    `part`: "train" or "validation".
+    """
     stream = shards.stream(part)
     rows = pack_stream(stream, tokenizer, length, separate=part == VALIDATION)
     sizes = (stream.num_documents, stream.num_tokens, stream.num_bytes, len(rows))

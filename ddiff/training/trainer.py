@@ -184,7 +184,11 @@ class Trainer:
         batches: Sequence[Batch],
         stop: StopSignals,
     ) -> _PendingStep:
-        """Launch one training step without waiting for the device."""
+        """Launch one training step without waiting for the device.
+
+        `batches`: micro-batches of this rank. `stop`: signals received so far, which are exchanged
+        among the ranks.
+        """
         self._seed_rank(step)
         denominators = self._denominators(batches)
         shares = self._backward(step, batches, denominators)
