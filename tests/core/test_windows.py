@@ -274,7 +274,7 @@ def test_windows_and_times_of_a_batch_are_stratified_jointly(slots: int, count: 
             assert sorted((cells[sample] // slots).tolist()) == list(range(count))
 
 
-def test_jointly_stratified_windows_are_uniform() -> None:
+def test_stratified_draws_of_windows_are_uniformly_distributed() -> None:
     """The means of the draws v and of v^2 over 4,000 steps are close to 1/2 and 1/3.
 
     The tolerance is five standard errors.

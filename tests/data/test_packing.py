@@ -209,7 +209,7 @@ def test_failed_tokenization_leaves_no_cache_entry(tmp_path: Path) -> None:
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
-def test_fingerprint_of_packed_rows_depends_on_length_and_separate() -> None:
+def test_fingerprint_of_packed_rows_depends_on_length_and_key_separate() -> None:
     made = [
         pack(documents_from_texts(TEXTS), TOKENIZER, length, separate=s)
         for length in (8, 16)

@@ -70,7 +70,7 @@ def test_plugins_command_lists_kimura_with_its_distribution(
 
 
 @pytest.mark.slow
-def test_example_process_kimura_passes_every_law_of_ddiff_check(
+def test_example_process_kimura_passes_every_conformance_check(
     installed: Path, tmp_path: Path
 ) -> None:
     table = run_python(*DDIFF, "check", "kimura", folder=tmp_path, path=installed)

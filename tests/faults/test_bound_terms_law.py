@@ -211,7 +211,7 @@ def test_random_nelbo_terms_have_their_exact_expectation(name: str) -> None:
 
 @pytest.mark.parametrize("fault_name", FAULTS)
 @pytest.mark.parametrize("name", PROCESSES)
-def test_bound_terms_law_detects_planted_faults(
+def test_conformance_check_of_bound_terms_detects_planted_faults(
     name: str, fault_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, fault, term = FAULTS[fault_name]
@@ -227,7 +227,7 @@ def test_bound_terms_law_detects_planted_faults(
 @pytest.mark.parametrize(
     "fault", [corrupt_by("prior"), corrupt_by("decoding")], ids=["prior", "decoding"]
 )
-def test_entropy_law_detects_swapped_channels_of_the_random_generator(
+def test_entropy_check_detects_swapped_channels_of_the_random_generator(
     fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exact sums of the entropy law assign states to channels of the random generator."""
@@ -237,7 +237,7 @@ def test_entropy_law_detects_swapped_channels_of_the_random_generator(
     assert not bound.entropy_equality(process).passed
 
 
-def test_check_process_includes_the_bound_terms_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_process_includes_the_check_of_bound_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elbo, "closing_term", closing_with(draw_from_q_1))
     broken = {report.law for report in check_process(PROCESSES["masked"]) if not report.passed}
     assert terms_have_their_expectations.name in broken

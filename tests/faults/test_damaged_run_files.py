@@ -265,7 +265,7 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("name", MARKERS)
-def test_commands_refuse_a_checkpoint_marker_of_wrong_json_structure(
+def test_commands_refuse_a_complete_json_of_wrong_structure(
     name: str, run_dir: Path, ddiff: Command
 ) -> None:
     (run_dir / STEP / "complete.json").write_text(MARKERS[name])

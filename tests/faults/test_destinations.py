@@ -150,7 +150,9 @@ def test_python_functions_check_output_paths_like_commands(run_dir: Path) -> Non
         export_run(run_dir, Path(STEP) / "model.safetensors")
 
 
-def test_data_out_does_not_overwrite_existing_files(run_dir: Path, ddiff: Command) -> None:
+def test_data_with_option_out_does_not_overwrite_existing_files(
+    run_dir: Path, ddiff: Command
+) -> None:
     Path("mine").mkdir()
     Path("mine/tokenizer.json").write_text("precious")
     Path("file").write_text("precious")
@@ -161,7 +163,7 @@ def test_data_out_does_not_overwrite_existing_files(run_dir: Path, ddiff: Comman
     assert files(Path()) == before
 
 
-def test_data_out_resumes_an_interrupted_copy(run_dir: Path, ddiff: Command) -> None:
+def test_data_with_option_out_resumes_an_interrupted_copy(run_dir: Path, ddiff: Command) -> None:
     assert ddiff(*DATA, "shards").code == 0
     whole = files(Path("shards"))
     Path("shards/manifest.json").unlink()
@@ -171,7 +173,9 @@ def test_data_out_resumes_an_interrupted_copy(run_dir: Path, ddiff: Command) -> 
     assert not [name for name in whole if "partial" in name]
 
 
-def test_compare_out_replaces_only_its_own_tables(run_dir: Path, ddiff: Command) -> None:
+def test_compare_with_option_out_replaces_only_its_own_tables(
+    run_dir: Path, ddiff: Command
+) -> None:
     assert ddiff(*COMPARE, "tables").code == 0
     assert ddiff(*COMPARE, "tables").code == 0
     table = Path("tables/compare.md").read_text()

@@ -85,7 +85,7 @@ def test_eval_accepts_the_same_data_at_another_path(run_dir: Path, ddiff: Comman
     assert ddiff(*EVAL).code == 0
 
 
-def test_eval_out_evaluates_other_data_and_keeps_evaluation_json(
+def test_eval_with_option_out_scores_other_data_and_keeps_old_results(
     run_dir: Path, ddiff: Command
 ) -> None:
     write(change(LINES))
@@ -101,7 +101,9 @@ def test_eval_out_evaluates_other_data_and_keeps_evaluation_json(
     assert [path.name for path in Path("other").iterdir()] == ["data.json"]
 
 
-def test_eval_out_on_the_same_data_reports_no_change(run_dir: Path, ddiff: Command) -> None:
+def test_eval_with_option_out_on_the_same_data_reports_no_change(
+    run_dir: Path, ddiff: Command
+) -> None:
     before = files(run_dir)
     answer = ddiff(*EVAL, "--set", "evaluate.draws=2", "--out", "two.json")
     assert (answer.code, "other data" in answer.err) == (0, False)
@@ -152,7 +154,7 @@ def test_eval_refuses_changed_labels(folder: Path, ddiff: Command) -> None:
 @pytest.mark.parametrize(
     "place", ["runs/tiny/evaluation.json", "runs/tiny/checkpoints/x.json", "corpus.txt", "."]
 )
-def test_eval_out_refuses_to_overwrite_files_of_the_run(
+def test_eval_with_option_out_refuses_to_overwrite_files_of_the_run(
     place: str, run_dir: Path, ddiff: Command
 ) -> None:
     before = files(Path())

@@ -70,7 +70,7 @@ def test_bound_terms_have_finite_gradients_at_extreme_logits(
         assert bool(leaf.grad[finite].isfinite().all())
 
 
-def test_gradient_law_detects_nan_from_zero_times_infinity() -> None:
+def test_conformance_check_detects_nan_gradient_from_0_times_infinity() -> None:
     """The planted fault masks an infinite value with torch.where, so that its gradient is NaN."""
     process = GammaHybrid(FlatVocabulary(3), 0.0)
 

@@ -69,7 +69,7 @@ def test_first_hitting_sampler_is_exact_on_gidd(p_uniform: float, gamma: float, 
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_first_hitting_ends_with_until_noisy_positions_in_expectation(
+def test_first_hitting_parameter_until_is_expected_noisy_positions_left(
     p_uniform: float, gamma: float, length: int
 ) -> None:
     """The parameter `until` sets the range of simulated times.

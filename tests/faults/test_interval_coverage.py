@@ -86,14 +86,16 @@ def test_confidence_intervals_have_coverage_near_95_percent() -> None:
         gidd(FlatVocabulary(3)),
     ],
 )
-def test_tail_law_rejects_uniform_t_and_accepts_information_time(process: ForwardProcess) -> None:
+def test_variance_check_rejects_uniform_t_and_accepts_information_time(
+    process: ForwardProcess,
+) -> None:
     assert variance_has_no_tail(process).passed
     assert (
         float(tail_variance_share(process, IdentityTime(), WHOLE)) > variance_has_no_tail.tolerance
     )
 
 
-def test_process_with_noise_times_uniform_in_t_fails_the_tail_law() -> None:
+def test_process_with_noise_times_uniform_in_t_fails_the_variance_check() -> None:
     process = gidd(FlatVocabulary(3), p_uniform=0.5, gamma=0.5)
     process.__dict__["information_time"] = IdentityTime()
     report = variance_has_no_tail(process)

@@ -120,12 +120,12 @@ def test_decoding_term_of_exact_scores_equals_that_of_exact_posteriors(
 
 
 @pytest.mark.parametrize("process", every_example())
-def test_every_process_obeys_the_score_laws(process: ForwardProcess) -> None:
+def test_every_process_passes_the_conformance_checks_of_scores(process: ForwardProcess) -> None:
     for report in evaluate_laws(process, (scores_at_ends, scores_decode_to_posterior)):
         assert report.passed, str(report)
 
 
-def test_score_laws_detect_decoding_without_tweedies_formula() -> None:
+def test_conformance_checks_detect_decoding_without_tweedies_formula() -> None:
     """The planted fault gives token x the weight s(x) q_t(z|x), where s is the score."""
     faulty = uniform(4)
 

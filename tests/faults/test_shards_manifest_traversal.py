@@ -236,7 +236,7 @@ def test_source_corpus_refuses_damaged_cached_shards(tmp_path: Path, cache: Cach
         corpus.shards(BYTES, cache)
 
 
-def test_write_shards_ignores_a_journal_with_foreign_file_names(tmp_path: Path) -> None:
+def test_write_shards_ignores_a_journal_that_names_foreign_files(tmp_path: Path) -> None:
     """An interrupted build resumes from the file names in its journal, which could be foreign."""
 
     def stopped(cursor: Any) -> Any:

@@ -74,7 +74,7 @@ def test_check_command_builds_settings_on_example_vocabularies(
 
 
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_command_reports_broken_law_and_returns_1(
+def test_check_command_reports_a_failed_check_and_returns_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("swap_broken", []) == 1

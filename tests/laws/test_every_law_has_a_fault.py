@@ -57,6 +57,6 @@ TESTED_ELSEWHERE = {
 }
 
 
-def test_every_law_has_a_planted_fault() -> None:
+def test_every_conformance_check_has_a_planted_fault() -> None:
     covered = {fault.law.name for module in MODULES for fault in module.FAULTS}
     assert {law.name for law in LAWS} - covered == TESTED_ELSEWHERE

@@ -73,18 +73,18 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
+def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
 @pytest.mark.parametrize("process", [uniform(), STOCHASTIC_PARENTS], ids=["uniform", "xi < 1"])
-def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(process: Any) -> None:
+def test_entropy_check_rejects_a_network_that_predicts_the_full_conditional(process: Any) -> None:
     assert bound.entropy_equality(process).passed
     report = bound.entropy_equality(process, denoiser=full_conditional_table)
     assert report.error > 0.05  # nats
 
 
-def test_entropy_law_accepts_full_conditional_of_masked_diffusion() -> None:
+def test_entropy_check_accepts_full_conditional_of_masked_diffusion() -> None:
     """A mask gives no information on its token, so the conditionals with and without it agree."""
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 
@@ -92,7 +92,7 @@ def test_entropy_law_accepts_full_conditional_of_masked_diffusion() -> None:
 @pytest.mark.parametrize(
     "process", [uniform(), STOCHASTIC_PARENTS, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"]
 )
-def test_speed_law_detects_bound_without_speed_factor(process: Any) -> None:
+def test_conformance_check_detects_bound_without_speed_factor(process: Any) -> None:
     assert bound.speed_equality(process).passed
     assert not bound.speed_equality(process, path=path_without_speed).passed
 
@@ -101,7 +101,9 @@ def path_without_speed(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
     return bent_path(v, position)[0], torch.ones_like(v)
 
 
-def test_speed_law_detects_nelbo_with_mean_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conformance_check_detects_bound_with_mean_speed_factor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ddiff.core import elbo
 
     original = elbo.diffusion_term
@@ -115,7 +117,7 @@ def test_speed_law_detects_nelbo_with_mean_speed(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("term", ["closing_term", "decoding_term"])
-def test_constant_denoiser_law_detects_bound_without_prior_or_decoding_term(
+def test_conformance_check_detects_bound_without_prior_or_decoding_term(
     term: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ddiff.core import elbo

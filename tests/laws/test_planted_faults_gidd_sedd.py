@@ -284,13 +284,13 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
+def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> None:
     torch.set_num_threads(1)
     assert_detected(fault)
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(form: Form) -> None:
+def test_entropy_check_rejects_a_network_that_predicts_the_full_conditional(form: Form) -> None:
     """Cross-entropy at visible tokens trains P(x|z), conditioned on the position's own state.
 
     The bound requires a prediction that is not conditioned on this state.

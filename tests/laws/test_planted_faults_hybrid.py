@@ -280,7 +280,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
+def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
@@ -299,7 +299,7 @@ def test_only_published_rates_tell_gamma_hybrid_from_interpolating_chain() -> No
 @pytest.mark.parametrize(
     "process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"]
 )
-def test_entropy_law_rejects_a_network_that_predicts_the_full_conditional(
+def test_entropy_check_rejects_a_network_that_predicts_the_full_conditional(
     process: Any,
 ) -> None:
     """The published loss of the epsilon hybrid trains P(x_i | all states).

@@ -178,11 +178,11 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
+def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> None:
     assert_detected(fault)
 
 
-def test_evidence_law_detects_missing_division_by_own_likelihood(
+def test_conformance_check_detects_prediction_with_own_likelihood(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.nn import parameterization as engine

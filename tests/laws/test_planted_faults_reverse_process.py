@@ -247,5 +247,5 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_conformance_law_fails_on_the_object_with_a_planted_fault(fault: Fault) -> None:
+def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> None:
     assert_detected(fault)

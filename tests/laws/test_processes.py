@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_shipped_process_obeys_every_conformance_law(name: str) -> None:
+def test_shipped_process_passes_every_conformance_check(name: str) -> None:
     reports = check_process(EVERY[name])
     assert_laws(reports)
     # laws of overrides, trees and declarations need not apply; all others must
@@ -47,7 +47,7 @@ def test_shipped_process_obeys_every_conformance_law(name: str) -> None:
     assert len(reports) >= len(PROCESS_LAWS) - 8 - undeclared
 
 
-def test_every_law_applies_to_at_least_one_process() -> None:
+def test_every_conformance_check_applies_to_some_process() -> None:
     chains = (EVERY["three levels, powers, xi"], EVERY["mixture: mask, cosine"])
     seen = {report.law for process in chains for report in check_process(process)}
     # only planted faults override the dense posterior
@@ -57,7 +57,7 @@ def test_every_law_applies_to_at_least_one_process() -> None:
 @pytest.mark.parametrize(
     "name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"]
 )
-def test_clocks_and_schedules_of_every_process_obey_every_law(name: str) -> None:
+def test_clocks_and_schedules_pass_every_conformance_check(name: str) -> None:
     assert_laws(check_parts(EVERY[name]))
 
 
@@ -82,7 +82,7 @@ EXTREME_AND_CORRECT: dict[str, tuple[Law, object]] = {
 
 
 @pytest.mark.parametrize("name", EXTREME_AND_CORRECT)
-def test_conformance_laws_accept_correct_processes_with_extreme_values(name: str) -> None:
+def test_conformance_checks_accept_correct_extreme_processes(name: str) -> None:
     one, subject = EXTREME_AND_CORRECT[name]
     assert_laws([one(subject)])
 
@@ -94,7 +94,7 @@ def test_check_process_rejects_large_instances() -> None:
         check_process(large)
 
 
-def test_assert_laws_rejects_empty_reports() -> None:
+def test_assert_laws_raises_for_an_empty_list_of_reports() -> None:
     with pytest.raises(ArgumentError, match="so no law was checked"):
         assert_laws([])
 
@@ -109,7 +109,7 @@ def test_assert_laws_message_contains_place_and_error() -> None:
     )
 
 
-def test_conformance_law_counts_as_broken_if_the_process_raises() -> None:
+def test_conformance_check_fails_if_the_process_raises() -> None:
     class Raising(type(EVERY["kimura"])):  # type: ignore[misc]
         def rates(self, t: torch.Tensor) -> None:
             raise RuntimeError("no rates today")

@@ -61,13 +61,13 @@ def declare(
         (UnmaskingSampler, 1, False),  # most confident first: does not converge to the joint
     ],
 )
-def test_order_law_detects_samplers_that_declare_a_wrong_order(
+def test_conformance_check_detects_samplers_that_declare_a_wrong_order(
     build: Any, order: int, holds: bool
 ) -> None:
     assert laws.orders_are_reached(declare(build, "of an order", order)).passed is holds
 
 
-def test_exactness_law_detects_an_inexact_sampler_declared_exact() -> None:
+def test_conformance_check_detects_inexact_sampler_declared_exact() -> None:
     assert laws.exact_samplers_are_exact(
         declare(lambda n: FirstHittingSampler(), "exact", 0)
     ).passed
@@ -82,9 +82,7 @@ def test_exactness_law_detects_an_inexact_sampler_declared_exact() -> None:
     ("quality", "order"),
     [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
-def test_declaration_law_detects_an_order_that_contradicts_the_quality(
-    quality: str, order: int
-) -> None:
+def test_conformance_check_detects_order_that_contradicts_quality(quality: str, order: int) -> None:
     assert not laws.declarations_are_consistent(declare(AncestralSampler, quality, order)).passed
 
 
@@ -112,7 +110,7 @@ class SharesRandomness(DeclaredSampler):
             yield canvas.advance(canvas.zt.roll(1, 0), canvas.t)
 
 
-def test_sampler_laws_detect_samplers_with_planted_faults() -> None:
+def test_conformance_checks_detect_samplers_with_planted_faults() -> None:
     def broken(fault: type[DeclaredSampler]) -> set[str]:
         case = SamplerCase(lambda steps: fault(AncestralSampler(steps), "heuristic", 0), MASKS)
         reports = [one(case) for one in laws.SAMPLER_LAWS]

@@ -36,11 +36,11 @@ def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
     return request.param
 
 
-def test_vocabularies_obey_every_law(vocabulary: Vocabulary) -> None:
+def test_vocabularies_pass_every_conformance_check(vocabulary: Vocabulary) -> None:
     assert_laws(check_vocabulary(vocabulary))
 
 
-def test_dense_clean_distributions_obey_every_law(vocabulary: Vocabulary) -> None:
+def test_dense_clean_distributions_pass_every_conformance_check(vocabulary: Vocabulary) -> None:
     assert_laws(
         check_clean_distribution(
             DenseDistribution(random_log_probs(vocabulary.num_tokens), vocabulary)
@@ -49,7 +49,7 @@ def test_dense_clean_distributions_obey_every_law(vocabulary: Vocabulary) -> Non
 
 
 @pytest.mark.parametrize("kind", ["tokens", "tied", "levelwise"])
-def test_heads_obey_every_law(kind: str, vocabulary: Vocabulary) -> None:
+def test_heads_pass_every_conformance_check(kind: str, vocabulary: Vocabulary) -> None:
     if kind == "tokens":
         head = TokenHead(vocabulary, 5)
     else:
@@ -59,7 +59,7 @@ def test_heads_obey_every_law(kind: str, vocabulary: Vocabulary) -> None:
 
 @pytest.mark.parametrize("given", ["rest", "all"])
 @pytest.mark.parametrize("xi", [1.0, 0.8])
-def test_transformer_denoiser_obeys_every_law(given: str, xi: float) -> None:
+def test_transformer_denoiser_passes_every_conformance_check(given: str, xi: float) -> None:
     from ddiff_dit.dit import DiT
 
     torch.manual_seed(0)

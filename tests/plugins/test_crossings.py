@@ -67,7 +67,7 @@ def _one_thread() -> None:
 
 
 @pytest.mark.parametrize("process", RestlessTree.examples(), ids=["tokens", "tokens and clusters"])
-def test_tree_that_redraws_tokens_passes_every_law(process: ForwardProcess) -> None:
+def test_tree_that_redraws_tokens_passes_every_conformance_check(process: ForwardProcess) -> None:
     assert_laws(check_process(process))
 
 
@@ -78,7 +78,7 @@ class RatesWithoutRedrawing(RestlessTree):
         return TreeKernel(self.clock.generator(t), self.parents)
 
 
-def test_transition_law_detects_rates_that_never_redraw_tokens() -> None:
+def test_conformance_check_detects_rates_that_never_redraw_tokens() -> None:
     assert chain.transition_is_oracle(restless(1)).passed
     faulty = RatesWithoutRedrawing(TREE, LogTimeClock((1.0, 1.0)), 0.7)
     assert not chain.transition_is_oracle(faulty).passed
@@ -137,7 +137,7 @@ def test_exact_bound_of_tree_that_redraws_tokens_is_the_entropy(below: int) -> N
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_samples_of_tree_that_redraws_tokens_converge_to_the_joint(below: int) -> None:
+def test_samples_of_tree_that_redraws_tokens_converge_to_the_data(below: int) -> None:
     """The error is of first order: 64 steps have a sixteenth of the error of 4 steps.
 
     The measured error is 0.14 or 0.17 for 4 steps. For 64 steps it is between 0.007 and 0.017 over
@@ -266,7 +266,9 @@ HYPER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "xi"), [*((rule, 1.0) for rule in HYPER), ("slide", 0.8)])
-def test_hdlm_trains_and_samples_under_a_hyperschedule(place: Path, rule: str, xi: float) -> None:
+def test_hdlm_trains_and_samples_with_noise_times_per_position(
+    place: Path, rule: str, xi: float
+) -> None:
     times_of, sampler = HYPER[rule]
     named = f"hyper_{rule.replace(' ', '_')}_{xi}"
     asked = [
@@ -299,7 +301,7 @@ def flat(place: Path) -> ddiff.Run:
     ],
     ids=str,
 )
-def test_remasking_on_a_tree_moves_tokens_up_and_ends_in_tokens(
+def test_remasking_on_a_tree_moves_tokens_up_and_ends_with_tokens(
     flat: ddiff.Run, sampler: str, settings: list[str]
 ) -> None:
     seen: list[Canvas] = []

@@ -32,7 +32,7 @@ def name_of(process: ForwardProcess) -> str:
 
 
 @pytest.mark.parametrize("process", GeneralizedInterpolation.examples(), ids=name_of)
-def test_gidd_obeys_every_process_law_in_every_setting(process: ForwardProcess) -> None:
+def test_gidd_passes_every_conformance_check_in_every_setting(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws(check_process(process))
 

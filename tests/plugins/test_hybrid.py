@@ -80,7 +80,7 @@ def name_of(process: ForwardProcess) -> str:
 @pytest.mark.parametrize(
     "process", [*GammaHybrid.examples(), *EpsilonHybrid.examples()], ids=name_of
 )
-def test_gamma_and_epsilon_hybrids_obey_every_process_law(process: ForwardProcess) -> None:
+def test_gamma_and_epsilon_hybrids_pass_every_conformance_check(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws([*check_process(process), *check_parts(process)])
 

@@ -74,13 +74,13 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("process", ScoreEntropyDiffusion.examples(), ids=named)
-def test_sedd_obeys_every_process_law_in_every_setting(process: ForwardProcess) -> None:
+def test_sedd_passes_every_conformance_check_in_every_setting(process: ForwardProcess) -> None:
     torch.set_num_threads(1)
     assert_laws(check_process(process))
 
 
 @pytest.mark.parametrize("sigmas", [(1e-4, 20.0), (1e-3, 1.0), (0.05, 3.0)])
-def test_geometric_schedule_passes_the_schedule_laws(sigmas: tuple[float, float]) -> None:
+def test_geometric_schedule_passes_every_conformance_check(sigmas: tuple[float, float]) -> None:
     schedule = GeometricSchedule(*sigmas)
     assert_laws(check_schedule(schedule))
     ends = schedule.sigma(times((0.0, 0.5, 1.0)))
@@ -274,7 +274,7 @@ def test_sedd_prior_term_of_a_score_equals_that_of_its_distribution(
 
 
 @pytest.mark.parametrize("mask", [True, False])
-def test_score_head_passes_the_laws_of_heads(mask: bool) -> None:
+def test_score_head_passes_every_conformance_check_of_heads(mask: bool) -> None:
     vocabulary = FlatVocabulary(WORDS, mask)
     assert_laws(check_head(ScoreHead.build(ScoreHead.Config(), vocabulary=vocabulary, width=6)))
 

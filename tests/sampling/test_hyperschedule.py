@@ -34,7 +34,7 @@ def test_sampling_one_position_at_a_time_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLOSING)
-def test_sliding_window_samples_converge_to_the_joint(name: str) -> None:
+def test_sliding_window_samples_converge_to_the_data_distribution(name: str) -> None:
     """The error is of first order; for 96 steps it is below 0.02 plus the sampling noise."""
     rule = WindowTimes(2, "slide", paired=False)
     far, near = (

@@ -189,7 +189,7 @@ def test_sampling_error_names_the_network_that_predicts_nan(sampler: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree", "uniform"])
-def test_first_hitting_samples_follow_the_joint_distribution(name: str) -> None:
+def test_first_hitting_samples_follow_the_data_distribution(name: str) -> None:
     """Compare the frequencies of nine pairs of tokens with the joint distribution.
 
     By chance, the chi-square statistic is above its limit 35 with probability 2.7e-5. There are

@@ -35,7 +35,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("root", ["{tmp}/checkpoints", "memory://checkpoints_of_a_tree"])
-def test_checkpoint_restores_the_same_tree(tmp_path: Path, root: str) -> None:
+def test_checkpoint_restores_equal_nested_tensors(tmp_path: Path, root: str) -> None:
     state = {
         "ints": {
             0: torch.tensor(1.0, dtype=torch.float64),
