@@ -388,7 +388,7 @@ def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
         mask_distribution(WORDS)
 
 
-def test_kernel_solve_inverts_apply() -> None:
+def test_transition_kernel_solve_inverts_apply() -> None:
     """`solve` inverts `apply` for dense, interpolating, scaled and summed kernels.
 
     The matrices are diagonally dominant, so that the only error is rounding.
@@ -412,7 +412,7 @@ def test_kernel_solve_inverts_apply() -> None:
 @pytest.mark.parametrize(
     "process", [uneven(), TreeProcess(PAIR, LogTimeClock((1.0, 1.0)))], ids=["uneven", "tree"]
 )
-def test_kernel_solve_rejects_singular_kernels(process: ForwardProcess) -> None:
+def test_transition_kernel_solve_rejects_singular_kernels(process: ForwardProcess) -> None:
     vector = random_log_probs(process.vocabulary.num_states, 2).exp()
     s, t = torch.tensor([0.2, 0.3]).double(), torch.tensor([0.5, 1.0]).double()
     for kernel in (
@@ -424,6 +424,6 @@ def test_kernel_solve_rejects_singular_kernels(process: ForwardProcess) -> None:
             kernel.solve(vector)
 
 
-def test_kernel_solve_rejects_large_dense_kernels() -> None:
+def test_transition_kernel_solve_rejects_large_dense_kernels() -> None:
     with pytest.raises(ArgumentError, match=r"at most 512 states.*got 600"):
         DenseKernel(torch.zeros(1, 600, 600)).solve(torch.zeros(1, 600))

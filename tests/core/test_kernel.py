@@ -86,7 +86,7 @@ def cases() -> dict[str, tuple[Kernel, Tensor]]:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_structured_kernel_equals_its_dense_matrix(name: str) -> None:
+def test_structured_transition_kernel_equals_its_dense_matrix(name: str) -> None:
     kernel, matrix = cases()[name]
     states, rows = matrix.shape[-1], torch.arange(ROWS)
     assert kernel.num_states == states
@@ -104,7 +104,7 @@ def test_structured_kernel_equals_its_dense_matrix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_kernel_apply_keeps_dtype_of_the_vector(name: str) -> None:
+def test_transition_kernel_apply_keeps_dtype_of_the_vector(name: str) -> None:
     kernel, _ = cases()[name]
     assert kernel.apply(torch.rand(ROWS, kernel.num_states)).dtype == torch.float32
 

@@ -83,7 +83,7 @@ def test_token_drawn_below_a_node_follows_the_formula_of_its_decoding_rule(
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_tree_decoding_rules_agree_at_the_root(decoding: str) -> None:
+def test_tree_decoding_rules_agree_at_masks(decoding: str) -> None:
     zt, t = torch.full((POINTS,), 9), torch.full((POINTS,), 0.4, dtype=torch.float64)
     drawn = process(decoding).decode(query, zt, t, GRID.unsqueeze(-1))
     torch.testing.assert_close(shares(drawn)[:6], P, rtol=0.0, atol=1.5 / POINTS)

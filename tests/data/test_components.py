@@ -45,7 +45,7 @@ def build_clusters(
     return Clusters.build(Clusters.Config(**keys), tokenizer=tokenizer, rows=rows, cache=cache)
 
 
-def test_data_component_tests_import_every_registered_data_component() -> None:
+def test_data_component_tests_list_every_registered_data_component() -> None:
     here = {
         "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
         "tokenizer": (Alphabet, BytePair, Pretrained, Saved),

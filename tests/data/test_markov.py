@@ -55,7 +55,7 @@ def test_markov_mean_negative_log_likelihood_equals_the_row_entropy() -> None:
     assert first == pytest.approx(source.stationary, abs=5 * np.sqrt(0.25 / len(ids)))
 
 
-def test_markov_documents_are_a_function_of_the_seed() -> None:
+def test_markov_documents_depend_only_on_the_seed() -> None:
     made = [
         MarkovSource(4, seed=seed).documents(rows=5, validation=5, length=20) for seed in (0, 0, 1)
     ]

@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_original_name_inverts_unique_partial_names() -> None:
+def test_original_name_is_recovered_from_the_name_of_a_partial_file() -> None:
     one, two = partial_name("tokenizer.json"), partial_name("tokenizer.json")
     assert one != two
     assert original_name(one) == original_name(two) == "tokenizer.json"
@@ -37,7 +37,7 @@ def test_original_name_inverts_unique_partial_names() -> None:
         ("recipe.toml.part.txt", "recipe.toml.part.txt"),
     ],
 )
-def test_original_name_recognizes_partial_names_of_all_versions(name: str, original: str) -> None:
+def test_original_name_recognizes_partial_files_of_older_versions(name: str, original: str) -> None:
     assert original_name(name) == original
 
 

@@ -186,7 +186,7 @@ def test_convert_errors_does_not_convert_a_real_ctrl_c() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_convert_errors_works_outside_the_main_thread() -> None:
+def test_convert_errors_converts_system_exit_outside_the_main_thread() -> None:
     told: list[str] = []
 
     def load() -> None:

@@ -61,7 +61,7 @@ def test_impossible_tokens_stay_impossible_at_every_temperature() -> None:
 
 
 @pytest.mark.parametrize("temperature", [-1e-9, math.inf, math.nan, -math.inf])
-def test_temperature_rejects_negative_and_non_finite_values(temperature: float) -> None:
+def test_sampling_temperature_rejects_negative_and_non_finite_values(temperature: float) -> None:
     with pytest.raises(ArgumentError, match="Temperature: temperature must be"):
         Temperature(temperature)
 
@@ -113,7 +113,7 @@ def guided_distribution(vocabulary: Any, weight: float) -> list[float]:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=["flat", "tree"])
 @pytest.mark.parametrize("weight", [1e30, 1e38, 1e308])
-def test_huge_guidance_selects_the_token_with_the_largest_ratio(
+def test_huge_guidance_weight_selects_token_with_largest_probability_ratio(
     vocabulary: Any, weight: float
 ) -> None:
     assert guided_distribution(vocabulary, weight) == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
@@ -126,7 +126,7 @@ def test_guided_distribution_matches_the_guidance_formula(weight: float) -> None
 
 
 @pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan])
-def test_guidance_rejects_non_finite_weights(weight: float) -> None:
+def test_classifier_free_guidance_rejects_non_finite_weights(weight: float) -> None:
     network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), FlatVocabulary(3))
     with pytest.raises(ArgumentError, match="guide_network: weight must be a finite number"):
         guide_network(network, network, weight)

@@ -66,7 +66,7 @@ def test_check_command_uses_examples_of_plugin_process(capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_command_builds_settings_on_example_vocabularies(
+def test_check_command_builds_components_with_the_given_settings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check_component("swap", ["rate=3.0"]) == 0

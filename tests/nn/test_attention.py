@@ -459,7 +459,7 @@ def test_flex_attention_mask_tiles_equal_the_dense_mask(flex: None, name: str) -
         torch.testing.assert_close(attend(q, k, v, seen), expected, rtol=0, atol=atol)
 
 
-def test_kernel_mask_is_none_if_no_position_is_hidden(flex: None) -> None:
+def test_attention_kernel_mask_is_none_if_no_position_is_hidden(flex: None) -> None:
     assert UNPADDED.kernel_mask(torch.empty(0), WIDTH) is None
 
 

@@ -179,7 +179,7 @@ def test_denoiser_refuses_wrong_widths_and_unknown_parameterization() -> None:
         Denoiser(CountingBackbone(), TokenHead(VOCABULARY, WIDTH), parameterization="some")  # type: ignore[arg-type]
 
 
-def test_query_passes_each_row_to_its_callback_exactly_once(denoiser: Denoiser) -> None:
+def test_denoiser_query_passes_each_row_to_its_callback_once(denoiser: Denoiser) -> None:
     """The callback receives each queried row exactly once."""
     noisy = shown()
     seen: list[int] = []

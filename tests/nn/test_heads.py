@@ -93,7 +93,7 @@ def test_chunked_loss_of_a_head_equals_the_dense_loss_with_gradients(
         torch.testing.assert_close(ours, dense, **EXACT)
 
 
-def test_distribution_at_the_root_gives_probabilities_of_every_level(head: Head) -> None:
+def test_head_distribution_at_the_root_has_probabilities_of_every_level(head: Head) -> None:
     hidden, _, word, _ = rows_of(head)
     root = torch.full_like(word, head.vocabulary.root)
     dense = dense_distribution(head, hidden)
@@ -345,7 +345,7 @@ def test_heads_are_marked_as_tables_for_the_optimizer() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_query_refuses_logits_that_are_not_finite(head: Head, value: float) -> None:
+def test_head_query_refuses_logits_that_are_not_finite(head: Head, value: float) -> None:
     hidden, node, _, child = rows_of(head)
     with torch.no_grad():
         hidden[4, 2] = value

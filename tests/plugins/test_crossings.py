@@ -391,7 +391,9 @@ EVEN = 0.006
     "process", [hdlm(gamma=0.5), hdlm(gamma=2.0, xi=0.8)], ids=["sure", "unsure"]
 )
 @pytest.mark.parametrize("case", PSI)
-def test_psi_step_keeps_the_marginals_on_a_tree(case: str, process: ForwardProcess) -> None:
+def test_psi_sampler_step_keeps_the_marginals_of_a_tree_process(
+    case: str, process: ForwardProcess
+) -> None:
     """After a step to s, both positions have the joint distribution of the forward process.
 
     This holds for any kappa, the weight of the posterior in the step.

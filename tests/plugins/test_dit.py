@@ -70,7 +70,7 @@ def test_dit_first_loss_is_that_of_the_uniform_distribution() -> None:
     assert total.item() == pytest.approx(len(rows) * math.log(VOCABULARY.num_tokens), rel=1e-12)
 
 
-def test_rotation_products_depend_only_on_position_differences() -> None:
+def test_dit_rotary_products_depend_only_on_position_differences() -> None:
     """The angles are up to 40 radians, whose float64 rounding error is 1e-14."""
     rotation = Rotation(torch.zeros(1, 40, WIDTH, dtype=torch.float64), 8, torch.arange(40))
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 40, 1, 8)
@@ -174,7 +174,7 @@ def test_muon_gets_matrices_of_dit_blocks_and_no_tables() -> None:
     }  # "0" and "2" are the layers of the time MLP
 
 
-def test_dit_explicit_dimensions_override_the_named_size() -> None:
+def test_dit_explicit_dimensions_override_those_of_the_named_size() -> None:
     config = DiT.Config(size="tiny", width=128, layers=3)
     model = DiT.build(config, vocabulary=FlatVocabulary(10), length=8)
     assert (model.width, len(model.blocks), model.blocks[0].heads) == (128, 3, 2)

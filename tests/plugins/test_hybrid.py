@@ -126,7 +126,7 @@ def test_gamma_hybrid_rates_mix_both_generators(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_gamma_hybrid_transitions_are_the_exponential_of_the_mixture(keys: dict[str, Any]) -> None:
+def test_gamma_hybrid_transitions_are_the_exponential_of_mixed_rates(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
     absorb, uniform = generators()
     mixed = (1.0 - process.gamma) * absorb + process.gamma * uniform

@@ -101,7 +101,7 @@ def near(expected: Any) -> Any:
 # ---------------------------------------------------------------------- rates
 
 
-def test_tau_leap_leaves_with_probability_one_minus_exp_rate_span() -> None:
+def test_tau_leap_leaves_a_state_by_the_exponential_law_of_its_rate() -> None:
     rates = torch.tensor([[0.0, 1.5, 0.5]], dtype=torch.float64).expand(POINTS, -1)
     zt = torch.zeros(POINTS, dtype=torch.long)
     u = covering(2).uniform("leap")
@@ -118,7 +118,7 @@ def test_tau_leaping_uses_rates_at_the_start_of_the_step() -> None:
 
 
 @pytest.mark.parametrize("theta", [0.3, 0.5, 0.8])
-def test_trapezoidal_extrapolates_rates_from_its_theta_point(theta: float) -> None:
+def test_trapezoidal_second_stage_uses_extrapolated_rates(theta: float) -> None:
     """Compare the probability that a mask is revealed in a step with a formula.
 
     The first stage has the fraction theta of the step from t to s, and the rate 1/t. The second
@@ -213,7 +213,7 @@ def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> Non
     assert (after[:, :4] == MASK).double().mean(0).tolist() == near([*expected, 0.0])
 
 
-def test_psi_records_log_probabilities_of_new_tokens() -> None:
+def test_psi_sampler_records_log_probabilities_of_new_tokens() -> None:
     canvas = canvas_of((MASK, 1), 0.8, POINTS)
     after = moved(
         PsiSampler(4, ConfidenceRemasking(0.0)), MASKED, predicting(MASKED, P), canvas, 0.2
@@ -411,7 +411,7 @@ def test_entropy_sampler_reveals_the_lowest_entropy_first() -> None:
 
 
 @pytest.mark.parametrize("s", [0.5, 0.8])
-def test_gumbel_noise_of_unmasking_scales_with_time(s: float) -> None:
+def test_gumbel_noise_of_unmasking_sampler_scales_with_time(s: float) -> None:
     """The position of higher confidence is revealed first with probability 1/(1 + e^(-d/b)).
 
     d is the difference of the confidences of two positions, and b = noise * s the scale of the
@@ -603,7 +603,7 @@ def test_unmasking_sampler_on_a_tree_counts_moves_at_every_level() -> None:
     )
 
 
-def test_trapezoidal_sets_negative_extrapolated_rates_to_zero() -> None:
+def test_trapezoidal_sampler_sets_negative_extrapolated_rates_to_zero() -> None:
     """The network predicts token 0 at the start of the step, and token 1 in its middle."""
     t, s, rho = 0.8, 0.3, 0.55
     early, late = (0.9, 0.05, 0.05), (0.1, 0.85, 0.05)

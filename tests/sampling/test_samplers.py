@@ -454,7 +454,7 @@ def test_number_of_network_evaluations_stays_below_limit_of_sampler(
 
 
 @pytest.mark.parametrize("by", ["confidence", "top", "margin", "entropy"])
-def test_unmasking_grid_sets_the_number_of_revealed_positions(by: Any) -> None:
+def test_unmasking_sampler_grid_sets_the_number_of_revealed_positions(by: Any) -> None:
     process, left = PROCESSES["masked"], []
     network = network_from_table(even_table, process.vocabulary)
     keep = lambda k, canvas: left.append((canvas.zt == 3).sum(-1).tolist())  # noqa: E731

@@ -314,7 +314,7 @@ def test_save_async_writes_the_values_at_the_time_of_the_call(tmp_path: Path) ->
     assert same(found.read_state(), {"moments": {"rate": torch.zeros(2)}})
 
 
-def test_wait_raises_a_failed_save_and_keeps_the_old_checkpoint(
+def test_checkpoint_wait_raises_the_error_of_a_failed_save(
     tmp_path: Path,
 ) -> None:
     class Full(Store):

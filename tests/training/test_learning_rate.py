@@ -34,7 +34,7 @@ def test_warmup_cosine_has_no_decay_if_steps_do_not_exceed_warmup() -> None:
     assert WarmupCosine(steps=4, warmup=4)(3) == 1.0
 
 
-def test_schedules_refuse_settings_out_of_range() -> None:
+def test_learning_rate_schedules_refuse_settings_out_of_range() -> None:
     with pytest.raises(ArgumentError, match="warmup must be a number of steps, at least 0; got -1"):
         WarmupCosine(steps=10, warmup=-1)
     with pytest.raises(ArgumentError, match="floor must be a fraction"):
