@@ -49,10 +49,10 @@ def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
     return f'train.init={{run="{{side}}/{name}", parts="{parts}"}}', f"train.steps={steps}"
 
 
-# Each run tests a reason why a tree may learn later than masked diffusion, by one change to
-# hdlm_small, with seed 0. A run that initializes other runs is listed before them. Masked diffusion
-# starts from the same weights if these weights may help masked diffusion too. At low noise times
-# most tokens are visible.
+# Each run tests a reason why a tree may learn later than masked diffusion, by one change to the
+# recipe hdlm_small, with seed 0. A run whose weights initialize other runs is listed before them.
+# If initial weights may help masked diffusion too, a run of masked diffusion starts from the same
+# weights. At low noise times most tokens are visible.
 GAP = (
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
     Trained("mdlm_300", "mdlm_small", ("train.steps=300",)),

@@ -35,14 +35,14 @@ from ddiff import (
 from ddiff.sampling.loop import generate
 
 P_UNIFORM = 0.2
-# Number of clusters in the published clustering of GPT-2's tokens. For other vocabularies the
-# number of clusters is proportional to sqrt(V).
+# Number of clusters in HDLM's clustering of GPT-2's 50257 tokens. For other vocabularies the number
+# of clusters is proportional to the square root of the number of tokens.
 CLUSTERS = {50257: 128}
-# Smallest and largest cluster of the published clustering, relative to the mean size.
+# Smallest and largest cluster of HDLM's clustering, relative to the mean size.
 SMALLEST = 24 / 393
 LARGEST = 1801 / 393
-# Standard deviation of the logarithm of cluster sizes. The cluster of a token has 626 tokens on
-# average over the tokens, 1.6 times the mean size.
+# Standard deviation of the logarithm of cluster sizes in HDLM's clustering. There, the mean size of
+# a token's cluster, over all tokens, is 626 tokens, 1.6 times the mean size of a cluster.
 SPREAD = 0.68
 
 

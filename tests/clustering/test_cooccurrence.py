@@ -1,4 +1,4 @@
-"""Co-occurrence embeddings: tokens with similar contexts get similar directions."""
+"""Co-occurrence embeddings: tokens with similar contexts get similar embeddings."""
 
 from __future__ import annotations
 

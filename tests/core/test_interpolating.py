@@ -52,7 +52,7 @@ class MaskAndWords(ComponentProcess):
 
 
 class WrittenOut(InterpolatingProcess):
-    """Process with the noise of `MaskAndWords`, given explicitly instead of by components."""
+    """Process equal to `MaskAndWords`, whose noise is given explicitly instead of by components."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
         self.vocabulary, self._twin = vocabulary, MaskAndWords(vocabulary)

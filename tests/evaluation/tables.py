@@ -61,7 +61,7 @@ def constant(dist: Tensor) -> Table:
     return lambda zt, t: dist.log().expand(*zt.shape, -1)
 
 
-def given_the_rest(process: ForwardProcess, source: MarkovSource) -> Table:
+def exact_conditionals(process: ForwardProcess, source: MarkovSource) -> Table:
     """Return a table of the exact distribution of each symbol given the states of the others.
 
     The symbols are rows of the Markov source.

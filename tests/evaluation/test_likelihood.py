@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tables import Known, constant, full_rows, given_the_rest, processes, scored_rows, symbols
+from tables import Known, constant, exact_conditionals, full_rows, processes, scored_rows, symbols
 from torch import Tensor, nn
 
 from ddiff import Backbone
@@ -127,7 +127,7 @@ def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
     1e-3 nats.
     """
     source, process = MarkovSource(4, peakedness=2.0), processes()[name]
-    known = Known(process, given_the_rest(process, source))
+    known = Known(process, exact_conditionals(process, source))
     evaluation = score(
         known, symbols(source, 512, 16), times=FlatTimes(0.02, 0.999), draws=4, batch=256
     )

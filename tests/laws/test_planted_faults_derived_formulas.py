@@ -1,4 +1,7 @@
-"""Faults planted in divergence, weight, posterior and decoding; one law must detect each."""
+"""Faults planted in divergence, weight, posterior and decoding.
+
+Each fault must be detected by one conformance check.
+"""
 
 from __future__ import annotations
 

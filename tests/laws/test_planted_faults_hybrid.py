@@ -1,4 +1,4 @@
-"""Faults planted in the hybrid processes; each must be detected by one law."""
+"""Faults planted in the hybrid processes; each must be detected by one conformance check."""
 
 from __future__ import annotations
 

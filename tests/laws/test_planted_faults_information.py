@@ -1,4 +1,4 @@
-"""Faults planted in information time; each must be detected by one law.
+"""Faults planted in information time; each must be detected by one conformance check.
 
 Information time tau is the share of information on the token that is lost at noise time t.
 """

@@ -1,4 +1,7 @@
-"""Faults planted in clean distributions, heads and denoisers; each must be detected by one law."""
+"""Faults planted in clean distributions, heads and denoisers.
+
+Each fault must be detected by one conformance check.
+"""
 
 from __future__ import annotations
 

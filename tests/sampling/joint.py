@@ -48,7 +48,7 @@ class EarlyNoise(Schedule):
         return 0.9 * (1.0 - t)
 
 
-def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor]:
+def exact_conditionals(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function (zt [B,2], t [B,2]) -> log-distributions [B,2,3], exact for JOINT.
 
     The function predicts the distribution of each token given the state of the other position.
@@ -65,7 +65,7 @@ def given_the_rest(process: ForwardProcess) -> Callable[[Tensor, Tensor], Tensor
 
 
 def exact_network(process: ForwardProcess) -> Network:
-    return network_from_table(given_the_rest(process), process.vocabulary)
+    return network_from_table(exact_conditionals(process), process.vocabulary)
 
 
 def distribution_after_steps(process: ForwardProcess, num_steps: int) -> Tensor:
@@ -83,7 +83,7 @@ def distribution_after_steps(process: ForwardProcess, num_steps: int) -> Tensor:
         now, then = (
             torch.full((2 * len(possible),), step / num_steps).double() for step in (k, k - 1)
         )
-        log_p = given_the_rest(process)(possible, now.reshape(-1, 2)).reshape(-1, 3)
+        log_p = exact_conditionals(process)(possible, now.reshape(-1, 2)).reshape(-1, 3)
         step = (
             process.reverse_log_probs(log_p, possible.reshape(-1), now, then)
             .exp()

@@ -101,7 +101,7 @@ def near(expected: Any) -> Any:
 # ---------------------------------------------------------------------- rates
 
 
-def test_tau_leap_leaves_a_state_by_the_exponential_law_of_its_rate() -> None:
+def test_tau_leap_leaves_a_state_with_exponential_probability() -> None:
     rates = torch.tensor([[0.0, 1.5, 0.5]], dtype=torch.float64).expand(POINTS, -1)
     zt = torch.zeros(POINTS, dtype=torch.long)
     u = covering(2).uniform("leap")
@@ -463,7 +463,7 @@ def test_entropy_bound_sampler_sums_all_entropies_but_the_largest() -> None:
 
 
 def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:
-    """Sampling does not use the uniforms of training with its seed, nor those of another seed."""
+    """Sampling uses other uniforms than training with the same seed, and than other seeds."""
     seen: list[tuple[int, int, str, list[int], int]] = []
 
     class RecordRng(Sampler):

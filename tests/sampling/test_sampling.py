@@ -11,8 +11,8 @@ from joint import (
     EarlyNoise,
     distance,
     distribution_after_steps,
+    exact_conditionals,
     exact_network,
-    given_the_rest,
     processes,
 )
 from torch import Tensor
@@ -131,7 +131,7 @@ def test_generate_counts_network_evaluations(name: str) -> None:
     def table(zt: Tensor, t: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return given_the_rest(process)(zt, t)
+        return exact_conditionals(process)(zt, t)
 
     drawn = draw(process, [0, 1], steps=40, network=network_from_table(table, process.vocabulary))
     assert drawn.nfe == calls

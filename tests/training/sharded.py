@@ -19,9 +19,9 @@ STEP = 7
 
 
 class Uneven(nn.Module):
-    """Model with tied tables of 5 rows, a matrix of 1 row, a scale and a buffer.
+    """Model whose parameters are sharded unequally: some shards of a rank are empty.
 
-    The shards of the ranks have unequal sizes, and some are empty.
+    It has tied tables of 5 rows, a matrix of 1 row, a scale and a buffer.
     """
 
     def __init__(self) -> None:
