@@ -223,8 +223,14 @@ def row(
 ) -> str:
     """Return a table row: distances and network evaluations for each number of steps.
 
-    label: name of the sampler in the table. points: draws per step. predicts: "distribution" or
-    "score". name: name of the process, for the progress line.
+    Args:
+        label: name of the sampler in the table.
+        entry: constructor and properties of the sampler.
+        process: forward process.
+        steps: numbers of sampling steps.
+        points: draws per step.
+        predicts: "distribution" or "score", the kind of prediction of the network.
+        name: name of the process, for the progress line.
     """
     begun = time.perf_counter()
     share = points if entry.apart else 4 * points

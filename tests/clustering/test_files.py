@@ -1,4 +1,4 @@
-"""Clusters and embeddings are read from files; errors name the sizes that differ."""
+"""Clusters and embeddings in files: formats, published layouts, and errors that name sizes."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def test_component_config_refuses_impossible_values(config: Any, keys: dict[str,
 def test_clusters_component_of_one_cluster_keeps_a_separate_root(
     tokenizer: BytePairTokenizer,
 ) -> None:
-    """The levels are all tokens, one node and the root, in the preview and in the built tree."""
+    """The preview and the built tree both have three levels: tokens, one cluster and the root."""
     embeddings = (
         np.random.default_rng(0).standard_normal((tokenizer.num_tokens, 4)).astype(np.float32)
     )

@@ -1,4 +1,4 @@
-"""`[train] init` from another run or model, and `[train] prefix`."""
+"""Recipe keys `[train] init` (weights of another run or model) and `prefix` (clean prefixes)."""
 
 from __future__ import annotations
 

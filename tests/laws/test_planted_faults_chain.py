@@ -46,7 +46,10 @@ class JumpAtTheEnd(FalselyClosing):
 
 
 class WrongSharesOfParents(StochasticParents):
-    """Fault: 1 - xi is divided by n instead of n - 1 wrong parents, so rows do not sum to 1."""
+    """Fault: the probability 1 - xi of a wrong parent is divided by n instead of n - 1 nodes.
+
+    The probabilities of the parents of a node then do not sum to 1.
+    """
 
     def _add_level(self, i: int, j: int) -> None:
         super()._add_level(i, j)
@@ -57,7 +60,7 @@ class WrongSharesOfParents(StochasticParents):
 
 
 class DivisionByZeroNodes(StochasticParents):
-    """Fault: the formula (1 - xi)/(n - 1) is evaluated for a level with n = 1 node."""
+    """Fault: the probability (1 - xi)/(n - 1) of a wrong parent is evaluated for n = 1 node."""
 
     def _add_level(self, i: int, j: int) -> None:
         super()._add_level(i, j)

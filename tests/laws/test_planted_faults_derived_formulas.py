@@ -42,7 +42,7 @@ class SurpriseOfTheToken(TreeProcess):
 
 
 class OneTermOfTheDivergence(TreeProcess):
-    """Fault: for xi < 1, the divergence contains only the term of the true cluster.
+    """Fault: if clusters may be wrong (xi < 1), the divergence has only the true cluster's term.
 
     The code of arXiv 2510.08632 has this divergence.
     """

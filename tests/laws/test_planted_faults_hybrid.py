@@ -172,7 +172,7 @@ class FreeDecoding(EpsilonHybrid):  # type: ignore[misc]
 
 
 class RawDecoding(EpsilonHybrid):  # type: ignore[misc]
-    """Fault: the decoding term is -ln p(x) instead of -ln P(x|z)."""
+    """Fault: the decoding term ignores the state z: it is -ln p(x) instead of -ln P(x|z)."""
 
     def decode_nll(
         self, prediction: CleanDistribution, x0: Tensor, zt: Tensor, t: Tensor

@@ -1,4 +1,4 @@
-"""Vocabularies, heads and the backbone of ddiff obey every law of the kit."""
+"""Vocabularies, heads and the backbone of ddiff pass every conformance check that applies."""
 
 from __future__ import annotations
 

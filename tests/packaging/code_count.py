@@ -1,4 +1,4 @@
-"""Style measurements of source code: density, line widths, comments, function lengths, words.
+"""Style measurements of source code: tokens per line, widths, comments, function lengths, words.
 
 Run as a script, this module prints the measurements of `ddiff` and `plugins`. With the name of a
 measurement, the script prints the lines that count:

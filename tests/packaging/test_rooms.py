@@ -96,7 +96,7 @@ def plugins_used(source: str) -> set[str]:
 
 
 def test_plugins_do_not_import_each_other() -> None:
-    """Check imports between plugins, and that the contract in pyproject.toml lists all plugins."""
+    """Check imports between plugins; the import-linter contract in pyproject.toml lists all."""
     plugins = {path.parent for path in (ROOT / "plugins").glob("*/__init__.py")}
     assert {plugin.name for plugin in plugins} >= {"ddiff_core", "ddiff_hdlm", "ddiff_mdlm"}
     used = {

@@ -129,7 +129,7 @@ def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
 
 @pytest.mark.parametrize("inputs_", ["own", "previous"])
 def test_hf_backbone_blocks_equal_separate_forward_passes(path: str, inputs_: Any) -> None:
-    """The hidden states of a block equal those of a separate pass after its clean prefix."""
+    """Hidden states of a block equal those of a separate pass over clean prefix and block."""
     model = Denoiser(build_backbone(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
     block = torch.arange(LENGTH) // 3

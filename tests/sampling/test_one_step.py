@@ -447,7 +447,7 @@ def test_entropy_bound_sampler_reveals_positions_exactly_at_the_bound() -> None:
 
 
 def test_entropy_bound_sampler_sums_all_entropies_but_the_largest() -> None:
-    """Three positions have entropy h = ln 3 each.
+    """The predictions at three positions have the entropy h = ln 3 each.
 
     A bound between h and 2 h reveals two positions, and a bound below h reveals one.
     """

@@ -292,7 +292,7 @@ def test_sampling_filters_at_default_values_are_omitted(which: int) -> None:
 
 
 def test_min_p_keeps_tokens_exactly_at_its_threshold() -> None:
-    """A threshold of 1 keeps all tokens of the largest probability."""
+    """With the threshold 1, all tokens whose probability is the largest are kept."""
     log_p = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64).log()
     assert listed(MinP(1.0), log_p) == pytest.approx([0.5, 0.5, 0.0])
     assert listed(MinP(0.0), log_p) == pytest.approx([0.4, 0.4, 0.2])
