@@ -59,52 +59,55 @@ to 64 steps. The page is the output of `python benchmarks/sampler_matrix.py`.
 
 {joint}
 
-The network is replaced by the exact distribution of each token given the state of the other position, so that the sampler
-is the only source of error. The tables show the total variation distance between the samples and the joint distribution,
-for N steps. The small number below each distance is the number of network evaluations per sample. For comparison, sampling
+The rows are the values of the first token, the columns those of the second. In place of a network, the sampler gets the
+exact distribution of each token given the state of the other position, so that the sampler is the only source of error.
+The tables show the total variation distance between the samples and the joint distribution, for N steps. The small number
+below each distance is the number of network evaluations per sample. For comparison, sampling
 both tokens independently from their marginals has the distance {far:.3f}.
 
 | accuracy | meaning |
 |---|---|
-| exact | samples follow the network; with uniform noise `first_hitting` errs by 1e-6 |
+| exact | samples follow the distribution of the network; with uniform noise `first_hitting` has an error of 1e-6 |
 | order n | the error falls as 1/N^n |
-| heuristic | the error does not vanish, or no proof is known |
+| heuristic | the error does not vanish for large N, or no proof that it vanishes is known |
 
-In rows marked `score`, the network predicts scores (ratios of marginal probabilities, as a head `score` does) in place of
-distributions. The scores are computed from the same exact distributions. Only processes on flat vocabularies (tokens, or
-tokens and a mask) have such rows.
+In rows marked `score`, the sampler gets scores in place of distributions. A score is the ratio of the marginal probabilities
+of two states, as the head `score` predicts it. The scores are computed from the same exact distributions. Only processes on
+flat vocabularies (tokens, or tokens and a mask) have such rows.
 
-If the table of a process lacks a sampler of the other tables, ddiff refuses the sampler for this process. The section
+If the table of a process has no row for a sampler, ddiff refuses this sampler for the process. The section
 [Refused](#refused) gives the error messages.
 
 **Precision.** The distances are estimated from random draws:
 
 | sampler | method | statistical error of the distance |
 |---|---|---|
-| moves the two positions independently in a step | the distribution over pairs of states is computed from step to step, with {points} draws per step | up to {fine:.3f} at N = 64, smaller for fewer steps |
+| the two positions change independently in a step | the distribution over pairs of states is computed from step to step, with {points} draws per step | up to {fine:.3f} at N = 64, smaller for fewer steps |
 | any other | the states are counted in {others} draws, per step or of whole samples | about {coarse:.3f} |
 
 For comparison, the exact distance of `ancestral` for masks at N = 64 is .0064.
 
 **Notes**
 
-- The process `hybrid_epsilon` replaces a tenth of the tokens already at t = 0. Only the final sampling step (decoding)
-  reverses this noise, and the final step draws all positions independently. Every sampler, including `first_hitting`,
-  therefore has an error of at least about .02 = (.1 L)^2 / 2 for L = 2 tokens.
+- **hybrid_epsilon.** This process replaces a tenth of the tokens by uniform tokens at t = 0. Only the final sampling step
+  (decoding) reverses this noise. The final step draws all positions independently. Every sampler that draws both tokens in
+  the final step, including `first_hitting`, therefore keeps an error of the order of (.1 L)^2 / 2 = .02 for L = 2 tokens.
 
-- `tau_leaping` and `trapezoidal` use the rates at the start of a step. For the process hdlm with gamma < 1, the rate of
-  leaving the mask is infinite at t = 1, so all positions leave the mask in the first step. The distance then hardly falls
-  with N: with gamma = 0.5 the distance is 0.06 at N = 128 and at N = 512. Use another sampler for such a process.
+- **hdlm with gamma < 1.** Here gamma is the rate at which tokens move to clusters. `tau_leaping` and `trapezoidal` use the
+  rates at the start of a step. With gamma < 1, the rate of leaving the mask is infinite at t = 1, so all positions leave the
+  mask in the first step. The distance then hardly falls with N: with gamma = 0.5, it is 0.06 at N = 128 and at N = 512. Use
+  another sampler for such a process.
 
-- `trapezoidal` has order 2 if extrapolated rates stay positive and are smooth in t. The joint distribution above violates
-  this condition: one token makes a value of the other token six times less likely, so rates are clipped at 0. The order
-  therefore falls from 1.5 towards 1 as N grows (exact distances for masks at N = 4, 8, ..., 128: .0455, .0166, .0065,
-  .0028, .0013, .0006). For gidd, reverse rates are infinite at t = 1, and the order is 1.
+- **trapezoidal.** This sampler extrapolates rates within a step. It has order 2 if the extrapolated rates stay positive and
+  are smooth in t. With the joint distribution above, some extrapolated rates are negative and are clipped at 0, because one
+  token makes a value of the other token six times less likely. The order therefore falls from 1.5 towards 1 as N grows (exact
+  distances for masks at N = 4, 8, ..., 128: .0455, .0166, .0065, .0028, .0013, .0006). For gidd, reverse rates are infinite
+  at t = 1, and the order is 1.
   `tests/sampling/test_trapezoidal.py` tests order 2 on tokens with a weaker dependence.
 """
 
-REFUSED = """ddiff refuses the samplers below. Each quotation is an error message; SAMPLER and PROCESS stand
-for class names. The list after a message names the refused samplers of each process.
+REFUSED = """ddiff refuses the samplers below. Each quotation is an error message, in which SAMPLER and PROCESS
+stand for class names. The list after a message names the refused samplers of each process.
 """
 
 Refused = dict[str, dict[str, list[str]]]  # error message -> process -> samplers

@@ -103,7 +103,7 @@ def copy_atomic(source: Path, path: str, system: Any) -> None:
 
 
 def lock_file(file: IO[Any], patience: float = 0.0) -> bool:
-    """Lock an open file exclusively, waiting up to `patience` seconds for the lock.
+    """Lock an open file exclusively. Retry for up to `patience` seconds.
 
     Returns False if another process still has the lock after that time, else True. The lock is
     released when the file is closed or the process ends, even if it is killed. On a file system

@@ -384,7 +384,7 @@ class _Loop:
         batch_at = self.trainer.batch_at
         batches: list[Batch] = []
         for micro in range(self.settings.accumulate):
-            # Several ranks must stop after the same step, so a rank cannot stop waiting by itself.
+            # Several ranks must stop after the same step, so no rank stops before the others.
             if isinstance(batch_at, Prefetcher) and self.backend.world_size == 1:
                 batch = batch_at.fetch(step, micro, lambda: self.stop.signal is not None)
                 if batch is None:
