@@ -111,7 +111,7 @@ def test_transition_kernel_apply_keeps_dtype_of_the_vector(name: str) -> None:
 
 @given(trees(), st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4))
 @settings(deadline=None, max_examples=25)
-def test_stochastic_parents_are_products_of_one_level_kernels(
+def test_stochastic_parents_matrix_is_product_of_one_level_matrices(
     tree: HierarchicalVocabulary, xi: list[float]
 ) -> None:
     parents = StochasticParents(tree, xi[: tree.num_levels])

@@ -57,13 +57,13 @@ def test_rng_swapping_seed_step_and_index_changes_the_numbers() -> None:
     assert len(torch.cat(draws).unique()) == 6 * 4
 
 
-def test_rng_sample_does_not_depend_on_its_batch() -> None:
+def test_rng_numbers_of_a_sample_do_not_depend_on_its_batch() -> None:
     whole = uniform(index=torch.arange(10))
     shuffled = torch.tensor([7, 2, 2, 9])
     assert torch.equal(uniform(index=shuffled), whole[shuffled])
 
 
-def test_rng_position_does_not_depend_on_length() -> None:
+def test_rng_numbers_of_a_position_do_not_depend_on_sequence_length() -> None:
     for length in (1, 3, 4, 5, 8, 33):  # the generator makes blocks of four
         assert torch.equal(uniform(length=33)[:, :length], uniform(length=length))
 
@@ -127,7 +127,7 @@ def test_rng_numbers_are_uniform(seed: int) -> None:
     assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 
 
-def test_rng_first_position_is_uniform_over_samples_and_steps() -> None:
+def test_rng_numbers_of_first_position_are_uniform_over_samples_and_steps() -> None:
     """Stratified noise times use only the first number of each sample and step."""
     over_samples = CounterRng(0, 3, torch.arange(20_000), 1).uniform("time")
     over_steps = torch.cat(
@@ -137,7 +137,7 @@ def test_rng_first_position_is_uniform_over_samples_and_steps() -> None:
         assert distance_from_uniform(u) < math.sqrt(math.log(2 / FAILURE) / (2 * u.numel()))
 
 
-def test_rng_channels_positions_and_seeds_are_uncorrelated() -> None:
+def test_rng_numbers_of_channels_positions_and_seeds_are_uncorrelated() -> None:
     rng = CounterRng(0, 0, torch.arange(400), 100)
     x = rng.uniform("x", 2)
     pairs = {

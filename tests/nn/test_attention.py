@@ -502,7 +502,7 @@ def test_flex_attention_is_used_only_if_it_has_a_kernel() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sight", SIGHTS)
-def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> None:
+def test_flex_attention_kernels_match_masked_sdpa_with_gradients(sight: str) -> None:
     """Sequences have 300 positions, which is not a multiple of the tile size.
 
     The tolerance 1e-4 is the rounding of float32 sums in another order.
@@ -530,7 +530,7 @@ def test_flex_kernels_match_masked_sdpa_in_value_and_gradient(sight: str) -> Non
 
 
 @torch.no_grad()
-def test_new_flex_masks_do_not_recompile_blocks(backbone: DiT, flex: None) -> None:
+def test_new_flex_attention_masks_do_not_recompile_blocks(backbone: DiT, flex: None) -> None:
     """A single traced graph serves all blocks and batches, although each batch has a new mask."""
     model = denoiser(deepcopy(backbone))
     noisy = drawn(23)._replace(block=OWN, memory=words(24))

@@ -166,7 +166,7 @@ def test_gamma_hybrid_and_interpolating_process_have_equal_marginals() -> None:
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and has another density
 
 
-def test_gamma_hybrid_time_setting_does_not_change_the_chain_in_sigma() -> None:
+def test_gamma_hybrid_time_settings_give_equal_transitions_at_equal_noise() -> None:
     """At times of equal noise sigma, both settings have equal transitions and bounds.
 
     The integrand of the bound is compared per unit of sigma.
@@ -267,7 +267,7 @@ def test_gamma_hybrid_reveals_equally_many_masks_for_any_prediction() -> None:
         assert len(query.queried) == pytest.approx(0.25 * count, abs=2)
 
 
-def test_gamma_hybrid_step_queries_only_tokens_below_its_rate_bound() -> None:
+def test_gamma_hybrid_step_queries_network_only_at_candidate_tokens() -> None:
     """A step from t to s queries the network at a known fraction of the visible tokens, here 0.3.
 
     The fraction is (1 - B_t/B_s)/(1 - B_t) (1 - (1 - B_s)/V), where V is the number of tokens and
@@ -287,7 +287,7 @@ def test_gamma_hybrid_step_queries_only_tokens_below_its_rate_bound() -> None:
     assert len(query.queried) == pytest.approx(bound * count, abs=5)
 
 
-def test_gamma_hybrid_kernel_inverts_scores_exactly() -> None:
+def test_gamma_hybrid_kernel_solve_gives_exact_score_ratios() -> None:
     """Solving with the transition kernel gives the exact ratios q_s(y)/q_t(z) from the score at t.
 
     The kernel from s to t is exp(D Q), where D = sigma_t - sigma_s. The published code instead
@@ -390,7 +390,7 @@ def coded_mixture(gamma: float, sigma: Tensor, log_s: Tensor, x0: Tensor, zt: Te
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_gamma_hybrid_loss_published_equals_the_code_of_the_paper(keys: dict[str, Any]) -> None:
+def test_gamma_hybrid_published_loss_equals_the_code_of_the_paper(keys: dict[str, Any]) -> None:
     process = gamma_hybrid(**keys)
     loss, rows = MixedEntropies(process), ReachableRows(process, times(INNER))
     sigma, speed = noise_of(process, rows.t)
@@ -621,7 +621,7 @@ def test_published_loss_refuses_other_processes_and_unused_keys() -> None:
         Published.build(Published.Config(lam=1.0), process=gamma_hybrid())
 
 
-def test_redraw_kernel_refuses_to_solve_if_singular() -> None:
+def test_gamma_hybrid_kernel_solve_refuses_a_singular_matrix() -> None:
     process, vector = gamma_hybrid(), torch.ones(1, WORDS + 1, dtype=torch.float64)
     assert process.transition(times((0.2,)), times((0.9,))).solve(vector).isfinite().all()
     for kernel in (process.transition(times((0.2,)), times((1.0,))), process.rates(times((0.5,)))):

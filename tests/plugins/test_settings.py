@@ -181,7 +181,7 @@ def test_gidd_with_p_uniform_zero_replaces_no_token_by_another() -> None:
 # ---------------------------------------------------------------------- losses of hdlm
 
 
-def test_hdlm_empirical_weights_equal_the_fitted_formulas() -> None:
+def test_hdlm_empirical_loss_weights_equal_fitted_polynomials() -> None:
     """The loss weights are t^2 - t + 3 at masks and 3 - 2t at clusters, for any clock.
 
     The divergence is that of the bound.

@@ -65,14 +65,14 @@ TABLES = tables()
 ROWS = [(process, label) for process, table in TABLES.items() for label in table]
 
 
-def test_sampler_page_has_a_table_for_every_process_of_the_benchmark() -> None:
+def test_docs_samplers_page_has_a_table_for_every_benchmark_process() -> None:
     assert set(TABLES) == set(benchmark().processes())
 
 
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if TABLES[row[0]][row[1]][0] == "exact"]
 )
-def test_sampler_page_shows_no_error_for_exact_samplers(process: str, label: str) -> None:
+def test_docs_samplers_page_shows_no_error_for_exact_samplers(process: str, label: str) -> None:
     """Distances of exact samplers are within sampling noise, except for hybrid_epsilon.
 
     hybrid_epsilon redraws a tenth of the tokens at t = 0. The final decoding step replaces both
@@ -86,7 +86,7 @@ def test_sampler_page_shows_no_error_for_exact_samplers(process: str, label: str
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]]
 )
-def test_sampler_page_error_falls_with_steps_for_samplers_with_an_order(
+def test_docs_samplers_page_error_falls_with_steps_for_ordered_samplers(
     process: str, label: str
 ) -> None:
     """At order 1, 64 steps have an eighth of the distance of 8 steps; a third is accepted."""
@@ -97,7 +97,7 @@ def test_sampler_page_error_falls_with_steps_for_samplers_with_an_order(
 
 @pytest.mark.parametrize("process", [name for name in TABLES if "hdlm" not in name])
 @pytest.mark.parametrize("sampler", ["analytic", "tau_leaping", "trapezoidal"])
-def test_sampler_page_errors_from_scores_equal_those_from_distributions(
+def test_docs_samplers_page_has_equal_errors_for_scores_and_predictions(
     process: str, sampler: str
 ) -> None:
     """Distances from scores must equal those from distributions, up to sampling noise."""
@@ -119,7 +119,7 @@ def test_sampler_page_errors_from_scores_equal_those_from_distributions(
         ("dense", "analytic", "score", 2),
     ],
 )
-def test_sampler_page_numbers_equal_recomputed_numbers(
+def test_docs_samplers_page_numbers_equal_recomputed_numbers(
     process: str, label: str, predicts: str, steps: int
 ) -> None:
     """The benchmark has fixed seeds, so results differ between machines only by rounding."""

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_sampler_matrix_command_writes_the_page(tmp_path: Path) -> None:
+def test_sampler_matrix_command_writes_the_docs_page_on_samplers(tmp_path: Path) -> None:
     page = tmp_path / "samplers.md"
     command = [
         sys.executable,

@@ -302,7 +302,7 @@ def test_predictor_corrector_passes_step_length_to_corrector() -> None:
 # ---------------------------------------------------------------------- self-correction
 
 
-def test_self_correction_proposal_includes_likelihood_of_current_state() -> None:
+def test_self_correcting_sampler_proposal_includes_current_likelihood() -> None:
     """The proposal is drawn from [P(x) q_a(z|x)]^(1/T), normalized.
 
     P is the prediction, z the current state, T the temperature, and a the time that is passed to
@@ -331,7 +331,7 @@ def test_self_correction_proposal_includes_likelihood_of_current_state() -> None
     )
 
 
-def test_self_correction_stops_after_patience_rounds_without_gain() -> None:
+def test_self_correcting_sampler_stops_after_patience_rounds_without_gain() -> None:
     patient = _Patience(2, torch.ones(1, dtype=torch.bool))
     told = [3, 3, 4, 4, 2, 4]
     going = [bool(patient(torch.tensor([agreeing]))[0]) for agreeing in told]
@@ -340,7 +340,7 @@ def test_self_correction_stops_after_patience_rounds_without_gain() -> None:
     )
 
 
-def test_self_correction_commits_only_the_most_likely_changes() -> None:
+def test_self_correcting_sampler_commits_only_the_most_likely_changes() -> None:
     shown: list[Noisy] = []
     rows = ((0.8, 0.1, 0.1), (0.05, 0.9, 0.05), (0.01, 0.01, 0.98))
     log_p = torch.tensor(rows, dtype=torch.float64).log()

@@ -122,7 +122,7 @@ def test_unsupported_sampler_and_process_are_refused_with_a_reason(
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_scores_are_accepted_by_rate_samplers_and_refused_by_others(sampler: str) -> None:
+def test_only_rate_samplers_accept_a_network_that_predicts_scores(sampler: str) -> None:
     process = PROCESSES["masked"]
     if "masked" in SAMPLERS[sampler][1]:
         process = PROCESSES["uniform"]
@@ -568,7 +568,7 @@ class PastOnlyNetwork:
         return query
 
 
-def test_self_correction_changes_at_most_one_token_per_round_and_stops() -> None:
+def test_self_correcting_sampler_changes_at_most_one_token_per_round() -> None:
     process, canvases = PROCESSES["uniform"], []
     sampler = SelfCorrectingSampler(AncestralSampler(1), rounds=30, at=0.7)
     drawn = draw(

@@ -128,7 +128,9 @@ def test_padding_rows_of_the_head_keep_the_loss_and_limit_its_shapes(
     assert all(size % (positions // NUM_ROW_COUNTS) == 0 for size in shapes)
 
 
-def test_only_matrix_products_are_in_bfloat16(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_computes_only_matrix_products_in_bfloat16(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_random_head(run)
     exact, _ = step(run)
     seen: dict[str, Any] = {}

@@ -70,7 +70,7 @@ def test_checkpoint_restores_tied_tensors_under_every_name(tmp_path: Path) -> No
     assert torch.equal(other.head.weight, net.embedding.weight)
 
 
-def test_checkpoints_keep_only_the_newest(tmp_path: Path) -> None:
+def test_checkpoints_folder_keeps_only_the_newest_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 5, 10, 15, 20)
     assert checkpoints.steps() == [15, 20]

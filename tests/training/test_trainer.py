@@ -335,7 +335,7 @@ def test_trainer_settings_refuse_a_clip_that_is_not_positive(tmp_path: Path) -> 
         toy_trainer(tmp_path, clip=0.0)
 
 
-def test_fit_stops_after_max_steps_without_a_checkpoint(tmp_path: Path) -> None:
+def test_trainer_fit_stops_after_max_steps_and_saves_no_checkpoint(tmp_path: Path) -> None:
     tracker = RecordingTracker()
     trainer = toy_trainer(tmp_path, 20, log_every=4, checkpoint_every=20, tracker=tracker)
     records: list[StepRecord] = []
