@@ -241,7 +241,7 @@ def test_clusters_component_error_names_missing_training_rows(tokenizer: BytePai
         (Flat.Config, {"masks": True}),
     ],
 )
-def test_component_config_refuses_impossible_values(config: Any, keys: dict[str, Any]) -> None:
+def test_data_component_config_refuses_impossible_values(config: Any, keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         config(**keys)
 

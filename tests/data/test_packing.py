@@ -80,7 +80,7 @@ def test_pack_joins_documents_across_chunks() -> None:
     assert document[-1] == 199
 
 
-def test_padding_has_end_mark_ids_and_is_not_scored() -> None:
+def test_padding_of_packed_rows_has_end_mark_ids_and_is_not_scored() -> None:
     batch = batch_rows(pack(documents_from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
     padding = ~batch.valid[0]
     assert padding.any()
@@ -90,7 +90,7 @@ def test_padding_has_end_mark_ids_and_is_not_scored() -> None:
     assert torch.equal(batch.scored, batch.valid)
 
 
-def test_end_mark_of_each_document_is_scored() -> None:
+def test_packed_end_mark_of_each_document_is_scored() -> None:
     batch = batch_rows(pack(documents_from_texts(["the cat", "the mat"]), TOKENIZER, 50), [0])
     ends = (batch.ids[0] == 0) & batch.scored[0]
     assert int(ends.sum()) == 2
@@ -225,7 +225,7 @@ def test_pack_refuses_length_zero_and_empty_documents() -> None:
         pack_texts([], TOKENIZER, 8)
 
 
-def test_pack_ids_makes_each_row_a_document() -> None:
+def test_pack_ids_gives_each_row_a_separate_document() -> None:
     ids = np.random.default_rng(0).integers(0, 70_000, (5, 7))
     rows = pack_ids(ids, 70_000)
     assert (rows[:].ids == ids).all()

@@ -63,7 +63,7 @@ def test_encode_returns_ids_in_range_and_no_special_ids(tokenizer: Tokenizer) ->
     assert not ids & set(tokenizer.special_ids)
 
 
-def test_tokenizer_tokens_returns_one_string_per_id(tokenizer: Tokenizer) -> None:
+def test_tokenizer_method_tokens_returns_one_string_per_id(tokenizer: Tokenizer) -> None:
     assert len(set(tokenizer.tokens())) == tokenizer.num_tokens
 
 

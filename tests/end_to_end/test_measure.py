@@ -92,7 +92,7 @@ def test_ddp_footprint_adds_buffers_and_fsdp_footprint_is_sharded() -> None:
     assert one.shard(8, gathered=100.0).total == 3200.0 / 8 + 2 * 100.0 + 50.0
 
 
-def test_count_logits_stops_after_the_with_block(folder: Path) -> None:
+def test_count_logits_stops_counting_after_its_with_block(folder: Path) -> None:
     from ddiff import FlatVocabulary, TokenHead
 
     head = TokenHead(FlatVocabulary(5), 3)
@@ -104,7 +104,7 @@ def test_count_logits_stops_after_the_with_block(folder: Path) -> None:
     assert num_bytes({"a": [hidden, {"b": node}], "c": "text", "d": 1}) == 4 * 3 * 4 + 4 * 8
 
 
-def test_memory_rise_includes_memory_that_was_freed() -> None:
+def test_measured_memory_rise_includes_memory_that_was_freed() -> None:
     """The rise while 64 MiB are allocated and freed is 48 to 96 MiB.
 
     The tolerance allows for other memory of the interpreter.
@@ -145,7 +145,7 @@ def test_autoregressive_initial_loss_is_the_unigram_entropy(
     assert found.initial.mean == pytest.approx(found.unigram, abs=4 * found.initial.error)
 
 
-def test_measure_warns_if_the_loss_has_a_wrong_denominator(
+def test_option_measure_warns_if_the_loss_has_a_wrong_denominator(
     folder: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = Trainer._denominators
@@ -168,7 +168,7 @@ def test_initial_loss_is_none_for_pretrained_weights(folder: Path, ddiff: Comman
 # command line
 
 
-def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Command) -> None:
+def test_option_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Command) -> None:
     before = sorted(path.name for path in folder.iterdir())
     settings = ("--set", "backend.kind=ddp", "--set", "backend.processes=2")
     code, out, err = ddiff("run", "small.toml", "--dry-run", "--measure", "3", *settings)
@@ -193,14 +193,14 @@ def test_measure_prints_one_table_and_leaves_no_file(folder: Path, ddiff: Comman
     assert "WARNING" not in out
 
 
-def test_measure_option_requires_dry_run(folder: Path, ddiff: Command) -> None:
+def test_option_measure_requires_option_dry_run(folder: Path, ddiff: Command) -> None:
     code, _, err = ddiff("run", "small.toml", "--measure", "3")
     assert code == 2
     assert "--measure 3 needs --dry-run" in err
     assert not (folder / "runs").exists()
 
 
-def test_measure_uses_random_tokens_if_the_text_is_missing(folder: Path) -> None:
+def test_option_measure_uses_random_tokens_if_the_text_is_missing(folder: Path) -> None:
     Path("nowhere").mkdir()  # a local folder, so that the name is not looked up on the hub
     found = measured([ABSENT])
     assert "nowhere" in found.stand_in
@@ -209,13 +209,13 @@ def test_measure_uses_random_tokens_if_the_text_is_missing(folder: Path) -> None
     assert measured().stand_in == ""
 
 
-def test_measure_refuses_missing_text_if_vocabulary_size_is_unknown(folder: Path) -> None:
+def test_option_measure_needs_the_text_if_vocabulary_size_is_unknown(folder: Path) -> None:
     Path("nowhere").mkdir()
     with pytest.raises(DataError, match="No tokenizer from 'nowhere'"):
         measured(["tokenizer={kind='pretrained', path='nowhere'}"])
 
 
-def test_measure_refuses_runs_larger_than_free_memory(
+def test_option_measure_refuses_runs_larger_than_free_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ArgumentError, match=r"backward pass .* for 4000000 rows.*train.batch=\d+"):

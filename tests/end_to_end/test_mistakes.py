@@ -202,7 +202,7 @@ def test_cluster_command_refuses_embeddings_with_nan(folder: Path, ddiff: Comman
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_commands_name_a_directory_that_is_not_a_run(
+def test_command_errors_name_a_directory_that_is_not_a_run(
     command: str, folder: Path, ddiff: Command
 ) -> None:
     refused(ddiff(command, "."), "not a run directory", "recipe.toml")

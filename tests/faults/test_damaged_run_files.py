@@ -240,7 +240,7 @@ def test_run_file_readers_return_empty_results_for_missing_files(run_dir: Path) 
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])
-def test_commands_name_a_file_at_the_path_of_the_checkpoints_folder(
+def test_command_errors_name_a_file_in_place_of_the_checkpoints_folder(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     shutil.rmtree(run_dir / "checkpoints")

@@ -114,7 +114,7 @@ def test_corpora_read_finished_shards_from_a_read_only_cache(
             build()
 
 
-def test_cache_root_that_is_a_file_is_a_data_error(tmp_path: Path) -> None:
+def test_cache_folder_that_is_a_file_raises_data_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "a.txt").write_text("\n".join(TEXTS[:100]))
     corpus = SourceCorpus(open_file_source([str(tmp_path / "a.txt")]), held_out=0.1)

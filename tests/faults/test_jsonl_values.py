@@ -127,7 +127,7 @@ def test_file_source_error_names_the_line_of_an_invalid_text(tmp_path: Path, kin
         list(open_file_source([str(tmp_path / "x.jsonl")]).chunks())
 
 
-def test_read_json_lines_keeps_values_at_the_limits(tmp_path: Path) -> None:
+def test_read_json_lines_accepts_values_at_the_allowed_limits(tmp_path: Path) -> None:
     largest = float(np.finfo(np.float32).max)
     lines = [
         '{"text": "largest label", "y": 9223372036854775807}',
