@@ -221,7 +221,7 @@ def wrap(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) 
     """Replace a random value of the recipe `tree` by a value of another structure, in place.
 
     A scalar becomes a list, a list becomes a scalar, or the value is wrapped in a table. `kinds` is
-    ignored.
+    not used: all mutations have the same signature.
     """
     *path, key = rng.choice(list(leaves(tree)))
     table = inside(tree, path)

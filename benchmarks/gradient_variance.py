@@ -63,7 +63,8 @@ class DrawsForLength(EvenDraws):
 def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
     """Return gradients [DRAWS, parameters] of one fixed batch, each with other noise.
 
-    clock: time change from which noise times are drawn. loss: training loss.
+    run: run whose network is trained. clock: time change from which noise times are drawn. loss:
+    training loss.
     """
     objective = run.objective
     run.process.__dict__["information_time"] = clock

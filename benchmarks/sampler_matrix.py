@@ -85,7 +85,7 @@ If the table of a process has no row for a sampler, ddiff refuses this sampler f
 | the two positions change independently in a step | the distribution over pairs of states is computed from step to step, with {points} draws per step | up to {fine:.3f} at N = 64, smaller for fewer steps |
 | any other | the states are counted in {others} draws, per step or of whole samples | about {coarse:.3f} |
 
-For comparison, the exact distance of `ancestral` for masks at N = 64 is .0064.
+For comparison, the exact distance of the sampler `ancestral` is .0064, for masks at N = 64.
 
 **Notes**
 
@@ -95,8 +95,8 @@ For comparison, the exact distance of `ancestral` for masks at N = 64 is .0064.
 
 - **hdlm with gamma < 1.** Here gamma is the rate at which tokens move to clusters. `tau_leaping` and `trapezoidal` use the
   rates at the start of a step. With gamma < 1, the rate of leaving the mask is infinite at t = 1, so all positions leave the
-  mask in the first step. The distance then hardly falls with N: with gamma = 0.5, it is 0.06 at N = 128 and at N = 512. Use
-  another sampler for such a process.
+  mask in the first step. The distance then hardly falls with the number of steps N: with gamma = 0.5, it is 0.06 at N = 128
+  and at N = 512. Use another sampler for such a process.
 
 - **trapezoidal.** This sampler extrapolates rates within a step. It has order 2 if the extrapolated rates stay positive and
   are smooth in t. With the joint distribution above, some extrapolated rates are negative and are clipped at 0, because one
@@ -225,6 +225,8 @@ def row(
     name: str,
 ) -> str:
     """Return a table row: distances and network evaluations for each number of steps.
+
+    A distance is the total variation between the samples and the exact distribution.
 
     Args:
         label: name of the sampler in the table.

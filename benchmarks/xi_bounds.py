@@ -165,7 +165,11 @@ def mean(values: Tensor) -> float:
 
 
 def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
-    """Compute a row of the table for every gamma, xi and prediction; errors are below 1e-5 nats."""
+    """Compute one row of the table for each combination of gamma, xi and prediction.
+
+    gamma is the rate at which tokens move to a cluster (`LogTimeClock`). Errors are below 1e-5
+    nats.
+    """
     found = []
     for gamma in gammas:
         for xi in xis:

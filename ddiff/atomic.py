@@ -29,7 +29,7 @@ _POLL = 0.1  # seconds between two attempts to lock
 
 
 def partial_name(name: str) -> str:
-    """Return a new partial name for the file or folder `name`."""
+    """Return a new temporary name, under which the file or folder `name` is written first."""
     return f"{name}{PARTIAL}{uuid.uuid4().hex[:8]}"
 
 

@@ -208,9 +208,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _contains(error: BaseException, texts: tuple[str, ...]) -> bool:
-    """Return whether the message of an error contains one of the texts, in any case.
+    """Return whether the message of an error contains one of the lower-case texts.
 
-    Only errors of the classes that libraries raise (RuntimeError, ValueError, OverflowError) count.
+    Upper case in the message is ignored. The result is False for errors of other classes than
+    RuntimeError, ValueError and OverflowError, which libraries raise.
     """
     if not isinstance(error, RuntimeError | ValueError | OverflowError):
         return False

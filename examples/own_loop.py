@@ -43,7 +43,7 @@ network = ddiff.network_from_table(predict, vocabulary)
 def compute_bound(step: int) -> Tensor:
     """Return the NELBO [B], in nats, of B sequences that count from a random start.
 
-    `step` is the number of the random draw. The entropy of a sequence is ln 8 = 2.08 nats, because
+    `step` selects the random numbers. The entropy of a sequence is ln 8 = 2.08 nats, because
     its first token determines all others.
     """
     rng = ddiff.CounterRng(0, step, slots, LENGTH)

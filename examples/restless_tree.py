@@ -1,6 +1,6 @@
 """A process in closed form: a tree with uniform noise inside its levels.
 
-    python examples/restless_tree.py        # test two small instances against every law of the kit
+    python examples/restless_tree.py        # run the conformance checks on two small trees
 
 A token (level 0) becomes its cluster (level 1), then the mask (level 2). On larger trees there are
 more levels of clusters. As long as the state is lower than the level `below`, its token is also
@@ -64,6 +64,8 @@ class RestlessTree(ForwardProcess):
 
     Args:
         clock: defines when positions move from level to level.
+        redrawing: factor of the rate at which tokens are redrawn.
+        below: states at levels lower than this are redrawn.
     """
 
     uniforms_per_sample = 3
@@ -182,10 +184,11 @@ class RestlessTree(ForwardProcess):
 
 
 class Redrawing(Kernel):
-    """Kernel that is added to the transition of a plain tree process if tokens are redrawn.
+    """Kernel K that redrawing adds to the transition of a tree process.
 
-    The transition of the process from time s to time t is that of the plain tree process plus
-    (1 - B_t/B_s) K. If z is lower than the level `below`, the entry of K from state y to state z is
+    The transition of the process from time s to time t is that of the tree process without
+    redrawing, plus (1 - B_t/B_s) K. If z is lower than the level `below`, the entry of K from state
+    y to state z is
 
         K[y,z] = levels[level of y, level of z] ( share(z) 1[family(y) = family(z)]
                                                   - 1[z is y or an ancestor of y] )
@@ -217,7 +220,10 @@ class Redrawing(Kernel):
         return sums[:, group] * process.share(states).to(vector.dtype) - moved
 
     def _entries(self, y: Tensor, z: Tensor) -> Tensor:
-        """Return the entries K[y,z] for states y and z, whose shapes broadcast to [r,S]."""
+        """Return the entries K[y,z] of this kernel K, for broadcastable ids of states y and z.
+
+        The result has the shape [r,S].
+        """
         process = self.process
         vocabulary = process.vocabulary
         row = torch.arange(len(self.levels), device=z.device).unsqueeze(-1)

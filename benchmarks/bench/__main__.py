@@ -1,8 +1,9 @@
-"""Compare the cost of ddiff with the cost of a plain implementation (`make bench`).
+"""Compare the cost of ddiff with the cost of a reference implementation (`make bench`).
 
-Every case runs in a separate process, in which runs of ddiff and of the plain implementation
-alternate. The script prints tables of CPU seconds, and of the least, median and greatest ratio of
-neighbouring runs. All numbers are also written to a JSON file (`--json`).
+The reference implementation (`plain.py`) is in the style of paper code. Every case runs in a
+separate process, in which runs of both implementations alternate. The script prints tables of CPU
+seconds, and of the least, median and greatest ratio of two successive runs. All numbers are also
+written to a JSON file (`--json`).
 
     python benchmarks/bench                      # all parts
     python benchmarks/bench --quick              # fewer rounds
@@ -43,8 +44,8 @@ RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
 class Effort(NamedTuple):
     """Number of measurement rounds of each part of the benchmark.
 
-    `plain_steps` is the number of sampling steps of the plain implementation in a round of the part
-    `sample`, for the vocabulary of 50257 tokens.
+    `plain_steps` is the number of sampling steps of the reference implementation in a round of the
+    part `sample`, for the vocabulary of 50257 tokens.
     """
 
     train: int = 5
@@ -83,7 +84,7 @@ def verdict(value: float, target: float | None) -> str:
 
 
 def train(effort: Effort) -> list[dict[str, Any]]:
-    """Measure training steps of each family, without the optimizer update.
+    """Measure training steps of each family of models, without the optimizer update.
 
     A step draws noise times and noisy states, and runs forward, loss and backward. Prints a table
     and returns its rows.
@@ -131,10 +132,10 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 
 
 def sample(effort: Effort) -> list[dict[str, Any]]:
-    """Measure sampling runs of each family; prints a table and returns its rows.
+    """Measure sampling with each family of models; prints a table and returns its rows.
 
-    All steps of the plain diffusion samplers cost the same, so only some steps are run and the cost
-    of a whole run is extrapolated.
+    All steps of a diffusion sampler of the reference implementation cost the same. Therefore only
+    some steps are run, and the cost of a whole run is extrapolated.
     """
     say(
         f"\n## Sampling, 4x128, N = {STEPS} (ar: {LENGTH} tokens, ours cached): "
@@ -191,7 +192,7 @@ def sample(effort: Effort) -> list[dict[str, Any]]:
 def memory(effort: Effort) -> list[dict[str, Any]]:
     """Measure the peak memory of a training step and of a sampling run.
 
-    ddiff and the plain implementation are measured in separate processes. Prints a table and
+    ddiff and the reference implementation are measured in separate processes. Prints a table and
     returns its rows. `effort` is ignored.
     """
     say(f"\n## Memory increase over the model, gradients included, V = {LARGE}: MB\n")

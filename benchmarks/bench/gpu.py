@@ -79,7 +79,7 @@ def gpu_step(
 def plain_gpu_step(
     family: str, size: Size = SMALL, device: str = "cuda", timed: int = TIMED
 ) -> dict[str, Any]:
-    """Measure a training step of the plain implementation, eager, in bfloat16.
+    """Measure a training step of the plain reference implementation, eager, in bfloat16.
 
     `timed` is the number of timed steps. Returns milliseconds and peak memory in GB; both are None
     if the step does not fit into memory.

@@ -1,9 +1,10 @@
-"""Plain implementation of each model family, in the style of paper code, on ddiff's backbone.
+"""Plain reference implementation of each model family, in the style of paper code.
 
-The head is evaluated at every position. Tokens are one-hot rows, and the distribution of the noisy
-state z_t is a tensor [B,L,S] over S states. A sampler draws a state from the whole vocabulary at
-every position of every step, by an exponential race in float64. The code is not made slower on
-purpose: all operations are torch operations on whole tensors.
+It uses ddiff's backbone. The output head is evaluated at every position. Tokens are one-hot
+vectors, and the distribution of the noisy state z_t is a tensor [B,L,S] over S states. A sampler
+draws a state from the whole vocabulary at every position of every step, by an exponential race in
+float64. The code is not made slower on purpose: all operations are torch operations on whole
+tensors.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def categorical(probs: Tensor) -> Tensor:
 
 
 class Masked:
-    """Plain masked diffusion.
+    """Reference implementation of masked diffusion.
 
     The loss of a position is -ln p(x) / t, from a log-softmax over all states.
     """
@@ -86,7 +87,7 @@ class Masked:
         return log_p
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-        """Return the loss of each position [B,L] in nats."""
+        """Return the loss of each position [B,L] in nats. The argument `q` is not used."""
         return -self.log_p(logits, zt).gather(-1, x0.unsqueeze(-1)).squeeze(-1) / t.unsqueeze(-1)
 
     def start(self, shape: tuple[int, int]) -> Tensor:
@@ -99,7 +100,7 @@ class Masked:
 
 
 class Mixed:
-    """Plain GIDD (arXiv 2503.04482).
+    """Reference implementation of GIDD (arXiv 2503.04482).
 
     q_t(. | x) for the token x and q_t(. | x_hat) for the predicted distribution x_hat are tensors
     over all states, and the loss contains their KL divergence.
@@ -143,7 +144,7 @@ class Mixed:
         )
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-        """Return the loss of each position [B,L] in nats."""
+        """Return the loss of each position [B,L] in nats; q [B,L,S] is q_t(. | x0)."""
         assert q is not None
         q_hat = self.marginal(self.x_hat(logits), t)
         kl = F.kl_div(q_hat.log(), q, reduction="none").sum(-1)
@@ -169,10 +170,11 @@ class Mixed:
 
 
 class Clustered:
-    """Plain hierarchical diffusion (HDLM) with one level of clusters.
+    """Reference implementation of hierarchical diffusion (HDLM) with one level of clusters.
 
-    A matrix `members` [tokens, clusters] assigns tokens to clusters. The distribution of the next
-    state is the distribution of z_t, restricted to the level below z_t.
+    A matrix `members` [tokens, clusters] assigns tokens to clusters. The next state of
+    a position has the predicted marginal distribution at time t, restricted to the states one level
+    below z_t.
     """
 
     def __init__(self, case: Case) -> None:
@@ -197,7 +199,7 @@ class Clustered:
         return categorical(q), q
 
     def child_distribution(self, q: Tensor, zt: Tensor) -> Tensor:
-        """Restrict the distribution q of z_t to the states one level below zt, and normalize.
+        """Restrict the distributions q [B,L,S] to the states one level below zt, and normalize.
 
         Returns a tensor [B,L,V+n] over V tokens and n clusters.
         """
@@ -209,7 +211,7 @@ class Clustered:
         return inside / inside.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def loss(self, logits: Tensor, x0: Tensor, zt: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-        """Return the loss of each position [B,L] in nats."""
+        """Return the loss of each position [B,L] in nats. The argument `q` is not used."""
         below = torch.where(zt == self.mask, self.tokens + self.cluster_of[x0], x0)
         predicted = self.child_distribution(self.marginal(logits.softmax(-1), t), zt)
         nll = -predicted.gather(-1, below.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30).log()
@@ -239,7 +241,10 @@ class Clustered:
 
 
 class Autoregressive:
-    """Plain autoregression. Sampling evaluates the whole prefix again for every token."""
+    """Reference implementation of an autoregressive model.
+
+    Sampling evaluates the whole prefix again for every token.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.vocabulary = case, vocabulary_of(case)
@@ -278,7 +283,9 @@ def plain_family(case: Case) -> Diffusing | Autoregressive:
 
 
 def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
-    """Return a function that runs a training step of the plain model and returns the loss.
+    """Return a function that runs a training step of the reference implementation.
+
+    The function returns the loss. The family of the model is that of `case`.
 
     `device` must be the default device of torch when the step is called.
     """
@@ -302,7 +309,7 @@ def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
 
 
 def plain_sampling(case: Case) -> Iterator[None]:
-    """Sample with the plain model forever; yield after each step, so that steps can be timed."""
+    """Sample forever with the reference implementation; yield after each step, to be timed."""
     side = plain_family(case)
     side.model.eval()
     while True:

@@ -45,7 +45,7 @@ TINY = Size(64, width=16, layers=1, heads=1, length=8, batch=2, samples=2, steps
 def train(family: str, vocabulary: int, rounds: int) -> dict[str, Any]:
     """Measure CPU seconds of training steps, by name of the implementation.
 
-    Measured are ddiff with each head of the family, the plain implementation, and the backbone
+    Measured are ddiff with each head of the family, the reference implementation, and the backbone
     without a head. `vocabulary` is the number of tokens.
     """
     keep_freed_memory()  # for ddiff and for plain, as in training
@@ -68,10 +68,10 @@ def backbone_step(case: Case) -> Any:
 
 
 def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
-    """Measure CPU seconds of whole sampling runs of ddiff and of single steps of the plain sampler.
+    """Measure CPU seconds of sampling, for ddiff and the reference implementation.
 
-    A round has one run of ddiff per head, and `plain_steps` plain steps. `vocabulary` is the number
-    of tokens.
+    A round has one whole sampling run of ddiff per head, and `plain_steps` steps of the reference
+    implementation. `vocabulary` is the number of tokens.
     """
     keep_freed_memory()
     size = Size(vocabulary)

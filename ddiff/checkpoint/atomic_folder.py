@@ -128,7 +128,7 @@ class AtomicFolder:
             self._fs.rm(own)
 
     def _listed_names(self) -> set[str]:
-        """Return the file names in the marker, or an empty set if the marker cannot be read."""
+        """Return the file names in the marker file, or an empty set if it cannot be read."""
         try:
             return set(self.digests) if self.is_complete else set()
         except CheckpointError:

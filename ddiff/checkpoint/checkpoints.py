@@ -316,7 +316,7 @@ class Checkpoints:
     def read_weights(self, step: int | None = None, *, average: bool = False) -> dict[str, Tensor]:
         """Read the model's tensors from the checkpoint of `step`, or from the newest checkpoint.
 
-        See `Checkpoint.read_weights`.
+        With `average`, the exponential moving averages are read. See `Checkpoint.read_weights`.
         """
         steps = self.steps()
         if not steps and step is None:

@@ -197,6 +197,7 @@ def _give_away(
 ) -> None:
     """Move the excess points of `cluster` to the most similar clusters below the limit `upper`.
 
+    `affinity` [points, clusters] is the similarity of each point to each cluster.
     Changes `assignment` (the cluster of each point) and `counts` (the size of each cluster) in
     place. Returns early if a target cluster becomes full. The caller then calls the function again,
     which no longer uses the full cluster as a target.
@@ -220,6 +221,7 @@ def _give_away(
 def _take_in(affinity: _Floats, assignment: _Ints, counts: _Ints, cluster: int, lower: int) -> None:
     """Move points from clusters above the limit `lower` until `cluster` has `lower` points.
 
+    `affinity` [points, clusters] is the similarity of each point to each cluster.
     Changes `assignment` (the cluster of each point) and `counts` (the size of each cluster) in
     place.
     """

@@ -41,7 +41,10 @@ class NoiseTables(Protocol):
         """Return the noise b_t(y) [n,m] of states y [m] at times t [n]."""
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n]."""
+        """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n].
+
+        omega_t(y) is the rate at which the forward chain jumps from any other state into y.
+        """
 
 
 class CandidateEvents:
@@ -73,24 +76,26 @@ class CandidateEvents:
         self.total = torch.nn.functional.pad(integral, (0, 0, 1, 0))
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cell of each time t [r], and the distance of t from the cell's lower edge.
+        """Return the index of the cell of each time t [r], and the distance from its lower edge.
 
-        The distance is measured in logit t.
+        Cells are the intervals of logit t that the docstring of the class describes. The distance
+        [r] is the difference of logit t between t and the lower edge.
         """
         depth = torch.logit(interior(t)) - self.low
         cell = (depth / self.width).long().clamp(0, NUM_CELLS - 1)
         return cell, depth - cell * self.width
 
     def rate(self, t: Tensor) -> Tensor:
-        """Return the candidate rate [r] of each row at its time t [r], per unit of t."""
+        """Return the rate of candidate events [r] of each row at its time t [r], per unit of t."""
         cell, _ = self._locate(t)
         return self.rates[cell, self.state_index] / (t * (1.0 - t))
 
     def next_time(self, t: Tensor, u: Tensor) -> Tensor:
         """Draw for each row the time s < t of its latest candidate event, from uniforms u [r].
 
-        The time s is the solution of P(no candidate event in (s,t]) = u. The result is 0 if s would
-        be below the lowest cell.
+        A candidate event is a time at which the state may change. The time s is the solution of
+        P(no candidate event in (s,t]) = u. The result is 0 if s would be before the first cell of
+        the time grid.
         """
         cell, offset = self._locate(t)
         total = self.total[cell, self.state_index]
@@ -103,10 +108,10 @@ class CandidateEvents:
         return torch.where(exists, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
-        """Find for each row the last cell whose lower edge has an integral of at most `goal`.
+        """Find for each row the last cell at which the integrated rate is at most `goal` [r].
 
-        The integral is that of the candidate rate from the lowest cell to the edge. Only cells up
-        to the cell number `last` [r] are searched, by bisection.
+        The candidate rate is integrated from the lowest cell to the lower edge of a cell. Only
+        cells up to the cell number `last` [r] are searched, by bisection.
         """
         low = torch.zeros_like(last)
         high = last

@@ -129,9 +129,10 @@ class LevelClock(SettingsRepr, ABC):
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, level: Tensor, goal: Tensor) -> Tensor:
-        """Return for each row the cell of logit t in which the integral reaches `goal` [r].
+        """Return for each row the index of the cell in which the integral reaches `goal` [r].
 
-        The integral is that of the entry rate (`_entry_rates`) of the row's level, `level` [r].
+        Cells are intervals of logit t. The integral is that of the entry rate (`_entry_rates`) of
+        the row's level, `level` [r].
         """
         totals = self._entry_table[0].to(goal.device)
         cell = torch.zeros_like(level)
@@ -154,9 +155,10 @@ class LevelClock(SettingsRepr, ABC):
 
     @cached_property
     def _entry_table(self) -> tuple[Tensor, Tensor]:
-        """Tabulate the integrals of the entry rates from t = 1e-12 to each cell edge.
+        """Tabulate the integrals of the entry rates F_l'/pi_l from t = 1e-12 to each cell edge.
 
-        Returns two tensors [CELLS+1,L]: the integrals, and the entry rates at the edges.
+        Returns two tensors [CELLS+1,L]: the integrals, and the entry rates at the edges. The edges
+        divide the axis of logit t into CELLS equal cells. See `_entry_rates`.
         """
         gauss_nodes, gauss_weights = np.polynomial.legendre.leggauss(4)
         nodes = torch.from_numpy(gauss_nodes)

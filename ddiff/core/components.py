@@ -76,10 +76,10 @@ class ComponentProcess(InterpolatingProcess):
         return subtract_or_zero(self.d_coefficients(t), log_decay * self.coefficients(t))
 
     def _component_arrivals(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return the probability [r,K] that the last redraw between s and t is from each component.
+        """Return the probabilities [r,K] that the last redraw between s and t is from component k.
 
         The probabilities of a row sum to 1 - alpha_t / alpha_s, the probability of at least one
-        redraw.
+        redraw; alpha_t is the probability of no redraw until t.
         """
         kept = self._stay(s, t).unsqueeze(-1) * self.coefficients(s)
         return subtract_or_zero(self.coefficients(t), kept).clamp(min=0.0)
@@ -244,7 +244,7 @@ def mask_distribution(vocabulary: Vocabulary) -> Tensor:
 
 
 def token_distribution(vocabulary: Vocabulary) -> Tensor:
-    """Return the uniform distribution over the tokens, as a distribution over all states."""
+    """Return the uniform distribution over the tokens, as probabilities [S] of all states."""
     num_tokens = vocabulary.num_tokens
     beyond = vocabulary.num_states - num_tokens
     even = torch.full((num_tokens,), 1.0 / num_tokens, dtype=torch.float64)

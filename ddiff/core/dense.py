@@ -1,4 +1,4 @@
-"""Dense family: a process from any rate matrix. Bound and samplers are derived from the rates.
+"""Processes that are defined by any rate matrix. Bound and samplers follow from the rates.
 
 >>> from ddiff.core.vocabulary import FlatVocabulary
 >>> rates = [[-1.0, 1.0], [2.0, -2.0]]
@@ -97,7 +97,7 @@ class DenseProcess(ForwardProcess):
     # ------------------------------------------------------------------ transitions
 
     def _generator(self, t: Tensor) -> Tensor:
-        """Return the generators Q_t [r,S,S] at times t [r], clamped to interior times."""
+        """Return the generators Q_t [r,S,S]; times t [r] at 0 and 1 are moved slightly inside."""
         t = interior(t)
         if self._function is not None:
             return self._function(t).double()

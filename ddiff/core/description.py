@@ -44,7 +44,10 @@ def format_settings(owner: object, depth: int = _MAX_DEPTH) -> Iterator[str]:
 
 
 def _format_value(value: Any, depth: int) -> str | None:
-    """Return the text of a setting, or None if the value is not a setting."""
+    """Return the text of a setting, or None if the value is not a setting.
+
+    `depth` limits how deeply objects may be nested.
+    """
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or isinstance(value, bool | int | str):

@@ -1,16 +1,16 @@
-"""Bound (NELBO) = closing term + diffusion term + decoding term, for any process and time rule.
+"""Bound (NELBO) = prior term + diffusion term + decoding term, for any process and time rule.
 
-    NELBO(x) = E_{z1 ~ prior} sum_i KL( q_{t1}(.|x_i) || predicted q_{t1} )     closing
+    NELBO(x) = E_{z1 ~ prior} sum_i KL( q_{t1}(.|x_i) || predicted q_{t1} )     prior
              + E_tau sum_i speed_i density_i(z_i, x_i)                          diffusion
              + E_{z ~ q_{t0}} sum_i -ln P(x_i | z_i)                            decoding
 
 The sums run over the positions i. The time rule draws times between t0 and t1 (0 and 1 by default).
 Each term takes one network call:
 
-- The closing term compares the marginals at the last time t1. The network is evaluated at z1, a
-  draw from the prior at t = 1. The predicted q_{t1} is the marginal at t1 of a token that is drawn
-  from this prediction. Because z1 is drawn from the prior, the closing term is also finite for a
-  prior on a single state.
+- The prior term (`closing` in code) compares the marginals at the last time t1. The network is
+  evaluated at z1, a draw from the prior at t = 1. The predicted q_{t1} is the marginal at t1 of a
+  token that is drawn from this prediction. Because z1 is drawn from the prior, the prior term is
+  also finite for a prior on a single state.
 - The diffusion term is an integral over time. density_i is its integrand per unit of time
   (`ForwardProcess.density`). Times are drawn in the information time tau of the process
   (`ddiff.core.information`), and speed_i = dt_i/dtau.
@@ -45,7 +45,8 @@ class NelboTerms(NamedTuple):
     """Terms of the bound in nats, [B,L] float64 each, 0 at positions that are not scored.
 
     Attributes:
-        closing: KL divergence between the true and the predicted marginal at the last time.
+        closing: prior term, the KL divergence between the true and the predicted marginal at the
+            last time.
         diffusion: integrand of the bound at the drawn time, times the speed dt/dtau.
         decoding: negative log-likelihood of the token given the state at the first time.
         noisy: corrupted batch at which the diffusion term was evaluated.
@@ -142,8 +143,8 @@ def corrupt(
     """Draw z_t ~ q_t(.|x0) at the scored positions that the time rule corrupts.
 
     Positions that are not scored, or that `times` marks as clean, keep their tokens and get time 0.
-    Positions that `times` marks as `at_prior` hold draws from the prior. `channel` names the random
-    numbers of `rng` that are used.
+    Positions that `times` marks as `at_prior` hold draws from the prior. `channel` is the name of
+    the random stream of `rng` that is used.
     """
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)
@@ -172,10 +173,10 @@ def diffusion_term(
 ) -> Tensor:
     """Return the diffusion term of the bound, speed * weight * divergence [B,L], in nats.
 
-    `noisy` is a batch that was corrupted at the times of a time rule, and `speed` [B,L] the
-    `Times.speed` of these times. The product weight * divergence of the process is the integrand of
-    the bound (`ForwardProcess.density`). The network is queried only at positions where speed *
-    weight * divergence can be non-zero.
+    `noisy` is a batch that was corrupted at the times of a time rule. `speed` [B,L] is the weight
+    of each position for these times (`Times.speed`). The product weight * divergence of the process
+    is the integrand of the bound (`ForwardProcess.density`). The network is queried only at
+    positions where speed * weight * divergence can be non-zero.
     """
     # States in which the integrand of the bound is 0 are not queried.
     evaluated = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
@@ -240,7 +241,7 @@ def closing_term(
     scored: Tensor,
     rng: CounterRng,
 ) -> Tensor:
-    """Return the closing term, speed * KL( q_t1(.|x0) || predicted q_t1 ) [B,L], in nats.
+    """Return the prior term, speed * KL( q_t1(.|x0) || predicted q_t1 ) [B,L], in nats.
 
     `times` holds the last time t1 of each position, and `times.speed` the weight of each position
     in the bound. The network is evaluated with every scored position drawn from the prior. The term
@@ -271,7 +272,10 @@ def closing_term(
 
 
 def _root_scope(process: ForwardProcess, zt: Tensor) -> Tensor:
-    """Return the root for every row, since `closing_kl` needs the distribution of all tokens."""
+    """Return the root as the query node of every row.
+
+    The prior term (`closing_kl`) needs the predicted distribution of all tokens.
+    """
     return torch.full_like(zt, process.vocabulary.root)
 
 
@@ -340,10 +344,10 @@ def network_from_table(
     denoiser: Callable[[Tensor, Tensor], Tensor],
     vocabulary: Vocabulary,
 ) -> Network:
-    """Make a `Network` from a plain function `denoiser`: (zt [B,L], t [B,L]) -> log_p [B,L,V].
+    """Make a `Network` from a function `denoiser`: (zt [B,L], t [B,L]) -> log_p [B,L,V].
 
     log_p holds the predicted log-probabilities of the V tokens at every position. Toy models,
-    oracles and custom networks are evaluated and sampled in this way.
+    exact predictions and custom networks are evaluated and sampled in this way.
     """
 
     def log_probs(noisy: Noisy) -> Tensor:

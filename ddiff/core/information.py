@@ -72,8 +72,9 @@ class TimeChange(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Map v, uniform in [0,1], to a random time t. Returns t and dt/dv.
 
-        t rises with v from the time at tau = `start` to the time at tau = `stop`. With these draws,
-        the estimate of the bound of a sequence of `length` tokens has the least variance.
+        t rises with v from the time at information time tau = `start` to the time at tau = `stop`.
+        With these draws, the estimate of the bound of a sequence of `length` tokens has the least
+        variance.
         """
 
 
@@ -96,7 +97,7 @@ class IdentityTime:
 
 @final
 class MonotoneMap:
-    """Strictly increasing map of (0,1) onto itself through given knots, with its exact derivative.
+    """Strictly increasing map x -> y of (0,1) onto itself through knots, with exact derivative.
 
     Between the knots logit y is a monotone cubic of logit x (Fritsch & Carlson 1980). Beyond the
     outermost knots logit y is linear in logit x, which is a power law. `logit_x` and `logit_y` [k]
@@ -143,10 +144,10 @@ class InformationTime:
     If logit tau rises by more than 2 between two knots, the cell between them is halved until the
     rise is at most 2. This happens, for example, if a process loses no information before t = 1/2.
 
-    Rates are evaluated at interior times only. If more than 1e-9 of the information is lost before
-    the first interior time, tau = 0 is mapped to this time instead of t = 0. The decoding term of
-    the bound is then evaluated at this time. If more than 1e-9 of the information is lost after the
-    last interior time, tau = 1 is mapped to the last interior time.
+    Rates are evaluated only at interior times, in [1e-12, 1 - 1e-12]. If more than 1e-9 of the
+    information is lost before the first interior time, tau = 0 is mapped to this time instead of
+    t = 0. The decoding term of the bound is then evaluated at this time. If more than 1e-9 of the
+    information is lost after the last interior time, tau = 1 is mapped to the last interior time.
 
     Args:
         information: t [n] -> I(X; Z_t) in nats, the information of the state on its token X.
@@ -207,7 +208,8 @@ class InformationTime:
     def _make_quantiles(self, start: float, stop: float, length: int) -> MonotoneMap:
         """Return the map from a uniform v to (tau - start) / (stop - start) for `draw`.
 
-        This is the quantile function of the probability density in the module's docstring.
+        The window of tau is [start, stop], and `length` the number of tokens in a sequence. The map
+        is the quantile function of the probability density in the module's docstring.
         """
         logit_share = torch.linspace(-27.0, 27.0, KNOTS, dtype=torch.float64)
         share = torch.sigmoid(logit_share)
@@ -224,7 +226,10 @@ class InformationTime:
         return MonotoneMap((below / above).log(), logit_share)
 
     def _noise_probability(self, tau: Tensor) -> Tensor:
-        """Return P(tau) [n], the probability that a token clean at t = 0 is noise at t(tau)."""
+        """Return P(tau) [n], the probability that a token clean at t = 0 is noise at t(tau).
+
+        tau is the information time, and t(tau) the noise time.
+        """
         changed = self._change_probability(self.at(tau)[0])
         # Tokens that are already noise at t = 0 add nothing to the diffusion term.
         since_start = changed - self._change_at_start
@@ -238,7 +243,7 @@ class InformationTime:
 class _InformationShares:
     """Function t [n] -> [2,n]: the fractions of information lost before t and after t.
 
-    `ends` [4] holds the times 0, the first and the last interior time, and 1.
+    `ends` [4] holds the times 0, 1e-12, 1 - 1e-12 and 1.
     """
 
     def __init__(
@@ -270,7 +275,7 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         shares: t [n] -> [2,n], the fractions of the information lost before and after t.
-        logit_t: logits of the times of the first knots.
+        logit_t: logits of the times of the initial knots.
 
     Returns the fractions [2,k] at the final k knots, and logit t [k] of these knots.
     """
@@ -307,7 +312,10 @@ def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _monotone_slopes(x: Tensor, y: Tensor) -> Tensor:
-    """Return the slopes [k] of a monotone cubic at rising knots: harmonic means of secants."""
+    """Return the slopes [k] of a monotone cubic at the knots (x, y) [k], which rise in x and y.
+
+    An inner slope is a weighted harmonic mean of the slopes of the two adjacent secants.
+    """
     width = x.diff()
     secant = y.diff() / width
     near = 2.0 * width[1:] + width[:-1]

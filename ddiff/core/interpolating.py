@@ -92,7 +92,7 @@ class InterpolatingProcess(ForwardProcess):
         """Return the noise b_t [r,S], with sum 1 - alpha_t."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """Return d alpha_t / dt [r], by forward differentiation of `alpha`.
+        """Return d alpha_t / dt [r], by forward-mode differentiation of `alpha`.
 
         A subclass may override this method with a closed form.
         """
@@ -100,7 +100,7 @@ class InterpolatingProcess(ForwardProcess):
         return torch.func.jvp(self.alpha, (t,), (ones,))[1]
 
     def d_noise(self, t: Tensor) -> Tensor:
-        """Return the derivative of the noise b_t [r,S], by forward differentiation of `noise`.
+        """Return the derivative by t of the noise b_t [r,S], by forward-mode autograd of `noise`.
 
         A subclass may override this method with a closed form.
         """
@@ -116,11 +116,11 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ noise at some states only
 
     def noise_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the noise b_t(z_t) at the state of each row [r]."""
+        """Return b_t(z_t) [r], the part of q_t(z_t|x) that does not depend on the token x."""
         return _gather_at_times(self.noise, zt, t)
 
     def arrivals_at(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the arrival rate omega_t(z_t) into the state of each row [r]."""
+        """Return the rate omega_t(z_t) [r] of forward jumps from any other state into z_t."""
         return _gather_at_times(self.arrivals, zt, t)
 
     def split_noise(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,12 +149,18 @@ class InterpolatingProcess(ForwardProcess):
         return torch.cat(chunks)
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n]."""
+        """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n].
+
+        omega_t(y) is the rate at which the forward chain jumps from any other state into y.
+        """
         chunks = [self.arrivals(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
 
     def _noise_elsewhere(self, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the sum of the noise b_t(y) over all states y != z_t, per row [r]."""
+        """Return the sum [r] of b_t(y) over all states y != z_t.
+
+        b_t(y) is the part of q_t(y|x) that does not depend on the token x.
+        """
         return _gather_at_times(self._noise_of_others, zt, t)
 
     def _noise_of_others(self, t: Tensor) -> Tensor:
@@ -206,10 +212,10 @@ class InterpolatingProcess(ForwardProcess):
         return zt
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw z_t given z_s, for s <= t.
+        """Draw z_t given z_s, for s <= t, from uniforms u [r,2].
 
         The state is kept with probability alpha_ts = alpha_t / alpha_s, and otherwise drawn in
-        proportion to b_t - alpha_ts b_s, where b is the noise.
+        proportion to b_t - alpha_ts b_s. Here b_t is the noise: q_t(.|x) = alpha_t delta_x + b_t.
         """
         zt = zs.clone()
         stay = self._stay(s, t)
@@ -281,10 +287,11 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return density / weight = mismatch / (1 - q_t(z|x)) per row [r], z = z_t and x = x0.
+        """Return density / weight = mismatch / (1 - q_t(z|x)) per row [r], for z = z_t and x = x0.
 
-        If q_t(z|x) = 1 and the weight is 1, the divergence equals the density. The divergence is 0
-        if the chain never jumps into z.
+        The density is the integrand of the bound; the module's docstring defines weight and
+        mismatch. If q_t(z|x) = 1 and the weight is 1, the divergence equals the density. The
+        divergence is 0 if the chain never jumps into z.
         """
         inner = interior(t)
         elsewhere = self._elsewhere(x0, zt, inner)
@@ -496,9 +503,9 @@ class InterpolatingProcess(ForwardProcess):
         return (1.0 - kept).clamp(min=0.0)
 
     def _token_representatives(self) -> tuple[Tensor, Tensor]:
-        """Return the m distinct representatives of the tokens, and the number of tokens of each.
+        """Return one representative of each group of tokens with equal noise, and the group sizes.
 
-        Tokens with the same representative have the same noise at all times.
+        Both are tensors [m] for m groups. Tokens of a group have the same noise at all times.
         """
         tokens = torch.arange(self.vocabulary.num_tokens)
         return self.representative(tokens).unique(return_counts=True)
@@ -534,7 +541,7 @@ class InterpolatingProcess(ForwardProcess):
         return Constant(self._largest_arrivals(torch.sigmoid(logit_times)) > 0)
 
     def _largest_arrivals(self, t: Tensor) -> Tensor:
-        """Return the largest arrival rate of each state over the times t [n], a tensor [S]."""
+        """Return for each state its largest arrival rate over the times t [n], a tensor [S]."""
         largest = self.arrivals(t[:1])[0]
         for chunk in t.split(8):
             largest = torch.maximum(largest, self.arrivals(chunk).amax(0))
@@ -546,9 +553,9 @@ class InterpolatingProcess(ForwardProcess):
         """Draw z_s from the exact reverse transition, without querying rows that cannot move.
 
         A row leaves its state z = z_t with probability P(z_s != z | z_t = z) = arrive_ts(z) (1 -
-        q_s-bar(z)) / q_t-bar(z). Here arrive_ts(z) is the probability of arriving in z between s
-        and t, and q_t-bar = alpha_t p + b_t the marginal for the predicted distribution p. The new
-        state y != z is drawn from q_s-bar.
+        q_s-bar(z)) / q_t-bar(z). Here arrive_ts(z) is the probability that the forward chain
+        arrives in z between s and t, and q_t-bar is the marginal at t for the predicted
+        distribution. The new state y != z is drawn from q_s-bar.
         """
         arrive = self._arrive_at(zt, s, t)
         return self._leave(query, zt, t, s, arrive, u)
@@ -605,10 +612,10 @@ class InterpolatingProcess(ForwardProcess):
         arrive: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw new states for the candidates that leave z under the predicted distribution.
+        """Decide which candidate rows leave their state z, and draw the new states.
 
-        Candidates are the rows that `_leave` queries, and `arrive` is the tensor of `_leave` for
-        them. A candidate leaves if u[:,0] is below its exact probability; other candidates keep z.
+        Candidates are the rows that `_leave` queries; `arrive` is explained there. A candidate
+        leaves z if u[:,0] is below the exact probability under the prediction; others keep z.
         """
         dist = require_distribution(prediction, "InterpolatingProcess.step")
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
@@ -626,7 +633,8 @@ class InterpolatingProcess(ForwardProcess):
         """Draw the clean token: keep z_t or draw from the predicted distribution p.
 
         z_t is kept with probability alpha_t p(z_t) / (alpha_t p(z_t) + b_t(z_t)), the probability
-        that it is the clean token. Otherwise z_t was redrawn and carries no information on the
+        that it is the clean token. Here b_t is the noise, the part of the marginal that does not
+        depend on the clean token. Otherwise z_t was redrawn and carries no information on the
         token, so the token is drawn from p.
         """
         if self.closes_at_clean and bool((t == 0.0).all()):

@@ -49,7 +49,10 @@ class Kernel(ABC):
         """Return the product of row vectors and operators, vector @ K, shape [r,S]."""
 
     def dense(self) -> Tensor:
-        """Return the whole operators [r,S,S], with O(r S^2) memory; for tests and small chains."""
+        """Return the operators as full matrices [r,S,S].
+
+        Takes O(r S^2) memory, so use it for tests and small chains.
+        """
         rows = []
         for state in range(self.num_states):
             ids = torch.full((self._num_rows(),), state)
@@ -216,7 +219,7 @@ class InterpolatingKernel(Kernel):
         """Return the solution x of x K = v for the vector v.
 
         x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|). |.| is the sum of the
-        entries.
+        entries; `stay` and `arrive` are the attributes of the kernel.
         """
         row_sum = self.stay + self.arrive.sum(-1)
         # A row sum as small as the rounding error of `stay` is the exact 0 of a generator.
@@ -228,7 +231,7 @@ class InterpolatingKernel(Kernel):
         return (vector - arrived) / to_column(self.stay, vector)
 
     def _diagonal(self, ids: Tensor) -> Tensor:
-        """Return a matrix [r,S] with `stay` of each row at its id and 0 elsewhere."""
+        """Return a matrix [r,S] with the probability `stay` of each row at its id, else 0."""
         zeros = torch.zeros_like(self.arrive)
         stay = self.stay.unsqueeze(-1)
         return zeros.scatter(-1, ids.unsqueeze(-1), stay)

@@ -1,4 +1,4 @@
-"""Numerical conventions of the engine, and helpers that implement them.
+"""Numerical conventions of ddiff, and helpers that implement them.
 
 - Formulas contain no epsilon, and marginals are exact at t = 0 and t = 1.
 - A rate or weight may diverge at t = 0 or t = 1, if the state has probability zero there. Rates and
@@ -39,7 +39,7 @@ def to_column(values: Tensor, wide: Tensor) -> Tensor:
 def safe_log(mass: Tensor) -> Tensor:
     """Return the logarithm of `mass`: -inf without a gradient where the mass is 0.
 
-    The gradient of the plain logarithm would be 0/0 = NaN there.
+    With `torch.log`, the gradient could be 0/0 = NaN there.
     """
     is_zero = mass == 0
     log_mass = torch.where(is_zero, 1.0, mass).log()

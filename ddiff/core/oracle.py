@@ -1,8 +1,9 @@
 """Transition matrices of any time-dependent generator, by numerical integration.
 
 dP/dt = P Q_t is integrated by the fourth-order Magnus method on a grid that is uniform in logit t,
-which resolves both ends of time. One exponential of the integrated generator would be exact only if
-generators at different times commute. No formula in this module relies on this property.
+which has many points near t = 0 and t = 1. One exponential of the integrated generator would be
+exact only if generators at different times commute. No formula in this module relies on this
+property.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Predicted distribution of a clean token x_i, given the states of all other positions.
 
 The prediction P(x_i | z without z_i) excludes the evidence q_t(z_i | x_i) of the position's own
-state z_i, because every formula of the engine multiplies by this evidence. With the full
+state z_i, because every formula of ddiff multiplies by this evidence. With the full
 conditional P(x_i | z) instead, the bound would be wrong by tenths of a nat if tokens that are not
 masked may be corrupted.
 
@@ -35,7 +35,7 @@ class CleanDistribution(Protocol):
     top: int
 
     def log_below(self, level: int) -> Tensor:
-        """Return log P(node | top) [r,w] for the w nodes of `level` below top.
+        """Return log P(node | top) [r,w] for the w nodes of `level` below the node `top`.
 
         The nodes are in tree order (`Vocabulary.order`).
         """
@@ -123,7 +123,7 @@ class SubtreeDistribution(ABC):
 
     @abstractmethod
     def log_below(self, level: int) -> Tensor:
-        """Return log P(node | top) [r,w] for the w nodes of `level` below top.
+        """Return log P(node | top) [r,w] for the w nodes of `level` below the node `top`.
 
         The nodes are in tree order (`Vocabulary.order`).
         """
@@ -200,7 +200,8 @@ class SubtreeDistribution(ABC):
     def _log_at(self, level: int, place: Tensor) -> Tensor:
         """Return log P(node | top) [r] for one node of `level` per row.
 
-        `place` [r] is the index of each node among the nodes at `level` below top (`_place`).
+        `top` is the node below which the distribution is defined. `place` [r] is the index of each
+        node among the nodes at `level` below `top` (`_place`).
         """
         return pick(self.log_below(level), place)
 
@@ -232,7 +233,7 @@ class SubtreeDistribution(ABC):
         return start - first, stop - first
 
     def _log_given_top(self, node: Tensor, lowest: int = 0) -> Tensor:
-        """Return log P(node | top) [r] for nodes of any level, one per row.
+        """Return log P(node | `self.top`) [r] for nodes of any level, one per row.
 
         The value is 0 for `self.top` and for nodes at levels below `lowest`.
         """
@@ -293,11 +294,11 @@ class DenseDistribution(SubtreeDistribution):
 class LogitDistribution(SubtreeDistribution):
     """Distribution given by logits of tokens. The softmax over all tokens is never stored.
 
-    `logits` [r,w] in id order cover the whole vocabulary. If `top` is given, `logits` cover only
+    `logits` [r,w] cover the whole vocabulary in id order. If `top` is given, `logits` cover only
     the tokens below `top`, in tree order (`Vocabulary.order`). The exponentials are computed once.
-    Each use of the distribution (the probability of one token, or the masses of a level) adds one
-    product with the exponentials to the backward pass. Row-major and column-major logits are both
-    supported without a copy.
+    Each use of the distribution (for one token, or for the nodes of a level) adds one product with
+    the exponentials to the backward pass. Row-major and column-major logits are both supported
+    without a copy.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 A family implements the marginal, the rates and a way to sample. Everything else is derived in this
 module by formulas that hold for any continuous-time Markov chain: the transition, the integrand of
-the bound, the closing and the decoding term of the bound, the reverse step and the final decoding.
+the bound, the prior and the decoding term of the bound, the reverse step and the final decoding.
 A family may override a derived method for speed or accuracy. The conformance kit then tests that
 the override agrees with the derived method, which it calls through the base class:
 `ForwardProcess.density(process, ...)`.
@@ -180,7 +180,7 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def rates(self, t: Tensor) -> Kernel:
-        """Return the generator Q_t at times t, which are clamped to interior times."""
+        """Return the generator Q_t at times t, which are clamped to [1e-12, 1 - 1e-12]."""
 
     @abstractmethod
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ class ForwardProcess(ABC):
     ) -> Tensor:
         """Return density / weight [r], the factor of the density that depends on the prediction.
 
-        The result is 0 if density and weight are both 0.
+        The density is the integrand of the bound. The result is 0 if density and weight are both 0.
         """
         weight = self.weight(x0, zt, t)
         density = self.density(prediction, x0, zt, t)
@@ -375,7 +375,7 @@ class ForwardProcess(ABC):
         return torch.where(certain, 0.0, torch.where(finite, nll, torch.inf))
 
     def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
-        """Return KL( q_t(.|x) || q_t-bar ) per row [r], in nats.
+        """Return KL( q_t(.|x) || q_t-bar ) per row [r], in nats, for the prior term of the bound.
 
         q_t(.|x) is the true marginal for x = x0, and q_t-bar the marginal for the predicted
         distribution. For a score, q_t-bar is softmax(log_ratio).
@@ -397,7 +397,7 @@ class ForwardProcess(ABC):
         return torch.ones_like(zt, dtype=torch.bool)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """Return the part of the prediction that the bound trains at each row (`TrainedPart`)."""
+        """Return the part of the prediction [r] that gets training signal, a `TrainedPart`."""
         return torch.full_like(zt, TrainedPart.ALL)
 
     def scope(self, zt: Tensor) -> Tensor:
@@ -430,7 +430,7 @@ class ForwardProcess(ABC):
     def information_lost(self, t: Tensor) -> Tensor:
         """Return I(X; Z_0) - I(X; Z_t) [n] in nats at times t [n] (see `information`).
 
-        A family may override this method to keep relative accuracy near t = 0.
+        A subclass may override this method to keep relative accuracy near t = 0.
         """
         return self.information(torch.zeros_like(t[:1])) - self.information(t)
 
@@ -465,7 +465,7 @@ class ForwardProcess(ABC):
 
     @cached_property
     def information_time(self) -> InformationTime:
-        """Time t as a function of the fraction of information that is lost."""
+        """Map from information time (the fraction of information that is lost) to time t."""
         return InformationTime(
             self.information,
             self.information_lost,
@@ -515,9 +515,10 @@ class ForwardProcess(ABC):
         raise ArgumentError(self._no_events_message("event_time"))
 
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the state after a candidate event at time t; it may equal z_t.
+        """Draw the state after a candidate event at time t; the new state may equal z_t.
 
-        u is [r, uniforms_per_event]. The network is queried at most once.
+        A candidate event is a time at which the state may change. The result [r] has one state per
+        row, and u [r, uniforms_per_event] are uniforms. The network is queried at most once.
         """
         raise ArgumentError(self._no_events_message("event"))
 

@@ -82,7 +82,9 @@ class CounterRng:
     def uniform_per_group(self, channel: str) -> Tensor:
         """Return float64 uniforms [B] in [0,1); all samples of a group get the same number.
 
-        The number changes from step to step. `channel` names the purpose of the numbers.
+        The group of each sample is the argument `group` of the class; without it, all samples are
+        in one group. The number changes from step to step. `channel` names the purpose of the
+        numbers.
         """
         groups, place = self.group.unique(return_inverse=True)
         numbers = []

@@ -102,10 +102,10 @@ class TimeSampler(Protocol):
         slots: int | Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding term and the times of the closing term of the bound.
+        """Return the times of the decoding term and the times of the prior term of the bound.
 
-        The decoding term is evaluated at the first time of each position, the closing term at the
-        last. `Times.speed` is the weight of each position in the term. In the closing term, exactly
+        The decoding term is evaluated at the first time of each position, the prior term at the
+        last. `Times.speed` is the weight of each position in the term. In the prior term, exactly
         the positions with speed > 0 have states drawn from the prior. The other positions have
         states drawn at their times. The arguments are those of `draw`.
         """
@@ -115,14 +115,14 @@ class TimeRule(TimeSampler, Protocol):
     """Time sampler that also defines a path of times, along which sequences are generated."""
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
-        """Return the times of all positions at progress tau [B] in [0,1].
+        """Return the times of all positions at the information time tau [B] in [0,1].
 
-        Samplers follow this path from tau = 1, at which all positions are at the prior, to tau = 0,
+        Samplers go from tau = 1, at which all positions are at the prior, to tau = 0,
         at which all positions are decoded.
         """
 
     def with_window(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
-        """Return the same rule for draws of tau between `start` and `stop`.
+        """Return the same rule, with information times drawn between `start` and `stop`.
 
         `tokens` is the sequence length for which the draws give the estimate of the bound with the
         least variance.
@@ -131,7 +131,10 @@ class TimeRule(TimeSampler, Protocol):
 
 @final
 class FlatTimes:
-    """One tau per sequence in [start, stop], stratified over the sequences of a global batch.
+    """Time rule in which all positions of a sequence have the same time.
+
+    One information time tau per sequence is drawn in [start, stop], stratified over the sequences
+    of a global batch.
 
     Strata are numbered in van der Corput order, so that every contiguous part of the batch (a rank,
     a micro-batch) gets times from the whole interval. `tokens` is the sequence length for which the
@@ -280,10 +283,10 @@ class WindowTimes:
         )
 
     def _all_slides(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
-        """Divide sequences into adjacent windows, and return times that rise along each window.
+        """Divide sequences into adjacent windows, and return noise times that rise in each window.
 
-        The first window starts `offset` [B,1] positions to the left of the sequence. `offset` is in
-        [0, width) and may be fractional.
+        `clock` maps information time to noise time. The first window starts `offset` [B,1]
+        positions to the left of the sequence. `offset` is in [0, width) and may be fractional.
         """
         place = torch.arange(length, device=offset.device) + offset
         window = (place / self.width).floor().long()
@@ -368,10 +371,11 @@ class WindowTimes:
         at_prior: Tensor,
         block: Tensor,
     ) -> Times:
-        """Return times with weight only in the window between clean and prior positions.
+        """Return the times `t` and weights `speed`, with changes outside the current window.
 
-        Positions in `clean` get time 0, positions in `at_prior` time 1, both with speed 0. `block`
-        holds the block numbers that restrict attention.
+        Positions in `clean` lie before the window and get time 0. Positions in `at_prior` lie after
+        it and get time 1. Both get speed 0. `block` holds the block numbers that restrict
+        attention.
         """
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
@@ -408,11 +412,11 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding and closing terms, for shape "slide" with `paired`.
+        """Return the times of the decoding and prior terms for `shape` "slide" with `paired`.
 
         The windows are shifted by a random number of positions. Only one position of every window
         has a weight above 0: the first position in the decoding term, and the last position in the
-        closing term. The weight is `width`, because the position stands for all positions of the
+        prior term. The weight is `width`, because the position stands for all positions of the
         window.
         """
         place = torch.arange(length, device=slot.device)
@@ -435,7 +439,7 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding and closing terms, for shape "slide" without `paired`.
+        """Return the times of the decoding and prior terms for `shape` "slide", not `paired`.
 
         Only one random position of each sequence has a weight above 0. The weight is the length of
         the sequence, because the position stands for all positions.
@@ -459,7 +463,7 @@ class WindowTimes:
         )
 
     def _window_numbers(self, length: int, device: torch.device) -> Tensor:
-        """Return the number of the window of each position, [1,L]."""
+        """Return the index of the window that contains each position, [1,L]."""
         return (torch.arange(length, device=device) // self.width).unsqueeze(0)
 
     def _num_windows(self, length: int) -> int:
@@ -517,7 +521,10 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
 
 
 def _one_per_sample(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
-    """Return one stratified number in [0,1) per sample, a tensor [B,1]."""
+    """Return one number in [0,1) per sample, a tensor [B,1], stratified over the batch.
+
+    The number of sample i lies in the stratum slot[i] of `slots` strata.
+    """
     u = rng.uniform("time")[:, :1]
     return stratified(u, slot.unsqueeze(-1), slots)
 
@@ -555,7 +562,10 @@ def jointly_stratified(
 
 
 def _van_der_corput_rank(stratum: Tensor, counts: Tensor) -> Tensor:
-    """Return the rank [B,k] of each stratum in van der Corput order, for `counts` [B,k] strata."""
+    """Return the rank of each stratum [B,k] in the van der Corput order of all strata.
+
+    `counts` [B,k] are the numbers of strata, and the result is [B,k].
+    """
     rank = torch.zeros_like(stratum)
     for count in counts.unique().tolist():
         order = van_der_corput_order(count).to(stratum)

@@ -145,7 +145,7 @@ class TreeProcess(ForwardProcess):
         return TreeKernel(self.clock.transition(s, t), self.parents)
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw z_t given x0: first the level, then the node at this level.
+        """Draw z_t given x0, with uniforms u: first the level, then the node at this level.
 
         The level is at least l with probability F_l(t) (`LevelClock.cdf`).
         """
@@ -411,7 +411,7 @@ class TreeProcess(ForwardProcess):
         target: Tensor,
         u: Tensor,
     ) -> Tensor:
-        """Draw the state at level `target` [r] given z_t.
+        """Draw the state at level `target` [r] given z_t, with the uniforms u [r].
 
         Rows whose target level is not below the level of z_t keep z_t.
         """
@@ -435,9 +435,10 @@ class TreeProcess(ForwardProcess):
         draw: Callable[..., Tensor],
         *per_row: Tensor,
     ) -> Tensor:
-        """Replace z_t by draw(prediction, z_t, *per_row) in rows whose target level is lower.
+        """Replace z_t by draw(prediction, z_t, *per_row) in rows that move to a lower level.
 
-        `target` [r] holds the target levels. Other rows keep their states and are not queried.
+        `target` [r] holds the level to which each row moves. Other rows keep their states and are
+        not queried.
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
         zs = zt.clone()

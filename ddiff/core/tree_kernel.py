@@ -70,7 +70,7 @@ class TreeKernel(Kernel):
         own_level: int,
         other_level: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return the rows whose id is at `own_level`, and all nodes of `other_level`."""
+        """Return the indices of rows with ids at `own_level`, and all nodes of `other_level`."""
         vocabulary = self.parents.vocabulary
         rows = find_rows(vocabulary.level_of(ids) == own_level)
         return rows, level_ids(vocabulary, other_level, ids.device)
@@ -107,7 +107,10 @@ class TreeKernel(Kernel):
         return solved
 
     def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
-        """Return the part of `vector` at level i, moved to the n nodes of level j, [r,n]."""
+        """Move the part of `vector` at level i to the n nodes of level j, and return it, [r,n].
+
+        Each node moves as `StochasticParents` defines: to its ancestor, or to another node.
+        """
         vocabulary = self.parents.vocabulary
         block = vector[:, level_slice(vocabulary, i)]
         ids = level_ids(vocabulary, i, vector.device)

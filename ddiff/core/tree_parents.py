@@ -62,9 +62,9 @@ class StochasticParents:
     def _add_level(self, i: int, j: int) -> None:
         """Compute A_ij and r_ij from A_i,j-1 and r_i,j-1.
 
-        A distribution p over level j-1 becomes a push(p) + b over the n nodes of level j. Here
-        push(p) moves the probability of each node to its parent, b = (1 - xi_j)/(n - 1) and a =
-        xi_j - b.
+        A move from level j-1 to level j turns a distribution p over the nodes of level j-1 into
+        a * push(p) + b over the n nodes of level j. Here push(p) moves the probability of each node
+        to its parent, b = (1 - xi_j)/(n - 1) and a = xi_j - b.
         """
         size = self.vocabulary.level_sizes[j]
         xi = self.xi[j - 1]
@@ -81,7 +81,11 @@ class StochasticParents:
         self.stray[i][j] = a * pushed + b
 
     def _table_from_tokens(self, level: int) -> Tensor:
-        """Return A_0l and r_0l(z) as a table [2,n] for the n nodes z of level l = `level`."""
+        """Return the probabilities of moves from tokens to the n nodes of level l = `level`.
+
+        The table [2,n] holds A_0l and r_0l(z) for each node z. A token x moves to z with
+        probability A_0l 1[z is the ancestor of x] + r_0l(z).
+        """
         stray = self.stray[0][level]
         if stray is None:
             stray = torch.zeros(self.vocabulary.level_sizes[level], dtype=torch.float64)
@@ -97,7 +101,7 @@ class StochasticParents:
         return sure, stray
 
     def entry(self, i: int, j: int, y: Tensor, z: Tensor) -> Tensor:
-        """Return kappa_ij(y,z), the probability of node z if node y moves to level j.
+        """Return kappa_ij(y,z), the probability that a move from node y to level j ends at node z.
 
         The ids y are at level i, and the ids z at level j. Their shapes are broadcast.
         """
@@ -108,8 +112,8 @@ class StochasticParents:
     def stray_at(self, i: int, j: int, z: Tensor) -> Tensor:
         """Return r_ij(z) for ids z of level j.
 
-        This is the part of the probability kappa_ij(y,z) that does not depend on the node y of
-        level i.
+        kappa_ij(y,z) is the probability that a position moves from node y of level i to node z.
+        r_ij(z) is the part of kappa_ij(y,z) that does not depend on y.
         """
         stray = self._stray_constants[i][j]
         if stray is None:
@@ -148,10 +152,11 @@ class StochasticParents:
         return drawn
 
     def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
-        """Draw a node z of level j with probability A_ij 1[z = ancestor] + r_ij(z).
+        """Draw for nodes of level i the node z of level j to which each moves, with uniforms u [r].
 
-        `ancestor` [r] holds the ancestors at level j of nodes of level i. A_ij can be negative if
-        xi < 1/n for a level with n nodes.
+        The probability of z is A_ij 1[z = ancestor] + r_ij(z), with A_ij and r_ij as defined for
+        the class. `ancestor` [r] holds the ancestors at level j of the nodes of level i. A_ij can
+        be negative if xi < 1/n for a level with n nodes.
         """
         stray = self.stray[i][j]
         assert stray is not None
@@ -195,7 +200,9 @@ def level_ids(vocabulary: Vocabulary, level: int, device: torch.device) -> Tenso
 def check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
     """Return xi for each level 1..L above the tokens as a tuple.
 
-    A single number is used for all levels. If only the number of the root is missing, it is 1.
+    xi is the probability that a position moves to its own parent, instead of another node of the
+    level. A single number is used for all levels. If only the number of level L (the root) is
+    missing, it is 1.
     Raises ArgumentError if the number of values or their range does not fit.
     """
     if isinstance(xi, (int, float)):

@@ -138,9 +138,10 @@ class Vocabulary:
         return table[..., 0], table[..., 1]
 
     def subtree(self, node: int) -> tuple[slice, ...]:
-        """Return the slice of `order(level)` that holds the nodes below `node`, for each level.
+        """Return for each level below `node` the slice that holds the descendants of `node`.
 
-        The slices are listed from level 0 to the level below `node`. The result is cached.
+        The slices index `order(level)`, the ids of a level in tree order. They are listed from
+        level 0 upwards. The result is cached.
         """
         if node not in self._subtrees:
             ids = torch.tensor(node)

@@ -290,7 +290,10 @@ class StreamedCorpus:
         return CorpusPart(self, VALIDATION)
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> Shards:
-        """Return the token shards of the first `head` documents, and build missing shards."""
+        """Return the token shards of the first documents, and build missing shards.
+
+        The argument `head` of the corpus is the number of these documents.
+        """
         corpus = self._corpus
         inputs = {**self.identity, "tokenizer": tokenizer.fingerprint}
 
@@ -335,7 +338,8 @@ class StreamedCorpus:
     def texts(self, part: str) -> Iterator[str]:
         """Read the texts of the part "train" or "validation".
 
-        Only the first `head` documents of each source are read.
+        Only the first documents of each source are read. The argument `head` of the corpus is their
+        number.
         """
         return self._corpus.select_texts(self._head_chunks(), part)
 

@@ -69,8 +69,8 @@ class Documents:
 def fingerprint_texts(documents: Any) -> str:
     """Return a SHA-256 of the texts and their boundaries, as 32 hexadecimal digits.
 
-    `documents` is a Dataset or the part of a corpus. For the part of a corpus, the texts are not
-    read, and the attribute `fingerprint` of the part is returned.
+    `documents` is a `datasets.Dataset`, or the training or validation part of a corpus. For a part
+    of a corpus, no text is read: its attribute `fingerprint` is returned.
     """
     if not isinstance(documents, Dataset):
         return documents.fingerprint

@@ -65,7 +65,7 @@ class Rows(Protocol):
         ...
 
     def __getitem__(self, numbers: ArrayLike | slice) -> Block:
-        """Return the rows `numbers` [k], in the order of `numbers`."""
+        """Return the rows with the indices `numbers` [k], in the order of `numbers`."""
         ...
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
@@ -185,7 +185,10 @@ class PackedRows:
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of the n tokens of the stream are in the rows `numbers`, bool [n]."""
+        """Return a bool [n] that marks the tokens of the stream in the rows with indices `numbers`.
+
+        n is the number of tokens of the stream.
+        """
         starts, stops = self._spans(numbers)
         # +1 at the start and -1 at the end of a row: the running sum counts the rows with a token.
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
@@ -194,7 +197,7 @@ class PackedRows:
         return border.cumsum()[:-1] > 0
 
     def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the start and stop positions of the rows `numbers` in the stream."""
+        """Return the start and stop positions in the stream of the rows with indices `numbers`."""
         if self._ends is None or self._last_rows is None:
             starts = numbers * self.length
             stops = np.minimum(starts + self.length, self.tokens.num_tokens)
@@ -293,7 +296,7 @@ def batch_rows(
     index: ArrayLike | None = None,
     conditions: Conditions | None = None,
 ) -> Batch:
-    """Read the rows with the numbers `indices` as a batch.
+    """Read the rows with the given `indices` as a batch.
 
     `index` [B] is the value of `Batch.index`, by default `indices`. `conditions` are the conditions
     of the documents from which the rows were packed.

@@ -186,6 +186,7 @@ def _missing_package(error: Exception, folder: Path, what: str, is_local: bool) 
     """Return the name of a package whose absence caused `error`, or None.
 
     The name is derived from the vocabulary files in `folder`, or from the message of `error`.
+    `what` is "tokenizer" or "model".
     """
     if what == "tokenizer" and is_local and not (folder / "tokenizer.json").exists():
         for file in sorted(folder.iterdir()):

@@ -101,10 +101,10 @@ class Shards:
 
     @cached_property
     def overlap(self) -> dict[str, list[int]]:
-        """Numbers of documents that occur in both parts or twice in a part, see `find_overlap`.
+        """Counts of documents in both the training and validation part, or twice in one of them.
 
-        The numbers are read from the manifest. If the manifest of an older version lacks the
-        numbers, the documents are compared again.
+        The keys are those of `find_overlap`. The counts are read from the manifest. If the manifest
+        of an older version lacks them, the documents are compared.
         """
         stored = self.manifest.get("overlap")
         return stored or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))

@@ -69,7 +69,10 @@ class _Piece(NamedTuple):
     period: tuple[int, int] | None = None
 
     def after(self, count: int, block: int) -> Cursor:
-        """Return the cursor of `block`, which begins after `count` tokens of the piece."""
+        """Return the cursor of the block with the number `block`.
+
+        The block begins after the first `count` tokens of this piece.
+        """
         skip = self.place.skip + count
         document = self.place.document
         if self.period is not None:

@@ -119,7 +119,7 @@ class TokenStream:
     def find_wrong_size(self, size: int) -> tuple[int, int] | None:
         """Find the first document that does not have `size` tokens.
 
-        Return (number of the document, its number of tokens), or None if all sizes are right.
+        Return (index of the document, number of its tokens), or None if all sizes are right.
         """
         for first, shard in zip(self._documents, self.shards):
             record = shard.record

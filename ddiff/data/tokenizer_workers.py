@@ -133,7 +133,8 @@ def encode_chunks(
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> EncodedChunk:
     """Encode the documents of a chunk, each followed by its end mark.
 
-    Raises DataError if the tokenizer returns ids outside 0..num_tokens-1.
+    If `chunk.part` is None, the fraction `held_out` of the documents is marked as held out for
+    validation. Raises DataError if the tokenizer returns ids outside 0..num_tokens-1.
     """
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     documents = [ids + end for ids in tokenizer.encode(chunk.texts)]

@@ -295,9 +295,9 @@ class _Report:
             )
 
     def _check_checkpoint(self) -> None:
-        """Raise CheckpointError if the files do not belong to the newest checkpoint.
+        """Raise CheckpointError if the run's results do not belong to its newest checkpoint.
 
-        The checkpoint then has another recipe or another tokenizer.
+        They do not if the checkpoint records another recipe or another tokenizer.
         """
         state = newest_state(str(self.place / CHECKPOINTS))
         if state is None:

@@ -6,7 +6,7 @@ estimator has no heavy tails.
 
 The diffusion term of the bound is an integral over a window of times, [1e-3, 1 - 1e-3] by default.
 The decoding term (-ln P of the tokens at the start of the window) accounts for the times before the
-window. The closing term (KL divergence at the end of the window) accounts for the times after it.
+window. The prior term (KL to the prior, at the end of the window) accounts for the times after it.
 The sum of all terms is therefore a bound for any window.
 """
 

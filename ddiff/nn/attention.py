@@ -134,7 +134,7 @@ def build_block_mask(facts: PositionFacts) -> BlockMask:
 
 
 def _count_in_tiles(facts: PositionFacts, key: PositionFacts, start: int, length: int) -> Tensor:
-    """Count the pairs that may attend in each tile of one row of tiles; returns [1 or B,tiles].
+    """Count the (query, key) pairs that may attend, per tile of a row of tiles [1 or B,tiles].
 
     Args:
         facts: properties of all inputs, [1 or B,n].
@@ -148,10 +148,10 @@ def _count_in_tiles(facts: PositionFacts, key: PositionFacts, start: int, length
 
 
 def _sort_tiles(is_marked: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two tensors in the form that `BlockMask` takes, from a bool [...,rows,tiles].
+    """Count and sort the marked tiles (square blocks of the attention matrix), for `BlockMask`.
 
-    Returns the number of marked tiles in each row of tiles, and the tile numbers of each row, in
-    which the marked tiles come first.
+    `is_marked` [...,rows,tiles] is bool. Returns the number of marked tiles in each row of tiles,
+    and the tile numbers of each row, in which the marked tiles come first.
     """
     marked = is_marked.int()
     order = marked.argsort(dim=-1, descending=True, stable=True)
@@ -261,7 +261,7 @@ class KeyValueCache:
     def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
         """End a forward pass, and return the hidden states [B,m+n,width] of all inputs.
 
-        The final ones of the n new inputs become part of the cache.
+        New inputs that are final (see the class) become part of the cache.
 
         Args:
             ids, block: ids [B,m+n] and block numbers [m+n] of the m cached and the n new inputs.

@@ -118,7 +118,7 @@ class Context(NamedTuple):
         return self.layout.position
 
     def select_sequences(self, sequences: Tensor) -> Context:
-        """Return the context restricted to the sequences with the numbers `sequences` [b]."""
+        """Return the context restricted to the sequences with the indices `sequences` [b]."""
         return self._replace(
             valid=None if self.valid is None else self.valid[sequences],
             document=None if self.document is None else self.document[sequences],
@@ -426,10 +426,10 @@ def _pad_rows(
 
 
 def _shared_blocks(noisy: Noisy) -> Tensor:
-    """Return the block numbers [L] of all sequences.
+    """Return the block numbers [L] that all sequences share.
 
-    Raises ArgumentError if there are none, if sequences have different block numbers, if they do
-    not rise from left to right, or if there is a memory.
+    Raises ArgumentError if `noisy` has no block numbers, if sequences have different block numbers,
+    if block numbers fall from left to right, or if `noisy` has a memory (the clean sequence).
     """
     block = noisy.block
     if block is None:

@@ -190,7 +190,7 @@ def as_network(
     context: Context = UNPADDED,
     cached: bool = False,
 ) -> DenoiserNetwork:
-    """Return a function network(noisy) -> query that samplers and evaluation can call.
+    """Wrap a denoiser as the network that samplers and evaluation call: network(noisy) -> query.
 
     The arguments are those of `DenoiserNetwork`.
     """

@@ -1,8 +1,8 @@
 """Output parameterizations: convert the output of a head to the prediction that formulas use.
 
-The formulas of bound and samplers use the distribution P(x_i | z without z_i), or a score. A head
-calls a callback with its own output. A parameterization wraps a callback that takes the prediction
-of the formulas, such that the head can call it.
+The formulas of bound and samplers use the distribution P(x_i | z without z_i), or a score. They are
+callbacks that take such a prediction. A head calls its callback with another prediction, that of
+the network. A parameterization wraps a callback for the formulas, so that the head can call it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Parameterization(Protocol):
     def predicts(self) -> Predicts: ...
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor | None:
-        """Compute what `wrap_callback` needs per row, from states zt [k] and times t [k].
+        """Compute values per row for `wrap_callback`, from states zt [k] and times t [k].
 
         The result is the argument `prepared` of `wrap_callback`, and may be None. Training calls
         this method with tensors on the host, sampling with tensors on the device of the head.
@@ -80,8 +80,9 @@ class LeaveOneOutParameterization:
 class FullConditionalParameterization:
     """Parameterization of heads that predict the full conditional P(x_i | z).
 
-    Plain cross-entropy at positions that are not masked trains this distribution. The conversion
-    divides it by q_t(z_i | x_i) and normalizes, which gives P(x_i | z without z_i).
+    z is the noisy sequence. Cross-entropy at positions that are not masked trains this
+    distribution. `wrap_callback` divides the full conditional by q_t(z_i | x_i) and normalizes,
+    which gives P(x_i | z without z_i).
     """
 
     predicts: Predicts = "distribution"

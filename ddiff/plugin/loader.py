@@ -211,7 +211,7 @@ def _select_plugin(name: str, installed: Mapping[str, list[Plugin]]) -> Plugin:
 
 
 def _check_single(name: str, claims: list[Plugin]) -> None:
-    """Raise PluginError if several distributions provide a plugin with the name `name`.
+    """Raise PluginError if several installed packages provide a plugin with the name `name`.
 
     `claims`: the installed plugins with this name.
     """

@@ -3,7 +3,7 @@
     registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
     registry.component("process", "kimura").load()
 
-This module does not import torch or other packages of the engine.
+This module does not import torch or other packages of ddiff.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def _preview_nothing(config: ComponentConfig) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """Attributes that the engine reads from a component. All except `build` have defaults.
+    """Attributes that ddiff reads from a component. All except `build` have defaults.
 
-    A component is any object with the attribute `build`, and needs no base class. The engine reads
-    the attributes of a component only through this class.
+    A component is any object with the attribute `build`, and needs no base class. The
+    attributes of a component are read only through this class.
     """
 
     build: Callable[..., Any] | None = None
@@ -110,7 +110,10 @@ class Members:
 
     @classmethod
     def collect(cls, target: object) -> Members:
-        """Collect the members of `target`, the imported object of a component."""
+        """Read the members from the attributes of `target`, the imported object of a component.
+
+        Attributes that `target` lacks have their default.
+        """
         found: dict[str, Any] = {}
         for member in fields(cls):
             found[member.name] = getattr(target, member.name, member.default)
@@ -161,7 +164,7 @@ class Component:
         return found
 
     def members(self) -> Members:
-        """Load the component and collect its members. Raises PluginError if `load` fails."""
+        """Load the component and read its attributes. Raises PluginError if `load` fails."""
         return Members.collect(self.load())
 
     def config_class(self) -> type[ComponentConfig]:
@@ -353,7 +356,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _is_import_machinery(filename: str) -> bool:
-    """Return whether a frame belongs to the import machinery, not to the plugin."""
+    """Return whether a file of a traceback belongs to the import machinery, not to the plugin."""
     if filename.startswith("<frozen"):
         return True
     folder = Path(filename).parent

@@ -28,7 +28,7 @@ class PluginListing(NamedTuple):
 def list_plugin(name: str) -> PluginListing:
     """List the components of a plugin.
 
-    The listing of the plugin `core` begins with the keys that the engine defines.
+    The listing of the plugin `core` begins with the keys of ddiff itself, not of a component.
     """
     registry = load_plugins([name])
     listing = PluginListing([], [])

@@ -203,7 +203,7 @@ class EvaluateKeys(ComponentConfig):
     """Limits of the integral over tau that is the diffusion term of the bound.
 
     tau in [0, 1] is the information time: the fraction of the information about a token that is
-    lost. The decoding term of the bound covers tau below the lower limit. The closing term (the KL
+    lost. The decoding term of the bound covers tau below the lower limit. The prior term (the KL
     divergence to the prior) covers tau above the upper limit."""
     draws: PositiveInt = 1
     """Number of noise times drawn per row.
@@ -269,7 +269,7 @@ class Table(NamedTuple):
     Args:
         component: slot for the key `kind`, which names the component that defines the other keys
             of the table. None: no component belongs to the table.
-        keys: pydantic model of the keys that the engine defines.
+        keys: pydantic model of the keys that ddiff itself defines.
         slots: keys that name further components, such as `optimizer` in [train].
         is_optional: whether a recipe that omits the table has no such component.
     """
@@ -280,7 +280,7 @@ class Table(NamedTuple):
     is_optional: bool = False
 
     def engine_keys(self) -> list[str]:
-        """List the keys of the table that the engine defines, including slots."""
+        """List the keys of the table that ddiff itself defines, including nested components."""
         return [*self.slots, *(self.keys.model_fields if self.keys else ())]
 
     def has_default(self) -> bool:
@@ -365,8 +365,8 @@ def find_inherited_keys(
 ) -> frozenset[str] | None:
     """Return the keys of a base table that an overriding table inherits; None: all keys.
 
-    If the two tables have different kinds, only keys of the engine are inherited, because each kind
-    has different keys.
+    If the two tables have different kinds, only keys that exist for every kind are inherited. All
+    other keys belong to one kind.
 
     Args:
         path: path of both tables.

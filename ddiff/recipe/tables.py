@@ -1,7 +1,7 @@
 """Validate the tables of a recipe, after the sources of the recipe are merged.
 
-Some keys of a table are defined by the engine. The other keys are defined by the component that the
-key `kind` names. A slot is a key that names a further component inside a table, such as
+ddiff itself defines some keys of a table. The other keys are defined by the component that the key
+`kind` names. A slot is a key that names a further component inside a table, such as
 `[train] optimizer`.
 """
 
@@ -173,7 +173,7 @@ def _read_component(
 
 
 def _read_engine_keys(name: str, tree: RecipeTree, model: type[Keys]) -> Keys:
-    """Validate those keys of a table that the engine defines."""
+    """Validate the keys of a table that ddiff itself defines, not the component."""
     table = TABLES[name]
     values = {}
     for key, value in tree.read_table((name,)).items():

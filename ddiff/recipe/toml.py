@@ -161,7 +161,7 @@ class _Scanner:
         self.counted_line = 1
 
     def scan(self) -> dict[KeyPath, int]:
-        """Return the line of every key."""
+        """Return the line number of every key."""
         table: KeyPath = ()
         self.skip(_BLANK)
         while self.at < len(self.text):
@@ -223,7 +223,7 @@ class _Scanner:
             self.at += 1
 
     def read_value(self, path: KeyPath) -> None:
-        """Read a value, and record the lines of array elements and inline keys."""
+        """Read the value of the key `path`; record the lines of array elements and inline keys."""
         self.skip(_BLANK)
         if self.peek("["):
             self.read_array(path)
@@ -263,7 +263,7 @@ class _Scanner:
             self.skip(_BLANK)
 
     def mark(self, path: KeyPath, line: int) -> None:
-        """Record the line of a path, unless the path has a line already."""
+        """Record the line of the key `path`, unless a line is already recorded for it."""
         self.found.setdefault(path, line)
 
     def line(self) -> int:

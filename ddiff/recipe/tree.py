@@ -33,7 +33,7 @@ class RecipeTree:
     def locate(self, path: KeyPath) -> str:
         """Return the file and line of a key or of the innermost table around the key.
 
-        Returns the source if no table around the key has a line.
+        Returns `self.source`, without a line, if no table around the key has a known line.
         """
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
@@ -91,7 +91,7 @@ def _merge_tables(
 
 
 def _delete_places(places: dict[KeyPath, str], path: KeyPath) -> None:
-    """Delete the places of a value and of all values inside it."""
+    """Delete the places (file and line) of a value and of all values inside the value."""
     for known in list(places):
         if known[: len(path)] == path:
             del places[known]

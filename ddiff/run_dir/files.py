@@ -121,7 +121,11 @@ def _check_shape(
 
 
 def _fits(value: Any, types: Any) -> bool:
-    """Return whether a value has the type `types`, given as in a `Shape`."""
+    """Return whether `value` has the type that `types` describes.
+
+    `types` is one value of a `Shape`: a type, None, a tuple of alternatives, a list with the type
+    of its entries, or a dict with the types of its keys.
+    """
     if isinstance(types, tuple):
         return any(_fits(value, alternative) for alternative in types)
     if isinstance(types, Mapping):

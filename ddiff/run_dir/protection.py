@@ -23,7 +23,7 @@ def check_overwriting(contents: Contents, *, warn: bool = False) -> None:
     """Raise CheckpointError if a run would overwrite a file that ddiff did not write.
 
     `contents`: entries of the run directory. `warn`: whether to print a warning if a new run is
-    written to a directory with foreign files.
+    written to a directory with files of other programs.
     """
     if contents.has_own_recipe:
         return
@@ -156,7 +156,7 @@ def delete_run(directory: Path, also: Iterable[str] = ()) -> None:
 
 
 def _foreign_error(directory: Path, foreign: list[str]) -> CheckpointError:
-    """Return the CheckpointError if --fresh would delete files that ddiff did not write."""
+    """Return the CheckpointError that names the files because of which --fresh is refused."""
     files = "this entry" if len(foreign) == 1 else "these entries"
     return CheckpointError(
         f"--fresh: {directory} contains {format_names(foreign)}, which ddiff did not write, so "

@@ -71,7 +71,10 @@ def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationRe
 
 
 def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
-    """Evaluate a run on its validation text and return the full content of evaluation.json."""
+    """Evaluate a run on its validation text and return the full content of evaluation.json.
+
+    `changed_data`: whether the data may differ from the data of training.
+    """
     wanted, protocol = _settings(run)
     evaluation, counted = run.evaluate(changed_data=changed_data)
     figures = evaluation.to_dict()
@@ -176,7 +179,7 @@ def _mark_changed(
 
 
 def _write_report(run: Run, report: EvaluationReport, target: Destination | None) -> str:
-    """Write the results and return the path."""
+    """Write the results to `target`, by default evaluation.json of the run; return the path."""
     if target is not None:
         write_text(target, report.to_json())
         return target.name

@@ -1,7 +1,8 @@
 """Check that a run does not need more memory than the machine has.
 
-The check compares a lower bound of the memory of the run. A run that would fit is therefore never
-refused. `ddiff run --dry-run --measure` measures the memory that a run uses.
+The check compares a lower bound of the memory of the run with the memory of the machine. A run that
+would fit is therefore never refused. `ddiff run --dry-run --measure` measures the memory that a run
+uses.
 """
 
 from __future__ import annotations

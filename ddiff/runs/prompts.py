@@ -196,9 +196,9 @@ def _encode(piece: str, text: str, tokenizer: Tokenizer) -> Tensor:
 
 
 def _gap_size(gap: re.Match[str], text: str, length: int) -> int:
-    """Parse the number of tokens of a gap.
+    """Parse the number N of tokens of a gap [MASK:N] in the infill text `text`.
 
-    Raises ArgumentError unless the number is in 1..length.
+    Raises ArgumentError unless N is in 1..length.
     """
     written = gap[1]
     is_number = written is not None and written.isascii() and written.isdecimal()

@@ -37,7 +37,8 @@ def check_checkpoint(
     """Raise CheckpointError if a checkpoint was trained with components other than the run's.
 
     The compared components are the tokenizer, the vocabulary and the forward process. The forward
-    process is compared by some of its probabilities.
+    process is compared by some of its probabilities. `overrides` are the components that a Python
+    caller passed in place of those of the recipe.
     """
     run_dir = Path(data.recipe.run_dir)
     components = component_fingerprints(data, model)

@@ -82,7 +82,7 @@ def resolve_recorded(record: RunRecord) -> Mapping[str, Any]:
 
 
 def read_recorded_steps(directory: Path) -> int | None:
-    """Return the number [train] steps of the run in a directory, or None if there is no run."""
+    """Return the key `steps` of [train] of the run in a directory, or None if there is no run."""
     if not (directory / RECIPE).is_file():
         return None
     steps = resolve_recorded(RunRecord.read(directory)).get("train", {}).get("steps")

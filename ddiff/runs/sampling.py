@@ -198,7 +198,7 @@ def _template_field(templates: Sequence[Template], row: int) -> dict[str, str]:
 
 
 def _check_numbers(count: int, batch: int, seed: int, steps: int) -> None:
-    """Raise ArgumentError for numbers out of range."""
+    """Raise ArgumentError if the count of samples, batch size, seed or step count is invalid."""
     for name, number in (("count", count), ("batch", batch), ("steps", steps)):
         if not 1 <= number < COUNTS:
             raise ArgumentError(

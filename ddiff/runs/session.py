@@ -261,7 +261,7 @@ class TrainingSession:
         return Validation(every, self._validate, self.run.uses_ema)
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
-        """Evaluate the validation rows. Return figures by name, and one line of text to print."""
+        """Evaluate the validation rows. Return metrics by name, and one line of text to print."""
         quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
         found = score_validation(self.run.model, self.data, self.recipe, quiet)
         unit = f"nats_per_{found.unit}"

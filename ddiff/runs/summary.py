@@ -87,7 +87,11 @@ def print_summary(
     entropy_rate: float | None,
     samples: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Print the results of a run: figures, samples, paths and suggested commands."""
+    """Print the results of a run: metrics, samples, paths and suggested commands.
+
+    `counted` are the unigram and bigram baselines. `entropy_rate` is the entropy rate of the data,
+    or None if it is unknown.
+    """
     console = Console(soft_wrap=True, highlight=False)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     console.print(f"\n[bold]{run_dir}[/]  {title}")

@@ -79,10 +79,11 @@ def reverse_step(
     rng: CounterRng,
     channel: str,
 ) -> Canvas:
-    """Draw z_s given z_t from the exact reverse transition, at every position in `canvas.free`.
+    """Draw z_s given z_t from the exact reverse transition, at the positions in `canvas.free`.
 
-    t are the times of the canvas, and `s` [B,L] the new times. The uniforms come from the stream of
-    `rng` with the name `channel`.
+    `canvas` is the state of the batch: it has the states z_t, the times t, and the positions `free`
+    that the sampler may change. `s` [B,L] are the new times. `channel` is the name of the uniforms
+    that are drawn from `rng`.
     """
     # Uniforms are drawn for all positions, so that the draw at one position does not depend on the
     # set of positions that move.

@@ -135,12 +135,13 @@ class FirstHittingSampler(Sampler):
         finish: float,
         rng: CounterRng,
     ) -> tuple[Canvas, Tensor]:
-        """Move every sequence to the time of its next candidate, without changing a state.
+        """Move every sequence to the time of its next candidate event, without changing a state.
 
-        Tokens have no candidates at times below `finish`. Returns two values:
+        At a candidate event, the state of one position may change. Tokens have no candidate events
+        at times below `finish`. Returns two values:
 
         - the canvas (state of the batch) at the new times,
-        - a bool [B,L] that marks the position of the candidate in each sequence that has one.
+        - a bool [B,L] that marks the position of the candidate event in each sequence that has one.
         """
         is_token = canvas.zt < process.vocabulary.num_tokens
         u = draw_uniforms(rng, "when", 1)[:, 0]
@@ -176,7 +177,7 @@ def find_event_interval(process: ForwardProcess, until: float, length: int) -> t
 
     Of the `length` positions of a sequence, on average at most `until` change between t = 1 and
     t_1, and at most `until` between t_0 and t = 0. If this would need a t_0 below EARLIEST = 1e-12,
-    t_0 is EARLIEST. If tokens never turn into other tokens, the result is (LATEST, EARLIEST).
+    t_0 is EARLIEST. If tokens never turn into other tokens, the result is (1 - 1e-12, 1e-12).
 
     Raises ArgumentError if on average more than max(`until`, 0.05) positions would change below
     EARLIEST.

@@ -86,9 +86,10 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng: CounterRng,
     ) -> Canvas:
-        """Draw tokens at all positions in `canvas.free`, which may be at different times.
+        """Draw tokens at all positions that the sampler may change (`canvas.free`).
 
-        Returns the new canvas (state of the batch), at t = 0.
+        The positions may be at different times. Returns the new canvas (state of the batch), at
+        t = 0.
         """
         return draw_tokens(process, network, canvas, rng)
 

@@ -83,7 +83,7 @@ class HyperscheduleSampler(Sampler):
             yield canvas
 
     def _times_at(self, process: ForwardProcess, tau: float, canvas: Canvas) -> Times:
-        """Return the times of all positions of the batch at progress `tau`, from 1 down to 0."""
+        """Return the times of all positions at information time `tau`, which falls from 1 to 0."""
         progress = torch.full_like(canvas.t[:, 0], tau)
         return self.rule.at(process.information_time, progress, canvas.t.shape[1])
 

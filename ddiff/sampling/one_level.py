@@ -64,7 +64,7 @@ class OneLevelSampler(GridSampler):
 
 
 def _draw_descendants(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-    """Draw a descendant of each node [k] at its level `level` [k], with uniforms u [k]."""
+    """Draw for each node [k] a descendant at the level `level` [k], with uniforms u [k]."""
     return dist.draw(node, level, u)
 
 

@@ -23,7 +23,7 @@ class ForwardBackward:
 
     The forward step is `share` times as long as the preceding step of the sampler. A correction
     takes one network evaluation. It does not change the distribution of any single position, but
-    positions that are noised together lose part of their dependence. The loss is smaller for
+    positions that are noised together lose part of their dependence. This error is smaller for
     shorter steps.
     """
 
@@ -51,8 +51,8 @@ class ForwardBackward:
     ) -> Canvas:
         """Correct the state of a batch; the returned canvas has the same times as `canvas`.
 
-        `span` [B,L] is the length of the preceding step. `channel` is the prefix of the names of
-        the random streams of `rng` that are used.
+        `span` [B,L] is the length in time of the preceding step. `channel` is the prefix of the
+        names of the random streams of `rng` that are used.
         """
         u = draw_uniforms(rng, f"{channel}.up", process.uniforms_per_forward_step)
         s = canvas.t

@@ -58,7 +58,7 @@ class PsiSampler(GridSampler):
 
     With kappa = 1 the sampler is the ancestral sampler. A step takes one network evaluation.
 
-    If kappa at a position does not depend on the state there, the position has its exact
+    If kappa at a position does not depend on the state there, the position has its exact marginal
     distribution. But positions that are noised again in the same step are drawn independently, and
     lose part of their dependence. No order of convergence is proven for this error.
     """
@@ -129,7 +129,7 @@ def _log_p(process: ForwardProcess, query: Query, tokens: Tensor) -> Tensor:
 
 
 class _ConstantKappa:
-    """Function that returns the same kappa at every position and time."""
+    """Function that returns one kappa, a parameter of psi samplers, at every position and time."""
 
     records_log_p = False
 
@@ -186,7 +186,10 @@ class _Remasking:
 
 @final
 class CapRemasking(_Remasking):
-    """Remasking rule with the probability sigma = min(eta, sigma_max), eta in [0,1]."""
+    """Remasking rule that noises a token again with probability sigma = min(eta, sigma_max).
+
+    eta is in [0,1], and sigma_max is the largest probability that arXiv 2503.00307 permits.
+    """
 
     def __init__(self, eta: float = 0.008) -> None:
         super().__init__(eta)
@@ -197,7 +200,10 @@ class CapRemasking(_Remasking):
 
 @final
 class RescaleRemasking(_Remasking):
-    """Remasking rule with the probability sigma = eta * sigma_max, eta in [0,1]."""
+    """Remasking rule with the probability sigma = eta * sigma_max, eta in [0,1].
+
+    sigma_max is the largest probability that arXiv 2503.00307 permits.
+    """
 
     def __init__(self, eta: float = 0.015) -> None:
         super().__init__(eta)
@@ -231,9 +237,10 @@ class ConfidenceRemasking(_Remasking):
 
 @final
 class LoopRemasking(_Remasking):
-    """Remasking rule for `LoopGrid`: sigma = min(eta, sigma_max) while the time stays constant.
+    """Remasking rule for `LoopGrid`, which remasks only while the time stays constant.
 
-    In steps that lower the time, sigma is 0.
+    A token is then noised again with probability sigma = min(eta, sigma_max), where sigma_max is
+    the largest probability that arXiv 2503.00307 permits. In other steps, sigma is 0.
     """
 
     def __init__(self, eta: float = 0.02) -> None:

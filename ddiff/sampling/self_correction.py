@@ -112,7 +112,8 @@ class _Patience:
         """Count one round, and return a bool [B] that is False for sequences that should stop.
 
         `num_best` [B] is the number of positions whose present token is the most likely one. A
-        sequence improves if this number is larger than in every earlier round.
+        sequence improves if this number is larger than in every earlier round. It should stop after
+        more than `rounds` rounds in a row without improvement.
         """
         self.since = torch.where(num_best > self.best, 0, self.since + 1)
         self.best = torch.maximum(self.best, num_best)

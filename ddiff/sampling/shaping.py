@@ -1,4 +1,4 @@
-"""Temperature, filters and guidance, which reshape predicted distributions before a draw.
+"""Temperature, filters and guidance, which change predicted distributions before a draw.
 
 A shaper is a function that changes a distribution, for example by a temperature. It is applied to
 
@@ -6,7 +6,7 @@ A shaper is a function that changes a distribution, for example by a temperature
 - the distribution over the children of a node, if the vocabulary is a tree. A temperature is then
   applied at every level separately, which differs from a temperature on the tokens.
 
-The predicted distribution of the clean token is reshaped, not the reverse transition that a sampler
+The predicted distribution of the clean token is changed, not the reverse transition that a sampler
 computes from it. Samplers that rank positions by confidence use the original distribution.
 """
 
@@ -64,7 +64,7 @@ class ShapedDistribution(SubtreeDistribution):
         self._levels: dict[int, Tensor] = {}
 
     def conditional(self, node: Tensor, level: int, rows: Tensor) -> Tensor:
-        """Return the reshaped log P(child | node) [k,w] for k pairs of a row and a node.
+        """Return log P(child | node) [k,w] after `shape` was applied, for k pairs of row and node.
 
         `rows` [k] are rows of the distribution, and `node` [k] are nodes one level above `level`.
         The w columns are the nodes of `level` below `self.top`. The value is -inf at nodes that are
@@ -100,7 +100,7 @@ class ShapedDistribution(SubtreeDistribution):
     def _multiply_conditionals(self, level: int) -> Tensor:
         """Return the log-probabilities [r,w] of the w nodes of `level` below `self.top`.
 
-        They are sums of reshaped log P(child | node) along the path from the top to the node.
+        They are sums of `conditional` along the path from the top to the node.
         """
         raw = self.dists[0].log_below(level)
         rows = torch.arange(len(raw), device=raw.device)
@@ -124,9 +124,9 @@ class ShapedDistribution(SubtreeDistribution):
 def next_log_p(dist: CleanDistribution, node: Tensor, level: int, rows: Tensor) -> Tensor:
     """Return log P(child | node) [k,w] for k pairs of a row and a node.
 
-    `rows` [k] are rows of `dist`, and `node` [k] are nodes one level above `level`. The w columns
-    are the nodes of `level` below `dist.top`. The value is -inf at nodes that are not children of
-    the node.
+    `rows` [k] are indices of rows of `dist`, and `node` [k] are nodes one level above `level`. The
+    w columns are the nodes of `level` below `dist.top`. The value is -inf at nodes that are not
+    children of the node.
     """
     # `log_below` starts at the first node below `dist.top`, whose place is therefore subtracted.
     log_p = dist.log_below(level)[rows]
@@ -271,7 +271,7 @@ class _ComposedNetwork(CountingNetwork):
 
 @final
 class _ShapedNetwork(_ComposedNetwork):
-    """Network whose predictions are reshaped by the functions in `shapers`."""
+    """Network whose predicted distributions are changed by the functions in `shapers`."""
 
     def __init__(self, network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:
         super().__init__("shape_network", network)
@@ -379,7 +379,7 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
         return guided_query
 
     def _guide(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
-        """Add weight * log_likelihood to the log-probabilities of `dist`, and normalize.
+        """Add the weighted log-likelihoods of the classifier to those of `dist`, and normalize.
 
         `rows` [k] are the flat positions b * L + i of the rows of `dist`.
         """
@@ -415,7 +415,7 @@ def _check_weight(name: str, weight: float) -> None:
 
 
 def shape_network(network: Network, shapers: Sequence[Callable[[Tensor], Tensor]]) -> Network:
-    """Return a network whose predictions are reshaped by `shapers`, applied in this order.
+    """Return a network whose predictions are changed by `shapers`, applied in this order.
 
     A shaper maps the log-probabilities [k,w] of k distributions to new log-probabilities [k,w].
     `Temperature`, `TopK`, `TopP` and `MinP` are shapers. On a tree they are applied to the
@@ -470,9 +470,9 @@ def guide_by_classifier(
 
 @final
 class ShapedSampler(Sampler):
-    """Sample with `inner` from predictions that are reshaped by `shapers` (see `shape_network`).
+    """Sample with `inner` from predictions that are changed by `shapers` (see `shape_network`).
 
-    The sampler has the `quality` (see `Sampler`) of `inner`, relative to the reshaped distribution.
+    The sampler has the `quality` (see `Sampler`) of `inner`, relative to the changed distribution.
     """
 
     def __init__(self, inner: Sampler, shapers: Sequence[Callable[[Tensor], Tensor]]) -> None:

@@ -1,10 +1,10 @@
-"""Laws of the likelihood bound that `ddiff.core.elbo.nelbo` computes, with exact expectations.
+"""Conformance checks of the likelihood bound (`ddiff.core.elbo.nelbo`) by exact expectations.
 
 The bound is a sum of three terms for a window (t0, t1) of noise times:
 
 - the decoding term -ln P(x | z_t0) for the states at the start of the window,
 - the diffusion term, which is the integral of `ForwardProcess.density` over the window,
-- the closing term KL( q_t1(.|x) || predicted q_t1 ) for the states at the end of the window.
+- the prior term KL( q_t1(.|x) || predicted q_t1 ) for the states at the end of the window.
 
 `exact_nelbo` runs `nelbo` with enumerated states in place of random draws and with quadrature nodes
 in place of random noise times. The result is the exact expectation of the estimate that training
@@ -59,7 +59,10 @@ FEWER_NODES = 7  # for two positions, which have many states; the quadrature err
 
 
 class Expectation(NamedTuple):
-    """Exact expectations [n], in nats, of the three terms of the bound for n clean sequences."""
+    """Exact expectations [n] of the prior, diffusion and decoding terms of n clean sequences.
+
+    The unit is nats. `closing` is the prior term.
+    """
 
     closing: Tensor
     diffusion: Tensor
@@ -200,9 +203,10 @@ def straight_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return logit t, rescaled to [0, 1] over the window, and its derivative by v: (v, 1).
+    """Return logit t and its derivative by v, (v, 1), for a path of times t(v).
 
-    All positions have the same time.
+    v runs from 0 to 1, and logit t is rescaled so that the window of times is [0, 1]. All positions
+    have the same time.
     """
     return v, torch.ones_like(v)
 
@@ -211,9 +215,10 @@ def bent_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return logit t, rescaled to [0, 1] over the window, and its derivative by v.
+    """Return logit t and its derivative by v, for a path of times t(v) that depends on `position`.
 
-    Even and odd positions have different times, except at the ends of the window, v = 0 and v = 1.
+    v runs from 0 to 1, and logit t is rescaled so that the window of times is [0, 1]. Even and odd
+    positions have different times, except at the limits of the window, v = 0 and v = 1.
     """
     bend = 0.4 * (-1.0) ** position
     return v + bend * v * (1.0 - v), 1.0 + bend * (1.0 - 2.0 * v)
@@ -294,7 +299,8 @@ def _times_of_nodes(
     """Return the noise times [n,L] and the speeds [n,L] at the quadrature nodes v [n].
 
     The speed of a position with noise time t is dt/dv times `weight`, the quadrature weight of the
-    node. `path` gives the time of each position.
+    node. `path(v, position)` returns a number in [0,1], the place of logit t in the interval
+    `window` of noise times, and its derivative.
     """
     # rates are evaluated at interior times only
     first, last = torch.logit(times((max(window[0], EARLIEST), min(window[1], LATEST))))
@@ -312,10 +318,10 @@ def _times_of_nodes(
 def _probabilities(
     process: ForwardProcess, t: Tensor, window: Window, node: Tensor, x0: Tensor, zt: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the probabilities [B] of the states zt for the closing, diffusion and decoding terms.
+    """Return the probabilities [B] of the states zt for the prior, diffusion and decoding terms.
 
     Row b of zt and x0 belongs to the quadrature node `node[b]`, which has the noise times
-    `t[node[b]]`. Only the diffusion term depends on the node. The probabilities for the closing and
+    `t[node[b]]`. Only the diffusion term depends on the node. The probabilities for the prior and
     decoding terms are 0 at all nodes except node 0, so that these terms are counted once.
     """
     states = process.vocabulary.num_states
@@ -374,7 +380,7 @@ def _beyond_quadrature(process: ForwardProcess, log_p: Tensor) -> Tensor:
     """Return the contribution [V] of times within 1e-12 of 0 or 1 to the bound of each token.
 
     The network always predicts log_p [V]. The bound is equal on every window, so the contribution
-    is the closing term plus the decoding term on the window [1e-12, 1 - 1e-12], minus both terms on
+    is the prior term plus the decoding term on the window [1e-12, 1 - 1e-12], minus both terms on
     the window [0, 1].
     """
     missing = _closing(process, log_p, LATEST) + _decoding(process, log_p, EARLIEST)
@@ -390,7 +396,7 @@ def _closing(
     log_p: Tensor,
     t: float,
 ) -> Tensor:
-    """Return the closing term KL( q_t(.|x) || predicted q_t ) of every token x, as a tensor [V].
+    """Return the prior term KL( q_t(.|x) || predicted q_t ) of every token x, as a tensor [V].
 
     The predicted q_t is the marginal at time t of a token with the log-distribution log_p [V].
     """
@@ -444,7 +450,7 @@ def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
 
     The prediction for position i is the exact P(x_i | z_j) under exp(log_joint), where z_j is the
     state of the other position. The prediction does not use the state z_i, as the formulas of the
-    bound require. At t = 1 the prediction is the marginal distribution of x_i, as the closing term
+    bound require. At t = 1 the prediction is the marginal distribution of x_i, as the prior term
     of the bound requires.
     """
     joint = log_joint.exp()

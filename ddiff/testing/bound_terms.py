@@ -1,4 +1,4 @@
-"""Law of the likelihood bound with random draws, checked against an independent enumeration.
+"""Check the likelihood bound with random draws against an independent enumeration.
 
 `bound.exact_nelbo` replaces the random draws of `nelbo` by enumerated states. It therefore cannot
 detect a term that draws states from a wrong distribution. In this module, the process draws its
@@ -134,7 +134,8 @@ class InformationPath:
     ) -> tuple[Tensor, Tensor]:
         """Return the noise times t_i(v) and the derivatives dt_i/dv of all positions i, [n,L] each.
 
-        `v` [n] contains values in [0, 1], and `length` is the number L of positions.
+        `v` [n] are places on the path, from 0 (its start) to 1 (its end), and `length` is the
+        number L of positions.
         """
         t = []
         speed = []
@@ -152,10 +153,10 @@ class InformationPath:
         self,
         tau: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return t [n] and d logit t / dtau [n] at tau [n], by interpolation between the nodes.
+        """Return t [n] and d logit t / dtau [n] at tau [n], by interpolation in a table.
 
         tau is the fraction of the information that is lost since the start of the window. logit t
-        is linear in tau between two nodes.
+        is linear in tau between two entries of the table.
         """
         cell = torch.searchsorted(self.tau, tau.contiguous(), right=True)
         right = cell.clamp(1, len(self.tau) - 1)
@@ -219,7 +220,7 @@ def sensitive_table(process: ForwardProcess) -> Table:
 def replace_prior(process: ForwardProcess) -> ForwardProcess:
     """Copy a process and replace its prior by one that differs from q_1, the marginal at t = 1.
 
-    With a prior equal to q_1, the law could not detect a closing term that draws states from
+    With a prior equal to q_1, the law could not detect a prior term that draws states from
     q_1(.|x0) instead of the prior. In the new prior, every state has a positive probability, which
     increases with the id of the state.
     """
@@ -326,7 +327,7 @@ class Enumeration:
         self.window = window
 
     def closing(self) -> Moments:
-        """Return the moments of the closing term KL( q_t1(.|x) || predicted q_t1 ).
+        """Return means of the prior term KL( q_t1(.|x) || predicted q_t1 ) and of its square.
 
         t1 is the end of the window. The network makes its prediction at t = 1, for states from the
         prior.
@@ -395,7 +396,7 @@ class Enumeration:
     def _marginals(self, t: Tensor) -> Tensor:
         """Return the marginals q_t(z|x) [n,L,V,S] at times t [n,L].
 
-        There are V tokens x and S states z.
+        There are V tokens x and S states z, and n sequences of L positions.
         """
         q = likelihoods_by_row(self.process, t.reshape(-1))
         return q.reshape(*t.shape, *q.shape[1:])
@@ -463,7 +464,7 @@ class Enumeration:
         n: Tensor,
         zt: Tensor,
     ) -> Tensor:
-        """Return the probability [r] of each row of the states zt [r,L].
+        """Return the probability [r] of the L states in each row of zt [r,L].
 
         Args:
             probabilities: [nodes, 1 or L, V, S] probability of each state given each token.
@@ -490,7 +491,7 @@ def terms_have_their_expectations(
 ) -> Iterator[Gap]:
     """Check that every term of `nelbo` with random draws has its exact expectation.
 
-    The expectation is computed by enumeration over all states. The closing, diffusion and decoding
+    The expectation is computed by enumeration over all states. The prior, diffusion and decoding
     terms are compared separately at each position, on the window [0, 1] of noise times and on a
     window inside it. At positions that are not scored, the tokens must stay unchanged and the terms
     must be 0. Each channel (named stream of uniforms) of the random generator must be used for one
@@ -503,7 +504,7 @@ def terms_have_their_expectations(
     last = process.vocabulary.num_tokens - 1
     x0 = torch.tensor([[0, last], [last, last // 2], [last // 2, 0]])
     scored = torch.tensor([[True, True], [True, True], [True, False]])
-    # a prior that differs from q_1 exposes a closing term that draws states from q_1
+    # a prior that differs from q_1 exposes a prior term that draws states from q_1
     process = replace_prior(process)
     for window in (WHOLE, inner_information_window(process)):
         terms, rng = draw_terms(
@@ -580,6 +581,6 @@ def _allowed(
 ) -> Tensor:
     """Return the largest accepted error of a mean over `points` Sobol points.
 
-    `mean` and `square` are the exact means of the term and of its square.
+    `mean` and `square` are the exact means of the estimated quantity and of its square.
     """
     return 0.005 * mean + 2.0 * (square / points).sqrt() + EXACT

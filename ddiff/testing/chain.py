@@ -1,4 +1,4 @@
-"""Laws of the forward chain: generator, transitions, marginals and ends, checked by enumeration.
+"""Conformance checks of the forward chain by enumeration: generator, transitions, marginals.
 
 Notation: Q_t[y,z] is the rate from state y to state z, P(s,t) the matrix of transition
 probabilities from time s to time t, and q_t(z|x) the marginal of the state z at time t for the

@@ -168,7 +168,7 @@ def _make_processes(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make the small instances of a process class that are checked.
+    """Make the instances of a process class that are checked; they have few states.
 
     Without settings, the instances are the examples of the class. If settings are given
     (`configured`), or if there are no examples, the process is built from `spec` on each of the
@@ -274,7 +274,7 @@ def _make_backbones(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make a denoiser from the backbone and a plain head; it is checked with masked diffusion."""
+    """Make a denoiser from the backbone and a `TokenHead`; it is checked with masked diffusion."""
     vocabulary = FlatVocabulary(5)
     backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
@@ -288,7 +288,10 @@ def _make_samplers(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make one instance for each process of `small_processes` that the sampler accepts."""
+    """Make one sampler for each example process (`small_processes`) that it accepts.
+
+    `spec` is the component with its settings. `configured` is not used.
+    """
 
     def build(vocabulary: Vocabulary, steps: int) -> Any:
         return spec.build(steps=steps, vocabulary=vocabulary)

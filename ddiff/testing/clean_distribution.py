@@ -1,4 +1,4 @@
-"""Laws of a predicted distribution of clean tokens: its methods must agree with each other.
+"""Conformance checks of predicted distributions: all methods of one must agree.
 
 A prediction covers the tokens below one node of the vocabulary's tree, `prediction.top`. "Tree
 order" is an order of the nodes of a level in which the nodes below any higher node are contiguous.
@@ -173,7 +173,7 @@ CLEAN_DISTRIBUTION_LAWS: tuple[Law, ...] = (
 
 
 def check_clean_distribution(prediction: CleanDistribution) -> list[LawReport]:
-    """Apply every law of clean-token distributions to a prediction.
+    """Apply every conformance check of clean-token distributions to a prediction.
 
     The prediction must be in float64 and on a small vocabulary.
     """

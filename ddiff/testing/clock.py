@@ -1,4 +1,4 @@
-"""Laws of a level clock, the Markov chain of a token's level in the tree of the vocabulary.
+"""Conformance checks of a level clock, the Markov chain of a token's level in the tree.
 
 A token starts at level 0 and moves up to the root. pi_l(t) is the probability of level l at time t,
 and F_l(t) the probability of having reached level l by time t.
@@ -186,5 +186,5 @@ CLOCK_LAWS: tuple[Law, ...] = (
 
 
 def check_clock(clock: LevelClock) -> list[LawReport]:
-    """Apply every law of level clocks to a clock."""
+    """Apply every conformance check of level clocks to a clock."""
     return evaluate_laws(clock, CLOCK_LAWS)

@@ -1,4 +1,4 @@
-"""Laws of a denoiser (a backbone with a head): inputs that may influence a prediction."""
+"""Conformance checks of a denoiser: inputs that may influence a prediction."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def check_denoiser(
     denoiser: Denoiser,
     process: ForwardProcess,
 ) -> list[LawReport]:
-    """Apply every law of denoisers to a denoiser (a backbone with a head).
+    """Apply every conformance check of denoisers to a denoiser (a backbone with a head).
 
     `process` is a small process on the vocabulary of the denoiser.
     """

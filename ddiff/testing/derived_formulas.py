@@ -1,7 +1,7 @@
-"""Laws of the formulas that `ForwardProcess` derives from the chain.
+"""Conformance checks of the formulas that `ForwardProcess` derives from its transitions.
 
-The formulas are the reverse posterior, the density, which is the integrand of the bound, and the
-end terms of the bound: `decode_nll` at the first noise time and `closing_kl` at the last.
+The formulas are the reverse posterior, the integrand of the bound (`density`), its decoding term
+(`decode_nll` at the first noise time) and its prior term (`closing_kl` at the last noise time).
 
 A process may override a derived formula for speed or accuracy. The laws named "override = derived"
 compare the result of the override with that of the method of `ForwardProcess`.
@@ -225,7 +225,7 @@ def density_is_a_divergence(process: ForwardProcess) -> Iterator[Gap]:
     )
 
 
-# ------------------------------------------------------------------ posterior and end terms
+# --------------------------------------------------- posterior, decoding term, prior term
 
 
 @law("override = derived: log_likelihood", tolerance=1e-10)
@@ -286,7 +286,7 @@ def decode_nll_is_derived(process: ForwardProcess) -> Iterator[Gap]:
 
 @law("override = derived: closing_kl", tolerance=1e-9)
 def closing_kl_is_derived(process: ForwardProcess) -> Iterator[Gap]:
-    """Check that `closing_kl` is KL( q_t(.|x) || predicted q_t ) over all states.
+    """Check that `closing_kl`, the prior term of the bound, is KL( q_t(.|x) || predicted q_t ).
 
     The predicted q_t is the marginal of the state at t if the token is drawn from the prediction.
     If the process has `closes_at_prior`, `closing_kl` must be 0 at t = 1. Tolerance 1e-9: float64

@@ -1,4 +1,4 @@
-"""Laws of the states that a process draws: samples, reverse steps and the final decoding.
+"""Conformance checks of the draws of a process: samples, reverse steps and the final decoding.
 
 A draw is a function from uniforms in the unit cube to states. Its distribution is measured on Sobol
 points, which cover the cube evenly, so that the laws are not random. A draw is constant on pieces
@@ -275,8 +275,8 @@ def compare_not_queried(
 def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `decode`, the final sampling step, queries the network at most once.
 
-    At t = 0, a process with `closes_at_clean` must not query the network. Tolerance 0: calls are
-    counted.
+    At t = 0, a process with `closes_at_clean` (all states are clean at t = 0) must not query the
+    network. Tolerance 0: calls are counted.
     """
     x0, point = product(
         torch.arange(process.vocabulary.num_tokens),

@@ -1,4 +1,4 @@
-"""Laws for predictions that give a token probability 0 or 1e-400.
+"""Conformance checks for predictions that give a token probability 0 or 1e-400.
 
 For such predictions, a term of the bound may be infinite but must not be NaN.
 """
@@ -234,7 +234,7 @@ def _expected_decoding(process: ForwardProcess, rows: ReachableRows) -> Tensor:
 
 
 def _expected_density(process: ForwardProcess, rows: ReachableRows) -> Tensor:
-    """Return the density, the integrand of the bound, as the score entropy over all states: [r].
+    """Return the integrand of the bound [r], computed as the score entropy over all states.
 
     The value is NaN in rows that cannot be compared. These are the rows in which the prediction
     gives z_t probability 0, several tokens can have become z_t, and all of these tokens imply the

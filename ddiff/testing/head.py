@@ -1,4 +1,4 @@
-"""Laws of a head, the layer that predicts tokens from hidden states.
+"""Conformance checks of a head, the layer that predicts tokens from hidden states.
 
 A head computes its results in chunks of rows. Values and gradients must equal those of one dense
 distribution over all tokens.
@@ -213,9 +213,9 @@ HEAD_LAWS: tuple[Law, ...] = (scopes_agree, chunks_agree, gradients_agree)
 
 
 def check_head(head: Head) -> list[LawReport]:
-    """Apply every law of heads to a head on a small vocabulary.
+    """Apply every conformance check of heads to a head on a small vocabulary.
 
-    The laws for clean-token distributions are applied to the distributions that the head predicts
+    The checks for clean-token distributions are applied to the distributions that the head predicts
     at the root and below each node of the vocabulary's tree.
     """
     reports = evaluate_laws(head, HEAD_LAWS)

@@ -1,4 +1,4 @@
-"""Laws of information time, the time change by which noise times of the bound are drawn.
+"""Conformance checks of information time, from which noise times of the bound are drawn.
 
 Information time tau is the fraction of the information I(X; Z_t) that is lost by time t, where X is
 a uniform token and Z_t its noisy state.
@@ -123,9 +123,10 @@ def tail_variance_share(
 ) -> Tensor:
     """Return the fraction of the diffusion term's second moment that lies at extreme noise times.
 
-    `clock.draw` maps a uniform v in [0, 1] to the noise time, with tau from `window[0]` to
-    `window[1]`. Extreme times are those with v below 0.01 or above 0.99. The result is NaN if the
-    second moment is infinite, and `variance_has_no_tail` then fails.
+    `clock.draw` maps a uniform v in [0, 1] to the noise time. The fraction tau of the information
+    that is lost at this time runs from `window[0]` to `window[1]`. Extreme times are those with v
+    below 0.01 or above 0.99. The result is NaN if the second moment is infinite, and
+    `variance_has_no_tail` then fails.
     """
     # cells are fine near the ends, where the integrand may be steep
     edge = torch.linspace(0.0, OUTER, 26, dtype=torch.float64)

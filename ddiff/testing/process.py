@@ -1,4 +1,4 @@
-"""All laws of a forward process, in the order in which they are evaluated: fast laws first."""
+"""All conformance checks of a forward process, in the order of evaluation: fast checks first."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
 
 
 def check_process(process: ForwardProcess) -> list[LawReport]:
-    """Apply every law for processes to a small instance (at most 64 states), in float64.
+    """Apply every conformance check of processes to a process in float64.
 
     The report of a broken law has `passed = False`. A law also counts as broken if the process
     raises an exception during the test. If the process declares `exact_step = False`, its reverse

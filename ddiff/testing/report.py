@@ -206,7 +206,9 @@ def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[Law
 
 
 def assert_laws(reports: Iterable[LawReport]) -> None:
-    """Raise AssertionError if a law is broken; the message names every broken law.
+    """Raise AssertionError if a report says that a law (a checked property) is broken.
+
+    The message names every broken law.
 
     Raises ArgumentError if `reports` is empty.
     """

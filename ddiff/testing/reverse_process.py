@@ -1,4 +1,4 @@
-"""Laws of the reverse-time chain: decoding of scores, reverse rates, forward steps and events.
+"""Conformance checks of the reverse chain: scores, reverse rates, forward steps and events.
 
 An event is a time at which the reverse chain may change its state (`event_time`, `event`).
 """
@@ -171,7 +171,10 @@ def scores_decode_to_posterior(process: ForwardProcess) -> Iterator[Gap]:
 
 
 def _distributions_with_zeros(num_tokens: int) -> Tensor:
-    """Return log-distributions [n,V] of tokens; the last one gives half of them probability 0."""
+    """Return log-distributions [n,V] over V tokens.
+
+    The last distribution gives half of the tokens probability 0.
+    """
     count = max(1, num_tokens // 2)
     weights = torch.zeros(1, num_tokens, dtype=torch.float64)
     weights[0, :count] = torch.arange(1, count + 1)
@@ -200,10 +203,11 @@ def condition_number(process: ForwardProcess, t: Tensor) -> Tensor:
 def scores_at_ends(process: ForwardProcess) -> Iterator[Gap]:
     """Check that a score gives the same terms of the bound as the distribution it is computed from.
 
-    `decode_nll` and `closing_kl` of the score must equal those of the distribution. For the score,
-    `weight` times `divergence` must equal `density`, the integrand of the bound. Errors are
-    relative. The error of `decode_nll` is also relative to `condition_number`, which is large if
-    the noise hides the clean token. Tolerance 1e-9: float64 rounding.
+    The decoding term `decode_nll` and the prior term `closing_kl` of the score must equal those of
+    the distribution. For the score, `weight` times `divergence` must equal `density`, the integrand
+    of the bound. Errors are relative. The error of `decode_nll` is also relative to
+    `condition_number`, which is large if the noise hides the clean token. Tolerance 1e-9: float64
+    rounding.
     """
     rows = ReachableRows(process, times(INNER))
     score = score_from_distribution(process, rows.log_p, rows.zt, rows.t)

@@ -1,4 +1,4 @@
-"""Laws of a sampler: its declarations, compared with the distribution of its samples.
+"""Conformance checks of a sampler: its declarations, compared with the distribution of its samples.
 
 A sample is a pair of tokens. The network predicts exactly for a known joint distribution of two
 tokens, JOINT. The total variation distance between samples and joint distribution is therefore the
@@ -71,9 +71,10 @@ class SamplerCase(NamedTuple):
         return count_evaluations(exact, self.predicts)
 
     def generate(self, steps: int, index: Tensor, seed: int, **options: Any) -> Tensor:
-        """Generate the samples with the numbers `index` [B] and return their token ids [B,2].
+        """Generate the samples with the indices `index` [B] and return their token ids [B,2].
 
-        `options` are further arguments of `ddiff.sampling.loop.generate`.
+        Each sample has two tokens. `options` are further arguments of
+        `ddiff.sampling.loop.generate`.
         """
         sampler = self.build(steps)
         network = self.make_network()
@@ -125,7 +126,7 @@ def check_sampler(
     process: ForwardProcess | None,
     predicts: Predicts = "distribution",
 ) -> list[LawReport]:
-    """Apply every law of samplers to a sampler on one small process.
+    """Apply every conformance check of samplers to a sampler on one small process.
 
     Args:
         build: function that makes the sampler for a number of steps.

@@ -1,4 +1,4 @@
-"""Laws of a noise schedule alpha(t), the probability that a token is not yet corrupted."""
+"""Conformance checks of a noise schedule alpha(t), the probability that a token is clean."""
 
 from __future__ import annotations
 
@@ -115,5 +115,5 @@ SCHEDULE_LAWS: tuple[Law, ...] = (
 
 
 def check_schedule(schedule: Schedule) -> list[LawReport]:
-    """Apply every law of noise schedules to a schedule."""
+    """Apply every conformance check of noise schedules to a schedule."""
     return evaluate_laws(schedule, SCHEDULE_LAWS)

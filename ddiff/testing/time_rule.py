@@ -1,4 +1,4 @@
-"""Laws of a time rule, which draws the noise time of every position of a batch.
+"""Conformance checks of a time rule, which draws the noise time of every position of a batch.
 
 A rule draws, for each position, a noise time t and a speed, which is the weight of the position in
 the bound. Positions with speed 0 are not scored. Before the window of its noise times, a position
@@ -63,7 +63,7 @@ def _ends(
 def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
     """Return the first noise time [L] and the last noise time [L] at which each position is scored.
 
-    The bound scores a position if its speed is above 0.
+    The bound scores a position if the position's speed, its weight in the bound, is above 0.
     """
     first, last = _ends(rule)
     return _mean_scored_time(first), _mean_scored_time(last)
@@ -162,9 +162,10 @@ def ends_are_scored_once(rule: TimeRule) -> Iterator[Gap]:
     """Check that every position has a mean speed of 1 at both ends of its window of noise times.
 
     The speed is the weight of a position in the bound. Its mean over many sequences must be 1, so
-    that the end terms of the bound count once. The noise time of a position with positive speed
-    must be the time of the end. Tolerance 0.1: for a position that is scored in one of four
-    sequences with speed 4, the mean over 128 batches of 64 samples has a standard error of 0.02.
+    that the decoding and prior terms of the bound count once. The noise time of a position with
+    positive speed must be the time of the end. Tolerance 0.1: for a position that is scored in one
+    of four sequences with speed 4, the mean over 128 batches of 64 samples has a standard error of
+    0.02.
     """
     first, last = _window(rule)
     pairs = [_ends(rule, step) for step in range(DRAWS)]
@@ -306,7 +307,7 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
 
 
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
-    """Apply every law of time rules to a time rule.
+    """Apply every conformance check of time rules to a time rule.
 
     The laws require that the rule stratifies the times of a batch, and that the times of each
     position cover its whole window of noise times.

@@ -1,4 +1,4 @@
-"""Laws of a vocabulary: its tables must describe one tree.
+"""Conformance checks of a vocabulary: its tables must describe one tree.
 
 A vocabulary is a tree whose leaves, at level 0, are the tokens. "Tree order" is an order of the ids
 of a level in which the ids below any higher node are contiguous.
@@ -194,7 +194,7 @@ VOCABULARY_LAWS: tuple[Law, ...] = (
 
 
 def check_vocabulary(vocabulary: Vocabulary) -> list[LawReport]:
-    """Apply every law of vocabularies to a small vocabulary.
+    """Apply every conformance check of vocabularies to a small vocabulary.
 
     The vocabulary must be small because the laws loop over all nodes.
     """

@@ -59,7 +59,7 @@ def step_if(finite: Tensor, optimizer: Optimizer) -> None:
 def split_parameters(module: nn.Module) -> tuple[Parameters, Parameters]:
     """Return two dictionaries of trained parameters by name: hidden matrices and all others.
 
-    A parameter that is shared with a table counts as a table.
+    A matrix that is also used as an embedding or output table is not a hidden matrix.
     """
     tables: set[int] = set()
     for owner in module.modules():

@@ -95,9 +95,10 @@ class Backend(Protocol):
         ...
 
     def gather_weights(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Context manager that gathers the weights outside the blocks, for evaluation.
+        """Context manager that gathers the weights that are in no block, for evaluation.
 
-        Blocks (the units of sharding) gather their own weights in every forward pass.
+        Blocks (the units of sharding, such as transformer layers) gather their own weights in every
+        forward pass.
         """
         ...
 

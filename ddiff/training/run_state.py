@@ -14,7 +14,7 @@ from ddiff.training.metrics import StepRecord
 
 @dataclass
 class RunState:
-    """Numbers of finished and skipped steps, and the metrics since the tracker's last report."""
+    """Counts of finished and skipped steps, and the metrics since the tracker's last report."""
 
     step: int = 0
     skipped_steps: int = 0

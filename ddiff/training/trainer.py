@@ -224,7 +224,7 @@ class Trainer:
             torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))
 
     def _denominators(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Return the counts of the objective, summed over the global batch."""
+        """Return the sums of `objective.counts` over the global batch, which divide the losses."""
         totals: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():

@@ -1,4 +1,4 @@
-"""Components of recipes that are part of the engine, such as samplers, heads and optimizers."""
+"""Components of recipes that are part of ddiff itself, such as samplers, heads and optimizers."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ class Files:
 def _open_files(config: Files.Config, files: tuple[str, ...]) -> TextSource:
     from ddiff import open_file_source
 
-    # The engine finds the format from the file endings if it gets None.
+    # ddiff finds the format from the file endings if it gets None.
     format = None if config.format == "auto" else config.format
     return open_file_source(files, format=format, column=config.column, split=config.split)
 

@@ -76,7 +76,7 @@ class GridConfig(ShapingConfig):
 
 
 def shape(config: ShapingConfig, sampler: Sampler) -> Sampler:
-    """Return the sampler with the temperature and filters of `config`."""
+    """Apply the temperature and filters of `config` to the predictions that `sampler` receives."""
     shapers: list[Callable[[Tensor], Tensor]] = []
     # The order matters: filters act on the distribution after temperature.
     if config.temperature != 1.0:
@@ -194,8 +194,8 @@ class Margin:
 class EntropyBound:
     """Entropy-bound sampler: reveals first the positions of lowest entropy.
 
-    A step reveals as many positions as `bound` allows. The number of steps therefore depends on the
-    predictions, and the setting `steps` has no effect.
+    A step reveals as many positions as the limit `bound` on their total entropy allows. The number
+    of steps therefore depends on the predictions, and the setting `steps` has no effect.
     """
 
     class Config(ShapingConfig):
@@ -344,7 +344,7 @@ WITHOUT_GRID: dict[str, Callable[[], Sampler]] = {
 
 @final
 class Blockwise:
-    """Blockwise sampler: one window after the other, from left to right.
+    """Blockwise sampler: draws one window of positions after the other, from left to right.
 
     `steps` is the number of steps per window.
     """

@@ -40,7 +40,7 @@ class Mixing(Protocol):
 
     @property
     def per_token(self) -> float:
-        """Coefficient b: size of the peak of uniform noise for each token.
+        """Coefficient b, which sets the probability of each token in uniform noise.
 
         The training loss `Dynamic` uses b in its weights.
         """
@@ -87,6 +87,7 @@ class OriginalMixing:
 
     (alpha, c_mask, c_tokens) = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c)
 
+    These are the probabilities of the clean token, of the mask and of a uniformly drawn token.
     Here N is the number of tokens, w is the time in that code, v = 1 - w, b = `per_token` and
     c = b (v w)^(gamma/2). In that code w runs from 0 to 1, but alpha would be negative for w above
     w_1 = 1/(1 + b^(2/gamma)). The time of this class is t = w/w_1, so that alpha = 0 at t = 1.
@@ -121,7 +122,7 @@ MIXINGS: dict[Form, type[CurrentMixing] | type[OriginalMixing]] = {
 
 
 class GeneralizedInterpolation(ComponentProcess):
-    """Generalized interpolating diffusion: masks and uniform noise with probabilities of a mixing.
+    """Generalized interpolating diffusion: noise by masks and by uniform tokens.
 
     The marginal is q_t(.|x) = alpha delta_x + c_mask delta_mask + c_tokens Unif, where Unif is the
     uniform distribution over the tokens. A `Mixing` defines alpha, c_mask and c_tokens as functions

@@ -1,4 +1,4 @@
-"""Training losses of the code of hierarchical diffusion (arXiv 2510.08632).
+"""Training losses of the published code of hierarchical diffusion (arXiv 2510.08632).
 
 They are used for training only. Evaluation reports the NELBO.
 """

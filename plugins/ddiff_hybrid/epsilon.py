@@ -102,9 +102,10 @@ class EpsilonHybrid(ComponentProcess):
         return torch.stack([self.epsilon * d_alpha, -d_alpha], -1)
 
     def trained_part(self, zt: Tensor) -> Tensor:
-        """Return `TrainedPart.ALL` at masks, and at tokens if epsilon > 0, else `TrainedPart.NONE`.
+        """Return for each row which part of the prediction the bound trains (`TrainedPart`).
 
-        At tokens only the last term of the bound, -ln P(x | z) at t = 0, trains the prediction.
+        The part is ALL at masks, and at tokens if epsilon > 0; otherwise it is NONE. At tokens only
+        the decoding term of the bound, -ln P(x | z) at t = 0, trains the prediction.
         """
         at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
         return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))

@@ -91,7 +91,7 @@ class PowerOf(Schedule):
         return -torch.expm1(self.log_alpha(t))
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        """Return the logarithm [r] of this schedule, accurate near 1 and near 0."""
+        """Return the logarithm [r] of `alpha`, accurate for values near 1 and near 0."""
         alpha = self.schedule.alpha(t)
         power = torch.full_like(t, self.power)
         # xlogy and xlog1py are 0 for power 0, even if the logarithm is infinite.
@@ -100,9 +100,9 @@ class PowerOf(Schedule):
         return torch.where(alpha > 0.5, near_one, near_zero)
 
     def lost(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return the fraction [r] of this schedule that is lost between the times s and t.
+        """Return 1 - alpha_t/alpha_s [r], where alpha is this schedule; 0 if s = t.
 
-        For a schedule alpha_t it is 1 - alpha_t/alpha_s, and 0 if s = t.
+        This is the relative decrease of the schedule from time s to time t.
         """
         log_ratio = self.log_alpha(t) - self.log_alpha(s)
         return torch.where(s < t, -torch.expm1(log_ratio), 0.0)
@@ -122,9 +122,10 @@ class GammaHybrid(ForwardProcess):
     Both settings give the same chain at different speeds.
 
     Attributes:
-        visible: schedule A_t, the power `masking` of 1 - (1 - floor) t.
-        kept: schedule B_t, the probability that a token is not redrawn: the power `redrawing` of
-            1 - (1 - floor) t.
+        visible: schedule A_t = (1 - (1 - floor) t)^masking.
+        kept: schedule B_t = (1 - (1 - floor) t)^redrawing, the probability that a token is not
+            redrawn.
+        masking, redrawing: exponents of the two schedules, with the ratio (1 - gamma) : gamma.
         uniform: uniform diffusion with alpha = B_t, whose formulas hold at positions with tokens.
     """
 
@@ -222,7 +223,8 @@ class GammaHybrid(ForwardProcess):
     def information(self, t: Tensor) -> Tensor:
         """Return the information of a state about the clean token, in nats.
 
-        With probability A_t it is that of uniform diffusion. A mask has no information.
+        A position is not masked with probability A_t. The state then has the information of uniform
+        diffusion. A mask has no information.
         """
         return self.visible.alpha(t) * self.uniform.information(t)
 
@@ -232,10 +234,10 @@ class GammaHybrid(ForwardProcess):
         return masked + self.visible.alpha(t) * self.uniform.change_probability(t)
 
     def rates(self, t: Tensor) -> Kernel:
-        """Return the generator Q_t at times t.
+        """Return the generator Q_t of the forward process at times t.
 
         Tokens are masked at the rate (1 - gamma) sigma'(t) and redrawn at the rate
-        gamma sigma'(t). Masks never change.
+        gamma sigma'(t), where sigma(t) is the total noise up to t. Masks never change.
         """
         t = interior(t)
         hazard = -self.noise.d_alpha(t) / self.noise.alpha(t)
@@ -358,9 +360,9 @@ class GammaHybrid(ForwardProcess):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s from the exact reverse transition, given z_t.
 
-        A mask is revealed with probability 1 - (1 - A_s)/(1 - A_t). Tokens move as in uniform
-        diffusion. The rows that may move are drawn without the network, and the network is queried
-        only at these rows.
+        A mask is revealed with probability 1 - (1 - A_s)/(1 - A_t), where A_t is the probability
+        that a position is not masked at time t. Tokens move as in uniform diffusion. The rows that
+        may move are drawn without the network, and the network is queried only at these rows.
         """
         masked_s = self.visible.one_minus_alpha(s)
         masked_t = self.visible.one_minus_alpha(t)
@@ -425,8 +427,7 @@ class GammaHybrid(ForwardProcess):
         """Draw the new states [k] of the rows at which `_move` queries the network.
 
         All masks are revealed, and a token z moves or stays. A new token is drawn from r_s(.|p)
-        without z. This distribution is a mixture of uniform noise, with mass `by_noise`, and the
-        predicted distribution, with mass `by_prediction`.
+        without z, which is a mixture of uniform noise and the predicted distribution.
 
         Args:
             z: [k] states, masks where `masked` [k] is True.
@@ -467,10 +468,10 @@ class GammaHybrid(ForwardProcess):
         return DenseDistribution(others, self.vocabulary).draw(root, torch.zeros_like(z), u)
 
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
-        """Return the log-probabilities [r,V] of the clean token that belong to a score.
+        """Convert a score to log-probabilities [r,V] of the clean token.
 
-        They come from Tweedie's formula for uniform diffusion and the ratios between tokens. The
-        ratio of the mask is not used, since it does not depend on the clean token.
+        Tweedie's formula for uniform diffusion is applied to the ratios between tokens. The ratio
+        of the mask is not used, since it does not depend on the clean token.
         """
         log_ratio = score.log_ratio[:, : self.vocabulary.num_tokens]
         # If no token is possible, the gradient of the softmax is NaN; such rows are made uniform.
@@ -478,10 +479,11 @@ class GammaHybrid(ForwardProcess):
         return self.uniform.tweedie(Score(torch.where(some_possible, log_ratio, 0.0)), t)
 
     def decode(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the clean token given the state z_t.
+        """Draw the clean token given the state z_t, from uniforms u [r,n].
 
-        A token z is kept with probability B p(z)/r_t(z|p), where r_t(z|p) = B p(z) + (1 - B)/V. If
-        it is not kept, and at masks, the clean token is drawn from the prediction p.
+        A token z is kept with probability B p(z)/r_t(z|p), where r_t(z|p) = B p(z) + (1 - B)/V and
+        B is the probability that the token was not redrawn until t. If z is not kept, and at masks,
+        the clean token is drawn from the prediction p.
         """
         if bool((t == 0.0).all()):
             return zt.clone()
@@ -530,12 +532,12 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Return the time s < t [r] at which a mask is revealed, or at which a token may move.
+        """Draw the time s < t [r] at which a mask is revealed, or at which a token may change.
 
-        s solves an equation with the uniform u [r]: 1 - A_s = u (1 - A_t) at masks, and
+        s solves an equation with the uniform u [r] in (0, 1): 1 - A_s = u (1 - A_t) at masks, and
         (1 - B_s)/B_s = u (1 - B_t)/B_t at tokens. The time is 0 if there is no further event.
 
-        A token z moves at the rate gamma sigma' (1 - r)/(V r), where r = r_t(z|p) depends on the
+        A token z changes at the rate gamma sigma' (1 - r)/(V r), where r = r_t(z|p) depends on the
         network. The times s of tokens have the larger rate gamma sigma'/(1 - B), which does not
         depend on the network. `event` therefore rejects some of the moves.
         """
@@ -563,7 +565,11 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ terms of the formulas above
 
     def _redrawn_per_token(self, t: Tensor) -> Tensor:
-        """Return (1 - B_t)/V [r], the probability that a token was redrawn as one given token."""
+        """Return (1 - B_t)/V [r], the probability that a token was redrawn as one given token.
+
+        B_t is the probability that the token was not redrawn until time t, and V the number of
+        tokens.
+        """
         return self.kept.one_minus_alpha(t) / self.vocabulary.num_tokens
 
     def _is_masked(self, zt: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ class RedrawKernel(Kernel):
     def solve(self, vector: Tensor) -> Tensor:
         """Return the row vectors x that solve x K = v, for the rows v of `vector` [r,S].
 
-        Let sum(v) be the sum over the V tokens, and n = sum(v)/(keep + V each). Then
+        The entries of K are functions of keep, each, leave and rest (docstring of the class). Let
+        sum(v) be the sum over the V tokens, and n = sum(v)/(keep + V each). Then
         x = (v - each n)/keep at tokens and x = (v - leave n)/rest at the mask.
         """
         total_factor = self.keep + self.num_tokens * self.each
@@ -83,7 +84,10 @@ class RedrawKernel(Kernel):
         return torch.cat([(tokens - each * total) / keep, (mask - leave * total) / rest], -1)
 
     def _coefficients(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return keep, each, leave and rest with shape [r,1] in the given dtype."""
+        """Return the coefficients of the kernel with shape [r,1] in the given dtype.
+
+        They are keep, each, leave and rest, as the docstring of the class defines them.
+        """
         coefficients = (self.keep, self.each, self.leave, self.rest)
         return [value.to(dtype).unsqueeze(-1) for value in coefficients]
 

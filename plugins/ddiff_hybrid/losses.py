@@ -1,4 +1,4 @@
-"""Training losses of the code of arXiv 2504.06416, in recipes [objective] loss = "published".
+"""Training losses of the published code of arXiv 2504.06416 ([objective] loss = "published").
 
 They are used for training only. Evaluation reports the NELBO. The processes are defined in
 `ddiff_hybrid.epsilon` and `ddiff_hybrid.gamma`.
@@ -91,8 +91,8 @@ class EverywhereCrossEntropy(TrainingLoss[EpsilonHybrid]):
     def select_rows(self, process: EpsilonHybrid, noisy: Noisy, times: Times) -> Tensor:
         """Return a bool [B,L] that marks the positions with a loss.
 
-        They are the masks, and the tokens if their weight is not 0. Positions that are clean or do
-        not count in the bound have no loss.
+        Masks have a loss. Tokens have a loss if the loss gives tokens a weight above 0. Positions
+        that are clean or do not count in the bound have no loss.
         """
         rows = (times.speed > 0) & ~noisy.clean
         if self.lam * process.epsilon > 0.0:

@@ -52,7 +52,8 @@ class RatioDistribution(SubtreeDistribution):
 class Ratios:
     """Score parameterization: the head output raw(y) is the log-ratio ln s(y), for every state y.
 
-    At the current state y = z_t the log-ratio is set to 0. With `scaled`, rows at masks are scaled:
+    At the current state y = z_t the log-ratio is set to 0. V is the number of tokens, and sigma the
+    total noise. With `scaled`, rows at masks are scaled:
     ln s(y) = raw(y) - ln V - ln(e^sigma - 1). The head output ln p(y) + ln V then gives the score
     p(y)/(e^sigma - 1), which is exact if the clean token has the distribution p.
     """

@@ -14,7 +14,7 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_plain_benchmark_loss_equals_the_bound_integrand_of_ddiff(family: str) -> None:
+def test_benchmark_loss_in_paper_style_equals_the_bound_integrand_of_ddiff(family: str) -> None:
     """The plain loss is float32, and ddiff's integrand of the bound is float64.
 
     The tolerance is 1e-4, because the loss weights are as large as some hundreds.

@@ -104,7 +104,7 @@ def test_help_option_lists_every_command(capsys):
     assert len(app.registered_commands) == 9
 
 
-def test_version_option_prints_version_of_the_distribution(capsys):
+def test_version_option_prints_the_version_of_the_package(capsys):
     assert call(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
     assert {plugin.origin.version for plugin in find_installed_plugins()["core"]} == {
         ddiff.__version__

@@ -74,7 +74,7 @@ def test_cooccurrence_embeddings_of_absent_tokens_are_zero() -> None:
     assert np.isfinite(vectors).all()
 
 
-def test_cooccurrence_embeddings_do_not_use_the_global_generator() -> None:
+def test_cooccurrence_embeddings_do_not_use_the_global_random_generator() -> None:
     ids, document = two_topics(500)
     torch.manual_seed(5)
     expected = torch.rand(1)

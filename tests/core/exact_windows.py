@@ -2,7 +2,7 @@
 
 A time rule gives the positions of a sequence their noise times. In a window rule, only the
 positions of a window are noisy at the same time. The bound has three terms: the KL to the prior at
-the end of the path (closing term), an integral over time (diffusion term), and decoding at the
+the end of the path (prior term), an integral over time (diffusion term), and decoding at the
 start of the path. The functions of `ddiff.core.elbo` compute the terms for exact conditional
 distributions. Expectations are sums over states and windows, and over quadrature nodes in time.
 """

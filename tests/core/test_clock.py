@@ -83,7 +83,7 @@ def test_schedules_pass_all_conformance_checks(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (1e-3, 1.0 - 1e-3), (0.05, 0.9)], ids=str)
-def test_flat_times_pass_all_conformance_checks(window: tuple[float, float]) -> None:
+def test_time_rule_flat_times_passes_all_conformance_checks(window: tuple[float, float]) -> None:
     assert_laws(check_time_rule(FlatTimes(*window)))
 
 
@@ -106,7 +106,7 @@ def test_cdf_clock_accepts_schedules_that_are_equal_at_times_0_and_1() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])
-def test_entry_time_of_slow_clock_is_accurate_at_times_within_1e_12_of_1(rate: float) -> None:
+def test_entry_time_is_accurate_at_times_within_1e_12_of_1(rate: float) -> None:
     """The entry time s of the root solves P(at the root at s) = 1 - (1 - s)^rate = u.
 
     At rate 0.3, a fraction 2.5e-4 of the tokens enters the root after 1 - 1e-12, the last time at
@@ -121,7 +121,7 @@ def test_entry_time_of_slow_clock_is_accurate_at_times_within_1e_12_of_1(rate: f
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 
-def test_cdf_clock_rejects_levels_reached_at_the_same_time() -> None:
+def test_cdf_clock_rejects_two_tree_levels_reached_at_the_same_time() -> None:
     """If two levels are reached at the same time, the rates of the lower level would be 0/0."""
     with pytest.raises(ArgumentError, match=r"F_1\(t\) > F_2\(t\)"):
         CdfClock([PowerSchedule(1.5), PowerSchedule(1.5)])

@@ -134,7 +134,7 @@ def test_bound_integrand_with_noise_on_one_token_equals_default_formula(t: float
 
 
 @pytest.mark.parametrize("token", [0, 1, 2])
-def test_bound_of_process_with_noise_on_one_token_is_minus_log_p(token: int) -> None:
+def test_bound_is_minus_log_p_if_all_noise_is_one_token(token: int) -> None:
     process = MixtureProcess(BARE, LinearSchedule(), torch.tensor([1.0, 0.0, 0.0]))
     expected = -math.log(float(PREDICTION[token]))
     assert constant_prediction_bound(process, token, 64) == pytest.approx(expected, abs=1e-3)

@@ -72,7 +72,7 @@ def test_process_information_equals_mutual_information_of_x_and_z_t(name: str) -
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_information_methods_of_subclasses_equal_the_default_formula(name: str) -> None:
+def test_overridden_information_methods_equal_those_of_the_base_class(name: str) -> None:
     process = PROCESSES[name]
     t = torch.tensor([0.0, 1e-9, 0.01, 0.3, 0.8, 0.999, 1.0], dtype=torch.float64)
     for method in ("information", "change_probability"):
@@ -111,7 +111,7 @@ def test_information_time_speed_is_the_derivative_of_t_by_tau(name: str) -> None
 @pytest.mark.parametrize(
     "name", ["TreeProcess 1", "MixtureProcess 1", "DenseProcess 1", "late tree"]
 )
-def test_noise_time_increases_with_its_uniform_at_the_declared_speed(
+def test_drawn_noise_time_has_the_returned_derivative_by_its_uniform(
     name: str, window: tuple[float, float], length: int
 ) -> None:
     clock = PROCESSES[name].information_time

@@ -122,7 +122,7 @@ def test_float32_uniforms_are_multiples_of_2_to_the_minus_24() -> None:
     assert torch.equal(u, u.round())
 
 
-def test_float32_exponential_race_with_a_mask_starves_rare_tokens() -> None:
+def test_exponential_race_in_float32_almost_never_draws_rare_tokens() -> None:
     """Tokens with a quarter of the total probability are almost never drawn.
 
     The generated text then looks more likely than it is.

@@ -71,7 +71,7 @@ def test_log_child_is_the_conditional_log_probability_at_any_depth(
             torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-11, check_dtype=False)
 
 
-def test_log_child_of_a_node_and_itself_is_zero_at_probability_zero() -> None:
+def test_log_p_of_a_node_given_itself_is_0_even_if_its_probability_is_0() -> None:
     dist = DenseDistribution(
         torch.tensor([[-torch.inf, 0.0]]).double(), HierarchicalVocabulary([[0, 1]])
     )
@@ -235,7 +235,7 @@ def test_segment_logsumexp_has_gradient_of_logsumexp() -> None:
     torch.testing.assert_close(values.grad, plain.grad)
 
 
-def test_segment_of_probability_zero_has_zero_gradient() -> None:
+def test_segment_logsumexp_gradient_is_zero_at_logits_of_minus_infinity() -> None:
     values = torch.tensor(
         [[0.3, -0.2, -torch.inf, -torch.inf]], dtype=torch.float64, requires_grad=True
     )

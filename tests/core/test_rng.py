@@ -75,7 +75,7 @@ def test_rng_first_of_count_uniforms_equals_the_uniform_of_count_one() -> None:
     assert torch.equal(three[..., 0], rng.uniform("x"))
 
 
-def test_rng_group_uniform_does_not_depend_on_samples_in_the_group() -> None:
+def test_uniform_per_group_does_not_depend_on_the_samples_in_the_group() -> None:
     one, other = (
         CounterRng(4, 5, index, length).uniform_per_group("x")
         for index, length in [(INDEX, 3), (torch.tensor([8]), 9)]

@@ -42,7 +42,7 @@ def test_van_der_corput_order_of_power_of_two_reverses_bits() -> None:
 
 @given(st.integers(1, 130), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=50)
-def test_flat_times_put_one_sample_in_every_stratum(slots: int, step: int) -> None:
+def test_flat_times_draw_one_time_in_every_stratum_of_the_batch(slots: int, step: int) -> None:
     assert (drawn(slots, step=step)[:, 0] * slots).floor().long().sort().values.tolist() == list(
         range(slots)
     )
@@ -70,12 +70,12 @@ def test_flat_times_of_each_of_four_ranks_have_mean_near_one_half(slots: int) ->
         assert float((means - 0.5).abs().max()) < 1.2 / share + 0.5 / slots
 
 
-def test_contiguous_strata_give_the_first_of_four_ranks_mean_time_1_8() -> None:
+def test_contiguous_strata_would_give_the_first_of_four_ranks_a_mean_of_1_8() -> None:
     """If sample i had stratum i, the times of the first of four ranks would have a mean of 1/8."""
     assert float(torch.arange(64).double().add(0.5).div(64).reshape(4, -1).mean(-1)[0]) == 0.125
 
 
-def test_flat_times_of_a_rank_are_a_slice_of_the_global_batch() -> None:
+def test_flat_time_rule_gives_each_rank_a_slice_of_the_global_times() -> None:
     whole = drawn(24)
     for ranks in (1, 2, 3, 8):
         parts = [
@@ -86,7 +86,7 @@ def test_flat_times_of_a_rank_are_a_slice_of_the_global_batch() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.001, 0.999), (0.2, 0.3)])
-def test_flat_times_stay_in_their_window_and_have_its_width_as_speed(
+def test_flat_times_stay_in_the_window_and_their_speed_is_the_window_width(
     start: float, stop: float
 ) -> None:
     slot = torch.arange(64)
@@ -103,7 +103,7 @@ def test_flat_times_stay_in_their_window_and_have_its_width_as_speed(
     assert first.speed.unique().tolist() == last.speed.unique().tolist() == [1.0]
 
 
-def test_speed_weighted_mean_over_flat_times_is_an_unbiased_integral() -> None:
+def test_mean_of_speed_times_f_at_flat_times_estimates_the_integral_of_f() -> None:
     """E[speed f(t)] is the integral of f over the time window [a,b]; here f(t) = 1/t.
 
     A single draw has the variance (1/a - 1/b)(b - a) - ln^2(b/a). The mean over the samples of a
@@ -126,6 +126,8 @@ def test_speed_weighted_mean_over_flat_times_is_an_unbiased_integral() -> None:
 @pytest.mark.parametrize(
     ("start", "stop"), [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)]
 )
-def test_flat_times_reject_window_outside_unit_interval(start: float, stop: float) -> None:
+def test_flat_time_rule_rejects_a_window_outside_the_unit_interval(
+    start: float, stop: float
+) -> None:
     with pytest.raises(ArgumentError, match=r"need 0 <= start < stop <= 1; got start ="):
         FlatTimes(start, stop)

@@ -90,7 +90,7 @@ def test_tree_decoding_rules_agree_at_masks(decoding: str) -> None:
 
 
 @pytest.mark.parametrize("decoding", ["bayes", "within", "between", "free"])
-def test_only_bayes_decoding_allows_for_wrong_parents_of_the_forward_draw(
+def test_only_bayes_decoding_accounts_for_stochastic_parents(
     decoding: str,
 ) -> None:
     rule, t, s = (
@@ -151,7 +151,7 @@ def test_tree_decoding_is_exact_if_only_upper_levels_are_stochastic() -> None:
         torch.testing.assert_close(shares(drawn, 12)[:5], expected, rtol=0.0, atol=1.5 / POINTS)
 
 
-def test_tree_node_with_underflowing_mass_has_finite_loss_and_gradient() -> None:
+def test_tree_node_with_underflowing_probability_has_finite_loss_and_gradient() -> None:
     three = HierarchicalVocabulary([[0, 0, 1, 1], [0, 1], [0, 0]])
     process = TreeProcess(three, LogTimeClock((1.0, 1.0, 1.0)), xi=(1.0, 0.8, 1.0))
     logits = torch.tensor(
@@ -168,7 +168,7 @@ def test_tree_node_with_underflowing_mass_has_finite_loss_and_gradient() -> None
     torch.testing.assert_close(logits.grad, expected, rtol=0.0, atol=1e-4)
 
 
-def test_distribution_that_underflows_below_node_still_decodes() -> None:
+def test_decode_draws_below_the_node_if_all_its_probabilities_underflow() -> None:
     """All tokens below the node have the probability e^-200, which is 0 in float32."""
     chain = TreeProcess(tree, LogTimeClock((0.7, 1.0)), xi=0.8)
     deep = HierarchicalVocabulary([[0, 1, 1], [0, 0]])

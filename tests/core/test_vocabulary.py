@@ -149,7 +149,7 @@ def test_vocabulary_from_labels_has_a_node_for_each_distinct_path() -> None:
     assert far[0] == far[1] == far[3] != far[2]
 
 
-def test_vocabulary_from_plain_string_labels_has_one_level_of_clusters() -> None:
+def test_vocabulary_from_string_labels_has_one_level_of_clusters() -> None:
     tree = HierarchicalVocabulary.from_labels(["a", "1", "b"], str.isalpha)
     assert tree.level_sizes == (3, 2, 1)
     assert tree.ancestor(torch.arange(3), 1).tolist() == [3, 4, 3]

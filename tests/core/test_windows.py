@@ -82,7 +82,9 @@ def cost(process: ForwardProcess, rule: TimeRule, window: tuple[float, float]) -
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("process", PROCESSES)
-def test_window_bound_of_exact_prediction_is_entropy_plus_end_cost(process: str, rule: str) -> None:
+def test_window_bound_of_exact_network_is_entropy_plus_prior_and_decoding_cost(
+    process: str, rule: str
+) -> None:
     chain, times = PROCESSES[process], RULES[rule].with_window(*WINDOW)
     closing, diffusion, decoding = exact_terms(chain, times)
     expected = float(ENTROPY) + cost(chain, times, WINDOW)
@@ -90,7 +92,7 @@ def test_window_bound_of_exact_prediction_is_entropy_plus_end_cost(process: str,
 
 
 @pytest.mark.parametrize("rule", ["block 2, paired", "slide 2, paired", "slide 2, alone"])
-def test_window_bound_of_tree_with_jumps_is_entropy_plus_end_cost(rule: str) -> None:
+def test_window_bound_of_tree_with_jumps_is_entropy_plus_prior_and_decoding_cost(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(STRAYING, times)))
     assert total == pytest.approx(float(ENTROPY) + cost(STRAYING, times, WINDOW), abs=QUADRATURE)
@@ -106,7 +108,9 @@ def test_masked_process_on_times_0_to_1_has_no_prior_or_decoding_term(rule: str)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_sliding_window_end_terms_are_zero_only_without_noise_at_time_0(process: str) -> None:
+def test_sliding_window_prior_and_decoding_terms_are_zero_only_without_noise_at_time_0(
+    process: str,
+) -> None:
     rule = RULES["slide 2, paired"]
     terms = exact_terms(PROCESSES[process], rule)
     closes = PROCESSES[process].closes_at_clean
@@ -126,7 +130,7 @@ def test_bound_of_windows_of_width_one_is_the_autoregressive_nll(
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_window_times_as_wide_as_the_sequence_equal_flat_times(paired: bool) -> None:
+def test_time_rule_with_one_window_per_sequence_gives_the_flat_bound(paired: bool) -> None:
     process, slot = PROCESSES["closes at neither end"], torch.arange(len(SEQUENCES))
     network, scored = (
         network_from_noisy(exact_prediction(process), process.vocabulary),
@@ -184,7 +188,7 @@ class WithoutSpeed:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_window_bound_without_speed_factor_differs_from_the_entropy(rule: str) -> None:
+def test_window_bound_without_the_factor_dt_dtau_differs_from_the_entropy(rule: str) -> None:
     times = RULES[rule].with_window(*WINDOW)
     total = mean(sum(exact_terms(PROCESSES["masked"], WithoutSpeed(times))))
     assert abs(total - float(ENTROPY) - cost(PROCESSES["masked"], times, WINDOW)) > 0.05

@@ -202,7 +202,7 @@ def test_clusters_component_with_an_embeddings_file_needs_no_training_rows(
     assert second.fingerprint != first.fingerprint
 
 
-def test_clusters_component_of_an_alphabet_has_no_special_token_branch() -> None:
+def test_cluster_tree_without_special_tokens_has_no_branch_for_them() -> None:
     config = Markov.Config(alphabet=8, rows=50, validation=5)
     rows = Markov.build(config, length=20, seed=0, cache=None)
     tokenizer = AlphabetTokenizer.from_texts(rows.train["text"])

@@ -65,7 +65,7 @@ def test_pack_pads_only_the_last_row_if_documents_may_share_rows(length: int) ->
     assert 1 <= num_valid[-1] <= length
 
 
-def test_pack_with_separate_documents_starts_each_in_a_new_row() -> None:
+def test_pack_with_separate_true_starts_each_document_in_a_new_row() -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
     batch = batch_rows(rows, np.arange(len(rows)))
     assert (batch.document == batch.document[:, :1]).all()
@@ -133,7 +133,7 @@ def test_batch_to_device_moves_conditions() -> None:
     assert moved.packed == batch.packed
 
 
-def test_packed_rows_stream_contains_no_padding() -> None:
+def test_token_stream_of_packed_rows_contains_no_padding() -> None:
     rows = pack(documents_from_texts(TEXTS), TOKENIZER, 16, separate=True)
     ids, document = rows.stream()
     assert (ids.tolist(), document.tolist()) == valid_tokens(rows)

@@ -28,7 +28,7 @@ def test_row_order_differs_between_epochs_and_seeds() -> None:
         assert (first == other).sum() < 12
 
 
-def test_row_order_of_an_array_equals_that_of_each_position() -> None:
+def test_row_at_an_array_of_positions_equals_row_at_each_position() -> None:
     together = row_at(7, np.arange(300), 129)
     assert [int(row_at(7, position, 129)) for position in range(300)] == together.tolist()
     assert (
@@ -53,7 +53,7 @@ def test_row_order_rarely_keeps_consecutive_rows_together() -> None:
     assert consecutive < 12  # one on average
 
 
-def test_row_order_is_exact_at_positions_up_to_1e15() -> None:
+def test_shuffled_row_order_repeats_no_row_near_position_1e15() -> None:
     num_rows = 1_000_003
     position = 10**15
     epoch = position // num_rows

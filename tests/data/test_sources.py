@@ -332,7 +332,7 @@ def test_source_corpus_refuses_a_train_or_validation_part_without_text(tmp_path:
         SourceCorpus(open_file_source([few]), held_out=0.0)
 
 
-def test_source_corpora_have_different_fingerprints(tmp_path: Path) -> None:
+def test_corpora_of_different_sources_have_different_fingerprints(tmp_path: Path) -> None:
     parquet, lines = parquet_files(tmp_path / "p", TEXTS), json_file(tmp_path / "a.jsonl", TEXTS)
     made = [
         SourceCorpus(open_file_source([parquet]), held_out=0.2),

@@ -121,7 +121,7 @@ def test_byte_pair_training_refuses_fewer_tokens_than_bytes() -> None:
         BytePairTokenizer.train(CORPUS, 256)
 
 
-def test_alphabet_tokenizer_numbers_symbols_in_order() -> None:
+def test_alphabet_tokenizer_ids_follow_the_order_of_the_symbols() -> None:
     tokenizer = AlphabetTokenizer("TGCA")
     assert tokenizer.encode(["ACGT"]) == [[3, 2, 1, 0]]
     assert (tokenizer.eos_id, tokenizer.special_ids, tokenizer.unit) == (None, (), "symbol")
@@ -138,7 +138,7 @@ def test_alphabet_tokenizer_error_names_the_unknown_symbol_and_row(symbol: str) 
 
 
 @pytest.mark.parametrize("symbols", ["", "AA", ["A", "CG"]])
-def test_alphabet_tokenizer_refuses_impossible_symbols(symbols: Any) -> None:
+def test_alphabet_tokenizer_refuses_empty_repeated_or_long_symbols(symbols: Any) -> None:
     with pytest.raises(ArgumentError, match="symbols"):
         AlphabetTokenizer(symbols)
 

@@ -224,7 +224,9 @@ def test_compare_imports_no_torch(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compare_shows_nll_for_autoregression(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_table_shows_nll_of_autoregressive_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(place.parent)
     monkeypatch.setenv("DDIFF_CACHE", str(place.parent / "cache"))
     recipe = (place.parent / "small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")

@@ -79,7 +79,7 @@ def test_init_of_cluster_embeddings_is_the_mean_of_token_embeddings() -> None:
 
 
 @pytest.mark.slow
-def test_init_from_flat_run_keeps_token_distribution_in_clusters() -> None:
+def test_init_from_flat_vocabulary_keeps_distribution_within_clusters() -> None:
     """The distribution within a cluster is the softmax of the old logits over its tokens.
 
     The hidden states are random.
@@ -116,7 +116,7 @@ def test_init_of_embeddings_changes_no_other_weights() -> None:
 
 
 @pytest.mark.slow
-def test_init_from_run_with_another_head_starts_the_head_from_counts() -> None:
+def test_init_from_run_with_another_head_starts_the_head_from_unigram_counts() -> None:
     run, init = initialized(*FLAT, 'train.init={run="runs/tree"}')
     plain, _ = initialized(*FLAT)
     assert init["anew"] == ["head.table", "head.bias"]

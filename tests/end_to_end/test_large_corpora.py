@@ -57,7 +57,7 @@ def test_run_on_shards_is_bitwise_equal_to_run_on_documents() -> None:
     )
 
 
-def test_resumed_run_on_a_stream_is_bitwise_equal() -> None:
+def test_resumed_run_on_a_stream_equals_the_uninterrupted_run_bitwise() -> None:
     """Each step reads a block of four rows, so the second call resumes within the text."""
     stream = [
         *FILES,

@@ -313,7 +313,7 @@ def test_load_refuses_a_run_without_checkpoint(run_dir: Path, ddiff: Command) ->
     refused(ddiff("eval", "runs/small"), "no complete checkpoint")
 
 
-def test_fewer_train_steps_than_recorded_are_refused(run_dir: Path, ddiff: Command) -> None:
+def test_repeated_run_with_fewer_train_steps_is_refused(run_dir: Path, ddiff: Command) -> None:
     before = files(run_dir)
     for mode in ([], ["--dry-run"]):
         refused(
@@ -404,7 +404,7 @@ def test_run_refuses_settings_that_are_not_a_list_of_texts(settings: Any, folder
         api.run("small.toml", settings=settings)
 
 
-def test_nelbo_refuses_a_bare_str_and_sample_refuses_count_0(run_dir: Path) -> None:
+def test_nelbo_refuses_a_single_str_and_sample_refuses_count_0(run_dir: Path) -> None:
     run = api.load(run_dir)
     with pytest.raises(ArgumentError, match=r"texts must be a list .*'the cat'"):
         run.nelbo("the cat")
@@ -588,6 +588,6 @@ def test_run_without_checkpoint_accepts_a_changed_recipe(folder: Path, ddiff: Co
     assert code == 0, err
 
 
-def test_sampling_accepts_a_model_trained_with_one_full_width_window(folder: Path) -> None:
+def test_model_trained_with_one_window_of_full_length_can_be_sampled(folder: Path) -> None:
     settings = ["train.steps=2", 'objective.times={kind="block", width=8}']
     assert api.run("small.toml", settings=settings).sample(1)

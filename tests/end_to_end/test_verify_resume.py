@@ -121,7 +121,9 @@ def test_choosing_steps_to_replay_raises_without_recorded_steps() -> None:
 
 
 @pytest.mark.slow
-def test_verify_resume_on_two_processes_allows_rounding(folder: Path, ddiff: Command) -> None:
+def test_verify_resume_on_two_processes_allows_rounding_differences(
+    folder: Path, ddiff: Command
+) -> None:
     run = (*RUN, "--set", "denoiser.dropout=0.0", "--set", "train.optimizer.kind=adamw")
     assert ddiff(*run)[0] == 0
     before = contents(Path("runs/small"))

@@ -35,7 +35,7 @@ def test_student_t_quantile_at_95_percent_matches_published_tables(
 
 
 @pytest.mark.parametrize("tokens", [np.ones(2), np.ones(7), UNEQUAL])
-def test_variance_over_documents_is_unbiased_if_proportional_to_tokens(
+def test_standard_error_is_unbiased_if_document_variances_are_proportional_to_lengths(
     tokens: np.ndarray,
 ) -> None:
     """The expectation of the variance estimate is computed exactly, without random draws.

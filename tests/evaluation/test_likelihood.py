@@ -137,7 +137,7 @@ def test_bound_of_exact_prediction_equals_markov_entropy(name: str) -> None:
     assert abs(evaluation.nelbo_nats_per_token - entropy) < 4 / 1.96 * half
 
 
-def test_document_interval_covers_the_entropy_at_95_percent() -> None:
+def test_confidence_interval_of_the_bound_covers_the_entropy_at_95_percent() -> None:
     """Of 200 intervals, 178 to 198 contain the entropy of LAW, and the mean bound is the entropy.
 
     Each interval is that of a corpus of 40 documents, with 1 to 3 padded rows each. For exact 95 %
@@ -155,7 +155,7 @@ def test_document_interval_covers_the_entropy_at_95_percent() -> None:
     assert 178 <= covered <= 198
 
 
-def test_interval_of_a_single_document_is_none() -> None:
+def test_confidence_interval_of_a_single_document_is_none() -> None:
     assert (
         score(Known(processes()["masked"], constant(LAW)), words(4, 3), [5, 5, 5, 5]).interval
         is None

@@ -61,7 +61,7 @@ def test_ddiff_does_not_import_its_example_plugin_kimura() -> None:
 
 
 @pytest.mark.slow
-def test_plugins_command_lists_kimura_with_its_distribution(
+def test_plugins_command_lists_kimura_with_the_name_of_its_python_package(
     installed: Path, tmp_path: Path
 ) -> None:
     listed = run_python(*DDIFF, "plugins", "--components", folder=tmp_path, path=installed)
@@ -106,6 +106,6 @@ def test_kimura_recipe_trains_evaluates_and_samples(installed: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_recipe_without_its_plugin_names_the_missing_plugin(tmp_path: Path) -> None:
+def test_recipe_error_names_a_missing_plugin(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match='There is no plugin "kimura"'):
         run_python(*DDIFF, "run", str(SOURCE / "dna.toml"), "--dry-run", folder=tmp_path)

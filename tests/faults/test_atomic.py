@@ -37,7 +37,9 @@ def test_original_name_is_recovered_from_the_name_of_a_partial_file() -> None:
         ("recipe.toml.part.txt", "recipe.toml.part.txt"),
     ],
 )
-def test_original_name_recognizes_partial_files_of_older_versions(name: str, original: str) -> None:
+def test_original_name_is_recovered_from_partial_files_of_older_versions(
+    name: str, original: str
+) -> None:
     assert original_name(name) == original
 
 

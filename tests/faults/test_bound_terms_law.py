@@ -66,7 +66,7 @@ DECODING = elbo.decoding_term
 def closing_with(
     make_states: Callable[..., Tensor], query_t: float | None = 1.0
 ) -> Callable[..., Tensor]:
-    """Build a faulty KL term to the prior (closing term of the bound), to replace that of ddiff.
+    """Build a faulty prior term of the bound (KL to the prior), to replace that of ddiff.
 
     make_states: function that draws the states at which the network is queried. query_t: time at
     which the network is queried; None is the end of the time window.

@@ -121,7 +121,7 @@ def test_load_refuses_keys_added_to_the_trained_recipe(run_dir: Path) -> None:
             check_recorded(RunRecord.read(run_dir), state)
 
 
-def test_changed_key_tests_cover_recipe_tables_that_affect_weights() -> None:
+def test_iterate_mutations_changes_keys_that_affect_weights() -> None:
     keys = {key for key, _ in iterate_mutations(resolve_text())}
     assert {
         "process.xi",

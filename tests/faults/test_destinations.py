@@ -163,7 +163,9 @@ def test_data_with_option_out_does_not_overwrite_existing_files(
     assert files(Path()) == before
 
 
-def test_data_with_option_out_resumes_an_interrupted_copy(run_dir: Path, ddiff: Command) -> None:
+def test_data_command_with_option_out_resumes_an_interrupted_copy(
+    run_dir: Path, ddiff: Command
+) -> None:
     assert ddiff(*DATA, "shards").code == 0
     whole = files(Path("shards"))
     Path("shards/manifest.json").unlink()

@@ -48,7 +48,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "array", [np.arange(0), np.arange(7, dtype=np.uint16), np.arange(9)[::2]], ids=str
 )
-def test_write_array_has_the_bytes_of_numpy_save(tmp_path: Path, array: Any) -> None:
+def test_write_array_writes_the_same_bytes_as_numpy_save(tmp_path: Path, array: Any) -> None:
     shards._write_array(tmp_path / "ours.npy", array)
     np.save(tmp_path / "theirs.npy", array)
     assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()

@@ -90,7 +90,7 @@ def test_plugins_command_reports_a_plugin_that_exits_and_lists_the_rest(
 
 @pytest.mark.parametrize("ending", ["SystemExit(0)", "KeyboardInterrupt"])
 @pytest.mark.parametrize("place", PLACES)
-def test_exiting_plugin_does_not_affect_other_commands(
+def test_plugin_that_exits_on_import_does_not_affect_other_commands(
     place: str, ending: str, distribution: Distribution, folder: Path, ddiff: Command
 ) -> None:
     distribution("bad-dist", "1.0", {"bad": "bad_mod"}, PLACES[place](ENDINGS[ending]))

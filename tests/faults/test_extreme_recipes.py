@@ -252,7 +252,7 @@ def test_file_too_large_for_a_recipe_is_refused(folder: Path, capsys) -> None:
     assert "is a directory" in refusal(dry(capsys, "folder.toml"))
 
 
-def test_key_lines_takes_linear_time_in_the_length_of_a_recipe() -> None:
+def test_line_numbers_of_keys_take_linear_time_in_the_length_of_a_recipe() -> None:
     """A recipe with many keys is read in seconds, and the line numbers are exact."""
     draft = read_toml("\n".join(f"k{i} = [1,\n2]" for i in range(20_000)), "x.toml")
     assert draft.places[("k0",)] == "x.toml:1"

@@ -69,7 +69,7 @@ def test_first_hitting_sampler_is_exact_on_gidd(p_uniform: float, gamma: float, 
 
 @pytest.mark.parametrize("length", [2, 128, 512])
 @pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.2, 1.0), (0.1, 2.0)])
-def test_first_hitting_parameter_until_is_expected_noisy_positions_left(
+def test_first_hitting_until_is_the_expected_number_of_noisy_positions(
     p_uniform: float, gamma: float, length: int
 ) -> None:
     """The parameter `until` sets the range of simulated times.
@@ -86,14 +86,14 @@ def test_first_hitting_parameter_until_is_expected_noisy_positions_left(
     assert length * alpha == pytest.approx(until, rel=1e-3)
 
 
-def test_first_hitting_time_range_grows_with_sequence_length() -> None:
+def test_first_hitting_time_interval_grows_with_sequence_length() -> None:
     process = gidd(0.2, 1.0)
     begins, finishes = zip(*(find_event_interval(process, 1e-3, length) for length in (2, 16, 128)))
     assert begins[0] < begins[1] < begins[2]
     assert finishes[0] > finishes[1] > finishes[2]
 
 
-def test_first_hitting_time_range_is_set_by_fastest_decaying_token() -> None:
+def test_first_hitting_time_interval_depends_on_the_fastest_decaying_token() -> None:
     """The noise is not uniform over tokens, so that tokens are replaced at different rates."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(vocabulary, LinearSchedule(), torch.tensor([0.98, 0.01, 0.01]))
@@ -104,7 +104,7 @@ def test_first_hitting_time_range_is_set_by_fastest_decaying_token() -> None:
     assert float(lost[0]) < 0.05 * float(lost.max())
 
 
-def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
+def test_first_hitting_rejects_processes_with_too_much_noise_near_time_0() -> None:
     """For p_uniform 0.9 and gamma 0.5, 1.3 % of the tokens are noisy at time 1e-12.
 
     Rates are not evaluated at earlier times.
@@ -119,7 +119,7 @@ def test_first_hitting_rejects_processes_with_too_much_early_noise() -> None:
     assert 2 * (1.0 - stay_probability(process, EARLIEST)) < MAX_DRAWN_AT_ONCE
 
 
-def test_first_hitting_time_range_ignores_the_noise_at_time_0() -> None:
+def test_first_hitting_time_interval_does_not_depend_on_the_noise_at_time_0() -> None:
     """5 % of the tokens are noisy at t = 0; the final decoding step removes this noise."""
     vocabulary = FlatVocabulary(3, mask=False)
     process = MixtureProcess(
@@ -145,7 +145,9 @@ def test_first_hitting_time_range_ignores_the_noise_at_time_0() -> None:
         pytest.param(GammaHybrid(FlatVocabulary(3), 0.0), id="hybrid without noise"),
     ],
 )
-def test_first_hitting_time_range_is_0_to_1_without_uniform_noise(process: ForwardProcess) -> None:
+def test_first_hitting_time_interval_is_0_to_1_without_uniform_noise(
+    process: ForwardProcess,
+) -> None:
     assert find_event_interval(process, 0.3, 64) == (LATEST, EARLIEST)
 
 

@@ -169,7 +169,7 @@ def test_reading_rows_from_a_one_token_source_takes_only_seconds() -> None:
     assert time.monotonic() - began < 20
 
 
-def test_streamed_rows_continue_without_a_cursor_file(
+def test_streamed_rows_continue_if_the_cursor_file_cannot_be_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")

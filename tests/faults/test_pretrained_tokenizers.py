@@ -61,7 +61,7 @@ def test_pretrained_num_tokens_is_the_highest_id_plus_one(holes: Path) -> None:
     assert packed[[0]].ids.tolist() == [[10, 12, 1, 14, 1]]
 
 
-def test_unused_ids_have_unique_token_names_and_no_text(holes: Path) -> None:
+def test_unused_tokenizer_ids_have_unique_names_and_empty_text(holes: Path) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     assert len(set(tokenizer.tokens())) == 15
     assert [tokenizer.tokens()[number] for number in HOLES.values()] == list(HOLES)

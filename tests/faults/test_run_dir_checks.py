@@ -58,7 +58,9 @@ def test_check_resumable_refuses_other_components_from_python() -> None:
         ("", False),
     ],
 )
-def test_contents_classify_recipe_by_its_header(tmp_path: Path, text: str, is_own: bool) -> None:
+def test_classify_contents_recognizes_a_recipe_of_ddiff_by_its_header(
+    tmp_path: Path, text: str, is_own: bool
+) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     (tmp_path / "samples.jsonl").touch()
     contents = classify_contents(tmp_path)
@@ -102,6 +104,6 @@ def test_check_directory_reads_every_result_file_once(
     }
 
 
-def test_run_record_names_a_missing_recipe(tmp_path: Path) -> None:
+def test_run_record_error_names_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"recipe\.toml cannot be read"):
         RunRecord.read(tmp_path)

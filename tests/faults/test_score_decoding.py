@@ -156,7 +156,7 @@ def test_conformance_checks_detect_decoding_without_tweedies_formula() -> None:
         ),
     ],
 )
-def test_sampler_error_is_equal_for_scores_and_probabilities(
+def test_sampler_distribution_error_is_equal_for_score_and_distribution_networks(
     sampler: Any, process: ForwardProcess
 ) -> None:
     """Both samplers use the same random numbers, so that results differ only by rounding."""

@@ -319,7 +319,7 @@ def test_checkpoint_refuses_malformed_json_with_matching_checksum(
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".."])
-def test_checkpoint_refuses_complete_json_that_names_foreign_files(
+def test_checkpoint_refuses_complete_json_that_lists_files_outside_its_folder(
     checkpoint: Path, name: str
 ) -> None:
     marker = json.loads((checkpoint / "complete.json").read_text())
@@ -333,7 +333,9 @@ def test_checkpoint_refuses_complete_json_that_names_foreign_files(
     "marker",
     [b"", b"[]", b'{"format": null, "files": {}}', b'{"format": 2, "files": [1]}', b"\xff"],
 )
-def test_checkpoint_refuses_a_damaged_complete_json(checkpoint: Path, marker: bytes) -> None:
+def test_loading_a_checkpoint_refuses_a_damaged_file_complete_json(
+    checkpoint: Path, marker: bytes
+) -> None:
     (checkpoint / "complete.json").write_bytes(marker)
     with pytest.raises(CheckpointError, match=r"complete\.json"):
         Checkpoints(checkpoint.parent).load(8)

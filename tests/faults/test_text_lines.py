@@ -158,7 +158,7 @@ def test_json_lines_accept_every_kind_of_line_end(tmp_path: Path, end: str) -> N
     ("split", "advice"),
     [("file", '"paragraph" or "line"'), ("paragraph", '"line"'), ("line", None)],
 )
-def test_error_for_a_single_document_suggests_a_finer_split(
+def test_error_for_a_single_document_suggests_splitting_by_smaller_units(
     tmp_path: Path, split: Any, advice: str | None
 ) -> None:
     (tmp_path / "a.txt").write_text("one line and no more")

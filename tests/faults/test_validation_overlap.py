@@ -198,7 +198,7 @@ def test_repeated_documents_within_a_part_are_counted(caplog: pytest.LogCaptureF
     assert "20 of the 70 documents of the part validation repeat an earlier document" in output
 
 
-def test_source_corpus_refuses_the_same_hub_split_for_validation() -> None:
+def test_source_corpus_refuses_one_hub_split_for_training_and_validation() -> None:
     with pytest.raises(DataError, match="is named for training and for validation"):
         SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="train"))
     SourceCorpus(open_hub_source("a/b", split="train"), open_hub_source("a/b", split="test"))
@@ -235,7 +235,7 @@ def test_stream_warns_once_of_validation_text_in_training_text(
     assert LINES[150][:20] in output[0]
 
 
-def test_repetitions_of_a_generated_source_give_no_warning(
+def test_repetitions_of_a_generated_source_give_no_overlap_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     documents = ddiff.MarkovSource(4, peakedness=9.0).documents(rows=500, validation=5, length=4)

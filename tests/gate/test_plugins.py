@@ -57,7 +57,7 @@ def test_unknown_plugin_message_suggests_and_lists_plugin_names(distribution, me
     assert "core, " in text
 
 
-def test_message_about_duplicate_plugin_names_both_distributions(distribution, message):
+def test_duplicate_plugin_message_names_both_python_distributions(distribution, message):
     distribution("first-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": hook()})
     distribution("second-dist", "2.0", {"toy": "toy_two"}, {"toy_two": hook()})
     text = message(load_plugins, ["toy"])

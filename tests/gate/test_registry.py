@@ -33,7 +33,7 @@ def test_registry_refuses_a_name_registered_twice(message):
     assert 'registers the process "toy" twice' in message(registry.add, "process", "toy", "a:d")
 
 
-def test_every_kind_documents_arguments_and_result_of_build():
+def test_every_component_kind_documents_arguments_and_result_of_build():
     assert all("build(config" in line and "->" in line for line in KINDS.values())
 
 
@@ -74,7 +74,7 @@ def test_unknown_component_message_suggests_component_of_unlisted_plugin(distrib
         ),
     ],
 )
-def test_message_about_failed_component_import_names_distribution(
+def test_message_about_failed_component_import_names_the_package(
     distribution, target, source, expected, message
 ):
     modules = {"toy_pkg": register("toy", target=target), "toy_parts": source}

@@ -190,7 +190,7 @@ class RawDecoding(TreeProcess):
 
 
 class NoClosingTerm(TreeProcess):
-    """Fault: the KL to the prior at t = 1 (closing term of the bound) is 0."""
+    """Fault: the prior term of the bound (KL to the prior at t = 1) is 0."""
 
     def closing_kl(self, prediction: CleanDistribution, x0: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(t)

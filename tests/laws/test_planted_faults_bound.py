@@ -78,7 +78,9 @@ def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> N
 
 
 @pytest.mark.parametrize("process", [uniform(), STOCHASTIC_PARENTS], ids=["uniform", "xi < 1"])
-def test_entropy_check_rejects_a_network_that_predicts_the_full_conditional(process: Any) -> None:
+def test_entropy_check_rejects_a_network_that_conditions_on_the_state_of_the_position(
+    process: Any,
+) -> None:
     assert bound.entropy_equality(process).passed
     report = bound.entropy_equality(process, denoiser=full_conditional_table)
     assert report.error > 0.05  # nats
@@ -92,7 +94,7 @@ def test_entropy_check_accepts_full_conditional_of_masked_diffusion() -> None:
 @pytest.mark.parametrize(
     "process", [uniform(), STOCHASTIC_PARENTS, ONE_LEVEL], ids=["uniform", "xi < 1", "masked"]
 )
-def test_conformance_check_detects_bound_without_speed_factor(process: Any) -> None:
+def test_conformance_check_detects_bound_without_weights_of_positions(process: Any) -> None:
     assert bound.speed_equality(process).passed
     assert not bound.speed_equality(process, path=path_without_speed).passed
 
@@ -101,7 +103,7 @@ def path_without_speed(v: Tensor, position: int) -> tuple[Tensor, Tensor]:
     return bent_path(v, position)[0], torch.ones_like(v)
 
 
-def test_conformance_check_detects_bound_with_mean_speed_factor(
+def test_conformance_check_detects_bound_with_the_mean_weight_at_all_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.core import elbo

@@ -290,7 +290,9 @@ def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> N
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_entropy_check_rejects_a_network_that_predicts_the_full_conditional(form: Form) -> None:
+def test_entropy_check_rejects_a_network_that_conditions_on_the_state_of_the_position(
+    form: Form,
+) -> None:
     """Cross-entropy at visible tokens trains P(x|z), conditioned on the position's own state.
 
     The bound requires a prediction that is not conditioned on this state.

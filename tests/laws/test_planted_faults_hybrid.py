@@ -284,7 +284,7 @@ def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> N
     assert_detected(fault)
 
 
-def test_only_published_rates_tell_gamma_hybrid_from_interpolating_chain() -> None:
+def test_interpolating_chain_passes_all_laws_but_has_not_the_published_rates() -> None:
     """A consistent process with another generator obeys all laws of `ddiff.testing`."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (
@@ -299,7 +299,7 @@ def test_only_published_rates_tell_gamma_hybrid_from_interpolating_chain() -> No
 @pytest.mark.parametrize(
     "process", [epsilon_hybrid()(), gamma_hybrid()()], ids=["epsilon", "gamma"]
 )
-def test_entropy_check_rejects_a_network_that_predicts_the_full_conditional(
+def test_entropy_check_rejects_a_network_that_conditions_on_the_state_of_the_position(
     process: Any,
 ) -> None:
     """The published loss of the epsilon hybrid trains P(x_i | all states).

@@ -185,7 +185,7 @@ def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> N
     assert_detected(fault)
 
 
-def test_conformance_check_detects_prediction_with_own_likelihood(
+def test_conformance_check_detects_prediction_that_includes_its_own_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.nn import parameterization as engine

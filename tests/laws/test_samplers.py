@@ -1,4 +1,4 @@
-"""Laws of samplers detect a falsely declared quality or order; `ddiff check` finds all samplers."""
+"""Conformance checks of samplers detect a wrong `quality` or order; `ddiff check` covers all."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_single_block_equals_full_attention(backbone: DiT) -> None:
     )
 
 
-def test_paired_mask_is_the_published_block_diffusion_mask() -> None:
+def test_attention_mask_equals_the_published_block_diffusion_mask() -> None:
     """Compare with figure 3 of arXiv 2503.09573 (block diffusion), for two blocks of two tokens.
 
     The columns of the clean copy come first.
@@ -488,7 +488,7 @@ def test_context_with_a_cache_uses_a_dense_mask(backbone: DiT, flex: None) -> No
     torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
 
 
-def test_flex_attention_is_used_only_if_it_has_a_kernel() -> None:
+def test_has_flex_kernel_depends_on_device_dtype_and_head_width() -> None:
     assert not attention.has_flex_kernel(torch.empty(1), 64)
     with FakeTensorMode():
         x = torch.empty(1, device="cuda")

@@ -156,7 +156,7 @@ def test_denoiser_divides_full_conditional_by_likelihood_of_own_state() -> None:
     assert ((dists["rest"] - expected).abs().amax(-1) > 0.1)[nodes].all()
 
 
-def test_context_has_no_attention_mask_unless_a_position_is_hidden() -> None:
+def test_attention_mask_is_none_without_padding_and_packing() -> None:
     assert UNPADDED.attention_mask() is None
     valid = torch.tensor([[True, True, False]])
     document = torch.tensor([[0, 1, 1]])

@@ -189,7 +189,7 @@ def test_chunked_loss_of_no_rows_is_zero_with_zero_gradients(head: Head) -> None
     assert len(head.query(hidden[:0], node[:0], fn)[0]) == 0
 
 
-def test_head_computes_no_logits_for_rows_at_clean_tokens() -> None:
+def test_head_computes_no_logits_at_positions_with_clean_tokens() -> None:
     """Rows at clean tokens cost no logits and change no result of other rows.
 
     A process may query such rows, although it leaves clean tokens unchanged.
@@ -212,7 +212,7 @@ def test_head_computes_no_gradient_if_autograd_is_off(head: Head) -> None:
     assert not total.requires_grad
 
 
-def test_head_gradients_scale_with_the_backward_argument(head: Head) -> None:
+def test_head_gradients_scale_with_a_factor_of_the_loss(head: Head) -> None:
     hidden, node, _, child = rows_of(head)
     total = head.total(hidden, node, weighted_surprise(node, child, torch.ones(ROWS)))[0]
     once = torch.autograd.grad(total, head.table, retain_graph=True)[0]

@@ -160,7 +160,7 @@ def test_left_to_right_samples_with_and_without_cache_are_identical(
     assert len(drawn.ids.unique(dim=0)) > 8
 
 
-def test_left_to_right_samples_of_ragged_prompts_equal_single_rows() -> None:
+def test_left_to_right_samples_of_ragged_prompts_equal_those_of_single_rows() -> None:
     one = objective(FlatVocabulary(9))
     prompt = torch.randint(9, (3, 12), generator=torch.Generator().manual_seed(0))
     prompt_mask = torch.arange(12) < torch.tensor([[2], [7], [5]])

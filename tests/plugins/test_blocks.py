@@ -109,7 +109,7 @@ def test_blockwise_earlier_blocks_do_not_attend_to_later_ones() -> None:
     assert torch.equal(short, long[:, :8])
 
 
-def test_time_rule_components_build_window_times() -> None:
+def test_components_block_slide_and_quenched_build_a_window_times_object() -> None:
     rule = Block.build(WindowConfig(width=16))
     assert (rule.width, rule.shape, rule.paired, rule.start, rule.stop) == (
         16,

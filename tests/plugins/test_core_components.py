@@ -39,7 +39,7 @@ INSIDE = [samplers.SelfCorrection, samplers.Blockwise, samplers.Hyperschedule]
 
 
 @pytest.mark.parametrize("component", [*ON_A_GRID, *INSIDE], ids=lambda one: one.__name__)
-def test_sampler_uses_the_grid_of_its_settings(component: Any) -> None:
+def test_sampler_uses_the_time_grid_in_its_settings(component: Any) -> None:
     for spacing in ("uniform", "cosine", "log"):
         sampler = built(component, grid=spacing)
         sampler = sampler.inner if component in INSIDE else sampler
@@ -121,7 +121,7 @@ def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
     assert sampler.kappa.eta == 0.3
 
 
-def test_remasking_rule_loop_builds_a_grid_that_pauses_at_hold() -> None:
+def test_remasking_rule_loop_builds_a_grid_that_stays_at_time_hold() -> None:
     assert (
         built(samplers.Remasking, setting="loop", hold=0.3).grid.times()
         == LoopGrid(7, hold=0.3).times()
@@ -132,7 +132,7 @@ def test_remasking_rule_loop_builds_a_grid_that_pauses_at_hold() -> None:
 @pytest.mark.parametrize(
     "inner", ["ancestral", "tau_leaping", "confidence", "psi", "first_hitting", "entropy"]
 )
-def test_blockwise_uses_the_named_inner_sampler(inner: Any) -> None:
+def test_blockwise_sampler_uses_the_named_inner_sampler(inner: Any) -> None:
     expected = {
         "ancestral": "AncestralSampler",
         "tau_leaping": "TauLeapingSampler",
@@ -147,7 +147,7 @@ def test_blockwise_uses_the_named_inner_sampler(inner: Any) -> None:
 # ---------------------------------------------------------------------- losses and times
 
 
-def test_clipped_loss_keeps_weights_in_its_range() -> None:
+def test_clip_loss_limits_weights_to_smallest_and_largest() -> None:
     from ddiff_mdlm.process import MaskedDiffusion
 
     process = MaskedDiffusion.build(MaskedDiffusion.Config(), vocabulary=FlatVocabulary(3))

@@ -84,7 +84,7 @@ def test_conformance_check_detects_rates_that_never_redraw_tokens() -> None:
     assert not chain.transition_is_oracle(faulty).passed
 
 
-def test_tree_with_redraw_rate_0_equals_the_tree_process() -> None:
+def test_restless_tree_with_redraw_rate_0_equals_tree_process() -> None:
     process, tree = restless(2, 0.0), TreeProcess(TREE, LogTimeClock((1.0, 1.0)))
     t = times(INNER)
     torch.testing.assert_close(likelihoods(process, t), likelihoods(tree, t), **CLOSE)
@@ -179,7 +179,7 @@ RULES: dict[str, TimeRule] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
+def test_hdlm_bound_of_exact_prediction_is_the_entropy_with_every_time_rule(rule: str) -> None:
     """For gamma = 2 the marginals are polynomials in t, so quadrature is exact up to rounding."""
     closing, diffusion, decoding = exact_terms(hdlm(gamma=2.0), RULES[rule])
     assert not closing.any()
@@ -189,10 +189,10 @@ def test_hdlm_bound_equals_the_entropy_under_every_time_rule(rule: str) -> None:
 
 @pytest.mark.parametrize("keys", [{"gamma": 0.5}, {"gamma": 1.0, "xi": 0.8}], ids=str)
 @pytest.mark.parametrize("rule", ["quenched", "block, paired", "slide, paired"])
-def test_hdlm_bound_on_a_time_window_is_entropy_plus_cost_of_end_terms(
+def test_hdlm_bound_on_a_time_window_is_entropy_plus_cost_of_prior_and_decoding_terms(
     rule: str, keys: dict[str, float]
 ) -> None:
-    """The end terms of the bound cost nats only if several positions are noised together."""
+    """Decoding and prior term cost nats only if several positions are noised together."""
     process, window = hdlm(**keys), (0.05, 0.9)
     cost = float(cost_of_ends(process, window, [[0, 1], [2]])) if rule == "block, paired" else 0.0
     total = mean(sum(exact_terms(process, RULES[rule].with_window(*window))))
@@ -405,7 +405,7 @@ def test_psi_sampler_step_keeps_the_marginals_of_a_tree_process(
         assert 0.5 * float((moved - joint_at(process, t, t)).abs().sum()) > 5 * EVEN
 
 
-def test_marginal_check_of_psi_detects_remasking_noise_of_another_time() -> None:
+def test_marginal_check_of_psi_step_detects_tokens_noised_to_a_wrong_time() -> None:
     process = hdlm(gamma=0.5)
     late = copy.copy(process)
 

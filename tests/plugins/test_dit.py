@@ -82,7 +82,7 @@ def test_dit_rotary_products_depend_only_on_position_differences() -> None:
     assert (products[0, 0] - products[0, 5]).abs() > 0.01  # products depend on the difference
 
 
-def test_dit_document_is_independent_of_its_place_in_the_row() -> None:
+def test_dit_output_of_a_document_does_not_depend_on_its_place_in_the_row() -> None:
     ids, t = inputs()
     model = make()
     alone = model(ids[:, 5:9], t[:, 5:9], UNPADDED)
@@ -127,7 +127,7 @@ def test_dit_attends_to_every_position_without_a_mask() -> None:
     assert ((model(ids, t, UNPADDED) - before).abs().amax(-1) > 1e-6).all()
 
 
-def test_dit_uses_time_per_position_or_not_at_all() -> None:
+def test_dit_uses_the_time_of_each_position_or_ignores_time() -> None:
     ids, t = inputs()
     later = t.clone()
     later[:, 3] = 1 - later[:, 3]

@@ -267,7 +267,7 @@ def test_gidd_refuses_a_vocabulary_without_mask_or_with_clusters(
 
 
 @pytest.mark.parametrize("loss", [Dynamic, ClippedLoss])
-def test_gidd_losses_refuse_smallest_above_largest_weight(
+def test_gidd_losses_refuse_a_smallest_weight_above_the_largest_weight(
     loss: type[Dynamic] | type[ClippedLoss],
 ) -> None:
     with pytest.raises(ArgumentError, match=r"smallest <= largest.*got smallest = 3.*largest = 2"):

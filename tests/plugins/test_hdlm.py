@@ -86,7 +86,7 @@ def test_hdlm_readme_quotes_the_entropies_of_xi_bounds() -> None:
     ]
 
 
-def test_flattering_prediction_minimizes_the_loss_of_the_hdlm_paper_code() -> None:
+def test_prediction_named_flattering_minimizes_the_loss_of_hdlm_code() -> None:
     """Any change of the prediction `flattering` at any state increases the loss in HDLM's code."""
     published = command.process_of(command.Published, 1.0, 0.8)
     best = command.predictions_of(command.process_of(command.TreeProcess, 1.0, 0.8))["flattering"]
@@ -104,7 +104,7 @@ def test_flattering_prediction_minimizes_the_loss_of_the_hdlm_paper_code() -> No
         assert nats(0.05 * tilt) > least + 1e-4
 
 
-def test_xi_bounds_changes_only_the_table_in_the_readme(
+def test_script_xi_bounds_changes_only_the_table_in_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"

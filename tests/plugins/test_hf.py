@@ -82,7 +82,7 @@ def moved_by(model: PretrainedBackbone, position: int, context: Context = UNPADD
     return (model(ids, t, context) - before).abs().amax(-1) > 1e-9
 
 
-def test_hf_tokens_keep_embeddings_and_nodes_start_as_their_mean(path: str) -> None:
+def test_hf_backbone_copies_token_embeddings_and_averages_them_for_nodes(path: str) -> None:
     table = build_backbone(path).model.get_input_embeddings().weight
     theirs = load_model(path).get_input_embeddings().weight.double()
     assert table.shape == (TREE.num_states, WIDTH)

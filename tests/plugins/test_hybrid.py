@@ -112,7 +112,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_gamma_hybrid_rates_mix_both_generators(keys: dict[str, Any]) -> None:
+def test_gamma_hybrid_rates_are_a_mixture_of_masking_and_uniform_rates(
+    keys: dict[str, Any],
+) -> None:
     """The generator is Q_t = sigma' [ (1 - gamma) Q_absorb + gamma Q_uniform ].
 
     sigma' is the derivative of the noise. An interpolating process with the same marginals has
@@ -531,7 +533,7 @@ def visible_gradient(denoiser: Denoiser) -> float:
     return denoiser.backbone.embedding.weight.grad[:WORDS].abs().max().item()
 
 
-def test_epsilon_hybrid_elbo_trains_the_decoding_term() -> None:
+def test_epsilon_hybrid_loss_elbo_trains_the_decoding_term() -> None:
     """With the bound as loss, only the decoding term trains the prediction at visible tokens."""
     terms, denoiser = trained_on(epsilon_hybrid(), ElboLoss())
     assert visible_gradient(denoiser) > 0

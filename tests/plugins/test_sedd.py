@@ -226,7 +226,7 @@ def test_sedd_loss_of_a_scaled_score_equals_the_masked_diffusion_loss(noise: str
 
 
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
-def test_sedd_loss_of_a_score_equals_the_loss_of_its_distribution(graph: str, noise: str) -> None:
+def test_sedd_loss_of_a_distribution_equals_the_loss_of_its_score(graph: str, noise: str) -> None:
     process = make(graph, noise)
     rows = ReachableRows(process, times(INNER))
     asked = (rows.x0, rows.zt, rows.t)
@@ -242,7 +242,7 @@ def test_sedd_loss_of_a_score_equals_the_loss_of_its_distribution(graph: str, no
 def test_sedd_prior_term_of_a_score_equals_that_of_its_distribution(
     noise: str, stop: float
 ) -> None:
-    """The KL to the prior (closing term) is evaluated with the score at t = 1.
+    """The prior term of the bound (KL to the prior) is evaluated with the score at t = 1.
 
     A score for states at t = 0.5 would make this term too large.
     """
@@ -378,7 +378,7 @@ def format_settings(graph: str, noise: str, head: str, run_dir: Path) -> list[st
 
 @pytest.mark.parametrize("head", ["score", "tokens"])
 @pytest.mark.parametrize(("graph", "noise"), SETTINGS)
-def test_sedd_training_lowers_the_loss_of_scores_and_distributions(
+def test_sedd_training_lowers_the_loss_of_score_head_and_token_head(
     graph: str, noise: str, head: str
 ) -> None:
     """Train on a single batch with fixed noise, so that the loss depends only on the weights."""
@@ -406,7 +406,7 @@ def test_sedd_training_lowers_the_loss_of_scores_and_distributions(
 
 
 @pytest.mark.parametrize(("graph", "noise"), [("absorb", "loglinear"), ("uniform", "geometric")])
-def test_sedd_recipe_trains_evaluates_and_samples_scores(
+def test_sedd_recipe_with_score_head_trains_evaluates_and_samples(
     graph: str, noise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))

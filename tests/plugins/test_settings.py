@@ -85,7 +85,7 @@ def test_hdlm_gamma_sets_only_the_rate_of_the_token_level() -> None:
     close(levels(built[0], T), levels(built[1], T))
 
 
-def test_hdlm_powers_are_listed_from_the_lowest_level_up() -> None:
+def test_hdlm_setting_powers_lists_the_lowest_level_first() -> None:
     process = HierarchicalDiffusion.build(
         HierarchicalDiffusion.Config(powers=(0.8, 3.0)), vocabulary=TWO
     )
@@ -147,7 +147,7 @@ def test_sedd_geometric_noise_runs_from_sigma_min_to_sigma_max(
     close(schedule.alpha(T), torch.exp(-(least ** (1.0 - T)) * most**T))
 
 
-def test_remasking_component_keeps_eta_zero_instead_of_its_default() -> None:
+def test_remasking_component_does_not_replace_eta_0_by_the_default() -> None:
     for setting, default in (
         ("cap", 0.008),
         ("rescale", 0.015),
@@ -160,14 +160,14 @@ def test_remasking_component_keeps_eta_zero_instead_of_its_default() -> None:
         assert Remasking.build(unset, steps=4).kappa.eta == default
 
 
-def test_published_loss_component_keeps_lambda_zero_instead_of_default() -> None:
+def test_published_loss_component_does_not_replace_lambda_0_by_the_default() -> None:
     process = EpsilonHybrid.build(EpsilonHybrid.Config(), vocabulary=FlatVocabulary(3))
     for config, lam in ((Published.Config(lam=0.0), 0.0), (Published.Config(), 1.0)):
         loss: Any = Published.build(config, process=process)
         assert loss.lam == lam
 
 
-def test_entropy_sampler_component_keeps_bound_zero_instead_of_default() -> None:
+def test_entropy_sampler_component_does_not_replace_bound_0_by_the_default() -> None:
     sampler: Any = EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4)
     assert sampler.bound == 0.0
 
@@ -224,7 +224,7 @@ def test_hdlm_hard_loss_predicts_the_token_at_every_level() -> None:
     assert float(process.weight(x0, zt, early).max()) > 1.5
 
 
-def test_gamma_hybrid_floor_is_alpha_at_time_one() -> None:
+def test_gamma_hybrid_key_floor_is_alpha_at_time_one() -> None:
     """With time = "noise", alpha = e^-sigma at t = 1 is the key `floor`, 0.005 by default."""
     for keys, left in (({}, 0.005), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)):
         config = GammaHybrid.Config(gamma=0.3, time="noise", **keys)

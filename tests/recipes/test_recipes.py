@@ -64,7 +64,7 @@ def test_resolved_recipe_reads_back_as_equal_recipe(write):
     assert again.fingerprint == recipe.fingerprint
 
 
-def test_fingerprint_changes_with_values_but_not_with_shorthand(write):
+def test_recipe_fingerprint_changes_with_values_but_not_with_notation(write):
     recipe = read_recipe(write())
     assert read_recipe(write(), ["process.xi=0.9"]).fingerprint != recipe.fingerprint
     assert (
@@ -73,7 +73,7 @@ def test_fingerprint_changes_with_values_but_not_with_shorthand(write):
     )
 
 
-def test_string_is_shorthand_for_a_table_with_only_a_kind(write):
+def test_recipe_string_is_shorthand_for_a_table_with_only_a_kind(write):
     text = RECIPE.replace('[tokenizer]\nkind = "plain"\n', "").replace(
         'name = "mine"', 'name = "mine"\ntokenizer = "plain"'
     )
@@ -89,7 +89,7 @@ def test_component_spec_builds_component_from_its_settings(write):
         process.build()
 
 
-def test_recipe_origins_name_the_distribution_of_each_component(write):
+def test_recipe_origins_name_the_installed_package_of_each_component(write):
     assert read_recipe(write()).origins()["process"] == "toy (toy_pkg, toy-dist 1.0)"
 
 
@@ -102,7 +102,7 @@ def test_recipe_of_an_objective_without_process_may_omit_the_process(write):
         read_recipe(write(text), ["objective.loss=elbo"])
 
 
-def test_component_key_with_the_name_of_an_engine_key_gets_its_value(write):
+def test_component_key_named_like_another_key_of_its_table_gets_its_value(write):
     recipe = read_recipe(write())
     assert recipe.backend.config.device == recipe.backend_keys.device == "auto"
 
@@ -121,7 +121,7 @@ def test_component_config_that_cannot_be_read_back_is_refused(write, kind, key):
 # extends
 
 
-def test_extends_merges_recipes_table_by_table(write):
+def test_extends_key_merges_recipes_table_by_table(write):
     write()
     recipe = read_recipe(
         write('extends = "mine.toml"\nname = "child"\n[process]\nxi = 0.5\n', "child.toml")
@@ -209,7 +209,7 @@ def test_set_option_replaces_a_top_level_list(write):
         ["train.optimizer={kind='muon', lr=0.5}"],
     ],
 )
-def test_set_option_expands_shorthand_in_any_order(write, settings):
+def test_set_option_combines_shorthand_and_keys_in_any_order(write, settings):
     optimizer = read_recipe(write(), settings).optimizer
     assert (optimizer.component.name, optimizer.config.lr) == ("muon", 0.5)
 

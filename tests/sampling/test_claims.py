@@ -119,7 +119,7 @@ def test_docs_samplers_page_has_equal_errors_for_scores_and_predictions(
         ("dense", "analytic", "score", 2),
     ],
 )
-def test_docs_samplers_page_numbers_equal_recomputed_numbers(
+def test_numbers_in_docs_samplers_md_equal_recomputed_numbers(
     process: str, label: str, predicts: str, steps: int
 ) -> None:
     """The benchmark has fixed seeds, so results differ between machines only by rounding."""

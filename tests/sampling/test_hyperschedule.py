@@ -62,7 +62,7 @@ class InformationGrid:
 
 
 @pytest.mark.parametrize("name", [*CLOSING, "dense"])
-def test_hyperschedule_sampler_with_flat_times_equals_its_inner_sampler(name: str) -> None:
+def test_hyperschedule_sampler_with_equal_times_equals_its_inner_sampler(name: str) -> None:
     process = processes()[name]
     settings = {"index": torch.arange(50), "length": 2, "seed": 5}
     plain = generate(

@@ -101,7 +101,7 @@ def near(expected: Any) -> Any:
 # ---------------------------------------------------------------------- rates
 
 
-def test_tau_leap_leaves_a_state_with_exponential_probability() -> None:
+def test_tau_leap_changes_the_state_with_probability_1_minus_exp_of_minus_rate_times_span() -> None:
     rates = torch.tensor([[0.0, 1.5, 0.5]], dtype=torch.float64).expand(POINTS, -1)
     zt = torch.zeros(POINTS, dtype=torch.long)
     u = covering(2).uniform("leap")
@@ -226,7 +226,7 @@ def test_psi_sampler_records_log_probabilities_of_new_tokens() -> None:
     assert bool(second.isinf().all()), "the record of an unchanged token changed"
 
 
-def test_loop_grid_repeats_time_hold_for_tau_between_on_and_off() -> None:
+def test_loop_grid_time_is_constant_while_tau_is_between_on_and_off() -> None:
     """Compare the times of the grid with a formula in tau, which falls from 1 to 0 in ten steps.
 
     The time falls from 1 to `hold` while tau > `on`, stays at `hold` while tau is between `on` and
@@ -302,7 +302,7 @@ def test_predictor_corrector_passes_step_length_to_corrector() -> None:
 # ---------------------------------------------------------------------- self-correction
 
 
-def test_self_correcting_sampler_proposal_includes_current_likelihood() -> None:
+def test_self_correcting_sampler_proposal_uses_likelihood_of_current_state() -> None:
     """The proposal is drawn from [P(x) q_a(z|x)]^(1/T), normalized.
 
     P is the prediction, z the current state, T the temperature, and a the time that is passed to
@@ -394,7 +394,7 @@ def test_margin_order_compares_differences_of_probabilities() -> None:
     assert first_revealed(UnmaskingSampler(4, "margin"), (PEAKED, SPREAD), 0.5) == [1.0, 0.0]
 
 
-def test_reveal_order_top_ranks_positions_by_largest_probability() -> None:
+def test_unmasking_order_top_ranks_positions_by_largest_probability() -> None:
     rows = ((0.55, 0.45), (0.6, 0.4))
     assert first_revealed(UnmaskingSampler(4, "top"), rows, 0.5) == [0.0, 1.0]
     # The second position has the larger confidence unless it draws the token of probability .4.
@@ -462,7 +462,7 @@ def test_entropy_bound_sampler_sums_all_entropies_but_the_largest() -> None:
 # ---------------------------------------------------------------------- generate
 
 
-def test_generate_uses_uniforms_of_its_seed_purpose_and_step() -> None:
+def test_generate_uses_uniforms_determined_by_seed_purpose_and_step() -> None:
     """Sampling uses other uniforms than training with the same seed, and than other seeds."""
     seen: list[tuple[int, int, str, list[int], int]] = []
 

@@ -91,7 +91,7 @@ def test_first_hitting_decodes_each_sequence_after_its_own_last_event(process: s
         )
 
 
-def test_ranks_of_confidences_equal_up_to_rounding_do_not_change() -> None:
+def test_rounding_errors_do_not_change_the_ranks_of_equal_confidences() -> None:
     """Float32 rounding errors of 64 equal confidences must not change the order of positions."""
     rng = CounterRng(0, 1, torch.arange(4), 64)
     confidence = torch.full((4, 64), -1.2345, dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_trapezoidal_beats_tau_leaping_at_equal_cost(name: str) -> None:
     assert many.runs < euler.runs + 1e-9
 
 
-def test_sampling_error_from_noise_at_time_zero_does_not_fall_with_steps() -> None:
+def test_error_from_noise_at_time_zero_does_not_fall_with_number_of_steps() -> None:
     """A tenth of the tokens is noisy at t = 0; the final decoding draws both independently."""
     process = MixtureProcess(FlatVocabulary(3, mask=False), EarlyNoise(), torch.full((3,), 1 / 3))
     near, nearer = (
@@ -287,7 +287,9 @@ def test_unmasking_in_order_of_confidence_favours_likely_sequences() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_psi_with_kappa_1_and_adaptive_correction_eta_0_equal_ancestral(name: str) -> None:
+def test_psi_with_kappa_1_and_adaptive_correction_with_eta_0_equal_ancestral_sampling(
+    name: str,
+) -> None:
     process, index = PROCESSES[name], list(range(40))
     plain = draw(AncestralSampler(6), process, index).ids
     assert torch.equal(draw(PsiSampler(6, 1.0), process, index).ids, plain)
@@ -295,7 +297,7 @@ def test_psi_with_kappa_1_and_adaptive_correction_eta_0_equal_ancestral(name: st
         assert torch.equal(draw(AdaptiveCorrectionSampler(6, eta=0.0), process, index).ids, plain)
 
 
-def test_remasking_sampler_of_remdm_equals_psi_sampler_on_masks() -> None:
+def test_psi_sampler_with_cap_remasking_equals_remdm_for_masked_diffusion() -> None:
     """Compare with the step of ReMDM (arXiv 2503.00307) for the remasking probability sigma = 0.3.
 
     A token is masked with probability 0.3, and a mask is revealed with probability
@@ -318,7 +320,7 @@ def test_remasking_sampler_of_remdm_equals_psi_sampler_on_masks() -> None:
     )
 
 
-def test_one_level_sampler_on_one_level_equals_the_posterior() -> None:
+def test_one_level_sampler_equals_ancestral_sampling_for_masked_diffusion() -> None:
     """The samplers use different uniforms, so their distances to JOINT agree only up to 1e-3."""
     process = PROCESSES["masked"]
     one, plain = (
@@ -430,7 +432,7 @@ def test_first_hitting_with_larger_until_needs_fewer_evaluations() -> None:
 
 
 @pytest.mark.parametrize("name", ["masked", "tree", "uncertain tree"])
-def test_first_hitting_result_ignores_until_without_uniform_noise(name: str) -> None:
+def test_first_hitting_sampler_ignores_setting_until_without_uniform_noise(name: str) -> None:
     """The samples are bitwise identical for two values of `until`."""
     plain, other = (
         draw(FirstHittingSampler(until), PROCESSES[name], list(range(50))).ids
@@ -600,7 +602,7 @@ def test_log_grid_is_uniform_in_log_time_after_its_first_step() -> None:
     assert elapsed.diff().tolist() == pytest.approx([float(elapsed.diff()[0])] * 8)
 
 
-def test_loop_grid_repeats_its_hold_time() -> None:
+def test_loop_grid_contains_its_time_hold_many_times() -> None:
     times = LoopGrid(40, on=0.5, off=0.1, hold=0.2).times()
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, 41)
     assert sum(abs(t - 0.2) < 1e-12 for t in times) == 17  # tau from .5 to .1 in steps of 1/40

@@ -102,7 +102,7 @@ def test_ancestral_samples_follow_the_exactly_computed_distribution(name: str, s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prompt_tokens_are_unchanged_and_condition_the_others(name: str) -> None:
+def test_prompt_tokens_are_unchanged_and_condition_the_other_tokens(name: str) -> None:
     process, prompt = processes()[name], torch.tensor([[1, 0]] * 400)
     prompt_mask = torch.tensor([[True, False]] * 400)
     seen: list[Tensor] = []
@@ -179,7 +179,7 @@ def test_final_decoding_replaces_masks_left_at_time_zero(last: Any) -> None:
         assert float((found - JOINT.sum(1)).abs().max()) < 0.15
 
 
-def test_generate_refuses_prompts_that_do_not_fit() -> None:
+def test_generate_refuses_prompts_of_wrong_shape_or_with_invalid_tokens() -> None:
     process, keep = processes()["masked"], torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(2, 3\)"):
         draw(process, [0, 1], prompt=torch.zeros(2, 3, dtype=torch.long), prompt_mask=keep)

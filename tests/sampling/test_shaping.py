@@ -284,7 +284,7 @@ def test_filter_order_is_temperature_top_k_top_p_min_p(which: int) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
-def test_sampling_filters_at_default_values_are_omitted(which: int) -> None:
+def test_sampling_filters_with_default_values_do_not_wrap_the_sampler(which: int) -> None:
     for settings in ({}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}):
         assert not isinstance(configured(settings)[which], ShapedSampler)
     for one in ({"temperature": 0.9}, {"top_k": 1}, {"top_p": 0.99}, {"min_p": 0.01}):

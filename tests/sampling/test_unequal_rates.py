@@ -44,7 +44,7 @@ def test_alpha_used_at_a_position_is_alpha_of_its_token() -> None:
     torch.testing.assert_close(compute_alpha(PROCESS, t), diagonal.mean().expand_as(t))
 
 
-def test_alpha_used_at_a_mask_is_the_mean_over_tokens() -> None:
+def test_compute_alpha_at_a_mask_returns_the_mean_over_tokens() -> None:
     masked = TreeProcess(FlatVocabulary(3), CdfClock([LinearSchedule()]))
     t = torch.tensor([[0.25, 0.5]], dtype=torch.float64)
     assert compute_alpha(masked, t, torch.tensor([[3, 1]])).tolist() == [[0.75, 0.5]]
@@ -65,7 +65,7 @@ def test_remasking_probability_is_equal_for_all_tokens() -> None:
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1]])
-def test_probability_of_leaving_a_token_survives_renumbering_of_tokens(order: list[int]) -> None:
+def test_probability_of_leaving_a_token_does_not_depend_on_its_id(order: list[int]) -> None:
     """If the tokens are renumbered, the probability of leaving a token stays the same.
 
     The probability is measured with 2^15 draws. The tolerance 0.014 is five standard deviations.

@@ -105,7 +105,7 @@ def test_compile_blocks_compiles_equal_blocks_once(run: Run) -> None:
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_rows_of_the_head_keep_the_loss_and_limit_its_shapes(
+def test_padding_the_inputs_of_the_head_keeps_the_loss_and_limits_their_shapes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_random_head(run)

@@ -271,7 +271,7 @@ def test_checkpoints_write_and_read_no_pickle(
         assert start[:1] == b"{" or start[8:9] == b"{", f"{file} is neither JSON nor safetensors"
 
 
-def test_checkpoint_records_origins_and_fingerprints(tmp_path: Path) -> None:
+def test_checkpoint_records_fingerprints_and_origins_of_components(tmp_path: Path) -> None:
     trainer = toy_trainer(
         tmp_path, 5, origins={"process": "ddiff_x 1.0"}, fingerprints={"vocabulary": "aa"}
     )

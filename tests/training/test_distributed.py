@@ -120,7 +120,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[...,
     ("optimizer", "accumulate", "numbers", "allowed"),
     [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2, 4), 1e-5)],
 )
-def test_training_does_not_depend_on_the_number_of_processes(
+def test_training_does_not_depend_on_the_number_of_ranks(
     tmp_path: Path,
     cache: str,
     alone: Callable[..., Path],
@@ -195,7 +195,7 @@ def test_transformers_backbone_trains_with_fsdp_in_bfloat16(tmp_path: Path, cach
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-def test_ranks_train_the_weights_of_one_process_and_skip_nan_steps(
+def test_training_on_several_ranks_equals_one_process_and_skips_nan_steps(
     tmp_path: Path, number: int
 ) -> None:
     on_ranks(number, train_toys, str(tmp_path))

@@ -204,7 +204,7 @@ class OneNat(MixtureProcess):
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", [ElboLoss(), RecordingLoss()], ids=["elbo", "own divergence"])
-def test_rows_of_decoding_and_diffusion_term_have_inverse_share_as_weight(
+def test_loss_weights_decoding_and_diffusion_rows_by_their_inverse_share(
     rule: str, loss: ElboLoss | RecordingLoss, share: float
 ) -> None:
     """Compare the loss with its exact value, for a process whose terms of the bound are constant.
@@ -226,7 +226,7 @@ def test_rows_of_decoding_and_diffusion_term_have_inverse_share_as_weight(
     assert total == pytest.approx(1.0 - START + (share > 0.0), abs=tolerance[1])
 
 
-def test_default_share_of_decoded_rows_depends_on_process_and_loss() -> None:
+def test_default_share_of_rows_for_decoding_term_depends_on_process_and_loss() -> None:
     """The share None selects a default; the share 0 turns the decoding term off.
 
     The default depends on `closes_at_clean` of the process and on `select_rows` of the loss."""
@@ -263,7 +263,7 @@ class EarlyNoise(LinearSchedule):
         return 0.9 * super().d_alpha(t)
 
 
-def test_clipped_loss_clips_the_weight_before_the_speed_factor() -> None:
+def test_clipped_loss_clips_the_weight_before_multiplication_by_speed() -> None:
     """Weights are clipped to [smallest, largest] before they are multiplied by the speed dt/dv."""
     x0 = torch.tensor([0, 0, 1])
     zt = torch.tensor([1, 1, 1])

@@ -39,7 +39,7 @@ class Everything(nn.Module):
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
 
-def test_split_parameters_separates_hidden_matrices_from_tables() -> None:
+def test_split_parameters_separates_hidden_matrices_from_all_others() -> None:
     hidden, others = split_parameters(Everything())
     assert set(hidden) == {"block.0.weight"}
     assert set(others) == {

@@ -37,7 +37,7 @@ def test_wandb_auto_mode_is_off_without_a_login(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(Disabled.build(Disabled.Config(), run_dir="unused", recipe={}), NoTracker)
 
 
-def test_wandb_auto_mode_follows_key_login_and_environment(
+def test_wandb_auto_mode_depends_on_api_key_login_and_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -132,7 +132,7 @@ def test_verify_resume_reproduces_validation_results(capsys: pytest.CaptureFixtu
     assert "losses and other figures: equal" in capsys.readouterr().out
 
 
-def test_training_continues_after_a_non_finite_validation(
+def test_training_continues_after_a_non_finite_validation_bound(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: Any) -> Any:
