@@ -46,7 +46,7 @@ def test_ancestor_equals_repeated_parent(tree: HierarchicalVocabulary) -> None:
 
 @given(trees())
 @many
-def test_descendants_of_a_node_at_one_level_are_contiguous_in_order(
+def test_descendants_of_a_node_at_one_level_are_contiguous_in_tree_order(
     tree: HierarchicalVocabulary,
 ) -> None:
     ids = torch.arange(tree.num_states)

@@ -166,7 +166,7 @@ def test_clusters_component_puts_special_tokens_in_a_separate_branch(
         assert tree.order(0)[int(start) : int(stop)].tolist() == [tokenizer.eos_id]
 
 
-def test_clusters_component_is_cached_by_rows_and_settings(
+def test_clusters_are_cached_by_training_rows_and_settings(
     documents: Documents, tokenizer: BytePairTokenizer, tmp_path: Path
 ) -> None:
     cache, rows = Cache(tmp_path), pack(documents.train, tokenizer, 16)

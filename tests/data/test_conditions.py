@@ -122,7 +122,9 @@ def test_read_json_lines_error_names_the_invalid_line(name: str, tmp_path: Path)
     assert expected in str(raised.value)
 
 
-def test_read_json_lines_refuses_broken_json_and_repeated_names(tmp_path: Path, file: str) -> None:
+def test_read_json_lines_refuses_broken_json_and_a_field_listed_twice(
+    tmp_path: Path, file: str
+) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text": ')
     with pytest.raises(DataError, match=r"broken\.jsonl line 2 is not JSON"):
         read(str(tmp_path / "broken.jsonl"))
@@ -160,7 +162,7 @@ def test_read_conditions_accepts_a_column_without_values(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "line", [{"text": "x", "auhtor": 1}, {"text": "x", "author": None, "auhtor": 2}]
 )
-def test_read_json_lines_refuses_a_field_without_values(
+def test_read_json_lines_refuses_a_label_field_without_values(
     line: dict[str, Any], tmp_path: Path
 ) -> None:
     cache, file, bare = (
@@ -179,7 +181,7 @@ def test_read_json_lines_refuses_a_field_without_values(
         read_json_lines([written(tmp_path, [{"text": "x"}])], vectors=["author"], validation=[bare])
 
 
-def test_read_conditions_refuses_a_column_of_another_type() -> None:
+def test_read_conditions_refuses_a_column_of_the_wrong_type() -> None:
     documents = Dataset.from_dict({"text": ["a", "b"], "kind": [0, 4], "wide": [[1.0, 2.0], None]})
     for name, form in (
         ("kind", Label(5)),

@@ -218,7 +218,7 @@ def corpora_of(tmp_path: Path) -> Any:
     )
 
 
-def test_read_conditions_refuses_a_corpus_without_columns(tmp_path: Path) -> None:
+def test_read_conditions_refuses_a_corpus_without_condition_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match='kind that reads this column, such as "jsonl"'):
         read_conditions(corpora(tmp_path)["hub"].train, ["author"], {"author": Label(2)})
 

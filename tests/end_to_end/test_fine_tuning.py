@@ -126,7 +126,7 @@ def test_init_from_run_with_another_head_starts_the_head_from_unigram_counts() -
 
 
 @pytest.mark.slow
-def test_resume_works_after_the_init_run_is_deleted(place: Path) -> None:
+def test_resume_works_after_the_run_of_the_initial_weights_is_deleted(place: Path) -> None:
     settings = [*SHORT, *FLAT, 'name="tuned"', 'train.init={run="runs/flat"}']
     api.run("small.toml", settings=settings)
     recorded = json.loads(Path("runs/tuned/environment.json").read_text())["init"]

@@ -164,7 +164,7 @@ def examples() -> dict[str, ForwardProcess]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [(1e-3, 1.0 - 1e-3), (0.0, 1.0)])
-def test_intervals_of_all_example_processes_have_95_percent_coverage(
+def test_confidence_intervals_of_all_examples_have_95_percent_coverage(
     window: tuple[float, float],
 ) -> None:
     """Of 40 evaluations of each of 44 examples, 93 to 97 % of the intervals contain the true value.

@@ -203,7 +203,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_random_nelbo_terms_have_their_exact_expectation(name: str) -> None:
+def test_mean_of_random_nelbo_terms_is_the_exact_expectation(name: str) -> None:
     report = terms_have_their_expectations(PROCESSES[name])
     assert report.passed, str(report)
     assert report.probes > 2 * 3 * 6

@@ -91,7 +91,7 @@ def test_from_pretrained_refuses_a_tokenizer_with_custom_code(
     assert not (tmp_path / "HAS_RUN").exists()
 
 
-def test_saved_tokenizer_with_custom_code_is_refused_by_its_path(
+def test_error_about_saved_tokenizer_with_custom_code_names_its_path(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     edit_json(

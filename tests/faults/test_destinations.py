@@ -35,7 +35,7 @@ IN_A_RUN = {
 
 
 @pytest.mark.parametrize("name", IN_A_RUN)
-def test_export_into_a_run_is_refused_and_changes_nothing(
+def test_export_into_a_run_directory_is_refused_and_changes_nothing(
     name: str, run_dir: Path, ddiff: Command
 ) -> None:
     Path("runs/other").mkdir()

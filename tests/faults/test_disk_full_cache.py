@@ -202,7 +202,7 @@ def test_cache_build_removes_the_directory_of_a_killed_build(tmp_path: Path) -> 
     assert list((tmp_path / "rows").iterdir()) == [entry]
 
 
-def test_cache_build_keeps_the_directory_of_a_running_build(tmp_path: Path) -> None:
+def test_cache_build_keeps_the_directory_of_another_running_build(tmp_path: Path) -> None:
     def build(place: Path) -> None:
         (place / "file").write_text("half")
         Cache(tmp_path).load_or_build("rows", {"other": 1}, lambda other: None)

@@ -152,7 +152,7 @@ def test_run_does_not_overwrite_a_recipe_of_the_user(folder: Path, ddiff: Comman
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "recipe.toml"])
-def test_first_run_refuses_a_directory_with_files_named_like_its_own(
+def test_first_run_refuses_a_directory_with_files_named_like_run_files(
     name: str, folder: Path, ddiff: Command
 ) -> None:
     put(Path("model") / name)

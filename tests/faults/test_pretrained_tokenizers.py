@@ -69,7 +69,9 @@ def test_unused_tokenizer_ids_have_unique_names_and_empty_text(holes: Path) -> N
     assert tokenizer.decode([[10, 3, 12], [3]]) == ["cat dog", ""]
 
 
-def test_unused_ids_are_kept_by_save_and_load(holes: Path, tmp_path: Path) -> None:
+def test_pretrained_tokenizer_keeps_unused_ids_after_save_and_load(
+    holes: Path, tmp_path: Path
+) -> None:
     tokenizer = PretrainedTokenizer.from_pretrained(str(holes))
     tokenizer.save(str(tmp_path / "t.json"))
     again = load_tokenizer(str(tmp_path / "t.json"))

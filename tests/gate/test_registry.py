@@ -46,7 +46,7 @@ def test_unknown_component_message_lists_and_suggests_names(distribution, messag
     assert "jukes, kimura" in text
 
 
-def test_message_about_unlisted_component_names_its_plugin(distribution, message):
+def test_message_about_component_of_unlisted_plugin_names_the_plugin(distribution, message):
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": register("kimura")})
     text = message(load_plugins([]).component, "process", "kimura")
     assert "toy-dist 1.0" in text

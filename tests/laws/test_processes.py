@@ -99,7 +99,7 @@ def test_assert_laws_raises_for_an_empty_list_of_reports() -> None:
         assert_laws([])
 
 
-def test_assert_laws_message_contains_place_and_error() -> None:
+def test_assert_laws_message_contains_state_time_and_error() -> None:
     report = LawReport("rows sum to one", 0.25, 1e-9, "zt = 3, t = 0.5", "Because.")
     with pytest.raises(AssertionError) as raised:
         assert_laws([report])

@@ -80,7 +80,7 @@ def test_gidd_weight_and_bound_integrand_equal_those_of_the_paper(gamma: float) 
 
 
 @pytest.mark.parametrize("form", list(MIXINGS))
-def test_gidd_bound_equals_that_of_the_older_paper_in_mean_over_states(form: Form) -> None:
+def test_mean_gidd_bound_over_states_equals_the_bound_of_the_older_paper(form: Form) -> None:
     """The older bound has the term alpha'/alpha in place of -omega/q.
 
     omega is the rate of arrival in z_t, and q = q_t(z_t|x). The expectation of omega/q over z_t is

@@ -128,7 +128,7 @@ def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
 
 
 @pytest.mark.parametrize("inputs_", ["own", "previous"])
-def test_hf_backbone_blocks_equal_separate_forward_passes(path: str, inputs_: Any) -> None:
+def test_hf_hidden_states_of_a_block_equal_a_separate_forward_pass(path: str, inputs_: Any) -> None:
     """Hidden states of a block equal those of a separate pass over clean prefix and block."""
     model = Denoiser(build_backbone(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
@@ -184,7 +184,7 @@ def test_hf_backbone_refuses_unsupported_models_and_inputs(tmp_path: Path, path:
         load_model(str(both))
 
 
-def test_hf_builds_an_architecture_from_settings() -> None:
+def test_hf_backbone_is_built_from_architecture_and_settings() -> None:
     settings = {
         "hidden_size": 16,
         "num_hidden_layers": 1,

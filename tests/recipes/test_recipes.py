@@ -141,7 +141,7 @@ def test_extends_finds_base_recipe_in_folder_of_extending_file(write):
     )
 
 
-def test_recipe_table_with_changed_kind_inherits_only_keys_of_the_engine(write):
+def test_recipe_table_with_changed_kind_inherits_only_common_keys(write):
     write(
         RECIPE.replace('head = "tied"', 'head = "tied"\nwidth = 32').replace(
             "steps = 10", 'steps = 10\noptimizer = {kind = "muon", lr = 1.0}'

@@ -35,7 +35,7 @@ def canvas_of(tokens: Tensor, t: float) -> Canvas:
     return Canvas(tokens, torch.full(tokens.shape, t, dtype=torch.float64), ~free, free)
 
 
-def test_alpha_used_at_a_position_is_alpha_of_its_token() -> None:
+def test_compute_alpha_at_a_token_is_the_probability_that_it_is_clean() -> None:
     tokens = torch.tensor([[0, 1, 2]])
     t = torch.full(tokens.shape, T, dtype=torch.float64)
     diagonal = PROCESS.from_clean(t[0, :1]).dense()[0].diagonal()

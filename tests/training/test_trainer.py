@@ -330,7 +330,7 @@ def test_trainer_settings_refuse_counts_below_one(tmp_path: Path, name: str) -> 
         toy_trainer(tmp_path, batch_at=rows_at(1), **{name: 0})
 
 
-def test_trainer_settings_refuse_a_clip_that_is_not_positive(tmp_path: Path) -> None:
+def test_trainer_settings_refuse_a_non_positive_gradient_clip(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="clip must be positive"):
         toy_trainer(tmp_path, clip=0.0)
 
