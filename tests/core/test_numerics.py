@@ -81,7 +81,7 @@ def test_to_column_returns_a_column_with_dtype_of_its_second_argument() -> None:
     assert to_column(torch.ones(2), torch.ones(2, 5)).shape == (2, 1)
 
 
-def test_safe_log_of_zero_has_no_gradient_and_nan_stays_nan() -> None:
+def test_safe_log_passes_no_gradient_to_zero_and_keeps_nan() -> None:
     mass = torch.tensor([0.0, 0.5, math.nan], dtype=torch.float64, requires_grad=True)
     log = safe_log(mass)
     assert log[:2].tolist() == [-math.inf, math.log(0.5)]

@@ -246,7 +246,7 @@ def test_window_times_pass_all_conformance_checks(rule: str, window: tuple[float
     assert_laws(check_time_rule(RULES[rule].with_window(*window)))
 
 
-def test_windows_of_a_sequence_are_evenly_spaced_in_time() -> None:
+def test_noise_times_of_the_windows_of_a_sequence_are_evenly_spread() -> None:
     """Each of the sixteen windows of a sequence has its time in another sixteenth of [0, 1]."""
     slot = torch.arange(5)
     times = WindowTimes(4).draw(IdentityTime(), CounterRng(0, 0, slot, 64), slot, 5, 64)
@@ -278,7 +278,7 @@ def test_windows_and_times_of_a_batch_are_stratified_jointly(slots: int, count: 
             assert sorted((cells[sample] // slots).tolist()) == list(range(count))
 
 
-def test_stratified_draws_of_windows_are_uniformly_distributed() -> None:
+def test_stratified_draws_for_the_windows_are_uniformly_distributed() -> None:
     """The means of the draws v and of v^2 over 4,000 steps are close to 1/2 and 1/3.
 
     The tolerance is five standard errors.

@@ -37,7 +37,7 @@ def test_row_at_an_array_of_positions_equals_row_at_each_position() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 5, 12])
-def test_row_at_a_position_is_uniformly_distributed_over_seeds(num_rows: int) -> None:
+def test_shuffled_row_at_a_position_is_uniformly_distributed_over_seeds(num_rows: int) -> None:
     counts = np.bincount(
         [int(row_at(seed, 0, num_rows)) for seed in range(1000)], minlength=num_rows
     )

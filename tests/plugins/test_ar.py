@@ -266,7 +266,7 @@ def test_ar_objective_trains_in_the_precision_of_the_recipe(
 
 
 @pytest.mark.slow
-def test_ar_model_learns_a_markov_source_to_its_entropy(
+def test_nll_of_trained_ar_model_is_at_most_3_percent_above_the_entropy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The NLL is at most 3 % above the entropy, and its interval does not end below the entropy.

@@ -137,7 +137,7 @@ def test_exact_bound_of_tree_that_redraws_tokens_is_the_entropy(below: int) -> N
 
 
 @pytest.mark.parametrize("below", [1, 2])
-def test_samples_of_tree_that_redraws_tokens_converge_to_the_data(below: int) -> None:
+def test_samples_of_tree_that_redraws_tokens_converge_to_the_data_distribution(below: int) -> None:
     """The error is of first order: 64 steps have a sixteenth of the error of 4 steps.
 
     The measured error is 0.14 or 0.17 for 4 steps. For 64 steps it is between 0.007 and 0.017 over

@@ -104,7 +104,7 @@ def test_dit_packed_documents_do_not_attend_to_each_other() -> None:
     assert not torch.equal(after[:, :5], before[:, :5])
 
 
-def test_dit_ignores_padding() -> None:
+def test_dit_hidden_states_do_not_depend_on_padding() -> None:
     ids, t = inputs()
     model = make()
     valid = (torch.arange(LENGTH) < 7).expand(BATCH, -1)

@@ -119,7 +119,7 @@ def test_hf_backbone_attends_to_every_position_if_bidirectional(path: str) -> No
     assert torch.equal(causal, (torch.arange(LENGTH) >= 3).expand(BATCH, -1))
 
 
-def test_hf_does_not_attend_to_padding_or_other_documents(path: str) -> None:
+def test_hf_backbone_does_not_attend_to_padding_or_other_documents(path: str) -> None:
     model = build_backbone(path)
     valid = (torch.arange(LENGTH) < 6).expand(BATCH, -1)
     assert not moved_by(model, 7, Context(valid=valid))[:, :6].any()

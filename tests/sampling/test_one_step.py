@@ -192,7 +192,7 @@ def test_remasking_masks_a_token_with_probability_sigma(
     assert step_of(PsiSampler(4, rule), MASKED, 0, t, s) == near([1.0 - sigma, 0.0, 0.0, sigma])
 
 
-def test_confidence_remasks_tokens_that_were_drawn_with_low_probability() -> None:
+def test_confidence_sampler_remasks_tokens_that_were_drawn_with_low_probability() -> None:
     """The token at position i is remasked with probability eta sigma_max softmax_i(-p_i).
 
     p_i is the probability with which the token was drawn. The softmax is over positions with a

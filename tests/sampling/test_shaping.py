@@ -133,7 +133,7 @@ def test_filtered_draw_on_a_tree_uses_one_uniform_for_all_levels(vocabulary: Any
     assert float(found.min()) == 0.0
 
 
-def test_filtered_draw_below_a_node_filters_its_children() -> None:
+def test_filtered_draw_below_a_node_filters_the_children_of_the_node() -> None:
     dist = ShapedDistribution(
         [DenseDistribution(WORDS.log().expand(2, -1), TREE)], Temperature(0.7)
     )
