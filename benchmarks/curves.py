@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py runs/side/{mdlm,hdlm}_small_seed0 --svg docs/learning_curves.svg
 
-The curves show the diffusion term of the bound, without clipped weights, in nats per token of the
+The curves show the diffusion term of the bound, with unclipped weights, in nats per token of the
 training text, as recorded in `metrics.jsonl`. The other terms of the bound (KL to the prior at
 t = 1, decoding at t = 0) are not included. A run on a tree of tokens also has a row for each level.
 Each number is a mean over the training steps since the previous number.

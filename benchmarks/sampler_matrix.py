@@ -253,7 +253,7 @@ def row(
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
-    """Yield the text of the whole page, again after the table of each process.
+    """Yield the text of the page with the tables so far, each time a process has been measured.
 
     names: names of the processes. steps: numbers of sampling steps. points: draws per step.
     """

@@ -33,8 +33,9 @@ def gpu_step(
 ) -> dict[str, Any]:
     """Measure a training step of ddiff (forward and backward) in bfloat16.
 
-    `timed` is the number of timed steps. Returns milliseconds, tokens and TFLOPs per second, MFU,
-    peak memory in GB, and the name of the GPU.
+    `family` is the model family, `size` the sizes of model and batch, and `timed` the number of
+    timed steps. `compiled` compiles the backbone. Returns milliseconds, tokens and TFLOPs per
+    second, MFU, peak memory in GB, and the name of the GPU.
     """
     case = Case(family, size)
     denoiser = denoiser_of(case).to(device)
@@ -81,8 +82,9 @@ def plain_gpu_step(
 ) -> dict[str, Any]:
     """Measure a training step of the plain reference implementation, eager, in bfloat16.
 
-    `timed` is the number of timed steps. Returns milliseconds and peak memory in GB; both are None
-    if the step does not fit into memory.
+    `family` is the model family, `size` the sizes of model and batch, and `timed` the number of
+    timed steps. Returns milliseconds and peak memory in GB; both are None if the step does not fit
+    into memory.
     """
     try:
         step = plain_training_step(Case(family, size), device)

@@ -172,8 +172,8 @@ class Mixed:
 class Clustered:
     """Reference implementation of hierarchical diffusion (HDLM) with one level of clusters.
 
-    A matrix `members` [tokens, clusters] assigns tokens to clusters. The next state of
-    a position has the predicted marginal distribution at time t, restricted to the states one level
+    A matrix `members` [tokens, clusters] assigns tokens to clusters. The next state of a
+    position has the predicted marginal distribution at time t, restricted to the states one level
     below z_t.
     """
 
@@ -283,11 +283,10 @@ def plain_family(case: Case) -> Diffusing | Autoregressive:
 
 
 def plain_training_step(case: Case, device: str = "cpu") -> Callable[[], float]:
-    """Return a function that runs a training step of the reference implementation.
+    """Return a function that trains the reference model of `case` for one step.
 
-    The function returns the loss. The family of the model is that of `case`.
-
-    `device` must be the default device of torch when the step is called.
+    The returned function returns the loss. `device` must be the default device of torch when the
+    step is called.
     """
     side, x0 = plain_family(case), tokens_of(case).to(device)
     side.model.to(device)

@@ -146,7 +146,7 @@ class AtomicFolder:
         return writer.digest
 
     def mark_complete(self, step: int, digests: Mapping[str, FileDigest]) -> None:
-        """Write the marker. Call this method after all files are written.
+        """Write the marker file. Call this method after all other files are written.
 
         `step`: training step of the checkpoint. `digests`: size and SHA-256 of each file by name.
         """

@@ -149,10 +149,10 @@ def solve_well_conditioned(
 ) -> Tensor:
     """Replace p [r,V] by the solution of p K = s in rows whose operator K is well conditioned.
 
-    `square` [n,S,S] holds the operators K of n times, and `time_index` [r] the index of the time of
-    each row. The solution by elimination keeps the relative accuracy of small probabilities at
-    small t. This accuracy matters, because decoding formulas multiply small probabilities by
-    factors of order 1/t.
+    `square` [n,S,S] holds the operators K of n times, `time_index` [r] the index of the time of
+    each row, and `s` [r,S] the right-hand sides, scores. The result is [r,V]. The solution by
+    elimination keeps the relative accuracy of small probabilities at small t. This accuracy
+    matters, because decoding formulas multiply small probabilities by factors of order 1/t.
     """
     well_conditioned = torch.linalg.cond(square) < WELL_CONDITIONED
     for k in find_rows(well_conditioned).tolist():

@@ -57,7 +57,7 @@ class CounterRng:
         self.group = torch.zeros_like(index) if group is None else group
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
-        """Return float64 uniforms in [0,1), on the device of `index`.
+        """Return float64 uniforms in [0,1), on the device of the sample indices `index`.
 
         The shape is [B,L] for count 1, else [B,L,count]. `channel` names the purpose of the
         numbers; numbers of different channels are independent.

@@ -498,7 +498,7 @@ def _all_false(like: Tensor) -> Tensor:
 
 
 def _full_attention_times(t: Tensor, speed: Tensor) -> Times:
-    """Return times of positions that are all corrupted and all attend to each other."""
+    """Combine times t and speeds of positions that are all corrupted and attend to each other."""
     return Times(t, speed, _all_false(t))
 
 

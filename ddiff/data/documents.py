@@ -70,7 +70,7 @@ def fingerprint_texts(documents: Any) -> str:
     """Return a SHA-256 of the texts and their boundaries, as 32 hexadecimal digits.
 
     `documents` is a `datasets.Dataset`, or the training or validation part of a corpus. For a part
-    of a corpus, no text is read: its attribute `fingerprint` is returned.
+    of a corpus, no text is read, and the attribute `fingerprint` of the part is returned.
     """
     if not isinstance(documents, Dataset):
         return documents.fingerprint
@@ -287,7 +287,10 @@ def _batches(paths: Sequence[str], split: Split) -> Iterator[pa.RecordBatch]:
 
 
 def _read_file(path: str, split: Split) -> tuple[list[str], list[str]]:
-    """Return the non-blank documents of one file, and their names."""
+    """Return the non-blank documents of one file, and their names.
+
+    `split` says whether a document is a file, a paragraph or a line.
+    """
     name = base_name(path)
     texts = []
     names = []

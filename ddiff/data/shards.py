@@ -364,7 +364,7 @@ def write_shards(
     Args:
         chunks: function (cursor) that yields the chunks of the source after a cursor.
         source: JSON that identifies the source, together with `held_out` and the tokenizer.
-        held_out: fraction of the documents for validation, in chunks without a part.
+        held_out: fraction of the documents for validation, in chunks that do not name a part.
         workers: number of tokenizer processes. The files do not depend on `workers`.
         total: number of documents for the progress bar, or None if the number is not known.
 
@@ -487,7 +487,8 @@ class _Build:
     def _write_pair(self, cursor: Any) -> None:
         """Write a training and a validation shard, then the journal that lists the shards.
 
-        After a kill, shards that the journal does not list are written again.
+        `cursor`: position in the source after the last document of the shards. After a kill, shards
+        that the journal does not list are written again.
         """
         for part, unfinished in self._unfinished.items():
             shard = unfinished.finish(self._dtype)

@@ -161,7 +161,10 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> E
 
 
 def run_worker() -> None:
-    """Read chunks from standard input and write their ids to standard output, until end of file."""
+    """Tokenize chunks from standard input and write their token ids to standard output.
+
+    The function returns at the end of the input.
+    """
     # Ctrl-C reaches the whole process group. The parent handles it, and closes the input of the
     # workers when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -367,7 +367,7 @@ class _Report:
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Return the kind of the process of a recipe, such as "KIND" or "KIND, block".
+    """Return the kind of the process of a recipe, such as "mdlm" or "mdlm, block".
 
     The second word is the kind of the time rule, which is omitted if it is "flat". If the recipe
     has no process, the result is the kind of the objective.

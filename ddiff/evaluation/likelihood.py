@@ -183,7 +183,7 @@ def evaluate(
     a document are evenly spread. Draws and documents are independent.
 
     Args:
-        objective: computes the nats of a batch.
+        objective: object whose method `nll` computes the terms of the bound of a batch, in nats.
         batch_of: function that maps row indices [B] to the batch of these rows.
         document: array [R] with the index of the document of each row.
         length: number of positions per row.

@@ -398,7 +398,8 @@ class Denoiser(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """Run backbone and head, and return the results of `fn` for all rows, without gradients.
 
-        The arguments are those of `forward`.
+        `rows` [k] are indices of positions in the flattened batch, `node` [k] their query nodes,
+        and `fn` a callback that gets the predictions, as in `forward`.
         """
         hidden = self.hidden_states(noisy, context).index_select(0, rows)
         return self.query_head(hidden, node, fn)

@@ -1,8 +1,9 @@
 """Output parameterizations: convert the output of a head to the prediction that formulas use.
 
-The formulas of bound and samplers use the distribution P(x_i | z without z_i), or a score. They are
-callbacks that take such a prediction. A head calls its callback with another prediction, that of
-the network. A parameterization wraps a callback for the formulas, so that the head can call it.
+The formulas of bound and samplers use the distribution P(x_i | z without z_i), or a score. A
+formula is a callback that takes such a prediction. A head calls its callback with the prediction of
+the network, which may be another one. A parameterization wraps the callback of a formula, so that
+the head can call it.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class Component:
         return f'{self.kind} "{self.name}" (from {self.origin})'
 
     def load(self) -> Any:
-        """Import the target and check that it has `build` and a valid `Config`.
+        """Import the object `target` and check that it has `build` and a valid `Config`.
 
         Raises PluginError if the import or a check fails.
         """

@@ -127,7 +127,7 @@ def _resolve(name: str, argument: str) -> Destination:
 
 
 def _check_outside_runs(place: Destination, folder: bool) -> None:
-    """Raise ArgumentError for a path inside a checkpoint and for a file of a run.
+    """Raise ArgumentError if the path is inside a checkpoint or is a file of a run.
 
     `folder`: whether the output is a folder.
     """

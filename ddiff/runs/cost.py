@@ -82,14 +82,14 @@ class Footprint:
         return standing + self.activations + self.exchange
 
     def replicate(self) -> Footprint:
-        """Return the footprint under DDP.
+        """Return the memory footprint of a rank under DDP.
 
         Every rank stores the whole model, and communication buffers as large as the gradients.
         """
         return replace(self, exchange=self.gradients)
 
     def shard(self, ranks: int, gathered: float) -> Footprint:
-        """Return the footprint under FSDP.
+        """Return the memory footprint of a rank under FSDP.
 
         Each rank stores a fraction 1 / `ranks` of the model, `gathered` bytes of gathered weights,
         and `gathered` bytes of their gradients, which are freed when the gradients are reduced.

@@ -30,7 +30,7 @@ from ddiff.recipe.model import Recipe
 
 
 def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
-    """Build the data set that [data] describes."""
+    """Build the data set that the recipe table [data] describes."""
     return recipe.data.build(length=recipe.length, seed=recipe.seed, cache=cache)
 
 

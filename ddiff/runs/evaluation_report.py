@@ -146,7 +146,7 @@ def _is_evaluation(file: IO[bytes]) -> bool:
 
 
 def _find_changes(run: Run) -> list[Difference]:
-    """List the data whose fingerprints differ from the checkpoint or from evaluation.json."""
+    """List the data whose fingerprints differ from those in the checkpoint or evaluation.json."""
     changed = find_changed_data(run.checkpoints.newest(), run.data, run.model)
     if any(difference.key == "validation rows" for difference in changed):
         return changed

@@ -61,7 +61,7 @@ def load(
 
 
 def _check_settings(settings: Iterable[str]) -> None:
-    """Raise ArgumentError for a setting outside [evaluate] and [sample]."""
+    """Raise ArgumentError if a setting is not in the recipe tables [evaluate] or [sample]."""
     for setting in settings:
         if not setting.lstrip().startswith(("evaluate.", "sample.")):
             raise ArgumentError(

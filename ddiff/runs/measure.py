@@ -404,7 +404,7 @@ def _window(count: int) -> int:
 
 
 def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
-    """Return the mean speed of all steps after the first quarter, which is a warm-up."""
+    """Return the mean training speed, without the first quarter of the steps (warm-up)."""
     timed = steps[max(1, len(steps) // 4) :] or steps
     seconds = sum(step.seconds for step in timed)
     tokens = sum(step.tokens for step in timed)

@@ -104,7 +104,7 @@ def make_templates(
     tokenizer: Tokenizer,
     length: int,
 ) -> list[Template]:
-    """Encode one or several prompts or infill texts.
+    """Encode one or several prompts or infill texts of at most `length` tokens.
 
     Raises ArgumentError if both prompts and infill texts are given.
     """

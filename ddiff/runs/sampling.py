@@ -178,9 +178,10 @@ class _BatchSampler:
         ]
 
     def _cut(self, rows: list[list[int]], templates: Sequence[Template]) -> list[list[int]]:
-        """Truncate each sample of an infill text to the length of the text.
+        """Truncate each sample of an infill text to the length of that text.
 
         `rows` are the token ids of the samples, and `templates` their prompts or infill texts.
+        Samples of prompts keep their length.
         """
         if not templates:
             return rows

@@ -42,8 +42,9 @@ from ddiff.training.trainer import Trainer
 def build_run(recipe: Recipe, backend: Backend, overrides: Overrides = NO_OVERRIDES) -> Run:
     """Build the text, the vocabulary and the untrained model of a run.
 
-    `backend`: backend of the training. Raises an error before a file is written if the network does
-    not accept the conditions of the data, or if the memory is too small.
+    `backend`: backend of the training. `overrides`: vocabulary and process to use in place of those
+    of the recipe. Raises an error before a file is written if the network does not accept the
+    conditions of the data, or if the memory is too small.
     """
     text = RunText(recipe)
     # rank 0 tokenizes first; the other ranks then find the shards in the cache
@@ -97,7 +98,7 @@ class TrainingSession:
 
     @classmethod
     def open(cls, recipe: Recipe, overrides: Overrides = NO_OVERRIDES) -> TrainingSession:
-        """Start the backend of a recipe and build the run on the backend."""
+        """Start the backend of a recipe and build the run on it (see `build_run`)."""
         backend = build_backend(recipe)
         return cls(build_run(recipe, backend, overrides), backend)
 

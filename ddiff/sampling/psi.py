@@ -237,10 +237,10 @@ class ConfidenceRemasking(_Remasking):
 
 @final
 class LoopRemasking(_Remasking):
-    """Remasking rule for `LoopGrid`, which remasks only while the time stays constant.
+    """Remasking rule for `LoopGrid`: remask only in steps in which the time stays constant.
 
-    A token is then noised again with probability sigma = min(eta, sigma_max), where sigma_max is
-    the largest probability that arXiv 2503.00307 permits. In other steps, sigma is 0.
+    In these steps, a token is noised again with probability sigma = min(eta, sigma_max), where
+    sigma_max is the largest probability that arXiv 2503.00307 permits. In other steps, sigma is 0.
     """
 
     def __init__(self, eta: float = 0.02) -> None:

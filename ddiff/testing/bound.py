@@ -180,7 +180,7 @@ class EnumeratedPrior(Prior):
 
 
 def enumerate_draws(process: ForwardProcess) -> ForwardProcess:
-    """Copy a process and make its draws return the state that a uniform u encodes.
+    """Copy a process, so that draws of the copy return the state that a uniform u encodes.
 
     For S states, `sample` returns floor(u S), and `prior.draw` returns floor((1 - u) S).
     """
@@ -471,7 +471,7 @@ def _evidence(
 ) -> Tensor:
     """Return q_t(z|x) [B,V] of the states zt [B] for every token x, and 1 at t = 1.
 
-    With the value 1, a network ignores the states at t = 1.
+    With the value 1, the prediction of a network at t = 1 does not depend on the states.
     """
     evidence = token_likelihoods(process, zt, t)
     return torch.where((t < 1.0).unsqueeze(-1), evidence, 1.0)

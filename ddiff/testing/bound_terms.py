@@ -252,7 +252,7 @@ def draw_terms(
 
     Returns:
         - the terms of the bound, a tensor [n,points,L] for each,
-        - the random generator, which has counted the queries of each channel.
+        - the random generator, which has counted how often each channel was drawn.
     """
     length = x0.shape[1]
     sequence, point = product(

@@ -46,9 +46,10 @@ class Validation:
 
     Args:
         every: number of steps between two evaluations.
-        score: callable without arguments that returns metrics by name, for metrics.jsonl and the
-            tracker, and a sentence to print. Every rank calls `score` at the same step, and must
-            evaluate the same rows, because the forward pass of a sharded module needs all ranks.
+        score: callable without arguments that returns a pair: metrics by name, for metrics.jsonl
+            and the tracker, and a sentence to print. Every rank calls `score` at the same step, and
+            must evaluate the same rows, because the forward pass of a sharded module needs all
+            ranks.
         of_average: whether to evaluate the exponential moving average of the weights, if the run
             has one, instead of the weights.
     """

@@ -399,7 +399,7 @@ class _Loop:
         return self._is_due(newest) or len(self.pending) > 1 or self._is_stopping()
 
     def _finish_oldest(self, bar: Progress) -> None:
-        """Read the results of the oldest pending step; validate and report if they are due."""
+        """Read the results of the oldest unread training step; validate and report if due."""
         record = self._read(self.pending.popleft())
         self.tokens += record.tokens
         figures: Mapping[str, float] = {}
@@ -467,7 +467,7 @@ class _Loop:
             self.saved_step = self.state.step
 
     def _validate(self, bar: Progress) -> Mapping[str, float]:
-        """Evaluate the current weights or their average, and return the metrics.
+        """Evaluate the weights or their exponential moving average, and return the metrics.
 
         Training mode and random state are restored, so that the trained weights are bitwise
         identical with and without validation.

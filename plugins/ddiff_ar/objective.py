@@ -141,7 +141,7 @@ def _clean_input(batch: Batch) -> Noisy:
 
 @final
 class Autoregression:
-    """Autoregressive objective from left to right; its recipes have no process, loss and times."""
+    """Autoregressive objective from left to right; its recipes have no process, loss or times."""
 
     slots = ()
     inputs = "previous"  # input of the denoiser: the token before each position

@@ -38,8 +38,8 @@ class Tied:
 class Levelwise:
     """Hierarchical softmax: separate logits for the children of every node of a tree.
 
-    For the bound, a position needs only the logits of the children of its state: those of the top
-    clusters at a mask, and those of the tokens in one cluster at a cluster of tokens.
+    The bound needs only the logits of the children of a position's state. The children of the mask
+    are the top clusters, and the children of a cluster of tokens are its tokens.
     """
 
     class Config(ComponentConfig):

@@ -175,7 +175,7 @@ class Confidence:
 
 @final
 class Margin:
-    """Margin sampler: reveals first the positions where the most likely token leads by most.
+    """Margin sampler: reveals first the positions with the largest margin.
 
     The margin is the difference of the probabilities of the two most likely tokens.
     """

@@ -1,4 +1,4 @@
-"""Hierarchical diffusion (arXiv 2510.08632): tokens become clusters, coarser clusters, the mask.
+"""Hierarchical diffusion (arXiv 2510.08632): tokens become clusters, then masks.
 
 The states form a tree. Level 0 contains the tokens, the levels above contain clusters, and the
 highest level L is the mask. Symbols:

@@ -14,7 +14,7 @@ SMALL = Size(20, width=8, layers=1, heads=1, length=16, batch=4)
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_benchmark_loss_in_paper_style_equals_the_bound_integrand_of_ddiff(family: str) -> None:
+def test_reference_benchmark_loss_equals_the_bound_integrand_of_ddiff(family: str) -> None:
     """The plain loss is float32, and ddiff's integrand of the bound is float64.
 
     The tolerance is 1e-4, because the loss weights are as large as some hundreds.
@@ -39,7 +39,7 @@ def test_benchmark_loss_in_paper_style_equals_the_bound_integrand_of_ddiff(famil
 
 
 @pytest.mark.parametrize("family", ["mdlm", "gidd", "hdlm"])
-def test_plain_benchmark_sampler_leaves_no_mask_in_its_samples(family: str) -> None:
+def test_reference_benchmark_sampler_leaves_no_mask_in_its_samples(family: str) -> None:
     """Samples contain no clusters, except for hdlm, whose plain sampler moves one level a step."""
     torch.manual_seed(0)
     side, steps = plain_family(Case(family, SMALL)), 8

@@ -110,7 +110,7 @@ def test_noise_times_are_uniform_if_the_noise_removes_no_information(name: str) 
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.4, 1.0 - 1e-6])
-def test_bound_integrand_with_noise_on_one_token_equals_default_formula(t: float) -> None:
+def test_bound_integrand_equals_default_formula_if_all_noise_is_one_token(t: float) -> None:
     """All noise is token 0, so that the token x = 0 never changes.
 
     The prediction also gives probability to other tokens, so the integrand at x = 0 is positive.

@@ -144,7 +144,9 @@ def test_streamed_rows_refuse_a_source_without_tokens() -> None:
         streamed(block=0)
 
 
-def test_streamed_corpus_evaluates_and_counts_its_first_documents(tmp_path: Path) -> None:
+def test_streamed_corpus_draws_validation_and_baselines_from_first_documents(
+    tmp_path: Path,
+) -> None:
     config = Files.Config(
         files=(parquet_files(tmp_path / "p", TEXTS),),
         held_out=HELD_OUT,

@@ -85,7 +85,7 @@ def test_eval_accepts_the_same_data_at_another_path(run_dir: Path, ddiff: Comman
     assert ddiff(*EVAL).code == 0
 
 
-def test_eval_with_option_out_scores_other_data_and_keeps_old_results(
+def test_eval_with_option_out_evaluates_changed_data_and_keeps_results(
     run_dir: Path, ddiff: Command
 ) -> None:
     write(change(LINES))

@@ -135,7 +135,7 @@ def test_classifier_free_guidance_rejects_non_finite_weights(weight: float) -> N
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_guide_by_classifier_rejects_non_finite_classifiers(value: float) -> None:
+def test_guide_by_classifier_rejects_non_finite_classifier_outputs(value: float) -> None:
     vocabulary = FlatVocabulary(3)
     network = network_from_table(lambda zt, t: P.log().expand(*zt.shape, 3), vocabulary)
     noisy = Noisy(

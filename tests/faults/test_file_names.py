@@ -115,7 +115,7 @@ def test_file_endings_are_case_insensitive(folder: Path, ending: str) -> None:
     assert [chunk.texts for chunk in open_file_source([f"f{ending}"]).chunks()] == [["upper case"]]
 
 
-def test_find_files_matches_sorted_files_and_no_folders(folder: Path) -> None:
+def test_find_files_returns_sorted_files_and_no_folders(folder: Path) -> None:
     for name in ("d/b.txt", "d/a.txt", "d/.hidden.txt", "d/e/c.txt", "d/e/f/g.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)

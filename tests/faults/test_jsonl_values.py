@@ -156,7 +156,7 @@ NOT_TEXT: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(NOT_TEXT))
-def test_prompts_and_texts_in_memory_must_be_valid_text(kind: str) -> None:
+def test_invalid_prompts_and_in_memory_texts_are_refused(kind: str) -> None:
     text, message = NOT_TEXT[kind]
     with pytest.raises(DataError, match=f"text 1.*{message}"):
         documents_from_texts(["fine", text])

@@ -44,7 +44,7 @@ def test_check_resumable_names_the_changed_key(change: tuple[str, Any, Any]) -> 
         check_resumable(Path("runs/a"), [*ALLOWED, change], [])
 
 
-def test_check_resumable_refuses_other_components_from_python() -> None:
+def test_check_resumable_refuses_a_change_of_components_passed_as_objects() -> None:
     with pytest.raises(CheckpointError, match="given process: was 'a:A', is None"):
         check_resumable(Path("runs/a"), [], [("process", "a:A", None)])
 

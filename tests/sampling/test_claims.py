@@ -97,7 +97,7 @@ def test_docs_samplers_page_error_falls_with_steps_for_ordered_samplers(
 
 @pytest.mark.parametrize("process", [name for name in TABLES if "hdlm" not in name])
 @pytest.mark.parametrize("sampler", ["analytic", "tau_leaping", "trapezoidal"])
-def test_docs_samplers_page_has_equal_errors_for_scores_and_predictions(
+def test_samplers_page_has_equal_errors_for_scores_and_distributions(
     process: str, sampler: str
 ) -> None:
     """Distances from scores must equal those from distributions, up to sampling noise."""

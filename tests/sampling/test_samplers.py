@@ -385,7 +385,7 @@ def even_table(zt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     )
 
 
-def test_first_hitting_of_masked_diffusion_evaluates_once_per_position() -> None:
+def test_first_hitting_of_masks_evaluates_the_network_once_per_position() -> None:
     process = PROCESSES["masked"]
     network, prompt_mask = (
         network_from_table(even_table, process.vocabulary),

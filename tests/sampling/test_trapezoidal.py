@@ -159,7 +159,7 @@ def test_trapezoidal_sampler_is_second_order_for_any_theta() -> None:
     assert few / many > 3.4
 
 
-def test_trapezoidal_beats_tau_leaping_under_strong_dependence() -> None:
+def test_trapezoidal_error_is_far_below_tau_leaping_for_dependent_tokens() -> None:
     """In JOINT, a token can make the other token six times less likely.
 
     Extrapolated rates are then clipped at 0, which adds an error of first order.
