@@ -86,7 +86,7 @@ def test_read_clusters_error_names_expected_and_actual_length(
         (np.zeros((3, 1), dtype=np.int64), "one list"),
         (np.array([0.0, np.nan, 1.0]), "integers"),
         (np.array([True, False, True]), "integers"),
-        (np.array([0, 1, 10**15]), "cluster 1000000000000000"),
+        (np.array([0, 1, 10**15]), "cluster number 1000000000000000"),
         (np.array([0, 1, 2**63 + 5], dtype=np.uint64), "numbered from 0"),
     ],
 )

@@ -318,7 +318,7 @@ def test_source_corpus_refuses_a_train_or_validation_part_without_text(tmp_path:
     few = json_file(tmp_path / "few.jsonl", ["a"])
     cases = [
         ([str(tmp_path / "empty.txt")], "no token"),
-        ([few], "has no text for (train|validation)"),
+        ([few], "has no text for the (training|validation) part"),
     ]
     for files, message in cases:
         with pytest.raises(DataError, match=message):
