@@ -158,7 +158,7 @@ class RestlessTree(ForwardProcess):
         return self.vocabulary.ancestor(states, level)
 
     def share(self, states: Tensor) -> Tensor:
-        """Return the number of tokens under each state, divided by that under its family."""
+        """Return, for each state z, its number of tokens divided by that of family(z)."""
         return self._num_tokens(states) / self._num_tokens(self.family(states))
 
     def _num_tokens(self, nodes: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ class Checkpoint:
     def read_weights(self, *, average: bool = False) -> dict[str, Tensor]:
         """Read the model's tensors as unsharded CPU tensors, by name.
 
-        With `average`, each tensor that has an exponential moving average is replaced by its
-        average. Raises CheckpointError if the checkpoint has no averages, or a file is damaged.
+        If `average` is True, the exponential moving average of a tensor, if it has one, replaces
+        the tensor. Raises CheckpointError if the checkpoint has no averages, or a file is damaged.
         """
         from ddiff.checkpoint.dcp_storage import read_tensors
 

@@ -38,7 +38,7 @@ class NoiseTables(Protocol):
         """
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return the noise b_t(y) [n,m] of states y [m] at times t [n]."""
+        """Return the probability b_t(y) [n,m] that noise gives the states y [m] at times t [n]."""
 
     def arrivals_table(self, states: Tensor, t: Tensor) -> Tensor:
         """Return the arrival rates omega_t(y) [n,m] into states y [m] at times t [n].

@@ -92,7 +92,7 @@ class LevelClock(SettingsRepr, ABC):
         return from_root.flip(-1)[:, 1:]
 
     def generator(self, t: Tensor) -> Tensor:
-        """Return the generator [r,L+1,L+1] of the chain of levels at t."""
+        """Return the generator (rate matrix) [r,L+1,L+1] of the Markov chain of levels at t."""
         hazard = self.hazard(t)
         zero = torch.zeros_like(hazard[:, :1])
         outflow = torch.diag_embed(torch.cat([hazard, zero], -1))

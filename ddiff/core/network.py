@@ -43,7 +43,7 @@ class CountingNetwork(ABC):
         return self._runs
 
     def runs_of_batch(self, batch: int) -> Tensor:
-        """Return a copy of `runs` [B] for a batch of B = `batch` sequences.
+        """Return the number of evaluations of each sequence, a copy of `runs` [B], B = `batch`.
 
         The copy is all zeros if no batch was evaluated yet, or if the latest one had another size.
         """

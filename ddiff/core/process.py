@@ -66,7 +66,7 @@ class Query(Protocol):
     query returns the results of `fn` in the order of `rows`.
 
     Args:
-        rows: [k] flat row numbers.
+        rows: [k] indices of the rows in the flattened [B,L] positions.
         node: [k] node of the tree below which each row needs the predicted distribution.
         fn: function of the prediction of a chunk and of the entries of `per_row` for the chunk.
         per_row: tensors with one entry for each of the k rows.

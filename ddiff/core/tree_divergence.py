@@ -89,9 +89,9 @@ def _kl_at_level(
     zt: Tensor,
     level: int,
 ) -> Tensor:
-    """Return `kl_below` for rows at one level >= 2, for stochastic parents.
+    """Return the divergence `kl_below` [r] for rows whose states are at one level >= 2.
 
-    At level 1, the state below is the token, and `token_nll` is used.
+    At level 1, the state below is the token, and `kl_below` uses `token_nll`.
     """
     below = level - 1
     log_mass = dist.log_mass(below)

@@ -237,7 +237,7 @@ class KeyValueCache:
         return length
 
     def begin_update(self, num_new: int) -> None:
-        """Begin a forward pass in which the first `num_new` inputs are final."""
+        """Begin a forward pass; the first `num_new` of its inputs become part of the cache."""
         self._num_new = num_new
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

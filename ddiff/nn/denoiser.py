@@ -70,9 +70,10 @@ class Context(NamedTuple):
         """Return the attention mask in the form that is fastest for hidden states x [B,L,d].
 
         `head_width` is the number of channels of an attention head. All layers can share the
-        result, which is passed to `attend`. On a GPU it is a flex attention mask, if flex attention
-        has a kernel for x. On a CPU, or with a cache, it is the mask of `attention_mask`: with a
-        cache L changes between passes, and flex attention would be compiled for every L.
+        result, which is passed to `attend`. The result is a flex attention mask on a GPU for which
+        flex attention has a kernel, else the mask of `attention_mask`. With a cache it is also the
+        mask of `attention_mask`: L changes between passes, and flex attention would be compiled for
+        every L.
         """
         if self.cache or not has_flex_kernel(x, head_width):
             return self.attention_mask()

@@ -4,12 +4,12 @@ A row is one position at which a prediction is needed. Its query node is the nod
 which the row needs the predicted distribution; with a flat vocabulary this is always the root.
 
 A head never returns a prediction. For each chunk of rows with the same query node it calls
-`fn(prediction, idx)`, where idx are the numbers of these rows. Only the logits below the query node
+`fn(prediction, idx)`, where idx are the indices of these rows. Only the logits below the query node
 are computed, and only for one chunk at a time, so that no tensor [positions, V] is made.
 
 In training the gradients are computed chunk by chunk too (as in a fused cross-entropy), and added
-in place to one buffer for the whole table. Autograd would make a zero-filled gradient [V,d] for
-every slice of the table.
+in place to one buffer for the whole table, the weight matrix of the output layer. Autograd would
+make a zero-filled gradient [V,d] for every slice of the table.
 
 The rows of a table are sorted such that the states below a node are adjacent (tree order). Ids
 outside of heads keep the order of the tokenizer.

@@ -119,7 +119,7 @@ class _DenoiserQuery:
             self.positions = last.positions
 
     def _run(self, sequences: Tensor) -> None:
-        """Run the backbone on the sequences with the given numbers; store their hidden states."""
+        """Run the backbone on the sequences with these indices, and store their hidden states."""
         network = self.network
         batch, length = self.noisy.zt.shape
         positions = torch.arange(length, device=self.is_known.device)

@@ -226,7 +226,7 @@ def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: 
     """Raise ArgumentError unless guidance with the given conditions is possible.
 
     Guidance compares the distributions with and without the conditions. The model must therefore
-    have been trained without each condition too (with a dropout above 0).
+    also have been trained without each condition (with a dropout above 0).
     """
     if not conditions.values:
         raise ArgumentError(

@@ -395,10 +395,10 @@ def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]
 
 
 def _window(count: int) -> int:
-    """Return the number of steps between two reports: a quarter of `count`, the number of steps.
+    """Return the number of steps between two log records: a quarter of the `count` steps.
 
-    If `count` is not divisible by 4, the result is 1. The host waits for the device at each report,
-    so frequent reports would slow training down.
+    If `count` is not divisible by 4, the result is 1. The host waits for the device at each log
+    record, so frequent records would slow training down.
     """
     return count // 4 if count % 4 == 0 else 1
 

@@ -59,7 +59,7 @@ class Frame(NamedTuple):
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
-    """Encode a text that samples of `length` tokens begin with.
+    """Return the template of a prompt, a text with which samples of `length` tokens begin.
 
     Raises ArgumentError if the text has more than `length` tokens.
     """

@@ -528,9 +528,9 @@ def events_follow_reverse_rates(process: ForwardProcess) -> Iterator[Gap]:
 def _event_gap(
     process: ForwardProcess, log_p: Tensor, zt: Tensor, s: Tensor, u: Tensor, start: Tensor
 ) -> Gap:
-    """Compare the rates of moves by events with the reverse rates.
+    """Compare the rates at which `event` moves states with the reverse rates.
 
-    Both rates are divided by the rate of candidate events.
+    Both rates are divided by the rate of candidate events, which `event_time` draws.
 
     Args:
         log_p: [1,V] predicted log-distribution.

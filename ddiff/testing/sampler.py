@@ -343,7 +343,7 @@ SAMPLER_LAWS = (
 def find_accepted_processes(
     build: Callable[[Vocabulary, int], Sampler],
 ) -> tuple[dict[str, SamplerCase], list[str]]:
-    """Find the small processes that a sampler accepts.
+    """Find the processes of `small_processes()` that a sampler accepts.
 
     `build(vocabulary, steps)` makes the sampler. Only an ArgumentError counts as a rejection; other
     exceptions are raised.

@@ -309,7 +309,7 @@ TIME_RULE_LAWS: tuple[Law, ...] = (
 def check_time_rule(rule: TimeRule) -> list[LawReport]:
     """Apply every conformance check of time rules to a time rule.
 
-    The laws require that the rule stratifies the times of a batch, and that the times of each
+    The checks require that the rule stratifies the times of a batch, and that the times of each
     position cover its whole window of noise times.
     """
     return evaluate_laws(rule, TIME_RULE_LAWS)

@@ -39,7 +39,7 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the weight of each row, a tensor [r], per unit of the noise time t.
+        """Return the loss weight of each row, a tensor [r], per unit of the noise time t.
 
         Called once per batch, for all rows.
         """

@@ -92,7 +92,7 @@ class TauConfig(ComponentConfig):
 
 
 class PairedConfig(TauConfig):
-    """Keys of time rules that add noise in a window of positions, after clean positions."""
+    """Keys of time rules that add noise in a window of positions and keep earlier tokens clean."""
 
     paired: bool = True
     """true: train all windows of a row in one forward pass over its clean and its noisy tokens;

@@ -512,7 +512,7 @@ class GammaHybrid(ForwardProcess):
 
         Args:
             z: [k] states, masks where `masked` [k] is True.
-            noise: [k] probability (1 - B_t)/V of each token by noise.
+            noise: [k] probability (1 - B_t)/V with which noise draws each of the V tokens.
             u: [k,2] uniforms. u[:,0] decides whether a token is kept, u[:,1] selects a token.
         """
         dist = self._clean_distribution(prediction, t)

@@ -63,7 +63,7 @@ def constant_prediction_bound(
 @pytest.mark.parametrize("start", [0.1, 0.6, 0.9999])
 @pytest.mark.parametrize("length", [1, 4096])
 @pytest.mark.parametrize("noise", ["mask", "tokens"])
-def test_bound_of_constant_prediction_is_minus_log_p_with_zero_early_rates(
+def test_bound_of_constant_prediction_is_minus_log_p_if_early_rates_are_zero(
     noise: str, length: int, start: float
 ) -> None:
     masked = noise == "mask"

@@ -124,7 +124,7 @@ def test_drawn_noise_time_has_the_returned_derivative_by_its_uniform(
     assert bool((ends[0] <= t[0]) & (t[-1] <= ends[1]))
 
 
-def test_noise_times_have_the_distribution_of_least_bound_variance() -> None:
+def test_noise_times_have_the_distribution_that_minimizes_bound_variance() -> None:
     """For masked diffusion and sequences of length L, the density of tau is sqrt(1 + a/tau).
 
     Here a = 1/L, and the density is not normalized. Its integral is

@@ -59,6 +59,6 @@ def test_evaluate_key_rows_above_the_row_count_scores_all_rows() -> None:
     assert whole[0].bits_per_byte is not None
 
 
-def test_recorded_evaluation_settings_depend_on_the_evaluated_rows() -> None:
+def test_recorded_evaluation_settings_state_the_evaluated_rows() -> None:
     assert built().protocol()["data"] != built("evaluate.rows=7").protocol()["data"]
     assert built().protocol() == built("evaluate.rows=10000").protocol()

@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("command", ["run", "data"])
 @pytest.mark.parametrize("name", list(FILES))
-def test_errors_of_run_and_data_commands_name_a_damaged_gzip_file(
+def test_run_and_data_commands_raise_an_error_that_names_a_damaged_gzip_file(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
     content, message = FILES[name]

@@ -91,7 +91,9 @@ def test_unencodable_characters_are_written_as_toml_escapes() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_samples_are_json_in_every_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_samples_are_json_in_every_encoding_of_stdout(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ddiff.runs.stages import _writes_unicode
 
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)

@@ -48,7 +48,7 @@ def test_huge_temperature_gives_the_uniform_distribution(temperature: float) -> 
     assert distribution(Temperature(temperature)) == pytest.approx([1 / 3] * 3)
 
 
-def test_tiny_temperature_splits_ties_and_zero_temperature_does_not() -> None:
+def test_tiny_temperature_divides_probability_among_ties_zero_temperature_does_not() -> None:
     assert distribution(Temperature(1e-30), TIES) == [0.0, 0.5, 0.5]
     assert distribution(Temperature(0.0), TIES) == [0.0, 1.0, 0.0]
     assert distribution(TopK(1), TIES) == distribution(Temperature(0.0), TIES)

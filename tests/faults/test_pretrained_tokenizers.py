@@ -105,7 +105,9 @@ def test_pretrained_encode_error_names_the_row_and_unknown_word(model: Any, tmp_
     )
 
 
-def test_encode_chunks_in_workers_names_the_row_of_an_unknown_word(tmp_path: Path) -> None:
+def test_encode_chunks_in_workers_raises_an_error_that_names_the_row_of_an_unknown_word(
+    tmp_path: Path,
+) -> None:
     letters = models.BPE({letter: number for number, letter in enumerate("catdgo")}, [])
     tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(letters))))
     chunks = [Chunk(["cat"] * 3, names=["a"] * 3), Chunk(["dog", "zebu"], names=["b.txt", "c.txt"])]

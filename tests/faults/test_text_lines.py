@@ -124,7 +124,7 @@ REFUSED = {
 @pytest.mark.parametrize("reader", [from_text, from_files])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", list(REFUSED))
-def test_text_readers_refuse_other_encodings_and_name_the_offset(
+def test_text_readers_refuse_text_that_is_not_utf8_and_name_the_offset(
     tmp_path: Path, reader: Any, split: Any, kind: str
 ) -> None:
     content, message = REFUSED[kind]

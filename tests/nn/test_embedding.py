@@ -33,5 +33,5 @@ def test_node_embeddings_start_from_centroids_of_equal_width() -> None:
     torch.testing.assert_close(weight[5], words.mean(0))
 
 
-def test_state_embedding_is_marked_as_table_for_the_optimizer() -> None:
+def test_state_embedding_is_marked_as_embedding_table_for_the_optimizer() -> None:
     assert StateEmbedding(TREES["words"], 4).is_table

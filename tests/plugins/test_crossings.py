@@ -94,7 +94,7 @@ def test_restless_tree_with_redraw_rate_0_equals_tree_process() -> None:
     torch.testing.assert_close(process.density(*asked), tree.density(*asked), **CLOSE)
 
 
-def test_tree_without_clusters_that_redraws_tokens_is_the_gamma_hybrid() -> None:
+def test_redrawing_tree_process_without_clusters_equals_gamma_hybrid() -> None:
     """The gamma-hybrid redraws tokens at gamma/(1 - gamma) times its mask rate."""
     flat, gamma = FlatVocabulary(4), 0.4
     process, hybrid = (

@@ -79,7 +79,7 @@ def test_hdlm_readme_compares_the_loss_of_the_paper_code_with_the_bound() -> Non
             assert published > exact + 0.001
 
 
-def test_hdlm_readme_quotes_the_entropies_of_xi_bounds() -> None:
+def test_hdlm_readme_quotes_the_entropies_printed_by_script_xi_bounds() -> None:
     assert re.findall(r"entropy of (\d\.\d{4}) nats", README) == [f"{command.entropy():.4f}"]
     assert re.findall(r"cross-entropy is (\d\.\d{4}) ", README) == [
         f"{command.unigram_nelbo():.4f}"

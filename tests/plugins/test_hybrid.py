@@ -168,7 +168,7 @@ def test_gamma_hybrid_and_interpolating_process_have_equal_marginals() -> None:
     assert ((ours - its).abs() > 0.01 * its).double().mean() > 0.5  # and has another density
 
 
-def test_gamma_hybrid_time_settings_give_equal_transitions_at_equal_noise() -> None:
+def test_gamma_hybrid_with_either_time_setting_has_equal_transitions_at_equal_noise() -> None:
     """At times of equal noise sigma, both settings have equal transitions and bounds.
 
     The integrand of the bound is compared per unit of sigma.

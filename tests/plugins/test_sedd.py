@@ -469,7 +469,7 @@ class Constant(Backbone):
         ({"noise": "geometric", "sigma_max": 2000.0}, "sigma_max"),
     ],
 )
-def test_sedd_settings_of_the_wrong_graph_or_noise_are_refused(
+def test_sedd_refuses_settings_of_another_graph_or_noise(
     keys: dict[str, object], named: str
 ) -> None:
     with pytest.raises(ValidationError, match=named):

@@ -120,7 +120,7 @@ def test_mdlm_uses_the_named_schedule(keys: dict[str, Any], alpha: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "left"), [({}, 1e-3), ({"floor": 0.0}, 0.0), ({"floor": 0.2}, 0.2)], ids=str
 )
-def test_sedd_floor_is_the_share_of_tokens_left_at_time_one(
+def test_sedd_floor_is_the_fraction_of_tokens_unchanged_at_t_1(
     graph: Any, keys: dict[str, float], left: float
 ) -> None:
     vocabulary = FlatVocabulary(3, mask=graph == "absorb")

@@ -73,7 +73,7 @@ def test_hyperschedule_sampler_with_equal_times_equals_its_inner_sampler(name: s
     assert torch.equal(plain.ids, along.ids)
 
 
-def test_hyperschedule_keeps_prompts_and_later_positions_at_the_prior() -> None:
+def test_hyperschedule_keeps_prompts_clean_and_later_positions_at_the_prior() -> None:
     process, seen = processes()["masked"], []
     prompt, prompt_mask = (
         torch.tensor([[2, 0, 1, 0]] * 6),

@@ -161,7 +161,7 @@ def test_tracker_receives_validation_results_at_their_step(monkeypatch: pytest.M
     assert logged == [(4, True), (5, False), (6, False)]
 
 
-def test_trained_weights_return_after_an_error_under_ema_weights() -> None:
+def test_trained_weights_are_restored_after_an_error_with_ema_weights() -> None:
     module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     average = ExponentialMovingAverage(module, 0.9)
     with torch.no_grad():
