@@ -70,7 +70,7 @@ def test_read_clusters_accepts_files_without_the_mask_token(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("num_tokens", [5, 7])
-def test_read_clusters_error_names_expected_and_actual_length(
+def test_read_clusters_raises_an_error_that_names_expected_and_actual_length(
     tmp_path: Path, num_tokens: int
 ) -> None:
     with pytest.raises(DataError, match=f"has 6 entries, but {num_tokens} are expected"):
@@ -172,6 +172,6 @@ def test_load_model_embeddings_reads_the_input_table(tmp_path: Path) -> None:
         load_model_embeddings(str(tmp_path), 21)
 
 
-def test_load_model_embeddings_error_names_a_missing_model(tmp_path: Path) -> None:
+def test_load_model_embeddings_raises_an_error_that_names_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No model from"):
         load_model_embeddings(str(tmp_path), 3)

@@ -182,7 +182,9 @@ def test_nested_kmeans_refuses_impossible_arguments(
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nested_kmeans_error_names_the_row_of_a_non_finite_embedding(bad: float) -> None:
+def test_nested_kmeans_raises_an_error_that_names_the_row_of_a_non_finite_embedding(
+    bad: float,
+) -> None:
     points = np.ones((50, 4), dtype=np.float32)
     points[17, 2] = bad
     with pytest.raises(DataError, match="row 17"):

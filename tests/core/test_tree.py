@@ -311,7 +311,7 @@ def test_clocks_and_schedules_reject_invalid_arguments(
         make()
 
 
-def test_cdf_clock_error_names_the_schedules_that_cross() -> None:
+def test_cdf_clock_raises_an_error_that_names_the_schedules_that_cross() -> None:
     with pytest.raises(ArgumentError, match=r"F_2\(t\) > F_3\(t\).*schedules 1 and 2"):
         CdfClock([PowerSchedule(0.5), PowerSchedule(3.0), CosineSchedule()])
 

@@ -111,7 +111,9 @@ def test_default_cache_root_follows_environment_variables(
     assert default_root() == tmp_path / "ddiff"
 
 
-def test_cache_error_names_a_cache_folder_that_cannot_be_used(tmp_path: Path) -> None:
+def test_cache_raises_an_error_that_names_a_cache_folder_that_cannot_be_used(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(DataError, match="memory-mapped"):
         Cache("memory://cache")
     (tmp_path / "file").write_text("")

@@ -211,7 +211,7 @@ def test_cluster_tree_without_special_tokens_has_no_branch_for_them() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(10_000,), (8, 8), (4, 8)])
-def test_clusters_component_error_names_impossible_sizes(
+def test_clusters_component_raises_an_error_that_names_impossible_sizes(
     documents: Documents, tokenizer: BytePairTokenizer, sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
     rows = pack(documents.train, tokenizer, 16)
@@ -220,7 +220,9 @@ def test_clusters_component_error_names_impossible_sizes(
     assert not list((tmp_path / "clusters").iterdir())
 
 
-def test_clusters_component_error_names_missing_training_rows(tokenizer: BytePairTokenizer) -> None:
+def test_clusters_component_raises_an_error_that_names_missing_training_rows(
+    tokenizer: BytePairTokenizer,
+) -> None:
     with pytest.raises(DataError, match="packed training rows"):
         build_clusters(tokenizer)
 

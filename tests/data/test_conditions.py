@@ -115,7 +115,9 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", list(BAD_LINES))
-def test_read_json_lines_error_names_the_invalid_line(name: str, tmp_path: Path) -> None:
+def test_read_json_lines_raises_an_error_that_names_the_invalid_line(
+    name: str, tmp_path: Path
+) -> None:
     line, expected = BAD_LINES[name]
     with pytest.raises(DataError) as raised:
         read(written(tmp_path, [LINES[0], line]))  # each line is followed by a blank one
@@ -132,7 +134,7 @@ def test_read_json_lines_refuses_broken_json_and_a_field_listed_twice(
         read_json_lines([file], labels=["author"], vectors=["author"], validation=[file])
 
 
-def test_read_conditions_error_names_an_unusable_column() -> None:
+def test_read_conditions_raises_an_error_that_names_an_unusable_column() -> None:
     documents = Dataset.from_dict(
         {"text": ["a", "b"], "kind": ["x", "y"], "wide": [[1.0], [1.0, 2.0]], "none": [None] * 2}
     )

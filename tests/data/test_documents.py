@@ -168,7 +168,9 @@ def test_read_text_files_caches_nothing_after_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nosuchprotocol://a.txt"])
-def test_read_text_files_error_names_a_missing_file(tmp_path: Path, path: str) -> None:
+def test_read_text_files_raises_an_error_that_names_a_missing_file(
+    tmp_path: Path, path: str
+) -> None:
     with pytest.raises(DataError, match=r"missing|nosuchprotocol"):
         read_text_files([path if "://" in path else str(tmp_path / path)])
 

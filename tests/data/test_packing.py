@@ -173,7 +173,7 @@ def test_pack_refuses_symbol_rows_of_another_length(texts: list[str], message: s
         pack(documents_from_texts(texts), AlphabetTokenizer("ACGT"), 4)
 
 
-def test_pack_error_names_the_row_of_an_unknown_symbol() -> None:
+def test_pack_raises_an_error_that_names_the_row_of_an_unknown_symbol() -> None:
     texts = ["ACGT"] * 100
     texts[90] = "ACNT"
     with pytest.raises(DataError, match=r"Row 90 \(text 90\).*'N'"):

@@ -148,7 +148,7 @@ def test_copied_shards_give_the_same_rows(made: Shards, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "wide"])
-def test_verify_error_names_the_damaged_shard_file_and_the_remedy(
+def test_verify_raises_an_error_that_names_the_damaged_shard_file_and_the_remedy(
     made: Shards, tmp_path: Path, damage: str
 ) -> None:
     copied = Path(shutil.copytree(made.folder, tmp_path / "copy"))
@@ -210,7 +210,9 @@ def test_write_shards_writes_no_manifest_for_an_empty_source(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_encode_chunks_error_names_the_row_of_an_unknown_symbol(workers: int) -> None:
+def test_encode_chunks_raises_an_error_that_names_the_row_of_an_unknown_symbol(
+    workers: int,
+) -> None:
     texts = ["ACGT"] * 90 + ["ACNT"] + ["ACGT"] * 9
     chunks = [
         Chunk(texts[i : i + 10], names=[f"line {n}" for n in range(i, i + 10)])

@@ -289,7 +289,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_text_source_error_names_the_cause_of_a_failure(tmp_path: Path, fault: str) -> None:
+def test_text_source_raises_an_error_that_names_the_cause_of_a_failure(
+    tmp_path: Path, fault: str
+) -> None:
     open_source, message = faults(tmp_path)[fault]
     with pytest.raises(DataError, match=rf"(?s){message}"):
         read(open_source())

@@ -129,7 +129,9 @@ def test_alphabet_tokenizer_ids_follow_the_order_of_the_symbols() -> None:
 
 
 @pytest.mark.parametrize("symbol", ["N", "\x00", "日"])
-def test_alphabet_tokenizer_error_names_the_unknown_symbol_and_row(symbol: str) -> None:
+def test_alphabet_tokenizer_raises_an_error_that_names_the_unknown_symbol_and_row(
+    symbol: str,
+) -> None:
     with pytest.raises(UnknownSymbol) as caught:
         AlphabetTokenizer("ACGT").encode(["ACGT", f"AC{symbol}T"])
     assert caught.value.row == 1
@@ -156,7 +158,7 @@ def test_pretrained_fingerprint_is_unchanged_by_encoding(model_folder: Path) -> 
     assert PretrainedTokenizer(tokenizer._tokenizer).fingerprint == tokenizer.fingerprint
 
 
-def test_from_pretrained_error_names_a_missing_tokenizer(
+def test_from_pretrained_raises_an_error_that_names_a_missing_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match="no readable tokenizer"):

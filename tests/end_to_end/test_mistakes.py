@@ -202,7 +202,7 @@ def test_cluster_command_refuses_embeddings_with_nan(folder: Path, ddiff: Comman
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_command_errors_name_a_directory_that_is_not_a_run(
+def test_commands_print_an_error_that_names_a_directory_that_is_not_a_run(
     command: str, folder: Path, ddiff: Command
 ) -> None:
     refused(ddiff(command, "."), "not a run directory", "recipe.toml")
@@ -258,7 +258,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
 )
-def test_error_names_truncated_checkpoint_and_deletes_nothing(
+def test_commands_print_an_error_that_names_a_truncated_checkpoint_and_delete_nothing(
     file: str, name: str, run_dir: Path, ddiff: Command
 ) -> None:
     damaged = newest(run_dir, file)
@@ -272,7 +272,7 @@ def test_error_names_truncated_checkpoint_and_deletes_nothing(
     "file", ["recipe.toml", "environment.json", "tokenizer.json", "vocabulary.safetensors"]
 )
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_error_names_a_truncated_run_file(
+def test_eval_and_sample_print_an_error_that_names_a_truncated_run_file(
     file: str, command: str, run_dir: Path, ddiff: Command
 ) -> None:
     damaged = run_dir / file
@@ -285,7 +285,9 @@ def test_error_names_a_truncated_run_file(
 @pytest.mark.parametrize(
     "file", ["recipe.toml", "environment.json", "evaluation.json", "samples.jsonl"]
 )
-def test_resume_error_names_a_truncated_run_file(file: str, run_dir: Path, ddiff: Command) -> None:
+def test_resume_prints_an_error_that_names_a_truncated_run_file(
+    file: str, run_dir: Path, ddiff: Command
+) -> None:
     damaged = run_dir / file
     content = damaged.read_bytes()
     damaged.write_bytes(
@@ -389,7 +391,9 @@ def test_resume_refuses_another_corpus(run_dir: Path, ddiff: Command) -> None:
     assert files(run_dir) == before
 
 
-def test_error_names_a_damaged_vocabulary_file(run_dir: Path, ddiff: Command) -> None:
+def test_sample_command_prints_an_error_that_names_a_damaged_vocabulary_file(
+    run_dir: Path, ddiff: Command
+) -> None:
     tensors = load_file(run_dir / "vocabulary.safetensors")
     save_file({"something": next(iter(tensors.values()))}, run_dir / "vocabulary.safetensors")
     refused(ddiff("sample", "runs/small"), "vocabulary.safetensors")

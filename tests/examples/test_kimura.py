@@ -106,6 +106,6 @@ def test_kimura_recipe_trains_evaluates_and_samples(installed: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_recipe_error_names_a_missing_plugin(tmp_path: Path) -> None:
+def test_dry_run_prints_an_error_that_names_a_missing_plugin(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match='There is no plugin "kimura"'):
         run_python(*DDIFF, "run", str(SOURCE / "dna.toml"), "--dry-run", folder=tmp_path)

@@ -87,7 +87,7 @@ def resolve_text() -> str:
 
 
 @pytest.mark.parametrize(("key", "value"), list(iterate_mutations(resolve_text())))
-def test_load_error_names_each_changed_key_of_the_trained_recipe(
+def test_load_raises_an_error_that_names_each_changed_key_of_the_trained_recipe(
     key: str, value: Any, run_dir: Path
 ) -> None:
     recipe = run_dir / "recipe.toml"

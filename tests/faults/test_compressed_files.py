@@ -78,7 +78,9 @@ def test_file_source_decompresses_every_format(tmp_path: Path, ending: str, cont
 
 @pytest.mark.parametrize("ending", list(PACKERS))
 @pytest.mark.parametrize("kept", [0, 1, 3, 12, 0.5, -1, -9])
-def test_file_source_error_names_a_truncated_file(tmp_path: Path, ending: str, kept: float) -> None:
+def test_file_source_raises_an_error_that_names_a_truncated_file(
+    tmp_path: Path, ending: str, kept: float
+) -> None:
     packed = PACKERS[ending](PLAIN)
     size = (
         int(len(packed) * kept)
@@ -98,7 +100,7 @@ def test_file_source_error_names_a_truncated_file(tmp_path: Path, ending: str, k
 
 
 @pytest.mark.parametrize("ending", list(PACKERS))
-def test_file_source_error_names_a_damaged_file(tmp_path: Path, ending: str) -> None:
+def test_file_source_raises_an_error_that_names_a_damaged_file(tmp_path: Path, ending: str) -> None:
     packed = bytearray(PACKERS[ending](PLAIN))
     middle = len(packed) // 2
     packed[middle : middle + 40] = b"\xff" * 40
@@ -156,7 +158,9 @@ def test_text_reader_error_suggests_data_kind_files_for_compressed_files(
 
 
 @pytest.mark.parametrize("kind", list(PLAIN_READERS))
-def test_text_readers_error_names_the_binary_format(tmp_path: Path, kind: str) -> None:
+def test_text_readers_raise_an_error_that_names_the_binary_format(
+    tmp_path: Path, kind: str
+) -> None:
     pq.write_table(pa.table({"text": LINES}), tmp_path / "a.txt")
     with pytest.raises(DataError, match="first bytes are those of a parquet file"):
         PLAIN_READERS[kind](str(tmp_path / "a.txt"))
@@ -244,7 +248,9 @@ UNEQUAL: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", list(UNEQUAL))
-def test_file_source_error_names_an_unusable_parquet_file(tmp_path: Path, kind: str) -> None:
+def test_file_source_raises_an_error_that_names_an_unusable_parquet_file(
+    tmp_path: Path, kind: str
+) -> None:
     write_part, message = UNEQUAL[kind]
     parquet(tmp_path / "part-0.parquet", text=LINES[:9])
     parquet(tmp_path / "part-2.parquet", text=LINES[:9])

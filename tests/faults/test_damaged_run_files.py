@@ -176,7 +176,7 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_run_file_error_names_the_key_of_a_value_of_another_type(
+def test_run_file_check_raises_an_error_that_names_the_key_of_a_value_of_another_type(
     file: str, key: str, value: Any, run_dir: Path
 ) -> None:
     path = run_dir / file
@@ -211,7 +211,9 @@ OPTIONAL = ("init", "interval", "bits_per_byte")
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_run_file_error_names_a_missing_key(file: str, key: str, run_dir: Path) -> None:
+def test_run_file_check_raises_an_error_that_names_a_missing_key(
+    file: str, key: str, run_dir: Path
+) -> None:
     path = run_dir / file
     lines = [
         json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
@@ -227,7 +229,9 @@ def test_run_file_error_names_a_missing_key(file: str, key: str, run_dir: Path) 
         read_file(path)
 
 
-def test_read_samples_error_names_the_number_of_a_damaged_line(run_dir: Path) -> None:
+def test_read_samples_raises_an_error_that_names_the_number_of_a_damaged_line(
+    run_dir: Path,
+) -> None:
     path = run_dir / "samples.jsonl"
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n[]\n")
@@ -240,7 +244,7 @@ def test_run_file_readers_return_empty_results_for_missing_files(run_dir: Path) 
 
 
 @pytest.mark.parametrize("command", ["run", "eval", "compare", "export"])
-def test_command_errors_name_a_file_in_place_of_the_checkpoints_folder(
+def test_commands_print_an_error_that_names_a_file_in_place_of_the_checkpoints_folder(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     shutil.rmtree(run_dir / "checkpoints")

@@ -66,7 +66,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("name", ADDRESSES)
 @pytest.mark.parametrize("command", ["export", "data", "compare", "eval"])
-def test_command_errors_name_an_output_path_that_is_not_writable(
+def test_commands_print_an_error_that_names_an_output_path_that_is_not_writable(
     name: str, command: str, run_dir: Path, ddiff: Command
 ) -> None:
     call, file = {
@@ -84,7 +84,9 @@ def test_command_errors_name_an_output_path_that_is_not_writable(
 
 
 @pytest.mark.skipif(is_root, reason="root may write to read-only folders")
-def test_command_errors_name_a_read_only_output_folder(run_dir: Path, ddiff: Command) -> None:
+def test_commands_print_an_error_that_names_a_read_only_output_folder(
+    run_dir: Path, ddiff: Command
+) -> None:
     Path("locked").mkdir(mode=0o555)
     for call in ((*EXPORT, "locked/w.safetensors"), (*DATA, "locked/shards"), (*COMPARE, "locked")):
         assert is_refusal(ddiff(*call), "locked")

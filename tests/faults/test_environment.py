@@ -65,7 +65,7 @@ def test_cache_folder_must_be_local_and_tilde_is_expanded(
 
 
 @pytest.mark.parametrize("cache", ["/dev/null", "/dev/null/x", "/proc/x"])
-def test_command_errors_name_an_unwritable_cache_folder(
+def test_commands_print_an_error_that_names_an_unwritable_cache_folder(
     cache: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("DDIFF_CACHE", cache)

@@ -103,7 +103,7 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("key", OUT_OF_RANGE)
-def test_recipe_error_names_the_key_of_a_number_out_of_range(
+def test_dry_run_prints_an_error_that_names_the_key_of_a_number_out_of_range(
     key: str, folder: Path, capsys
 ) -> None:
     kind = ["train.optimizer.kind=adamw"] if "optimizer" in key else []

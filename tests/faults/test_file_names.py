@@ -218,7 +218,7 @@ def test_file_readers_refuse_paths_that_are_not_regular_files(
         raise refused[0]
 
 
-def test_file_readers_error_names_a_file_without_permission(
+def test_file_readers_raise_an_error_that_names_a_file_without_permission(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "a.txt").write_text("secret")
@@ -278,7 +278,7 @@ def test_tilde_is_expanded_to_the_home_folder(
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\ufeff{}x", ""])
-def test_read_json_error_names_a_damaged_file(folder: Path, content: str) -> None:
+def test_read_json_raises_an_error_that_names_a_damaged_file(folder: Path, content: str) -> None:
     (folder / "a[1]::b.json").write_text(content)
     with pytest.raises(DataError, match=r"clusters: a\[1\]::b\.json is not a complete JSON file"):
         read_json("a[1]::b.json", "clusters")

@@ -106,7 +106,7 @@ BAD: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_read_json_lines_error_names_the_line_of_an_invalid_value(
+def test_read_json_lines_raises_an_error_that_names_the_line_of_an_invalid_value(
     tmp_path: Path, kind: str
 ) -> None:
     line, message = BAD[kind]
@@ -119,7 +119,9 @@ def test_read_json_lines_error_names_the_line_of_an_invalid_value(
 @pytest.mark.parametrize(
     "kind", [kind for kind in BAD if not kind.startswith(("a label", "a vector", "no text"))]
 )
-def test_file_source_error_names_the_line_of_an_invalid_text(tmp_path: Path, kind: str) -> None:
+def test_file_source_raises_an_error_that_names_the_line_of_an_invalid_text(
+    tmp_path: Path, kind: str
+) -> None:
     line, message = BAD[kind]
     (tmp_path / "x.jsonl").write_text("\n".join([*GOOD, line]), encoding="utf-8")
     message = message.replace("is not text but", "must hold text; it holds")

@@ -50,7 +50,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ["jsonl", "files"])
 @pytest.mark.parametrize("name", list(ODD))
-def test_run_command_error_names_file_and_line_of_an_invalid_value(
+def test_run_command_prints_an_error_that_names_file_and_line_of_an_invalid_value(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -89,7 +89,9 @@ def test_pretrained_tokenizer_keeps_unused_ids_after_save_and_load(
     ],
     ids=["WordLevel", "WordPiece", "Unigram", "BPE"],
 )
-def test_pretrained_encode_error_names_the_row_and_unknown_word(model: Any, tmp_path: Path) -> None:
+def test_pretrained_encode_raises_an_error_that_names_the_row_and_unknown_word(
+    model: Any, tmp_path: Path
+) -> None:
     """The tokenizers library drops unknown letters silently, or raises a plain Exception."""
     tokenizer = PretrainedTokenizer.from_pretrained(str(save(tmp_path / "d", fast(model))))
     assert len(tokenizer.encode(["cat dog"])[0]) > 1
@@ -207,7 +209,7 @@ def test_from_pretrained_raises_data_error_for_damaged_files(
         ("tiktoken.model", "tiktoken"),
     ],
 )
-def test_from_pretrained_error_names_a_missing_package(
+def test_from_pretrained_raises_an_error_that_names_a_missing_package(
     whole: Path, file: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole / "tokenizer.json").unlink()
@@ -225,7 +227,9 @@ def test_from_pretrained_error_names_a_missing_package(
         PretrainedTokenizer.from_pretrained(str(whole))
 
 
-def test_load_tokenizer_error_names_a_huggingface_tokenizer_json(whole: Path) -> None:
+def test_load_tokenizer_raises_an_error_that_names_a_huggingface_tokenizer_json(
+    whole: Path,
+) -> None:
     file = whole / "tokenizer.json"
     with pytest.raises(
         DataError, match=r"tokenizers library \(HuggingFace\).*\"pretrained\".*whole\""

@@ -104,6 +104,6 @@ def test_check_directory_reads_every_result_file_once(
     }
 
 
-def test_run_record_error_names_a_missing_recipe(tmp_path: Path) -> None:
+def test_run_record_raises_an_error_that_names_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"recipe\.toml cannot be read"):
         RunRecord.read(tmp_path)

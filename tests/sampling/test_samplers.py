@@ -176,7 +176,7 @@ def test_samplers_and_grids_refuse_invalid_arguments() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_sampling_error_names_the_network_that_predicts_nan(sampler: str) -> None:
+def test_sampling_raises_an_error_that_names_the_network_that_predicts_nan(sampler: str) -> None:
     process = PROCESSES["uniform" if "masked" in SAMPLERS[sampler][1] else "masked"]
     network = network_from_table(
         lambda zt, t: torch.full((*zt.shape, 3), torch.nan).double(), process.vocabulary

@@ -173,7 +173,9 @@ def test_newest_checkpoint_skips_folders_without_marker_file(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "manifest.json", "state.json", "complete.json"]
 )
-def test_load_error_names_the_truncated_file_and_the_remedy(tmp_path: Path, name: str) -> None:
+def test_load_raises_an_error_that_names_the_truncated_file_and_the_remedy(
+    tmp_path: Path, name: str
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5, 10)
     file = tmp_path / "step_00000010" / name
@@ -186,7 +188,7 @@ def test_load_error_names_the_truncated_file_and_the_remedy(tmp_path: Path, name
     assert checkpoints.load(5).step == 5
 
 
-def test_restore_error_names_the_damaged_or_missing_file(tmp_path: Path) -> None:
+def test_restore_raises_an_error_that_names_the_damaged_or_missing_file(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 5)
     file = tmp_path / "step_00000005" / "model.safetensors"
@@ -228,7 +230,9 @@ def test_load_refuses_checkpoints_of_another_format_version(
         checkpoints.newest()
 
 
-def test_restore_error_names_tensors_that_differ_from_the_model(tmp_path: Path) -> None:
+def test_restore_raises_an_error_that_names_tensors_that_differ_from_the_model(
+    tmp_path: Path,
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, Net().state_dict(), {})
     wider = nn.ModuleDict({"hidden": nn.Linear(4, 9)})
@@ -239,7 +243,7 @@ def test_restore_error_names_tensors_that_differ_from_the_model(tmp_path: Path) 
         checkpoints.load(1).restore(wider)
 
 
-def test_save_error_names_the_key_of_an_unsupported_value(tmp_path: Path) -> None:
+def test_save_raises_an_error_that_names_the_key_of_an_unsupported_value(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=r"state.optimizer.rule is a function"):
         checkpoints.save(1, MODEL, {"optimizer": {"rule": lambda x: x}})
@@ -337,7 +341,7 @@ def test_checkpoint_wait_raises_the_error_of_a_failed_save(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000005", "step_00000015"]
 
 
-def test_save_error_names_the_key_of_a_complex_tensor(tmp_path: Path) -> None:
+def test_save_raises_an_error_that_names_the_key_of_a_complex_tensor(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.optimizer.phase has dtype torch.complex64"):
         Checkpoints(tmp_path).save(
             1, MODEL, {"optimizer": {"phase": torch.zeros(2, dtype=torch.complex64)}}

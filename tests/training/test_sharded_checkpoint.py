@@ -101,7 +101,9 @@ def test_save_writes_shards_on_each_rank_and_other_tensors_on_rank_0(saved: Path
     ]
 
 
-def test_load_error_names_the_damaged_or_missing_shard(tmp_path: Path, saved: Path) -> None:
+def test_load_raises_an_error_that_names_the_damaged_or_missing_shard(
+    tmp_path: Path, saved: Path
+) -> None:
     shutil.copytree(saved, tmp_path / "copy")
     file = tmp_path / "copy" / f"step_{STEP:08d}" / "model.rank_00001.safetensors"
     data = bytearray(file.read_bytes())
