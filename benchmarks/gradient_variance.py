@@ -33,7 +33,7 @@ TOKENS = (64, 16, 4, 1)
 
 
 class EvenDraws:
-    """Time change with the map tau -> t of `clock`, and noise times drawn uniformly in tau."""
+    """Time change of `clock`, with noise times t drawn uniformly in information time tau."""
 
     def __init__(self, clock: TimeChange) -> None:
         self.clock = clock

@@ -89,7 +89,7 @@ For comparison, the exact distance of the sampler `ancestral` is .0064, for mask
 
 **Notes**
 
-- **hybrid_epsilon.** This process replaces a tenth of the tokens by uniform tokens at t = 0. Only the final sampling step
+- **hybrid_epsilon.** This process replaces a tenth of the tokens by uniformly drawn tokens at t = 0. Only the final sampling step
   (decoding) reverses this noise. The final step draws all positions independently. Every sampler that draws both tokens in
   the final step, including `first_hitting`, therefore keeps an error of the order of (.1 L)^2 / 2 = .02 for L = 2 tokens.
 

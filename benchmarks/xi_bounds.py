@@ -7,7 +7,7 @@ cluster. The code of arXiv 2510.08632 approximates the bound if xi < 1.
 
 The data are sequences of two tokens with a known joint distribution. There are four tokens in three
 clusters. Expectations over states and times are sums in float64, without random draws. The bound
-and the approximation have the same noise, times, weights, KL to the prior and decoding term. They
+and the approximation have the same noise, times, weights, prior term and decoding term. They
 differ only in the divergence between the true and the predicted reverse transition.
 """
 
@@ -186,8 +186,9 @@ def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[R
 def table(found: Sequence[Row]) -> str:
     """Return a Markdown table with a row per (gamma, xi) and a column per prediction.
 
-    Each cell is "exact bound / loss in HDLM's code" in nats. A value below the entropy of the data
-    is bold, because a valid bound cannot be below the entropy.
+    gamma is the rate at which tokens move to a cluster, and xi the probability of a move to the
+    true cluster. Each cell is "exact bound / loss in HDLM's code" in nats. A value below the
+    entropy of the data is bold, because a valid bound cannot be below the entropy.
     """
     names = list(dict.fromkeys(row.prediction for row in found))
     lines = ["| gamma | xi | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]

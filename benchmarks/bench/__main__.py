@@ -86,8 +86,8 @@ def verdict(value: float, target: float | None) -> str:
 def train(effort: Effort) -> list[dict[str, Any]]:
     """Measure training steps of each family of models, without the optimizer update.
 
-    A step draws noise times and noisy states, and runs forward, loss and backward. Prints a table
-    and returns its rows.
+    A step draws noise times and noisy states, and runs forward, loss and backward. `effort` has the
+    number of measurement rounds. Prints a table and returns the rows of the table.
     """
     say("\n## Training step, 4 layers, width 256, batch 8x128: CPU seconds\n")
     say_header(

@@ -91,7 +91,7 @@ def memory(what: str, side: str, family: str, vocabulary: int) -> float:
 
     Args:
         what: "train" (a training step) or "sample" (a sampling run).
-        side: "ours" (ddiff) or "plain".
+        side: "ours" (ddiff) or "plain" (the reference implementation).
         family: name of the model family.
         vocabulary: number of tokens.
     """
@@ -116,8 +116,9 @@ def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
     """Measure CPU seconds of ddiff at a given size, one number per round.
 
-    `what` is "train" for a training step; any other value measures a sampling run. `levels` is the
-    number of tree levels above the tokens. `size` overrides fields of `Size`.
+    `family` is the model family of a `Case`. `what` is "train" for a training step; any other value
+    measures a sampling run. `levels` is the number of tree levels above the tokens. `size`
+    overrides fields of `Size`.
     """
     keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
@@ -173,8 +174,8 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
 def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
     """Measure a training step on the GPU.
 
-    side: "compiled" or "eager" (ddiff), or "plain". batch: number of sequences. rehearsal: run a
-    tiny step on the CPU instead, to test this function.
+    side: "compiled" or "eager" (ddiff), or "plain" (the reference implementation). batch: number of
+    sequences. rehearsal: run a tiny step on the CPU instead, to test this function.
     """
     size, where = (
         (TINY._replace(batch=batch), ("cpu", 1))

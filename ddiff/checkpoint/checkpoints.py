@@ -140,7 +140,7 @@ class Checkpoint:
         return places
 
     def _average_places(self) -> dict[str, str]:
-        """Map the name of each averaged model tensor to the manifest name of its average."""
+        """Map the name of each weight to the manifest name of its exponential moving average."""
         ema = self.state.get("ema") or {}
         averages = ema.get("weights", {})
         if not averages:

@@ -545,7 +545,7 @@ def allocate_like(stored: Mapping[str, StoredTensor], like: Sequence[Tensor]) ->
     """Allocate tensors with the dtypes and sizes of stored tensors.
 
     A floating-point tensor whose shape equals that of a DTensor in `like` gets the sharding of that
-    DTensor. All other tensors are plain CPU tensors.
+    DTensor. All other tensors are unsharded CPU tensors.
     """
     sharded: dict[tuple[int, ...], Tensor] = {}
     for tensor in like:

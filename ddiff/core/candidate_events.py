@@ -28,7 +28,10 @@ MAX_RISE = 1.01
 
 
 class NoiseTables(Protocol):
-    """Interface of a process with tables of its noise b_t and its arrival rates omega_t."""
+    """Interface of a process with tables of its noise b_t(y) and arrival rates omega_t(y).
+
+    The marginal of a state y given the token x is q_t(y|x) = alpha_t 1[y = x] + b_t(y).
+    """
 
     def representative(self, zt: Tensor) -> Tensor:
         """Return for each row a state y [r] whose noise equals that of z_t at all times.
@@ -50,10 +53,11 @@ class NoiseTables(Protocol):
 class CandidateEvents:
     """Candidate events of rows whose current states are zt [r].
 
-    The candidate rate of a row in state z is at least omega_t(z) (1 - b_t(z)) / b_t(z). This number
-    is an upper bound of the rate at which the reversed chain leaves z, for every prediction of the
-    network. The axis of logit t is divided into NUM_CELLS cells of equal width. Within a cell, the
-    candidate rate per unit of logit t is constant.
+    The candidate rate of a row in state z is at least omega_t(z) (1 - b_t(z)) / b_t(z), where
+    omega_t(z) is the rate of forward jumps into z, and b_t(z) is the noise (`NoiseTables`). This
+    number is an upper bound of the rate at which the reversed chain leaves z, for every prediction
+    of the network. The axis of logit t is divided into NUM_CELLS cells of equal width. Within a
+    cell, the candidate rate per unit of logit t is constant.
     """
 
     def __init__(self, process: NoiseTables, zt: Tensor) -> None:

@@ -175,19 +175,20 @@ class LevelClock(SettingsRepr, ABC):
         return totals, self._entry_rates(torch.sigmoid(edges))
 
     def _integral_to(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return for each row the integral of the entry rate of its level from 1e-12 to t [r].
+        """Return the integrals of the entry rates of the levels `level` [r], from 1e-12 to t [r].
 
-        `level` [r] is the level of each row. `_entry_rates` defines the entry rate.
+        The entry rate of level l is the rate at which the reversed chain leaves l (`_entry_rates`).
         """
         depth = (torch.logit(interior(t)) - LOWEST) / CELL
         cell = depth.long().clamp(0, CELLS - 1)
         return self._interpolate_integral(level, cell, depth - cell)[0]
 
     def _inflow_at_end(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integral of the root's entry rate from the last interior time to t = 1.
+        """Return the integral of the root's entry rate from t = 1 - 1e-12 to t = 1.
 
-        The integral is positive, because a slow clock still moves probability to the root after the
-        last interior time. Rows with t < 1 and rows with `level` below the root get the value 0.
+        Rates are not evaluated after t = 1 - 1e-12. The integral is positive, because a slow clock
+        still moves probability to the root after this time. Rows with t < 1 and rows with `level`
+        below the root get the value 0.
         """
         ends = torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device)
         log_root = self.pi(ends)[:, -1].log()
@@ -251,7 +252,7 @@ class LogTimeClock(LevelClock):
         """Return the powers (I + A/q)^k [K,L+1,L+1] for k = 0..K-1, with q = max(rates).
 
         A is the generator of the levels in log-time. The number K of powers is large enough for the
-        series of `_exponential` at every interior time.
+        series of `_exponential` at every time t <= 1 - 1e-12.
         """
         size = self.num_levels + 1
         rates = torch.tensor((*self.rates, 0.0), dtype=torch.float64)

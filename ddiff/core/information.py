@@ -61,7 +61,7 @@ class TimeChange(Protocol):
     """Strictly increasing map from information time tau in [0,1] to time t in [0,1]."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t(tau) and its derivative dt/dtau, both in the shape of tau. dt/dtau is finite."""
+        """Return the time t at information time tau, and the finite derivative dt/dtau."""
 
     def draw(
         self,

@@ -124,10 +124,10 @@ class InterpolatingProcess(ForwardProcess):
         return _gather_at_times(self.arrivals, zt, t)
 
     def split_noise(self, log_p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the noise b_t into two tensors, in the dtype of log_p.
+        """Return the noise b_t on the V tokens, and b_t on the other states [r,S-V].
 
-        Returns b_t on the V tokens, and b_t on the other states [r,S-V]. The first tensor is [r,V],
-        or [r,1] if all tokens have the same noise.
+        The first tensor is [r,V], or [r,1] if all tokens have the same noise. b_t(y) is the part of
+        q_t(y|x) that does not depend on the token x. Both tensors have the dtype of `log_p`.
         """
         times, time_index = t.unique(return_inverse=True)
         noise = self.noise(times).to(log_p.dtype)[time_index]
@@ -143,7 +143,10 @@ class InterpolatingProcess(ForwardProcess):
         return zt
 
     def noise_table(self, states: Tensor, t: Tensor) -> Tensor:
-        """Return the noise b_t(y) [n,m] of states y [m] at times t [n]."""
+        """Return the noise b_t(y) [n,m] of states y [m] at times t [n].
+
+        b_t(y) is the part of q_t(y|x) that does not depend on the token x.
+        """
         # The table is made in chunks, since the noise of all states at all times is too large.
         chunks = [self.noise(chunk)[:, states] for chunk in t.split(64)]
         return torch.cat(chunks)
@@ -176,7 +179,7 @@ class InterpolatingProcess(ForwardProcess):
         return subtract_or_zero(self.noise_at(zt, t), kept).clamp(min=0.0)
 
     def _stay(self, s: Tensor, t: Tensor) -> Tensor:
-        """Return alpha_t / alpha_s [r], the probability of no redraw between s and t."""
+        """Return alpha_t / alpha_s [r], the probability that no redraw occurs between s and t."""
         alpha_s = self.alpha(s)
         ratio = self.alpha(t) / alpha_s
         return torch.where(alpha_s > 0, ratio, torch.ones_like(t))

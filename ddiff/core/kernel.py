@@ -264,7 +264,7 @@ class SumKernel(Kernel):
 
 @final
 class ScaledKernel(Kernel):
-    """Product of a kernel and a number per row, `factor` [r]."""
+    """Kernel whose r operators are those of another kernel times the r numbers `factor`."""
 
     def __init__(self, factor: Tensor, kernel: Kernel) -> None:
         self.factor = factor

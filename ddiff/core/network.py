@@ -27,7 +27,10 @@ class CountingNetwork(ABC):
 
     @abstractmethod
     def __call__(self, noisy: Noisy) -> Query:
-        """Return the query of one noisy state. The network runs only when the query is called."""
+        """Return a query, a function that evaluates the network on the batch `noisy`.
+
+        The network runs only when the query is called.
+        """
 
     @property
     def calls(self) -> int:

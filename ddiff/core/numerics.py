@@ -122,7 +122,7 @@ class Constant:
         self._original = tensor
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the copy on `device`, which the first call makes."""
+        """Return the copy of the tensor on `device`. The first call for a device makes the copy."""
         if device not in self._copies:
             self._copies[device] = self._original.to(device)
         return self._copies[device]

@@ -59,8 +59,8 @@ def propagate(
 def _step_transitions(generator: Generator, middle: Tensor, width: Tensor) -> Tensor:
     """Return the transition matrices [k,r,S,S] of k integration steps for each of r rows.
 
-    In logit time, a step of row i is `width`[i] long, and `middle` [k,r] holds the middles of the
-    steps.
+    Steps have equal lengths in logit t: a step of row i has the length `width`[i]. `middle` [k,r]
+    holds the values of logit t in the middles of the steps.
     """
     # Evaluating the generator at the two Gauss-Legendre points of a step gives order four.
     offset = math.sqrt(3.0) / 6.0

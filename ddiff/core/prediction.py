@@ -385,9 +385,10 @@ class _Softmax:
         return self
 
     def scale_probabilities(self, factor: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return a gradient of the logits: probabilities [r,w] * `factor` [r] + `addend` [r,w].
+        """Return the probabilities [r,w] times `factor` [r], plus `addend` [r,w].
 
-        The result overwrites the exponentials if no other function will use them.
+        Gradients with respect to the logits have this form. The result overwrites
+        `self.exponentials` to save memory if no other function will use them.
         """
         self.readers -= 1
         scale = factor.unsqueeze(-1) / self.total
@@ -464,7 +465,7 @@ class _SegmentMasses(torch.autograd.Function):
 
 
 def _select_columns(values: Tensor, index: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return values[:, index] in the memory order of `like`, or of `values` by default."""
+    """Return values[:, index] with the memory layout of `like`, by default that of `values`."""
     template = values if like is None else like
     if template.stride(-1) == 1:
         return values.index_select(-1, index)

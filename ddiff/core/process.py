@@ -238,7 +238,7 @@ class ForwardProcess(ABC):
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw z_t given z_s from the forward transition, s <= t, without a network.
 
-        u is [r, uniforms_per_forward_step].
+        u: [r, uniforms_per_forward_step] uniforms.
         """
         probabilities = self.transition(s, t).row(zs)
         return draw_index(probabilities, u[:, 0])
@@ -437,7 +437,7 @@ class ForwardProcess(ABC):
     def change_probability(self, t: Tensor) -> Tensor:
         """Return P(Z_t != X) [n] at times t [n], for X uniform over the tokens.
 
-        Like `information`, the default is a mean over at most 64 tokens.
+        The default implementation computes a mean over at most 64 tokens.
         """
         return self._mean_over_tokens(self._change_probability_of, t)
 
@@ -532,9 +532,10 @@ class ForwardProcess(ABC):
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s given z_t from the exact reverse transition.
 
-        u is [r, uniforms_per_step]. The network is queried at most once. The default queries every
-        row with s < t and draws from the probabilities of the S states in float64. The overrides of
-        process families first choose the rows that may jump and query the network only there.
+        u: [r, uniforms_per_step] uniforms. The network is queried at most once. The default queries
+        every row with s < t and draws from the probabilities of the S states in float64. The
+        overrides of process families first choose the rows that may jump and query the network only
+        there.
         """
         zs = zt.clone()
         moving = find_rows(s < t)

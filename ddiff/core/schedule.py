@@ -76,7 +76,7 @@ class LinearSchedule(Schedule):
 class CosineSchedule(Schedule):
     """Cosine schedule, alpha = 1 - sin(pi t / 2), of Chang et al. (arXiv 2202.04200).
 
-    Here t = 0 is the clean end.
+    At t = 0 all tokens are clean.
     """
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -196,8 +196,8 @@ class WindowTimes:
     "block": the windows are adjacent, and all positions of one window have the same time (arXiv
     2503.09573). Width 1 is autoregression. With width L the whole sequence has one time.
 
-    "slide": the window slides from left to right, and tau rises along the window from its left edge
-    to its right edge (arXiv 2504.06416).
+    "slide": the window slides from left to right, and the information time tau (see this module) rises
+    along the window from its left edge to its right edge (arXiv 2504.06416).
 
     In both shapes, as the window moves over the sequence, tau of each position runs exactly once
     through [start, stop]. The diffusion terms of the positions therefore add up to a bound, for any
@@ -541,7 +541,7 @@ def jointly_stratified(
     ways:
 
     - The numbers of one sample are evenly spaced.
-    - The numbers of one window are stratified over the slots.
+    - The numbers of one window are stratified over the `slots` strata.
     - All numbers together are stratified: each of slots * count equal cells of [0,1) holds one.
 
     All numbers are shifted cyclically in [0,1) by a random amount per group of samples. Without
@@ -576,7 +576,7 @@ def _van_der_corput_rank(stratum: Tensor, counts: Tensor) -> Tensor:
 def van_der_corput_order(count: int) -> Tensor:
     """Return the van der Corput permutation [count] of 0..count-1.
 
-    The entry of an index is the rank of its bit-reversed value.
+    Entry i is the rank of the bit-reversed value of i.
     """
     bits = max(count - 1, 1).bit_length()
     index = torch.arange(count)

@@ -1,4 +1,4 @@
-"""Sum over tokens in the KL divergence of the interpolating family, with explicit gradient."""
+"""Sum over tokens in the KL divergence of interpolating processes, with an explicit gradient."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the total true reverse rate out of z_t [r], F_l'/pi_l; 0 at tokens.
+        """Return the total true reverse rate out of z_t: F_l'/pi_l [r], and 0 at tokens.
 
         l is the level of z_t, pi_l(t) the probability of being at level l, and F_l(t) the
         probability of having reached level l. The integral of pi_l times the weight over t is

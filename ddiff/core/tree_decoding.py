@@ -69,7 +69,8 @@ def _weights_below(
 ) -> Tensor:
     """Return unnormalized probabilities [r,n] of the n nodes at level i, given z_t at level j > i.
 
-    `log_mass` [r,n] holds the predicted log-probabilities of these nodes.
+    `log_mass` [r,n] holds the predicted log-probabilities of these nodes. `rule` is one of
+    DECODING, and `parents` gives the probabilities of moves to higher levels.
     """
     nodes = level_ids(parents.vocabulary, i, zt.device)
     if rule == "bayes":

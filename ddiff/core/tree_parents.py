@@ -25,7 +25,8 @@ from ddiff.errors import ArgumentError
 class StochasticParents:
     """Probabilities kappa_ij(y,z) of node z if a position moves from node y of level i to level j.
 
-    kappa_ij(y,z) = A_ij 1[z is the ancestor of y] + r_ij(z).
+    kappa_ij(y,z) = A_ij 1[z is the ancestor of y] + r_ij(z), where the number A_ij and the vector
+    r_ij follow from `xi` and the sizes of the levels.
 
     Args:
         vocabulary: the tree.
@@ -135,7 +136,8 @@ class StochasticParents:
     def draw(self, ids: Tensor, level: Tensor, u: Tensor) -> Tensor:
         """Draw for each id the node to which it moves at the given level [r], with uniforms u[:,1].
 
-        If all xi are 1, the node is the ancestor of the id, and u is not used.
+        xi is the probability that a move up one level gets to the parent. If xi is 1 at all levels,
+        the node is the ancestor of the id, and u is not used.
         """
         ancestor = self.vocabulary.ancestor(ids, level)
         if self.is_deterministic:

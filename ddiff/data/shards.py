@@ -165,7 +165,7 @@ class Shards:
             self._check_counts(part)
 
     def checksums(self, record: ShardRecord) -> Iterator[tuple[Path, str]]:
-        """Yield (path, expected SHA-256) for the tokens file and the ends file of a shard."""
+        """Yield (path, expected SHA-256) for the two files of a shard: tokens and document ends."""
         for kind, expected in zip(KINDS, (record.tokens_sha256, record.ends_sha256)):
             yield self.folder / f"{record.name}.{kind}.npy", expected
 

@@ -89,7 +89,7 @@ class StreamedRows:
     than a block is read once and repeated from memory, with a warning.
 
     Args:
-        chunks: function (cursor) that yields the chunks of the source after a cursor.
+        chunks: function that yields the chunks of text after a cursor (position in the source).
         head: packed rows of the first documents. `token_counts` and `stream` use only these rows.
         fingerprint: identifier of the rows.
         block: number of rows of a block.

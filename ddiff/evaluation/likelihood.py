@@ -330,11 +330,11 @@ class _Scores:
         self.means = _Means()
 
     def add_batch(self, documents: Rows, draw: int, likelihood: Likelihood, scored: Tensor) -> None:
-        """Add the nats and the numbers of tokens of a batch of B rows to the sums.
+        """Add the nats and the numbers of tokens of B rows to the sums of their documents.
 
         Args:
             documents: [B] index of the document of each row.
-            draw: number of the draw.
+            draw: index of the draw.
             likelihood: terms of the bound at each position.
             scored: bool [B,L], True at scored tokens.
         """
@@ -357,7 +357,7 @@ class _Means:
         self._metrics: dict[tuple[str, str], Any] = {}
 
     def add(self, likelihood: Likelihood, tokens: float) -> None:
-        """Add the terms and parts of a batch with `tokens` scored tokens."""
+        """Add the values of a batch with `tokens` scored tokens to the means."""
         # imported here, since the import is slow and only evaluation needs torchmetrics
         from torchmetrics.aggregation import MeanMetric
 

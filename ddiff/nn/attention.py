@@ -49,7 +49,8 @@ class PositionFacts(NamedTuple):
         place: numbers 0, 1, ..., n - 1 of the inputs; never None.
         valid: False at padding.
         document: number of the document in a packed sequence.
-        block, noisy: see `AttentionLayout`.
+        block: block number, if attention is by blocks.
+        noisy: True for noisy and False for clean inputs; `AttentionLayout` has the rules.
     """
 
     place: Tensor
@@ -110,9 +111,10 @@ def build_dense_mask(facts: PositionFacts, cached: int = 0) -> Tensor:
 def build_block_mask(facts: PositionFacts) -> BlockMask:
     """Build the attention mask as a `BlockMask` for flex attention (arXiv 2412.05496).
 
-    The n x n mask is cut into tiles of TILE x TILE pairs of inputs. A `BlockMask` lists the tiles
-    in which some pairs may attend, and the tiles in which all pairs may attend. Rows of tiles are
-    computed one after the other, so that no tensor of n^2 entries is made.
+    `facts` describes the n inputs. The n x n mask is cut into tiles of TILE x TILE pairs of
+    inputs. A `BlockMask` lists the tiles in which some pairs may attend, and the tiles in which all
+    pairs may attend. Rows of tiles are computed one after the other, so that no tensor of n^2
+    entries is made.
     """
     length = facts.place.shape[-1]
     key = facts.map(lambda fact: fact.unsqueeze(-2))

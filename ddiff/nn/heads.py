@@ -218,8 +218,9 @@ class TreeHead(Head):
     - "tied": the table has one row per token. The probability of a node is the sum over the tokens
       below it. A row needs the logits of the tokens below its query node.
     - "levelwise": the table has one row per state except the root, and the children of a node share
-      a softmax. A row needs one logit per child of its query node. If `fn` uses probabilities of
-      lower levels, their logits are computed too, and multiplied by the chain rule.
+      a softmax. A row needs one logit per child of its query node. If the loss uses
+      probabilities of lower levels, the head also computes their logits, and multiplies the
+      probabilities along the path (chain rule).
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int, kind: TreeKind) -> None:
@@ -297,7 +298,7 @@ class LevelwiseDistribution(SubtreeDistribution):
 
 
 class PointDistribution(SubtreeDistribution):
-    """Distribution for rows whose query node is a token: P(token | token) = 1, without logits."""
+    """Distribution below a node that is a token: P(token | token) = 1, without logits."""
 
     def log_below(self, level: int) -> Tensor:
         raise ArgumentError(
@@ -310,7 +311,8 @@ class PointDistribution(SubtreeDistribution):
 class _ChunkLogits:
     """Function logits(start, stop), which computes logits of one chunk for a slice of the table.
 
-    Each result is a leaf of an autograd graph, so that the gradients of `fn` end at the logits.
+    Each result is a leaf of an autograd graph, so that a backward pass through a function
+    of the logits ends at the logits.
     """
 
     def __init__(self, hidden: Tensor, table: Tensor, bias: Tensor, with_gradient: bool) -> None:

@@ -72,11 +72,11 @@ class ComponentSpec:
             raise
 
     def _call(self, name: str, function: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-        """Call a member of the component with its settings and those inputs that it names.
+        """Call `function` with the settings, and with the inputs that are among its parameters.
 
         Args:
-            name: name of the member, for messages.
-            function: the member.
+            name: name of `function`, for messages.
+            function: function of the component, such as `build`.
             inputs: all inputs by name.
         """
         signature = inspect.signature(function)

@@ -1,4 +1,4 @@
-"""Nested tables with the place of each key, such as `recipes/mine.toml:14`, and their merging."""
+"""Nested tables that know the place of each key (such as `mine.toml:14`) and can be merged."""
 
 from __future__ import annotations
 

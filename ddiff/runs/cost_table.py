@@ -1,4 +1,4 @@
-"""Print the measured cost of a recipe: figures, and memory by backend."""
+"""Print the cost of a recipe: parameters, FLOPs and speed, and memory by backend."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _COUNTED_TOKENS = 2**26
 def score_validation(
     model: Model, data: RunData, recipe: Recipe, console: Console | None = None
 ) -> Evaluation:
-    """Compute the likelihood bound of the validation rows that [evaluate] rows selects."""
+    """Compute the likelihood bound of the validation rows selected by the key [evaluate] rows."""
     return score_rows(
         model,
         data.validation_rows,

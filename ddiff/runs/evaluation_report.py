@@ -24,7 +24,7 @@ from ddiff.runs.summary import print_evaluation
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Evaluation with its baselines.
+    """Result of an evaluation, and the baselines on the same tokens.
 
     `written` is the content of evaluation.json as a dict.
     """

@@ -146,7 +146,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 
 def _single_process(recipe: Recipe, directory: str) -> Recipe:
-    """Return the recipe with a backend of one process and the batch of one process.
+    """Return the recipe for a single process, which gets only its share of the batch.
 
     The run directory of the returned recipe is `directory`. The recipe has no tracker.
     """

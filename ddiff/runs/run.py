@@ -47,7 +47,10 @@ class Run:
     def assemble(
         cls, text: RunText, vocabulary: Vocabulary, device: torch.device, overrides: Overrides
     ) -> Run:
-        """Build a run with untrained weights from `text`, which contains the recipe."""
+        """Build a run with untrained weights from `text`, which contains the recipe.
+
+        `overrides` contains the objects that replace those of the recipe.
+        """
         model = assemble(text.recipe, vocabulary, device, process=overrides.process)
         data = RunData(text, model.denoiser.condition_dropout, model.denoiser.condition_forms)
         return cls(text.recipe, model, data, overrides)

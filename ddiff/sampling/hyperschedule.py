@@ -99,9 +99,9 @@ class _SharedQuery:
 
 
 def _sampling_times(times: Times) -> Tensor:
-    """Return the times [B,L] of the positions.
+    """Return the times [B,L] of the positions for a sampling step.
 
-    They are those of the rule, except for 1 at positions at the prior and 0 at clean positions.
+    The time is 1 at positions at the prior, 0 at clean positions, and `times.t` elsewhere.
     """
     t = times.t.masked_fill(times.clean, 0.0)
     if times.at_prior is None:

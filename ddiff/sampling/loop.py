@@ -56,9 +56,10 @@ class Canvas:
         return Noisy(self.zt, torch.where(self.clean, 0.0, self.t), self.clean, self.block)
 
     def advance(self, zt: Tensor, s: Tensor, **extras: Tensor) -> Canvas:
-        """Return a canvas with states `zt` [B,L], in which free positions are at times `s` [B,L].
+        """Return a copy with states `zt` [B,L] and times `s` [B,L].
 
-        `extras` are tensors to add to those of the canvas, or to replace.
+        Positions that are not `free` keep their times. `extras` are tensors to add to those of the
+        canvas, or to replace.
         """
         t = torch.where(self.free, s, self.t)
         return replace(self, zt=zt, t=t, extras={**self.extras, **extras})
@@ -202,7 +203,8 @@ def step_rows(
     """Draw new states at free positions, and return the states of all positions [B,L].
 
     Args:
-        canvas: state of the batch; `canvas.free` marks the free positions.
+        canvas: state of the batch; `canvas.free` marks the free positions, those that the sampler
+            may change.
         draw: draw(query, zt, t, rows) returns r new states. `rows` [r] are the flat positions
             b * L + i to draw, `zt` [r] their states and `t` [r] their times. Row k of `query` is
             the position rows[k].

@@ -44,7 +44,7 @@ class Kappa(Protocol):
     records_log_p: bool
 
     def __call__(self, process: ForwardProcess, canvas: Canvas, s: Tensor) -> Tensor:
-        """Return kappa [B,L] in [0,1] for a step to times s [B,L]."""
+        """Return the probability kappa [B,L] of an ancestral step to times s [B,L]."""
 
 
 @final

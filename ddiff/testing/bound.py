@@ -161,7 +161,7 @@ def shift_states(
 ) -> Tensor:
     """Return the states zt, shifted by the index of a channel modulo the number of states.
 
-    `EnumeratedRng` encodes these shifted states.
+    The uniforms of `EnumeratedRng` encode the shifted states.
     """
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
@@ -516,10 +516,11 @@ def speed_equality(
 ) -> Iterator[Gap]:
     """Check that the bound is unchanged if every position follows a separate path of noise times.
 
-    Position i has the noise time t_i(v), where v runs from 0 to 1, and the integrand of its bound
-    is multiplied by dt_i/dv. All paths have the same ends. The bound depends only on these ends, so
-    it must equal the value for one common path. `path` gives the times, and `finer` is a factor on
-    the number of quadrature nodes. Tolerance 1e-8: the quadrature has an error of 1e-9.
+    Position i has the noise time t_i(v), where v runs from 0 to 1, and its integrand of the bound
+    is multiplied by dt_i/dv. All paths have the same first and last time. The bound depends only on
+    these two times, so it must equal the value for one common path. `path` gives the times, and
+    `finer` is a factor on the number of quadrature nodes. Tolerance 1e-8: the quadrature has an
+    error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     table = rest_conditional_table(process, log_joint)

@@ -187,12 +187,13 @@ def inner_information_window(process: ForwardProcess) -> Window:
 def sensitive_table(process: ForwardProcess) -> Table:
     """Make a network for two positions whose predictions depend on states and times at all t <= 1.
 
-    Up to the time `latest`, the network predicts the exact distribution of each token given the
+    Up to a time `latest` < 1, the network predicts the exact distribution of each token given the
     state of the other position. Above `latest`, the network treats states as if they were at time
-    `latest`, and its prediction becomes flatter with time.
+    `latest`, and the predicted distribution becomes flatter with time.
 
-    If q_1 equals the prior, an exact network ignores all states at t = 1. The law could then not
-    detect a wrong state at t = 1. A state that cannot occur does not change the prediction.
+    An exact network would ignore all states at t = 1 if q_1 equals the prior. The conformance check
+    could then not detect a wrong state at t = 1. A state that cannot occur does not change the
+    prediction.
     """
     latest = inner_information_window(process)[1]
     # the factor 0.5 flattens the joint, so that no term is tiny

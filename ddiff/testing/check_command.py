@@ -46,7 +46,7 @@ class Instance(NamedTuple):
 
 
 class LabelledReport(NamedTuple):
-    """Report of a law, with the label of the checked instance."""
+    """Report of one conformance check, with the label of the checked instance."""
 
     label: str
     report: LawReport
@@ -65,7 +65,7 @@ def check_component(
         plugins: names of the plugins that are searched; None for all installed plugins.
 
     Raises PluginError for an unknown name, RecipeError for a wrong setting, and ArgumentError if
-    the component accepts no small instance with these settings.
+    no small test instance of the component can be built with these settings.
     """
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
     instances = []
@@ -86,14 +86,14 @@ def find_components(
 ) -> list[Component]:
     """Return the components that `ddiff check NAME` checks.
 
-    These are the components called `name`, if their kind has laws, and the processes and samplers
-    of the plugin called `name`.
+    These are the components called `name`, if their kind has conformance checks, and the processes
+    and samplers of the plugin called `name`.
 
     Args:
         name: name of components or of a plugin.
         plugins: names of the plugins that are searched; None for all installed plugins.
-        configured: whether settings are given. Settings belong to one component, so the components
-            of a plugin are then returned only if no component is called `name`.
+        configured: whether the command has settings of a component. The components of a plugin are
+            then returned only if no component is called `name`.
     """
     survey = survey_plugins() if plugins is None else Survey(load_plugins(plugins), [])
     registry = survey.registry
@@ -383,9 +383,9 @@ def _print_reports(reports: list[LabelledReport]) -> None:
 
 
 def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
-    """Return for each law the report with the largest error relative to its tolerance.
+    """Return for each conformance check the report with the largest error relative to tolerance.
 
-    The reports are in the order of the laws.
+    The result has the order in which the checks first occur in `reports`.
     """
     worst: dict[str, LabelledReport] = {}
     for one in reports:

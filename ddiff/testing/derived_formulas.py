@@ -36,7 +36,7 @@ NEAR_ENDS = (1e-3, 1.0 - 1e-3)
 
 
 def is_overridden(process: ForwardProcess, method: str) -> bool:
-    """Return True if the class of a process overrides this method of `ForwardProcess`."""
+    """Return True if the class of a process overrides the named method of `ForwardProcess`."""
     for cls in type(process).__mro__:
         if method in vars(cls):
             return cls is not ForwardProcess

@@ -300,8 +300,8 @@ def decode_queries_once(process: ForwardProcess) -> Iterator[Gap]:
 class RowDraws(NamedTuple):
     """Methods of a process that draw states, for fixed rows of arguments.
 
-    Each method is a function (row [n], uniforms [n,dimensions]) -> states [n]. The arguments are
-    tokens x0, states zt, times t and predictions log_p, with one entry per row.
+    Each method is a function (row indices [n], uniforms [n,dimensions]) -> states [n]. The fields
+    are tokens x0, states zt, times t and predictions log_p, with one entry per row.
     """
 
     process: ForwardProcess
@@ -465,9 +465,10 @@ def _calls(
     process: ForwardProcess,
     log_p: Tensor,
 ) -> dict[str, Call]:
-    """Return the methods of a process that take tensors, by name, with the arguments of a call.
+    """Return one example call (method, arguments) of each process method that takes tensors.
 
-    Every argument has one row per token. `log_p` [V,V] contains the predictions.
+    The keys are the names of the methods. Every argument has one row per token. `log_p` [V,V]
+    contains the predictions.
     """
     x0 = torch.arange(process.vocabulary.num_tokens)
     t = full_time(x0, 0.5)

@@ -177,11 +177,11 @@ def chunks_agree(head: Head) -> Iterator[Gap]:
 
 @law("head: gradients = autograd of the dense distribution", tolerance=1e-9)
 def gradients_agree(head: Head) -> Iterator[Gap]:
-    """Check that `total`, a sum computed in chunks of one row, has the gradient of the dense sum.
+    """Check that `Head.total`, which sums values over rows in chunks, has the exact gradient.
 
-    The expected gradient is that of autograd through the logits of all rows at once. Gradients with
-    respect to the hidden states and all parameters are compared, relative to the largest entry.
-    Tolerance 1e-9: float64 rounding.
+    The chunks have one row. The expected gradient is that of autograd through the same sum,
+    computed from the logits of all rows at once. Gradients with respect to the hidden states and
+    all parameters are compared, relative to the largest entry. Tolerance 1e-9: float64 rounding.
     """
     twin = randomize_in_float64(head)
     rows = _make_rows(head)

@@ -174,7 +174,7 @@ def likelihoods(process: ForwardProcess, t: Tensor) -> Tensor:
 def likelihoods_by_row(process: ForwardProcess, t: Tensor) -> Tensor:
     """Return q_t(z|x) [r,V,S] for V tokens x and S states z at times t [r].
 
-    Unlike `likelihoods`, this function computes equal times once.
+    Unlike `likelihoods`, this function evaluates each distinct time only once.
     """
     distinct, place = t.unique(return_inverse=True)
     return likelihoods(process, distinct)[place]

@@ -90,7 +90,7 @@ LAWS_OF_EXACT_STEPS = (
 
 
 def check_parts(process: ForwardProcess) -> list[LawReport]:
-    """Apply the laws for vocabularies, clocks and schedules to these parts of a process."""
+    """Check the vocabulary, the clocks and the schedules that a process contains."""
     reports = check_vocabulary(process.vocabulary)
     for part in vars(process).values():
         if isinstance(part, LevelClock):
@@ -105,9 +105,9 @@ def check_parts(process: ForwardProcess) -> list[LawReport]:
 def check_process(process: ForwardProcess) -> list[LawReport]:
     """Apply every conformance check of processes to a process in float64.
 
-    The report of a broken law has `passed = False`. A law also counts as broken if the process
-    raises an exception during the test. If the process declares `exact_step = False`, its reverse
-    steps are not exact, and the laws in `LAWS_OF_EXACT_STEPS` are not applied.
+    The report of a failed check has `passed = False`. A check also fails if the process raises an
+    exception during the check. If the process declares `exact_step = False`, its reverse steps are
+    not exact, and the checks in `LAWS_OF_EXACT_STEPS` are not applied.
 
     Raises ArgumentError for an instance with more than 64 states.
     """

@@ -326,7 +326,10 @@ def _sum_of_products(
     canvas: Tensor,
     size: int,
 ) -> Tensor:
-    """Return the sum [S,S] over canvases of the product of both positions' distributions.
+    """Return the distribution [S,S] of a step that draws both positions independently.
+
+    The result is a weighted sum, over the states before the step (canvases), of the product of the
+    two positions' distributions.
 
     Args:
         zt: [n,2] drawn states.

@@ -7,9 +7,10 @@
     )
     summary = trainer.fit(trainer.checkpoints.newest())
 
-The functions `batch_at`, `rng_at` and `multiplier` count steps from 0. Records and checkpoints
-count finished steps, so their first step is 1. Data and random numbers are functions of the step,
-so that a resumed run needs only the step number to continue.
+`batch_at(step, micro)` returns a micro-batch, and `rng_at(step, batch)` its random generator. Both
+functions and the learning rate count steps from 0. Records and checkpoints count finished steps, so
+their first step is 1. Data and random numbers are functions of the step, so that a resumed run
+needs only the step number to continue.
 
 The host never waits for the device in the middle of a step. The host launches a step, and reads the
 loss and metrics of the previous step while the device works on the new step.

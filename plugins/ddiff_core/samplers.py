@@ -140,7 +140,7 @@ class Trapezoidal:
 
 @final
 class FirstHitting:
-    """First-hitting sampler: exact, with one position after the other at random times.
+    """First-hitting sampler: exact; positions change one after the other at random times.
 
     The network is evaluated once for each time at which a position may change. `steps` has no
     effect.
@@ -210,7 +210,7 @@ class EntropyBound:
 
 @final
 class Psi:
-    """Psi sampler: ancestral step with probability kappa, else draw a token and noise it again."""
+    """Psi sampler: ancestral step with probability kappa, else predict a token and noise it."""
 
     class Config(GridConfig):
         kappa: Probability = 0.9

@@ -59,8 +59,9 @@ class CurrentMixing:
 
     (alpha, c_mask, c_tokens) = (1 - t, t, c)/(1 + c)
 
-    Here c = `height` * (t (1 - t))^(gamma/2), and `height` is 2^gamma p_uniform/(1 - p_uniform).
-    Uniform noise then has the probability p_uniform at t = 1/2.
+    These are the probabilities of clean token, mask and uniformly drawn token at time t. Here
+    c = `height` * (t (1 - t))^(gamma/2), and `height` is 2^gamma p_uniform/(1 - p_uniform). Uniform
+    noise then has the probability p_uniform at t = 1/2.
     """
 
     p_uniform: float
@@ -122,7 +123,7 @@ MIXINGS: dict[Form, type[CurrentMixing] | type[OriginalMixing]] = {
 
 
 class GeneralizedInterpolation(ComponentProcess):
-    """Generalized interpolating diffusion: noise by masks and by uniform tokens.
+    """Generalized interpolating diffusion: noise by masks and by uniformly drawn tokens.
 
     The marginal is q_t(.|x) = alpha delta_x + c_mask delta_mask + c_tokens Unif, where Unif is the
     uniform distribution over the tokens. A `Mixing` defines alpha, c_mask and c_tokens as functions

@@ -338,8 +338,8 @@ class GammaHybrid(ForwardProcess):
     def closing_kl(self, prediction: CleanDistribution | Score, x0: Tensor, t: Tensor) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) [r], where q_t-bar is the marginal if x is drawn from p.
 
-        It equals A KL( r_t(.|x) || r_t(.|p) ), where r_t is the distribution of a token that is not
-        masked.
+        It equals A KL( r_t(.|x) || r_t(.|p) ). A is the probability that a position is not masked,
+        and r_t is the distribution of a token that is not masked.
         """
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
@@ -384,7 +384,7 @@ class GammaHybrid(ForwardProcess):
 
         A mask is revealed with probability `reveal`, as a token y ~ r_s(.|p). A token z moves with
         probability arrive (1 - r_s(z|p))/r_t(z|p) to another token y, drawn from r_s(.|p) without
-        z. The docstring of this module defines r_t.
+        z. The docstring of this module defines r_t and B_t.
 
         This probability is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), because r_t and r_s are
         at least (1 - B)/V. The limit does not depend on the network, which is queried only at rows
@@ -456,9 +456,9 @@ class GammaHybrid(ForwardProcess):
     def _draw_other_token(
         self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor
     ) -> Tensor:
-        """Draw a token other than the state z [k] from each of the rows `rows` [k] of `dist`.
+        """Draw from `dist` a token [k] other than z, at the rows with indices `rows` [k].
 
-        If the state is the mask, every token may be drawn.
+        z [k] are the states of the rows. If the state is the mask, every token may be drawn.
         """
         log_p = dist.log_mass(0)[rows]
         # Column V is added for the mask: at a mask z = V excludes this column and no token.

@@ -62,11 +62,12 @@ class Ratios:
     predicts: ClassVar[Literal["score"]] = "score"
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the logarithm of the scale [k], which `wrap_callback` subtracts from the output.
+        """Return the log-scale [k] that `wrap_callback` subtracts from the head output of k rows.
 
-        It is ln(V (e^sigma - 1)) at masks, and 0 at tokens or if `scaled` is False. e^sigma - 1 is
-        the probability of the mask divided by the total probability of the tokens. This ratio is
-        computed from the marginal of the process, so that it is right for any process with a mask.
+        The log-scale is ln(V (e^sigma - 1)) at masks, and 0 at tokens or if `scaled` is False.
+        e^sigma - 1 is the probability of the mask divided by the total probability of the tokens.
+        This ratio is computed from the marginal of the process, so that it is right for any process
+        with a mask.
         """
         scale = torch.zeros_like(t)
         masked = ((zt == process.vocabulary.root) & self.scaled).nonzero().squeeze(-1)

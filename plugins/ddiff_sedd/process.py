@@ -1,4 +1,4 @@
-"""Score entropy diffusion: tokens are masked, or replaced by uniform tokens (arXiv 2310.16834).
+"""Score entropy diffusion: tokens are masked or replaced by random tokens (arXiv 2310.16834).
 
 sigma(t) is the total noise up to time t: with probability alpha = e^-sigma a token has not been
 noised by time t.

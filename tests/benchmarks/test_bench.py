@@ -69,7 +69,7 @@ def test_handwritten_benchmark_loss_equals_torch_cross_entropy() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_benchmark_cluster_sizes_have_the_extremes_of_the_hdlm_clusters() -> None:
+def test_benchmark_clusters_have_the_least_and_largest_size_of_the_hdlm_clusters() -> None:
     """Compare with the 128 clusters of GPT-2's tokens that were published with HDLM.
 
     These clusters have 24 to 1801 tokens. The mean size of a token's cluster, over all tokens, is

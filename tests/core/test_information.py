@@ -196,7 +196,7 @@ def test_bound_of_uniform_prediction_grows_linearly_in_information_time(name: st
     assert charged == pytest.approx([expected] * 5, rel=5e-3)
 
 
-def test_information_time_0_and_1_give_the_extreme_noise_times() -> None:
+def test_information_times_0_and_1_map_to_the_earliest_and_latest_noise_times() -> None:
     """The process "early masks" masks 25 % of the tokens, (1e-12)^0.05, before time 1e-12.
 
     Rates are evaluated only at times from 1e-12.
@@ -211,7 +211,7 @@ def test_information_time_0_and_1_give_the_extreme_noise_times() -> None:
     assert plain.at(torch.tensor([0.0, 1.0]).double())[0].tolist() == [0.0, 1.0]
 
 
-def test_information_time_spans_0_to_1_with_noise_at_t_0_and_data_at_t_1() -> None:
+def test_information_time_spans_0_to_1_if_z_0_is_noisy_and_z_1_depends_on_the_token() -> None:
     process = MixtureProcess(
         FlatVocabulary(3), GeometricSchedule(0.05, 3.0), torch.tensor([0.2, 0.3, 0.5, 0.0])
     )

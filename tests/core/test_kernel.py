@@ -170,7 +170,7 @@ def test_propagate_solves_forward_equation_in_time_order() -> None:
     assert float((generators[0] @ generators[1] - generators[1] @ generators[0]).abs().max()) > 1e-1
 
 
-def test_propagate_error_falls_with_the_fourth_power_of_its_steps() -> None:
+def test_propagate_error_falls_with_fourth_power_of_number_of_steps() -> None:
     """Twice as many steps divide the error by 16, or by 4 if the commutator term is wrong."""
     best = propagate(turning, *pair(0.1, 0.9), 4, steps=640)
     errors = [
@@ -189,7 +189,7 @@ def test_single_matrix_exponential_is_wrong_if_generators_do_not_commute() -> No
     assert float((once - propagate(turning, *pair(0.1, 0.9), 4)[0]).abs().max()) > 1e-3
 
 
-def test_propagate_agrees_with_closed_form_clock_marginals() -> None:
+def test_propagate_agrees_with_closed_form_level_probabilities_of_a_clock() -> None:
     """The level probabilities at s times the transition from s to t are those at t.
 
     The rates of the clock diverge at t = 0 and at t = 1.

@@ -24,7 +24,7 @@ def drawn(weights: list[float], *u: float) -> list[int]:
     return draw_index(rows, torch.tensor(u, dtype=torch.float64)).tolist()
 
 
-def test_draw_index_gives_each_index_a_half_open_interval() -> None:
+def test_draw_index_maps_a_half_open_interval_of_uniforms_to_each_index() -> None:
     assert drawn([1.0, 2.0, 1.0], 0.0, 0.2499, 0.25, 0.7499, 0.75, LARGEST) == [0, 0, 1, 1, 2, 2]
 
 

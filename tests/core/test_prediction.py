@@ -149,7 +149,7 @@ def test_draw_below_nodes_uses_the_node_and_level_of_each_row() -> None:
     assert some_tree.level_of(together).tolist() == level.tolist()
 
 
-def test_draws_at_extreme_uniforms_stay_below_the_node() -> None:
+def test_draws_below_a_node_stay_below_it_for_uniforms_near_0_and_1() -> None:
     """Draws stay below the node although float32 cumulative sums may end below or above 1."""
     ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     tree = HierarchicalVocabulary([[i % 7 for i in range(500)]])
@@ -247,7 +247,7 @@ def test_segment_logsumexp_gradient_is_zero_at_logits_of_minus_infinity() -> Non
 # ---------------------------------------------------------------------- own evidence
 
 
-def test_drop_own_evidence_gradient_is_zero_at_tokens_outside_the_node() -> None:
+def test_drop_own_evidence_gradient_is_zero_at_tokens_not_below_the_noisy_state() -> None:
     process = TreeProcess(HierarchicalVocabulary([[0, 1, 0, 1]]), LogTimeClock((1.0, 1.0)))
     logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     node, x0, t = torch.tensor([4]), torch.tensor([2]), torch.tensor([0.4], dtype=torch.float64)

@@ -68,7 +68,7 @@ def test_rng_numbers_of_a_position_do_not_depend_on_sequence_length() -> None:
         assert torch.equal(uniform(length=33)[:, :length], uniform(length=length))
 
 
-def test_rng_first_of_count_uniforms_equals_the_uniform_of_count_one() -> None:
+def test_rng_first_of_several_uniforms_equals_the_single_uniform() -> None:
     rng = CounterRng(3, 1, INDEX, 4)
     three = rng.uniform("x", 3)
     assert three.shape == (3, 4, 3)
@@ -94,7 +94,7 @@ def test_rng_group_uniforms_differ_between_groups() -> None:
     assert shared[1] == CounterRng(4, 5, index[:1], 2, group=group[1:2]).uniform_per_group("x")[0]
 
 
-def test_rng_without_samples_gives_empty_batch() -> None:
+def test_uniforms_of_zero_samples_have_zero_rows() -> None:
     assert uniform(index=torch.empty(0, dtype=torch.long)).shape == (0, 4)
 
 

@@ -222,7 +222,7 @@ def test_tree_forward_draws_follow_the_marginal_for_every_xi(xi: tuple[float, fl
             )
 
 
-def test_level_of_tree_forward_draw_follows_the_clock() -> None:
+def test_tree_forward_draws_have_the_level_probabilities_of_the_clock() -> None:
     chain = process(xi=1.0)
     t = torch.full((POINTS,), 0.35).double()
     level = tree.level_of(chain.sample(torch.zeros(POINTS).long(), t, GRID.unsqueeze(-1)))

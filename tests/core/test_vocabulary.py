@@ -286,7 +286,7 @@ def _saved(tree: Vocabulary) -> bytes:
         return file.read()
 
 
-def test_vocabulary_load_names_missing_file() -> None:
+def test_vocabulary_load_raises_an_error_that_names_a_missing_file() -> None:
     with pytest.raises(DataError, match="memory://nowhere does not exist"):
         Vocabulary.load("memory://nowhere")
 

@@ -222,7 +222,7 @@ def test_encode_chunks_raises_an_error_that_names_the_row_of_an_unknown_symbol(
         list(encode_chunks(chunks, AlphabetTokenizer("ACGT"), workers=workers))
 
 
-def test_tokenizer_worker_encodes_the_string_of_the_end_mark_as_text() -> None:
+def test_tokenizer_worker_encodes_the_eos_string_in_a_text_as_ordinary_text() -> None:
     """The string `<|eos|>` in a text is not encoded as the end mark of a document."""
     text = ["the <|eos|> cat"]
     assert pickle.loads(pickle.dumps(TOKENIZER)).encode(text) == TOKENIZER.encode(text)

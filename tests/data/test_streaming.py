@@ -42,7 +42,7 @@ def expected(num_rows: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("block", [1, 8, 300])
-def test_streamed_rows_equal_the_repeated_packed_text(block: int, workers: int) -> None:
+def test_streamed_rows_equal_the_packed_rows_of_the_repeated_text(block: int, workers: int) -> None:
     count = 3 * len(PACKED) + 5
     ids, document = expected(count)
     rows = streamed(block=block, workers=workers)

@@ -156,7 +156,7 @@ def test_compare_refuses_runs_with_different_evaluation_settings(
 
 
 @pytest.mark.slow
-def test_compare_labels_exact_likelihoods_nll_and_ignores_their_window(
+def test_compare_marks_exact_likelihoods_as_nll_and_ignores_the_time_window(
     place: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(place / "window", tmp_path / "exact")

@@ -273,7 +273,7 @@ SWAPPING = (np.full((5, 5), 0.2) - np.eye(5)).tolist()
 
 
 @pytest.mark.slow
-def test_sampling_refuses_non_finite_weights(place: Path, ddiff: Command) -> None:
+def test_sample_command_refuses_model_weights_with_nan(place: Path, ddiff: Command) -> None:
     shutil.copytree(place / "runs/small", place / "runs/nan")
     [weights] = (place / "runs/nan/checkpoints").glob("*/model.safetensors")
     save_file(

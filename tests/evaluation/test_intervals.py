@@ -73,7 +73,7 @@ def test_n_documents_of_equal_length_have_n_minus_1_degrees_of_freedom() -> None
         (UNEQUAL, 0.92, 1.0),
     ],
 )
-def test_document_interval_has_95_percent_coverage_for_normal_nats(
+def test_document_interval_has_95_percent_coverage_for_normally_distributed_nats(
     tokens: np.ndarray, least: float, most: float, power: float
 ) -> None:
     """The error of a document is proportional to (number of tokens)^power, for power 1/2 and 1.

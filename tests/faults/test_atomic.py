@@ -65,7 +65,7 @@ def test_write_atomic_writes_to_any_fsspec_path() -> None:
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
-def test_write_atomic_error_keeps_the_old_file_and_names_the_path(
+def test_failed_write_atomic_keeps_the_old_file_and_raises_an_error_that_names_it(
     tmp_path: Path, where: str
 ) -> None:
     folder = str(tmp_path) if where == "local" else "memory://atomic_errors"

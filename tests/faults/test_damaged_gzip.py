@@ -47,7 +47,7 @@ def test_run_and_data_commands_raise_an_error_that_names_a_damaged_gzip_file(
     assert not (folder / "runs").exists()
 
 
-def test_error_of_data_kind_text_suggests_kind_files_for_gzip(
+def test_data_kind_text_raises_an_error_that_suggests_kind_files_for_gzip(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "good.txt.gz").write_bytes(gzip.compress(TEXT))

@@ -127,7 +127,7 @@ WORST = ("not UTF-8", "a list", "null values", "deeply nested", "a folder")
 
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", FILES)
-def test_commands_that_read_no_data_succeed_or_name_the_damaged_file(
+def test_commands_that_read_no_data_succeed_or_name_the_damaged_file_in_an_error(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check_commands(file, kind, run_dir, ddiff, READS_NO_DATA)
@@ -136,7 +136,7 @@ def test_commands_that_read_no_data_succeed_or_name_the_damaged_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WORST)
 @pytest.mark.parametrize("file", [file for file in FILES if "/" not in file])
-def test_commands_that_read_data_succeed_or_name_the_damaged_file(
+def test_commands_that_read_data_succeed_or_name_the_damaged_file_in_an_error(
     file: str, kind: str, run_dir: Path, ddiff: Command
 ) -> None:
     check_commands(
@@ -176,7 +176,7 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
-def test_run_file_check_raises_an_error_that_names_the_key_of_a_value_of_another_type(
+def test_run_file_check_raises_an_error_that_names_the_key_of_a_value_of_wrong_type(
     file: str, key: str, value: Any, run_dir: Path
 ) -> None:
     path = run_dir / file

@@ -177,7 +177,7 @@ def test_data_command_with_option_out_resumes_an_interrupted_copy(
     assert not [name for name in whole if "partial" in name]
 
 
-def test_compare_with_option_out_replaces_only_its_own_tables(
+def test_compare_with_option_out_replaces_only_tables_that_compare_wrote(
     run_dir: Path, ddiff: Command
 ) -> None:
     assert ddiff(*COMPARE, "tables").code == 0

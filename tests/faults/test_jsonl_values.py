@@ -248,7 +248,9 @@ PROMPT_FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", list(PROMPT_FILES))
-def test_read_prompts_decodes_files_like_text_files(tmp_path: Path, kind: str) -> None:
+def test_read_prompts_decodes_prompt_files_in_the_same_way_as_data_files(
+    tmp_path: Path, kind: str
+) -> None:
     content, message = PROMPT_FILES[kind]
     (tmp_path / "p[1].txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"--prompts: \S*p\[1\]\.txt.*{message}"):

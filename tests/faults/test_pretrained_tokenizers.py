@@ -150,7 +150,9 @@ def test_pretrained_tokenizer_refuses_ids_above_the_limit(tmp_path: Path) -> Non
         PretrainedTokenizer.from_pretrained(str(folder))
 
 
-def test_pretrained_encode_neither_adds_truncates_nor_pads(tmp_path: Path) -> None:
+def test_pretrained_encode_adds_no_special_tokens_and_neither_truncates_nor_pads(
+    tmp_path: Path,
+) -> None:
     from tokenizers.processors import TemplateProcessing
 
     made = fast(models.WordLevel(WHOLE, unk_token="[UNK]"))

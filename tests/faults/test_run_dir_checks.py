@@ -33,12 +33,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("change", ALLOWED)
-def test_check_resumable_accepts_keys_that_may_change(change: tuple[str, Any, Any]) -> None:
+def test_check_resumable_accepts_changes_of_keys_that_may_change(
+    change: tuple[str, Any, Any],
+) -> None:
     check_resumable(Path("runs/a"), [change], [])
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_check_resumable_names_the_changed_key(change: tuple[str, Any, Any]) -> None:
+def test_check_resumable_raises_an_error_that_names_the_changed_key(
+    change: tuple[str, Any, Any],
+) -> None:
     key, old, new = change
     with pytest.raises(CheckpointError, match=rf"{key}: was {old!r}, is {new!r}"):
         check_resumable(Path("runs/a"), [*ALLOWED, change], [])

@@ -270,7 +270,7 @@ def test_find_overlap_counts_equal_counts_with_python_sets(seed: int) -> None:
     }
 
 
-def test_document_hashes_do_not_depend_on_the_step_size(
+def test_document_hashes_do_not_depend_on_the_number_of_tokens_read_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     documents = Documents(documents_from_texts(LINES), documents_from_texts(["held out"]))

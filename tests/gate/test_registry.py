@@ -20,7 +20,7 @@ HERE = Origin("toy", "toy_pkg", "toy-dist", "1.0")
         (("process", "toy", int), '"module:object"'),
     ],
 )
-def test_message_about_invalid_registration_names_distribution(arguments, expected, message):
+def test_message_about_invalid_registration_names_the_python_package(arguments, expected, message):
     text = message(Registry(HERE).add, *arguments)
     assert expected in text
     assert "toy-dist 1.0" in text
@@ -98,7 +98,7 @@ def test_component_with_only_a_build_method_gets_default_members():
     assert members.preview(NoKeys()) is None
 
 
-def test_component_target_may_be_a_nested_class(distribution):
+def test_component_registered_by_import_path_may_be_a_nested_class(distribution):
     source = "class Outer:\n    class Inner:\n        def build(config): pass"
     modules = {"toy_pkg": register("toy", target="toy_parts:Outer.Inner"), "toy_parts": source}
     distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, modules)

@@ -82,7 +82,9 @@ def test_conformance_check_detects_inexact_sampler_declared_exact() -> None:
     ("quality", "order"),
     [("of an order", 0), ("exact", 1), ("heuristic", 2), ("perfect", 0), ("of an order", -1)],
 )
-def test_conformance_check_detects_order_that_contradicts_quality(quality: str, order: int) -> None:
+def test_conformance_check_detects_a_sampler_whose_order_contradicts_its_quality(
+    quality: str, order: int
+) -> None:
     assert not laws.declarations_are_consistent(declare(AncestralSampler, quality, order)).passed
 
 
@@ -210,7 +212,7 @@ def test_check_command_lists_components_with_laws() -> None:
 
 
 @pytest.mark.usefixtures("odd_plugin")
-def test_find_components_includes_plugin_of_the_given_name(
+def test_find_components_returns_the_components_of_the_named_plugin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ddiff.testing.check_command import find_components

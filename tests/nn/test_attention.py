@@ -116,7 +116,7 @@ def cut(context: Context, stop: int) -> Context:
 
 @pytest.mark.parametrize("name", CONTEXTS)
 @pytest.mark.parametrize("blocks", BLOCKS)
-def test_paired_forward_equals_separate_forward_of_each_block(
+def test_one_pass_over_clean_and_noisy_tokens_equals_one_pass_per_block(
     backbone: DiT, blocks: str, name: str
 ) -> None:
     model, block, context = denoiser(backbone), BLOCKS[blocks], CONTEXTS[name]
@@ -213,7 +213,9 @@ def test_attention_mask_equals_the_published_block_diffusion_mask() -> None:
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_hidden_states_of_previous_token_inputs_are_causal(backbone: DiT, name: str) -> None:
+def test_autoregressive_hidden_states_depend_only_on_earlier_tokens(
+    backbone: DiT, name: str
+) -> None:
     model, context = denoiser(backbone, "previous"), CONTEXTS[name]
     noisy = Noisy(
         words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)

@@ -340,7 +340,7 @@ def test_predicted_distributions_are_float32_under_autocast() -> None:
     assert torch.nn.functional.cosine_similarity(ours, expected, dim=0) > 0.999
 
 
-def test_heads_are_marked_as_tables_for_the_optimizer() -> None:
+def test_heads_have_is_table_true_for_the_optimizer() -> None:
     assert all(make_head(kind, FlatVocabulary(4)).is_table for kind in KINDS)
 
 
@@ -353,7 +353,7 @@ def test_head_query_refuses_logits_that_are_not_finite(head: Head, value: float)
         head.query(hidden, node, lambda dist, idx: dist.log_child(node[idx], child[idx]))
 
 
-def test_tree_head_refuses_an_unknown_kind_by_name() -> None:
+def test_tree_head_error_for_an_unknown_kind_lists_the_valid_kinds() -> None:
     with pytest.raises(ArgumentError, match="tied"):
         TreeHead(FlatVocabulary(4), 3, "flat")  # type: ignore[arg-type]
 

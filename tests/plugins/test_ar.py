@@ -187,7 +187,7 @@ def test_left_to_right_samples_of_ragged_prompts_equal_those_of_single_rows() ->
     assert (plain.runs <= torch.tensor([10, 5, 6])).all()
 
 
-def test_left_to_right_samples_follow_the_scored_distribution() -> None:
+def test_left_to_right_samples_have_the_probabilities_that_nll_computes() -> None:
     """Compare the frequencies of 20 000 samples of two tokens with nine exact probabilities.
 
     By chance, the chi-square statistic is above its limit 35 with probability 2.7e-5.

@@ -115,7 +115,7 @@ def test_sampler_components_pass_their_settings_to_the_sampler(
         ("loop", LoopRemasking),
     ],
 )
-def test_remasking_uses_the_named_rule(setting: Any, rule: type) -> None:
+def test_remasking_setting_selects_the_remasking_rule(setting: Any, rule: type) -> None:
     sampler = built(samplers.Remasking, setting=setting, eta=0.3)
     assert isinstance(sampler.kappa, rule)
     assert sampler.kappa.eta == 0.3

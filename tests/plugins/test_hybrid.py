@@ -227,7 +227,7 @@ def test_gamma_and_epsilon_hybrids_without_redraws_are_masked_diffusion(
     assert process.prior.log_prob.exp().tolist() == masked.prior.log_prob.exp().tolist()
 
 
-def test_epsilon_hybrid_redraws_tokens_at_time_0_and_later_only_masks() -> None:
+def test_epsilon_hybrid_redraws_tokens_only_at_time_0_and_then_masks_them() -> None:
     """For t > 0 the transitions are those of masked diffusion.
 
     The integrand of the bound is 0 at visible tokens; only the decoding term depends on their
@@ -269,7 +269,7 @@ def test_gamma_hybrid_reveals_equally_many_masks_for_any_prediction() -> None:
         assert len(query.queried) == pytest.approx(0.25 * count, abs=2)
 
 
-def test_gamma_hybrid_step_queries_network_only_at_candidate_tokens() -> None:
+def test_gamma_hybrid_step_queries_network_only_at_tokens_that_may_change() -> None:
     """A step from t to s queries the network at a known fraction of the visible tokens, here 0.3.
 
     The fraction is (1 - B_t/B_s)/(1 - B_t) (1 - (1 - B_s)/V), where V is the number of tokens and
@@ -436,7 +436,9 @@ def test_gamma_hybrid_loss_of_the_paper_code_is_not_the_bound() -> None:
 
 @pytest.mark.parametrize("weights", ["flat", "annealing"])
 @pytest.mark.parametrize("lam", [1.0, 0.1])
-def test_epsilon_hybrid_weights_equal_the_code_of_the_paper(weights: Any, lam: float) -> None:
+def test_epsilon_hybrid_loss_weights_equal_those_in_the_code_of_the_paper(
+    weights: Any, lam: float
+) -> None:
     """Compare the weights of the published loss with a formula.
 
     The weight is 1/t at masks, lam (1 - epsilon) at redrawn tokens and lam epsilon at other visible

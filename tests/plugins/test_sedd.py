@@ -494,7 +494,7 @@ def test_sedd_refuses_a_vocabulary_that_does_not_match_its_graph() -> None:
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_weight_transfer_skips_a_score_head_of_another_scale(scaled: bool) -> None:
+def test_weight_transfer_skips_a_score_head_with_another_output_scaling(scaled: bool) -> None:
     """Scores of a scaled and an unscaled head differ by the factor V (e^sigma - 1)."""
     vocabulary = FlatVocabulary(WORDS)
     theirs = ScoreHead(vocabulary, Constant.width, True)

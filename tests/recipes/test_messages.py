@@ -278,7 +278,7 @@ def test_missing_plugin_message_contains_the_pip_command(write):
     assert "pip install -e" in message(write(RECIPE.replace('["toy"]', '["kimura"]')))
 
 
-def test_error_of_component_build_begins_with_recipe_table(write):
+def test_error_while_building_a_component_begins_with_the_recipe_table(write):
     recipe = read_recipe(write(), ("denoiser.head=choosy_head",))
     with pytest.raises(ArgumentError, match=r"^\[denoiser.head\]: width must be 3; got 4\.$"):
         recipe.head.build(vocabulary=None, width=4)

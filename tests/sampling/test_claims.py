@@ -86,7 +86,7 @@ def test_docs_samplers_page_shows_no_error_for_exact_samplers(process: str, labe
 @pytest.mark.parametrize(
     ("process", "label"), [row for row in ROWS if "order" in TABLES[row[0]][row[1]][0]]
 )
-def test_docs_samplers_page_error_falls_with_steps_for_ordered_samplers(
+def test_samplers_page_error_of_convergent_samplers_falls_with_steps(
     process: str, label: str
 ) -> None:
     """At order 1, 64 steps have an eighth of the distance of 8 steps; a third is accepted."""

@@ -593,7 +593,7 @@ def test_confidence_remasking_ignores_prompt_positions() -> None:
     assert ConfidenceRemasking(1.0).sigma(MASKED, canvas, s, largest).tolist() == [[0.5, 0.0]]
 
 
-def test_unmasking_sampler_on_a_tree_counts_moves_at_every_level() -> None:
+def test_unmasking_sampler_on_a_tree_spreads_moves_of_all_levels_over_its_steps() -> None:
     """Four masks of a two-level tree need eight moves; after a step to s = 0.75, six remain."""
     canvas = canvas_of((5, 5, 5, 5), 1.0)
     after = moved(UnmaskingSampler(4, "top"), TREE, predicting(TREE, P), canvas, 0.75).zt

@@ -64,7 +64,7 @@ def draw(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ancestral_sampling_error_is_inversely_proportional_to_steps(name: str) -> None:
+def test_ancestral_sampling_error_is_inversely_proportional_to_number_of_steps(name: str) -> None:
     """Four times as many steps divide the distance by four (3.5 to 4.5 from 16 to 64 steps).
 
     The distance to JOINT is computed exactly, without sampling. A single step draws both tokens

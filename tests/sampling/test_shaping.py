@@ -194,7 +194,7 @@ def test_guidance_mixes_log_probabilities_for_any_chunk_size(weight: float) -> N
         assert torch.allclose(read(network), expected)
 
 
-def test_guidance_counts_evaluations_of_both_networks() -> None:
+def test_guidance_counts_conditional_and_unconditional_evaluations() -> None:
     process = processes()["masked"]
     network = guide_network(exact_network(process), exact_network(process), 1.5)
     drawn = generate(AncestralSampler(1), process, network, index=torch.arange(3), length=2, seed=0)
