@@ -196,8 +196,8 @@ class WindowTimes:
     "block": the windows are adjacent, and all positions of one window have the same time (arXiv
     2503.09573). Width 1 is autoregression. With width L the whole sequence has one time.
 
-    "slide": the window slides from left to right, and the information time tau (see this module) rises
-    along the window from its left edge to its right edge (arXiv 2504.06416).
+    "slide": the window slides from left to right, and the information time tau (defined in this
+    module) rises along the window from its left edge to its right edge (arXiv 2504.06416).
 
     In both shapes, as the window moves over the sequence, tau of each position runs exactly once
     through [start, stop]. The diffusion terms of the positions therefore add up to a bound, for any
