@@ -400,7 +400,10 @@ class Checkpoints:
         step: int,
         digests: Mapping[str, FileDigest],
     ) -> None:
-        """Write the marker of the checkpoint, then remove old and incomplete checkpoints."""
+        """Mark the checkpoint in `folder` as complete, then remove old and incomplete checkpoints.
+
+        `digests`: size and SHA-256 of each file of the checkpoint.
+        """
         folder.mark_complete(step, digests)
         kept = {step_name(step) for step in self._complete()[-self.keep :]}
         for name in self._folder_names():

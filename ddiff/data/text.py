@@ -95,7 +95,10 @@ def check_text(text: str, name: str) -> str:
 
 
 def _blocks(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the text of a file block by block, with all line ends converted to "\\n"."""
+    """Yield the text of a file block by block, with all line ends converted to "\\n".
+
+    `name`: name of the file in error messages.
+    """
     # Number of "\r" at the end of the last block. The next block shows whether these characters are
     # one line end or several.
     returns = 0

@@ -41,9 +41,9 @@ def find_components(tree: RecipeTree, registry: Registry) -> dict[TablePath, Com
 
 
 def _is_used(path: TablePath, tree: RecipeTree, found: Mapping[TablePath, Component]) -> bool:
-    """Return whether a recipe uses the component at a path.
+    """Return whether the recipe `tree` uses the component at a path.
 
-    `found`: components of the preceding paths.
+    `found`: components of the preceding paths in SLOTS, in which a table precedes its slots.
     """
     name, *slot = path
     if TABLES[name].is_optional and name not in tree.values:

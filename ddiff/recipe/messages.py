@@ -76,9 +76,10 @@ def _format_type(schema: Mapping[str, Any]) -> str:
 def select_error(errors: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> Mapping[str, Any]:
     """Return the entry of `ValidationError.errors()` that is reported to the user.
 
-    The `loc` of the returned entry is the key as written in the recipe. If a key has a union type,
-    pydantic reports one error for each branch of the union. These errors are merged to one error of
-    type "union", with the expected types in `ctx`.
+    `model` is the pydantic model that was validated. The `loc` of the returned entry is the key as
+    written in the recipe. If a key has a union type, pydantic reports one error for each branch of
+    the union. These errors are merged to one error of type "union", with the expected types in
+    `ctx`.
     """
     # An unknown key comes first: a missing key is often misspelt, and then unknown too.
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")

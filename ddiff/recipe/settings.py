@@ -101,7 +101,10 @@ def _parse_key(key: str) -> tuple[str, ...]:
 
 
 def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
-    """Return the TOML value of a text, or the text itself as a string."""
+    """Return the TOML value of the text `value`, or the text itself as a string.
+
+    `key`: dotted key of the setting. `path`: its parts.
+    """
     try:
         tree: Any = tomllib.loads(f"{key} = {value}")
     except tomllib.TOMLDecodeError:

@@ -103,7 +103,10 @@ def unwritable_error(place: Destination, error: Exception) -> ArgumentError:
 
 
 def _resolve(name: str, argument: str) -> Destination:
-    """Find the file system of a path or address, and the path in this file system."""
+    """Find the file system of a path or address `name`, and the path in this file system.
+
+    `argument`: name of the caller's argument or option, for error messages.
+    """
     import fsspec  # imported here, so that importing this module stays fast
 
     if not name or "\0" in name:

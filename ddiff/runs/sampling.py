@@ -106,7 +106,10 @@ def _check_request(
 
 
 def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
-    """Raise ArgumentError for text after a gap if the network or sampler ignores later tokens."""
+    """Raise ArgumentError if a template has text after a gap and later tokens are ignored.
+
+    An autoregressive network and some samplers ignore the tokens after a gap.
+    """
     if plan.model.denoiser.inputs == "previous":
         check_no_suffix(
             templates, "this run's network", "a run whose network attends to both sides"

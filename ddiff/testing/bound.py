@@ -631,8 +631,8 @@ def _discrete_bound(
 ) -> Tensor:
     """Return the sum over discrete steps of E KL( true || predicted reverse step ), a tensor [V].
 
-    The sum has one value per clean token. The window is divided into `steps` steps of equal length
-    in logit t.
+    The sum has one value per clean token. `table` is the network. The window is divided into
+    `steps` steps of equal length in logit t.
     """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens
