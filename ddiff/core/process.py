@@ -188,7 +188,7 @@ class ForwardProcess(ABC):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Return small instances (V <= 8) on which the conformance kit can run."""
+        """Return instances with at most 8 tokens, on which the conformance checks can run."""
         return []
 
     # ------------------------------------------------------------------ forward, derived

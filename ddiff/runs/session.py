@@ -77,8 +77,8 @@ class TrainingSession:
 
     The session owns the backend and the network. `fit` compiles, wraps and shards the network in
     place. At the end of the `with` block, the network and the backend are released. After that,
-    `load_trained_run` builds a plain network and loads the newest checkpoint. After an exception
-    the session is not closed, because closing would wait for the other ranks.
+    `load_trained_run` builds a new network without these changes and loads the newest checkpoint.
+    After an exception the session is not closed, because closing would wait for the other ranks.
     """
 
     def __init__(self, run: Run, backend: Backend) -> None:

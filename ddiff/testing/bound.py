@@ -125,7 +125,7 @@ class EnumeratedRng(CounterRng):
 
     Each term of the bound draws from a separate channel, which is a named stream of uniforms. In
     each channel, the states are shifted by the index of the channel, modulo S. A term that uses the
-    channel of another term therefore gets states with wrong probabilities, which the laws detect.
+    channel of another term therefore gets states with wrong probabilities, which the checks detect.
     """
 
     def __init__(
@@ -586,7 +586,7 @@ def discrete_bound_converges(process: ForwardProcess) -> Iterator[Gap]:
     sum_k E KL( q(z_s|z_t,x) || p(z_s|z_t) ), where step k leads from time t to time s, and p is the
     reverse step under the network's prediction. The limit for large N is extrapolated from N = 32,
     64, 128 and compared with the integral. The error is relative to the integral. The prediction
-    depends on state and time, so the law fails if density and reverse step belong to different
+    depends on state and time, so the check fails if density and reverse step belong to different
     generators. Tolerance 1e-3: extrapolation removes the errors of order 1/N and 1/N^2, and leaves
     an error of order 1/N^3.
     """
@@ -672,7 +672,7 @@ def weights_are_level_flows(
 ) -> Iterator[Gap]:
     """Check that the expected weight of a level integrates to the probability of entering it.
 
-    The law applies to tree processes. The integrand of the bound is weight * divergence. The
+    The check applies to tree processes. The integrand of the bound is weight * divergence. The
     expected weight of a level is the sum of probability * weight over its states. F_l(t) is the
     probability of having reached level l by time t. The integral of the expected weight of level l
     over a window (t0, t1) must be F_l(t1) - F_l(t0), the probability that a token enters level l

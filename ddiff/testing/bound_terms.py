@@ -221,7 +221,7 @@ def sensitive_table(process: ForwardProcess) -> Table:
 def replace_prior(process: ForwardProcess) -> ForwardProcess:
     """Copy a process and replace its prior by one that differs from q_1, the marginal at t = 1.
 
-    With a prior equal to q_1, the law could not detect a prior term that draws states from
+    With a prior equal to q_1, the check could not detect a prior term that draws states from
     q_1(.|x0) instead of the prior. In the new prior, every state has a positive probability, which
     increases with the id of the state.
     """

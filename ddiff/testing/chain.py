@@ -78,7 +78,7 @@ def rates_are_not_negative(process: ForwardProcess) -> Iterator[Gap]:
 def kernels_agree(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the methods `row`, `column`, `apply` and `dense` of a kernel describe one matrix.
 
-    A kernel is a matrix over the states. The law tests the kernels `rates(t)` and `transition(0.3
+    A kernel is a matrix over the states. The check tests the kernels `rates(t)` and `transition(0.3
     t, t)`. The error is relative to the largest entry. Tolerance 1e-12: the methods sum in
     different orders.
     """

@@ -346,7 +346,7 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
 
 
 def _print_reports(reports: list[LabelledReport]) -> None:
-    """Print one line per law, for its worst instance, and then explain every broken law."""
+    """Print one line per conformance check, for its worst instance; explain every failed check."""
     worst = _find_worst(reports)
     # rich assumes 80 columns if there is no terminal, which would wrap the names
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)

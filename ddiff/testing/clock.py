@@ -58,12 +58,12 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
 
     Let F_l(t) be the probability that a token has reached level l by time t. The difference F_l(t)
     - F_l(t/1000) is compared with the integral of the inflow into level l from t/1000 to t. The
-    error is relative to the integral, so that the law also detects small errors at t = 1e-6, where
-    F_l is small. Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
+    error is relative to the integral, so that the check also detects small errors at t = 1e-6,
+    where F_l is small. Tolerance 1e-9: quadrature and rounding have an error of 1e-11.
     """
     level = torch.arange(1, clock.num_levels + 1)
     for t in OPEN:
-        # t/1000 to t, so that the law also tests small t
+        # t/1000 to t, so that the check also tests small t
         start = t / 1000.0
         grown = (clock.cdf(times((t,))) - clock.cdf(times((start,))))[0]
         flow = integral(clock.inflow, start, t)

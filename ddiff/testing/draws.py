@@ -1,7 +1,7 @@
 """Conformance checks of the draws of a process: samples, reverse steps and the final decoding.
 
 A draw is a function from uniforms in the unit cube to states. Its distribution is measured on Sobol
-points, which cover the cube evenly, so that the laws are not random. A draw is constant on pieces
+points, which cover the cube evenly, so that the checks are not random. A draw is constant on pieces
 of the cube. With n points, the error of a probability is about (number of pieces) * log(n) / n.
 """
 

@@ -1,4 +1,4 @@
-"""Laws as callable objects, and reports of their results.
+"""Conformance checks (laws) as callable objects, and reports of their results.
 
 A law is a property that the conformance kit tests.
 """
@@ -208,7 +208,7 @@ def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[Law
 def assert_laws(reports: Iterable[LawReport]) -> None:
     """Raise AssertionError if a report says that a law (a checked property) is broken.
 
-    The message names every broken law.
+    The message contains the name of every broken law.
 
     Raises ArgumentError if `reports` is empty.
     """

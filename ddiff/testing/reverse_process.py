@@ -377,9 +377,9 @@ def reverse_rates_make_density(process: ForwardProcess) -> Iterator[Gap]:
 def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
     """Check that reverse rates, integrated from t to s, give the probabilities `reverse_log_probs`.
 
-    The law uses a prediction that is the same in all states z, because only then the reverse rates
-    and `reverse_log_probs` describe the same chain. Tolerance 1e-6: the 4th-order integrator has an
-    error of 1e-8.
+    The check uses a prediction that is the same in all states z, because only then the reverse
+    rates and `reverse_log_probs` describe the same chain. Tolerance 1e-6: the 4th-order integrator
+    has an error of 1e-8.
     """
     vocabulary = process.vocabulary
     num_states = vocabulary.num_states
@@ -420,7 +420,7 @@ def reverse_rates_make_posterior(process: ForwardProcess) -> Iterator[Gap]:
 def monotone_moves_reveal(process: ForwardProcess) -> Iterator[Gap]:
     """Check that the reverse rates of a monotone process lead only to states below the current one.
 
-    A process is monotone if it declares `is_monotone`; the law applies only to such processes. A
+    A process is monotone if it declares `is_monotone`; the check applies only to such processes. A
     state is below another state if it is a descendant of that state in the tree. Tolerance 0: the
     rates to all other states must be exactly 0.
     """

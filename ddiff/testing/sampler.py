@@ -209,7 +209,7 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
 def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
     """Check that `run` yields as many canvases as the property `steps` declares.
 
-    A canvas is the state of a batch during sampling, and `run` yields one after each step. The law
+    A canvas is the state of a batch during sampling, and `run` yields one after each step. The check
     does not apply if `steps` is None. Tolerance 0: canvases are counted.
     """
     for steps in (1, 3):
@@ -280,7 +280,7 @@ def samples_are_independent_of_batch(case: SamplerCase) -> Iterator[Gap]:
 def exact_samplers_are_exact(case: SamplerCase) -> Iterator[Gap]:
     """Check that a sampler that declares the quality "exact" draws from the joint distribution.
 
-    The law is tested with one and with several steps. The error is the total variation distance
+    The check runs with one and with several steps. The error is the total variation distance
     between samples and joint distribution. Tolerance 0.02: the randomness of the samples adds
     0.006.
     """

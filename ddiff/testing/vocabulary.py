@@ -196,6 +196,6 @@ VOCABULARY_LAWS: tuple[Law, ...] = (
 def check_vocabulary(vocabulary: Vocabulary) -> list[LawReport]:
     """Apply every conformance check of vocabularies to a small vocabulary.
 
-    The vocabulary must be small because the laws loop over all nodes.
+    The vocabulary must be small because the checks loop over all nodes.
     """
     return evaluate_laws(vocabulary, VOCABULARY_LAWS)

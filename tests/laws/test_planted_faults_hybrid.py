@@ -284,7 +284,7 @@ def test_conformance_check_fails_on_object_with_planted_fault(fault: Fault) -> N
     assert_detected(fault)
 
 
-def test_interpolating_chain_passes_all_laws_but_has_not_the_published_rates() -> None:
+def test_interpolating_process_passes_chain_checks_but_differs_from_published_rates() -> None:
     """A consistent process with another generator obeys all laws of `ddiff.testing`."""
     other = gamma_hybrid(InterpolatingTransitions)()
     for one in (

@@ -206,7 +206,7 @@ def test_check_command_finds_samplers_by_name_and_plugin(
         check_component("odd", [])  # the name of a plugin selects all of its samplers and processes
 
 
-def test_check_command_lists_components_with_laws() -> None:
+def test_check_command_lists_components_that_have_conformance_checks() -> None:
     with pytest.raises(PluginError, match=r"has no laws to check.*sampler ancestral"):
         check_component("wandb", [])
 
