@@ -209,8 +209,8 @@ def declarations_are_consistent(case: SamplerCase) -> Iterator[Gap]:
 def canvases_are_counted(case: SamplerCase) -> Iterator[Gap]:
     """Check that `run` yields as many canvases as the property `steps` declares.
 
-    A canvas is the state of a batch during sampling, and `run` yields one after each step. The check
-    does not apply if `steps` is None. Tolerance 0: canvases are counted.
+    A canvas is the state of a batch during sampling, and `run` yields one after each step. The
+    check does not apply if `steps` is None. Tolerance 0: canvases are counted.
     """
     for steps in (1, 3):
         declared = case.build(steps).steps
