@@ -29,7 +29,7 @@ from ddiff.core.times import Noisy
 
 
 class PlainModel(nn.Module):
-    """Backbone with a linear head of `outputs` logits."""
+    """Network of a reference implementation: a backbone, and a linear layer to `outputs` logits."""
 
     def __init__(self, case: Case, vocabulary: Vocabulary, outputs: int) -> None:
         super().__init__()

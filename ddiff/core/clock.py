@@ -74,7 +74,7 @@ class LevelClock(SettingsRepr, ABC):
     def transition(self, s: Tensor, t: Tensor) -> Tensor:
         """Return K_ij(s,t) = P(level j at t | level i at s), [r,L+1,L+1], for s <= t.
 
-        The matrices are upper triangular, since positions only rise.
+        The matrices are upper triangular, since the level of a position never falls.
         """
 
     def hazard(self, t: Tensor) -> Tensor:

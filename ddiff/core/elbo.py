@@ -285,7 +285,9 @@ def _closing_kl(
     x0: Tensor,
     t: Tensor,
 ) -> Tensor:
-    """Return KL( q_t(.|x0) || predicted q_t ) [r] for a prediction that was made at t = 1.
+    """Return the prior term KL( q_t(.|x0) || q_t-bar ) [r] for a prediction made at t = 1.
+
+    q_t-bar is the marginal of z_t if the clean token has the predicted distribution.
 
     A score at t = 1 gives the relative probabilities of the states at t = 1. It does not contain
     the smaller amount of noise at an earlier t, which only the process knows. At t < 1, the score

@@ -621,7 +621,7 @@ class ForwardProcess(ABC):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the logs of the unnormalized probabilities of the tokens in `decode`, [r,V].
+        """Return the unnormalized log-probabilities [r,V] from which `decode` draws tokens.
 
         The probability of token x is proportional to p(x) q_t(z_t|x), for the predicted
         distribution p.

@@ -55,7 +55,7 @@ class ComponentSpec:
         return self._call("reads", self.members.reads, {})
 
     def takes_input(self, name: str) -> bool:
-        """Return whether `build` has a parameter for an input."""
+        """Return whether `build` has a parameter for the input `name`."""
         return name in inspect.signature(self.component.load().build).parameters
 
     @contextmanager

@@ -225,7 +225,7 @@ def _owner(component: Component | None) -> str:
 def _check_reserved_keys(
     component: Component, config: type[ComponentConfig], slots: Iterable[str]
 ) -> None:
-    """Check that a Config has no key named `kind` or like a slot of its table."""
+    """Check that no key of `config` has the name `kind` or the name of a slot of its table."""
     for key in ("kind", *slots):
         if key in config.model_fields:
             raise PluginError(

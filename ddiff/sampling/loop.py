@@ -159,7 +159,8 @@ def generate(
     Args:
         sampler: the sampling method.
         process: the process that `network` was trained to reverse; None for autoregression.
-        network: function network(noisy) -> query, for example the result of `as_network`.
+        network: function from the noisy batch to a `Query`, which evaluates the head. `as_network`
+            makes such a function from a denoiser.
         index: [B] long, sample numbers. A sample depends only on its number and on `seed`, not on
             the other samples of the batch.
         length: number L of positions.

@@ -93,5 +93,5 @@ def _occupation(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 def _sum_from_level(occupation: Tensor) -> Tensor:
-    """Return the probability [r,L+1] of level l or higher, from the probabilities of levels."""
+    """Return the probability [r,L+1] of each level or a higher one; `occupation`: of each level."""
     return occupation.flip(-1).cumsum(-1).flip(-1)

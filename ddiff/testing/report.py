@@ -187,7 +187,11 @@ def law(
     name: str,
     tolerance: float,
 ) -> Callable[[Measure], Law]:
-    """Return a decorator that makes a `Law` from a generator function of `Gap` objects."""
+    """Return a decorator that turns a check into a `Law` (a checked property).
+
+    The check is a generator function that yields the measured errors as `Gap` objects. `tolerance`
+    is the largest allowed error, and `name` the name of the law in reports.
+    """
 
     def decorate(measure: Measure) -> Law:
         return Law(name, tolerance, measure)

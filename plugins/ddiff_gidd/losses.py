@@ -36,9 +36,9 @@ class Dynamic(TrainingLoss[ForwardProcess]):
         another token       1
         the clean token     b e^(gamma L/2)
 
-    gamma is the exponent of the process, b is `Mixing.per_token`, and L depends on the noise time
-    t. Let alpha(t) be the probability that a token is clean at time t. The setting `clean` selects
-    L:
+    gamma is the exponent of the process, b is its coefficient of the uniform noise
+    (`Mixing.per_token`), and L depends on the noise time t. Let alpha(t) be the probability that a
+    token is clean at time t. The setting `clean` selects L:
 
     - "snr": L = -ln(alpha/(1 - alpha)). For gamma = 1 and little uniform noise, the weights are
       then 2 t (1 - t) times those of the NELBO.

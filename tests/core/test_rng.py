@@ -43,7 +43,7 @@ def test_rng_seed_step_and_purpose_each_change_every_number(change: dict[str, in
     assert not (uniform() == uniform(**change)).any()  # type: ignore[arg-type]
 
 
-def test_rng_channels_samples_and_positions_have_distinct_numbers() -> None:
+def test_rng_channels_samples_and_positions_have_distinct_random_numbers() -> None:
     rng = CounterRng(0, 0, torch.arange(6), 7)
     everything = torch.cat([rng.uniform("a").flatten(), rng.uniform("b", 3).flatten()])
     assert len(everything.unique()) == 6 * 7 * 4

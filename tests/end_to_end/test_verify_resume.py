@@ -109,7 +109,7 @@ def test_verify_resume_refuses_untrained_and_changed_runs(folder: Path, ddiff: C
         ([60], 60, 60, (0, 60, True)),
     ],
 )
-def test_replayed_steps_end_at_the_last_checkpoint_in_range(
+def test_verify_resume_replays_steps_up_to_the_last_checkpoint_in_range(
     checkpoints: list[int], recorded: int, steps: int, span: tuple[int, int, bool]
 ) -> None:
     assert choose_span(checkpoints, recorded, steps) == span

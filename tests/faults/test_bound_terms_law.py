@@ -243,7 +243,7 @@ def test_check_process_includes_the_check_of_bound_terms(monkeypatch: pytest.Mon
     assert terms_have_their_expectations.name in broken
 
 
-def test_prior_kl_term_is_too_low_if_its_states_are_drawn_from_q_1(
+def test_prior_term_is_too_low_if_states_are_drawn_from_q_1_not_the_prior(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If clean tokens are left at t = 1, a state drawn from q_1(z | x0) gives information on x0.

@@ -184,7 +184,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_a_checkpoint_of_another_process(
+def test_every_command_refuses_a_checkpoint_of_another_forward_process(
     command: str, run_dir: Path, ddiff: Command
 ) -> None:
     """The recipe of the run directory was edited after training.

@@ -68,7 +68,7 @@ def test_text_documents_do_not_depend_on_the_read_block_size(
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("seed", range(12))
-def test_text_and_files_kinds_find_the_same_documents(
+def test_data_kinds_text_and_files_read_the_same_documents(
     tmp_path: Path, split: Any, seed: int
 ) -> None:
     pieces = ["a b", "c", "\r", "\n", "\r\n", "\r\r\n", " ", "\t", "\ufeff", "\u2028", "é"]

@@ -86,7 +86,7 @@ def test_entropy_check_rejects_a_network_that_conditions_on_the_state_of_the_pos
     assert report.error > 0.05  # nats
 
 
-def test_entropy_check_accepts_full_conditional_of_masked_diffusion() -> None:
+def test_entropy_check_accepts_masked_network_that_conditions_on_all_positions() -> None:
     """A mask gives no information on its token, so the conditionals with and without it agree."""
     assert bound.entropy_equality(ONE_LEVEL, denoiser=full_conditional_table).passed
 

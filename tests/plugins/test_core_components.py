@@ -159,7 +159,7 @@ def test_clip_loss_limits_weights_to_smallest_and_largest() -> None:
     assert (Clip.Config().smallest, Clip.Config().largest) == (0.0, 2.0)
 
 
-def test_time_rule_components_build_window_times_with_their_keys() -> None:
+def test_time_rule_components_pass_their_keys_to_window_times() -> None:
     block = Block.build(WindowConfig(width=3, start=0.1, stop=0.8, paired=False))
     slide = Slide.build(WindowConfig(width=4))
     single = Quenched.build(Quenched.Config())

@@ -113,7 +113,7 @@ def test_component_key_with_a_reserved_name_is_refused(write):
 
 
 @pytest.mark.parametrize(("kind", "key"), [("choosy", "rates=[1.0]"), ("halving", "rate=2.0")])
-def test_component_config_that_cannot_be_read_back_is_refused(write, kind, key):
+def test_component_config_that_does_not_survive_writing_to_toml_is_refused(write, kind, key):
     with pytest.raises(PluginError, match=f'process "{kind}" .* every default is written out'):
         read_recipe(write(), [f"process.kind={kind}", f"process.{key}"])
 

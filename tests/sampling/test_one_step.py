@@ -258,7 +258,7 @@ def test_adaptive_correction_redraws_tokens_with_the_paper_probability(t: float,
 
 
 @pytest.mark.parametrize(("share", "above"), [(1.0, 0.7), (0.5, 0.6), (4.0, 1.0)])
-def test_forward_backward_corrector_adds_noise_for_its_share_of_the_step(
+def test_forward_backward_corrector_adds_noise_for_a_set_share_of_the_step(
     share: float, above: float
 ) -> None:
     """The corrector adds noise from t = 0.5 to a later time `above` <= 1, and steps back to t.

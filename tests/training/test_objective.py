@@ -302,7 +302,7 @@ def test_training_loss_and_token_count_exclude_prompt_tokens() -> None:
     assert (total.item(), count.item()) == (pytest.approx(4 * SLOTS * (1.0 - START)), 4 * SLOTS)
 
 
-def test_training_metrics_of_a_tree_level_contain_only_its_rows() -> None:
+def test_training_metrics_of_a_tree_level_contain_only_rows_of_that_level() -> None:
     """Clusters (level 1) cost 0 nats and masks (level 2) cost 1, so only level 2 is not 0."""
 
     class MasksCost(TreeProcess):
