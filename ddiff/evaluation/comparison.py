@@ -367,9 +367,9 @@ class _Report:
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Return the kind of the process of a recipe, such as "mdlm" or "mdlm, block".
+    """Return the kind of the process of a recipe, and the kind of its time rule unless it is "flat".
 
-    The second word is the kind of the time rule, which is omitted if it is "flat". If the recipe
+    The two kinds are separated by a comma. If the recipe
     has no process, the result is the kind of the objective.
     """
     objective = recipe["objective"]
