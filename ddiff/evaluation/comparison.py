@@ -367,9 +367,9 @@ class _Report:
 
 
 def _describe_process(recipe: Mapping[str, Any]) -> str:
-    """Return the kind of the process of a recipe, and the kind of its time rule unless it is "flat".
+    """Return the kind of the process of a recipe, followed by the kind of its time rule.
 
-    The two kinds are separated by a comma. If the recipe
+    The two kinds are separated by a comma. The kind "flat" of a time rule is omitted. If the recipe
     has no process, the result is the kind of the objective.
     """
     objective = recipe["objective"]
