@@ -33,7 +33,7 @@ TOKENS = (64, 16, 4, 1)
 
 
 class EvenDraws:
-    """Time change of `clock`, with noise times t drawn uniformly in information time tau."""
+    """Map `clock` from information time tau to time t, with draws that are uniform in tau."""
 
     def __init__(self, clock: TimeChange) -> None:
         self.clock = clock
@@ -61,7 +61,7 @@ class DrawsForLength(EvenDraws):
 
 
 def gradients(run: Any, clock: TimeChange, loss: Any) -> Tensor:
-    """Return gradients [DRAWS, parameters] of one fixed batch, each with other noise.
+    """Return gradients [DRAWS, parameters] of one fixed batch, each for different noise.
 
     run: run whose network is trained. clock: time change from which noise times are drawn. loss:
     training loss.

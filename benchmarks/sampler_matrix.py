@@ -76,7 +76,7 @@ of two states, as the head `score` predicts it. The scores are computed from the
 flat vocabularies (tokens, or tokens and a mask) have such rows.
 
 If the table of a process has no row for a sampler, ddiff refuses this sampler for the process. The section
-[Refused](#refused) gives the error messages.
+[Refused samplers](#refused-samplers) gives the error messages.
 
 **Precision.** The distances are estimated from random draws:
 
@@ -85,7 +85,7 @@ If the table of a process has no row for a sampler, ddiff refuses this sampler f
 | the two positions change independently in a step | the distribution over pairs of states is computed from step to step, with {points} draws per step | up to {fine:.3f} at N = 64, smaller for fewer steps |
 | any other | the states are counted in {others} draws, per step or of whole samples | about {coarse:.3f} |
 
-For comparison, the exact distance of the sampler `ancestral` is .0064, for masks at N = 64.
+For comparison, the exact distance of the sampler `ancestral` is .0064 for masked diffusion at N = 64.
 
 **Notes**
 
@@ -195,7 +195,7 @@ def refused_section(refused: Refused) -> Iterator[str]:
 
     `refused` maps error message -> process -> samplers.
     """
-    yield "\n## Refused\n"
+    yield "\n## Refused samplers\n"
     yield REFUSED
     for message, pairs in refused.items():
         yield f"> {message}\n"
@@ -253,9 +253,10 @@ def row(
 
 
 def pages(names: Sequence[str], steps: Sequence[int], points: int) -> Iterator[str]:
-    """Yield the text of the page with the tables so far, each time a process has been measured.
+    """Yield the text of docs/samplers.md so far, each time a forward process has been measured.
 
-    names: names of the processes. steps: numbers of sampling steps. points: draws per step.
+    names: names of the forward processes. steps: numbers of sampling steps of the table columns.
+    points: number of samples drawn per sampling step.
     """
     refused: Refused = {}
     joint = "\n".join("    " + "  ".join(f"{p:.2f}" for p in row) for row in JOINT.tolist())

@@ -73,7 +73,7 @@ class Published(TreeProcess):
 
 
 class Row(NamedTuple):
-    """Exact bound and approximation in HDLM's code, for one prediction.
+    """Exact bound and the approximation that HDLM's code computes, for one prediction.
 
     Both values are the mean nats of a sequence of two tokens.
     """
@@ -167,8 +167,8 @@ def mean(values: Tensor) -> float:
 def rows(gammas: Sequence[float] = GAMMAS, xis: Sequence[float] = XIS) -> list[Row]:
     """Compute one row of the table for each combination of gamma, xi and prediction.
 
-    gamma is the rate at which tokens move to a cluster (`LogTimeClock`). Errors are below 1e-5
-    nats.
+    gamma is the rate at which tokens move to a cluster (`LogTimeClock`). xi is the probability that
+    the cluster is the true one. Errors are below 1e-5 nats.
     """
     found = []
     for gamma in gammas:

@@ -34,7 +34,10 @@ def partial_name(name: str) -> str:
 
 
 def original_name(name: str) -> str:
-    """Return the final name of a partial file. Other names are returned unchanged."""
+    """Return the final name of a file, given its partial name.
+
+    A file has a partial name until it is complete. Other names are returned unchanged.
+    """
     return _SUFFIX.sub("", name)
 
 
@@ -87,7 +90,7 @@ def write_atomic(
 
 
 def copy_atomic(source: Path, path: str, system: Any) -> None:
-    """Copy a local file atomically to `path` on an fsspec file system.
+    """Copy a local file atomically to `path` on the fsspec file system `system`.
 
     The folder of `path` must exist.
     """

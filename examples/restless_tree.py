@@ -105,7 +105,7 @@ class RestlessTree(ForwardProcess):
     def log_likelihood(self, zt: Tensor, t: Tensor) -> Tensor:
         """Return log q_t(z_t | x) [r,V] for every token x.
 
-        This method is optional: the engine could derive it from `log_marginal`, but more slowly.
+        This method is optional: ddiff could derive it from `log_marginal`, but more slowly.
         """
         tokens = torch.arange(self.vocabulary.num_tokens, device=zt.device)
         level = self.vocabulary.level_of(zt).unsqueeze(-1)
@@ -145,7 +145,7 @@ class RestlessTree(ForwardProcess):
     # ------------------------------------------------------------------ families
 
     def is_restless(self, states: Tensor) -> Tensor:
-        """Return a bool that is True at states lower than the level `below`, which are redrawn."""
+        """Return True for each state at a level lower than `below`; these states are redrawn."""
         return self.vocabulary.level_of(states) < self.below
 
     def family(self, states: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class RestlessTree(ForwardProcess):
         return self.vocabulary.ancestor(states, level)
 
     def share(self, states: Tensor) -> Tensor:
-        """Return, for each state z, its number of tokens divided by that of family(z)."""
+        """Return share(z) for each state z, as defined in the docstring of the module."""
         return self._num_tokens(states) / self._num_tokens(self.family(states))
 
     def _num_tokens(self, nodes: Tensor) -> Tensor:

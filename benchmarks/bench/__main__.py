@@ -132,7 +132,7 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 
 
 def sample(effort: Effort) -> list[dict[str, Any]]:
-    """Measure sampling with each family of models; prints a table and returns its rows.
+    """Measure sampling with each family of models. Print a table and return its rows.
 
     All steps of a diffusion sampler of the reference implementation cost the same. Therefore only
     some steps are run, and the cost of a whole run is extrapolated.

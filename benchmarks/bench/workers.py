@@ -70,8 +70,9 @@ def backbone_step(case: Case) -> Any:
 def sample(family: str, vocabulary: int, rounds: int, plain_steps: int) -> dict[str, Any]:
     """Measure CPU seconds of sampling, for ddiff and the reference implementation.
 
-    A round has one whole sampling run of ddiff per head, and `plain_steps` steps of the reference
-    implementation. `vocabulary` is the number of tokens.
+    `family` is a key of FAMILIES, which lists the ddiff models to measure. In each of `rounds`
+    rounds, ddiff samples once with every model, and the reference implementation takes
+    `plain_steps` sampling steps. `vocabulary` is the number of tokens.
     """
     keep_freed_memory()
     size = Size(vocabulary)
@@ -114,11 +115,11 @@ def handwritten(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> list[float]:
-    """Measure CPU seconds of ddiff at a given size, one number per round.
+    """Return the CPU seconds of a training step or sampling run of ddiff in each of `rounds` runs.
 
-    `family` is the model family of a `Case`. `what` is "train" for a training step; any other value
+    `family` is the name of the model family. `what` is "train" for a training step; any other value
     measures a sampling run. `levels` is the number of tree levels above the tokens. `size`
-    overrides fields of `Size`.
+    overrides fields of `Size`, the sizes of model and batch.
     """
     keep_freed_memory()
     case = Case(family, Size(**{"vocabulary": 8192, **size}), levels)
@@ -172,7 +173,7 @@ def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
 
 
 def gpu(family: str, side: str, batch: int, rehearsal: bool = False) -> dict[str, Any]:
-    """Measure a training step on the GPU.
+    """Measure a training step on the GPU, and return the results as in `gpu.gpu_step`.
 
     side: "compiled" or "eager" (ddiff), or "plain" (the reference implementation). batch: number of
     sequences. rehearsal: run a tiny step on the CPU instead, to test this function.

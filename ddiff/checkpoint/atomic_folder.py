@@ -163,9 +163,9 @@ class AtomicFolder:
     # ------------------------------------------------------------------ reading
 
     def check(self) -> None:
-        """Raise CheckpointError unless every file exists with the size that the marker records.
+        """Raise CheckpointError unless every file exists with the size recorded in the marker file.
 
-        Only the marker is read, not the other files.
+        Only the marker file is read.
         """
         self._fs.invalidate_cache(self.path)
         entries = self._fs.ls(self.path, detail=True)
@@ -286,8 +286,8 @@ class AtomicFolder:
 def _is_own(entry: dict[str, Any], listed: set[str]) -> bool:
     """Return whether a directory entry is a file of the checkpoint.
 
-    `listed` contains the file names in the marker. If `listed` is empty, every file whose name
-    ddiff could have written is a file of the checkpoint.
+    `listed` contains the file names that the marker file of the folder lists. If `listed` is empty,
+    every file with a name of the form that ddiff writes is a file of the checkpoint.
     """
     name = base_name(entry["name"])
     has_own_name = name in listed if listed else _OWN.fullmatch(name) is not None

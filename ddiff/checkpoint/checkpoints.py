@@ -130,7 +130,7 @@ class Checkpoint:
         return {name: tensors[place] for name, place in places.items()}
 
     def _model_places(self) -> dict[str, str]:
-        """Map each name of a model tensor, including aliases, to the name in the manifest."""
+        """Map each name of a model tensor, also of a tied tensor, to its name in the manifest."""
         places: dict[str, str] = {}
         for place in self.manifest:
             if place.startswith("model."):

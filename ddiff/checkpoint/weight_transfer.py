@@ -1,7 +1,7 @@
 """Weight transfer for fine-tuning: initialize a run with the weights of another run.
 
 Tensors that do not depend on the vocabulary are copied unchanged. The embeddings of the states
-(tokens, tree nodes and mask) and the output table of the head depend on the vocabulary. If the new
+(tokens, tree nodes and mask) and the output matrix of the head depend on the vocabulary. If the new
 vocabulary is another tree over the same tokens, these tensors are computed from the rows of the
 tokens: the row of a token is copied, and the row of a tree node is the mean over the tokens below
 the node. The embedding of the mask is copied.
@@ -46,7 +46,8 @@ class TransferredWeights(NamedTuple):
     Attributes:
         weights: initial weights of the new run, by name.
         whole: names of tensors that were copied unchanged.
-        by_token: names of tensors that were computed from the rows of the tokens.
+        by_token: names of tensors (embedding, output matrix) that were computed from the rows of
+            the tokens in the tensors of the old run.
         fresh: names of tensors that keep their random initialization.
     """
 
@@ -187,7 +188,7 @@ def _transfer_states(theirs: Tensor, old: Vocabulary, new: Vocabulary) -> Tensor
 
 
 def _is_same_head(mine: Head, theirs: Head) -> bool:
-    """Return whether the rows of the output tables of two heads have the same meaning."""
+    """Return whether the rows of the output matrices of two heads have the same meaning."""
     return (
         type(mine) is type(theirs)
         and mine.kind == theirs.kind
@@ -196,17 +197,17 @@ def _is_same_head(mine: Head, theirs: Head) -> bool:
 
 
 def _has_token_rows(head: Head) -> bool:
-    """Return whether each row of the head's output table yields the logit of one token."""
+    """Return whether each row of the head's output matrix yields the logit of one token."""
     return isinstance(head, TokenHead) or (isinstance(head, TreeHead) and head.kind == "tied")
 
 
 def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[str, Tensor]:
-    """Build the output table and bias of the head `mine` from a head with one row per token.
+    """Build the output matrix and bias of the head `mine` from a head with one row per token.
 
-    `source` contains the weights of the old head. The row of a tree node is the mean of the rows of
-    the tokens below the node. The bias of a node is the log-sum-exp of the biases of these tokens.
-    The rows of single tokens are copied, so the predicted distribution over the tokens of one
-    lowest-level node is the same as with the old head.
+    `source` contains the weights of the old head. The output matrix has one row per tree node: the
+    mean of the old rows of the tokens below the node. The bias of a node is the log-sum-exp of the
+    biases of these tokens. The rows of single tokens are copied, so the predicted distribution over
+    the tokens of one lowest-level node is the same as with the old head.
     """
     # Rows of the old head, sorted by token id.
     tokens = torch.argsort(_row_order(source.head, 0))
@@ -222,7 +223,7 @@ def _transfer_head(mine: TokenHead | TreeHead, source: TrainedWeights) -> dict[s
 
 
 def _row_order(head: Head, level: int) -> Tensor:
-    """Return the tree node to which each row of the head's table belongs, for the rows of `level`.
+    """Return the tree node of each row of the head's output matrix, for the rows of `level`.
 
     The result is a tensor [n] for the n nodes of the level. Nodes are numbered from 0 within the
     level. At level 0 the nodes are the tokens.

@@ -174,10 +174,11 @@ def _draw_starts(points: _Floats, size: int, rng: np.random.Generator) -> _Float
 
 
 def _balance(affinity: _Floats, assignment: _Ints, lower: int, upper: int) -> _Ints:
-    """Move points with the least loss until each cluster has `lower` to `upper` points.
+    """Move points between clusters until each cluster has `lower` to `upper` points.
 
     `affinity` [n,k] contains the cosines of n points with k centroids. `assignment` [n] is the
-    cluster of each point. Returns the new assignment.
+    cluster of each point. The points with the smallest loss of cosine are moved. Returns the new
+    assignment.
     """
     assignment = assignment.copy()
     counts = np.bincount(assignment, minlength=affinity.shape[1])

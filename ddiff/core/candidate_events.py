@@ -54,10 +54,11 @@ class CandidateEvents:
     """Candidate events of rows whose current states are zt [r].
 
     The candidate rate of a row in state z is at least omega_t(z) (1 - b_t(z)) / b_t(z), where
-    omega_t(z) is the rate of forward jumps into z, and b_t(z) is the noise (`NoiseTables`). This
-    number is an upper bound of the rate at which the reversed chain leaves z, for every prediction
-    of the network. The axis of logit t is divided into NUM_CELLS cells of equal width. Within a
-    cell, the candidate rate per unit of logit t is constant.
+    omega_t(z) is the rate of forward jumps into z, and b_t(z) is the part of q_t(z|x) that does not
+    depend on the token x (see `NoiseTables`). This number is an upper bound of the rate at which
+    the reversed chain leaves z, for every prediction of the network. The axis of logit t is divided
+    into NUM_CELLS cells of equal width. Within a cell, the candidate rate per unit of logit t is
+    constant.
     """
 
     def __init__(self, process: NoiseTables, zt: Tensor) -> None:
@@ -98,8 +99,8 @@ class CandidateEvents:
         """Draw for each row the time s < t of its latest candidate event, from uniforms u [r].
 
         A candidate event is a time at which the state may change. The time s is the solution of
-        P(no candidate event in (s,t]) = u. The result is 0 if s would be before the first cell of
-        the time grid.
+        P(no candidate event in (s,t]) = u. The result is 0 if s would be before the first time of
+        the grid on which the rates are tabulated.
         """
         cell, offset = self._locate(t)
         total = self.total[cell, self.state_index]
@@ -112,10 +113,11 @@ class CandidateEvents:
         return torch.where(exists, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, goal: Tensor, last: Tensor) -> Tensor:
-        """Find for each row the last cell at which the integrated rate is at most `goal` [r].
+        """Return for each row the last cell whose integrated rate is at most `goal` [r].
 
-        The candidate rate is integrated from the lowest cell to the lower edge of a cell. Only
-        cells up to the cell number `last` [r] are searched, by bisection.
+        Cells are intervals of the time grid (see the class). The integrated rate of a cell is the
+        integral of the candidate rate from the lowest time of the grid to the lower edge of the
+        cell. Cells up to the index `last` [r] are searched, by bisection.
         """
         low = torch.zeros_like(last)
         high = last

@@ -87,7 +87,7 @@ class LevelClock(SettingsRepr, ABC):
         return self.inflow(t) / below
 
     def cdf(self, t: Tensor) -> Tensor:
-        """Return F_l(t) [r,L] for l = 1..L, the probability of having reached level l."""
+        """Return F_l(t) [r,L] for l = 1..L, the probability of having reached level l by time t."""
         from_root = self.pi(t).flip(-1).cumsum(-1)
         return from_root.flip(-1)[:, 1:]
 
@@ -129,10 +129,10 @@ class LevelClock(SettingsRepr, ABC):
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, level: Tensor, goal: Tensor) -> Tensor:
-        """Return for each row the index of the cell in which the integral reaches `goal` [r].
+        """Return the index [r] of the cell in which an integral reaches `goal` [r].
 
-        Cells are intervals of logit t. The integral is that of the entry rate (`_entry_rates`) of
-        the row's level, `level` [r].
+        The integral is that of the entry rate (`_entry_rates`) of the level `level` [r]. The cells
+        are intervals of logit t.
         """
         totals = self._entry_table[0].to(goal.device)
         cell = torch.zeros_like(level)
@@ -184,11 +184,11 @@ class LevelClock(SettingsRepr, ABC):
         return self._interpolate_integral(level, cell, depth - cell)[0]
 
     def _inflow_at_end(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integral of the root's entry rate from t = 1 - 1e-12 to t = 1.
+        """Return the integral from t = 1 - 1e-12 to t = 1 of the rate at which the root is entered.
 
-        Rates are not evaluated after t = 1 - 1e-12. The integral is positive, because a slow clock
-        still moves probability to the root after this time. Rows with t < 1 and rows with `level`
-        below the root get the value 0.
+        Rates are not evaluated after t = 1 - 1e-12. The integral is positive, because with low
+        rates some positions reach the root only after this time. The result is 0 for rows with
+        t < 1 and for rows with `level` below the root.
         """
         ends = torch.tensor([LATEST, 1.0], dtype=torch.float64, device=t.device)
         log_root = self.pi(ends)[:, -1].log()

@@ -70,7 +70,7 @@ class ComponentProcess(InterpolatingProcess):
         return torch.func.jvp(self.coefficients, (t,), (ones,))[1]
 
     def _component_rates(self, t: Tensor) -> Tensor:
-        """Return the rate [r,K] at which a state is redrawn from each component."""
+        """Return the rates [r,K] at which a state is redrawn from each of the K distributions."""
         t = interior(t)
         log_decay = (self.d_alpha(t) / self.alpha(t)).unsqueeze(-1)
         return subtract_or_zero(self.d_coefficients(t), log_decay * self.coefficients(t))

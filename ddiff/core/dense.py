@@ -33,9 +33,9 @@ class DenseProcess(ForwardProcess):
     Args:
         matrix: one generator [S,S] as a tensor or nested lists (rows sum to 0, off-diagonal entries
             >= 0), or a function t [r] -> Q_t [r,S,S]. A single generator is multiplied by the rate
-            of the schedule: Q_t = rate(t) matrix with rate = -alpha'/alpha, so that the integral of
-            the rate is -ln alpha. A function must be continuous in t: an integration step across a
-            jump has an error proportional to the length of the step.
+            of the schedule: Q_t = rate(t) * matrix with rate = -alpha'/alpha, so that the integral
+            of the rate is -ln alpha. A function must be continuous in t: an integration step across
+            a jump has an error proportional to the length of the step.
         schedule: noise schedule alpha that defines the rate. Not used if `matrix` is a function.
     """
 
@@ -97,7 +97,7 @@ class DenseProcess(ForwardProcess):
     # ------------------------------------------------------------------ transitions
 
     def _generator(self, t: Tensor) -> Tensor:
-        """Return the generators Q_t [r,S,S]; times t [r] at 0 and 1 are moved slightly inside."""
+        """Return the generators Q_t [r,S,S]. Times 0 and 1 are first moved slightly into (0, 1)."""
         t = interior(t)
         if self._function is not None:
             return self._function(t).double()
@@ -200,8 +200,8 @@ class DenseProcess(ForwardProcess):
     def _average_over_tokens(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return two tensors [n] for X uniform over the tokens: I(X; Z_t) and P(Z_t != X).
 
-        Both values need the same transitions, and one transition of 512 states takes 0.2 seconds,
-        so the values at the latest times are cached.
+        Both tensors need the same transitions, and one transition of 512 states takes 0.2 seconds.
+        The results for the last argument `t` are therefore cached.
         """
         if self._last_times is None or not torch.equal(self._last_times, t):
             times_per_chunk = max(1, REFERENCE_ENTRIES // self.vocabulary.num_states**2)
@@ -221,7 +221,7 @@ class DenseProcess(ForwardProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Return a chain with one generator, and a chain whose generators do not commute."""
+        """Return a chain with a constant generator, and one whose generators do not commute."""
         rng = torch.Generator().manual_seed(0)
         first = torch.rand(4, 4, generator=rng).double()
         second = torch.rand(4, 4, generator=rng).double()

@@ -47,7 +47,8 @@ class NelboTerms(NamedTuple):
     Attributes:
         closing: prior term, the KL divergence between the true and the predicted marginal at the
             last time.
-        diffusion: integrand of the bound at the drawn time, times the speed dt/dtau.
+        diffusion: integrand of the bound at the drawn time t, times the speed dt/dtau, where tau is
+            the information time from which t is computed.
         decoding: negative log-likelihood of the token given the state at the first time.
         noisy: corrupted batch at which the diffusion term was evaluated.
     """
@@ -115,7 +116,7 @@ def nelbo(
         scored: bool [B,L]. Positions that are not scored stay clean and add nothing.
         rule: time rule that draws the times.
         rng: random generator of the B samples.
-        slot: [B] number of the stratum from which the time of each sequence is drawn.
+        slot: [B] index of the stratum from which the time of each sequence is drawn.
         slots: number of strata, or one number per sequence [B] if sequences are stratified in
             separate groups.
     """
@@ -272,9 +273,10 @@ def closing_term(
 
 
 def _root_scope(process: ForwardProcess, zt: Tensor) -> Tensor:
-    """Return the root as the query node of every row.
+    """Return the root as the query node of every row, for the prior term (`closing_kl`).
 
-    The prior term (`closing_kl`) needs the predicted distribution of all tokens.
+    The query node is the node below which the row needs the predicted distribution. The prior term
+    needs the predicted distribution of all tokens.
     """
     return torch.full_like(zt, process.vocabulary.root)
 
@@ -327,7 +329,7 @@ def _evaluate_at(
 
 
 def network_from_noisy(log_probs: Callable[[Noisy], Tensor], vocabulary: Vocabulary) -> Network:
-    """Make a `Network` from a plain function noisy -> log_p [B,L,V].
+    """Make a `Network` from the function `log_probs`: corrupted batch -> log_p [B,L,V].
 
     log_p holds the predicted log-probabilities of the V tokens at every position.
     """

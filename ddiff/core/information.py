@@ -61,7 +61,7 @@ class TimeChange(Protocol):
     """Strictly increasing map from information time tau in [0,1] to time t in [0,1]."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time t at information time tau, and the finite derivative dt/dtau."""
+        """Return the time t at information time tau, and dt/dtau, which is always finite."""
 
     def draw(
         self,
@@ -80,7 +80,7 @@ class TimeChange(Protocol):
 
 @final
 class IdentityTime:
-    """Time change t = tau, with uniform draws."""
+    """Time change that maps information time tau to the equal time t = tau, drawn uniformly."""
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
         return tau, torch.ones_like(tau)
@@ -312,7 +312,7 @@ def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _monotone_slopes(x: Tensor, y: Tensor) -> Tensor:
-    """Return the slopes [k] of a monotone cubic at the knots (x, y) [k], which rise in x and y.
+    """Return the slopes [k] of a monotone cubic at k knots, whose coordinates x and y increase.
 
     An inner slope is a weighted harmonic mean of the slopes of the two adjacent secants.
     """

@@ -69,6 +69,7 @@ REACHED_TIMES = 129
 class InterpolatingProcess(ForwardProcess):
     """Process with the marginals q_t(.|x) = alpha_t delta_x + b_t.
 
+    The noise b_t, a vector over the states with sum 1 - alpha_t, does not depend on the token x.
     A subclass defines `alpha` (alpha_t), `noise` (b_t), `vocabulary` and `prior`. If alpha_1 = 0,
     the prior is b_1, normalized. Rates divide by b_t, so b_t must keep its relative accuracy near t
     = 0. For example, compute t^2 nu for a distribution nu, and not (1 - alpha_t) nu, which float64
@@ -89,7 +90,7 @@ class InterpolatingProcess(ForwardProcess):
 
     @abstractmethod
     def noise(self, t: Tensor) -> Tensor:
-        """Return the noise b_t [r,S], with sum 1 - alpha_t."""
+        """Return the noise b_t [r,S]; each row sums to 1 - alpha_t."""
 
     def d_alpha(self, t: Tensor) -> Tensor:
         """Return d alpha_t / dt [r], by forward-mode differentiation of `alpha`.
@@ -206,7 +207,10 @@ class InterpolatingProcess(ForwardProcess):
         return InterpolatingKernel(stay, arrive.clamp(min=0.0))
 
     def sample(self, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw z_t: keep x0 with probability alpha_t, otherwise draw from the noise b_t."""
+        """Draw z_t: keep x0 with probability alpha_t, otherwise draw a state in proportion to b_t.
+
+        The vector b_t over the states is the noise at time t (`noise`).
+        """
         zt = x0.clone()
         redrawn = find_rows(u[:, 0] >= self.alpha(t))
         # Noise is drawn only for the redrawn rows, since b_0 may be 0 and cannot be drawn from.
@@ -238,7 +242,7 @@ class InterpolatingProcess(ForwardProcess):
     def from_clean(self, t: Tensor) -> Kernel:
         """Return the operator alpha_t I + 1 b_t^T from the clean token to z_t.
 
-        b_t is the noise, and 1 is the vector of ones.
+        b_t is the part of q_t(.|x) that does not depend on x, and 1 is the vector of ones.
         """
         return InterpolatingKernel(self.alpha(t), self.noise(t))
 
@@ -248,11 +252,11 @@ class InterpolatingProcess(ForwardProcess):
     def tweedie(self, score: Score, t: Tensor) -> Tensor:
         """Return the log of the distribution p = (s / |s| - b_t) / alpha_t of the token, [r,V].
 
-        s is the score, relative probabilities of the states, |s| its sum over the states, and b_t
-        the noise. The formula inverts q_t-bar = alpha_t p + b_t with q_t-bar = s / |s|. Up to
-        normalization, p is s times the factor 1 - b_t |s| / s. The factor is raised to at least
-        1e-14. If a score near t = 1 contains only noise, p is therefore proportional to s on the
-        tokens.
+        s is the score (relative probabilities of the states), |s| the sum of s over the states, and
+        b_t the part of q_t(.|x) that does not depend on the token x. The formula inverts q_t-bar =
+        alpha_t p + b_t with q_t-bar = s / |s|. Up to normalization, p is s times the factor
+        1 - b_t |s| / s. The factor is raised to at least 1e-14. If a score near t = 1 contains only
+        noise, p is therefore proportional to s on the tokens.
         """
         num_tokens = self.vocabulary.num_tokens
         log_s = score.log_ratio.double().log_softmax(-1)[:, :num_tokens]
@@ -293,7 +297,7 @@ class InterpolatingProcess(ForwardProcess):
         """Return density / weight = mismatch / (1 - q_t(z|x)) per row [r], for z = z_t and x = x0.
 
         The density is the integrand of the bound; the module's docstring defines weight and
-        mismatch. If q_t(z|x) = 1 and the weight is 1, the divergence equals the density. The
+        mismatch. If q_t(z|x) = 1, `weight` returns 1, so the divergence is the density. The
         divergence is 0 if the chain never jumps into z.
         """
         inner = interior(t)
@@ -389,7 +393,7 @@ class InterpolatingProcess(ForwardProcess):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute from the predicted distribution p three tensors [r] that the bound uses.
 
-        1. The sum over the tokens y != x0 in the formula of `_kl`.
+        1. The sum over the tokens y != x0 of b_y phi(alpha p_y / b_y), as defined in `_kl`.
         2. ln p(x0).
         3. ln p(z_t), or an arbitrary number if z_t is not a token.
         """
@@ -401,11 +405,11 @@ class InterpolatingProcess(ForwardProcess):
     def _kl(self, others: Tensor, log_p_x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) per row [r], where q_t-bar = alpha_t p + b_t.
 
-        The KL is q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y), with q_x = q_t(x|x),
-        delta = alpha (1 - p_x) / q_x and phi(v) = v - ln(1 + v). A term with b_y = 0 is alpha p_y.
+        Let phi(v) = v - ln(1 + v), q_x = q_t(x|x) and delta = alpha (1 - p_x) / q_x. Then the KL is
+        q_x phi(-delta) + sum_{y != x} b_y phi(alpha p_y / b_y). A term with b_y = 0 is alpha p_y.
 
         Args:
-            others: [r] the sum over y != x.
+            others: [r] the sum over y != x in this formula.
             log_p_x: [r] ln p(x) of the token x = x0.
         """
         alpha = self.alpha(t)
@@ -508,7 +512,8 @@ class InterpolatingProcess(ForwardProcess):
     def _token_representatives(self) -> tuple[Tensor, Tensor]:
         """Return one representative of each group of tokens with equal noise, and the group sizes.
 
-        Both are tensors [m] for m groups. Tokens of a group have the same noise at all times.
+        Both results are tensors [m] for m groups. Tokens of a group have the same noise at all
+        times.
         """
         tokens = torch.arange(self.vocabulary.num_tokens)
         return self.representative(tokens).unique(return_counts=True)
@@ -544,7 +549,10 @@ class InterpolatingProcess(ForwardProcess):
         return Constant(self._largest_arrivals(torch.sigmoid(logit_times)) > 0)
 
     def _largest_arrivals(self, t: Tensor) -> Tensor:
-        """Return for each state its largest arrival rate over the times t [n], a tensor [S]."""
+        """Return a tensor [S] with the largest arrival rate of each state over the times t [n].
+
+        The arrival rate of a state is the rate of jumps from any other state into this state.
+        """
         largest = self.arrivals(t[:1])[0]
         for chunk in t.split(8):
             largest = torch.maximum(largest, self.arrivals(chunk).amax(0))
@@ -617,8 +625,9 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Decide which candidate rows leave their state z, and draw the new states.
 
-        Candidates are the rows that `_leave` queries; `arrive` is explained there. A candidate
-        leaves z if u[:,0] is below the exact probability under the prediction; others keep z.
+        The arguments are those of `_leave`, for the rows that it queries (the candidates). A
+        candidate leaves z if u[:,0] is below the exact probability under the prediction. Other
+        candidates keep z.
         """
         dist = require_distribution(prediction, "InterpolatingProcess.step")
         marginal = self.log_marginal(dist.log_mass(0), s).exp()
@@ -688,8 +697,9 @@ class InterpolatingProcess(ForwardProcess):
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Accept a candidate event with probability (rate of leaving z_t) / (candidate rate).
 
-        An accepted candidate moves to a state y != z_t drawn from q_t-bar = alpha_t p + b_t, where
-        p is the predicted distribution. Other candidates keep z_t.
+        If the event is accepted, the position moves to a state y != z_t drawn from q_t-bar =
+        alpha_t p + b_t. Here p is the predicted distribution, and b_t the part of the marginal that
+        does not depend on the token. Otherwise the position keeps z_t.
         """
         t = interior(t)
         candidates = CandidateEvents(self, zt).rate(t)
@@ -724,9 +734,9 @@ def _log_mixture(noise: Tensor, alpha: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _gather_at_times(values: Callable[[Tensor], Tensor], zt: Tensor, t: Tensor) -> Tensor:
-    """Return values(t)[z_t] per row, for a function `values` from t [n] to [n,S].
+    """Return for each row the entry z_t of the vector values(t).
 
-    The function is called once per distinct time.
+    `values` maps times [n] to vectors [n,S], and is evaluated once per distinct time.
     """
     times, time_index = t.unique(return_inverse=True)
     return values(times)[time_index, zt]

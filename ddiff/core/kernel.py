@@ -218,8 +218,8 @@ class InterpolatingKernel(Kernel):
     def solve(self, vector: Tensor) -> Tensor:
         """Return the solution x of x K = v for the vector v.
 
-        x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|). |.| is the sum of the
-        entries; `stay` and `arrive` are the attributes of the kernel.
+        Let |.| be the sum of the entries of a vector. For the attributes `stay` and `arrive` of the
+        kernel, x = (v - |x| arrive) / stay, with |x| = |v| / (stay + |arrive|).
         """
         row_sum = self.stay + self.arrive.sum(-1)
         # A row sum as small as the rounding error of `stay` is the exact 0 of a generator.
@@ -264,7 +264,7 @@ class SumKernel(Kernel):
 
 @final
 class ScaledKernel(Kernel):
-    """Kernel whose r operators are those of another kernel times the r numbers `factor`."""
+    """Kernel that multiplies each of the r operators of another kernel by its entry of `factor`."""
 
     def __init__(self, factor: Tensor, kernel: Kernel) -> None:
         self.factor = factor

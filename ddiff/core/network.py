@@ -48,7 +48,7 @@ class CountingNetwork(ABC):
     def runs_of_batch(self, batch: int) -> Tensor:
         """Return the number of evaluations of each sequence, a copy of `runs` [B], B = `batch`.
 
-        The copy is all zeros if no batch was evaluated yet, or if the latest one had another size.
+        All entries are 0 if no batch was evaluated yet, or if the latest batch had another size.
         """
         runs = self.runs
         if runs is None or len(runs) != batch:

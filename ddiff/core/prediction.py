@@ -101,7 +101,7 @@ def require_distribution(prediction: Prediction, caller: str) -> CleanDistributi
 
 
 class SubtreeDistribution(ABC):
-    """Distribution of the token below one node `top`. A subclass defines `log_below`.
+    """Distribution over the tokens below one node `top`. A subclass defines `log_below`.
 
     `log_prob` and `log_mass` need `top` to be the root, since probabilities of nodes above `top`
     are not known. The query node of a row is the node below which the network predicted the
@@ -180,7 +180,7 @@ class SubtreeDistribution(ABC):
         return drawn
 
     def _draw_at(self, node: Tensor, level: int, u: Tensor, rows: Tensor) -> Tensor:
-        """Draw for each node [k] one descendant at `level` by inverse CDF, from uniforms u [k].
+        """Draw for each of k nodes one descendant at `level` by inverse CDF, from uniforms u [k].
 
         `rows` [k] are the rows of the distribution to which the nodes belong.
         """

@@ -497,7 +497,7 @@ class ForwardProcess(ABC):
         t: Tensor,
         s: Tensor,
     ) -> Tensor:
-        """Return log P(z_s | z_t) [r,S] if x0 is drawn from p.
+        """Return log P(z_s | z_t) [r,S] if the clean token is drawn from p = exp(log_p).
 
         P(z_s = y | z_t) = q_s-bar(y) P(z_t | z_s = y) / q_t-bar(z_t), where q_s-bar and q_t-bar are
         the marginals at s and t for the token distribution p.

@@ -28,7 +28,7 @@ class CounterRng:
     Args:
         seed: in [0, 2^64).
         step: training or sampling step, >= 0.
-        index: [B] long, global numbers of the samples, >= 0.
+        index: [B] long, global indices of the samples, >= 0.
         length: number of positions L.
         purpose: separates training, evaluation and sampling under one seed.
         group: [B] long, group of each sample. Samples of one group share the numbers of

@@ -88,7 +88,7 @@ class TimeSampler(Protocol):
         Args:
             clock: information time of the process, which gives t and dt/dtau at each tau.
             rng: random generator of the samples.
-            slot: [B] number of the stratum of each sample.
+            slot: [B] index of the stratum of each sample.
             slots: number of strata: the size of the global batch, or the number of draws of a
                 document. A tensor [B] holds one number per sample.
             length: number of positions L.
@@ -112,13 +112,17 @@ class TimeSampler(Protocol):
 
 
 class TimeRule(TimeSampler, Protocol):
-    """Time sampler that also defines a path of times, along which sequences are generated."""
+    """Time sampler that also defines the times of all positions as functions of tau, for sampling.
+
+    tau is the information time (defined in this module), and falls from 1 to 0 in sampling.
+    """
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """Return the times of all positions at the information time tau [B] in [0,1].
 
-        Samplers go from tau = 1, at which all positions are at the prior, to tau = 0,
-        at which all positions are decoded.
+        `clock` converts tau into the time t. `length` is the number of positions. Samplers go from
+        tau = 1, at which all positions are at the prior, to tau = 0, at which all positions are
+        decoded.
         """
 
     def with_window(self, start: float, stop: float, tokens: int = 16) -> TimeRule:
@@ -191,15 +195,15 @@ class FlatTimes:
 class WindowTimes:
     """Window of `width` positions that are denoised together, from left to right.
 
-    Positions before the window are clean. Positions after the window are at the prior.
+    Positions before the window are clean. Positions after the window are at the prior. `shape`
+    selects the movement of the window:
 
-    "block": the windows are adjacent, and all positions of one window have the same time (arXiv
-    2503.09573). Width 1 is autoregression. With width L the whole sequence has one time.
+    - "block": the windows are adjacent, and all positions of one window have the same time (arXiv
+      2503.09573). Width 1 is autoregression. With width L the whole sequence has one time.
+    - "slide": the window slides from left to right, and the information time tau (defined in this
+      module) rises along the window from its left edge to its right edge (arXiv 2504.06416).
 
-    "slide": the window slides from left to right, and the information time tau (defined in this
-    module) rises along the window from its left edge to its right edge (arXiv 2504.06416).
-
-    In both shapes, as the window moves over the sequence, tau of each position runs exactly once
+    For both shapes, as the window moves over the sequence, tau of each position runs exactly once
     through [start, stop]. The diffusion terms of the positions therefore add up to a bound, for any
     process.
 
@@ -412,12 +416,12 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding and prior terms for `shape` "slide" with `paired`.
+        """Return the times of the decoding and prior terms for paired sliding windows.
 
-        The windows are shifted by a random number of positions. Only one position of every window
-        has a weight above 0: the first position in the decoding term, and the last position in the
-        prior term. The weight is `width`, because the position stands for all positions of the
-        window.
+        The sequence is divided into adjacent windows, shifted by a random number of positions. Only
+        one position of every window has a weight above 0: the first position in the decoding term,
+        and the last position in the prior term. The weight is `width`, because the position stands
+        for all positions of the window.
         """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
@@ -439,7 +443,7 @@ class WindowTimes:
         slot: Tensor,
         length: int,
     ) -> tuple[Times, Times]:
-        """Return the times of the decoding and prior terms for `shape` "slide", not `paired`.
+        """Return the times of the decoding and prior terms, for `shape` "slide" without `paired`.
 
         Only one random position of each sequence has a weight above 0. The weight is the length of
         the sequence, because the position stands for all positions.
@@ -523,7 +527,7 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
 def _one_per_sample(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
     """Return one number in [0,1) per sample, a tensor [B,1], stratified over the batch.
 
-    The number of sample i lies in the stratum slot[i] of `slots` strata.
+    The result for sample i lies in the stratum with the index slot[i] of `slots` strata.
     """
     u = rng.uniform("time")[:, :1]
     return stratified(u, slot.unsqueeze(-1), slots)

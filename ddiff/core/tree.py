@@ -178,8 +178,8 @@ class TreeProcess(ForwardProcess):
     def from_clean(self, t: Tensor) -> Kernel:
         """Return the operator from the clean token to z_t.
 
-        Tokens move to level l with probability pi_l(t) (`LevelClock.pi`). Rows of other states are
-        those of `transition(0, t)`.
+        Tokens move to level l with probability pi_l(t) (`LevelClock.pi`). The rows of the operator
+        for all other states are those of `transition(0, t)`.
         """
         # The clock may keep or share its tensor, so the code writes to a copy.
         levels = self.clock.transition(torch.zeros_like(t), t).clone()
@@ -208,10 +208,11 @@ class TreeProcess(ForwardProcess):
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
-        """Return the total true reverse rate out of z_t: F_l'/pi_l [r], and 0 at tokens.
+        """Return the total true reverse rate out of z_t [r], which is 0 at tokens.
 
-        l is the level of z_t, pi_l(t) the probability of being at level l, and F_l(t) the
-        probability of having reached level l. The integral of pi_l times the weight over t is
+        Let l be the level of z_t, pi_l(t) the probability of being at level l, and F_l(t) the
+        probability of having reached level l. The rate is F_l'(t) / pi_l(t). The integral of
+        pi_l times this rate over t is
         F_l(1) - F_l(0), which is 1 if all positions are at tokens at t = 0 and at the root at t =
         1.
         """
@@ -233,7 +234,8 @@ class TreeProcess(ForwardProcess):
         """Return KL( P(y | z,x) || P(y | z) ) per row [r]; 0 at tokens.
 
         y is the state one level below z = z_t from which the position came. P(y | z,x) is the
-        distribution of y given the token x = x0, and P(y | z) the distribution for the prediction.
+        distribution of y given the token x = x0. P(y | z) is the distribution of y if the token has
+        the predicted distribution.
         """
         if isinstance(prediction, Score):
             return super().divergence(prediction, x0, zt, t)

@@ -24,7 +24,7 @@ def kl_below(
     """Return KL( P(y | z,x) || P(y | z) ) per row [r]; 0 at tokens.
 
     y is the state one level below z = z_t. P(y | z,x) is the distribution of y given the token x =
-    x0, and P(y | z) the distribution for the predicted token distribution `dist`.
+    x0. P(y | z) is the distribution of y if the token has the predicted distribution `dist`.
     """
     level = parents.vocabulary.level_of(zt)
     # For xi = 1, x determines y, and the divergence is -ln P(y | z).
@@ -59,8 +59,8 @@ def token_nll(
     """Return -ln P(x0 | z_t) per row [r], for stochastic parents; 0 at tokens.
 
     The value is ln( A P(z) + r(z) ) - ln( (A 1[anc(x0) = z] + r(z)) p(x0) ), where z = z_t, p is
-    the predicted distribution of the token, and P(z) its probability of the tokens below z. A, r
-    and anc are those of the module's docstring.
+    the predicted distribution of the token, and P(z) its probability of the tokens below z. The
+    docstring of the module defines A, r and anc.
     """
     level = parents.vocabulary.level_of(zt)
     is_token = level == 0
@@ -89,9 +89,10 @@ def _kl_at_level(
     zt: Tensor,
     level: int,
 ) -> Tensor:
-    """Return the divergence `kl_below` [r] for rows whose states are at one level >= 2.
+    """Return KL( P(y | z,x) || P(y | z) ) [r] for rows whose states z are at the same level >= 2.
 
-    At level 1, the state below is the token, and `kl_below` uses `token_nll`.
+    y is the state one level below z (see the module's docstring). At level 1, y is the token, and
+    `kl_below` uses `token_nll`.
     """
     below = level - 1
     log_mass = dist.log_mass(below)

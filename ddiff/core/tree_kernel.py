@@ -89,8 +89,9 @@ class TreeKernel(Kernel):
     def solve(self, vector: Tensor) -> Tensor:
         """Return the solution x of x K = v for the vector v, level by level from the tokens up.
 
-        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj. x_j is the part of x at level j, K_ij the
-        probability of a move from level i to level j, and push(x_i) the part x_i moved to level j.
+        Let x_j be the part of x at level j, K_ij the probability of a move from level i to level j,
+        and push(x_i) the part x_i moved to level j. Then
+        x_j = (v_j - sum_{i<j} K_ij push(x_i)) / K_jj.
         """
         vocabulary = self.parents.vocabulary
         diagonal = self.levels.diagonal(dim1=-2, dim2=-1)
@@ -107,9 +108,10 @@ class TreeKernel(Kernel):
         return solved
 
     def _push(self, vector: Tensor, i: int, j: int) -> Tensor:
-        """Move the part of `vector` at level i to the n nodes of level j, and return it, [r,n].
+        """Return the product [r,n] of the part of `vector` at level i with the matrix kappa_ij.
 
-        Each node moves as `StochasticParents` defines: to its ancestor, or to another node.
+        `vector` [r,S] has an entry for each state, and n is the number of nodes of level j.
+        kappa_ij(y,z) is defined in the module's docstring.
         """
         vocabulary = self.parents.vocabulary
         block = vector[:, level_slice(vocabulary, i)]

@@ -61,7 +61,7 @@ class StochasticParents:
         self._from_tokens = Constant(torch.cat(tables, 1))
 
     def _add_level(self, i: int, j: int) -> None:
-        """Compute A_ij and r_ij from A_i,j-1 and r_i,j-1.
+        """Compute A_ij and r_ij (defined in the class) from A_i,j-1 and r_i,j-1.
 
         A move from level j-1 to level j turns a distribution p over the nodes of level j-1 into
         a * push(p) + b over the n nodes of level j. Here push(p) moves the probability of each node
@@ -84,8 +84,8 @@ class StochasticParents:
     def _table_from_tokens(self, level: int) -> Tensor:
         """Return the probabilities of moves from tokens to the n nodes of level l = `level`.
 
-        The table [2,n] holds A_0l and r_0l(z) for each node z. A token x moves to z with
-        probability A_0l 1[z is the ancestor of x] + r_0l(z).
+        A token x moves to a node z with probability A_0l 1[z is the ancestor of x] + r_0l(z). The
+        table [2,n] holds the two numbers A_0l and r_0l(z) for each node z.
         """
         stray = self.stray[0][level]
         if stray is None:
@@ -134,7 +134,7 @@ class StochasticParents:
         return safe_log(self.sure[i][j] * log_mass.exp() + remainder)
 
     def draw(self, ids: Tensor, level: Tensor, u: Tensor) -> Tensor:
-        """Draw for each id the node to which it moves at the given level [r], with uniforms u[:,1].
+        """Draw for each id the node of level `level` [r] to which it moves, with uniforms u[:,1].
 
         xi is the probability that a move up one level gets to the parent. If xi is 1 at all levels,
         the node is the ancestor of the id, and u is not used.
@@ -156,9 +156,9 @@ class StochasticParents:
     def _draw_stray(self, ancestor: Tensor, i: int, j: int, u: Tensor) -> Tensor:
         """Draw for nodes of level i the node z of level j to which each moves, with uniforms u [r].
 
-        The probability of z is A_ij 1[z = ancestor] + r_ij(z), with A_ij and r_ij as defined for
-        the class. `ancestor` [r] holds the ancestors at level j of the nodes of level i. A_ij can
-        be negative if xi < 1/n for a level with n nodes.
+        The probability of z is A_ij 1[z = ancestor] + r_ij(z). The docstring of the class defines
+        A_ij, r_ij and xi. `ancestor` [r] holds the ancestors at level j of the nodes of level i.
+        A_ij can be negative if xi < 1/n for a level with n nodes.
         """
         stray = self.stray[i][j]
         assert stray is not None

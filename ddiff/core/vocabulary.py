@@ -99,9 +99,9 @@ class Vocabulary:
         return self._table("parent", ids.device)[ids]
 
     def children(self, node: int) -> Tensor:
-        """Return the ids one level below `node`; a token has none.
+        """Return the ids of the children of `node` in tree order (see `order`).
 
-        The ids are in tree order (`order`).
+        The result is empty for a token.
         """
         below = int(self.level_of(torch.tensor(node))) - 1
         if below < 0:
@@ -121,18 +121,18 @@ class Vocabulary:
         return self._table(f"order{level}", device or torch.device("cpu"))
 
     def position(self, level: int, device: torch.device | None = None) -> Tensor:
-        """Return for each of the n nodes of a level its place in `order(level)`, [n].
+        """Return the index [n] in `order(level)` (tree order) of each of the n nodes of a level.
 
-        The nodes are indexed by their number within the level, id - offsets[level].
+        Entry i of the result is the index of the node with the id offsets[level] + i.
         """
         return self._table(f"position{level}", device or torch.device("cpu"))
 
     def node_range(self, ids: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Return the range of places in `order(level)` of the nodes below each id.
+        """Return the range of indices in `order(level)` (tree order) of the nodes below each id.
 
-        The two tensors, in the shape of `ids`, hold the first and the one-past-last place. The
-        range of a node at `level` contains only this node. The range of `root` is the whole level.
-        A node at a level below `level` has an empty range.
+        The two tensors, in the shape of `ids`, hold the start and the (exclusive) stop of each
+        range. The range of a node at `level` contains only this node. The range of `root` is the
+        whole level. A node at a level below `level` has an empty range.
         """
         table = self._table(f"range{level}", ids.device)[ids]
         return table[..., 0], table[..., 1]
@@ -140,8 +140,8 @@ class Vocabulary:
     def subtree(self, node: int) -> tuple[slice, ...]:
         """Return for each level below `node` the slice that holds the descendants of `node`.
 
-        The slices index `order(level)`, the ids of a level in tree order. They are listed from
-        level 0 upwards. The result is cached.
+        The slices index `order(level)`, the ids of a level in tree order. The slice of level 0 is
+        the first. The result is cached.
         """
         if node not in self._subtrees:
             ids = torch.tensor(node)

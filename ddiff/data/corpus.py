@@ -197,7 +197,7 @@ class SourceCorpus:
         return made
 
     def check_parts(self, made: Shards) -> None:
-        """Raise DataError if the training or the validation part of `made` has no text."""
+        """Raise DataError if the shards `made` have no training or no validation text."""
         for part in (TRAIN, VALIDATION):
             if not made.records(part):
                 raise DataError(

@@ -250,7 +250,8 @@ def _fits_float32(value: Any) -> bool:
 def _array_objects(written: str, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield (number, place, object) for each object of `written`, the text of one JSON array.
 
-    `name`: name of the file in error messages.
+    `number` is the place in the array, counted from 1. `place` is the name of the object in error
+    messages, which begins with the file name `name`.
     """
     for number, value in enumerate(_parse(written, name), start=1):
         place = f"{name} object {number}"

@@ -115,7 +115,7 @@ def check_overlap(found: dict[str, list[int]], source: object) -> None:
 
 @final
 class OverlapMonitor:
-    """Monitor that warns of the first validation document in a stream of training text.
+    """Monitor that warns once if a validation document occurs in a stream of training text.
 
     Args:
         validation: function without arguments that returns the validation texts.

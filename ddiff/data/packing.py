@@ -252,7 +252,7 @@ def pack(
 def pack_stream(
     stream: TokenStream, tokenizer: Tokenizer, length: int, *, separate: bool = False
 ) -> PackedRows:
-    """Pack the token stream of a part into rows of `length` tokens.
+    """Pack a token stream of training or validation text into rows of `length` tokens.
 
     With `separate`, each document starts a new row. Raises DataError if the stream has no token. If
     the unit of the tokenizer is "symbol", all documents must have `length` symbols, and DataError

@@ -338,7 +338,7 @@ def _not_found_message(pattern: str, local: str | None) -> str:
 
 
 def _identity(path: str) -> Any:
-    """Return a key of the file at a path. All local paths of the same file have the same key."""
+    """Return a value that identifies the file at `path`, equal for all local paths of the file."""
     local = _local_path(path)
     if local is None:
         return path

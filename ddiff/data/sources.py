@@ -64,9 +64,10 @@ class TextSource:
         return self.name
 
     def chunks(self, cursor: Any = None, part: str | None = TRAIN) -> Iterator[Chunk]:
-        """Yield the texts after `cursor` as chunks of the part `part`, in order.
+        """Yield the texts after the position `cursor` of the source as chunks, in order.
 
-        If `cursor` is None, all texts are yielded.
+        If `cursor` is None, all texts are yielded. `part` is the part of every chunk: "train",
+        "validation", or None if the hash of each text selects the part.
 
         Blank and missing texts are left out. Raises DataError if the source cannot be read, or if
         the text column is missing or is not text.

@@ -99,7 +99,7 @@ class Unencodable(DataError):
     row: int
 
     def at(self, row: int, name: str) -> Unencodable:
-        """Return a copy of the error with the row number and name of the text in the corpus."""
+        """Return a copy with the row index `row`, and with `name` as the source in the message."""
         raise NotImplementedError
 
 

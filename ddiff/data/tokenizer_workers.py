@@ -69,7 +69,7 @@ class EncodedChunk:
 
     ids: array [n], token ids of all documents in order, with end marks.
     sizes: array [k], number of ids of each document.
-    num_bytes: array [k], number of UTF-8 bytes of each text.
+    num_bytes: array [k], number of UTF-8 bytes of each document.
     held_out: bool array [k], True for validation documents.
     """
 
@@ -263,7 +263,10 @@ def _pipe(pipe: Any) -> Any:
 
 
 def _number_documents(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Yield (number of its first document, chunk) for each chunk. Numbers count from 0."""
+    """Yield (document, chunk) for each chunk; `document` is the number of its first document.
+
+    Document numbers count from 0.
+    """
     first = 0
     for chunk in chunks:
         yield first, chunk
@@ -280,7 +283,7 @@ def _await_oldest(
 def _locate_errors(encode: Callable[[], EncodedChunk], chunk: Chunk, first: int) -> EncodedChunk:
     """Return `encode()`; an Unencodable error gets the row and name of the text in the corpus.
 
-    `first` is the number of the first document of `chunk` in the corpus.
+    `first` is the index of the first document of `chunk` in the corpus.
     """
     try:
         return encode()

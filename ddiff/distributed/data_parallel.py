@@ -193,7 +193,7 @@ class ShardedBackend(_RankBackend):
         for block in find_blocks(module):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # Embeddings and head form one group. The module's forward calls the head, so that the
-        # output table is gathered once for all chunks of rows.
+        # output matrix is gathered once for all chunks of rows.
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
         for shard in module.modules():
             if isinstance(shard, FSDPModule):

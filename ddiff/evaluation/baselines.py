@@ -59,8 +59,8 @@ def _score_bigrams(
 ) -> Floats:
     """Return log P(b|a) for each validation token b with the preceding token a, as an array [m].
 
-    The first token b of a document has log P(b). `unigram` contains P(b) for each token of the
-    vocabulary.
+    P is the bigram model of the tokens `train` (see `score_baselines`). The first token b of a
+    document has log P(b). `unigram` contains P(b) for each token of the vocabulary.
     """
     pairs, _ = _encode_pairs(*train, num_tokens)
     codes, counts = np.unique(pairs, return_counts=True)

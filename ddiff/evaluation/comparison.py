@@ -297,7 +297,7 @@ class _Report:
     def _check_checkpoint(self) -> None:
         """Raise CheckpointError if the run's results do not belong to its newest checkpoint.
 
-        They do not if the checkpoint records another recipe or another tokenizer.
+        This is the case if the checkpoint records another recipe or another tokenizer.
         """
         state = newest_state(str(self.place / CHECKPOINTS))
         if state is None:

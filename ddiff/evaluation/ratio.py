@@ -72,8 +72,8 @@ class RatioEstimate:
     def documents(self) -> float | None:
         """Part of the standard error `total` that is due to the differences between documents.
 
-        The value is sqrt(total^2 - monte_carlo^2), or 0 if total is below monte_carlo. It is None
-        for one document or one draw.
+        The value is sqrt(total^2 - monte_carlo^2), or 0 if `total` is below `monte_carlo`, the
+        standard error due to random times and noise. It is None for one document or one draw.
         """
         if self.total is None or self.monte_carlo is None:
             return None

@@ -136,7 +136,10 @@ def build_block_mask(facts: PositionFacts) -> BlockMask:
 
 
 def _count_in_tiles(facts: PositionFacts, key: PositionFacts, start: int, length: int) -> Tensor:
-    """Count the (query, key) pairs that may attend, per tile of a row of tiles [1 or B,tiles].
+    """Count the (query, key) pairs that may attend, in each tile of one row of tiles.
+
+    A tile is a square block of TILE x TILE entries of the attention matrix. The counts are
+    [1 or B,tiles].
 
     Args:
         facts: properties of all inputs, [1 or B,n].
@@ -195,8 +198,9 @@ class KeyValueCache:
 
     Only final inputs are cached. An input is final if its token will not change any more and every
     input to which it attends is final. The keys and values of a final input stay the same, so the
-    cache is exact. Keys and values are stored by layer, each [B,heads,m,w]. A forward pass over new
-    inputs calls `begin_update`, then `update` in every layer, then `finish_update`.
+    cache is exact. Keys and values are stored by layer, each [B,heads,m,w] for attention heads of
+    width w. A forward pass over new inputs calls `begin_update`, then `update` in every layer, then
+    `finish_update`.
     """
 
     def __init__(self) -> None:
@@ -263,7 +267,7 @@ class KeyValueCache:
     def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
         """End a forward pass, and return the hidden states [B,m+n,width] of all inputs.
 
-        New inputs that are final (see the class) become part of the cache.
+        The first `num_new` of the new inputs (see `begin_update`) become part of the cache.
 
         Args:
             ids, block: ids [B,m+n] and block numbers [m+n] of the m cached and the n new inputs.

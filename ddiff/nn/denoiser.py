@@ -81,7 +81,7 @@ class Context(NamedTuple):
         return None if facts is None else build_block_mask(facts)
 
     def _position_facts(self) -> PositionFacts | None:
-        """Return the properties of all inputs that determine attention, cached inputs first.
+        """Return for all inputs the properties that determine attention, cached inputs first.
 
         The result is None if every input attends to every input.
         """
@@ -184,9 +184,9 @@ class Denoiser(nn.Module):
         backbone: maps noisy ids and times to hidden states.
         head: maps hidden states to predictions.
         parameterization: "rest" if the head predicts P(x_i | z without z_i), or "all" if it
-            predicts the full conditional P(x_i | z). Plain cross-entropy at positions that are not
-            masked trains the full conditional. A head that defines another parameterization, such
-            as a score, needs the default.
+            predicts the full conditional P(x_i | z). Cross-entropy at positions that are not
+            masked trains the full conditional. A head with a parameterization of its
+            own, such as a score, needs "rest".
         inputs: "own" if the input at position i is the state z_i. "previous" makes the denoiser
             autoregressive: the input at position i is the token at i - 1 (the mask at the start of
             a document), and position i attends to no later position. The denoiser then predicts

@@ -72,7 +72,7 @@ class Head(nn.Module, ABC):
     def dist(self, logits: Logits, top: int) -> SubtreeDistribution:
         """Return the predicted distribution over the tokens and nodes below the node `top`.
 
-        `logits(start, stop)` computes the logits of a range of rows of the table.
+        `logits(start, stop)` computes the logits of the rows start..stop-1 of the output matrix.
         """
 
     @abstractmethod
@@ -108,10 +108,10 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def query(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> Tensor | tuple[Tensor, ...]:
-        """Evaluate a function of the predictions; return its results in row order.
+        """Evaluate the function `fn` of the predictions; return its results in row order.
 
-        The arguments are those of `total`. No gradients are computed. Raises NonFiniteError if a
-        logit is NaN or infinite.
+        The rows have the hidden states `hidden` and the query nodes `node` (see `total`). No
+        gradients are computed. Raises NonFiniteError if a logit is NaN or infinite.
         """
         results = []
         is_finite = torch.ones((), dtype=torch.bool, device=hidden.device)
@@ -161,10 +161,11 @@ class Head(nn.Module, ABC):
         return self.dist(logits, top)
 
     def _split_into_chunks(self, groups: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """Split groups (node, number of rows) of the sorted rows into chunks.
+        """Split groups of rows with the same query node into chunks.
 
-        Returns (node, first, last) of each chunk, which consists of the sorted rows from `first` to
-        `last` - 1. If there are no rows, the result is one empty chunk at the root.
+        The rows are sorted by query node. Each group is a pair (node, number of rows). Each chunk
+        is a triple (node, first, last), and consists of the sorted rows from `first` to `last` - 1.
+        If there are no rows, the result is one empty chunk at the root.
         """
         limit = self.chunk_logits
         if limit is None:
@@ -185,8 +186,8 @@ class Head(nn.Module, ABC):
 class TokenHead(Head):
     """Head with one logit per token, which computes the logits of all tokens in every row.
 
-    The table is in the order of token ids. The probability of a node of a tree is the sum over the
-    tokens below it.
+    The rows of the output matrix `table` are in the order of token ids. The probability of a tree
+    node is the sum over the tokens below the node.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int) -> None:
@@ -211,14 +212,14 @@ class TokenHead(Head):
 
 
 class TreeHead(Head):
-    """Head for trees, which computes only logits below the query node of a row.
+    """Head for trees, which computes only logits below the query node of a position.
 
     `kind` selects the logits:
 
-    - "tied": the table has one row per token. The probability of a node is the sum over the tokens
-      below it. A row needs the logits of the tokens below its query node.
-    - "levelwise": the table has one row per state except the root, and the children of a node share
-      a softmax. A row needs one logit per child of its query node. If the loss uses
+    - "tied": the output matrix has one row per token. The probability of a node is the sum over the
+      tokens below it. A position needs the logits of the tokens below its query node.
+    - "levelwise": the output matrix has one row per state except the root, and the children of a
+      node share a softmax. A position needs one logit per child of its query node. If the loss uses
       probabilities of lower levels, the head also computes their logits, and multiplies the
       probabilities along the path (chain rule).
     """
@@ -309,7 +310,9 @@ class PointDistribution(SubtreeDistribution):
 
 
 class _ChunkLogits:
-    """Function logits(start, stop), which computes logits of one chunk for a slice of the table.
+    """Function logits(start, stop), which computes logits of one chunk of rows.
+
+    start and stop bound a slice of the table, the weight matrix of the output layer.
 
     Each result is a leaf of an autograd graph, so that a backward pass through a function
     of the logits ends at the logits.
@@ -438,8 +441,8 @@ def _to_row_order(results: list[tuple[Tensor, ...]], order: Tensor) -> tuple[Ten
 def _add_product(buffer: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to the buffer in place.
 
-    If the buffer and the factors have the same dtype, `addmm_` saves the temporary tensor of the
-    product.
+    If the buffer and the factors have the same dtype, `addmm_` adds the product without a temporary
+    tensor.
     """
     if buffer.dtype == left.dtype:
         buffer.addmm_(left, right)

@@ -90,7 +90,7 @@ class _DenoiserQuery:
         return denoiser.query_head(hidden, node, callback)
 
     def _hidden_states(self, rows: Tensor) -> Tensor:
-        """Return hidden states [B*L,width], which are computed at least at the given rows."""
+        """Return hidden states [B*L,width], valid at least for the sequences that hold `rows`."""
         if self.hidden is None:
             self._reuse_hidden_states(self.network.last)
             self.network.last = self
@@ -192,6 +192,6 @@ def as_network(
 ) -> DenoiserNetwork:
     """Wrap a denoiser as the network that samplers and evaluation call: network(noisy) -> query.
 
-    The arguments are those of `DenoiserNetwork`.
+    `DenoiserNetwork` explains the arguments.
     """
     return DenoiserNetwork(denoiser, process, context, cached)

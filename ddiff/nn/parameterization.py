@@ -1,9 +1,9 @@
 """Output parameterizations: convert the output of a head to the prediction that formulas use.
 
-The formulas of bound and samplers use the distribution P(x_i | z without z_i), or a score. A
-formula is a callback that takes such a prediction. A head calls its callback with the prediction of
-the network, which may be another one. A parameterization wraps the callback of a formula, so that
-the head can call it.
+The formulas of the bound and of samplers use the distribution P(x_i | z without z_i), or a score. A
+formula is a callback that takes such a prediction. The output of a head may be another quantity,
+such as P(x_i | z). A parameterization wraps the callback of a formula in a function that takes the
+output of the head, converts it, and calls the callback.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Parameterization(Protocol):
     def scope(self, node: Tensor, process: ForwardProcess) -> Tensor:
         """Return the query nodes [k] with which the head must be called.
 
-        A row needs the prediction below the node `node` [k] of the tree. The conversion may need
-        the output of the head below a higher node.
+        Row i needs the prediction below the tree node node[i]. To compute this prediction, the
+        parameterization may need the output of the head below a higher node.
         """
 
 

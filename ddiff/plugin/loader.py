@@ -57,8 +57,9 @@ class Plugin:
     def register_components(self) -> Registry:
         """Import the plugin and register its components in a new registry.
 
-        Raises PluginError if the import or the hook fails, and if the plugin implements no hook or
-        an unknown hook.
+        A plugin registers its components in the function (hook) `ddiff_register`. Raises
+        PluginError if the import or the hook fails, if the hook is missing, or if the plugin
+        implements an unknown hook.
         """
         registry = Registry(self.origin)
         with convert_errors(self._import_error):

@@ -60,7 +60,7 @@ class ComponentSpec:
 
     @contextmanager
     def prefix_errors(self) -> Iterator[None]:
-        """Add the table of the component to messages of errors raised in a `with` block.
+        """Add the name of the component's table to messages of errors raised in a `with` block.
 
         Only the messages of ArgumentError and DataError are changed.
         """

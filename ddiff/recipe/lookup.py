@@ -43,7 +43,9 @@ def find_components(tree: RecipeTree, registry: Registry) -> dict[TablePath, Com
 def _is_used(path: TablePath, tree: RecipeTree, found: Mapping[TablePath, Component]) -> bool:
     """Return whether the recipe `tree` uses the component at a path.
 
-    `found`: components of the preceding paths in SLOTS, in which a table precedes its slots.
+    A path is (table,) or (table, slot), where a slot is a key that names a further component.
+    `found` contains the components that were found before. For a slot, it must contain the
+    component of the table.
     """
     name, *slot = path
     if TABLES[name].is_optional and name not in tree.values:

@@ -228,7 +228,10 @@ def _format_location(location: Sequence[str | int]) -> str:
 
 
 def _is_in_union(model: type[BaseModel], location: Sequence[str | int]) -> bool:
-    """Return whether the second entry of an error location names a branch of a union type."""
+    """Return whether location[1] names a branch of a union type.
+
+    `location` is the location of a validation error in the pydantic model `model`.
+    """
     field = model.model_fields.get(str(location[0])) if len(location) > 1 else None
     if field is None or get_origin(field.annotation) not in (Union, UnionType):
         return False
@@ -261,7 +264,10 @@ def _describe_type(model: type[BaseModel], location: Sequence[str | int]) -> str
 
 
 def _nested_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """List the keys of a nested table at `location` in a component's table."""
+    """List the keys of the nested table at `location` in a component's table.
+
+    `model` is the pydantic model of the component's table.
+    """
     for key in location:
         if isinstance(key, int) or key not in model.model_fields:
             continue

@@ -267,11 +267,12 @@ class Table(NamedTuple):
     """Description of one table of a recipe.
 
     Args:
-        component: slot for the key `kind`, which names the component that defines the other keys
-            of the table. None: no component belongs to the table.
+        component: description of the key `kind`, which names the component that defines the other
+            keys of the table. None: no component belongs to the table.
         keys: pydantic model of the keys that ddiff itself defines.
         slots: keys that name further components, such as `optimizer` in [train].
-        is_optional: whether a recipe that omits the table has no such component.
+        is_optional: True if a recipe without the table has no such component; False if the default
+            component is used.
     """
 
     component: Slot | None = None
@@ -280,7 +281,7 @@ class Table(NamedTuple):
     is_optional: bool = False
 
     def engine_keys(self) -> list[str]:
-        """List the keys of the table that ddiff itself defines, including nested components."""
+        """List the keys that ddiff (not the component) defines, with those of nested components."""
         return [*self.slots, *(self.keys.model_fields if self.keys else ())]
 
     def has_default(self) -> bool:
@@ -337,7 +338,7 @@ def component_field(path: TablePath) -> str:
 
 
 def keys_field(table: str) -> str:
-    """Return the name of the `Recipe` field with the engine-defined keys of a table.
+    """Return the name of the `Recipe` field with those keys of a table that ddiff defines.
 
     The field is named like the table, with the ending `_keys` if the table also has a component.
     """

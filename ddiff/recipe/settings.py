@@ -62,7 +62,10 @@ def read_settings(settings: Iterable[str], source: str, option: str = "--set") -
 
 
 def _parse_setting(setting: str, option: str, place: str) -> tuple[tuple[str, ...], Any]:
-    """Return the key path and the value of one `key=value` text."""
+    """Return the key path and the value of one `key=value` text.
+
+    `option` is the command-line option of the text, and `place` the beginning of error messages.
+    """
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"{place}: expected {_OPTIONS[option].expected}.")
@@ -122,9 +125,10 @@ def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
 
 
 def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any, place: str) -> None:
-    """Insert a value at a path of a tree. `place`: name of the text in error messages.
+    """Insert the value of one `--set` text at a path of a tree.
 
-    A string where another text sets a table is a shorthand for the key `kind` of the table.
+    `place` describes this `--set` text in error messages. If one text sets a key to a string and
+    another one sets it to a table, the string is a shorthand for the key `kind` of the table.
     """
     for depth, key in enumerate(path[:-1], start=1):
         below = tree.setdefault(key, {})

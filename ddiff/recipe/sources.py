@@ -1,4 +1,4 @@
-"""Merge the sources of a recipe: its file, the recipes that it extends, and `--set` texts.
+"""Merge the sources of a recipe: its file, the recipes that it extends, and `--set` options.
 
 Values of `--set` replace values of the recipe, and values of the recipe replace values of the
 recipe that it extends.

@@ -173,7 +173,7 @@ def _read_component(
 
 
 def _read_engine_keys(name: str, tree: RecipeTree, model: type[Keys]) -> Keys:
-    """Validate the keys of a table that ddiff itself defines, not the component."""
+    """Validate those keys of a table that ddiff defines, and not the component of the table."""
     table = TABLES[name]
     values = {}
     for key, value in tree.read_table((name,)).items():
@@ -196,7 +196,7 @@ def validate_table(
     """Validate the values of a table. Raises RecipeError for the first wrong value.
 
     Args:
-        model: model of the table.
+        model: pydantic model that validates the values.
         values: values of the table.
         tree: tree that contains the table, for file and line in messages.
         path: path of the table in the recipe.

@@ -223,7 +223,7 @@ class _Scanner:
             self.at += 1
 
     def read_value(self, path: KeyPath) -> None:
-        """Read the value of the key `path`; record the lines of array elements and inline keys."""
+        """Read the value of the key `path`, and record the lines of the keys and items in it."""
         self.skip(_BLANK)
         if self.peek("["):
             self.read_array(path)

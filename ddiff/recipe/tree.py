@@ -66,7 +66,7 @@ def _merge_tables(
     places: dict[KeyPath, str],
     inherited: InheritedKeys,
 ) -> dict[str, Any]:
-    """Merge a table over a base table, and delete the places of replaced values.
+    """Merge a table over a base table, and delete the entries of replaced values in `places`.
 
     Args:
         base: the base table.

@@ -217,9 +217,9 @@ def recorded_overrides(record: RunRecord, state: Mapping[str, Any]) -> Mapping[s
 
 
 def _saved_overrides(state: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """Return the components in a checkpoint that a Python caller passed.
+    """Return the components that a Python caller passed to the run, as stored in a checkpoint.
 
-    Returns None if an earlier version of ddiff wrote the checkpoint, which did not store them.
+    Returns None if the checkpoint is from an earlier version of ddiff that did not store them.
     """
     return state.get("made_with", {}).get("given")
 

@@ -15,8 +15,8 @@ Change = tuple[str, Any, Any]
 def check_resumable(directory: Path, changed: Iterable[Change], replaced: Iterable[Change]) -> None:
     """Raise CheckpointError if a trained run cannot resume with the present recipe.
 
-    A run can resume if only run_dir, [backend] and [evaluate] every differ, or [train] steps has
-    grown.
+    A run can resume if the recipes differ only in the key `run_dir`, in the table [backend] and in
+    the key `every` of [evaluate], or if `steps` of [train] is larger than before.
 
     Args:
         directory: directory of the run.

@@ -84,7 +84,8 @@ class SampleConditions:
 def _parse_values(name: str, value: Any, count: int, declared: Form | None) -> Tensor:
     """Convert one condition to a tensor [count] of labels or [count,d] of vectors.
 
-    Raises ArgumentError if the value has neither the declared form nor `count` entries.
+    `declared` is the form (label or vector) that the model declares, or None. Raises ArgumentError
+    if the value does not have this form, or is not valid for `count` samples.
     """
     try:
         values = torch.as_tensor(value)

@@ -1,7 +1,7 @@
 """Measured cost of a recipe: `ddiff run --dry-run --measure N`.
 
 Parameters, logits and FLOPs are counted. Memory and speed are measured in the first N training
-steps. The steps run in one process, with the rows of one process, in a temporary directory. Nothing
+steps. The steps run in one process, with the rows of one rank, in a temporary directory. Nothing
 is downloaded. If the text is not on this machine, random tokens replace the text.
 """
 
@@ -79,7 +79,7 @@ class Cost(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """Measured speed of one process on one device."""
+    """Measured speed of one rank on one device."""
 
     tokens_per_second: float
     step_seconds: float
@@ -146,7 +146,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
 
 
 def _single_process(recipe: Recipe, directory: str) -> Recipe:
-    """Return the recipe for a single process, which gets only its share of the batch.
+    """Return a recipe that trains on one rank, with that rank's share of the batch of `recipe`.
 
     The run directory of the returned recipe is `directory`. The recipe has no tracker.
     """
@@ -439,9 +439,9 @@ class ZeroBackbone(Backbone):
 def _initial_loss(session: TrainingSession) -> InitialLoss | None:
     """Estimate the expected loss before the first training step.
 
-    Initially the output table of a head is zero. The predicted distribution then depends only on
+    Initially the output matrix of a head is zero. The predicted distribution then depends only on
     the biases of the head and not on the hidden states, so a backbone is not needed. Returns None
-    if the table is not zero, as with pretrained weights.
+    if the matrix is not zero, as with pretrained weights.
     """
     run = session.run
     if bool(run.denoiser.head.table.any()):

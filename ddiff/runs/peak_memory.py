@@ -52,7 +52,7 @@ def _resident_peak() -> float:
 
 
 def _read_status(field: str) -> float:
-    """Read a field of the process status, in bytes."""
+    """Read a memory size from /proc/self/status and return it in bytes."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(field):
             return float(line.split()[1]) * 1024.0

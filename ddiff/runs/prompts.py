@@ -143,9 +143,10 @@ def check_no_suffix(templates: Iterable[Template], subject: str, remedy: str) ->
 
 
 def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame:
-    """Pad templates to `length` positions.
+    """Pad templates to `length` positions and stack them to one batch.
 
-    Positions after the end of an infill text contain the token id `filler` and are not valid.
+    Positions after the end of a template contain the token id `filler`. If the template is an
+    infill text (`whole`), these positions are not valid and not sampled.
     """
     shape = (len(templates), length)
     tokens = torch.full(shape, filler)

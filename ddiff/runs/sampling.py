@@ -22,7 +22,7 @@ from ddiff.sampling.loop import Canvas, OnStep, Sampler, generate
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Arguments of `Run.sample`. An argument that is None has the value in the recipe."""
+    """Arguments of `Run.sample`. An argument that is None takes its value from the recipe."""
 
     count: int | None = None
     steps: int | None = None
@@ -68,7 +68,10 @@ def draw_samples(
     request: SampleRequest,
     on_step: OnStep | None = None,
 ) -> list[dict[str, Any]]:
-    """Check all arguments, then draw samples batch by batch. See `Run.sample`."""
+    """Check the arguments of `Run.sample` in `request`, then draw samples batch by batch.
+
+    `Run.sample` explains the arguments and the result.
+    """
     keys = recipe.sample
     seed = _or_default(request.seed, keys.seed)
     batch = _or_default(request.batch, keys.batch)

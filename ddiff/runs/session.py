@@ -40,7 +40,7 @@ from ddiff.training.trainer import Trainer
 
 
 def build_run(recipe: Recipe, backend: Backend, overrides: Overrides = NO_OVERRIDES) -> Run:
-    """Build the text, the vocabulary and the untrained model of a run.
+    """Build the data, the vocabulary and the untrained model of a run.
 
     `backend`: backend of the training. `overrides`: vocabulary and process to use in place of those
     of the recipe. Raises an error before a file is written if the network does not accept the

@@ -22,7 +22,8 @@ def print_start(
 ) -> None:
     """Print the number of parameters, the dtypes and the device to standard error.
 
-    `kind` is the kind of the backend, such as "ddp".
+    `name` is the name of the run, `processes` the number of ranks, and `kind` the kind of the
+    backend, such as "ddp".
     """
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     weights = _dtype_name(next(denoiser.parameters()).dtype)

@@ -79,8 +79,8 @@ def reverse_probs(
     of the result sums to 1, but may have negative entries if the prediction is a score.
 
     The forward transition from s to t may be singular in floating point, for example in a dense
-    chain at t = 1. Several distributions of z_s then agree with the score. The result is the one of
-    them that is nearest to q_s if the clean token is uniform.
+    chain at t = 1. Several distributions of z_s then agree with the score. The result is the
+    nearest of these distributions to the marginal q_s for a uniform clean token.
     """
     if not isinstance(prediction, Score):
         return process.reverse_log_probs(prediction.log_mass(0), zt, t, s).exp()

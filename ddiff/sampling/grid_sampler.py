@@ -137,8 +137,8 @@ def compute_alpha(process: ForwardProcess, t: Tensor, zt: Tensor | None = None) 
 
     If the state `zt` of a position is a token x, alpha_t is q_t(x|x). If the state is a mask or a
     node of a tree, or if `zt` is None, alpha_t is the mean of q_t(x|x) over all tokens x. At most
-    512 tokens are evaluated: only dense chains have tokens with different q_t(x|x), and dense
-    chains have at most 512 states.
+    512 tokens are evaluated, since q_t(x|x) differs between tokens only for a `DenseProcess`, which
+    has at most 512 states.
     """
     times, place = torch.unique(t, return_inverse=True)
     tokens = pick_tokens(process.vocabulary.num_tokens, MAX_AVERAGED_TOKENS, t.device)

@@ -58,8 +58,8 @@ class Canvas:
     def advance(self, zt: Tensor, s: Tensor, **extras: Tensor) -> Canvas:
         """Return a copy with states `zt` [B,L] and times `s` [B,L].
 
-        Positions that are not `free` keep their times. `extras` are tensors to add to those of the
-        canvas, or to replace.
+        Positions that are not `free` keep their times. `extras` are added to the extra tensors
+        of the canvas, or replace those of the same name.
         """
         t = torch.where(self.free, s, self.t)
         return replace(self, zt=zt, t=t, extras={**self.extras, **extras})
@@ -248,7 +248,7 @@ def draw_where(
 
 
 def restrict(query: Query, rows: Tensor) -> Query:
-    """Return a query on a subset of rows: its row k is the row `rows[k]` of `query`."""
+    """Return a query on a subset of rows: row k of the result is row `rows[k]` of `query`."""
 
     def restricted(chosen: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
         return query(rows[chosen], node, fn, *per_row)
@@ -266,7 +266,7 @@ def query_at_root(
     """Evaluate fn(prediction, zt, *per_row) at every row, with predictions over all tokens.
 
     zt [r] are the states of the rows of `query`, and `per_row` are other tensors with r rows. The
-    function `fn` is called for chunks of the rows.
+    function `fn` is called for chunks of the rows; its results for all rows are returned.
     """
     rows = torch.arange(len(zt), device=zt.device)
     root = torch.full_like(zt, process.vocabulary.root)

@@ -27,9 +27,9 @@ class OneLevelSampler(GridSampler):
     probability min(1, (F_l(t) - F_l(s)) / pi_l(t)). If no probability is cut off at 1, a position
     is at each level with its exact probability pi_l(s) after the step.
 
-    An ancestral step may pass several levels at once; with one level above the tokens the two steps
-    are equal. The last step draws tokens at all positions. The process must be monotone: its
-    reverse steps only move down the tree.
+    In contrast, an ancestral step may move a position down several levels. With one level above the
+    tokens, the two samplers are equal. The last step draws tokens at all positions. The process
+    must be monotone, which means that reverse steps only move down the tree.
     """
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
@@ -64,7 +64,7 @@ class OneLevelSampler(GridSampler):
 
 
 def _draw_descendants(dist: CleanDistribution, node: Tensor, level: Tensor, u: Tensor) -> Tensor:
-    """Draw for each node [k] a descendant at the level `level` [k], with uniforms u [k]."""
+    """Draw a descendant at level `level` [k] for each of k nodes, from uniforms u [k]."""
     return dist.draw(node, level, u)
 
 
@@ -93,5 +93,8 @@ def _occupation(process: ForwardProcess, t: Tensor) -> Tensor:
 
 
 def _sum_from_level(occupation: Tensor) -> Tensor:
-    """Return the probability [r,L+1] of each level or a higher one; `occupation`: of each level."""
+    """Return the probability [r,L+1] that a position is at level l or higher, for l = 0..L.
+
+    `occupation` [r,L+1] holds the probability of each level.
+    """
     return occupation.flip(-1).cumsum(-1).flip(-1)

@@ -49,7 +49,7 @@ class ForwardBackward:
         rng: CounterRng,
         channel: str,
     ) -> Canvas:
-        """Correct the state of a batch; the returned canvas has the same times as `canvas`.
+        """Return the state of the batch after a correction, at the same times as `canvas`.
 
         `span` [B,L] is the length in time of the preceding step. `channel` is the prefix of the
         names of the random streams of `rng` that are used.
@@ -66,7 +66,7 @@ class ForwardBackward:
 
 @final
 class PredictorCorrectorSampler(GridSampler):
-    """Apply `rounds` rounds of a corrector after each step of `inner` except the last.
+    """Sampler that applies a corrector `rounds` times after each step of `inner` except the last.
 
     The sampler has the `quality` (see `Sampler`) of `inner`.
     """

@@ -113,7 +113,7 @@ class PsiSampler(GridSampler):
 
 
 def _drawn_log_p(canvas: Canvas) -> Tensor:
-    """Return ln p [B,L] of each token in the step that drew it; +inf at other positions."""
+    """Return the log-probability [B,L] with which each token was drawn, +inf at other positions."""
     return canvas.extras.get(DRAWN_LOG_P, torch.full_like(canvas.t, torch.inf))
 
 
@@ -129,7 +129,10 @@ def _log_p(process: ForwardProcess, query: Query, tokens: Tensor) -> Tensor:
 
 
 class _ConstantKappa:
-    """Function that returns one kappa, a parameter of psi samplers, at every position and time."""
+    """Function that returns the same kappa at every position and time.
+
+    kappa is the probability with which a psi sampler moves a position by an ancestral step.
+    """
 
     records_log_p = False
 
@@ -146,14 +149,15 @@ class _ConstantKappa:
 
 
 class _Remasking:
-    """Base class of remasking rules, which set kappa of a psi sampler to 1 - sigma/(1 - alpha_s).
+    """Base class of remasking rules, which noise a token again with probability sigma.
 
-    In a step from time t to time s, a rule noises a token again with probability sigma. A subclass
-    defines sigma. alpha_s = q_s(x|x) is the probability that token x is still clean at time s.
+    For a step from time t to time s, a subclass defines sigma. Let alpha_s = q_s(x|x) be the
+    probability that a token x is still clean at time s. The rule is then a psi sampler that takes
+    an ancestral step with the probability kappa = 1 - sigma/(1 - alpha_s).
 
     The paper (arXiv 2503.00307) requires sigma <= sigma_max = min(1, (1 - alpha_s)/alpha_t). This
-    class also limits sigma to 1 - alpha_s, because kappa must not be negative. The second limit is
-    smaller by the factor alpha_t if sigma_max < 1.
+    class also requires sigma <= 1 - alpha_s, because kappa must not be negative. This limit is
+    alpha_t sigma_max if sigma_max < 1.
     """
 
     records_log_p = False
@@ -179,7 +183,7 @@ class _Remasking:
     def sigma(self, process: ForwardProcess, canvas: Canvas, s: Tensor, largest: Tensor) -> Tensor:
         """Return sigma [B,L], the probability that a token is remasked in the step to times s.
 
-        `largest` [B,L] is the largest sigma that the paper permits, sigma_max.
+        `largest` [B,L] is sigma_max, the largest sigma that arXiv 2503.00307 permits.
         """
         raise NotImplementedError
 
@@ -200,9 +204,9 @@ class CapRemasking(_Remasking):
 
 @final
 class RescaleRemasking(_Remasking):
-    """Remasking rule with the probability sigma = eta * sigma_max, eta in [0,1].
+    """Remasking rule that noises each token again with probability eta * sigma_max.
 
-    sigma_max is the largest probability that arXiv 2503.00307 permits.
+    eta is in [0,1], and sigma_max is the largest probability that arXiv 2503.00307 permits.
     """
 
     def __init__(self, eta: float = 0.015) -> None:
@@ -239,8 +243,9 @@ class ConfidenceRemasking(_Remasking):
 class LoopRemasking(_Remasking):
     """Remasking rule for `LoopGrid`: remask only in steps in which the time stays constant.
 
-    In these steps, a token is noised again with probability sigma = min(eta, sigma_max), where
-    sigma_max is the largest probability that arXiv 2503.00307 permits. In other steps, sigma is 0.
+    In these steps, a token is noised again with probability sigma = min(eta, sigma_max). eta is in
+    [0,1], and sigma_max is the largest probability that arXiv 2503.00307 permits. In other steps,
+    sigma is 0.
     """
 
     def __init__(self, eta: float = 0.02) -> None:

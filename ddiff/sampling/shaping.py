@@ -64,7 +64,7 @@ class ShapedDistribution(SubtreeDistribution):
         self._levels: dict[int, Tensor] = {}
 
     def conditional(self, node: Tensor, level: int, rows: Tensor) -> Tensor:
-        """Return log P(child | node) [k,w] after `shape` was applied, for k pairs of row and node.
+        """Return log P(child | node) [k,w] of this distribution, for k pairs of row and node.
 
         `rows` [k] are rows of the distribution, and `node` [k] are nodes one level above `level`.
         The w columns are the nodes of `level` below `self.top`. The value is -inf at nodes that are
@@ -100,7 +100,7 @@ class ShapedDistribution(SubtreeDistribution):
     def _multiply_conditionals(self, level: int) -> Tensor:
         """Return the log-probabilities [r,w] of the w nodes of `level` below `self.top`.
 
-        They are sums of `conditional` along the path from the top to the node.
+        They are sums of the log-probabilities `conditional` along the path from `top` to the node.
         """
         raw = self.dists[0].log_below(level)
         rows = torch.arange(len(raw), device=raw.device)

@@ -245,7 +245,7 @@ def _confidence(
 
     Args:
         dist: distribution from which the children were drawn, without temperature and filters.
-        node: [r] present states, the parents.
+        node: [r] current states, the parents.
         below: [r] level of the children of each parent.
         drawn: [r] drawn children.
         by: kind of confidence (see `UnmaskingSampler`).

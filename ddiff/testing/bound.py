@@ -161,7 +161,8 @@ def shift_states(
 ) -> Tensor:
     """Return the states zt, shifted by the index of a channel modulo the number of states.
 
-    The uniforms of `EnumeratedRng` encode the shifted states.
+    `channel` is the name of a stream of uniforms of `EnumeratedRng`. The uniforms of this channel
+    encode the shifted states.
     """
     shift = CHANNELS.index(channel) if channel in CHANNELS else len(CHANNELS)
     return (zt + shift) % num_states
@@ -170,9 +171,9 @@ def shift_states(
 class EnumeratedPrior(Prior):
     """Prior that maps a uniform u to the state floor((1 - u) S), for S states.
 
-    In contrast, `sample` of a process from `enumerate_draws` returns floor(u S). A term that draws
-    from the prior instead of the process, or from the process instead of the prior, therefore
-    changes the bound.
+    The method `sample` of a process that `enumerate_draws` returns gives the state floor(u S)
+    instead. A term that draws from the prior instead of the process, or from the process instead of
+    the prior, therefore changes the bound.
     """
 
     def draw(self, u: Tensor) -> Tensor:
@@ -203,10 +204,10 @@ def straight_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return logit t and its derivative by v, (v, 1), for a path of times t(v).
+    """Return logit t and its derivative by v, for a path of times t(v) on which logit t is linear.
 
-    v runs from 0 to 1, and logit t is rescaled so that the window of times is [0, 1]. All positions
-    have the same time.
+    v runs from 0 to 1, and logit t is rescaled so that the window of times is [0, 1]. The result is
+    therefore (v, 1). All positions have the same time.
     """
     return v, torch.ones_like(v)
 
@@ -240,8 +241,8 @@ def exact_nelbo(
 ) -> Expectation:
     """Return the exact expectations of the terms of `nelbo` for every sequence of tokens.
 
-    The sequences are those of `all_sequences(V, length)`. For V tokens and S states, the cost is
-    O(nodes (V S)^length), so the process must be small.
+    The sequences are those of `all_sequences(V, length)`. For V tokens, S states and n quadrature
+    nodes in time, the cost is O(n (V S)^length), so V, S and `length` must be small.
 
     Args:
         process: forward process.
@@ -321,8 +322,9 @@ def _probabilities(
     """Return the probabilities [B] of the states zt for the prior, diffusion and decoding terms.
 
     Row b of zt and x0 belongs to the quadrature node `node[b]`, which has the noise times
-    `t[node[b]]`. Only the diffusion term depends on the node. The probabilities for the prior and
-    decoding terms are 0 at all nodes except node 0, so that these terms are counted once.
+    `t[node[b]]`. `window` is (first noise time, last noise time). Only the diffusion term depends
+    on the node. The probabilities for the prior and decoding terms are 0 at all nodes except node
+    0, so that these terms are counted once.
     """
     states = process.vocabulary.num_states
     at_first_node = node == 0
@@ -448,10 +450,10 @@ def random_joint(
 def rest_conditional_table(process: ForwardProcess, log_joint: Tensor) -> Table:
     """Make a network for two positions that predicts each token given the other position's state.
 
-    The prediction for position i is the exact P(x_i | z_j) under exp(log_joint), where z_j is the
-    state of the other position. The prediction does not use the state z_i, as the formulas of the
-    bound require. At t = 1 the prediction is the marginal distribution of x_i, as the prior term
-    of the bound requires.
+    The prediction for position i is the exact P(x_i | z_j) for the joint distribution
+    exp(log_joint), where z_j is the state of the other position. The prediction does not use the
+    state z_i, as the formulas of the bound require. At t = 1 the prediction is the marginal
+    distribution of x_i, as the prior term of the bound requires.
     """
     joint = log_joint.exp()
 
@@ -691,9 +693,10 @@ def weights_are_level_flows(
 
 
 def _expected_weight_by_level(process: TreeProcess, window: Window) -> Tensor:
-    """Integrate the expected weight of each level over the window: [V, levels + 1].
+    """Integrate E[ weight(z_t) 1[level of z_t is l] ] over the window of times, for each level l.
 
-    The result has one row for each of the V clean tokens. The expectation is over the noisy state.
+    The weight is the factor of a state in the bound (`TreeProcess.weight`). Returns a tensor
+    [V, levels + 1] with one row for each of the V clean tokens.
     """
     vocabulary = process.vocabulary
     num_tokens = vocabulary.num_tokens

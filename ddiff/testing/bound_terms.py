@@ -97,8 +97,8 @@ class InformationPath:
     the noisy state of a uniform token X. These paths therefore move evenly in tau, and more slowly
     near the ends of the window.
 
-    The noise time of position i is t_i(v), where v runs from 0 to 1. The path of each position is
-    different, as in `bent_path`.
+    The noise time of position i is t_i(v), where v runs from 0 to 1. Even and odd positions have
+    different paths (see `bent_path`).
 
     Args:
         process: forward process.
@@ -330,8 +330,8 @@ class Enumeration:
     def closing(self) -> Moments:
         """Return means of the prior term KL( q_t1(.|x) || predicted q_t1 ) and of its square.
 
-        t1 is the end of the window. The network makes its prediction at t = 1, for states from the
-        prior.
+        t1 is the last noise time (`window[1]`). The network makes its prediction at t = 1, for
+        states from the prior.
         """
 
         def formula(
@@ -407,7 +407,7 @@ class Enumeration:
     ) -> Moments:
         """Return the moments of weight * formula over quadrature nodes and states.
 
-        All nodes have the same probability.
+        All quadrature nodes have the same probability.
 
         Args:
             t: [nodes,L] noise times passed to the formula.
@@ -546,7 +546,9 @@ def terms_have_their_expectations(
 def _moment_gaps(
     drawn: Tensor, exact: Moments, x0: Tensor, labels: Mapping[str, object]
 ) -> Iterator[Gap]:
-    """Compare the mean of a drawn term [n,points,L] over the points with its exact expectation.
+    """Compare the mean of a drawn term over Sobol points with its exact expectation.
+
+    `drawn` [n,points,L] holds the term at each point, for n sequences of L positions.
 
     Means are compared at each position of each sequence, and in the sum over all sequences. `x0`
     and `labels` describe the place of a difference in the report.

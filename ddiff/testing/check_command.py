@@ -1,6 +1,6 @@
 """`ddiff check NAME`: test a component on small instances and print the largest errors.
 
-A test applies every law of `ddiff.testing` for this kind of component.
+A test applies every conformance check of `ddiff.testing` for this kind of component.
 """
 
 from __future__ import annotations
@@ -274,7 +274,10 @@ def _make_backbones(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make a denoiser from the backbone and a `TokenHead`; it is checked with masked diffusion."""
+    """Make a denoiser from the backbone and a `TokenHead`, to check it with masked diffusion.
+
+    `spec` is the backbone with its settings. `configured` is not used.
+    """
     vocabulary = FlatVocabulary(5)
     backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
     denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
@@ -288,7 +291,7 @@ def _make_samplers(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make one sampler for each example process (`small_processes`) that it accepts.
+    """Make one sampler for each process of `small_processes` that the sampler supports.
 
     `spec` is the component with its settings. `configured` is not used.
     """
@@ -346,7 +349,7 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
 
 
 def _print_reports(reports: list[LabelledReport]) -> None:
-    """Print one line per conformance check, for its worst instance; explain every failed check."""
+    """Print one line per conformance check, with its largest error; explain every failed check."""
     worst = _find_worst(reports)
     # rich assumes 80 columns if there is no terminal, which would wrap the names
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)

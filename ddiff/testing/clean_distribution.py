@@ -1,4 +1,4 @@
-"""Conformance checks of predicted distributions: all methods of one must agree.
+"""Conformance checks of predicted distributions: the methods of a distribution must agree.
 
 A prediction covers the tokens below one node of the vocabulary's tree, `prediction.top`. "Tree
 order" is an order of the nodes of a level in which the nodes below any higher node are contiguous.
@@ -132,10 +132,10 @@ def children_are_conditional(prediction: CleanDistribution) -> Iterator[Gap]:
 def draws_follow_distribution(prediction: CleanDistribution) -> Iterator[Gap]:
     """Check that draw(node, level, u) is the inverse CDF of the node's descendants at `level`.
 
-    The uniform u is in [0, 1). The descendants divide the unit interval into cells of width
-    exp(log_child), in tree order. `draw` must return the descendant whose cell contains u. Each
-    cell is tested at its middle and just inside its ends. Tolerance 1e-9: ids are integers, so
-    every wrong draw has an error of at least 1.
+    The uniform u is in [0, 1). The descendants divide the unit interval into cells, in tree order;
+    the width of a cell is the probability of its descendant. `draw` must return the descendant
+    whose cell contains u. Each cell is tested at its middle and just inside its ends. Tolerance
+    1e-9: ids are integers, so every wrong draw has an error of at least 1.
     """
     rows = len(prediction.log_below(0))
     for node, level in _nodes_and_levels(prediction):

@@ -77,10 +77,10 @@ def inflow_is_growth(clock: LevelClock) -> Iterator[Gap]:
 
 @law("clock: hazard = inflow / occupation", tolerance=1e-9)
 def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
-    """Check that the hazard of level l times its probability is the inflow into level l + 1.
+    """Check that hazard times probability of level l is the inflow into level l + 1.
 
-    The hazard of a level is the rate at which tokens leave it. The error is relative to the inflow.
-    Tolerance 1e-9: float64 rounding of two operations, with a margin.
+    The hazard of a level is the rate at which tokens leave the level. The error is relative to the
+    inflow. Tolerance 1e-9: float64 rounding of two operations, with a margin.
     """
     t = times(OPEN)
     inflow = clock.inflow(t)

@@ -1,4 +1,4 @@
-"""Conformance checks of a denoiser: inputs that may influence a prediction."""
+"""Conformance checks of a denoiser: predictions must depend only on permitted inputs."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ def score_from_distribution(
     zt: Tensor,
     t: Tensor,
 ) -> Score:
-    """Return the score at states zt [r] of a log-distribution log_p [r,V] of the clean token.
+    """Convert log_p [r,V], log-distributions of the clean token, into scores at the states zt [r].
 
-    The score contains, for each of S states, the log of its probability at time t relative to the
-    probability of zt: [r,S].
+    The scores [r,S] contain ln( q(y) / q(zt) ) for each of the S states y, where q is the marginal
+    at time t of a token with the distribution exp(log_p).
     """
     log_marginal = process.log_marginal(log_p, t)
     return Score(log_marginal - log_marginal.gather(-1, zt.unsqueeze(-1)))
@@ -418,7 +418,7 @@ def _change_outside(
     log_p: Tensor,
     zt: Tensor,
 ) -> Tensor:
-    """Change predictions, except the conditional distribution of the tokens below the state.
+    """Return other log-distributions, equal to `log_p` given that the token is below the state.
 
     Row i has the log-distribution log_p[i] and the state zt[i].
     """

@@ -188,9 +188,9 @@ def _step_gaps(
 def decode_follows_bayes(process: ForwardProcess) -> Iterator[Gap]:
     """Check that `decode`, the final sampling step, draws the token x from its posterior given z_t.
 
-    The posterior is p(x) q_t(z_t|x), normalized over x, where p is the prediction. At t = 0, a
-    process with `closes_at_clean` must return the state z_t. Tolerance 5e-3: 2048 Sobol points
-    resolve a probability to 5e-3.
+    The posterior is p(x) q_t(z_t|x), normalized over x, where p is the prediction. If a process has
+    no noise at t = 0 (`closes_at_clean`), `decode` must return the state z_t there. Tolerance 5e-3:
+    2048 Sobol points resolve a probability to 5e-3.
     """
     for t in (0.0, 0.02, 0.5, 0.97):
         yield from _decode_gaps(process, t)

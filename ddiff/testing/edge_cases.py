@@ -49,9 +49,9 @@ def _extreme_rows(process: ForwardProcess) -> ReachableRows:
 def _evaluate(
     process: ForwardProcess, term: str, prediction: Prediction, rows: ReachableRows
 ) -> Tensor:
-    """Evaluate one term of the bound for a prediction at r rows: [r] in nats.
+    """Return one term of the bound at each of r rows, a tensor [r] in nats.
 
-    `term` is the name of a method of the process that is listed in TERMS.
+    `term` is the name of the process method that computes the term, one of TERMS.
     """
     if term == "divergence":
         return process.divergence(prediction, *rows.args)

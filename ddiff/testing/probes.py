@@ -1,4 +1,4 @@
-"""Inputs on which laws are tested: distributions, noise times, Sobol points, quadrature nodes.
+"""Inputs of the conformance checks: distributions, noise times, Sobol points, quadrature nodes.
 
 All inputs are the same at every call.
 """

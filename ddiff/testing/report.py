@@ -200,9 +200,9 @@ def law(
 
 
 def evaluate_laws(subject: Any, laws: Iterable[Law], **options: Any) -> list[LawReport]:
-    """Evaluate laws on an object and return the reports of those that apply.
+    """Evaluate conformance checks on `subject`. Return the reports of the checks that apply.
 
-    A law applies if it compares at least one number. `options` are passed to each law.
+    A check applies if it compares at least one number. `options` are passed to each check.
     """
     reports = [one(subject, **options) for one in laws]
     # a law that yields nothing does not apply, which is neither passed nor broken

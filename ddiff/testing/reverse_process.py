@@ -573,7 +573,7 @@ def _no_event_gap(
     u: Tensor,
     t: float,
 ) -> Gap:
-    """Compare the integrated reverse rates with their limit -ln u at rows without an event.
+    """Check that the integral of the reverse rates is at most -ln u in rows without an event.
 
     In these rows, `event_time` found no event before the time t for the state zt and the uniform u.
     `log_p` [1,V] is the predicted log-distribution.

@@ -141,7 +141,7 @@ def check_sampler(
 
 
 def measure_distance(case: SamplerCase, steps: int) -> float:
-    """Measure the total variation distance between the joint distribution and the samples.
+    """Measure the total variation distance of the samples from the exact joint distribution.
 
     The sampler runs with `steps` steps. `POINTS` samples are drawn for a process, and a quarter of
     `POINTS` for a next-token model.

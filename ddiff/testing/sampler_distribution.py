@@ -334,7 +334,7 @@ def _sum_of_products(
     Args:
         zt: [n,2] drawn states.
         weight: [n] weights of the draws, equal for all draws from one canvas.
-        canvas: [n] number of the canvas (pair of states) from which each row was drawn.
+        canvas: [n] index of the canvas (pair of states) from which each row was drawn.
         size: number S of states.
     """
     bins = size * (int(canvas.max()) + 1)

@@ -72,7 +72,8 @@ def _window(rule: TimeRule) -> tuple[Tensor, Tensor]:
 def _mean_scored_time(end: Times) -> Tensor:
     """Return the mean noise time [L] of each position over the sequences that score the position.
 
-    A sequence scores a position if the position's speed, its weight in the bound, is above 0.
+    `end` holds the times of n sequences. A sequence scores a position if the speed of the position
+    (its weight in the bound) is above 0.
     """
     # with windows, only some sequences score a position
     scored = (end.speed > 0).double()
@@ -143,8 +144,9 @@ def speeds_are_unbiased(rule: TimeRule) -> Iterator[Gap]:
 
     The speed is the weight of a position in the bound, t its noise time, and the window the
     interval of its noise times. The functions g are 1, t and t^2. The error is relative to the
-    integral. Tolerance 0.04: the standard error over 128 batches of 64 samples is at most 0.01. It
-    is largest for a rule that scores each position in one of five sequences, with weight 5.
+    integral. Tolerance 0.04: the standard error over 128 batches of 64 samples is at most 0.01. The
+    largest standard error is that of a rule that scores each position in one of five sequences,
+    with weight 5.
     """
     batches = [_draw_batch(rule, step) for step in range(DRAWS)]
     t = torch.stack([times.t for times in batches])
@@ -163,9 +165,9 @@ def ends_are_scored_once(rule: TimeRule) -> Iterator[Gap]:
 
     The speed is the weight of a position in the bound. Its mean over many sequences must be 1, so
     that the decoding and prior terms of the bound count once. The noise time of a position with
-    positive speed must be the time of the end. Tolerance 0.1: for a position that is scored in one
-    of four sequences with speed 4, the mean over 128 batches of 64 samples has a standard error of
-    0.02.
+    positive speed must be the first or last time. Tolerance 0.1: for a position that is scored in
+    one of four sequences with speed 4, the mean over 128 batches of 64 samples has a standard error
+    of 0.02.
     """
     first, last = _window(rule)
     pairs = [_ends(rule, step) for step in range(DRAWS)]

@@ -52,9 +52,9 @@ def ids_run_by_level(vocabulary: Vocabulary) -> Iterator[Gap]:
 def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
     """Check that `ancestor`, `parent` and `level_of` describe one tree.
 
-    At its own level, the ancestor of an id must be the id. At level l + 1, its ancestor must be the
-    parent of its ancestor at level l, and `level_of` this ancestor must be l + 1. Tolerance 0: ids
-    are integers.
+    At its own level, the ancestor of an id must be the id. The ancestor at level l + 1 must be the
+    parent of the ancestor at level l, and `level_of` must return l + 1 for it. Tolerance 0: ids are
+    integers.
     """
     ids = torch.arange(vocabulary.num_states)
     own = vocabulary.level_of(ids)

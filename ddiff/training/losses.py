@@ -53,7 +53,7 @@ class TrainingLoss(Generic[Process]):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        """Return the divergence of each row in nats, a tensor [r].
+        """Return the divergence of the prediction from the truth in each row, in nats [r].
 
         Called once per chunk of rows, with the predicted distribution of the chunk.
         """

@@ -103,10 +103,11 @@ class DiffusionObjective:
         denominators: Mapping[str, Tensor],
         slots: int,
     ) -> LossTerms:
-        """Return the sum of the losses of all rows, divided by the tokens of the global batch.
+        """Return the loss of a micro-batch, in nats per token.
 
-        The unit of the loss is nats per token. `denominators["tokens"]` is the number of scored
-        tokens of the global batch, and `slots` its number of sequences.
+        The loss is the sum of the losses of all rows, divided by `denominators["tokens"]`, the
+        number of scored tokens of the global batch. `slots` is the number of sequences of the
+        global batch.
         """
         process = self.process
         parameterization = self.denoiser.parameterization

@@ -59,7 +59,8 @@ def step_if(finite: Tensor, optimizer: Optimizer) -> None:
 def split_parameters(module: nn.Module) -> tuple[Parameters, Parameters]:
     """Return two dictionaries of trained parameters by name: hidden matrices and all others.
 
-    A matrix that is also used as an embedding or output table is not a hidden matrix.
+    Embeddings and matrices with `is_table = True`, such as the output matrix of a head, are not
+    hidden matrices.
     """
     tables: set[int] = set()
     for owner in module.modules():
@@ -118,7 +119,8 @@ def muon(
     Args:
         lr: Muon's learning rate. It is the spectral norm of one update of a hidden matrix that has
             at most as many rows as columns.
-        table_lr: AdamW's learning rate for tables, norms and biases, which have no weight decay.
+        table_lr: AdamW's learning rate for embeddings, output matrices, norms and biases, which
+            have no weight decay.
         precision: dtype of the orthogonalization. None: bfloat16 on a GPU, and the dtype of the
             gradient on a CPU.
     """

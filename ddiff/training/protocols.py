@@ -150,7 +150,7 @@ class Optimizer(Protocol):
 
 @runtime_checkable
 class ConditionalOptimizer(Optimizer, Protocol):
-    """Optimizer that can skip a step by a condition on the device, without a synchronization."""
+    """Optimizer whose step can depend on a tensor on the device, without a synchronization."""
 
     def step_if(self, finite: Tensor) -> None:
         """Take a step if the 0-d bool tensor `finite` is True.

@@ -73,9 +73,9 @@ class AutoregressiveObjective:
     ) -> LossTerms:
         """Return the loss of a micro-batch, in nats per token.
 
-        It is the sum of -ln p over the scored tokens of `batch`, divided by
+        The loss is the sum of -ln p over the scored tokens of `batch`, divided by
         `denominators["tokens"]`, the number of scored tokens of the global batch. `rng` selects the
-        sequences without conditions. `slots` is not used.
+        sequences whose conditions are dropped. `slots` is not used.
         """
         device = get_device(self.module)
         context = drop_conditions(build_context(batch), self.denoiser.condition_dropout, rng)

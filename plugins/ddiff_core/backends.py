@@ -29,7 +29,7 @@ class Single:
 
 
 class DataParallel:
-    """Data parallelism: every process has the whole model and a part of every batch.
+    """Data parallelism: every rank has the whole model and a part of every batch.
 
     Under torchrun the number of processes comes from torchrun.
     """

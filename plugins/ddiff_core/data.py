@@ -326,9 +326,9 @@ class Markov:
 
     @staticmethod
     def preview(config: Config, *, length: int) -> None:
-        """Raise ArgumentError if the rows, of `length` symbols each, have too many symbols.
+        """Raise ArgumentError if all rows together have too many symbols.
 
-        All rows are kept in memory.
+        Each row has `length` symbols. All rows are kept in memory.
         """
         symbols = (config.rows + config.validation) * length
         if symbols > MOST_SYMBOLS:

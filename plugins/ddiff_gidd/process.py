@@ -40,9 +40,10 @@ class Mixing(Protocol):
 
     @property
     def per_token(self) -> float:
-        """Coefficient b, which sets the probability of each token in uniform noise.
+        """Coefficient b of uniform noise, used in the weights of the training loss `Dynamic`.
 
-        The training loss `Dynamic` uses b in its weights.
+        Before normalization, uniform noise adds about b (t (1 - t))^(gamma/2) to the probability of
+        each token.
         """
 
     def shares(self, t: Tensor) -> Tensor:
@@ -55,13 +56,15 @@ class Mixing(Protocol):
 @final
 @dataclass(frozen=True)
 class CurrentMixing:
-    """Mixing of the current code of the GIDD authors.
+    """Probabilities of clean token, mask and uniform noise in the current code of the GIDD authors.
 
-    (alpha, c_mask, c_tokens) = (1 - t, t, c)/(1 + c)
+    At time t, a position holds the clean token, the mask or a uniformly drawn token with the
+    probabilities
 
-    These are the probabilities of clean token, mask and uniformly drawn token at time t. Here
-    c = `height` * (t (1 - t))^(gamma/2), and `height` is 2^gamma p_uniform/(1 - p_uniform). Uniform
-    noise then has the probability p_uniform at t = 1/2.
+        (alpha, c_mask, c_tokens) = (1 - t, t, c)/(1 + c),
+
+    where c = `height` * (t (1 - t))^(gamma/2) and `height` = 2^gamma p_uniform/(1 - p_uniform).
+    Uniform noise then has the probability p_uniform at t = 1/2.
     """
 
     p_uniform: float
@@ -84,13 +87,15 @@ class CurrentMixing:
 @final
 @dataclass(frozen=True)
 class OriginalMixing:
-    """Mixing of an older version of the code of the GIDD authors.
+    """Probabilities of clean token, mask and uniform noise in an older version of the GIDD code.
 
-    (alpha, c_mask, c_tokens) = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c)
+    Let w be the time in that code, v = 1 - w, N the number of tokens, b = `per_token` and
+    c = b (v w)^(gamma/2). A position holds the clean token, the mask or a uniformly drawn token
+    with the probabilities
 
-    These are the probabilities of the clean token, of the mask and of a uniformly drawn token.
-    Here N is the number of tokens, w is the time in that code, v = 1 - w, b = `per_token` and
-    c = b (v w)^(gamma/2). In that code w runs from 0 to 1, but alpha would be negative for w above
+        (alpha, c_mask, c_tokens) = (v^gamma - c, w^gamma, N c)/(v^gamma + w^gamma + (N - 1) c).
+
+    In that code w runs from 0 to 1, but alpha would be negative for w above
     w_1 = 1/(1 + b^(2/gamma)). The time of this class is t = w/w_1, so that alpha = 0 at t = 1.
     """
 

@@ -229,8 +229,8 @@ def _make_embedding(
 ) -> StateEmbedding:
     """Return an embedding with one row per state of the vocabulary.
 
-    With `pretrained` its rows are initialized from the embedding of the model. `mask_token` is the
-    id of the token in the model whose embedding initializes the mask.
+    If `pretrained` is true, the rows are initialized from the token embedding of `model`. The row
+    of the mask is initialized from the embedding of the token with the id `mask_token`.
     """
     table: Any = model.get_input_embeddings()
     weight: Tensor = table.weight.detach()

@@ -40,6 +40,8 @@ Power = Annotated[float, Field(ge=0.3, le=20.0)]
 class EpsilonHybrid(ComponentProcess):
     """Epsilon-hybrid process: tokens are shuffled at t = 0 and only masked afterwards.
 
+    Shuffling replaces a token, with probability epsilon, by a uniformly drawn token:
+
     q_t(.|x) = (1 - p) [ (1 - epsilon) delta_x + epsilon Unif ] + p delta_mask, where p is the
     probability of a mask at time t, and Unif is the uniform distribution over the tokens.
 

@@ -229,7 +229,7 @@ class GammaHybrid(ForwardProcess):
         return self.visible.alpha(t) * self.uniform.information(t)
 
     def change_probability(self, t: Tensor) -> Tensor:
-        """Return the probability [r] that the state at t is a mask or another token."""
+        """Return the probability [r] that the state at t differs from the clean token."""
         masked = self.visible.one_minus_alpha(t)
         return masked + self.visible.alpha(t) * self.uniform.change_probability(t)
 
@@ -298,7 +298,7 @@ class GammaHybrid(ForwardProcess):
     def divergence(
         self, prediction: CleanDistribution | Score, x0: Tensor, zt: Tensor, t: Tensor
     ) -> Tensor:
-        """Return the divergence [r], which times `weight` is the integrand of the bound.
+        """Return the divergence [r]: the integrand of the bound divided by `weight`.
 
         At masks it is KL( r_t(.|x) || r_t(.|p) ), where r_t is the distribution of a token that is
         not masked (see the docstring of this module). At tokens it is the divergence of uniform
@@ -338,8 +338,9 @@ class GammaHybrid(ForwardProcess):
     def closing_kl(self, prediction: CleanDistribution | Score, x0: Tensor, t: Tensor) -> Tensor:
         """Return KL( q_t(.|x) || q_t-bar ) [r], where q_t-bar is the marginal if x is drawn from p.
 
-        It equals A KL( r_t(.|x) || r_t(.|p) ). A is the probability that a position is not masked,
-        and r_t is the distribution of a token that is not masked.
+        p is the predicted distribution. The result is A KL( r_t(.|x) || r_t(.|p) ). A is the
+        probability that a position is not masked, and r_t is the distribution of a token that is
+        not masked.
         """
         if isinstance(prediction, Score):
             return super().closing_kl(prediction, x0, t)
@@ -456,7 +457,7 @@ class GammaHybrid(ForwardProcess):
     def _draw_other_token(
         self, dist: CleanDistribution, rows: Tensor, z: Tensor, u: Tensor
     ) -> Tensor:
-        """Draw from `dist` a token [k] other than z, at the rows with indices `rows` [k].
+        """Draw a token other than z for each of k rows of `dist`, those with the indices `rows`.
 
         z [k] are the states of the rows. If the state is the mask, every token may be drawn.
         """
@@ -532,14 +533,15 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ events
 
     def event_time(self, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Draw the time s < t [r] at which a mask is revealed, or at which a token may change.
+        """Draw the time s < t at which a mask is revealed, or at which a token may change.
 
-        s solves an equation with the uniform u [r] in (0, 1): 1 - A_s = u (1 - A_t) at masks, and
+        The docstring of the module defines A, B, sigma, gamma and r_t(z|p). The time s is computed
+        from a uniform u in (0, 1): 1 - A_s = u (1 - A_t) at masks, and
         (1 - B_s)/B_s = u (1 - B_t)/B_t at tokens. The time is 0 if there is no further event.
 
-        A token z changes at the rate gamma sigma' (1 - r)/(V r), where r = r_t(z|p) depends on the
-        network. The times s of tokens have the larger rate gamma sigma'/(1 - B), which does not
-        depend on the network. `event` therefore rejects some of the moves.
+        A token z changes at the rate gamma sigma' (1 - r_t(z|p))/(V r_t(z|p)), which depends on the
+        network. The times s of tokens are drawn with the larger rate gamma sigma'/(1 - B), which
+        does not depend on the network. `event` therefore rejects some of the moves.
         """
         t = interior(t)
         log_noise = torch.log1p(-u * self.visible.one_minus_alpha(t)) / self.masking
@@ -556,8 +558,10 @@ class GammaHybrid(ForwardProcess):
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Draw the state after a time that `event_time` has drawn.
 
-        A mask becomes a token y ~ r_t(.|p). A token z moves to another token with probability
-        ((1 - B)/V) (1 - r_t(z|p))/r_t(z|p), and stays otherwise.
+        Let r_t(.|p) be the distribution of the token at time t if the clean token is drawn from the
+        predicted distribution p, and B the probability that the token was not redrawn until t. A
+        mask becomes a token y ~ r_t(.|p). Of the V tokens, a token z moves to another one with
+        probability ((1 - B)/V) (1 - r_t(z|p))/r_t(z|p), and stays otherwise.
         """
         t = interior(t)
         return self._move(query, zt, t, t, torch.ones_like(t), self._redrawn_per_token(t), u)

@@ -84,9 +84,9 @@ class RedrawKernel(Kernel):
         return torch.cat([(tokens - each * total) / keep, (mask - leave * total) / rest], -1)
 
     def _coefficients(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return the coefficients of the kernel with shape [r,1] in the given dtype.
+        """Return the coefficients keep, each, leave and rest of the kernel, as tensors [r,1].
 
-        They are keep, each, leave and rest, as the docstring of the class defines them.
+        The docstring of the class defines the coefficients.
         """
         coefficients = (self.keep, self.each, self.leave, self.rest)
         return [value.to(dtype).unsqueeze(-1) for value in coefficients]

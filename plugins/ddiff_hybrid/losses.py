@@ -161,11 +161,11 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
         return torch.where(zt == root, at_mask, at_token)
 
     def _split(self, zt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states at which the two losses are evaluated, two tensors [r].
+        """Return the states [r] for the loss of masked diffusion and for that of uniform diffusion.
 
-        - for masked diffusion: the mask at every row. The loss is used only at masks.
-        - for uniform diffusion: the token of the row, or token 0 at masks. The loss is used only at
-          tokens.
+        - The states for masked diffusion are masks at all rows. The loss is used only at masks.
+        - The states for uniform diffusion are the tokens of the rows, and token 0 at masks. The
+          loss is used only at tokens.
         """
         root = self.masked.vocabulary.root
         return torch.full_like(zt, root), zt.remainder(root)
@@ -176,7 +176,8 @@ def _log_ratio(
 ) -> Tensor:
     """Return the log-ratio [r,S] of the probability of each of the S states to that of z_t.
 
-    The probabilities are predicted: those of a score, or the marginal of a predicted distribution.
+    If the prediction is a distribution of tokens, its marginal at time t has these probabilities.
+    If it is a score, the log-ratios are the score itself.
     """
     if isinstance(prediction, Score):
         return prediction.log_ratio

@@ -32,8 +32,9 @@ Power = Annotated[float, Field(ge=0.3, le=10.0)]
 class MaskedDiffusion(TreeProcess):
     """Masked diffusion process, q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask.
 
-    The NELBO is an integral over t. Its integrand is (-alpha'/(1 - alpha)) (-ln p(x)) at a mask and
-    0 at a token, where alpha' is the derivative of alpha_t, and p is the predicted distribution of
+    alpha_t, the masking schedule, is the probability that a token is still clean at time t. The
+    NELBO is an integral over t. Its integrand is (-alpha'/(1 - alpha)) (-ln p(x)) at a mask and 0
+    at a token, where alpha' is the derivative of alpha_t, and p is the predicted distribution of
     the clean token x.
     """
 

@@ -104,9 +104,9 @@ class Ratios:
 class ScoreHead(Head):
     """Score head: one output per state, the log of its probability ratio to the current state.
 
-    With `scaled`, the outputs at masks are scaled (see `Ratios`). The head then starts at the score
-    of the uniform distribution, and after `start_from_counts` at the score of the unigram
-    distribution. Otherwise it starts with all ratios equal to 1.
+    With `scaled`, the outputs at masks are scaled (see `Ratios`). The initial output is then the
+    score of the uniform distribution, or of the unigram distribution after `start_from_counts`.
+    Without `scaled`, all ratios are initially 1.
     """
 
     parameterization: Ratios

@@ -33,7 +33,7 @@ class Rows:
 
 
 class Net(nn.Module):
-    """Toy network with an embedding, a hidden matrix, dropout and an output table."""
+    """Toy network with an embedding, a hidden matrix, dropout and an output matrix."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
