@@ -42,11 +42,11 @@ TreeKind = Literal["tied", "levelwise"]
 
 
 class Head(nn.Module, ABC):
-    """Base class of linear heads: logits are a table [rows,width] times hidden states, plus biases.
+    """Base class of linear heads: logits = `table` @ hidden state + `bias`, per position.
 
-    A subclass passes the number of rows of the table to the constructor, and defines `dist`,
-    `logits_per_row` and `start_from_counts`. Table and biases start at zero, so that the first
-    prediction is uniform within each softmax.
+    `table` [rows,width] is the output matrix. A subclass passes its number of rows to the
+    constructor, and defines `dist`, `logits_per_row` and `start_from_counts`. Output matrix and
+    biases start at zero, so that the first prediction is uniform within each softmax.
     """
 
     is_table = True  # Muon, an optimizer for hidden matrices, must not update these parameters
