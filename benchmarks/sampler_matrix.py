@@ -1,4 +1,4 @@
-"""Measure error and network evaluations of every sampler on every process that it supports.
+"""Measure error and network evaluations of all samplers on all forward processes they support.
 
 python benchmarks/sampler_matrix.py                # write docs/samplers.md, about half an hour
 python benchmarks/sampler_matrix.py --only mdlm gidd --points 4096 --out /tmp/samplers.md

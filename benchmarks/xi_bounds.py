@@ -45,7 +45,8 @@ BEGIN, END = "<!-- benchmarks/xi_bounds.py -->\n", "<!-- end -->\n"
 class Published(TreeProcess):
     """Tree process with the approximate divergence of HDLM's code (option `simplified`).
 
-    Let n be the number of clusters, P_c the predicted probability of the true cluster c, p(x) the
+    xi is the probability that the forward process moves a token to its true cluster. Let n be the
+    number of clusters, P_c the predicted probability of the true cluster c, p(x) the
     predicted probability of the true token x, and rho = xi P_c + (1 - xi)(1 - P_c)/(n - 1) the
     predicted probability that the forward process moves the token to c. The divergence of the code
     (arXiv 2510.08632) is

@@ -83,7 +83,8 @@ def write_atomic(
 ) -> None:
     """Write `content` to a file atomically. A str is encoded as UTF-8.
 
-    `system` and `sync` are those of `open_atomic`.
+    `system`: fsspec file system of `path`; None: `path` determines the file system. `sync`: whether
+    a local file is flushed to the disk before it is renamed.
     """
     with open_atomic(path, system=system, sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -297,9 +297,9 @@ def prepare(
         typer.Option(metavar="DIR", help="Also copy the shards to this folder or fsspec path."),
     ] = None,
 ) -> None:
-    """Tokenise the data set of a recipe before training.
+    """Tokenize the data set of a recipe before training.
 
-    An interrupted tokenization is resumed. A complete one is verified.
+    An interrupted tokenization is resumed. The shards of a complete tokenization are verified.
     """
     from ddiff.recipe.resolve import read_recipe
     from ddiff.runs.tokenize import prepare_data

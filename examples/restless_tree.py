@@ -50,14 +50,15 @@ from ddiff.testing import assert_laws, check_process
 class RestlessTree(ForwardProcess):
     """Tree process in which tokens are also redrawn, at the rate redrawing / (1 - t).
 
-    The marginal q_t(z|x) of a state z at level l is
+    In the symbols of the docstring of this module, the marginal q_t(z|x) of a state z at level l is
 
         l < below    pi_l(t) ( B_t 1[a_l(x) = z] + (1 - B_t) share(z) 1[x is under family(z)] )
         l >= below   pi_l(t) 1[a_l(x) = z]
 
-    The docstring of this module defines the symbols. A transition from time s to time t has the
-    same form, with B_t/B_s in place of B_t and the transition probabilities between levels in place
-    of pi_l(t).
+    Here pi_l(t) is the probability of level l, a_l(x) the ancestor of x at level l, and B_t the
+    probability that a token was never redrawn until time t. A transition from time s to time t has
+    the same form, with B_t/B_s in place of B_t and the transition probabilities between levels in
+    place of pi_l(t).
 
     With redrawing = 0 nothing is redrawn. With below = 1 on a tree of tokens and a mask, the
     process is the gamma-hybrid of arXiv 2504.06416.

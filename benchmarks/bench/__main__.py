@@ -134,6 +134,8 @@ def train(effort: Effort) -> list[dict[str, Any]]:
 def sample(effort: Effort) -> list[dict[str, Any]]:
     """Measure sampling with each family of models. Print a table and return its rows.
 
+    `effort` contains the number of measurement rounds.
+
     All steps of a diffusion sampler of the reference implementation cost the same. Therefore only
     some steps are run, and the cost of a whole run is extrapolated.
     """
@@ -303,7 +305,8 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
 def ddp(effort: Effort) -> list[dict[str, Any]]:
     """Measure the cost of the gradient all-reduce in a training step of two ranks (DDP).
 
-    Each rank has 8 sequences. Prints a table and returns its rows.
+    Each rank has 8 sequences. `effort` has the number of repetitions. Prints a table and returns
+    its rows.
     """
     say("\n## Two processes with and without all-reduce (ddp, gloo), mdlm, 8x128 each\n")
     say_header(

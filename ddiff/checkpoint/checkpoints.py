@@ -193,7 +193,7 @@ class Checkpoints:
     """Folder with the newest `keep` checkpoints of a run.
 
     In a distributed run every rank has its own `Checkpoints` object. Saving is collective: all
-    ranks must call it. Reading is not collective.
+    ranks must call the method. Reading is not collective.
     """
 
     def __init__(self, root: str | os.PathLike[str], keep: int = 2) -> None:
@@ -233,9 +233,9 @@ class Checkpoints:
         model: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> str:
-        """Copy `model` and `state`, and write the checkpoint in a thread.
+        """Copy `model` and `state`, write the checkpoint in a thread, and return the path.
 
-        The arguments are those of `save`. The tensors may change after this call. The method first
+        `save` describes the arguments. The tensors may change after this call. The method first
         waits until the previous save has ended, and raises CheckpointError if the previous save
         failed.
         """

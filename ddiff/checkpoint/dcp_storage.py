@@ -302,7 +302,7 @@ def stage(
 
     All ranks of `group` must call this function; `group` is None in a single process. Every rank
     writes its shards of DTensors, and rank 0 writes all other tensors. `locate(name)` returns (name
-    of the file without its extension, key).
+    of the file without its extension, key of the tensor in the file).
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in CODES:

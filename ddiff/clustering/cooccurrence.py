@@ -61,8 +61,9 @@ def _count_contexts(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Count how often the C most frequent tokens occur before and after each of V tokens.
 
+    Only occurrences in the same document (`document` holds the document number of each position)
+    at a distance of at most `window` are counted, with the weight 1/distance. V is `num_tokens`.
     Returns two arrays [V, C], one for the positions before and one for the positions after a token.
-    Each occurrence has the weight 1/distance.
     """
     frequency = np.bincount(ids, minlength=num_tokens)
     # A stable sort, so that tokens of equal frequency are always taken in the same order.

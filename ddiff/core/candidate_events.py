@@ -51,7 +51,7 @@ class NoiseTables(Protocol):
 
 
 class CandidateEvents:
-    """Candidate events of rows whose current states are zt [r].
+    """Candidate events (times of possible jumps) of rows whose current states are zt [r].
 
     The candidate rate of a row in state z is at least omega_t(z) (1 - b_t(z)) / b_t(z), where
     omega_t(z) is the rate of forward jumps into z, and b_t(z) is the part of q_t(z|x) that does not

@@ -203,7 +203,7 @@ class LevelClock(SettingsRepr, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return the integral of the entry rate up to a point, and its derivative at this point.
 
-        The point is given by the number of its cell, `cell` [r], and by its relative position in
+        The point is given by the index of its cell, `cell` [r], and by its relative position in
         the cell, `position` [r]: 0 at the lower edge and 1 at the upper edge. `level` [r] is the
         level of each row. The interpolant is the cubic that has the tabulated values and slopes at
         both edges.
@@ -232,8 +232,8 @@ class LogTimeClock(LevelClock):
     The transition over a log-time tau is exp(tau A), where A is the generator of the levels in
     log-time. exp(tau A) is computed by uniformization. This is a series of positive terms, so every
     entry keeps its relative accuracy (1e-10 for t >= 1e-6). Two other methods would lose digits by
-    cancellation: partial fractions, and the computation of the root's probability as 1 minus those
-    of the other levels.
+    cancellation: partial fractions, and the computation of the root's probability as 1 minus the
+    probabilities of the other levels.
     """
 
     def __init__(self, rates: Sequence[float]) -> None:
@@ -269,8 +269,8 @@ class LogTimeClock(LevelClock):
     def _exponential(self, tau: Tensor, row: int | None = None) -> Tensor:
         """Return exp(tau A) [r,L+1,L+1], or only its row number `row` [r,L+1].
 
-        A is the generator of the levels in log-time, and tau [r] the elapsed log-time. The series
-        is sum_k Poisson(k; q tau) (I + A/q)^k, with q = max(rates).
+        A is the generator of the levels in log-time -ln(1 - t), and tau [r] the elapsed log-time.
+        The series is sum_k Poisson(k; q tau) (I + A/q)^k, with q = max(rates).
         """
         powers = self._powers.to(tau.device)
         if row is not None:

@@ -78,8 +78,9 @@ class ComponentProcess(InterpolatingProcess):
     def _component_arrivals(self, s: Tensor, t: Tensor) -> Tensor:
         """Return the probabilities [r,K] that the last redraw between s and t is from component k.
 
-        The probabilities of a row sum to 1 - alpha_t / alpha_s, the probability of at least one
-        redraw; alpha_t is the probability of no redraw until t.
+        Component k is the k-th distribution of the noise. The probabilities of a row sum to
+        1 - alpha_t / alpha_s, the probability of at least one redraw; alpha_t is the probability of
+        no redraw until t.
         """
         kept = self._stay(s, t).unsqueeze(-1) * self.coefficients(s)
         return subtract_or_zero(self.coefficients(t), kept).clamp(min=0.0)

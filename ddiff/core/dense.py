@@ -221,7 +221,7 @@ class DenseProcess(ForwardProcess):
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        """Return a chain with a constant generator, and one whose generators do not commute."""
+        """Return a chain with a constant generator and one with generators that do not commute."""
         rng = torch.Generator().manual_seed(0)
         first = torch.rand(4, 4, generator=rng).double()
         second = torch.rand(4, 4, generator=rng).double()

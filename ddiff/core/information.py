@@ -11,8 +11,8 @@ The diffusion term of the bound is an integral over t. For the uniform predictio
 integrand over tokens and states is proportional to dtau/dt. Per unit of tau, this mean is therefore
 constant: if tau is drawn uniformly, every drawn time has the same mean, and the estimate of the
 bound is not skewed. If t is drawn uniformly, the estimate is skewed for processes that lose their
-tokens quickly near one end. The integral of `ForwardProcess.weight` cannot replace tau, since this
-integral diverges at t = 1 for uniform noise.
+tokens quickly near t = 0 or t = 1. The integral of `ForwardProcess.weight` cannot replace tau,
+since this integral diverges at t = 1 for uniform noise.
 
 For linear masking tau = t. For a tree, tau is a closed-form sum over levels
 (`TreeProcess.information`).
@@ -297,9 +297,9 @@ def _refine_knots(shares: TimeFunction, logit_t: Tensor) -> tuple[Tensor, Tensor
 def _select_rising(shares_at: Tensor, logit_t: Tensor) -> tuple[Tensor, Tensor]:
     """Keep the knots at which logit tau is larger than at all earlier knots.
 
-    Knots at which a fraction of the information is below RELIABLE are dropped too. `shares_at`
-    holds the fractions of the information lost before and after each knot. Returns logit tau [k]
-    and logit t [k] of the k remaining knots.
+    `logit_t` holds the knots, and `shares_at` the fractions of the information that are lost before
+    and after each knot. Knots at which one of the fractions is below RELIABLE are dropped too.
+    Returns logit tau and logit t of the k remaining knots, two tensors [k].
     """
     before, after = shares_at
     is_reliable = (before > RELIABLE) & (after > RELIABLE)

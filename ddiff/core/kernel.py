@@ -150,7 +150,7 @@ def solve_well_conditioned(
     """Replace p [r,V] by the solution of p K = s in rows whose operator K is well conditioned.
 
     `square` [n,S,S] holds the operators K of n times, `time_index` [r] the index of the time of
-    each row, and `s` [r,S] the right-hand sides, scores. The result is [r,V]. The solution by
+    each row, and `s` [r,S] the right-hand sides, which are scores. The result is [r,V]. Gaussian
     elimination keeps the relative accuracy of small probabilities at small t. This accuracy
     matters, because decoding formulas multiply small probabilities by factors of order 1/t.
     """

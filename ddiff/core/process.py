@@ -647,5 +647,5 @@ def _is_only_possible_token(log_likelihood: Tensor, x0: Tensor) -> Tensor:
 
 
 def _subtract_at(log_values: Tensor, ids: Tensor) -> Tensor:
-    """Subtract from every row of a tensor [r,S] its entry at ids [r]."""
+    """Subtract from each row i of `log_values` [r,S] the entry in the column `ids[i]`."""
     return log_values - log_values.gather(-1, ids.unsqueeze(-1))

@@ -378,8 +378,8 @@ class WindowTimes:
         """Return the times `t` and weights `speed`, with changes outside the current window.
 
         Positions in `clean` lie before the window and get time 0. Positions in `at_prior` lie after
-        it and get time 1. Both get speed 0. `block` holds the block numbers that restrict
-        attention.
+        it and get time 1. All these positions get speed 0. `block` holds the block numbers that
+        restrict attention.
         """
         t = t.masked_fill(clean, 0.0).masked_fill(at_prior, 1.0)
         speed = speed.masked_fill(clean | at_prior, 0.0)
@@ -492,7 +492,7 @@ def _window_numbers_at(depth: Tensor) -> Tensor:
 
 
 def _with_weight(times: Times, counted: Tensor, weight: float) -> Times:
-    """Return `times` with speed `weight` at the positions marked in `counted`, and 0 elsewhere."""
+    """Return `times` with speed `weight` where the mask `counted` is True, and speed 0 else."""
     speed = torch.where(counted, weight, 0.0)
     return times._replace(speed=speed.to(times.t))
 

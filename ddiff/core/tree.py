@@ -211,10 +211,9 @@ class TreeProcess(ForwardProcess):
         """Return the total true reverse rate out of z_t [r], which is 0 at tokens.
 
         Let l be the level of z_t, pi_l(t) the probability of being at level l, and F_l(t) the
-        probability of having reached level l. The rate is F_l'(t) / pi_l(t). The integral of
-        pi_l times this rate over t is
-        F_l(1) - F_l(0), which is 1 if all positions are at tokens at t = 0 and at the root at t =
-        1.
+        probability of having reached level l. The rate is F_l'(t) / pi_l(t). The integral of pi_l
+        times this rate over t is F_l(1) - F_l(0), which is 1 if all positions are at tokens at
+        t = 0 and at the root at t = 1.
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
@@ -272,7 +271,7 @@ class TreeProcess(ForwardProcess):
     def closing_kl(self, prediction: Prediction, x0: Tensor, t: Tensor) -> Tensor:
         """Return KL( q_t(.|x0) || q_t-bar ) [r]; q_t-bar is the marginal for the prediction.
 
-        If parents are not stochastic, this is the sum over levels l of -pi_l(t) ln P(anc_l(x0)).
+        If parents are not stochastic, the KL is the sum over levels l of -pi_l(t) ln P(anc_l(x0)).
         pi_l is the probability of level l, and P(anc_l(x0)) the predicted probability of the
         ancestor of x0 at level l.
         """

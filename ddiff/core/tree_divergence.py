@@ -1,8 +1,8 @@
 """Divergences of the tree family, between the true and the predicted state one level below.
 
-Notation as in `ddiff.core.tree`: a position at token x moves to node z of level l with probability
-A 1[anc(x) = z] + r(z). Here anc(x) is the ancestor of x at level l, A = A_0l, and r = r_0l is a
-remainder that does not depend on x (`StochasticParents`).
+Notation as in `ddiff.core.tree`: let anc(x) be the ancestor of token x at level l. A position at
+token x that moves to level l gets to node z of this level with probability A 1[anc(x) = z] + r(z).
+A and r, which are A_0l and r_0l of `StochasticParents`, do not depend on x.
 """
 
 from __future__ import annotations

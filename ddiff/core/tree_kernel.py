@@ -87,7 +87,7 @@ class TreeKernel(Kernel):
         return torch.cat(levels, -1)
 
     def solve(self, vector: Tensor) -> Tensor:
-        """Return the solution x of x K = v for the vector v, level by level from the tokens up.
+        """Return the solution x of x K = v for v = `vector`, level by level from the tokens up.
 
         Let x_j be the part of x at level j, K_ij the probability of a move from level i to level j,
         and push(x_i) the part x_i moved to level j. Then

@@ -203,8 +203,9 @@ def check_xi(xi: float | Sequence[float], num_levels: int) -> tuple[float, ...]:
     """Return xi for each level 1..L above the tokens as a tuple.
 
     xi is the probability that a position moves to its own parent, instead of another node of the
-    level. A single number is used for all levels. If only the number of level L (the root) is
-    missing, it is 1.
+    level. A single number is used for all levels. If only the value of level L (the root) is
+    missing, it is set to 1.
+
     Raises ArgumentError if the number of values or their range does not fit.
     """
     if isinstance(xi, (int, float)):

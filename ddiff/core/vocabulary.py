@@ -265,7 +265,8 @@ class HierarchicalVocabulary(Vocabulary):
 
         For example `label("cat")` is `("noun", "open class")`. The nodes of level l are the
         distinct tuples (label_l, ..., label_last), so equal names under different coarser groups
-        are different nodes. A label that is not a tuple counts as one level.
+        are different nodes. A label that is not a tuple counts as one level. `tokens` are the token
+        strings in the order of their ids.
         """
         paths = []
         for token in tokens:

@@ -182,7 +182,7 @@ def _sha256(path: Path) -> str:
 def _publish(partial: Path, place: Path, identity: dict[str, Any]) -> None:
     """Rename the finished directory `partial` to `place`.
 
-    If another process has built the same entry in the meantime, the entry of that process is kept.
+    If another process has built the same cache entry in the meantime, that entry is kept.
     A damaged entry at `place` is replaced. `identity`: format, kind and inputs of the entry.
     """
     if place.exists() and not _is_whole(place, identity):

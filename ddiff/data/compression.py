@@ -108,7 +108,7 @@ def _check_ending(path: str, expected: str | None, found: str | None, head: byte
 
 @contextmanager
 def _explain_damage(path: str, compression: str) -> Iterator[None]:
-    """Turn the errors of the decompression libraries into a DataError that names the file."""
+    """Turn errors of a decompression library into a DataError that names file and compression."""
     try:
         yield
     except EOFError as error:

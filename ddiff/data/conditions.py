@@ -36,7 +36,7 @@ class Conditions:
     def select(self, document: Tensor, packed: bool) -> dict[str, Tensor]:
         """Return the values of all conditions for a batch.
 
-        `document` [B,L] is the number of the document at each position. The result has one value
+        `document` [B,L] is the index of the document at each position. The result has one value
         per position if `packed`, and one value per row otherwise.
         """
         numbers = document if packed else document[:, 0]

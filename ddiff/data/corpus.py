@@ -216,7 +216,8 @@ class SourceCorpus:
     def sources(self) -> list[Iterator[Chunk]]:
         """Return one iterator of chunks per source.
 
-        The first source is that of training. The second, if there is one, is that of validation.
+        The first iterator reads the training source. If there is a validation source, a second
+        iterator reads it.
         """
         if self.validation_source is None:
             return [self.train_chunks()]

@@ -238,7 +238,8 @@ def _check_part(part: Dataset, name: str) -> None:
 def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
     """Read the documents of all files.
 
-    The result is memory-mapped from `cache`. If `cache` is None, the result is in memory.
+    `split` says whether a document is a file, a paragraph or a line. The result is memory-mapped
+    from `cache`. If `cache` is None, the result is in memory.
     """
     if cache is None:
         corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))

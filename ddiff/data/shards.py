@@ -101,10 +101,10 @@ class Shards:
 
     @cached_property
     def overlap(self) -> dict[str, list[int]]:
-        """Counts of documents in both the training and validation part, or twice in one of them.
+        """Numbers of validation documents in the training text, and of repetitions in each part.
 
-        The keys are those of `find_overlap`. The counts are read from the manifest. If the manifest
-        of an older version lacks them, the documents are compared.
+        `find_overlap` describes the keys and values. The numbers are read from the manifest. If the
+        manifest of an older version lacks them, the documents are compared.
         """
         stored = self.manifest.get("overlap")
         return stored or find_overlap(self.stream(TRAIN), self.stream(VALIDATION))

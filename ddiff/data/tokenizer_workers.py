@@ -131,7 +131,7 @@ def encode_chunks(
 
 
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk, held_out: float = 0.0) -> EncodedChunk:
-    """Encode the documents of a chunk, each followed by its end mark.
+    """Encode the documents of a chunk, each followed by its end mark (the token `eos_id`).
 
     If `chunk.part` is None, the fraction `held_out` of the documents is marked as held out for
     validation. Raises DataError if the tokenizer returns ids outside 0..num_tokens-1.

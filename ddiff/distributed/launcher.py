@@ -248,8 +248,9 @@ def _failure_order(
     """Return the sort key of a failed worker; the smallest key is the likely cause.
 
     `reports` is the folder in which workers write their error messages. Workers with the exit code
-    MISTAKE (an error of the user) come first, then workers by the time of their report. A killed
-    worker has no report and gets the time 0, because its death causes the failures of the others.
+    MISTAKE (an error of the user) come first, then workers by the time of their report, then by
+    `rank`. A killed worker has no report and gets the time 0, because its death causes the failures
+    of the others.
     """
     report = reports / str(rank)
     written = report.stat().st_mtime_ns if report.exists() else 0

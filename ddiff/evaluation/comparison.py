@@ -95,7 +95,7 @@ class Comparison:
         return asdict(self)
 
     def columns(self) -> tuple[list[str], list[list[str]]]:
-        """Return the table as text.
+        """Return the titles and the cells of the table as text.
 
         Returns:
             - the titles of the columns,

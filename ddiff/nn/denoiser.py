@@ -185,8 +185,8 @@ class Denoiser(nn.Module):
         head: maps hidden states to predictions.
         parameterization: "rest" if the head predicts P(x_i | z without z_i), or "all" if it
             predicts the full conditional P(x_i | z). Cross-entropy at positions that are not
-            masked trains the full conditional. A head with a parameterization of its
-            own, such as a score, needs "rest".
+            masked trains the full conditional. A head that defines another parameterization, such
+            as the score head, needs "rest".
         inputs: "own" if the input at position i is the state z_i. "previous" makes the denoiser
             autoregressive: the input at position i is the token at i - 1 (the mask at the start of
             a document), and position i attends to no later position. The denoiser then predicts

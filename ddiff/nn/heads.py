@@ -94,13 +94,13 @@ class Head(nn.Module, ABC):
 
         Args:
             hidden: [n,d] hidden states of the rows.
-            node: [n] query nodes, best on the host, since rows are grouped by node there.
+            node: [n] query nodes, preferably on the CPU, where the rows are grouped by node.
             fn: fn(prediction, idx) returns a tensor [k] or a tuple of tensors [k,...] for the rows
                 idx [k]. Tensors of an enclosing function that `fn` uses get no gradient.
 
         Returns a tuple: first the sum of the first result of `fn`, with gradients for `hidden`,
-        table and biases; then every result of `fn`, in row order and without gradients. If there
-        are no rows, `fn` is called once with an empty prediction, and the sum is 0.
+        output matrix and biases; then every result of `fn`, in row order and without gradients. If
+        there are no rows, `fn` is called once with an empty prediction, and the sum is 0.
         """
         return _ChunkedSum.apply(
             hidden, self.table, self.bias, self, node, fn, torch.is_grad_enabled()
@@ -349,10 +349,10 @@ class _ChunkLogits:
     def add_gradients(
         self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor
     ) -> None:
-        """Add the gradients of `value` [] to three buffers in place.
+        """Add the gradients of the scalar `value` to three buffers in place.
 
         The buffers are the gradients of the hidden states of this chunk (`d_hidden`), of the whole
-        table (`d_table`) and of all biases (`d_bias`).
+        output matrix (`d_table`) and of all biases (`d_bias`).
         """
         if not value.requires_grad:
             return

@@ -49,7 +49,8 @@ def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
 def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()) -> Recipe:
     """Resolve a recipe given as TOML text.
 
-    `source` is the file name in messages. Paths in `extends` may be relative to its folder.
+    `source` is the file name in messages. Paths in `extends` may be relative to the folder of this
+    file. `settings` are "key=value" texts that replace values of the recipe.
     """
     tree = read_sources(RecipeFile(text, source), settings)
     return read_tables(tree)

@@ -44,7 +44,7 @@ def check_overwriting(contents: Contents, *, warn: bool = False) -> None:
 
 
 def _check_names_free(directory: Path) -> None:
-    """Raise CheckpointError if a directory without a recipe contains names of run files."""
+    """Raise CheckpointError if a directory without a recipe has a file named like a run file."""
     taken = []
     for name in FILES:
         path = directory / name

@@ -47,7 +47,7 @@ def build_single_backend(recipe: Recipe) -> Backend:
 
 
 def check_backend(recipe: Recipe) -> torch.device:
-    """Check that the backend can start, and return its device.
+    """Check that the backend can start, and return the device of training.
 
     No process is started. Raises ArgumentError if the backend cannot start.
     """

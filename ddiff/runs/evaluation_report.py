@@ -93,7 +93,7 @@ def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
 
 
 def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what an evaluation depends on, as two dicts.
+    """Return the inputs of an evaluation as two dicts.
 
     - The step and the weights ("ema" or "trained") that are evaluated.
     - The settings of the evaluation.

@@ -354,7 +354,7 @@ def _unigram_entropy(run: Run) -> float:
 
 @final
 class MemoryWatch:
-    """Measurement of the peak memory of training steps, by the callback `on_step`.
+    """Measurement of the peak memory of training steps. `Trainer.fit` calls `on_step` after a step.
 
     The memory in use after step `window` is the baseline. After step `last`, `bytes` is the peak
     memory since step `window` minus the baseline.

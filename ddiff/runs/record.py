@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None) -> None:
     """Write the recipe and components of a run, so that `ddiff.load` needs no training data.
 
-    `init`: record of the weights that [train] init loaded; None when training resumes. The recipe
-    is written before all other files. If the process is killed early, a directory with any file of
+    `backend`: backend whose device and number of processes are recorded. `init`: record of the
+    weights that [train] init loaded; None when training resumes. The recipe is written before all
+    other files. If the process is killed early, a directory with any file of
     a run therefore also contains the recipe.
     """
     directory = run.run_dir

@@ -215,9 +215,10 @@ def _print_verdict(subject: str, deviation: Deviation | None, allowed: float) ->
 
 
 def compare_records(theirs: Sequence[Record], mine: Sequence[Record]) -> Deviation | None:
-    """Return the largest relative difference between two records of the same steps.
+    """Return the largest relative difference between two recordings of the same steps.
 
-    Returns None if the records are equal.
+    `theirs` are the records that the run wrote, and `mine` those of the replay. Returns None if the
+    records are equal.
     """
     worst: Deviation | None = None
     for one, two in zip(theirs, mine, strict=True):

@@ -149,7 +149,8 @@ class _BatchSampler:
     ) -> list[dict[str, Any]]:
         """Draw the samples with indices `numbers`.
 
-        `templates` has one template per sample, or is empty.
+        `templates` has the prompt or infill text of each sample, or is empty. `on_step` is called
+        after every sampling step.
         """
         device = self.plan.model.device
         # The index of a sample keys the random generator, so a sample does not depend on its batch.

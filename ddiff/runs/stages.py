@@ -112,7 +112,8 @@ def _writes_unicode() -> bool:
 def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
     """Run all stages. Return the trained run and the exit code.
 
-    The run is None if a signal stopped the training.
+    The run is None if a signal stopped the training. `overrides` replaces the vocabulary or the
+    process of the recipe. `fresh` deletes an existing run first.
     """
     directory = Path(recipe.run_dir)
     rank_info = get_rank_info()  # None for one process

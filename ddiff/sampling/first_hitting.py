@@ -242,7 +242,8 @@ def _noise_probabilities(process: ForwardProcess, t: float) -> tuple[float, floa
     - the probability that the token has become another token,
     - the probability that the token has become any other state.
 
-    Both are the largest values among the tokens that `_example_rows` selects.
+    The tokens that `_example_rows` selects are compared. Each returned probability is the largest
+    among these tokens.
     """
     tokens, times = _example_rows(process, t)
     moved = process.transition(torch.zeros_like(times), times).row(tokens)

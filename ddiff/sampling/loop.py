@@ -91,7 +91,7 @@ class Sampler(ABC):
 
     @property
     def steps(self) -> int | None:
-        """Number of steps of `run`; None if it depends on the draws or the sequence length."""
+        """Number of steps of `run`; None if the number depends on draws or the sequence length."""
         return None
 
     def check_supported(  # noqa: B027

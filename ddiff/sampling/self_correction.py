@@ -111,9 +111,9 @@ class _Patience:
     def __call__(self, num_best: Tensor) -> Tensor:
         """Count one round, and return a bool [B] that is False for sequences that should stop.
 
-        `num_best` [B] is the number of positions whose present token is the most likely one. A
-        sequence improves if this number is larger than in every earlier round. It should stop after
-        more than `rounds` rounds in a row without improvement.
+        `num_best` [B] is the number of positions whose current token is the most likely one. A
+        sequence improves if this number is larger than in every earlier round. The sequence should
+        stop after more than `rounds` rounds in a row without improvement.
         """
         self.since = torch.where(num_best > self.best, 0, self.since + 1)
         self.best = torch.maximum(self.best, num_best)

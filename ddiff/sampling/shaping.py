@@ -244,8 +244,8 @@ class MinP:
 class _ComposedNetwork(CountingNetwork):
     """Base class of networks that combine or change the predictions of other networks.
 
-    The number of evaluations is the sum over the other networks. `name` is the name of the public
-    function in error messages.
+    The number of evaluations is the sum of those of the other networks. `name` is the name of the
+    public function that makes the network, for error messages.
     """
 
     def __init__(self, name: str, *networks: Network) -> None:
@@ -379,7 +379,7 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
         return guided_query
 
     def _guide(self, dist: CleanDistribution, noisy: Noisy, rows: Tensor) -> CleanDistribution:
-        """Add the weighted log-likelihoods of the classifier to those of `dist`, and normalize.
+        """Add weighted log-likelihoods of the classifier to the log of `dist`, and normalize.
 
         `rows` [k] are the flat positions b * L + i of the rows of `dist`.
         """

@@ -216,7 +216,7 @@ def bent_path(
     v: Tensor,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return logit t and its derivative by v, for a path of times t(v) that depends on `position`.
+    """Return logit t and d logit(t)/dv, for a path of times t(v) that depends on `position`.
 
     v runs from 0 to 1, and logit t is rescaled so that the window of times is [0, 1]. Even and odd
     positions have different times, except at the limits of the window, v = 0 and v = 1.
@@ -520,9 +520,9 @@ def speed_equality(
 
     Position i has the noise time t_i(v), where v runs from 0 to 1, and its integrand of the bound
     is multiplied by dt_i/dv. All paths have the same first and last time. The bound depends only on
-    these two times, so it must equal the value for one common path. `path` gives the times, and
-    `finer` is a factor on the number of quadrature nodes. Tolerance 1e-8: the quadrature has an
-    error of 1e-9.
+    these two times (`window`), so it must equal the value for one common path. `path` gives the
+    times, and `finer` is a factor on the number of quadrature nodes. Tolerance 1e-8: the quadrature
+    has an error of 1e-9.
     """
     log_joint = random_joint(process.vocabulary.num_tokens)
     table = rest_conditional_table(process, log_joint)
@@ -672,7 +672,7 @@ def _discrete_bound(
 def weights_are_level_flows(
     process: ForwardProcess, windows: Sequence[Window] = FINITE
 ) -> Iterator[Gap]:
-    """Check that the expected weight of a level integrates to the probability of entering it.
+    """Check that a level's expected weight integrates to the probability of entering the level.
 
     The check applies to tree processes. The integrand of the bound is weight * divergence. The
     expected weight of a level is the sum of probability * weight over its states. F_l(t) is the

@@ -253,7 +253,7 @@ def draw_terms(
 
     Returns:
         - the terms of the bound, a tensor [n,points,L] for each,
-        - the random generator, which has counted how often each channel was drawn.
+        - the random generator, which has counted the draws of each channel (random stream).
     """
     length = x0.shape[1]
     sequence, point = product(

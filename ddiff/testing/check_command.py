@@ -227,7 +227,7 @@ def _example_vocabularies(
 def _build_on(
     component: Component, spec: ComponentSpec, vocabularies: list[Vocabulary], **inputs: Any
 ) -> list[Any]:
-    """Build the component on each vocabulary that it accepts.
+    """Build the component on each vocabulary that it accepts. Return the built objects.
 
     `inputs` are further arguments of `spec.build`. Raises ArgumentError if the component accepts
     none of the vocabularies.

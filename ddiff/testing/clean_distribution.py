@@ -54,7 +54,7 @@ def _nodes_and_levels(prediction: CleanDistribution) -> list[tuple[int, int]]:
 def _log_mass(prediction: CleanDistribution, node: int) -> Tensor:
     """Return the log-probability [r] of a node given `prediction.top`.
 
-    It is computed from the probabilities of the leaf tokens below the node.
+    The probability is the sum of the probabilities of the leaf tokens below the node.
     """
     vocabulary = prediction.vocabulary
     first, _ = vocabulary.node_range(torch.tensor(prediction.top), 0)

@@ -96,9 +96,9 @@ def hazard_is_relative_inflow(clock: LevelClock) -> Iterator[Gap]:
 def clock_transition_is_oracle(clock: LevelClock) -> Iterator[Gap]:
     """Check that the transition matrix of the levels is the integral of the hazards.
 
-    The hazard of a level is the rate at which tokens leave it. `transition(s, t)` is compared with
-    a numerical solution of the Kolmogorov equation from s to t, and each of its rows must sum to 1.
-    Tolerance 1e-8: the integrator has an error of 1e-9 with 600 Magnus steps.
+    The hazard of a level is the rate at which positions leave it. `transition(s, t)` is compared
+    with a numerical solution of the Kolmogorov equation from s to t, and each of its rows must sum
+    to 1. Tolerance 1e-8: the integrator has an error of 1e-9 with 600 Magnus steps.
     """
     s, t = times(*PAIRS).reshape(-1, 2).T
     got = clock.transition(s, t)

@@ -142,9 +142,9 @@ def scopes_agree(head: Head) -> Iterator[Gap]:
 def chunks_agree(head: Head) -> Iterator[Gap]:
     """Check that a head returns the same values for chunks of one row as for all rows at once.
 
-    `query` returns a value for each row, and `total` also returns the sum of the values. Both are
-    evaluated in chunks of one row and compared with `query` at the default chunk size. Values must
-    be in row order. The error is relative. Tolerance 1e-10: float64 rounding.
+    `query` returns a value for each row, and `total` also returns the sum of the values. Both
+    methods are evaluated in chunks of one row and compared with `query` at the default chunk size.
+    Values must be in row order. The error is relative. Tolerance 1e-10: float64 rounding.
     """
     head = randomize_in_float64(head)
     rows = _make_rows(head)

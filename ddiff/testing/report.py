@@ -69,7 +69,7 @@ def compare(
     where: Mapping[str, Any] | None = None,
     relative_to: Tensor | float = 1.0,
 ) -> Gap:
-    """Find the largest value of |got - expected| / relative_to and its place.
+    """Find the largest value of |got - expected| / relative_to, and where it occurs.
 
     If one of the two numbers is NaN, or only one is infinite, their difference counts as infinite.
 

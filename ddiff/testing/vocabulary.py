@@ -80,10 +80,10 @@ def ancestors_follow_parents(vocabulary: Vocabulary) -> Iterator[Gap]:
 def ranges_are_contiguous(vocabulary: Vocabulary) -> Iterator[Gap]:
     """Check that node_range(node, l) is the range of the ids of level l below a node.
 
-    The range refers to places in tree order, an order in which the ids below any node are
-    contiguous. It must contain exactly the ids below the node, and at least one id. order(l) lists
-    the ids of level l in tree order and must be a permutation of them. position(l) must be the
-    inverse of order(l). Tolerance 0: ids are integers.
+    order(l) lists the ids of level l in tree order, in which the ids below any node are contiguous.
+    node_range(node, l) is a range of indices of this list. The ids in the range must be exactly the
+    ids below the node, and at least one. order(l) must be a permutation of the ids of level l, and
+    position(l) must be the inverse of order(l). Tolerance 0: ids are integers.
     """
     for level in range(vocabulary.num_levels + 1):
         yield from _order_gaps(vocabulary, level)

@@ -37,8 +37,8 @@ class WarmupConstant:
 class WarmupCosine:
     """Linear warm-up, then a cosine decay of the factor from 1 to `floor` at the last step.
 
-    `steps` is the number of steps of the run. The warm-up is that of `WarmupConstant`. If
-    `steps <= warmup`, there is no decay.
+    `steps` is the number of steps of the run. During the first `warmup` steps, the factor is
+    (step + 1) / warmup. If `steps <= warmup`, there is no decay.
     """
 
     steps: int

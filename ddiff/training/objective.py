@@ -305,9 +305,10 @@ def _merge_times(
 ) -> Times:
     """Combine the noise times for the decoding term and for the diffusion term in one batch.
 
-    Sequences with `chosen` [B,1] True estimate the decoding term: they get the noise times `first`,
-    and their weights `Times.speed` are divided by `share`. The other sequences estimate the
-    diffusion term: they get the noise times `times`, and their weights are divided by 1 - share.
+    `share` is the fraction of the sequences that estimate the decoding term. These sequences have
+    `chosen` [B,1] True: they get the noise times `first`, and their weights `Times.speed` are
+    divided by `share`. The other sequences estimate the diffusion term: they get the noise times
+    `times`, and their weights are divided by 1 - share.
     With these divisors, each of the two groups estimates a sum over the whole batch.
     """
     speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))

@@ -218,8 +218,8 @@ class Trainer:
         """Seed torch's generator from seed, rank and step, on every rank except rank 0.
 
         Checkpoints store only the random state of rank 0. The random numbers of the other ranks
-        must not depend on the steps at which the run was saved or resumed, so they are seeded at
-        every step.
+        must not depend on the steps at which the run was saved or resumed, so the generators are
+        seeded at every step.
         """
         if self.backend.rank > 0:
             torch.manual_seed(zlib.crc32(f"{self._seed} {self.backend.rank} {step}".encode()))

@@ -34,7 +34,7 @@ class AutoregressiveObjective:
 
     The denoiser must have `inputs = "previous"`: its input at each position is the token before
     that position. There is no forward process and no noise time, and `nll` is exact. The attribute
-    `module` is the module that the trainer calls: the denoiser, or the backend's wrapper of it.
+    `module` is the module that the trainer calls: the denoiser, possibly wrapped by the backend.
 
     Raises ArgumentError if the vocabulary has no mask, since the mask is the input before the first
     token of a document, or if the head predicts scores.

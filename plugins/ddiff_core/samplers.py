@@ -55,7 +55,7 @@ Spacing = Literal["uniform", "cosine", "log"]
 class ShapingConfig(ComponentConfig):
     """Temperature and filters of the predicted distribution; the defaults change nothing.
 
-    On a tree they are applied to the distribution over the children of each node.
+    On a tree, they apply to the distribution over the children of each node.
     """
 
     temperature: NonNegativeFloat = 1.0

@@ -1,7 +1,7 @@
 """Encoders and decoders of the transformers library as backbones.
 
-The layers of the model are used unchanged. Its embedding is replaced by a table with one row per
-state of the vocabulary, and its attention mask by that of the denoiser.
+The layers of the model are used unchanged. The embedding of the model is replaced by a table with
+one row per state of the vocabulary, and its attention mask by the attention mask of the denoiser.
 """
 
 from __future__ import annotations
@@ -149,8 +149,10 @@ class PretrainedBackbone(Backbone):
     def _make_mask(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Return the attention mask [B,1,L,L] that the model adds to its attention scores.
 
-        An entry is 0 if the query may attend to the key, else the smallest finite number. The
-        result is never None, since a decoder without a mask would apply its causal mask.
+        An entry is 0 if the query may attend to the key, else the smallest finite number. The mask
+        combines the one of `context` with, for `bidirectional=False`, a causal mask over
+        `positions`. A mask is always returned, since a decoder without one would apply its causal
+        mask.
         """
         visible = context.attention_mask()
         length = ids.shape[1]

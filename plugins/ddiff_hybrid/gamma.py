@@ -569,7 +569,7 @@ class GammaHybrid(ForwardProcess):
     # ------------------------------------------------------------------ terms of the formulas above
 
     def _redrawn_per_token(self, t: Tensor) -> Tensor:
-        """Return (1 - B_t)/V [r], the probability that a token was redrawn as one given token.
+        """Return (1 - B_t)/V [r], the probability that a token was redrawn and is one given token.
 
         B_t is the probability that the token was not redrawn until time t, and V the number of
         tokens.

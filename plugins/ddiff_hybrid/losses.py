@@ -123,7 +123,7 @@ class MixedEntropies(TrainingLoss[GammaHybrid]):
 
     The loss is (1 - gamma) times the score entropy of masked diffusion at masks, and gamma times
     the score entropy of uniform diffusion at tokens. sigma is the total noise up to time t. The
-    code of the paper uses e^sigma in both score entropies. The NELBO would have
+    code of arXiv 2504.06416 uses e^sigma in both score entropies. The NELBO would have
     e^{(1 - gamma) sigma} at masks and e^{gamma sigma} at tokens, so that for 0 < gamma < 1 this
     loss is not a bound on the likelihood.
     """
@@ -176,8 +176,8 @@ def _log_ratio(
 ) -> Tensor:
     """Return the log-ratio [r,S] of the probability of each of the S states to that of z_t.
 
-    If the prediction is a distribution of tokens, its marginal at time t has these probabilities.
-    If it is a score, the log-ratios are the score itself.
+    If the prediction is a distribution of tokens, the probabilities are its marginal at time t. A
+    score contains the log-ratios already.
     """
     if isinstance(prediction, Score):
         return prediction.log_ratio
