@@ -116,8 +116,8 @@ class GammaHybrid(ForwardProcess):
     noise sigma(t), and with it A_t, the probability that a position is not masked:
 
     - "masked": A_t = 1 - t, so that t is the expected fraction of masks for every gamma.
-    - "noise": e^{-sigma} = 1 - (1 - floor) t, as in the paper. If floor > 0, some tokens are not
-      masked at t = 1.
+    - "noise": e^{-sigma} = 1 - (1 - floor) t, as in the paper; `floor` is the value at t = 1. If
+      floor > 0, some tokens are not masked at t = 1.
 
     Both settings give the same chain at different speeds.
 
