@@ -8,11 +8,11 @@ A head never returns a prediction. For each chunk of rows with the same query no
 are computed, and only for one chunk at a time, so that no tensor [positions, V] is made.
 
 In training the gradients are computed chunk by chunk too (as in a fused cross-entropy), and added
-in place to one buffer for the whole table, the weight matrix of the output layer. Autograd would
-make a zero-filled gradient [V,d] for every slice of the table.
+in place to one buffer for the whole output matrix (the attribute `table`). Autograd would make a
+zero-filled gradient [V,d] for every slice of the matrix.
 
-The rows of a table are sorted such that the states below a node are adjacent (tree order). Ids
-outside of heads keep the order of the tokenizer.
+The rows of an output matrix are sorted such that the states below a node are adjacent (tree order).
+Ids outside of heads keep the order of the tokenizer.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ class PointDistribution(SubtreeDistribution):
 class _ChunkLogits:
     """Function logits(start, stop), which computes logits of one chunk of rows.
 
-    start and stop bound a slice of the table, the weight matrix of the output layer.
+    Logits are computed for the rows start..stop-1 of the output matrix `table`.
 
     Each result is a leaf of an autograd graph, so that a backward pass through a function
     of the logits ends at the logits.

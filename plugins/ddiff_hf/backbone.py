@@ -150,9 +150,8 @@ class PretrainedBackbone(Backbone):
         """Return the attention mask [B,1,L,L] that the model adds to its attention scores.
 
         An entry is 0 if the query may attend to the key, else the smallest finite number. The mask
-        combines the one of `context` with, for `bidirectional=False`, a causal mask over
-        `positions`. A mask is always returned, since a decoder without one would apply its causal
-        mask.
+        is that of `context`, combined with a causal mask over `positions` if `bidirectional` is
+        False. The result is never None, since a decoder without a mask would apply its causal mask.
         """
         visible = context.attention_mask()
         length = ids.shape[1]
