@@ -36,7 +36,7 @@ class AdaptiveCorrectionSampler(GridSampler):
 
     For alpha_t = 1 - t, for example, pi = 1 - s/t. Tokens are therefore drawn again most often in
     early steps, and never in the last step. The new token is drawn from the full conditional
-    P(x | z_t), where z_t includes the present token. It is not noised to time s.
+    P(x | z_t), where z_t includes the current token. It is not noised to time s.
 
     The bound of the process must train the prediction at tokens, not only at masks (see
     `require_informed_tokens`).

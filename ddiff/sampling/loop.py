@@ -236,7 +236,7 @@ def draw_where(
         condition: [r] bool.
         draw: draw(query, zt, *per_row) returns the new states. It receives only the rows where the
             condition is True. If there is no such row, it is not called.
-        zt: [r] present states, which are kept where the condition is False.
+        zt: [r] current states, which are kept where the condition is False.
         per_row: other tensors with r rows that `draw` needs.
     """
     rows = condition.nonzero().squeeze(-1)

@@ -25,12 +25,12 @@ class SelfCorrectingSampler(Sampler):
     """Heuristic sampler: sample with `inner`, then correct tokens in up to `rounds` rounds.
 
     Each round proposes a new token at every position, drawn from the full conditional P(x | z) with
-    temperature `temperature`. Of the proposals that differ from the present token, the `commit`
+    temperature `temperature`. Of the proposals that differ from the current token, the `commit`
     most likely ones in each sequence are accepted. The network is conditioned on the time t = `at`,
     although the tokens are already clean.
 
     The correction of a sequence ends when no token changes, or after more than `patience` rounds
-    without improvement. Improvement means that the number of positions whose present token is the
+    without improvement. Improvement means that the number of positions whose current token is the
     most likely one reaches a new maximum.
 
     The bound of the process must train the prediction at tokens, not only at masks (see
@@ -134,8 +134,8 @@ def propose_changes(
     with temperature `temperature`. Returns three tensors [B,L]:
 
     - the proposed tokens,
-    - ln p of each proposed token, or -inf if it equals the present token,
-    - a bool that is True where the present token is the most likely one.
+    - ln p of each proposed token, or -inf if it equals the current token,
+    - a bool that is True where the current token is the most likely one.
     """
     u = draw_uniforms(rng, "again", 1)[:, 0]
     score = torch.full_like(canvas.t, -torch.inf).reshape(-1)
@@ -147,7 +147,7 @@ def propose_changes(
         t: Tensor,
         u: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The present token is evidence for the clean token, so the temperature is applied to the
+        # The current token is evidence for the clean token, so the temperature is applied to the
         # posterior, which includes this evidence.
         full = dist.log_mass(0).double() + process.log_likelihood(z, t)
         tempered = apply_temperature(full, temperature).log_softmax(-1)

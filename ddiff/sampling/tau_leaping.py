@@ -21,7 +21,7 @@ from ddiff.sampling.loop import Canvas, query_at_root, require_process, step_row
 class TauLeapingSampler(GridSampler):
     """Tau-leaping sampler: reverse rates stay constant during a step (first order).
 
-    R(y) = Q[y,z] s_theta(y) is the reverse rate from the present state z to a state y at time t.
+    R(y) = Q[y,z] s_theta(y) is the reverse rate from the current state z to a state y at time t.
     Here Q[y,z] is the forward rate from y to z, and s_theta(y) = q_t(y)/q_t(z) is the predicted
     ratio. R is the sum of R(y) over the states y != z. In a step from time t to time s, a position
     leaves z with probability 1 - exp(-R (t - s)), and then moves to state y with probability

@@ -6,7 +6,7 @@ highest level L is the mask. Symbols:
     pi_l(t)    probability that a position is at level l at time t
     F_l(t)     probability that a position has reached level l by time t: pi_l + ... + pi_L
     hazard     rate at which a position at a level moves to the next higher level
-    xi         probability that such a move leads to the parent of the present node, and not to
+    xi         probability that such a move leads to the parent of the current node, and not to
                another node of the parent's level
 """
 
