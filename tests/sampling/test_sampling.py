@@ -181,7 +181,7 @@ def test_final_decoding_replaces_masks_left_at_time_zero(last: Any) -> None:
 
 def test_generate_refuses_prompts_of_wrong_shape_or_with_invalid_tokens() -> None:
     process, keep = processes()["masked"], torch.ones(2, 2, dtype=torch.bool)
-    with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(2, 3\)"):
+    with pytest.raises(ArgumentError, match=r"must have the shape \[2, 2\].*\(2, 3\)"):
         draw(process, [0, 1], prompt=torch.zeros(2, 3, dtype=torch.long), prompt_mask=keep)
     with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(1, 2\)"):
         draw(process, [0, 1], prompt=torch.zeros(2, 2, dtype=torch.long), prompt_mask=keep[:1])
