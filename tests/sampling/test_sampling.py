@@ -183,11 +183,11 @@ def test_generate_refuses_prompts_of_wrong_shape_or_with_invalid_tokens() -> Non
     process, keep = processes()["masked"], torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ArgumentError, match=r"must have the shape \[2, 2\].*\(2, 3\)"):
         draw(process, [0, 1], prompt=torch.zeros(2, 3, dtype=torch.long), prompt_mask=keep)
-    with pytest.raises(ArgumentError, match=r"must be \[2, 2\].*\(1, 2\)"):
+    with pytest.raises(ArgumentError, match=r"must have the shape \[2, 2\].*\(1, 2\)"):
         draw(process, [0, 1], prompt=torch.zeros(2, 2, dtype=torch.long), prompt_mask=keep[:1])
-    with pytest.raises(ArgumentError, match=r"must hold tokens, ids 0\.\.2"):
+    with pytest.raises(ArgumentError, match=r"tokens.*0\.\.2"):
         draw(process, [0, 1], prompt=torch.full((2, 2), 3), prompt_mask=keep)
-    with pytest.raises(ArgumentError, match=r"must hold tokens, ids 0\.\.2"):
+    with pytest.raises(ArgumentError, match=r"tokens.*0\.\.2"):
         draw(process, [0, 1], prompt=torch.full((2, 2), -1), prompt_mask=keep)
     with pytest.raises(ArgumentError, match="prompt_mask needs prompt"):
         draw(process, [0, 1], prompt_mask=keep)
