@@ -129,10 +129,10 @@ class LevelClock(SettingsRepr, ABC):
         return torch.where(goal > 0, torch.minimum(s, t), 0.0)
 
     def _find_cell(self, level: Tensor, goal: Tensor) -> Tensor:
-        """Return the index [r] of the cell in which an integral reaches `goal` [r].
+        """Return the index [r] of the cell of logit t in which Lambda_l(t) reaches `goal` [r].
 
-        The integral is that of the entry rate (`_entry_rates`) of the level `level` [r]. The cells
-        are intervals of logit t.
+        l is the level `level` [r] of each row. Lambda_l(t) is the integral of the entry rate of
+        level l from 1e-12 to t (see `_entry_rates`).
         """
         totals = self._entry_table[0].to(goal.device)
         cell = torch.zeros_like(level)
@@ -145,8 +145,8 @@ class LevelClock(SettingsRepr, ABC):
     def _entry_rates(self, t: Tensor) -> Tensor:
         """Return the entry rates F_l'/pi_l [r,L] of the levels l = 1..L, per unit of logit t.
 
-        The reversed chain moves from level l down to level l - 1 at the entry rate of level l. F_l'
-        is the flow into level l (`inflow`), and pi_l the probability of level l.
+        F_l' is the flow from level l - 1 into level l (`inflow`), and pi_l the probability of level
+        l. The reversed chain moves from level l to level l - 1 at the entry rate of level l.
         """
         dt_dlogit = (t * (1.0 - t)).unsqueeze(-1)
         rates = self.inflow(t) / self.pi(t)[:, 1:] * dt_dlogit
@@ -155,10 +155,11 @@ class LevelClock(SettingsRepr, ABC):
 
     @cached_property
     def _entry_table(self) -> tuple[Tensor, Tensor]:
-        """Tabulate the integrals of the entry rates F_l'/pi_l from t = 1e-12 to each cell edge.
+        """Tabulate the integrals Lambda_l of the entry rates, and the entry rates, at cell edges.
 
-        Returns two tensors [CELLS+1,L]: the integrals, and the entry rates at the edges. The edges
-        divide the axis of logit t into CELLS equal cells. See `_entry_rates`.
+        Lambda_l(t) is the integral of the entry rate of level l from 1e-12 to t (see
+        `_entry_rates`). The edges divide the axis of logit t into CELLS equal cells. Returns two
+        tensors [CELLS+1,L]: Lambda_l at the edges, and the entry rates at the edges.
         """
         gauss_nodes, gauss_weights = np.polynomial.legendre.leggauss(4)
         nodes = torch.from_numpy(gauss_nodes)
@@ -175,9 +176,10 @@ class LevelClock(SettingsRepr, ABC):
         return totals, self._entry_rates(torch.sigmoid(edges))
 
     def _integral_to(self, level: Tensor, t: Tensor) -> Tensor:
-        """Return the integrals of the entry rates of the levels `level` [r], from 1e-12 to t [r].
+        """Return Lambda_l(t) [r], the integral of the entry rate of level l from 1e-12 to t.
 
-        The entry rate of level l is the rate at which the reversed chain leaves l (`_entry_rates`).
+        l is the level `level` [r] of each row. The entry rate is the rate at which the reversed
+        chain moves from level l to level l - 1 (see `_entry_rates`).
         """
         depth = (torch.logit(interior(t)) - LOWEST) / CELL
         cell = depth.long().clamp(0, CELLS - 1)
@@ -201,12 +203,20 @@ class LevelClock(SettingsRepr, ABC):
         cell: Tensor,
         position: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the integral of the entry rate up to a point, and its derivative at this point.
+        """Interpolate Lambda_l(t) at one point per row, and return its value and its derivative.
 
-        The point is given by the index of its cell, `cell` [r], and by its relative position in
-        the cell, `position` [r]: 0 at the lower edge and 1 at the upper edge. `level` [r] is the
-        level of each row. The interpolant is the cubic that has the tabulated values and slopes at
-        both edges.
+        Lambda_l(t) is the integral from 1e-12 to t of the entry rate of level l, the rate at which
+        the reversed chain moves from level l to level l - 1 (see `_entry_rates`). Within a cell,
+        the interpolant is the cubic with the values and slopes of `_entry_table` at both edges.
+
+        Args:
+            level: [r] level l of each row, from 1 to L.
+            cell: [r] index of the cell of logit t that contains the point.
+            position: [r] position of the point in its cell, 0 at the lower edge and 1 at the upper
+                edge.
+
+        Returns:
+            Two tensors [r]: Lambda_l, and its derivative with respect to `position`.
         """
         totals = self._entry_table[0].to(position.device)
         rates = self._entry_table[1].to(position.device)

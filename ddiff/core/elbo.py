@@ -141,11 +141,19 @@ def corrupt(
     rng: CounterRng,
     channel: str,
 ) -> Noisy:
-    """Draw z_t ~ q_t(.|x0) at the scored positions that the time rule corrupts.
+    """Corrupt a batch: draw the state z_t of each position at the time given by `times`.
 
-    Positions that are not scored, or that `times` marks as clean, keep their tokens and get time 0.
-    Positions that `times` marks as `at_prior` hold draws from the prior. `channel` is the name of
-    the random stream of `rng` that is used.
+    The state of a position is
+    - its token x0, with time 0, if `times.clean` is True or the position is not scored;
+    - otherwise a draw from the prior, if `times.at_prior` is True;
+    - otherwise a draw from q_t(.|x0), with t = `times.t`.
+
+    Args:
+        x0: [B,L] clean tokens.
+        times: times and marks of the positions, drawn by a time rule.
+        scored: bool [B,L], whether the position is part of the bound.
+        rng: random generator of the B samples.
+        channel: name of the random stream of `rng` from which the uniforms are taken.
     """
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
     flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)

@@ -561,12 +561,23 @@ class InterpolatingProcess(ForwardProcess):
     # ------------------------------------------------------------------ reverse
 
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        """Draw z_s from the exact reverse transition, without querying rows that cannot move.
+        """Draw z_s from the exact reverse transition, given z_t.
 
-        A row leaves its state z = z_t with probability P(z_s != z | z_t = z) = arrive_ts(z) (1 -
-        q_s-bar(z)) / q_t-bar(z). Here arrive_ts(z) is the probability that the forward chain
-        arrives in z between s and t, and q_t-bar is the marginal at t for the predicted
-        distribution. The new state y != z is drawn from q_s-bar.
+        For z = z_t and every state y != z, the reverse transition is
+
+            P(z_s != z | z_t = z) = arrive(z) (1 - q_s-bar(z)) / q_t-bar(z),
+            P(z_s = y | z_t = z)  = arrive(z) q_s-bar(y) / q_t-bar(z).
+
+        q_s-bar = alpha_s p + b_s and q_t-bar = alpha_t p + b_t are the marginals at times s and t
+        if the token has the predicted distribution p. arrive(z) = P(z_t = z | z_s = y) is the
+        probability that the forward chain jumps from y to z; it is the same for every y != z.
+
+        Args:
+            query: query of the network (`Query`). It is called only for rows that may move.
+            zt: [r] states at time t.
+            t: [r] times of zt.
+            s: [r] times of the drawn states, s <= t.
+            u: [r,2] uniforms. u[:,0] decides whether a row moves, u[:,1] selects its new state.
         """
         arrive = self._arrive_at(zt, s, t)
         return self._leave(query, zt, t, s, arrive, u)
@@ -582,15 +593,17 @@ class InterpolatingProcess(ForwardProcess):
     ) -> Tensor:
         """Leave z = z_t with probability arrive (1 - q_s-bar(z)) / q_t-bar(z), else keep z.
 
-        q_t-bar = alpha_t p + b_t is the marginal for the predicted distribution p. The new state y
-        != z is drawn from q_s-bar. With b in place of q-bar, the formula gives an upper bound of
-        the probability that needs no network. Only rows with u[:,0] below the upper bound are
-        queried.
+        q_s-bar = alpha_s p + b_s and q_t-bar = alpha_t p + b_t are the marginals at times s and t
+        if the token has the predicted distribution p. A row that leaves z moves to a state y != z
+        with probability q_s-bar(y) / (1 - q_s-bar(z)).
+
+        Since q-bar >= b, the probability of leaving is at most arrive (1 - b_s(z)) / b_t(z). This
+        upper bound needs no network. The network is queried only at rows with u[:,0] below it.
 
         Args:
             arrive: [r] in a step, the probability of arriving in z between s and t; at an event,
                 the arrival rate into z divided by the candidate rate.
-            u: [r,2] uniforms.
+            u: [r,2] uniforms. u[:,0] decides whether a row leaves z, u[:,1] selects its new state.
         """
         noise_s = self.noise_at(zt, s)
         noise_t = self.noise_at(zt, t)
@@ -697,9 +710,16 @@ class InterpolatingProcess(ForwardProcess):
     def event(self, query: Query, zt: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """Accept a candidate event with probability (rate of leaving z_t) / (candidate rate).
 
-        If the event is accepted, the position moves to a state y != z_t drawn from q_t-bar =
-        alpha_t p + b_t. Here p is the predicted distribution, and b_t the part of the marginal that
-        does not depend on the token. Otherwise the position keeps z_t.
+        If the event is accepted, the position moves to a state y != z_t, with probabilities
+        proportional to q_t-bar(y). Otherwise the position keeps z_t. q_t-bar = alpha_t p + b_t is
+        the marginal if the token has the predicted distribution p.
+
+        Args:
+            query: query of the network (`Query`). It is called only for rows that may move.
+            zt: [r] states before the event.
+            t: [r] times of the events, drawn by `event_time`.
+            u: [r,2] uniforms. u[:,0] decides whether the event is accepted, u[:,1] selects the new
+                state.
         """
         t = interior(t)
         candidates = CandidateEvents(self, zt).rate(t)

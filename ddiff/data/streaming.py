@@ -40,11 +40,12 @@ _BLOCKS = 3  # blocks in memory: a batch may need two, and a prefetched batch a 
 class Cursor:
     """Position in the stream at which a block begins.
 
-    block: number of the block.
-    source: position in the source (JSON) from which the block is read; None: the start of the
-        source. The position is at or before the start of the block.
-    skip: number of tokens between `source` and the start of the block.
-    document: number of the first document after `source`.
+    Attributes:
+        block: number of the block.
+        source: position in the source from which the block is read, as a JSON value; None is the
+            start of the source. The position is at or before the start of the block.
+        skip: number of tokens between the position `source` and the start of the block.
+        document: number of the first document after the position `source`.
     """
 
     block: int = 0
@@ -54,31 +55,32 @@ class Cursor:
 
 
 class _Piece(NamedTuple):
-    """Piece of n tokens of the token stream.
+    """Consecutive tokens of the token stream, with the position of the first of them.
 
-    ids: array [n] of token ids.
-    document: array [n], number of the document of each token.
-    place: cursor of the first token; its field `block` is not used.
-    period: (number of tokens, number of documents) of the whole source, if the piece consists of
-        repetitions of the source; otherwise None.
+    Attributes:
+        ids: [n] token ids.
+        document: [n] number of the document of each token.
+        start: position of the first token in the stream. The field `block` of this cursor is not
+            used.
+        pass_size: (number of tokens, number of documents) of the source, if the piece repeats a
+            small source from memory; otherwise None. `after` needs these numbers to keep `skip`
+            smaller than one pass over the source.
     """
 
     ids: NDArray[Any]
     document: NDArray[np.int64]
-    place: Cursor
-    period: tuple[int, int] | None = None
+    start: Cursor
+    pass_size: tuple[int, int] | None = None
 
     def after(self, count: int, block: int) -> Cursor:
-        """Return the cursor of the block with the number `block`.
-
-        The block begins after the first `count` tokens of this piece.
-        """
-        skip = self.place.skip + count
-        document = self.place.document
-        if self.period is not None:
-            passes, skip = divmod(skip, self.period[0])
-            document += passes * self.period[1]
-        return Cursor(block, self.place.source, skip, document)
+        """Return the cursor of block `block`, which begins after `count` tokens of this piece."""
+        skip = self.start.skip + count
+        document = self.start.document
+        if self.pass_size is not None:
+            tokens_per_pass, documents_per_pass = self.pass_size
+            passes, skip = divmod(skip, tokens_per_pass)
+            document += passes * documents_per_pass
+        return Cursor(block, self.start.source, skip, document)
 
 
 @final
@@ -200,7 +202,7 @@ class StreamedRows:
             after = piece.after(taken, self._cursor.block + 1)
             if taken < len(piece.ids):
                 rest_ids = piece.ids[taken:]
-                self._rest = _Piece(rest_ids, piece.document[taken:], after, piece.period)
+                self._rest = _Piece(rest_ids, piece.document[taken:], after, piece.pass_size)
         self._cursor = after
         self._store_cursor(after)
         return Block(
@@ -230,9 +232,9 @@ class StreamedRows:
                 if is_whole_pass and self._is_small(num_tokens):
                     small.append(train)
                 if len(train.ids) > skip:
-                    place = Cursor(0, source, skip, document)
+                    first_token = Cursor(0, source, skip, document)
                     numbers = _document_numbers(train, document)
-                    yield _Piece(train.ids[skip:], numbers[skip:], place)
+                    yield _Piece(train.ids[skip:], numbers[skip:], first_token)
                 source = chunk.cursor
                 skip = max(0, skip - len(train.ids))
                 document += len(train.sizes)
@@ -281,10 +283,10 @@ class StreamedRows:
         all_ids = np.tile(ids, passes)
         first_documents = np.repeat(np.arange(passes) * num_documents, num_tokens)
         all_numbers = np.tile(numbers, passes) + first_documents
-        period = (num_tokens, num_documents)
+        pass_size = (num_tokens, num_documents)
         while True:
-            place = Cursor(0, None, skip, document)
-            yield _Piece(all_ids[skip:], all_numbers[skip:] + document, place, period)
+            first_token = Cursor(0, None, skip, document)
+            yield _Piece(all_ids[skip:], all_numbers[skip:] + document, first_token, pass_size)
             skip = 0
             document += passes * num_documents
 

@@ -384,8 +384,8 @@ class GammaHybrid(ForwardProcess):
         """Reveal masks and move tokens, for steps from t to s and for events (s = t).
 
         A mask is revealed with probability `reveal`, as a token y ~ r_s(.|p). A token z moves with
-        probability arrive (1 - r_s(z|p))/r_t(z|p) to another token y, drawn from r_s(.|p) without
-        z. The docstring of this module defines r_t and B_t.
+        probability arrive (1 - r_s(z|p))/r_t(z|p) to a token y != z. The new token y has the
+        probability r_s(y|p)/(1 - r_s(z|p)). The docstring of this module defines r_t and B_t.
 
         This probability is at most arrive (1 - (1 - B_s)/V)/((1 - B_t)/V), because r_t and r_s are
         at least (1 - B)/V. The limit does not depend on the network, which is queried only at rows
@@ -427,12 +427,17 @@ class GammaHybrid(ForwardProcess):
     ) -> Tensor:
         """Draw the new states [k] of the rows at which `_move` queries the network.
 
-        All masks are revealed, and a token z moves or stays. A new token is drawn from r_s(.|p)
-        without z, which is a mixture of uniform noise and the predicted distribution.
+        Every mask is revealed as a token y ~ r_s(.|p). A token z moves with probability
+        arrive (1 - r_s(z|p))/r_t(z|p) to a token y != z, and otherwise stays. The new token y has
+        the probability r_s(y|p)/(1 - r_s(z|p)).
+
+        r_s(.|p) = B_s p + (1 - B_s)/V is a mixture of the predicted distribution p and the uniform
+        distribution. One of the two is chosen at random first, and y is drawn from it.
 
         Args:
             z: [k] states, masks where `masked` [k] is True.
-            noise_t, noise_s: [k] probability (1 - B)/V of each token by noise, at times t and s.
+            noise_t, noise_s: [k] (1 - B)/V at times t and s, the probability of each token under
+                the uniform part of the mixture.
             arrive, u: see `_move`.
         """
         u_leave, u_token, u_source = u.unbind(-1)
