@@ -229,8 +229,9 @@ def _check_reserved_keys(
     for key in ("kind", *slots):
         if key in config.model_fields:
             raise PluginError(
-                f'The Config of the {component} has the reserved key "{key}", which names a '
-                "component in that table of a recipe. Rename the key of the Config."
+                f'The Config of the {component} has the reserved key "{key}". In the table of '
+                f'this component, a recipe uses "{key}" to choose a component. '
+                "Rename the key of the Config."
             )
 
 

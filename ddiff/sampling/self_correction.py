@@ -52,9 +52,10 @@ class SelfCorrectingSampler(Sampler):
         has_valid_counts = min(rounds, commit, patience) >= 1
         if not (has_valid_counts and 0.0 <= temperature < float("inf") and 0.0 < at < 1.0):
             raise ArgumentError(
-                "SelfCorrectingSampler: rounds, commit and patience must be at least 1, "
-                "temperature at least 0 and at in (0, 1); "
-                f"got {rounds}, {commit}, {patience}, {temperature} and {at}."
+                'SelfCorrectingSampler: "rounds", "commit" and "patience" must be at least 1, '
+                '"temperature" must be finite and at least 0, and the time "at" must be in (0, 1); '
+                f"got rounds = {rounds}, commit = {commit}, patience = {patience}, "
+                f"temperature = {temperature}, at = {at}."
             )
         self.inner = inner
         self.rounds = rounds

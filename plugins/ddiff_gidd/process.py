@@ -27,8 +27,8 @@ from ddiff import (
 )
 
 Form = Literal["current", "original"]
-# Largest fraction of the tokens that may be noise at the earliest evaluated time, t = 1e-12.
-# Training never draws earlier times, at which these tokens become noise.
+# Largest fraction of the tokens that may become noise before t = 1e-12, the earliest time that
+# training evaluates. Training never evaluates the times at which this fraction becomes noise.
 MOST_AT_ONCE = 0.02
 
 
@@ -154,9 +154,8 @@ class GeneralizedInterpolation(ComponentProcess):
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> GeneralizedInterpolation:
         if vocabulary.num_levels != 1:
             raise ArgumentError(
-                f"The process gidd needs tokens and a mask, with no clusters between; got "
-                f"{vocabulary}. "
-                'Use [vocabulary] kind = "flat".'
+                'The process "gidd" needs a vocabulary of tokens and a mask, without clusters; '
+                f'got {vocabulary}. Use [vocabulary] kind = "flat".'
             )
         mixing = MIXINGS[config.form](config.p_uniform, config.gamma, vocabulary.num_tokens)
         process = cls(vocabulary, mixing)
@@ -165,10 +164,11 @@ class GeneralizedInterpolation(ComponentProcess):
         noisy = 1.0 - float(process.alpha(earliest))
         if noisy > MOST_AT_ONCE:
             raise ArgumentError(
-                f"The process gidd with p_uniform = {config.p_uniform} and gamma = {config.gamma} "
-                f"must have at most {MOST_AT_ONCE:.0%} noise at t = 1e-12, the earliest time that "
-                f"training evaluates; got {noisy:.0%}. Training would never draw the times at "
-                "which these tokens become noise. Use a larger gamma, or a smaller p_uniform."
+                f'The process "gidd" with p_uniform = {config.p_uniform} and gamma = '
+                f"{config.gamma} must replace at most {MOST_AT_ONCE:.0%} of the tokens by noise "
+                "before t = 1e-12, the earliest time that training evaluates; "
+                f"got {noisy:.0%}. Training would never evaluate the times at which this fraction "
+                "of the tokens becomes noise. Use a larger gamma, or a smaller p_uniform."
             )
         return process
 

@@ -87,9 +87,9 @@ class HierarchicalDiffusion(TreeProcess):
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> HierarchicalDiffusion:
         if vocabulary.num_levels < 2:
             raise ArgumentError(
-                "The process hdlm needs a vocabulary with clusters between tokens and mask; "
+                'The process "hdlm" needs a vocabulary with clusters between tokens and mask; '
                 f"got {vocabulary}. "
-                'Use [vocabulary] kind = "clusters", or the process mdlm for a flat one.'
+                'Use [vocabulary] kind = "clusters", or [process] kind = "mdlm".'
             )
         clock = cls._make_clock(config, vocabulary.num_levels)
         return cls(vocabulary, clock, config.xi, config.decoding)

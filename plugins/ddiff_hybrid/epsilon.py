@@ -130,6 +130,6 @@ class EpsilonHybrid(ComponentProcess):
 def require_tokens_and_mask(vocabulary: Vocabulary, process: str) -> None:
     if vocabulary.num_levels != 1:
         raise ArgumentError(
-            f"The process {process} needs tokens and a mask, with no clusters between; "
+            f'The process "{process}" needs a vocabulary of tokens and a mask, without clusters; '
             f'got {vocabulary}. Use [vocabulary] kind = "flat".'
         )

@@ -58,9 +58,9 @@ class MaskedDiffusion(TreeProcess):
     def build(cls, config: Config, *, vocabulary: Vocabulary) -> MaskedDiffusion:
         if vocabulary.num_levels != 1:
             raise ArgumentError(
-                "The process mdlm needs tokens and a mask, with no clusters between; "
+                'The process "mdlm" needs a vocabulary of tokens and a mask, without clusters; '
                 f"got {vocabulary}. "
-                'Use [vocabulary] kind = "flat", or the process hdlm for a tree.'
+                'Use [vocabulary] kind = "flat", or [process] kind = "hdlm".'
             )
         schedules: dict[str, Schedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
         if config.power is not None:

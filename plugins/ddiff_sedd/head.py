@@ -119,14 +119,15 @@ class ScoreHead(Head):
     def __init__(self, vocabulary: Vocabulary, width: int, scaled: bool) -> None:
         if vocabulary.num_levels > 1:
             raise ArgumentError(
-                f"The head score predicts ratios of tokens and a mask; got {vocabulary}. "
+                'head = "score" predicts ratios of tokens and a mask, and needs a vocabulary '
+                f"without clusters; got {vocabulary}. "
                 'Use [vocabulary] kind = "flat", or a head that predicts a distribution: "tied" or '
                 '"levelwise".'
             )
         if scaled and vocabulary.mask_id is None:
             raise ArgumentError(
-                "The head score with scaled = true needs a vocabulary with a mask; "
-                f"got {vocabulary}. Leave scaled out."
+                'head = "score" with scaled = true needs a vocabulary with a mask; '
+                f"got {vocabulary}. Remove scaled = true."
             )
         super().__init__(vocabulary, width, vocabulary.num_states)
         self.parameterization = Ratios(scaled)

@@ -262,7 +262,9 @@ def test_gidd_refuses_much_noise_before_time_1e_12(form: Form) -> None:
 def test_gidd_refuses_a_vocabulary_without_mask_or_with_clusters(
     vocabulary: FlatVocabulary,
 ) -> None:
-    with pytest.raises(ArgumentError, match=r'needs tokens and a mask.*kind = "flat"'):
+    with pytest.raises(
+        ArgumentError, match=r'needs a vocabulary of tokens and a mask.*kind = "flat"'
+    ):
         GeneralizedInterpolation.build(GeneralizedInterpolation.Config(), vocabulary=vocabulary)
 
 

@@ -612,7 +612,9 @@ def test_gamma_hybrid_refuses_masking_too_slow_for_float64() -> None:
 def test_hybrids_refuse_a_vocabulary_without_mask_or_with_clusters(
     kind: Any, vocabulary: FlatVocabulary
 ) -> None:
-    with pytest.raises(ArgumentError, match=r'hybrid_\w+ needs tokens and a mask.*kind = "flat"'):
+    with pytest.raises(
+        ArgumentError, match=r'"hybrid_\w+" needs a vocabulary of tokens and a mask.*kind = "flat"'
+    ):
         kind.build(kind.Config(), vocabulary=vocabulary)
 
 

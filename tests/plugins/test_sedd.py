@@ -507,7 +507,7 @@ def test_weight_transfer_skips_a_score_head_with_another_output_scaling(scaled: 
 def test_score_head_refuses_trees_and_scaling_without_a_mask() -> None:
     with pytest.raises(ArgumentError, match='"tied" or "levelwise"'):
         ScoreHead(HierarchicalVocabulary([[0, 1, 0, 1]]), 4, scaled=False)
-    with pytest.raises(ArgumentError, match="Leave scaled out"):
+    with pytest.raises(ArgumentError, match="Remove scaled = true"):
         ScoreHead(FlatVocabulary(4, mask=False), 4, scaled=True)
 
 
