@@ -1,6 +1,9 @@
-"""Interpolating processes: reverse steps by thinning, events, components, inverse kernels.
+"""Interpolating processes, q_t(.|x) = alpha_t delta_x + b_t: reverse steps, events, noise, kernels.
 
-Thinning draws candidate moves at an upper bound of the rate, and accepts some of these moves.
+- Thinning draws candidate moves at an upper bound of the rate, and accepts some of these moves.
+- `InterpolatingProcess` gets the noise b_t as a vector over the states. `ComponentProcess` gets it
+  as a mixture of a few fixed distributions, called components.
+- An event is a jump of the reversed chain at a random time.
 """
 
 from __future__ import annotations
@@ -31,12 +34,12 @@ from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.testing.probes import TableQuery, random_log_probs
 
-WORDS = FlatVocabulary(4, mask=False)
+UNMASKED = FlatVocabulary(4, mask=False)
 MASKED = FlatVocabulary(3)
 PAIR = HierarchicalVocabulary([[0, 1, 0, 0]])
 
 
-class MaskAndWords(ComponentProcess):
+class MaskAndUniform(ComponentProcess):
     """Process with probability t of the mask and t(1-t)/2 of a uniformly random token."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
@@ -51,11 +54,11 @@ class MaskAndWords(ComponentProcess):
         return torch.stack([t, t * (1.0 - t) / 2.0], -1)
 
 
-class WrittenOut(InterpolatingProcess):
-    """Process equal to `MaskAndWords`, whose noise is given explicitly instead of by components."""
+class NoiseAsVector(InterpolatingProcess):
+    """The process `MaskAndUniform`, with its noise b_t as a vector instead of components."""
 
     def __init__(self, vocabulary: FlatVocabulary) -> None:
-        self.vocabulary, self._twin = vocabulary, MaskAndWords(vocabulary)
+        self.vocabulary, self._twin = vocabulary, MaskAndUniform(vocabulary)
         self.prior = self._twin.prior
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -66,12 +69,12 @@ class WrittenOut(InterpolatingProcess):
 
 
 def uneven() -> MixtureProcess:
-    return MixtureProcess(WORDS, LinearSchedule(), torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    return MixtureProcess(UNMASKED, LinearSchedule(), torch.tensor([0.4, 0.3, 0.2, 0.1]))
 
 
 THINNED: dict[str, Callable[[], InterpolatingProcess]] = {
-    "mask and words": lambda: MaskAndWords(MASKED),
-    "written out": lambda: WrittenOut(MASKED),
+    "mask and uniform tokens": lambda: MaskAndUniform(MASKED),
+    "noise as a vector": lambda: NoiseAsVector(MASKED),
     "uneven": uneven,
     "masked": lambda: MixtureProcess(MASKED, PowerSchedule(2.0), mask_distribution(MASKED)),
 }
@@ -174,9 +177,9 @@ class WideDoubles(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_component_process_makes_no_float64_tensor_of_vocabulary_width(even: bool) -> None:
+def test_mixture_noise_makes_no_float64_tensor_of_vocabulary_width(even: bool) -> None:
     vocabulary, rows = FlatVocabulary(500), 64
-    process = MaskAndWords(vocabulary)
+    process = MaskAndUniform(vocabulary)
     process._is_even_on_tokens = even
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, 500, generator=generator, requires_grad=True)
@@ -214,7 +217,9 @@ def test_reverse_step_keeps_a_token_predicted_with_probability_one() -> None:
     process = uneven()
     log_p = torch.eye(4).double().log()
     zt, u = torch.arange(4), torch.tensor([[0.0, 0.5]]).double().expand(4, -1)
-    assert process.step(TableQuery(log_p, WORDS), zt, full(0.5, zt), full(0.0, zt), u).tolist() == [
+    assert process.step(
+        TableQuery(log_p, UNMASKED), zt, full(0.5, zt), full(0.0, zt), u
+    ).tolist() == [
         0,
         1,
         2,
@@ -224,7 +229,7 @@ def test_reverse_step_keeps_a_token_predicted_with_probability_one() -> None:
 
 def test_reverse_step_by_thinning_raises_if_the_prediction_is_nan() -> None:
     zt, u = torch.arange(4), torch.zeros(4, 2).double()
-    query = TableQuery(torch.full((4, 4), torch.nan).double(), WORDS)
+    query = TableQuery(torch.full((4, 4), torch.nan).double(), UNMASKED)
     for draw in (lambda: uneven().step(query, zt, full(0.5, zt), full(0.2, zt), u),
                  lambda: uneven().event(query, zt, full(0.5, zt), u)):  # fmt: skip
         with pytest.raises(NonFiniteError, match="the predicted distribution holds NaN"):
@@ -260,7 +265,7 @@ EVENTFUL: dict[str, Callable[[], ForwardProcess]] = {
     "never quite at the root": lambda: TreeProcess(
         PAIR, CdfClock([LinearSchedule(0.05), LinearSchedule(0.3)]), 0.9
     ),
-    "mask and words": lambda: MaskAndWords(MASKED),
+    "mask and uniform tokens": lambda: MaskAndUniform(MASKED),
     "uneven": uneven,
 }
 
@@ -329,11 +334,11 @@ def test_event_raises_if_the_reverse_rate_exceeds_the_candidate_rate() -> None:
                 (t - 0.507).abs() < 3e-3, 3.0, 1.0
             ).unsqueeze(-1)
 
-    process = Leaping(WORDS, LinearSchedule(), token_distribution(WORDS))
+    process = Leaping(UNMASKED, LinearSchedule(), token_distribution(UNMASKED))
     zt = torch.arange(4)
     with pytest.raises(ArgumentError, match="candidate events are too few"):
         process.event(
-            TableQuery(random_log_probs(4, 4), WORDS),
+            TableQuery(random_log_probs(4, 4), UNMASKED),
             zt,
             full(0.507, zt),
             torch.rand(4, 2).double(),
@@ -343,8 +348,9 @@ def test_event_raises_if_the_reverse_rate_exceeds_the_candidate_rate() -> None:
 # ---------------------------------------------------------------------- components and inverses
 
 
-def test_component_process_equals_process_with_explicit_noise() -> None:
-    first, second = MaskAndWords(MASKED), WrittenOut(MASKED)
+def test_noise_as_mixture_of_components_equals_the_same_noise_as_a_vector() -> None:
+    """The two processes differ only in the interface that defines their noise b_t."""
+    first, second = MaskAndUniform(MASKED), NoiseAsVector(MASKED)
     zt = torch.arange(4).repeat(5)
     t = torch.linspace(0.05, 1.0, 20, dtype=torch.float64)
     log_p, x0 = random_log_probs(3, 20), torch.arange(20) % 3
@@ -363,14 +369,14 @@ def test_component_process_equals_process_with_explicit_noise() -> None:
         )
 
 
-def test_component_process_derives_its_prior_from_its_coefficients() -> None:
-    assert MaskAndWords(MASKED).closes_at_clean
-    assert MaskAndWords(MASKED).closes_at_prior
-    assert MaskAndWords(MASKED).prior.log_prob.exp().tolist() == [0.0, 0.0, 0.0, 1.0]
+def test_prior_of_mixture_noise_is_derived_from_the_mixture_weights() -> None:
+    assert MaskAndUniform(MASKED).closes_at_clean
+    assert MaskAndUniform(MASKED).closes_at_prior
+    assert MaskAndUniform(MASKED).prior.log_prob.exp().tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
-def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
-    class Wrong(MaskAndWords):
+def test_noise_components_must_be_distributions_over_the_states() -> None:
+    class Wrong(MaskAndUniform):
         def __init__(self, dist: Tensor) -> None:
             ComponentProcess.__init__(self, MASKED, [mask_distribution(MASKED), dist])
 
@@ -385,7 +391,7 @@ def test_component_process_rejects_invalid_noise_and_missing_mask() -> None:
         ):
             Wrong(dist)
     with pytest.raises(ArgumentError, match="vocabulary must have a mask"):
-        mask_distribution(WORDS)
+        mask_distribution(UNMASKED)
 
 
 def test_transition_kernel_solve_inverts_apply() -> None:

@@ -1,4 +1,7 @@
-"""Every process obeys every law of `ddiff.testing` that applies to it."""
+"""Conformance checks (laws) of `ddiff.testing`: processes that pass, and faults that are reported.
+
+`EVERY` holds small instances of forward processes by name, each with at most 64 states.
+"""
 
 from __future__ import annotations
 
@@ -39,25 +42,32 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_shipped_process_passes_every_conformance_check(name: str) -> None:
+def test_small_process_passes_every_conformance_check(name: str) -> None:
     reports = check_process(EVERY[name])
     assert_laws(reports)
-    # laws of overrides, trees and declarations need not apply; all others must
+    # Checks of overrides, trees and declared properties need not apply; all others must.
     undeclared = (0 if EVERY[name].has_events else 2) + (0 if EVERY[name].is_monotone else 1)
     assert len(reports) >= len(PROCESS_LAWS) - 8 - undeclared
 
 
-def test_every_conformance_check_applies_to_some_process() -> None:
+def test_a_tree_and_a_masked_process_cover_all_conformance_checks_but_one() -> None:
+    """The exception compares an override of `reverse_log_probs` with the derived formula.
+
+    No process of the library overrides `reverse_log_probs`.
+    """
     chains = (EVERY["three levels, powers, xi"], EVERY["mixture: mask, cosine"])
     seen = {report.law for process in chains for report in check_process(process)}
-    # only planted faults override the dense posterior
     assert {one.name for one in PROCESS_LAWS} - seen == {"override = derived: reverse_log_probs"}
 
 
 @pytest.mark.parametrize(
     "name", ["three levels, nearly equal", "two levels, powers", "mixture: uniform"]
 )
-def test_clocks_and_schedules_pass_every_conformance_check(name: str) -> None:
+def test_parts_of_a_process_pass_their_conformance_checks(name: str) -> None:
+    """`check_parts` checks the vocabulary, the level clock and the noise schedules of a process.
+
+    A level clock is the distribution of the time at which a position reaches each level of a tree.
+    """
     assert_laws(check_parts(EVERY[name]))
 
 
@@ -82,12 +92,12 @@ EXTREME_AND_CORRECT: dict[str, tuple[Law, object]] = {
 
 
 @pytest.mark.parametrize("name", EXTREME_AND_CORRECT)
-def test_conformance_checks_accept_correct_extreme_processes(name: str) -> None:
+def test_conformance_checks_accept_correct_extreme_cases(name: str) -> None:
     one, subject = EXTREME_AND_CORRECT[name]
     assert_laws([one(subject)])
 
 
-def test_check_process_rejects_large_instances() -> None:
+def test_check_process_rejects_a_process_with_more_than_64_states() -> None:
     clock = EVERY["one level, linear"].clock  # type: ignore[attr-defined]
     large = TreeProcess(FlatVocabulary(100), clock)
     with pytest.raises(ArgumentError, match=r"at most 64 states.*got 101"):

@@ -28,7 +28,7 @@ from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.data.batch import Batch
 from ddiff.errors import ArgumentError
 from ddiff.nn import attention
-from ddiff.nn import denoiser as asked
+from ddiff.nn import denoiser as denoiser_module
 from ddiff.nn.attention import AttentionLayout, KeyValueCache, attend
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs
 from ddiff.nn.heads import TokenHead
@@ -53,7 +53,7 @@ CONTEXTS = {
     "packed": Context(document=DOCUMENTS),
     "padded": Context(valid=VALID),
     "both": Context(valid=VALID, document=DOCUMENTS),
-    "told": Context(
+    "conditions": Context(
         conditions={
             "author": torch.tensor([1, -1, 0]),
             "place": torch.randn(BATCH, LENGTH, 2, dtype=torch.float64),
@@ -65,8 +65,8 @@ CONTEXTS = {
 @pytest.fixture(scope="module")
 def backbone() -> DiT:
     torch.manual_seed(0)
-    told = {"author": Condition(classes=2), "place": Condition(width=2)}
-    model = DiT(VOCABULARY, WIDTH, layers=3, heads=2, conditions=told).double().eval()
+    conditions = {"author": Condition(classes=2), "place": Condition(width=2)}
+    model = DiT(VOCABULARY, WIDTH, layers=3, heads=2, conditions=conditions).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -82,7 +82,7 @@ def denoiser(backbone: DiT, inputs: Inputs = "own") -> Denoiser:
     return Denoiser(backbone, head, inputs=inputs)
 
 
-def drawn(seed: int, clean: Tensor | None = None) -> Noisy:
+def random_noisy(seed: int, clean: Tensor | None = None) -> Noisy:
     generator = torch.Generator().manual_seed(seed)
     zt = torch.randint(VOCABULARY.num_states, (BATCH, LENGTH), generator=generator)
     clean = torch.zeros(BATCH, LENGTH, dtype=torch.bool) if clean is None else clean
@@ -91,7 +91,7 @@ def drawn(seed: int, clean: Tensor | None = None) -> Noisy:
     return Noisy(zt, t, clean)
 
 
-def words(seed: int) -> Tensor:
+def random_tokens(seed: int) -> Tensor:
     return torch.randint(
         VOCABULARY.num_tokens, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed)
     )
@@ -120,7 +120,7 @@ def test_one_pass_over_clean_and_noisy_tokens_equals_one_pass_per_block(
     backbone: DiT, blocks: str, name: str
 ) -> None:
     model, block, context = denoiser(backbone), BLOCKS[blocks], CONTEXTS[name]
-    noisy, memory = drawn(1)._replace(block=block.unsqueeze(0)), words(2)
+    noisy, memory = random_noisy(1)._replace(block=block.unsqueeze(0)), random_tokens(2)
     together = hidden(model, noisy._replace(memory=memory), context)
     for number in block.unique().tolist():
         own, stop = block == number, int((block <= number).sum())
@@ -144,7 +144,9 @@ def test_block_attends_only_to_itself_and_earlier_blocks(backbone: DiT, memory: 
     Other hidden states are bitwise equal, because their attention weight is exp(-inf) = 0.
     """
     model, block = denoiser(backbone), BLOCKS["fours"]
-    noisy = drawn(3)._replace(block=block.unsqueeze(0), memory=words(4) if memory else None)
+    noisy = random_noisy(3)._replace(
+        block=block.unsqueeze(0), memory=random_tokens(4) if memory else None
+    )
     before = hidden(model, noisy)
     for position in range(LENGTH):
         for field in ("zt", "memory") if memory else ("zt",):
@@ -156,11 +158,11 @@ def test_block_attends_only_to_itself_and_earlier_blocks(backbone: DiT, memory: 
             assert torch.equal(moved, expected.expand(BATCH, -1)), (field, position)
 
 
-def test_sequences_of_a_batch_may_have_different_blocks(backbone: DiT) -> None:
+def test_sequences_with_different_blocks_equal_separate_forward_passes(backbone: DiT) -> None:
     model, context = denoiser(backbone), CONTEXTS["both"]
     blocks = torch.stack([BLOCKS[name] for name in ("fours", "singles", "uneven")])
-    for memory in (None, words(5)):
-        noisy = drawn(6)._replace(block=blocks, memory=memory)
+    for memory in (None, random_tokens(5)):
+        noisy = random_noisy(6)._replace(block=blocks, memory=memory)
         together = hidden(model, noisy, context)
         for row in range(BATCH):
             alone = hidden(model, noisy._replace(block=blocks[row : row + 1]), context)
@@ -168,12 +170,12 @@ def test_sequences_of_a_batch_may_have_different_blocks(backbone: DiT) -> None:
 
 
 def test_single_block_equals_full_attention(backbone: DiT) -> None:
-    model, noisy = denoiser(backbone), drawn(7)
+    model, noisy = denoiser(backbone), random_noisy(7)
     flat = hidden(model, noisy)
     block = BLOCKS["one"].unsqueeze(0)
     torch.testing.assert_close(hidden(model, noisy._replace(block=block)), flat, **CLOSE)
     torch.testing.assert_close(
-        hidden(model, noisy._replace(block=block, memory=words(8))), flat, **CLOSE
+        hidden(model, noisy._replace(block=block, memory=random_tokens(8))), flat, **CLOSE
     )
 
 
@@ -218,7 +220,9 @@ def test_autoregressive_hidden_states_depend_only_on_earlier_tokens(
 ) -> None:
     model, context = denoiser(backbone, "previous"), CONTEXTS[name]
     noisy = Noisy(
-        words(9), torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
+        random_tokens(9),
+        torch.zeros(BATCH, LENGTH).double(),
+        torch.ones(BATCH, LENGTH, dtype=torch.bool),
     )
     before = hidden(model, noisy, context)
     for position in range(LENGTH):
@@ -232,8 +236,8 @@ def test_autoregressive_hidden_states_depend_only_on_earlier_tokens(
         assert torch.equal(moved & seen, later & seen), position
 
 
-def test_previous_token_inputs_begin_each_document_with_the_mask(backbone: DiT) -> None:
-    model, ids = denoiser(backbone, "previous"), words(10)
+def test_autoregressive_input_begins_each_packed_document_with_the_mask(backbone: DiT) -> None:
+    model, ids = denoiser(backbone, "previous"), random_tokens(10)
     noisy = Noisy(
         ids, torch.zeros(BATCH, LENGTH).double(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
     )
@@ -244,8 +248,12 @@ def test_previous_token_inputs_begin_each_document_with_the_mask(backbone: DiT) 
         torch.testing.assert_close(packed[row, first:last], own, **CLOSE)
 
 
-def test_previous_token_inputs_begin_with_the_mask_and_ignore_times(backbone: DiT) -> None:
-    model, noisy = denoiser(backbone, "previous"), drawn(11)
+def test_autoregressive_input_is_shifted_by_one_after_a_mask(backbone: DiT) -> None:
+    """A denoiser with inputs = "previous" gets the mask and then all tokens except the last.
+
+    It attends causally, and the time of every position is 0.
+    """
+    model, noisy = denoiser(backbone, "previous"), random_noisy(11)
     shown = torch.cat([torch.full((BATCH, 1), VOCABULARY.root), noisy.zt[:, :-1]], 1)
     causal = Noisy(shown, torch.zeros_like(noisy.t), noisy.clean, torch.arange(LENGTH).unsqueeze(0))
     torch.testing.assert_close(hidden(model, noisy), hidden(denoiser(backbone), causal), **CLOSE)
@@ -270,13 +278,13 @@ def test_forward_with_cache_block_by_block_equals_one_full_forward(
 ) -> None:
     """Every block is queried twice with different noise before it becomes clean."""
     model, context, block = denoiser(backbone, inputs), CONTEXTS[name], BLOCKS[blocks]
-    clean, cache, final = PROMPTS[prompt].clone(), KeyValueCache(), words(12)
+    clean, cache, final = PROMPTS[prompt].clone(), KeyValueCache(), random_tokens(12)
     for number in block.unique().tolist():
         own = block == number
         if bool(clean[:, own].all()):
             continue
         for seed in (13, 14):
-            rng = drawn(seed + 10 * number, clean)
+            rng = random_noisy(seed + 10 * number, clean)
             noisy = rng._replace(zt=torch.where(clean, final, rng.zt), block=block.unsqueeze(0))
             got, columns = model.extend_cache(noisy, context, cache)
             assert torch.equal(columns, own.nonzero().squeeze(-1))
@@ -313,9 +321,9 @@ def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) 
     for number in range(3):
         own = BLOCKS["fours"] == number
         for seed in (1, 2):
-            rng = drawn(seed, clean)
+            rng = random_noisy(seed, clean)
             noisy = rng._replace(
-                zt=torch.where(clean, words(3), rng.zt), block=BLOCKS["fours"].unsqueeze(0)
+                zt=torch.where(clean, random_tokens(3), rng.zt), block=BLOCKS["fours"].unsqueeze(0)
             )
             model.extend_cache(noisy, UNPADDED, cache)
         clean = clean | own
@@ -328,7 +336,7 @@ def test_forward_with_cache_runs_only_positions_not_in_the_cache(backbone: DiT) 
     for position in range(4, LENGTH):
         clean = (torch.arange(LENGTH) < position).expand(BATCH, -1)
         model.extend_cache(
-            Noisy(words(4), (~clean).double(), clean, BLOCKS["singles"].unsqueeze(0)),
+            Noisy(random_tokens(4), (~clean).double(), clean, BLOCKS["singles"].unsqueeze(0)),
             UNPADDED,
             cache,
         )
@@ -340,7 +348,7 @@ def test_key_value_cache_is_cropped_at_the_first_changed_position(
     backbone: DiT, inputs: Inputs
 ) -> None:
     """After a change of clean tokens, blocks or batch size, results equal a full forward pass."""
-    model, cache, final = denoiser(backbone, inputs), KeyValueCache(), words(15)
+    model, cache, final = denoiser(backbone, inputs), KeyValueCache(), random_tokens(15)
     changed = final.clone()
     changed[1, 2] = (changed[1, 2] + 1) % VOCABULARY.num_tokens
     for ids, blocks, stop in (
@@ -355,7 +363,7 @@ def test_key_value_cache_is_cropped_at_the_first_changed_position(
     ):
         block = BLOCKS[blocks]
         clean = (block < block[stop]).expand(len(ids), -1)
-        rng = drawn(16, clean if len(clean) == BATCH else None)
+        rng = random_noisy(16, clean if len(clean) == BATCH else None)
         zt = torch.where(clean, ids, rng.zt[: len(ids)])
         noisy = Noisy(zt, rng.t[: len(ids)].masked_fill(clean, 0.0), clean, block.unsqueeze(0))
         got, columns = model.extend_cache(noisy, UNPADDED, cache)
@@ -365,7 +373,7 @@ def test_key_value_cache_is_cropped_at_the_first_changed_position(
 
 def test_predictions_with_and_without_key_value_cache_agree(backbone: DiT) -> None:
     model, clean = denoiser(backbone), PROMPTS["ragged"]
-    rng = drawn(17, clean)
+    rng = random_noisy(17, clean)
     noisy = rng._replace(block=BLOCKS["fours"].unsqueeze(0))
     rows = torch.tensor([2, 3, 22])
     node, mass = torch.full_like(rows, VOCABULARY.root), lambda dist: dist.log_mass(0)
@@ -380,7 +388,7 @@ def test_predictions_with_and_without_key_value_cache_agree(backbone: DiT) -> No
 
 
 def test_key_value_cache_refuses_unsupported_block_layouts(backbone: DiT) -> None:
-    model, noisy = denoiser(backbone), drawn(18)
+    model, noisy = denoiser(backbone), random_noisy(18)
     blocks = torch.stack([BLOCKS["fours"], BLOCKS["fours"], BLOCKS["uneven"]])
     for wrong in (None, blocks, BLOCKS["fours"].flip(0).unsqueeze(0)):
         with pytest.raises(ArgumentError, match="block must number the blocks"):
@@ -397,7 +405,7 @@ def test_key_value_cache_refuses_unsupported_block_layouts(backbone: DiT) -> Non
 @pytest.fixture
 def flex(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use flex-attention masks with tiles of four positions, evaluated densely on the CPU."""
-    monkeypatch.setattr(asked, "has_flex_kernel", lambda x, width: True)
+    monkeypatch.setattr(denoiser_module, "has_flex_kernel", lambda x, width: True)
     monkeypatch.setattr(attention, "TILE", 4)
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
@@ -405,7 +413,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OWN = torch.stack([BLOCKS[name] for name in ("fours", "singles", "uneven")])
 TWICE, HALF = torch.arange(LENGTH).repeat(2), torch.arange(2 * LENGTH) >= LENGTH
-SIGHTS = {
+LAYOUTS = {
     "all": None,
     "blocks": AttentionLayout(torch.arange(LENGTH), BLOCKS["fours"].unsqueeze(0)),
     "own blocks": AttentionLayout(torch.arange(LENGTH), OWN),
@@ -419,13 +427,13 @@ def contexts() -> Iterator[tuple[str, Context]]:
 
     They have padding, several documents, blocks, or blocks with a clean copy (paired).
     """
-    for sight_name, sight in SIGHTS.items():
+    for layout_name, layout in LAYOUTS.items():
         for name in ("alone", "packed", "padded", "both"):
-            context = CONTEXTS[name]._replace(layout=sight)
-            if sight is not None and sight.noisy is not None:
+            context = CONTEXTS[name]._replace(layout=layout)
+            if layout is not None and layout.noisy is not None:
                 context = context.select_positions(TWICE, LENGTH)
-            if (name, sight) != ("alone", None):
-                yield f"{name}, {sight_name}", context
+            if (name, layout) != ("alone", None):
+                yield f"{name}, {layout_name}", context
 
 
 ALL = dict(contexts())
@@ -461,7 +469,7 @@ def test_flex_attention_mask_tiles_equal_the_dense_mask(flex: None, name: str) -
         torch.testing.assert_close(attend(q, k, v, seen), expected, rtol=0, atol=atol)
 
 
-def test_attention_kernel_mask_is_none_if_no_position_is_hidden(flex: None) -> None:
+def test_flex_attention_has_no_mask_if_attention_is_unrestricted(flex: None) -> None:
     assert UNPADDED.kernel_mask(torch.empty(0), WIDTH) is None
 
 
@@ -471,20 +479,23 @@ def test_attention_kernel_mask_is_none_if_no_position_is_hidden(flex: None) -> N
 def test_flex_attention_forward_equals_masked_sdpa_forward(
     backbone: DiT, flex: None, monkeypatch: pytest.MonkeyPatch, inputs: Inputs, name: str
 ) -> None:
-    model, plain = denoiser(backbone, inputs), drawn(20)
-    memory = plain._replace(block=OWN, memory=words(21))
+    model, plain = denoiser(backbone, inputs), random_noisy(20)
+    memory = plain._replace(block=OWN, memory=random_tokens(21))
     for noisy in (plain, memory, memory._replace(memory=None), memory._replace(block=OWN[:1])):
         with monkeypatch.context() as patch:
-            patch.setattr(asked, "has_flex_kernel", attention.has_flex_kernel)
+            patch.setattr(denoiser_module, "has_flex_kernel", attention.has_flex_kernel)
             expected = hidden(model, noisy, CONTEXTS[name])
         torch.testing.assert_close(hidden(model, noisy, CONTEXTS[name]), expected, **CLOSE)
 
 
 @torch.no_grad()
-def test_context_with_a_cache_uses_a_dense_mask(backbone: DiT, flex: None) -> None:
+def test_forward_with_cache_equals_full_forward_with_flex_attention(
+    backbone: DiT, flex: None
+) -> None:
+    """With a cache the attention mask is dense; the full forward pass uses flex attention."""
     model, noisy = (
         denoiser(backbone),
-        drawn(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0)),
+        random_noisy(22, PROMPTS["ragged"])._replace(block=BLOCKS["fours"].unsqueeze(0)),
     )
     got, columns = model.extend_cache(noisy, CONTEXTS["both"], KeyValueCache())
     torch.testing.assert_close(got, hidden(model, noisy, CONTEXTS["both"])[:, columns], **CLOSE)
@@ -503,15 +514,15 @@ def test_has_flex_kernel_depends_on_device_dtype_and_head_width() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_flex_attention_kernels_match_masked_sdpa_with_gradients(sight: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flex_attention_kernels_match_masked_sdpa_with_gradients(layout: str) -> None:
     """Sequences have 300 positions, which is not a multiple of the tile size.
 
     The tolerance 1e-4 is the rounding of float32 sums in another order.
     """
     length, device = 300, "cuda"
     wide, stretch = torch.arange(length), torch.arange(length) * LENGTH // length
-    shown = SIGHTS[sight]
+    shown = LAYOUTS[layout]
     if shown is not None:
         noisy = (
             None
@@ -520,7 +531,7 @@ def test_flex_attention_kernels_match_masked_sdpa_with_gradients(sight: str) -> 
         )
         columns = wide * shown.block.shape[-1] // length
         shown = AttentionLayout(wide.to(device), shown.block[:, columns].to(device), noisy)
-    context = Context(VALID[:, stretch].to(device), DOCUMENTS[:, stretch].to(device), sight=shown)
+    context = Context(VALID[:, stretch].to(device), DOCUMENTS[:, stretch].to(device), layout=shown)
     parts = [torch.randn(BATCH, 2, length, 16, device=device, requires_grad=True) for _ in range(3)]
     values, gradients = [], []
     for seen in (context.attention_mask(), context.kernel_mask(parts[0], 16)):
@@ -535,7 +546,7 @@ def test_flex_attention_kernels_match_masked_sdpa_with_gradients(sight: str) -> 
 def test_new_flex_attention_masks_do_not_recompile_blocks(backbone: DiT, flex: None) -> None:
     """A single traced graph serves all blocks and batches, although each batch has a new mask."""
     model = denoiser(deepcopy(backbone))
-    noisy = drawn(23)._replace(block=OWN, memory=words(24))
+    noisy = random_noisy(23)._replace(block=OWN, memory=random_tokens(24))
     batches = [
         CONTEXTS["both"],
         CONTEXTS["both"]._replace(document=DOCUMENTS.flip(0), valid=VALID.flip(0)),
@@ -568,18 +579,18 @@ def test_packing_does_not_change_hidden_states_or_predictions(
     model, context = denoiser(backbone, inputs), CONTEXTS[name]
     every, root = torch.arange(BATCH * LENGTH), torch.full((BATCH * LENGTH,), VOCABULARY.root)
 
-    def told(noisy: Noisy) -> tuple[Tensor, Tensor]:
+    def hidden_and_predictions(noisy: Noisy) -> tuple[Tensor, Tensor]:
         dists = model.query(noisy, context, every, root, lambda dist, idx: dist.log_mass(0))
         assert isinstance(dists, Tensor)
         return hidden(model, noisy, context), dists.unflatten(0, (BATCH, LENGTH))
 
     for block in (None, BLOCKS["fours"].unsqueeze(0), OWN):
-        for memory in (None, words(26)) if block is not None else (None,):
-            noisy = drawn(25)._replace(block=block, memory=memory)
-            before = told(noisy)
+        for memory in (None, random_tokens(26)) if block is not None else (None,):
+            noisy = random_noisy(25)._replace(block=block, memory=memory)
+            before = hidden_and_predictions(noisy)
             for number in range(3):
                 there = number == DOCUMENTS
-                after = told(
+                after = hidden_and_predictions(
                     noisy._replace(
                         zt=elsewhere(noisy.zt, there),
                         t=torch.where(there, 1 - noisy.t, noisy.t),
@@ -595,8 +606,8 @@ RULES = {
     "flat": ("own", FlatTimes()),
     "blocks": ("own", WindowTimes(4, paired=False)),
     "paired blocks": ("own", WindowTimes(4)),
-    "a gliding window": ("own", WindowTimes(4, shape="slide")),
-    "word by word": ("previous", WindowTimes(1)),
+    "sliding window": ("own", WindowTimes(4, shape="slide")),
+    "token by token": ("previous", WindowTimes(1)),
 }
 
 
@@ -614,31 +625,31 @@ def test_packing_does_not_change_bound_loss_or_gradient_of_a_document(
     process = MixtureProcess(VOCABULARY, LinearSchedule(floor=0.01), token_distribution(VOCABULARY))
     model = denoiser(backbone, inputs)
     objective, slots = DiffusionObjective(process, model, ElboLoss(), times), torch.arange(BATCH)
-    batch = Batch(words(27), VALID, VALID, DOCUMENTS, slots, packed=True)
+    batch = Batch(random_tokens(27), VALID, VALID, DOCUMENTS, slots, packed=True)
     rng = CounterRng(0, 0, slots, LENGTH)
 
-    def charged(batch: Batch) -> Tensor:
+    def bound_terms(batch: Batch) -> Tensor:
         return sum(
             objective.nll(batch, rng, slots, BATCH, times).terms.values(),
             torch.zeros(BATCH, LENGTH),
         )
 
-    def trained(batch: Batch) -> list[Tensor]:
+    def loss_and_gradient(batch: Batch) -> list[Tensor]:
         loss = objective(batch, rng, {"tokens": torch.tensor(1.0)}, BATCH).loss
         return [
             loss.detach(),
             *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True),
         ]
 
-    before = charged(batch)
+    before = bound_terms(batch)
     for number in range(3):
         there = number == DOCUMENTS
         changed = replace(batch, ids=elsewhere(batch.ids, there))
-        after = charged(changed)
+        after = bound_terms(changed)
         assert torch.equal(before[~there], after[~there])
         assert not torch.equal(before[there], after[there])
         others = VALID & ~there
-        mine, theirs = (trained(replace(b, scored=others)) for b in (batch, changed))
+        mine, theirs = (loss_and_gradient(replace(b, scored=others)) for b in (batch, changed))
         assert mine[0] != 0
         for old, new in zip(mine, theirs):
             assert (old is None and new is None) or torch.equal(old, new)

@@ -1,4 +1,8 @@
-"""Fuzzer of benchmarks/: every mutated recipe is accepted, or refused with a message."""
+"""Fuzzer `benchmarks/fuzz.py`: makes random changes to recipes, and checks how ddiff handles them.
+
+A mutated recipe is a valid recipe with random changes. ddiff must accept it, or refuse it with a
+message.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def test_mutated_recipes_are_accepted_or_refused_with_a_message(
+def test_25_mutated_recipes_are_accepted_or_refused_with_a_message(
     fuzz: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fuzz.main(["--recipes", "25", "--runs", "1", "--seed", "2"]) == 0
@@ -62,11 +66,12 @@ def test_fuzzer_detects_tracebacks_leftover_files_and_missing_results(
     assert expected in capsys.readouterr().out
 
 
-def test_mutated_recipe_depends_only_on_number_and_seed(fuzz: ModuleType) -> None:
-    trees, kinds = (
-        [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}],
-        {"dataset": ["y"]},
-    )
-    one, again = (fuzz.mutant(5, 3, trees, kinds) for _ in range(2))
-    assert one == again
-    assert len({fuzz.mutant(n, 3, trees, kinds) for n in range(20)}) > 5
+def test_fuzzer_makes_the_same_recipe_again_for_the_same_number_and_seed(fuzz: ModuleType) -> None:
+    """Two calls give the same mutated recipe, and 20 numbers give more than 5 different recipes."""
+    recipes = [{"a": {"b": 1}, "train": {"kind": "x"}, "data": {"kind": "y"}}]
+    component_names = {"dataset": ["y"]}
+    first = fuzz.mutant(5, 3, recipes, component_names)
+    second = fuzz.mutant(5, 3, recipes, component_names)
+    assert first == second
+    others = {fuzz.mutant(number, 3, recipes, component_names) for number in range(20)}
+    assert len(others) > 5

@@ -36,23 +36,23 @@ from ddiff.sampling.unmasking import UnmaskingSampler
 from ddiff.testing.sampler_distribution import ExactNetwork
 
 TREE = HierarchicalVocabulary([[0, 1, 0, 1, 1, 0], [0, 0, 0]][:1])
-WORDS = torch.tensor([[0.05, 0.30, 0.15, 0.20, 0.10, 0.20]], dtype=torch.float64)
-LOG = torch.tensor([[0.90, 0.08, 0.02]], dtype=torch.float64).log()
+PROBS = torch.tensor([[0.05, 0.30, 0.15, 0.20, 0.10, 0.20]], dtype=torch.float64)
+LOG_PROBS = torch.tensor([[0.90, 0.08, 0.02]], dtype=torch.float64).log()
 
 
-def listed(shape: Any, log_p: Tensor = LOG) -> list[float]:
+def filtered_probs(shape: Any, log_p: Tensor = LOG_PROBS) -> list[float]:
     return shape(log_p).softmax(-1)[0].tolist()
 
 
 def test_sampling_filters_on_three_tokens_equal_their_closed_form() -> None:
-    assert listed(TopK(2)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
-    assert listed(TopP(0.9)) == pytest.approx([1.0, 0.0, 0.0])
-    assert listed(TopP(0.91)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
-    assert listed(MinP(0.05)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
+    assert filtered_probs(TopK(2)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
+    assert filtered_probs(TopP(0.9)) == pytest.approx([1.0, 0.0, 0.0])
+    assert filtered_probs(TopP(0.91)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
+    assert filtered_probs(MinP(0.05)) == pytest.approx([0.90 / 0.98, 0.08 / 0.98, 0.0])
     squares = [0.81, 0.0064, 0.0004]
-    assert listed(Temperature(0.5)) == pytest.approx([x / sum(squares) for x in squares])
+    assert filtered_probs(Temperature(0.5)) == pytest.approx([x / sum(squares) for x in squares])
     for nothing in (TopK(3), TopP(1.0), MinP(0.0), Temperature(1.0)):
-        assert listed(nothing) == pytest.approx([0.90, 0.08, 0.02])
+        assert filtered_probs(nothing) == pytest.approx([0.90, 0.08, 0.02])
 
 
 def test_sampling_filters_out_of_range_are_refused() -> None:
@@ -83,7 +83,7 @@ def test_every_sampler_draws_tokens_from_the_filtered_distribution(build: Any) -
     draws.
     """
     process = processes()["masked"]
-    network = network_from_table(lambda zt, t: LOG.expand(*zt.shape, 3), process.vocabulary)
+    network = network_from_table(lambda zt, t: LOG_PROBS.expand(*zt.shape, 3), process.vocabulary)
     sampler = ShapedSampler(build(5), [TopK(2)])
     ids = generate(sampler, process, network, index=torch.arange(200), length=6, seed=1).ids
     found = torch.bincount(ids.flatten(), minlength=3) / ids.numel()
@@ -95,18 +95,18 @@ def sharpened(dist: Tensor) -> Tensor:
     return dist**2 / (dist**2).sum(-1, keepdim=True)
 
 
-def test_sampling_filters_on_a_tree_apply_to_each_level() -> None:
-    dist = ShapedDistribution([DenseDistribution(WORDS.log(), TREE)], Temperature(0.5))
+def test_filters_on_a_tree_apply_to_clusters_and_to_tokens_of_a_cluster() -> None:
+    dist = ShapedDistribution([DenseDistribution(PROBS.log(), TREE)], Temperature(0.5))
     parent = torch.tensor([0, 1, 0, 1, 1, 0])
-    mass = torch.stack([WORDS[0][parent == node].sum() for node in (0, 1)])
+    mass = torch.stack([PROBS[0][parent == node].sum() for node in (0, 1)])
     expected = torch.zeros(6, dtype=torch.float64)
     for node in (0, 1):
         expected[parent == node] = sharpened(mass)[node] * sharpened(
-            WORDS[0][parent == node] / mass[node]
+            PROBS[0][parent == node] / mass[node]
         )
     assert dist.log_mass(0).exp()[0].tolist() == pytest.approx(expected.tolist())
     assert dist.log_mass(1).exp()[0].tolist() == pytest.approx(sharpened(mass).tolist())
-    assert float((dist.log_mass(0).exp() - sharpened(WORDS)).abs().max()) > 0.004
+    assert float((dist.log_mass(0).exp() - sharpened(PROBS)).abs().max()) > 0.004
     word, node = torch.tensor([3]), torch.tensor([7])
     assert float(dist.log_prob(word)) == pytest.approx(float(expected[3].log()))
     assert float(dist.log_child(node, word)) == pytest.approx(
@@ -115,27 +115,32 @@ def test_sampling_filters_on_a_tree_apply_to_each_level() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [TREE, FlatVocabulary(6), FlatVocabulary(6, mask=False)])
-def test_filtered_draw_on_a_tree_uses_one_uniform_for_all_levels(vocabulary: Any) -> None:
+def test_filtered_draw_is_exact_with_one_uniform_for_all_levels_of_a_tree(vocabulary: Any) -> None:
     """20 001 evenly spaced uniforms draw every token in proportion to its probability.
 
     An error of one draw is allowed for each level and each boundary between tokens.
     """
     count = 20_001
     dist = ShapedDistribution(
-        [DenseDistribution(WORDS.log().expand(count, -1), vocabulary)], TopP(0.8)
+        [DenseDistribution(PROBS.log().expand(count, -1), vocabulary)], TopP(0.8)
     )
     u = (torch.arange(count).double() + 0.5) / count
-    words = dist.draw(
+    drawn = dist.draw(
         torch.full((count,), vocabulary.root), torch.zeros(count, dtype=torch.long), u
     )
-    found = torch.bincount(words, minlength=6) / count
+    found = torch.bincount(drawn, minlength=6) / count
     assert found.tolist() == pytest.approx(dist.log_mass(0).exp()[0].tolist(), abs=4 / count)
     assert float(found.min()) == 0.0
 
 
-def test_filtered_draw_below_a_node_filters_the_children_of_the_node() -> None:
+def test_filtered_draw_given_a_cluster_returns_a_token_of_this_cluster() -> None:
+    """The clusters are node 6 with tokens 0, 2 and 5, and node 7 with tokens 1, 3 and 4.
+
+    A uniform near 1 draws the last token of a cluster, and a uniform of 0 draws the first token. A
+    draw at the level of the cluster returns the cluster.
+    """
     dist = ShapedDistribution(
-        [DenseDistribution(WORDS.log().expand(2, -1), TREE)], Temperature(0.7)
+        [DenseDistribution(PROBS.log().expand(2, -1), TREE)], Temperature(0.7)
     )
     node, u = torch.tensor([6, 7]), torch.tensor([0.999, 0.0]).double()
     assert dist.draw(node, torch.tensor([0, 0]), u).tolist() == [5, 1]
@@ -177,8 +182,8 @@ def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
                 places.append(torch.arange(start, min(start + size, len(rows))))
                 start = min(start + size, len(rows))
             used = [place for place in places if len(place)]
-            told = [query(rows[p], node[p], fn, *(value[p] for value in per_row)) for p in used]
-            return torch.cat(told)
+            results = [query(rows[p], node[p], fn, *(value[p] for value in per_row)) for p in used]
+            return torch.cat(results)
 
         return parts
 
@@ -187,8 +192,8 @@ def in_chunks(network: Any, sizes: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 def test_guidance_mixes_log_probabilities_for_any_chunk_size(weight: float) -> None:
-    told, silent = read(table(1)), read(table(2))
-    expected = (told.log() * weight + silent.log() * (1 - weight)).softmax(-1)
+    conditional, unconditional = read(table(1)), read(table(2))
+    expected = (conditional.log() * weight + unconditional.log() * (1 - weight)).softmax(-1)
     for cut, null_cut in (((), ()), ((1,), ()), ((), (2,)), ((3,), (1, 1))):
         network = guide_network(in_chunks(table(1), cut), in_chunks(table(2), null_cut), weight)
         assert torch.allclose(read(network), expected)
@@ -223,7 +228,7 @@ def test_sampling_filters_refuse_a_network_that_predicts_scores() -> None:
     makers: list[Any] = [
         lambda: shape_network(score, [TopK(1)]),
         lambda: guide_network(score, score, 2.0),
-        lambda: guide_by_classifier(score, lambda noisy, rows: LOG),
+        lambda: guide_by_classifier(score, lambda noisy, rows: LOG_PROBS),
     ]
     for make in makers:
         with pytest.raises(ArgumentError, match=r"predicts? a score"):
@@ -284,7 +289,7 @@ def test_filter_order_is_temperature_top_k_top_p_min_p(which: int) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["ancestral", "left_to_right"])
-def test_sampling_filters_with_default_values_do_not_wrap_the_sampler(which: int) -> None:
+def test_sampler_has_no_filters_if_all_filter_settings_have_default_values(which: int) -> None:
     for settings in ({}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}):
         assert not isinstance(configured(settings)[which], ShapedSampler)
     for one in ({"temperature": 0.9}, {"top_k": 1}, {"top_p": 0.99}, {"min_p": 0.01}):
@@ -294,5 +299,5 @@ def test_sampling_filters_with_default_values_do_not_wrap_the_sampler(which: int
 def test_min_p_keeps_tokens_exactly_at_its_threshold() -> None:
     """With the threshold 1, all tokens whose probability is the largest are kept."""
     log_p = torch.tensor([[0.4, 0.4, 0.2]], dtype=torch.float64).log()
-    assert listed(MinP(1.0), log_p) == pytest.approx([0.5, 0.5, 0.0])
-    assert listed(MinP(0.0), log_p) == pytest.approx([0.4, 0.4, 0.2])
+    assert filtered_probs(MinP(1.0), log_p) == pytest.approx([0.5, 0.5, 0.0])
+    assert filtered_probs(MinP(0.0), log_p) == pytest.approx([0.4, 0.4, 0.2])
