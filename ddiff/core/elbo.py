@@ -144,6 +144,7 @@ def corrupt(
     """Corrupt a batch: draw the state z_t of each position at the time given by `times`.
 
     The state of a position is
+
     - its token x0, with time 0, if `times.clean` is True or the position is not scored;
     - otherwise a draw from the prior, if `times.at_prior` is True;
     - otherwise a draw from q_t(.|x0), with t = `times.t`.
