@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddiff.core.field import FieldProcess
 from ddiff.core.numerics import find_rows
 from ddiff.core.prediction import DenseDistribution, Prediction, Score
 from ddiff.core.process import ForwardProcess, Query, RowFunction
@@ -99,7 +100,7 @@ def _format_means(terms: Mapping[str, Tensor]) -> str:
 
 
 def nelbo(
-    process: ForwardProcess,
+    process: FieldProcess,
     network: Network,
     x0: Tensor,
     scored: Tensor,
@@ -134,7 +135,7 @@ def nelbo(
 
 
 def corrupt(
-    process: ForwardProcess,
+    process: FieldProcess,
     x0: Tensor,
     times: Times,
     scored: Tensor,
@@ -156,26 +157,27 @@ def corrupt(
         rng: random generator of the B samples.
         channel: name of the random stream of `rng` from which the uniforms are taken.
     """
-    u = rng.uniform(channel, process.uniforms_per_sample).reshape(x0.numel(), -1)
-    flat = process.sample(x0.reshape(-1), times.t.reshape(-1), u)
+    u = rng.uniform(channel, process.uniforms_per_sample).reshape(times.t.numel(), -1)
+    flat = process.sample(x0.flatten(0, 1), times.t.reshape(-1), u)
     zt = flat.reshape(x0.shape)
     if times.at_prior is not None:
         # A draw of the prior carries no information on x0, even if q_1 does. The channel's name is
         # part of the counter: another name would change every recorded draw.
-        prior = process.prior.draw(rng.uniform(f"{channel}.waiting"))
-        zt = torch.where(times.at_prior, prior, zt)
+        prior = process.prior.draw_positions(rng, f"{channel}.waiting")
+        zt = choose_states(times.at_prior, prior, zt)
     clean = times.clean | ~scored
     return Noisy(
-        zt=torch.where(clean, x0, zt),
+        zt=choose_states(clean, x0, zt),
         t=torch.where(clean, 0.0, times.t),
         clean=clean,
         block=times.block,
         memory=x0 if times.paired else None,
+        absent=times.absent,
     )
 
 
 def diffusion_term(
-    process: ForwardProcess,
+    process: FieldProcess,
     network: Network,
     x0: Tensor,
     noisy: Noisy,
@@ -189,7 +191,7 @@ def diffusion_term(
     positions where speed * weight * divergence can be non-zero.
     """
     # States in which the integrand of the bound is 0 are not queried.
-    evaluated = (speed > 0) & ~noisy.clean & process.active(noisy.zt)
+    evaluated = (speed > 0) & ~noisy.clean & _is_active(process, noisy.zt)
     divergence = _evaluate_at(
         network,
         noisy,
@@ -203,15 +205,15 @@ def diffusion_term(
     flat = evaluated.reshape(-1)
     weight = torch.zeros(flat.shape, dtype=torch.float64, device=flat.device)
     weight[flat] = process.weight(
-        x0.reshape(-1)[flat],
-        noisy.zt.reshape(-1)[flat],
+        x0.flatten(0, 1)[flat],
+        noisy.zt.flatten(0, 1)[flat],
         noisy.t.reshape(-1)[flat],
     )
     return speed * weight.reshape(speed.shape) * divergence
 
 
 def decoding_term(
-    process: ForwardProcess,
+    process: FieldProcess,
     network: Network,
     x0: Tensor,
     times: Times,
@@ -229,12 +231,20 @@ def decoding_term(
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
         # If q_0 is the clean token, a state into which the chain never jumps is the clean token.
-        evaluated = evaluated & (times.t > 0) & process.active(noisy.zt)
+        evaluated = evaluated & (times.t > 0) & _is_active(process, noisy.zt)
+    needs_network = process.end_needs_network(noisy.t)
     nll = _evaluate_at(
         network,
         noisy,
-        evaluated,
+        evaluated & needs_network,
         process.scope,
+        process.decode_nll,
+        x0,
+        noisy.zt,
+        noisy.t,
+    )
+    nll += _evaluate_without_network(
+        evaluated & ~needs_network,
         process.decode_nll,
         x0,
         noisy.zt,
@@ -244,7 +254,7 @@ def decoding_term(
 
 
 def closing_term(
-    process: ForwardProcess,
+    process: FieldProcess,
     network: Network,
     x0: Tensor,
     times: Times,
@@ -264,35 +274,43 @@ def closing_term(
         # If q_1 is the prior for every token, the KL at t = 1 is 0.
         evaluated = counted & (times.t < 1)
     noisy = corrupt(process, x0, times, scored, rng, "closing")
-    prior = process.prior.draw(rng.uniform("prior"))
+    prior = process.prior.draw_positions(rng, "prior")
     noisy = noisy._replace(
-        zt=torch.where(counted, prior, noisy.zt),
+        zt=choose_states(counted, prior, noisy.zt),
         t=torch.where(counted, 1.0, noisy.t),
     )
+    needs_network = process.end_needs_network(times.t)
+    closing_kl = partial(_closing_kl, process)
     kl = _evaluate_at(
         network,
         noisy,
-        evaluated,
-        partial(_root_scope, process),
-        partial(_closing_kl, process),
+        evaluated & needs_network,
+        process.closing_scope,
+        closing_kl,
         x0,
         times.t,
     )
+    kl += _evaluate_without_network(evaluated & ~needs_network, closing_kl, x0, times.t)
     return times.speed * kl
 
 
-def _root_scope(process: ForwardProcess, zt: Tensor) -> Tensor:
-    """Return the root as the query node of every row, for the prior term (`closing_kl`).
+def choose_states(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return `first` at the positions where `condition` [B,n] is True, else `second`.
 
-    The query node is the node below which the row needs the predicted distribution. The prior term
-    needs the predicted distribution of all tokens.
+    `first` and `second` hold one state per position: tokens [B,n] or vectors [B,n,d].
     """
-    return torch.full_like(zt, process.vocabulary.root)
+    ones = (1,) * (second.dim() - condition.dim())
+    return torch.where(condition.reshape(*condition.shape, *ones), first, second)
+
+
+def _is_active(process: FieldProcess, zt: Tensor) -> Tensor:
+    """Return bool [B,n]: whether the state of a position may add to the bound."""
+    return process.active(zt.flatten(0, 1)).reshape(zt.shape[:2])
 
 
 def _closing_kl(
-    process: ForwardProcess,
-    prediction: Prediction,
+    process: FieldProcess,
+    prediction: Prediction | None,
     x0: Tensor,
     t: Tensor,
 ) -> Tensor:
@@ -307,6 +325,7 @@ def _closing_kl(
     """
     if not isinstance(prediction, Score):
         return process.closing_kl(prediction, x0, t)
+    assert isinstance(process, ForwardProcess)  # only tokens have scores
     at_tokens = prediction.log_ratio[:, : process.vocabulary.num_tokens]
     tokens = DenseDistribution(at_tokens.log_softmax(-1), process.vocabulary)
     before_end = process.closing_kl(tokens, x0, t)
@@ -331,9 +350,23 @@ def _evaluate_at(
     values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)
     # Without rows the network is not run at all.
     if len(rows):
-        node = scope(noisy.zt.reshape(-1)[rows])
-        flat = [argument.reshape(-1)[rows] for argument in arguments]
+        node = scope(noisy.zt.flatten(0, 1)[rows])
+        flat = [argument.flatten(0, 1)[rows] for argument in arguments]
         values[rows] = network(noisy)(rows, node, formula, *flat).double()
+    return values.reshape(evaluated.shape)
+
+
+def _evaluate_without_network(
+    evaluated: Tensor,
+    formula: Callable[..., Tensor],
+    *arguments: Tensor,
+) -> Tensor:
+    """Return formula(None, *arguments) [B,n] at `evaluated` positions, and 0 elsewhere."""
+    rows = find_rows(evaluated.reshape(-1))
+    values = torch.zeros(evaluated.numel(), dtype=torch.float64, device=evaluated.device)
+    if len(rows):
+        flat = [argument.flatten(0, 1)[rows] for argument in arguments]
+        values[rows] = formula(None, *flat).double()
     return values.reshape(evaluated.shape)
 
 

@@ -180,6 +180,7 @@ class InformationTime:
         self._map = MonotoneMap(*knots)
         self._change_probability = change_probability
         self._change_at_start = float(change_probability(ends[:1])[0])
+        self.is_noise_at_start = self._change_at_start == 1.0
         self._quantile_maps: dict[tuple[float, float, int], MonotoneMap] = {}
 
     def at(self, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,8 +229,11 @@ class InformationTime:
     def _noise_probability(self, tau: Tensor) -> Tensor:
         """Return P(tau) [n], the probability that a token clean at t = 0 is noise at t(tau).
 
-        tau is the information time, and t(tau) the noise time.
+        tau is the information time, and t(tau) the noise time. If every state is noise at the first
+        time, as for vectors with Gaussian noise, P is 1.
         """
+        if self.is_noise_at_start:
+            return torch.ones_like(tau)
         changed = self._change_probability(self.at(tau)[0])
         # Tokens that are already noise at t = 0 add nothing to the diffusion term.
         since_start = changed - self._change_at_start

@@ -12,8 +12,12 @@ from ddiff.core.elbo import Network
 from ddiff.core.process import Query, RowFunction
 from ddiff.core.times import Noisy
 
-Predicts = Literal["distribution", "score"]
-"""Kind of prediction: the distribution of the clean token, or a score (ratios of marginals)."""
+Predicts = Literal["distribution", "score", "mean"]
+"""Kind of prediction.
+
+"distribution": the distribution of the clean token. "score": ratios of marginals. "mean": the mean
+of the clean vector.
+"""
 
 
 class CountingNetwork(ABC):

@@ -52,6 +52,7 @@ from ddiff.core.numerics import (
 )
 from ddiff.core.oracle import propagate
 from ddiff.core.prediction import DenseDistribution, Prediction, Score, require_distribution
+from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -129,6 +130,10 @@ class Prior:
         # For u near 1, rounding may lead past the last state with positive probability.
         last_possible = int(weights.nonzero().max())
         return drawn.clamp(max=last_possible)
+
+    def draw_positions(self, rng: CounterRng, channel: str) -> Tensor:
+        """Draw one state [B,L] for every position of a batch, from one channel of the generator."""
+        return self.draw(rng.uniform(channel))
 
 
 class ForwardProcess(ABC):
@@ -406,6 +411,17 @@ class ForwardProcess(ABC):
         The default is the root, so that the whole distribution is predicted.
         """
         return torch.full_like(zt, self.vocabulary.root)
+
+    def closing_scope(self, zt: Tensor) -> Tensor:
+        """Return the query node [r] at which `closing_kl` needs the prediction: the root."""
+        return torch.full_like(zt, self.vocabulary.root)
+
+    def end_needs_network(self, t: Tensor) -> Tensor:
+        """Return bool in the shape of t: whether the end terms at time t need a prediction.
+
+        The end terms are `decode_nll` and `closing_kl`. All tokens need one.
+        """
+        return torch.ones_like(t, dtype=torch.bool)
 
     # ------------------------------------------------------------------ information
 

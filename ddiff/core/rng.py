@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ddiff.errors import ArgumentError
 
+# Numbers per position up to which `uniform` uses a separate stream for each.
+MAX_STREAMS = 4
+
 
 class CounterRng:
     """Uniform random numbers for the samples of one step.
@@ -60,21 +63,31 @@ class CounterRng:
         """Return float64 uniforms in [0,1), on the device of the sample indices `index`.
 
         The shape is [B,L] for count 1, else [B,L,count]. `channel` names the purpose of the
-        numbers; numbers of different channels are independent.
+        numbers; numbers of different channels are independent. Many numbers per position
+        come from one stream per sample, position by position, since a stream per number would be
+        slow for vectors.
         """
-        draws = [self._draw_channel(f"{channel}.{i}") for i in range(count)]
+        if count > MAX_STREAMS:
+            numbers = self._draw_channel(f"{channel}.block", self.length * count)
+            return numbers.reshape(len(self.index), self.length, count)
+        draws = [self._draw_channel(f"{channel}.{i}", self.length) for i in range(count)]
         if count == 1:
             return draws[0]
         return torch.stack(draws, -1)
 
-    def _draw_channel(self, channel: str) -> Tensor:
+    def derive(self, purpose: str, length: int) -> CounterRng:
+        """Return a generator of the same samples for another purpose and number of positions."""
+        return CounterRng(self.seed, self.step, self.index, length, purpose, self.group)
+
+    def _draw_channel(self, channel: str, length: int) -> Tensor:
+        """Return uniforms [B,length] of one stream per sample."""
         rows = []
         for sample in self.index.tolist():
-            rows.append(self._raw_bits(sample, channel, self.length))
+            rows.append(self._raw_bits(sample, channel, length))
         if rows:
             bits = np.stack(rows)
         else:
-            bits = np.empty((0, self.length), dtype=np.uint64)
+            bits = np.empty((0, length), dtype=np.uint64)
         # The upper 53 bits are the digits of a float64 in [0,1).
         numbers = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return torch.from_numpy(numbers).to(self.index.device)

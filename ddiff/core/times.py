@@ -37,6 +37,7 @@ class Times(NamedTuple):
         block: [1 or B,L] long, block numbers that restrict attention (see `Noisy`). None: every
             position attends to every other position.
         paired: whether later blocks attend to the clean tokens of earlier blocks (`Noisy.memory`).
+        absent: bool [B], samples without this field (of several); see `Noisy`. None: no sample.
     """
 
     t: Tensor
@@ -45,6 +46,7 @@ class Times(NamedTuple):
     at_prior: Tensor | None = None
     block: Tensor | None = None
     paired: bool = False
+    absent: Tensor | None = None
 
 
 class Noisy(NamedTuple):
@@ -60,6 +62,8 @@ class Noisy(NamedTuple):
         memory: [B,L] clean tokens. If given, a position attends to its own block of zt and to the
             earlier blocks of the memory. The network then predicts P(x_i | memory before its
             block, its block of zt), and all blocks can be evaluated in one pass.
+        absent: bool [B]. In a sample with several fields, positions of other fields do not attend
+            to a field that is absent from the sample. None: the field is in every sample.
     """
 
     zt: Tensor
@@ -67,6 +71,7 @@ class Noisy(NamedTuple):
     clean: Tensor
     block: Tensor | None = None
     memory: Tensor | None = None
+    absent: Tensor | None = None
 
 
 class TimeSampler(Protocol):
@@ -117,6 +122,11 @@ class TimeRule(TimeSampler, Protocol):
     tau is the information time (defined in this module), and falls from 1 to 0 in sampling.
     """
 
+    tokens: int = 0
+    """Number of tokens for which the draws have the least variance; 0: those of a row."""
+    has_one_time: bool = False
+    """True if all positions of a sequence have the same time."""
+
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """Return the times of all positions at the information time tau [B] in [0,1].
 
@@ -134,7 +144,7 @@ class TimeRule(TimeSampler, Protocol):
 
 
 @final
-class FlatTimes:
+class FlatTimes(TimeRule):
     """Time rule in which all positions of a sequence have the same time.
 
     One information time tau per sequence is drawn in [start, stop], stratified over the sequences
@@ -145,6 +155,8 @@ class FlatTimes:
     estimate of the bound has the least variance. This number is fixed and does not follow the
     length of the batch, so that the times of a sequence do not depend on its padding.
     """
+
+    has_one_time = True
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, tokens: int = 16) -> None:
         _check_window("FlatTimes", start, stop)
@@ -162,7 +174,7 @@ class FlatTimes:
         slots: int | Tensor,
         length: int,
     ) -> Times:
-        v = _one_per_sample(rng, slot, slots)
+        v = draw_strata(rng, slot, slots)
         t, speed = clock.draw(v, self.start, self.stop, self.tokens)
         return _full_attention_times(t.expand(-1, length), speed.expand(-1, length))
 
@@ -192,7 +204,7 @@ class FlatTimes:
 
 
 @final
-class WindowTimes:
+class WindowTimes(TimeRule):
     """Window of `width` positions that are denoised together, from left to right.
 
     Positions before the window are clean. Positions after the window are at the prior. `shape`
@@ -246,7 +258,7 @@ class WindowTimes:
         if not self.paired:
             return self._draw_one_window(clock, rng, slot, slots, length)
         if self.shape == "slide":
-            phase = _one_per_sample(rng, slot, slots)
+            phase = draw_strata(rng, slot, slots)
             return self._all_slides(clock, phase * self.width, length)
         # All windows are evaluated in one pass, each at its own time.
         v = jointly_stratified(rng, slot, slots, self._num_windows(length))
@@ -313,7 +325,7 @@ class WindowTimes:
         length: int,
     ) -> Times:
         # One number per sample determines both the window and the time within the window.
-        v = _one_per_sample(rng, slot, slots).squeeze(-1)
+        v = draw_strata(rng, slot, slots).squeeze(-1)
         if self.shape == "slide":
             return self.at(clock, v, length)
         count = self._num_windows(length)
@@ -524,7 +536,7 @@ def stratified(u: Tensor, stratum: Tensor, strata: int | Tensor) -> Tensor:
     return (_van_der_corput_rank(stratum, counts) + u) / counts
 
 
-def _one_per_sample(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
+def draw_strata(rng: CounterRng, slot: Tensor, slots: int | Tensor) -> Tensor:
     """Return one number in [0,1) per sample, a tensor [B,1], stratified over the batch.
 
     The result for sample i lies in the stratum with the index slot[i] of `slots` strata.

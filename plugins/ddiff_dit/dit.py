@@ -207,14 +207,34 @@ class Block(nn.Module):
 
     The norms are modulated by a shift and a scale. Gates are zero at initialization, so that the
     block starts as the identity.
+
+    A block of several streams calls `project` of every stream, attends once over all inputs, and
+    calls `combine` of every stream.
+
+    Args:
+        width: channels of the hidden states.
+        heads: number of attention heads.
+        dropout: dropout probability after attention and after the MLP.
+        head_width: channels of an attention head; width / heads by default.
+        qk_norm: normalize queries and keys by their root mean square before the rotation.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        head_width: int | None = None,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.head_width = width // heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attended = nn.Linear(width, width, bias=False)
+        self.head_width = head_width or width // heads
+        inner = self.heads * self.head_width
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.attended = nn.Linear(inner, width, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_width) if qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_width) if qk_norm else None
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
@@ -234,26 +254,38 @@ class Block(nn.Module):
         seen: AttentionMask,
         extend: ExtendCache | None,
     ) -> Tensor:
-        vectors = add_shared(self.modulation, None if shared is None else shared[:6])
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors
-        attended = self._attend(modulate(x, shift, scale), rotation, seen, extend)
-        x = torch.addcmul(x, gate, self.dropout(attended))
-        hidden = F.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate="tanh")
-        return torch.addcmul(x, mlp_gate, self.dropout(self.down(hidden)))
-
-    def _attend(
-        self, x: Tensor, rotation: Rotation, seen: AttentionMask, extend: ExtendCache | None
-    ) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_width))
-        # Queries and keys are rotated together, in one operation. Values are not rotated.
-        qk, v = qkv.split([2, 1], 2)
-        q, k = rotation(qk).transpose(1, 3).unbind(2)
-        v = v.squeeze(2).transpose(1, 2)
+        vectors = self.modulate_by(shared)
+        q, k, v = self.project(x, vectors, rotation)
         if extend is not None:
             # Keys are cached after the rotation: their positions do not change any more.
             k, v = extend(k, v)
-        out = attend(q, k, v, seen)  # [B, heads, L, head width]
-        return self.attended(out.transpose(1, 2).flatten(2))
+        return self.combine(x, attend(q, k, v, seen), vectors)
+
+    def modulate_by(self, shared: ModulationVectors | None) -> ModulationVectors:
+        """Return the six modulation vectors of this block, with the shared ones added."""
+        return add_shared(self.modulation, None if shared is None else shared[:6])
+
+    def project(
+        self, x: Tensor, vectors: ModulationVectors, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B,heads,L,head width] of hidden states x [B,L,width]."""
+        shift, scale = vectors[:2]
+        qkv = self.qkv(modulate(x, shift, scale)).unflatten(-1, (3, self.heads, self.head_width))
+        # Queries and keys are rotated together, in one operation. Values are not rotated.
+        qk, v = qkv.split([2, 1], 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = qk.unbind(2)
+            qk = torch.stack([self.query_norm(q), self.key_norm(k)], 2)
+        q, k = rotation(qk).transpose(1, 3).unbind(2)
+        return q, k, v.squeeze(2).transpose(1, 2)
+
+    def combine(self, x: Tensor, attended: Tensor, vectors: ModulationVectors) -> Tensor:
+        """Add the result of attention [B,heads,L,head width] to x, then the MLP."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = vectors
+        out = self.attended(attended.transpose(1, 2).flatten(2))
+        x = torch.addcmul(x, gate, self.dropout(out))
+        hidden = F.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate="tanh")
+        return torch.addcmul(x, mlp_gate, self.dropout(self.down(hidden)))
 
 
 class Modulation(nn.Module):
@@ -291,13 +323,13 @@ class Modulation(nn.Module):
     ) -> ModulationVectors:
         features = []
         if self.mlp is not None:
-            features.append(self.mlp(self._embed_time(t, dtype)))
+            features.append(self.mlp(self.embed_time(t, dtype)))
         for name, embedding in self.conditions.items():
             features.append(embedding(conditions.get(name), t.shape, dtype))
         # The sum starts at the first tensor: `sum` would start at the integer 0.
         return self.out(sum(features[1:], features[0])).chunk(8, -1)
 
-    def _embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+    def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         # At least float32: in bfloat16 an angle of 256 radians has an error of half a radian.
         angle_dtype = torch.promote_types(dtype, torch.float32)
         angle = t.to(angle_dtype).unsqueeze(-1) * self.frequencies
@@ -373,15 +405,19 @@ class Rotation:
     Args:
         x: a tensor with the device and dtype of the queries.
         width: number w of channels of a query.
-        positions: [L] position numbers.
+        positions: [L] position numbers, or [L,axes] for several axes, such as the rows and columns
+            of an image. Each axis then rotates an equal part of the channel pairs.
     """
 
     def __init__(self, x: Tensor, width: int, positions: Tensor) -> None:
         # At least float32: in bfloat16 an angle of 500 radians has an error of up to 1 radian.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        pair = torch.arange(0, width, 2, device=x.device, dtype=dtype)
-        frequency = torch.exp(pair * (-math.log(ROTARY_BASE) / width))
+        axes = 1 if positions.dim() == 1 else positions.shape[1]
+        pair = torch.arange(0, width // axes, 2, device=x.device, dtype=dtype)
+        frequency = torch.exp(pair * (-math.log(ROTARY_BASE) / (width // axes)))
         angle = positions.to(dtype).unsqueeze(-1) * frequency
+        if axes > 1:
+            angle = angle.flatten(1)
         # `roll` in __call__ swaps the halves a and b of the channels. With these signs the result
         # is the rotation (a, b) -> (a cos - b sin, b cos + a sin).
         self.cos = torch.cat([angle.cos(), angle.cos()], -1).to(x.dtype)

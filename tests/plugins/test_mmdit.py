@@ -1,0 +1,178 @@
+"""Multimodal transformer: one stream is the DiT, and attention respects blocks and absence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ddiff_dit.dit import DiT
+from ddiff_dit.mmdit import MMDiT, StreamSpec
+from torch import Tensor
+
+from ddiff.core.times import Noisy
+from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.errors import ArgumentError
+from ddiff.nn.denoiser import UNPADDED
+from ddiff.nn.heads import TokenHead
+from ddiff.nn.joint_denoiser import JointContext, JointDenoiser, JointMask, StreamInput
+from ddiff.nn.parameterization import PARAMETERIZATIONS
+from ddiff.nn.vector_head import VectorHead
+
+VOCABULARY = FlatVocabulary(11)
+LENGTH = 8
+DIM = 5
+
+
+def randomize(module: torch.nn.Module) -> None:
+    """Set all parameters to random values; some are zero before training."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def make_denoiser(qk_norm: bool = False) -> JointDenoiser:
+    streams = {
+        "text": StreamSpec(32, vocabulary=VOCABULARY),
+        "latent": StreamSpec(16, dim=DIM),
+    }
+    backbone = MMDiT(streams, layers=3, heads=4, head_width=8, qk_norm=qk_norm)
+    vector_head = VectorHead(DIM, 16)
+    denoiser = JointDenoiser(
+        backbone,
+        {"text": TokenHead(VOCABULARY, 32), "latent": vector_head},
+        {"text": PARAMETERIZATIONS["rest"], "latent": vector_head.parameterization},
+    )
+    randomize(denoiser)
+    return denoiser.eval()
+
+
+def make_state(samples: int = 3, vectors: int = 2) -> dict[str, Noisy]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(0, 12, (samples, LENGTH), generator=generator)
+    latent = torch.randn(samples, vectors, DIM, generator=generator, dtype=torch.float64)
+    text_t = torch.rand(samples, 1, generator=generator, dtype=torch.float64)
+    latent_t = torch.rand(samples, 1, generator=generator, dtype=torch.float64)
+    nothing = torch.zeros(samples, LENGTH, dtype=torch.bool)
+    return {
+        "text": Noisy(text, text_t.expand(-1, LENGTH), nothing),
+        "latent": Noisy(latent, latent_t.expand(-1, vectors), nothing[:, :vectors]),
+    }
+
+
+def test_mmdit_with_one_stream_equals_the_dit_bitwise() -> None:
+    dit = DiT(VOCABULARY, 32, layers=2, heads=4)
+    randomize(dit)
+    mmdit = MMDiT({"text": StreamSpec(32, vocabulary=VOCABULARY)}, 2, heads=4, head_width=8)
+    mmdit.load_state_dict({rename(name): value for name, value in dit.state_dict().items()})
+    noisy = make_state()["text"]
+    streams = {"text": StreamInput(noisy.zt, noisy.t, torch.arange(LENGTH))}
+    hidden = mmdit(streams, JointMask(None), JointContext())["text"]
+    assert torch.equal(hidden, dit(noisy.zt, noisy.t, UNPADDED))
+
+
+def rename(name: str) -> str:
+    """Return the name of a DiT's parameter in the one-stream MMDiT."""
+    if not name.startswith("blocks."):
+        return f"streams.text.{name}"
+    _, layer, rest = name.split(".", 2)
+    return f"blocks.{layer}.streams.text.{rest}"
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_mmdit_streams_attend_to_each_other(qk_norm: bool) -> None:
+    denoiser = make_denoiser(qk_norm)
+    state = make_state()
+    before = denoiser.hidden_states(state, JointContext())
+    other = {**state, "latent": state["latent"]._replace(zt=state["latent"].zt + 1.0)}
+    after = denoiser.hidden_states(other, JointContext())
+    assert not torch.allclose(before["text"], after["text"])
+    # The time of the latent modulates the stream of the text.
+    later = {**state, "latent": state["latent"]._replace(t=state["latent"].t * 0.5)}
+    assert not torch.allclose(before["text"], denoiser.hidden_states(later, JointContext())["text"])
+
+
+def test_mmdit_output_ignores_the_values_of_an_absent_field() -> None:
+    denoiser = make_denoiser()
+    state = make_state()
+    absent = torch.tensor([True, False, True])
+    state["latent"] = state["latent"]._replace(absent=absent)
+    before = denoiser.hidden_states(state, JointContext())["text"].unflatten(0, (3, LENGTH))
+    latent = state["latent"]
+    changed = latent._replace(zt=latent.zt + 7.0, t=torch.ones_like(latent.t))
+    after = denoiser.hidden_states({**state, "latent": changed}, JointContext())["text"]
+    after = after.unflatten(0, (3, LENGTH))
+    assert torch.equal(before[absent], after[absent])
+    assert not torch.equal(before[~absent], after[~absent])
+
+
+def test_mmdit_output_ignores_padding_of_another_field() -> None:
+    denoiser = make_denoiser()
+    state = make_state()
+    valid = torch.ones(3, LENGTH, dtype=torch.bool)
+    valid[:, 5:] = False
+    context = JointContext({"text": valid})
+    before = denoiser.hidden_states(state, context)["latent"]
+    text = state["text"]
+    changed = text._replace(zt=torch.where(valid, text.zt, (text.zt + 1) % 12))
+    after = denoiser.hidden_states({**state, "text": changed}, context)["latent"]
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("held", ["clean", "noise"])
+def test_mmdit_passes_no_later_block_through_a_latent_to_an_earlier_block(held: str) -> None:
+    """In one pass over a clean copy and noisy blocks, a latent must not carry later tokens.
+
+    The latent may be clean or noise. Its stream attends to no block, so three layers pass nothing
+    from a block to an earlier one.
+    """
+    denoiser = make_denoiser()
+    block = (torch.arange(LENGTH) // 4).unsqueeze(0)
+
+    def hidden(memory: Tensor, text: Tensor) -> Tensor:
+        state = make_state()
+        state["text"] = state["text"]._replace(zt=text, block=block, memory=memory)
+        if held == "clean":
+            latent = state["latent"]
+            state["latent"] = latent._replace(t=0.0 * latent.t, clean=~latent.clean)
+        return denoiser.hidden_states(state, JointContext())["text"].unflatten(0, (3, LENGTH))
+
+    text = make_state()["text"].zt
+    memory = (text + 3) % 11
+    before = hidden(memory, text)
+    later = torch.arange(LENGTH) >= 4
+    after = hidden(torch.where(later, (memory + 1) % 11, memory), text)
+    # Block 0 attends to no later token; block 1 attends to the noisy tokens of its own block only.
+    assert torch.equal(before, after)
+    after = hidden(memory, torch.where(later, (text + 1) % 12, text))
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+    after = hidden(torch.where(later, memory, (memory + 1) % 11), text)
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+def test_mmdit_image_positions_rotate_rows_and_columns() -> None:
+    """The attention of two pixels depends on their rows and columns, not on their number."""
+    stream = StreamSpec(16, dim=DIM, grid=(2, 4))
+    backbone = MMDiT({"image": stream}, 1, heads=2, head_width=8)
+    positions = backbone.streams["image"].positions(torch.arange(8))
+    assert positions.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ({"text.one": StreamSpec(16, dim=3)}, "name of a stream"),
+        ({"text": StreamSpec(16)}, "exactly one of a vocabulary"),
+        ({"image": StreamSpec(16, dim=3, grid=(2, 2))}, "multiple of 4"),
+    ],
+)
+def test_mmdit_refuses_wrong_streams(streams: dict[str, StreamSpec], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        MMDiT(streams, 1, heads=2, head_width=6)
+
+
+def test_joint_denoiser_names_a_head_of_wrong_width() -> None:
+    backbone = MMDiT({"latent": StreamSpec(16, dim=DIM)}, 1, heads=2, head_width=8)
+    head = VectorHead(DIM, 8)
+    with pytest.raises(ArgumentError, match='head of "latent"'):
+        JointDenoiser(backbone, {"latent": head}, {"latent": head.parameterization})
