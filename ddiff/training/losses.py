@@ -9,12 +9,13 @@ from typing import Generic, TypeVar, final
 
 from torch import Tensor
 
+from ddiff.core.field import FieldProcess
 from ddiff.core.prediction import Prediction
 from ddiff.core.process import ForwardProcess
 from ddiff.core.times import Noisy, Times
 from ddiff.errors import ArgumentError
 
-Process = TypeVar("Process", bound=ForwardProcess)
+Process = TypeVar("Process", bound=FieldProcess)
 
 
 class TrainingLoss(Generic[Process]):
