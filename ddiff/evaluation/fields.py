@@ -1,0 +1,214 @@
+"""Likelihood bound of samples of several fields along a path, with confidence intervals.
+
+A path that holds no field gives the bound of the joint sample. A path that holds a field clean
+gives the bound of the other fields given this field. Such a conditional bound is no perplexity of
+the text, so no perplexity is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddiff.core.elbo import Likelihood
+from ddiff.core.paths import Path
+from ddiff.core.rng import CounterRng
+from ddiff.core.training_paths import TrainingPath, require_path
+from ddiff.errors import ArgumentError, NonFiniteError
+from ddiff.evaluation.ratio import Error, RatioEstimate
+from ddiff.progress import show_progress
+
+Interval = tuple[float, float]
+
+
+class ScoredFields(Protocol):
+    """Interface that `evaluate_fields` requires of an objective of several fields."""
+
+    def nll(
+        self,
+        batch: Any,
+        rng: CounterRng,
+        slot: Tensor,
+        slots: int | Tensor,
+        path: Path,
+    ) -> Mapping[str, Likelihood]:
+        """Draw an unbiased estimate of the bound of every sample, by field, in nats."""
+
+    def counts(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return the number of items of every field in a batch."""
+
+
+@dataclass(frozen=True)
+class FieldFigures:
+    """Part of the bound that belongs to one field.
+
+    Attributes:
+        nats_per_item: nats per token, or per number of a vector.
+        interval: 95 % confidence interval of `nats_per_item`; None for one sample.
+        items: number of tokens, or of numbers.
+        terms: nats per item of each term of the bound.
+    """
+
+    nats_per_item: float
+    interval: Interval | None
+    items: int
+    terms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class JointEvaluation:
+    """Bound of samples of several fields along one path.
+
+    Attributes:
+        path: text form of the path.
+        nats_per_sample: mean of the sum over all fields, in nats per sample.
+        interval: 95 % confidence interval of `nats_per_sample` for samples from the same source;
+            None for one sample.
+        monte_carlo_interval: 95 % confidence interval for exactly these samples, which includes
+            only the error of random times and noise; None for one draw.
+        samples: number of samples.
+        fields: part of every field that the path moves.
+    """
+
+    path: str
+    nats_per_sample: float
+    interval: Interval | None
+    monte_carlo_interval: Interval | None
+    samples: int
+    fields: Mapping[str, FieldFigures]
+
+
+def evaluate_fields(
+    objective: ScoredFields,
+    batch_of: Callable[[NDArray[np.int64]], Any],
+    samples: int,
+    path: TrainingPath,
+    *,
+    draws: int = 16,
+    batch: int = 64,
+    seed: int = 0,
+    volumes: Mapping[str, float] | None = None,
+    device: torch.device | None = None,
+) -> JointEvaluation:
+    """Estimate the bound of samples along a path, and its standard errors.
+
+    Args:
+        objective: computes the nats of a batch.
+        batch_of: function that returns the batch with given sample numbers.
+        samples: number of samples.
+        path: path with a bound; rules of training are refused.
+        draws: number of independent draws of times and noise per sample.
+        batch: number of samples per batch.
+        seed: seed of times and noise.
+        volumes: `Normalizer.log_volume` per vector, by field, to report a field in data units.
+        device: device of the batches.
+
+    Raises ArgumentError for a path without a bound, or if there are no samples or no draws, and
+    NonFiniteError if the bound is not finite.
+    """
+    path = require_path(path, "evaluate_fields")
+    if samples < 1 or draws < 1:
+        raise ArgumentError(
+            "evaluate_fields needs at least one sample and one draw; got "
+            f"{samples} samples, {draws} draws."
+        )
+    scores = _Scores(samples, draws)
+    with show_progress(samples * draws, "evaluating") as bar:
+        for draw in range(draws):
+            for start in range(0, samples, batch):
+                numbers = np.arange(start, min(start + batch, samples))
+                index = torch.from_numpy(numbers).to(device)
+                # Every sample is a group of its own, so that samples are independent.
+                rng = CounterRng(seed, draw, index, 1, "evaluate", index)
+                found = batch_of(numbers)
+                likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)
+                scores.add(numbers, draw, likelihood, found, volumes or {})
+                bar.advance(len(numbers))
+    return scores.result(str(path), [name for name, leg in path.legs.items() if _moves(leg)])
+
+
+def _moves(leg: Any) -> bool:
+    return not isinstance(leg, str)
+
+
+class _Scores:
+    """Nats of every sample and draw, by field and term."""
+
+    def __init__(self, samples: int, draws: int) -> None:
+        self.samples = samples
+        self.draws = draws
+        self.nats: dict[str, dict[str, NDArray[np.float64]]] = {}
+        self.items: dict[str, NDArray[np.float64]] = {}
+
+    def add(
+        self,
+        numbers: NDArray[np.int64],
+        draw: int,
+        likelihood: Mapping[str, Likelihood],
+        batch: Any,
+        volumes: Mapping[str, float],
+    ) -> None:
+        """Add the nats of one batch of samples in one draw."""
+        for name, found in likelihood.items():
+            field = batch.fields[name]
+            present = field.scored & ~field.absent.unsqueeze(-1)
+            positions = present.sum(-1).cpu().numpy()
+            width = 1 if field.values.dim() == 2 else field.values.shape[-1]
+            items = self.items.setdefault(name, np.zeros(self.samples))
+            items[numbers] = positions * width
+            terms = self.nats.setdefault(name, {})
+            for term, values in found.terms.items():
+                self._table(terms, term)[numbers, draw] = values.sum(-1).cpu().numpy()
+            if name in volumes:
+                self._table(terms, "data units")[numbers, draw] = positions * volumes[name]
+
+    def _table(self, terms: dict[str, NDArray[np.float64]], term: str) -> NDArray[np.float64]:
+        if term not in terms:
+            terms[term] = np.zeros((self.samples, self.draws))
+        return terms[term]
+
+    def result(self, path: str, moving: list[str]) -> JointEvaluation:
+        """Return means and intervals of the fields that a path moves."""
+        totals = {name: sum(self.nats[name].values()) for name in moving}
+        joint = RatioEstimate.of(np.asarray(sum(totals.values())), np.ones(self.samples))
+        if not np.isfinite(joint.mean):
+            raise NonFiniteError(
+                f"evaluate_fields: the bound along {path} is {joint.mean} nats per sample. The "
+                "weights have probably diverged: go back to an earlier checkpoint."
+            )
+        fields = {}
+        for name in moving:
+            items = self.items[name]
+            if not items.sum():
+                continue
+            estimate = RatioEstimate.of(np.asarray(totals[name]), items)
+            terms = {
+                term: float(values.mean(-1).sum() / items.sum())
+                for term, values in self.nats[name].items()
+            }
+            fields[name] = FieldFigures(
+                estimate.mean,
+                _interval(estimate.mean, estimate.total),
+                round(float(items.sum())),
+                terms,
+            )
+        return JointEvaluation(
+            path,
+            joint.mean,
+            _interval(joint.mean, joint.total),
+            _interval(joint.mean, joint.monte_carlo),
+            self.samples,
+            fields,
+        )
+
+
+def _interval(mean: float, error: Error | None) -> Interval | None:
+    if error is None:
+        return None
+    return mean - error.half_width, mean + error.half_width

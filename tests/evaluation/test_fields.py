@@ -1,0 +1,152 @@
+"""Evaluation of several fields: intervals cover the truth, and impossible targets are refused."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddiff.core.clock import LogTimeClock
+from ddiff.core.elbo import Likelihood
+from ddiff.core.field import Field
+from ddiff.core.fields import joint_nelbo
+from ddiff.core.gaussian import GaussianProcess
+from ddiff.core.gaussian_schedule import CosineVP
+from ddiff.core.paths import LegPath, first_path, given_path, shared_path
+from ddiff.core.times import FlatTimes
+from ddiff.core.training_paths import IndependentTimes, MixedPaths
+from ddiff.core.tree import TreeProcess
+from ddiff.data.fields_batch import FieldsBatch, token_field, vector_field
+from ddiff.errors import ArgumentError
+from ddiff.evaluation.fields import evaluate_fields
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
+from exact_fields import (
+    BITS,
+    MEAN,
+    PROBABILITY,
+    SPREAD,
+    VOCABULARY,
+    exact_network,
+)
+
+SAMPLES = 200
+SHARED = shared_path(["text", "latent"])
+FIELDS = {
+    "text": Field(TreeProcess(VOCABULARY, LogTimeClock((1.0,))), FlatTimes(), 2),
+    # The ends add less than 1e-4 nats at this log SNR.
+    "latent": Field(GaussianProcess(CosineVP(), 1, largest_log_snr=9.5), FlatTimes(), 1),
+}
+
+
+class ExactObjective:
+    """Bound with exact predictions; its expectation is -ln p(x) at every sample."""
+
+    def nll(
+        self, batch: FieldsBatch, rng: Any, slot: Tensor, slots: Any, path: Any
+    ) -> Mapping[str, Likelihood]:
+        values = {name: field.values for name, field in batch.fields.items()}
+        scored = {name: field.scored for name, field in batch.fields.items()}
+        terms = joint_nelbo(FIELDS, exact_network(FIELDS), values, scored, path, rng, slot, slots)
+        return {
+            name: Likelihood(
+                {
+                    "closing": each.closing,
+                    "diffusion": each.diffusion,
+                    "decoding": each.decoding,
+                },
+                {},
+            )
+            for name, each in terms.items()
+        }
+
+    def counts(self, batch: FieldsBatch) -> Mapping[str, Tensor]:
+        return {name: field.count_items() for name, field in batch.fields.items()}
+
+
+def draw_samples() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.multinomial(PROBABILITY, SAMPLES, True, generator=generator)
+    noise = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+    return chosen, MEAN[chosen] + SPREAD * noise
+
+
+def batch_of(numbers: np.ndarray) -> FieldsBatch:
+    chosen, number = draw_samples()
+    fields = {
+        "text": token_field(BITS[chosen[numbers]]),
+        "latent": vector_field(number[numbers].reshape(-1, 1, 1)),
+    }
+    return FieldsBatch(fields, torch.from_numpy(numbers))
+
+
+def true_nats() -> tuple[float, float]:
+    """Return the means over the samples of -ln p(x, z) and of -ln p(z | x)."""
+    chosen, number = draw_samples()
+    deviation = (number - MEAN[chosen]) / SPREAD
+    given = 0.5 * deviation**2 + math.log(SPREAD) + 0.5 * math.log(2.0 * math.pi)
+    return float((given - PROBABILITY[chosen].log()).mean()), float(given.mean())
+
+
+@pytest.mark.parametrize("name", ["shared", "latent first"])
+def test_monte_carlo_interval_covers_the_likelihood_of_the_samples(name: str) -> None:
+    """One interval of 95 % per path and a fixed seed; both cover."""
+    path = SHARED if name == "shared" else first_path(["latent", "text"])
+    found = evaluate_fields(ExactObjective(), batch_of, SAMPLES, path, draws=8)
+    joint, _ = true_nats()
+    low, high = found.monte_carlo_interval
+    assert low < joint < high
+    assert high - low < 0.8
+    total = sum(field.nats_per_item * field.items for field in found.fields.values())
+    assert total / SAMPLES == pytest.approx(found.nats_per_sample, rel=1e-12)
+
+
+def test_evaluation_of_a_conditional_reports_the_moving_field_only() -> None:
+    path = given_path(SHARED, {"text": "clean"})
+    found = evaluate_fields(ExactObjective(), batch_of, SAMPLES, path, draws=8)
+    assert set(found.fields) == {"latent"}
+    _, given = true_nats()
+    low, high = found.monte_carlo_interval
+    assert low < given < high
+    assert found.fields["latent"].items == SAMPLES
+
+
+def test_evaluation_in_data_units_adds_the_volume_per_vector() -> None:
+    path = given_path(SHARED, {"text": "clean"})
+    plain = evaluate_fields(ExactObjective(), batch_of, 20, path, draws=1)
+    scaled = evaluate_fields(
+        ExactObjective(), batch_of, 20, path, draws=1, volumes={"latent": math.log(3.0)}
+    )
+    assert scaled.nats_per_sample == pytest.approx(plain.nats_per_sample + math.log(3.0))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size() -> None:
+    one = evaluate_fields(ExactObjective(), batch_of, 20, SHARED, draws=2, batch=20)
+    other = evaluate_fields(ExactObjective(), batch_of, 20, SHARED, draws=2, batch=3)
+    assert other.nats_per_sample == pytest.approx(one.nats_per_sample, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (IndependentTimes(["text", "latent"]), "independent times of the fields"),
+        (MixedPaths([(SHARED, 1.0)]), "mixture of paths is for training only"),
+    ],
+)
+def test_evaluation_refuses_rules_that_have_no_bound(path: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        evaluate_fields(ExactObjective(), batch_of, 2, path)
+
+
+def test_evaluation_refuses_no_samples_and_no_draws() -> None:
+    with pytest.raises(ArgumentError, match="got 0 samples"):
+        evaluate_fields(ExactObjective(), batch_of, 0, SHARED)
+    with pytest.raises(ArgumentError, match="0 draws"):
+        evaluate_fields(ExactObjective(), batch_of, 2, LegPath(SHARED.legs), draws=0)
