@@ -41,6 +41,10 @@ SMALLEST_UNIFORM = 2.0**-54
 # Default of the largest log SNR: the noise at t = 0 has a deviation of 0.0067 data units.
 LARGEST_LOG_SNR = 10.0
 
+# sigma(1) counts as 1 if it differs by less, since schedules round. The closing term that is left
+# out is then below 1e-18 nats per number.
+ROUNDING = 1e-9
+
 
 class PredictedMean(NamedTuple):
     """Predicted mean x_hat [r,d] of the clean vector, given the noisy state of the whole sample."""
@@ -73,6 +77,11 @@ class VectorDecoder(SettingsRepr, ABC):
     The decoder uses y = z / a, the state in the units of x, and its deviation `noise` = sigma / a.
     It uses no network: at the largest log SNR, y is more accurate than a prediction.
     """
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values [k] of one dimension in ascending order; None if every real number can occur."""
+        return None
 
     @abstractmethod
     def nll(self, x0: Tensor, y: Tensor, noise: Tensor) -> Tensor:
@@ -118,6 +127,10 @@ class GridDecoder(VectorDecoder):
             )
         self.num_values = len(values)
         self._values = Constant(values)
+
+    @property
+    def values(self) -> Tensor:
+        return self._values.on(torch.device("cpu"))
 
     def nll(self, x0: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         values = self._values.on(y.device)
@@ -182,7 +195,12 @@ class GaussianProcess(SettingsRepr):
                 "GaussianProcess: smallest_log_snr < largest_log_snr must hold, within the values "
                 f"of the schedule; got {smallest_log_snr} and {largest_log_snr} for {schedule}."
             )
-        self.closes_at_prior = float(self.signal(torch.ones(1, dtype=torch.float64))) == 0.0
+        end = torch.ones(1, dtype=torch.float64)
+        self._ends_without_signal = float(self.signal(end)) == 0.0
+        # The prior has variance 1, so a schedule that ends with other noise has a closing term.
+        self.closes_at_prior = (
+            self._ends_without_signal and abs(float(self.deviation(end)) - 1.0) < ROUNDING
+        )
 
     # ------------------------------------------------------------------ schedule
 
@@ -279,7 +297,7 @@ class GaussianProcess(SettingsRepr):
                 f"GaussianProcess: the output must be one of {', '.join(get_args(Output))}; got "
                 f"{kind!r}."
             )
-        if kind == "eps" and self.closes_at_prior:
+        if kind == "eps" and self._ends_without_signal:
             raise ArgumentError(
                 'GaussianProcess: a network cannot predict "eps" on a schedule with SNR(1) = 0, '
                 f"such as {self.schedule}: at t = 1 the noise is the state itself and carries no "
@@ -438,12 +456,13 @@ class GaussianProcess(SettingsRepr):
         At t = 0 the estimate is z / a with the deviation sigma / a. At t > 0 it is the prediction
         `clean`, with the deviation 1 / sqrt(1 + SNR) of a standard normal number given z_t.
         """
-        a = self.signal(t)
+        is_late = t > EARLIEST
+        # a may be 0 at t = 1, and a gradient through the unused quotient would be NaN.
+        a = torch.where(is_late, 1.0, self.signal(t))
         y = zt.double() / a.unsqueeze(-1)
         noise = self.deviation(t) / a
         if clean is None:
             return y, noise
-        is_late = t > EARLIEST
         y = torch.where(is_late.unsqueeze(-1), clean.double(), y)
         return y, torch.where(is_late, (1.0 + self.snr(t)).rsqrt(), noise)
 

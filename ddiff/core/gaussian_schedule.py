@@ -29,6 +29,9 @@ class GaussianSchedule(SettingsRepr, ABC):
     and sigma accurately near t = 0, where they may be 0.
     """
 
+    preserves_variance: bool = False
+    """True if a^2 + sigma^2 = 1 at all times."""
+
     @abstractmethod
     def signal(self, t: Tensor) -> Tensor:
         """Return a(t) >= 0, the factor of the clean vector."""
@@ -68,6 +71,8 @@ class CosineVP(GaussianSchedule):
     SNR(1) = 0.
     """
 
+    preserves_variance = True
+
     def signal(self, t: Tensor) -> Tensor:
         # sin((1 - t) pi/2) = cos(t pi/2) keeps its relative accuracy near t = 1.
         return torch.sin((1.0 - t) * (math.pi / 2))
@@ -101,6 +106,8 @@ class LinearBetaVP(GaussianSchedule):
         largest: noise rate at t = 1, >= smallest.
     """
 
+    preserves_variance = True
+
     def __init__(self, smallest: float = 0.1, largest: float = 20.0) -> None:
         if not 0.0 < smallest <= largest:
             raise ArgumentError(
@@ -131,6 +138,8 @@ class SigmoidVP(GaussianSchedule):
     Args:
         span: largest argument of the logistic function, > 0.
     """
+
+    preserves_variance = True
 
     def __init__(self, span: float = 3.0) -> None:
         if not 0.0 < span <= 30.0:
@@ -163,10 +172,12 @@ class ZeroTerminal(GaussianSchedule):
         base: VP schedule with a(0) = 1, such as `LinearBetaVP`.
     """
 
+    preserves_variance = True
+
     def __init__(self, base: GaussianSchedule) -> None:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         first, last = base.signal(ends).tolist()
-        if abs(first - 1.0) > 1e-9 or not _preserves_variance(base):
+        if abs(first - 1.0) > 1e-9 or not base.preserves_variance:
             raise ArgumentError(
                 "ZeroTerminal: base must be a variance-preserving schedule with a(0) = 1; got "
                 f"{base} with a(0) = {first}. Schedules such as Flow reach 0 without this change."
@@ -183,9 +194,3 @@ class ZeroTerminal(GaussianSchedule):
         below_one = self.base.deviation(t) ** 2 / (1.0 + self.base.signal(t))
         lost = below_one / (1.0 - self._last)
         return (lost * (1.0 + self.signal(t))).sqrt()
-
-
-def _preserves_variance(schedule: GaussianSchedule) -> bool:
-    t = torch.linspace(0.0, 1.0, 9, dtype=torch.float64)
-    variance = schedule.signal(t) ** 2 + schedule.deviation(t) ** 2
-    return bool((variance - 1.0).abs().max() < 1e-9)

@@ -14,6 +14,7 @@ and quadrature, and give the same result at every call.
 from ddiff.testing.clean_distribution import check_clean_distribution
 from ddiff.testing.clock import check_clock
 from ddiff.testing.denoiser import check_denoiser
+from ddiff.testing.gaussian import check_gaussian
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_process
 from ddiff.testing.report import Law, LawReport, assert_laws
@@ -29,6 +30,7 @@ __all__ = [
     "check_clean_distribution",
     "check_clock",
     "check_denoiser",
+    "check_gaussian",
     "check_head",
     "check_process",
     "check_sampler",
