@@ -19,6 +19,17 @@ from .core.elbo import Network as Network
 from .core.elbo import nelbo as nelbo
 from .core.elbo import network_from_noisy as network_from_noisy
 from .core.elbo import network_from_table as network_from_table
+from .core.gaussian import GaussianDecoder as GaussianDecoder
+from .core.gaussian import GaussianProcess as GaussianProcess
+from .core.gaussian import GridDecoder as GridDecoder
+from .core.gaussian import PredictedMean as PredictedMean
+from .core.gaussian import VectorDecoder as VectorDecoder
+from .core.gaussian_schedule import CosineVP as CosineVP
+from .core.gaussian_schedule import Flow as Flow
+from .core.gaussian_schedule import GaussianSchedule as GaussianSchedule
+from .core.gaussian_schedule import LinearBetaVP as LinearBetaVP
+from .core.gaussian_schedule import SigmoidVP as SigmoidVP
+from .core.gaussian_schedule import ZeroTerminal as ZeroTerminal
 from .core.information import IdentityTime as IdentityTime
 from .core.information import InformationTime as InformationTime
 from .core.information import TimeChange as TimeChange

@@ -190,7 +190,7 @@ class GaussianProcess(SettingsRepr):
         self._last = 1.0
         if smallest_log_snr is not None:
             self._last = schedule.time_of_log_snr(smallest_log_snr)
-        if not 0.0 < self._first < self._last:
+        if not 0.0 < self._first < self._last or self._ends_early(smallest_log_snr):
             raise ArgumentError(
                 "GaussianProcess: smallest_log_snr < largest_log_snr must hold, within the values "
                 f"of the schedule; got {smallest_log_snr} and {largest_log_snr} for {schedule}."
@@ -201,6 +201,13 @@ class GaussianProcess(SettingsRepr):
         self.closes_at_prior = (
             self._ends_without_signal and abs(float(self.deviation(end)) - 1.0) < ROUNDING
         )
+
+    def _ends_early(self, smallest_log_snr: float | None) -> bool:
+        """Return whether the schedule ends before log SNR has the given value."""
+        if smallest_log_snr is None:
+            return False
+        end = float(self.schedule.log_snr(torch.ones(1, dtype=torch.float64)))
+        return end > smallest_log_snr + ROUNDING
 
     # ------------------------------------------------------------------ schedule
 

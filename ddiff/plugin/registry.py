@@ -28,7 +28,10 @@ KINDS: dict[str, str] = {
     "dataset": "[data]: build(config, *, length, seed, cache) -> Documents(train, validation)",
     "tokenizer": "[tokenizer]: build(config, *, documents, cache) -> Tokenizer",
     "vocabulary": "[vocabulary]: build(config, *, tokenizer, rows, cache) -> Vocabulary",
-    "process": "[process]: build(config, *, vocabulary) -> ForwardProcess",
+    "process": (
+        "[process]: build(config, *, vocabulary, width) -> ForwardProcess, or GaussianProcess for "
+        "vectors of `width` numbers (None for tokens)"
+    ),
     "backbone": "[denoiser]: build(config, *, vocabulary, length) -> Backbone",
     "head": "[denoiser] head: build(config, *, vocabulary, width) -> Head",
     "objective": (

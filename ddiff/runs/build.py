@@ -104,7 +104,7 @@ def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | No
     ArgumentError if the objective needs a process and the recipe has no [process].
     """
     if recipe.process is not None:
-        return recipe.process.build(vocabulary=vocabulary)
+        return recipe.process.build(vocabulary=vocabulary, width=None)
     if recipe.objective.takes_input("process"):
         raise ArgumentError(
             f'{recipe.name}: [objective] kind = "{recipe.objective.component.name}" needs a '

@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from ddiff.core.clock import LogTimeClock
+from ddiff.core.gaussian import GaussianProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
@@ -26,6 +27,7 @@ from ddiff.plugin.registry import Component, Registry
 from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.resolve import configure_component
 from ddiff.testing.denoiser import check_denoiser
+from ddiff.testing.gaussian import check_gaussian
 from ddiff.testing.head import check_head
 from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
@@ -34,6 +36,7 @@ from ddiff.testing.time_rule import check_time_rule
 
 WIDTH = 6  # of the hidden states of checked heads
 LENGTH = 6  # of checked sequences
+VECTOR_WIDTHS = (1, 2)  # of checked processes of vectors
 KINDS_OF_PLUGINS = ("process", "sampler")  # kinds that `ddiff check PLUGIN` checks
 PIPED_WIDTH = 140  # columns of the table if there is no terminal
 
@@ -171,16 +174,26 @@ def _make_processes(
     """Make the instances of a process class that are checked; they have few states.
 
     Without settings, the instances are the examples of the class. If settings are given
-    (`configured`), or if there are no examples, the process is built from `spec` on each of the
+    (`configured`), or if there are no examples, the process is built from `spec`: for vectors of
+    the widths in `VECTOR_WIDTHS` if its `build` has a parameter `width`, else on each of the
     vocabularies that `_example_vocabularies` returns.
     """
     processes = _load_examples(component)
     if configured or not processes:
-        processes = _build_on(component, spec, _example_vocabularies(component, processes))
+        if spec.takes_input("width"):
+            processes = [spec.build(vocabulary=None, width=width) for width in VECTOR_WIDTHS]
+        else:
+            vocabularies = _example_vocabularies(component, processes)
+            processes = _build_on(component, spec, vocabularies, width=None)
     instances = []
     for number, process in enumerate(processes, start=1):
-        label = f"{component.name} {number} on {_format_sizes(process.vocabulary)}"
-        instances.append(Instance(label, partial(_check_process_and_parts, process)))
+        name = f"{component.name} {number}"
+        if isinstance(process, GaussianProcess):
+            label = f"{name}, width {process.width}"
+            instances.append(Instance(label, partial(check_gaussian, process)))
+        else:
+            label = f"{name} on {_format_sizes(process.vocabulary)}"
+            instances.append(Instance(label, partial(_check_process_and_parts, process)))
     return instances
 
 
@@ -192,7 +205,7 @@ def _check_process_and_parts(process: ForwardProcess) -> list[LawReport]:
     return check_parts(process) + check_process(process)
 
 
-def _load_examples(component: Component) -> list[ForwardProcess]:
+def _load_examples(component: Component) -> list[Any]:
     """Return the examples that the component's process class defines, or an empty list.
 
     Examples that a plugin's class inherits from a class of ddiff.core are not returned, because
@@ -209,7 +222,7 @@ def _load_examples(component: Component) -> list[ForwardProcess]:
 
 def _example_vocabularies(
     component: Component,
-    examples: list[ForwardProcess],
+    examples: list[Any],
 ) -> list[Vocabulary]:
     """Return the vocabularies on which a component is built.
 

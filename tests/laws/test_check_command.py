@@ -18,11 +18,13 @@ def ddiff_register(registry):
     registry.add("process", "swap", "swapping.process:Swap")
     registry.add("process", "swap_broken", "swapping.process:Broken")
     registry.add("process", "swap_picky", "swapping.process:Picky")
+    registry.add("process", "fog", "swapping.process:Fog")
 """
 
 PROCESS = """
 import torch
 from ddiff import ArgumentError, ComponentConfig, DenseProcess, FlatVocabulary, PositiveFloat
+from ddiff import Flow, GaussianProcess
 
 class Swap(DenseProcess):
     class Config(ComponentConfig):
@@ -47,6 +49,14 @@ class Picky(DenseProcess):
     @classmethod
     def build(cls, config, *, vocabulary):
         raise ArgumentError("nothing is good enough.")
+
+class Fog:
+    class Config(ComponentConfig):
+        largest: PositiveFloat = 9.0
+
+    @classmethod
+    def build(cls, config, *, width):
+        return GaussianProcess(Flow(), width, config.largest)
 """
 
 
@@ -89,6 +99,16 @@ def test_check_command_checks_all_processes_of_plugin() -> None:
         ArgumentError, match=r"accepts none of .* small vocabularies.*nothing is good enough"
     ):
         check_component("swapping", [])  # swap_picky is checked too
+
+
+@pytest.mark.usefixtures("swap_plugin")
+def test_check_command_builds_processes_of_vectors_by_their_width(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert check_component("fog", ["largest=7.0"]) == 0
+    out = capsys.readouterr().out
+    assert "posterior: eta = 0 with the true vector is exact in one step" in out
+    assert "on 2 instance(s), 0 broken" in out
 
 
 @pytest.mark.parametrize("name", ["levelwise", "flat"])

@@ -1,0 +1,132 @@
+"""Settings of Gaussian diffusion: a schedule, the ends of log SNR and a decoder.
+
+A vector x is noised by z_t = a(t) x + sigma(t) eps with standard normal eps, and
+SNR = (a / sigma)^2.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, final
+
+import torch
+from pydantic import Field, model_validator
+
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    CosineVP,
+    Flow,
+    GaussianDecoder,
+    GaussianProcess,
+    GaussianSchedule,
+    GridDecoder,
+    LinearBetaVP,
+    PositiveFloat,
+    SigmoidVP,
+    VectorDecoder,
+    ZeroTerminal,
+)
+
+# Beyond +-60 the exponential of half of it is within a factor of 1e3 of the rounding of float64.
+LogSnr = Annotated[float, Field(ge=-60.0, le=60.0)]
+# Keys that belong to one schedule, and their defaults.
+LINEAR_KEYS = ("smallest_beta", "largest_beta")
+SMALLEST_BETA = 0.1
+LARGEST_BETA = 20.0
+SPAN = 3.0
+
+
+@final
+class GaussianDiffusion:
+    """Component that builds a `GaussianProcess` for vectors of a given width."""
+
+    class Config(ComponentConfig):
+        schedule: Literal["cosine", "flow", "linear", "sigmoid"] = "cosine"
+        """a and sigma: cos and sin of pi t / 2, 1 - t and t, a linear noise rate, or a sigmoid."""
+        zero_terminal: bool = False
+        """Whether a linear schedule is shifted and scaled so that SNR(1) = 0."""
+        smallest_beta: PositiveFloat | None = None
+        """Noise rate of the linear schedule at t = 0; None is 0.1."""
+        largest_beta: PositiveFloat | None = None
+        """Noise rate of the linear schedule at t = 1; None is 20."""
+        span: PositiveFloat | None = None
+        """Largest argument of the logistic function of the sigmoid schedule; None is 3."""
+        largest_log_snr: LogSnr = 10.0
+        """log SNR at t = 0; the decoder covers the information beyond it."""
+        smallest_log_snr: LogSnr | None = None
+        """log SNR at t = 1; None is the end of the schedule."""
+        decoder: Literal["gaussian", "grid"] = "gaussian"
+        """Distribution of the data given the state at t = 0: a density, or values on a grid."""
+        values: tuple[float, ...] = ()
+        """Values of one dimension for the grid decoder, at least two."""
+
+        @model_validator(mode="after")
+        def _check_keys(self) -> GaussianDiffusion.Config:
+            linear = [key for key in LINEAR_KEYS if getattr(self, key) is not None]
+            if self.zero_terminal:
+                linear.append("zero_terminal")
+            if linear and self.schedule != "linear":
+                raise ValueError(
+                    f'{", ".join(linear)} can only be given if schedule = "linear"; '
+                    f'got schedule = "{self.schedule}"'
+                )
+            if self.span is not None and self.schedule != "sigmoid":
+                raise ValueError(
+                    'span can only be given if schedule = "sigmoid"; '
+                    f'got schedule = "{self.schedule}"'
+                )
+            if bool(self.values) != (self.decoder == "grid"):
+                raise ValueError(
+                    'values must be given if and only if decoder = "grid"; '
+                    f'got decoder = "{self.decoder}" and {len(self.values)} values'
+                )
+            return self
+
+    @classmethod
+    def build(cls, config: Config, *, width: int | None) -> GaussianProcess:
+        if width is None:
+            raise ArgumentError(
+                "The process gaussian is for vectors and needs their width, but it was given to a "
+                "field of tokens. Use a process of tokens, such as mdlm, or give the field vectors."
+            )
+        return GaussianProcess(
+            _build_schedule(config),
+            width,
+            config.largest_log_snr,
+            config.smallest_log_snr,
+            _build_decoder(config),
+        )
+
+    @classmethod
+    def examples(cls) -> list[GaussianProcess]:
+        settings: tuple[tuple[dict[str, object], int], ...] = (
+            ({"schedule": "cosine"}, 2),
+            ({"schedule": "flow"}, 3),
+            ({"schedule": "linear"}, 2),
+            ({"schedule": "linear", "zero_terminal": True}, 1),
+            ({"schedule": "sigmoid"}, 2),
+            ({"schedule": "sigmoid", "span": 6.0, "smallest_log_snr": -9.0}, 1),
+            ({"schedule": "cosine", "largest_log_snr": 30.0, "smallest_log_snr": -30.0}, 2),
+            ({"schedule": "flow", "largest_log_snr": 30.0}, 1),
+            ({"decoder": "grid", "values": (-1.5, -0.5, 0.5, 1.5)}, 1),
+        )
+        return [cls.build(cls.Config.model_validate(keys), width=width) for keys, width in settings]
+
+
+def _build_schedule(config: GaussianDiffusion.Config) -> GaussianSchedule:
+    if config.schedule == "cosine":
+        return CosineVP()
+    if config.schedule == "flow":
+        return Flow()
+    if config.schedule == "sigmoid":
+        return SigmoidVP(SPAN if config.span is None else config.span)
+    smallest = SMALLEST_BETA if config.smallest_beta is None else config.smallest_beta
+    largest = LARGEST_BETA if config.largest_beta is None else config.largest_beta
+    linear = LinearBetaVP(smallest, largest)
+    return ZeroTerminal(linear) if config.zero_terminal else linear
+
+
+def _build_decoder(config: GaussianDiffusion.Config) -> VectorDecoder:
+    if config.decoder == "grid":
+        return GridDecoder(torch.tensor(config.values, dtype=torch.float64))
+    return GaussianDecoder()
