@@ -178,8 +178,8 @@ def other_predictions_are_worse(process: GaussianProcess) -> Iterator[Gap]:
     """Check that a prediction x_hat adds -1/2 SNR' E|x_hat - E[x|z]|^2 to the mean density.
 
     The mean is over data and noise. It holds at every time, so it holds for the bound. The error is
-    relative to the density. Tolerance 1e-9: the equality holds at every state z, since the mean over
-    x given z is exact.
+    relative to the density. Tolerance 1e-9: the equality holds at every state z, since the mean
+    over x given z is exact.
     """
     data = data_of(process)
     t = times(INNER)
@@ -293,7 +293,7 @@ def gradients_are_finite(process: GaussianProcess) -> Iterator[Gap]:
         "closing_kl": process.closing_kl(prediction, x0, t),
     }
     for kind in ("x0", "v", "u"):
-        terms[f"to_clean {kind}"] = process.to_clean(kind, output, state, t)  # type: ignore[arg-type]
+        terms[f"to_clean {kind}"] = process.to_clean(kind, output, state, t)
     for name, term in terms.items():
         gradients = torch.autograd.grad(term.sum(), (output, state), allow_unused=True)
         for gradient in gradients:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddiff.core.gaussian import GaussianProcess, PredictedMean
 from ddiff.core.rng import CounterRng
+from ddiff.testing.gaussian_forward import UNEVEN_PAIRS
 from ddiff.testing.gaussian_probes import VectorQuery, normal_grid, vectors
 from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, STEPS, product, times
 from ddiff.testing.report import Gap, compare, law
@@ -51,7 +52,7 @@ def step_follows_posterior(process: GaussianProcess) -> Iterator[Gap]:
     the state must not change. Tolerance 1e-7: as for `sample`.
     """
     u, weight = _normal_uniforms(process.width)
-    for s, t in (*STEPS, (0.0, 0.31), (0.5, 1.0), (0.0, 1.0)):
+    for s, t in (*STEPS, *UNEVEN_PAIRS, (0.0, 0.31), (0.5, 1.0), (0.0, 1.0)):
         clean, state = vectors(process, 2)
         start, stop = torch.full((len(u),), s), torch.full((len(u),), t)
         start, stop = start.double(), stop.double()

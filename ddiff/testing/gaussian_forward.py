@@ -19,6 +19,8 @@ from ddiff.testing.gaussian_probes import vectors
 from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, product, times
 from ddiff.testing.report import Gap, compare, law
 
+# Times that are no multiples of 1/1000, so that a time cut to an index is found.
+UNEVEN_PAIRS = ((0.31416, 0.77183), (0.00123, 0.50037))
 ETAS = (0.0, 0.3, 0.7, 1.0)
 POINTS = 6001  # of the grid over z_s in place of an integral
 NORMALS = (-1.3, 0.2, 2.1)  # values of eps
@@ -214,7 +216,7 @@ def transition_composes(process: GaussianProcess) -> Iterator[Gap]:
     (c, w) = `transition(s, t)`. The pairs include s = t, s = 0 and t = 1. Two transitions in
     sequence must give the transition of the whole interval. Tolerance 1e-12: float64 rounding.
     """
-    s, t = times(*PAIRS, *PAIRS_TO_ENDS).reshape(-1, 2).T
+    s, t = times(*PAIRS, *PAIRS_TO_ENDS, *UNEVEN_PAIRS).reshape(-1, 2).T
     factor, deviation = process.transition(s, t)
     labels = {"s": s, "t": t}
     yield compare(factor * process.signal(s), process.signal(t), labels)
@@ -235,10 +237,10 @@ def posterior_is_bayes(process: GaussianProcess) -> Iterator[Gap]:
 
     The density of z_s given z_t and x is proportional to q_s(z_s|x) q(z_t|z_s), with the marginal
     and the transition of the process. Mean and deviation of this product are sums over a fine grid
-    of z_s, and errors are relative to sigma_s. Tolerance 1e-8: the difference of two means of size 1
-    has a rounding error of 1e-16, which is 1e-9 of a sigma_s of 1e-7.
+    of z_s, and errors are relative to sigma_s. Tolerance 1e-8: the difference of two means of size
+    1 has a rounding error of 1e-16, which is 1e-9 of a sigma_s of 1e-7.
     """
-    for s, t in ((0.31, 0.77), (0.02, 0.5), (0.5, 0.97), (0.0, 0.31), (0.5, 1.0)):
+    for s, t in (*UNEVEN_PAIRS, (0.02, 0.5), (0.5, 0.97), (0.0, 0.31), (0.5, 1.0)):
         rows = _Rows(process, times((t,)))
         start = torch.full_like(rows.t, s)
         mean, deviation = process.posterior(rows.x, rows.zt, rows.t, start)
@@ -297,7 +299,7 @@ def deterministic_step_is_exact(process: GaussianProcess) -> Iterator[Gap]:
     With the true vector the noise eps keeps its value, so one long step is as exact as many short
     ones. Nothing is drawn. Tolerance 1e-12: float64 rounding.
     """
-    s, t = times(*PAIRS, *PAIRS_TO_ENDS).reshape(-1, 2).T
+    s, t = times(*PAIRS, *PAIRS_TO_ENDS, *UNEVEN_PAIRS).reshape(-1, 2).T
     for start, stop in zip(s.tolist(), t.tolist()):
         rows = _Rows(process, times((stop,)))
         at = torch.full_like(rows.t, start)

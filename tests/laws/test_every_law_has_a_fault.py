@@ -7,6 +7,7 @@ import test_planted_faults_chain
 import test_planted_faults_clock_and_schedule
 import test_planted_faults_derived_formulas
 import test_planted_faults_draws
+import test_planted_faults_gaussian
 import test_planted_faults_information
 import test_planted_faults_network
 import test_planted_faults_reverse_process
@@ -25,6 +26,7 @@ from ddiff.testing import (
     time_rule,
     vocabulary,
 )
+from ddiff.testing.gaussian import GAUSSIAN_LAWS
 from ddiff.testing.process import PROCESS_LAWS
 
 MODULES = (
@@ -33,6 +35,7 @@ MODULES = (
     test_planted_faults_clock_and_schedule,
     test_planted_faults_derived_formulas,
     test_planted_faults_draws,
+    test_planted_faults_gaussian,
     test_planted_faults_information,
     test_planted_faults_network,
     test_planted_faults_reverse_process,
@@ -41,6 +44,7 @@ MODULES = (
 )
 LAWS = (
     *PROCESS_LAWS,
+    *GAUSSIAN_LAWS,
     *clock.CLOCK_LAWS,
     *schedule.SCHEDULE_LAWS,
     *vocabulary.VOCABULARY_LAWS,
