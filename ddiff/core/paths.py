@@ -36,6 +36,9 @@ attends to it."""
 Side = Literal["before", "at", "after"]
 """Side of a value of tau from which a path is evaluated, where fields start or stop."""
 
+# The smallest share of a leg at which its slope is evaluated.
+SMALLEST_SHARE = 2.0**-53
+
 
 class Leg(NamedTuple):
     """Interval of tau in which a field moves from its clean end to its noisy end."""
@@ -239,7 +242,9 @@ class LegPath:
         width = leg.stop - leg.start
         share = ((tau - leg.start) / width).clamp(0.0, 1.0)
         power = self._exponent(name)
-        return share**power, power * share ** (power - 1.0) / width
+        # With a power below 1 the slope is infinite at the start of the leg.
+        inside = share.clamp(min=SMALLEST_SHARE)
+        return share**power, power * inside ** (power - 1.0) / width
 
     def _field_at(self, fields: Fields, name: str, tau: Tensor, side: Side = "at") -> Times:
         """Return the times of one field at tau [B]; the speed is the change per unit of tau.

@@ -59,8 +59,8 @@ class MixedPaths:
 class IndependentTimes:
     """Independent times of all fields, as published systems train them. For training only.
 
-    The sum of the terms at independent times is no bound: it can be below -ln p(x), so evaluation
-    refuses it.
+    The sum of the terms at independent times does not bound -ln p(x): it can be smaller, so
+    evaluation refuses it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from ddiff.testing.clock import check_clock
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.gaussian import check_gaussian
 from ddiff.testing.head import check_head
+from ddiff.testing.joint import check_path
 from ddiff.testing.process import check_process
 from ddiff.testing.report import Law, LawReport, assert_laws
 from ddiff.testing.sampler import check_sampler
@@ -32,6 +33,7 @@ __all__ = [
     "check_denoiser",
     "check_gaussian",
     "check_head",
+    "check_path",
     "check_process",
     "check_sampler",
     "check_schedule",

@@ -35,7 +35,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def require_narrow(process: object) -> GaussianProcess:
-    """Return the process. Raises ArgumentError if it is no Gaussian process of width 1 to 3."""
+    """Return the process. Raises ArgumentError for other objects, and for a width above 3."""
     if not isinstance(process, GaussianProcess):
         raise ArgumentError(
             f"check_gaussian: process must be a GaussianProcess; got {process!r}. For a process of "

@@ -20,7 +20,7 @@ from ddiff.core.fields import JointNoisy, joint_nelbo, joint_network_from_functi
 from ddiff.core.gaussian import GaussianProcess, PredictedMean
 from ddiff.core.gaussian_schedule import CosineVP
 from ddiff.core.information import TimeChange
-from ddiff.core.paths import Path
+from ddiff.core.paths import Path, shared_path
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, Times
@@ -35,6 +35,9 @@ LOG_SNR = 30.0  # at t = 0, and minus at t = 1: the ends then add less than 1e-1
 ENTROPY = float(-(PROBABILITY * PROBABILITY.log()).sum()) + 0.5 * math.log(
     2.0 * math.pi * math.e * SPREAD**2
 )
+
+Terms = dict[str, dict[str, float]]
+"""Name of a field -> name of a term -> nats."""
 
 VOCABULARY = FlatVocabulary(2)
 MASK = 2
@@ -164,17 +167,63 @@ class NodePath:
         return self.path.ends(fields, name, rng, slot, slots)
 
 
-def expected_bound(path: Path, panels: int = 24, nodes: int = 8, hermite: int = 24) -> dict:
+class IndependentNodes:
+    """Pairs of independent tau of the two fields, numbered by 0, 1, 2, ... in place of tau.
+
+    This is a rule of training and not a path: it shows that its terms are no bound.
+    """
+
+    def __init__(self, text: Tensor, latent: Tensor) -> None:
+        self.tau = {"text": text, "latent": latent}
+        self.path = shared_path(["text", "latent"])
+        self.legs = self.path.legs
+
+    def at(self, fields: Fields, tau: Tensor) -> JointTimes:
+        number = tau.long()
+        times = {}
+        for name, field in fields.items():
+            clock = field.process.information_time
+            times[name] = field.rule.at(clock, self.tau[name][number], field.positions)
+        return times
+
+    def ends(self, fields, name, rng, slot, slots):
+        return self.path.ends(fields, name, rng, slot, slots)
+
+
+def tau_nodes(panels: int, nodes: int) -> tuple[Tensor, Tensor]:
+    """Return Gauss-Legendre nodes and weights on equal panels of [0,1]."""
+    x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(nodes))
+    left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
+    tau = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)
+    return tau, (w / 2.0 / panels).repeat(panels)
+
+
+def expected_bound(path: Path, panels: int = 24, nodes: int = 8, hermite: int = 24) -> Terms:
     """Return the exact expectation of every term of the bound along a path, in nats, by field.
 
     `panels` panels of `nodes` Gauss-Legendre nodes in tau, and `hermite` Gauss-Hermite nodes for
     the number and for its noise.
     """
+    tau, weight = tau_nodes(panels, nodes)
+    return expected_terms(path, tau, weight, hermite)
+
+
+def expected_terms_at_independent_times(panels: int = 24, nodes: int = 6) -> Terms:
+    """Return the expectation of the same terms if the fields have independent times.
+
+    In the time of the text all terms are polynomials of degree 2 at most, so two nodes are exact.
+    """
+    text, text_weight = tau_nodes(1, 2)
+    latent, latent_weight = tau_nodes(panels, nodes)
+    i, j = torch.cartesian_prod(torch.arange(len(text)), torch.arange(len(latent))).T
+    number = torch.arange(len(i), dtype=torch.float64)
+    path = IndependentNodes(text[i], latent[j])
+    return expected_terms(path, number, text_weight[i] * latent_weight[j], 24)
+
+
+def expected_terms(path: Path, tau: Tensor, tau_weight: Tensor, hermite: int) -> Terms:
+    """Return the expectation of every term at the values tau of a path, with given weights."""
     fields = make_fields()
-    x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(nodes))
-    left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
-    tau = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)
-    tau_weight = (w / 2.0 / panels).repeat(panels)
     h, hw = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(hermite))
     # Nodes beyond 7 deviations have no weight, and their uniforms would round to 1.
     h, hw = h[h.abs() < 7.0], hw[h.abs() < 7.0]

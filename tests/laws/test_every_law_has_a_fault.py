@@ -10,6 +10,7 @@ import test_planted_faults_draws
 import test_planted_faults_gaussian
 import test_planted_faults_information
 import test_planted_faults_network
+import test_planted_faults_paths
 import test_planted_faults_reverse_process
 import test_planted_faults_time_rule
 import test_planted_faults_vocabulary
@@ -27,6 +28,7 @@ from ddiff.testing import (
     vocabulary,
 )
 from ddiff.testing.gaussian import GAUSSIAN_LAWS
+from ddiff.testing.joint import PATH_LAWS
 from ddiff.testing.process import PROCESS_LAWS
 
 MODULES = (
@@ -38,6 +40,7 @@ MODULES = (
     test_planted_faults_gaussian,
     test_planted_faults_information,
     test_planted_faults_network,
+    test_planted_faults_paths,
     test_planted_faults_reverse_process,
     test_planted_faults_time_rule,
     test_planted_faults_vocabulary,
@@ -45,6 +48,7 @@ MODULES = (
 LAWS = (
     *PROCESS_LAWS,
     *GAUSSIAN_LAWS,
+    *PATH_LAWS,
     *clock.CLOCK_LAWS,
     *schedule.SCHEDULE_LAWS,
     *vocabulary.VOCABULARY_LAWS,
