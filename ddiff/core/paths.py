@@ -102,6 +102,11 @@ class LegPath:
     def legs(self) -> Mapping[str, Leg | Hold]:
         return self._legs
 
+    @property
+    def power(self) -> Mapping[str, float]:
+        """Exponent of the progress of every field that has another one than 1."""
+        return self._power
+
     def __repr__(self) -> str:
         parts = []
         for name, leg in self._legs.items():
@@ -322,7 +327,8 @@ def given_path(path: LegPath, given: Mapping[str, Hold]) -> LegPath:
     for name, leg in legs.items():
         if isinstance(leg, Leg):
             legs[name] = Leg(place[leg.start] / total, place[leg.stop] / total)
-    return LegPath(legs)
+    power = {name: exponent for name, exponent in path.power.items() if name not in given}
+    return LegPath(legs, power)
 
 
 # ---------------------------------------------------------------------- helpers
@@ -362,7 +368,8 @@ def _check_legs(legs: Mapping[str, Leg | Hold], power: Mapping[str, float]) -> N
                 f"{leg!r}."
             )
     for name, exponent in power.items():
-        if name not in legs or not exponent > 0 or not math.isfinite(exponent):
+        has_leg = isinstance(legs.get(name), Leg)
+        if not has_leg or not exponent > 0 or not math.isfinite(exponent):
             raise ArgumentError(
                 f'LegPath: the power of "{name}" must be above 0, for a field with a leg; got '
                 f"{exponent}."

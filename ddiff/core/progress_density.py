@@ -46,7 +46,7 @@ class LeastVariance:
         target = v.clamp(min=2.0**-54) * self._total.to(v.device)
         # The mass is at most u + 2 sqrt(u), whose inverse is a start left of the solution. The
         # mass is concave, so Newton's method then converges without overshooting.
-        u = ((1.0 + target).sqrt() - 1.0) ** 2
+        u = (target / ((1.0 + target).sqrt() + 1.0)) ** 2
         for _ in range(NEWTON_STEPS):
             u = u + (target - self._mass(u)) / (1.0 + 1.0 / u).sqrt()
         return (u / self.tokens).clamp(max=1.0)

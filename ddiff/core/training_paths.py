@@ -6,7 +6,6 @@ training only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import final
 
@@ -19,8 +18,8 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import Times
 from ddiff.errors import ArgumentError
 
-# Fractional part of the golden ratio.
-GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+# Digits in base 3 of the largest slot, 3^21 > 2^33.
+DIGITS = 21
 
 
 @final
@@ -133,10 +132,18 @@ def require_path(path: TrainingPath, caller: str) -> Path:
 def _place(rng: CounterRng, slot: Tensor, channel: str) -> Tensor:
     """Return a number in [0,1) per sample [B] that is spread evenly over every range of slots.
 
-    The multiples of the golden ratio are spread evenly, and independently of the van der Corput
-    order of the times. Ranks and micro-batches therefore get all modes. The start is random.
+    The digits of the slot in base 3 are reversed, as those in base 2 are for the times. Points of
+    two such sequences fill the square evenly (Halton 1960). Ranks and micro-batches therefore get
+    all parts, and every part gets times from the whole interval. The start is random.
     """
-    return (slot.double() * GOLDEN + rng.uniform_per_group(channel)) % 1.0
+    place = torch.zeros(slot.shape, dtype=torch.float64, device=slot.device)
+    rest = slot
+    digit_value = 1.0
+    for _ in range(DIGITS):
+        digit_value = digit_value / 3.0
+        place = place + (rest % 3) * digit_value
+        rest = rest // 3
+    return (place + rng.uniform_per_group(channel)) % 1.0
 
 
 def _choose_part(place: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:

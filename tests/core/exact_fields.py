@@ -259,6 +259,9 @@ def expected_terms(path: Path, tau: Tensor, tau_weight: Tensor, hermite: int) ->
     times = path.at(fields, tau[k])["text"]
     found = {}
     for name in terms:
+        if isinstance(path.legs[name], str):
+            found[name] = {"diffusion": 0.0, "decoding": 0.0, "closing": 0.0}
+            continue
         first, last = path.ends(fields, name, NodeRng(uniforms), slot, 1)
         even = 1.0 / len(tau)
         found[name] = {
