@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddiff.core.gaussian import GaussianProcess
-from ddiff.testing import gaussian_bound, gaussian_draws, gaussian_forward
+from ddiff.testing import gaussian_bound, gaussian_draws, gaussian_forward, gaussian_terms
 from ddiff.testing.gaussian_probes import require_narrow
 from ddiff.testing.report import Law, LawReport, evaluate_laws
 
@@ -28,12 +28,12 @@ GAUSSIAN_LAWS: tuple[Law, ...] = (
     gaussian_draws.draws_query_once,
     gaussian_draws.draws_are_independent,
     gaussian_draws.arguments_are_unchanged,
-    gaussian_bound.gradients_are_finite,
-    gaussian_bound.closing_is_a_divergence,
-    gaussian_bound.information_is_normal,
-    gaussian_bound.information_time_is_even,
-    gaussian_bound.density_is_a_product,
-    gaussian_bound.weight_integrates,
+    gaussian_terms.gradients_are_finite,
+    gaussian_terms.closing_is_a_divergence,
+    gaussian_terms.information_is_normal,
+    gaussian_terms.information_time_is_even,
+    gaussian_terms.density_is_a_product,
+    gaussian_terms.weight_integrates,
     gaussian_bound.constant_prediction,
     gaussian_bound.other_predictions_are_worse,
     gaussian_bound.schedule_does_not_matter,

@@ -7,107 +7,34 @@ others. Shapes: B samples, n positions of a field.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ddiff.core.clock import LogTimeClock
 from ddiff.core.elbo import NelboTerms, nelbo
-from ddiff.core.field import Field, Fields, JointTimes
-from ddiff.core.fields import JointNetwork, JointNoisy, joint_nelbo, joint_network_from_functions
-from ddiff.core.gaussian import GaussianProcess, PredictedMean
-from ddiff.core.gaussian_schedule import CosineVP, LinearBetaVP
-from ddiff.core.paths import Leg, Path
-from ddiff.core.prediction import DenseDistribution
-from ddiff.core.process import Query
+from ddiff.core.field import Fields, JointTimes
+from ddiff.core.fields import joint_nelbo
+from ddiff.core.paths import Path
 from ddiff.core.rng import CounterRng
-from ddiff.core.times import FlatTimes, Noisy, Times
-from ddiff.core.tree import TreeProcess
-from ddiff.core.vocabulary import FlatVocabulary
+from ddiff.core.times import Times
+from ddiff.testing.joint_probes import (
+    SEED,
+    NodeRng,
+    RecordingNetwork,
+    clean_samples,
+    constant_network,
+    constant_vector,
+    moving_legs,
+    path_nodes,
+    small_fields,
+    time_nodes,
+)
 from ddiff.testing.report import Gap, Law, LawReport, compare, evaluate_laws, law
 
 SLOTS = 64  # strata of the global batch
-SEED = 11
 NEAR = 1e-9  # distance from a start or stop of a leg at which the path is evaluated
 STEP = 1e-6  # of a difference quotient
-PANELS = 200  # of eight quadrature nodes in every part
-PARTS = 6  # of a quadrature over a uniform: paths divide it into 1, 2 or 3 shares
-TOKENS = 3
-POSITIONS = 2
-
-
-# ------------------------------------------------------------------ fields and generators
-
-
-def small_fields(path: Path, has_tokens: bool = True) -> Fields:
-    """Return a field for every name of the path: tokens first, then vectors.
-
-    Without `has_tokens` all fields have vectors.
-    """
-    fields: dict[str, Field] = {}
-    for number, name in enumerate(path.legs):
-        if number == 0 and has_tokens:
-            tokens = TreeProcess(FlatVocabulary(TOKENS), LogTimeClock((1.0,)))
-            fields[name] = Field(tokens, FlatTimes(tokens=POSITIONS), POSITIONS)
-        else:
-            schedule = CosineVP() if number % 2 else LinearBetaVP()
-            process = GaussianProcess(schedule, 1 + number % 2)
-            fields[name] = Field(process, FlatTimes(), 1)
-    return fields
-
-
-class _NodeRng(CounterRng):
-    """Random generator whose uniforms for times are given nodes [B]; all others are 1/2."""
-
-    def __init__(self, nodes: Tensor, length: int = 1) -> None:
-        super().__init__(SEED, 0, torch.arange(len(nodes)), length)
-        self.nodes = nodes
-
-    def uniform(self, channel: str, count: int = 1) -> Tensor:
-        shape = [len(self.index), self.length]
-        if count > 1:
-            shape.append(count)
-        if channel == "time":
-            return self.nodes.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-        return torch.full(shape, 0.5, dtype=torch.float64)
-
-    def uniform_per_group(self, channel: str) -> Tensor:
-        return torch.full((len(self.index),), 0.5, dtype=torch.float64)
-
-    def derive(self, purpose: str, length: int) -> _NodeRng:
-        return _NodeRng(self.nodes, length)
-
-
-def _time_nodes() -> tuple[Tensor, Tensor]:
-    """Return nodes in [0,1] and weights of a quadrature over the uniform of a draw of times."""
-    return _dense_nodes([part / PARTS for part in range(PARTS + 1)])
-
-
-def _path_nodes(path: Path) -> tuple[Tensor, Tensor]:
-    """Return nodes of tau in [0,1] and weights of a quadrature between all starts and stops."""
-    return _dense_nodes(sorted({end for leg in _moving(path).values() for end in leg} | {0.0, 1.0}))
-
-
-def _dense_nodes(points: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights of a quadrature over the intervals between points.
-
-    Nodes are dense at both ends of every interval, where speeds may be infinite.
-    """
-    x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(8))
-    left = torch.arange(PANELS, dtype=torch.float64).unsqueeze(-1)
-    v = ((left + (x + 1.0) / 2.0) / PANELS).reshape(-1)
-    v_weight = (w / 2.0 / PANELS).repeat(PANELS)
-    place = v**2 * (3.0 - 2.0 * v)
-    slope = 6.0 * v * (1.0 - v) * v_weight
-    nodes, weight = [], []
-    for start, stop in itertools.pairwise(points):
-        nodes.append(start + (stop - start) * place)
-        weight.append((stop - start) * slope)
-    return torch.cat(nodes), torch.cat(weight)
 
 
 def _draw(path: Path, fields: Fields, slot: Tensor, step: int = 0) -> Sequence[JointTimes]:
@@ -116,10 +43,6 @@ def _draw(path: Path, fields: Fields, slot: Tensor, step: int = 0) -> Sequence[J
 
 def _ends(path: Path, fields: Fields, name: str, slot: Tensor) -> tuple[JointTimes, JointTimes]:
     return path.ends(fields, name, CounterRng(SEED, 0, slot, 1), slot, SLOTS)
-
-
-def _moving(path: Path) -> dict[str, Leg]:
-    return {name: leg for name, leg in path.legs.items() if isinstance(leg, Leg)}
 
 
 def _held(path: Path) -> dict[str, str]:
@@ -152,7 +75,7 @@ def fields_move_forward(path: Path) -> Iterator[Gap]:
     times = path.at(fields, tau)
     before = path.at(fields, (tau - STEP).clamp(min=0.0))
     after = path.at(fields, (tau + STEP).clamp(max=1.0))
-    for name, leg in _moving(path).items():
+    for name, leg in moving_legs(path).items():
         field = times[name]
         labels = {"field": name, "tau": tau}
         yield compare(field.t.diff(dim=0).clamp(max=0.0), 0.0, {"field": name, "tau": tau[:-1]})
@@ -183,7 +106,7 @@ def held_fields_do_not_move(path: Path) -> Iterator[Gap]:
     slot = torch.arange(SLOTS)
     found = [path.at(fields, torch.linspace(0.0, 1.0, SLOTS).double())]
     found += _draw(path, fields, slot)
-    for name in _moving(path):
+    for name in moving_legs(path):
         found += _ends(path, fields, name, slot)
     for joint in found:
         for name, hold in _held(path).items():
@@ -206,12 +129,12 @@ def draws_are_unbiased(path: Path) -> Iterator[Gap]:
     2e-3: the quadrature has an error of 1e-3 in a panel in which another field starts or stops.
     """
     fields = small_fields(path)
-    nodes, node_weight = _time_nodes()
+    nodes, node_weight = time_nodes()
     slot = torch.zeros(len(nodes), dtype=torch.long)
-    drawn = path.draws(fields, _NodeRng(nodes), slot, 1)
-    tau, weight = _path_nodes(path)
+    drawn = path.draws(fields, NodeRng(nodes), slot, 1)
+    tau, weight = path_nodes(path)
     along = path.at(fields, tau)
-    for name in _moving(path):
+    for name in moving_legs(path):
         expected = _moments(along, name, weight)
         got = torch.zeros_like(expected)
         for joint in drawn:
@@ -243,7 +166,7 @@ def draws_are_independent_of_batch(path: Path) -> Iterator[Gap]:
     fields = small_fields(path)
     whole = _draw(path, fields, torch.arange(SLOTS))
     other = _draw(path, fields, torch.arange(SLOTS), step=1)
-    for name in _moving(path):
+    for name in moving_legs(path):
         pairs = [(one[name].t, two[name].t) for one, two in zip(whole, other)]
         is_new = any(bool((one != two).any()) for one, two in pairs)
         yield compare(torch.tensor(float(is_new)), 1.0, {"another step draws new times of": name})
@@ -269,7 +192,7 @@ def ends_are_scored_once(path: Path) -> Iterator[Gap]:
     """
     fields = small_fields(path)
     slot = torch.arange(SLOTS)
-    for name in _moving(path):
+    for name in moving_legs(path):
         for time, joint in zip((0.0, 1.0), _ends(path, fields, name, slot)):
             own = joint[name]
             labels = {"field": name, "end": time}
@@ -294,7 +217,7 @@ def ends_follow_the_path(path: Path) -> Iterator[Gap]:
     """
     fields = small_fields(path)
     slot = torch.arange(4)
-    moving = _moving(path)
+    moving = moving_legs(path)
     for name, leg in moving.items():
         first, last = _ends(path, fields, name, slot)
         after = path.at(fields, torch.full(slot.shape, leg.start + NEAR, dtype=torch.float64))
@@ -325,18 +248,18 @@ def independent_fields_add(path: Path) -> Iterator[Gap]:
     2e-3: the quadrature has an error of 1e-3 in a panel in which another field starts or stops.
     """
     fields = small_fields(path, has_tokens=False)
-    nodes, weight = _time_nodes()
+    nodes, weight = time_nodes()
     slot = torch.zeros(len(nodes), dtype=torch.long)
-    x0, scored = _clean(fields, 1)
+    x0, scored = clean_samples(fields, 1)
     x0 = {name: values.expand(len(slot), -1, -1) for name, values in x0.items()}
     scored = {name: values.expand(len(slot), -1) for name, values in scored.items()}
-    rng = _NodeRng(nodes)
-    terms = joint_nelbo(fields, _constant_network(fields), x0, scored, path, rng, slot, 1)
-    for name in _moving(path):
+    rng = NodeRng(nodes)
+    terms = joint_nelbo(fields, constant_network(fields), x0, scored, path, rng, slot, 1)
+    for name in moving_legs(path):
         field = fields[name]
         single = nelbo(
             field.process,
-            _constant_vector,
+            constant_vector,
             x0[name],
             scored[name],
             field.rule,
@@ -361,8 +284,8 @@ def held_fields_add_nothing(path: Path) -> Iterator[Gap]:
     held = _held(path)
     fields = small_fields(path)
     slot = torch.arange(SLOTS)
-    x0, scored = _clean(fields, len(slot))
-    network = _RecordingNetwork(_constant_network(fields))
+    x0, scored = clean_samples(fields, len(slot))
+    network = RecordingNetwork(constant_network(fields))
     rng = CounterRng(SEED, 0, slot, 1)
     terms = joint_nelbo(fields, network, x0, scored, path, rng, slot, SLOTS)
     for name, hold in held.items():
@@ -377,69 +300,6 @@ def held_fields_add_nothing(path: Path) -> Iterator[Gap]:
 
 def _total(terms: NelboTerms) -> Tensor:
     return terms.closing.abs() + terms.diffusion.abs() + terms.decoding.abs()
-
-
-def _clean(fields: Fields, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return clean samples of all fields, and marks of all positions as scored."""
-    x0 = {}
-    scored = {}
-    for name, field in fields.items():
-        if isinstance(field.process, GaussianProcess):
-            size = count * field.positions * field.process.width
-            numbers = torch.linspace(-1.5, 1.2, size, dtype=torch.float64)
-            x0[name] = numbers.reshape(count, field.positions, field.process.width)
-        else:
-            x0[name] = torch.arange(count * field.positions).reshape(count, -1) % TOKENS
-        scored[name] = torch.ones(count, field.positions, dtype=torch.bool)
-    return x0, scored
-
-
-def _constant_network(fields: Fields) -> JointNetwork:
-    """Return the joint network with the prediction 0.3 for numbers, and equal probabilities."""
-    vocabulary = FlatVocabulary(TOKENS)
-
-    def predict_vectors(width: int) -> Any:
-        def predict(rows: Tensor) -> PredictedMean:
-            return PredictedMean(torch.full((len(rows), width), 0.3, dtype=torch.float64))
-
-        return lambda state: predict
-
-    def predict_tokens(state: JointNoisy) -> Any:
-        def predict(rows: Tensor) -> DenseDistribution:
-            even = torch.zeros(len(rows), TOKENS, dtype=torch.float64)
-            return DenseDistribution(even.log_softmax(-1), vocabulary)
-
-        return predict
-
-    functions = {}
-    for name, field in fields.items():
-        if isinstance(field.process, GaussianProcess):
-            functions[name] = predict_vectors(field.process.width)
-        else:
-            functions[name] = predict_tokens
-    return joint_network_from_functions(functions)
-
-
-def _constant_vector(noisy: Noisy) -> Query:
-    """Prepare the prediction 0.3 of every number of a field of vectors."""
-
-    def query(rows: Tensor, node: Tensor, fn: Any, *per_row: Tensor) -> Any:
-        mean = torch.full_like(noisy.zt.flatten(0, 1)[rows], 0.3)
-        return fn(PredictedMean(mean), *per_row)
-
-    return query
-
-
-class _RecordingNetwork:
-    """Joint network that keeps the states of all its evaluations in `states`."""
-
-    def __init__(self, network: JointNetwork) -> None:
-        self.network = network
-        self.states: list[JointNoisy] = []
-
-    def __call__(self, state: JointNoisy) -> Mapping[str, Query]:
-        self.states.append(state)
-        return self.network(state)
 
 
 PATH_LAWS: tuple[Law, ...] = (

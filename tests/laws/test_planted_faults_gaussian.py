@@ -21,13 +21,13 @@ from ddiff.core.gaussian import (
     to_normal,
 )
 from ddiff.core.gaussian_schedule import CosineVP, Flow, GaussianSchedule, LinearBetaVP
-from ddiff.testing import gaussian_bound, gaussian_draws, gaussian_forward
+from ddiff.testing import gaussian_bound, gaussian_draws, gaussian_forward, gaussian_terms
 
 # ---------------------------------------------------------------------- schedules
 
 
 class FalselyVP(GaussianSchedule):
-    """Fault: a = 1 - t and sigma = t are declared variance preserving."""
+    """Fault: the linear schedule a = 1 - t, sigma = t is declared variance preserving."""
 
     preserves_variance = True
 
@@ -383,7 +383,7 @@ FORWARD_FAULTS = [
         linear(FalselyClosing),
     ),
     Fault(
-        "a schedule is declared VP and is not",
+        "a linear schedule is declared VP and is not",
         gaussian_forward.variance_is_preserved,
         on(CosineVP),
         on(FalselyVP),
@@ -514,43 +514,43 @@ DRAW_FAULTS = [
 BOUND_FAULTS = [
     Fault(
         "a square root of 0 has no gradient",
-        gaussian_bound.gradients_are_finite,
+        gaussian_terms.gradients_are_finite,
         cosine(GaussianProcess),
         cosine(GradientOfRoot),
     ),
     Fault(
         "the closing term lacks the variance",
-        gaussian_bound.closing_is_a_divergence,
+        gaussian_terms.closing_is_a_divergence,
         linear(GaussianProcess),
         linear(ForgottenClosing),
     ),
     Fault(
         "the information lacks a factor 1/2",
-        gaussian_bound.information_is_normal,
+        gaussian_terms.information_is_normal,
         cosine(GaussianProcess),
         cosine(InformationOfTwice),
     ),
     Fault(
         "the information time is that of SNR^2",
-        gaussian_bound.information_time_is_even,
+        gaussian_terms.information_time_is_even,
         cosine(GaussianProcess),
         cosine(UnevenInformation),
     ),
     Fault(
         "the divergence is a mean over dimensions",
-        gaussian_bound.density_is_a_product,
+        gaussian_terms.density_is_a_product,
         cosine(GaussianProcess),
         cosine(MeanDivergence),
     ),
     Fault(
         "the divergence compares directions only",
-        gaussian_bound.density_is_a_product,
+        gaussian_terms.density_is_a_product,
         cosine(GaussianProcess),
         cosine(DirectionOnly),
     ),
     Fault(
         "the weight is halved",
-        gaussian_bound.weight_integrates,
+        gaussian_terms.weight_integrates,
         cosine(GaussianProcess),
         cosine(HalfWeight),
     ),
