@@ -242,11 +242,18 @@ class GaussianProcess(SettingsRepr):
 
     def _share_added(self, s: Tensor, t: Tensor) -> Tensor:
         """Return 1 - SNR(t) / SNR(s) [r], the share of the noise variance at t added since s."""
+        # Without cancellation if s is near t. At SNR(t) = 0 the logarithm is -inf and the share 1.
+        return torch.where(s == t, 0.0, -torch.expm1(self._log_snr_lost(s, t)))
+
+    def _share_kept(self, s: Tensor, t: Tensor) -> Tensor:
+        """Return SNR(t) / SNR(s) [r], without cancellation if it is small."""
+        return torch.where(s == t, 1.0, self._log_snr_lost(s, t).exp())
+
+    def _log_snr_lost(self, s: Tensor, t: Tensor) -> Tensor:
+        """Return ln(SNR(t) / SNR(s)) [r] <= 0."""
         early = self.schedule.ratio(self.schedule_time(s)).log()
         late = self.schedule.ratio(self.schedule_time(t)).log()
-        # Without cancellation if s is near t. At SNR(t) = 0 the logarithm is -inf and the share 1.
-        share = -torch.expm1(2.0 * (late - early))
-        return torch.where(s == t, 0.0, share)
+        return 2.0 * (late - early)
 
     # ------------------------------------------------------------------ network outputs
 
@@ -420,8 +427,8 @@ class GaussianProcess(SettingsRepr):
         noise = (zt - a * clean) / self.deviation(t).unsqueeze(-1)
         sigma_s = self.deviation(s)
         drawn = eta * sigma_s * self._share_added(s, t).sqrt()
-        # Rounding may make the difference negative if SNR(t) is almost 0.
-        kept = (sigma_s**2 - drawn**2).clamp(min=0.0).sqrt()
+        # sigma_s^2 - drawn^2, without cancellation if eta is 1 and SNR(t) is almost 0.
+        kept = sigma_s * (1.0 - eta**2 + eta**2 * self._share_kept(s, t)).sqrt()
         mean = self.signal(s).unsqueeze(-1) * clean + kept.unsqueeze(-1) * noise
         return mean, drawn
 

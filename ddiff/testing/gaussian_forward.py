@@ -112,8 +112,8 @@ def outputs_round_trip(process: GaussianProcess) -> Iterator[Gap]:
     """Check that `to_clean` and `from_clean` are inverse to each other at all times.
 
     The error of the clean vector is relative to 1 + sigma / a, and that of an output to 1 + a /
-    sigma + its size, because a rounding error of the state grows by these factors. Tolerance 1e-12:
-    float64 rounding.
+    sigma times 1 + its size, because a rounding error of the state grows by these factors.
+    Tolerance 1e-12: float64 rounding.
     """
     rows = _Rows(process, times(INNER, NEAR_ENDS, ENDS))
     labels = {"t": rows.t}
@@ -127,7 +127,9 @@ def outputs_round_trip(process: GaussianProcess) -> Iterator[Gap]:
         amplified = rows.sigma / rows.a if kind == "eps" else 0.0
         yield compare(clean, rows.x, at, relative_to=1.0 + amplified)
         again = process.from_clean(kind, clean, rows.zt, rows.t)
-        yield compare(again, output, at, relative_to=1.0 + rows.a / rows.sigma + output.abs())
+        yield compare(
+            again, output, at, relative_to=(1.0 + rows.a / rows.sigma) * (1.0 + output.abs())
+        )
 
 
 @law("outputs: each has the value of its definition", tolerance=1e-7)

@@ -27,8 +27,10 @@ from ddiff import (
     ZeroTerminal,
 )
 
-# Beyond +-60 the exponential of half of it is within a factor of 1e3 of the rounding of float64.
-LogSnr = Annotated[float, Field(ge=-60.0, le=60.0)]
+# Beyond 30 the noise is below 3e-7 data units, and x + noise loses the digits of the noise.
+LogSnr = Annotated[float, Field(ge=-30.0, le=30.0)]
+# Beyond 10 almost all noise is added within a tenth of the time.
+Span = Annotated[float, Field(gt=0.0, le=10.0)]
 # Keys that belong to one schedule, and their defaults.
 LINEAR_KEYS = ("smallest_beta", "largest_beta")
 SMALLEST_BETA = 0.1
@@ -49,7 +51,7 @@ class GaussianDiffusion:
         """Noise rate of the linear schedule at t = 0; None is 0.1."""
         largest_beta: PositiveFloat | None = None
         """Noise rate of the linear schedule at t = 1; None is 20."""
-        span: PositiveFloat | None = None
+        span: Span | None = None
         """Largest argument of the logistic function of the sigmoid schedule; None is 3."""
         largest_log_snr: LogSnr = 10.0
         """log SNR at t = 0; the decoder covers the information beyond it."""
