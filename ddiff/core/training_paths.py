@@ -27,7 +27,7 @@ class MixedPaths:
     """One path per sample, drawn with given probabilities. For training only.
 
     The mean of a training loss is the weighted mean of the losses of the paths. The paths may give
-    different fields, so the mixture has no bound of its own.
+    different fields, so the mixture itself has no bound.
 
     Args:
         parts: pairs (path, weight). The weights are positive and are divided by their sum.
