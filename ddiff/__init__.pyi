@@ -189,3 +189,40 @@ from .training.protocols import Tracker as Tracker
 from .training.tracker import NoTracker as NoTracker
 
 __version__: str
+
+from .core.field import Field as Field
+from .core.field import FieldProcess as FieldProcess
+from .core.fields import hold as hold
+from .core.fields import joint_nelbo as joint_nelbo
+from .core.normalizer import IdentityNormalizer as IdentityNormalizer
+from .core.normalizer import MeanStdNormalizer as MeanStdNormalizer
+from .core.normalizer import Normalizer as Normalizer
+from .core.normalizer import PcaNormalizer as PcaNormalizer
+from .core.paths import Leg as Leg
+from .core.paths import LegPath as LegPath
+from .core.paths import first_path as first_path
+from .core.paths import given_path as given_path
+from .core.paths import lagged_path as lagged_path
+from .core.paths import shared_path as shared_path
+from .core.training_paths import IndependentTimes as IndependentTimes
+from .core.training_paths import MixedPaths as MixedPaths
+from .data.captioned_images import CaptionedImages as CaptionedImages
+from .data.captioned_images import ShapesSource as ShapesSource
+from .data.captioned_images import load_digits as load_digits
+from .data.fields_batch import FieldBatch as FieldBatch
+from .data.fields_batch import FieldsBatch as FieldsBatch
+from .data.fields_batch import token_field as token_field
+from .data.fields_batch import vector_field as vector_field
+from .evaluation.fields import JointEvaluation as JointEvaluation
+from .evaluation.fields import evaluate_fields as evaluate_fields
+from .nn.joint_denoiser import JointBackbone as JointBackbone
+from .nn.joint_denoiser import JointContext as JointContext
+from .nn.joint_denoiser import JointDenoiser as JointDenoiser
+from .nn.joint_denoiser import JointMask as JointMask
+from .nn.joint_denoiser import StreamInput as StreamInput
+from .nn.joint_network import JointDenoiserNetwork as JointDenoiserNetwork
+from .nn.vector_head import VectorHead as VectorHead
+from .training.fields_objective import FieldsObjective as FieldsObjective
+from .training.gaussian_losses import MinSnr as MinSnr
+from .training.gaussian_losses import OutputMse as OutputMse
+from .training.gaussian_losses import SigmoidWeighted as SigmoidWeighted

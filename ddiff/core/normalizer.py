@@ -3,7 +3,7 @@
 A Gaussian process expects normalized data: with another scale its signal-to-noise ratio is wrong. A
 normalizer is fitted on the training vectors, stored with the weights, and inverted at the output.
 
-    normalizer = MeanStd.fit(chunks)
+    normalizer = MeanStdNormalizer.fit(chunks)
     z = normalizer.encode(x)
     x = normalizer.decode(z)
 
@@ -52,7 +52,7 @@ class Normalizer(ABC):
 
 
 @final
-class Identity(Normalizer):
+class IdentityNormalizer(Normalizer):
     """Map that changes nothing, for data that have mean 0 and variance 1 already."""
 
     def __init__(self, width: int) -> None:
@@ -74,7 +74,7 @@ class Identity(Normalizer):
 
 
 @final
-class MeanStd(Normalizer):
+class MeanStdNormalizer(Normalizer):
     """Map z = (x - mean) / std in every dimension.
 
     Args:
@@ -85,15 +85,15 @@ class MeanStd(Normalizer):
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         if mean.dim() != 1 or mean.shape != std.shape:
             raise ArgumentError(
-                "MeanStd: mean and std must have one dimension of the same length; got shapes "
-                f"{tuple(mean.shape)} and {tuple(std.shape)}."
+                "MeanStdNormalizer: mean and std must have one dimension of the same length; got "
+                f"shapes {tuple(mean.shape)} and {tuple(std.shape)}."
             )
         constant = int((~(std > 0)).sum())
         if constant:
             raise ArgumentError(
-                f"MeanStd: std must be positive in all {len(std)} dimensions; {constant} are "
-                "constant or NaN in the data, and have no density. Remove these dimensions, or use "
-                "Pca with fewer dimensions."
+                f"MeanStdNormalizer: std must be positive in all {len(std)} dimensions; {constant} "
+                "are constant or NaN in the data, and have no density. Remove these dimensions, or "
+                "use PcaNormalizer with fewer dimensions."
             )
         self.data_width = len(mean)
         self.width = len(mean)
@@ -101,7 +101,7 @@ class MeanStd(Normalizer):
         self._std = Constant(std.double())
 
     @classmethod
-    def fit(cls, chunks: Iterable[Tensor]) -> MeanStd:
+    def fit(cls, chunks: Iterable[Tensor]) -> MeanStdNormalizer:
         """Fit mean and deviation of the vectors in chunks [n,D]."""
         mean, covariance = _moments(chunks)
         return cls(mean, covariance.diagonal().sqrt())
@@ -122,7 +122,7 @@ class MeanStd(Normalizer):
 
 
 @final
-class Pca(Normalizer):
+class PcaNormalizer(Normalizer):
     """Map to the first principal components, each divided by its deviation.
 
     Args:
@@ -134,13 +134,13 @@ class Pca(Normalizer):
     def __init__(self, mean: Tensor, components: Tensor, scales: Tensor) -> None:
         if components.dim() != 2 or components.shape != (len(scales), len(mean)):
             raise ArgumentError(
-                "Pca: components must be [d, D] for scales [d] and mean [D]; got shapes "
+                "PcaNormalizer: components must be [d, D] for scales [d] and mean [D]; got shapes "
                 f"{tuple(components.shape)}, {tuple(scales.shape)} and {tuple(mean.shape)}."
             )
         if not bool((scales > 0).all()):
             raise ArgumentError(
-                f"Pca: scales must be positive; got {scales.tolist()}. The data vary in fewer "
-                "dimensions than components are given."
+                f"PcaNormalizer: scales must be positive; got {scales.tolist()}. The data vary in "
+                "fewer dimensions than components are given."
             )
         self.data_width = len(mean)
         self.width = len(scales)
@@ -149,13 +149,13 @@ class Pca(Normalizer):
         self._scales = Constant(scales.double())
 
     @classmethod
-    def fit(cls, chunks: Iterable[Tensor], width: int) -> Pca:
+    def fit(cls, chunks: Iterable[Tensor], width: int) -> PcaNormalizer:
         """Fit the first `width` principal components of the vectors in chunks [n,D]."""
         mean, covariance = _moments(chunks)
         if not 1 <= width <= len(mean):
             raise ArgumentError(
-                f"Pca: width must be between 1 and the {len(mean)} dimensions of the data; got "
-                f"{width}."
+                f"PcaNormalizer: width must be between 1 and the {len(mean)} dimensions of the "
+                f"data; got {width}."
             )
         variances, vectors = torch.linalg.eigh(covariance)
         # In rising order of the variance.
@@ -165,8 +165,8 @@ class Pca(Normalizer):
         smallest = float(variances[0]) * 1e-12
         if not bool((variances > smallest).all()):
             raise ArgumentError(
-                f"Pca: the data vary in {int((variances > smallest).sum())} dimensions only; got "
-                f"width = {width}. Take fewer components."
+                f"PcaNormalizer: the data vary in {int((variances > smallest).sum())} dimensions "
+                f"only; got width = {width}. Take fewer components."
             )
         return cls(mean, components, variances.sqrt())
 
@@ -196,10 +196,10 @@ class Pca(Normalizer):
 def normalizer_from_tensors(width: int, tensors: Mapping[str, Tensor]) -> Normalizer:
     """Rebuild a normalizer of data vectors of `width` numbers from its tensors."""
     if "components" in tensors:
-        return Pca(tensors["mean"], tensors["components"], tensors["scales"])
+        return PcaNormalizer(tensors["mean"], tensors["components"], tensors["scales"])
     if "std" in tensors:
-        return MeanStd(tensors["mean"], tensors["std"])
-    return Identity(width)
+        return MeanStdNormalizer(tensors["mean"], tensors["std"])
+    return IdentityNormalizer(width)
 
 
 def _moments(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ def require_path(path: TrainingPath, caller: str) -> Path:
     if isinstance(path, IndependentTimes):
         raise ArgumentError(
             f"{caller}: independent times of the fields are for training only. The sum of the "
-            "terms at independent times is no bound: it can be smaller than the true negative "
+            "terms at independent times is not a bound: it can be smaller than the true negative "
             "log-likelihood. Evaluate along a path: shared, first, or lagged."
         )
     if isinstance(path, MixedPaths):

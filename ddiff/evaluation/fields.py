@@ -1,7 +1,7 @@
 """Likelihood bound of samples of several fields along a path, with confidence intervals.
 
 A path that holds no field gives the bound of the joint sample. A path that holds a field clean
-gives the bound of the other fields given this field. Such a conditional bound is no perplexity of
+gives the bound of the other fields given this field. Such a conditional bound is not a perplexity of
 the text, so no perplexity is computed.
 """
 
@@ -124,7 +124,7 @@ def evaluate_fields(
             for start in range(0, samples, batch):
                 numbers = np.arange(start, min(start + batch, samples))
                 index = torch.from_numpy(numbers).to(device)
-                # Every sample is a group of its own, so that samples are independent.
+                # Every sample is a separate group, so that samples are independent.
                 rng = CounterRng(seed, draw, index, 1, "evaluate", index)
                 found = batch_of(numbers)
                 likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)

@@ -241,6 +241,6 @@ def _check_fields(
         if not field.process.closes_at_clean and bool(field.process.end_needs_network(ends)):
             raise ArgumentError(
                 f'FieldsObjective: the process of "{name}" is still noisy at t = 0, and training '
-                "of its decoding term is not supported for several fields. Use a process that "
-                "closes at the clean end, such as mdlm or hdlm."
+                "of its decoding term is not supported for several fields. Use a process whose "
+                "state at t = 0 is the clean token, such as masked diffusion."
             )

@@ -15,8 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddiff import ArgumentError, AttentionMask, StateEmbedding, Vocabulary, attend
-from ddiff.nn.joint_denoiser import JointBackbone, JointContext, JointMask, StreamInput
+from ddiff import (
+    ArgumentError,
+    AttentionMask,
+    JointBackbone,
+    JointContext,
+    JointMask,
+    StateEmbedding,
+    StreamInput,
+    Vocabulary,
+    attend,
+)
 from ddiff_dit.dit import (
     TIME_FEATURES,
     Block,
@@ -49,7 +58,7 @@ class StreamSpec(NamedTuple):
 class MMDiT(JointBackbone):
     """Multimodal diffusion transformer: noisy states of all fields -> hidden states by field.
 
-    A stream is modulated by the time of its own positions and, in a linear embedding, by the mean
+    A stream is modulated by the times of its positions and, in a linear embedding, by the mean
     time of every other field. If a field has blocks, streams are not modulated by the times of
     other fields: later blocks have other times in sampling than in training.
 

@@ -7,10 +7,10 @@ import torch
 
 from ddiff.core.gaussian import GaussianDecoder
 from ddiff.core.normalizer import (
-    Identity,
-    MeanStd,
+    IdentityNormalizer,
+    MeanStdNormalizer,
     Normalizer,
-    Pca,
+    PcaNormalizer,
     normalizer_from_tensors,
 )
 from ddiff.errors import ArgumentError
@@ -24,8 +24,8 @@ def correlated(count: int = 500, width: int = 4) -> torch.Tensor:
 
 
 NORMALIZERS: dict[str, Normalizer] = {
-    "mean and std": MeanStd.fit(correlated().split(37)),
-    "all components": Pca.fit(correlated().split(37), 4),
+    "mean and std": MeanStdNormalizer.fit(correlated().split(37)),
+    "all components": PcaNormalizer.fit(correlated().split(37), 4),
 }
 
 
@@ -62,7 +62,7 @@ def test_normalized_nll_plus_log_volume_is_the_nll_in_data_units(name: str) -> N
 
 def test_pca_of_fewer_components_keeps_the_largest_variances_and_has_no_density() -> None:
     x = correlated()
-    pca = Pca.fit([x], 2)
+    pca = PcaNormalizer.fit([x], 2)
     assert pca.log_volume is None
     restored = pca.decode(pca.encode(x))
     lost = (restored - x).square().sum(-1).mean()
@@ -70,7 +70,7 @@ def test_pca_of_fewer_components_keeps_the_largest_variances_and_has_no_density(
     torch.testing.assert_close(lost, variances[:2].sum(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("normalizer", [*NORMALIZERS.values(), Identity(4)])
+@pytest.mark.parametrize("normalizer", [*NORMALIZERS.values(), IdentityNormalizer(4)])
 def test_normalizer_is_rebuilt_from_its_tensors(normalizer: Normalizer) -> None:
     rebuilt = normalizer_from_tensors(4, normalizer.tensors())
     assert torch.equal(rebuilt.encode(correlated()), normalizer.encode(correlated()))
@@ -80,10 +80,10 @@ def test_normalizer_refuses_constant_dimensions_nan_and_too_few_vectors() -> Non
     x = correlated()
     constant = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], -1)
     with pytest.raises(ArgumentError, match="1 are constant"):
-        MeanStd.fit([constant])
+        MeanStdNormalizer.fit([constant])
     with pytest.raises(ArgumentError, match="vary in 4 dimensions only"):
-        Pca.fit([constant], 5)
+        PcaNormalizer.fit([constant], 5)
     with pytest.raises(ArgumentError, match="must be finite"):
-        MeanStd.fit([torch.full((2, 3), torch.nan)])
+        MeanStdNormalizer.fit([torch.full((2, 3), torch.nan)])
     with pytest.raises(ArgumentError, match="at least two vectors"):
-        MeanStd.fit([x[:1]])
+        MeanStdNormalizer.fit([x[:1]])
