@@ -1,8 +1,8 @@
 """Likelihood bound of samples of several fields along a path, with confidence intervals.
 
 A path that holds no field gives the bound of the joint sample. A path that holds a field clean
-gives the bound of the other fields given this field. Such a conditional bound is not a perplexity of
-the text, so no perplexity is computed.
+gives the bound of the other fields given this field. Such a conditional bound is not a perplexity
+of the text, so no perplexity is computed.
 """
 
 from __future__ import annotations
