@@ -301,7 +301,7 @@ def test_independent_times_of_two_fields_are_stratified_and_uncorrelated() -> No
 def test_require_path_refuses_rules_of_training_with_the_reason() -> None:
     path = shared_path(["text", "latent"])
     assert require_path(path, "evaluate") is path
-    with pytest.raises(ArgumentError, match=r"evaluate: independent times .* no bound"):
+    with pytest.raises(ArgumentError, match=r"evaluate: independent times .* not a bound"):
         require_path(IndependentTimes(["text", "latent"]), "evaluate")
     with pytest.raises(ArgumentError, match="evaluate: a mixture of paths is for training only"):
         require_path(MixedPaths([(path, 1.0)]), "evaluate")
