@@ -82,6 +82,8 @@ from .data.documents import fingerprint_texts as fingerprint_texts
 from .data.documents import load_bundled_novels as load_bundled_novels
 from .data.documents import read_symbol_rows as read_symbol_rows
 from .data.documents import read_text_files as read_text_files
+from .data.encoded_vectors import EncodedVectors as EncodedVectors
+from .data.encoding import Encoder as Encoder
 from .data.jsonl import read_json_lines as read_json_lines
 from .data.markov import MarkovSource as MarkovSource
 from .data.packing import Rows as Rows

@@ -310,6 +310,54 @@ def prepare(
         typer.echo(remark)
 
 
+@app.command("encode")
+def encode(
+    recipe: RecipeName,
+    settings: Settings = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Output folder; by default <run_dir>-vectors."),
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, max=1024, metavar="N", help="Processes that share the work."),
+    ] = 1,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST, metavar="N", help="Documents in a file; by default 4096."),
+    ] = None,
+    max_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST, metavar="N", help="Encode only the first N documents of each part."
+        ),
+    ] = None,
+) -> None:
+    """Encode every document of a recipe as a vector, with the encoder in \\[encoder].
+
+    An interrupted job is resumed, by any number of processes. A finished folder is verified.
+    """
+    if processes > 1 and get_rank_info() is None:
+        options = {"--out": out, "--shard-size": shard_size, "--max-samples": max_samples}
+        arguments = ["encode", *(f"--set={setting}" for setting in settings or ())]
+        for name, value in options.items():
+            if value is not None:
+                arguments.append(f"{name}={value}")
+        raise typer.Exit(launch([*arguments, "--", recipe], processes))
+    from ddiff.recipe.resolve import read_recipe
+    from ddiff.runs.encode import SHARD_SIZE, encode_documents
+
+    encoded = encode_documents(
+        read_recipe(recipe, settings or ()),
+        out,
+        shard_size=shard_size or SHARD_SIZE,
+        max_samples=max_samples,
+    )
+    print_columns(encoded.titles, encoded.parts)
+    for remark in encoded.remarks:
+        typer.echo(remark)
+
+
 @app.command("eval")
 def evaluate(
     run_dir: RunDir,

@@ -166,7 +166,7 @@ def explain_error(error: BaseException) -> str | None:
             f"A text is not in the expected encoding: {text}. Save the text as UTF-8, and set "
             "PYTHONIOENCODING=utf-8."
         )
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"Out of memory: {text or 'an allocation failed'}. Use a smaller batch ([train] batch, "
             "[evaluate] batch, [sample] batch), a shorter [data] length or a smaller network."
@@ -199,7 +199,8 @@ def _explain_os_error(error: OSError) -> str:
     return f"{what.rstrip('.')}. {remedy}".rstrip()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error reports that memory of the host or of a device is exhausted."""
     # torch raises a plain RuntimeError on the CPU and OutOfMemoryError on a GPU; torch is not
     # imported here, so the class is known by its name
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -235,8 +235,8 @@ def _report_outcome(workers: Sequence[subprocess.Popen[bytes]], reports: Path) -
         print(
             f"{output}Worker {first} of {len(workers)} was killed by "
             f"{signal.Signals(-code).name}, so all workers were ended. If the signal is SIGKILL, "
-            "the machine may be out of memory. The same command resumes from the newest "
-            "checkpoint.",
+            "the machine may be out of memory. The same command resumes from the last "
+            "saved state.",
             file=sys.stderr,
         )
     return 128 - code if code < 0 else code

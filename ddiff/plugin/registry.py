@@ -43,6 +43,7 @@ KINDS: dict[str, str] = {
     "backend": "[backend]: build(config, *, device, processes, length, precision) -> Backend",
     "sampler": "[sample] sampler: build(config, *, steps, vocabulary) -> Sampler",
     "tracker": "[tracker]: build(config, *, run_dir, recipe) -> Tracker",
+    "encoder": "[encoder]: build(config, *, documents, tokenizer, rows, device, cache) -> Encoder",
 }
 """Kind -> table in a recipe, arguments of `build`, and return type of `build`."""
 

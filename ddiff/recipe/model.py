@@ -62,6 +62,7 @@ class Recipe:
     sample: SampleKeys
     sampler: ComponentSpec
     tracker: ComponentSpec
+    encoder: ComponentSpec | None
 
     # not compared, because equal recipes may be read from different files
     registry: Registry = field(repr=False, compare=False)

@@ -309,6 +309,7 @@ TABLES: dict[str, Table] = {
     "evaluate": Table(None, EvaluateKeys),
     "sample": Table(None, SampleKeys, {"sampler": Slot("sampler", "ancestral")}),
     "tracker": Table(Slot("tracker", "none")),
+    "encoder": Table(Slot("encoder", None), is_optional=True),
 }
 
 TablePath = tuple[str, ...]
