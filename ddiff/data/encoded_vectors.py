@@ -41,6 +41,7 @@ ENDING = ".safetensors"
 _KEYS = "keys"
 _VECTORS = "vectors"
 _PRESENT = "present"
+_ABOUT = "ddiff"
 
 
 # ---------------------------------------------------------------------- settings of a folder
@@ -175,27 +176,26 @@ def write_shard(
 ) -> None:
     """Write a shard atomically, and flush the file to the disk. `VectorShard` has the arrays."""
     tensors: dict[str, NDArray[Any]] = {_KEYS: keys, _VECTORS: vectors, _PRESENT: present}
-    metadata = {
-        "fingerprint": settings.fingerprint,
-        "sha256": _checksum(keys, vectors, present),
-    }
-    write_atomic(path, save(tensors, metadata), sync=True)
+    about = {"fingerprint": settings.fingerprint, "sha256": _checksum(keys, vectors, present)}
+    # one text, because the library writes several entries in random order
+    content = save(tensors, {_ABOUT: json.dumps(about)})
+    write_atomic(path, content, sync=True)
 
 
 def read_shard(path: Path) -> VectorShard:
     """Memory-map a shard. Raises DataError with the reason if the file cannot be read."""
     try:
         with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {})[_ABOUT])
             keys = file.get_tensor(_KEYS)
             present = file.get_tensor(_PRESENT)
         vectors = _map_vectors(path)
         if not len(keys) == len(present) == len(vectors):
             raise ValueError("the arrays have different numbers of documents")
-        return VectorShard(keys, vectors, present, metadata["fingerprint"], metadata["sha256"])
+        return VectorShard(keys, vectors, present, about["fingerprint"], about["sha256"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the shard {path} cannot be read ({reason})") from error
+        raise _damage_error(path, f"it cannot be read ({reason})") from error
 
 
 def _map_vectors(path: Path) -> NDArray[np.float32]:
@@ -384,7 +384,7 @@ class EncodedVectors:
         """Compare the checksums of all shards. Raises DataError with the name of a damaged one."""
         for name, shard in self._named_shards():
             if not shard.is_intact():
-                raise _damage_error(self.folder, name, "its checksum is wrong")
+                raise _damage_error(self.folder / f"{name}{ENDING}", "its checksum is wrong")
 
     def _named_shards(self) -> Iterator[tuple[str, VectorShard]]:
         for part, vectors in ((TRAIN, self.train), (VALIDATION, self.validation)):
@@ -448,26 +448,21 @@ def _open_recorded(
     completely, to compare its checksum.
     """
     path = folder / f"{name}{ENDING}"
-    try:
-        shard = read_shard(path)
-    except DataError as error:
-        raise _damage_error(folder, name, str(error)) from error
+    shard = read_shard(path)
     if shard.vectors.shape != (record["documents"], settings.dim):
+        expected = (record["documents"], settings.dim)
         raise _damage_error(
-            folder,
-            name,
-            f"it holds vectors {shard.vectors.shape}, but {(record['documents'], settings.dim)} is "
-            "expected",
+            path, f"it holds vectors {shard.vectors.shape}, but {expected} is expected"
         )
     if shard.fingerprint != settings.fingerprint or shard.sha256 != record["sha256"]:
-        raise _damage_error(folder, name, "it was written by another job")
+        raise _damage_error(path, "it was written by another job")
     if path.stat().st_mtime_ns > finished and not shard.is_intact():
-        raise _damage_error(folder, name, "its checksum is wrong")
+        raise _damage_error(path, "its checksum is wrong")
     return shard
 
 
-def _damage_error(folder: Path, name: str, what: str) -> DataError:
+def _damage_error(path: Path, what: str) -> DataError:
     return DataError(
-        f"The shard {name} of {folder} is damaged: {what}. Repeat the command `ddiff encode`, "
-        "which encodes the documents of this shard again."
+        f"The shard {path} is damaged: {what}. Repeat the command `ddiff encode`, which encodes "
+        "the documents of this shard again."
     )

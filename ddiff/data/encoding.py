@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
@@ -255,24 +255,14 @@ class EncodingJob:
                 return sizes
 
     def _is_done(self, shard: Shard, keys: NDArray[np.uint64]) -> bool:
-        """Return whether the file of a shard exists and holds vectors of these texts.
-
-        An unreadable file is named in a warning, and encoded again.
-        """
-        path = self._path(shard.name)
-        if not path.is_file():
-            return False
+        """Return whether the file of a shard exists and holds vectors of these texts."""
         try:
-            found = read_shard(path)
-        except DataError as error:
-            _log.warning("%s. Its documents are encoded again.", error)
+            found = read_shard(self._path(shard.name))
+        except DataError:
             return False
         is_same_text = np.array_equal(found.keys, keys)
         has_dim = found.vectors.shape == (len(keys), self.settings.dim)
-        if found.fingerprint == self.settings.fingerprint and is_same_text and has_dim:
-            return True
-        _log.warning("The shard %s holds other documents. They are encoded again.", path)
-        return False
+        return found.fingerprint == self.settings.fingerprint and is_same_text and has_dim
 
     def _encode_if_free(self, shard: Shard, keys: NDArray[np.uint64], report: _Report) -> bool:
         """Encode a shard, unless another process has claimed it. Return whether it is done."""
@@ -282,7 +272,7 @@ class EncodingJob:
                 return False
             # another process may have finished the shard between the check and the lock
             if not self._is_done(shard, keys):
-                self._remove_partial_files(shard.name)
+                self._remove_damaged(shard.name)
                 vectors, present = self._encode_shard(shard, report)
                 write_shard(self._path(shard.name), keys, vectors, present, self.settings)
                 report.refresh()
@@ -290,8 +280,18 @@ class EncodingJob:
             claim.unlink(missing_ok=True)
         return True
 
-    def _remove_partial_files(self, name: str) -> None:
-        """Remove files of a killed process. The caller must have claimed the shard `name`."""
+    def _remove_damaged(self, name: str) -> None:
+        """Remove a damaged shard, with a warning, and partial files of a killed process.
+
+        The caller must hold the lock of the shard `name`, or of the folder.
+        """
+        if self._path(name).is_file():
+            _log.warning(
+                "The shard %s is damaged or holds other documents. Its documents are encoded "
+                "again.",
+                self._path(name),
+            )
+            self._path(name).unlink(missing_ok=True)
         for path in self.folder.glob(f"{name}{ENDING}{PARTIAL}*"):
             path.unlink(missing_ok=True)
 
@@ -413,16 +413,12 @@ class EncodingJob:
         }
 
     def _read_intact(self, name: str) -> VectorShard | None:
-        """Read a shard. A damaged file is named in a warning and removed; then return None."""
-        try:
+        """Read a shard and compare its checksum. A damaged file is removed; then return None."""
+        with suppress(DataError):
             found = read_shard(self._path(name))
             if found.is_intact():
                 return found
-            reason = f"the shard {self._path(name)} has a wrong checksum"
-        except DataError as error:
-            reason = str(error)
-        _log.warning("%s. Its documents are encoded again.", reason)
-        self._path(name).unlink(missing_ok=True)
+        self._remove_damaged(name)
         return None
 
 

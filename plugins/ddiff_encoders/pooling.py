@@ -201,8 +201,8 @@ def load_model(path: str) -> PreTrainedModel:
         missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
         if missing:
             raise DataError(
-                f"No model from {path!r}: {len(missing)} weights are missing, such as {missing[0]}. "
-                "The vectors would be random. Save the whole model again, or name another model."
+                f"No model from {path!r}: {len(missing)} weights are missing ({missing[0]}, ...), "
+                "so that vectors would be random. Save the whole model, or name another model."
             )
         return model
 
