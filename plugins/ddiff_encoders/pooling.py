@@ -104,6 +104,15 @@ class PooledEncoder:
                 f"PooledEncoder: pooling must be one of {', '.join(get_args(Pooling))}; got "
                 f"{pooling!r}. Use the pooling with which the model was trained."
             )
+        table: Any = model.get_input_embeddings()
+        embeddings = len(table.weight)
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= embeddings:
+            raise ArgumentError(
+                f"PooledEncoder: the ids of the tokenizer must be below {embeddings}, the number "
+                f"of embeddings of the model; the largest is {largest}. Use the tokenizer of the "
+                "model."
+            )
         width: int = model.config.hidden_size
         if dim is not None and dim > width:
             raise ArgumentError(
@@ -228,7 +237,8 @@ def _choose_max_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None
 ) -> int:
     """Return the largest number of tokens of a text. Raises ArgumentError if `wanted` is larger."""
-    limit: int | None = model.config.to_dict().get("max_position_embeddings")
+    key = model.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    limit: int | None = model.config.to_dict().get(key)
     table = dict(model.named_modules()).get("embeddings.position_embeddings")
     if limit is not None and isinstance(table, nn.Embedding) and table.padding_idx is not None:
         limit -= table.padding_idx + 1  # RoBERTa's family reserves the first positions for padding
