@@ -193,6 +193,8 @@ def read_shard(path: Path) -> VectorShard:
         if not len(keys) == len(present) == len(vectors):
             raise ValueError("the arrays have different numbers of documents")
         return VectorShard(keys, vectors, present, about["fingerprint"], about["sha256"])
+    except PermissionError:
+        raise  # the file may be intact, so that it must not be replaced
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _damage_error(path, f"it cannot be read ({reason})") from error

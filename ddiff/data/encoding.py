@@ -191,6 +191,8 @@ class EncodingJob:
                 write_atomic(self.folder / SETTINGS, text, sync=True)
                 return
         differences = existing.differences(self.settings)
+        # The description may differ, such as the path of the same model. The first one is kept.
+        self.settings = existing
         if differences:
             raise DataError(
                 f"{self.folder} was encoded with other settings: {'; '.join(differences)}. Use "

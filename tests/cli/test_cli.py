@@ -51,6 +51,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         ["recipes"],
         ["run", "--help"],
         ["data", "--help"],
+        ["encode", "--help"],
     ],
 )
 def test_help_and_list_commands_take_half_a_second_without_torch(arguments):
@@ -96,12 +97,13 @@ def test_help_option_lists_every_command(capsys):
             "compare",
             "check",
             "data",
+            "encode",
             "plugins",
             "recipes",
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 9
+    assert len(app.registered_commands) == 10
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):

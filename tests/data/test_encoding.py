@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,16 @@ def test_folder_of_another_job_is_refused_with_the_difference(
     text = message(DataError, run_job, done, **change)
     assert re.search(difference, text)
     assert "another folder" in text
+    assert read_files(done) == before
+
+
+def test_job_of_the_same_encoder_in_another_place_keeps_the_folder(done: Path) -> None:
+    """The description of an encoder may change, for example the path of its model."""
+    before = read_files(done)
+    documents = make_documents()
+    job = make_job(done, documents)
+    job.settings = replace(job.settings, description={"path": "elsewhere"})
+    assert job.run().encoded == 0
     assert read_files(done) == before
 
 
