@@ -51,7 +51,7 @@ from ddiff.errors import (
 )
 from ddiff.progress import Progress, show_progress
 
-TEXTS_AT_ONCE = 1024  # texts of one call of `encode`, among which an encoder may sort by length
+TEXTS_AT_ONCE = 512  # texts of one call of `encode`, among which an encoder may sort by length
 LOCK = ".lock"  # locked while the settings or the manifest are written
 _log = logging.getLogger(__name__)
 
@@ -191,13 +191,13 @@ class EncodingJob:
                 write_atomic(self.folder / SETTINGS, text, sync=True)
                 return
         differences = existing.differences(self.settings)
-        # The description may differ, such as the path of the same model. The first one is kept.
-        self.settings = existing
         if differences:
             raise DataError(
                 f"{self.folder} was encoded with other settings: {'; '.join(differences)}. Use "
                 "another folder (--out), restore the settings, or delete the folder."
             )
+        # The description may differ, such as the path of the same model. The first one is kept.
+        self.settings = existing
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{ENDING}"
@@ -247,13 +247,14 @@ class EncodingJob:
                 sizes[shard.part].append(len(shard.texts))
                 keys = text_keys(shard.texts)
                 if not self._is_done(shard, keys) and not self._encode_if_free(shard, keys, report):
-                    claimed_by_others.append(shard.name)
-            for name in claimed_by_others:
+                    # the texts are not kept, because another process may claim many shards
+                    claimed_by_others.append((shard._replace(texts=[]), keys))
+            for shard, keys in claimed_by_others:
                 # The lock is free when the other process has finished the shard, or has died.
-                if not self._path(name).is_file():
-                    with _lock(self.folder / f"{name}{LOCK}", math.inf):
+                if not self._is_done(shard, keys):
+                    with _lock(self.folder / f"{shard.name}{LOCK}", math.inf):
                         report.refresh()
-            if all(self._path(name).is_file() for name in claimed_by_others):
+            if all(self._is_done(shard, keys) for shard, keys in claimed_by_others):
                 return sizes
 
     def _is_done(self, shard: Shard, keys: NDArray[np.uint64]) -> bool:
@@ -452,7 +453,7 @@ class _Report:
 def _lock(path: Path, patience: float = 0.0) -> Iterator[bool]:
     """Lock a file in a `with` block, and return whether the lock was acquired.
 
-    On a file system without locks the answer is True. Processes may then encode a shard twice,
+    On a file system without locks the result is True. Processes may then encode a shard twice,
     which costs time and does not change the files.
     """
     with path.open("a") as file:
