@@ -37,6 +37,7 @@ from ddiff.core.process import ForwardProcess, Query, RowFunction
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, Times, TimeSampler
 from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError
 
 Network = Callable[[Noisy], Query]
 """Function from a corrupted batch to the query of its rows. Calling the query runs the network."""
@@ -297,8 +298,15 @@ def closing_term(
 def choose_states(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return `first` at the positions where `condition` [B,n] is True, else `second`.
 
-    `first` and `second` hold one state per position: tokens [B,n] or vectors [B,n,d].
+    `first` and `second` hold one state per position: tokens [B,n] or vectors [B,n,d]. Raises
+    ArgumentError if `condition` has another shape, which torch would broadcast along the wrong
+    dimension if two sizes are equal.
     """
+    if condition.shape != first.shape[:2] or first.shape != second.shape:
+        raise ArgumentError(
+            "choose_states: condition must be [B,n] for states [B,n] or [B,n,d]; got condition "
+            f"{list(condition.shape)}, first {list(first.shape)} and second {list(second.shape)}."
+        )
     ones = (1,) * (second.dim() - condition.dim())
     return torch.where(condition.reshape(*condition.shape, *ones), first, second)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ddiff.core.information import InformationTime
+from ddiff.core.process import States
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule, Times
 
@@ -18,6 +19,7 @@ class FieldProcess(Protocol):
     `ForwardProcess` and `GaussianProcess` have these members.
     """
 
+    states: States
     prior: Any
     closes_at_clean: bool
     closes_at_prior: bool

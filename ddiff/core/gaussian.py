@@ -28,7 +28,7 @@ from ddiff.core.description import SettingsRepr
 from ddiff.core.gaussian_schedule import GaussianSchedule
 from ddiff.core.information import InformationTime
 from ddiff.core.numerics import EARLIEST, LATEST, Constant, draw_index, find_rows, interior
-from ddiff.core.process import Query
+from ddiff.core.process import Query, States
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 
@@ -91,6 +91,10 @@ class VectorDecoder(SettingsRepr, ABC):
     def draw(self, y: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         """Draw x [r,d] from p(x | y), from uniforms u [r,d]."""
 
+    @abstractmethod
+    def most_likely(self, y: Tensor) -> Tensor:
+        """Return the most likely x [r,d] of p(x | y)."""
+
 
 @final
 class GaussianDecoder(VectorDecoder):
@@ -106,6 +110,9 @@ class GaussianDecoder(VectorDecoder):
 
     def draw(self, y: Tensor, noise: Tensor, u: Tensor) -> Tensor:
         return y + noise.unsqueeze(-1) * to_normal(u)
+
+    def most_likely(self, y: Tensor) -> Tensor:
+        return y
 
 
 @final
@@ -143,6 +150,10 @@ class GridDecoder(VectorDecoder):
         drawn = draw_index(probabilities.flatten(0, 1), u.reshape(-1))
         return self._values.on(y.device)[drawn].reshape(y.shape)
 
+    def most_likely(self, y: Tensor) -> Tensor:
+        values = self._values.on(y.device)
+        return values[(y.unsqueeze(-1) - values).abs().argmin(-1)]
+
     def _log_probs(self, y: Tensor, noise: Tensor) -> Tensor:
         """Return ln p(v | y) [r,d,k] for the k values of every dimension."""
         distance = (y.unsqueeze(-1) - self._values.on(y.device)) / noise[:, None, None]
@@ -163,6 +174,7 @@ class GaussianProcess(SettingsRepr):
         decoder: distribution of the clean vector at t = 0.
     """
 
+    states: States = "vectors"
     closes_at_clean = False
     exact_step = True
     has_events = False
@@ -214,6 +226,11 @@ class GaussianProcess(SettingsRepr):
     def schedule_time(self, t: Tensor) -> Tensor:
         """Map t in [0,1] to the time of the schedule, between the two ends of log SNR."""
         return self._first + (self._last - self._first) * t
+
+    def time_of_log_snr(self, log_snr: float) -> float:
+        """Return the time t in [0,1] at which log SNR has the given value; the nearest end else."""
+        time = self.schedule.time_of_log_snr(log_snr)
+        return min(max((time - self._first) / (self._last - self._first), 0.0), 1.0)
 
     def signal(self, t: Tensor) -> Tensor:
         """Return a(t) [r]."""
@@ -436,6 +453,17 @@ class GaussianProcess(SettingsRepr):
         """Return dz/dt [r,d] of the probability flow."""
         return (self._last - self._first) * self.from_clean("u", clean, zt, t)
 
+    def noise_rate(self, t: Tensor) -> Tensor:
+        """Return g(t)^2 [r], the rate of the noise variance that the process adds.
+
+        g^2 = -sigma^2 d log SNR / dt. It is evaluated at interior times.
+        """
+
+        def log_snr(time: Tensor) -> Tensor:
+            return self.schedule.log_snr(self.schedule_time(time))
+
+        return -(self.deviation(t) ** 2) * _derivative(log_snr, interior(t))
+
     def step(self, query: Query, zt: Tensor, t: Tensor, s: Tensor, u: Tensor) -> Tensor:
         """Draw z_s given z_t from the posterior with the predicted clean vector."""
         zs = zt.clone()
@@ -463,6 +491,11 @@ class GaussianProcess(SettingsRepr):
             clean[late] = self.predict(query, late, zt[late])
         y, noise = self._estimate(clean, zt, t)
         return self.decoder.draw(y, noise, u)
+
+    def decode_most_likely(self, zt: Tensor) -> Tensor:
+        """Return the most likely clean vector [r,d], given states zt [r,d] at t = 0."""
+        y, _ = self._estimate(None, zt, torch.zeros_like(zt[:, 0], dtype=torch.float64))
+        return self.decoder.most_likely(y)
 
     def _estimate(self, clean: Tensor | None, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the estimate y [r,d] of the clean vector and its deviation [r].

@@ -87,7 +87,7 @@ class EvaluationCounter(CountingNetwork):
 
     def __call__(self, noisy: Noisy) -> Query:
         query = self.network(noisy)
-        batch, length = noisy.zt.shape
+        batch, length = noisy.zt.shape[:2]
         evaluated = torch.zeros(batch, dtype=torch.bool)
 
         def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:

@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ from ddiff.core.prediction import DenseDistribution, Prediction, Score, require_
 from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
+
+States = Literal["tokens", "vectors"]
+"""States of the positions of a sample: tokens [B,n], or vectors of d numbers [B,n,d]."""
 
 RowFunction = Callable[..., Any]
 """Function fn(prediction, *values) -> tensor or tuple of tensors, with one entry per row."""
@@ -151,6 +154,7 @@ class ForwardProcess(ABC):
         has_events: whether `event_time` and `event` are implemented.
     """
 
+    states: States = "tokens"
     vocabulary: Vocabulary
     prior: Prior
     closes_at_clean: bool = True

@@ -21,6 +21,7 @@ from ddiff.sampling.loop import (
     Canvas,
     query_at_root,
     require_process,
+    require_states,
     step_rows,
 )
 
@@ -41,6 +42,7 @@ class AnalyticSampler(GridSampler):
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
+        require_states(self, process, predicts)
 
     def move(
         self,

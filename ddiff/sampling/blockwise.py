@@ -10,7 +10,7 @@ import torch
 
 from ddiff.core.elbo import Network
 from ddiff.core.network import Predicts
-from ddiff.core.process import ForwardProcess
+from ddiff.core.process import ForwardProcess, States
 from ddiff.errors import ArgumentError
 from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
 
@@ -39,6 +39,7 @@ class BlockwiseSampler(Sampler):
                 f'BlockwiseSampler: sight must be "blocks" or "all"; got {sight!r}.',
             )
         self.inner = inner
+        self.states: States = inner.states
         self.width = width
         self.sight = sight
         # Finished windows attend to no later window, so their keys and values stay valid.

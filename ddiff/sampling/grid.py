@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol, final, get_args
+from typing import Any, Literal, Protocol, final, get_args
 
+import torch
+
+from ddiff.core.field import FieldProcess
 from ddiff.errors import ArgumentError, suggest
 
 Spacing = Literal["uniform", "cosine", "log"]
@@ -16,6 +19,15 @@ class Steps(Protocol):
     steps: int
 
     def times(self) -> list[float]:
+        """Return steps + 1 times that never increase; the first is 1.0, the last 0.0."""
+
+
+class ProcessSteps(Protocol):
+    """Time grid with `steps` steps whose times depend on the process."""
+
+    steps: int
+
+    def times_of(self, process: FieldProcess) -> list[float]:
         """Return steps + 1 times that never increase; the first is 1.0, the last 0.0."""
 
 
@@ -55,6 +67,61 @@ class Grid:
         remaining = [(self.steps - k) / divisor for k in range(1, self.steps + 1)]
         # t = 1 - exp(-u); expm1 keeps the digits of small t.
         return [1.0] + [-math.expm1(-x * math.log(self.steps)) for x in remaining]
+
+
+@final
+class InformationGrid:
+    """Grid of `steps` >= 1 equal steps of the information time of the process.
+
+    Every step removes the same share of the noise, measured in nats (`ddiff.core.information`).
+    """
+
+    def __init__(self, steps: int = 64) -> None:
+        _check_steps(steps)
+        self.steps = steps
+
+    def times_of(self, process: FieldProcess) -> list[float]:
+        """Return the steps + 1 times of the grid, from 1 to 0."""
+        tau = torch.tensor(Grid("uniform", self.steps).times(), dtype=torch.float64)
+        times: list[float] = process.information_time.at(tau)[0].tolist()
+        # The information time may begin and end at the interior times next to 0 and 1.
+        return [1.0, *times[1:-1], 0.0]
+
+
+@final
+class LogSnrGrid:
+    """Grid of a Gaussian process with equal steps of log SNR.
+
+    The grid covers log SNR from `smallest`, or from its value at t = 1 if this is larger, to its
+    value at t = 0. If log SNR is smaller at t = 1, for example -inf on a schedule of zero terminal
+    SNR, the first of the N = `steps` steps goes from t = 1 to `smallest`. The error of this step is
+    proportional to exp(smallest), which is 1 / (2 N)^2 by default.
+    """
+
+    def __init__(self, steps: int = 64, smallest: float | None = None) -> None:
+        _check_steps(steps)
+        self.steps = steps
+        self.smallest = -2.0 * math.log(2.0 * steps) if smallest is None else smallest
+
+    def times_of(self, process: Any) -> list[float]:
+        """Return the steps + 1 times of the grid, from 1 to 0. Refuses a process of tokens."""
+        if process.states != "vectors":
+            raise ArgumentError(
+                "LogSnrGrid: only Gaussian processes have a signal-to-noise ratio; got "
+                f"{type(process).__name__}. Use Grid or InformationGrid."
+            )
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        last, first = process.snr(ends).log().tolist()
+        values = []
+        count = self.steps
+        if first < self.smallest:
+            first = self.smallest
+            values.append(first)
+            # A grid of one step has no second step to divide; max() avoids 0/0.
+            count = max(self.steps - 1, 1)
+        values += [first + (last - first) * k / count for k in range(1, count)]
+        inner = [process.time_of_log_snr(value) for value in values[: self.steps - 1]]
+        return [1.0, *inner, 0.0]
 
 
 @final

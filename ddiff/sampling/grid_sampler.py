@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.field import FieldProcess
 from ddiff.core.network import Predicts
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
-from ddiff.sampling.grid import Grid, Steps
+from ddiff.sampling.grid import Grid, ProcessSteps, Steps
 from ddiff.sampling.loop import (
     Canvas,
     Quality,
@@ -31,23 +33,33 @@ MAX_AVERAGED_TOKENS = 512
 class GridSampler(Sampler):
     """Base class of samplers that move from t = 1 to t = 0 along a grid of times.
 
-    `grid` is a number of equal steps, or a time grid (see `Steps`). A subclass defines `move`, a
-    step from times t to times s > 0. The last step, `finish`, draws each clean token x from its
-    posterior, which is proportional to p(x) q_t(z|x), where p is the predicted distribution and z
-    the state at time t. For every process this is the exact reverse transition from t to 0.
+    `grid` is a number of equal steps, or a time grid (see `Steps`), whose times may depend on the
+    process (`ProcessSteps`). A subclass defines `move`, a step from times t to times s > 0. The
+    last step, `finish`, draws each clean token x from its posterior, which is proportional to
+    p(x) q_t(z|x), where p is the predicted distribution and z the state at time t. For every
+    process of tokens this is the exact reverse transition from t to 0.
     """
 
     quality: Quality = "of an order"
     order: int = 1
 
-    def __init__(self, grid: Steps | int = 64) -> None:
-        self.grid: Steps = Grid("uniform", grid) if isinstance(grid, int) else grid
+    def __init__(self, grid: Steps | ProcessSteps | int = 64) -> None:
+        self.grid: Any = Grid("uniform", grid) if isinstance(grid, int) else grid
 
     @property
     def steps(self) -> int:
-        return self.grid.steps
+        steps: int = self.grid.steps
+        return steps
 
-    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+    def times(self, process: FieldProcess) -> list[float]:
+        """Return the steps + 1 times of the grid for this process, from 1 to 0."""
+        if hasattr(self.grid, "times_of"):
+            times: list[float] = self.grid.times_of(process)
+        else:
+            times = self.grid.times()
+        return times
+
+    def check_supported(self, process: FieldProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
         check_predicts_distribution(self, predicts)
 
@@ -60,7 +72,7 @@ class GridSampler(Sampler):
     ) -> Iterator[Canvas]:
         # `move` goes to all times but the first, t = 1, at which the canvas starts, and the last,
         # t = 0, to which `finish` goes.
-        for k, s in enumerate(self.grid.times()[1:-1]):
+        for k, s in enumerate(self.times(process)[1:-1]):
             canvas = self.move(process, network, canvas, torch.full_like(canvas.t, s), rng_at(k))
             yield canvas
         yield self.finish(process, network, canvas, rng_at(self.steps - 1))
@@ -86,7 +98,7 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng: CounterRng,
     ) -> Canvas:
-        """Draw tokens at all positions that the sampler may change (`canvas.free`).
+        """Draw clean states at all positions that the sampler may change (`canvas.free`).
 
         The positions may be at different times. Returns the new canvas (state of the batch), at
         t = 0.
@@ -121,7 +133,8 @@ def find_undetermined(process: ForwardProcess, canvas: Canvas) -> Tensor:
     is one that noise can produce, for example a mask. Any other state is the clean token. If the
     process has noise at t = 0, all positions are undetermined.
     """
-    return process.active(canvas.zt) | (not process.closes_at_clean)
+    active = process.active(canvas.zt.flatten(0, 1)).reshape(canvas.t.shape)
+    return active | (not process.closes_at_clean)
 
 
 def draw_uniforms(rng: CounterRng, channel: str, count: int) -> Tensor:

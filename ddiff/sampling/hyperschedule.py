@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Network
+from ddiff.core.elbo import Network, choose_states
+from ddiff.core.field import FieldProcess
 from ddiff.core.information import IdentityTime
 from ddiff.core.network import Predicts
-from ddiff.core.process import ForwardProcess, Query
+from ddiff.core.process import Query, States
+from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, TimeRule, Times
 from ddiff.sampling.grid_sampler import GridSampler
 from ddiff.sampling.loop import Canvas, Quality, RngAt, Sampler
@@ -34,6 +36,7 @@ class HyperscheduleSampler(Sampler):
 
     def __init__(self, inner: GridSampler, rule: TimeRule) -> None:
         self.inner = inner
+        self.states: States = inner.states
         self.rule = rule
         self.quality: Quality = inner.quality
         self.order = inner.order
@@ -45,18 +48,18 @@ class HyperscheduleSampler(Sampler):
     def steps(self) -> int:
         return self.inner.steps
 
-    def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+    def check_supported(self, process: FieldProcess | None, predicts: Predicts) -> None:
         self.inner.check_supported(process, predicts)
 
     def run(
         self,
-        process: ForwardProcess,
+        process: Any,
         network: Network,
         canvas: Canvas,
         rng_at: RngAt,
     ) -> Iterator[Canvas]:
         unfinished = canvas.free
-        for k, (tau, next_tau) in enumerate(pairwise(self.inner.grid.times())):
+        for k, (tau, next_tau) in enumerate(pairwise(self.inner.times(process))):
             now = self._times_at(process, tau, canvas)
             later = self._times_at(process, next_tau, canvas)
             finishes = unfinished & (later.clean | (next_tau == 0.0))
@@ -67,35 +70,63 @@ class HyperscheduleSampler(Sampler):
                 t=_sampling_times(now),
                 block=now.block,
             )
-            # The positions that move and the positions that finish share one network evaluation.
-            shared = _SharedQuery(network(start.network_input()))
-            moving = replace(start, free=continues)
-            moved = self.inner.move(process, shared, moving, _sampling_times(later), rng_at(k))
-            finishing = replace(start, free=finishes)
-            finished = self.inner.finish(process, shared, finishing, rng_at(k))
+            s = _sampling_times(later)
+            moved = move_positions(
+                self.inner, process, network, start, s, continues, finishes, rng_at(k)
+            )
             unfinished = continues
             canvas = replace(
-                start,
-                zt=torch.where(finishes, finished.zt, moved.zt),
-                t=torch.where(unfinished, _sampling_times(later), 0.0),
+                moved,
+                t=torch.where(unfinished, s, 0.0),
                 clean=~unfinished,
             )
             yield canvas
 
-    def _times_at(self, process: ForwardProcess, tau: float, canvas: Canvas) -> Times:
+    def _times_at(self, process: FieldProcess, tau: float, canvas: Canvas) -> Times:
         """Return the times of all positions at information time `tau`, which falls from 1 to 0."""
         progress = torch.full_like(canvas.t[:, 0], tau)
         return self.rule.at(process.information_time, progress, canvas.t.shape[1])
 
 
-class _SharedQuery:
-    """Network that returns the same query at every call, so that two draws share one evaluation."""
+def move_positions(
+    sampler: GridSampler,
+    process: Any,
+    network: Network,
+    canvas: Canvas,
+    s: Tensor,
+    continues: Tensor,
+    finishes: Tensor,
+    rng: CounterRng,
+) -> Canvas:
+    """Move some positions of a canvas with a grid sampler and finish others, in one step.
 
-    def __init__(self, query: Query) -> None:
-        self.query = query
+    Both use the same network evaluation at the start of the step. Only states and extras of the
+    result are new; the caller sets its times and its clean positions.
+
+    Args:
+        s: [B,n], the times to which positions move.
+        continues: [B,n] bool, the positions that move.
+        finishes: [B,n] bool, the positions that become clean.
+    """
+    start = canvas.network_input()
+    shared = _SharedStart(network, start)
+    moved = sampler.move(process, shared, replace(canvas, free=continues), s, rng)
+    finished = sampler.finish(process, shared, replace(canvas, free=finishes), rng)
+    zt = choose_states(finishes, finished.zt, moved.zt)
+    return replace(canvas, zt=zt, extras=moved.extras)
+
+
+class _SharedStart:
+    """Network that evaluates the state `start` once. Other states are evaluated as usual."""
+
+    def __init__(self, network: Network, start: Noisy) -> None:
+        self.network = network
+        self.start = start
+        self.query = network(start)
 
     def __call__(self, noisy: Noisy) -> Query:
-        return self.query
+        is_start = torch.equal(noisy.zt, self.start.zt) and torch.equal(noisy.t, self.start.t)
+        return self.query if is_start else self.network(noisy)
 
 
 def _sampling_times(times: Times) -> Tensor:

@@ -488,6 +488,11 @@ class ShapedSampler(Sampler):
         return self.inner.steps
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
+        if predicts == "mean":
+            raise ArgumentError(
+                "ShapedSampler: temperature, top_k, top_p and min_p reshape distributions of "
+                "tokens; this denoiser predicts the mean of a vector. Remove these settings."
+            )
         if predicts != "distribution":
             raise ArgumentError(
                 "ShapedSampler: temperature, top_k, top_p and min_p reshape distributions of "

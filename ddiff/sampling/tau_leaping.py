@@ -14,7 +14,7 @@ from ddiff.core.prediction import Prediction
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
 from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
-from ddiff.sampling.loop import Canvas, query_at_root, require_process, step_rows
+from ddiff.sampling.loop import Canvas, query_at_root, require_process, require_states, step_rows
 
 
 @final
@@ -30,6 +30,7 @@ class TauLeapingSampler(GridSampler):
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
+        require_states(self, process, predicts)
 
     def move(
         self,

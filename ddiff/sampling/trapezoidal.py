@@ -16,7 +16,7 @@ from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import Steps
 from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
-from ddiff.sampling.loop import Canvas, query_at_root, require_process, step_rows
+from ddiff.sampling.loop import Canvas, query_at_root, require_process, require_states, step_rows
 from ddiff.sampling.tau_leaping import tau_leap
 
 
@@ -59,6 +59,7 @@ class TrapezoidalSampler(GridSampler):
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         require_process(self, process)
+        require_states(self, process, predicts)
 
     def move(
         self,
