@@ -50,6 +50,23 @@ def hold(network: JointNetwork, state: JointNoisy, name: str) -> Network:
     return held
 
 
+def is_same_state(first: JointNoisy, second: JointNoisy) -> bool:
+    """Return whether two joint states have equal entries, so that their predictions are equal."""
+    if first.keys() != second.keys():
+        return False
+    return all(_is_same_field(first[name], second[name]) for name in first)
+
+
+def _is_same_field(first: Noisy, second: Noisy) -> bool:
+    for one, other in zip(first, second, strict=True):
+        if one is other:
+            continue
+        # torch.equal is False for tensors of different shapes.
+        if one is None or other is None or not torch.equal(one, other):
+            return False
+    return True
+
+
 def corrupt_fields(
     fields: Fields,
     x0: Mapping[str, Tensor],

@@ -107,6 +107,11 @@ class LegPath:
         """Exponent of the progress of every field that has another one than 1."""
         return self._power
 
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """Names of the moving fields, in groups whose legs overlap, by rising tau."""
+        return self._groups
+
     def __repr__(self) -> str:
         parts = []
         for name, leg in self._legs.items():

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ddiff.core.field import Fields
-from ddiff.core.fields import JointNoisy
+from ddiff.core.fields import JointNoisy, is_same_state
 from ddiff.core.process import Query, RowFunction
-from ddiff.core.times import Noisy
 from ddiff.nn.joint_denoiser import JointContext, JointDenoiser
 
 
@@ -52,7 +51,11 @@ class _Evaluation:
         """Return the hidden states [B*n,width] of a field."""
         if self._hidden is None:
             last = self.network._last
-            if last is not None and last._hidden is not None and _is_same(last.state, self.state):
+            if (
+                last is not None
+                and last._hidden is not None
+                and is_same_state(last.state, self.state)
+            ):
                 self._hidden = last._hidden
             else:
                 network = self.network
@@ -86,19 +89,3 @@ class _FieldQuery:
         hidden = self.evaluation.hidden(self.name).index_select(0, rows)
         node = parameterization.scope(node, process)
         return network.denoiser.query_head(self.name, hidden, node, callback)
-
-
-def _is_same(first: JointNoisy, second: JointNoisy) -> bool:
-    """Return whether two joint states have the same predictions."""
-    return first.keys() == second.keys() and all(
-        _is_same_field(first[name], second[name]) for name in first
-    )
-
-
-def _is_same_field(first: Noisy, second: Noisy) -> bool:
-    for one, other in zip(first, second, strict=True):
-        if one is other:
-            continue
-        if one is None or other is None or one.shape != other.shape or not torch.equal(one, other):
-            return False
-    return True

@@ -52,7 +52,9 @@ class GaussianSampler(GridSampler):
     def __init__(self, grid: Steps | ProcessSteps | int = 64, last: Last = "draw") -> None:
         super().__init__(grid)
         if last not in get_args(Last):
-            raise ArgumentError(f'{type(self).__name__}: last must be "draw" or "mean"; got {last!r}.')
+            raise ArgumentError(
+                f'{type(self).__name__}: last must be "draw" or "mean"; got {last!r}.'
+            )
         self.last = last
 
     def check_supported(self, process: FieldProcess | None, predicts: Predicts) -> None:
@@ -66,7 +68,7 @@ class GaussianSampler(GridSampler):
     @abstractmethod
     def move(
         self,
-        process: GaussianProcess,  # type: ignore[override]
+        process: GaussianProcess,
         network: Network,
         canvas: Canvas,
         s: Tensor,
@@ -76,7 +78,7 @@ class GaussianSampler(GridSampler):
 
     def finish(
         self,
-        process: GaussianProcess,  # type: ignore[override]
+        process: GaussianProcess,
         network: Network,
         canvas: Canvas,
         rng: CounterRng,
@@ -121,7 +123,7 @@ class DdimSampler(GaussianSampler):
 
     def move(
         self,
-        process: GaussianProcess,  # type: ignore[override]
+        process: GaussianProcess,
         network: Network,
         canvas: Canvas,
         s: Tensor,
@@ -148,7 +150,7 @@ class EulerSampler(GaussianSampler):
 
     def move(
         self,
-        process: GaussianProcess,  # type: ignore[override]
+        process: GaussianProcess,
         network: Network,
         canvas: Canvas,
         s: Tensor,
@@ -174,7 +176,7 @@ class HeunSampler(GaussianSampler):
 
     def move(
         self,
-        process: GaussianProcess,  # type: ignore[override]
+        process: GaussianProcess,
         network: Network,
         canvas: Canvas,
         s: Tensor,
@@ -216,7 +218,7 @@ class EulerMaruyamaSampler(GaussianSampler):
 
     def move(
         self,
-        process: GaussianProcess,  # type: ignore[override]
+        process: GaussianProcess,
         network: Network,
         canvas: Canvas,
         s: Tensor,

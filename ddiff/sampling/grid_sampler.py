@@ -59,13 +59,13 @@ class GridSampler(Sampler):
             times = self.grid.times()
         return times
 
-    def check_supported(self, process: FieldProcess | None, predicts: Predicts) -> None:
+    def check_supported(self, process: Any, predicts: Predicts) -> None:
         require_process(self, process)
         check_predicts_distribution(self, predicts)
 
     def run(
         self,
-        process: ForwardProcess,
+        process: Any,
         network: Network,
         canvas: Canvas,
         rng_at: RngAt,
@@ -80,7 +80,7 @@ class GridSampler(Sampler):
     @abstractmethod
     def move(
         self,
-        process: ForwardProcess,
+        process: Any,
         network: Network,
         canvas: Canvas,
         s: Tensor,
@@ -93,7 +93,7 @@ class GridSampler(Sampler):
 
     def finish(
         self,
-        process: ForwardProcess,
+        process: Any,
         network: Network,
         canvas: Canvas,
         rng: CounterRng,

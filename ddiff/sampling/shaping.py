@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Network
+from ddiff.core.gaussian import PredictedMean
 from ddiff.core.network import CountingNetwork, Predicts, count_evaluations
 from ddiff.core.numerics import apply_temperature, draw_index
 from ddiff.core.prediction import CleanDistribution, DenseDistribution, SubtreeDistribution
@@ -301,47 +303,61 @@ class _GuidedNetwork(_ComposedNetwork):
 
     def __init__(self, network: Network, null_network: Network, weight: float) -> None:
         super().__init__("guide_network", network, null_network)
-        _check_weight("guide_network", weight)
+        check_weight("guide_network", weight)
         self.weight = weight
 
     def __call__(self, noisy: Noisy) -> Query:
         query, null_query = (network(noisy) for network in self.networks)
+        return guide_query(query, null_query, self.weight)
 
-        def guided_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            def with_null(
-                dist: CleanDistribution,
-                rows: Tensor,
-                node: Tensor,
-                *values: Tensor,
-            ) -> Any:
-                def guided(null: CleanDistribution, place: Tensor, *chunk: Tensor) -> Any:
-                    is_whole = len(place) == len(rows)
-                    conditional = dist if is_whole else _RowSubsetDistribution(dist, place)
-                    return fn(ShapedDistribution([conditional, null], self._shape), *chunk)
 
-                # The unconditional head may split these rows into chunks; `place` holds the numbers
-                # of the rows in a chunk.
-                place = torch.arange(len(rows), device=rows.device)
-                return null_query(rows, node, guided, place, *values)
+def guide_query(query: Query, null_query: Query, weight: float) -> Query:
+    """Return a query whose predictions are guided by those of `null_query`, without a condition.
 
-            return query(rows, node, with_null, rows, node, *per_row)
+    Distributions of tokens are mixed as `guide_network` states. Means of vectors are mixed linearly
+    (arXiv 2207.12598): x_hat = null + weight (x_hat with condition - null).
+    """
 
-        return guided_query
+    def guided_query(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+        def with_null(prediction: Any, rows: Tensor, node: Tensor, *values: Tensor) -> Any:
+            def guided(null: Any, place: Tensor, *chunk: Tensor) -> Any:
+                part = place if len(place) < len(rows) else None
+                return fn(_guide_prediction(prediction, null, part, weight), *chunk)
 
-    def _shape(self, log_p: Tensor, log_null: Tensor) -> Tensor:
-        is_impossible = log_p.isneginf() | log_null.isneginf()
-        if abs(self.weight) <= 1.0:
-            guided = (1.0 - self.weight) * log_null + self.weight * log_p
-        else:
-            # The sum is divided by the weight. `apply_temperature` subtracts the largest entry and
-            # then multiplies by the weight, so that no weight causes an overflow.
-            guided = (log_p - log_null) + log_null / self.weight
-            if self.weight < 0.0:
-                guided = -guided
-            guided = guided.masked_fill(is_impossible, -torch.inf)
-            guided = apply_temperature(guided, 1.0 / abs(self.weight))
-        # -inf - (-inf) is NaN, and a weight of 0 times -inf too.
-        return guided.masked_fill(is_impossible, -torch.inf)
+            # The unconditional head may split these rows into chunks; `place` holds the numbers of
+            # the rows in a chunk.
+            place = torch.arange(len(rows), device=rows.device)
+            return null_query(rows, node, guided, place, *values)
+
+        return query(rows, node, with_null, rows, node, *per_row)
+
+    return guided_query
+
+
+def _guide_prediction(prediction: Any, null: Any, part: Tensor | None, weight: float) -> Any:
+    """Guide the rows `part` of a prediction (None: all) by the prediction `null` of these rows."""
+    if isinstance(prediction, PredictedMean):
+        mean = prediction.mean if part is None else prediction.mean[part]
+        return PredictedMean(null.mean + weight * (mean - null.mean))
+    dist = prediction if part is None else _RowSubsetDistribution(prediction, part)
+    return ShapedDistribution([dist, null], partial(_guide_log_probs, weight))
+
+
+def _guide_log_probs(weight: float, log_p: Tensor, log_null: Tensor) -> Tensor:
+    """Return (1 - weight) log_null + weight log_p up to a constant, -inf at impossible entries."""
+    is_impossible = log_p.isneginf() | log_null.isneginf()
+    if abs(weight) <= 1.0:
+        guided = (1.0 - weight) * log_null + weight * log_p
+    else:
+        # The sum is divided by the weight. `apply_temperature` subtracts the largest entry and then
+        # multiplies by the weight, so that no weight causes an overflow.
+        guided = (log_p - log_null) + log_null / weight
+        if weight < 0.0:
+            guided = -guided
+        guided = guided.masked_fill(is_impossible, -torch.inf)
+        guided = apply_temperature(guided, 1.0 / abs(weight))
+    # -inf - (-inf) is NaN, and a weight of 0 times -inf too.
+    return guided.masked_fill(is_impossible, -torch.inf)
 
 
 @final
@@ -363,7 +379,7 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
 
     def __init__(self, network: Network, log_likelihood: Classifier, weight: float) -> None:
         super().__init__("guide_by_classifier", network)
-        _check_weight("guide_by_classifier", weight)
+        check_weight("guide_by_classifier", weight)
         self.log_likelihood = log_likelihood
         self.weight = weight
 
@@ -405,7 +421,7 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
         return DenseDistribution(guided.log_softmax(-1), vocabulary, dist.top)
 
 
-def _check_weight(name: str, weight: float) -> None:
+def check_weight(name: str, weight: float) -> None:
     """Raise ArgumentError if a guidance weight is not finite."""
     if not math.isfinite(weight):
         raise ArgumentError(
