@@ -76,10 +76,9 @@ def sample_from(
     """Return the samples [r,d] that start from the states z1 [r,d] at t = 1."""
     index = torch.arange(len(z1))
     free = torch.ones(len(z1), 1, dtype=torch.bool)
-    canvas = Canvas(z1.unsqueeze(1), free.double(), ~free, free)
-    for canvas in sampler.run(process, network, canvas, lambda k: BatchRng(0, k, index, 1)):
-        pass
-    return canvas.zt[:, 0]
+    start = Canvas(z1.unsqueeze(1), free.double(), ~free, free)
+    canvases = list(sampler.run(process, network, start, lambda k: BatchRng(0, k, index, 1)))
+    return canvases[-1].zt[:, 0]
 
 
 class BatchRng(CounterRng):

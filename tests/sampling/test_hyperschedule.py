@@ -7,12 +7,14 @@ import torch
 from joint import JOINT, exact_network, processes
 
 from ddiff.core.elbo import network_from_table
-from ddiff.core.process import ForwardProcess
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.sampling.ancestral import AncestralSampler
-from ddiff.sampling.grid import Grid
+from ddiff.sampling.grid import InformationGrid
 from ddiff.sampling.hyperschedule import HyperscheduleSampler
 from ddiff.sampling.loop import Canvas, generate
+from ddiff.sampling.predictor_corrector import ForwardBackward, PredictorCorrectorSampler
+from ddiff.sampling.psi import ConfidenceRemasking, PsiSampler
+from ddiff.sampling.trapezoidal import TrapezoidalSampler
 from ddiff.testing.sampler_distribution import measure_sampler
 
 CLOSING = ("masked", "tree", "uncertain tree", "uniform")
@@ -50,27 +52,36 @@ def test_sliding_window_samples_converge_to_the_data_distribution(name: str) -> 
     assert far > 2 * near
 
 
-class InformationGrid:
-    """Grid with even steps of the information time of a process."""
-
-    def __init__(self, process: ForwardProcess, steps: int) -> None:
-        self.process, self.steps = process, steps
-
-    def times(self) -> list[float]:
-        tau = torch.tensor(Grid("uniform", self.steps).times(), dtype=torch.float64)
-        return self.process.information_time.at(tau)[0].tolist()
-
-
 @pytest.mark.parametrize("name", [*CLOSING, "dense"])
 def test_hyperschedule_sampler_with_equal_times_equals_its_inner_sampler(name: str) -> None:
     process = processes()[name]
     settings = {"index": torch.arange(50), "length": 2, "seed": 5}
     plain = generate(
-        AncestralSampler(InformationGrid(process, 7)), process, exact_network(process), **settings
+        AncestralSampler(InformationGrid(7)), process, exact_network(process), **settings
     )  # type: ignore[arg-type]
     sampler = HyperscheduleSampler(AncestralSampler(7), FlatTimes())
     along = generate(sampler, process, exact_network(process), **settings)  # type: ignore[arg-type]
     assert torch.equal(plain.ids, along.ids)
+
+
+INNER = {
+    "trapezoidal": TrapezoidalSampler,
+    "dfm": lambda grid: PredictorCorrectorSampler(AncestralSampler(grid), ForwardBackward()),
+    "remdm confidence": lambda grid: PsiSampler(grid, ConfidenceRemasking()),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_hyperschedule_evaluates_every_stage_and_keeps_the_extras(name: str) -> None:
+    """Later stages of a step read their own state; confidences of drawn tokens are passed on."""
+    process = processes()["masked"]
+    settings = {"index": torch.arange(200), "length": 2, "seed": 5}
+    plain = generate(INNER[name](InformationGrid(7)), process, exact_network(process), **settings)  # type: ignore[arg-type]
+    sampler = HyperscheduleSampler(INNER[name](7), FlatTimes())  # type: ignore[arg-type]
+    along = generate(sampler, process, exact_network(process), **settings)  # type: ignore[arg-type]
+    assert torch.equal(plain.ids, along.ids)
+    # A stage whose state is that of the start of the step needs no evaluation of its own.
+    assert along.nfe <= plain.nfe
 
 
 def test_hyperschedule_keeps_prompts_clean_and_later_positions_at_the_prior() -> None:
