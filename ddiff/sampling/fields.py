@@ -84,8 +84,8 @@ class JointSamples:
 class JointSampler:
     """Sampler of several fields, each moved by its own sampler along a path.
 
-    On a leg on which a field moves alone, its sampler runs as in `generate`, with its own times,
-    while all other fields are held. If the time rule of the field has windows, a `GridSampler`
+    On a leg on which no other field moves, the sampler of the field runs as in `generate`, with its
+    own times, while all other fields are held. If the time rule of the field has windows, a `GridSampler`
     follows the rule (`HyperscheduleSampler`).
 
     On legs that overlap, all fields move along one grid of tau, to the times of the path. Their
@@ -211,130 +211,62 @@ def generate_fields(
             canvases[name] = initial_canvas(field.process, rng_at(0, name), values, mask)
         except ArgumentError as error:
             raise ArgumentError(f'generate_fields: given["{name}"] does not fit: {error}') from None
-    loop = _JointLoop(sampler, fields, path, counter, rng_at, canvases)
-    for step, _ in enumerate(loop.run(), start=1):
-        if on_step:
-            on_step(step, dict(loop.canvases))
+    state = _JointState(fields, path, counter, sampler.guidance, rng_at, canvases)
+    step = 0
+    for group in reversed(path.groups):
+        if len(group) == 1:
+            steps = _run_alone(state, sampler.samplers[group[0]], group[0])
+        else:
+            steps = _run_together(state, sampler, group)
+        for _ in steps:
+            step += 1
+            if on_step:
+                on_step(step, dict(state.canvases))
     states = {}
     for name, leg in path.legs.items():
         if name in whole:
             states[name] = given[name][0]
         elif isinstance(leg, Leg):
-            states[name] = loop.canvases[name].zt
+            states[name] = state.canvases[name].zt
     return JointSamples(states=states, nfe=counter.calls, runs=counter.runs)
 
 
-class _JointLoop:
-    """Loop over the groups of a path, from tau = 1 to tau = 0, which moves the `canvases`."""
+class _JointState:
+    """Canvases of all fields during sampling, and the joint network that reads them.
+
+    Args:
+        fields: fields by name.
+        path: path on which given fields are held.
+        counter: counter of the network.
+        guidance: guidance by the name of the guided field.
+        rng_at: generator of a step and a field.
+        canvases: canvases at tau = 1.
+    """
 
     def __init__(
         self,
-        sampler: JointSampler,
         fields: Fields,
         path: LegPath,
         counter: JointCounter,
+        guidance: Mapping[str, Guidance],
         rng_at: Callable[[int, str], CounterRng],
         canvases: JointCanvas,
     ) -> None:
-        self.sampler = sampler
         self.fields = fields
         self.path = path
         self.counter = counter
         self.rng_at = rng_at
         self.canvases = dict(canvases)
         self.network: JointNetwork = counter
-        if sampler.guidance:
+        if guidance:
             noise = {
                 name: field.process.prior.draw_positions(rng_at(0, name), "null")
                 for name, field in fields.items()
             }
-            self.network = GuidedJointNetwork(counter, sampler.guidance, noise)
+            self.network = GuidedJointNetwork(counter, guidance, noise)
 
-    def run(self) -> Iterator[None]:
-        """Move all fields to clean states. Yields after each step."""
-        for group in reversed(self.path.groups):
-            if len(group) == 1:
-                yield from self._run_alone(group[0])
-            else:
-                yield from self._run_together(group)
-
-    # ------------------------------------------------------------------ one field
-
-    def _run_alone(self, name: str) -> Iterator[None]:
-        """Run the sampler of a field from its prior to clean states, with other fields held."""
-        field = self.fields[name]
-        held = self._hold(self.network, self._joint_state(), name)
-        sampler = _follow_rule(self.sampler.samplers[name], field)
-
-        def rng_at(step: int) -> CounterRng:
-            return self.rng_at(step, name)
-
-        for canvas in sampler.run(field.process, held, self.canvases[name], rng_at):
-            self.canvases[name] = canvas
-            yield
-        self.canvases[name] = _finished(self.canvases[name])
-
-    # ------------------------------------------------------------------ several fields
-
-    def _run_together(self, group: Sequence[str]) -> Iterator[None]:
-        """Move fields whose legs overlap along one grid of tau."""
-        legs = {}
-        for name in self.sampler.samplers:
-            leg = self.path.legs[name]
-            if name in group and isinstance(leg, Leg):
-                legs[name] = leg
-        taus = _make_grid(list(legs.values()), self.sampler.steps)
-        for k, (tau, next_tau) in enumerate(pairwise(taus)):
-            moving = [name for name, leg in legs.items() if leg.start < tau <= leg.stop]
-            progress = torch.full_like(self.canvases[moving[0]].t[:, 0], next_tau)
-            later = self.path.at(self.fields, progress)
-            state = self._joint_state()
-            network = self.network
-            if self.sampler.update == "jacobi":
-                network = SharedState(self.network, state)
-            for name in moving:
-                if self.sampler.update == "gauss-seidel":
-                    state = self._joint_state()
-                self._step(
-                    name,
-                    self._hold(network, state, name),
-                    later[name].t,
-                    is_last=next_tau <= legs[name].start,
-                    rng=self.rng_at(k, name),
-                )
-            yield
-
-    def _step(self, name: str, network: Network, s: Tensor, is_last: bool, rng: CounterRng) -> None:
-        """Move one field to times s [B,n], or decode it in its last step."""
-        sampler = self.sampler.samplers[name]
-        if isinstance(sampler, ShapedSampler):
-            network = shape_network(network, sampler.shapers)
-            sampler = sampler.inner
-        assert isinstance(sampler, GridSampler)  # `check_supported` refuses others
-        canvas = self.canvases[name]
-        nothing = torch.zeros_like(canvas.free)
-        moved = move_positions(
-            sampler,
-            self.fields[name].process,
-            network,
-            canvas,
-            s,
-            continues=nothing if is_last else canvas.free,
-            finishes=canvas.free if is_last else nothing,
-            rng=rng,
-        )
-        if is_last:
-            self.canvases[name] = _finished(moved)
-        else:
-            self.canvases[name] = replace(moved, t=torch.where(canvas.free, s, canvas.t))
-
-    # ------------------------------------------------------------------ joint states
-
-    def _hold(self, network: JointNetwork, state: JointNoisy, name: str) -> HeldNetwork:
-        return HeldNetwork(network, self.counter, state, name)
-
-    def _joint_state(self) -> JointNoisy:
-        """Return the input of the joint network."""
+    def network_input(self) -> JointNoisy:
+        """Return the present input of the joint network."""
         state = {}
         for name, canvas in self.canvases.items():
             noisy = canvas.network_input()
@@ -342,6 +274,93 @@ class _JointLoop:
                 noisy = noisy._replace(absent=torch.ones_like(noisy.clean[:, 0]))
             state[name] = noisy
         return state
+
+    def hold(
+        self, name: str, state: JointNoisy, network: JointNetwork | None = None
+    ) -> HeldNetwork:
+        """Return the network of one field, with the other fields held at their states in `state`.
+
+        `network` replaces the joint network; it must count with the same counter.
+        """
+        return HeldNetwork(network or self.network, self.counter, state, name)
+
+
+def _run_alone(state: _JointState, sampler: Sampler, name: str) -> Iterator[None]:
+    """Run the sampler of a field from its prior to clean states, with other fields held."""
+    field = state.fields[name]
+    held = state.hold(name, state.network_input())
+    follower = _follow_rule(sampler, field)
+
+    def rng_at(step: int) -> CounterRng:
+        return state.rng_at(step, name)
+
+    for canvas in follower.run(field.process, held, state.canvases[name], rng_at):
+        state.canvases[name] = canvas
+        yield
+    state.canvases[name] = _finished(state.canvases[name])
+
+
+def _run_together(
+    state: _JointState, sampler: JointSampler, group: Sequence[str]
+) -> Iterator[None]:
+    """Move fields whose legs overlap along one grid of tau."""
+    legs = {}
+    for name in sampler.samplers:
+        leg = state.path.legs[name]
+        if name in group and isinstance(leg, Leg):
+            legs[name] = leg
+    taus = _make_grid(list(legs.values()), sampler.steps)
+    for k, (tau, next_tau) in enumerate(pairwise(taus)):
+        moving = [name for name, leg in legs.items() if leg.start < tau <= leg.stop]
+        progress = torch.full_like(state.canvases[moving[0]].t[:, 0], next_tau)
+        later = state.path.at(state.fields, progress)
+        start = state.network_input()
+        network = None
+        if sampler.update == "jacobi":
+            network = SharedState(state.network, start)
+        for name in moving:
+            if sampler.update == "gauss-seidel":
+                start = state.network_input()
+            state.canvases[name] = _move_field(
+                sampler.samplers[name],
+                state.fields[name],
+                state.hold(name, start, network),
+                state.canvases[name],
+                later[name].t,
+                is_last=next_tau <= legs[name].start,
+                rng=state.rng_at(k, name),
+            )
+        yield
+
+
+def _move_field(
+    sampler: Sampler,
+    field: Field,
+    network: Network,
+    canvas: Canvas,
+    s: Tensor,
+    is_last: bool,
+    rng: CounterRng,
+) -> Canvas:
+    """Return the canvas of one field at times s [B,n], or decoded if the step is its last."""
+    if isinstance(sampler, ShapedSampler):
+        network = shape_network(network, sampler.shapers)
+        sampler = sampler.inner
+    assert isinstance(sampler, GridSampler)  # `check_supported` refuses others
+    nothing = torch.zeros_like(canvas.free)
+    moved = move_positions(
+        sampler,
+        field.process,
+        network,
+        canvas,
+        s,
+        continues=nothing if is_last else canvas.free,
+        finishes=canvas.free if is_last else nothing,
+        rng=rng,
+    )
+    if is_last:
+        return _finished(moved)
+    return replace(moved, t=torch.where(canvas.free, s, canvas.t))
 
 
 def _finished(canvas: Canvas) -> Canvas:

@@ -1,7 +1,7 @@
 """Samplers as recipe components.
 
-Every sampler accepts `temperature`, `top_k`, `top_p` and `min_p`. They are applied to the predicted
-distribution of the token; on a tree, to the distribution over the children of each node.
+Samplers of tokens accept `temperature`, `top_k`, `top_p` and `min_p`. They are applied to the
+predicted distribution of the token; on a tree, to the distribution over the children of each node.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from ddiff import (
     CapRemasking,
     ComponentConfig,
     ConfidenceRemasking,
+    DdimSampler,
     EntropyBoundSampler,
+    EulerMaruyamaSampler,
+    EulerSampler,
     FirstHittingSampler,
     ForwardBackward,
     Grid,
+    HeunSampler,
     HyperscheduleSampler,
+    InformationGrid,
+    LogSnrGrid,
     LoopGrid,
     LoopRemasking,
     MinP,
@@ -391,3 +397,81 @@ class Hyperschedule:
         # A path visits every window; paired times are for training.
         rule = WindowTimes(config.width, config.shape, paired=False)
         return shape(config, HyperscheduleSampler(inner, rule))
+
+
+# ---------------------------------------------------------------------- vectors
+
+
+class VectorConfig(ComponentConfig):
+    """Settings of samplers of vectors with `[sample] steps` steps on a grid of times."""
+
+    grid: Literal["uniform", "information", "log_snr"] = "uniform"
+    """Spacing of times: uniform in t, in information time, or in the log signal-to-noise ratio."""
+    last: Literal["draw", "mean"] = "draw"
+    """At t = 0, draw each vector from the decoder, or take the mean of the decoder."""
+
+
+def make_vector_grid(config: VectorConfig, steps: int) -> Grid | InformationGrid | LogSnrGrid:
+    """Return the grid of a sampler of vectors."""
+    if config.grid == "information":
+        return InformationGrid(steps)
+    if config.grid == "log_snr":
+        return LogSnrGrid(steps)
+    return Grid("uniform", steps)
+
+
+@final
+class Ddim:
+    """DDIM for vectors: steps along the predicted noise, deterministic by default."""
+
+    class Config(VectorConfig):
+        eta: Probability = 0.0
+        """Share of the noise of the reverse process that is drawn in each step: 1 is DDPM."""
+
+    @staticmethod
+    def build(config: Config, *, steps: int) -> Sampler:
+        return DdimSampler(make_vector_grid(config, steps), config.eta, config.last)
+
+
+@final
+class Ddpm:
+    """DDPM for vectors: draw from the exact reverse transition given the predicted mean."""
+
+    Config = VectorConfig
+
+    @staticmethod
+    def build(config: VectorConfig, *, steps: int) -> Sampler:
+        return DdimSampler(make_vector_grid(config, steps), 1.0, config.last)
+
+
+@final
+class Euler:
+    """Euler steps for vectors on the probability flow."""
+
+    Config = VectorConfig
+
+    @staticmethod
+    def build(config: VectorConfig, *, steps: int) -> Sampler:
+        return EulerSampler(make_vector_grid(config, steps), config.last)
+
+
+@final
+class Heun:
+    """Heun steps for vectors on the probability flow, with two network evaluations per step."""
+
+    Config = VectorConfig
+
+    @staticmethod
+    def build(config: VectorConfig, *, steps: int) -> Sampler:
+        return HeunSampler(make_vector_grid(config, steps), config.last)
+
+
+@final
+class ReverseSde:
+    """Euler-Maruyama steps for vectors on the reverse stochastic differential equation."""
+
+    Config = VectorConfig
+
+    @staticmethod
+    def build(config: VectorConfig, *, steps: int) -> Sampler:
+        return EulerMaruyamaSampler(make_vector_grid(config, steps), config.last)

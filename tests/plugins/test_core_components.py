@@ -11,7 +11,8 @@ from ddiff_core.objectives import Block, Clip, Flat, Quenched, Slide, WindowConf
 
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.sampling.grid import Grid, LoopGrid
+from ddiff.sampling.gaussian import DdimSampler, EulerMaruyamaSampler, EulerSampler, HeunSampler
+from ddiff.sampling.grid import Grid, InformationGrid, LogSnrGrid, LoopGrid
 from ddiff.sampling.psi import CapRemasking, ConfidenceRemasking, LoopRemasking, RescaleRemasking
 from ddiff.sampling.shaping import MinP, Temperature, TopK, TopP
 
@@ -168,3 +169,30 @@ def test_time_rule_components_pass_their_keys_to_window_times() -> None:
     assert (slide.width, slide.shape, slide.paired) == (4, "slide", True)
     assert (single.width, single.shape, single.paired) == (1, "block", True)
     assert isinstance(Flat.build(Flat.Config()), FlatTimes)
+
+
+@pytest.mark.parametrize(
+    ("component", "settings", "built_class", "attributes"),
+    [
+        (samplers.Ddim, {"eta": 0.3, "last": "mean"}, DdimSampler, {"eta": 0.3, "last": "mean"}),
+        (samplers.Ddim, {}, DdimSampler, {"eta": 0.0, "last": "draw"}),
+        (samplers.Ddpm, {}, DdimSampler, {"eta": 1.0, "last": "draw"}),
+        (samplers.Euler, {"last": "mean"}, EulerSampler, {"last": "mean"}),
+        (samplers.Heun, {}, HeunSampler, {"last": "draw"}),
+        (samplers.ReverseSde, {}, EulerMaruyamaSampler, {"last": "draw"}),
+    ],
+)
+def test_samplers_of_vectors_get_their_settings_and_grid(
+    component: Any, settings: Any, built_class: Any, attributes: Any
+) -> None:
+    for name, grid in (
+        ("uniform", Grid),
+        ("information", InformationGrid),
+        ("log_snr", LogSnrGrid),
+    ):
+        sampler = built(component, grid=name, **settings)
+        assert isinstance(sampler, built_class)
+        assert isinstance(sampler.grid, grid)
+        assert sampler.steps == 7
+        for attribute, value in attributes.items():
+            assert getattr(sampler, attribute) == value
