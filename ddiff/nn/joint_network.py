@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddiff.core.field import Fields
 from ddiff.core.fields import JointNoisy, is_same_state
+from ddiff.core.network import Predicts
 from ddiff.core.process import Query, RowFunction
 from ddiff.nn.joint_denoiser import JointContext, JointDenoiser
 
@@ -33,6 +34,12 @@ class JointDenoiserNetwork:
         self.context = context or JointContext()
         self.calls = 0
         self._last: _Evaluation | None = None
+
+    @property
+    def predicts(self) -> Mapping[str, Predicts]:
+        """Kind of prediction of every field."""
+        parameterizations = self.denoiser.parameterizations
+        return {name: parameterizations[name].predicts for name in self.fields}
 
     def __call__(self, state: JointNoisy) -> Mapping[str, Query]:
         evaluation = _Evaluation(self, state)

@@ -85,8 +85,8 @@ class JointSampler:
     """Sampler of several fields, each moved by its own sampler along a path.
 
     On a leg on which no other field moves, the sampler of the field runs as in `generate`, with its
-    own times, while all other fields are held. If the time rule of the field has windows, a `GridSampler`
-    follows the rule (`HyperscheduleSampler`).
+    own times, while all other fields are held. If the time rule of the field has windows, a
+    `GridSampler` follows the rule (`HyperscheduleSampler`).
 
     On legs that overlap, all fields move along one grid of tau, to the times of the path. Their
     samplers must be `GridSampler`s, which may be shaped by filters; the grids of these samplers are

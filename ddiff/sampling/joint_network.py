@@ -35,7 +35,8 @@ class Guidance(NamedTuple):
 class JointCounter:
     """Joint network that counts the evaluations of a batch.
 
-    All queries of one joint state are one evaluation. A state without a query counts nothing.
+    All queries of one joint state are one evaluation. A state without a query counts nothing. A
+    network that recognizes states which it has already evaluated may run less often.
 
     Args:
         network: the network to count.

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from all_samplers import NOT_MONOTONE, SAMPLERS
+from ddiff_dit.mmdit import MMDiT, StreamSpec
 from exact_fields import BITS, MEAN, PROBABILITY, SPREAD, VOCABULARY, exact_network
 from gaussian_mixture import BatchRng
+from joint import exact_network as exact_tokens
+from joint import processes
 from torch import Tensor
 
 import ddiff.sampling.fields
@@ -26,6 +29,11 @@ from ddiff.core.process import Query
 from ddiff.core.times import FlatTimes, Noisy, WindowTimes
 from ddiff.core.tree import TreeProcess
 from ddiff.errors import ArgumentError
+from ddiff.nn.heads import TokenHead
+from ddiff.nn.joint_denoiser import JointDenoiser
+from ddiff.nn.joint_network import JointDenoiserNetwork
+from ddiff.nn.parameterization import PARAMETERIZATIONS
+from ddiff.nn.vector_head import VectorHead
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.fields import JointSampler, generate_fields
 from ddiff.sampling.first_hitting import FirstHittingSampler
@@ -196,15 +204,23 @@ def token_network() -> tuple[JointNetwork, Any]:
 FOR_MASKED = [name for name, (_, refused) in SAMPLERS.items() if "masked" not in refused]
 
 
-@pytest.mark.parametrize("name", FOR_MASKED)
-def test_one_field_of_tokens_equals_generate_bit_for_bit(name: str) -> None:
-    build, _ = SAMPLERS[name]
-    joint, plain = token_network()
-    fields = token_fields()
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", ["masked", "tree", "uniform"])
+def test_one_field_of_tokens_equals_generate_bit_for_bit(name: str, kind: str) -> None:
+    build, refused = SAMPLERS[name]
+    if kind in refused:
+        pytest.skip("the sampler refuses this process")
+    process = processes()[kind]
+    plain = exact_tokens(process)
+
+    def joint(state: JointNoisy) -> dict[str, Query]:
+        return {"text": plain(state["text"])}
+
+    fields = {"text": Field(process, FlatTimes(), 2)}
     path = LegPath({"text": Leg(0.0, 1.0)})
-    request: dict[str, Any] = {"index": torch.arange(3, 40), "seed": 4}
+    request: dict[str, Any] = {"index": torch.arange(3, 20), "seed": 4}
     one = generate_fields(JointSampler({"text": build(6)}, path), fields, joint, **request)
-    other = generate(build(6), fields["text"].process, plain, length=2, **request)
+    other = generate(build(6), process, plain, length=2, **request)
     assert torch.equal(one.states["text"], other.ids)
     assert one.nfe == other.nfe
     assert torch.equal(one.runs, other.runs)
@@ -276,7 +292,7 @@ def test_every_token_sampler_runs_on_a_leg_of_its_field(name: str, path: LegPath
 
 
 def test_sampler_on_its_leg_equals_the_sampler_on_the_held_network() -> None:
-    """Text given the number: the same draws as `generate` with `hold`, from the field's generator."""
+    """Text given the number: the same draws as with `hold`, from the generator of the field."""
     number = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).reshape(-1, 1, 1)
     clean = Noisy(number, torch.zeros(20, 1).double(), torch.ones(20, 1, dtype=torch.bool))
     sampler = JointSampler({"text": FirstHittingSampler()}, shared_path(["text", "latent"]))
@@ -578,3 +594,31 @@ def test_settings_out_of_range_are_refused() -> None:
         ({"image": Guidance(2.0, {"latent": "prior"})}, "guidance names image"),
     ):
         refused(match, sampler_on(TOGETHER, 2, guidance=guidance))
+
+
+# ---------------------------------------------------------------------- with a denoiser
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("update", ["jacobi", "gauss-seidel"])
+def test_denoiser_runs_as_often_as_evaluations_are_counted(name: str, update: Any) -> None:
+    torch.manual_seed(0)
+    streams = {"text": StreamSpec(16, vocabulary=VOCABULARY), "latent": StreamSpec(16, dim=1)}
+    head = VectorHead(1, 16)
+    denoiser = JointDenoiser(
+        MMDiT(streams, layers=1, heads=2, head_width=8),
+        {"text": TokenHead(VOCABULARY, 16), "latent": head},
+        {"text": PARAMETERIZATIONS["rest"], "latent": head.parameterization},
+    ).eval()
+    # With the initial weights predictions are constant, and a stage may repeat the state before it.
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    network = JointDenoiserNetwork(denoiser, FIELDS)
+    assert network.predicts == {"text": "distribution", "latent": "mean"}
+    guidance = {"latent": Guidance(1.5, {"text": "absent"})}
+    for settings in ({}, {"guidance": guidance}):
+        before = network.calls
+        drawn = draw(sampler_on(PATHS[name], 5, update=update, **settings), 6, network)
+        assert drawn.nfe == network.calls - before
+        assert bool((drawn.states["text"] < 2).all())
+        assert bool(drawn.states["latent"].isfinite().all())

@@ -125,7 +125,7 @@ def test_ddim_of_one_point_is_exact_in_one_step(schedule: Any, eta: float) -> No
 
 @pytest.mark.parametrize("name", BUILD)
 def test_one_step_of_every_sampler_has_its_mean_and_variance(name: str) -> None:
-    """One step from a fixed state with a fixed prediction, on 40 000 draws; errors of 5 deviations."""
+    """One step from a fixed state with a fixed prediction, on 40 000 draws, within 5 deviations."""
     process = GaussianProcess(CosineVP(), 1)
     t, s, clean, start, count = 0.6, 0.45, 0.5, -0.4, 40_000
     network = network_of_means(process, lambda z, a, sigma: torch.full_like(z, clean))
@@ -226,7 +226,7 @@ def test_variance_of_gaussian_data_is_kept_as_steps_grow(name: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_every_eta_keeps_the_marginal_of_the_process_given_x(schedule: Any) -> None:
-    """With the true x, a step from a_t x + sigma_t eps has the mean a_s x and variance sigma_s^2."""
+    """With the true x, a step from a_t x + sigma_t eps has mean a_s x and variance sigma_s^2."""
     process = GaussianProcess(schedule, 1)
     t = torch.tensor([1.0, 0.9, 0.5, 0.1], dtype=torch.float64)
     s = torch.tensor([0.7, 0.89, 0.0, 0.0], dtype=torch.float64)
