@@ -259,8 +259,9 @@ class _JointState:
         self.canvases = dict(canvases)
         self.network: JointNetwork = counter
         if guidance:
+            # The first draws of the fields: a field that is still at its prior then guides nothing.
             noise = {
-                name: field.process.prior.draw_positions(rng_at(0, name), "null")
+                name: field.process.prior.draw_positions(rng_at(0, name), "start")
                 for name, field in fields.items()
             }
             self.network = GuidedJointNetwork(counter, guidance, noise)

@@ -153,13 +153,17 @@ class GuidedJointNetwork:
         self.noise = noise
 
     def __call__(self, state: JointNoisy) -> Mapping[str, Query]:
-        queries = dict(self.network(state))
+        plain = self.network(state)
+        queries = dict(plain)
         null_queries: dict[frozenset[tuple[str, Hold]], Mapping[str, Query]] = {}
         for name, (weight, without) in self.guidance.items():
             key = frozenset(without.items())
             if key not in null_queries:
-                null_queries[key] = self.network(self._leave_out(state, without))
-            queries[name] = guide_query(queries[name], null_queries[key][name], weight)
+                null_state = self._leave_out(state, without)
+                # Before their leg the fields are at the prior, and nothing is left out.
+                is_same = is_same_state(null_state, state)
+                null_queries[key] = plain if is_same else self.network(null_state)
+            queries[name] = guide_query(plain[name], null_queries[key][name], weight)
         return queries
 
     def _leave_out(self, state: JointNoisy, without: Mapping[str, Hold]) -> JointNoisy:

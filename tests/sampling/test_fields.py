@@ -522,6 +522,14 @@ def test_guidance_of_both_fields_takes_three_evaluations_per_step() -> None:
     assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.11
 
 
+def test_field_at_its_prior_guides_nothing_and_costs_nothing() -> None:
+    plain = draw(sampler_on(TEXT_FIRST, 4), 50)
+    guided = draw(sampler_on(TEXT_FIRST, 4, guidance={"text": BOTH["text"]}), 50)
+    assert torch.equal(plain.states["text"], guided.states["text"])
+    assert torch.equal(plain.states["latent"], guided.states["latent"])
+    assert plain.nfe == guided.nfe
+
+
 # ---------------------------------------------------------------------- refusals
 
 
