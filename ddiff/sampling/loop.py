@@ -414,10 +414,10 @@ def _check_prompt(
     is True, ids must be tokens, and numbers of vectors must be finite.
     """
     if prompt.shape != shape or prompt_mask.shape != shape[:2]:
+        sizes = "samples, length" if len(shape) == 2 else "samples, length, numbers per vector"
         raise ArgumentError(
-            f"generate: prompt must have the shape {list(shape)} (samples, length, and numbers of "
-            f"a vector) and prompt_mask the shape {list(shape[:2])}; got {tuple(prompt.shape)} and "
-            f"{tuple(prompt_mask.shape)}. "
+            f"generate: prompt must be {list(shape)} ({sizes}) and prompt_mask {list(shape[:2])}; "
+            f"got {tuple(prompt.shape)} and {tuple(prompt_mask.shape)}. "
             "If the prompt is longer than the samples, set a larger length."
         )
     given = prompt[prompt_mask]
