@@ -38,6 +38,9 @@ Output = Literal["eps", "x0", "v", "u"]
 # The middle of the first cell of width 2^-53, so that the uniform 0 gives a finite normal.
 SMALLEST_UNIFORM = 2.0**-54
 
+# Halvings of [0,1] in `times_of_log_snr`; 53 reach the resolution of float64 near t = 1.
+HALVINGS = 60
+
 # Default of the largest log SNR: the noise at t = 0 has a deviation of 0.0067 data units.
 LARGEST_LOG_SNR = 10.0
 
@@ -227,10 +230,19 @@ class GaussianProcess(SettingsRepr):
         """Map t in [0,1] to the time of the schedule, between the two ends of log SNR."""
         return self._first + (self._last - self._first) * t
 
-    def time_of_log_snr(self, log_snr: float) -> float:
-        """Return the time t in [0,1] at which log SNR has the given value; the nearest end else."""
-        time = self.schedule.time_of_log_snr(log_snr)
-        return min(max((time - self._first) / (self._last - self._first), 0.0), 1.0)
+    def times_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the times t in [0,1] at which log SNR has the given values, by bisection.
+
+        A value that log SNR does not take gives the nearest end.
+        """
+        early = torch.zeros_like(log_snr)
+        late = torch.ones_like(log_snr)
+        for _ in range(HALVINGS):
+            middle = (early + late) / 2.0
+            is_before = self.snr(middle).log() > log_snr
+            early = torch.where(is_before, middle, early)
+            late = torch.where(is_before, late, middle)
+        return late
 
     def signal(self, t: Tensor) -> Tensor:
         """Return a(t) [r]."""

@@ -120,8 +120,8 @@ class LogSnrGrid:
             # A grid of one step has no second step to divide; max() avoids 0/0.
             count = max(self.steps - 1, 1)
         values += [first + (last - first) * k / count for k in range(1, count)]
-        inner = [process.time_of_log_snr(value) for value in values[: self.steps - 1]]
-        return [1.0, *inner, 0.0]
+        inner = torch.tensor(values[: self.steps - 1], dtype=torch.float64)
+        return [1.0, *process.times_of_log_snr(inner).tolist(), 0.0]
 
 
 @final
