@@ -416,8 +416,8 @@ def _check_prompt(
     if prompt.shape != shape or prompt_mask.shape != shape[:2]:
         sizes = "samples, length" if len(shape) == 2 else "samples, length, numbers per vector"
         raise ArgumentError(
-            f"generate: prompt must be {list(shape)} ({sizes}) and prompt_mask {list(shape[:2])}; "
-            f"got {tuple(prompt.shape)} and {tuple(prompt_mask.shape)}. "
+            f"generate: prompt must have the shape {list(shape)} ({sizes}) and prompt_mask the "
+            f"shape {list(shape[:2])}; got {tuple(prompt.shape)} and {tuple(prompt_mask.shape)}. "
             "If the prompt is longer than the samples, set a larger length."
         )
     given = prompt[prompt_mask]
