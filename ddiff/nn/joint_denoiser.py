@@ -18,6 +18,7 @@ from ddiff.nn.attention import (
     build_dense_mask,
     has_flex_kernel,
 )
+from ddiff.nn.parameterization import PARAMETERIZATIONS
 
 
 class StreamInput(NamedTuple):
@@ -112,7 +113,8 @@ class JointDenoiser(nn.Module):
     Args:
         backbone: maps noisy states to hidden states.
         heads: head of every field.
-        parameterizations: meaning of the output of every head.
+        parameterizations: meaning of the output of every head. A field that is not named has the
+            parameterization of its head, or for tokens the distribution given all other positions.
     """
 
     precision: torch.dtype | None = None
@@ -122,13 +124,16 @@ class JointDenoiser(nn.Module):
         self,
         backbone: JointBackbone,
         heads: Mapping[str, Any],
-        parameterizations: Mapping[str, Any],
+        parameterizations: Mapping[str, Any] = {},
     ) -> None:
         super().__init__()
         _check_heads(backbone, heads)
         self.backbone = backbone
         self.heads = nn.ModuleDict(dict(heads))
-        self.parameterizations = dict(parameterizations)
+        self.parameterizations: dict[str, Any] = {}
+        for name, head in heads.items():
+            own = head.parameterization or PARAMETERIZATIONS["rest"]
+            self.parameterizations[name] = parameterizations.get(name, own)
 
     def forward(
         self, state: JointNoisy, context: JointContext, queries: Mapping[str, FieldQuery]
