@@ -1,0 +1,62 @@
+"""The Python code of docs/fields.md runs, in the order of the page, with small sizes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from scripts import EXAMPLES
+
+import ddiff
+from ddiff.testing import assert_laws, check_gaussian
+
+PAGE = EXAMPLES.parent / "docs" / "fields.md"
+SMALLER = {
+    "FlatVocabulary(1000)": "FlatVocabulary(20)",
+    "384": "6",
+    "StreamSpec(256,": "StreamSpec(16,",
+    "TokenHead(words, 256)": "TokenHead(words, 16)",
+    "StreamSpec(128,": "StreamSpec(16,",
+    "128, output": "16, output",
+    "layers=6, heads=8, head_width=32": "layers=1, heads=2, head_width=8",
+    "Sampler(64)": "Sampler(2)",
+    "samples=450": "samples=8",
+}
+
+
+def blocks() -> list[str]:
+    """Return the Python blocks of the page, with small sizes."""
+    text = PAGE.read_text(encoding="utf-8")
+    for large, small in SMALLER.items():
+        assert large in text, f"{PAGE.name} no longer contains {large}"
+        text = text.replace(large, small)
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+@pytest.mark.slow
+def test_python_code_of_the_fields_page_runs() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(40, 6, dtype=torch.float64)
+    names = {
+        "torch": torch,
+        "vectors": vectors,
+        "ids": torch.randint(0, 20, (8, 64)),
+        "missing": torch.zeros(8, dtype=torch.bool),
+        "index": torch.arange(8),
+        "seed": 0,
+        "step": 0,
+        "length": 64,
+        "slots": 8,
+    }
+    for code in blocks():
+        if "batch = ddiff.FieldsBatch" in code:
+            # The page says that z are the normalized vectors of the batch, one per sample.
+            names["z"] = names["z"][:8].unsqueeze(1)
+        if "batch_of" in code:
+            names["batch_of"] = lambda numbers: names["batch"]
+        exec(code, names)
+    assert torch.equal(names["text"].states["latent"], names["z"][:8])
+    assert names["found"].fields["text"].items == 8 * 64
+    process = ddiff.GaussianProcess(names["Steep"](), 2)
+    assert_laws(check_gaussian(process))
