@@ -140,6 +140,8 @@ from .sampling.analytic import AnalyticSampler as AnalyticSampler
 from .sampling.analytic import reverse_probs as reverse_probs
 from .sampling.ancestral import AncestralSampler as AncestralSampler
 from .sampling.blockwise import BlockwiseSampler as BlockwiseSampler
+from .sampling.editing import Edits as Edits
+from .sampling.editing import edit as edit
 from .sampling.fields import JointSampler as JointSampler
 from .sampling.fields import JointSamples as JointSamples
 from .sampling.fields import generate_fields as generate_fields

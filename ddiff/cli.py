@@ -159,6 +159,29 @@ GuidanceWeight = Annotated[
         "more closely.",
     ),
 ]
+EditedTexts = Annotated[
+    list[str] | None,
+    typer.Option(help="Text to edit toward the conditions; may be repeated."),
+]
+EditRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="With --edit: fraction of the tokens that are sampled again; by default 0.3."
+    ),
+]
+EditModeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help="With --edit: random, entropy (the least certain tokens) or suffix (the last tokens).",
+    ),
+]
+EditTarget = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.npy", help="With --edit: vector condition, one vector or one per text."
+    ),
+]
 SamplerKind = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
@@ -413,6 +436,10 @@ def sample(
     prompt: Prompts = None,
     prompts: PromptFile = None,
     infill: InfillTexts = None,
+    edit: EditedTexts = None,
+    ratio: EditRatio = None,
+    mode: EditModeName = None,
+    toward: EditTarget = None,
     condition: Conditions = None,
     guidance: GuidanceWeight = None,
     sampler: SamplerKind = None,
@@ -420,8 +447,29 @@ def sample(
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
 
-    The tokens of prompts and infill texts stay unchanged in the samples.
+    The tokens of prompts and infill texts stay unchanged in the samples. With --edit, some tokens
+    of the given texts are sampled again.
     """
+    others = {"--prompt": prompt, "--prompts": prompts, "--infill": infill, "--count": count}
+    only_edit: dict[str, Any] = {"ratio": ratio, "mode": mode, "toward": toward}
+    chosen = {name: value for name, value in only_edit.items() if value is not None}
+    _check_edit_options(edit, [name for name, value in others.items() if value], list(chosen))
+    if edit:
+        from ddiff.runs.stages import edit_run
+
+        edit_run(
+            run_dir,
+            edit,
+            steps=steps,
+            seed=seed,
+            batch=batch,
+            conditions=read_conditions(condition),
+            guidance=guidance,
+            sampler=sampler,
+            settings=settings or (),
+            **chosen,
+        )
+        return
     from ddiff.runs.stages import sample_run
 
     sample_run(
@@ -437,6 +485,21 @@ def sample(
         sampler=sampler,
         settings=settings or (),
     )
+
+
+def _check_edit_options(texts: list[str] | None, others: list[str], chosen: list[str]) -> None:
+    """Raise ArgumentError if options of edits and of samples are mixed.
+
+    `texts` are those of --edit. `others` are the given options that --edit excludes, and `chosen`
+    the names of the given options that need --edit.
+    """
+    if texts and others:
+        raise ArgumentError(
+            f"--edit and {others[0]} exclude each other. An edit keeps or replaces tokens of the "
+            "given text; repeat --edit for several results."
+        )
+    if chosen and not texts:
+        raise ArgumentError(f'--{chosen[0]} needs --edit "TEXT", the text to edit.')
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> str | list[str] | None:

@@ -66,7 +66,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
     _check_text(text, "prompt")
     ids = _encode(text, text, tokenizer)
     given = torch.ones_like(ids, dtype=torch.bool)
-    return _check_length(Template(text, ids, given, whole=False), length)
+    return _check_length(Template(text, ids, given, whole=False), length, "prompt")
 
 
 def encode_infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
@@ -95,7 +95,24 @@ def encode_infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     ids.append(last)
     given.append(torch.ones_like(last, dtype=torch.bool))
     template = Template(text, torch.cat(ids), torch.cat(given), whole=True)
-    return _check_length(template, length)
+    return _check_length(template, length, "infill")
+
+
+def encode_source(text: str, tokenizer: Tokenizer, length: int) -> Template:
+    """Return the template of a text to edit, in which only special tokens are given.
+
+    Raises ArgumentError for a text without tokens and for a text of more than `length` tokens.
+    """
+    _check_text(text, "edit")
+    ids = _encode(text, text, tokenizer)
+    if len(ids) == 0:
+        raise ArgumentError(
+            f"edit: the text must have at least one token; got {shorten(text)!r}. To sample "
+            "without a source, use run.sample."
+        )
+    special = torch.tensor(tokenizer.special_ids, dtype=torch.long)
+    template = Template(text, ids, torch.isin(ids, special), whole=True)
+    return _check_length(template, length, "edit")
 
 
 def make_templates(
@@ -114,13 +131,14 @@ def make_templates(
             "text with the prompt."
         )
     if prompts is not None:
-        return [encode_prompt(text, tokenizer, length) for text in _as_list(prompts)]
+        return [encode_prompt(text, tokenizer, length) for text in as_list(prompts)]
     if infills is not None:
-        return [encode_infill(text, tokenizer, length) for text in _as_list(infills)]
+        return [encode_infill(text, tokenizer, length) for text in as_list(infills)]
     return []
 
 
-def _as_list(texts: str | Sequence[str]) -> list[str]:
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    """Return one text or several texts as a list."""
     # bytes and dicts are iterable too, but their items are not texts
     if isinstance(texts, Iterable) and not isinstance(texts, str | bytes | dict):
         return list(texts)
@@ -219,9 +237,8 @@ def _gap_size(gap: re.Match[str], text: str, length: int) -> int:
     return int(digits)
 
 
-def _check_length(template: Template, length: int) -> Template:
+def _check_length(template: Template, length: int, kind: str) -> Template:
     if len(template.ids) > length:
-        kind = "infill" if template.whole else "prompt"
         raise ArgumentError(
             f"{kind}: a sample has {length} tokens ([data] length of the run); got a text of "
             f"{len(template.ids)} tokens, {shorten(template.text)!r}. Shorten the text, or train "

@@ -20,6 +20,7 @@ from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.runs.build import NO_OVERRIDES, Model, ModelObjective, Overrides, assemble
 from ddiff.runs.data import RunData, RunText
+from ddiff.runs.editing import EditRequest, edit_texts
 from ddiff.runs.evaluation import (
     count_baselines,
     evaluation_protocol,
@@ -28,6 +29,7 @@ from ddiff.runs.evaluation import (
 )
 from ddiff.runs.provenance import changed_data_error, find_changed_data
 from ddiff.runs.sampling import SampleRequest, draw_samples
+from ddiff.sampling.editing import EditMode
 from ddiff.sampling.loop import OnStep, Sampler
 
 
@@ -198,6 +200,42 @@ class Run:
             settings=settings,
         )
         return draw_samples(self.recipe, self.model, self.tokenizer, request, on_step)
+
+    def edit(
+        self,
+        texts: str | Sequence[str],
+        ratio: float = 0.3,
+        mode: EditMode = "random",
+        *,
+        conditions: Mapping[str, Any] | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        sampler: str | Sampler | None = None,
+        settings: Sequence[str] = (),
+        seed: int | None = None,
+        batch: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[dict[str, Any]]:
+        """Edit texts toward a condition: noise some tokens and sample them under the condition.
+
+        Returns one dict per text with `index`, `source`, `text`, `ids`, `edited` (the sampled
+        positions), `ratio`, `mode` and `nfe` (number of network evaluations). All other positions
+        keep their tokens. Special tokens are never edited. Arguments that are not listed here are
+        those of `sample`.
+
+        Args:
+            texts: one text or several, of at most [data] length tokens.
+            ratio: fraction of the tokens that are sampled again, and time at which sampling starts.
+                0 changes nothing, and 1 samples every token.
+            mode: "random" chooses every token with probability `ratio`, "entropy" the tokens of
+                largest predictive entropy, "suffix" the last tokens.
+            conditions: the target: a label or vector for all texts, or a list with one per text.
+            sampler: a sampler on a grid of times.
+        """
+        request = EditRequest(
+            texts, ratio, mode, conditions, guidance, steps, sampler, settings, seed, batch
+        )
+        return edit_texts(self.recipe, self.model, self.tokenizer, request, on_step)
 
     # ------------------------------------------------------------------ weights
 

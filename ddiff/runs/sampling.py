@@ -77,7 +77,7 @@ def draw_samples(
     batch = _or_default(request.batch, keys.batch)
     templates = make_templates(request.prompt, request.infill, tokenizer, recipe.length)
     count = _or_default(request.count, keys.count if len(templates) <= 1 else 1)
-    _check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
+    check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
     per_sample = [template for template in templates for _ in range(count)]
     total = len(per_sample) or count  # without templates, every position is sampled
     plan = _check_request(recipe, model, request, total)
@@ -90,7 +90,7 @@ def draw_samples(
         plan.sampler.steps
     )  # None: the number of steps is random, and the progress bar has no end
     with show_progress(None if steps is None else len(batches) * steps, "sampling") as bar:
-        report = _report_steps(bar, on_step)
+        report = report_steps(bar, on_step)
         for first in batches:
             numbers = slice(first, min(first + batch, total))
             samples += writer.draw(numbers, per_sample[numbers], report)
@@ -126,7 +126,9 @@ def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
         )
 
 
-def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
+def report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
+    """Return a callback that advances a progress bar by one step and then calls `on_step`."""
+
     def report(step: int, canvas: Canvas) -> None:
         bar.advance(1)
         if on_step:
@@ -205,7 +207,7 @@ def _template_field(templates: Sequence[Template], row: int) -> dict[str, str]:
     return {"infill" if template.whole else "prompt": template.text}
 
 
-def _check_numbers(count: int, batch: int, seed: int, steps: int) -> None:
+def check_numbers(count: int, batch: int, seed: int, steps: int) -> None:
     """Raise ArgumentError if the count of samples, batch size, seed or step count is invalid."""
     for name, number in (("count", count), ("batch", batch), ("steps", steps)):
         if not 1 <= number < COUNTS:

@@ -30,6 +30,7 @@ from ddiff.runs.directory import (
     remove_leftovers,
     tracked_names,
 )
+from ddiff.runs.editing import add_target
 from ddiff.runs.evaluation_report import evaluate_once
 from ddiff.runs.loading import load
 from ddiff.runs.record import read_recorded_steps, record_run, write_run_file
@@ -96,6 +97,26 @@ def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) 
     """
     for sample in load(run_dir).sample(count, **arguments):
         print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
+
+
+def edit_run(
+    run_dir: str | Path,
+    texts: list[str],
+    *,
+    toward: str | Path | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> None:
+    """Run `ddiff sample --edit`: print one JSON line per edited text.
+
+    `toward` names a file with the target vectors. `conditions` and `arguments` are arguments of
+    `Run.edit`.
+    """
+    trained = load(run_dir)
+    if toward is not None:
+        conditions = add_target(trained.recipe, trained.denoiser, conditions, toward)
+    for edited in trained.edit(texts, conditions=conditions, **arguments):
+        print(json.dumps(edited, ensure_ascii=not _writes_unicode()))
 
 
 def _writes_unicode() -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class GridSampler(Sampler):
 
     quality: Quality = "of an order"
     order: int = 1
+    start: float = 1.0
+    """Time at which sampling starts. All times of the grid are multiplied by it."""
 
     def __init__(self, grid: Steps | ProcessSteps | int = 64) -> None:
         self.grid: Any = Grid("uniform", grid) if isinstance(grid, int) else grid
@@ -63,6 +66,12 @@ class GridSampler(Sampler):
         require_process(self, process)
         check_predicts_distribution(self, predicts)
 
+    def start_at(self, time: float) -> Self:
+        """Return a copy that samples from the time `time` to 0, in as many steps."""
+        started = copy(self)
+        started.start = time
+        return started
+
     def run(
         self,
         process: Any,
@@ -70,10 +79,11 @@ class GridSampler(Sampler):
         canvas: Canvas,
         rng_at: RngAt,
     ) -> Iterator[Canvas]:
-        # `move` goes to all times but the first, t = 1, at which the canvas starts, and the last,
+        # `move` goes to all times but the first, `start`, at which the canvas starts, and the last,
         # t = 0, to which `finish` goes.
         for k, s in enumerate(self.times(process)[1:-1]):
-            canvas = self.move(process, network, canvas, torch.full_like(canvas.t, s), rng_at(k))
+            times = torch.full_like(canvas.t, self.start * s)
+            canvas = self.move(process, network, canvas, times, rng_at(k))
             yield canvas
         yield self.finish(process, network, canvas, rng_at(self.steps - 1))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddiff.core.elbo import Network, choose_states
 from ddiff.core.field import FieldProcess
-from ddiff.core.network import Predicts, count_evaluations
+from ddiff.core.network import CountingNetwork, Predicts, count_evaluations
 from ddiff.core.process import ForwardProcess, Query, RowFunction, States
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy
@@ -135,6 +135,17 @@ class Sampler(ABC):
         """
         require_states(self, process, predicts)
 
+    def start_at(self, time: float) -> Sampler:
+        """Return a copy that samples from the time `time` to 0, in as many steps as this sampler.
+
+        0 < time <= 1. Raises ArgumentError if the sampler chooses its own times.
+        """
+        raise ArgumentError(
+            f"{type(self).__name__}: the sampler chooses its own times, so it cannot start at the "
+            f"time {time:g} of a text that is partly noised. Use a sampler on a grid of times, "
+            "such as ancestral, psi, tau_leaping or confidence."
+        )
+
     @abstractmethod
     def run(
         self,
@@ -206,7 +217,6 @@ def generate(
     token, if a number of a prompt is not finite, or if the sampler does not support the process or
     the prediction.
     """
-    batch = len(index)
     counted = count_evaluations(network, natural_prediction(process))
     require_states(sampler, process, counted.predicts)
     sampler.check_supported(process, counted.predicts)
@@ -214,10 +224,27 @@ def generate(
     def rng_at(step: int) -> CounterRng:
         return CounterRng(seed, step, index, length, "sample")
 
+    start = initial_canvas(process, rng_at(0), prompt, prompt_mask)
+    return sample_from(start, sampler, process, counted, rng_at, on_step)
+
+
+def sample_from(
+    start: Canvas,
+    sampler: Sampler,
+    process: FieldProcess | None,
+    counted: CountingNetwork,
+    rng_at: RngAt,
+    on_step: OnStep | None = None,
+) -> Samples:
+    """Run a sampler from the state `start`, and count the evaluations of the network.
+
+    `counted` is the network, and `rng_at(k)` the random generator of step k. `generate` explains
+    the other arguments.
+    """
+    batch = len(start.zt)
     # The network may have been evaluated before, so its earlier evaluations are subtracted.
     calls_before = counted.calls
     runs_before = counted.runs_of_batch(batch)
-    start = initial_canvas(process, rng_at(0), prompt, prompt_mask)
     canvas = start
     for step, canvas in enumerate(sampler.run(process, counted, start, rng_at), start=1):
         if on_step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -82,6 +82,11 @@ class PredictorCorrectorSampler(GridSampler):
         self.rounds = rounds
         self.quality: Quality = inner.quality
         self.order = inner.order
+
+    def start_at(self, time: float) -> Self:
+        started = super().start_at(time)
+        started.inner = self.inner.start_at(time)
+        return started
 
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         self.inner.check_supported(process, predicts)

@@ -503,6 +503,9 @@ class ShapedSampler(Sampler):
     def steps(self) -> int | None:
         return self.inner.steps
 
+    def start_at(self, time: float) -> ShapedSampler:
+        return ShapedSampler(self.inner.start_at(time), self.shapers)
+
     def check_supported(self, process: ForwardProcess | None, predicts: Predicts) -> None:
         if predicts == "mean":
             raise ArgumentError(

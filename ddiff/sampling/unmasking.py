@@ -102,7 +102,8 @@ class UnmaskingSampler(GridSampler):
 
         A descent is a move one level down the tree.
         """
-        fraction = torch.where(canvas.free, s, 0.0).amax(-1)
+        # At the start all descents remain, also if sampling starts at a time below 1.
+        fraction = torch.where(canvas.free, s, 0.0).amax(-1) / self.start
         total = process.vocabulary.num_levels * canvas.free.sum(-1)
         remaining = (total * fraction).floor().long()
         return count_descents_left(process, canvas) - remaining
