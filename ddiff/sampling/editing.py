@@ -15,26 +15,21 @@ from torch import Tensor
 
 from ddiff.core.elbo import Network
 from ddiff.core.network import Predicts, count_evaluations
-from ddiff.core.prediction import CleanDistribution
-from ddiff.core.process import ForwardProcess, TrainedPart
+from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
-from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError, suggest
 from ddiff.sampling.loop import (
     Canvas,
     OnStep,
     Sampler,
     Samples,
-    query_at_root,
     require_process,
-    restrict,
     sample_from,
 )
+from ddiff.sampling.uncertainty import predictive_entropy
 from ddiff.sampling.unmasking import rank_by_confidence
 
 EditMode = Literal["random", "entropy", "suffix"]
-# Number of network evaluations for the entropies of a process that predicts only noised positions.
-ENTROPY_PASSES = 4
 
 
 class Edits(NamedTuple):
@@ -155,43 +150,6 @@ def choose_positions(
     count = (ratio * editable.sum(-1, keepdim=True) + 0.5).floor()
     # The second argsort inverts the first: the place of each position in the order.
     return editable & (order.argsort(-1) < count)
-
-
-def predictive_entropy(
-    process: ForwardProcess,
-    network: Network,
-    source: Tensor,
-    editable: Tensor,
-) -> Tensor:
-    """Return the entropy [B,L] of the predicted token at every position, in nats.
-
-    The network is evaluated once at `source` if it is trained at tokens. Masked processes train
-    predictions only at masks. For them the network is evaluated ENTROPY_PASSES times, and each time
-    every ENTROPY_PASSES-th position is at the prior. The result is 0 where `editable` is False.
-    """
-    token = torch.zeros(1, dtype=torch.long, device=source.device)
-    is_trained_at_tokens = int(process.trained_part(token)[0]) == TrainedPart.ALL
-    passes = 1 if is_trained_at_tokens else ENTROPY_PASSES
-    place = torch.arange(source.shape[1], device=source.device)
-    prior = process.prior.draw(torch.zeros(1, dtype=torch.float64, device=source.device))
-    entropy = torch.zeros(source.shape, dtype=torch.float64, device=source.device).reshape(-1)
-    for k in range(passes):
-        queried = editable & (place % passes == k)
-        rows = queried.reshape(-1).nonzero().squeeze(-1)
-        if len(rows) == 0:
-            continue
-        hidden = queried & (not is_trained_at_tokens)
-        zt = torch.where(hidden, prior, source)
-        t = torch.where(hidden, 1.0 / passes, 0.0).double()
-        query = restrict(network(Noisy(zt, t, ~hidden)), rows)
-        entropy[rows] = query_at_root(query, process, _entropy, zt.reshape(-1)[rows])
-    return entropy.reshape(source.shape)
-
-
-def _entropy(dist: CleanDistribution, zt: Tensor) -> Tensor:
-    log_p = dist.log_mass(0)
-    # p ln p is 0 at p = 0, where the product would be NaN.
-    return -torch.where(log_p.isfinite(), log_p.exp() * log_p, 0.0).sum(-1).double()
 
 
 def _noise(
