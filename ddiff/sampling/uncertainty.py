@@ -32,7 +32,8 @@ def predictive_entropy(
     The result is 0 where `editable` is False.
     """
     token = torch.zeros(1, dtype=torch.long, device=source.device)
-    is_trained_at_tokens = int(process.trained_part(token)[0]) == TrainedPart.ALL
+    is_trained = process.active(token) & (process.trained_part(token) == TrainedPart.ALL)
+    is_trained_at_tokens = bool(is_trained[0])
     passes = 1 if is_trained_at_tokens else ENTROPY_PASSES
     time = SOURCE_TIME if is_trained_at_tokens else 1.0 / passes
     place = torch.arange(source.shape[1], device=source.device)
