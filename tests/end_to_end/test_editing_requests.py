@@ -16,6 +16,7 @@ from small import working_in
 import ddiff as api
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.editing import attribute_accuracy, summarize_edits
+from ddiff.runs.prompts import encode_source, make_frame
 from ddiff.runs.run import Run
 
 pytestmark = pytest.mark.slow
@@ -95,6 +96,21 @@ def test_edit_of_a_tree_process_restores_text_and_keeps_clamped_tokens(
         others = set(range(len(source))) - set(edit["edited"])
         assert all(edit["ids"][place] == source[place] for place in others)
         assert max(edit["ids"]) < small.vocabulary.num_tokens
+
+
+def test_special_tokens_in_a_source_are_never_editable(labelled: Run) -> None:
+    class WithSpecialToken:
+        """Tokenizer of the run, in which symbol b is a special token."""
+
+        special_ids = (1,)
+
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            return labelled.tokenizer.encode(texts)
+
+    template = encode_source("abcab", WithSpecialToken(), 8)  # type: ignore[arg-type]
+    assert template.given.tolist() == [False, True, False, False, True]
+    frame = make_frame([template], 8, 0)
+    assert frame.clamped[0].tolist() == [False, True, False, False, True, True, True, True]
 
 
 def test_edit_does_not_depend_on_the_batch_size(small: Run) -> None:
