@@ -13,7 +13,7 @@ from ddiff.core.times import Noisy
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.editing import edit
 
-COUNT = 6000
+COUNT = 3000
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -21,7 +21,7 @@ COUNT = 6000
 def test_text_edit_follows_the_conditional_given_kept_tokens_and_latent(
     target: float, first: int
 ) -> None:
-    """The second token is edited toward a clean number; within 4 standard errors of 6000 edits."""
+    """The second token is edited toward a clean number; within 4 standard errors of 3000 edits."""
     fields = make_fields()
     number = torch.full((COUNT, 1, 1), target, dtype=torch.float64)
     zero = torch.zeros(COUNT, 1, dtype=torch.float64)
