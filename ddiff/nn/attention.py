@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ddiff.errors import ArgumentError
+
 AttentionMask = Tensor | BlockMask | None
 """Mask for `attend`: bool [B or 1,1,L,m+L], a flex attention mask, or None (no mask)."""
 
@@ -98,12 +100,53 @@ def may_attend(query: PositionFacts, key: PositionFacts) -> Tensor:
     return allowed | is_self
 
 
-def build_dense_mask(facts: PositionFacts, cached: int = 0) -> Tensor:
+def prepend_inputs(
+    facts: PositionFacts | None, count: int, length: int, device: torch.device
+) -> PositionFacts:
+    """Return the properties of `count` clean inputs followed by `length` inputs.
+
+    The new inputs are a block before all others: all inputs may attend to them, and they attend
+    only to each other. `facts` describes the `length` inputs; None: no input is hidden. Raises
+    ArgumentError if there are documents, since the new inputs would belong to no document.
+    """
+    if facts is None:
+        facts = PositionFacts(torch.arange(length, device=device).unsqueeze(0))
+    if facts.document is not None:
+        raise ArgumentError(
+            "prepend_inputs: inputs can only be prepended to rows of one document; got documents."
+        )
+    block = facts.block
+    if block is None:
+        block = torch.zeros(1, length, dtype=torch.long, device=device)
+    first = block.amin(-1, keepdim=True) - 1
+    valid = facts.valid
+    if valid is not None:
+        valid = F.pad(valid, (count, 0), value=True)
+    noisy = facts.noisy
+    if noisy is not None:
+        noisy = F.pad(noisy, (count, 0), value=False)
+    return PositionFacts(
+        torch.arange(count + length, device=device).unsqueeze(0),
+        valid,
+        block=torch.cat([first.expand(-1, count), block], -1),
+        noisy=noisy,
+    )
+
+
+def build_dense_mask(facts: PositionFacts, cached: int = 0, num_prefix: int = 0) -> Tensor:
     """Build the bool mask [1 or B,1,n-m,n] with which n - m new inputs attend to all n inputs.
 
-    `facts` describes all n inputs. The first m = `cached` inputs are in the key-value cache.
+    `facts` describes all n inputs. m = `cached` inputs are in the key-value cache. They come after
+    the first `num_prefix` inputs, which are not cached.
     """
-    query = facts.map(lambda fact: fact[:, cached:].unsqueeze(-1))
+
+    def select_new(fact: Tensor) -> Tensor:
+        new = fact[:, num_prefix + cached :]
+        if num_prefix:
+            new = torch.cat([fact[:, :num_prefix], new], 1)
+        return new.unsqueeze(-1)
+
+    query = facts.map(select_new)
     key = facts.map(lambda fact: fact.unsqueeze(-2))
     return may_attend(query, key).unsqueeze(1)
 

@@ -21,6 +21,7 @@ from ddiff.nn.attention import (
     build_block_mask,
     build_dense_mask,
     has_flex_kernel,
+    prepend_inputs,
 )
 from ddiff.nn.heads import Head
 from ddiff.nn.parameterization import (
@@ -66,7 +67,7 @@ class Context(NamedTuple):
             return None
         return build_dense_mask(facts, self.cache.length if self.cache else 0)
 
-    def kernel_mask(self, x: Tensor, head_width: int) -> AttentionMask:
+    def kernel_mask(self, x: Tensor, head_width: int, num_prefix: int = 0) -> AttentionMask:
         """Return the attention mask in the form that is fastest for hidden states x [B,L,d].
 
         `head_width` is the number of channels of an attention head. All layers can share the
@@ -74,11 +75,21 @@ class Context(NamedTuple):
         flex attention has a kernel, else the mask of `attention_mask`. With a cache it is also the
         mask of `attention_mask`: L changes between passes, and flex attention would be compiled for
         every L.
+
+        The first `num_prefix` inputs of x are extra inputs before the sequence: all inputs may
+        attend to them, and they attend only to each other. They are not cached, and `valid` and the
+        layout do not describe them. Raises ArgumentError if they come before packed documents.
         """
-        if self.cache or not has_flex_kernel(x, head_width):
-            return self.attention_mask()
         facts = self._position_facts()
-        return None if facts is None else build_block_mask(facts)
+        cached = self.cache.length if self.cache else 0
+        if num_prefix:
+            length = cached + x.shape[1] - num_prefix
+            facts = prepend_inputs(facts, num_prefix, length, x.device)
+        if facts is None:
+            return None
+        if self.cache or not has_flex_kernel(x, head_width):
+            return build_dense_mask(facts, cached, num_prefix)
+        return build_block_mask(facts)
 
     def _position_facts(self) -> PositionFacts | None:
         """Return for all inputs the properties that determine attention, cached inputs first.
@@ -168,6 +179,8 @@ class Backbone(nn.Module):
     """True if the hidden states depend on t; False if they depend on the ids only."""
     caches: bool = False
     """True if keys and values pass through `context.cache`."""
+    reads_packed_rows: bool = True
+    """False if a row may hold only one document; a run on packed rows is then refused."""
     condition_dropout: Mapping[str, float] = MappingProxyType({})
     """Conditions by name, with the share of samples from which training withholds each."""
     condition_forms: Mapping[str, Form] = MappingProxyType({})

@@ -20,6 +20,7 @@ from ddiff.data.batch import Batch
 from ddiff.data.prefetch import Prefetcher
 from ddiff.distributed.blocks import compile_blocks, recompute_activations
 from ddiff.distributed.launcher import get_machine_cores
+from ddiff.errors import ArgumentError
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.identity import flatten_keys
 from ddiff.runs.backends import build_backend
@@ -56,7 +57,21 @@ def build_run(recipe: Recipe, backend: Backend, overrides: Overrides = NO_OVERRI
     check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary), backend.device)
     run = Run.assemble(text, vocabulary, backend.device, overrides)
     run.data.read_conditions()
+    _check_packing(run)
     return run
+
+
+def _check_packing(run: Run) -> None:
+    """Raise ArgumentError if training rows hold several documents, and the backbone reads one."""
+    backbone = run.denoiser.backbone
+    # Training rows of text are cut from a stream of documents. A row of symbols is one document.
+    if backbone.reads_packed_rows or run.tokenizer.unit == "symbol":
+        return
+    raise ArgumentError(
+        f"{type(backbone).__name__}: with these settings a row must hold one document, but the "
+        "training rows of this run are cut from a stream of documents. For the backbone dit, set "
+        '[denoiser] conditions.NAME.via = "cross" in place of "tokens".'
+    )
 
 
 def _choose_vocabulary(text: RunText, overrides: Overrides) -> Vocabulary:

@@ -49,6 +49,7 @@ TIME_WIDTH = 128  # width of the embeddings of time and conditions
 ROTARY_BASE = 10_000.0
 
 Layers = Annotated[int, Field(gt=0, le=4096)]
+Via = Literal["adaln", "cross", "tokens"]
 
 # Shifts, scales and gates, each [B,L or 1,width].
 ModulationVectors = tuple[Tensor, ...]
@@ -65,6 +66,20 @@ class Condition(ComponentConfig):
     """Length of the vector, for a condition that is a vector."""
     dropout: Probability = 0.1
     """Fraction of training samples without the condition; guidance needs dropout above 0."""
+    via: Via = "adaln"
+    """Where the condition enters: modulation ("adaln"), cross-attention, or input tokens."""
+    count: PositiveInt = 1
+    """Number of vectors of `width` numbers; the value is one list of count * width numbers."""
+
+    @model_validator(mode="after")
+    def _check_count(self) -> Condition:
+        if self.count > 1 and (self.width is None or self.via == "adaln"):
+            raise ValueError(
+                'a condition with count above 1 must be of vectors (width) and have via = "cross" '
+                f'or "tokens"; got count = {self.count}, width = {self.width} and via = '
+                f'"{self.via}". With via = "adaln", set width to the length of the whole list'
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_one_form(self) -> Condition:
@@ -77,16 +92,24 @@ class Condition(ComponentConfig):
 
     @property
     def form(self) -> Label | Vector:
-        return Vector(self.width) if self.classes is None else Label(self.classes)
+        if self.width is None:
+            return Label(self.classes)
+        return Vector(self.count * self.width)
 
 
 class DiT(Backbone):
     """Diffusion transformer: state ids [B,L] and times t [B,L] -> hidden states [B,L,width].
 
     A state is a token, the mask, or on a tree a node of any level. With `time=False` the hidden
-    states do not depend on t. The embedding of every condition is added to the embedding of t. If a
-    condition is absent (label -1, vector NaN, or not in the context), a learned vector replaces its
-    embedding.
+    states do not depend on t. If a condition is absent (label -1, vector NaN, or not in the
+    context), a learned vector replaces its embedding. The key `via` of a condition selects where
+    its embedding enters:
+
+    - "adaln": it is added to the embedding of t, which modulates every block.
+    - "cross": every position attends to it in every block (see `CrossAttention`).
+    - "tokens": it is prepended to the sequence as clean inputs at the positions -1, -2, ... All
+      inputs may attend to them, and they attend only to each other. All conditions must then have
+      one value per sequence, and a sequence must be one document.
 
     Raises ArgumentError if width is not a multiple of 2 * heads.
     """
@@ -167,29 +190,50 @@ class DiT(Backbone):
         self.reads_time = time
         self.condition_dropout = {name: condition.dropout for name, condition in conditions.items()}
         self.condition_forms = {name: condition.form for name, condition in conditions.items()}
-        self.modulation = Modulation(width, time, conditions) if time or conditions else None
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        adaln = _select_via(conditions, "adaln")
+        cross = _select_via(conditions, "cross")
+        tokens = _select_via(conditions, "tokens")
+        self.modulation = Modulation(width, time, adaln) if time or adaln else None
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout, has_cross=bool(cross)) for _ in range(layers)
+        )
+        self.cross = ConditionSequence(cross, width) if cross else None
+        self.tokens = ConditionSequence(tokens, width) if tokens else None
+        self.reads_packed_rows = not tokens
         # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
         self.out_modulation = nn.Parameter(torch.zeros(2, 1, width))
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         self._check_conditions(context)
         x = self.embedding(ids)
-        # Mask, rotation and shared modulation are the same in every block: computed once.
-        seen = context.kernel_mask(x, self.head_width)
         positions = context.positions(ids.shape[1], ids.device)
+        num_tokens = 0
+        if self.tokens is not None:
+            tokens = self.tokens(context.conditions, len(ids), x.dtype).squeeze(1)
+            num_tokens = tokens.shape[1]
+            x = torch.cat([tokens, x], 1)
+            # Condition tokens are clean, so their time is 0.
+            t = torch.cat([t.new_zeros(len(t), num_tokens), t], 1)
+            before = torch.arange(-num_tokens, 0, device=positions.device)
+            positions = torch.cat([before, positions])
+        # Mask, rotation, shared modulation and the vectors of cross-attention are the same in every
+        # block: computed once.
+        seen = context.kernel_mask(x, self.head_width, num_tokens)
         rotation = Rotation(x, self.head_width, positions)
         shared = None
         if self.modulation is not None:
             shared = self.modulation(t, context.conditions, x.dtype)
+        vectors = None
+        if self.cross is not None:
+            vectors = self.cross(context.conditions, len(ids), x.dtype)
         for layer, block in enumerate(self.blocks):
             extend = None
             if context.cache is not None:
-                extend = partial(context.cache.update, layer)
-            x = block(x, shared, rotation, seen, extend)
+                extend = partial(_extend_after, num_tokens, partial(context.cache.update, layer))
+            x = block(x, shared, rotation, seen, extend, vectors)
         # Vectors 0 to 5 are for the blocks, 6 and 7 for the final norm.
         shift, scale = add_shared(self.out_modulation, None if shared is None else shared[6:])
-        return modulate(x, shift, scale)
+        return modulate(x, shift, scale)[:, num_tokens:]
 
     def _check_conditions(self, context: Context) -> None:
         known = sorted(self.condition_dropout)
@@ -199,6 +243,19 @@ class DiT(Backbone):
                 "DiT: context.conditions must be among the conditions of this backbone, "
                 f"{known or 'none'}; got {unknown}. "
                 "Add these names to [denoiser] conditions, or remove them from the batch."
+            )
+        if self.tokens is None:
+            return
+        per_position = [
+            name for name, value in context.conditions.items() if _is_per_position(value)
+        ]
+        if context.document is not None or per_position:
+            raise ArgumentError(
+                'DiT: with a condition of via = "tokens", a row must hold one document, and every '
+                "condition one value per row; got rows of several documents (packed), or values "
+                f"per position of {per_position or 'no condition'}. Set [denoiser] "
+                f'conditions.{next(iter(self.tokens))}.via = "cross": each position then attends '
+                "to the condition of its own document."
             )
 
 
@@ -217,6 +274,7 @@ class Block(nn.Module):
         dropout: dropout probability after attention and after the MLP.
         head_width: channels of an attention head; width / heads by default.
         qk_norm: normalize queries and keys by their root mean square before the rotation.
+        has_cross: attend to conditions after the attention and before the MLP.
     """
 
     def __init__(
@@ -226,6 +284,7 @@ class Block(nn.Module):
         dropout: float,
         head_width: int | None = None,
         qk_norm: bool = False,
+        has_cross: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -245,6 +304,7 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in (self.up, self.down):
             nn.init.zeros_(linear.bias)
+        self.cross = CrossAttention(width, heads, self.head_width) if has_cross else None
 
     def forward(
         self,
@@ -253,13 +313,14 @@ class Block(nn.Module):
         rotation: Rotation,
         seen: AttentionMask,
         extend: ExtendCache | None,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         vectors = self.modulate_by(shared)
         q, k, v = self.project(x, vectors, rotation)
         if extend is not None:
             # Keys are cached after the rotation: their positions do not change any more.
             k, v = extend(k, v)
-        return self.combine(x, attend(q, k, v, seen), vectors)
+        return self.combine(x, attend(q, k, v, seen), vectors, conditions)
 
     def modulate_by(self, shared: ModulationVectors | None) -> ModulationVectors:
         """Return the six modulation vectors of this block, with the shared ones added."""
@@ -279,13 +340,65 @@ class Block(nn.Module):
         q, k = rotation(qk).transpose(1, 3).unbind(2)
         return q, k, v.squeeze(2).transpose(1, 2)
 
-    def combine(self, x: Tensor, attended: Tensor, vectors: ModulationVectors) -> Tensor:
-        """Add the result of attention [B,heads,L,head width] to x, then the MLP."""
+    def combine(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        vectors: ModulationVectors,
+        conditions: Tensor | None = None,
+    ) -> Tensor:
+        """Add the result of attention [B,heads,L,head width] to x, then the MLP.
+
+        In a block with `has_cross`, the positions attend to the vectors `conditions` between both.
+        """
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = vectors
         out = self.attended(attended.transpose(1, 2).flatten(2))
         x = torch.addcmul(x, gate, self.dropout(out))
+        if self.cross is not None:
+            assert conditions is not None
+            x = x + self.dropout(self.cross(x, conditions))
         hidden = F.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate="tanh")
         return torch.addcmul(x, mlp_gate, self.dropout(self.down(hidden)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of every position to the vectors of its conditions (arXiv 2310.00426).
+
+    x [B,L,width] attends to vectors [B,1 or L,Z,width] and to one learned null key. The null key
+    has the value 0, so a position that attends to it takes nothing from the conditions. Without
+    the null key, a single vector would have the attention weight 1 at every position: its effect
+    would be the same at all positions, and attention could not switch it off.
+
+    The output matrix is zero at initialization. The vectors have no order and no rotary positions.
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * head_width
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key_value = nn.Linear(width, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, width, bias=False)
+        # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
+        self.null_key = nn.Parameter(torch.zeros(1, heads, head_width))
+        for linear in (self.query, self.key_value):
+            # Variance 1 / inputs keeps the scale of normalized activations.
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
+        head_shape = (self.heads, -1)
+        query = self.query(F.layer_norm(x, x.shape[-1:])).unflatten(-1, head_shape)
+        key, value = self.key_value(vectors).chunk(2, -1)
+        key = key.unflatten(-1, head_shape)
+        null_key = self.null_key.to(key.dtype).expand(*key.shape[:2], -1, -1, -1)
+        key = torch.cat([null_key, key], 2)
+        # Dimension l of keys and values is 1 if all positions share the vectors; it broadcasts.
+        logits = torch.einsum("blhw,blzhw->blhz", query, key) * query.shape[-1] ** -0.5
+        # The value of the null key is 0, so only its weight is computed.
+        weights = logits.softmax(-1)[..., 1:].to(value.dtype)
+        out = torch.einsum("blhz,blzhw->blhw", weights, value.unflatten(-1, head_shape))
+        return self.out(out.flatten(2))
 
 
 class Modulation(nn.Module):
@@ -337,22 +450,22 @@ class Modulation(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding [B,L or 1,128] of one condition.
+    """Embedding [B,L or 1,width] of one condition.
 
     A label selects a row of a table, and a vector is mapped linearly. A learned vector is the
     embedding of an absent condition.
     """
 
-    def __init__(self, name: str, condition: Condition) -> None:
+    def __init__(self, name: str, condition: Condition, width: int = TIME_WIDTH) -> None:
         super().__init__()
         self.name = name
         self.table = None
         self.matrix = None
         if condition.classes is not None:
-            self.table = nn.Embedding(condition.classes, TIME_WIDTH)
+            self.table = nn.Embedding(condition.classes, width)
         if condition.width is not None:
-            self.matrix = nn.Linear(condition.width, TIME_WIDTH)
-        self.absent = nn.Parameter(torch.zeros(TIME_WIDTH))
+            self.matrix = nn.Linear(condition.width, width)
+        self.absent = nn.Parameter(torch.zeros(width))
 
     def forward(self, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if value is None:
@@ -362,7 +475,7 @@ class ConditionEmbedding(nn.Module):
         else:
             is_present, embedded = self._embed_vector(value, dtype)
         embedded = torch.where(is_present.unsqueeze(-1), embedded, self.absent).to(dtype)
-        # A condition of a whole sample is [B,128]; the new dimension broadcasts over positions.
+        # A condition of a whole sample is [B,width]; the new dimension broadcasts over positions.
         return embedded if embedded.dim() == 3 else embedded.unsqueeze(1)
 
     def _embed_label(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -382,6 +495,51 @@ class ConditionEmbedding(nn.Module):
         assert self.matrix is not None
         # NaN is replaced before the product, else it would reach the gradient of the matrix.
         return ~value.isnan().any(-1), self.matrix(value.nan_to_num(0.0).to(dtype))
+
+
+class ConditionVectors(ConditionEmbedding):
+    """Embedding [B,L or 1,count,width] of one condition, as a set of vectors.
+
+    A label is one vector. A learned vector replaces each vector that is absent. If there are
+    several vectors, each has a learned embedding of its number added.
+    """
+
+    def __init__(self, name: str, condition: Condition, width: int) -> None:
+        super().__init__(name, condition, width)
+        self.count = condition.count
+        self.number = None
+        if self.count > 1:
+            # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
+            self.number = nn.Parameter(torch.zeros(1, self.count, width))
+
+    def forward(self, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if value is None:
+            vectors = self.absent.expand(shape[0], 1, self.count, -1)
+        else:
+            if self.table is not None:
+                is_present, embedded = self._embed_label(value.unsqueeze(-1))
+            else:
+                each = value.unflatten(-1, (self.count, -1))
+                is_present, embedded = self._embed_vector(each, dtype)
+            vectors = torch.where(is_present.unsqueeze(-1), embedded, self.absent)
+            if vectors.dim() == 3:
+                # One set of vectors per sample; the new dimension broadcasts over positions.
+                vectors = vectors.unsqueeze(1)
+        if self.number is not None:
+            vectors = vectors + self.number
+        return vectors.to(dtype)
+
+
+class ConditionSequence(nn.ModuleDict):
+    """Embeddings of several conditions, concatenated: [B,L or 1,Z,width] with Z vectors."""
+
+    def __init__(self, conditions: Mapping[str, Condition], width: int) -> None:
+        super().__init__({name: ConditionVectors(name, c, width) for name, c in conditions.items()})
+
+    def forward(self, values: Mapping[str, Tensor], batch: int, dtype: torch.dtype) -> Tensor:
+        vectors = [one(values.get(name), torch.Size([batch]), dtype) for name, one in self.items()]
+        groups = max(part.shape[1] for part in vectors)
+        return torch.cat([part.expand(-1, groups, -1, -1) for part in vectors], 2)
 
 
 class Channels(nn.Linear):
@@ -445,3 +603,27 @@ def add_shared(own: Tensor, shared: ModulationVectors | None) -> ModulationVecto
     if shared is None:
         return own.unbind()
     return tuple(vector + common for vector, common in zip(own, shared))
+
+
+def _select_via(conditions: Mapping[str, Condition], via: Via) -> dict[str, Condition]:
+    return {name: condition for name, condition in conditions.items() if condition.via == via}
+
+
+def _is_per_position(value: Tensor) -> bool:
+    """Return whether a condition is [B,L] labels or [B,L,d] vectors, one per position."""
+    return value.dim() == (3 if value.is_floating_point() else 2)
+
+
+def _extend_after(
+    num_tokens: int, extend: ExtendCache, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Insert cached keys and values after the first `num_tokens` inputs, the condition tokens.
+
+    Condition tokens are not cached: they are few, and are run again in every pass.
+    """
+    if not num_tokens:
+        return extend(k, v)
+    extended_k, extended_v = extend(k[:, :, num_tokens:], v[:, :, num_tokens:])
+    k = torch.cat([k[:, :, :num_tokens], extended_k], 2)
+    v = torch.cat([v[:, :, :num_tokens], extended_v], 2)
+    return k, v

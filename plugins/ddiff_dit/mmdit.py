@@ -86,6 +86,7 @@ class MMDiT(JointBackbone):
     ) -> None:
         super().__init__()
         _check_streams(streams, head_width)
+        _check_conditions(conditions)
         self.widths = {name: stream.width for name, stream in streams.items()}
         self.head_width = head_width
         self.reads_time = time
@@ -252,6 +253,16 @@ def _mean_time(inputs: StreamInput) -> Tensor:
     if inputs.absent is None:
         return mean
     return mean.masked_fill(inputs.absent, torch.nan)
+
+
+def _check_conditions(conditions: Mapping[str, Condition]) -> None:
+    for name, condition in conditions.items():
+        if condition.via != "adaln":
+            raise ArgumentError(
+                f'MMDiT: the condition "{name}" must have via = "adaln"; got "{condition.via}". '
+                "Every stream attends to all others, so make the condition a field of the sample "
+                "to attend to it."
+            )
 
 
 def _check_streams(streams: Mapping[str, StreamSpec], head_width: int) -> None:

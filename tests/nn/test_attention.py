@@ -473,6 +473,35 @@ def test_flex_attention_has_no_mask_if_attention_is_unrestricted(flex: None) -> 
     assert UNPADDED.kernel_mask(torch.empty(0), WIDTH) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["none", *(name for name in ALL if name.startswith(("alone", "padded")))]
+)
+def test_prefix_inputs_attend_to_each_other_and_all_inputs_attend_to_them(
+    flex: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The mask of the other inputs does not change; dense and flex attention agree."""
+    context = ALL.get(name, UNPADDED)
+    old = context.attention_mask()
+    size = LENGTH if old is None else old.shape[-1]
+    x = torch.empty(BATCH, 2 + size, WIDTH)
+    flexible = context.kernel_mask(x, WIDTH, num_prefix=2)
+    assert isinstance(flexible, flex_attention.BlockMask)
+    monkeypatch.setattr(asked, "has_flex_kernel", attention.has_flex_kernel)
+    mask = context.kernel_mask(x, WIDTH, num_prefix=2)
+    assert isinstance(mask, Tensor)
+    assert mask[..., :2].all()
+    assert not mask[..., :2, 2:].any()
+    rest = torch.ones(1, 1, size, size, dtype=torch.bool) if old is None else old
+    assert torch.equal(mask[..., 2:, 2:], rest.expand_as(mask[..., 2:, 2:]))
+    made = flex_attention.create_mask(flexible.mask_mod, len(mask), 1, size + 2, size + 2, "cpu")
+    assert torch.equal(made, mask)
+
+
+def test_prefix_inputs_before_packed_documents_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="rows of one document"):
+        CONTEXTS["packed"].kernel_mask(torch.empty(BATCH, 2 + LENGTH, WIDTH), WIDTH, num_prefix=2)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("inputs", ["own", "previous"])
 @pytest.mark.parametrize("name", CONTEXTS)
