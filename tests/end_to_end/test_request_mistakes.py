@@ -318,6 +318,14 @@ BEGINNING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ('vectors of length 3 in "style"', "a vector of width 4", "{ width = 3 }"),
     ),
+    "tokens for packed rows": (
+        ('tokenizer={kind="bpe", size=300}', 'denoiser.conditions.kind.via="tokens"'),
+        ("a row must hold one document", 'conditions.NAME.via = "cross"'),
+    ),
+    "several vectors by modulation": (
+        ("denoiser.conditions={style={width = 4, count = 2}}",),
+        ("count above 1", 'via = "cross" or "tokens"'),
+    ),
     "a field in no line": (
         ('data.labels=["kid"]', "denoiser.conditions={kid={classes = 2}}"),
         ('"kid"', "no line of rows.jsonl", 'Did you mean "kind"?'),

@@ -122,7 +122,12 @@ def test_sample_command_accepts_condition_options(
 
 
 @pytest.mark.slow
-def test_vector_conditions_change_the_samples(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "form", ["width = 2", 'width = 1, count = 2, via = "cross"', 'width = 2, via = "tokens"']
+)
+def test_vector_conditions_change_the_samples(
+    place: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
     """The weights are random, so that the predictions depend on the vector."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("DDIFF_CACHE", str(place / "cache"))
@@ -134,13 +139,13 @@ def test_vector_conditions_change_the_samples(place: Path, monkeypatch: pytest.M
     recipe = RECIPE.replace("rows.jsonl", "vectors.jsonl").replace(
         'labels = ["kind"]', 'vectors = ["style"]'
     )
-    recipe = recipe.replace("kind = { classes = 2,", "style = { width = 2,").replace(
+    recipe = recipe.replace("kind = { classes = 2,", f"style = {{ {form},").replace(
         '"labelled"', '"vectors"'
     )
     (place / "vectors.toml").write_text(recipe)
-    run = api.run("vectors.toml", settings=["train.steps=2"])
+    run = api.run("vectors.toml", settings=["train.steps=2"], fresh=True)
     with torch.no_grad():
-        for parameter in run.denoiser.backbone.modulation.parameters():
+        for parameter in run.denoiser.backbone.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
         run.denoiser.head.table.normal_(generator=torch.Generator().manual_seed(2))
     text = ["abcdabcd"]
@@ -155,6 +160,30 @@ def test_vector_conditions_change_the_samples(place: Path, monkeypatch: pytest.M
             each[number]["ids"]
             == run.sample(2, conditions={"style": vector}, batch=2)[number]["ids"]
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("via", ["cross", "tokens"])
+def test_guided_samples_follow_a_condition_of_any_via(place: Path, via: str) -> None:
+    """Weight 0 gives the bits of unconditional samples; a label selects its symbols."""
+    with working_in(place):
+        settings = [f'name="{via}"', f'denoiser.conditions.kind.via="{via}"']
+        run = api.run("labelled.toml", settings=settings)
+    plain = run.sample(32, conditions={"kind": 1}, batch=32)
+    assert share(plain, "cd") > 0.9
+    assert share(run.sample(32, conditions={"kind": 0}, batch=32), "ab") > 0.9
+    none = run.sample(8, conditions={"kind": 1}, guidance=0.0, batch=8)
+    assert [sample["ids"] for sample in none] == [
+        sample["ids"] for sample in run.sample(8, batch=8)
+    ]
+    strong = run.sample(32, conditions={"kind": 1}, guidance=3.0, batch=32)
+    assert share(strong, "cd") >= share(plain, "cd")
+    # With tokens, the label matters mostly if all symbols are masked: 1/8 of the bound.
+    own, other = (
+        run.nelbo(["abbaabab"], draws=64, conditions={"kind": kind}).nelbo_nats_per_token
+        for kind in (0, 1)
+    )
+    assert own + 0.1 < other
 
 
 # ---------------------------------------------------------------------- prompts and gaps
