@@ -255,7 +255,7 @@ class DiT(Backbone):
                 "condition one value per row; got rows of several documents (packed), or values "
                 f"per position of {per_position or 'no condition'}. Set [denoiser] "
                 f'conditions.{next(iter(self.tokens))}.via = "cross": each position then attends '
-                "to the condition of its own document."
+                "to the condition of the document that contains it."
             )
 
 
