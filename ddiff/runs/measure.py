@@ -254,7 +254,9 @@ def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
-        if tensor.shape[-2:] != (length, length):
+        # A backbone may add inputs to the L tokens, for example conditions.
+        is_scores = tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] >= length
+        if not is_scores:
             # keep a reference, so that no later storage gets the same address
             saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
