@@ -6,6 +6,8 @@ states of order 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ddiff_dit.dit import Condition, CrossAttention, DiT, Via
@@ -364,6 +366,20 @@ def test_blocks_of_a_conditioned_dit_compile_to_one_graph(via: Via) -> None:
     for _ in range(2):
         torch.testing.assert_close(hidden(model, noisy, context), expected, **CLOSE)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("has_memory", [False, True])
+@pytest.mark.parametrize("via", VIAS)
+def test_pass_of_a_conditioned_dit_does_not_wait_for_the_device(
+    via: Via, has_memory: bool, no_sync_guard: Any
+) -> None:
+    model = make_denoiser(via).to("meta")
+    conditions = {name: value.to("meta") for name, value in make_context().conditions.items()}
+    ids, t, clean = (part.to("meta") for part in make_noisy(16)[:3])
+    noisy = Noisy(ids, t, clean, BLOCK.unsqueeze(0).to("meta"), ids if has_memory else None)
+    with no_sync_guard():
+        model.hidden_states(noisy, Context(conditions=conditions)).sum().backward()
+    assert model.backbone.blocks[0].qkv.weight.grad.is_meta
 
 
 # ---------------------------------------------------------------------- settings
