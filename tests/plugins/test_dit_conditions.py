@@ -16,7 +16,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from ddiff.core.clock import CdfClock
+from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
+from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.data.condition_forms import Label, Vector
 from ddiff.distributed.blocks import recompute_activations
@@ -24,6 +27,11 @@ from ddiff.errors import ArgumentError
 from ddiff.nn.attention import KeyValueCache
 from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, Inputs
 from ddiff.nn.heads import TokenHead
+from ddiff.nn.network import as_network
+from ddiff.sampling.ancestral import AncestralSampler
+from ddiff.sampling.blockwise import BlockwiseSampler
+from ddiff.sampling.loop import generate
+from ddiff.sampling.shaping import guide_network
 from ddiff.training.optimizers import split_parameters
 
 VOCABULARY = FlatVocabulary(7)
@@ -141,7 +149,7 @@ def test_one_absent_vector_of_several_is_replaced_alone(via: Via) -> None:
 
 
 @pytest.mark.parametrize("via", ["cross", "tokens"])
-def test_vectors_of_a_condition_are_told_apart_by_their_number(via: Via) -> None:
+def test_vectors_of_a_condition_are_distinguished_by_their_number(via: Via) -> None:
     model, noisy, context = make_denoiser(via), make_noisy(1), make_context()
     swapped = context.conditions["style"].roll(3, -1)
     assert not torch.allclose(
@@ -225,6 +233,28 @@ def test_cached_passes_of_a_conditioned_dit_equal_full_passes(
             expected = hidden(model, noisy, context)[:, own]
             torch.testing.assert_close(got, expected, **CLOSE)
         clean = clean | own
+
+
+@pytest.mark.parametrize("via", VIAS)
+def test_guided_blockwise_samples_with_and_without_cache_are_equal(via: Via) -> None:
+    """Guidance by the condition uses a second network, which has a separate cache."""
+    model = make_denoiser(via)
+    torch.nn.init.normal_(model.head.table, generator=torch.Generator().manual_seed(17))
+    process = TreeProcess(VOCABULARY, CdfClock([LinearSchedule()]))
+    sampler = BlockwiseSampler(AncestralSampler(4), width=4)
+
+    def draw(context: Context, cached: bool) -> Tensor:
+        conditional = as_network(model, process, context, cached)
+        unconditional = as_network(model, process, UNPADDED, cached)
+        network = guide_network(conditional, unconditional, 2.0)
+        index = torch.arange(BATCH)
+        return generate(sampler, process, network, index=index, length=LENGTH, seed=3).ids
+
+    context = make_context()
+    samples = draw(context, cached=True)
+    assert torch.equal(samples, draw(context, cached=False))
+    other = with_condition(context, "style", context.conditions["style"] + 3.0)
+    assert not torch.equal(samples, draw(other, cached=True))
 
 
 @pytest.mark.parametrize("via", VIAS)
@@ -332,11 +362,13 @@ def test_muon_gets_matrices_and_no_tables_of_conditions(via: Via) -> None:
 
 def test_default_condition_adds_the_parameters_of_the_modulation_only() -> None:
     plain = DiT(VOCABULARY, WIDTH, layers=2, heads=2)
-    told = DiT(VOCABULARY, WIDTH, layers=2, heads=2, conditions={"author": Condition(classes=3)})
-    added = set(told.state_dict()) - set(plain.state_dict())
+    conditioned = DiT(
+        VOCABULARY, WIDTH, layers=2, heads=2, conditions={"author": Condition(classes=3)}
+    )
+    added = set(conditioned.state_dict()) - set(plain.state_dict())
     prefix = "modulation.conditions.author."
     assert added == {f"{prefix}table.weight", f"{prefix}absent"}
-    assert told.condition_forms == {"author": Label(3)}
+    assert conditioned.condition_forms == {"author": Label(3)}
 
 
 @pytest.mark.parametrize("via", VIAS)
