@@ -486,7 +486,7 @@ def test_prefix_inputs_attend_to_each_other_and_all_inputs_attend_to_them(
     x = torch.empty(BATCH, 2 + size, WIDTH)
     flexible = context.kernel_mask(x, WIDTH, num_prefix=2)
     assert isinstance(flexible, flex_attention.BlockMask)
-    monkeypatch.setattr(asked, "has_flex_kernel", attention.has_flex_kernel)
+    monkeypatch.setattr(denoiser_module, "has_flex_kernel", attention.has_flex_kernel)
     mask = context.kernel_mask(x, WIDTH, num_prefix=2)
     assert isinstance(mask, Tensor)
     assert mask[..., :2].all()
