@@ -1,6 +1,6 @@
 """Train one network on images of digits and their number words, and sample in all directions.
 
-    python examples/captioned_digits.py --steps 1000
+    python examples/captioned_digits.py --steps 1200
 
 A sample has two fields: an image of 8 x 8 pixels with 17 levels, and a caption of one word. Both
 fields are noised by masking. The script prints the bounds of the held-out digits along several
@@ -11,6 +11,7 @@ package pillow.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from pathlib import Path
 
@@ -171,11 +172,13 @@ def save_images(images: Tensor, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps")
     parser.add_argument("--samples", type=int, default=200, help="samples per direction")
     parser.add_argument("--draws", type=int, default=4, help="draws of the evaluation")
     parser.add_argument("--images", type=Path, help="PNG file for drawn images")
     chosen = parser.parse_args()
+    if chosen.images and importlib.util.find_spec("PIL") is None:
+        parser.error("--images needs the package pillow: pip install pillow")
     torch.manual_seed(0)
     training, held_out = (Digits(part) for part in ddiff.load_digits())
     objective = build_objective()

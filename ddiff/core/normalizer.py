@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import final
+from typing import Any, final
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddiff.core.numerics import Constant
@@ -101,8 +102,8 @@ class MeanStdNormalizer(Normalizer):
         self._std = Constant(std.double())
 
     @classmethod
-    def fit(cls, chunks: Iterable[Tensor]) -> MeanStdNormalizer:
-        """Fit mean and deviation of the vectors in chunks [n,D]."""
+    def fit(cls, chunks: Iterable[Tensor | NDArray[Any]]) -> MeanStdNormalizer:
+        """Fit mean and deviation of the vectors in chunks [n,D], tensors or arrays."""
         mean, covariance = _moments(chunks)
         return cls(mean, covariance.diagonal().sqrt())
 
@@ -149,8 +150,11 @@ class PcaNormalizer(Normalizer):
         self._scales = Constant(scales.double())
 
     @classmethod
-    def fit(cls, chunks: Iterable[Tensor], width: int) -> PcaNormalizer:
-        """Fit the first `width` principal components of the vectors in chunks [n,D]."""
+    def fit(cls, chunks: Iterable[Tensor | NDArray[Any]], width: int) -> PcaNormalizer:
+        """Fit the first `width` principal components of the vectors in chunks [n,D].
+
+        The chunks are tensors or arrays.
+        """
         mean, covariance = _moments(chunks)
         if not 1 <= width <= len(mean):
             raise ArgumentError(
@@ -202,12 +206,12 @@ def normalizer_from_tensors(width: int, tensors: Mapping[str, Tensor]) -> Normal
     return IdentityNormalizer(width)
 
 
-def _moments(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def _moments(chunks: Iterable[Tensor | NDArray[Any]]) -> tuple[Tensor, Tensor]:
     """Return mean [D] and covariance [D,D] of the vectors in chunks [n,D], read once."""
     count = 0
     mean = torch.zeros(0, dtype=torch.float64)
     scatter = torch.zeros(0, 0, dtype=torch.float64)
-    for chunk in chunks:
+    for chunk in map(torch.as_tensor, chunks):
         if not bool(chunk.isfinite().all()):
             raise ArgumentError(
                 "Normalizer.fit: the vectors must be finite; got NaN or infinity. Leave out the "

@@ -80,7 +80,15 @@ class FieldsBatch:
 def token_field(
     ids: Tensor, valid: Tensor | None = None, absent: Tensor | None = None
 ) -> FieldBatch:
-    """Make the batch of a field of tokens from ids [B,n]; every valid position is scored."""
+    """Make the batch of a field of tokens from ids [B,n]; every valid position is scored.
+
+    Raises DataError for another number of dimensions.
+    """
+    if ids.dim() != 2:
+        raise DataError(
+            "token_field: ids must be [B,n], with n tokens per sample; got a tensor of shape "
+            f"{tuple(ids.shape)}."
+        )
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
     return _make_field(ids, valid, absent)
 
@@ -88,7 +96,16 @@ def token_field(
 def vector_field(
     vectors: Tensor, valid: Tensor | None = None, absent: Tensor | None = None
 ) -> FieldBatch:
-    """Make the batch of a field of vectors [B,n,d]; every valid position is scored."""
+    """Make the batch of a field of vectors [B,n,d]; every valid position is scored.
+
+    Raises DataError for another number of dimensions.
+    """
+    if vectors.dim() != 3:
+        raise DataError(
+            "vector_field: vectors must be [B,n,d], with n vectors of d numbers per sample; got a "
+            f"tensor of shape {tuple(vectors.shape)}. For one vector per sample, pass "
+            "vectors.unsqueeze(1)."
+        )
     vectors = vectors.double()
     valid = torch.ones(vectors.shape[:2], dtype=torch.bool) if valid is None else valid
     return _make_field(vectors, valid, absent)

@@ -96,9 +96,10 @@ def open_checkpoints(directory: Path) -> Checkpoints:
     Raises CheckpointError if the directory is not a run or has no complete checkpoint.
     """
     if not (directory / RECIPE).is_file():
+        reason = f"{RECIPE} is missing" if directory.exists() else "there is no such folder"
         raise CheckpointError(
-            f"{directory} is not a run directory: {RECIPE} is missing. Give a directory that "
-            "`ddiff run` wrote, such as runs/<name>."
+            f"{directory} is not a run directory: {reason}. Give a directory that `ddiff run` "
+            "wrote, such as runs/<name>."
         )
     checkpoints = Checkpoints(str(directory / CHECKPOINTS))
     if not checkpoints.steps():

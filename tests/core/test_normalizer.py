@@ -60,6 +60,12 @@ def test_normalized_nll_plus_log_volume_is_the_nll_in_data_units(name: str) -> N
     torch.testing.assert_close(nll + normalizer.log_volume, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_normalizer_is_fitted_on_arrays_as_on_tensors() -> None:
+    x = correlated()
+    fitted = MeanStdNormalizer.fit([x.numpy()])
+    assert torch.equal(fitted.encode(x), MeanStdNormalizer.fit([x]).encode(x))
+
+
 def test_pca_of_fewer_components_keeps_the_largest_variances_and_has_no_density() -> None:
     x = correlated()
     pca = PcaNormalizer.fit([x], 2)

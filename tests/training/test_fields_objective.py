@@ -227,6 +227,13 @@ def test_windows_are_refused_where_another_field_moves_at_the_same_time() -> Non
         compute(objective, batch, batch)
 
 
+def test_fields_of_wrong_dimensions_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\[B,n,d\].*\(4, 3\).*unsqueeze"):
+        vector_field(torch.zeros(4, 3))
+    with pytest.raises(DataError, match=r"\[B,n\].*\(4,\)"):
+        token_field(torch.zeros(4, dtype=torch.long))
+
+
 def test_fields_batch_refuses_nan_in_absent_values() -> None:
     with pytest.raises(DataError, match='field "latent" must be finite'):
         FieldsBatch({"latent": vector_field(torch.full((1, 1, 2), torch.nan))}, torch.arange(1))
