@@ -45,8 +45,9 @@ def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
         _, old, new = changed[0]
         return (
             f"{directory} is a run of {old} steps (train.steps: was {old}, is {new}). To resume, "
-            f"set train.steps >= {old}. To use the trained run, call `ddiff eval {directory}`, "
-            f'`ddiff sample {directory}` or ddiff.load("{directory}"). To start over, use --fresh.'
+            f"set train.steps >= {old}. To use its newest checkpoint, call "
+            f"`ddiff eval {directory}`, `ddiff sample {directory}` or "
+            f'ddiff.load("{directory}"). To start over, use --fresh.'
         )
     lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
     tables = {key.split(".")[0] for key, _, _ in changed}
