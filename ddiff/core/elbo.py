@@ -61,8 +61,11 @@ class NelboTerms(NamedTuple):
     noisy: Noisy
 
     def __repr__(self) -> str:
-        terms = {"closing": self.closing, "diffusion": self.diffusion, "decoding": self.decoding}
-        return f"NelboTerms({_format_means(terms)})"
+        return f"NelboTerms({_format_means(self.by_name())})"
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the three terms [B,L] by their names."""
+        return {"closing": self.closing, "diffusion": self.diffusion, "decoding": self.decoding}
 
     @property
     def total(self) -> Tensor:
@@ -192,7 +195,7 @@ def diffusion_term(
     positions where speed * weight * divergence can be non-zero.
     """
     # States in which the integrand of the bound is 0 are not queried.
-    evaluated = (speed > 0) & ~noisy.clean & _is_active(process, noisy.zt)
+    evaluated = (speed > 0) & ~noisy.clean & is_active(process, noisy.zt)
     divergence = _evaluate_at(
         network,
         noisy,
@@ -232,7 +235,7 @@ def decoding_term(
     evaluated = (times.speed > 0) & ~noisy.clean
     if process.closes_at_clean:
         # If q_0 is the clean token, a state into which the chain never jumps is the clean token.
-        evaluated = evaluated & (times.t > 0) & _is_active(process, noisy.zt)
+        evaluated = evaluated & (times.t > 0) & is_active(process, noisy.zt)
     needs_network = process.end_needs_network(noisy.t)
     nll = _evaluate_at(
         network,
@@ -311,7 +314,7 @@ def choose_states(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.where(condition.reshape(*condition.shape, *ones), first, second)
 
 
-def _is_active(process: FieldProcess, zt: Tensor) -> Tensor:
+def is_active(process: FieldProcess, zt: Tensor) -> Tensor:
     """Return bool [B,n]: whether the state of a position may add to the bound."""
     return process.active(zt.flatten(0, 1)).reshape(zt.shape[:2])
 

@@ -49,13 +49,6 @@ class JointContext(NamedTuple):
     valid: Mapping[str, Tensor] = {}
     conditions: Mapping[str, Tensor] = {}
 
-    def select_samples(self, samples: Tensor) -> JointContext:
-        """Return the context of some samples, given by their indices [b]."""
-        return JointContext(
-            {name: value[samples] for name, value in self.valid.items()},
-            {name: value[samples] for name, value in self.conditions.items()},
-        )
-
 
 class JointMask(NamedTuple):
     """Attention between the inputs of all streams, in the order of the streams.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ddiff.core.elbo import Likelihood
+from ddiff.core.elbo import Likelihood, is_active
 from ddiff.core.field import Field, Fields
 from ddiff.core.fields import JointNetwork, JointNoisy, corrupt_fields, joint_nelbo, mark_absent
 from ddiff.core.paths import Path
@@ -124,8 +124,8 @@ class FieldsObjective:
         """Select the rows of a field that the bound scores, with their weights."""
         process = field.process
         noisy = state[name]
-        active = process.active(noisy.zt.flatten(0, 1)).reshape(noisy.t.shape)
-        selected = (speed > 0) & ~noisy.clean & active & batch.fields[name].scored
+        may_add = (speed > 0) & ~noisy.clean & is_active(process, noisy.zt)
+        selected = may_add & batch.fields[name].scored
         rows = selected.reshape(-1).nonzero().squeeze(-1)
         x0 = batch.fields[name].values.flatten(0, 1)[rows]
         zt = noisy.zt.flatten(0, 1)[rows]
@@ -195,15 +195,7 @@ class FieldsObjective:
             slots,
             batch.absent(),
         )
-        found = {}
-        for name, each in terms.items():
-            named = {
-                "closing": each.closing,
-                "diffusion": each.diffusion,
-                "decoding": each.decoding,
-            }
-            found[name] = Likelihood(named, {})
-        return found
+        return {name: Likelihood(each.by_name(), {}) for name, each in terms.items()}
 
     def sized_fields(self, batch: FieldsBatch) -> Fields:
         """Return the fields with the numbers of positions of a batch."""

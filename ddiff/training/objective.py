@@ -274,12 +274,7 @@ class DiffusionObjective:
         """
         network = self.network(batch)
         terms = nelbo(self.process, network, batch.ids, batch.scored, times, rng, slot, slots)
-        named = {
-            "closing": terms.closing,
-            "diffusion": terms.diffusion,
-            "decoding": terms.decoding,
-        }
-        return Likelihood(named, self._by_level(terms))
+        return Likelihood(terms.by_name(), self._by_level(terms))
 
     def _by_level(self, terms: NelboTerms) -> dict[str, Tensor]:
         vocabulary = self.process.vocabulary
