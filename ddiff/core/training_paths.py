@@ -1,7 +1,7 @@
 """Times of several fields in training: one evaluation of the network per sample.
 
-A path (`ddiff.core.paths`) has a bound. A mixture of paths and independent times are rules of
-training only.
+A path (`ddiff.core.paths`) has a bound. Mixtures and cycles of paths, and independent times, are
+rules of training only.
 """
 
 from __future__ import annotations
@@ -82,7 +82,47 @@ class IndependentTimes:
         return times
 
 
-TrainingPath = Path | MixedPaths | IndependentTimes
+@final
+class CyclePaths:
+    """One path for all samples of a step, which changes from step to step. For training only.
+
+    Every cycle trains the first path for the first steps, then the second path, and so on. The path
+    is a function of the training step, so ranks, micro-batches and resumed runs agree.
+
+        CyclePaths([(text_given_latent, 3), (latent_given_text, 1)])    # 3 steps, then 1 step
+
+    Args:
+        parts: pairs (path or rule of training, number of steps per cycle).
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path | MixedPaths | IndependentTimes, int]]) -> None:
+        is_whole = all(isinstance(steps, int) and steps > 0 for _, steps in parts)
+        if not parts or not is_whole:
+            raise ArgumentError(
+                "CyclePaths: parts must be pairs (path, steps) with whole numbers of steps above "
+                f"0; got {[steps for _, steps in parts]}."
+            )
+        self.parts = list(parts)
+        self.steps = sum(steps for _, steps in parts)
+        """Number of training steps of a cycle."""
+
+    def path_at(self, step: int) -> Path | MixedPaths | IndependentTimes:
+        """Return the path or rule of a training step, counted from 0."""
+        rest = step % self.steps
+        for path, steps in self.parts:
+            if rest < steps:
+                return path
+            rest -= steps
+        raise AssertionError("the steps of the parts add up to a cycle")
+
+    def draw_training(
+        self, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
+    ) -> JointTimes:
+        """Draw the joint times of the training step `rng.step`."""
+        return draw_training(self.path_at(rng.step), fields, rng, slot, slots)
+
+
+TrainingPath = Path | MixedPaths | IndependentTimes | CyclePaths
 
 
 def draw_training(
@@ -94,7 +134,7 @@ def draw_training(
     path has several draws, each sample gets one of them, and its speeds are multiplied by their
     number.
     """
-    if isinstance(path, MixedPaths | IndependentTimes):
+    if isinstance(path, MixedPaths | IndependentTimes | CyclePaths):
         return path.draw_training(fields, rng, slot, slots)
     drawn = path.draws(fields, rng, slot, slots)
     return _draw_leg(drawn, _place(rng, slot, "leg"), rng)
@@ -121,9 +161,10 @@ def require_path(path: TrainingPath, caller: str) -> Path:
             "terms at independent times is not a bound: it can be smaller than the true negative "
             "log-likelihood. Evaluate along a path: shared, first, or lagged."
         )
-    if isinstance(path, MixedPaths):
+    if isinstance(path, MixedPaths | CyclePaths):
+        kind = "mixture" if isinstance(path, MixedPaths) else "cycle"
         raise ArgumentError(
-            f"{caller}: a mixture of paths is for training only, since its parts give different "
+            f"{caller}: a {kind} of paths is for training only, since its parts give different "
             "fields. Evaluate along one path: shared, first, or lagged."
         )
     return path

@@ -24,6 +24,7 @@ from ddiff.core.progress_density import LeastVariance, UniformDensity
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, TimeRule, WindowTimes
 from ddiff.core.training_paths import (
+    CyclePaths,
     IndependentTimes,
     MixedPaths,
     draw_training,
@@ -282,6 +283,39 @@ def test_mixed_paths_refuse_weights_that_are_not_positive(parts) -> None:
         MixedPaths(parts)
 
 
+def test_cycle_trains_every_part_for_its_steps_in_turn() -> None:
+    fields = make_fields()
+    slot = torch.arange(SLOTS)
+    cycle = CyclePaths([(TEXT_GIVEN_LATENT, 2), (LATENT_GIVEN_TEXT, 1)])
+    given = []
+    for step in range(7):
+        times = draw_training(cycle, fields, rng_at(slot, step), slot, SLOTS)
+        assert len(set(times["latent"].clean[:, 0].tolist())) == 1
+        given.append(bool(times["latent"].clean.all()))
+    assert given == [True, True, False, True, True, False, True]
+
+
+def test_cycle_draws_the_times_of_the_part_of_the_step() -> None:
+    fields = make_fields()
+    slot = torch.arange(SLOTS)
+    mixed = MixedPaths([(TEXT_GIVEN_LATENT, 1.0), (LATENT_GIVEN_TEXT, 1.0)])
+    cycle = CyclePaths([(TEXT_GIVEN_LATENT, 1), (mixed, 2), (IndependentTimes(list(fields)), 1)])
+    for step, part in enumerate([TEXT_GIVEN_LATENT, mixed, mixed, IndependentTimes(list(fields))]):
+        expected = draw_training(part, fields, rng_at(slot, step), slot, SLOTS)
+        few = slot[5:9]
+        found = draw_training(cycle, fields, rng_at(few, step), few, SLOTS)
+        for name in fields:
+            torch.testing.assert_close(found[name].t, expected[name].t[5:9], rtol=1e-12, atol=0.0)
+            assert torch.equal(found[name].clean, expected[name].clean[5:9])
+
+
+@pytest.mark.parametrize("steps", [None, 0, -1, 1.5])
+def test_cycle_refuses_numbers_of_steps_that_are_not_whole_and_positive(steps) -> None:
+    parts = [] if steps is None else [(TEXT_GIVEN_LATENT, steps)]
+    with pytest.raises(ArgumentError, match="whole numbers of steps above 0"):
+        CyclePaths(parts)
+
+
 def test_independent_times_of_two_fields_are_stratified_and_uncorrelated() -> None:
     fields = make_fields()
     slot = torch.arange(SLOTS)
@@ -305,6 +339,8 @@ def test_require_path_refuses_rules_of_training_with_the_reason() -> None:
         require_path(IndependentTimes(["text", "latent"]), "evaluate")
     with pytest.raises(ArgumentError, match="evaluate: a mixture of paths is for training only"):
         require_path(MixedPaths([(path, 1.0)]), "evaluate")
+    with pytest.raises(ArgumentError, match="evaluate: a cycle of paths is for training only"):
+        require_path(CyclePaths([(path, 1)]), "evaluate")
 
 
 # ---------------------------------------------------------------------- densities of draws
