@@ -33,7 +33,10 @@ KINDS: dict[str, str] = {
         "vectors of `width` numbers (None for tokens)"
     ),
     "backbone": "[denoiser]: build(config, *, vocabulary, length) -> Backbone",
-    "head": "[denoiser] head: build(config, *, vocabulary, width) -> Head",
+    "head": (
+        "[denoiser] head: build(config, *, vocabulary, width, dim) -> Head, or VectorHead for "
+        "vectors of `dim` numbers (None for tokens)"
+    ),
     "objective": (
         "[objective]: build(config, *, process, denoiser, and its own sub-components) -> Objective"
     ),
@@ -44,6 +47,11 @@ KINDS: dict[str, str] = {
     "sampler": "[sample] sampler: build(config, *, steps, vocabulary) -> Sampler",
     "tracker": "[tracker]: build(config, *, run_dir, recipe) -> Tracker",
     "encoder": "[encoder]: build(config, *, documents, tokenizer, rows, device, cache) -> Encoder",
+    "fields_dataset": "[data]: build(config, *, seed, cache) -> FieldsDocuments",
+    "joint_backbone": "[denoiser]: build(config, *, streams) -> JointBackbone",
+    "path_rule": "[objective] times: build(config, *, names) -> TrainingPath",
+    "normalizer": "[fields.NAME] normalizer: build(config, *, chunks, width) -> Normalizer",
+    "judge": "[judge]: build(config, *, documents) -> Judge",
 }
 """Kind -> table in a recipe, arguments of `build`, and return type of `build`."""
 
