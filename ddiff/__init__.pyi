@@ -213,12 +213,14 @@ from .core.normalizer import IdentityNormalizer as IdentityNormalizer
 from .core.normalizer import MeanStdNormalizer as MeanStdNormalizer
 from .core.normalizer import Normalizer as Normalizer
 from .core.normalizer import PcaNormalizer as PcaNormalizer
+from .core.paths import Hold as Hold
 from .core.paths import Leg as Leg
 from .core.paths import LegPath as LegPath
 from .core.paths import first_path as first_path
 from .core.paths import given_path as given_path
 from .core.paths import lagged_path as lagged_path
 from .core.paths import shared_path as shared_path
+from .core.training_paths import CyclePaths as CyclePaths
 from .core.training_paths import IndependentTimes as IndependentTimes
 from .core.training_paths import MixedPaths as MixedPaths
 from .data.captioned_images import CaptionedImages as CaptionedImages
@@ -246,6 +248,7 @@ from .nn.joint_denoiser import JointContext as JointContext
 from .nn.joint_denoiser import JointDenoiser as JointDenoiser
 from .nn.joint_denoiser import JointMask as JointMask
 from .nn.joint_denoiser import StreamInput as StreamInput
+from .nn.joint_denoiser import StreamShape as StreamShape
 from .nn.joint_network import JointDenoiserNetwork as JointDenoiserNetwork
 from .nn.vector_head import VectorHead as VectorHead
 from .training.fields_objective import FieldsObjective as FieldsObjective

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ddiff.core.fields import JointNoisy
 from ddiff.core.times import Noisy
+from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.nn.attention import (
     AttentionMask,
@@ -36,6 +37,23 @@ class StreamInput(NamedTuple):
     t: Tensor
     position: Tensor
     absent: Tensor | None = None
+
+
+class StreamShape(NamedTuple):
+    """Shape of a field, from which a backbone builds the stream of the field.
+
+    Attributes:
+        vocabulary: vocabulary of a field of tokens; None for vectors.
+        dim: numbers per vector of a field of vectors; None for tokens.
+        positions: number of positions.
+        grid: rows and columns of an image whose positions are numbered row by row; None for a
+            sequence.
+    """
+
+    vocabulary: Vocabulary | None
+    dim: int | None
+    positions: int
+    grid: tuple[int, int] | None = None
 
 
 class JointContext(NamedTuple):

@@ -12,6 +12,9 @@ from ddiff.errors import ArgumentError, DataError, PluginError
 from ddiff.plugin.config import ComponentConfig
 from ddiff.plugin.registry import Component, Members
 
+VECTOR_INPUTS = {"process": "width", "head": "dim"}
+"""Input of `build` with the numbers per vector of a field, by kind. It is None for tokens."""
+
 
 @dataclass(frozen=True)
 class ComponentSpec:
@@ -41,6 +44,7 @@ class ComponentSpec:
         If `build` raises an ArgumentError or DataError, the component's table is added to the
         beginning of the message.
         """
+        self._check_states(inputs)
         return self._call("build", self.component.load().build, inputs)
 
     def preview(self, **inputs: Any) -> Any:
@@ -57,6 +61,26 @@ class ComponentSpec:
     def takes_input(self, name: str) -> bool:
         """Return whether `build` has a parameter for the input `name`."""
         return name in inspect.signature(self.component.load().build).parameters
+
+    def _check_states(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ArgumentError if a component for tokens gets a field of vectors.
+
+        A component whose `build` does not name the input of vectors is for tokens.
+        """
+        kind = self.component.kind
+        numbers = inputs.get(VECTOR_INPUTS.get(kind, ""))
+        if numbers is None or inputs.get("vocabulary") is not None:
+            return
+        parameters = inspect.signature(self.component.load().build).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if takes_all or self.takes_input(VECTOR_INPUTS[kind]):
+            return
+        with self.prefix_errors():
+            raise ArgumentError(
+                f'The {kind} "{self.component.name}" is for tokens; got a field of vectors of '
+                f"{numbers} numbers. Use a {kind} of vectors: the plugin core has the head "
+                '"vector", the plugin gaussian the process "gaussian".'
+            )
 
     @contextmanager
     def prefix_errors(self) -> Iterator[None]:

@@ -36,9 +36,16 @@ COMPONENTS = {
         "levelwise": "ddiff_core.heads:Levelwise",
         "tied": "ddiff_core.heads:Tied",
         "tokens": "ddiff_core.heads:Tokens",
+        "vector": "ddiff_core.heads:Vector",
     },
     "objective": {"nelbo": "ddiff_core.objectives:Nelbo"},
-    "training_loss": {"clip": "ddiff_core.objectives:Clip", "elbo": "ddiff_core.objectives:Elbo"},
+    "training_loss": {
+        "clip": "ddiff_core.objectives:Clip",
+        "elbo": "ddiff_core.objectives:Elbo",
+        "min_snr": "ddiff_core.vector_losses:MinSignalToNoise",
+        "output_mse": "ddiff_core.vector_losses:OutputError",
+        "sigmoid": "ddiff_core.vector_losses:Sigmoid",
+    },
     "time_rule": {
         "block": "ddiff_core.objectives:Block",
         "flat": "ddiff_core.objectives:Flat",
@@ -73,6 +80,19 @@ COMPONENTS = {
         "self_correction": "ddiff_core.samplers:SelfCorrection",
         "tau_leaping": "ddiff_core.samplers:TauLeaping",
         "trapezoidal": "ddiff_core.samplers:Trapezoidal",
+    },
+    "path_rule": {
+        "cycle": "ddiff_core.paths:Cycle",
+        "first": "ddiff_core.paths:First",
+        "independent": "ddiff_core.paths:Independent",
+        "lagged": "ddiff_core.paths:Lagged",
+        "mixture": "ddiff_core.paths:Mixture",
+        "shared": "ddiff_core.paths:Shared",
+    },
+    "normalizer": {
+        "none": "ddiff_core.normalizers:Unchanged",
+        "pca": "ddiff_core.normalizers:Pca",
+        "standard": "ddiff_core.normalizers:Standard",
     },
     "tracker": {
         "none": "ddiff_core.trackers:Disabled",

@@ -1,8 +1,20 @@
-"""Heads as recipe components. A head maps hidden states to a distribution of the clean token."""
+"""Heads as recipe components.
+
+A head maps hidden states to a distribution of the clean token, or to the mean of the clean vector.
+"""
 
 from __future__ import annotations
 
-from ddiff import ComponentConfig, TokenHead, TreeHead, Vocabulary
+from typing import Literal
+
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    TokenHead,
+    TreeHead,
+    VectorHead,
+    Vocabulary,
+)
 
 
 class Tokens:
@@ -48,3 +60,25 @@ class Levelwise:
     @staticmethod
     def build(config: Config, *, vocabulary: Vocabulary, width: int) -> TreeHead:
         return TreeHead(vocabulary, width, "levelwise")
+
+
+class Vector:
+    """Linear head of a field of vectors; its output is converted to the mean of the clean vector.
+
+    z = a x + sigma eps is the noisy vector, with signal factor a and standard normal eps.
+    """
+
+    class Config(ComponentConfig):
+        output: Literal["eps", "x0", "v", "u"] = "v"
+        """Output of the network: the noise "eps", the clean vector "x0", "v" = a eps - sigma x, or
+        the flow velocity "u" = a' x + sigma' eps."""
+
+    @staticmethod
+    def build(
+        config: Config, *, vocabulary: Vocabulary | None, width: int, dim: int | None = None
+    ) -> VectorHead:
+        if dim is None:
+            raise ArgumentError(
+                'The head "vector" is for fields of vectors; got tokens. Use head = "tokens".'
+            )
+        return VectorHead(dim, width, config.output)

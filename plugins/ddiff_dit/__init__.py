@@ -1,4 +1,4 @@
-"""Diffusion transformer (arXiv 2212.09748) as a backbone."""
+"""Diffusion transformers as backbones, of one field (arXiv 2212.09748) or several (2403.03206)."""
 
 from __future__ import annotations
 
@@ -13,3 +13,4 @@ if TYPE_CHECKING:
 @hookimpl
 def ddiff_register(registry: Registry) -> None:
     registry.add("backbone", "dit", "ddiff_dit.dit:DiT")
+    registry.add("joint_backbone", "mmdit", "ddiff_dit.mmdit:MMDiT")

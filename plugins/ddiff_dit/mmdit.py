@@ -13,26 +13,35 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ddiff import (
     ArgumentError,
     AttentionMask,
+    ComponentConfig,
     JointBackbone,
     JointContext,
     JointMask,
+    PositiveInt,
+    Probability,
     StateEmbedding,
     StreamInput,
+    StreamShape,
     Vocabulary,
     attend,
 )
 from ddiff_dit.dit import (
+    HEAD_WIDTH,
+    SIZES,
     TIME_FEATURES,
     Block,
     Condition,
+    Layers,
     Modulation,
     ModulationVectors,
     Rotation,
+    Size,
     add_shared,
     modulate,
 )
@@ -55,6 +64,13 @@ class StreamSpec(NamedTuple):
     grid: tuple[int, int] | None = None
 
 
+class StreamKeys(ComponentConfig):
+    """Settings of the stream of one field."""
+
+    width: PositiveInt
+    """Channels of the hidden states of this field."""
+
+
 class MMDiT(JointBackbone):
     """Multimodal diffusion transformer: noisy states of all fields -> hidden states by field.
 
@@ -72,6 +88,62 @@ class MMDiT(JointBackbone):
         dropout: dropout probability after attention and after the MLP.
         conditions: conditions of a sample by name: labels or vectors.
     """
+
+    class Config(ComponentConfig):
+        """Settings of the backbone; explicit `width`, `layers` and `heads` override `size`."""
+
+        size: Size = "tiny"
+        """Width x layers: tiny 512 x 8, small 768 x 12, base 1024 x 24, 1B 2048 x 24."""
+        width: PositiveInt | None = None
+        """Channels of the hidden states of every field."""
+        layers: Layers | None = None
+        """Number of blocks."""
+        heads: PositiveInt | None = None
+        """Number of attention heads, the same for all fields; width / 64 by default."""
+        head_width: PositiveInt | None = None
+        """Channels of an attention head; width / heads by default."""
+        qk_norm: bool = False
+        """Normalize queries and keys, which keeps the training of large networks stable."""
+        time: bool = True
+        """Condition every field on its time and on the times of the other fields."""
+        dropout: Probability = 0.0
+        """Dropout probability after attention and after the MLP."""
+        streams: dict[str, StreamKeys] = Field(default_factory=dict)
+        """Settings of single fields by name: {width = 128}."""
+
+    @classmethod
+    def build(cls, config: Config, *, streams: Mapping[str, StreamShape]) -> MMDiT:
+        """Build the backbone that the settings of a recipe describe.
+
+        Rotary positions work for any number of positions, so `positions` of a field is not used.
+        """
+        for name in config.streams:
+            if name not in streams:
+                raise ArgumentError(
+                    f'streams must have names of fields; got "{name}". '
+                    f"Fields: {', '.join(streams)}."
+                )
+        width, layers = SIZES[config.size]
+        width = config.width or width
+        heads = config.heads or max(1, width // HEAD_WIDTH)
+        specs = {}
+        for name, shape in streams.items():
+            own_width = config.streams[name].width if name in config.streams else width
+            specs[name] = StreamSpec(own_width, shape.vocabulary, shape.dim, shape.grid)
+        if config.head_width is None and width % heads:
+            raise ArgumentError(
+                f"width must be a multiple of heads; got width {width} and heads {heads}. Take "
+                f"heads = width / {HEAD_WIDTH}, or set head_width."
+            )
+        return cls(
+            specs,
+            layers=config.layers or layers,
+            heads=heads,
+            head_width=config.head_width or width // heads,
+            time=config.time,
+            qk_norm=config.qk_norm,
+            dropout=config.dropout,
+        )
 
     def __init__(
         self,

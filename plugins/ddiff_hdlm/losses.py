@@ -26,9 +26,11 @@ def _require_tree(process: ForwardProcess, name: str, levels: int | None = None)
     if is_tree and levels in (None, process.vocabulary.num_levels):
         return
     shape = f" of {levels} levels above the tokens" if levels else ""
+    # A process of vectors has no vocabulary.
+    states = f" on {process.vocabulary}" if isinstance(process, ForwardProcess) else ""
     raise ArgumentError(
-        f'[objective] loss = "{name}" needs a tree process{shape}; got {type(process).__name__} '
-        f'on {process.vocabulary}. Use loss = "elbo" or "clip".'
+        f'[objective] loss = "{name}" needs a tree process{shape}; got {type(process).__name__}'
+        f'{states}. Use loss = "elbo" or "clip".'
     )
 
 
