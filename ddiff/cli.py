@@ -186,6 +186,9 @@ SamplerKind = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
 ]
+NoIds = Annotated[
+    bool, typer.Option("--no-ids", help="Leave the token ids out of the printed JSON objects.")
+]
 
 DRY_RUN = (
     "Check the recipe, print the resolved recipe and a verdict, and stop. The check covers the "
@@ -444,6 +447,7 @@ def sample(
     guidance: GuidanceWeight = None,
     sampler: SamplerKind = None,
     settings: SamplerSettings = None,
+    no_ids: NoIds = False,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
 
@@ -467,6 +471,7 @@ def sample(
             guidance=guidance,
             sampler=sampler,
             settings=settings or (),
+            prints_ids=not no_ids,
             **chosen,
         )
         return
@@ -484,6 +489,7 @@ def sample(
         guidance=guidance,
         sampler=sampler,
         settings=settings or (),
+        prints_ids=not no_ids,
     )
 
 

@@ -90,13 +90,15 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
     return code
 
 
-def sample_run(run_dir: str | Path, count: int | None = None, **arguments: Any) -> None:
+def sample_run(
+    run_dir: str | Path, count: int | None = None, *, prints_ids: bool = True, **arguments: Any
+) -> None:
     """Run `ddiff sample`: print one JSON line per sample.
 
-    `count` and `arguments` are arguments of `Run.sample`.
+    `count` and `arguments` are arguments of `Run.sample`. Without `prints_ids`, the lines have no
+    token ids.
     """
-    for sample in load(run_dir).sample(count, **arguments):
-        print(json.dumps(sample, ensure_ascii=not _writes_unicode()))
+    _print_json_lines(load(run_dir).sample(count, **arguments), prints_ids)
 
 
 def edit_run(
@@ -105,18 +107,26 @@ def edit_run(
     *,
     toward: str | Path | None = None,
     conditions: Mapping[str, Any] | None = None,
+    prints_ids: bool = True,
     **arguments: Any,
 ) -> None:
     """Run `ddiff sample --edit`: print one JSON line per edited text.
 
     `toward` names a file with the target vectors. `conditions` and `arguments` are arguments of
-    `Run.edit`.
+    `Run.edit`. Without `prints_ids`, the lines have no token ids.
     """
     trained = load(run_dir)
     if toward is not None:
         conditions = add_target(trained.recipe, trained.denoiser, conditions, toward)
-    for edited in trained.edit(texts, conditions=conditions, **arguments):
-        print(json.dumps(edited, ensure_ascii=not _writes_unicode()))
+    _print_json_lines(trained.edit(texts, conditions=conditions, **arguments), prints_ids)
+
+
+def _print_json_lines(samples: Iterable[Mapping[str, Any]], prints_ids: bool) -> None:
+    """Print each sample as one JSON line, without the key `ids` if `prints_ids` is False."""
+    is_ascii = not _writes_unicode()
+    for sample in samples:
+        shown = {key: value for key, value in sample.items() if prints_ids or key != "ids"}
+        print(json.dumps(shown, ensure_ascii=is_ascii))
 
 
 def _writes_unicode() -> bool:

@@ -285,7 +285,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
 
 NOTHING = dict.fromkeys(
     ("count", "steps", "seed", "batch", "prompt", "infill", "conditions", "guidance", "sampler")
-) | {"settings": ()}
+) | {"settings": (), "prints_ids": True}
 
 
 def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from commands import Command, is_refusal
-from labelled import RECIPE, rows
-from small import working_in
 
 import ddiff as api
 from ddiff.errors import ArgumentError
@@ -20,38 +17,6 @@ from ddiff.runs.prompts import encode_source, make_frame
 from ddiff.runs.run import Run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder with three trained runs: `labelled` on labels, `styled` on vectors, and `small`."""
-    folder = tmp_path_factory.mktemp("editing")
-    with working_in(folder):
-        Path("rows.jsonl").write_text(rows(400))
-        Path("labelled.toml").write_text(RECIPE)
-        api.run("labelled.toml")
-        lines = [
-            json.loads(line) | {"style": [0.5, float(number % 3)]}
-            for number, line in enumerate(rows(60).splitlines())
-        ]
-        Path("styled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        styled = RECIPE.replace("rows.jsonl", "styled.jsonl").replace('"labelled"', '"styled"')
-        styled = styled.replace('labels = ["kind"]', 'vectors = ["style"]')
-        styled = styled.replace("kind = { classes = 2,", "style = { width = 2,")
-        Path("styled.toml").write_text(styled)
-        api.run("styled.toml", settings=["train.steps=2"])
-        api.run("small.toml", settings=["train.steps=4", "data.length=24"])
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def labelled(place: Path) -> Run:
-    return api.load(place / "runs/labelled")
-
-
-@pytest.fixture(scope="module")
-def small(place: Path) -> Run:
-    return api.load(place / "runs/small")
 
 
 def lines_of(out: str) -> list[dict[str, Any]]:
@@ -145,7 +110,8 @@ def test_sample_command_prints_edits_as_json_lines(
     assert list(expected[0]) == [
         *("index", "source", "text", "ids", "edited", "ratio", "mode", "nfe")
     ]
-    code, out, _ = ddiff("sample", run_dir, "--edit", "abba")
+    code, out, _ = ddiff("sample", run_dir, "--edit", "abba", "--no-ids")
+    assert "ids" not in lines_of(out)[0]
     assert [(line["ratio"], line["mode"]) for line in lines_of(out)] == [(0.3, "random")]
 
 

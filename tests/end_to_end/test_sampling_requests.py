@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,6 @@ from small import working_in
 
 import ddiff as api
 from ddiff.runs.run import Run
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder with two trained runs: `labelled` on labelled rows, `small` on text."""
-    folder = tmp_path_factory.mktemp("asking")
-    with working_in(folder):
-        Path("rows.jsonl").write_text(rows(400))
-        Path("labelled.toml").write_text(RECIPE)
-        api.run("labelled.toml")
-        api.run("small.toml", settings=["train.steps=4", "data.length=24"])
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def labelled(place: Path) -> Run:
-    return api.load(place / "runs/labelled")
-
-
-@pytest.fixture(scope="module")
-def small(place: Path) -> Run:
-    return api.load(place / "runs/small")
 
 
 def share(samples: list[dict[str, Any]], symbols: str) -> float:
@@ -227,6 +204,16 @@ def test_infill_sample_does_not_depend_on_other_samples_of_its_batch(small: Run)
     texts = ["the [MASK:3] sat", "[MASK:9]", "a[MASK:1] red hat sat on the [MASK:2]"]
     together = small.sample(infill=texts, steps=3, batch=3)
     assert together == small.sample(infill=texts, steps=3, batch=1)
+
+
+@pytest.mark.slow
+def test_no_ids_option_leaves_only_the_ids_out(place: Path, small: Run, ddiff: Command) -> None:
+    run_dir = str(place / "runs/small")
+    code, out, _ = ddiff("sample", run_dir, "--prompt", "the", "--steps", "3", "--no-ids")
+    assert code == 0
+    samples = small.sample(prompt="the", steps=3)
+    expected = [{key: value for key, value in sample.items() if key != "ids"} for sample in samples]
+    assert [json.loads(line) for line in out.splitlines()] == expected
 
 
 @pytest.mark.slow
