@@ -16,12 +16,11 @@ from ddiff.data.paths import printable
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import Denoiser
-from ddiff.progress import show_progress
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import Model
-from ddiff.runs.conditioning import SampleConditions, SamplingPlan
+from ddiff.runs.conditioning import SamplingPlan
 from ddiff.runs.prompts import Template, as_list, encode_source, make_frame
-from ddiff.runs.sampling import build_sampler, check_numbers, report_steps
+from ddiff.runs.sampling import build_sampler, check_numbers, draw_batches, make_plan
 from ddiff.sampling.editing import EditMode, check_edit, edit
 from ddiff.sampling.loop import OnStep, Sampler
 
@@ -68,17 +67,17 @@ def edit_texts(
     templates = [encode_source(text, tokenizer, recipe.length) for text in sources]
     steps = keys.steps if request.steps is None else request.steps
     check_numbers(len(templates), batch, seed, steps)
-    plan = _check_request(recipe, model, request, len(templates))
-    model.objective.module.eval()  # no dropout
+    sampler = build_sampler(recipe, model, request.sampler, request.settings, request.steps)
+    predicts: Predicts = model.denoiser.parameterization.predicts
+    check_edit(sampler, model.process, predicts, request.ratio, request.mode)
+    total = len(templates)
+    plan = make_plan(recipe, model, sampler, request.conditions, request.guidance, total)
     editor = _BatchEditor(plan, tokenizer, recipe.length, request, seed)
-    batches = range(0, len(templates), batch)
-    edited: list[dict[str, Any]] = []
-    with show_progress(len(batches) * (plan.sampler.steps or 1), "editing") as bar:
-        report = report_steps(bar, on_step)
-        for first in batches:
-            numbers = slice(first, min(first + batch, len(templates)))
-            edited += editor.edit(numbers, templates[numbers], report)
-    return edited
+
+    def draw(numbers: slice, report: OnStep) -> list[dict[str, Any]]:
+        return editor.edit(numbers, templates[numbers], report)
+
+    return draw_batches(plan, draw, total, batch, "editing", on_step)
 
 
 def add_target(
@@ -121,18 +120,6 @@ def add_target(
         )
     base = recipe.sample.conditions if conditions is None else conditions
     return {**base, names[0]: vectors.astype(np.float32)}
-
-
-def _check_request(recipe: Recipe, model: Model, request: EditRequest, total: int) -> SamplingPlan:
-    """Return the plan of the edits. Raises ArgumentError before any text is edited."""
-    keys = recipe.sample
-    values = keys.conditions if request.conditions is None else request.conditions
-    guidance = keys.guidance if request.guidance is None else request.guidance
-    sampler = build_sampler(recipe, model, request.sampler, request.settings, request.steps)
-    predicts: Predicts = model.denoiser.parameterization.predicts
-    check_edit(sampler, model.process, predicts, request.ratio, request.mode)
-    conditions = SampleConditions.parse(model.denoiser, values, total)
-    return SamplingPlan.check(model, sampler, conditions, guidance, recipe.length)
 
 
 class _BatchEditor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,32 +80,61 @@ def draw_samples(
     check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
     per_sample = [template for template in templates for _ in range(count)]
     total = len(per_sample) or count  # without templates, every position is sampled
-    plan = _check_request(recipe, model, request, total)
-    _check_suffixes(templates, plan)
-    model.objective.module.eval()  # no dropout
-    writer = _BatchSampler(plan, tokenizer, recipe.length, seed)
-    samples: list[dict[str, Any]] = []
-    batches = range(0, total, batch)
-    steps = (
-        plan.sampler.steps
-    )  # None: the number of steps is random, and the progress bar has no end
-    with show_progress(None if steps is None else len(batches) * steps, "sampling") as bar:
-        report = report_steps(bar, on_step)
-        for first in batches:
-            numbers = slice(first, min(first + batch, total))
-            samples += writer.draw(numbers, per_sample[numbers], report)
-    return samples
-
-
-def _check_request(
-    recipe: Recipe, model: Model, request: SampleRequest, total: int
-) -> SamplingPlan:
-    keys = recipe.sample
-    values = keys.conditions if request.conditions is None else request.conditions
-    guidance = keys.guidance if request.guidance is None else request.guidance
-    conditions = SampleConditions.parse(model.denoiser, values, total)
     sampler = build_sampler(recipe, model, request.sampler, request.settings, request.steps)
-    return SamplingPlan.check(model, sampler, conditions, guidance, recipe.length)
+    plan = make_plan(recipe, model, sampler, request.conditions, request.guidance, total)
+    _check_suffixes(templates, plan)
+    writer = _BatchSampler(plan, tokenizer, recipe.length, seed)
+
+    def draw(numbers: slice, report: OnStep) -> list[dict[str, Any]]:
+        return writer.draw(numbers, per_sample[numbers], report)
+
+    return draw_batches(plan, draw, total, batch, "sampling", on_step)
+
+
+def make_plan(
+    recipe: Recipe,
+    model: Model,
+    sampler: Sampler,
+    conditions: Mapping[str, Any] | None,
+    guidance: float | None,
+    total: int,
+) -> SamplingPlan:
+    """Return the plan of `total` samples, with conditions and guidance of the recipe by default."""
+    keys = recipe.sample
+    values = keys.conditions if conditions is None else conditions
+    weight = keys.guidance if guidance is None else guidance
+    parsed = SampleConditions.parse(model.denoiser, values, total)
+    return SamplingPlan.check(model, sampler, parsed, weight, recipe.length)
+
+
+def draw_batches(
+    plan: SamplingPlan,
+    draw: Callable[[slice, OnStep], list[dict[str, Any]]],
+    total: int,
+    batch: int,
+    title: str,
+    on_step: OnStep | None,
+) -> list[dict[str, Any]]:
+    """Draw `total` samples in batches, with a progress bar.
+
+    Args:
+        plan: plan of the samples.
+        draw: draw(numbers, on_step) returns the samples with indices `numbers`.
+        total: number of samples.
+        batch: largest number of samples in a batch.
+        title: text of the progress bar.
+        on_step: called after each sampling step.
+    """
+    plan.model.objective.module.eval()  # no dropout
+    batches = range(0, total, batch)
+    # None: the number of steps is random, and the progress bar has no end
+    steps = plan.sampler.steps
+    samples: list[dict[str, Any]] = []
+    with show_progress(None if steps is None else len(batches) * steps, title) as bar:
+        report = _report_steps(bar, on_step)
+        for first in batches:
+            samples += draw(slice(first, min(first + batch, total)), report)
+    return samples
 
 
 def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
@@ -126,7 +155,7 @@ def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
         )
 
 
-def report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
+def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:
     """Return a callback that advances a progress bar by one step and then calls `on_step`."""
 
     def report(step: int, canvas: Canvas) -> None:
