@@ -47,11 +47,12 @@ class MixedPaths:
     ) -> JointTimes:
         """Draw the joint times of a training step."""
         place = _place(rng, slot, "mode")
-        choice, inside = _choose_part(place, [weight for _, weight in self.parts])
+        weights = [weight for _, weight in self.parts]
+        choice, inside = _choose_part(place, weights)
         drawn = []
         for path, _ in self.parts:
             drawn.append(_draw_leg(path.draws(fields, rng, slot, slots), inside, rng))
-        return _merge(choice, drawn, rng)
+        return _merge(choice, drawn, rng, weights, "pairing of parts")
 
 
 @final
@@ -145,12 +146,13 @@ def _draw_leg(drawn: Sequence[JointTimes], place: Tensor, rng: CounterRng) -> Jo
     count = len(drawn)
     if count == 1:
         return drawn[0]
-    choice, _ = _choose_part(place, [1.0 / count] * count)
+    weights = [1.0 / count] * count
+    choice, _ = _choose_part(place, weights)
     scaled = []
     for times in drawn:
         faster = {name: field._replace(speed=field.speed * count) for name, field in times.items()}
         scaled.append(faster)
-    return _merge(choice, scaled, rng)
+    return _merge(choice, scaled, rng, weights, "pairing of legs")
 
 
 def require_path(path: TrainingPath, caller: str) -> Path:
@@ -199,17 +201,25 @@ def _choose_part(place: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tenso
     return number, inside.clamp(0.0, 1.0 - 2.0**-53)
 
 
-def _merge(choice: Tensor, drawn: Sequence[JointTimes], rng: CounterRng) -> JointTimes:
+def _merge(
+    choice: Tensor,
+    drawn: Sequence[JointTimes],
+    rng: CounterRng,
+    weights: Sequence[float],
+    channel: str,
+) -> JointTimes:
     """Return the times of draw number choice[b] for every sample b.
 
     A pass with a clean copy of a field (paired) serves all samples of a batch or none. If the draws
-    differ in this, one number of the global batch chooses the same draw for all samples.
+    differ in this, one number of the global batch chooses the same draw for all samples, with the
+    probabilities `weights`. Legs and parts have different channels of the generator, so that their
+    choices are independent.
     """
     pairings = {tuple(field.paired for field in times.values()) for times in drawn}
     if len(pairings) > 1:
         common = CounterRng(rng.seed, rng.step, torch.zeros(1, dtype=torch.long), 1, rng.purpose)
-        number = int(common.uniform("pairing") * len(drawn))
-        return drawn[number]
+        chosen, _ = _choose_part(common.uniform(channel)[0], weights)
+        return drawn[int(chosen)]
     merged: dict[str, Times] = {}
     for name in drawn[0]:
         result = drawn[0][name]

@@ -277,6 +277,27 @@ def test_paths_with_and_without_a_clean_copy_are_not_mixed_in_a_batch() -> None:
     assert kinds == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("path", "share"),
+    [
+        (MixedPaths([(TEXT_GIVEN_LATENT, 0.9), (LATENT_GIVEN_TEXT, 0.1)]), 0.1),
+        # One of the two legs of the first part moves the latent.
+        (MixedPaths([(first_path(["latent", "text"]), 0.5), (TEXT_GIVEN_LATENT, 0.5)]), 0.25),
+        (first_path(["latent", "text"]), 0.5),
+    ],
+)
+def test_paired_and_unpaired_parts_are_trained_as_often_as_their_weights_say(path, share) -> None:
+    fields = make_fields(WindowTimes(2, paired=True))
+    slot = torch.arange(4)
+    steps = 600
+    moves = 0
+    for step in range(steps):
+        times = draw_training(path, fields, rng_at(slot, step), slot, 4)
+        moves += int((times["latent"].speed > 0).any())
+    # 4 standard deviations of the share.
+    assert moves / steps == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / steps))
+
+
 @pytest.mark.parametrize("parts", [[], [(TEXT_GIVEN_LATENT, 0.0)], [(TEXT_GIVEN_LATENT, -1.0)]])
 def test_mixed_paths_refuse_weights_that_are_not_positive(parts) -> None:
     with pytest.raises(ArgumentError, match="weights above 0"):
