@@ -96,6 +96,7 @@ from .data.tokenizer import AlphabetTokenizer as AlphabetTokenizer
 from .data.tokenizer import BytePairTokenizer as BytePairTokenizer
 from .data.tokenizer import PretrainedTokenizer as PretrainedTokenizer
 from .data.tokenizer import Tokenizer as Tokenizer
+from .data.tokenizer import WordTokenizer as WordTokenizer
 from .data.tokenizer import load_tokenizer as load_tokenizer
 from .distributed.data_parallel import DistributedBackend as DistributedBackend
 from .distributed.data_parallel import ShardedBackend as ShardedBackend

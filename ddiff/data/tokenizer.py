@@ -312,6 +312,78 @@ class AlphabetTokenizer:
 
 
 @final
+class WordTokenizer:
+    """Tokenizer with one id per word, for texts of few different words, such as captions.
+
+    A word is a sequence of characters without white space. Decoding joins words by one space. The
+    only special token is `<|eos|>` with id 0.
+    """
+
+    unit: Unit = "token"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """Build the tokenizer from a list of distinct words, in the order of their ids from 1."""
+        self._words = list(words)
+        invalid = [word for word in self._words if word == EOS or word.split() != [word]]
+        if not self._words or invalid or len(set(self._words)) != len(self._words):
+            raise ArgumentError(
+                "WordTokenizer: words must be one or more distinct words without white space, and "
+                f"not {EOS}; got {len(self._words)} words, such as {(invalid or self._words)[:3]}."
+            )
+        self.num_tokens = 1 + len(self._words)
+        self.eos_id: int | None = 0
+        self.special_ids: tuple[int, ...] = (0,)
+        self.fingerprint = fingerprint(["words", self._words])[:16]
+        self._ids = {word: number for number, word in enumerate(self._words, start=1)}
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> WordTokenizer:
+        """Build a tokenizer of all words that occur in the texts, in alphabetical order."""
+        found: set[str] = set()
+        for text in texts:
+            found.update(text.split())
+        return cls(sorted(found))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of the words of each text. Raises UnknownWord for other words."""
+        return [self._encode(text, row) for row, text in enumerate(texts)]
+
+    def _encode(self, text: str, row: int) -> list[int]:
+        ids = []
+        for word in text.split():
+            if word not in self._ids:
+                known = " ".join(self._words[:40])
+                raise UnknownWord(
+                    word,
+                    row,
+                    f"Row {row}",
+                    f"the word is not one of the {len(self._words)} words of the training texts "
+                    f"({known})",
+                    'Use one of these words, or a tokenizer for every text, such as "bpe".',
+                )
+            ids.append(self._ids[word])
+        return ids
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        tokens = self.tokens()
+        checked = _check_ids(ids, self.num_tokens)
+        return [" ".join(tokens[number] for number in row) for row in checked]
+
+    def tokens(self) -> list[str]:
+        return [EOS, *self._words]
+
+    def __repr__(self) -> str:
+        return _representation(self)
+
+    def save(self, path: str) -> None:
+        write_json(path, {"kind": "words", "words": self._words})
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any], name: str) -> WordTokenizer:
+        return cls(saved["words"])
+
+
+@final
 class PretrainedTokenizer:
     """Tokenizer of the `transformers` library.
 
@@ -448,6 +520,7 @@ _KINDS: dict[str, Any] = {
     "bytepair": BytePairTokenizer,
     "alphabet": AlphabetTokenizer,
     "pretrained": PretrainedTokenizer,
+    "words": WordTokenizer,
 }
 
 

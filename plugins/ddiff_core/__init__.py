@@ -21,11 +21,16 @@ COMPONENTS = {
         "symbols": "ddiff_core.data:Symbols",
         "text": "ddiff_core.data:Text",
     },
+    "fields_dataset": {
+        "digits": "ddiff_core.fields_data:Digits",
+        "shapes": "ddiff_core.fields_data:Shapes",
+    },
     "tokenizer": {
         "alphabet": "ddiff_core.tokenizers:Alphabet",
         "bpe": "ddiff_core.tokenizers:BytePair",
         "pretrained": "ddiff_core.tokenizers:Pretrained",
         "saved": "ddiff_core.tokenizers:Saved",
+        "words": "ddiff_core.tokenizers:Words",
     },
     "vocabulary": {
         "clusters": "ddiff_core.vocabularies:Clusters",

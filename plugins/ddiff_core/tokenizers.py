@@ -11,7 +11,14 @@ from pydantic import Field
 from ddiff import ComponentConfig, DataError
 
 if TYPE_CHECKING:
-    from ddiff import AlphabetTokenizer, Cache, Documents, PretrainedTokenizer, Tokenizer
+    from ddiff import (
+        AlphabetTokenizer,
+        Cache,
+        Documents,
+        PretrainedTokenizer,
+        Tokenizer,
+        WordTokenizer,
+    )
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +92,23 @@ class Alphabet:
     def preview(config: Config) -> int | None:
         """Return the number of tokens if the recipe lists the symbols, else None."""
         return None if config.symbols == "auto" else len(config.symbols)
+
+
+class Words:
+    """Tokenizer with one token per word of the training texts, for captions of few words.
+
+    White space separates words. Words that do not occur in training are refused. `<|eos|>` is the
+    only special token.
+    """
+
+    class Config(ComponentConfig):
+        """Empty: this tokenizer has no keys."""
+
+    @staticmethod
+    def build(config: Config, *, documents: Documents, cache: Cache | None) -> WordTokenizer:
+        from ddiff import WordTokenizer
+
+        return WordTokenizer.from_texts(documents.train["text"])
 
 
 class Pretrained:

@@ -16,6 +16,8 @@ from ddiff.data.tokenizer import (
     PretrainedTokenizer,
     Tokenizer,
     UnknownSymbol,
+    UnknownWord,
+    WordTokenizer,
     load_tokenizer,
 )
 from ddiff.errors import ArgumentError, DataError
@@ -143,6 +145,33 @@ def test_alphabet_tokenizer_raises_an_error_that_names_the_unknown_symbol_and_ro
 def test_alphabet_tokenizer_refuses_empty_repeated_or_long_symbols(symbols: Any) -> None:
     with pytest.raises(ArgumentError, match="symbols"):
         AlphabetTokenizer(symbols)
+
+
+def test_word_tokenizer_numbers_words_alphabetically_after_the_end_mark(tmp_path: Path) -> None:
+    tokenizer = WordTokenizer.from_texts(["red  square\n", "blue square"])
+    assert tokenizer.tokens() == [EOS, "blue", "red", "square"]
+    assert (tokenizer.eos_id, tokenizer.special_ids, tokenizer.unit) == (0, (0,), "token")
+    assert tokenizer.encode(["square red", ""]) == [[3, 2], []]
+    assert tokenizer.decode([[3, 2, 0], []]) == [f"square red {EOS}", ""]
+    tokenizer.save(str(tmp_path / "t.json"))
+    restored = load_tokenizer(str(tmp_path / "t.json"))
+    assert restored.fingerprint == tokenizer.fingerprint
+    assert restored.tokens() == tokenizer.tokens()
+    with pytest.raises(ArgumentError, match="row 1"):
+        tokenizer.decode([[0], [4]])
+
+
+def test_word_tokenizer_raises_an_error_that_names_the_unknown_word_and_row() -> None:
+    with pytest.raises(UnknownWord, match=r"Row 1 holds 'cow'.*blue red"):
+        WordTokenizer(["blue", "red"]).encode(["red", f"red cow {EOS}"])
+    with pytest.raises(UnknownWord, match="eos"):
+        WordTokenizer(["blue", "red"]).encode([EOS])
+
+
+@pytest.mark.parametrize("words", [[], ["a", "a"], ["a b"], [""], [EOS]])
+def test_word_tokenizer_refuses_invalid_words(words: list[str]) -> None:
+    with pytest.raises(ArgumentError, match="words"):
+        WordTokenizer(words)
 
 
 def test_pretrained_tokenizer_counts_added_tokens(model_folder: Path) -> None:
