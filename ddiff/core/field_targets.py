@@ -34,7 +34,7 @@ class Target(NamedTuple):
 
     @property
     def is_joint(self) -> bool:
-        """Whether all fields are drawn."""
+        """True if all fields are drawn."""
         return not self.given and not self.others
 
     @property
