@@ -280,10 +280,9 @@ def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
         print(recipe.to_toml(), end="")
         print(f"# {verdict}")  # a TOML comment, so that the output is a valid recipe
         return
-    from ddiff.runs.cost_table import print_measurement
-    from ddiff.runs.measure import measure as measure_recipe
+    from ddiff.runs.kinds import find_kind
 
-    print_measurement(measure_recipe(recipe, measure))
+    find_kind(recipe).print_cost(recipe, measure)
     print(verdict)
 
 

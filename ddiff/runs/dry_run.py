@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from ddiff.errors import ArgumentError, explain_error
 from ddiff.recipe.model import Recipe
 from ddiff.runs.backends import check_backend
-from ddiff.runs.build import NO_OVERRIDES, assemble
-from ddiff.runs.conditioning import check_sampling
+from ddiff.runs.build import NO_OVERRIDES
 from ddiff.runs.directory import check_directory
-from ddiff.runs.memory import check_memory
+from ddiff.runs.kinds import find_kind
 
 
 def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
@@ -27,20 +24,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     check_directory(recipe, NO_OVERRIDES, fresh, warn=True)
     device = check_backend(recipe)
     _check_files(recipe)
-    recipe.data.preview(length=recipe.length)
-    vocabulary = recipe.vocabulary.preview(num_tokens=recipe.tokenizer.preview())
-    init = recipe.train.init
-    if init is not None and init.run is not None:
-        from ddiff.runs.initial_weights import check_source  # imports tokenizers
-
-        check_source(init.run)
-    model = None  # unknown before the tokens are counted
-    if vocabulary is not None:
-        model = assemble(recipe, vocabulary, torch.device("meta"))
-    verdict = check_memory(recipe, model.denoiser if model else None, device)
-    if model is not None:
-        check_sampling(recipe, model)
-    return verdict
+    return find_kind(recipe).rehearse(recipe, device)
 
 
 def _check_files(recipe: Recipe) -> None:

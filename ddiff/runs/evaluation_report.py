@@ -15,6 +15,7 @@ from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import EVALUATION, damage_error, read_json
 from ddiff.run_dir.identity import Difference
 from ddiff.run_dir.location import check_writable
+from ddiff.runs.kinds import find_kind
 from ddiff.runs.loading import load
 from ddiff.runs.provenance import changed_data_error, find_changed_data
 from ddiff.runs.record import write_run_file
@@ -108,7 +109,7 @@ def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def evaluate_run(
     run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None
-) -> Evaluation:
+) -> Any:
     """Run `ddiff eval`: evaluate a trained run again and write the results.
 
     `settings` are `key=value` texts that override keys of [evaluate]. The results replace the
@@ -119,6 +120,11 @@ def evaluate_run(
     if out is not None:
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
     run = load(run_dir, settings=settings)
+    return find_kind(run.recipe).evaluate(run, target)
+
+
+def reevaluate(run: Run, target: Destination | None) -> Evaluation:
+    """Evaluate a loaded text run again, write the results and print them (see `evaluate_run`)."""
     if target is None:
         check_writable(run.run_dir)  # before an evaluation that may take hours
     changed = _find_changes(run)

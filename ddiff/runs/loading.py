@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ddiff.core.process import ForwardProcess
-from ddiff.core.vocabulary import Vocabulary
-from ddiff.data.tokenizer import load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.resolve import read_recipe
-from ddiff.run_dir.files import RECIPE, TOKENIZER, VOCABULARY, RunRecord
+from ddiff.run_dir.files import RECIPE, RunRecord
 from ddiff.run_dir.identity import check_recorded, recorded_overrides
-from ddiff.runs.backends import build_single_backend
-from ddiff.runs.build import Overrides
-from ddiff.runs.data import RunText
-from ddiff.runs.provenance import check_checkpoint
+from ddiff.runs.kinds import find_kind
 from ddiff.runs.record import open_checkpoints
-from ddiff.runs.run import Run
 
 
 def load(
     run_dir: str | Path, *, process: ForwardProcess | None = None, settings: Iterable[str] = ()
-) -> Run:
+) -> Any:
     """Load a trained run with the weights of its newest checkpoint.
 
     Args:
@@ -49,15 +44,7 @@ def load(
             f"({given['process']}), so the recipe does not define the process. Load the run with "
             "ddiff.load(run_dir, process=...)."
         )
-    tokenizer = load_tokenizer(str(directory / TOKENIZER))
-    vocabulary = Vocabulary.load(str(directory / VOCABULARY))
-    text = RunText(recipe, tokenizer)
-    text.check_vocabulary(vocabulary)
-    device = build_single_backend(recipe).device
-    run = Run.assemble(text, vocabulary, device, Overrides(process=process))
-    check_checkpoint(newest, run.data, run.model, run.overrides)
-    run.load_weights(newest)
-    return run
+    return find_kind(recipe).load_run(recipe, directory, newest, process)
 
 
 def _check_settings(settings: Iterable[str]) -> None:

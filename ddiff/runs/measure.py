@@ -161,7 +161,7 @@ def _single_process(recipe: Recipe, directory: str) -> Recipe:
 
 
 def _measure_session(
-    recipe: Recipe, session: TrainingSession, count: int, stand_in: str
+    recipe: Recipe, session: TrainingSession[Run], count: int, stand_in: str
 ) -> Measurement:
     run = session.run
     initial = _initial_loss(session)
@@ -283,7 +283,7 @@ def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
 # ---------------------------------------------------------------------- text
 
 
-def _open_session(recipe: Recipe) -> tuple[TrainingSession, str]:
+def _open_session(recipe: Recipe) -> tuple[TrainingSession[Run], str]:
     """Open a training session on the text of the recipe, or on random tokens.
 
     Returns the session, and the reason why random tokens replace the text. The reason is an empty
@@ -302,7 +302,7 @@ def _open_session(recipe: Recipe) -> tuple[TrainingSession, str]:
     return _open_stand_in(without_init, vocabulary), reason
 
 
-def _open_stand_in(recipe: Recipe, vocabulary: Vocabulary) -> TrainingSession:
+def _open_stand_in(recipe: Recipe, vocabulary: Vocabulary) -> TrainingSession[Run]:
     backend = build_backend(recipe)
     model = assemble(recipe, vocabulary, backend.device)
     data = RunData(RandomText(recipe, vocabulary.num_tokens))
@@ -413,7 +413,7 @@ def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
     return Pace(tokens / seconds, seconds / len(timed), *peak_flops(device))
 
 
-def _backbone_flops(session: TrainingSession) -> float:
+def _backbone_flops(session: TrainingSession[Run]) -> float:
     """Return the FLOPs of the backbone per token in one forward pass of the objective."""
     run = session.run
     data = run.data
@@ -438,7 +438,7 @@ class ZeroBackbone(Backbone):
         return torch.zeros(*ids.shape, 1, device=ids.device)
 
 
-def _initial_loss(session: TrainingSession) -> InitialLoss | None:
+def _initial_loss(session: TrainingSession[Run]) -> InitialLoss | None:
     """Estimate the expected loss before the first training step.
 
     Initially the output matrix of a head is zero. The predicted distribution then depends only on
@@ -485,10 +485,10 @@ def _biases_only(run: Run) -> Objective:
     return model.objective
 
 
-def _first_step_loss(session: TrainingSession, objective: Objective) -> float:
+def _first_step_loss(session: TrainingSession[Run], objective: Objective) -> float:
     """Return the loss of `objective` on the rows, noise times and noise of step 1."""
     keys = session.recipe.train
-    batches = [session.data.batch_at(0, micro) for micro in range(keys.accumulate)]
+    batches = [session.run.data.batch_at(0, micro) for micro in range(keys.accumulate)]
     tokens = sum(int(batch.scored.sum()) for batch in batches)
     losses = [
         _loss(objective, batch, session.rng_at(0, batch), keys.batch, tokens) for batch in batches

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ddiff.distributed.blocks import find_blocks
 from ddiff.errors import ArgumentError
@@ -53,16 +54,44 @@ def check_memory(recipe: Recipe, denoiser: Denoiser | None, device: torch.device
         denoiser: network of the run, possibly on the meta device; None if its size is unknown.
         device: device of the run.
     """
-    room = total_memory(device)
-    sizes = _describe_sizes(recipe, denoiser)
+    train = recipe.train
+    sizes = f"{train.steps:,} steps of {train.batch:,} x {recipe.length:,} tokens"
+    advice = (
+        "Reduce [denoiser], [train] batch, [data] length, [sample] steps or [sample] batch, or "
+        "increase [train] accumulate."
+    )
     need = estimate_need(recipe, denoiser)
+    return check_need(recipe.name, denoiser, sizes, need, device, advice)
+
+
+def check_need(
+    name: str,
+    denoiser: nn.Module | None,
+    sizes: str,
+    need: MemoryNeed,
+    device: torch.device,
+    advice: str,
+) -> str:
+    """Check that a lower bound of the memory of a run fits into the memory of the device.
+
+    Returns one line, such as `fits: 2.1 M parameters, ...`. Raises ArgumentError if the run does
+    not fit.
+
+    Args:
+        name: name of the run.
+        denoiser: network of the run, possibly on the meta device; None if its size is unknown.
+        sizes: sizes of the training, such as "30 steps of 4 x 8 tokens".
+        need: lower bound of the memory.
+        device: device of the run.
+        advice: last sentence of the message.
+    """
+    room = total_memory(device)
+    parameters = count_parameters(denoiser)
+    if parameters:
+        sizes = f"{_format_count(parameters)} parameters, {sizes}"
     amount = f"{_format_bytes(need.total)} of memory at least, of {_format_bytes(room)}"
     if need.total > room:
-        raise ArgumentError(
-            f"{recipe.name} does not fit into memory: {sizes} need {amount}. Reduce [denoiser], "
-            "[train] batch, [data] length, [sample] steps or [sample] batch, or increase [train] "
-            "accumulate."
-        )
+        raise ArgumentError(f"{name} does not fit into memory: {sizes} need {amount}. {advice}")
     verdict = "fits"
     if denoiser is None:
         verdict = "fits as far as is known before the tokens are counted"
@@ -78,7 +107,7 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
     train = recipe.train
     sample = recipe.sample
     processes = recipe.backend_keys.processes
-    weight_bytes = 4.0 * _count_parameters(denoiser)
+    weight_bytes = 4.0 * count_parameters(denoiser)
     width = 0
     layers = 0
     if denoiser is not None:
@@ -109,20 +138,11 @@ def total_memory(device: torch.device) -> float:
     return machine
 
 
-def _count_parameters(denoiser: Denoiser | None) -> int:
+def count_parameters(denoiser: nn.Module | None) -> int:
     """Return the number of parameters, or 0 if the denoiser is not known."""
     if denoiser is None:
         return 0
     return sum(parameter.numel() for parameter in denoiser.parameters())
-
-
-def _describe_sizes(recipe: Recipe, denoiser: Denoiser | None) -> str:
-    train = recipe.train
-    sizes = f"{train.steps:,} steps of {train.batch:,} x {recipe.length:,} tokens"
-    parameters = _count_parameters(denoiser)
-    if parameters:
-        return f"{_format_count(parameters)} parameters, {sizes}"
-    return sizes
 
 
 def _format_count(count: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.runs.network import build_denoiser
+
+M = TypeVar("M", bound=nn.Module)
 
 _FILLS = {
     torch.Tensor.normal_,
@@ -29,22 +31,28 @@ _FILLS = {
 
 
 def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser | None:
-    """Build the denoiser on the meta device, without memory for the weights.
+    """Build the denoiser on the meta device; None if this is not possible."""
+    return build_on_meta(lambda: build_denoiser(recipe, vocabulary), recipe.denoiser.table)
+
+
+def build_on_meta(build: Callable[[], M], table: str) -> M | None:
+    """Build a module on the meta device, without memory for the weights.
 
     Returns None if the constructor of a component computes with its weights, which the meta device
     does not support. Raises ArgumentError if the number of bytes of a tensor overflows 64 bits.
+    `table` is the recipe table of the network, for the message.
     """
     try:
         with torch.device("meta"), _SkipFills():
-            denoiser = build_denoiser(recipe, vocabulary)
+            module = build()
     except (NotImplementedError, RuntimeError) as error:
         if "overflow" in str(error).lower():
             raise ArgumentError(
-                f"{recipe.denoiser.table}: the sizes must give tensors of fewer than 2^63 bytes; "
+                f"{table}: the sizes must give tensors of fewer than 2^63 bytes; "
                 f"got a larger tensor ({error}). Reduce the sizes of the network."
             ) from error
         return None
-    return denoiser.to("meta")  # a library may have placed a buffer on a device of its choice
+    return module.to("meta")  # a library may have placed a buffer on a device of its choice
 
 
 class _SkipFills(TorchFunctionMode):

@@ -19,18 +19,16 @@ from ddiff.run_dir.files import (
     CHECKPOINTS,
     ENVIRONMENT,
     RECIPE,
-    TOKENIZER,
-    VOCABULARY,
     RunRecord,
     read_json,
 )
 
 if TYPE_CHECKING:
-    from ddiff.runs.run import Run
+    from ddiff.runs.trainable import TrainableRun
     from ddiff.training.protocols import Backend
 
 
-def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None) -> None:
+def record_run(run: TrainableRun, backend: Backend, init: Mapping[str, Any] | None = None) -> None:
     """Write the recipe and components of a run, so that `ddiff.load` needs no training data.
 
     `backend`: backend whose device and number of processes are recorded. `init`: record of the
@@ -42,14 +40,13 @@ def record_run(run: Run, backend: Backend, init: Mapping[str, Any] | None = None
     directory.mkdir(parents=True, exist_ok=True)
     before = read_json(directory / ENVIRONMENT, allow_missing=True)
     write_run_file(directory / RECIPE, run.recipe.to_toml())
-    run.tokenizer.save(str(directory / TOKENIZER))
-    run.vocabulary.save(str(directory / VOCABULARY))
+    run.save_components(directory)
     environment = {
         "ddiff": __version__,
         "python": platform.python_version(),
         **describe_layout(backend),
         "components": run.recipe.origins(),
-        "given": run.overrides.to_dict(),
+        "given": run.given(),
         "parameters": sum(parameter.numel() for parameter in run.denoiser.parameters()),
         "init": init or before.get("init"),
     }

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from rich.console import Console
 
-from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints, load_weights
+from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
+from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.batch import Batch
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
-from ddiff.run_dir.files import CHECKPOINTS
+from ddiff.run_dir.files import TOKENIZER, VOCABULARY
 from ddiff.runs.build import NO_OVERRIDES, Model, ModelObjective, Overrides, assemble
+from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.data import RunData, RunText
 from ddiff.runs.editing import EditRequest, edit_texts
 from ddiff.runs.evaluation import (
@@ -27,15 +33,23 @@ from ddiff.runs.evaluation import (
     score_texts,
     score_validation,
 )
-from ddiff.runs.provenance import changed_data_error, find_changed_data
+from ddiff.runs.initial_weights import load_initial_weights
+from ddiff.runs.noising import sample_noising
+from ddiff.runs.provenance import (
+    changed_data_error,
+    check_checkpoint,
+    find_changed_data,
+    run_fingerprints,
+)
 from ddiff.runs.sampling import SampleRequest, draw_samples
+from ddiff.runs.trainable import TrainableRun
 from ddiff.sampling.editing import EditMode
 from ddiff.sampling.loop import OnStep, Sampler
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Run:
-    """Recipe with its model and its data.
+class Run(TrainableRun):
+    """Text recipe with its model and its data.
 
     `ddiff.run` and `ddiff.load` return a run with the weights of the newest checkpoint.
     """
@@ -68,10 +82,6 @@ class Run:
         return f"Run({str(self.run_dir)!r}: {', '.join(parts)})"
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.recipe.run_dir)
-
-    @property
     def tokenizer(self) -> Tokenizer:
         return self.data.tokenizer
 
@@ -96,21 +106,8 @@ class Run:
         return self.model.device
 
     @property
-    def checkpoints(self) -> Checkpoints:
-        return Checkpoints(str(self.run_dir / CHECKPOINTS), self.recipe.train.keep)
-
-    @property
-    def step(self) -> int:
-        """Training step of the newest checkpoint, or 0 without a checkpoint."""
-        return max(self.checkpoints.steps(), default=0)
-
-    @property
-    def uses_ema(self) -> bool:
-        """True if evaluation and sampling use the exponential moving average of the weights."""
-        weights = self.recipe.evaluate.weights
-        if weights == "auto":
-            return self.recipe.train.ema > 0.0
-        return weights == "ema"
+    def precision(self) -> torch.dtype | None:
+        return self.denoiser.precision
 
     # ------------------------------------------------------------------ likelihood
 
@@ -237,12 +234,72 @@ class Run:
         )
         return edit_texts(self.recipe, self.model, self.tokenizer, request, on_step)
 
-    # ------------------------------------------------------------------ weights
+    # ------------------------------------------------------------------ training
 
-    def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Load the weights of a checkpoint into the network.
+    def check_stages(self) -> None:
+        check_sampling(self.recipe, self.model)
 
-        If `uses_ema` is True, the exponential moving average of the weights is loaded.
+    def initialize_weights(self) -> dict[str, Any] | None:
+        """Initialize the head biases from token counts, then load the weights of [train] init.
+
+        With these biases, the predicted distribution before training is the unigram distribution of
+        the training text, so the first loss is known. Returns a record of the weights that [train]
+        init loads, or None if the recipe has no [train] init.
         """
-        weights = checkpoint.read_weights(average=self.uses_ema)
-        load_weights(self.objective.module, weights, str(self.run_dir))
+        counts = self.data.train_rows.token_counts()
+        self.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
+        init = self.recipe.train.init
+        if init is None:
+            return None
+        return load_initial_weights(self.denoiser, self.tokenizer, init)
+
+    def rng_at(self, step: int, batch: Batch) -> CounterRng:
+        return CounterRng(self.recipe.seed, step, batch.index, self.recipe.length)
+
+    def prefer_fixed_shapes(self) -> None:
+        # otherwise each new number of rows would trigger a compilation
+        self.denoiser.fixed_shapes = True
+
+    def read_validation(self) -> None:
+        self.data.validation_rows  # noqa: B018
+
+    def score_validation(self) -> tuple[Mapping[str, float], str]:
+        """Evaluate the validation rows. Return metrics by name, and one line of text to print."""
+        quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
+        found = score_validation(self.model, self.data, self.recipe, quiet)
+        unit = f"nats_per_{found.unit}"
+        mean = found.nelbo_nats_per_token
+        figures = {f"validation_{found.bound.lower()}_{unit}": mean}
+        sentence = f"validation {found.bound} {mean:.4f}"
+        if found.interval is not None:
+            low, high = found.interval
+            figures[f"validation_interval_low_{unit}"] = low
+            figures[f"validation_interval_high_{unit}"] = high
+            sentence += f" ({low:.4f} to {high:.4f})"
+        return figures, f"{sentence} nats/{found.unit}"
+
+    def copier(self) -> Callable[[], Run]:
+        # the forward process has no weights, so the object is reused
+        build = partial(assemble, self.recipe, self.vocabulary, self.device, process=self.process)
+        recipe = self.recipe
+        data = self.data
+        overrides = self.overrides
+        return lambda: Run(recipe, build(), data, overrides)
+
+    # ------------------------------------------------------------------ record
+
+    def fingerprints(self) -> dict[str, str]:
+        return run_fingerprints(self.data, self.model)
+
+    def noising(self) -> list[float]:
+        return sample_noising(self.process)
+
+    def given(self) -> dict[str, str]:
+        return self.overrides.to_dict()
+
+    def check_checkpoint(self, checkpoint: Checkpoint) -> None:
+        check_checkpoint(checkpoint, self.data, self.model, self.overrides)
+
+    def save_components(self, directory: Path) -> None:
+        self.tokenizer.save(str(directory / TOKENIZER))
+        self.vocabulary.save(str(directory / VOCABULARY))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,10 +19,8 @@ from ddiff.distributed.launcher import get_rank_info
 from ddiff.errors import ArgumentError
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
-from ddiff.run_dir.files import SAMPLES, SAMPLING, read_json, read_json_lines
 from ddiff.run_dir.protection import delete_run
 from ddiff.runs.build import NO_OVERRIDES, Overrides
-from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.directory import (
     check_directory,
     lock_run_dir,
@@ -31,13 +28,12 @@ from ddiff.runs.directory import (
     tracked_names,
 )
 from ddiff.runs.editing import add_target
-from ddiff.runs.evaluation_report import evaluate_once
+from ddiff.runs.kinds import find_kind
 from ddiff.runs.loading import load
-from ddiff.runs.record import read_recorded_steps, record_run, write_run_file
-from ddiff.runs.run import Run
-from ddiff.runs.sampling import build_sampler
+from ddiff.runs.record import read_recorded_steps, record_run
 from ddiff.runs.session import TrainingSession
-from ddiff.runs.summary import print_resume, print_start, print_summary
+from ddiff.runs.summary import print_resume, print_start
+from ddiff.runs.trainable import TrainableRun
 from ddiff.training.settings import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGINT
@@ -50,7 +46,7 @@ def run(
     process: ForwardProcess | None = None,
     settings: Iterable[str] = (),
     fresh: bool = False,
-) -> Run:
+) -> Any:
     """Train, evaluate and sample a recipe, or resume an interrupted run.
 
     Args:
@@ -140,7 +136,9 @@ def _writes_unicode() -> bool:
     return encoding.lower().replace("-", "").replace("_", "").startswith("utf")
 
 
-def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run | None, int]:
+def _run_stages(
+    recipe: Recipe, overrides: Overrides, fresh: bool
+) -> tuple[TrainableRun | None, int]:
     """Run all stages. Return the trained run and the exit code.
 
     The run is None if a signal stopped the training. `overrides` replaces the vocabulary or the
@@ -165,7 +163,21 @@ def _run_stages(recipe: Recipe, overrides: Overrides, fresh: bool) -> tuple[Run 
         return trained, code
 
 
-def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
+def _after_training(trained: TrainableRun, summary: TrainingSummary) -> int:
+    """Evaluate, sample and print the summary. Return the exit code."""
+    try:
+        find_kind(trained.recipe).after_training(trained, summary)
+    except KeyboardInterrupt:
+        print(
+            "Stopped after training. The weights are saved; "
+            "the same command evaluates and samples.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return 0
+
+
+def _train_stage(session: TrainingSession[Any], fresh: bool) -> TrainingSummary:
     """Train to the last step of the recipe.
 
     Training resumes from the newest checkpoint. If `fresh` is True, the existing run is deleted
@@ -173,7 +185,7 @@ def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
     """
     recipe = session.recipe
     leads = session.backend.rank == 0
-    check_sampling(recipe, session.run.model)
+    session.run.check_stages()
     # read under the lock: another process may have trained after `check_directory`
     start = None if fresh else session.run.checkpoints.newest()
     init = session.initialize_weights() if start is None else None
@@ -189,7 +201,7 @@ def _train_stage(session: TrainingSession, fresh: bool) -> TrainingSummary:
     return session.fit(start, record_start)
 
 
-def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> None:
+def _record_start(session: TrainingSession[Any], init: Mapping[str, Any] | None) -> None:
     """Write the recipe and components of the run, and print the step at which training starts.
 
     `init`: record of the weights that [train] init loaded; None when training resumes.
@@ -202,7 +214,7 @@ def _record_start(session: TrainingSession, init: Mapping[str, Any] | None) -> N
         recorded = read_recorded_steps(session.run.run_dir)
     record_run(session.run, backend, init)
     kind = recipe.backend.component.name
-    print_start(recipe.name, session.run.denoiser, backend.device, backend.world_size, kind)
+    print_start(session.run, backend.world_size, kind)
     done = session.run.step
     if done:
         print_resume(done, recipe.train.steps, recorded)
@@ -213,60 +225,3 @@ def _print_stop(summary: TrainingSummary) -> None:
     if summary.checkpoint:
         where = f"at step {summary.step} of {summary.steps}, saved"
     print(f"Stopped {where}. The same command resumes the run.", file=sys.stderr)
-
-
-def _after_training(trained: Run, summary: TrainingSummary) -> int:
-    """Evaluate, sample and print the summary. Return the exit code."""
-    try:
-        report = evaluate_once(trained)
-        samples = _sample_once(trained)
-    except KeyboardInterrupt:
-        print(
-            "Stopped after training. The weights are saved; "
-            "the same command evaluates and samples.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    title = f"{type(trained.process or trained.objective).__name__} on {trained.vocabulary}"
-    if trained.uses_ema:
-        title += ", the exponential moving average of its weights"
-    print_summary(
-        trained.run_dir,
-        title,
-        trained.denoiser,
-        summary,
-        report.evaluation,
-        report.baselines,
-        trained.data.documents.entropy_rate,
-        samples,
-    )
-    return 0
-
-
-def _sample_once(trained: Run) -> list[dict[str, Any]]:
-    """Draw the samples of the recipe and write samples.jsonl.
-
-    If samples.jsonl already contains all samples of the newest step, the file is read instead.
-    """
-    path = trained.run_dir / SAMPLES
-    timing = trained.run_dir / SAMPLING
-    step = trained.step
-    saved = read_json_lines(path)
-    is_timed = read_json(timing).get("step") == step
-    is_complete = len(saved) == trained.recipe.sample.count
-    if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
-        return saved
-    began = time.monotonic()
-    # built here because sampler.steps may differ from [sample] steps
-    sampler = build_sampler(trained.recipe, trained.model)
-    samples = [{"step": step, **sample} for sample in trained.sample(sampler=sampler)]
-    figures = {
-        "step": step,
-        "seconds": time.monotonic() - began,
-        "tokens": sum(len(sample["ids"]) for sample in samples),
-        "steps": sampler.steps,
-    }
-    write_run_file(timing, json.dumps(figures) + "\n")
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    write_run_file(path, "".join(lines))
-    return samples

@@ -14,28 +14,28 @@ from rich.text import Text
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Denoiser
+from ddiff.runs.trainable import TrainableRun
 from ddiff.training.settings import TrainingSummary
 
 
-def print_start(
-    name: str, denoiser: Denoiser, device: torch.device, processes: int, kind: str
-) -> None:
+def print_start(run: TrainableRun, processes: int, kind: str) -> None:
     """Print the number of parameters, the dtypes and the device to standard error.
 
-    `name` is the name of the run, `processes` the number of ranks, and `kind` the kind of the
-    backend, such as "ddp".
+    `processes` is the number of ranks, and `kind` the kind of the backend, such as "ddp".
     """
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    weights = _dtype_name(next(denoiser.parameters()).dtype)
+    parameters = sum(parameter.numel() for parameter in run.denoiser.parameters())
+    weights = _dtype_name(next(run.denoiser.parameters()).dtype)
     products = ""
-    if denoiser.precision is not None:
-        products = f", matrix products in {_dtype_name(denoiser.precision)}"
+    if run.precision is not None:
+        products = f", matrix products in {_dtype_name(run.precision)}"
+    device = run.device
     where = str(device)
     if processes > 1:
         where = f"{processes} processes ({kind}), each on {device.type}"
     console = _progress_console()
+    name = run.recipe.name
     console.print(f"[bold]{name}[/]: {parameters:,} parameters in {weights}{products}; {where}")
-    on_cpu = denoiser.precision == torch.bfloat16 and device.type == "cpu"
+    on_cpu = run.precision == torch.bfloat16 and device.type == "cpu"
     if on_cpu and not _multiplies_bfloat16():
         console.print(
             "This CPU has no bfloat16 instructions; a step may take ten times as long as float32."

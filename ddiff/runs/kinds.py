@@ -1,0 +1,72 @@
+"""Kinds of runs: text runs and runs of several fields.
+
+`find_kind` chooses the kind by the type of the recipe. No other module asks for the type.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ddiff.checkpoint.checkpoints import Checkpoint
+from ddiff.core.process import ForwardProcess
+from ddiff.recipe.model import Recipe
+from ddiff.run_dir.destination import Destination
+from ddiff.runs.build import Overrides
+from ddiff.training.protocols import Backend
+from ddiff.training.settings import TrainingSummary
+
+if TYPE_CHECKING:
+    from ddiff.runs.trainable import TrainableRun
+
+
+class RunKind(Protocol):
+    """Functions that differ between the kinds of runs.
+
+    `recipe` and `run` always are a recipe and a run of this kind.
+    """
+
+    def build_run(self, recipe: Any, backend: Backend, overrides: Overrides) -> TrainableRun:
+        """Build the data, the components and the untrained model of a run.
+
+        Raises an error before a file is written if the network does not fit the data, or if the
+        memory is too small.
+        """
+        ...
+
+    def load_run(
+        self, recipe: Any, directory: Path, newest: Checkpoint, process: ForwardProcess | None
+    ) -> TrainableRun:
+        """Build the run in `directory` from its files, with the weights of a checkpoint."""
+        ...
+
+    def after_training(self, run: Any, summary: TrainingSummary) -> None:
+        """Evaluate, sample and print the summary. Stages whose files exist are not repeated."""
+        ...
+
+    def rehearse(self, recipe: Any, device: torch.device) -> str:
+        """Check the model and the memory without reading the data.
+
+        Returns one line, such as `fits: 2.1 M parameters, ...`.
+        """
+        ...
+
+    def print_cost(self, recipe: Any, steps: int) -> None:
+        """Measure training steps and print the cost of the recipe."""
+        ...
+
+    def evaluate(self, run: Any, target: Destination | None) -> Any:
+        """Run `ddiff eval` on a loaded run and return the evaluation.
+
+        The results are written to `target`, by default to evaluation.json of the run.
+        """
+        ...
+
+
+def find_kind(recipe: Recipe) -> RunKind:
+    """Return the kind of the runs of a recipe."""
+    from ddiff.runs.text_runs import TEXT_RUNS
+
+    return TEXT_RUNS

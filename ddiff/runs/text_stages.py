@@ -1,0 +1,139 @@
+"""Stages of text runs: build and load a run, and evaluate and sample it after training."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ddiff.checkpoint.checkpoints import Checkpoint
+from ddiff.core.process import ForwardProcess
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.tokenizer import load_tokenizer
+from ddiff.errors import ArgumentError
+from ddiff.recipe.model import Recipe
+from ddiff.run_dir.files import (
+    SAMPLES,
+    SAMPLING,
+    TOKENIZER,
+    VOCABULARY,
+    read_json,
+    read_json_lines,
+)
+from ddiff.runs.backends import build_single_backend
+from ddiff.runs.build import Overrides
+from ddiff.runs.data import RunText
+from ddiff.runs.evaluation_report import evaluate_once
+from ddiff.runs.memory import check_memory
+from ddiff.runs.meta_device import build_denoiser_on_meta
+from ddiff.runs.record import write_run_file
+from ddiff.runs.run import Run
+from ddiff.runs.sampling import build_sampler
+from ddiff.runs.summary import print_summary
+from ddiff.training.protocols import Backend
+from ddiff.training.settings import TrainingSummary
+
+
+def build_run(recipe: Recipe, backend: Backend, overrides: Overrides) -> Run:
+    """Build the data, the vocabulary and the untrained model of a run.
+
+    Raises an error before a file is written if the network does not accept the conditions of
+    the data, or if the memory is too small.
+    """
+    text = RunText(recipe)
+    # rank 0 tokenizes first; the other ranks then find the shards in the cache
+    with backend.main_process_first():
+        text.train_rows  # noqa: B018
+        text.check_repetitions()
+        vocabulary = _choose_vocabulary(text, overrides)
+    text.check_vocabulary(vocabulary)
+    check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary), backend.device)
+    run = Run.assemble(text, vocabulary, backend.device, overrides)
+    run.data.read_conditions()
+    _check_packing(run)
+    return run
+
+
+def load_run(
+    recipe: Recipe, directory: Path, newest: Checkpoint, process: ForwardProcess | None
+) -> Run:
+    """Build the run in `directory` from its files, with the weights of a checkpoint."""
+    tokenizer = load_tokenizer(str(directory / TOKENIZER))
+    vocabulary = Vocabulary.load(str(directory / VOCABULARY))
+    text = RunText(recipe, tokenizer)
+    text.check_vocabulary(vocabulary)
+    device = build_single_backend(recipe).device
+    run = Run.assemble(text, vocabulary, device, Overrides(process=process))
+    run.check_checkpoint(newest)
+    run.load_weights(newest)
+    return run
+
+
+def after_training(run: Run, summary: TrainingSummary) -> None:
+    """Evaluate, sample and print the summary."""
+    report = evaluate_once(run)
+    samples = _sample_once(run)
+    title = f"{type(run.process or run.objective).__name__} on {run.vocabulary}"
+    if run.uses_ema:
+        title += ", the exponential moving average of its weights"
+    print_summary(
+        run.run_dir,
+        title,
+        run.denoiser,
+        summary,
+        report.evaluation,
+        report.baselines,
+        run.data.documents.entropy_rate,
+        samples,
+    )
+
+
+def _check_packing(run: Run) -> None:
+    """Raise ArgumentError if training rows hold several documents, and the backbone reads one."""
+    backbone = run.denoiser.backbone
+    # Training rows of text are cut from a stream of documents. A row of symbols is one document.
+    if backbone.reads_packed_rows or run.tokenizer.unit == "symbol":
+        return
+    raise ArgumentError(
+        f"{type(backbone).__name__}: with these settings a row must hold one document, but the "
+        "training rows of this run are cut from a stream of documents. For the backbone dit, set "
+        '[denoiser] conditions.NAME.via = "cross" in place of "tokens".'
+    )
+
+
+def _choose_vocabulary(text: RunText, overrides: Overrides) -> Vocabulary:
+    if overrides.vocabulary is not None:
+        return overrides.vocabulary
+    if overrides.process is not None:
+        return overrides.process.vocabulary
+    return text.build_vocabulary()
+
+
+def _sample_once(run: Run) -> list[dict[str, Any]]:
+    """Draw the samples of the recipe and write samples.jsonl.
+
+    If samples.jsonl already contains all samples of the newest step, the file is read instead.
+    """
+    path = run.run_dir / SAMPLES
+    timing = run.run_dir / SAMPLING
+    step = run.step
+    saved = read_json_lines(path)
+    is_timed = read_json(timing).get("step") == step
+    is_complete = len(saved) == run.recipe.sample.count
+    if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
+        return saved
+    began = time.monotonic()
+    # built here because sampler.steps may differ from [sample] steps
+    sampler = build_sampler(run.recipe, run.model)
+    samples = [{"step": step, **sample} for sample in run.sample(sampler=sampler)]
+    figures = {
+        "step": step,
+        "seconds": time.monotonic() - began,
+        "tokens": sum(len(sample["ids"]) for sample in samples),
+        "steps": sampler.steps,
+    }
+    write_run_file(timing, json.dumps(figures) + "\n")
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    write_run_file(path, "".join(lines))
+    return samples
