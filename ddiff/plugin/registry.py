@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -119,6 +119,10 @@ class Members:
     """Trackers only: names in the run directory that the tracker writes and `--fresh` deletes."""
     example_vocabularies: Callable[[], list[Any]] | None = None
     """Processes only: vocabularies for which `ddiff check` builds the process."""
+    example_settings: tuple[Mapping[str, Any], ...] = ()
+    """Processes only: settings of the processes that `examples()` returns, in the same order.
+
+    `ddiff check` prints them."""
 
     @classmethod
     def collect(cls, target: object) -> Members:

@@ -5,8 +5,10 @@ A test applies every conformance check of `ddiff.testing` for this kind of compo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +44,17 @@ PIPED_WIDTH = 140  # columns of the table if there is no terminal
 
 
 class Instance(NamedTuple):
-    """Object to check: its label in the table, and a function that checks it."""
+    """Object to check.
+
+    Attributes:
+        label: name in the table.
+        check: function that checks the object.
+        settings: settings of the object as text, or "" for defaults or unknown settings.
+    """
 
     label: str
     check: Callable[[], list[LawReport]]
+    settings: str = ""
 
 
 class LabelledReport(NamedTuple):
@@ -75,7 +84,7 @@ def check_component(
     for component in find_components(name, plugins, bool(settings)):
         instances += _make_instances(component, settings)
     reports = list(_check_instances(instances))
-    _print_reports(reports)
+    _print_reports(reports, {one.label: one.settings for one in instances if one.settings})
     return 0 if all(report.passed for _, report in reports) else 1
 
 
@@ -159,11 +168,13 @@ def _make_instances(
     settings: Sequence[str],
 ) -> list[Instance]:
     make = MAKERS[component.kind]
-    return make(
+    made = make(
         component,
         configure_component(component, settings),
         bool(settings),
     )
+    given = ", ".join(settings)
+    return [one._replace(settings=one.settings or given) for one in made]
 
 
 def _make_processes(
@@ -179,22 +190,46 @@ def _make_processes(
     vocabularies that `_example_vocabularies` returns.
     """
     processes = _load_examples(component)
+    settings = _format_example_settings(component, processes)
     if configured or not processes:
+        settings = []
         if spec.takes_input("width"):
             processes = [spec.build(vocabulary=None, width=width) for width in VECTOR_WIDTHS]
         else:
             vocabularies = _example_vocabularies(component, processes)
             processes = _build_on(component, spec, vocabularies, width=None)
     instances = []
-    for number, process in enumerate(processes, start=1):
+    for number, (process, text) in enumerate(zip_longest(processes, settings, fillvalue=""), 1):
         name = f"{component.name} {number}"
         if isinstance(process, GaussianProcess):
             label = f"{name}, width {process.width}"
-            instances.append(Instance(label, partial(check_gaussian, process)))
+            instances.append(Instance(label, partial(check_gaussian, process), text))
         else:
             label = f"{name} on {_format_sizes(process.vocabulary)}"
-            instances.append(Instance(label, partial(_check_process_and_parts, process)))
+            instances.append(Instance(label, partial(_check_process_and_parts, process), text))
     return instances
+
+
+def _format_example_settings(component: Component, examples: list[Any]) -> list[str]:
+    """Format the settings of each example of a component, such as `schedule=power, power=2.5`.
+
+    Returns an empty list if the component does not define `example_settings`. Raises PluginError
+    if their number is not the number of `examples`.
+    """
+    settings = component.members().example_settings
+    if settings and len(settings) != len(examples):
+        raise PluginError(
+            f"The {component} has {len(settings)} example_settings and {len(examples)} examples. "
+            "example_settings must give the settings of each process that examples() returns, in "
+            "the same order."
+        )
+    return [", ".join(map(_format_setting, one.items())) for one in settings]
+
+
+def _format_setting(setting: tuple[str, Any]) -> str:
+    """Format a key and its value as the option `--set` accepts them."""
+    key, value = setting
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _format_sizes(vocabulary: Vocabulary) -> str:
@@ -355,14 +390,17 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
     )
     with progress:
         task = progress.add_task("", total=None)
-        for number, (label, check) in enumerate(instances, start=1):
+        for number, (label, check, _) in enumerate(instances, start=1):
             progress.update(task, description=f"{number}/{len(instances)} {label}")
             for report in check():
                 yield LabelledReport(label, report)
 
 
-def _print_reports(reports: list[LabelledReport]) -> None:
-    """Print one line per conformance check, with its largest error; explain every failed check."""
+def _print_reports(reports: list[LabelledReport], settings: Mapping[str, str]) -> None:
+    """Print one line per conformance check, with its largest error; explain every failed check.
+
+    `settings`: settings of the instances, by label. They are printed below the table.
+    """
     worst = _find_worst(reports)
     # rich assumes 80 columns if there is no terminal, which would wrap the names
     console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
@@ -385,6 +423,12 @@ def _print_reports(reports: list[LabelledReport]) -> None:
             verdict,
         )
     console.print(table)
+    if settings:
+        console.print()
+    width = max(map(len, settings), default=0)
+    for label, text in settings.items():
+        line = f"{label:{width}}  {text}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     broken = [one for one in worst if not one.report.passed]
     for label, report in broken:
         console.print(

@@ -6,7 +6,7 @@ SNR = (a / sigma)^2.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field, model_validator
@@ -99,20 +99,25 @@ class GaussianDiffusion:
             _build_decoder(config),
         )
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"schedule": "cosine"},
+        {"schedule": "flow"},
+        {"schedule": "linear"},
+        {"schedule": "linear", "zero_terminal": True},
+        {"schedule": "sigmoid"},
+        {"schedule": "sigmoid", "span": 6.0, "smallest_log_snr": -9.0},
+        {"schedule": "cosine", "largest_log_snr": 30.0, "smallest_log_snr": -30.0},
+        {"schedule": "flow", "largest_log_snr": 30.0},
+        {"decoder": "grid", "values": (-1.5, -0.5, 0.5, 1.5)},
+    )
+
     @classmethod
     def examples(cls) -> list[GaussianProcess]:
-        settings: tuple[tuple[dict[str, object], int], ...] = (
-            ({"schedule": "cosine"}, 2),
-            ({"schedule": "flow"}, 3),
-            ({"schedule": "linear"}, 2),
-            ({"schedule": "linear", "zero_terminal": True}, 1),
-            ({"schedule": "sigmoid"}, 2),
-            ({"schedule": "sigmoid", "span": 6.0, "smallest_log_snr": -9.0}, 1),
-            ({"schedule": "cosine", "largest_log_snr": 30.0, "smallest_log_snr": -30.0}, 2),
-            ({"schedule": "flow", "largest_log_snr": 30.0}, 1),
-            ({"decoder": "grid", "values": (-1.5, -0.5, 0.5, 1.5)}, 1),
-        )
-        return [cls.build(cls.Config.model_validate(keys), width=width) for keys, width in settings]
+        widths = (2, 3, 2, 1, 2, 1, 2, 1, 1)
+        return [
+            cls.build(cls.Config.model_validate(keys), width=width)
+            for keys, width in zip(cls.example_settings, widths, strict=True)
+        ]
 
 
 def _build_schedule(config: GaussianDiffusion.Config) -> GaussianSchedule:

@@ -8,7 +8,7 @@ peak in between. The exponent gamma sets the width of the peak: smaller values a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, final
+from typing import Annotated, Any, ClassVar, Literal, Protocol, final
 
 import torch
 from pydantic import Field
@@ -178,16 +178,17 @@ class GeneralizedInterpolation(ComponentProcess):
     def coefficients(self, t: Tensor) -> Tensor:
         return self.mixing.shares(t)[..., 1:]
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"p_uniform": 0.0, "gamma": 1.0, "form": "current"},
+        {"p_uniform": 0.2, "gamma": 1.0, "form": "current"},
+        {"p_uniform": 0.1, "gamma": 2.0, "form": "current"},
+        {"p_uniform": 0.5, "gamma": 0.5, "form": "current"},
+        {"p_uniform": 0.0, "gamma": 2.0, "form": "original"},
+        {"p_uniform": 0.2, "gamma": 1.0, "form": "original"},
+        {"p_uniform": 0.5, "gamma": 0.5, "form": "original"},
+    )
+
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        settings: tuple[tuple[float, float, Form], ...] = (
-            (0.0, 1.0, "current"),
-            (0.2, 1.0, "current"),
-            (0.1, 2.0, "current"),
-            (0.5, 0.5, "current"),
-            (0.0, 2.0, "original"),
-            (0.2, 1.0, "original"),
-            (0.5, 0.5, "original"),
-        )
-        configs = [cls.Config(p_uniform=p, gamma=gamma, form=form) for p, gamma, form in settings]
+        configs = [cls.Config(**keys) for keys in cls.example_settings]
         return [cls.build(config, vocabulary=FlatVocabulary(3)) for config in configs]

@@ -12,7 +12,7 @@ highest level L is the mask. Symbols:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, model_validator
 
@@ -103,21 +103,23 @@ class HierarchicalDiffusion(TreeProcess):
         above = (1.0,) * (num_levels - 1)
         return LogTimeClock((config.gamma or 1.0, *above))
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"gamma": 0.5},
+        {"gamma": 1.0},
+        {"gamma": 2.0, "xi": 0.9},
+        {"gamma": 1.0, "xi": 0.8},
+        # Nearly equal rates: a formula with differences of rates would lose all digits.
+        {"rates": (1.0, 1.0001, 0.7), "xi": (0.8, 0.9)},
+        {"powers": (0.8, 1.5, 3.0)},
+    )
+
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
         two = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
         # Clusters of unequal size, and tokens that are not sorted by cluster.
         three = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
-        settings: list[tuple[HierarchicalVocabulary, dict[str, object]]] = [
-            (two, {"gamma": 0.5}),
-            (two, {"gamma": 1.0}),
-            (two, {"gamma": 2.0, "xi": 0.9}),
-            (two, {"gamma": 1.0, "xi": 0.8}),
-            # Nearly equal rates: a formula with differences of rates would lose all digits.
-            (three, {"rates": (1.0, 1.0001, 0.7), "xi": (0.8, 0.9)}),
-            (three, {"powers": (0.8, 1.5, 3.0)}),
-        ]
+        vocabularies = (two, two, two, two, three, three)
         return [
             cls.build(cls.Config.model_validate(keys), vocabulary=vocabulary)
-            for vocabulary, keys in settings
+            for keys, vocabulary in zip(cls.example_settings, vocabularies, strict=True)
         ]

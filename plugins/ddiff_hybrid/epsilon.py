@@ -7,7 +7,7 @@ alpha_t is the masking schedule.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field, model_validator
@@ -112,18 +112,19 @@ class EpsilonHybrid(ComponentProcess):
         at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
         return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"epsilon": 0.0},
+        {"epsilon": 0.01},
+        {"epsilon": 0.3},
+        {"epsilon": 0.3, "schedule": "cosine"},
+        {"epsilon": 0.01, "schedule": "power", "power": 2.5},
+    )
+
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        settings: tuple[dict[str, object], ...] = (
-            {"epsilon": 0.0},
-            {"epsilon": 0.01},
-            {"epsilon": 0.3},
-            {"epsilon": 0.3, "schedule": "cosine"},
-            {"epsilon": 0.01, "schedule": "power", "power": 2.5},
-        )
         return [
             cls.build(cls.Config.model_validate(keys), vocabulary=FlatVocabulary(4))
-            for keys in settings
+            for keys in cls.example_settings
         ]
 
 

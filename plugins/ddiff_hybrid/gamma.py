@@ -30,7 +30,7 @@ transitions: in this module a mask never changes in the forward process.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field, model_validator
@@ -592,17 +592,18 @@ class GammaHybrid(ForwardProcess):
         """
         return torch.where(self._is_masked(zt), 0, zt)
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"gamma": 0.0},
+        {"gamma": 0.01},
+        {"gamma": 0.3},
+        {"gamma": 0.9},
+        {"gamma": 0.3, "time": "noise", "floor": 0.0},
+        {"gamma": 0.9, "time": "noise"},
+    )
+
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        settings: tuple[dict[str, object], ...] = (
-            {"gamma": 0.0},
-            {"gamma": 0.01},
-            {"gamma": 0.3},
-            {"gamma": 0.9},
-            {"gamma": 0.3, "time": "noise", "floor": 0.0},
-            {"gamma": 0.9, "time": "noise"},
-        )
         return [
             cls.build(cls.Config.model_validate(keys), vocabulary=FlatVocabulary(3))
-            for keys in settings
+            for keys in cls.example_settings
         ]

@@ -5,7 +5,7 @@ alpha_t = q_t(x | x) is the probability that a token is still unmasked at time t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, model_validator
 
@@ -67,11 +67,15 @@ class MaskedDiffusion(TreeProcess):
             schedules["power"] = PowerSchedule(config.power)
         return cls(vocabulary, CdfClock([schedules[config.schedule]]))
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"schedule": "linear"},
+        {"schedule": "cosine"},
+        {"schedule": "power", "power": 2.5},
+    )
+
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        settings = (
-            {"schedule": "linear"},
-            {"schedule": "cosine"},
-            {"schedule": "power", "power": 2.5},
-        )
-        return [cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(5)) for keys in settings]
+        return [
+            cls.build(cls.Config(**keys), vocabulary=FlatVocabulary(5))
+            for keys in cls.example_settings
+        ]

@@ -6,7 +6,7 @@ noised by time t.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -85,17 +85,19 @@ class ScoreEntropyDiffusion:
             config.sigma_min or PUBLISHED_SIGMA_MIN, config.sigma_max or PUBLISHED_SIGMA_MAX
         )
 
+    example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"graph": "absorb", "noise": "loglinear"},
+        {"graph": "absorb", "noise": "loglinear", "floor": 0.0},
+        {"graph": "absorb", "noise": "geometric"},
+        {"graph": "uniform", "noise": "loglinear"},
+        {"graph": "uniform", "noise": "loglinear", "floor": 0.0},
+        {"graph": "uniform", "noise": "geometric"},
+        {"graph": "uniform", "noise": "geometric", "sigma_min": 0.05, "sigma_max": 3.0},
+    )
+
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
-        configs = [
-            cls.Config(graph="absorb", noise="loglinear"),
-            cls.Config(graph="absorb", noise="loglinear", floor=0.0),
-            cls.Config(graph="absorb", noise="geometric"),
-            cls.Config(graph="uniform", noise="loglinear"),
-            cls.Config(graph="uniform", noise="loglinear", floor=0.0),
-            cls.Config(graph="uniform", noise="geometric"),
-            cls.Config(graph="uniform", noise="geometric", sigma_min=0.05, sigma_max=3.0),
-        ]
+        configs = [cls.Config(**keys) for keys in cls.example_settings]
         return [
             cls.build(config, vocabulary=FlatVocabulary(3, mask=config.graph == "absorb"))
             for config in configs

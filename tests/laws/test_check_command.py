@@ -19,6 +19,8 @@ def ddiff_register(registry):
     registry.add("process", "swap_broken", "swapping.process:Broken")
     registry.add("process", "swap_picky", "swapping.process:Picky")
     registry.add("process", "fog", "swapping.process:Fog")
+    registry.add("process", "swap_named", "swapping.process:Named")
+    registry.add("process", "swap_uneven", "swapping.process:Uneven")
 """
 
 PROCESS = """
@@ -49,6 +51,17 @@ class Picky(DenseProcess):
     @classmethod
     def build(cls, config, *, vocabulary):
         raise ArgumentError("nothing is good enough.")
+
+class Named(Swap):
+    example_settings = ({"rate": 2.0}, {"rate": 0.5})
+
+    @classmethod
+    def examples(cls):
+        vocabulary = FlatVocabulary(2, mask=False)
+        return [cls.build(cls.Config(**one), vocabulary=vocabulary) for one in cls.example_settings]
+
+class Uneven(Swap):
+    example_settings = ({}, {})
 
 class Fog:
     class Config(ComponentConfig):
@@ -81,6 +94,23 @@ def test_check_command_builds_components_with_the_given_settings(
 ) -> None:
     assert check_component("swap", ["rate=3.0"]) == 0
     assert "swap 1 on 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("swap_plugin")
+def test_check_command_prints_the_settings_of_each_instance(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert check_component("swap_named", []) == 0
+    out = capsys.readouterr().out
+    assert "swap_named 1 on 2  rate=2.0\nswap_named 2 on 2  rate=0.5\n" in out
+    assert check_component("swap_named", ["rate=3.0"]) == 0
+    assert "swap_named 1 on 2  rate=3.0\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("swap_plugin")
+def test_check_command_refuses_settings_without_an_example() -> None:
+    with pytest.raises(PluginError, match="2 example_settings and 1 examples"):
+        check_component("swap_uneven", [])
 
 
 @pytest.mark.usefixtures("swap_plugin")
