@@ -31,7 +31,7 @@ from ddiff.cli import main as ddiff
 from ddiff.plugin.loader import find_installed_plugins, survey_plugins
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
-from ddiff.recipe.schema import SLOTS
+from ddiff.recipe.schema import find_layout
 
 SECONDS = 20.0  # CPU limit of a dry run, and of a run of two steps
 LONGEST = 4000  # characters of a refusal
@@ -209,11 +209,11 @@ def rename(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]
 
 
 def swap_kind(tree: dict[str, Any], rng: random.Random, kinds: dict[str, list[str]]) -> None:
-    places = [place for place in SLOTS if isinstance(reached(tree, place), dict)]
-    place = rng.choice(places)
-    kind = SLOTS[place].kind if rng.random() < 0.8 else rng.choice(list(kinds))
+    slots = find_layout(tree).list_slots(tree)
+    place = rng.choice([place for place in slots if isinstance(reached(tree, place), dict)])
+    kind = slots[place].kind if rng.random() < 0.8 else rng.choice(list(kinds))
     inside(tree, place[:-1])[place[-1]] = {"kind": rng.choice(kinds[kind])} | (
-        {"length": 8} if place == ("data",) else {}
+        {"length": 8} if slots[place].kind == "dataset" else {}
     )
 
 

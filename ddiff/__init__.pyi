@@ -131,6 +131,7 @@ from .plugin.config import Seed as Seed
 from .plugin.config import Share as Share
 from .plugin.loader import hookimpl as hookimpl
 from .plugin.registry import Registry as Registry
+from .recipe.fields_recipe import FieldsRecipe as FieldsRecipe
 from .recipe.model import Recipe as Recipe
 from .recipe.resolve import read_recipe as read_recipe
 from .runs.loading import load as load

@@ -248,9 +248,10 @@ def run(
         # a measurement downloads nothing; libraries read this variable when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     with _pause_garbage_collection():
+        from ddiff.recipe.fields_recipe import require_text_recipe
         from ddiff.recipe.resolve import read_recipe
 
-        resolved = read_recipe(recipe, settings)
+        resolved = require_text_recipe(read_recipe(recipe, settings), "ddiff run")
     if dry_run:
         _check_only(resolved, measure, fresh)
         return
@@ -326,10 +327,12 @@ def prepare(
 
     An interrupted tokenization is resumed. The shards of a complete tokenization are verified.
     """
+    from ddiff.recipe.fields_recipe import require_text_recipe
     from ddiff.recipe.resolve import read_recipe
     from ddiff.runs.tokenize import prepare_data
 
-    prepared = prepare_data(read_recipe(recipe, settings or ()), out)
+    resolved = require_text_recipe(read_recipe(recipe, settings or ()), "ddiff data prepare")
+    prepared = prepare_data(resolved, out)
     print_columns(prepared.titles, prepared.parts)
     for remark in prepared.remarks:
         typer.echo(remark)
@@ -369,11 +372,12 @@ def encode(
             if value is not None:
                 arguments.append(f"{name}={value}")
         raise typer.Exit(launch([*arguments, "--", recipe], processes))
+    from ddiff.recipe.fields_recipe import require_text_recipe
     from ddiff.recipe.resolve import read_recipe
     from ddiff.runs.encode import SHARD_SIZE, encode_documents
 
     encoded = encode_documents(
-        read_recipe(recipe, settings or ()),
+        require_text_recipe(read_recipe(recipe, settings or ()), "ddiff encode"),
         out,
         shard_size=shard_size or SHARD_SIZE,
         max_samples=max_samples,

@@ -49,7 +49,10 @@ KINDS: dict[str, str] = {
     "encoder": "[encoder]: build(config, *, documents, tokenizer, rows, device, cache) -> Encoder",
     "fields_dataset": "[data]: build(config, *, seed, cache) -> FieldsDocuments",
     "joint_backbone": "[denoiser]: build(config, *, streams) -> JointBackbone",
-    "path_rule": "[objective] times: build(config, *, names) -> TrainingPath",
+    "path_rule": (
+        "[objective] times, [evaluate] path and [sample] path: build(config, *, names) -> "
+        "TrainingPath"
+    ),
     "normalizer": "[fields.NAME] normalizer: build(config, *, chunks, width) -> Normalizer",
     "judge": "[judge]: build(config, *, documents) -> Judge",
 }

@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from ddiff.errors import PluginError
 from ddiff.plugin.loader import CORE, load_plugins
 from ddiff.plugin.registry import KINDS, Component
+from ddiff.recipe.keys import TopLevelKeys
 from ddiff.recipe.messages import describe_keys
-from ddiff.recipe.schema import TABLES, TopLevelKeys
+from ddiff.recipe.schema import FIELDS, TEXT, Layout
 
 
 class PluginListing(NamedTuple):
@@ -34,10 +35,8 @@ def list_plugin(name: str) -> PluginListing:
     listing = PluginListing([], [])
     if name == CORE:
         listing.paragraphs.append(_list_keys("top level:", TopLevelKeys))
-        for table, entry in TABLES.items():
-            if entry.keys is not None:
-                title = f"[{table}], keys of the engine:"
-                listing.paragraphs.append(_list_keys(title, entry.keys))
+        listing.paragraphs.extend(_list_engine_keys(TEXT, ""))
+        listing.paragraphs.extend(_list_engine_keys(FIELDS, " of a recipe with fields"))
     for component in registry.components():
         if component.plugin != name:
             continue
@@ -46,6 +45,23 @@ def list_plugin(name: str) -> PluginListing:
         except PluginError as error:
             listing.errors.append(error)
     return listing
+
+
+def _list_engine_keys(layout: Layout, remark: str) -> list[str]:
+    """List the keys of ddiff itself in each table of a layout.
+
+    `remark`: text after the name of a table, which tells the layouts apart.
+    """
+    paragraphs = []
+    for name, table in layout.tables.items():
+        # a table with the same keys in both layouts is listed once
+        is_repeated = layout is FIELDS and name in TEXT.tables
+        if table.keys is None or (is_repeated and TEXT.tables[name].keys is table.keys):
+            continue
+        label = f"[{name}.NAME]" if table.is_group else f"[{name}]"
+        title = f"{label}{'' if table.is_group else remark}, keys of the engine:"
+        paragraphs.append(_list_keys(title, table.keys))
+    return paragraphs
 
 
 def _list_component(component: Component) -> str:

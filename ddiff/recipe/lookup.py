@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ddiff.errors import PluginError, RecipeError, shorten
 from ddiff.plugin.loader import find_installed_plugins, load_plugins
 from ddiff.plugin.registry import Component, Registry
 from ddiff.recipe.messages import format_table, format_value
-from ddiff.recipe.schema import SLOTS, TABLES, TablePath
+from ddiff.recipe.schema import Layout, Slot, TablePath
 from ddiff.recipe.tree import RecipeTree
 
 
@@ -25,43 +25,35 @@ def load_listed_plugins(plugins: Sequence[str], tree: RecipeTree) -> Registry:
         ) from error
 
 
-def find_components(tree: RecipeTree, registry: Registry) -> dict[TablePath, Component]:
+def find_components(
+    tree: RecipeTree, layout: Layout, registry: Registry
+) -> dict[TablePath, Component]:
     """Return the components of a recipe by path, in the order of the tables.
 
-    An optional table that the recipe omits has no component. A slot is a key that names a further
-    component inside a table, such as `[train] optimizer`. A slot has no component if the component
-    of its table does not use the slot.
+    An optional table or key that the recipe omits has no component. A slot is a key that names a
+    further component inside a table, such as `[train] optimizer`. A slot has no component if the
+    component of its table does not use the slot.
     """
     found: dict[TablePath, Component] = {}
-    # a table is found before its slots, because SLOTS has this order
-    for path in SLOTS:
-        if _is_used(path, tree, found):
-            found[path] = _find_component(path, tree, registry)
+    for path, table in layout.list_tables(tree.values).items():
+        if table.is_optional and path[0] not in tree.values:
+            continue
+        used: tuple[str, ...] | None = None
+        if table.component is not None:
+            found[path] = _find_component(path, table.component, tree, registry)
+            used = found[path].members().slots
+        for key, slot in table.slots.items():
+            is_omitted = slot.is_optional and key not in tree.read_table(path)
+            if not is_omitted and (used is None or key in used):
+                found[*path, key] = _find_component((*path, key), slot, tree, registry)
     return found
 
 
-def _is_used(path: TablePath, tree: RecipeTree, found: Mapping[TablePath, Component]) -> bool:
-    """Return whether the recipe `tree` uses the component at a path.
-
-    A path is (table,) or (table, slot), where a slot is a key that names a further component.
-    `found` contains the components that were found before. For a slot, it must contain the
-    component of the table.
-    """
-    name, *slot = path
-    if TABLES[name].is_optional and name not in tree.values:
-        return False
-    if not slot or TABLES[name].component is None:
-        return True
-    used = found[name,].members().slots
-    return used is None or slot[0] in used
-
-
-def _find_component(path: TablePath, tree: RecipeTree, registry: Registry) -> Component:
+def _find_component(path: TablePath, slot: Slot, tree: RecipeTree, registry: Registry) -> Component:
     """Return the component that the key `kind` of the table at a path names.
 
-    Without the key `kind`, the default component of the table is returned.
+    Without the key `kind`, the default component of `slot` is returned.
     """
-    slot = SLOTS[path]
     table = tree.read_table(path)
     name = table.get("kind", slot.default)
     label = format_table(path)

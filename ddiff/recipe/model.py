@@ -1,4 +1,8 @@
-"""Resolved recipe: the checked settings of an experiment and its components."""
+"""Resolved recipe: the checked settings of an experiment and its components.
+
+`Recipe` is a recipe of one text. `FieldsRecipe`, in `ddiff.recipe.fields_recipe`, is a recipe of
+several fields. `BaseRecipe` has what both have.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ddiff import __version__
 from ddiff.plugin.registry import Registry
 from ddiff.recipe.component import ComponentSpec
-from ddiff.recipe.schema import (
-    SLOTS,
-    TABLES,
-    TOP_LEVEL,
+from ddiff.recipe.fields_keys import FieldsEvaluateKeys, FieldsSampleKeys, FieldsTrainKeys
+from ddiff.recipe.keys import (
     BackendKeys,
     DataKeys,
     DenoiserKeys,
@@ -22,21 +24,23 @@ from ddiff.recipe.schema import (
     SampleKeys,
     TopLevelKeys,
     TrainKeys,
-    component_field,
-    keys_field,
 )
+from ddiff.recipe.schema import TEXT, Layout, TablePath, component_field, keys_field
 from ddiff.recipe.toml import scalars_first, write_toml
 from ddiff.run_dir.files import HEADER
 from ddiff.run_dir.identity import flatten_keys
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class BaseRecipe:
     """A recipe with every default filled in.
 
-    `component_field` and `keys_field` in `ddiff.recipe.schema` define the names of the fields. The
-    field of a component is None if the recipe has no such component.
+    `component_field` and `keys_field` in `ddiff.recipe.schema` define the names of the attributes.
+    The attribute of a component is None if the recipe has no such component.
     """
+
+    layout: ClassVar[Layout]
+    """Tables of such a recipe."""
 
     name: str
     seed: int
@@ -44,23 +48,13 @@ class Recipe:
     plugins: tuple[str, ...]
 
     data: ComponentSpec
-    data_keys: DataKeys
-    tokenizer: ComponentSpec
-    vocabulary: ComponentSpec
-    process: ComponentSpec | None
     denoiser: ComponentSpec
-    denoiser_keys: DenoiserKeys
-    head: ComponentSpec | None
-    objective: ComponentSpec
-    loss: ComponentSpec | None
-    times: ComponentSpec | None
-    train: TrainKeys
+    train: TrainKeys | FieldsTrainKeys
     optimizer: ComponentSpec
     backend: ComponentSpec
     backend_keys: BackendKeys
-    evaluate: EvaluateKeys
-    sample: SampleKeys
-    sampler: ComponentSpec
+    evaluate: EvaluateKeys | FieldsEvaluateKeys
+    sample: SampleKeys | FieldsSampleKeys
     tracker: ComponentSpec
     encoder: ComponentSpec | None
 
@@ -69,20 +63,23 @@ class Recipe:
     source: str = field(default="", repr=False, compare=False)
     """Path of the recipe file."""
 
-    @property
-    def length(self) -> int:
-        """Number of tokens in a row: [data] length."""
-        return self.data_keys.length
-
     def components(self) -> dict[str, ComponentSpec]:
         """Return the components by path, such as `process` or `train.optimizer`."""
         found = {}
-        for path in SLOTS:
-            # vars(), because the schema determines the names of the fields
-            spec = vars(self)[component_field(path)]
+        for path in self.layout.list_slots(self.groups()):
+            spec = self.attributes(path)[component_field(path)]
             if spec is not None:
                 found[".".join(path)] = spec
         return found
+
+    def groups(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the names of the tables in each group, as the keys of a mapping by group."""
+        return {}
+
+    def attributes(self, path: TablePath) -> Mapping[str, Any]:
+        """Return the attributes that contain the table or component at a path, by name."""
+        # vars(), because the layout determines the names of the attributes
+        return vars(self)
 
     def origins(self) -> dict[str, str]:
         """Return the origin of each component, as `kimura (ddiff_kimura, ddiff-kimura 1.0)`."""
@@ -93,24 +90,28 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as nested dicts of plain values, including every default."""
-        fields = vars(self)
-        tree: dict[str, Any] = {key: fields[key] for key in TopLevelKeys.model_fields}
+        own = vars(self)
+        tree: dict[str, Any] = {key: own[key] for key in TopLevelKeys.model_fields}
         tree["plugins"] = list(self.plugins)  # TOML and JSON have lists only
-        for name, table in TABLES.items():
+        for path, table in self.layout.list_tables(self.groups()).items():
+            attributes = self.attributes(path)
             written: dict[str, Any] = {}
-            spec = fields[component_field((name,))] if table.component else None
+            spec = attributes[component_field(path)] if table.component else None
             if spec is not None:
                 written |= spec.to_dict()
             if table.keys is not None:
                 # The engine's keys replace keys of the component that have the same name.
-                written |= fields[keys_field(name)].model_dump(mode="json")
+                written |= attributes[keys_field(path, table)].model_dump(mode="json")
             for slot in table.slots:
-                slot_spec = fields[component_field((name, slot))]
+                slot_spec = attributes[component_field((*path, slot))]
                 if slot_spec is not None:
                     written[slot] = slot_spec.to_dict()
             if written:
-                tree[name] = written
-        return scalars_first({key: tree[key] for key in TOP_LEVEL if key in tree})
+                parent = tree
+                for group in path[:-1]:
+                    parent = parent.setdefault(group, {})
+                parent[path[-1]] = written
+        return scalars_first({key: tree[key] for key in self.layout.top_level() if key in tree})
 
     def to_toml(self) -> str:
         """Return the recipe as TOML text. Reading this text gives an equal recipe."""
@@ -122,6 +123,32 @@ class Recipe:
         # sorted, so that the hash does not depend on the order of tables in the schema
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(BaseRecipe):
+    """A recipe of one text, with every default filled in."""
+
+    layout: ClassVar[Layout] = TEXT
+
+    data_keys: DataKeys
+    tokenizer: ComponentSpec
+    vocabulary: ComponentSpec
+    process: ComponentSpec | None
+    denoiser_keys: DenoiserKeys
+    head: ComponentSpec | None
+    objective: ComponentSpec
+    loss: ComponentSpec | None
+    times: ComponentSpec | None
+    train: TrainKeys
+    evaluate: EvaluateKeys
+    sample: SampleKeys
+    sampler: ComponentSpec
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in a row: [data] length."""
+        return self.data_keys.length
 
 
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

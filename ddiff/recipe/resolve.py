@@ -19,20 +19,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ddiff.errors import RecipeError
-from ddiff.plugin.registry import Component
+from ddiff.errors import ArgumentError, RecipeError, suggest
+from ddiff.plugin.registry import Component, Registry
 from ddiff.recipe.component import ComponentSpec
+from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.files import RecipeFile, read_file
 from ddiff.recipe.model import Recipe
-from ddiff.recipe.schema import TABLES
+from ddiff.recipe.schema import FIELDS, TEXT
 from ddiff.recipe.settings import read_settings
 from ddiff.recipe.sources import read_sources
 from ddiff.recipe.tables import read_tables, validate_table
 from ddiff.recipe.tree import RecipeTree
 
 
-def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Read and resolve a recipe.
+def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe | FieldsRecipe:
+    """Read and resolve a recipe. A recipe with tables [fields.NAME] gives a `FieldsRecipe`.
 
     Args:
         name: path, name of a shipped recipe, or fsspec address.
@@ -46,7 +47,9 @@ def read_recipe(name: str | Path, settings: Iterable[str] = ()) -> Recipe:
     return read_tables(tree)
 
 
-def parse_recipe(text: str, source: str = "<text>", settings: Iterable[str] = ()) -> Recipe:
+def parse_recipe(
+    text: str, source: str = "<text>", settings: Iterable[str] = ()
+) -> Recipe | FieldsRecipe:
     """Resolve a recipe given as TOML text.
 
     `source` is the file name in messages. Paths in `extends` may be relative to the folder of this
@@ -74,7 +77,7 @@ def configure_component(
     tree = read_settings(settings, "--set").merge_over(base, _inherit_all)
     config = component.config_class()
     for name in tree.values:
-        if name in TABLES and name not in config.model_fields:
+        if name in {**TEXT.tables, **FIELDS.tables} and name not in config.model_fields:
             raise RecipeError(
                 f"{tree.locate((name,))}: outside a recipe there are no tables, so the keys of the "
                 f"{component} have no prefix. Remove {name} and the dot. Valid keys: "
@@ -96,18 +99,51 @@ def configure_sampler(
         kind: kind of the sampler; None for the sampler of the recipe.
         settings: "key=value" texts, which replace settings of the sampler.
     """
+    return _change_sampler(recipe.sampler, recipe.registry, kind, settings)
+
+
+def configure_field_sampler(
+    recipe: FieldsRecipe, name: str, kind: str | None = None, settings: Iterable[str] = ()
+) -> ComponentSpec:
+    """Configure the sampler of a field, or a sampler of another kind, with changed settings.
+
+    Args:
+        recipe: recipe whose sampler and sampler settings of the field are the defaults.
+        name: name of the field. Raises ArgumentError for an unknown name.
+        kind: kind of the sampler; None for the sampler of the field in the recipe.
+        settings: "key=value" texts, which replace settings of the sampler.
+    """
+    if name not in recipe.fields:
+        raise ArgumentError(
+            f"name must be the name of a field of the recipe: {', '.join(recipe.fields)}; got "
+            f"{name!r}.{suggest(name, recipe.fields)}"
+        )
+    return _change_sampler(recipe.fields[name].sampler, recipe.registry, kind, settings)
+
+
+def _change_sampler(
+    sampler: ComponentSpec, registry: Registry, kind: str | None, settings: Iterable[str]
+) -> ComponentSpec:
+    """Return a sampler with changed settings, or a sampler of another kind.
+
+    Args:
+        sampler: sampler of a recipe.
+        registry: components of the recipe.
+        kind: kind of the returned sampler; None for the kind of `sampler`.
+        settings: "key=value" texts, which replace settings of the sampler.
+    """
     settings = tuple(settings)
     if kind is None and not settings:
-        return recipe.sampler
+        return sampler
     # the settings in the recipe are those of its own sampler; another kind has its own defaults
-    if kind in (None, recipe.sampler.component.name):
-        defaults = recipe.sampler.config.model_dump(mode="json")
-        return configure_component(recipe.sampler.component, settings, defaults)
-    return configure_component(recipe.registry.component("sampler", kind), settings)
+    if kind in (None, sampler.component.name):
+        defaults = sampler.config.model_dump(mode="json")
+        return configure_component(sampler.component, settings, defaults)
+    return configure_component(registry.component("sampler", kind), settings)
 
 
 def _inherit_all(path: tuple[str, ...], base: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Return None for every table, so that each table inherits every key of its base table.
 
-    The arguments are those of `find_inherited_keys`, and are not used.
+    The arguments are those of `Layout.find_inherited_keys`, and are not used.
     """

@@ -1,254 +1,42 @@
 """Schema of a recipe: its tables, the keys of each table, and the components that tables name.
 
-`TABLES` is the only list of the tables. The fields of `Recipe`, their order in a written recipe,
-and the messages about unknown names are derived from `TABLES`.
+A recipe has one of two layouts: `TEXT`, for a model of one text, or `FIELDS`, for a model of
+several fields, which has a table [fields.NAME] for each field. The layouts are the only lists of
+the tables. The attributes of `Recipe` and `FieldsRecipe`, their order in a written recipe, and the
+messages about unknown names are derived from the layouts.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
-
-from ddiff.errors import shorten
-from ddiff.plugin.config import (
-    ComponentConfig,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Probability,
-    Seed,
+from ddiff.plugin.config import ComponentConfig
+from ddiff.recipe.fields_keys import (
+    FieldKeys,
+    FieldsEvaluateKeys,
+    FieldsSampleKeys,
+    FieldsTrainKeys,
+)
+from ddiff.recipe.keys import (
+    BackendKeys,
+    DataKeys,
+    DenoiserKeys,
+    EvaluateKeys,
+    SampleKeys,
+    TopLevelKeys,
+    TrainKeys,
 )
 
-NAME_BYTES = 200
-"""Largest size of a file name in bytes. Most file systems allow 255 bytes.
+TablePath = tuple[str, ...]
+"""Path of a table or component in a recipe.
 
-The difference leaves room for endings that ddiff appends, such as `.part`."""
+Examples are `("process",)`, `("train", "optimizer")` for a slot, and `("fields", "image")`."""
 
-PATH_BYTES = 3800
-"""Largest size of a path in bytes. Linux allows 4096 bytes.
+GROUP = "fields"
+"""Name of the table that contains the tables of the fields, [fields.NAME].
 
-The difference leaves room for files that ddiff writes two folders below a run directory."""
-
-Processes = Annotated[int, Field(gt=0, le=1024)]
-"""Number of processes on one machine."""
-
-Threads = Annotated[int, Field(ge=0, le=256)]
-"""Number of threads of one process."""
-
-
-# ---------------------------------------------------------------------- keys of the engine
-
-
-class TopLevelKeys(ComponentConfig):
-    """Top-level keys of a recipe."""
-
-    name: str = Field(min_length=1)
-    """Name of the run."""
-    seed: Seed = 0
-    """Seed of initial weights, data order, training noise and dropout."""
-    run_dir: str = ""
-    """Directory of the run; by default `runs/<name>`."""
-    plugins: tuple[str, ...] = ()
-    """Names of the plugins whose components the recipe uses."""
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if name in (".", "..") or not name.isprintable() or set(name) & set("/\\"):
-            raise ValueError(
-                "a name must not be a path or contain a slash, backslash or control character; got "
-                f"{name!r}. Use run_dir to choose the directory of the run"
-            )
-        _check_path("name", name)
-        return name
-
-    @field_validator("run_dir")
-    @classmethod
-    def _check_run_dir(cls, run_dir: str) -> str:
-        _check_path("run_dir", run_dir)
-        return run_dir
-
-
-def _check_path(key: str, path: str) -> None:
-    """Raise ValueError if a path has control characters or is too long for a file system."""
-    if not path.isprintable():
-        raise ValueError(f"{key} must not contain control characters; got {shorten(path)!r}")
-    longest = max(path.split("/"), key=lambda part: len(os.fsencode(part)))
-    size = len(os.fsencode(longest))
-    if size > NAME_BYTES:
-        raise ValueError(
-            f"{key} must have at most {NAME_BYTES} bytes between slashes, because file names are "
-            f"limited; got {size} bytes, {shorten(longest)!r}"
-        )
-    size = len(os.fsencode(path))
-    if size > PATH_BYTES:
-        raise ValueError(f"{key} must have at most {PATH_BYTES} bytes; got {size}")
-
-
-class DataKeys(ComponentConfig):
-    """Keys of the recipe table [data] that exist for every data set."""
-
-    length: PositiveInt
-    """Number of tokens in a row."""
-
-
-class DenoiserKeys(ComponentConfig):
-    """Keys of the recipe table [denoiser] that exist for every backbone."""
-
-    given: Literal["rest", "all"] = "rest"
-    """States that the predicted distribution at a visible (unmasked) position is conditioned on.
-
-    "rest": the states of all other positions. "all": the states of all positions, including the
-    position itself. With "all", plain cross-entropy trains the head, and the engine divides the
-    prediction by the likelihood of the position's own state. A head with its own parameterization
-    ignores this key."""
-
-
-class InitKeys(ComponentConfig):
-    """Keys of the recipe table [train.init]: source of the initial weights."""
-
-    run: str | None = Field(None, min_length=1)
-    """Directory of the run whose weights are loaded."""
-    model: str | None = Field(None, min_length=1)
-    """Directory or hub name of a transformers model whose input embeddings are loaded."""
-    parts: Literal["all", "embeddings"] = "all"
-    """Weights to load from the run: all weights, or only the state embeddings."""
-
-    @model_validator(mode="after")
-    def _check_one_source(self) -> InitKeys:
-        if self.run is None and self.model is None:
-            came = "neither"
-        elif self.run is not None and self.model is not None:
-            came = f"run = {self.run!r} and model = {self.model!r}"
-        else:
-            return self
-        raise ValueError(f'exactly one of the keys "run" and "model" must be given; got {came}')
-
-
-class TrainKeys(ComponentConfig):
-    """Keys of the recipe table [train]."""
-
-    steps: PositiveInt
-    """Number of training steps."""
-    batch: PositiveInt
-    """Number of rows in the global batch of one step."""
-    warmup: NonNegativeInt = 100
-    """Number of steps in which the learning rate rises linearly."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate schedule after the warmup."""
-    floor: Probability = 0.1
-    """Final learning rate of the cosine schedule, as a fraction of the largest one."""
-    clip: PositiveFloat = 1.0
-    """Gradient norm above which the gradient is scaled down (clipping)."""
-    accumulate: PositiveInt = 1
-    """Number of micro-batches into which the batch of a step is split."""
-    log_every: PositiveInt = 10
-    """Number of steps between two lines of progress."""
-    checkpoint_every: PositiveInt = 200
-    """Number of steps between two checkpoints."""
-    keep: PositiveInt = 2
-    """Number of newest checkpoints that are kept."""
-    prefix: Probability = 0.0
-    """Fraction of the training rows that begin with a prompt of uniformly drawn length.
-
-    The tokens of a prompt stay clean and do not count in the loss."""
-    init: InitKeys | None = None
-    """Source of the initial weights: a run with the same tokenizer, or a transformers model."""
-    ema: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Decay of the exponential moving average of the weights, such as 0.9999; 0: no average."""
-
-    @model_validator(mode="after")
-    def _check_batch_divides(self) -> TrainKeys:
-        if self.batch % self.accumulate:
-            raise ValueError(
-                "batch must be a multiple of accumulate; got "
-                f"batch = {self.batch}, accumulate = {self.accumulate}"
-            )
-        return self
-
-
-class BackendKeys(ComponentConfig):
-    """Keys of the recipe table [backend] that exist for every backend."""
-
-    device: str = "auto"
-    """Device of the network, such as "cpu" or "cuda:0"; "auto": a GPU if there is one."""
-    processes: Processes = 1
-    """Number of processes on this machine, which split [train] batch evenly.
-
-    More than one process needs kind = "ddp" or "fsdp"."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; "auto": bfloat16 on a GPU, float32 on the CPU.
-
-    Weights, distributions and sums have at least float32 precision."""
-    compile: bool = False
-    """Compile the blocks of the backbone (torch.compile); the first step takes about a minute."""
-    workers: Threads = 1
-    """Number of threads that load batches in advance; 0: none. Does not change the results."""
-    activation_checkpointing: bool = False
-    """Keep only the input of each block and recompute the rest in backward, to save memory."""
-
-
-class EvaluateKeys(ComponentConfig):
-    """Keys of the recipe table [evaluate], for the likelihood bound on validation rows."""
-
-    every: PositiveInt | None = None
-    """Number of training steps between two evaluations; by default only after the last step."""
-    batch: PositiveInt = 64
-    """Number of rows in a batch."""
-    window: tuple[float, float] = (1e-3, 0.999)
-    """Limits of the integral over tau that is the diffusion term of the bound.
-
-    tau in [0, 1] is the information time: the fraction of the information about a token that is
-    lost. The decoding term of the bound covers tau below the lower limit. The prior term (the KL
-    divergence to the prior) covers tau above the upper limit."""
-    draws: PositiveInt = 1
-    """Number of noise times drawn per row.
-
-    With two or more, the confidence interval is computed from the differences between documents."""
-    rows: PositiveInt | None = None
-    """Number of rows to evaluate, spread evenly over the validation text; by default all."""
-    seed: Seed = 0
-    """Seed of the noise times and the noise."""
-    weights: Literal["auto", "ema", "trained"] = "auto"
-    """Weights for evaluation and sampling.
-
-    "auto": the moving average if [train] ema is not 0, else the trained weights."""
-
-    @model_validator(mode="after")
-    def _check_window(self) -> EvaluateKeys:
-        start, stop = self.window
-        if not 0.0 <= start < stop <= 1.0:
-            raise ValueError(
-                "window must be two values of tau with 0 <= start < stop <= 1; got "
-                f"[{start}, {stop}]"
-            )
-        return self
-
-
-class SampleKeys(ComponentConfig):
-    """Keys of the recipe table [sample] that exist for every sampler."""
-
-    steps: PositiveInt = 64
-    """Number of sampling steps."""
-    count: PositiveInt = 8
-    """Number of samples."""
-    batch: PositiveInt = 8
-    """Number of samples in a batch. Does not change the samples."""
-    seed: Seed = 0
-    """Seed of the samples."""
-    conditions: dict[str, NonNegativeInt | tuple[float, ...]] = Field(default_factory=dict)
-    """Label or vector for each name in [denoiser] conditions."""
-    guidance: NonNegativeFloat = 1.0
-    """Weight of classifier-free guidance.
-
-    0: unconditional samples; 1: no guidance; above 1: the conditions have more influence."""
-
-
-# ---------------------------------------------------------------------- tables
+A recipe has the layout `FIELDS` if it has this table, and else the layout `TEXT`."""
 
 
 class Slot(NamedTuple):
@@ -257,10 +45,13 @@ class Slot(NamedTuple):
     Args:
         kind: kind of the component.
         default: name of the default component; None if a recipe must name one.
+        is_optional: True if a recipe without this key has no such component. Only for keys; for a
+            table, see `Table.is_optional`.
     """
 
     kind: str
     default: str | None
+    is_optional: bool = False
 
 
 class Table(NamedTuple):
@@ -273,12 +64,14 @@ class Table(NamedTuple):
         slots: keys that name further components, such as `optimizer` in [train].
         is_optional: True if a recipe without the table has no such component; False if the default
             component is used.
+        is_group: True if the table contains named tables, each of which has the described keys.
     """
 
     component: Slot | None = None
     keys: type[ComponentConfig] | None = None
     slots: Mapping[str, Slot] = {}
     is_optional: bool = False
+    is_group: bool = False
 
     def engine_keys(self) -> list[str]:
         """List the keys that ddiff (not the component) defines, with those of nested components."""
@@ -288,96 +81,168 @@ class Table(NamedTuple):
         """Return whether a recipe may omit the table."""
         if self.is_optional:
             return True
+        if self.is_group:
+            return False
         if self.component is not None and self.component.default is None:
             return False
         fields = self.keys.model_fields.values() if self.keys else ()
         return not any(field.is_required() for field in fields)
 
 
-TABLES: dict[str, Table] = {
-    "data": Table(Slot("dataset", None), DataKeys),
-    "tokenizer": Table(Slot("tokenizer", None)),
-    "vocabulary": Table(Slot("vocabulary", None)),
-    "process": Table(Slot("process", None), is_optional=True),
-    "denoiser": Table(Slot("backbone", None), DenoiserKeys, {"head": Slot("head", "tokens")}),
-    "objective": Table(
-        Slot("objective", "nelbo"),
-        slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")},
-    ),
-    "train": Table(None, TrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
-    "backend": Table(Slot("backend", "single"), BackendKeys),
-    "evaluate": Table(None, EvaluateKeys),
-    "sample": Table(None, SampleKeys, {"sampler": Slot("sampler", "ancestral")}),
-    "tracker": Table(Slot("tracker", "none")),
-    "encoder": Table(Slot("encoder", None), is_optional=True),
-}
+class Layout(NamedTuple):
+    """Set of the tables that a recipe may have.
 
-TablePath = tuple[str, ...]
-"""Path of a component in a recipe: `("process",)`, or `("train", "optimizer")` for a slot."""
+    Args:
+        title: name of such a recipe in messages, such as "a recipe".
+        tables: description of each table by name, in the order of a written recipe.
+    """
+
+    title: str
+    tables: Mapping[str, Table]
+
+    def top_level(self) -> list[str]:
+        """List every name that a recipe may have at its top level: keys and tables."""
+        return [*TopLevelKeys.model_fields, "extends", *self.tables]
+
+    def list_tables(self, values: Mapping[str, Any]) -> dict[TablePath, Table]:
+        """Return the tables of a recipe by path. Each table of a group has its own path.
+
+        `values`: nested tables of the recipe, which determine the names in a group.
+        """
+        found: dict[TablePath, Table] = {}
+        for name, table in self.tables.items():
+            if not table.is_group:
+                found[name,] = table
+                continue
+            group = values.get(name)
+            for member in group if isinstance(group, Mapping) else ():
+                found[name, member] = table
+        return found
+
+    def list_slots(self, values: Mapping[str, Any]) -> dict[TablePath, Slot]:
+        """Return every path of a recipe that names a component, each table before its slots.
+
+        `values`: nested tables of the recipe, which determine the names in a group.
+        """
+        slots: dict[TablePath, Slot] = {}
+        for path, table in self.list_tables(values).items():
+            if table.component is not None:
+                slots[path] = table.component
+            for key, slot in table.slots.items():
+                slots[*path, key] = slot
+        return slots
+
+    def expand_shorthand(self, values: dict[str, Any]) -> None:
+        """Replace names of components by tables, in place: "muon" by `{"kind": "muon"}`.
+
+        `values`: nested tables of a recipe.
+        """
+        for path in self.list_slots(values):
+            table: Any = values
+            for key in path[:-1]:
+                table = table.get(key) if isinstance(table, dict) else None
+            if isinstance(table, dict) and isinstance(table.get(path[-1]), str):
+                table[path[-1]] = {"kind": table[path[-1]]}
+
+    def find_inherited_keys(
+        self, path: TablePath, base: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> frozenset[str] | None:
+        """Return the keys of a base table that an overriding table inherits; None: all keys.
+
+        If the two tables have different kinds, only keys that exist for every kind are inherited.
+        All other keys belong to one kind.
+
+        Args:
+            path: path of both tables.
+            base: table of a recipe.
+            new: table that overrides `base`. It comes from `--set` texts, or from a recipe that
+                extends the recipe of `base`.
+        """
+        if "kind" not in new:
+            return None
+        # the name of a table in a group is part of the path
+        values = {path[0]: {path[1]: new}} if len(path) > 1 else {}
+        slot = self.list_slots(values).get(path)
+        if slot is None or new["kind"] == base.get("kind", slot.default):
+            return None
+        table = self.list_tables(values).get(path)
+        return frozenset(table.engine_keys()) if table else frozenset()
 
 
-def _list_slots() -> dict[TablePath, Slot]:
-    slots: dict[TablePath, Slot] = {}
-    for name, table in TABLES.items():
-        if table.component is not None:
-            slots[name,] = table.component
-        for key, slot in table.slots.items():
-            slots[name, key] = slot
-    return slots
+TEXT = Layout(
+    "a recipe",
+    {
+        "data": Table(Slot("dataset", None), DataKeys),
+        "tokenizer": Table(Slot("tokenizer", None)),
+        "vocabulary": Table(Slot("vocabulary", None)),
+        "process": Table(Slot("process", None), is_optional=True),
+        "denoiser": Table(Slot("backbone", None), DenoiserKeys, {"head": Slot("head", "tokens")}),
+        "objective": Table(
+            Slot("objective", "nelbo"),
+            slots={"loss": Slot("training_loss", "elbo"), "times": Slot("time_rule", "flat")},
+        ),
+        "train": Table(None, TrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
+        "backend": Table(Slot("backend", "single"), BackendKeys),
+        "evaluate": Table(None, EvaluateKeys),
+        "sample": Table(None, SampleKeys, {"sampler": Slot("sampler", "ancestral")}),
+        "tracker": Table(Slot("tracker", "none")),
+        "encoder": Table(Slot("encoder", None), is_optional=True),
+    },
+)
+"""Layout of a recipe for a model of one text."""
+
+FIELDS = Layout(
+    "a recipe with fields",
+    {
+        "data": Table(Slot("fields_dataset", None)),
+        GROUP: Table(
+            None,
+            FieldKeys,
+            {
+                "tokenizer": Slot("tokenizer", None, is_optional=True),
+                "vocabulary": Slot("vocabulary", "flat"),
+                "process": Slot("process", None),
+                "head": Slot("head", "tokens"),
+                "loss": Slot("training_loss", "elbo"),
+                "times": Slot("time_rule", "flat"),
+                "sampler": Slot("sampler", "ancestral"),
+                "normalizer": Slot("normalizer", "none"),
+            },
+            is_group=True,
+        ),
+        "denoiser": Table(Slot("joint_backbone", None)),
+        "objective": Table(slots={"times": Slot("path_rule", "shared")}),
+        "train": Table(None, FieldsTrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
+        "backend": Table(Slot("backend", "single"), BackendKeys),
+        "evaluate": Table(None, FieldsEvaluateKeys, {"path": Slot("path_rule", "shared")}),
+        "sample": Table(None, FieldsSampleKeys, {"path": Slot("path_rule", "shared")}),
+        "tracker": Table(Slot("tracker", "none")),
+        "encoder": Table(Slot("encoder", None), is_optional=True),
+        "judge": Table(Slot("judge", None), is_optional=True),
+    },
+)
+"""Layout of a recipe for a model of several fields."""
 
 
-SLOTS: dict[TablePath, Slot] = _list_slots()
-"""Every path in a recipe that names a component, in the order of the tables."""
-
-TOP_LEVEL = [*TopLevelKeys.model_fields, "extends", *TABLES]
-"""Every name that a recipe may have at its top level: keys and tables."""
+def find_layout(values: Mapping[str, Any]) -> Layout:
+    """Return the layout of a recipe. `values`: nested tables of the recipe."""
+    return FIELDS if GROUP in values else TEXT
 
 
 def component_field(path: TablePath) -> str:
-    """Return the name of the `Recipe` field for a component: the last part of its path."""
-    return path[-1]
+    """Return the name of the recipe attribute for a component: the last part of its path.
 
-
-def keys_field(table: str) -> str:
-    """Return the name of the `Recipe` field with those keys of a table that ddiff defines.
-
-    The field is named like the table, with the ending `_keys` if the table also has a component.
+    The slot `path` exists in several tables, and has the name of its table before it.
     """
-    return table if TABLES[table].component is None else f"{table}_keys"
+    return "_".join(path) if path[-1] == "path" else path[-1]
 
 
-# ---------------------------------------------------------------------- shorthand and inheritance
+def keys_field(path: TablePath, table: Table) -> str:
+    """Return the name of the recipe attribute with those keys of a table that ddiff defines.
 
-
-def expand_shorthand(values: dict[str, Any]) -> None:
-    """Replace names of components by tables, in place: "muon" by `{"kind": "muon"}`.
-
-    `values`: nested tables of a recipe.
+    The attribute is named like the table, with the ending `_keys` if the table also has a
+    component. It is `keys` for a table of a group.
     """
-    for path in SLOTS:
-        table: Any = values
-        for key in path[:-1]:
-            table = table.get(key) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(table.get(path[-1]), str):
-            table[path[-1]] = {"kind": table[path[-1]]}
-
-
-def find_inherited_keys(
-    path: TablePath, base: Mapping[str, Any], new: Mapping[str, Any]
-) -> frozenset[str] | None:
-    """Return the keys of a base table that an overriding table inherits; None: all keys.
-
-    If the two tables have different kinds, only keys that exist for every kind are inherited. All
-    other keys belong to one kind.
-
-    Args:
-        path: path of both tables.
-        base: table of a recipe.
-        new: table that overrides `base`. It comes from `--set` texts, or from a recipe that
-            extends the recipe of `base`.
-    """
-    if path not in SLOTS or "kind" not in new:
-        return None
-    if new["kind"] == base.get("kind", SLOTS[path].default):
-        return None
-    return frozenset(TABLES[path[0]].engine_keys()) if len(path) == 1 else frozenset()
+    if table.is_group:
+        return "keys"
+    return path[-1] if table.component is None else f"{path[-1]}_keys"

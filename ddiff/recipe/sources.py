@@ -12,7 +12,7 @@ from dataclasses import replace
 from ddiff.errors import ArgumentError, RecipeError, shorten
 from ddiff.recipe.files import RecipeFile, read_file
 from ddiff.recipe.messages import format_value
-from ddiff.recipe.schema import expand_shorthand, find_inherited_keys
+from ddiff.recipe.schema import find_layout
 from ddiff.recipe.settings import read_settings
 from ddiff.recipe.toml import read_toml
 from ddiff.recipe.tree import RecipeTree
@@ -43,11 +43,13 @@ def read_sources(
     overrides = read_settings(settings, file.source)
     # each tree is merged over the trees that follow it
     trees = [overrides, *trees]
+    # a tree may have fields of which another tree sets some keys only
+    layout = find_layout({name: None for tree in trees for name in tree.values})
     for tree in trees:
-        expand_shorthand(tree.values)
+        layout.expand_shorthand(tree.values)
     merged = trees.pop()
     for tree in reversed(trees):
-        merged = tree.merge_over(merged, find_inherited_keys)
+        merged = tree.merge_over(merged, layout.find_inherited_keys)
     return merged
 
 

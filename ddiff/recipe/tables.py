@@ -8,15 +8,18 @@ ddiff itself defines some keys of a table. The other keys are defined by the com
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ddiff.errors import PluginError, RecipeError, shorten, suggest
 from ddiff.plugin.config import ComponentConfig
-from ddiff.plugin.registry import Component
+from ddiff.plugin.registry import Component, NoKeys
 from ddiff.recipe.component import ComponentSpec
+from ddiff.recipe.fields_checks import check_field_references, check_field_tables
+from ddiff.recipe.fields_recipe import FieldsRecipe, FieldTables
+from ddiff.recipe.keys import TopLevelKeys
 from ddiff.recipe.lookup import find_components, load_listed_plugins
 from ddiff.recipe.messages import (
     explain_unknown_key,
@@ -27,12 +30,15 @@ from ddiff.recipe.messages import (
 )
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.schema import (
-    SLOTS,
-    TABLES,
-    TOP_LEVEL,
+    FIELDS,
+    GROUP,
+    TEXT,
+    Layout,
+    Slot,
+    Table,
     TablePath,
-    TopLevelKeys,
     component_field,
+    find_layout,
     keys_field,
 )
 from ddiff.recipe.toml import scalars_first
@@ -41,26 +47,35 @@ from ddiff.recipe.tree import KeyPath, RecipeTree
 Keys = TypeVar("Keys", bound=ComponentConfig)
 
 
-def read_tables(tree: RecipeTree) -> Recipe:
+def read_tables(tree: RecipeTree) -> Recipe | FieldsRecipe:
     """Validate all tables of a recipe, and load the plugins and components that they name.
 
     Raises RecipeError for the first wrong name or value, and PluginError for a defect of a plugin.
     """
-    _check_tables(tree)
+    layout = find_layout(tree.values)
+    _check_tables(tree, layout)
     top = _read_top_level(tree)
     # plugins are loaded before tables are read, because they define components and their keys
     registry = load_listed_plugins(top.plugins, tree)
-    components = find_components(tree, registry)
+    components = find_components(tree, layout, registry)
 
-    fields: dict[str, Any] = dict(top)
-    for path in SLOTS:
-        field = component_field(path)
-        fields[field] = _read_component(path, tree, components) if path in components else None
-    for name, table in TABLES.items():
-        if table.keys is not None:
-            fields[keys_field(name)] = _read_engine_keys(name, tree, table.keys)
-    # raises TypeError if the fields of Recipe differ from those of the schema
-    recipe = Recipe(registry=registry, source=tree.source, **fields)
+    attributes: dict[str, Any] = dict(top)
+    attributes["registry"] = registry
+    attributes["source"] = tree.source
+    fields: dict[str, FieldTables] = {}
+    for path, table in layout.list_tables(tree.values).items():
+        read = _read_table(path, table, tree, components)
+        if table.is_group:
+            fields[path[-1]] = FieldTables(**read)
+        else:
+            attributes |= read
+    recipe: Recipe | FieldsRecipe
+    # raises TypeError if the attributes of the class differ from those of the layout
+    if layout is FIELDS:
+        recipe = FieldsRecipe(fields=fields, **attributes)
+        check_field_references(recipe, tree)
+    else:
+        recipe = Recipe(**attributes)
     _check_batch(recipe, tree)
     _check_ema(recipe, tree)
     return recipe
@@ -69,50 +84,62 @@ def read_tables(tree: RecipeTree) -> Recipe:
 # ---------------------------------------------------------------------- top level
 
 
-def _check_tables(tree: RecipeTree) -> None:
+def _check_tables(tree: RecipeTree, layout: Layout) -> None:
     """Raise RecipeError for an unknown name, a value in place of a table, or a missing table."""
+    names = layout.top_level()
     for name in tree.values:
-        if name not in TOP_LEVEL:
+        if name not in names:
             raise RecipeError(
-                f'{tree.locate((name,))}: a recipe has no key or table "{shorten(name)}".'
-                f"{_suggest_name(name)} Valid names: {', '.join(TOP_LEVEL)}."
+                f'{tree.locate((name,))}: {layout.title} has no key or table "{shorten(name)}".'
+                f"{_suggest_name(name, layout)} Valid names: {', '.join(names)}."
             )
     if "extends" in tree.values:
         place = tree.locate(("extends",))
         raise RecipeError(
             f"{place}: extends is only valid in a recipe file and cannot be given by --set."
         )
-    paths: list[TablePath] = [(name,) for name in TABLES]
-    for path in [*paths, *SLOTS]:
-        _check_is_table(path, tree)
-    required = [name for name, table in TABLES.items() if not table.has_default()]
+    for name, table in layout.tables.items():
+        if not table.is_group:
+            _check_is_table((name,), table.component, tree)
+    if layout is FIELDS:
+        check_field_tables(tree)
+    for path, slot in layout.list_slots(tree.values).items():
+        _check_is_table(path, slot, tree)
+    required = [name for name, table in layout.tables.items() if not table.has_default()]
     missing = [name for name in required if name not in tree.values]
     if missing:
         raise RecipeError(
-            f"{tree.source}: there is no [{missing[0]}] table. A recipe needs the tables "
-            f'{", ".join(required)}, or extends = "<recipe>" to inherit them from another recipe.'
+            f"{tree.source}: there is no [{missing[0]}] table. {layout.title.capitalize()} needs "
+            f'the tables {", ".join(required)}, or extends = "<recipe>" to inherit them from '
+            "another recipe."
         )
 
 
-def _suggest_name(name: str) -> str:
+def _suggest_name(name: str, layout: Layout) -> str:
     """Suggest a correction for an unknown key or table at the top level of a recipe.
 
     The suggestion is the table to which the key belongs, or a similar name.
     """
-    for table, entry in TABLES.items():
+    if layout is TEXT and name in FIELDS.tables:
+        return f" Only a recipe with tables [{GROUP}.NAME] has this table."
+    # a field may have keys with the names of keys of other tables, which are the likelier ones
+    for table, entry in sorted(layout.tables.items(), key=lambda item: item[1].is_group):
         if name in entry.engine_keys():
-            return f' Did you mean "{table}.{name}"?'
-    return suggest(name, TOP_LEVEL)
+            return f' Did you mean "{table}.{"NAME." if entry.is_group else ""}{name}"?'
+    return suggest(name, [*layout.top_level(), GROUP])
 
 
-def _check_is_table(path: TablePath, tree: RecipeTree) -> None:
+def _check_is_table(path: TablePath, slot: Slot | None, tree: RecipeTree) -> None:
+    """Raise RecipeError if the value at a path is not a table.
+
+    `slot`: description of the component at the path, or None.
+    """
     value: Any = tree.values
     for key in path:
         value = value.get(key, {})
     if isinstance(value, dict):
         return
-    kind = SLOTS[path].kind if path in SLOTS else None
-    alternative = f", or the name of the {kind} in quotes" if kind else ""
+    alternative = f", or the name of the {slot.kind} in quotes" if slot else ""
     raise RecipeError(
         f"{tree.locate(path)}: {'.'.join(path)} must be a table{alternative}; got "
         f"{format_value(value)}."
@@ -133,38 +160,67 @@ def _read_top_level(tree: RecipeTree) -> TopLevelKeys:
 # ---------------------------------------------------------------------- keys of a table
 
 
+def _read_table(
+    path: TablePath,
+    table: Table,
+    tree: RecipeTree,
+    components: Mapping[TablePath, Component],
+) -> dict[str, Any]:
+    """Validate a table, and return the recipe attributes that the table determines.
+
+    Args:
+        path: path of the table.
+        table: description of the table.
+        tree: all tables of the recipe.
+        components: all components of the recipe by path.
+    """
+    read: dict[str, Any] = {}
+    if table.component is not None:
+        read[component_field(path)] = None
+        if path in components:
+            read[component_field(path)] = _read_component(path, table, tree, components)
+    for slot in table.slots:
+        slot_path = (*path, slot)
+        read[component_field(slot_path)] = None
+        if slot_path in components:
+            # the table of a slot has neither slots nor keys of the engine
+            spec = _read_component(slot_path, Table(), tree, components)
+            read[component_field(slot_path)] = spec
+    keys = _read_engine_keys(path, table, tree)
+    if table.keys is not None:
+        read[keys_field(path, table)] = keys
+    return read
+
+
 def _read_component(
-    path: TablePath, tree: RecipeTree, components: Mapping[TablePath, Component]
+    path: TablePath,
+    table: Table,
+    tree: RecipeTree,
+    components: Mapping[TablePath, Component],
 ) -> ComponentSpec:
     """Validate the keys of a component's table.
 
     Args:
         path: path of the table.
+        table: description of the table.
         tree: all tables of the recipe.
         components: all components of the recipe by path.
     """
     component = components[path]
     config = component.config_class()
-    table = TABLES[path[0]]
-    # the table of a slot has neither slots nor keys of the engine
-    engine_model = table.keys if len(path) == 1 else None
     slots = [slot for slot in table.slots if (*path, slot) in components]
-    engine_keys = list(engine_model.model_fields) if engine_model else []
+    engine_keys = list(table.keys.model_fields) if table.keys else []
     known = list(dict.fromkeys([*config.model_fields, *slots, *engine_keys]))
     _check_reserved_keys(component, config, slots)
     values = {}
     for key, value in tree.read_table(path).items():
         if key not in ("kind", *known):
-            label = format_table(path)
-            owner = _owner(component)
-            raise RecipeError(
-                f"{tree.locate((*path, key))}: {explain_unknown_key(label, key, owner, known)}"
-            )
+            raise _unknown_key_error(path, key, known, tree, component)
         if key in config.model_fields:
             values[key] = value
-    if engine_model is not None:
+    if table.keys is not None:
         # a key of Config with the name of a key of the engine gets the same value
-        shared = _read_engine_keys(path[0], tree, engine_model).model_dump(mode="json")
+        shared = _read_engine_keys(path, table, tree).model_dump(mode="json")
         values |= {key: value for key, value in shared.items() if key in config.model_fields}
     checked = validate_table(config, values, tree, path, component, known)
     spec = ComponentSpec(component, checked, format_table(path))
@@ -172,16 +228,56 @@ def _read_component(
     return spec
 
 
-def _read_engine_keys(name: str, tree: RecipeTree, model: type[Keys]) -> Keys:
+def _read_engine_keys(path: TablePath, table: Table, tree: RecipeTree) -> ComponentConfig:
     """Validate those keys of a table that ddiff defines, and not the component of the table."""
-    table = TABLES[name]
+    model = table.keys or NoKeys
+    known = table.engine_keys()
     values = {}
-    for key, value in tree.read_table((name,)).items():
-        # in a table without a component, all keys are checked against the keys of the engine
-        is_own = key in model.model_fields or table.component is None
-        if is_own and key not in table.slots:
+    for key, value in tree.read_table(path).items():
+        # in a table with a component, all other keys are checked against the keys of the component
+        if table.component is None and key not in known:
+            raise _unknown_key_error(path, key, known, tree)
+        if key in model.model_fields:
             values[key] = value
-    return validate_table(model, values, tree, (name,), known=table.engine_keys())
+    return validate_table(model, values, tree, path, known=known)
+
+
+def _unknown_key_error(
+    path: TablePath,
+    key: str,
+    known: Sequence[str],
+    tree: RecipeTree,
+    component: Component | None = None,
+) -> RecipeError:
+    """Return the error for a key that a table does not have.
+
+    Args:
+        path: path of the table.
+        key: the unknown key.
+        known: valid keys of the table.
+        tree: all tables of the recipe.
+        component: owner of the table, for the message.
+    """
+    message = explain_unknown_key(format_table(path), key, _owner(component), known)
+    remark = _explain_other_layout(path, key, find_layout(tree.values))
+    return RecipeError(f"{tree.locate((*path, key))}: {message}{remark}")
+
+
+def _explain_other_layout(path: TablePath, key: str, layout: Layout) -> str:
+    """Return a sentence about a key that the table at a path has only in the other layout.
+
+    Returns "" for other keys. `layout`: layout of the recipe.
+    """
+    other = TEXT if layout is FIELDS else FIELDS
+    if len(path) > 1 or path[0] not in other.tables:
+        return ""
+    if key not in other.tables[path[0]].engine_keys():
+        return ""
+    if layout is TEXT:
+        return f" Only a recipe with tables [{GROUP}.NAME] has this key."
+    if key in FIELDS.tables[GROUP].engine_keys():
+        return f" In a recipe with fields, this key belongs to the tables [{GROUP}.NAME]."
+    return f" Only a recipe without tables [{GROUP}.NAME] has this key."
 
 
 def validate_table(
@@ -263,7 +359,7 @@ def _round_trip_error(spec: ComponentSpec, what: str) -> PluginError:
 # ---------------------------------------------------------------------- checks of several tables
 
 
-def _check_batch(recipe: Recipe, tree: RecipeTree) -> None:
+def _check_batch(recipe: Recipe | FieldsRecipe, tree: RecipeTree) -> None:
     batch = recipe.train.batch
     accumulate = recipe.train.accumulate
     processes = recipe.backend_keys.processes
@@ -275,7 +371,7 @@ def _check_batch(recipe: Recipe, tree: RecipeTree) -> None:
         )
 
 
-def _check_ema(recipe: Recipe, tree: RecipeTree) -> None:
+def _check_ema(recipe: Recipe | FieldsRecipe, tree: RecipeTree) -> None:
     if recipe.evaluate.weights == "ema" and not recipe.train.ema:
         raise RecipeError(
             f'{tree.locate(("evaluate", "weights"))}: [evaluate] weights = "ema" needs a moving '

@@ -130,13 +130,17 @@ def write_toml(tree: Mapping[str, Any], comment: str) -> str:
 def scalars_first(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Put the sub-tables last at every level of nested tables, as TOML requires.
 
-    Keys with value None are omitted.
+    Keys with value None are omitted, also in tables that are items of a list.
     """
     scalars: dict[str, Any] = {}
     tables: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             tables[key] = scalars_first(value)
+        elif isinstance(value, list):
+            scalars[key] = [
+                scalars_first(item) if isinstance(item, Mapping) else item for item in value
+            ]
         elif value is not None:
             scalars[key] = value
     return scalars | tables

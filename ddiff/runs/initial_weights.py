@@ -15,8 +15,9 @@ from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError, explain_error
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
+from ddiff.recipe.fields_recipe import require_text_recipe
+from ddiff.recipe.keys import InitKeys
 from ddiff.recipe.resolve import read_recipe
-from ddiff.recipe.schema import InitKeys
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
 
@@ -88,7 +89,7 @@ def load_run_weights(
             f"[train] init: both runs must have the same tokenizer; got {theirs} in {run_dir} and "
             f"{tokenizer.fingerprint} in this run. Use the same [tokenizer] on the same [data]."
         )
-    recipe = read_recipe(directory / RECIPE)
+    recipe = require_text_recipe(read_recipe(directory / RECIPE), "[train] init")
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     _check_components(directory, newest, theirs, vocabulary)
     weights = newest.read_weights()

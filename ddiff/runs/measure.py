@@ -26,6 +26,7 @@ from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser
+from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.backends import build_backend
@@ -157,7 +158,8 @@ def _single_process(recipe: Recipe, directory: str) -> Recipe:
         "backend.kind=single",
         "backend.processes=1",
     ]
-    return parse_recipe(recipe.to_toml(), recipe.name, settings)
+    single = parse_recipe(recipe.to_toml(), recipe.name, settings)
+    return require_text_recipe(single, "ddiff run --measure")
 
 
 def _measure_session(

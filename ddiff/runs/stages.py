@@ -17,6 +17,7 @@ from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.distributed.launcher import get_rank_info
 from ddiff.errors import ArgumentError
+from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.protection import delete_run
@@ -68,7 +69,7 @@ def run(
             )
         resolved = recipe
     else:
-        resolved = read_recipe(recipe, settings)
+        resolved = require_text_recipe(read_recipe(recipe, settings), "ddiff.run")
     trained, code = _run_stages(resolved, Overrides(vocabulary, process), fresh)
     if code == INTERRUPTED:
         raise KeyboardInterrupt

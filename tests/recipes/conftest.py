@@ -87,13 +87,26 @@ class ChoosyHead(Plain):
         if width != 3:
             raise ArgumentError(f"width must be 3; got {width}.")
 
+class Part(ComponentConfig):
+    path: str
+    weight: PositiveFloat = 1.0
+    clean: str | None = None
+
+class Mixture(Plain):
+    class Config(ComponentConfig):
+        parts: tuple[Part, ...]
+
+class Pca(Plain):
+    class Config(ComponentConfig):
+        width: int = 4
+
 class Greedy(Plain):
     class Config(ComponentConfig):
         head: str = "mine"
 """
 NAMES = {
     "process": {"toy": "Toy", "choosy": "Choosy", "halving": "Halving"},
-    "vocabulary": {"clusters": "Clusters"},
+    "vocabulary": {"clusters": "Clusters", "flat": "Plain"},
     "backbone": {"net": "Net", "greedy": "Greedy"},
     "optimizer": {"muon": "Muon", "adamw": "Plain"},
     "objective": {"nelbo": "Plain", "next": "Autoregression"},
@@ -103,6 +116,9 @@ NAMES = {
     "backend": {"single": "Backend"},
     "sampler": {"ancestral": "Plain"},
     "tracker": {"none": "Plain"},
+    "joint_backbone": {"streams": "Net"},
+    "path_rule": {"shared": "Plain", "mixture": "Mixture"},
+    "normalizer": {"none": "Plain", "pca": "Pca"},
 }
 TARGETS = [
     (kind, name, f"toy_parts:{NAMES.get(kind, {}).get(name, 'Plain')}")
@@ -148,6 +164,54 @@ head = "tied"
 [train]
 steps = 10
 batch = 4
+"""
+
+FIELDS_RECIPE = """\
+name = "pair"
+plugins = ["toy"]
+data = "plain"
+
+[fields.image]
+process = "toy"
+weight = 2
+
+[fields.text]
+tokenizer = "plain"
+length = 5
+head = "tied"
+
+[fields.text.process]
+kind = "toy"
+gamma = 2
+
+[fields.latent]
+process = "toy"
+encode = "text"
+normalizer = {kind = "pca", width = 2}
+
+[encoder]
+kind = "plain"
+
+[denoiser]
+kind = "streams"
+width = 16
+
+[objective]
+times = {kind = "mixture", parts = [{path = "shared"}, {path = "first", clean = "text"}]}
+
+[train]
+steps = 10
+batch = 4
+
+[evaluate]
+targets = ["joint", "image | text"]
+
+[sample]
+path = "shared"
+
+[sample.guidance.image]
+weight = 1.5
+without = {text = "absent"}
 """
 
 

@@ -8,7 +8,7 @@ from ddiff.errors import ArgumentError, RecipeError
 from ddiff.plugin.loader import load_plugins
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import configure_component, read_recipe
-from ddiff.recipe.schema import TOP_LEVEL
+from ddiff.recipe.schema import TEXT
 
 from .conftest import RECIPE
 
@@ -265,7 +265,7 @@ def test_malformed_set_option_is_refused_with_a_reason(write, settings, expected
 def test_unknown_table_message_lists_all_top_level_names(write):
     text = message(write(RECIPE + "\n[zzz]\n"))
     assert text.startswith(f"mine.toml:{RECIPE.count(chr(10)) + 2}: ")
-    assert text.endswith(f"Valid names: {', '.join(TOP_LEVEL)}.")
+    assert text.endswith(f"Valid names: {', '.join(TEXT.top_level())}.")
 
 
 @pytest.mark.parametrize("settings", ["train.steps=3", {"train.steps": 3}])

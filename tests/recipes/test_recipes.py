@@ -10,9 +10,11 @@ import pytest
 
 from ddiff.errors import PluginError, RecipeError
 from ddiff.plugin.loader import load_plugins
+from ddiff.recipe.fields_recipe import FieldsRecipe, FieldTables
+from ddiff.recipe.keys import TopLevelKeys
 from ddiff.recipe.model import Recipe, diff_recipes
 from ddiff.recipe.resolve import configure_component, parse_recipe, read_recipe
-from ddiff.recipe.schema import SLOTS, TABLES, TopLevelKeys, component_field, keys_field
+from ddiff.recipe.schema import FIELDS, GROUP, TEXT, Layout, component_field, keys_field
 
 from .conftest import RECIPE
 
@@ -47,11 +49,23 @@ def test_read_recipe_fills_in_every_default(write):
     assert (recipe.sample.steps, recipe.sample.count) == (64, 8)
 
 
-def test_recipe_class_has_the_fields_that_the_schema_defines():
-    expected = {*TopLevelKeys.model_fields, "registry", "source"}
-    expected |= {component_field(path) for path in SLOTS}
-    expected |= {keys_field(name) for name, table in TABLES.items() if table.keys is not None}
-    assert {field.name for field in fields(Recipe)} == expected
+def attributes_of(layout: Layout, groups: dict[str, dict[str, None]]) -> set[str]:
+    """Names of the attributes that a layout defines for the tables outside and inside groups."""
+    names = {component_field(path) for path in layout.list_slots(groups)}
+    for path, table in layout.list_tables(groups).items():
+        if table.keys is not None:
+            names.add(keys_field(path, table))
+    return names
+
+
+def test_recipe_classes_have_the_attributes_that_their_layouts_define():
+    common = {*TopLevelKeys.model_fields, "registry", "source"}
+    assert {field.name for field in fields(Recipe)} == common | attributes_of(TEXT, {})
+    expected = common | attributes_of(FIELDS, {}) | {"fields"}
+    assert {field.name for field in fields(FieldsRecipe)} == expected
+    of_a_field = Layout("a field", {GROUP: FIELDS.tables[GROUP]})
+    expected = attributes_of(of_a_field, {GROUP: {"image": None}})
+    assert {field.name for field in fields(FieldTables)} == expected
 
 
 def test_resolved_recipe_reads_back_as_equal_recipe(write):
