@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -192,14 +191,14 @@ def _make_processes(
     processes = _load_examples(component)
     settings = _format_example_settings(component, processes)
     if configured or not processes:
-        settings = []
         if spec.takes_input("width"):
             processes = [spec.build(vocabulary=None, width=width) for width in VECTOR_WIDTHS]
         else:
             vocabularies = _example_vocabularies(component, processes)
             processes = _build_on(component, spec, vocabularies, width=None)
+        settings = [""] * len(processes)
     instances = []
-    for number, (process, text) in enumerate(zip_longest(processes, settings, fillvalue=""), 1):
+    for number, (process, text) in enumerate(zip(processes, settings, strict=True), start=1):
         name = f"{component.name} {number}"
         if isinstance(process, GaussianProcess):
             label = f"{name}, width {process.width}"
@@ -213,11 +212,13 @@ def _make_processes(
 def _format_example_settings(component: Component, examples: list[Any]) -> list[str]:
     """Format the settings of each example of a component, such as `schedule=power, power=2.5`.
 
-    Returns an empty list if the component does not define `example_settings`. Raises PluginError
-    if their number is not the number of `examples`.
+    The texts are empty if the component does not define `example_settings`. Raises PluginError if
+    their number is not the number of `examples`.
     """
     settings = component.members().example_settings
-    if settings and len(settings) != len(examples):
+    if not settings:
+        return [""] * len(examples)
+    if len(settings) != len(examples):
         raise PluginError(
             f"The {component} has {len(settings)} example_settings and {len(examples)} examples. "
             "example_settings must give the settings of each process that examples() returns, in "
