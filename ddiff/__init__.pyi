@@ -245,6 +245,13 @@ from .data.pictures import grey_palette as grey_palette
 from .data.pictures import write_grid as write_grid
 from .evaluation.fields import JointEvaluation as JointEvaluation
 from .evaluation.fields import evaluate_fields as evaluate_fields
+from .evaluation.judges import DrawnField as DrawnField
+from .evaluation.judges import DrawnFields as DrawnFields
+from .evaluation.judges import Finding as Finding
+from .evaluation.judges import Judge as Judge
+from .evaluation.judges import group_means as group_means
+from .evaluation.judges import mean_value as mean_value
+from .evaluation.judges import share_right as share_right
 from .nn.joint_denoiser import JointBackbone as JointBackbone
 from .nn.joint_denoiser import JointContext as JointContext
 from .nn.joint_denoiser import JointDenoiser as JointDenoiser

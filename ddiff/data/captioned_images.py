@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from itertools import product
 from typing import NamedTuple
@@ -123,6 +123,12 @@ class ShapesSource:
         self.colours = colours
         self.shapes = tuple(FIGURES)
 
+    @staticmethod
+    def count_colours(words: Iterable[str]) -> int:
+        """Return the smallest number of colours whose names include all colours in `words`."""
+        numbers = [COLOURS.index(word) + 1 for word in words if word in COLOURS]
+        return max(numbers, default=1)
+
     @property
     def num_captions(self) -> int:
         """Number of captions, all equally likely."""
@@ -175,6 +181,12 @@ class ShapesSource:
             SHAPE_SIDE,
             len(COLOURS) + 1,
         )
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """Iterate over all captions."""
+        nouns = list(product(COLOURS[: self.colours], self.shapes))
+        for relation, first, second in product(RELATIONS, nouns, nouns):
+            yield *first, *relation.split(), *second
 
     def images_of(self, caption: Sequence[str]) -> set[bytes]:
         """Return all images that a caption can have, each as the bytes of its levels."""

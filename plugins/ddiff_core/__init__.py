@@ -99,6 +99,11 @@ COMPONENTS = {
         "pca": "ddiff_core.normalizers:Pca",
         "standard": "ddiff_core.normalizers:Standard",
     },
+    "judge": {
+        "digits": "ddiff_core.judges:DigitsJudge",
+        "shapes": "ddiff_core.judges:ShapesJudge",
+        "vectors": "ddiff_core.judges:VectorsJudge",
+    },
     "tracker": {
         "none": "ddiff_core.trackers:Disabled",
         "wandb": "ddiff_core.trackers:WeightsAndBiases",

@@ -1,0 +1,87 @@
+"""Findings of judges: intervals, groups of draws, and checks of the drawn samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ddiff.errors import ArgumentError
+from ddiff.evaluation.intervals import mean95, wilson95
+from ddiff.evaluation.judges import (
+    DrawnField,
+    DrawnFields,
+    group_means,
+    mean_value,
+    share_right,
+)
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "interval"),
+    [
+        # Newcombe (1998), table I, method 3.
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_interval_matches_published_table(
+    hits: int, count: int, interval: tuple[float, float]
+) -> None:
+    assert wilson95(hits, count) == pytest.approx(interval, abs=5e-5)  # four printed digits
+
+
+def test_wilson_interval_of_all_hits_mirrors_the_interval_of_no_hit() -> None:
+    low, high = wilson95(0, 7)
+    assert wilson95(7, 7) == pytest.approx((1.0 - high, 1.0 - low), abs=1e-15)
+    assert 0.0 < high < 1.0
+
+
+def test_mean_interval_covers_the_mean_in_95_percent_of_trials() -> None:
+    """2,000 trials with 8 numbers; four standard errors of the coverage are 0.0195."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        interval = mean95(rng.normal(3.0, 2.0, 8))
+        assert interval is not None
+        covered += interval[0] < 3.0 < interval[1]
+    assert abs(covered / 2000 - 0.95) < 0.0195
+
+
+def test_mean_of_one_number_has_no_interval() -> None:
+    assert mean_value("x", [2.0]).interval is None
+
+
+def test_share_right_counts_right_samples() -> None:
+    finding = share_right("right", [True, False, True, True], chance=0.5)
+    assert finding.value == 0.75
+    assert finding.count == 4
+    assert finding.interval == wilson95(3, 4)
+    assert finding.chance == 0.5
+
+
+def test_draws_of_one_sample_count_once_in_the_interval() -> None:
+    """Repeating every number k times must not make the interval smaller."""
+    values = np.array([1.0, 4.0, 2.0])
+    repeated = mean_value("x", np.repeat(values, 5), np.repeat([7, 3, 5], 5))
+    assert repeated.interval == pytest.approx(mean95(values))
+    assert repeated.count == 3
+    assert repeated.value == pytest.approx(values.mean())
+
+
+def test_group_means_are_ordered_by_group_number() -> None:
+    values = np.array([[1.0, 0.0], [3.0, 2.0], [10.0, 10.0]])
+    means = group_means(values, np.array([4, 4, 1]))
+    assert np.array_equal(means, [[10.0, 10.0], [2.0, 1.0]])
+
+
+def test_drawn_fields_refuse_missing_fields_and_different_counts() -> None:
+    image = DrawnField(np.zeros((2, 4), np.int64))
+    text = DrawnField(["a", "b", "c"])
+    with pytest.raises(ArgumentError, match="missing are text"):
+        DrawnFields("image | text", ["image"], ["text"], {"image": image})
+    with pytest.raises(ArgumentError, match="same number of samples"):
+        DrawnFields("joint", ["image", "text"], [], {"image": image, "text": text})
+    with pytest.raises(ArgumentError, match="same number of samples"):
+        DrawnFields("image", ["image"], [], {"image": image}, np.arange(3))
