@@ -258,6 +258,12 @@ class _Report:
                 "that `ddiff run` wrote: runs/<name>."
             )
         self.record = RunRecord.read(place)
+        if "fields" in self.record.recipe:
+            raise ArgumentError(
+                f"ddiff compare: {place} is a run of several fields, and only runs of text can be "
+                "compared in one table. Read its bounds with intervals in evaluation.json, or "
+                f"print them with `ddiff eval {place}`."
+            )
         self.recipe = self.record.recipe
         self._check_present(ENVIRONMENT)
         self.evaluation = self._read(EVALUATION, read_json)

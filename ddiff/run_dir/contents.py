@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ddiff.atomic import original_name
 from ddiff.run_dir.files import (
     CHECKPOINTS,
+    FIELDS,
     FILES,
     LOCK,
     METRICS,
+    NORMALIZER,
+    PICTURES,
     RECIPE,
     REPLAY,
+    TOKENIZER,
+    VOCABULARY,
     is_own_recipe,
 )
 
@@ -70,6 +76,8 @@ def classify_contents(directory: Path, also: Iterable[str] = ()) -> Contents:
             written.append(entry)
         elif entry.name == CHECKPOINTS and entry.is_dir():
             _classify_checkpoints(entry, directory, written, foreign)
+        elif entry.name == FIELDS and entry.is_dir():
+            _classify_fields(entry, directory, written, foreign)
         elif entry.name == REPLAY and entry.is_dir():
             _classify_replay(entry, directory, written, foreign)
         else:
@@ -91,7 +99,23 @@ def _is_own_file(entry: Path, name: str) -> bool:
     """Return whether a run wrote `entry`. `name`: name of the entry without the ending `.part`."""
     if _PROBE.fullmatch(entry.name):
         return entry.is_dir() and not any(entry.iterdir())
-    return name in FILES and entry.is_file()
+    return entry.is_file() and (name in FILES or fnmatchcase(name, PICTURES))
+
+
+def _classify_fields(folder: Path, root: Path, written: list[Path], foreign: list[str]) -> None:
+    """Classify the folder with one folder per field."""
+    for field in _list_entries(folder):
+        if field.is_symlink() or not field.is_dir():
+            foreign.append(str(field.relative_to(root)))
+            continue
+        for entry in _list_entries(field):
+            is_own = original_name(entry.name) in (TOKENIZER, VOCABULARY, NORMALIZER)
+            if is_own and entry.is_file() and not entry.is_symlink():
+                written.append(entry)
+            else:
+                foreign.append(str(entry.relative_to(root)))
+        written.append(field)
+    written.append(folder)
 
 
 def _classify_checkpoints(

@@ -22,14 +22,31 @@ METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.jsonl"
 SAMPLING = "sampling.json"
+JUDGED = "judged.json"
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
 LOCK = ".lock"
 
-FILES = (RECIPE, ENVIRONMENT, TOKENIZER, VOCABULARY, METRICS, EVALUATION, SAMPLES, SAMPLING)
+FIELDS = "fields"
+"""Folder with a folder per field: its tokenizer, vocabulary or normalizer."""
+NORMALIZER = "normalizer.safetensors"
+PICTURES = "samples-*.png"
+"""Pattern of the files with pictures of samples."""
 
-REPEATABLE = (EVALUATION, SAMPLES, SAMPLING)
+FILES = (
+    RECIPE,
+    ENVIRONMENT,
+    TOKENIZER,
+    VOCABULARY,
+    METRICS,
+    EVALUATION,
+    SAMPLES,
+    SAMPLING,
+    JUDGED,
+)
+
+REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)
 """Files that can be deleted, because `ddiff run` writes them again."""
 
 HEADER = "Every key of this recipe with its value, as ddiff"
@@ -72,6 +89,59 @@ OBJECTS: dict[str, Shape] = {
     },
 }
 """Shape of each file with the keys that readers need; in `.jsonl` files, shape of every line."""
+
+BOUND: Shape = {
+    "nats_per_sample": NUMBER,
+    "interval": ([NUMBER], None),
+    "samples": int,
+    "fields": {
+        "*": {
+            "nats_per_item": NUMBER,
+            "interval": ([NUMBER], None),
+            "items": int,
+            "terms": {"*": NUMBER},
+        }
+    },
+}
+"""Shape of a bound in evaluation.json of a run of several fields."""
+
+FIELDS_OBJECTS: dict[str, tuple[str, Shape]] = {
+    EVALUATION: (
+        "targets",
+        {
+            "step": int,
+            "weights": str,
+            "protocol": {},
+            "units": {"*": str},
+            "targets": {"*": {**BOUND, "controls": {"*": BOUND}}},
+        },
+    ),
+    SAMPLING: ("samples", {"step": int, "seconds": NUMBER, "samples": int}),
+    SAMPLES: (
+        "fields",
+        {"step": int, "index": int, "target": str, "given": [str], "fields": {}, "nfe": NUMBER},
+    ),
+    JUDGED: ("targets", {"step": int, "targets": {"*": [{"name": str, "value": NUMBER}]}}),
+    RECIPE: (
+        "fields",
+        {
+            "name": str,
+            "seed": int,
+            "fields": {"*": {"process": {"kind": str}}},
+            "sample": {"steps": int},
+        },
+    ),
+}
+"""Key that only runs of several fields have, and shape, of each file of such a run."""
+
+
+def _choose_shape(name: str, found: Mapping[str, Any]) -> Shape:
+    """Return the shape of a file of a run with the content `found`."""
+    if name in FIELDS_OBJECTS:
+        key, shape = FIELDS_OBJECTS[name]
+        if key in found or name not in OBJECTS:
+            return shape
+    return OBJECTS.get(name, {})
 
 
 def _evaluation_figures(found: Mapping[str, Any]) -> Shape:
@@ -176,8 +246,9 @@ def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = _parse_object(read_text(path), path)
-    _check_shape(found, OBJECTS.get(path.name, {}), path, allow_missing=allow_missing)
-    if path.name == EVALUATION and not allow_missing:
+    shape = _choose_shape(path.name, found)
+    _check_shape(found, shape, path, allow_missing=allow_missing)
+    if path.name == EVALUATION and shape == OBJECTS[EVALUATION] and not allow_missing:
         _check_shape(found, _evaluation_figures(found), path)
         interval = found.get("interval")
         if interval is not None and len(interval) != 2:
@@ -201,7 +272,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         where = f" in line {number}"
         entry = _parse_object(line, path, where)
-        _check_shape(entry, OBJECTS.get(path.name, {}), path, where)
+        _check_shape(entry, _choose_shape(path.name, entry), path, where)
         found.append(entry)
     return found
 
@@ -221,7 +292,7 @@ def _parse_recipe_tree(text: str, path: Path) -> dict[str, Any]:
         raise damage_error(path, str(error)) from error
     except RecursionError as error:
         raise damage_error(path, "its tables are nested too deeply") from error
-    _check_shape(found, OBJECTS[RECIPE], path)
+    _check_shape(found, _choose_shape(RECIPE, found), path)
     return found
 
 
@@ -268,11 +339,13 @@ def check_entry_types(directory: Path) -> None:
         path = directory / name
         if path.is_dir():
             raise damage_error(path, "a file was expected, and the path is a folder")
-    path = directory / CHECKPOINTS
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(
-            f"{path} is a file; a folder was expected. Move the file away and repeat the command."
-        )
+    for name in (CHECKPOINTS, FIELDS):
+        path = directory / name
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(
+                f"{path} is a file; a folder was expected. Move the file away and repeat the "
+                "command."
+            )
 
 
 def check_readable(directory: Path) -> None:
@@ -280,7 +353,7 @@ def check_readable(directory: Path) -> None:
 
     Called before any long work.
     """
-    for name in (ENVIRONMENT, EVALUATION, SAMPLING):
+    for name in (ENVIRONMENT, EVALUATION, SAMPLING, JUDGED):
         read_json(directory / name)
     read_json_lines(directory / SAMPLES)
 

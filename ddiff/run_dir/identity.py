@@ -35,6 +35,9 @@ READING = (
 Other keys may differ. These are the location of the data, because fingerprints identify the data;
 the duration and device of training; and the settings of evaluation, sampling and tracking."""
 
+FREE_KEYS_OF_FIELDS = ("sampler", "steps")
+"""Keys of [fields.NAME] that may differ. All other keys must be equal, as those of `READING`."""
+
 CONTINUING = (
     "train.steps",
     "train.keep",
@@ -246,6 +249,8 @@ def raise_differences(place: object, differences: Sequence[Difference], remedy: 
 def _is_compared(key: str, training: bool) -> bool:
     if training and key.startswith("train."):
         return not any(_is_within(key, free) for free in CONTINUING)
+    if key.startswith("fields."):
+        return key.split(".")[2] not in FREE_KEYS_OF_FIELDS
     return any(_is_within(key, table) for table in READING)
 
 

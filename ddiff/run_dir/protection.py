@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddiff.errors import CheckpointError
 from ddiff.run_dir.contents import Contents, classify_contents
-from ddiff.run_dir.files import CHECKPOINTS, FILES, RECIPE
+from ddiff.run_dir.files import CHECKPOINTS, FIELDS, FILES, PICTURES, RECIPE
 
 LISTED_NAMES = 5  # largest number of names in a message
 
@@ -50,10 +50,12 @@ def _check_names_free(directory: Path) -> None:
         path = directory / name
         if path.exists() or path.is_symlink():
             taken.append(name)
-    checkpoints = directory / CHECKPOINTS
-    if checkpoints.is_symlink() or (checkpoints.is_dir() and any(checkpoints.iterdir())):
-        # another tool wrote them; a run would delete steps beyond [train] keep
-        taken.append(CHECKPOINTS)
+    taken += sorted(path.name for path in directory.glob(PICTURES))
+    for name in (CHECKPOINTS, FIELDS):
+        folder = directory / name
+        if folder.is_symlink() or (folder.is_dir() and any(folder.iterdir())):
+            # another tool wrote them; a run would delete steps beyond [train] keep
+            taken.append(name)
     if taken:
         them = "this file" if len(taken) == 1 else "these files"
         raise CheckpointError(
