@@ -2,7 +2,7 @@
 
     joint           all fields are drawn together
     image | text    the image is drawn given the text
-    image           the image is drawn; all other fields stay at their prior
+    image           the image is drawn; all other fields are held, by default at their prior
 
 A target names evaluations, samples and files.
 """
@@ -25,7 +25,7 @@ class Target(NamedTuple):
     Attributes:
         drawn: names of the fields that are drawn, at least one.
         given: names of the fields that are clean.
-        others: names of all other fields, which are held at their prior.
+        others: names of all other fields, which are held at their prior or absent.
     """
 
     drawn: tuple[str, ...]
@@ -56,13 +56,14 @@ class Target(NamedTuple):
             text += f" | {', '.join(self.given)}"
         return text
 
-    def path(self, path: LegPath) -> LegPath:
-        """Return the path of this target: given fields are clean, fields not named at the prior.
+    def path(self, path: LegPath, unnamed: Hold = "prior") -> LegPath:
+        """Return the path of this target, on which the given fields are clean.
 
         Intervals of `path` in which no drawn field moves are cut out.
 
         Args:
             path: path of all fields, on which at least the drawn fields move.
+            unnamed: state of the fields that are neither drawn nor given.
         """
         still = [name for name in self.drawn if not isinstance(path.legs.get(name), Leg)]
         if still:
@@ -71,7 +72,7 @@ class Target(NamedTuple):
                 f"does not move {', '.join(still)}."
             )
         held: dict[str, Hold] = dict.fromkeys(self.given, "clean")
-        held.update(dict.fromkeys(self.others, "prior"))
+        held.update(dict.fromkeys(self.others, unnamed))
         return given_path(path, held) if held else path
 
 

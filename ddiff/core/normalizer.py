@@ -24,6 +24,11 @@ from torch import Tensor
 from ddiff.core.numerics import Constant
 from ddiff.errors import ArgumentError
 
+# Limits of the standard deviation of vectors that are not normalized. Outside, log SNR differs by
+# more than 1.4 from that of vectors with deviation 1.
+SMALLEST_STD = 0.5
+LARGEST_STD = 2.0
+
 
 class Normalizer(ABC):
     """Linear map between data vectors of `data_width` numbers and normalized ones of `width`."""
@@ -59,6 +64,22 @@ class IdentityNormalizer(Normalizer):
     def __init__(self, width: int) -> None:
         self.data_width = width
         self.width = width
+
+    @classmethod
+    def fit(cls, chunks: Iterable[Tensor | NDArray[Any]]) -> IdentityNormalizer:
+        """Check that the vectors in chunks [n,D] have a standard deviation between 0.5 and 2.
+
+        The deviation is the root of the mean variance of the D numbers.
+        """
+        mean, covariance = _moments(chunks)
+        deviation = float(covariance.diagonal().mean().sqrt())
+        if not SMALLEST_STD <= deviation <= LARGEST_STD:
+            raise ArgumentError(
+                "IdentityNormalizer: the standard deviation of the vectors must be between "
+                f"{SMALLEST_STD} and {LARGEST_STD}; got {deviation:.3g}. The noise of a Gaussian "
+                'process has deviation 1. Use normalizer = "standard".'
+            )
+        return cls(len(mean))
 
     def encode(self, x: Tensor) -> Tensor:
         return x.double()

@@ -120,6 +120,12 @@ class Members:
     """Backends only: whether the backend supports several processes."""
     writes: tuple[str, ...] = ()
     """Trackers only: names in the run directory that the tracker writes and `--fresh` deletes."""
+    states: frozenset[str] = frozenset({"tokens"})
+    """Processes, heads, losses and samplers: states of a field, "tokens", "vectors", or both."""
+    load: Callable[..., Any] | None = None
+    """Normalizers only: `load(config, tensors, width)` rebuilds a saved normalizer.
+
+    `tensors` are those of `Normalizer.tensors`, and `width` the numbers of a vector of the data."""
     example_vocabularies: Callable[[], list[Any]] | None = None
     """Processes only: vocabularies for which `ddiff check` builds the process."""
     example_settings: tuple[Mapping[str, Any], ...] = ()
@@ -136,6 +142,9 @@ class Members:
         found: dict[str, Any] = {}
         for member in fields(cls):
             found[member.name] = getattr(target, member.name, member.default)
+        # A component that is itself a class of processes or samplers has their `states`, one word.
+        if isinstance(found["states"], str):
+            found["states"] = frozenset({found["states"]})
         return cls(**found)
 
 

@@ -62,18 +62,24 @@ class ComponentSpec:
         """Return whether `build` has a parameter for the input `name`."""
         return name in inspect.signature(self.component.load().build).parameters
 
-    def _check_states(self, inputs: Mapping[str, Any]) -> None:
-        """Raise ArgumentError if a component for tokens gets a field of vectors.
+    def load(self, **inputs: Any) -> Any:
+        """Call `load(config, ...)`, which rebuilds a saved normalizer from its tensors.
 
-        A component whose `build` does not name the input of vectors is for tokens.
+        Raises PluginError if the component has no `load`.
         """
+        load = self.members.load
+        if load is None:
+            raise PluginError(
+                f"The {self.component} has no load, so a run with it cannot be loaded. In the "
+                f"plugin, define load(config, {', '.join(inputs)})."
+            )
+        return self._call("load", load, inputs)
+
+    def _check_states(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ArgumentError if a component for tokens gets a field of vectors."""
         kind = self.component.kind
         numbers = inputs.get(VECTOR_INPUTS.get(kind, ""))
-        if numbers is None or inputs.get("vocabulary") is not None:
-            return
-        parameters = inspect.signature(self.component.load().build).parameters.values()
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        if takes_all or self.takes_input(VECTOR_INPUTS[kind]):
+        if numbers is None or "vectors" in self.members.states:
             return
         with self.prefix_errors():
             raise ArgumentError(

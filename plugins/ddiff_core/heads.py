@@ -68,6 +68,8 @@ class Vector:
     z = a x + sigma eps is the noisy vector, with signal factor a and standard normal eps.
     """
 
+    states = frozenset({"vectors"})
+
     class Config(ComponentConfig):
         output: Literal["eps", "x0", "v", "u"] = "v"
         """Output of the network: the noise "eps", the clean vector "x0", "v" = a eps - sigma x, or

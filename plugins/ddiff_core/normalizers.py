@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 from ddiff import (
@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 
 @final
 class Unchanged:
-    """Normalizer that changes nothing, for vectors that have mean 0 and variance 1 already."""
+    """Normalizer that changes nothing, for vectors that have mean 0 and variance 1 already.
+
+    Training vectors with a standard deviation below 0.5 or above 2 are refused.
+    """
 
     @staticmethod
-    def build(config: ComponentConfig, *, width: int) -> IdentityNormalizer:
+    def build(config: ComponentConfig, *, chunks: Chunks) -> IdentityNormalizer:
+        return IdentityNormalizer.fit(chunks)
+
+    @staticmethod
+    def load(
+        config: ComponentConfig, *, tensors: Mapping[str, Tensor], width: int
+    ) -> IdentityNormalizer:
         return IdentityNormalizer(width)
 
     @staticmethod
@@ -42,6 +51,10 @@ class Standard:
     @staticmethod
     def build(config: ComponentConfig, *, chunks: Chunks) -> MeanStdNormalizer:
         return MeanStdNormalizer.fit(chunks)
+
+    @staticmethod
+    def load(config: ComponentConfig, *, tensors: Mapping[str, Tensor]) -> MeanStdNormalizer:
+        return MeanStdNormalizer(tensors["mean"], tensors["std"])
 
     @staticmethod
     def preview(config: ComponentConfig, *, width: int) -> int:
@@ -62,6 +75,10 @@ class Pca:
     @classmethod
     def build(cls, config: Config, *, chunks: Chunks, width: int) -> PcaNormalizer:
         return PcaNormalizer.fit(chunks, cls.preview(config, width=width))
+
+    @staticmethod
+    def load(config: Config, *, tensors: Mapping[str, Tensor]) -> PcaNormalizer:
+        return PcaNormalizer(tensors["mean"], tensors["components"], tensors["scales"])
 
     @staticmethod
     def preview(config: Config, *, width: int) -> int:

@@ -48,6 +48,8 @@ class Nelbo:
 class Elbo:
     """Training loss that is the NELBO itself, so that gradients are unbiased."""
 
+    states = frozenset({"tokens", "vectors"})
+
     @staticmethod
     def build(config: ComponentConfig, *, process: ForwardProcess) -> ElboLoss:
         return ElboLoss()
@@ -56,6 +58,8 @@ class Elbo:
 @final
 class Clip:
     """Training loss that clips the weight of every position in the NELBO to a range."""
+
+    states = frozenset({"tokens", "vectors"})
 
     class Config(ComponentConfig):
         smallest: NonNegativeFloat = 0.0

@@ -424,6 +424,8 @@ def make_vector_grid(config: VectorConfig, steps: int) -> Grid | InformationGrid
 class Ddim:
     """DDIM for vectors: steps along the predicted noise, deterministic by default."""
 
+    states = frozenset({"vectors"})
+
     class Config(VectorConfig):
         eta: Probability = 0.0
         """Share of the noise of the reverse process that is drawn in each step: 1 is DDPM."""
@@ -437,6 +439,8 @@ class Ddim:
 class Ddpm:
     """DDPM for vectors: draw from the exact reverse transition given the predicted mean."""
 
+    states = frozenset({"vectors"})
+
     Config = VectorConfig
 
     @staticmethod
@@ -447,6 +451,8 @@ class Ddpm:
 @final
 class Euler:
     """Euler steps for vectors on the probability flow."""
+
+    states = frozenset({"vectors"})
 
     Config = VectorConfig
 
@@ -459,6 +465,8 @@ class Euler:
 class Heun:
     """Heun steps for vectors on the probability flow, with two network evaluations per step."""
 
+    states = frozenset({"vectors"})
+
     Config = VectorConfig
 
     @staticmethod
@@ -469,6 +477,8 @@ class Heun:
 @final
 class ReverseSde:
     """Euler-Maruyama steps for vectors on the reverse stochastic differential equation."""
+
+    states = frozenset({"vectors"})
 
     Config = VectorConfig
 

@@ -25,6 +25,8 @@ Bias = Annotated[float, Field(ge=-30.0, le=30.0)]
 class OutputError:
     """Training loss of vectors: squared error of an output of the network, at uniform times."""
 
+    states = frozenset({"vectors"})
+
     class Config(ComponentConfig):
         output: Literal["eps", "x0", "v", "u"] = "v"
         """Compared output, usually that of the head: noise "eps", clean vector "x0", "v", or flow
@@ -39,6 +41,8 @@ class OutputError:
 @final
 class MinSignalToNoise:
     """Training loss of vectors: squared error of the clean vector, with weight min(SNR, gamma)."""
+
+    states = frozenset({"vectors"})
 
     class Config(ComponentConfig):
         gamma: PositiveFloat = 5.0
@@ -56,6 +60,8 @@ class Sigmoid:
 
     SNR is the signal-to-noise ratio.
     """
+
+    states = frozenset({"vectors"})
 
     class Config(ComponentConfig):
         bias: Bias = 0.0

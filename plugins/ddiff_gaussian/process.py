@@ -42,6 +42,8 @@ SPAN = 3.0
 class GaussianDiffusion:
     """Component that builds a `GaussianProcess` for vectors of a given width."""
 
+    states = frozenset({"vectors"})
+
     class Config(ComponentConfig):
         schedule: Literal["cosine", "flow", "linear", "sigmoid"] = "cosine"
         """a and sigma: cos and sin of pi t / 2, 1 - t and t, a linear noise rate, or a sigmoid."""

@@ -74,6 +74,8 @@ def test_parse_target_refuses_a_text_that_names_no_fields(text: str, message: st
 def test_target_path_holds_given_fields_clean_and_others_at_the_prior() -> None:
     path = parse_target("image | text", NAMES).path(shared_path(NAMES))
     assert path.legs == {"text": "clean", "image": Leg(0.0, 1.0), "latent": "prior"}
+    path = parse_target("image", NAMES).path(shared_path(NAMES), unnamed="absent")
+    assert path.legs == {"text": "absent", "image": Leg(0.0, 1.0), "latent": "absent"}
     whole = shared_path(NAMES)
     assert parse_target("joint", NAMES).path(whole) is whole
 

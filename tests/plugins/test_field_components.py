@@ -15,7 +15,7 @@ from ddiff.core.normalizer import IdentityNormalizer, MeanStdNormalizer, PcaNorm
 from ddiff.core.paths import Leg, LegPath, first_path, lagged_path, shared_path
 from ddiff.core.training_paths import CyclePaths, IndependentTimes, MixedPaths
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, PluginError
 from ddiff.nn.heads import TokenHead
 from ddiff.nn.joint_denoiser import StreamShape
 from ddiff.nn.vector_head import VectorHead
@@ -175,7 +175,7 @@ def test_parts_of_a_path_rule_are_written_and_read_again_unchanged(kind: str) ->
 
 
 def test_normalizers_are_fitted_and_announce_their_width() -> None:
-    vectors = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * 3.0 + 1.0
+    vectors = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * 1.5 + 1.0
     chunks = [vectors[:50], vectors[50:]]
     widths = {"none": 4, "standard": 4, "pca": 2}
     kinds = {"none": IdentityNormalizer, "standard": MeanStdNormalizer, "pca": PcaNormalizer}
@@ -184,10 +184,47 @@ def test_normalizers_are_fitted_and_announce_their_width() -> None:
         normalizer = spec.build(chunks=chunks, width=4)
         assert isinstance(normalizer, kinds[name])
         assert normalizer.width == width == spec.preview(width=4)
-    # The standard normalizer divides by the deviation of the whole data, not of a chunk.
+        again = spec.load(tensors=normalizer.tensors(), width=4)
+        assert torch.equal(again.encode(vectors), normalizer.encode(vectors))
+    # The normalizer "standard" divides by the deviation of the whole data, not of a chunk.
     encoded = make_spec("normalizer", "standard").build(chunks=chunks, width=4).encode(vectors)
     assert torch.allclose(encoded.mean(0), torch.zeros(4).double(), atol=1e-12)
     assert torch.allclose(encoded.var(0, correction=0), torch.ones(4).double(), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.04, 3.0])
+def test_normalizer_none_refuses_vectors_of_another_scale(scale: float) -> None:
+    vectors = scale * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ArgumentError, match=r"\[table\]: .* between 0.5 and 2.0; got .*standard"):
+        make_spec("normalizer", "none").build(chunks=[vectors], width=4)
+
+
+def test_load_of_a_component_without_it_asks_the_plugin_for_it() -> None:
+    with pytest.raises(PluginError, match=r"define load\(config, tensors, width\)"):
+        make_spec("head", "tokens").load(tensors={}, width=4)
+
+
+STATES = {
+    "vectors": ["gaussian", "vector", "output_mse", "min_snr", "sigmoid"],
+    "tokens": ["mdlm", "hdlm", "tokens", "published", "hard"],
+}
+
+
+def test_components_declare_the_states_that_they_serve() -> None:
+    kinds = ("process", "head", "training_loss", "sampler")
+    states = {}
+    for component in REGISTRY.components():
+        if component.kind in kinds:
+            states[component.name] = component.members().states
+    for state, names in STATES.items():
+        assert {states[name] for name in names} == {frozenset({state})}
+    for name in ("elbo", "clip"):
+        assert states[name] == {"tokens", "vectors"}
+    # The declaration of a sampler in a recipe is that of the sampler it builds.
+    for component in REGISTRY.components("sampler"):
+        spec = ComponentSpec(component, component.config_class()())
+        built = spec.build(steps=4, vocabulary=WORDS)
+        assert component.members().states == {built.states}, component.name
 
 
 def test_pca_normalizer_refuses_more_components_than_numbers_before_reading() -> None:
