@@ -31,12 +31,15 @@ class StreamInput(NamedTuple):
         position: position [m] of each input in its field. With a clean copy of the field
             (`Noisy.memory`) there are twice as many inputs as positions.
         absent: bool [B], samples without this field; None: no sample.
+        valid: bool [B,n], False at padding; None: no padding. With a clean copy of the field there
+            are twice as many inputs as entries.
     """
 
     states: Tensor
     t: Tensor
     position: Tensor
     absent: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class StreamShape(NamedTuple):
@@ -164,7 +167,9 @@ class JointDenoiser(nn.Module):
 
     def hidden_states(self, state: JointNoisy, context: JointContext) -> dict[str, Tensor]:
         """Return the hidden states [B*n,width] of the flat positions of every field."""
-        streams = {name: _stream_input(noisy) for name, noisy in state.items()}
+        streams = {}
+        for name, noisy in state.items():
+            streams[name] = _stream_input(noisy, context.valid.get(name))
         mask = JointMask(joint_facts(state, context.valid))
         device = next(iter(streams.values())).t.device
         with self._autocast(device):
@@ -188,13 +193,13 @@ class JointDenoiser(nn.Module):
         return torch.autocast(device.type, self.precision, enabled=self.precision is not None)
 
 
-def _stream_input(noisy: Noisy) -> StreamInput:
+def _stream_input(noisy: Noisy, valid: Tensor | None) -> StreamInput:
     position = torch.arange(noisy.t.shape[1], device=noisy.t.device)
     if noisy.memory is None:
-        return StreamInput(noisy.zt, noisy.t, position, noisy.absent)
+        return StreamInput(noisy.zt, noisy.t, position, noisy.absent, valid)
     states = torch.cat([noisy.memory, noisy.zt], 1)
     t = torch.cat([torch.zeros_like(noisy.t), noisy.t], 1)
-    return StreamInput(states, t, torch.cat([position, position]), noisy.absent)
+    return StreamInput(states, t, torch.cat([position, position]), noisy.absent, valid)
 
 
 def joint_facts(state: JointNoisy, valid: Mapping[str, Tensor]) -> PositionFacts | None:

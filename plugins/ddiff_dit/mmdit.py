@@ -320,8 +320,12 @@ def time_name(field: str) -> str:
 
 
 def _mean_time(inputs: StreamInput) -> Tensor:
-    """Return the mean time [B] of the inputs of a field; NaN for samples without the field."""
+    """Return the mean time [B] of the valid positions of a field; NaN for samples without it."""
     mean = inputs.t.mean(1)
+    if inputs.valid is not None:
+        # Padding has the time 0 in training, whatever the times of the text are.
+        times = inputs.t * inputs.valid
+        mean = times.sum(1) / inputs.valid.sum(1).clamp(min=1)
     if inputs.absent is None:
         return mean
     return mean.masked_fill(inputs.absent, torch.nan)

@@ -113,7 +113,8 @@ def test_mmdit_output_ignores_padding_of_another_field() -> None:
     context = JointContext({"text": valid})
     before = denoiser.hidden_states(state, context)["latent"]
     text = state["text"]
-    changed = text._replace(zt=torch.where(valid, text.zt, (text.zt + 1) % 12))
+    other_states = torch.where(valid, text.zt, (text.zt + 1) % 12)
+    changed = text._replace(zt=other_states, t=torch.where(valid, text.t, 1.0 - text.t))
     after = denoiser.hidden_states({**state, "text": changed}, context)["latent"]
     assert torch.equal(before, after)
 
