@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
-from ddiff.errors import RecipeError, shorten, suggest
+from ddiff.errors import PluginError, RecipeError, shorten, suggest
+from ddiff.plugin.registry import Registry
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.messages import explain_unknown_key, format_table, format_value
 from ddiff.recipe.schema import FIELDS, GROUP
@@ -67,11 +69,12 @@ def _check_field_table(name: str, table: object, tree: RecipeTree) -> None:
 
 
 def check_field_references(recipe: FieldsRecipe, tree: RecipeTree) -> None:
-    """Check the keys of a recipe that name a field, and the weights of the fields.
+    """Check the components of each field, the keys that name a field, and the weights.
 
     Raises RecipeError for the first fault. `tree`: all tables of the recipe.
     """
     for name in recipe.fields:
+        _check_states(name, recipe, tree)
         _check_encode(name, recipe, tree)
     for name, guidance in recipe.sample.guidance.items():
         path = ("sample", "guidance", name)
@@ -90,6 +93,51 @@ def check_field_references(recipe: FieldsRecipe, tree: RecipeTree) -> None:
             f"fields are 0, so no field would be trained. Set [{GROUP}.NAME] weight of one field "
             "to a number above 0."
         )
+
+
+def _check_states(name: str, recipe: FieldsRecipe, tree: RecipeTree) -> None:
+    """Check that the components of a field serve the states of its process: tokens or vectors."""
+    tables = recipe.fields[name]
+    states = tables.process.members.states
+    for spec in (tables.head, tables.loss, tables.sampler):
+        if spec.members.states & states:
+            continue
+        kind = spec.component.kind
+        key = {"training_loss": "loss"}.get(kind, kind)
+        served = _list_serving(kind, states, recipe.registry)
+        raise RecipeError(
+            f"{tree.locate((GROUP, name, key))}: {spec.table}: the {spec.component} is for "
+            f"{' or '.join(sorted(spec.members.states))}, but the process "
+            f'"{tables.process.component.name}" of this field is for '
+            f"{' or '.join(sorted(states))}. Available: "
+            f"{', '.join(served) or 'none in the listed plugins'}."
+        )
+    if "tokens" in states:
+        unused = [("normalizer", "vectors", tables.normalizer.component.name != "none")]
+    else:
+        unused = [
+            ("tokenizer", "texts", tables.tokenizer is not None),
+            ("vocabulary", "tokens", tables.vocabulary.component.name != "flat"),
+            ("length", "texts", tables.keys.length is not None),
+        ]
+    for key, owner, is_given in unused:
+        if is_given:
+            raise RecipeError(
+                f"{tree.locate((GROUP, name, key))}: [{GROUP}.{name}] {key} is only for a field of "
+                f'{owner}, but the process "{tables.process.component.name}" of this field is for '
+                f"{' or '.join(sorted(states))}. Remove {key}, or choose another process."
+            )
+
+
+def _list_serving(kind: str, states: frozenset[str], registry: Registry) -> list[str]:
+    """List the components of a kind that serve one of the states."""
+    served = []
+    for component in registry.components(kind):
+        # a component that cannot be loaded has no states, and is not offered
+        with suppress(PluginError):
+            if component.members().states & states:
+                served.append(component.name)
+    return served
 
 
 def _check_encode(name: str, recipe: FieldsRecipe, tree: RecipeTree) -> None:

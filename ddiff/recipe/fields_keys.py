@@ -57,6 +57,10 @@ class FieldsEvaluateKeys(ComponentConfig):
     "auto": the moving average if [train] ema is not 0, else the trained weights."""
     targets: Targets = ("joint",)
     """Targets that are evaluated: "joint", "A" or "A | B" (A given B), for fields A and B."""
+    unnamed: Literal["prior", "absent"] = "prior"
+    """State of the fields that a target does not name.
+
+    "prior": the field is noise. "absent": no other field attends to the field."""
     controls: bool = True
     """Evaluate every target with given fields two more times, as controls.
 
@@ -95,6 +99,8 @@ class FieldsSampleKeys(ComponentConfig):
     """Seed of the samples."""
     targets: Targets = ("joint",)
     """Targets that are sampled: "joint", "A" or "A | B" (A given B), for fields A and B."""
+    unnamed: Literal["prior", "absent"] = "prior"
+    """State of the fields that a target does not name: noise, or left out of the sample."""
     update: Literal["jacobi", "gauss-seidel"] = "jacobi"
     """Order in which fields that move together are updated in a step.
 

@@ -11,6 +11,9 @@ from ddiff.recipe.messages import format_table, format_value
 from ddiff.recipe.schema import Layout, Slot, TablePath
 from ddiff.recipe.tree import RecipeTree
 
+TOKENS = frozenset({"tokens"})
+"""States of a field whose process is not found yet, or has no states of its own."""
+
 
 def load_listed_plugins(plugins: Sequence[str], tree: RecipeTree) -> Registry:
     """Load the plugins that a recipe lists. Raises RecipeError if a plugin cannot be loaded."""
@@ -32,7 +35,8 @@ def find_components(
 
     An optional table or key that the recipe omits has no component. A slot is a key that names a
     further component inside a table, such as `[train] optimizer`. A slot has no component if the
-    component of its table does not use the slot.
+    component of its table does not use the slot. The defaults of a field follow its process, which
+    is for tokens or for vectors.
     """
     found: dict[TablePath, Component] = {}
     for path, table in layout.list_tables(tree.values).items():
@@ -40,22 +44,32 @@ def find_components(
             continue
         used: tuple[str, ...] | None = None
         if table.component is not None:
-            found[path] = _find_component(path, table.component, tree, registry)
+            default = table.component.default
+            found[path] = _find_component(path, table.component, default, tree, registry)
             used = found[path].members().slots
+        states = TOKENS
+        # the process of a field is found before its other components, as slots have this order
         for key, slot in table.slots.items():
             is_omitted = slot.is_optional and key not in tree.read_table(path)
-            if not is_omitted and (used is None or key in used):
-                found[*path, key] = _find_component((*path, key), slot, tree, registry)
+            if is_omitted or (used is not None and key not in used):
+                continue
+            default = slot.select_default(states)
+            component = _find_component((*path, key), slot, default, tree, registry)
+            found[*path, key] = component
+            if slot.kind == "process":
+                states = component.members().states
     return found
 
 
-def _find_component(path: TablePath, slot: Slot, tree: RecipeTree, registry: Registry) -> Component:
+def _find_component(
+    path: TablePath, slot: Slot, default: str | None, tree: RecipeTree, registry: Registry
+) -> Component:
     """Return the component that the key `kind` of the table at a path names.
 
-    Without the key `kind`, the default component of `slot` is returned.
+    Without the key `kind`, the component with the name `default` is returned.
     """
     table = tree.read_table(path)
-    name = table.get("kind", slot.default)
+    name = table.get("kind", default)
     label = format_table(path)
     if not isinstance(name, str):
         place = tree.locate((*path, "kind") if "kind" in table else path)

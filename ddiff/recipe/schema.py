@@ -47,11 +47,20 @@ class Slot(NamedTuple):
         default: name of the default component; None if a recipe must name one.
         is_optional: True if a recipe without this key has no such component. Only for keys; for a
             table, see `Table.is_optional`.
+        vectors: name of the default component in the table of a field of vectors, whose process
+            has states "vectors"; None: `default`.
     """
 
     kind: str
     default: str | None
     is_optional: bool = False
+    vectors: str | None = None
+
+    def select_default(self, states: frozenset[str]) -> str | None:
+        """Return the name of the default component for a field whose process has these states."""
+        if self.vectors is not None and "tokens" not in states:
+            return self.vectors
+        return self.default
 
 
 class Table(NamedTuple):
@@ -165,6 +174,9 @@ class Layout(NamedTuple):
         slot = self.list_slots(values).get(path)
         if slot is None or new["kind"] == base.get("kind", slot.default):
             return None
+        # without a kind, the default depends on the process, which may be in another file
+        if "kind" not in base and new["kind"] == slot.vectors:
+            return None
         table = self.list_tables(values).get(path)
         return frozenset(table.engine_keys()) if table else frozenset()
 
@@ -202,10 +214,10 @@ FIELDS = Layout(
                 "tokenizer": Slot("tokenizer", None, is_optional=True),
                 "vocabulary": Slot("vocabulary", "flat"),
                 "process": Slot("process", None),
-                "head": Slot("head", "tokens"),
+                "head": Slot("head", "tokens", vectors="vector"),
                 "loss": Slot("training_loss", "elbo"),
                 "times": Slot("time_rule", "flat"),
-                "sampler": Slot("sampler", "ancestral"),
+                "sampler": Slot("sampler", "ancestral", vectors="ddim"),
                 "normalizer": Slot("normalizer", "none"),
             },
             is_group=True,

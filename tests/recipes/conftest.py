@@ -100,21 +100,36 @@ class Pca(Plain):
     class Config(ComponentConfig):
         width: int = 4
 
+class Both(Plain):
+    states = frozenset({"tokens", "vectors"})
+
+class OfVectors(Plain):
+    states = frozenset({"vectors"})
+
+class Scaled(OfVectors):
+    class Config(ComponentConfig):
+        scale: PositiveFloat = 1.0
+
 class Greedy(Plain):
     class Config(ComponentConfig):
         head: str = "mine"
 """
 NAMES = {
-    "process": {"toy": "Toy", "choosy": "Choosy", "halving": "Halving"},
+    "process": {"toy": "Toy", "choosy": "Choosy", "halving": "Halving", "normal": "Scaled"},
     "vocabulary": {"clusters": "Clusters", "flat": "Plain"},
     "backbone": {"net": "Net", "greedy": "Greedy"},
     "optimizer": {"muon": "Muon", "adamw": "Plain"},
     "objective": {"nelbo": "Plain", "next": "Autoregression"},
-    "training_loss": {"elbo": "Plain", "clip": "Plain"},
+    "training_loss": {"elbo": "Both", "clip": "Plain"},
     "time_rule": {"flat": "Plain"},
-    "head": {"tokens": "Plain", "tied": "Plain", "choosy_head": "ChoosyHead"},
+    "head": {
+        "tokens": "Plain",
+        "tied": "Plain",
+        "choosy_head": "ChoosyHead",
+        "vector": "Scaled",
+    },
     "backend": {"single": "Backend"},
-    "sampler": {"ancestral": "Plain"},
+    "sampler": {"ancestral": "Plain", "ddim": "OfVectors", "heun": "OfVectors"},
     "tracker": {"none": "Plain"},
     "joint_backbone": {"streams": "Net"},
     "path_rule": {"shared": "Plain", "mixture": "Mixture"},
@@ -185,7 +200,7 @@ kind = "toy"
 gamma = 2
 
 [fields.latent]
-process = "toy"
+process = "normal"
 encode = "text"
 normalizer = {kind = "pca", width = 2}
 

@@ -31,11 +31,11 @@ def test_fields_recipe_lists_its_components_by_path(recipe):
             for name in ("image", "text", "latent")
             for slot, kind in {
                 "vocabulary": "flat",
-                "process": "toy",
-                "head": "tied" if name == "text" else "tokens",
+                "process": "normal" if name == "latent" else "toy",
+                "head": {"text": "tied", "image": "tokens", "latent": "vector"}[name],
                 "loss": "elbo",
                 "times": "flat",
-                "sampler": "ancestral",
+                "sampler": "ddim" if name == "latent" else "ancestral",
                 "normalizer": "pca" if name == "latent" else "none",
             }.items()
         },
@@ -197,13 +197,15 @@ REPLACED = [
         'targets = ["joint", "image | text"]',
         "window = [0.1, 0.9]",
         '[evaluate] has no key "window". Valid keys: path, every, batch, samples, draws, seed, '
-        "weights, targets, controls. Only a recipe without tables [fields.NAME] has this key.",
+        "weights, targets, unnamed, controls. Only a recipe without tables [fields.NAME] has this "
+        "key.",
     ),
     (
         '[sample]\npath = "shared"\n',
         '[sample]\nsampler = "ancestral"\n',
         '[sample] has no key "sampler". Valid keys: path, steps, count, batch, seed, targets, '
-        "update, guidance. In a recipe with fields, this key belongs to the tables [fields.NAME].",
+        "unnamed, update, guidance. In a recipe with fields, this key belongs to the tables "
+        "[fields.NAME].",
     ),
     (
         '[sample]\npath = "shared"\n',
@@ -310,11 +312,58 @@ def test_message_about_wrong_key_of_a_field_names_file_and_line(write, right, wr
     assert int(line) == (header if "batch must" in written else last_line_of_the_change)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            ["fields.latent.head=tied"],
+            '--set fields.latent.head=tied: [fields.latent.head]: the head "tied" (from toy_pkg, '
+            'toy-dist 1.0) is for tokens, but the process "normal" of this field is for vectors. '
+            "Available: vector.",
+        ),
+        (
+            ["fields.text.sampler=heun"],
+            'is for vectors, but the process "toy" of this field is for tokens. '
+            "Available: ancestral.",
+        ),
+        (["fields.latent.loss=clip"], "Available: elbo."),
+        (
+            ["fields.image.normalizer=pca"],
+            "--set fields.image.normalizer=pca: [fields.image] normalizer is only for a field of "
+            'vectors, but the process "toy" of this field is for tokens. Remove normalizer',
+        ),
+        (
+            ["fields.latent.tokenizer=plain"],
+            "[fields.latent] tokenizer is only for a field of text",
+        ),
+        (["fields.latent.length=3"], "[fields.latent] length is only for a field of texts"),
+        (
+            ["fields.latent.vocabulary={kind = 'clusters', sizes = [3]}"],
+            "[fields.latent] vocabulary is only for a field of tokens",
+        ),
+    ],
+)
+def test_component_for_other_states_than_those_of_the_process_is_refused(write, settings, expected):
+    assert expected in message(write(FIELDS_RECIPE), tuple(settings))
+
+
+def test_defaults_of_a_field_follow_the_states_of_its_process(write):
+    recipe = read_recipe(write(FIELDS_RECIPE), ["fields.image.process=normal"])
+    image = recipe.fields["image"]
+    assert (image.head.component.name, image.sampler.component.name) == ("vector", "ddim")
+
+
+def test_keys_of_a_default_of_vectors_are_kept_if_its_kind_is_given_later(write):
+    text = FIELDS_RECIPE.replace('process = "normal"\n', 'process = "normal"\nhead.scale = 2.0\n')
+    for settings in ([], ["fields.latent.head=vector"]):
+        assert read_recipe(write(text), settings).fields["latent"].head.config.scale == 2.0
+
+
 def test_field_without_process_message_names_the_line_of_the_field(write):
     text = FIELDS_RECIPE.replace('[fields.image]\nprocess = "toy"\n', "[fields.image]\n")
     assert message(write(text)) == (
         "mine.toml:5: [fields.image.process] needs a kind, the name of the process in quotes. "
-        "Available: choosy, halving, toy."
+        "Available: choosy, halving, normal, toy."
     )
 
 

@@ -132,19 +132,19 @@ REPLACED = [
         'kind = "toy"',
         'kind = "tyo"',
         '[process] kind = "tyo": There is no process "tyo". Did you mean "toy"? '
-        "Available: choosy, halving, toy",
+        "Available: choosy, halving, normal, toy",
     ),
     (
         'kind = "toy"',
         "kind = 3",
         "[process] needs a kind, the name of the process in quotes; got 3. "
-        "Available: choosy, halving, toy.",
+        "Available: choosy, halving, normal, toy.",
     ),
     (
         'kind = "toy"',
         "xi = 1.0",
         "[process] needs a kind, the name of the process in quotes. "
-        "Available: choosy, halving, toy.",
+        "Available: choosy, halving, normal, toy.",
     ),
     (
         'head = "tied"',
