@@ -1,22 +1,25 @@
 """Which states of the fields a training rule has trained, and which a path asks for.
 
 A *situation* says which fields move and in which state the others are held, such as "image moves,
-text is clean". At every progress tau a path is in one situation. A network predicts well only in
-situations that occurred in its training, so sampling and evaluation may ask for no other one.
+text is clean". Between two neighbouring ends of legs, a path is in one situation. The progress of
+the fields that move then follows a curve. A network predicts well only at joint states that
+occurred in its training, so sampling and evaluation may ask for no other ones:
 
     require_trained(path, trained, "FieldsRun.sample")
 
-Situations do not compare times: a path on which two fields move together asks for the same
-situation as every other path on which they do.
+Independent times train every curve.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
-from ddiff.core.paths import Hold, Leg, Path
+import torch
+from torch import Tensor
+
+from ddiff.core.paths import Hold, Leg, LegPath, Path
 from ddiff.core.training_paths import CyclePaths, IndependentTimes, MixedPaths, TrainingPath
 from ddiff.errors import ArgumentError
 
@@ -28,42 +31,78 @@ Situation = Mapping[str, State]
 
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 WORDS: Mapping[Hold, str] = {"clean": "clean", "prior": "at the prior", "absent": "absent"}
+POINTS = 64  # of a segment that are compared with training
+NEAR = 1e-9  # largest distance of progress between equal points of two curves
+
+
+class Segment(NamedTuple):
+    """Part of a path in one situation.
+
+    Attributes:
+        situation: state of every field.
+        start: smallest tau.
+        stop: largest tau.
+        legs: legs of the fields that move.
+        power: exponents of their progress, by name; 1 if missing.
+    """
+
+    situation: Situation
+    start: float
+    stop: float
+    legs: Mapping[str, Leg]
+    power: Mapping[str, float]
+
+    def progress(self, name: str, tau: Tensor) -> Tensor:
+        """Return the progress of a field that moves, at values of tau."""
+        leg = self.legs[name]
+        return ((tau - leg.start) / (leg.stop - leg.start)) ** self.power.get(name, 1.0)
+
+    def tau_of(self, name: str, progress: Tensor) -> Tensor:
+        """Return the tau at which a field that moves has the given progress."""
+        leg = self.legs[name]
+        share = progress ** (1.0 / self.power.get(name, 1.0))
+        return leg.start + (leg.stop - leg.start) * share
 
 
 def situations(path: TrainingPath) -> list[Situation]:
     """Return the situations of a path or of a rule of training, each once.
 
-    Independent times have one situation here, in which all fields move; `is_trained` accepts more.
+    Independent times have one situation here, in which all fields move.
     """
     found: list[Situation] = []
-    for situation in _list_situations(path):
+    for situation in _all_situations(path):
         if situation not in found:
             found.append(situation)
     return found
 
 
-def is_trained(situation: Situation, trained: TrainingPath, lacking: Collection[str] = ()) -> bool:
-    """Return whether a situation occurs in training.
+def segments(path: Path) -> list[Segment]:
+    """Return the parts of a path between neighbouring ends of legs, by rising tau."""
+    moving = {name: leg for name, leg in path.legs.items() if isinstance(leg, Leg)}
+    power = path.power if isinstance(path, LegPath) else {}
+    points = sorted({end for leg in moving.values() for end in leg})
+    found = []
+    for start, stop in itertools.pairwise(points):
+        states = {name: _state(leg, start, stop) for name, leg in path.legs.items()}
+        legs = {name: leg for name, leg in moving.items() if states[name] == "moves"}
+        found.append(Segment(states, start, stop, legs, power))
+    return found
+
+
+def is_trained(segment: Segment, trained: TrainingPath, lacking: Collection[str] = ()) -> bool:
+    """Return whether the joint states of a part of a path occur in training.
 
     With independent times, every field has every time from clean to prior while the others move,
     so all situations without absent fields occur, at least as a limit.
 
     Args:
-        situation: state of every field.
+        segment: part of a path.
         trained: path or rule of training.
         lacking: fields that some training samples lack; for these samples they are absent.
     """
-    if isinstance(trained, CyclePaths | MixedPaths):
-        return any(is_trained(situation, path, lacking) for path, _ in trained.parts)
-    absent = {name for name, state in situation.items() if state == "absent"}
-    if isinstance(trained, IndependentTimes):
-        return absent <= set(lacking)
-    for known in situations(trained):
-        differing = {name for name in situation if situation[name] != known[name]}
-        # Samples that lack a field train every situation of the path with this field absent.
-        if differing <= absent & set(lacking):
-            return True
-    return False
+    width = (segment.stop - segment.start) / POINTS
+    tau = segment.start + width * (torch.arange(POINTS, dtype=torch.float64) + 0.5)
+    return bool(_is_trained_at(segment, tau, trained, lacking).all())
 
 
 def require_trained(
@@ -73,7 +112,7 @@ def require_trained(
     guidance: Mapping[str, Mapping[str, Hold]] | None = None,
     lacking: Collection[str] = (),
 ) -> None:
-    """Raise ArgumentError if a path asks for a situation that does not occur in training.
+    """Raise ArgumentError if a path asks for joint states that do not occur in training.
 
     Args:
         path: path of sampling or evaluation.
@@ -83,16 +122,16 @@ def require_trained(
             their states. The second prediction asks for further situations.
         lacking: fields that some training samples lack.
     """
-    for situation in situations(path):
-        if not is_trained(situation, trained, lacking):
-            raise _untrained_error(situation, trained, caller, "")
+    for segment in segments(path):
+        if not is_trained(segment, trained, lacking):
+            raise _untrained_error(segment, trained, f"{caller}: the path")
     for guided, without in (guidance or {}).items():
-        for situation in situations(path):
-            if situation.get(guided) != "moves":
+        for segment in segments(path):
+            if segment.situation.get(guided) != "moves":
                 continue
-            second = {name: without.get(name, state) for name, state in situation.items()}
+            second = _hold_fields(segment, without)
             if not is_trained(second, trained, lacking):
-                raise _untrained_error(second, trained, caller, f" The guidance of {guided}")
+                raise _untrained_error(second, trained, f"{caller}: the guidance of {guided}")
 
 
 def describe_situation(situation: Situation) -> str:
@@ -119,17 +158,12 @@ def part_of_recipe(situation: Situation) -> str:
 # ---------------------------------------------------------------------- helpers
 
 
-def _list_situations(path: TrainingPath) -> Iterator[Situation]:
+def _all_situations(path: TrainingPath) -> list[Situation]:
     if isinstance(path, MixedPaths | CyclePaths):
-        for part, _ in path.parts:
-            yield from _list_situations(part)
-    elif isinstance(path, IndependentTimes):
-        yield dict.fromkeys(path.names, "moves")
-    else:
-        moving = [leg for leg in path.legs.values() if isinstance(leg, Leg)]
-        points = sorted({end for leg in moving for end in leg})
-        for start, stop in itertools.pairwise(points):
-            yield {name: _state(leg, start, stop) for name, leg in path.legs.items()}
+        return [one for part, _ in path.parts for one in _all_situations(part)]
+    if isinstance(path, IndependentTimes):
+        return [dict.fromkeys(path.names, "moves")]
+    return [segment.situation for segment in segments(path)]
 
 
 def _state(leg: Leg | Hold, start: float, stop: float) -> State:
@@ -142,19 +176,67 @@ def _state(leg: Leg | Hold, start: float, stop: float) -> State:
     return "prior" if leg.stop <= start else "moves"
 
 
-def _untrained_error(
-    situation: Situation, trained: TrainingPath, caller: str, source: str
-) -> ArgumentError:
+def _hold_fields(segment: Segment, held: Mapping[str, Hold]) -> Segment:
+    """Return a segment with the states of some fields replaced."""
+    states = {name: held.get(name, state) for name, state in segment.situation.items()}
+    legs = {name: leg for name, leg in segment.legs.items() if name not in held}
+    return segment._replace(situation=states, legs=legs)
+
+
+def _is_trained_at(
+    asked: Segment, tau: Tensor, trained: TrainingPath, lacking: Collection[str]
+) -> Tensor:
+    """Return whether training has the joint states of a segment at values of tau, bool [n]."""
+    found = torch.zeros_like(tau, dtype=torch.bool)
+    if isinstance(trained, CyclePaths | MixedPaths):
+        for path, _ in trained.parts:
+            found = found | _is_trained_at(asked, tau, path, lacking)
+        return found
+    absent = {name for name, state in asked.situation.items() if state == "absent"}
+    if isinstance(trained, IndependentTimes):
+        return torch.full_like(found, absent <= set(lacking))
+    for known in segments(trained):
+        states = known.situation
+        differing = {name for name, state in asked.situation.items() if state != states[name]}
+        # Samples that lack a field train every situation of the path with this field absent.
+        if differing <= absent & set(lacking):
+            found = found | _is_on_curve(asked, tau, known)
+    return found
+
+
+def _is_on_curve(asked: Segment, tau: Tensor, known: Segment) -> Tensor:
+    """Return whether the progress of the fields at tau occurs on another segment, bool [n]."""
+    first, *others = asked.legs
+    # The progress of one field says where on the other segment the point would be.
+    place = known.tau_of(first, asked.progress(first, tau))
+    is_on = (place >= known.start - NEAR) & (place <= known.stop + NEAR)
+    inside = place.clamp(known.start, known.stop)
+    for name in others:
+        distance = asked.progress(name, tau) - known.progress(name, inside)
+        is_on = is_on & (distance.abs() <= NEAR)
+    return is_on
+
+
+def _untrained_error(segment: Segment, trained: TrainingPath, subject: str) -> ArgumentError:
+    situation = segment.situation
     known = situations(trained)
     listed = "; ".join(describe_situation(one) for one in known)
     if isinstance(trained, IndependentTimes):
         listed += ", at independent times"
         known = []
+    start = (
+        f"{subject} needs predictions for which the network was not trained. It needs them where "
+        f"{describe_situation(situation)}"
+    )
+    if situation in known:
+        return ArgumentError(
+            f"{start}, at other progress of these fields than in training. Use the kind of path, "
+            "lag and power of [objective] times here, or train with [objective] times = "
+            '"independent", which trains all paths.'
+        )
     parts = ", ".join(part_of_recipe(one) for one in [*known, situation])
-    subject = source or " It"
     return ArgumentError(
-        f"{caller}: the network was not trained for this.{subject} needs predictions where "
-        f"{describe_situation(situation)}. Trained: {listed}. Train it with [objective] times = "
+        f"{start}. Trained: {listed}. Train it with [objective] times = "
         f'{{kind = "mixture", parts = [{parts}]}}, or choose another target or path.'
     )
 

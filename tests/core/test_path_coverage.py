@@ -16,6 +16,7 @@ from ddiff.core.path_coverage import (
     is_trained,
     part_of_recipe,
     require_trained,
+    segments,
     situations,
 )
 from ddiff.core.paths import Hold, Leg, LegPath, first_path, given_path, lagged_path, shared_path
@@ -90,10 +91,10 @@ def test_independent_times_train_all_situations_without_absent_fields(seed: int)
     path = random_path(seed)
     independent = IndependentTimes(["text", "image", "latent"])
     has_absent = "absent" in path.legs.values()
-    assert all(is_trained(one, independent) for one in situations(path)) is not has_absent
+    assert all(is_trained(one, independent) for one in segments(path)) is not has_absent
     # The parts of a cycle may be rules of training.
     cycle = CyclePaths([(independent, 1), (random_path(3), 1)])
-    assert all(is_trained(one, cycle) for one in situations(path)) or has_absent
+    assert all(is_trained(one, cycle) for one in segments(path)) or has_absent
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_independent_times_train_all_situations_without_absent_fields(seed: int)
 def test_require_trained_refuses_a_situation_that_training_lacks(
     path: LegPath, trained: TrainingPath
 ) -> None:
-    with pytest.raises(ArgumentError, match="was not trained for this"):
+    with pytest.raises(ArgumentError, match="network was not trained"):
         require_trained(path, trained, "test")
 
 
@@ -122,15 +123,60 @@ def test_require_trained_refuses_a_situation_that_training_lacks(
         (GIVEN_LATENT, MixedPaths([(SHARED, 1.0), (GIVEN_LATENT, 0.1)])),
         (GIVEN_LATENT, LATENT_FIRST),
         (given_path(SHARED, {"text": "prior"}), LATENT_FIRST),
-        (lagged_path("latent", "text"), MixedPaths([(SHARED, 1.0), (LATENT_FIRST, 1.0)])),
         (LATENT_FIRST, IndependentTimes(PAIR)),
-        (LegPath(SHARED.legs, {"latent": 0.2}), SHARED),
+        (LegPath(SHARED.legs, {"latent": 0.2}), IndependentTimes(PAIR)),
+        # A common power only changes tau, and the power of a field that moves alone too.
+        (LegPath(SHARED.legs, {"text": 0.5, "latent": 0.5}), SHARED),
+        (LegPath(LATENT_FIRST.legs, {"latent": 0.2}), LATENT_FIRST),
+        (lagged_path("latent", "text", 0.4), CyclePaths([(lagged_path("latent", "text", 0.4), 1)])),
     ],
 )
 def test_require_trained_accepts_situations_of_another_path(
     path: LegPath, trained: TrainingPath
 ) -> None:
     require_trained(path, trained, "test")
+
+
+MIXTURE = MixedPaths([(SHARED, 1.0), (LATENT_FIRST, 1.0), (GIVEN_TEXT, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("path", "trained"),
+    [
+        (LegPath(SHARED.legs, {"latent": 0.2}), MIXTURE),
+        (SHARED, MixedPaths([(LegPath(SHARED.legs, {"text": 1.1}), 1.0), (LATENT_FIRST, 1.0)])),
+        (lagged_path("latent", "text"), MIXTURE),
+        (lagged_path("latent", "text", 0.3), lagged_path("latent", "text", 0.25)),
+        # The latent moves while the text is at its prior, but only from the noisiest quarter on.
+        (given_path(SHARED, {"text": "prior"}), lagged_path("latent", "text")),
+    ],
+)
+def test_require_trained_refuses_progress_that_training_lacks(
+    path: LegPath, trained: TrainingPath
+) -> None:
+    with pytest.raises(ArgumentError, match="at other progress of these fields than in training"):
+        require_trained(path, trained, "test")
+
+
+def test_require_trained_needs_the_whole_progress_of_a_field() -> None:
+    given = given_path(shared_path(PAIR), {"latent": "clean"})
+    # The latent is clean only while the text has progress below 0.6 or 0.3.
+    early = LegPath({"text": Leg(0.0, 1.0), "latent": Leg(0.6, 1.0)})
+    late = LegPath({"text": Leg(0.0, 1.0), "latent": Leg(0.3, 0.7)})
+    with pytest.raises(ArgumentError, match="other progress"):
+        require_trained(given, MixedPaths([(early, 1.0), (late, 1.0)]), "test")
+    require_trained(given, MixedPaths([(early, 1.0), (LATENT_FIRST, 1.0)]), "test")
+
+
+def test_require_trained_joins_the_parts_of_several_paths() -> None:
+    """Each of two paths has a part of the progress of the text while the others are clean."""
+    asked = LegPath({"text": Leg(0.0, 1.0), "image": "clean", "latent": "prior"})
+    low = LegPath({"text": Leg(0.0, 1.0), "image": Leg(0.7, 1.0), "latent": "prior"})
+    high = LegPath({"text": Leg(0.0, 1.0), "image": "clean", "latent": Leg(0.0, 0.5)})
+    for alone in (low, high):
+        with pytest.raises(ArgumentError, match="other progress"):
+            require_trained(asked, alone, "test")
+    require_trained(asked, MixedPaths([(low, 1.0), (high, 1.0)]), "test")
 
 
 def test_guidance_asks_for_the_situation_without_the_field() -> None:
@@ -147,7 +193,7 @@ def test_guidance_asks_for_the_situation_without_the_field() -> None:
 def test_guidance_of_a_field_counts_only_where_the_field_moves() -> None:
     guidance: dict[str, dict[str, Hold]] = {"latent": {"text": "absent"}}
     require_trained(GIVEN_LATENT, GIVEN_LATENT, "test", guidance)
-    with pytest.raises(ArgumentError, match="The guidance of latent"):
+    with pytest.raises(ArgumentError, match="the guidance of latent"):
         require_trained(LATENT_FIRST, LATENT_FIRST, "test", guidance)
 
 
@@ -171,7 +217,7 @@ def test_error_names_the_situations_and_a_recipe_that_trains_them() -> None:
     with pytest.raises(ArgumentError) as caught:
         require_trained(target, trained, '[sample] targets, "image | text"')
     message = str(caught.value)
-    assert message.startswith('[sample] targets, "image | text": the network was not trained')
+    assert message.startswith('[sample] targets, "image | text": the path needs predictions')
     assert "where image moves, text is clean, latent is at the prior." in message
     assert "Trained: text, image and latent move." in message
     # The advice is TOML, and the rule that it describes trains the situation.
