@@ -89,6 +89,8 @@ from .data.markov import MarkovSource as MarkovSource
 from .data.packing import Rows as Rows
 from .data.paths import find_train_and_validation as find_train_and_validation
 from .data.pretrained import load_pretrained as load_pretrained
+from .data.sentences import Sentences as Sentences
+from .data.sentences import load_sentences as load_sentences
 from .data.sources import TextSource as TextSource
 from .data.sources import open_file_source as open_file_source
 from .data.sources import open_hub_source as open_hub_source

@@ -23,6 +23,7 @@ COMPONENTS = {
     },
     "fields_dataset": {
         "digits": "ddiff_core.fields_data:Digits",
+        "sentences": "ddiff_core.sentences:Sentences",
         "shapes": "ddiff_core.fields_data:Shapes",
     },
     "tokenizer": {

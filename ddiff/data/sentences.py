@@ -1,0 +1,68 @@
+"""Short sentences of the bundled novels, divided into training and validation by chapter."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ddiff.data.documents import load_bundled_novels
+from ddiff.data.tokenizer_workers import hash_to_unit
+from ddiff.errors import ArgumentError
+
+# A sentence ends at one of these marks, with the quotation marks after it, before white space.
+_END = re.compile(r"(?<=[.!?])[\"')]*\s+")
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Dr|St|Messrs|Esq|[A-Z])\.$")
+_QUOTES = re.compile(r"[\"_()]")
+
+
+class Sentences(NamedTuple):
+    """Training and validation sentences; no sentence is in both parts."""
+
+    train: list[str]
+    validation: list[str]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split an English text into sentences, without quotation marks and with single spaces.
+
+    A paragraph ends a sentence. Abbreviations such as "Mr." do not.
+    """
+    sentences = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        begun = ""
+        for piece in _END.split(paragraph):
+            begun = f"{begun} {piece}".strip()
+            if not _ABBREVIATION.search(begun):
+                sentences.append(begun)
+                begun = ""
+        sentences.append(begun)
+    plain = (" ".join(_QUOTES.sub("", sentence).split()) for sentence in sentences)
+    return [sentence for sentence in plain if sentence]
+
+
+def load_sentences(shortest: int, longest: int, held_out: float) -> Sentences:
+    """Load the different sentences of `shortest` to `longest` words of Jane Austen's six novels.
+
+    A fraction `held_out` of the chapters, chosen by the hash of their text, gives the validation
+    sentences. A sentence of both parts is only in the training part. Chapter headings are left out.
+
+    Raises ArgumentError for impossible numbers of words.
+    """
+    if not 1 <= shortest <= longest:
+        raise ArgumentError(
+            "load_sentences: shortest must be at least 1 and at most longest; got shortest = "
+            f"{shortest}, longest = {longest}."
+        )
+    # Dictionaries keep the first occurrence of a sentence, in the order of the novels.
+    train: dict[str, None] = {}
+    validation: dict[str, None] = {}
+    documents = load_bundled_novels()
+    for part in (documents.train, documents.validation):
+        for text in part["text"]:
+            is_held_out = hash_to_unit(text.encode()) < held_out
+            chosen = validation if is_held_out else train
+            for sentence in split_sentences(text):
+                is_heading = sentence.isupper()
+                if not is_heading and shortest <= len(sentence.split()) <= longest:
+                    chosen.setdefault(sentence)
+    return Sentences(list(train), [one for one in validation if one not in train])
