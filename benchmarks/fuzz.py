@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from ddiff.cli import main as ddiff
 from ddiff.plugin.loader import find_installed_plugins, survey_plugins
 from ddiff.recipe.files import find_shipped_recipes
-from ddiff.recipe.resolve import read_recipe
+from ddiff.recipe.resolve import parse_recipe, read_recipe
 from ddiff.recipe.schema import find_layout
 
 SECONDS = 20.0  # CPU limit of a dry run, and of a run of two steps
@@ -46,6 +46,47 @@ SMALL = [
 SHORT = ["train.steps=2", "evaluate.rows=4", "evaluate.draws=1", "sample.steps=2", "sample.count=2"]
 TEXT = 'data={kind="text", files=["corpus.txt"], split="line", held_out=0.2, length=8}'
 CHAIN = 'data={kind="markov", rows=64, validation=8, length=8}'
+PAIR = """
+name = "pair"
+plugins = ["dit", "gaussian", "mdlm"]
+data = "digits"
+
+[fields.image]
+process = "{process}"
+
+[fields.text]
+process = "mdlm"
+weight = 0.3
+
+[denoiser]
+kind = "mmdit"
+width = 16
+layers = 1
+heads = 2
+
+[objective.times]
+kind = "mixture"
+parts = [{{path = "shared"}}, {{path = "shared", clean = ["text"]}}]
+
+[train]
+steps = 2
+batch = 4
+warmup = 1
+
+[evaluate]
+samples = 4
+batch = 4
+targets = ["joint", "image | text"]
+
+[sample]
+steps = 2
+count = 2
+batch = 2
+
+[sample.guidance.image]
+weight = 1.5
+without = {{text = "prior"}}
+"""
 INTEGERS = [
     0,
     -1,
@@ -123,7 +164,8 @@ class Output(NamedTuple):
 def bases() -> list[dict[str, Any]]:
     """Return the recipes to mutate: shipped small recipes, reduced in size, on two data sets.
 
-    The recipes are nested tables in which every default is filled in.
+    Two recipes of a picture and a word are added, with tokens and with vectors. The recipes are
+    nested tables in which every default is filled in.
     """
     plugins = [name for name in find_installed_plugins() if name != "core"]
     found = []
@@ -142,6 +184,9 @@ def bases() -> list[dict[str, Any]]:
             except Exception:  # a recipe with another backbone or tokenizer has other keys
                 continue
             found.append({**tree, "plugins": plugins})
+    for process, image in (("mdlm", "levels"), ("gaussian", "patches")):
+        recipe = parse_recipe(PAIR.format(process=process), settings=[f"data.image={image}"])
+        found.append({**recipe.to_dict(), "plugins": plugins})
     return found
 
 

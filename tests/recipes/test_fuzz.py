@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from ddiff.errors import DdiffError
+from ddiff.plugin.loader import survey_plugins
+from ddiff.recipe.resolve import parse_recipe
+
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
@@ -42,6 +46,29 @@ def test_25_mutated_recipes_are_accepted_or_refused_with_a_message(
     output = capsys.readouterr().out
     assert "25 recipes: " in output
     assert "25 recipes: 0 accepted" not in output
+
+
+def test_100_mutated_fields_recipes_are_read_back_or_refused_with_a_message(
+    fuzz: ModuleType,
+) -> None:
+    trees = [tree for tree in fuzz.bases() if "fields" in tree]
+    component_names: dict[str, list[str]] = {}
+    for component in survey_plugins().registry.components():
+        component_names.setdefault(component.kind, []).append(component.name)
+    num_read = 0
+    refusals = []
+    for number in range(100):
+        text = fuzz.mutant(number, 2, trees, component_names)
+        try:
+            recipe = parse_recipe(text)
+        except DdiffError as error:
+            refusals.append(str(error))
+            continue
+        num_read += 1
+        assert parse_recipe(recipe.to_toml()) == recipe
+    assert num_read > 10
+    assert len(refusals) > 10
+    assert all(refusal.startswith("<text>") for refusal in refusals)
 
 
 @pytest.mark.parametrize(
