@@ -54,6 +54,10 @@ class Path(Protocol):
     def legs(self) -> Mapping[str, Leg | Hold]:
         """Leg or hold of every field, by name."""
 
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """Names of the fields that move in each entry of `draws`."""
+
     def at(self, fields: Fields, tau: Tensor) -> JointTimes:
         """Return the times of all fields at progress tau [B]. Samplers follow them."""
 

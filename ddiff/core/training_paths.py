@@ -6,8 +6,8 @@ rules of training only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,24 @@ from ddiff.errors import ArgumentError
 DIGITS = 21
 
 
+class TrainingPart(Protocol):
+    """Path or rule whose draws train one sample."""
+
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """Names of the fields that move in each of the `draws`."""
+
+    def draws(
+        self, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
+    ) -> Sequence[JointTimes]:
+        """Draw joint times, one entry per evaluation of the network."""
+
+    def ends(
+        self, fields: Fields, name: str, rng: CounterRng, slot: Tensor, slots: int | Tensor
+    ) -> tuple[JointTimes, JointTimes]:
+        """Return the joint times of the decoding and of the closing term of one field."""
+
+
 @final
 class MixedPaths:
     """One path per sample, drawn with given probabilities. For training only.
@@ -30,10 +48,11 @@ class MixedPaths:
     different fields, so the mixture itself has no bound.
 
     Args:
-        parts: pairs (path, weight). The weights are positive and are divided by their sum.
+        parts: pairs (path or independent times, weight). The weights are positive and are divided
+            by their sum.
     """
 
-    def __init__(self, parts: Sequence[tuple[Path, float]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Path | IndependentTimes, float]]) -> None:
         if not parts or any(weight <= 0 for _, weight in parts):
             raise ArgumentError(
                 "MixedPaths: parts must be pairs (path, weight) with weights above 0; got "
@@ -41,18 +60,6 @@ class MixedPaths:
             )
         total = sum(weight for _, weight in parts)
         self.parts = [(path, weight / total) for path, weight in parts]
-
-    def draw_training(
-        self, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
-    ) -> JointTimes:
-        """Draw the joint times of a training step."""
-        place = _place(rng, slot, "mode")
-        weights = [weight for _, weight in self.parts]
-        choice, inside = _choose_part(place, weights)
-        drawn = []
-        for path, _ in self.parts:
-            drawn.append(_draw_leg(path.draws(fields, rng, slot, slots), inside, rng))
-        return _merge(choice, drawn, rng, weights, "pairing of parts")
 
 
 @final
@@ -66,10 +73,13 @@ class IndependentTimes:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
 
-    def draw_training(
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        return [self.names]
+
+    def draws(
         self, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
-    ) -> JointTimes:
-        """Draw the joint times of a training step."""
+    ) -> Sequence[JointTimes]:
         times = {}
         for name in self.names:
             field = fields[name]
@@ -80,7 +90,20 @@ class IndependentTimes:
             everyone = CounterRng(own.seed, own.step, torch.arange(int(slots)), 1, own.purpose)
             order = everyone.uniform("order")[:, 0].argsort().to(slot.device)
             times[name] = field.rule.draw(clock, own, order[slot], slots, field.positions)
-        return times
+        return [times]
+
+    def ends(
+        self, fields: Fields, name: str, rng: CounterRng, slot: Tensor, slots: int | Tensor
+    ) -> tuple[JointTimes, JointTimes]:
+        (drawn,) = self.draws(fields, rng, slot, slots)
+        others = {}
+        for other, times in drawn.items():
+            others[other] = times._replace(speed=torch.zeros_like(times.speed))
+        field = fields[name]
+        clock = field.process.information_time
+        own = rng_of_field(rng, fields, name)
+        first, last = field.rule.ends(clock, own, slot, slots, field.positions)
+        return {**others, name: first}, {**others, name: last}
 
 
 @final
@@ -116,43 +139,189 @@ class CyclePaths:
             rest -= steps
         raise AssertionError("the steps of the parts add up to a cycle")
 
-    def draw_training(
-        self, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
-    ) -> JointTimes:
-        """Draw the joint times of the training step `rng.step`."""
-        return draw_training(self.path_at(rng.step), fields, rng, slot, slots)
-
 
 TrainingPath = Path | MixedPaths | IndependentTimes | CyclePaths
 
 
+class TrainingDraw(NamedTuple):
+    """Joint times of one evaluation of the network per sample.
+
+    Attributes:
+        times: times of every field.
+        decodes: bool [B] by field, samples that estimate the decoding term of this field. Their
+            speeds are the weights of this term.
+    """
+
+    times: JointTimes
+    decodes: Mapping[str, Tensor]
+
+
+class _LegDraw(NamedTuple):
+    """Draw of a leg of a part, on which the fields `names` move."""
+
+    part: int
+    names: Sequence[str]
+    drawn: TrainingDraw
+
+
 def draw_training(
-    path: TrainingPath, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
-) -> JointTimes:
+    path: TrainingPath,
+    fields: Fields,
+    rng: CounterRng,
+    slot: Tensor,
+    slots: int | Tensor,
+    present: Mapping[str, Tensor] | None = None,
+    decoding: Mapping[str, float] | None = None,
+) -> TrainingDraw:
     """Draw joint times of one evaluation of the network per sample.
 
-    For a path the diffusion terms at these times estimate the integral over the whole path. If the
-    path has several draws, each sample gets one of them, and its speeds are multiplied by their
-    number.
+    A sample is evaluated on one leg of one part of the path. It is chosen among those on which a
+    field moves that the sample has. Speeds are divided by the probability of the choice. For every
+    sample, the mean of (speed * integrand) is then the weighted sum over the parts of their
+    diffusion terms, and for fields of `decoding` also of their decoding terms.
+
+    Args:
+        path: path or rule of training.
+        fields: fields by name.
+        rng: random generator of the B samples.
+        slot: [B] stratum of each sample among `slots`.
+        slots: number of samples of the global batch.
+        present: bool [B] by field, samples that have the field; None: every sample has all fields.
+        decoding: share of the samples on a leg that estimate the decoding term of a field which
+            moves on this leg, by the name of the field.
     """
-    if isinstance(path, MixedPaths | IndependentTimes | CyclePaths):
-        return path.draw_training(fields, rng, slot, slots)
-    drawn = path.draws(fields, rng, slot, slots)
-    return _draw_leg(drawn, _place(rng, slot, "leg"), rng)
+    if isinstance(path, CyclePaths):
+        path = path.path_at(rng.step)
+    parts: Sequence[tuple[TrainingPart, float]]
+    if isinstance(path, MixedPaths):
+        parts = path.parts
+        channel = "mode"
+    else:
+        parts = [(path, 1.0)]
+        channel = "leg"
+    legs = []
+    for number, (part, _) in enumerate(parts):
+        drawn = part.draws(fields, rng, slot, slots)
+        for names, times in zip(part.groups, drawn, strict=True):
+            shares = {name: share for name, share in (decoding or {}).items() if name in names}
+            mixed = _mix_decoding(part, times, fields, rng, slot, slots, present, shares)
+            legs.append(_LegDraw(number, names, mixed))
+    weights = [weight for _, weight in parts]
+    return _choose_leg(legs, weights, rng, slot, present, channel)
 
 
-def _draw_leg(drawn: Sequence[JointTimes], place: Tensor, rng: CounterRng) -> JointTimes:
-    """Return one of several draws per sample, by its place [B] in [0,1), with larger speeds."""
-    count = len(drawn)
-    if count == 1:
-        return drawn[0]
-    weights = [1.0 / count] * count
-    choice, _ = _choose_part(place, weights)
-    scaled = []
-    for times in drawn:
-        faster = {name: field._replace(speed=field.speed * count) for name, field in times.items()}
-        scaled.append(faster)
-    return _merge(choice, scaled, rng, weights, "pairing of legs")
+def _mix_decoding(
+    part: TrainingPart,
+    times: JointTimes,
+    fields: Fields,
+    rng: CounterRng,
+    slot: Tensor,
+    slots: int | Tensor,
+    present: Mapping[str, Tensor] | None,
+    shares: Mapping[str, float],
+) -> TrainingDraw:
+    """Replace the times of some samples of a leg by those of decoding terms.
+
+    The samples of a decoding term are consecutive in the batch, from a random first sample. Times
+    are stratified by slot, so the times of the other samples remain evenly spread.
+    """
+    if not shares:
+        return TrainingDraw(times, {})
+    decodes: dict[str, Tensor] = {}
+    place = (slot / slots + rng.uniform_per_group("ends")) % 1.0
+    everyone = torch.ones_like(place, dtype=torch.bool)
+    start = 0.0
+    rest = torch.ones_like(place)
+    for name, share in shares.items():
+        has_field = everyone if present is None else present[name]
+        decodes[name] = has_field & (place >= start) & (place < start + share)
+        rest = torch.where(has_field, rest - share, rest)
+        start += share
+    mixed: JointTimes = _divide_speeds(times, rest)
+    for name, chosen in decodes.items():
+        first, _ = part.ends(fields, name, rng, slot, slots)
+        first = _divide_speeds(first, torch.full_like(place, shares[name]))
+        mixed = _merge(chosen, first, mixed)
+    return TrainingDraw(mixed, decodes)
+
+
+def _choose_leg(
+    legs: Sequence[_LegDraw],
+    weights: Sequence[float],
+    rng: CounterRng,
+    slot: Tensor,
+    present: Mapping[str, Tensor] | None,
+    channel: str,
+) -> TrainingDraw:
+    """Return one of the draws of all legs per sample, with larger speeds.
+
+    A pass with a clean copy of a field (paired) serves all samples of a batch or none. If the draws
+    differ in this, one number of the global batch chooses the same leg for all samples.
+    """
+    if len(legs) == 1:
+        return legs[0].drawn
+    pairings = {tuple(field.paired for field in leg.drawn.times.values()) for leg in legs}
+    if len(pairings) > 1:
+        return _choose_common_leg(legs, weights, rng)
+    chance, factor = _leg_chances(legs, weights, len(slot), present)
+    choice = _pick(chance.to(slot.device), _place(rng, slot, channel))
+    factor = factor.to(slot.device)
+    merged = _multiply_speeds(legs[0].drawn.times, factor[:, 0])
+    decodes: dict[str, Tensor] = {}
+    for number, leg in enumerate(legs):
+        chosen = choice == number
+        merged = _merge(chosen, _multiply_speeds(leg.drawn.times, factor[:, number]), merged)
+        for name, decoded in leg.drawn.decodes.items():
+            before = decodes.get(name, torch.zeros_like(decoded))
+            decodes[name] = torch.where(chosen, decoded, before)
+    return TrainingDraw(merged, decodes)
+
+
+def _choose_common_leg(
+    legs: Sequence[_LegDraw], weights: Sequence[float], rng: CounterRng
+) -> TrainingDraw:
+    """Return the draw of one leg for all samples of the global batch, with larger speeds."""
+    # The number depends on no sample, so a rank without samples chooses the same leg.
+    step = CounterRng(rng.seed, rng.step, torch.zeros(1, dtype=torch.long), 1, rng.purpose)
+    chance, factor = _leg_chances(legs, weights, 1, None)
+    number = int(_pick(chance, step.uniform_per_group("pairing")))
+    times, decodes = legs[number].drawn
+    return TrainingDraw(_multiply_speeds(times, factor[:, number].to(rng.index.device)), decodes)
+
+
+def _pick(chance: Tensor, place: Tensor) -> Tensor:
+    """Return the number [B] of the interval that contains place [B]; its length is its chance."""
+    stops = chance.cumsum(-1)
+    return (place.unsqueeze(-1) >= stops).sum(-1).clamp(max=chance.shape[-1] - 1)
+
+
+def _leg_chances(
+    legs: Sequence[_LegDraw],
+    weights: Sequence[float],
+    samples: int,
+    present: Mapping[str, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the probability of every leg, and (weight of its part) / probability, [B,legs] both.
+
+    A leg on which no field of the sample moves has probability 0. The parts that remain keep the
+    ratios of their weights, and the legs of a part have equal probabilities.
+    """
+    is_useful = torch.ones(samples, len(legs), dtype=torch.bool)
+    if present is not None:
+        columns = [torch.stack([present[name] for name in leg.names]).any(0) for leg in legs]
+        is_useful = torch.stack(columns, -1).cpu()
+        # A sample without any field has loss 0 on every leg.
+        is_useful = is_useful | ~is_useful.any(-1, keepdim=True)
+    part_of_leg = torch.tensor([leg.part for leg in legs])
+    in_part = torch.nn.functional.one_hot(part_of_leg, len(weights)).double()
+    counts = is_useful.double() @ in_part
+    each = torch.tensor(weights, dtype=torch.float64)
+    # 1 minus the weights of useless parts is exactly 1 if there are none.
+    total = 1.0 - torch.where(counts > 0, 0.0, each).sum(-1, keepdim=True)
+    factor = (counts * total)[:, part_of_leg]
+    # The factor of a part without useful legs is 0, and its legs are never chosen.
+    chance = torch.where(is_useful, each[part_of_leg] / factor, 0.0)
+    return chance, factor
 
 
 def require_path(path: TrainingPath, caller: str) -> Path:
@@ -189,44 +358,21 @@ def _place(rng: CounterRng, slot: Tensor, channel: str) -> Tensor:
     return (place + rng.uniform_per_group(channel)) % 1.0
 
 
-def _choose_part(place: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return the number [B] of the part that contains each place, and the place inside the part.
-
-    The parts are adjacent intervals of [0,1) with the given lengths.
-    """
-    lengths = torch.tensor(weights, dtype=torch.float64, device=place.device)
-    stops = lengths.cumsum(0)
-    number = torch.searchsorted(stops, place, right=True).clamp(max=len(weights) - 1)
-    inside = (place - (stops - lengths)[number]) / lengths[number]
-    return number, inside.clamp(0.0, 1.0 - 2.0**-53)
+def _divide_speeds(times: JointTimes, divisor: Tensor) -> dict[str, Times]:
+    """Return the times with all speeds divided by a number per sample [B]."""
+    column = divisor.unsqueeze(-1)
+    return {name: field._replace(speed=field.speed / column) for name, field in times.items()}
 
 
-def _merge(
-    choice: Tensor,
-    drawn: Sequence[JointTimes],
-    rng: CounterRng,
-    weights: Sequence[float],
-    channel: str,
-) -> JointTimes:
-    """Return the times of draw number choice[b] for every sample b.
+def _multiply_speeds(times: JointTimes, factor: Tensor) -> dict[str, Times]:
+    """Return the times with all speeds multiplied by a number per sample [B]."""
+    column = factor.unsqueeze(-1)
+    return {name: field._replace(speed=field.speed * column) for name, field in times.items()}
 
-    A pass with a clean copy of a field (paired) serves all samples of a batch or none. If the draws
-    differ in this, one number of the global batch chooses the same draw for all samples, with the
-    probabilities `weights`. Legs and parts have different channels of the generator, so that their
-    choices are independent.
-    """
-    pairings = {tuple(field.paired for field in times.values()) for times in drawn}
-    if len(pairings) > 1:
-        common = CounterRng(rng.seed, rng.step, torch.zeros(1, dtype=torch.long), 1, rng.purpose)
-        chosen, _ = _choose_part(common.uniform(channel)[0], weights)
-        return drawn[int(chosen)]
-    merged: dict[str, Times] = {}
-    for name in drawn[0]:
-        result = drawn[0][name]
-        for number, times in enumerate(drawn[1:], start=1):
-            result = _merge_field(choice == number, times[name], result)
-        merged[name] = result
-    return merged
+
+def _merge(chosen: Tensor, first: JointTimes, second: JointTimes) -> dict[str, Times]:
+    """Return the times `first` of the samples in `chosen` [B], and `second` of the others."""
+    return {name: _merge_field(chosen, first[name], second[name]) for name in first}
 
 
 def _merge_field(chosen: Tensor, first: Times, second: Times) -> Times:

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ddiff.core.elbo import Likelihood, is_active
 from ddiff.core.field import Field, Fields
-from ddiff.core.fields import JointNetwork, JointNoisy, corrupt_fields, joint_nelbo, mark_absent
+from ddiff.core.fields import JointNetwork, corrupt_fields, joint_nelbo, mark_absent
 from ddiff.core.paths import Path
 from ddiff.core.rng import CounterRng
+from ddiff.core.times import Noisy, Times
 from ddiff.core.training_paths import TrainingPath, draw_training
 from ddiff.errors import ArgumentError
 from ddiff.nn.joint_denoiser import FieldQuery, JointContext, JointDenoiser
 from ddiff.nn.joint_network import JointDenoiserNetwork
 from ddiff.training.device import get_device, to_device
+from ddiff.training.objective import DECODING_SHARE
 from ddiff.training.protocols import LossTerms
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ class _Rows(NamedTuple):
 
     `rows` [k]: indices of the flat positions. `x0`, `zt`, `t` [k,...]: clean values, states and
     times. `bound_weight`, `loss_weight` [k]: factors of a row's divergence in the bound and in the
-    training loss.
+    training loss. `is_decoded` [k] bool: rows of the decoding term; None if no row estimates it.
     """
 
     rows: Tensor
@@ -39,6 +41,7 @@ class _Rows(NamedTuple):
     node: Tensor
     bound_weight: Tensor
     loss_weight: Tensor
+    is_decoded: Tensor | None
 
 
 @final
@@ -49,12 +52,20 @@ class FieldsObjective:
     global batch). Items are tokens for a field of tokens, and numbers for a field of vectors, so
     that the unit is nats per item in both. The weights do not enter a bound.
 
+    The bound of a token process that is still noisy at t = 0 has a decoding term. Some samples of
+    every leg on which such a field moves train this term, with the weight 1 / decoding_share, and
+    the other samples the diffusion term (see `DiffusionObjective`). The decoder of vectors has
+    nothing to train.
+
     Args:
         fields: fields of a sample; `positions` is replaced by the length of each batch.
         denoiser: network with one stream and one head per field.
         path: path or training rule from which training draws times.
         losses: training loss of every field.
         weights: factor of the loss of each field; 1 for fields that are not named.
+        decoding_share: share of the samples that train the decoding term of a field, for every
+            field that has one. 0 turns the term off. None: 0.1, or 0 if the loss of the field
+            overrides `select_rows`.
     """
 
     bound = "NELBO"
@@ -66,6 +77,7 @@ class FieldsObjective:
         path: TrainingPath,
         losses: Mapping[str, Any],
         weights: Mapping[str, float] | None = None,
+        decoding_share: float | None = None,
     ) -> None:
         self.fields = dict(fields)
         self.denoiser = denoiser
@@ -74,6 +86,7 @@ class FieldsObjective:
         self.weights = {name: (weights or {}).get(name, 1.0) for name in fields}
         self.module: torch.nn.Module = denoiser
         _check_fields(self.fields, denoiser, self.losses, weights or {})
+        self.decoding = _decoding_shares(self.fields, self.losses, decoding_share)
 
     def counts(self, batch: FieldsBatch) -> Mapping[str, Tensor]:
         """Return the number of items of every field of a batch: tokens, or numbers of vectors."""
@@ -89,7 +102,9 @@ class FieldsObjective:
         """Return the loss of a micro-batch; see the class for its unit."""
         fields = self.sized_fields(batch)
         # Times, states, rows and weights are computed on the host, where the batch is.
-        times = draw_training(self.path, fields, rng, batch.index, slots)
+        times, decodes = draw_training(
+            self.path, fields, rng, batch.index, slots, _find_present(batch), self.decoding
+        )
         values = {name: field.values for name, field in batch.fields.items()}
         scored = {name: field.scored for name, field in batch.fields.items()}
         state = corrupt_fields(fields, values, times, scored, rng, "diffusion")
@@ -97,7 +112,9 @@ class FieldsObjective:
         rows = {}
         prepared = {}
         for name, field in fields.items():
-            rows[name] = self._select_rows(name, field, batch, state, times[name].speed)
+            rows[name] = self._select_rows(
+                name, field, batch, state[name], times[name], decodes.get(name)
+            )
             parameterization = self.denoiser.parameterizations[name]
             prepared[name] = parameterization.prepare(field.process, rows[name].zt, rows[name].t)
         parts = (state, _context(batch), rows, prepared)
@@ -119,28 +136,45 @@ class FieldsObjective:
         return LossTerms(loss, metrics)
 
     def _select_rows(
-        self, name: str, field: Field, batch: FieldsBatch, state: JointNoisy, speed: Tensor
+        self,
+        name: str,
+        field: Field,
+        batch: FieldsBatch,
+        noisy: Noisy,
+        times: Times,
+        decodes: Tensor | None,
     ) -> _Rows:
-        """Select the rows of a field that the bound scores, with their weights."""
+        """Select the rows of a field that have a loss, with their weights.
+
+        `decodes` [B] bool: samples that estimate the decoding term of the field; None: no sample.
+        """
         process = field.process
-        noisy = state[name]
-        may_add = (speed > 0) & ~noisy.clean & is_active(process, noisy.zt)
-        selected = may_add & batch.fields[name].scored
+        loss = self.losses[name]
+        scored = batch.fields[name].scored
+        can_change = is_active(process, noisy.zt)
+        if decodes is not None:
+            can_change = can_change | decodes.unsqueeze(-1)
+        charged = (times.speed > 0) & ~noisy.clean & can_change & scored
+        selected = charged
+        if loss.has_own_rows:
+            moves = (times.speed > 0).any(-1, keepdim=True)
+            selected = loss.select_rows(process, noisy, times) & moves & scored
         rows = selected.reshape(-1).nonzero().squeeze(-1)
         x0 = batch.fields[name].values.flatten(0, 1)[rows]
         zt = noisy.zt.flatten(0, 1)[rows]
         t = noisy.t.reshape(-1)[rows]
-        rate = speed.reshape(-1)[rows]
+        speed = times.speed.reshape(-1)[rows]
+        is_decoded = None
+        bound_weight = speed * process.weight(x0, zt, t)
+        bound_weight = torch.where(charged.reshape(-1)[rows], bound_weight, 0.0)
+        loss_weight = torch.where(speed > 0, speed, 1.0) * loss.weight(process, x0, zt, t)
+        if decodes is not None:
+            is_decoded = decodes.unsqueeze(-1).expand_as(charged).reshape(-1)[rows]
+            # The speed of a row of the decoding term is its weight.
+            bound_weight = torch.where(is_decoded, speed, bound_weight)
+            loss_weight = torch.where(is_decoded, speed, loss_weight)
         node = self.denoiser.parameterizations[name].scope(process.scope(zt), process)
-        return _Rows(
-            rows=rows,
-            x0=x0,
-            zt=zt,
-            t=t,
-            node=node,
-            bound_weight=rate * process.weight(x0, zt, t),
-            loss_weight=rate * self.losses[name].weight(process, x0, zt, t),
-        )
+        return _Rows(rows, x0, zt, t, node, bound_weight, loss_weight, is_decoded)
 
     def _query(self, name: str, drawn: _Rows, prepared: Any, items: Tensor) -> FieldQuery:
         """Build the callback of one field: loss and bound term of each row."""
@@ -156,6 +190,11 @@ class FieldsObjective:
                     divergence = process.divergence(prediction, *arguments)
             else:
                 divergence = own.detach()
+            if drawn.is_decoded is not None:
+                is_decoded = drawn.is_decoded[idx]
+                own = torch.where(is_decoded, process.decode_nll(prediction, *arguments), own)
+                # The metrics of a training step contain only the diffusion term.
+                divergence = torch.where(is_decoded, 0.0, divergence)
             return weight[idx] * own, drawn.bound_weight[idx] * divergence
 
         parameterization = self.denoiser.parameterizations[name]
@@ -228,11 +267,37 @@ def _check_fields(
             f"FieldsObjective: weights must be numbers from 0 for fields {sorted(fields)}; got "
             f"{dict(weights)}."
         )
+
+
+def _find_present(batch: FieldsBatch) -> dict[str, Tensor] | None:
+    """Return the samples that have a scored position of each field, bool [B].
+
+    None: every sample has all fields.
+    """
+    present = {
+        name: (field.scored & ~field.absent.unsqueeze(-1)).any(-1)
+        for name, field in batch.fields.items()
+    }
+    return None if all(bool(samples.all()) for samples in present.values()) else present
+
+
+def _decoding_shares(
+    fields: Fields, losses: Mapping[str, Any], share: float | None
+) -> dict[str, float]:
+    """Return the share of samples for the decoding term of every field that trains one."""
+    shares = {}
+    start = torch.zeros(1, dtype=torch.float64)
     for name, field in fields.items():
-        ends = torch.zeros(1, dtype=torch.float64)
-        if not field.process.closes_at_clean and bool(field.process.end_needs_network(ends)):
-            raise ArgumentError(
-                f'FieldsObjective: the process of "{name}" is still noisy at t = 0, and training '
-                "of its decoding term is not supported for several fields. Use a process whose "
-                "state at t = 0 is the clean token, such as masked diffusion."
-            )
+        process = field.process
+        if process.closes_at_clean or not bool(process.end_needs_network(start)):
+            continue
+        if share is None:
+            shares[name] = 0.0 if losses[name].has_own_rows else DECODING_SHARE
+        else:
+            shares[name] = share
+    if any(not share >= 0.0 for share in shares.values()) or not sum(shares.values()) < 1.0:
+        raise ArgumentError(
+            f"FieldsObjective: decoding_share must be at least 0, and below 1 for all of "
+            f"{', '.join(shares)} together; got {share}."
+        )
+    return {name: share for name, share in shares.items() if share > 0.0}

@@ -209,7 +209,7 @@ def test_draw_of_a_path_with_two_legs_keeps_the_sum_of_the_speeds() -> None:
     fields = make_fields()
     slot = torch.arange(4096)
     path = first_path(["text", "latent"])
-    times = draw_training(path, fields, rng_at(slot), slot, 4096)
+    times = draw_training(path, fields, rng_at(slot), slot, 4096).times
     moves = {name: (field.speed > 0).any(-1) for name, field in times.items()}
     assert torch.equal(moves["text"], ~moves["latent"])
     # t runs from 0 to 1, so the integral of dt is 1 for every field.
@@ -217,11 +217,95 @@ def test_draw_of_a_path_with_two_legs_keeps_the_sum_of_the_speeds() -> None:
     assert float(times["latent"].speed.mean()) == pytest.approx(1.0, abs=0.1)
 
 
+def mean_speeds(path, lacks_latent: bool) -> tuple[float, float]:
+    """Return the mean speed of the text in diffusion terms and in decoding terms.
+
+    Of 40 steps with 64 samples. With `lacks_latent`, the means are those of the samples without a
+    latent, about half of them. They are random, since the slot of a sample is also its stratum.
+    """
+    slot = torch.arange(SLOTS)
+    fields = make_fields()
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for step in range(40):
+        everyone = torch.ones(SLOTS, dtype=torch.bool)
+        chosen = torch.rand(SLOTS, generator=generator) < 0.5 if lacks_latent else everyone
+        present = {"text": everyone, "latent": ~chosen} if lacks_latent else None
+        times, decodes = draw_training(
+            path, fields, rng_at(slot, step), slot, SLOTS, present, {"text": 0.25}
+        )
+        speed = times["text"].speed[:, 0]
+        decoded = decodes.get("text", ~everyone)
+        sums[0] += speed[chosen & ~decoded].sum()
+        sums[1] += speed[chosen & decoded].sum()
+        sums[2] += chosen.sum()
+    diffusion, decoding, count = sums.tolist()
+    return diffusion / count, decoding / count
+
+
+@pytest.mark.parametrize(
+    ("path", "weight"),
+    [
+        (shared_path(["text", "latent"]), 1.0),
+        (first_path(["text", "latent"]), 1.0),
+        (MixedPaths([(TEXT_GIVEN_LATENT, 0.3), (LATENT_GIVEN_TEXT, 0.7)]), 0.3),
+        (IndependentTimes(["text", "latent"]), 1.0),
+        (CyclePaths([(TEXT_GIVEN_LATENT, 1), (LATENT_GIVEN_TEXT, 3)]), 0.25),
+    ],
+)
+@pytest.mark.parametrize("lacks_latent", [False, True])
+def test_weights_of_a_field_add_up_for_samples_with_and_without_other_fields(
+    path, weight: float, lacks_latent: bool
+) -> None:
+    """The mean speed is the integral of dt, 1, times the share of the parts that train the text.
+
+    The same holds for the weights of the decoding term. The tolerances are 4 standard errors of the
+    noisiest case.
+    """
+    diffusion, decoding = mean_speeds(path, lacks_latent)
+    assert diffusion == pytest.approx(weight, abs=0.15)
+    assert decoding == pytest.approx(weight, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        first_path(["text", "latent"]),
+        MixedPaths([(TEXT_GIVEN_LATENT, 0.3), (LATENT_GIVEN_TEXT, 0.7)]),
+    ],
+)
+def test_a_sample_without_a_field_is_never_drawn_on_a_leg_of_this_field_only(path) -> None:
+    slot = torch.arange(SLOTS)
+    without = slot % 2 == 0
+    present = {"text": torch.ones_like(without), "latent": ~without}
+    legs = set()
+    for step in range(10):
+        times, _ = draw_training(path, make_fields(), rng_at(slot, step), slot, SLOTS, present)
+        speed = times["text"].speed[:, 0]
+        assert (speed[without] > 0).all()
+        legs.update((speed[~without] > 0).tolist())
+    assert legs == {True, False}, "complete samples are drawn on both legs"
+
+
+def test_decoding_samples_are_those_of_a_leg_of_the_field_with_its_end_times() -> None:
+    slot = torch.arange(SLOTS)
+    fields = make_fields()
+    path = first_path(["latent", "text"])
+    times, decodes = draw_training(path, fields, rng_at(slot), slot, SLOTS, decoding={"text": 0.25})
+    assert set(decodes) == {"text"}
+    chosen = decodes["text"]
+    assert 4 <= int(chosen.sum()) <= 12, "a quarter of the half of the samples on the text's leg"
+    assert not times["text"].t[chosen].any()
+    assert (times["text"].speed[chosen] == 2.0 / 0.25).all()
+    assert times["latent"].clean[chosen].all(), "the latent is decoded before the text"
+    assert not times["latent"].speed[chosen].any()
+
+
 def test_mixed_paths_give_each_part_its_share_of_the_batch() -> None:
     mixed = MixedPaths([(TEXT_GIVEN_LATENT, 3.0), (LATENT_GIVEN_TEXT, 1.0)])
     slot = torch.arange(SLOTS)
     for step in range(20):
-        times = draw_training(mixed, make_fields(), rng_at(slot, step), slot, SLOTS)
+        times = draw_training(mixed, make_fields(), rng_at(slot, step), slot, SLOTS).times
         given_latent = times["latent"].clean[:, 0]
         assert torch.equal(given_latent, ~times["text"].clean[:, 0])
         assert abs(int(given_latent.sum()) - 48) <= 2
@@ -231,7 +315,7 @@ def test_mixed_paths_spread_every_part_over_all_ranks() -> None:
     mixed = MixedPaths([(TEXT_GIVEN_LATENT, 1.0), (LATENT_GIVEN_TEXT, 1.0)])
     slot = torch.arange(SLOTS)
     for step in range(20):
-        times = draw_training(mixed, make_fields(), rng_at(slot, step), slot, SLOTS)
+        times = draw_training(mixed, make_fields(), rng_at(slot, step), slot, SLOTS).times
         of_rank = times["latent"].clean[:, 0].double().reshape(8, 8).sum(-1)
         assert (of_rank - 4.0).abs().max() <= 2.0
 
@@ -241,7 +325,7 @@ def test_mixed_paths_spread_the_times_of_every_part() -> None:
     mixed = MixedPaths([(TEXT_GIVEN_LATENT, 1.0), (LATENT_GIVEN_TEXT, 1.0)])
     slot = torch.arange(SLOTS)
     for step in range(20):
-        times = draw_training(mixed, make_fields(), rng_at(slot, step), slot, SLOTS)
+        times = draw_training(mixed, make_fields(), rng_at(slot, step), slot, SLOTS).times
         t = times["text"].t[times["text"].speed[:, 0] > 0, 0]
         assert float(t.min()) < 0.1
         assert float(t.max()) > 0.9
@@ -252,9 +336,9 @@ def test_mixed_paths_spread_the_times_of_every_part() -> None:
 def test_mixed_paths_are_drawn_again_in_every_step_and_alike_in_every_part() -> None:
     mixed = MixedPaths([(TEXT_GIVEN_LATENT, 1.0), (shared_path(["text", "latent"]), 1.0)])
     slot = torch.arange(SLOTS)
-    whole = draw_training(mixed, make_fields(), rng_at(slot), slot, SLOTS)
-    other = draw_training(mixed, make_fields(), rng_at(slot, 1), slot, SLOTS)
-    part = draw_training(mixed, make_fields(), rng_at(slot[24:40]), slot[24:40], SLOTS)
+    whole = draw_training(mixed, make_fields(), rng_at(slot), slot, SLOTS).times
+    other = draw_training(mixed, make_fields(), rng_at(slot, 1), slot, SLOTS).times
+    part = draw_training(mixed, make_fields(), rng_at(slot[24:40]), slot[24:40], SLOTS).times
     for name, times in whole.items():
         torch.testing.assert_close(part[name].t, times.t[24:40], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(part[name].speed, times.speed[24:40], rtol=1e-12, atol=1e-12)
@@ -269,8 +353,8 @@ def test_paths_with_and_without_a_clean_copy_are_not_mixed_in_a_batch() -> None:
     slot = torch.arange(SLOTS)
     kinds = set()
     for step in range(12):
-        times = draw_training(mixed, fields, rng_at(slot, step), slot, SLOTS)
-        part = draw_training(mixed, fields, rng_at(slot[:5], step), slot[:5], SLOTS)
+        times = draw_training(mixed, fields, rng_at(slot, step), slot, SLOTS).times
+        part = draw_training(mixed, fields, rng_at(slot[:5], step), slot[:5], SLOTS).times
         assert part["text"].paired == times["text"].paired
         assert len(set(times["text"].clean[:, 0].tolist())) == 1
         kinds.add(times["text"].paired)
@@ -292,7 +376,7 @@ def test_paired_and_unpaired_parts_are_trained_as_often_as_their_weights_say(pat
     steps = 600
     moves = 0
     for step in range(steps):
-        times = draw_training(path, fields, rng_at(slot, step), slot, 4)
+        times = draw_training(path, fields, rng_at(slot, step), slot, 4).times
         moves += int((times["latent"].speed > 0).any())
     # 4 standard deviations of the share.
     assert moves / steps == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / steps))
@@ -310,7 +394,7 @@ def test_cycle_trains_every_part_for_its_steps_in_turn() -> None:
     cycle = CyclePaths([(TEXT_GIVEN_LATENT, 2), (LATENT_GIVEN_TEXT, 1)])
     given = []
     for step in range(7):
-        times = draw_training(cycle, fields, rng_at(slot, step), slot, SLOTS)
+        times = draw_training(cycle, fields, rng_at(slot, step), slot, SLOTS).times
         assert len(set(times["latent"].clean[:, 0].tolist())) == 1
         given.append(bool(times["latent"].clean.all()))
     assert given == [True, True, False, True, True, False, True]
@@ -322,9 +406,9 @@ def test_cycle_draws_the_times_of_the_part_of_the_step() -> None:
     mixed = MixedPaths([(TEXT_GIVEN_LATENT, 1.0), (LATENT_GIVEN_TEXT, 1.0)])
     cycle = CyclePaths([(TEXT_GIVEN_LATENT, 1), (mixed, 2), (IndependentTimes(list(fields)), 1)])
     for step, part in enumerate([TEXT_GIVEN_LATENT, mixed, mixed, IndependentTimes(list(fields))]):
-        expected = draw_training(part, fields, rng_at(slot, step), slot, SLOTS)
+        expected = draw_training(part, fields, rng_at(slot, step), slot, SLOTS).times
         few = slot[5:9]
-        found = draw_training(cycle, fields, rng_at(few, step), few, SLOTS)
+        found = draw_training(cycle, fields, rng_at(few, step), few, SLOTS).times
         for name in fields:
             torch.testing.assert_close(found[name].t, expected[name].t[5:9], rtol=1e-12, atol=0.0)
             assert torch.equal(found[name].clean, expected[name].clean[5:9])
@@ -343,7 +427,7 @@ def test_independent_times_of_two_fields_are_stratified_and_uncorrelated() -> No
     independent = IndependentTimes(["text", "latent"])
     correlations = []
     for step in range(40):
-        times = draw_training(independent, fields, rng_at(slot, step), slot, SLOTS)
+        times = draw_training(independent, fields, rng_at(slot, step), slot, SLOTS).times
         both = torch.stack([times[name].t[:, 0].argsort().argsort() for name in times]).double()
         correlations.append(float(torch.corrcoef(both)[0, 1]))
         assert float(times["text"].t.min()) < 0.05
