@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ddiff.core.paths import Path
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy, Times
 from ddiff.core.training_paths import TrainingPath, draw_training
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, suggest
 from ddiff.nn.joint_denoiser import FieldQuery, JointContext, JointDenoiser
 from ddiff.nn.joint_network import JointDenoiserNetwork
 from ddiff.training.device import get_device, to_device
@@ -24,6 +24,9 @@ from ddiff.training.protocols import LossTerms
 
 if TYPE_CHECKING:
     from ddiff.data.fields_batch import FieldsBatch
+
+
+Normalization = Literal["item", "sample"]
 
 
 class _Rows(NamedTuple):
@@ -48,9 +51,16 @@ class _Rows(NamedTuple):
 class FieldsObjective:
     """Training objective of a denoiser of several fields.
 
-    The loss is the sum over fields of weight * (sum of the row losses) / (items of the field in the
-    global batch). Items are tokens for a field of tokens, and numbers for a field of vectors, so
-    that the unit is nats per item in both. The weights do not enter a bound.
+    The loss is the sum over fields of weight * (sum of the row losses) / (a number of the global
+    batch), which `normalization` selects:
+
+    - "item": the items of the field. Items are tokens for a field of tokens, and numbers for a
+      field of vectors, so the unit is nats per item. Short fields count as much as long ones.
+    - "sample": the samples, also those without the field. The unit is nats per sample. With losses
+      of the bound and weights 1, the mean of the loss is the bound of a sample of all fields,
+      without the terms that have no network (the closing term and the decoder of vectors).
+
+    The weights do not enter a bound.
 
     The bound of a token process that is still noisy at t = 0 has a decoding term. Some samples of
     every leg on which such a field moves train this term, with the weight 1 / decoding_share, and
@@ -66,6 +76,7 @@ class FieldsObjective:
         decoding_share: share of the samples that train the decoding term of a field, for every
             field that has one. 0 turns the term off. None: 0.1, or 0 if the loss of the field
             overrides `select_rows`.
+        normalization: "item" or "sample".
     """
 
     bound = "NELBO"
@@ -78,12 +89,20 @@ class FieldsObjective:
         losses: Mapping[str, Any],
         weights: Mapping[str, float] | None = None,
         decoding_share: float | None = None,
+        normalization: Normalization = "item",
     ) -> None:
+        if normalization not in get_args(Normalization):
+            raise ArgumentError(
+                f"FieldsObjective: normalization must be one of "
+                f"{', '.join(get_args(Normalization))}; got {normalization!r}."
+                + suggest(normalization, get_args(Normalization))
+            )
         self.fields = dict(fields)
         self.denoiser = denoiser
         self.path = path
         self.losses = dict(losses)
         self.weights = {name: (weights or {}).get(name, 1.0) for name in fields}
+        self.normalization = normalization
         self.module: torch.nn.Module = denoiser
         _check_fields(self.fields, denoiser, self.losses, weights or {})
         self.decoding = _decoding_shares(self.fields, self.losses, decoding_share)
@@ -121,9 +140,11 @@ class FieldsObjective:
         state, context, rows, prepared = to_device(parts, get_device(self.module))
         queries = {}
         for name in fields:
-            # A field without any item in the global batch has no rows and no loss.
-            items = denominators[name].clamp(min=1.0)
-            queries[name] = self._query(name, rows[name], prepared[name], items)
+            divisor = torch.full_like(denominators[name], slots)
+            if self.normalization == "item":
+                # A field without any item in the global batch has no rows and no loss.
+                divisor = denominators[name].clamp(min=1.0)
+            queries[name] = self._query(name, rows[name], prepared[name], divisor)
         results = self.module(state, context, queries)
         loss = torch.stack([total for total, *_ in results.values()]).sum()
         metrics = {}
@@ -176,11 +197,11 @@ class FieldsObjective:
         node = self.denoiser.parameterizations[name].scope(process.scope(zt), process)
         return _Rows(rows, x0, zt, t, node, bound_weight, loss_weight, is_decoded)
 
-    def _query(self, name: str, drawn: _Rows, prepared: Any, items: Tensor) -> FieldQuery:
+    def _query(self, name: str, drawn: _Rows, prepared: Any, divisor: Tensor) -> FieldQuery:
         """Build the callback of one field: loss and bound term of each row."""
         process = self.fields[name].process
         loss = self.losses[name]
-        weight = drawn.loss_weight * self.weights[name] / items
+        weight = drawn.loss_weight * self.weights[name] / divisor
 
         def on_prediction(prediction: Any, idx: Tensor) -> tuple[Tensor, ...]:
             arguments = (drawn.x0[idx], drawn.zt[idx], drawn.t[idx])

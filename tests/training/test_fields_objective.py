@@ -224,12 +224,20 @@ def test_mean_of_training_terms_is_the_diffusion_and_decoding_term_of_the_bound(
 
     With the weight 0 for the latent, the loss is that of the text: its diffusion term, which is
     also a metric, and its decoding term. The means over 40 steps of 16 samples differ by less than
-    4 standard errors.
+    4 standard errors. With the normalization "sample" and weights 1, the loss is the sum of all
+    terms divided by 16, so its mean is the bound per sample.
     """
     parts = path.parts if isinstance(path, MixedPaths) else [(path, 1.0)]
     objective = make_objective(path, rule=rule, dim=2, weight=0.0, kind="noisy")
     randomize(objective.denoiser)
     assert objective.decoding == {"text": 0.1}
+    whole = FieldsObjective(
+        objective.fields,
+        objective.denoiser,
+        path,
+        objective.losses,
+        normalization="sample",
+    )
     batch = make_batch(16, dim=2, vectors=1)
     ones = {field: torch.ones((), dtype=torch.float64) for field in objective.fields}
     trained = torch.zeros(40, 3, dtype=torch.float64)
@@ -240,6 +248,10 @@ def test_mean_of_training_terms_is_the_diffusion_and_decoding_term_of_the_bound(
         text, _ = found.metrics["text_nelbo_diffusion_nats_per_token"]
         latent, _ = found.metrics["latent_nelbo_diffusion_nats_per_number"]
         trained[step] = torch.stack([text, found.loss - text, latent])
+        with torch.no_grad():
+            joint = whole(batch, CounterRng(3, step, batch.index, LENGTH), ones, 16)
+        # Sums of float32 predictions.
+        assert float(joint.loss) * 16 == pytest.approx(float(trained[step].sum()), rel=1e-6)
         for part, weight in parts:
             rng = CounterRng(8, step, batch.index, LENGTH, "evaluate")
             nll = objective.nll(batch, rng, batch.index, 16, part)
@@ -261,6 +273,12 @@ def test_decoding_share_is_a_part_of_the_samples_and_only_of_noisy_processes() -
     for share in (1.0, -0.1, math.nan):
         with pytest.raises(ArgumentError, match="decoding_share must be at least 0"):
             FieldsObjective(fields, denoiser, SHARED, losses, decoding_share=share)
+
+
+def test_unknown_normalization_is_refused_with_a_suggestion() -> None:
+    plain = make_objective(SHARED)
+    with pytest.raises(ArgumentError, match="one of item, sample; got 'samples'"):
+        FieldsObjective(plain.fields, plain.denoiser, SHARED, plain.losses, normalization="samples")
 
 
 def test_clean_field_trains_its_encoder_but_not_its_head() -> None:
