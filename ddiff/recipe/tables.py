@@ -91,7 +91,8 @@ def _check_tables(tree: RecipeTree, layout: Layout) -> None:
         if name not in names:
             raise RecipeError(
                 f'{tree.locate((name,))}: {layout.title} has no key or table "{shorten(name)}".'
-                f"{_suggest_name(name, layout)} Valid names: {', '.join(names)}."
+                f"{_suggest_name(name, layout)}{_explain_layout(name, tree)} Valid names: "
+                f"{', '.join(names)}."
             )
     if "extends" in tree.values:
         place = tree.locate(("extends",))
@@ -127,6 +128,19 @@ def _suggest_name(name: str, layout: Layout) -> str:
         if name in entry.engine_keys():
             return f' Did you mean "{table}.{"NAME." if entry.is_group else ""}{name}"?'
     return suggest(name, [*layout.top_level(), GROUP])
+
+
+def _explain_layout(name: str, tree: RecipeTree) -> str:
+    """Return a sentence that says why a table of a text recipe is refused.
+
+    Returns "" for other names, and for a text recipe.
+    """
+    if GROUP not in tree.values or name not in TEXT.tables:
+        return ""
+    fields = tree.values[GROUP]
+    # the line of the first field, because a table [fields] has no header of its own
+    path = (GROUP, next(iter(fields))) if isinstance(fields, dict) and fields else (GROUP,)
+    return f" The recipe has fields because of {tree.locate(path)}."
 
 
 def _check_is_table(path: TablePath, slot: Slot | None, tree: RecipeTree) -> None:

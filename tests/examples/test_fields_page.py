@@ -10,6 +10,8 @@ import torch
 from scripts import EXAMPLES
 
 import ddiff
+from ddiff.recipe.resolve import parse_recipe
+from ddiff.recipe.schema import FIELDS
 from ddiff.testing import assert_laws, check_gaussian
 
 PAGE = EXAMPLES.parent / "docs" / "fields.md"
@@ -33,6 +35,24 @@ def blocks() -> list[str]:
         assert large in text, f"{PAGE.name} no longer contains {large}"
         text = text.replace(large, small)
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def test_recipe_of_the_fields_page_is_a_fields_recipe() -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    recipe = parse_recipe(text)
+    assert isinstance(recipe, ddiff.FieldsRecipe)
+    image = recipe.fields["image"]
+    assert (image.head.component.name, image.sampler.component.name) == ("vector", "ddim")
+
+
+def test_fields_page_lists_every_key_of_fields_recipes() -> None:
+    rows = re.findall(r"^\| (`\[.*)$", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    listed = {row.partition(" | ")[0]: row for row in rows}
+    for name in ("fields.NAME", "evaluate", "sample"):
+        table = FIELDS.tables[name.partition(".")[0]]
+        for key in table.engine_keys():
+            assert f"`{key}`" in listed[f"`[{name}]`"], f"[{name}] {key}"
+    assert {name for row in listed for name in re.findall(r"\[(\w+)", row)} == set(FIELDS.tables)
 
 
 @pytest.mark.slow

@@ -407,7 +407,8 @@ def test_setting_of_a_field_on_a_text_recipe_points_to_the_tables_of_text(write)
     text = message(write(), ("fields.text.process=toy",))
     assert text.startswith(
         'mine.toml:9: a recipe with fields has no key or table "tokenizer". '
-        'Did you mean "fields.NAME.tokenizer"?'
+        'Did you mean "fields.NAME.tokenizer"? '
+        "The recipe has fields because of --set fields.text.process=toy."
     )
 
 
