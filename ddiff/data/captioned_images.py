@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import lzma
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import product
 from typing import NamedTuple
@@ -33,17 +33,23 @@ DIGIT_SIDE = 8  # rows and columns of a digit
 DIGIT_LEVELS = 17
 TRAINING_DIGITS = 1347
 
-SHAPE_SIDE = 12  # rows and columns of an image of shapes
+SHAPE_SIDES = (8, 12)  # possible rows and columns of an image of shapes
 COLOURS = ("red", "green", "blue", "yellow", "white", "pink", "cyan")
 """Colour words; colour number c is level c + 1 of an image, and level 0 is the background."""
 RELATIONS = ("left of", "above")
-FIGURES = {
-    "square": ("11111", "10001", "10001", "10001", "11111"),
-    "disc": ("01110", "11111", "11111", "11111", "01110"),
-    "cross": ("00100", "00100", "11111", "00100", "00100"),
+FIGURES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
+    8: {
+        "square": ("111", "101", "111"),
+        "disc": ("010", "111", "010"),
+        "cross": ("101", "010", "101"),
+    },
+    12: {
+        "square": ("11111", "10001", "10001", "10001", "11111"),
+        "disc": ("01110", "11111", "11111", "11111", "01110"),
+        "cross": ("00100", "00100", "11111", "00100", "00100"),
+    },
 }
-"""Pixels of each shape, 5 x 5."""
-FIGURE_SIDE = 5
+"""Pixels of each shape, 3 x 3 in an image of 8 x 8 pixels and 5 x 5 in one of 12 x 12."""
 
 
 class CaptionedImages(NamedTuple):
@@ -75,8 +81,17 @@ def load_digits() -> tuple[CaptionedImages, CaptionedImages]:
 
 
 class Scene(NamedTuple):
-    """Two shapes and their relation. The offsets are rows and columns of the upper left corners."""
+    """Two shapes and their relation.
 
+    Attributes:
+        side: rows and columns of the image.
+        relation: number of the relation of the first shape to the second.
+        shapes: names of both shapes.
+        colours: colour numbers of both shapes.
+        offsets: row and column of the upper left corner of each shape.
+    """
+
+    side: int
     relation: int
     shapes: tuple[str, str]
     colours: tuple[int, int]
@@ -90,11 +105,12 @@ class Scene(NamedTuple):
         return *first, *RELATIONS[self.relation].split(), *second
 
     def image(self) -> NDArray[np.int64]:
-        """Return the levels [144]."""
-        canvas = np.zeros((SHAPE_SIDE, SHAPE_SIDE), np.int64)
+        """Return the levels [side * side]."""
+        canvas = np.zeros((self.side, self.side), np.int64)
         for shape, colour, (row, column) in zip(self.shapes, self.colours, self.offsets):
-            area = canvas[row : row + FIGURE_SIDE, column : column + FIGURE_SIDE]
-            area[_pixels(shape)] = colour + 1
+            pixels = _pixels(self.side, shape)
+            area = canvas[row : row + len(pixels), column : column + len(pixels)]
+            area[pixels] = colour + 1
         return canvas.reshape(-1)
 
 
@@ -112,16 +128,20 @@ class ShapesSource:
     Args:
         seed: seed of the draws.
         colours: number of colours, 1 to 7.
+        side: rows and columns of an image, 8 or 12.
     """
 
-    def __init__(self, seed: int = 0, colours: int = len(COLOURS)) -> None:
+    def __init__(self, seed: int = 0, colours: int = len(COLOURS), side: int = 12) -> None:
         if not 1 <= colours <= len(COLOURS):
             raise ArgumentError(
                 f"ShapesSource: colours must be 1 to {len(COLOURS)}; got {colours}."
             )
+        if side not in SHAPE_SIDES:
+            raise ArgumentError(f"ShapesSource: side must be 8 or 12; got {side}.")
         self.seed = seed
         self.colours = colours
-        self.shapes = tuple(FIGURES)
+        self.side = side
+        self.shapes = tuple(FIGURES[side])
 
     @staticmethod
     def count_colours(words: Iterable[str]) -> int:
@@ -137,7 +157,7 @@ class ShapesSource:
     @property
     def num_offsets(self) -> int:
         """Number of pairs of offsets, all equally likely given the caption."""
-        return (_num_offsets(True) * _num_offsets(False)) ** 2
+        return (self._num_offsets(True) * self._num_offsets(False)) ** 2
 
     @property
     def caption_entropy(self) -> float:
@@ -162,10 +182,11 @@ class ShapesSource:
         colours = rng.integers(self.colours, size=2)
         offsets = []
         for half in (0, 1):
-            within = int(rng.integers(_num_offsets(True)))
-            across = int(rng.integers(_num_offsets(False)))
-            offsets.append(_place(relation, half, within, across))
+            within = int(rng.integers(self._num_offsets(True)))
+            across = int(rng.integers(self._num_offsets(False)))
+            offsets.append(self._place(relation, half, within, across))
         return Scene(
+            self.side,
             relation,
             (self.shapes[first], self.shapes[second]),
             (int(colours[0]), int(colours[1])),
@@ -178,7 +199,7 @@ class ShapesSource:
         return CaptionedImages(
             np.stack([scene.image() for scene in scenes]),
             [scene.caption() for scene in scenes],
-            SHAPE_SIDE,
+            self.side,
             len(COLOURS) + 1,
         )
 
@@ -191,12 +212,12 @@ class ShapesSource:
     def images_of(self, caption: Sequence[str]) -> set[bytes]:
         """Return all images that a caption can have, each as the bytes of its levels."""
         relation, shapes, colours = self._parse(caption)
-        within = range(_num_offsets(True))
-        across = range(_num_offsets(False))
+        within = range(self._num_offsets(True))
+        across = range(self._num_offsets(False))
         images = set()
         for first, second in product(product(within, across), repeat=2):
-            offsets = (_place(relation, 0, *first), _place(relation, 1, *second))
-            scene = Scene(relation, shapes, colours, offsets)
+            offsets = (self._place(relation, 0, *first), self._place(relation, 1, *second))
+            scene = Scene(self.side, relation, shapes, colours, offsets)
             images.add(scene.image().astype(np.uint8).tobytes())
         return images
 
@@ -220,7 +241,7 @@ class ShapesSource:
             if len(words) != 4 + len(middle) or words[2:-2] != middle:
                 continue
             first, second = words[:2], words[-2:]
-            if all(one[0] in known and one[1] in FIGURES for one in (first, second)):
+            if all(one[0] in known and one[1] in self.shapes for one in (first, second)):
                 colours = (COLOURS.index(first[0]), COLOURS.index(second[0]))
                 return number, (first[1], second[1]), colours
         raise ArgumentError(
@@ -228,21 +249,20 @@ class ShapesSource:
             f"`{' '.join(words)}`."
         )
 
+    def _num_offsets(self, is_within_half: bool) -> int:
+        """Return the number of offsets of a shape along one axis of a half, or of the image."""
+        length = self.side // 2 if is_within_half else self.side
+        return length - len(_pixels(self.side, self.shapes[0])) + 1
 
-def _num_offsets(is_within_half: bool) -> int:
-    """Return the number of offsets of a shape along one axis of a half, or of the whole image."""
-    side = SHAPE_SIDE // 2 if is_within_half else SHAPE_SIDE
-    return side - FIGURE_SIDE + 1
+    def _place(self, relation: int, half: int, within: int, across: int) -> tuple[int, int]:
+        """Return row and column of the shape in a half (0 or 1) of the image.
 
-
-def _place(relation: int, half: int, within: int, across: int) -> tuple[int, int]:
-    """Return row and column of the shape in a half (0 or 1) of the image.
-
-    `within` is the offset inside the half, and `across` the offset along the other axis.
-    """
-    along = within + half * (SHAPE_SIDE // 2)
-    return (across, along) if relation == 0 else (along, across)
+        `within` is the offset inside the half, and `across` the offset along the other axis.
+        """
+        along = within + half * (self.side // 2)
+        return (across, along) if relation == 0 else (along, across)
 
 
-def _pixels(shape: str) -> NDArray[np.bool_]:
-    return np.array([[pixel == "1" for pixel in row] for row in FIGURES[shape]])
+def _pixels(side: int, shape: str) -> NDArray[np.bool_]:
+    """Return the pixels of a shape in an image with `side` rows, bool [k,k]."""
+    return np.array([[pixel == "1" for pixel in row] for row in FIGURES[side][shape]])

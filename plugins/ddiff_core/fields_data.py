@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 2**20
 DIGIT_SIDE = 8  # rows and columns of a digit
 DIGIT_LEVELS = 17
-SHAPE_SIDE = 12  # rows and columns of an image of shapes
 SHAPE_PALETTE = (
     (0, 0, 0),
     (220, 40, 40),
@@ -104,9 +103,9 @@ def _digits_table(config: Digits.Config, images: CaptionedImages) -> FieldsTable
 class Shapes:
     """Generated images of two shapes with a caption, such as "red square left of blue disc".
 
-    An image has 12 x 12 tokens: the background, and one token per colour. All scenes are equally
-    likely, so that the entropies of images and captions are known. The samples depend on the seed
-    in [data] and not on the seed of the recipe.
+    An image has `side` x `side` tokens: the background, and one token per colour. All scenes are
+    equally likely, so that the entropies of images and captions are known. The samples depend on
+    the seed in [data] and not on the seed of the recipe.
     """
 
     class Config(ComponentConfig):
@@ -116,6 +115,8 @@ class Shapes:
         """Number of validation samples."""
         colours: Annotated[PositiveInt, Field(le=len(SHAPE_PALETTE) - 1)] = 7
         """Number of colours."""
+        side: Literal[8, 12] = 12
+        """Rows and columns of an image. The shapes have 3 x 3 pixels for 8, and 5 x 5 for 12."""
         seed: Seed = 0
         """Seed of the samples."""
 
@@ -123,7 +124,7 @@ class Shapes:
     def build(config: Config, *, seed: int, cache: Cache | None) -> FieldsDocuments:
         from ddiff import FieldsDocuments, ShapesSource
 
-        source = ShapesSource(config.seed, config.colours)
+        source = ShapesSource(config.seed, config.colours, config.side)
         # sample numbers of the validation part begin after those of the training part
         validation = source.draw(config.validation, first=config.train)
         return FieldsDocuments(
@@ -142,7 +143,7 @@ class Shapes:
         from ddiff import ColumnShape
 
         image = ColumnShape(
-            "tokens", SHAPE_SIDE**2, config.colours + 1, picture=_shapes_picture(config)
+            "tokens", config.side**2, config.colours + 1, picture=_shapes_picture(config)
         )
         return {"image": image, "text": ColumnShape("texts")}
 
@@ -153,7 +154,7 @@ def _shapes_picture(config: Shapes.Config) -> Any:
     from ddiff import LevelPicture
 
     palette = np.array(SHAPE_PALETTE[: config.colours + 1], np.uint8)
-    return LevelPicture(SHAPE_SIDE, SHAPE_SIDE, palette)
+    return LevelPicture(config.side, config.side, palette)
 
 
 def _shapes_table(config: Shapes.Config, images: CaptionedImages) -> FieldsTable:

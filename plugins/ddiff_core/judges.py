@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -98,7 +99,8 @@ class ShapesJudge:
     def build(cls, config: Config, *, documents: FieldsDocuments) -> ShapesJudge:
         _require_columns("shapes", documents)
         words = {word for text in _read_texts(documents.train) for word in text.split()}
-        return cls(ShapesSource(colours=ShapesSource.count_colours(words)))
+        side = math.isqrt(documents.train[IMAGE].shape.positions or 0)
+        return cls(ShapesSource(colours=ShapesSource.count_colours(words), side=side))
 
     def __init__(self, source: ShapesSource) -> None:
         self._source = source

@@ -28,18 +28,23 @@ def test_shapes_entropies_count_the_scenes() -> None:
     assert source.num_captions == 2 * (3 * 2) ** 2
     assert source.num_offsets == (2 * 8) ** 2
     assert source.joint_entropy == pytest.approx(math.log(source.num_captions * 256))
+    small = ShapesSource(colours=2, side=8)
+    assert small.num_offsets == (2 * 6) ** 2
+    assert small.draw(3).levels.shape == (3, 64)
 
 
-def test_image_and_caption_determine_the_scene() -> None:
+@pytest.mark.parametrize("side", [8, 12])
+def test_image_and_caption_determine_the_scene(side: int) -> None:
     """The images of one caption are all different, so image and caption count as one scene."""
-    source = ShapesSource()
+    source = ShapesSource(side=side)
     for index in range(6):
         images = source.images_of(source.scene(index).caption())
         assert len(images) == source.num_offsets
 
 
-def test_shapes_draws_are_right_and_changed_images_or_captions_are_wrong() -> None:
-    source = ShapesSource(seed=3)
+@pytest.mark.parametrize("side", [8, 12])
+def test_shapes_draws_are_right_and_changed_images_or_captions_are_wrong(side: int) -> None:
+    source = ShapesSource(seed=3, side=side)
     samples = source.draw(20)
     for levels, caption in zip(samples.levels, samples.captions, strict=True):
         assert source.is_right(levels, caption)
@@ -70,5 +75,19 @@ def test_shapes_draws_depend_on_seed_and_number_only() -> None:
 def test_shapes_source_refuses_unknown_captions_and_colours() -> None:
     with pytest.raises(ArgumentError, match="colours must be 1 to 7"):
         ShapesSource(colours=8)
+    with pytest.raises(ArgumentError, match="side must be 8 or 12"):
+        ShapesSource(side=10)
     with pytest.raises(ArgumentError, match="red square left of blue disc"):
         ShapesSource().images_of(["a", "red", "square"])
+
+
+def test_shapes_captions_lists_every_caption_once() -> None:
+    source = ShapesSource(colours=2)
+    captions = list(source.captions())
+    assert len(set(captions)) == len(captions) == source.num_captions
+    assert source.scene(0).caption() in captions
+
+
+def test_count_colours_finds_the_last_colour_that_is_named() -> None:
+    assert ShapesSource.count_colours(["disc", "blue", "red"]) == 3
+    assert ShapesSource.count_colours(["disc"]) == 1

@@ -14,6 +14,7 @@ from corpora import WORDS
 from ddiff_core import COMPONENTS
 from ddiff_core.data import Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text
 from ddiff_core.fields_data import Digits, Shapes
+from ddiff_core.sentences import Sentences
 from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained, Saved, Words
 from ddiff_core.vocabularies import Clusters, File, Flat
 from pydantic import ValidationError
@@ -50,7 +51,7 @@ def test_data_component_tests_list_every_registered_data_component() -> None:
     here = {
         "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
         "tokenizer": (Alphabet, BytePair, Pretrained, Saved, Words),
-        "fields_dataset": (Digits, Shapes),
+        "fields_dataset": (Digits, Sentences, Shapes),
         "vocabulary": (Clusters, File, Flat),
     }
     for kind, objects in here.items():
