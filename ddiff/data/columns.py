@@ -40,6 +40,7 @@ class ColumnShape:
         positions: number n of positions of a sample; None for texts, whose lengths differ.
         num_tokens: number of different tokens; None for texts and vectors.
         width: number d of numbers in a vector; None for texts and tokens.
+        computed_from: column of texts from which the vectors are computed, else None.
         picture: conversion of a sample into pixels; None if the column has no pictures. Not
             compared.
     """
@@ -48,6 +49,7 @@ class ColumnShape:
     positions: int | None = None
     num_tokens: int | None = None
     width: int | None = None
+    computed_from: str | None = None
     picture: Picture | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -233,6 +235,8 @@ class VectorColumn:
         picture: conversion of the vectors [n,d] of a sample into pixels.
         fingerprint: hexadecimal digits that identify the vectors. None: a SHA-256 of all vectors,
             for which they are read once.
+        computed_from: column of texts from which the vectors are computed, else None. A bound of
+            such a text given its own vector is not a likelihood of the text.
     """
 
     unit = "number"
@@ -245,6 +249,7 @@ class VectorColumn:
         width: int,
         picture: Picture | None = None,
         fingerprint: str | None = None,
+        computed_from: str | None = None,
     ) -> None:
         self._read = read
         self._count = count
@@ -252,7 +257,10 @@ class VectorColumn:
         self.positions = positions
         self.width = width
         self.picture = picture
-        self.shape = ColumnShape("vectors", positions, width=width, picture=picture)
+        self.computed_from = computed_from
+        self.shape = ColumnShape(
+            "vectors", positions, width=width, computed_from=computed_from, picture=picture
+        )
 
     @classmethod
     def from_array(
@@ -260,10 +268,12 @@ class VectorColumn:
         vectors: NDArray[Any],
         picture: Picture | None = None,
         present: ArrayLike | None = None,
+        computed_from: str | None = None,
     ) -> VectorColumn:
         """Make a column from an array [N,n,d] or [N,d], which may be memory-mapped.
 
-        `present`: bool [N], whether each sample has vectors; None: all samples.
+        `present`: bool [N], whether each sample has vectors; None: all samples. The other arguments
+        are those of the class.
         """
         if vectors.ndim not in (2, 3) or vectors.dtype.kind != "f":
             raise ArgumentError(
@@ -278,7 +288,14 @@ class VectorColumn:
         def read(numbers: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
             return shaped[numbers], marks[numbers]
 
-        return cls(read, len(shaped), shaped.shape[1], shaped.shape[2], picture)
+        return cls(
+            read,
+            len(shaped),
+            shaped.shape[1],
+            shaped.shape[2],
+            picture,
+            computed_from=computed_from,
+        )
 
     def __len__(self) -> int:
         return self._count

@@ -21,12 +21,15 @@ class FieldBatch(NamedTuple):
         valid: bool [B,n], False at padding.
         scored: bool [B,n], True at the positions that count in loss and bound.
         absent: bool [B], samples without this field.
+        counted: bool [B,n], scored positions that the unit of a reported bound counts. In a text
+            that is filled with end marks, these are the tokens of the text and its first end mark.
     """
 
     values: Tensor
     valid: Tensor
     scored: Tensor
     absent: Tensor
+    counted: Tensor
 
     @property
     def unit(self) -> str:
@@ -78,11 +81,15 @@ class FieldsBatch:
 
 
 def token_field(
-    ids: Tensor, valid: Tensor | None = None, absent: Tensor | None = None
+    ids: Tensor,
+    valid: Tensor | None = None,
+    absent: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> FieldBatch:
     """Make the batch of a field of tokens from ids [B,n]; every valid position is scored.
 
-    Raises DataError for another number of dimensions.
+    The other arguments are attributes of `FieldBatch`. By default all positions are valid and
+    counted, and no sample lacks the field. Raises DataError for another number of dimensions.
     """
     if ids.dim() != 2:
         raise DataError(
@@ -90,7 +97,7 @@ def token_field(
             f"{tuple(ids.shape)}."
         )
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    return _make_field(ids, valid, absent)
+    return _make_field(ids, valid, absent, counted)
 
 
 def vector_field(
@@ -108,11 +115,14 @@ def vector_field(
         )
     vectors = vectors.double()
     valid = torch.ones(vectors.shape[:2], dtype=torch.bool) if valid is None else valid
-    return _make_field(vectors, valid, absent)
+    return _make_field(vectors, valid, absent, None)
 
 
-def _make_field(values: Tensor, valid: Tensor, absent: Tensor | None) -> FieldBatch:
+def _make_field(
+    values: Tensor, valid: Tensor, absent: Tensor | None, counted: Tensor | None
+) -> FieldBatch:
     if absent is None:
         absent = torch.zeros(len(values), dtype=torch.bool)
     scored = valid & ~absent.unsqueeze(-1)
-    return FieldBatch(values, valid, scored, absent)
+    counted = scored if counted is None else scored & counted
+    return FieldBatch(values, valid, scored, absent, counted)

@@ -37,6 +37,11 @@ class Picture(Protocol):
         """Number of columns of pixels."""
         ...
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the positions of the field, in reading order."""
+        ...
+
     def pixels(self, values: ArrayLike) -> Pixels:
         """Return the pixels uint8 [rows,columns,3] of tokens [n], or of vectors [n,d]."""
         ...
@@ -62,6 +67,11 @@ class LevelPicture:
                 "LevelPicture: palette must be uint8 [num_levels,3], red, green and blue of each "
                 f"level; got {self.palette.dtype} {list(self.palette.shape)}."
             )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the levels."""
+        return self.rows, self.columns
 
     def pixels(self, values: ArrayLike) -> Pixels:
         """Return the pixels uint8 [rows,columns,3] of the levels [rows * columns]."""
@@ -118,9 +128,15 @@ class PatchPicture:
         self.high = high
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.rows // self.patch, self.columns // self.patch
+
+    @property
     def positions(self) -> int:
         """Number n of patches."""
-        return (self.rows // self.patch) * (self.columns // self.patch)
+        down, across = self.grid
+        return down * across
 
     @property
     def width(self) -> int:
@@ -136,7 +152,7 @@ class PatchPicture:
                 f"{self.channels}]; got {list(images.shape)}."
             )
         patch = self.patch
-        down, across = self.rows // patch, self.columns // patch
+        down, across = self.grid
         cut = images.reshape(len(images), down, patch, across, patch, self.channels)
         # patch row and patch column first, then the pixels of a patch
         ordered = cut.transpose(0, 1, 3, 2, 4, 5)
@@ -150,7 +166,7 @@ class PatchPicture:
                 f"{list(vectors.shape)}."
             )
         patch = self.patch
-        down, across = self.rows // patch, self.columns // patch
+        down, across = self.grid
         cut = vectors.reshape(len(vectors), down, across, patch, patch, self.channels)
         ordered = cut.transpose(0, 1, 3, 2, 4, 5)
         return ordered.reshape(len(vectors), self.rows, self.columns, self.channels)

@@ -157,7 +157,7 @@ class _Scores:
         """Add the nats of one batch of samples in one draw."""
         for name, found in likelihood.items():
             field = batch.fields[name]
-            present = field.scored & ~field.absent.unsqueeze(-1)
+            present = field.counted & ~field.absent.unsqueeze(-1)
             positions = present.sum(-1).cpu().numpy()
             width = 1 if field.values.dim() == 2 else field.values.shape[-1]
             items = self.items.setdefault(name, np.zeros(self.samples))

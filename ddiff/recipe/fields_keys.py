@@ -22,7 +22,11 @@ class FieldKeys(ComponentConfig):
     weight: NonNegativeFloat = 1.0
     """Factor of the loss of this field in the sum over the fields. The bound has no such factor."""
     length: PositiveInt | None = None
-    """Number of tokens of each sample. Required for a field of texts, and refused for others."""
+    """Number of tokens of each sample. Required for a field of texts, and refused for others.
+
+    Shorter texts are filled with end marks."""
+    long: Literal["refuse", "cut"] = "refuse"
+    """Texts with more than `length` tokens: "refuse" them with an error, or "cut" their ends."""
     encode: str | None = Field(None, min_length=1)
     """Name of a field of texts, whose vectors this field holds. [encoder] computes the vectors."""
     steps: PositiveInt | None = None

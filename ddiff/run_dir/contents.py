@@ -11,6 +11,7 @@ from pathlib import Path
 from ddiff.atomic import original_name
 from ddiff.run_dir.files import (
     CHECKPOINTS,
+    FIELD_SHAPE,
     FIELDS,
     FILES,
     LOCK,
@@ -109,7 +110,7 @@ def _classify_fields(folder: Path, root: Path, written: list[Path], foreign: lis
             foreign.append(str(field.relative_to(root)))
             continue
         for entry in _list_entries(field):
-            is_own = original_name(entry.name) in (TOKENIZER, VOCABULARY, NORMALIZER)
+            is_own = original_name(entry.name) in (FIELD_SHAPE, TOKENIZER, VOCABULARY, NORMALIZER)
             if is_own and entry.is_file() and not entry.is_symlink():
                 written.append(entry)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ddiff.distributed.launcher import get_rank_info
 from ddiff.distributed.single import resolve_device
 from ddiff.errors import ArgumentError, DataError, PluginError, RecipeError
 from ddiff.recipe.component import ComponentSpec
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe, Recipe
 from ddiff.run_dir.destination import check_destination
 from ddiff.runs.data import RunText
 
@@ -66,7 +67,17 @@ def encode_documents(
     documents = text.documents
     with recipe.data.prefix_errors():
         _check_has_texts(documents)
-    encoder = _build_encoder(spec, text)
+    encoder = build_encoder(
+        spec,
+        {
+            "documents": documents,
+            # texts are tokenized and packed only for an encoder that uses the tokens
+            "tokenizer": text.tokenizer if spec.takes_input("tokenizer") else None,
+            "rows": text.train_rows if spec.takes_input("rows") else None,
+            "device": resolve_encoder_device(recipe),
+            "cache": Cache(),
+        },
+    )
     settings = EncodingSettings(
         encoder=encoder.fingerprint,
         dim=encoder.dim,
@@ -109,16 +120,11 @@ def _check_has_texts(documents: Documents | Corpus) -> None:
         )
 
 
-def _build_encoder(spec: ComponentSpec, text: RunText) -> Encoder:
-    """Build the encoder of a recipe, and check its dimension and fingerprint."""
-    # texts are tokenized and packed only for an encoder that uses the tokens
-    inputs: dict[str, Any] = {
-        "documents": text.documents,
-        "tokenizer": text.tokenizer if spec.takes_input("tokenizer") else None,
-        "rows": text.train_rows if spec.takes_input("rows") else None,
-        "device": _resolve_device(text.recipe),
-        "cache": Cache(),
-    }
+def build_encoder(spec: ComponentSpec, inputs: Mapping[str, Any]) -> Encoder:
+    """Build an encoder, and check its dimension and fingerprint.
+
+    `inputs`: documents, tokenizer, rows, device and cache.
+    """
     encoder: Encoder = spec.build(**inputs)
     is_positive = isinstance(encoder.dim, int) and encoder.dim > 0
     if not is_positive or not isinstance(encoder.fingerprint, str) or not encoder.fingerprint:
@@ -130,7 +136,7 @@ def _build_encoder(spec: ComponentSpec, text: RunText) -> Encoder:
     return encoder
 
 
-def _resolve_device(recipe: Recipe) -> torch.device:
+def resolve_encoder_device(recipe: BaseRecipe) -> torch.device:
     """Return [backend] device; processes of one machine use different GPUs."""
     device = resolve_device(recipe.backend_keys.device)
     info = get_rank_info()

@@ -151,7 +151,7 @@ REPLACED = [
         "wieght = 2\n",
         '[fields.image] has no key "wieght". Did you mean "weight"? Valid keys: tokenizer, '
         "vocabulary, process, head, loss, times, sampler, normalizer, weight, length, "
-        "encode, steps.",
+        "long, encode, steps.",
     ),
     ("weight = 2\n", "weight = -1\n", "[fields.image] weight must be greater than or equal to 0"),
     (

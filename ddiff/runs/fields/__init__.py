@@ -1,0 +1,1 @@
+"""Runs of recipes of several fields: data, model, evaluation and samples."""
