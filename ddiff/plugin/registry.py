@@ -121,7 +121,9 @@ class Members:
     writes: tuple[str, ...] = ()
     """Trackers only: names in the run directory that the tracker writes and `--fresh` deletes."""
     states: frozenset[str] = frozenset({"tokens"})
-    """Processes, heads, losses and samplers: states of a field, "tokens", "vectors", or both."""
+    """Processes, heads, losses and samplers: states of a field, "tokens", "vectors", or both.
+
+    A sampler of models without a process has the empty set."""
     load: Callable[..., Any] | None = None
     """Normalizers only: `load(config, tensors, width)` rebuilds a saved normalizer.
 
@@ -287,14 +289,20 @@ class Registry:
         """List the names of the components of one kind."""
         return [component.name for component in self.components(kind)]
 
+    def unlisted_components(self, kind: str) -> list[Component]:
+        """List the components of one kind in installed plugins that the recipe does not list.
+
+        This call imports every installed plugin, which is too slow except for an error message.
+        """
+        return [component for component in self._unlisted() if component.kind == kind]
+
     def _explain_unknown(self, kind: str, name: str) -> str:
         if kind not in KINDS:
             return (
                 f'There is no kind of component "{kind}".{suggest(kind, KINDS)} '
                 f"Valid kinds: {', '.join(KINDS)}."
             )
-        # this call imports every installed plugin, which is too slow except for an error message
-        unlisted = [component for component in self._unlisted() if component.kind == kind]
+        unlisted = self.unlisted_components(kind)
         for component in unlisted:
             if component.name == name:
                 return (

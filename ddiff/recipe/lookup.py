@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ddiff.errors import PluginError, RecipeError, shorten
 from ddiff.plugin.loader import find_installed_plugins, load_plugins
 from ddiff.plugin.registry import Component, Registry
+from ddiff.plugin.sampler_lookup import find_sampler
 from ddiff.recipe.messages import format_table, format_value
 from ddiff.recipe.schema import Layout, Slot, TablePath
 from ddiff.recipe.tree import RecipeTree
@@ -45,7 +46,7 @@ def find_components(
         used: tuple[str, ...] | None = None
         if table.component is not None:
             default = table.component.default
-            found[path] = _find_component(path, table.component, default, tree, registry)
+            found[path] = _find_component(path, table.component, default, tree, registry, found)
             used = found[path].members().slots
         states = TOKENS
         # the process of a field is found before its other components, as slots have this order
@@ -54,7 +55,7 @@ def find_components(
             if is_omitted or (used is not None and key not in used):
                 continue
             default = slot.select_default(states)
-            component = _find_component((*path, key), slot, default, tree, registry)
+            component = _find_component((*path, key), slot, default, tree, registry, found)
             found[*path, key] = component
             if slot.kind == "process":
                 states = component.members().states
@@ -62,11 +63,17 @@ def find_components(
 
 
 def _find_component(
-    path: TablePath, slot: Slot, default: str | None, tree: RecipeTree, registry: Registry
+    path: TablePath,
+    slot: Slot,
+    default: str | None,
+    tree: RecipeTree,
+    registry: Registry,
+    found: Mapping[TablePath, Component],
 ) -> Component:
     """Return the component that the key `kind` of the table at a path names.
 
-    Without the key `kind`, the component with the name `default` is returned.
+    Without the key `kind`, the component with the name `default` is returned. `found` are the
+    components before this one.
     """
     table = tree.read_table(path)
     name = table.get("kind", default)
@@ -80,7 +87,25 @@ def _find_component(
             f"Available: {names or 'none in the listed plugins'}."
         )
     try:
+        if slot.kind == "sampler":
+            return _find_sampler(path, name, registry, found)
         return registry.component(slot.kind, name)
     except PluginError as error:
         place = tree.locate((*path, "kind"))
         raise RecipeError(f'{place}: {label} kind = "{shorten(name)}": {error}') from error
+
+
+def _find_sampler(
+    path: TablePath, name: str, registry: Registry, found: Mapping[TablePath, Component]
+) -> Component:
+    """Return the sampler `name` for the table at a path.
+
+    `found` are the components before the sampler.
+    """
+    if path == ("sample", "sampler"):
+        has_process = ("process",) in found
+        return find_sampler(registry, name, TOKENS if has_process else frozenset())
+    if name in registry.names("sampler"):
+        # `fields_checks` compares every listed component of a field with its process
+        return registry.component("sampler", name)
+    return find_sampler(registry, name, found[*path[:-1], "process"].members().states)

@@ -15,12 +15,13 @@ this module imports no component.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ddiff.errors import ArgumentError, RecipeError, suggest
 from ddiff.plugin.registry import Component, Registry
+from ddiff.plugin.sampler_lookup import find_sampler
 from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.files import RecipeFile, read_file
@@ -99,7 +100,8 @@ def configure_sampler(
         kind: kind of the sampler; None for the sampler of the recipe.
         settings: "key=value" texts, which replace settings of the sampler.
     """
-    return _change_sampler(recipe.sampler, recipe.registry, kind, settings)
+    states = {"tokens"} if recipe.process else set()
+    return _change_sampler(recipe.sampler, recipe.registry, states, kind, settings)
 
 
 def configure_field_sampler(
@@ -118,17 +120,24 @@ def configure_field_sampler(
             f"name must be the name of a field of the recipe: {', '.join(recipe.fields)}; got "
             f"{name!r}.{suggest(name, recipe.fields)}"
         )
-    return _change_sampler(recipe.fields[name].sampler, recipe.registry, kind, settings)
+    field = recipe.fields[name]
+    states = field.process.members.states
+    return _change_sampler(field.sampler, recipe.registry, states, kind, settings)
 
 
 def _change_sampler(
-    sampler: ComponentSpec, registry: Registry, kind: str | None, settings: Iterable[str]
+    sampler: ComponentSpec,
+    registry: Registry,
+    states: Set[str],
+    kind: str | None,
+    settings: Iterable[str],
 ) -> ComponentSpec:
     """Return a sampler with changed settings, or a sampler of another kind.
 
     Args:
         sampler: sampler of a recipe.
         registry: components of the recipe.
+        states: states of the process of the sampler; empty without a process.
         kind: kind of the returned sampler; None for the kind of `sampler`.
         settings: "key=value" texts, which replace settings of the sampler.
     """
@@ -139,7 +148,7 @@ def _change_sampler(
     if kind in (None, sampler.component.name):
         defaults = sampler.config.model_dump(mode="json")
         return configure_component(sampler.component, settings, defaults)
-    return configure_component(registry.component("sampler", kind), settings)
+    return configure_component(find_sampler(registry, kind, states), settings)
 
 
 def _inherit_all(path: tuple[str, ...], base: Mapping[str, Any], new: Mapping[str, Any]) -> None:

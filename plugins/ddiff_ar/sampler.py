@@ -91,6 +91,8 @@ def _draw_token(dist: CleanDistribution, root: Tensor, u: Tensor) -> Tensor:
 class LeftToRight:
     """Exact left-to-right sampling, one network call per token; `steps` has no effect."""
 
+    states: frozenset[str] = frozenset()  # for models without a process
+
     class Config(ComponentConfig):
         """Temperature and filters of the distribution of the next token; off by default."""
 

@@ -71,6 +71,16 @@ SAMPLING: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("--sampler", "confidnce"),
         ('no sampler "confidnce"', '"confidence"'),
     ),
+    "a sampler of vectors": (
+        "small",
+        ("--sampler", "ddim"),
+        ('"ddim"', "needs a process of vectors", "Available: acs, analytic, ancestral"),
+    ),
+    "a sampler of models without a process": (
+        "small",
+        ("--sampler", "left_to_right"),
+        ('"left_to_right"', "needs a model without a process", "has a process of tokens"),
+    ),
     "unknown key of a sampler": (
         "small",
         ("--set", "temperatur=1.0"),
