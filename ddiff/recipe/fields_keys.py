@@ -12,6 +12,9 @@ from pydantic import Field, field_validator
 from ddiff.plugin.config import ComponentConfig, NonNegativeFloat, PositiveInt, Seed
 from ddiff.recipe.keys import Decay, TrainLoopKeys
 
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Share of samples, in [0, 1)."""
+
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
 """Names of targets: "joint" for all fields, or "A | B" for the fields A given the fields B."""
 
@@ -31,6 +34,20 @@ class FieldKeys(ComponentConfig):
     """Name of a field of texts, whose vectors this field holds. [encoder] computes the vectors."""
     steps: PositiveInt | None = None
     """Number of sampling steps while only this field moves; by default [sample] steps."""
+
+
+class FieldsObjectiveKeys(ComponentConfig):
+    """Keys of the recipe table [objective] in a recipe of several fields."""
+
+    normalization: Literal["item", "sample"] = "item"
+    """Number by which the loss of a field is divided.
+
+    "item": the tokens of the field, or the numbers of its vectors. "sample": the samples. With
+    "sample", weights of 1 and losses of the bound, the loss is the bound of a sample."""
+    decoding_share: Share | None = None
+    """Share of the samples that train the decoding term of a field that is noisy at t = 0.
+
+    By default 0.1, or 0 if the loss of the field cannot train this term."""
 
 
 class FieldsTrainKeys(TrainLoopKeys):

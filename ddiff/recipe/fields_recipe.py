@@ -11,6 +11,7 @@ from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.fields_keys import (
     FieldKeys,
     FieldsEvaluateKeys,
+    FieldsObjectiveKeys,
     FieldsSampleKeys,
     FieldsTrainKeys,
 )
@@ -45,6 +46,7 @@ class FieldsRecipe(BaseRecipe):
 
     fields: Mapping[str, FieldTables]
     """Components and keys of each field by name, in the order of the recipe."""
+    objective: FieldsObjectiveKeys
     times: ComponentSpec
     """Path rule of the training, [objective] times."""
     train: FieldsTrainKeys

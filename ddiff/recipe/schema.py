@@ -15,6 +15,7 @@ from ddiff.plugin.config import ComponentConfig
 from ddiff.recipe.fields_keys import (
     FieldKeys,
     FieldsEvaluateKeys,
+    FieldsObjectiveKeys,
     FieldsSampleKeys,
     FieldsTrainKeys,
 )
@@ -223,7 +224,7 @@ FIELDS = Layout(
             is_group=True,
         ),
         "denoiser": Table(Slot("joint_backbone", None)),
-        "objective": Table(slots={"times": Slot("path_rule", "shared")}),
+        "objective": Table(None, FieldsObjectiveKeys, {"times": Slot("path_rule", "shared")}),
         "train": Table(None, FieldsTrainKeys, {"optimizer": Slot("optimizer", "adamw")}),
         "backend": Table(Slot("backend", "single"), BackendKeys),
         "evaluate": Table(None, FieldsEvaluateKeys, {"path": Slot("path_rule", "shared")}),

@@ -48,7 +48,7 @@ def test_recipe_of_the_fields_page_is_a_fields_recipe() -> None:
 def test_fields_page_lists_every_key_of_fields_recipes() -> None:
     rows = re.findall(r"^\| (`\[.*)$", PAGE.read_text(encoding="utf-8"), flags=re.M)
     listed = {row.partition(" | ")[0]: row for row in rows}
-    for name in ("fields.NAME", "evaluate", "sample"):
+    for name in ("fields.NAME", "objective", "evaluate", "sample"):
         table = FIELDS.tables[name.partition(".")[0]]
         for key in table.engine_keys():
             assert f"`{key}`" in listed[f"`[{name}]`"], f"[{name}] {key}"

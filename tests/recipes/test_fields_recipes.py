@@ -78,7 +78,8 @@ def test_fields_recipe_fills_in_every_default(recipe):
     [
         [],
         ["judge=plain", "seed=3", "train.ema=0.5", "evaluate.weights=ema"],
-        ["objective.times=shared", "fields.latent.normalizer=none", "fields.image.steps=7"],
+        ["objective.times=shared", "objective.normalization=sample", "train.warmup=3"],
+        ["objective.decoding_share=0", "fields.latent.normalizer=none", "fields.image.steps=7"],
         ["fields.extra.process={kind = 'toy', xi = [0.5, 1.0]}"],
     ],
 )
@@ -285,7 +286,7 @@ REPLACED = [
     (
         "[objective]\n",
         "[objective]\nkind = 'nelbo'\n",
-        '[objective] has no key "kind". Valid keys: times.',
+        '[objective] has no key "kind". Valid keys: times, normalization, decoding_share.',
     ),
     (
         "[objective]\n",
