@@ -185,6 +185,7 @@ from .sampling.shaping import TopP as TopP
 from .sampling.shaping import guide_by_classifier as guide_by_classifier
 from .sampling.shaping import guide_network as guide_network
 from .sampling.shaping import shape_network as shape_network
+from .sampling.shaping import shape_sampler as shape_sampler
 from .sampling.tau_leaping import TauLeapingSampler as TauLeapingSampler
 from .sampling.trapezoidal import TrapezoidalSampler as TrapezoidalSampler
 from .sampling.unmasking import EntropyBoundSampler as EntropyBoundSampler

@@ -528,3 +528,23 @@ class ShapedSampler(Sampler):
         rng_at: RngAt,
     ) -> Iterator[Canvas]:
         return self.inner.run(process, shape_network(network, self.shapers), canvas, rng_at)
+
+
+def shape_sampler(
+    sampler: Sampler, temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> Sampler:
+    """Apply a temperature and filters to the predictions that a sampler receives.
+
+    Returns `sampler` itself if temperature, top_p and min_p are 1, 1 and 0, and top_k is None.
+    """
+    shapers: list[Callable[[Tensor], Tensor]] = []
+    # The order matters: filters act on the distribution after temperature.
+    if temperature != 1.0:
+        shapers.append(Temperature(temperature))
+    if top_k is not None:
+        shapers.append(TopK(top_k))
+    if top_p < 1.0:
+        shapers.append(TopP(top_p))
+    if min_p > 0.0:
+        shapers.append(MinP(min_p))
+    return ShapedSampler(sampler, shapers) if shapers else sampler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, final
 
@@ -16,19 +16,15 @@ from ddiff import (
     ComponentConfig,
     CounterRng,
     ForwardProcess,
-    MinP,
     Network,
     NonNegativeFloat,
     PositiveInt,
     Probability,
     Query,
     Sampler,
-    ShapedSampler,
     Share,
-    Temperature,
-    TopK,
-    TopP,
     Vocabulary,
+    shape_sampler,
     step_rows,
 )
 
@@ -108,13 +104,4 @@ class LeftToRight:
     @staticmethod
     def build(config: Config, *, steps: int, vocabulary: Vocabulary) -> Sampler:
         sampler = LeftToRightSampler(vocabulary)
-        shapers: list[Callable[[Tensor], Tensor]] = []
-        if config.temperature != 1.0:
-            shapers.append(Temperature(config.temperature))
-        if config.top_k is not None:
-            shapers.append(TopK(config.top_k))
-        if config.top_p < 1.0:
-            shapers.append(TopP(config.top_p))
-        if config.min_p > 0.0:
-            shapers.append(MinP(config.min_p))
-        return ShapedSampler(sampler, shapers) if shapers else sampler
+        return shape_sampler(sampler, config.temperature, config.top_k, config.top_p, config.min_p)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Annotated, Literal, final
 
 from pydantic import Field
-from torch import Tensor
 
 from ddiff import (
     AdaptiveCorrectionSampler,
@@ -33,7 +32,6 @@ from ddiff import (
     LogSnrGrid,
     LoopGrid,
     LoopRemasking,
-    MinP,
     NonNegativeFloat,
     OneLevelSampler,
     PositiveFloat,
@@ -44,15 +42,12 @@ from ddiff import (
     RescaleRemasking,
     Sampler,
     SelfCorrectingSampler,
-    ShapedSampler,
     Share,
     TauLeapingSampler,
-    Temperature,
-    TopK,
-    TopP,
     TrapezoidalSampler,
     UnmaskingSampler,
     WindowTimes,
+    shape_sampler,
 )
 
 Spacing = Literal["uniform", "cosine", "log"]
@@ -83,17 +78,7 @@ class GridConfig(ShapingConfig):
 
 def shape(config: ShapingConfig, sampler: Sampler) -> Sampler:
     """Apply the temperature and filters of `config` to the predictions that `sampler` receives."""
-    shapers: list[Callable[[Tensor], Tensor]] = []
-    # The order matters: filters act on the distribution after temperature.
-    if config.temperature != 1.0:
-        shapers.append(Temperature(config.temperature))
-    if config.top_k is not None:
-        shapers.append(TopK(config.top_k))
-    if config.top_p < 1.0:
-        shapers.append(TopP(config.top_p))
-    if config.min_p > 0.0:
-        shapers.append(MinP(config.min_p))
-    return ShapedSampler(sampler, shapers) if shapers else sampler
+    return shape_sampler(sampler, config.temperature, config.top_k, config.top_p, config.min_p)
 
 
 @final
