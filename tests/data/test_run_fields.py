@@ -12,9 +12,12 @@ from small_fields import LEVELS, PATCHES, RECIPE, make_table, read_small
 from torch import Tensor
 
 from ddiff.core.vocabulary import HierarchicalVocabulary
+from ddiff.data.captioned_images import load_digits
 from ddiff.data.fields_batch import FieldsBatch
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import ArgumentError, DataError
+from ddiff.recipe.fields_recipe import FieldsRecipe
+from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.fields.data import RunFields, preview_fields
 from ddiff.runs.fields.values import TextValues, VectorValues
 
@@ -416,3 +419,28 @@ def test_run_with_computed_vectors_is_loaded_without_encoder(
     assert latent.computed_from == "text"
     states = torch.zeros(1, 1, 3, dtype=torch.float64)
     assert latent.decode(states) == run_fields.fields["latent"].decode(states)
+
+
+# ---------------------------------------------------------------------- bundled digits
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_decoded_digit_patches_draw_the_bundled_digits(tmp_path: Path, patch: int) -> None:
+    """Encoded and decoded patches have the pixels of the data, up to one grey level of 255."""
+    text = RECIPE.replace(
+        'data = "digits"', f'data = {{kind = "digits", image = "patches", patch = {patch}}}'
+    )
+    text = text.replace(f"[fields.image]\n{TOKENS}", "").replace(
+        "[fields.latent]", "[fields.image]"
+    )
+    path = tmp_path / "digits.toml"
+    path.write_text(text)
+    recipe = read_recipe(path)
+    assert isinstance(recipe, FieldsRecipe)
+    run_fields = RunFields(recipe)
+    numbers = np.arange(20)
+    image = run_fields.fields["image"]
+    drawn = image.draw(run_fields.validation_batch(numbers).fields["image"].values)
+    _, validation = load_digits()
+    expected = np.rint(255 * validation.levels[:20] / 16).reshape(20, 8, 8)
+    assert np.abs(np.stack(drawn)[..., 0] - expected).max() <= 1
