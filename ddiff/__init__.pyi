@@ -70,6 +70,9 @@ from .core.vocabulary import HierarchicalVocabulary as HierarchicalVocabulary
 from .core.vocabulary import Vocabulary as Vocabulary
 from .data.batch import Batch as Batch
 from .data.cache import Cache as Cache
+from .data.captioned_files import MissingRules as MissingRules
+from .data.captioned_files import read_image_folder as read_image_folder
+from .data.captioned_files import read_image_tables as read_image_tables
 from .data.condition_forms import Label as Label
 from .data.condition_forms import Vector as Vector
 from .data.corpus import Corpus as Corpus
@@ -84,9 +87,15 @@ from .data.documents import read_symbol_rows as read_symbol_rows
 from .data.documents import read_text_files as read_text_files
 from .data.encoded_vectors import EncodedVectors as EncodedVectors
 from .data.encoding import Encoder as Encoder
+from .data.image_files import ImageFormat as ImageFormat
 from .data.jsonl import read_json_lines as read_json_lines
 from .data.markov import MarkovSource as MarkovSource
 from .data.packing import Rows as Rows
+from .data.paired_vectors import find_shard_shape as find_shard_shape
+from .data.paired_vectors import find_vector_shape as find_vector_shape
+from .data.paired_vectors import read_encoded_texts as read_encoded_texts
+from .data.paired_vectors import read_vector_files as read_vector_files
+from .data.paired_vectors import read_vector_shards as read_vector_shards
 from .data.paths import find_train_and_validation as find_train_and_validation
 from .data.pretrained import load_pretrained as load_pretrained
 from .data.sentences import Sentences as Sentences
@@ -94,6 +103,9 @@ from .data.sentences import load_sentences as load_sentences
 from .data.sources import TextSource as TextSource
 from .data.sources import open_file_source as open_file_source
 from .data.sources import open_hub_source as open_hub_source
+from .data.token_grids import GridFiles as GridFiles
+from .data.token_grids import GridFormat as GridFormat
+from .data.token_grids import read_token_grids as read_token_grids
 from .data.tokenizer import AlphabetTokenizer as AlphabetTokenizer
 from .data.tokenizer import BytePairTokenizer as BytePairTokenizer
 from .data.tokenizer import PretrainedTokenizer as PretrainedTokenizer

@@ -110,9 +110,14 @@ class TextColumn:
             if text is not None:
                 check_text(text, f"sample {number}")
 
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """Marks of the samples that have a text, bool [N]."""
+        return np.array([text is not None for text in self.texts], bool)
+
     def missing(self) -> int:
         """Return the number of samples without text."""
-        return sum(text is None for text in self.texts)
+        return int((~self.present).sum())
 
     def read(self, numbers: ArrayLike) -> Texts:
         """Return the texts of the samples `numbers` [k]."""
@@ -159,7 +164,7 @@ class TokenColumn:
         self.num_tokens = num_tokens
         self.picture = picture
         self.names = None if names is None else list(names)
-        self._present = _presence(present, len(ids))
+        self.present = _presence(present, len(ids))
         positions = ids.shape[1] if ids.ndim == 2 else None
         self.shape = ColumnShape("tokens", positions, num_tokens, picture=picture)
 
@@ -186,7 +191,7 @@ class TokenColumn:
                 f"names must have one text per token, {self.num_tokens} in all; got "
                 f"{len(self.names)}."
             )
-        _check_marks(self._present, len(self))
+        _check_marks(self.present, len(self))
         for numbers in _blocks(len(self)):
             self._check_range(numbers)
 
@@ -203,12 +208,12 @@ class TokenColumn:
 
     def missing(self) -> int:
         """Return the number of samples without tokens."""
-        return int((~self._present).sum())
+        return int((~self.present).sum())
 
     def read(self, numbers: ArrayLike) -> Arrays:
         """Return the ids [k,n] of the samples `numbers` [k]."""
         wanted = _check_numbers(numbers, len(self))
-        present = self._present[wanted]
+        present = self.present[wanted]
         ids = np.zeros((len(wanted), self.ids.shape[1]), np.int64)
         ids[present] = self.ids[wanted[present]]
         return Arrays(ids, present)
@@ -237,6 +242,8 @@ class VectorColumn:
             for which they are read once.
         computed_from: column of texts from which the vectors are computed, else None. A bound of
             such a text given its own vector is not a likelihood of the text.
+        present: bool [N], whether each sample has vectors. `read` must return the same marks. None:
+            `read` is called once for all samples to find out.
     """
 
     unit = "number"
@@ -250,9 +257,11 @@ class VectorColumn:
         picture: Picture | None = None,
         fingerprint: str | None = None,
         computed_from: str | None = None,
+        present: ArrayLike | None = None,
     ) -> None:
         self._read = read
         self._count = count
+        self._known_present = None if present is None else np.asarray(present)
         self._known_fingerprint = fingerprint
         self.positions = positions
         self.width = width
@@ -295,6 +304,7 @@ class VectorColumn:
             shaped.shape[2],
             picture,
             computed_from=computed_from,
+            present=marks,
         )
 
     def __len__(self) -> int:
@@ -307,14 +317,20 @@ class VectorColumn:
                 "positions and width must be at least 1; got positions = "
                 f"{self.positions} and width = {self.width}."
             )
+        if self._known_present is not None:
+            _check_marks(self._known_present, len(self))
+
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """Marks of the samples that have vectors, bool [N]."""
+        if self._known_present is not None:
+            return self._known_present
+        marks = [self.read(numbers).present for numbers in _blocks(len(self))]
+        return np.concatenate(marks)
 
     def missing(self) -> int:
-        """Return the number of samples without vectors. Reads the column."""
-        total = 0
-        for numbers in _blocks(len(self)):
-            _, present = self.read(numbers)
-            total += int((~present).sum())
-        return total
+        """Return the number of samples without vectors."""
+        return int((~self.present).sum())
 
     def read(self, numbers: ArrayLike) -> Arrays:
         """Return the vectors float64 [k,n,d] of the samples `numbers` [k].

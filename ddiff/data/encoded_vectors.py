@@ -4,20 +4,24 @@
 dimension of a vector:
 
     settings.json              encoder, data, dimension and size of a shard; written first
-    train_00000.safetensors    keys uint64 [N], vectors float32 [N,D], present bool [N]
+    train_00000.safetensors    keys uint64 [N], vectors float32 [N,D], present bool [N]; of an
+                               encoder of tokens vectors float32 [N,P,D] and lengths int32 [N]
     validation_00000.safetensors
     manifest.json              settings, numbers of documents, checksums, mean and std; written last
 
 Document i of a part ("train" or "validation") is row i % N of shard i // N. The key of a document
 is a hash of its text. `present` is False for a document without vector, for example a blank text;
-the row of such a document is zero. Each shard stores the fingerprint of the settings and a SHA-256
-of its contents, so that a shard of other settings and a damaged shard are recognized.
+the row of such a document is zero. An encoder of tokens gives up to P vectors per document; their
+number is its length, and the vectors after it are zero. Each shard stores the fingerprint of the
+settings and a SHA-256 of its contents, so that a shard of other settings and a damaged shard are
+recognized.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,12 +39,14 @@ from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import ArgumentError, DataError
 
 FORMAT = 1
+TOKEN_FORMAT = 2  # format of folders with several vectors per document
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
 ENDING = ".safetensors"
 _KEYS = "keys"
 _VECTORS = "vectors"
 _PRESENT = "present"
+_LENGTHS = "lengths"
 _ABOUT = "ddiff"
 
 
@@ -59,6 +65,7 @@ class EncodingSettings:
         shard_size: number N of documents in a shard.
         max_samples: largest number of documents of each part; None: all documents.
         description: name and settings of the encoder as JSON, for messages. Not compared.
+        positions: largest number P of vectors of a document; None: one vector per document.
     """
 
     encoder: str
@@ -67,14 +74,30 @@ class EncodingSettings:
     shard_size: int
     max_samples: int | None = None
     description: Any = None
+    positions: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **vars(self), "data": dict(self.data)}
+        found = {"format": self.format, **vars(self), "data": dict(self.data)}
+        if self.positions is None:
+            # absent from the files of the first format, whose fingerprint must not change
+            del found["positions"]
+        return found
+
+    @property
+    def format(self) -> int:
+        """Number of the file format."""
+        return FORMAT if self.positions is None else TOKEN_FORMAT
+
+    @property
+    def vector_shape(self) -> tuple[int, ...]:
+        """Shape of the vectors of a document: [D] or [P,D]."""
+        return (self.dim,) if self.positions is None else (self.positions, self.dim)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the settings from JSON. Raises KeyError if a value is missing."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        names = set(cls.__dataclass_fields__) - {"positions"}
+        return cls(**{name: values[name] for name in names}, positions=values.get("positions"))
 
     @property
     def fingerprint(self) -> str:
@@ -93,7 +116,7 @@ class EncodingSettings:
         for part, was in self.data.items():
             if was != other.data.get(part):
                 found.append(f"{part} documents: was {was}, is {other.data.get(part)}")
-        for name in ("dim", "shard_size", "max_samples"):
+        for name in ("dim", "positions", "shard_size", "max_samples"):
             if vars(self)[name] != vars(other)[name]:
                 found.append(f"{name}: was {vars(self)[name]}, is {vars(other)[name]}")
         return found
@@ -112,12 +135,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Read `settings.json` or `manifest.json`. Raises DataError unless the file is valid."""
     try:
         found = json.loads(path.read_bytes())
-        EncodingSettings.from_dict(found)
+        expected = EncodingSettings.from_dict(found).format
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _invalid_error(path, f"{type(error).__name__}: {error}") from error
-    if found["format"] != FORMAT:
+    if found["format"] != expected:
         raise DataError(
-            f"{path} has the format {found['format']!r}, but {FORMAT} is expected. Encode the "
+            f"{path} has the format {found['format']!r}, but {expected} is expected. Encode the "
             "documents again into another folder, or use the version of ddiff that wrote it."
         )
     return found
@@ -139,21 +162,30 @@ class VectorShard:
     """Shard of n documents.
 
     keys: [n] hashes of the texts.
-    vectors: [n,D], memory-mapped. The row of a document without vector is zero.
+    vectors: [n,D] or [n,P,D], memory-mapped. The rows of a document without vector are zero.
     present: [n], whether a document has a vector.
+    lengths: [n], number of vectors of each document; None for one vector per document.
     fingerprint: fingerprint of the settings with which the shard was written.
-    sha256: checksum of the three arrays, as stored in the file.
+    sha256: checksum of the arrays, as stored in the file.
     """
 
     keys: NDArray[np.uint64]
     vectors: NDArray[np.float32]
     present: NDArray[np.bool_]
+    lengths: NDArray[np.int32] | None
     fingerprint: str
     sha256: str
 
+    def valid_vectors(self) -> NDArray[np.float32]:
+        """Return all vectors of documents, without padding, [m,D]."""
+        if self.lengths is None:
+            return self.vectors[self.present]
+        is_valid = np.arange(self.vectors.shape[1]) < self.lengths[:, None]
+        return self.vectors[is_valid]
+
     def is_intact(self) -> bool:
         """Return whether the arrays have the stored checksum. Reads all vectors."""
-        return _checksum(self.keys, self.vectors, self.present) == self.sha256
+        return _checksum(self.keys, self.vectors, self.present, self.lengths) == self.sha256
 
 
 def shard_name(part: str, number: int) -> str:
@@ -173,10 +205,14 @@ def write_shard(
     vectors: NDArray[np.float32],
     present: NDArray[np.bool_],
     settings: EncodingSettings,
+    lengths: NDArray[np.int32] | None = None,
 ) -> None:
     """Write a shard atomically, and flush the file to the disk. `VectorShard` has the arrays."""
     tensors: dict[str, NDArray[Any]] = {_KEYS: keys, _VECTORS: vectors, _PRESENT: present}
-    about = {"fingerprint": settings.fingerprint, "sha256": _checksum(keys, vectors, present)}
+    if lengths is not None:
+        tensors[_LENGTHS] = lengths
+    sha256 = _checksum(keys, vectors, present, lengths)
+    about = {"fingerprint": settings.fingerprint, "sha256": sha256}
     # one text, because the library writes several entries in random order
     content = save(tensors, {_ABOUT: json.dumps(about)})
     write_atomic(path, content, sync=True)
@@ -189,10 +225,13 @@ def read_shard(path: Path) -> VectorShard:
             about = json.loads((file.metadata() or {})[_ABOUT])
             keys = file.get_tensor(_KEYS)
             present = file.get_tensor(_PRESENT)
+            lengths = file.get_tensor(_LENGTHS) if _LENGTHS in file.keys() else None  # noqa: SIM118
         vectors = _map_vectors(path)
-        if not len(keys) == len(present) == len(vectors):
+        if not len(keys) == len(present) == len(vectors) or (lengths is None) != (
+            vectors.ndim == 2
+        ):
             raise ValueError("the arrays have different numbers of documents")
-        return VectorShard(keys, vectors, present, about["fingerprint"], about["sha256"])
+        return VectorShard(keys, vectors, present, lengths, about["fingerprint"], about["sha256"])
     except PermissionError:
         raise  # the file may be intact, so that it must not be replaced
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -209,20 +248,22 @@ def _map_vectors(path: Path) -> NDArray[np.float32]:
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         about = json.loads(file.read(size))[_VECTORS]
-    rows, dim = about["shape"]
+    shape = tuple(about["shape"])
     if about["dtype"] != "F32":
         raise ValueError(f"the vectors are {about['dtype']}, but F32 is expected")
-    if not rows * dim:
-        return np.zeros((rows, dim), np.float32)  # an empty file section cannot be mapped
+    if not math.prod(shape):
+        return np.zeros(shape, np.float32)  # an empty file section cannot be mapped
     offset = 8 + size + about["data_offsets"][0]
-    mapped = np.memmap(path, np.float32, "r", offset, (rows, dim))
+    mapped = np.memmap(path, np.float32, "r", offset, shape)
     # a plain view of the same memory, because slices of a memmap object are slow
     return mapped.view(np.ndarray)
 
 
-def _checksum(*arrays: NDArray[Any]) -> str:
+def _checksum(*arrays: NDArray[Any] | None) -> str:
     digest = hashlib.sha256()
     for array in arrays:
+        if array is None:
+            continue
         digest.update(str((array.dtype.str, array.shape)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -272,16 +313,47 @@ class VectorPart:
         self._part = part
         self._shards = shards
         self._settings = settings
+        self.dim = settings.dim
+        self.positions = settings.positions or 1
         self.num_documents = sum(len(shard.keys) for shard in shards)
         self.num_missing = sum(int((~shard.present).sum()) for shard in shards)
 
-    def read(self, numbers: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return the vectors [k,D] of the documents `numbers` [k], and which of them exist [k].
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Marks of the documents that have vectors, [num_documents]."""
+        return np.concatenate([np.empty(0, bool), *(shard.present for shard in self._shards)])
 
-        A document without vector has a row of zeros and the mark False. If the folder was written
-        with `max_samples`, this includes documents after the encoded ones. Raises ArgumentError for
-        a number outside the corpus.
+    @property
+    def fingerprint(self) -> str:
+        """Identifier of the vectors, 32 hexadecimal digits."""
+        checksums = [shard.sha256 for shard in self._shards]
+        return fingerprint([self._settings.fingerprint, checksums])
+
+    def read(self, numbers: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return the vectors of the documents `numbers` [k], and which of them exist [k].
+
+        The vectors are [k,D], or [k,P,D] of an encoder of tokens, with zeros after the last vector
+        of a document. A document without vector has zeros and the mark False. If the folder was
+        written with `max_samples`, this includes documents after the encoded ones. Raises
+        ArgumentError for a number outside the corpus.
         """
+        wanted = self._check_numbers(numbers)
+        vectors = np.zeros((len(wanted), *self._settings.vector_shape), np.float32)
+        present = np.zeros(len(wanted), bool)
+        for shard, chosen, rows in self._find_rows(wanted):
+            vectors[chosen] = shard.vectors[rows]
+            present[chosen] = shard.present[rows]
+        return vectors, present
+
+    def read_lengths(self, numbers: ArrayLike) -> NDArray[np.int64]:
+        """Return the number of vectors of the documents `numbers`, [k]."""
+        wanted = self._check_numbers(numbers)
+        lengths = np.zeros(len(wanted), np.int64)
+        for shard, chosen, rows in self._find_rows(wanted):
+            lengths[chosen] = shard.present[rows] if shard.lengths is None else shard.lengths[rows]
+        return lengths
+
+    def _check_numbers(self, numbers: ArrayLike) -> NDArray[np.int64]:
         wanted = np.asarray(numbers, np.int64)
         highest = self.num_documents - 1
         is_cut = self._settings.max_samples is not None
@@ -291,16 +363,17 @@ class VectorPart:
                 f"VectorPart.read: numbers must be a one-dimensional list of integers in "
                 f"0..{highest}, the {self._part} documents of {self._folder}; got {numbers!r}."
             )
-        vectors = np.zeros((len(wanted), self._settings.dim), np.float32)
-        present = np.zeros(len(wanted), bool)
+        return wanted
+
+    def _find_rows(
+        self, wanted: NDArray[np.int64]
+    ) -> Iterator[tuple[VectorShard, NDArray[np.bool_], NDArray[np.int64]]]:
+        """Yield the shards of documents, the documents in each shard [k], and their rows."""
         shard_of, row_of = np.divmod(wanted, self._settings.shard_size)
-        is_encoded = wanted <= highest
+        is_encoded = wanted < self.num_documents
         for number in np.unique(shard_of[is_encoded]):
             chosen = is_encoded & (shard_of == number)
-            shard = self._shards[number]
-            vectors[chosen] = shard.vectors[row_of[chosen]]
-            present[chosen] = shard.present[row_of[chosen]]
-        return vectors, present
+            yield self._shards[number], chosen, row_of[chosen]
 
     def keys(self) -> NDArray[np.uint64]:
         """Return the hashes of all texts, in the order of the documents."""
@@ -313,6 +386,8 @@ class EncodedVectors:
 
         vectors = EncodedVectors.open("runs/small-vectors", dim=384)
         batch, present = vectors.train.read([3, 0, 5])      # [3,384] and [3]
+
+    An encoder of tokens gives several vectors per document: batch [3,P,384].
 
     Args:
         folder: the folder.
@@ -451,8 +526,8 @@ def _open_recorded(
     """
     path = folder / f"{name}{ENDING}"
     shard = read_shard(path)
-    if shard.vectors.shape != (record["documents"], settings.dim):
-        expected = (record["documents"], settings.dim)
+    expected = (record["documents"], *settings.vector_shape)
+    if shard.vectors.shape != expected:
         raise _damage_error(
             path, f"it holds vectors {shard.vectors.shape}, but {expected} is expected"
         )

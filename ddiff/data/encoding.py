@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
-    """Encoder of texts as vectors of a fixed dimension.
-
-    Later versions may add encoders with one vector per token, [n, tokens, D].
-    """
+    """Encoder of texts as vectors of a fixed dimension."""
 
     @property
     def dim(self) -> int:
@@ -79,6 +76,24 @@ class Encoder(Protocol):
         The vector of a text must not depend on the other texts, except for rounding.
         """
         ...
+
+
+@runtime_checkable
+class TokenEncoder(Encoder, Protocol):
+    """Encoder that may give several vectors per text, for example one per token.
+
+    `encode` returns [n,P,D]. The vectors of a text come first, and the rows after them are NaN.
+    """
+
+    @property
+    def positions(self) -> int | None:
+        """Largest number P of vectors of a text; None: one vector per text, as `Encoder`."""
+        ...
+
+
+def get_positions(encoder: Encoder) -> int | None:
+    """Return the largest number of vectors of a text; None for an encoder of one vector."""
+    return encoder.positions if isinstance(encoder, TokenEncoder) else None
 
 
 class Shard(NamedTuple):
@@ -139,7 +154,7 @@ class EncodingJob:
         folder: output folder on this machine.
         documents: the corpus; its parts must have texts.
         encoder: the encoder.
-        settings: settings of the job. `settings.encoder` and `settings.dim` are those of `encoder`.
+        settings: settings of the job, with the fingerprint, dimension and positions of `encoder`.
         label: beginning of messages about the encoder, such as "[encoder]".
     """
 
@@ -264,8 +279,8 @@ class EncodingJob:
         except DataError:
             return False
         is_same_text = np.array_equal(found.keys, keys)
-        has_dim = found.vectors.shape == (len(keys), self.settings.dim)
-        return found.fingerprint == self.settings.fingerprint and is_same_text and has_dim
+        has_shape = found.vectors.shape == (len(keys), *self.settings.vector_shape)
+        return found.fingerprint == self.settings.fingerprint and is_same_text and has_shape
 
     def _encode_if_free(self, shard: Shard, keys: NDArray[np.uint64], report: _Report) -> bool:
         """Encode a shard, unless another process has claimed it. Return whether it is done."""
@@ -276,8 +291,8 @@ class EncodingJob:
             # another process may have finished the shard between the check and the lock
             if not self._is_done(shard, keys):
                 self._remove_damaged(shard.name)
-                vectors, present = self._encode_shard(shard, report)
-                write_shard(self._path(shard.name), keys, vectors, present, self.settings)
+                vectors, lengths = self._encode_shard(shard, report)
+                self._write(shard, keys, vectors, lengths)
                 report.refresh()
             # A process that waits for this file finds the shard done, so the file can be removed.
             claim.unlink(missing_ok=True)
@@ -298,23 +313,36 @@ class EncodingJob:
         for path in self.folder.glob(f"{name}{ENDING}{PARTIAL}*"):
             path.unlink(missing_ok=True)
 
+    def _write(
+        self,
+        shard: Shard,
+        keys: NDArray[np.uint64],
+        vectors: NDArray[np.float32],
+        lengths: NDArray[np.int32],
+    ) -> None:
+        stored = None if self.settings.positions is None else lengths
+        write_shard(
+            self._path(shard.name), keys, vectors, lengths > 0, self.settings, lengths=stored
+        )
+
     def _encode_shard(
         self, shard: Shard, report: _Report
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return the vectors [n,D] of a shard, and which documents have a vector [n]."""
-        vectors = np.zeros((len(shard.texts), self.settings.dim), np.float32)
-        present = np.zeros(len(shard.texts), bool)
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Return the vectors [n,D] or [n,P,D] of a shard, and the number of each document [n]."""
+        vectors = np.zeros((len(shard.texts), *self.settings.vector_shape), np.float32)
+        lengths = np.zeros(len(shard.texts), np.int32)
         # Blank texts have no vector: an encoder would give all of them the vector of its padding.
         filled = [row for row, text in enumerate(shard.texts) if text.strip()]
         for start in range(0, len(filled), TEXTS_AT_ONCE):
             rows = np.array(filled[start : start + TEXTS_AT_ONCE])
             found = self._encode_texts(shard, rows)
-            has_vector = ~np.isnan(found).all(1)
-            vectors[rows[has_vector]] = found[has_vector]
-            present[rows] = has_vector
+            is_vector = ~np.isnan(found).all(-1).reshape(len(rows), -1)  # [n,1] or [n,P]
+            # rows of NaN stay zero in the file
+            vectors[rows] = np.where(np.isnan(found), np.float32(0), found)
+            lengths[rows] = is_vector.sum(1)
             self._encoded += len(rows)
             report.refresh(start + len(rows))
-        return vectors, present
+        return vectors, lengths
 
     def _encode_texts(self, shard: Shard, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Call the encoder for some rows of a shard, and check the result."""
@@ -332,10 +360,12 @@ class EncodingJob:
                 "fewer tokens per text in [encoder], or use fewer --processes. Complete shards are "
                 "kept."
             ) from error
-        expected = (len(texts), self.settings.dim)
+        expected = (len(texts), *self.settings.vector_shape)
         if found.shape != expected or found.dtype.kind != "f":
+            count = self.settings.positions
+            each = "one vector" if count is None else f"{count} vectors (positions)"
             raise PluginError(
-                f"{self._label}: encode must return a float array {expected}, one vector of dim = "
+                f"{self._label}: encode must return a float array {expected}, {each} of dim = "
                 f"{self.settings.dim} per text; got {found.dtype} {found.shape}. Fix the encoder."
             )
         self._check_finite(shard, rows, found)
@@ -344,9 +374,15 @@ class EncodingJob:
     def _check_finite(
         self, shard: Shard, rows: NDArray[np.int64], vectors: NDArray[np.float32]
     ) -> None:
-        """Raise NonFiniteError for a vector with some values that are infinite or NaN."""
-        # a row of NaN is valid: the text has no vector
-        is_wrong = ~np.isfinite(vectors).all(1) & ~np.isnan(vectors).all(1)
+        """Raise NonFiniteError for a vector with some values that are infinite or NaN.
+
+        Raises PluginError for a vector after a row of NaN, which ends the vectors of a text.
+        """
+        flat = vectors.reshape(len(vectors), -1, vectors.shape[-1])
+        # a row of NaN is valid: the text has no vector, or no further one
+        is_end: Any = np.isnan(flat).all(2)
+        is_finite: Any = np.isfinite(flat).all(2)
+        is_wrong = (~is_finite & ~is_end).any(1)
         if is_wrong.any():
             row = int(rows[is_wrong][0])
             document = shard.number * self.settings.shard_size + row
@@ -354,6 +390,11 @@ class EncodingJob:
                 f"{self._label}: the vector of {shard.part} document {document} "
                 f"({shorten(shard.texts[row], 60)!r}) has infinite or NaN values. Use an encoder "
                 "with finite vectors for this text, or remove the document."
+            )
+        if (is_end[:, :-1] & ~is_end[:, 1:]).any():
+            raise PluginError(
+                f"{self._label}: encode must return the vectors of a text first, and rows of NaN "
+                "after them; got a vector after a row of NaN. Fix the encoder."
             )
 
     # ------------------------------------------------------------------ manifest
@@ -399,7 +440,7 @@ class EncodingJob:
                 if found is None:
                     return None
                 if part == TRAIN:
-                    moments.add(found.vectors[found.present])
+                    moments.add(found.valid_vectors())
                 missing = int((~found.present).sum())
                 record = {"documents": len(found.keys), "missing": missing, "sha256": found.sha256}
                 parts[part].append(record)

@@ -193,6 +193,12 @@ def grey_palette(num_levels: int) -> Pixels:
     return np.repeat(levels[:, None], 3, axis=1)
 
 
+def code_palette(num_tokens: int) -> Pixels:
+    """Return a palette uint8 [num_tokens,3] of fixed pseudo-random colours, to show token ids."""
+    rng = np.random.default_rng(0)  # a fixed seed, so that equal ids have equal colours
+    return rng.integers(0, 256, (num_tokens, 3)).astype(np.uint8)
+
+
 # ---------------------------------------------------------------------- grids
 
 

@@ -12,7 +12,13 @@ from ddiff.data.cache import Cache
 from ddiff.data.corpus import Corpus, StreamedCorpus
 from ddiff.data.documents import Documents, fingerprint_texts
 from ddiff.data.encoded_vectors import EncodingSettings
-from ddiff.data.encoding import Encoder, EncodingJob, EncodingResult, check_vector_folder
+from ddiff.data.encoding import (
+    Encoder,
+    EncodingJob,
+    EncodingResult,
+    check_vector_folder,
+    get_positions,
+)
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.distributed.launcher import get_rank_info
 from ddiff.distributed.single import resolve_device
@@ -88,6 +94,7 @@ def encode_documents(
         shard_size=shard_size,
         max_samples=max_samples,
         description=spec.to_dict(),
+        positions=get_positions(encoder),
     )
     result = EncodingJob(folder, documents, encoder, settings, label=spec.table).run()
     return _summarize(folder, result)
@@ -133,6 +140,12 @@ def build_encoder(spec: ComponentSpec, inputs: Mapping[str, Any]) -> Encoder:
             f"string; got dim = {encoder.dim!r} and fingerprint = {encoder.fingerprint!r}. Fix the "
             "encoder."
         )
+    positions = get_positions(encoder)
+    if positions is not None and not (isinstance(positions, int) and positions > 0):
+        raise PluginError(
+            f"The {spec.component} must have positions, a positive integer, or None for one vector "
+            f"per text; got {positions!r}. Fix the encoder."
+        )
     return encoder
 
 
@@ -153,7 +166,10 @@ def _summarize(folder: Path, result: EncodingResult) -> EncodedDocuments:
         missing = manifest["missing"][part]
         shards = len(manifest["parts"][part])
         parts.append([part, f"{total:,}", f"{total - missing:,}", f"{missing:,}", f"{shards:,}"])
-    remarks = [f"Vectors of {manifest['dim']} dimensions in {folder}"]
+    each = "Vectors"
+    if "positions" in manifest:
+        each = f"Up to {manifest['positions']} vectors per document,"
+    remarks = [f"{each} of {manifest['dim']} dimensions in {folder}"]
     if result.encoded:
         speed = result.encoded / max(result.seconds, 1e-9)
         remarks.append(

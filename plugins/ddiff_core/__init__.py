@@ -23,8 +23,14 @@ COMPONENTS = {
     },
     "fields_dataset": {
         "digits": "ddiff_core.fields_data:Digits",
+        "encoded_texts": "ddiff_core.fields_files:EncodedTexts",
+        "image_tables": "ddiff_core.fields_files:ImageTables",
+        "images": "ddiff_core.fields_files:Images",
         "sentences": "ddiff_core.sentences:Sentences",
         "shapes": "ddiff_core.fields_data:Shapes",
+        "token_grids": "ddiff_core.fields_files:TokenGrids",
+        "vector_files": "ddiff_core.fields_files:VectorFiles",
+        "vector_shards": "ddiff_core.fields_files:VectorShards",
     },
     "tokenizer": {
         "alphabet": "ddiff_core.tokenizers:Alphabet",

@@ -1,4 +1,4 @@
-"""Encoders of the transformers library: one vector per text by pooling the hidden states."""
+"""Encoders of the transformers library: pooled hidden states, or the states of all tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ddiff import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Pooling = Literal["mean", "cls", "last"]
+Pooling = Literal["mean", "cls", "last", "none"]
 LONGEST = 512  # default limit of tokens, if the model has no smaller limit
 FORMAT = 1  # increase it when the same settings give other vectors
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @final
 class PooledEncoder:
-    """Pooled hidden states of a transformers model, in float32.
+    """Hidden states of a transformers model in float32, pooled or one per token.
 
     Only real tokens of a text are pooled; padding never counts. Texts are sorted by length and
     encoded in batches, so that little padding is computed. The batch changes a vector only by
@@ -43,7 +43,8 @@ class PooledEncoder:
         model: encoder, decoder, or the encoder of an encoder-decoder; has the output
             `last_hidden_state`.
         tokenizer: tokenizer of the model, which adds the special tokens.
-        pooling: "mean" of all tokens, "cls" (first token) or "last" token of the text.
+        pooling: "mean" of all tokens, "cls" (first token) or "last" token of the text; "none": the
+            vectors of all tokens, up to `positions`.
         normalize: whether vectors are divided by their Euclidean norm.
         max_tokens: number of tokens, including special tokens, after which a text is cut off. None:
             the limit of model and tokenizer, and at most 512.
@@ -51,6 +52,7 @@ class PooledEncoder:
         prefix: text that is put before every text, such as "query: ".
         dim: number of coordinates that are kept, before normalization. None: all.
         device: device of the model; None: where the model is.
+        positions: largest number of vectors of a text; only for pooling "none", and required there.
 
     Raises ArgumentError if the model does not support an argument.
     """
@@ -59,7 +61,10 @@ class PooledEncoder:
         path: str
         """Local directory with model and tokenizer, or a name on the hub."""
         pooling: Pooling = "mean"
-        """Pooled tokens: the mean of all tokens, the first ("cls") or the last token."""
+        """Pooled tokens: the mean of all tokens, the first ("cls") or the last token. "none": one
+        vector per token."""
+        positions: PositiveInt | None = None
+        """Largest number of vectors of a text with pooling = "none"; longer texts are cut."""
         normalize: bool = False
         """Divide every vector by its Euclidean norm."""
         max_tokens: PositiveInt | None = None
@@ -84,6 +89,7 @@ class PooledEncoder:
             prefix=config.prefix,
             dim=config.dim,
             device=device,
+            positions=config.positions,
         )
 
     def __init__(
@@ -98,7 +104,14 @@ class PooledEncoder:
         prefix: str = "",
         dim: int | None = None,
         device: torch.device | None = None,
+        positions: int | None = None,
     ) -> None:
+        if (pooling == "none") == (positions is None):
+            raise ArgumentError(
+                "PooledEncoder: positions, the largest number of vectors of a text, is required "
+                f'for pooling "none" and refused for other poolings; got pooling = {pooling!r} and '
+                f"positions = {positions}. Set both keys, or neither."
+            )
         if pooling not in get_args(Pooling):
             raise ArgumentError(
                 f"PooledEncoder: pooling must be one of {', '.join(get_args(Pooling))}; got "
@@ -122,11 +135,16 @@ class PooledEncoder:
         self.dim = dim or width
         self._pooling = pooling
         self._normalize = normalize
+        self.positions = positions
         self._max_tokens = _choose_max_tokens(model, tokenizer, max_tokens)
+        if positions is not None:
+            self._max_tokens = min(self._max_tokens, positions)
         self._batch = batch
         self._prefix = prefix
         self._tokenizer = tokenizer
         settings = [FORMAT, pooling, normalize, self._max_tokens, prefix, self.dim]
+        if positions is not None:  # absent otherwise, so that older fingerprints stay valid
+            settings.append(positions)
         self.fingerprint = _fingerprint(model, tokenizer, settings)
         self._model: Any = model.eval()
         if device is not None:
@@ -136,20 +154,34 @@ class PooledEncoder:
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         ids = self._tokenize(texts)
-        vectors = np.full((len(texts), self.dim), np.nan, np.float32)
+        shape = (self.dim,) if self.positions is None else (self.positions, self.dim)
+        vectors = np.full((len(texts), *shape), np.nan, np.float32)
         # a text without tokens keeps the row of NaN, which means that it has no vector
         filled = [row for row, tokens in enumerate(ids) if tokens]
         # the longest texts come first, so that a batch that is too large fails at once
         order = sorted(filled, key=lambda row: len(ids[row]), reverse=True)
         for start in range(0, len(order), self._batch):
             rows = order[start : start + self._batch]
-            vectors[rows] = self._encode_batch([ids[row] for row in rows]).cpu().numpy()
-        if not np.isfinite(vectors[filled]).all():
+            found = self._encode_batch([ids[row] for row in rows]).cpu().numpy()
+            if self.positions is None:
+                vectors[rows] = found
+                continue
+            for row, states in zip(rows, found):
+                # states of padding are not vectors of the text
+                vectors[row, : len(ids[row])] = states[: len(ids[row])]
+        if not self._is_finite(vectors, ids):
             raise NonFiniteError(
                 "PooledEncoder: the model returned infinite or NaN hidden states. Its weights are "
                 "damaged, or were trained for another precision."
             )
         return vectors
+
+    def _is_finite(self, vectors: NDArray[np.float32], ids: list[list[int]]) -> bool:
+        """Return whether all vectors of tokens are finite."""
+        filled = [row for row, tokens in enumerate(ids) if tokens]
+        if self.positions is None:
+            return bool(np.isfinite(vectors[filled]).all())
+        return all(np.isfinite(vectors[row, : len(ids[row])]).all() for row in filled)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text with special tokens, cut to the largest length."""
@@ -169,7 +201,7 @@ class PooledEncoder:
         return ids
 
     def _encode_batch(self, ids: list[list[int]]) -> Tensor:
-        """Return the vectors [n,D] of n token sequences."""
+        """Return the vectors [n,D] of n token sequences, or [n,L,D] with padding."""
         device = next(self._model.parameters()).device
         sizes = torch.tensor([len(tokens) for tokens in ids])
         padding = self._tokenizer.pad_token_id or 0
@@ -180,11 +212,13 @@ class PooledEncoder:
         mask = torch.arange(padded.shape[1]) < sizes.unsqueeze(1)
         output = self._model(input_ids=padded.to(device), attention_mask=mask.long().to(device))
         hidden = output.last_hidden_state.float()
-        pooled = self._pool(hidden, mask.to(device), sizes.to(device))[:, : self.dim]
+        pooled = self._pool(hidden, mask.to(device), sizes.to(device))[..., : self.dim]
         return nn.functional.normalize(pooled, dim=-1) if self._normalize else pooled
 
     def _pool(self, hidden: Tensor, mask: Tensor, sizes: Tensor) -> Tensor:
         """Pool hidden states [n,L,width]. `mask` [n,L]: real tokens; `sizes` [n]: their number."""
+        if self._pooling == "none":
+            return hidden
         if self._pooling == "cls":
             return hidden[:, 0]
         if self._pooling == "last":

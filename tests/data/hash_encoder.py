@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ddiff.data.documents import Documents, documents_from_texts, fingerprint_texts
 from ddiff.data.encoded_vectors import EncodingSettings
-from ddiff.data.encoding import EncodingJob, EncodingResult
+from ddiff.data.encoding import Encoder, EncodingJob, EncodingResult, get_positions
 
 DIM = 4
 
@@ -35,6 +35,27 @@ class HashEncoder:
         return np.stack([hash_vector(text, self.dim) for text in texts])
 
 
+class HashTokenEncoder:
+    """Encoder with one vector per word, up to `positions`.
+
+    The word "none" has no vector, and neither have the words after it.
+    """
+
+    def __init__(self, positions: int = 4) -> None:
+        self.positions = positions
+        self.dim = DIM
+        self.fingerprint = f"hash of words, {positions}"
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        vectors = np.full((len(texts), self.positions, self.dim), np.nan, np.float32)
+        for row, text in enumerate(texts):
+            for place, word in enumerate(text.split()[: self.positions]):
+                if word == "none":
+                    break
+                vectors[row, place] = hash_vector(word)
+        return vectors
+
+
 def hash_vector(text: str, dim: int = DIM) -> NDArray[np.float32]:
     """Return a vector of `dim` numbers in [0,1) that the text determines."""
     digest = hashlib.sha256(text.encode()).digest()
@@ -52,7 +73,7 @@ def make_documents(train: int = 60, validation: int = 9) -> Documents:
 def make_job(
     folder: Path,
     documents: Documents | None = None,
-    encoder: HashEncoder | None = None,
+    encoder: Encoder | None = None,
     *,
     shard_size: int = 7,
     max_samples: int | None = None,
@@ -70,6 +91,7 @@ def make_job(
         shard_size=shard_size,
         max_samples=max_samples,
         description={"kind": encoder.fingerprint},
+        positions=get_positions(encoder),
     )
     return EncodingJob(folder, documents, encoder, settings, label="[encoder]")
 

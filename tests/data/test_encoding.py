@@ -18,6 +18,7 @@ import pytest
 from hash_encoder import (
     DIM,
     HashEncoder,
+    HashTokenEncoder,
     fork_job,
     hash_vector,
     make_documents,
@@ -355,3 +356,91 @@ def test_wrong_result_of_an_encoder_is_explained(
     assert not list((tmp_path / "made").glob("*.safetensors*"))
     run_job(tmp_path / "made")  # a correct encoder resumes the job
     assert json.loads((tmp_path / "made" / "manifest.json").read_text())["documents"]["train"] == 60
+
+
+# ---------------------------------------------------------------------- one vector per token
+
+WORDS = ["one", "two three", "four none five", "none", "a b c d e f", " "]
+LENGTHS = [1, 2, 1, 0, 4, 0]
+
+
+def word_documents() -> Documents:
+    return Documents(documents_from_texts(WORDS), documents_from_texts(["x", "y z"]))
+
+
+def run_word_job(folder: Path, **arguments: Any) -> EncodedVectors:
+    run_job(folder, documents=word_documents(), encoder=HashTokenEncoder(), **arguments)
+    return EncodedVectors.open(folder)
+
+
+def test_token_vectors_are_padded_by_zeros_and_keep_their_number(tmp_path: Path) -> None:
+    vectors = run_word_job(tmp_path / "words", shard_size=4)
+    assert (vectors.train.positions, vectors.dim) == (4, DIM)
+    found, present = vectors.train.read(range(6))
+    lengths = vectors.train.read_lengths(range(6))
+    assert lengths.tolist() == LENGTHS
+    assert present.tolist() == [length > 0 for length in LENGTHS]
+    for text, length, rows in zip(WORDS, LENGTHS, found):
+        expected = np.zeros((4, DIM), np.float32)
+        for place, word in enumerate(text.split()[:length]):
+            expected[place] = hash_vector(word)
+        assert np.array_equal(rows, expected)
+    assert vectors.validation.read_lengths([1, 0]).tolist() == [2, 1]
+    vectors.verify()
+
+
+def test_mean_of_token_vectors_leaves_out_the_padding(tmp_path: Path) -> None:
+    vectors = run_word_job(tmp_path / "words", shard_size=4)
+    words = [word for text, size in zip(WORDS, LENGTHS) for word in text.split()[:size]]
+    every = np.stack([hash_vector(word) for word in words]).astype(np.float64)
+    # float64 sums of a few numbers in [0,1)
+    np.testing.assert_allclose(vectors.mean, every.mean(0), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(vectors.std, every.std(0), rtol=0, atol=1e-15)
+
+
+def test_token_vectors_resume_after_a_kill_with_equal_files(tmp_path: Path) -> None:
+    expected = tmp_path / "expected"
+    run_word_job(expected, shard_size=2)
+    folder = tmp_path / "resumed"
+    run_word_job(folder, shard_size=2)
+    (folder / "manifest.json").unlink()
+    (folder / "train_00001.safetensors").unlink()
+    run_word_job(folder, shard_size=2)
+    assert read_files(folder) == read_files(expected)
+
+
+def test_token_vectors_of_other_positions_are_refused(tmp_path: Path) -> None:
+    run_word_job(tmp_path / "words")
+    job = make_job(tmp_path / "words", word_documents(), HashTokenEncoder(3))
+    assert "positions: was 4, is 3" in message(DataError, job.run)
+
+
+def test_single_vectors_keep_the_first_format(done: Path) -> None:
+    """Folders of older versions have no key `positions`, and their fingerprint must not change."""
+    settings = json.loads((done / "settings.json").read_text())
+    assert settings["format"] == 1
+    assert "positions" not in settings
+    assert EncodedVectors.open(done).train.read_lengths([0, 1]).tolist() == [1, 1]
+
+
+class GapEncoder(HashTokenEncoder):
+    """Encoder with a row of NaN before a vector."""
+
+    def encode(self, texts: Any) -> np.ndarray:
+        return super().encode(texts)[:, ::-1]
+
+
+def test_vector_after_a_row_of_nan_is_an_error_of_the_encoder(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "words", word_documents(), GapEncoder())
+    assert "a vector after a row of NaN" in message(PluginError, job.run)
+
+
+def test_damaged_token_shard_is_encoded_again(tmp_path: Path) -> None:
+    folder = tmp_path / "words"
+    run_word_job(folder)
+    path = folder / "train_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "checksum is wrong" in message(DataError, EncodedVectors.open, folder)
+    run_word_job(folder).verify()

@@ -118,6 +118,30 @@ def test_mean_pooling_over_padding_would_change_the_vectors(bert: Path) -> None:
     assert np.abs(wrong[0] - build(bert).encode(TEXTS)[0]).max() > 0.01
 
 
+@pytest.mark.parametrize("batch", [1, 64])
+def test_vectors_of_all_tokens_equal_the_states_of_single_texts(bert: Path, batch: int) -> None:
+    encoder = build(bert, pooling="none", positions=8, batch=batch)
+    vectors = encoder.encode(TEXTS)
+    assert (vectors.shape, vectors.dtype) == ((4, 8, WIDTH), np.float32)
+    for text, rows in zip(TEXTS, vectors):
+        size = min(8, len(text.split()) + 2)  # with [CLS] and [SEP]
+        assert np.isnan(rows[size:]).all()
+        if size < 8:  # a longer text is cut, so that its states differ
+            np.testing.assert_allclose(rows[:size], hidden_states(bert, text), **ROUNDING)
+        assert np.isfinite(rows[:size]).all()
+
+
+def test_positions_belong_to_encoders_without_pooling(bert: Path) -> None:
+    for keys in ({"pooling": "none"}, {"positions": 8}):
+        with pytest.raises(ArgumentError, match="positions, the largest number of vectors"):
+            build(bert, **keys)
+
+
+def test_positions_change_the_fingerprint_of_an_encoder(bert: Path) -> None:
+    found = {build(bert, pooling="none", positions=size).fingerprint for size in (8, 9)}
+    assert len(found) == 2
+
+
 def test_normalized_vectors_have_norm_one_and_the_same_direction(bert: Path) -> None:
     plain = build(bert).encode(TEXTS)
     unit = build(bert, normalize=True).encode(TEXTS)
@@ -214,7 +238,7 @@ def test_key_that_the_model_does_not_support_is_refused(
 
 
 def test_unknown_pooling_is_refused_with_the_known_ones(bert: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"one of mean, cls, last; got 'max'"):
+    with pytest.raises(ArgumentError, match=r"one of mean, cls, last, none; got 'max'"):
         PooledEncoder(load_model(str(bert)), None, pooling="max")  # type: ignore[arg-type]
     text = Path("recipes/mdlm_small.toml").resolve().read_text()
     text = text.replace('extends = "', f'extends = "{Path("recipes").resolve()}/')

@@ -11,7 +11,7 @@ from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.columns import FieldsDocuments, VectorColumn
 from ddiff.data.documents import Documents, documents_from_texts, fingerprint_texts
 from ddiff.data.encoded_vectors import MANIFEST, EncodedVectors, EncodingSettings, VectorPart
-from ddiff.data.encoding import EncodingJob
+from ddiff.data.encoding import EncodingJob, get_positions
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import RecipeError
 from ddiff.recipe.fields_recipe import FieldsRecipe
@@ -66,6 +66,7 @@ def encode_texts(
         },
         shard_size=SHARD_SIZE,
         description=spec.to_dict(),
+        positions=get_positions(encoder),
     )
     folder = cache.root / "encoded_fields" / settings.fingerprint
     if not (folder / MANIFEST).is_file():
@@ -95,10 +96,16 @@ def make_columns(vectors: EncodedVectors, source: str) -> EncodedColumns:
 def _make_column(vectors: EncodedVectors, part: VectorPart, name: str, source: str) -> VectorColumn:
     def read(numbers: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         found, present = part.read(numbers)
-        return found[:, None], present
+        return found.reshape(len(numbers), part.positions, part.dim), present
 
     # the settings contain the fingerprints of the encoder and of the texts
     identity = fingerprint([vectors.settings.fingerprint, name])
     return VectorColumn(
-        read, part.num_documents, 1, vectors.dim, fingerprint=identity, computed_from=source
+        read,
+        part.num_documents,
+        part.positions,
+        part.dim,
+        fingerprint=identity,
+        computed_from=source,
+        present=part.present,
     )
