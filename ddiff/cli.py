@@ -44,7 +44,7 @@ from ddiff.errors import (
 from ddiff.plugin.registry import describe_error
 
 if TYPE_CHECKING:
-    from ddiff.recipe.model import Recipe
+    from ddiff.recipe.model import BaseRecipe
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
 LONGEST_MESSAGE = 6000  # characters of an error message
@@ -186,6 +186,34 @@ SamplerKind = Annotated[
     str | None,
     typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
 ]
+GivenFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Runs of several fields: value of a field, a text or the name of a file FILE.npy; "
+        "repeat it for one text per sample.",
+    ),
+]
+OnlyFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Runs of several fields: draw only this field; may be repeated."
+    ),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TARGET",
+        help='Runs of several fields: joint, or "A | B" to draw A given B. Given fields without '
+        "--given take the values of validation samples.",
+    ),
+]
+ImageFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.png", help="Runs of several fields: also write pictures of the samples."
+    ),
+]
 NoIds = Annotated[
     bool, typer.Option("--no-ids", help="Leave the token ids out of the printed JSON objects.")
 ]
@@ -248,10 +276,9 @@ def run(
         # a measurement downloads nothing; libraries read this variable when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     with _pause_garbage_collection():
-        from ddiff.recipe.fields_recipe import require_text_recipe
         from ddiff.recipe.resolve import read_recipe
 
-        resolved = require_text_recipe(read_recipe(recipe, settings), "ddiff run")
+        resolved = read_recipe(recipe, settings)
     if dry_run:
         _check_only(resolved, measure, fresh)
         return
@@ -266,7 +293,7 @@ def run(
     raise typer.Exit(run_recipe(resolved, fresh=fresh))
 
 
-def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
+def _check_only(recipe: BaseRecipe, measure: int | None, fresh: bool) -> None:
     """Check a recipe without training, and print the result.
 
     If `measure` is None, the resolved recipe is printed. Otherwise `measure` training steps are run
@@ -287,7 +314,7 @@ def _check_only(recipe: Recipe, measure: int | None, fresh: bool) -> None:
     print(verdict)
 
 
-def needs_launcher(recipe: Recipe) -> bool:
+def needs_launcher(recipe: BaseRecipe) -> bool:
     """Return whether this process must launch the worker processes of a recipe.
 
     Returns False if the recipe uses one process, or if this process is already a worker process.
@@ -298,7 +325,7 @@ def needs_launcher(recipe: Recipe) -> bool:
 
 
 def _launch_run(
-    recipe: Recipe, name: str, settings: list[str], fresh: bool, verify_resume: int | None
+    recipe: BaseRecipe, name: str, settings: list[str], fresh: bool, verify_resume: int | None
 ) -> int:
     """Run the command in each worker process of a recipe, and return the exit code.
 
@@ -451,13 +478,20 @@ def sample(
     sampler: SamplerKind = None,
     settings: SamplerSettings = None,
     no_ids: NoIds = False,
+    given: GivenFields = None,
+    only: OnlyFields = None,
+    target: TargetName = None,
+    images: ImageFile = None,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
 
     The tokens of prompts and infill texts stay unchanged in the samples. With --edit, some tokens
-    of the given texts are sampled again.
+    of the given texts are sampled again. Given fields stay unchanged too.
     """
+    of_fields: dict[str, Any] = {"given": given, "only": only, "target": target, "images": images}
+    chosen_fields = {name: value for name, value in of_fields.items() if value}
     others = {"--prompt": prompt, "--prompts": prompts, "--infill": infill, "--count": count}
+    others |= {f"--{name}": value for name, value in chosen_fields.items()}
     only_edit: dict[str, Any] = {"ratio": ratio, "mode": mode, "toward": toward}
     chosen = {name: value for name, value in only_edit.items() if value is not None}
     _check_edit_options(edit, [name for name, value in others.items() if value], list(chosen))
@@ -493,6 +527,7 @@ def sample(
         sampler=sampler,
         settings=settings or (),
         prints_ids=not no_ids,
+        **chosen_fields,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, final
+from typing import IO, Any, NamedTuple, Protocol, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,8 @@ from ddiff.atomic import write_atomic
 from ddiff.errors import ArgumentError
 
 Pixels = NDArray[np.uint8]
+
+SOFTWARE = "ddiff"  # written into every file, so that it is recognized
 
 MARGIN = 4  # pixels around every picture of a grid
 FONT_SIZE = 12
@@ -246,12 +248,19 @@ def write_grid(
     write_atomic(path, _draw_grid(pictures, captions, columns, scale))
 
 
+def is_grid(file: IO[bytes]) -> bool:
+    """Return True if a file is a PNG file that `write_grid` wrote."""
+    head = file.read(200)
+    return head.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in head
+
+
 def _draw_grid(
     pictures: Sequence[Pixels], captions: Sequence[str], columns: int, scale: int
 ) -> bytes:
     """Return the content of a PNG file."""
     # imported here, because few commands write pictures
     from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 
     font = ImageFont.load_default(FONT_SIZE)
     width = max(NARROWEST_CELL, *(scale * pixels.shape[1] for pixels in pictures))
@@ -276,7 +285,9 @@ def _draw_grid(
             place = (left, top + picture_height + line * LINE_HEIGHT)
             draw.text(place, text, fill="black", font=font)
     file = io.BytesIO()
-    page.save(file, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    page.save(file, "PNG", pnginfo=mark)
     return file.getvalue()
 
 

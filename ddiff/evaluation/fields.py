@@ -8,12 +8,13 @@ of the text, so no perplexity is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
 from ddiff.core.elbo import Likelihood
@@ -74,6 +75,7 @@ class JointEvaluation:
             only the error of random times and noise; None for one draw.
         samples: number of samples.
         fields: part of every field that the path moves.
+        scores: nats [samples, draws] of every sample in every draw.
     """
 
     path: str
@@ -82,6 +84,16 @@ class JointEvaluation:
     monte_carlo_interval: Interval | None
     samples: int
     fields: Mapping[str, FieldFigures]
+    scores: NDArray[np.float64] = field(repr=False, compare=False)
+
+    def subtract_from(self, other: JointEvaluation) -> tuple[float, Interval | None]:
+        """Return the mean of other - self over the same samples, and its 95 % interval.
+
+        The interval is that of paired samples. Both evaluations must have the same samples and
+        draws.
+        """
+        estimate = RatioEstimate.of(other.scores - self.scores, np.ones(self.samples))
+        return estimate.mean, _interval(estimate.mean, estimate.total)
 
 
 def evaluate_fields(
@@ -95,6 +107,7 @@ def evaluate_fields(
     seed: int = 0,
     volumes: Mapping[str, float] | None = None,
     device: torch.device | None = None,
+    console: Console | None = None,
 ) -> JointEvaluation:
     """Estimate the bound of samples along a path, and its standard errors.
 
@@ -108,6 +121,7 @@ def evaluate_fields(
         seed: seed of times and noise.
         volumes: `Normalizer.log_volume` per vector, by field, to report a field in data units.
         device: device of the batches.
+        console: console for the progress bar; standard error by default.
 
     Raises ArgumentError for a path without a bound, or if there are no samples or no draws, and
     NonFiniteError if the bound is not finite.
@@ -119,7 +133,7 @@ def evaluate_fields(
             f"{samples} samples, {draws} draws."
         )
     scores = _Scores(samples, draws)
-    with show_progress(samples * draws, "evaluating") as bar:
+    with show_progress(samples * draws, "evaluating", console=console) as bar:
         for draw in range(draws):
             for start in range(0, samples, batch):
                 numbers = np.arange(start, min(start + batch, samples))
@@ -156,10 +170,10 @@ class _Scores:
     ) -> None:
         """Add the nats of one batch of samples in one draw."""
         for name, found in likelihood.items():
-            field = batch.fields[name]
-            present = field.counted & ~field.absent.unsqueeze(-1)
+            values = batch.fields[name]
+            present = values.counted & ~values.absent.unsqueeze(-1)
             positions = present.sum(-1).cpu().numpy()
-            width = 1 if field.values.dim() == 2 else field.values.shape[-1]
+            width = 1 if values.values.dim() == 2 else values.values.shape[-1]
             items = self.items.setdefault(name, np.zeros(self.samples))
             items[numbers] = positions * width
             terms = self.nats.setdefault(name, {})
@@ -205,6 +219,7 @@ class _Scores:
             _interval(joint.mean, joint.monte_carlo),
             self.samples,
             fields,
+            scores=np.asarray(sum(totals.values())),
         )
 
 

@@ -63,6 +63,16 @@ class BaseRecipe:
     source: str = field(default="", repr=False, compare=False)
     """Path of the recipe file."""
 
+    @property
+    def length(self) -> int | None:
+        """Number of tokens in a row; None for a recipe of several fields."""
+        return None
+
+    @property
+    def initial_run(self) -> str | None:
+        """Directory of the run whose weights the training starts from; None: no such run."""
+        return None
+
     def components(self) -> dict[str, ComponentSpec]:
         """Return the components by path, such as `process` or `train.optimizer`."""
         found = {}
@@ -149,6 +159,11 @@ class Recipe(BaseRecipe):
     def length(self) -> int:
         """Number of tokens in a row: [data] length."""
         return self.data_keys.length
+
+    @property
+    def initial_run(self) -> str | None:
+        init = self.train.init
+        return None if init is None else init.run
 
 
 def diff_recipes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -8,11 +8,11 @@ from ddiff.distributed.launcher import get_rank_info
 from ddiff.distributed.single import SingleBackend, resolve_device
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import resolve_precision
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.training.protocols import Backend
 
 
-def build_backend(recipe: Recipe) -> Backend:
+def build_backend(recipe: BaseRecipe) -> Backend:
     """Build the backend for training.
 
     Raises ArgumentError if several processes were started for a backend of one process, or if the
@@ -36,7 +36,7 @@ def build_backend(recipe: Recipe) -> Backend:
     return backend
 
 
-def build_single_backend(recipe: Recipe) -> Backend:
+def build_single_backend(recipe: BaseRecipe) -> Backend:
     """Build a backend of one process, to evaluate or sample a run.
 
     The run may have been trained by any number of processes.
@@ -46,7 +46,7 @@ def build_single_backend(recipe: Recipe) -> Backend:
     return _build_backend(recipe, 1)
 
 
-def check_backend(recipe: Recipe) -> torch.device:
+def check_backend(recipe: BaseRecipe) -> torch.device:
     """Check that the backend can start, and return the device of training.
 
     No process is started. Raises ArgumentError if the backend cannot start.
@@ -58,7 +58,7 @@ def check_backend(recipe: Recipe) -> torch.device:
     return resolve_device(recipe.backend_keys.device)
 
 
-def _build_backend(recipe: Recipe, processes: int) -> Backend:
+def _build_backend(recipe: BaseRecipe, processes: int) -> Backend:
     keys = recipe.backend_keys
     precision = resolve_precision(keys.precision, keys.device)
     return recipe.backend.build(

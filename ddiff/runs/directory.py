@@ -12,7 +12,7 @@ from typing import IO
 from ddiff.atomic import NO_LOCKS, lock_file, original_name
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import CheckpointError
-from ddiff.recipe.model import Recipe, diff_recipes
+from ddiff.recipe.model import BaseRecipe, diff_recipes
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import (
     CHECKPOINTS,
@@ -37,7 +37,7 @@ PATIENCE = 5.0  # seconds to wait for the lock: a killed process may take a mome
 
 
 def check_directory(
-    recipe: Recipe, overrides: Overrides, fresh: bool, *, warn: bool = False
+    recipe: BaseRecipe, overrides: Overrides, fresh: bool, *, warn: bool = False
 ) -> None:
     """Raise an error if a recipe must not be run in its directory.
 
@@ -80,20 +80,19 @@ def check_directory(
     check_resumable(directory, changed, replaced)
 
 
-def tracked_names(recipe: Recipe) -> tuple[str, ...]:
+def tracked_names(recipe: BaseRecipe) -> tuple[str, ...]:
     """Return the names of the files that the tracker of a recipe writes."""
     return recipe.tracker.members.writes
 
 
-def _input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _input_paths(recipe: BaseRecipe) -> Iterator[tuple[str, str]]:
     """Yield (table, path) for each local path that a recipe reads."""
     for table, component in recipe.components().items():
         for path in component.input_paths():
             if "://" not in path:
                 yield table, path
-    init = recipe.train.init
-    if init is not None and init.run is not None:
-        yield "train.init", init.run
+    if recipe.initial_run is not None:
+        yield "train.init", recipe.initial_run
 
 
 def remove_leftovers(directory: Path) -> None:

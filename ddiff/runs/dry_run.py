@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ddiff.errors import ArgumentError, explain_error
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.runs.backends import check_backend
 from ddiff.runs.build import NO_OVERRIDES
 from ddiff.runs.directory import check_directory
 from ddiff.runs.kinds import find_kind
 
 
-def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
+def rehearse(recipe: BaseRecipe, *, fresh: bool = False) -> str:
     """Check a recipe without reading the data. Return one line, `fits: 2.1 M parameters, ...`.
 
     The checks cover the run directory, the existence of input files, the device and the memory. If
@@ -27,7 +27,7 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> str:
     return find_kind(recipe).rehearse(recipe, device)
 
 
-def _check_files(recipe: Recipe) -> None:
+def _check_files(recipe: BaseRecipe) -> None:
     """Raise DataError for a path or glob pattern that matches no file."""
     for component in recipe.components().values():
         patterns = component.input_paths()

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from ddiff import __version__
 from ddiff.errors import ArgumentError
 from ddiff.run_dir.destination import check_destination, write_file
-from ddiff.run_dir.files import RunRecord
+from ddiff.run_dir.files import FIELDS, NORMALIZER, RunRecord
 from ddiff.run_dir.identity import check_recorded
 from ddiff.runs.record import open_checkpoints
 
 Weights = Literal["auto", "ema", "trained"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _LONGEST_HEADER = 1 << 27
 
 
 def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto") -> dict[str, str]:
     """Write the weights of the newest checkpoint of a run to a safetensors file.
 
-    Sharded weights are assembled to whole tensors.
+    Sharded weights are assembled to whole tensors. The file of a run of several fields also
+    contains the tensors of the normalizers.
 
     Args:
         run_dir: directory of a trained run.
@@ -52,9 +56,23 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
     }
     for name, value in newest.state["fingerprints"].items():
         metadata[f"{name} fingerprint"] = value
-    tensors = newest.read_weights(average=average)
+    tensors = newest.read_weights(average=average) | _read_normalizers(Path(run_dir))
     write_file(target, lambda sink: write_tensors(sink, tensors, metadata))
     return metadata
+
+
+def _read_normalizers(run_dir: Path) -> dict[str, Tensor]:
+    """Return the tensors of the normalizers of a run of several fields, by name.
+
+    Without them, vectors that are drawn with the weights cannot be converted to units of the data.
+    """
+    from safetensors.torch import load_file
+
+    found = {}
+    for path in sorted(run_dir.glob(f"{FIELDS}/*/{NORMALIZER}")):
+        for name, tensor in load_file(str(path)).items():
+            found[f"normalizers.{path.parent.name}.{name}"] = tensor
+    return found
 
 
 def _is_export(file: IO[bytes]) -> bool:

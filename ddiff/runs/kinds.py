@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
-from ddiff.recipe.model import Recipe
+from ddiff.errors import ArgumentError
+from ddiff.recipe.fields_recipe import FieldsRecipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.run_dir.destination import Destination
 from ddiff.runs.build import Overrides
 from ddiff.training.protocols import Backend
@@ -64,9 +67,41 @@ class RunKind(Protocol):
         """
         ...
 
+    def sample(
+        self, run: Any, arguments: Mapping[str, Any], prints_ids: bool
+    ) -> Iterable[Mapping[str, Any]]:
+        """Run `ddiff sample` on a loaded run. Returns the samples to print.
 
-def find_kind(recipe: Recipe) -> RunKind:
+        `arguments` are those of the options of the command. Raises ArgumentError for options that
+        this kind of run does not have. Without `prints_ids`, the samples have no token ids.
+        """
+        ...
+
+
+def find_kind(recipe: BaseRecipe) -> RunKind:
     """Return the kind of the runs of a recipe."""
+    # Imported here, so that a command imports only the modules of its kind of run.
+    if isinstance(recipe, FieldsRecipe):
+        from ddiff.runs.fields.fields_runs import FIELDS_RUNS
+
+        return FIELDS_RUNS
     from ddiff.runs.text_runs import TEXT_RUNS
 
     return TEXT_RUNS
+
+
+def refuse_options(run: TrainableRun, arguments: Mapping[str, Any], kind: str, use: str) -> None:
+    """Raise ArgumentError if an option of `ddiff sample` was given that a run does not have.
+
+    Args:
+        run: the run.
+        arguments: values of the options that the run does not have, such as "--prompt".
+        kind: kind of the run, for the message.
+        use: options to use instead.
+    """
+    for name, value in arguments.items():
+        if value:
+            raise ArgumentError(
+                f"ddiff sample {name}: {run.run_dir} is {kind}, which does not have this "
+                f"option. {use}"
+            )

@@ -9,7 +9,6 @@ from typing import Any
 
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError, CheckpointError
-from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import RECIPE, RunRecord
 from ddiff.run_dir.identity import check_recorded, recorded_overrides
@@ -38,7 +37,7 @@ def load(
     record = RunRecord.read(directory)
     check_recorded(record, newest.state)
     settings = [f"run_dir={json.dumps(str(run_dir))}", *settings]
-    recipe = require_text_recipe(read_recipe(directory / RECIPE, settings), "ddiff.load")
+    recipe = read_recipe(directory / RECIPE, settings)
     given = recorded_overrides(record, newest.state)
     if "process" in given and process is None:
         raise CheckpointError(

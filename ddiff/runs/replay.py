@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import CHECKPOINTS, ENVIRONMENT, RECIPE, REPLAY, read_json, read_text
@@ -62,7 +62,7 @@ class Deviation(NamedTuple):
     where: str
 
 
-def verify_resume(recipe: Recipe, steps: int) -> int:
+def verify_resume(recipe: BaseRecipe, steps: int) -> int:
     """Replay up to `steps` recorded steps of a run and print the differences.
 
     Returns the exit code: 0 if all differences are allowed, 1 otherwise. The files of the run are

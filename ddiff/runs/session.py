@@ -16,7 +16,7 @@ from ddiff.core.rng import CounterRng
 from ddiff.data.prefetch import Prefetcher
 from ddiff.distributed.blocks import compile_blocks, recompute_activations
 from ddiff.distributed.launcher import get_machine_cores
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.run_dir.identity import flatten_keys
 from ddiff.runs.backends import build_backend
 from ddiff.runs.build import NO_OVERRIDES, Overrides
@@ -32,7 +32,7 @@ R = TypeVar("R", bound=TrainableRun)
 
 
 def build_run(
-    recipe: Recipe, backend: Backend, overrides: Overrides = NO_OVERRIDES
+    recipe: BaseRecipe, backend: Backend, overrides: Overrides = NO_OVERRIDES
 ) -> TrainableRun:
     """Build the data, the components and the untrained model of a run.
 
@@ -72,7 +72,7 @@ class TrainingSession(Generic[R]):
         )
 
     @classmethod
-    def open(cls, recipe: Recipe, overrides: Overrides = NO_OVERRIDES) -> TrainingSession[Any]:
+    def open(cls, recipe: BaseRecipe, overrides: Overrides = NO_OVERRIDES) -> TrainingSession[Any]:
         """Start the backend of a recipe and build the run on it (see `build_run`)."""
         backend = build_backend(recipe)
         run: Any = build_run(recipe, backend, overrides)

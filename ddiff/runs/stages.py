@@ -18,7 +18,7 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.distributed.launcher import get_rank_info
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import require_text_recipe
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.protection import delete_run
 from ddiff.runs.build import NO_OVERRIDES, Overrides
@@ -41,7 +41,7 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGI
 
 
 def run(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | BaseRecipe,
     *,
     vocabulary: Vocabulary | None = None,
     process: ForwardProcess | None = None,
@@ -61,7 +61,7 @@ def run(
     checkpoint of the current step is saved, and KeyboardInterrupt or SystemExit is raised. The same
     call then resumes the run.
     """
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, BaseRecipe):
         if tuple(settings):
             raise ArgumentError(
                 "ddiff.run: settings apply to a recipe given by path or name; got settings and a "
@@ -69,7 +69,7 @@ def run(
             )
         resolved = recipe
     else:
-        resolved = require_text_recipe(read_recipe(recipe, settings), "ddiff.run")
+        resolved = read_recipe(recipe, settings)
     trained, code = _run_stages(resolved, Overrides(vocabulary, process), fresh)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def run(
     return trained
 
 
-def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
+def run_recipe(recipe: BaseRecipe, *, fresh: bool = False) -> int:
     """Run `ddiff run`: train, evaluate, sample and print a summary.
 
     Returns the exit code: 0, or 130 after SIGINT and 143 after SIGTERM.
@@ -87,15 +87,14 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False) -> int:
     return code
 
 
-def sample_run(
-    run_dir: str | Path, count: int | None = None, *, prints_ids: bool = True, **arguments: Any
-) -> None:
+def sample_run(run_dir: str | Path, *, prints_ids: bool = True, **arguments: Any) -> None:
     """Run `ddiff sample`: print one JSON line per sample.
 
-    `count` and `arguments` are arguments of `Run.sample`. Without `prints_ids`, the lines have no
-    token ids.
+    `arguments` are those of `Run.sample` or of `FieldsRun.sample`. Without `prints_ids`, the lines
+    have no token ids.
     """
-    _print_json_lines(load(run_dir).sample(count, **arguments), prints_ids)
+    trained = load(run_dir)
+    _print_json_lines(find_kind(trained.recipe).sample(trained, arguments, prints_ids))
 
 
 def edit_run(
@@ -113,17 +112,21 @@ def edit_run(
     `Run.edit`. Without `prints_ids`, the lines have no token ids.
     """
     trained = load(run_dir)
+    require_text_recipe(trained.recipe, "ddiff sample --edit")
     if toward is not None:
         conditions = add_target(trained.recipe, trained.denoiser, conditions, toward)
-    _print_json_lines(trained.edit(texts, conditions=conditions, **arguments), prints_ids)
+    edited = trained.edit(texts, conditions=conditions, **arguments)
+    if not prints_ids:
+        for sample in edited:
+            del sample["ids"]
+    _print_json_lines(edited)
 
 
-def _print_json_lines(samples: Iterable[Mapping[str, Any]], prints_ids: bool) -> None:
-    """Print each sample as one JSON line, without the key `ids` if `prints_ids` is False."""
+def _print_json_lines(samples: Iterable[Mapping[str, Any]]) -> None:
+    """Print each sample as one JSON line."""
     is_ascii = not _writes_unicode()
     for sample in samples:
-        shown = {key: value for key, value in sample.items() if prints_ids or key != "ids"}
-        print(json.dumps(shown, ensure_ascii=is_ascii))
+        print(json.dumps(sample, ensure_ascii=is_ascii))
 
 
 def _writes_unicode() -> bool:
@@ -138,7 +141,7 @@ def _writes_unicode() -> bool:
 
 
 def _run_stages(
-    recipe: Recipe, overrides: Overrides, fresh: bool
+    recipe: BaseRecipe, overrides: Overrides, fresh: bool
 ) -> tuple[TrainableRun | None, int]:
     """Run all stages. Return the trained run and the exit code.
 

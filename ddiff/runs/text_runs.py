@@ -5,6 +5,7 @@ Modules are imported when they are needed, because a dry run must be fast.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ddiff.recipe.model import Recipe
 from ddiff.run_dir.destination import Destination
 from ddiff.runs.build import Overrides, assemble
 from ddiff.runs.conditioning import check_sampling
+from ddiff.runs.kinds import refuse_options
 from ddiff.runs.memory import check_memory
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
@@ -75,6 +77,16 @@ class TextRuns:
         from ddiff.runs.evaluation_report import reevaluate
 
         return reevaluate(run, target)
+
+    def sample(
+        self, run: Run, arguments: Mapping[str, Any], prints_ids: bool
+    ) -> Iterable[Mapping[str, Any]]:
+        others = dict(arguments)
+        names = ("given", "only", "target", "images")
+        own = {f"--{name}": others.pop(name, None) for name in names}
+        refuse_options(run, own, "a run of text", "Use --prompt, --infill or --condition.")
+        for sample in run.sample(**others):
+            yield {key: value for key, value in sample.items() if prints_ids or key != "ids"}
 
 
 TEXT_RUNS = TextRuns()

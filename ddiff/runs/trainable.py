@@ -12,7 +12,7 @@ from torch import nn
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints, load_weights
 from ddiff.core.rng import CounterRng
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.training.protocols import Batch, Objective
 
@@ -33,7 +33,7 @@ class TrainableRun(ABC):
     """
 
     # Not abstract properties, because the fields of a dataclass do not override these.
-    recipe: Recipe
+    recipe: BaseRecipe
     data: TrainingData
 
     @property

@@ -109,6 +109,10 @@ class RunFields:
         """Number of validation samples."""
         return len(self.documents.validation)
 
+    def lacking(self) -> set[str]:
+        """Return the fields that some training samples lack."""
+        return {name for name, count in self.documents.train.missing().items() if count}
+
     def encode(self, name: str) -> EncodedVectors:
         """Compute the vectors of a field with the key `encode`, unless the cache contains them."""
         source = self.recipe.fields[name].keys.encode

@@ -1,0 +1,144 @@
+"""Checks of the evaluation and the samples of a run of several fields, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+from ddiff.core.field_targets import Target, parse_target
+from ddiff.core.path_coverage import require_trained
+from ddiff.core.paths import Hold, LegPath
+from ddiff.core.training_paths import TrainingPath, require_path
+from ddiff.errors import ArgumentError
+from ddiff.recipe.fields_recipe import FieldsRecipe
+from ddiff.runs.fields.build import FieldsModel, check_path
+from ddiff.sampling.fields import JointSampler
+from ddiff.sampling.joint_network import Guidance
+from ddiff.sampling.loop import Sampler
+
+if TYPE_CHECKING:
+    from ddiff.runs.fields.values import FieldShape
+
+Lacking = Callable[[], Collection[str]]
+"""Function that returns the fields that some training samples lack."""
+
+
+def check_stages(
+    recipe: FieldsRecipe,
+    model: FieldsModel,
+    shapes: Mapping[str, FieldShape],
+    lacking: Lacking = set,
+) -> None:
+    """Raise ArgumentError if a target of [evaluate] or [sample] cannot be computed.
+
+    A target must name fields of the recipe, and the training must cover it. `lacking` returns
+    the fields that some training samples lack.
+    """
+    names = list(recipe.fields)
+    path = evaluation_path(recipe)
+    for text in recipe.evaluate.targets:
+        target = parse_target(text, names)
+        along = target.path(path)
+        check_path(along, model.fields)
+        caller = f'[evaluate] targets, "{target}"'
+        require(along, model.objective.path, caller, lacking=lacking)
+    for text in recipe.sample.targets:
+        target = parse_target(text, names)
+        sampler = build_joint_sampler(recipe, shapes, target)
+        check_target(model, sampler, target, lacking)
+
+
+def evaluation_path(recipe: FieldsRecipe) -> LegPath:
+    """Return the path of the moving fields in an evaluation.
+
+    Raises ArgumentError for a rule of training, which has no bound.
+    """
+    return _build_leg_path(recipe, "evaluate")
+
+
+def sampling_path(recipe: FieldsRecipe) -> LegPath:
+    """Return the path of the moving fields in sampling.
+
+    Raises ArgumentError for a rule of training, which cannot be followed.
+    """
+    return _build_leg_path(recipe, "sample")
+
+
+def _build_leg_path(recipe: FieldsRecipe, table: str) -> LegPath:
+    spec = recipe.evaluate_path if table == "evaluate" else recipe.sample_path
+    path = spec.build(names=list(recipe.fields))
+    with spec.prefix_errors():
+        found = require_path(path, table)
+        if not isinstance(found, LegPath):
+            raise ArgumentError(
+                f"{table}: a path must have one leg per field; got {type(found).__name__}. Use "
+                '"shared", "first" or "lagged".'
+            )
+    return found
+
+
+def build_joint_sampler(
+    recipe: FieldsRecipe,
+    shapes: Mapping[str, FieldShape],
+    target: Target,
+    steps: int | None = None,
+) -> JointSampler:
+    """Build the sampler of a target.
+
+    `steps`: number of steps; None: those of the recipe. The key `steps` of a field is used on legs
+    on which no other field moves.
+    """
+    keys = recipe.sample
+    samplers: dict[str, Sampler] = {}
+    for name in target.drawn:
+        tables = recipe.fields[name]
+        own = steps or tables.keys.steps or keys.steps
+        samplers[name] = tables.sampler.build(steps=own, vocabulary=shapes[name].vocabulary)
+    guidance = {}
+    for name, given in keys.guidance.items():
+        if name not in recipe.fields:
+            raise ArgumentError(
+                f"[sample] guidance: the guided fields must be fields of the recipe "
+                f'({", ".join(recipe.fields)}); got "{name}".'
+            )
+        without: dict[str, Hold] = dict(given.without)
+        if name in target.drawn and set(without) <= {*target.drawn, *target.given}:
+            guidance[name] = Guidance(given.weight, without)
+    path = target.path(sampling_path(recipe))
+    return JointSampler(samplers, path, steps or keys.steps, keys.update, guidance)
+
+
+def check_target(
+    model: FieldsModel, sampler: JointSampler, target: Target, lacking: Lacking
+) -> None:
+    """Raise ArgumentError if samples of a target are not possible.
+
+    The samplers must support the processes, and the training must cover the target and its
+    guidance. `lacking` returns the fields that some training samples lack.
+    """
+    parameterizations = model.denoiser.parameterizations
+    predicts = {name: parameterizations[name].predicts for name in model.fields}
+    caller = f'[sample] targets, "{target}"'
+    given: dict[str, Hold] = dict.fromkeys(target.given, "clean")
+    try:
+        path = sampler.check_supported(model.fields, predicts, given)
+    except ArgumentError as error:
+        error.args = (f"{caller}: {error}",)
+        raise
+    guidance = {name: each.without for name, each in sampler.guidance.items()}
+    require(path, model.objective.path, caller, guidance, lacking)
+
+
+def require(
+    path: LegPath,
+    trained: TrainingPath,
+    caller: str,
+    guidance: Mapping[str, Mapping[str, Hold]] | None = None,
+    lacking: Lacking = set,
+) -> None:
+    """Raise ArgumentError if the training does not cover a path; see `require_trained`."""
+    try:
+        require_trained(path, trained, caller, guidance)
+    except ArgumentError:
+        # Asked only now, because the samples must be read to find the fields that they lack.
+        require_trained(path, trained, caller, guidance, lacking())

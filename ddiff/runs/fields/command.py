@@ -1,0 +1,92 @@
+"""Command `ddiff sample` for runs of several fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ddiff.data.pictures import is_grid
+from ddiff.errors import ArgumentError
+from ddiff.run_dir.destination import Destination, check_destination
+from ddiff.runs.fields.given import read_given_option
+from ddiff.runs.fields.grids import shown_fields, write_pictures
+from ddiff.runs.fields.run import FieldsRun
+from ddiff.runs.fields.sampling import (
+    DrawnSamples,
+    FieldsRequest,
+    choose_target,
+    draw_fields,
+)
+from ddiff.runs.kinds import refuse_options
+
+OPTIONS_OF_TEXT = {
+    "prompt": "--prompt",
+    "infill": "--infill",
+    "conditions": "--condition",
+    "guidance": "--guidance",
+    "sampler": "--sampler",
+    "settings": "--set",
+}
+"""Options of text runs, by the name of the argument of `Run.sample`."""
+
+
+def sample_run(
+    run: FieldsRun, arguments: Mapping[str, Any], prints_ids: bool
+) -> Iterable[Mapping[str, Any]]:
+    """Draw the samples that the options of `ddiff sample` ask for, and return the printed dicts.
+
+    Raises ArgumentError for an option of text runs, and for values that do not fit.
+    """
+    options = dict(arguments)
+    text = {option: options.pop(name, None) for name, option in OPTIONS_OF_TEXT.items()}
+    use = "Use --given NAME=VALUE, --only NAME or --target TARGET. Samplers are set in the recipe."
+    refuse_options(run, text, "a run of several fields", use)
+    images = options.pop("images", None)
+    options["given"] = read_given(run, options.pop("given", None) or ())
+    request = FieldsRequest(**options)
+    place = None
+    if images is not None:
+        choose_target(list(run.model.fields), request)
+        place = check_destination(images, "ddiff sample --images", suffix=".png", owned=is_grid)
+    drawn = draw_fields(run.recipe, run.model, run.data, request)
+    if place is not None:
+        _write_images(run, drawn, place)
+    samples = drawn.to_dicts()
+    return samples if prints_ids else [_drop_ids(sample) for sample in samples]
+
+
+def read_given(run: FieldsRun, options: Sequence[str]) -> dict[str, Any]:
+    """Return the values of the options --given NAME=VALUE, by the name of the field."""
+    texts: dict[str, list[str]] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or name not in run.values:
+            raise ArgumentError(
+                f"--given {option}: expected NAME=VALUE, where NAME is a field of this run "
+                f"({', '.join(run.values)})."
+            )
+        texts.setdefault(name, []).append(value)
+    found = {}
+    for name, values in texts.items():
+        found[name] = read_given_option(run.values[name], values)
+    return found
+
+
+def _write_images(run: FieldsRun, drawn: DrawnSamples, place: Destination) -> None:
+    """Write the pictures of samples to a PNG file."""
+    names = shown_fields(run.data.fields, drawn)
+    if not names:
+        raise ArgumentError(
+            f'ddiff sample --images: no field of the target "{drawn.target}" has pictures. Leave '
+            "the option out."
+        )
+    path = place.name if place.local is None else place.local
+    write_pictures(path, run.data.fields, drawn, names[0])
+
+
+def _drop_ids(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample without token ids."""
+    fields = {}
+    for name, value in sample["fields"].items():
+        fields[name] = {key: entry for key, entry in value.items() if key != "ids"}
+    return {**sample, "fields": fields}

@@ -1,0 +1,103 @@
+"""Content of `evaluation.json` of a run of several fields, and the command `ddiff eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ddiff.run_dir.destination import Destination, write_text
+from ddiff.run_dir.files import EVALUATION, read_json
+from ddiff.run_dir.location import check_writable
+from ddiff.runs.fields.provenance import find_changed_data
+from ddiff.runs.fields.run import FieldsRun
+from ddiff.runs.fields.summary import print_bounds
+from ddiff.runs.provenance import changed_data_error
+from ddiff.runs.record import write_run_file
+
+Report = Mapping[str, Any]
+"""Content of evaluation.json."""
+
+
+def evaluate_once(run: FieldsRun) -> Report:
+    """Evaluate a run and write evaluation.json.
+
+    If evaluation.json already contains the evaluation of the same step with the same settings, the
+    evaluation is not repeated, and the file is read.
+    """
+    path = run.run_dir / EVALUATION
+    saved = read_json(path)
+    if saved and saved.items() >= describe_settings(run).items():
+        return saved
+    report = make_report(run)
+    write_run_file(path, _to_json(report))
+    return report
+
+
+def make_report(run: FieldsRun, changed_data: bool = False) -> dict[str, Any]:
+    """Evaluate a run on its validation samples and return the full content of evaluation.json.
+
+    `changed_data`: whether the data may differ from the data of training.
+    """
+    found = run.evaluate(changed_data=changed_data)
+    targets = {name: bounds.to_dict() for name, bounds in found.items()}
+    units = {}
+    for name, values in run.values.items():
+        units[name] = "number" if values.vocabulary is None else "token"
+    return {**describe_settings(run), "units": units, "targets": targets}
+
+
+def describe_settings(run: FieldsRun) -> dict[str, Any]:
+    """Return everything that determines an evaluation: weights, settings and data."""
+    keys = run.recipe.evaluate
+    return {
+        "step": run.step,
+        "weights": "ema" if run.uses_ema else "trained",
+        "protocol": {
+            "targets": list(keys.targets),
+            "path": run.recipe.evaluate_path.to_dict(),
+            "controls": keys.controls,
+            "samples": keys.samples,
+            "draws": keys.draws,
+            "seed": keys.seed,
+            "data": run.data.documents.validation.fingerprint,
+        },
+    }
+
+
+def reevaluate(run: FieldsRun, target: Destination | None) -> Report:
+    """Evaluate a loaded run again, write the results and print them.
+
+    The results replace the content of evaluation.json, or are written to `target`. Raises
+    CheckpointError if the data differ from the data of training and `target` is None.
+    """
+    if target is None:
+        check_writable(run.run_dir)  # before an evaluation that may take hours
+    changed = find_changed_data(run)
+    if changed and target is None:
+        raise changed_data_error(run.run_dir, changed)
+    report = make_report(run, changed_data=bool(changed))
+    if changed:
+        differences = [str(difference) for difference in changed]
+        print(
+            f"These results are for other data than the data of training of {run.run_dir} "
+            f"({'; '.join(differences)}). Do not compare these results with evaluation.json.",
+            file=sys.stderr,
+        )
+        report["changed_data"] = differences
+    place = run.run_dir / EVALUATION
+    if target is None:
+        write_run_file(place, _to_json(report))
+    else:
+        write_text(target, _to_json(report))
+    if run.recipe.train.ema:
+        moving = "The exponential moving average of the weights:"
+        print(moving if run.uses_ema else "The weights as they were trained:")
+    print_bounds(report)
+    print(f"Written to {place if target is None else target.name}")
+    return report
+
+
+def _to_json(report: Report) -> str:
+    return json.dumps(report, indent=2) + "\n"

@@ -1,0 +1,173 @@
+"""Print the results of a run of several fields: bounds, controls, findings and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ddiff.errors import shorten
+from ddiff.training.settings import TrainingSummary
+
+if TYPE_CHECKING:
+    from ddiff.runs.fields.run import FieldsRun
+
+SHOWN = 3  # samples of each target
+LONGEST_VALUE = 72  # characters of a shown value
+
+
+def print_summary(
+    run: FieldsRun,
+    summary: TrainingSummary,
+    report: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    judged: Mapping[str, Any],
+    written: Sequence[str],
+) -> None:
+    """Print the results of a run: metrics, samples, paths and suggested commands.
+
+    Args:
+        run: the trained run.
+        summary: summary of the training.
+        report: content of evaluation.json.
+        samples: lines of samples.jsonl.
+        judged: content of judged.json; empty without a judge.
+        written: names of the written files.
+    """
+    console = make_console()
+    parameters = sum(parameter.numel() for parameter in run.denoiser.parameters())
+    title = f"fields {', '.join(run.model.fields)}"
+    if run.uses_ema:
+        title += ", the exponential moving average of the weights"
+    console.print(f"\n[bold]{run.run_dir}[/]  {title}")
+    trained = "trained before"
+    if summary.tokens:
+        speed = summary.tokens / summary.seconds
+        trained = (
+            f"this time {summary.tokens:,.0f} tokens and numbers in {summary.seconds:.0f} s "
+            f"({speed:,.0f} per second)"
+        )
+    if summary.skipped_steps:
+        trained += f", {summary.skipped_steps} steps skipped (not finite)"
+    console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
+    print_bounds(report, console)
+    print_findings(judged, console)
+    print_samples(samples, console)
+    console.print(f"\nWritten to {run.run_dir}: {', '.join(written)}")
+    name = next(iter(run.model.fields))
+    console.print(
+        f"Next: `ddiff sample {run.run_dir} --count 4`, `ddiff sample {run.run_dir} --target "
+        f'"{name}"`, `ddiff eval {run.run_dir}`, or the same command with --set train.steps=N to '
+        "train longer"
+    )
+
+
+def make_console() -> Console:
+    """Return a console for results. Lines that are longer than the terminal are not cut."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the bounds of all targets with their parts by field, controls and exact limits."""
+    console = console or make_console()
+    table = Table("validation", "nats", "", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, bounds in report["targets"].items():
+        sizes = f"{bounds['samples']:,} samples"
+        table.add_row(
+            Text(name, "bold"), *_cells(bounds, "nats_per_sample"), f"per sample, {sizes}"
+        )
+        for field, figures in bounds["fields"].items():
+            unit = report["units"][field]
+            table.add_row(f"  {field}", *_cells(figures, "nats_per_item"), f"per {unit}")
+            for term, value in figures["terms"].items():
+                table.add_row(f"    {term}", f"{value:.4f}", "", "")
+        for control, found in bounds["controls"].items():
+            note = CONTROLS[control]
+            if found["excess_interval"] is not None:
+                low, high = found["excess_interval"]
+                note += f", larger by {found['excess_nats_per_sample']:.4f}"
+                note += f" [{low:.4f}, {high:.4f}]"
+            table.add_row(f"  {control}", *_cells(found, "nats_per_sample"), note)
+        for control in bounds["untrained_controls"]:
+            table.add_row(f"  {control}", "", "", "not computed: the training does not cover it")
+        entropy = bounds["entropy_nats_per_sample"]
+        if entropy is not None:
+            note = "of the source: a lower limit for every model"
+            table.add_row("  entropy", f"{entropy:.4f}", "", note)
+    console.print(table)
+    for name, bounds in report["targets"].items():
+        if bounds["is_below_entropy"]:
+            console.print(
+                f'WARNING: the bound of "{name}" is below the entropy of the source, which no '
+                "model can reach. The bound or the entropy is wrong: do not use this result."
+            )
+        if bounds["own_vectors"]:
+            console.print(
+                f'"{name}" is not a likelihood of the text: {", ".join(bounds["own_vectors"])} is '
+                "computed from the drawn text itself."
+            )
+
+
+CONTROLS = {
+    "shuffled": "given fields of another sample",
+    "noise": "given fields at their prior",
+}
+
+
+def _cells(figures: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """Return the cells of a mean and its 95 % interval."""
+    mean = f"{figures[key]:.4f}"
+    if figures["interval"] is None:
+        return mean, ""
+    low, high = figures["interval"]
+    return mean, f"[{low:.4f}, {high:.4f}]"
+
+
+def print_findings(judged: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the findings of the judge by target, with intervals and the value by chance."""
+    console = console or make_console()
+    if not judged:
+        return
+    table = Table("samples", "value", "95 % interval", "count", "chance", box=None, pad_edge=False)
+    for name, findings in judged["targets"].items():
+        table.add_row(Text(name, "bold"), "", "", "", "")
+        for finding in findings:
+            interval = ""
+            if finding["interval"] is not None:
+                low, high = finding["interval"]
+                interval = f"[{low:.3f}, {high:.3f}]"
+            chance = "" if finding["chance"] is None else f"{finding['chance']:.3f}"
+            row = (f"{finding['value']:.3f}", interval, str(finding["count"]), chance)
+            table.add_row(f"  {finding['name']}", *row)
+    console.print()
+    console.print(table)
+
+
+def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the first samples of every target."""
+    shown: dict[str, int] = {}
+    for sample in samples:
+        name = sample["target"]
+        shown[name] = shown.get(name, 0) + 1
+        if shown[name] > SHOWN:
+            continue
+        if shown[name] == 1:
+            console.print(Text(f"\nsamples of {name}", "bold"))
+        parts = []
+        for field, value in sample["fields"].items():
+            mark = " (given)" if field in sample["given"] else ""
+            parts.append(f"{field}{mark}: {format_value(value)}")
+        console.print(Text(f"  {'; '.join(parts)}"))
+
+
+def format_value(value: Any) -> str:
+    """Return a plain value of a field as one line."""
+    if isinstance(value, Mapping) and "text" in value:
+        return shorten(repr(value["text"]), LONGEST_VALUE)
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()))
+    return shorten(str(value), LONGEST_VALUE)
