@@ -404,6 +404,20 @@ def test_vectors_of_a_text_field_are_computed_and_marked(tmp_path: Path, cache: 
     assert [file.stat().st_mtime_ns for file in files] == times
 
 
+def test_damaged_or_unfinished_vectors_are_computed_again(tmp_path: Path, cache: Path) -> None:
+    first = computed(tmp_path)
+    batch = first.fields["latent"].encode([0, 1], TRAIN)
+    (folder,) = (cache / "encoded_fields").iterdir()
+    for name in ("train_00000.safetensors", "manifest.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-8])
+        again = computed(tmp_path).fields["latent"].encode([0, 1], TRAIN)
+        assert torch.equal(again.values, batch.values)
+        (folder / name).unlink()
+        again = computed(tmp_path).fields["latent"].encode([0, 1], TRAIN)
+        assert torch.equal(again.values, batch.values)
+
+
 def test_run_with_computed_vectors_is_loaded_without_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.columns import FieldsDocuments, VectorColumn
 from ddiff.data.documents import Documents, documents_from_texts, fingerprint_texts
-from ddiff.data.encoded_vectors import MANIFEST, EncodedVectors, EncodingSettings, VectorPart
+from ddiff.data.encoded_vectors import EncodedVectors, EncodingSettings, VectorPart
 from ddiff.data.encoding import EncodingJob, get_positions
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
-from ddiff.errors import RecipeError
+from ddiff.errors import DataError, RecipeError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.encode import SHARD_SIZE, build_encoder, resolve_encoder_device
 from ddiff.runs.fields.values import TextValues
@@ -69,10 +70,18 @@ def encode_texts(
         positions=get_positions(encoder),
     )
     folder = cache.root / "encoded_fields" / settings.fingerprint
-    if not (folder / MANIFEST).is_file():
-        EncodingJob(folder, texts, encoder, settings, label=spec.table).run()
+    job = EncodingJob(folder, texts, encoder, settings, label=spec.table)
+    try:
+        return _open_vectors(folder, settings)
+    except DataError:
+        # The folder is missing, unfinished or damaged. The job encodes what is missing.
+        job.run()
+    return _open_vectors(folder, settings)
+
+
+def _open_vectors(folder: Path, settings: EncodingSettings) -> EncodedVectors:
     return EncodedVectors.open(
-        folder, dim=encoder.dim, encoder=encoder.fingerprint, data=settings.data
+        folder, dim=settings.dim, encoder=settings.encoder, data=settings.data
     )
 
 
