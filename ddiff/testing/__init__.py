@@ -22,6 +22,7 @@ from ddiff.testing.report import Law, LawReport, assert_laws
 from ddiff.testing.sampler import check_sampler
 from ddiff.testing.schedule import check_schedule
 from ddiff.testing.time_rule import check_time_rule
+from ddiff.testing.vector_sampler import check_vector_sampler
 from ddiff.testing.vocabulary import check_vocabulary
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "check_sampler",
     "check_schedule",
     "check_time_rule",
+    "check_vector_sampler",
     "check_vocabulary",
 ]

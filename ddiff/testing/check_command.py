@@ -34,6 +34,7 @@ from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.report import LawReport
 from ddiff.testing.sampler import check_sampler, find_accepted_processes
 from ddiff.testing.time_rule import check_time_rule
+from ddiff.testing.vector_sampler import check_vector_sampler, find_accepted_vector_processes
 
 WIDTH = 6  # of the hidden states of checked heads
 LENGTH = 6  # of checked sequences
@@ -340,7 +341,7 @@ def _make_samplers(
     spec: ComponentSpec,
     configured: bool,
 ) -> list[Instance]:
-    """Make one sampler for each process of `small_processes` that the sampler supports.
+    """Make one sampler for each small process that the sampler supports, of tokens or of vectors.
 
     `spec` is the component with its settings. `configured` is not used.
     """
@@ -348,22 +349,24 @@ def _make_samplers(
     def build(vocabulary: Vocabulary, steps: int) -> Any:
         return spec.build(steps=steps, vocabulary=vocabulary)
 
-    cases, rejected = find_accepted_processes(build)
-    if not cases:
+    def build_vectors(steps: int) -> Any:
+        return spec.build(steps=steps, vocabulary=None)
+
+    checks: dict[str, Callable[[], list[LawReport]]] = {}
+    if "tokens" in spec.members.states:
+        cases, rejected = find_accepted_processes(build)
+        for name, case in cases.items():
+            checks[name] = partial(check_sampler, case.build, case.process, case.predicts)
+    else:
+        of_vectors, rejected = find_accepted_vector_processes(build_vectors)
+        for name, one in of_vectors.items():
+            checks[name] = partial(check_vector_sampler, one.build, one.process)
+    if not checks:
         raise ArgumentError(
             f"ddiff check: the {component} rejects every small process with these settings, so "
             f"nothing can be checked. The last error was: {rejected[-1]}"
         )
-    instances = []
-    for name, case in cases.items():
-        check = partial(
-            check_sampler,
-            case.build,
-            case.process,
-            case.predicts,
-        )
-        instances.append(Instance(f"{component.name} on {name}", check))
-    return instances
+    return [Instance(f"{component.name} on {name}", check) for name, check in checks.items()]
 
 
 MAKERS: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = {

@@ -146,7 +146,6 @@ class ExactQuery:
 # ------------------------------------------------------------------ random numbers
 
 
-@final
 class FastRng(CounterRng):
     """Random generator that draws the uniforms of all samples from one `torch.Generator`.
 
