@@ -186,13 +186,13 @@ def _make_processes(
 
     Without settings, the instances are the examples of the class. If settings are given
     (`configured`), or if there are no examples, the process is built from `spec`: for vectors of
-    the widths in `VECTOR_WIDTHS` if its `build` has a parameter `width`, else on each of the
+    the widths in `VECTOR_WIDTHS` if it declares that it serves vectors, else on each of the
     vocabularies that `_example_vocabularies` returns.
     """
     processes = _load_examples(component)
     settings = _format_example_settings(component, processes)
     if configured or not processes:
-        if spec.takes_input("width"):
+        if "vectors" in spec.members.states:
             processes = [spec.build(vocabulary=None, width=width) for width in VECTOR_WIDTHS]
         else:
             vocabularies = _example_vocabularies(component, processes)

@@ -64,6 +64,8 @@ class Uneven(Swap):
     example_settings = ({}, {})
 
 class Fog:
+    states = frozenset({"vectors"})
+
     class Config(ComponentConfig):
         largest: PositiveFloat = 9.0
 
