@@ -230,6 +230,7 @@ from .core.normalizer import IdentityNormalizer as IdentityNormalizer
 from .core.normalizer import MeanStdNormalizer as MeanStdNormalizer
 from .core.normalizer import Normalizer as Normalizer
 from .core.normalizer import PcaNormalizer as PcaNormalizer
+from .core.paths import HeldAt as HeldAt
 from .core.paths import Hold as Hold
 from .core.paths import Leg as Leg
 from .core.paths import LegPath as LegPath
@@ -259,7 +260,9 @@ from .data.pictures import Picture as Picture
 from .data.pictures import grey_palette as grey_palette
 from .data.pictures import write_grid as write_grid
 from .evaluation.fields import JointEvaluation as JointEvaluation
+from .evaluation.fields import RateDistortion as RateDistortion
 from .evaluation.fields import evaluate_fields as evaluate_fields
+from .evaluation.fields import evaluate_rate_distortion as evaluate_rate_distortion
 from .evaluation.judges import DrawnField as DrawnField
 from .evaluation.judges import DrawnFields as DrawnFields
 from .evaluation.judges import Finding as Finding

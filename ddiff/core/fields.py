@@ -11,7 +11,7 @@ With exact predictions the sum is -ln p(x) on every path.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ddiff.core.elbo import (
     diffusion_term,
 )
 from ddiff.core.field import Fields, JointTimes, rng_of_field
-from ddiff.core.paths import Path
+from ddiff.core.paths import HeldAt, Leg, Path
 from ddiff.core.process import Query
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Noisy
@@ -117,47 +117,78 @@ def joint_nelbo(
     scored = dict(scored)
     for name, missing in absent.items():
         scored[name] = scored[name] & ~missing.unsqueeze(-1)
-    moving = [name for name, leg in path.legs.items() if not isinstance(leg, str)]
+    data = _JointData(fields, x0, scored, absent, path, rng)
     terms = {name: _no_terms(scored[name]) for name in fields}
     for times in path.draws(fields, rng, slot, slots):
-        state = mark_absent(corrupt_fields(fields, x0, times, scored, rng, "diffusion"), absent)
-        queries = network(state)
-        for name in moving:
-            if not bool((times[name].speed > 0).any()):
-                continue
-            diffusion = diffusion_term(
-                fields[name].process,
-                _constant(queries[name]),
-                x0[name],
-                state[name],
-                times[name].speed,
-            )
-            found = terms[name]
-            terms[name] = found._replace(diffusion=found.diffusion + diffusion, noisy=state[name])
-    for name in moving:
-        field = fields[name]
-        own = rng_of_field(rng, fields, name)
-        first, last = path.ends(fields, name, rng, slot, slots)
-        at_first = corrupt_fields(fields, x0, first, scored, rng, "decoding")
-        at_last = corrupt_fields(fields, x0, last, scored, rng, "closing")
-        decoding = decoding_term(
-            field.process,
-            hold(network, mark_absent(at_first, absent), name),
-            x0[name],
-            first[name],
-            scored[name],
-            own,
-        )
-        closing = closing_term(
-            field.process,
-            hold(network, mark_absent(at_last, absent), name),
-            x0[name],
-            last[name],
-            scored[name],
-            own,
-        )
-        terms[name] = terms[name]._replace(decoding=decoding, closing=closing)
+        _add_diffusion_terms(terms, data, network, times)
+    for name, leg in path.legs.items():
+        if isinstance(leg, Leg):
+            ends = path.ends(fields, name, rng, slot, slots)
+            decoding, closing = _end_terms(data, network, name, *ends)
+            terms[name] = terms[name]._replace(decoding=decoding, closing=closing)
     return terms
+
+
+class _JointData(NamedTuple):
+    """Samples whose bound is estimated, and the path; see `joint_nelbo`."""
+
+    fields: Fields
+    x0: Mapping[str, Tensor]
+    scored: Mapping[str, Tensor]
+    absent: Mapping[str, Tensor]
+    path: Path
+    rng: CounterRng
+
+    def corrupt(self, times: JointTimes, channel: str) -> JointNoisy:
+        """Draw the states of all fields; a field that is held noisy has one state in all terms."""
+        noisy = corrupt_fields(self.fields, self.x0, times, self.scored, self.rng, channel)
+        for name, leg in self.path.legs.items():
+            if isinstance(leg, HeldAt):
+                process = self.fields[name].process
+                own = rng_of_field(self.rng, self.fields, name)
+                noisy[name] = corrupt(
+                    process, self.x0[name], times[name], self.scored[name], own, "held"
+                )
+        return mark_absent(noisy, self.absent)
+
+
+def _add_diffusion_terms(
+    terms: dict[str, NelboTerms], data: _JointData, network: JointNetwork, times: JointTimes
+) -> None:
+    """Add the diffusion terms of one draw of times to those of the fields that move there."""
+    state = data.corrupt(times, "diffusion")
+    queries = network(state)
+    for name, field in data.fields.items():
+        if not bool((times[name].speed > 0).any()):
+            continue
+        diffusion = diffusion_term(
+            field.process,
+            _constant(queries[name]),
+            data.x0[name],
+            state[name],
+            times[name].speed,
+        )
+        found = terms[name]
+        terms[name] = found._replace(diffusion=found.diffusion + diffusion, noisy=state[name])
+
+
+def _end_terms(
+    data: _JointData,
+    network: JointNetwork,
+    name: str,
+    first: JointTimes,
+    last: JointTimes,
+) -> tuple[Tensor, Tensor]:
+    """Return the decoding term and the closing term [B,n] of one field."""
+    process = data.fields[name].process
+    x0 = data.x0[name]
+    scored = data.scored[name]
+    rng = rng_of_field(data.rng, data.fields, name)
+    at_first = hold(network, data.corrupt(first, "decoding"), name)
+    at_last = hold(network, data.corrupt(last, "closing"), name)
+    decoding = decoding_term(process, at_first, x0, first[name], scored, rng)
+    closing = closing_term(process, at_last, x0, last[name], scored, rng)
+    return decoding, closing
 
 
 def _constant(query: Query) -> Network:

@@ -19,11 +19,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ddiff.core.paths import Hold, Leg, LegPath, Path
+from ddiff.core.paths import HeldAt, Hold, Leg, LegPath, Path
 from ddiff.core.training_paths import CyclePaths, IndependentTimes, MixedPaths, TrainingPath
 from ddiff.errors import ArgumentError
 
-State = Hold | Literal["moves"]
+State = Hold | HeldAt | Literal["moves"]
 """State of a field: it moves, or is held."""
 
 Situation = Mapping[str, State]
@@ -142,6 +142,9 @@ def describe_situation(situation: Situation) -> str:
         held = [name for name, state in situation.items() if state == hold]
         if held:
             parts.append(f"{_join(held)} {'is' if len(held) == 1 else 'are'} {WORDS[hold]}")
+    for name, state in situation.items():
+        if isinstance(state, HeldAt):
+            parts.append(f"{name} is held at t = {state.time:g}")
     return ", ".join(parts)
 
 
@@ -166,7 +169,7 @@ def _all_situations(path: TrainingPath) -> list[Situation]:
     return [segment.situation for segment in segments(path)]
 
 
-def _state(leg: Leg | Hold, start: float, stop: float) -> State:
+def _state(leg: Leg | Hold | HeldAt, start: float, stop: float) -> State:
     """Return the state of a field between two neighbouring ends of legs."""
     if not isinstance(leg, Leg):
         return leg
@@ -228,6 +231,11 @@ def _untrained_error(segment: Segment, trained: TrainingPath, subject: str) -> A
         f"{subject} needs predictions for which the network was not trained. It needs them where "
         f"{describe_situation(situation)}"
     )
+    is_noisy = any(isinstance(state, HeldAt) for state in situation.values())
+    if is_noisy:
+        return ArgumentError(
+            f'{start}. Trained: {listed}. Train it with [objective] times = "independent".'
+        )
     if situation in known:
         return ArgumentError(
             f"{start}, at other progress of these fields than in training. Use the kind of path, "

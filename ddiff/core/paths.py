@@ -40,6 +40,15 @@ Side = Literal["before", "at", "after"]
 SMALLEST_SHARE = 2.0**-53
 
 
+class HeldAt(NamedTuple):
+    """Hold of a field at a time of its process: its states are noisy, and the time is known.
+
+    0 <= time <= 1. For evaluation and training; samplers draw no such states.
+    """
+
+    time: float
+
+
 class Leg(NamedTuple):
     """Interval of tau in which a field moves from its clean end to its noisy end."""
 
@@ -51,7 +60,7 @@ class Path(Protocol):
     """Path of the fields of a sample. Every path has a bound."""
 
     @property
-    def legs(self) -> Mapping[str, Leg | Hold]:
+    def legs(self) -> Mapping[str, Leg | Hold | HeldAt]:
         """Leg or hold of every field, by name."""
 
     @property
@@ -94,7 +103,7 @@ class LegPath:
     """
 
     def __init__(
-        self, legs: Mapping[str, Leg | Hold], power: Mapping[str, float] | None = None
+        self, legs: Mapping[str, Leg | Hold | HeldAt], power: Mapping[str, float] | None = None
     ) -> None:
         self._legs = dict(legs)
         self._power = dict(power or {})
@@ -103,7 +112,7 @@ class LegPath:
         self._groups = _group_overlapping(self._moving)
 
     @property
-    def legs(self) -> Mapping[str, Leg | Hold]:
+    def legs(self) -> Mapping[str, Leg | Hold | HeldAt]:
         return self._legs
 
     @property
@@ -121,6 +130,8 @@ class LegPath:
         for name, leg in self._legs.items():
             if isinstance(leg, Leg):
                 parts.append(f"{name} {leg.start:g}..{leg.stop:g}")
+            elif isinstance(leg, HeldAt):
+                parts.append(f"{name} at t = {leg.time:g}")
             else:
                 parts.append(f"{name} {leg}")
         return f"LegPath({', '.join(parts)})"
@@ -318,12 +329,12 @@ def lagged_path(ahead: str, behind: str, lag: float = 0.25) -> LegPath:
     return LegPath({ahead: Leg(lag, 1.0), behind: Leg(0.0, 1.0 - lag)})
 
 
-def given_path(path: LegPath, given: Mapping[str, Hold]) -> LegPath:
+def given_path(path: LegPath, given: Mapping[str, Hold | HeldAt]) -> LegPath:
     """Return `path` with some fields held.
 
     Intervals of tau in which no other field moves are cut out, and the rest is stretched to [0,1].
     """
-    legs: dict[str, Leg | Hold] = {**path.legs, **given}
+    legs: dict[str, Leg | Hold | HeldAt] = {**path.legs, **given}
     moving = [leg for leg in legs.values() if isinstance(leg, Leg)]
     points = sorted({end for leg in moving for end in leg})
     place = {}
@@ -351,18 +362,20 @@ def _density(fields: Fields, name: str) -> ProgressDensity:
     return LeastVariance(field.rule.tokens or field.positions)
 
 
-def _hold_times(hold: Hold, like: Tensor, positions: int) -> Times:
+def _hold_times(hold: Hold | HeldAt, like: Tensor, positions: int) -> Times:
     """Return the times of a field of n positions that does not move; `like` is [B]."""
     shape = (len(like), positions)
     zeros = torch.zeros(shape, dtype=torch.float64, device=like.device)
     nothing = torch.zeros(shape, dtype=torch.bool, device=like.device)
+    if isinstance(hold, HeldAt):
+        return Times(zeros + hold.time, zeros, nothing)
     if hold == "clean":
         return Times(zeros, zeros, ~nothing)
     absent = torch.ones_like(nothing[:, 0]) if hold == "absent" else None
     return Times(torch.ones_like(zeros), zeros, nothing, ~nothing, absent=absent)
 
 
-def _check_legs(legs: Mapping[str, Leg | Hold], power: Mapping[str, float]) -> None:
+def _check_legs(legs: Mapping[str, Leg | Hold | HeldAt], power: Mapping[str, float]) -> None:
     moving = [leg for leg in legs.values() if isinstance(leg, Leg)]
     for name, leg in legs.items():
         if isinstance(leg, Leg):
@@ -370,6 +383,11 @@ def _check_legs(legs: Mapping[str, Leg | Hold], power: Mapping[str, float]) -> N
                 raise ArgumentError(
                     f'LegPath: the leg of "{name}" must satisfy 0 <= start < stop <= 1; got '
                     f"[{leg.start}, {leg.stop}]."
+                )
+        elif isinstance(leg, HeldAt):
+            if not 0.0 <= leg.time <= 1.0:
+                raise ArgumentError(
+                    f'LegPath: "{name}" must be held at a time in [0, 1]; got {leg.time}.'
                 )
         elif leg not in get_args(Hold):
             raise ArgumentError(

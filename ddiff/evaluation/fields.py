@@ -18,7 +18,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.core.elbo import Likelihood
-from ddiff.core.paths import Path
+from ddiff.core.field import Field
+from ddiff.core.path_coverage import require_trained
+from ddiff.core.paths import Leg, Path
+from ddiff.core.rate_distortion import rate_distortion_paths
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, require_path
 from ddiff.errors import ArgumentError, NonFiniteError
@@ -127,11 +130,7 @@ def evaluate_fields(
     NonFiniteError if the bound is not finite.
     """
     path = require_path(path, "evaluate_fields")
-    if samples < 1 or draws < 1:
-        raise ArgumentError(
-            "evaluate_fields needs at least one sample and one draw; got "
-            f"{samples} samples, {draws} draws."
-        )
+    _check_numbers("evaluate_fields", samples, draws)
     scores = _Scores(samples, draws)
     with show_progress(samples * draws, "evaluating", console=console) as bar:
         for draw in range(draws):
@@ -144,11 +143,177 @@ def evaluate_fields(
                 likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)
                 scores.add(numbers, draw, likelihood, found, volumes or {})
                 bar.advance(len(numbers))
-    return scores.result(str(path), [name for name, leg in path.legs.items() if _moves(leg)])
+    moving = [name for name, leg in path.legs.items() if isinstance(leg, Leg)]
+    return scores.result(str(path), moving)
 
 
-def _moves(leg: Any) -> bool:
-    return not isinstance(leg, str)
+class RatedFields(ScoredFields, Protocol):
+    """Interface that `evaluate_rate_distortion` requires of an objective."""
+
+    fields: Mapping[str, Field]
+    path: TrainingPath
+    """Path or rule of training."""
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """Bound of a text through a latent vector that is computed from the text.
+
+    All intervals have 95 %, for samples from the same source; None for one sample.
+
+    Attributes:
+        nats_per_sample: rate plus distortion, an upper bound of the mean of -ln p(text).
+        interval: interval of `nats_per_sample`.
+        monte_carlo_interval: interval for exactly these samples, which includes only the error of
+            random times and noise; None for one draw.
+        nats_per_token: the same bound per token of the text.
+        token_interval: interval of `nats_per_token`.
+        rate: nats per sample of the latent.
+        rate_interval: interval of `rate`.
+        distortion: nats per sample of the text, given the noisy latent; not a likelihood.
+        distortion_interval: interval of `distortion`.
+        deviation: deviation s of the noise of the latent, in normalized units.
+        time: time of the process with this noise.
+        samples: number of samples.
+        tokens: number of tokens of the text.
+    """
+
+    nats_per_sample: float
+    interval: Interval | None
+    monte_carlo_interval: Interval | None
+    nats_per_token: float
+    token_interval: Interval | None
+    rate: float
+    rate_interval: Interval | None
+    distortion: float
+    distortion_interval: Interval | None
+    deviation: float
+    time: float
+    samples: int
+    tokens: int
+
+
+def evaluate_rate_distortion(
+    objective: RatedFields,
+    batch_of: Callable[[NDArray[np.int64]], Any],
+    samples: int,
+    text: str,
+    latent: str,
+    deviation: float,
+    *,
+    draws: int = 16,
+    batch: int = 64,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> RateDistortion:
+    """Estimate rate plus distortion, a bound of -ln p(text) through the latent of the text.
+
+    The text given its own clean latent has no such bound, since the latent is computed from the
+    text. See `ddiff.core.rate_distortion` for the formula.
+
+    Args:
+        objective: computes the nats of a batch.
+        batch_of: function that returns the batch with given sample numbers.
+        samples: number of samples. Every sample has both fields.
+        text: name of the field that is scored.
+        latent: name of the field of vectors that is computed from the text.
+        deviation: deviation s of the noise of the latent, in normalized units. Every s gives a
+            valid bound.
+        draws: number of independent draws of times and noise per sample.
+        batch: number of samples per batch.
+        seed: seed of times and noise.
+        device: device of the batches.
+
+    Raises ArgumentError if training did not train these states, for example the text with a noisy
+    latent, and NonFiniteError if the bound is not finite.
+    """
+    caller = "evaluate_rate_distortion"
+    _check_numbers(caller, samples, draws)
+    paths = rate_distortion_paths(objective.fields, text, latent, deviation)
+    require_trained(paths.rate, objective.path, f"{caller}, rate")
+    require_trained(paths.distortion, objective.path, f"{caller}, distortion")
+    rate = np.zeros((samples, draws))
+    distortion = np.zeros((samples, draws))
+    tokens = np.zeros(samples)
+
+    def score(found: Any, purpose: str, draw: int, path: Path, name: str) -> Mapping[str, Any]:
+        index = found.index.to(device)
+        rng = CounterRng(seed, draw, index, 1, purpose, index)
+        likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)
+        terms = likelihood[name].terms.items()
+        return {term: values.sum(-1).cpu().numpy() for term, values in terms}
+
+    with show_progress(samples * draws, "evaluating") as bar:
+        for start in range(0, samples, batch):
+            numbers = np.arange(start, min(start + batch, samples))
+            found = batch_of(numbers)
+            _require_both(found, text, latent, caller)
+            tokens[numbers] = found.fields[text].scored.sum(-1).cpu().numpy()
+            for draw in range(draws):
+                terms = score(found, "rate", draw, paths.rate, latent)
+                # The decoding term belongs to the clean latent, which is not part of the bound.
+                rate[numbers, draw] = terms["diffusion"] + terms["closing"]
+                terms = score(found, "distortion", draw, paths.distortion, text)
+                distortion[numbers, draw] = sum(terms.values())
+                bar.advance(len(numbers))
+    return _summarize(rate, distortion, tokens, deviation, paths.time)
+
+
+def _summarize(
+    rate: NDArray[np.float64],
+    distortion: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+    deviation: float,
+    time: float,
+) -> RateDistortion:
+    """Return means and intervals of the nats [samples,draws] of both parts."""
+    ones = np.ones(len(tokens))
+    both = RatioEstimate.of(rate + distortion, ones)
+    _check_finite(both.mean, "evaluate_rate_distortion: the bound")
+    per_token = RatioEstimate.of(rate + distortion, tokens)
+    of_rate = RatioEstimate.of(rate, ones)
+    of_distortion = RatioEstimate.of(distortion, ones)
+    return RateDistortion(
+        nats_per_sample=both.mean,
+        interval=_interval(both.mean, both.total),
+        monte_carlo_interval=_interval(both.mean, both.monte_carlo),
+        nats_per_token=per_token.mean,
+        token_interval=_interval(per_token.mean, per_token.total),
+        rate=of_rate.mean,
+        rate_interval=_interval(of_rate.mean, of_rate.total),
+        distortion=of_distortion.mean,
+        distortion_interval=_interval(of_distortion.mean, of_distortion.total),
+        deviation=deviation,
+        time=time,
+        samples=len(tokens),
+        tokens=round(float(tokens.sum())),
+    )
+
+
+def _check_numbers(caller: str, samples: int, draws: int) -> None:
+    if samples < 1 or draws < 1:
+        raise ArgumentError(
+            f"{caller} needs at least one sample and one draw; got {samples} samples, {draws} "
+            "draws."
+        )
+
+
+def _check_finite(mean: float, subject: str) -> None:
+    if not np.isfinite(mean):
+        raise NonFiniteError(
+            f"{subject} is {mean} nats per sample. The weights have probably diverged: go back to "
+            "an earlier checkpoint."
+        )
+
+
+def _require_both(batch: Any, text: str, latent: str, caller: str) -> None:
+    """Raise ArgumentError if a sample lacks the text or the latent."""
+    for name in (text, latent):
+        if bool(batch.fields[name].absent.any()):
+            raise ArgumentError(
+                f'{caller}: every sample must have the field "{name}"; some samples lack it. Give '
+                "the numbers of samples that have both fields."
+            )
 
 
 class _Scores:
@@ -191,11 +356,7 @@ class _Scores:
         """Return means and intervals of the fields that a path moves."""
         totals = {name: sum(self.nats[name].values()) for name in moving}
         joint = RatioEstimate.of(np.asarray(sum(totals.values())), np.ones(self.samples))
-        if not np.isfinite(joint.mean):
-            raise NonFiniteError(
-                f"evaluate_fields: the bound along {path} is {joint.mean} nats per sample. The "
-                "weights have probably diverged: go back to an earlier checkpoint."
-            )
+        _check_finite(joint.mean, f"evaluate_fields: the bound along {path}")
         fields = {}
         for name in moving:
             items = self.items[name]

@@ -30,7 +30,7 @@ from ddiff.core.elbo import Network
 from ddiff.core.field import Field, Fields, rng_of_field
 from ddiff.core.fields import JointNetwork, JointNoisy
 from ddiff.core.network import Predicts
-from ddiff.core.paths import Hold, Leg, LegPath, given_path
+from ddiff.core.paths import HeldAt, Hold, Leg, LegPath, given_path
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
 from ddiff.sampling.grid import LoopGrid
@@ -142,6 +142,12 @@ class JointSampler:
                 f"{', '.join(fields)}."
             )
         legs = {**self.path.legs, **(given or {})}
+        for name, leg in legs.items():
+            if isinstance(leg, HeldAt):
+                raise ArgumentError(
+                    f'JointSampler: the path holds "{name}" at t = {leg.time:g}, which is for '
+                    'evaluation. In sampling, hold it "clean", "prior" or "absent".'
+                )
         moving = [name for name, leg in legs.items() if isinstance(leg, Leg)]
         if not moving:
             raise ArgumentError("JointSampler: all fields are given, so nothing is sampled.")

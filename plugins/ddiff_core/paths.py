@@ -16,7 +16,6 @@ from ddiff import (
     CyclePaths,
     Hold,
     IndependentTimes,
-    Leg,
     LegPath,
     MixedPaths,
     PositiveFloat,
@@ -258,7 +257,7 @@ def build_part(part: PartConfig, names: Sequence[str], label: str) -> LegPath | 
         error.args = (f"{label}: {error}",)
         raise
     # The legs of all fields, in the order of the recipe.
-    legs: dict[str, Leg | Hold] = {name: held.get(name) or moved.legs[name] for name in names}
+    legs = {name: held.get(name) or moved.legs[name] for name in names}
     return LegPath(legs, moved.power)
 
 

@@ -20,7 +20,7 @@ from ddiff.core.fields import JointNoisy, joint_nelbo, joint_network_from_functi
 from ddiff.core.gaussian import GaussianProcess, PredictedMean
 from ddiff.core.gaussian_schedule import CosineVP
 from ddiff.core.information import TimeChange
-from ddiff.core.paths import Path, shared_path
+from ddiff.core.paths import Leg, Path, shared_path
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes, Times
@@ -52,14 +52,22 @@ class LogSnrTimes:
     tokens = 1
     has_one_time = True
 
-    def __init__(self, process: GaussianProcess) -> None:
+    def __init__(self, process: GaussianProcess, start: float = 0.0, stop: float = 1.0) -> None:
         self.process = process
+        self.start = start
+        self.stop = stop
+
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> LogSnrTimes:
+        return LogSnrTimes(self.process, start, stop)
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
-        log_snr = LOG_SNR * (1.0 - 2.0 * tau)
+        last = self.process.smallest_log_snr
+        share = self.start + (self.stop - self.start) * tau
+        log_snr = LOG_SNR + (last - LOG_SNR) * share
         time = torch.atan(torch.exp(-log_snr / 2.0)) * (2.0 / math.pi)
         # d log SNR / d time = -2 pi / sin(pi time)
-        slope = LOG_SNR * torch.sin(math.pi * time) / math.pi
+        change = (LOG_SNR - last) * (self.stop - self.start)
+        slope = change * torch.sin(math.pi * time) / (2.0 * math.pi)
         span = self.process.schedule_time(torch.tensor([0.0, 1.0], dtype=torch.float64))
         width = float(span[1] - span[0])
         t = ((time - float(span[0])) / width).clamp(0.0, 1.0).unsqueeze(-1)
@@ -71,7 +79,9 @@ class LogSnrTimes:
     ) -> tuple[Times, Times]:
         ones = torch.ones(len(slot), length, dtype=torch.float64)
         nowhere = torch.zeros_like(ones, dtype=torch.bool)
-        return Times(0.0 * ones, ones, nowhere), Times(ones, ones, nowhere)
+        tau = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        first, last = self.at(clock, tau, length).t
+        return Times(first * ones, ones, nowhere), Times(last * ones, ones, nowhere)
 
 
 class EnumeratedTokens(TreeProcess):
@@ -97,8 +107,8 @@ class NodeRng(CounterRng):
         return self.numbers[self.name]
 
 
-def make_fields() -> Fields:
-    number = GaussianProcess(CosineVP(), 1, LOG_SNR, -LOG_SNR)
+def make_fields(smallest_log_snr: float = -LOG_SNR) -> Fields:
+    number = GaussianProcess(CosineVP(), 1, LOG_SNR, smallest_log_snr)
     tokens = EnumeratedTokens(VOCABULARY, LogTimeClock((1.0,)))
     return {
         "text": Field(tokens, FlatTimes(), 2),
@@ -221,18 +231,31 @@ def expected_terms_at_independent_times(panels: int = 24, nodes: int = 6) -> Ter
     return expected_terms(path, number, text_weight[i] * latent_weight[j], 24)
 
 
-def expected_terms(path: Path, tau: Tensor, tau_weight: Tensor, hermite: int) -> Terms:
-    """Return the expectation of every term at the values tau of a path, with given weights."""
-    fields = make_fields()
+def expected_terms(
+    path: Path,
+    tau: Tensor,
+    tau_weight: Tensor,
+    hermite: int,
+    fields: Fields | None = None,
+    spread: float = SPREAD,
+) -> Terms:
+    """Return the expectation of every term at the values tau of a path, with given weights.
+
+    The number of a sample has the deviation `spread` around its mean. The predictions are those for
+    the deviation `SPREAD`.
+    """
+    fields = fields or make_fields()
     h, hw = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(hermite))
     # Nodes beyond 7 deviations have no weight, and their uniforms would round to 1.
     h, hw = h[h.abs() < 7.0], hw[h.abs() < 7.0]
     hw = hw / hw.sum()
+    # A number without spread needs one node.
+    d, dw = (h, hw) if spread > 0 else (torch.zeros(1).double(), torch.ones(1).double())
     grid = torch.meshgrid(
         torch.arange(len(tau)),
         torch.arange(4),
         torch.arange(9),
-        torch.arange(len(h)),
+        torch.arange(len(d)),
         torch.arange(len(h)),
         indexing="ij",
     )
@@ -241,7 +264,7 @@ def expected_terms(path: Path, tau: Tensor, tau_weight: Tensor, hermite: int) ->
     bits = BITS[c]
     possible = ((states == MASK) | (states == bits)).all(-1)
     k, c, i, j, states, bits = (axis[possible] for axis in (k, c, i, j, states, bits))
-    number = MEAN[c] + SPREAD * h[i]
+    number = MEAN[c] + spread * d[i]
     x0 = {"text": bits, "latent": number.reshape(-1, 1, 1)}
     uniforms = {
         "text": (states.double() + 0.5) / 3.0,
@@ -255,11 +278,11 @@ def expected_terms(path: Path, tau: Tensor, tau_weight: Tensor, hermite: int) ->
         fields, exact_network(fields), x0, scored, node_path, NodeRng(uniforms), slot, 1
     )
     # Probability of the data and of the noise of the number.
-    base = PROBABILITY[c] * hw[i] * hw[j]
+    base = PROBABILITY[c] * dw[i] * hw[j]
     times = path.at(fields, tau[k])["text"]
     found = {}
     for name in terms:
-        if isinstance(path.legs[name], str):
+        if not isinstance(path.legs[name], Leg):
             found[name] = {"diffusion": 0.0, "decoding": 0.0, "closing": 0.0}
             continue
         first, last = path.ends(fields, name, NodeRng(uniforms), slot, 1)

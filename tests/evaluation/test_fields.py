@@ -25,7 +25,7 @@ from ddiff.core.training_paths import IndependentTimes, MixedPaths
 from ddiff.core.tree import TreeProcess
 from ddiff.data.fields_batch import FieldsBatch, token_field, vector_field
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.fields import evaluate_fields
+from ddiff.evaluation.fields import evaluate_fields, evaluate_rate_distortion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 from exact_fields import (
@@ -48,6 +48,9 @@ FIELDS = {
 
 class ExactObjective:
     """Bound with exact predictions; its expectation is -ln p(x) at every sample."""
+
+    fields = FIELDS
+    path = IndependentTimes(["text", "latent"])
 
     def nll(
         self, batch: FieldsBatch, rng: Any, slot: Tensor, slots: Any, path: Any
@@ -150,3 +153,54 @@ def test_evaluation_refuses_no_samples_and_no_draws() -> None:
         evaluate_fields(ExactObjective(), batch_of, 0, SHARED)
     with pytest.raises(ArgumentError, match="0 draws"):
         evaluate_fields(ExactObjective(), batch_of, 2, LegPath(SHARED.legs), draws=0)
+
+
+# ---------------------------------------------------------------------- rate plus distortion
+
+
+def batch_with_computed_latents(numbers: np.ndarray) -> FieldsBatch:
+    """Return texts whose latent is a function of the text, f(x) = MEAN[x]."""
+    chosen, _ = draw_samples()
+    latent = MEAN[chosen[numbers]].reshape(-1, 1, 1)
+    fields = {"text": token_field(BITS[chosen[numbers]]), "latent": vector_field(latent)}
+    return FieldsBatch(fields, torch.from_numpy(numbers))
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0])
+def test_rate_plus_distortion_covers_its_exact_value_above_the_truth(deviation: float) -> None:
+    """With exact predictions the bound is -ln p(x) + KL( N(f, s^2) || N(f, SPREAD^2 + s^2) )."""
+    found = evaluate_rate_distortion(
+        ExactObjective(), batch_with_computed_latents, 100, "text", "latent", deviation, draws=16
+    )
+    chosen = draw_samples()[0][:100]
+    truth = float(-PROBABILITY[chosen].log().mean())
+    ratio = deviation**2 / (SPREAD**2 + deviation**2)
+    exact = truth + 0.5 * (ratio - 1.0 - math.log(ratio))
+    low, high = found.monte_carlo_interval
+    assert low < exact < high
+    assert high - low < 1.2
+    assert found.rate + found.distortion == pytest.approx(found.nats_per_sample, rel=1e-12)
+    assert found.tokens == 200
+    assert found.nats_per_token == pytest.approx(found.nats_per_sample / 2.0, rel=1e-12)
+    assert found.rate > 0.0
+
+
+def test_rate_plus_distortion_is_refused_if_noisy_latents_were_not_trained() -> None:
+    objective = ExactObjective()
+    objective.path = given_path(SHARED, {"latent": "clean"})
+    with pytest.raises(ArgumentError, match="evaluate_rate_distortion, rate: the path needs"):
+        evaluate_rate_distortion(objective, batch_of, 2, "text", "latent", 0.5)
+    prior = given_path(SHARED, {"text": "prior"})
+    objective.path = MixedPaths([(SHARED, 0.5), (prior, 0.5)])
+    with pytest.raises(ArgumentError, match="evaluate_rate_distortion, distortion: the path"):
+        evaluate_rate_distortion(objective, batch_of, 2, "text", "latent", 0.5)
+
+
+def test_rate_plus_distortion_refuses_samples_without_one_of_the_fields() -> None:
+    def lacking(numbers: np.ndarray) -> FieldsBatch:
+        batch = batch_of(numbers)
+        latent = batch.fields["latent"]._replace(absent=torch.ones(len(numbers)).bool())
+        return FieldsBatch({**batch.fields, "latent": latent}, batch.index)
+
+    with pytest.raises(ArgumentError, match='every sample must have the field "latent"'):
+        evaluate_rate_distortion(ExactObjective(), lacking, 2, "text", "latent", 0.5)
