@@ -45,7 +45,7 @@ SIZES: dict[str, tuple[int, int]] = {  # width, layers
 }
 HEAD_WIDTH = 64  # channels of an attention head by default
 TIME_FEATURES = 64  # cosines and sines of 32 frequencies
-TIME_WIDTH = 128  # width of the embeddings of time and conditions
+CONDITION_WIDTH = 128  # width of the embeddings of time and conditions by default
 ROTARY_BASE = 10_000.0
 
 Layers = Annotated[int, Field(gt=0, le=4096)]
@@ -133,6 +133,10 @@ class DiT(Backbone):
         """Dropout probability after attention and after the MLP."""
         conditions: dict[str, Condition] = Field(default_factory=dict)
         """Conditions of the network by name: labels or vectors."""
+        condition_width: PositiveInt = CONDITION_WIDTH
+        """Width of the embeddings of time and conditions, from which the modulation is computed."""
+        cross_every: PositiveInt = 1
+        """Blocks 1, 1 + n, 1 + 2 n, ... attend to the conditions with via = "cross"."""
 
         @field_validator("conditions")
         @classmethod
@@ -165,6 +169,8 @@ class DiT(Backbone):
             time=config.time,
             dropout=config.dropout,
             conditions=config.conditions,
+            condition_width=config.condition_width,
+            cross_every=config.cross_every,
         )
 
     def __init__(
@@ -176,6 +182,8 @@ class DiT(Backbone):
         time: bool = True,
         dropout: float = 0.0,
         conditions: Mapping[str, Condition] = {},
+        condition_width: int = CONDITION_WIDTH,
+        cross_every: int = 1,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -193,10 +201,13 @@ class DiT(Backbone):
         adaln = _select_via(conditions, "adaln")
         cross = _select_via(conditions, "cross")
         tokens = _select_via(conditions, "tokens")
-        self.modulation = Modulation(width, time, adaln) if time or adaln else None
-        self.blocks = nn.ModuleList(
-            Block(width, heads, dropout, has_cross=bool(cross)) for _ in range(layers)
-        )
+        self.modulation = None
+        if time or adaln:
+            self.modulation = Modulation(width, time, adaln, condition_width)
+        self.blocks = nn.ModuleList()
+        for layer in range(layers):
+            has_cross = bool(cross) and layer % cross_every == 0
+            self.blocks.append(Block(width, heads, dropout, has_cross=has_cross))
         self.cross = ConditionSequence(cross, width) if cross else None
         self.tokens = ConditionSequence(tokens, width) if tokens else None
         self.reads_packed_rows = not tokens
@@ -407,26 +418,32 @@ class Modulation(nn.Module):
     All blocks share the first six vectors: shift, scale and gate of the attention, then those of
     the MLP. The last two are shift and scale of the final norm. A noise time is embedded as sines
     and cosines at 32 frequencies from 1 to 256 radians per unit of t, followed by an MLP of width
-    128. The embeddings of conditions are added (see `ConditionEmbedding`), and a linear map that is
-    zero at initialization makes the vectors from the sum.
+    `condition_width`. The embeddings of conditions are added (see `ConditionEmbedding`), and a
+    linear map that is zero at initialization makes the vectors from the sum.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, time: bool, conditions: Mapping[str, Condition]) -> None:
+    def __init__(
+        self,
+        width: int,
+        time: bool,
+        conditions: Mapping[str, Condition],
+        condition_width: int = CONDITION_WIDTH,
+    ) -> None:
         super().__init__()
         self.mlp = None
         if time:
             self.mlp = nn.Sequential(
-                nn.Linear(TIME_FEATURES, TIME_WIDTH),
+                nn.Linear(TIME_FEATURES, condition_width),
                 nn.SiLU(),
-                nn.Linear(TIME_WIDTH, TIME_WIDTH),
+                nn.Linear(condition_width, condition_width),
                 nn.SiLU(),
             )
-        self.conditions = nn.ModuleDict(
-            {name: ConditionEmbedding(name, c) for name, c in conditions.items()}
-        )
-        self.out = Channels(TIME_WIDTH, 8 * width)
+        self.conditions = nn.ModuleDict()
+        for name, condition in conditions.items():
+            self.conditions[name] = ConditionEmbedding(name, condition, condition_width)
+        self.out = Channels(condition_width, 8 * width)
         # Not persistent: the frequencies are constants and no part of a checkpoint.
         frequencies = 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -456,7 +473,7 @@ class ConditionEmbedding(nn.Module):
     embedding of an absent condition.
     """
 
-    def __init__(self, name: str, condition: Condition, width: int = TIME_WIDTH) -> None:
+    def __init__(self, name: str, condition: Condition, width: int) -> None:
         super().__init__()
         self.name = name
         self.table = None

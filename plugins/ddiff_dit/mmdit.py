@@ -32,6 +32,7 @@ from ddiff import (
     attend,
 )
 from ddiff_dit.dit import (
+    CONDITION_WIDTH,
     HEAD_WIDTH,
     SIZES,
     TIME_FEATURES,
@@ -87,6 +88,7 @@ class MMDiT(JointBackbone):
         qk_norm: normalize queries and keys.
         dropout: dropout probability after attention and after the MLP.
         conditions: conditions of a sample by name: labels or vectors.
+        condition_width: width of the embeddings of times and conditions.
     """
 
     class Config(ComponentConfig):
@@ -108,6 +110,8 @@ class MMDiT(JointBackbone):
         """Condition every field on its time and on the times of the other fields."""
         dropout: Probability = 0.0
         """Dropout probability after attention and after the MLP."""
+        condition_width: PositiveInt = CONDITION_WIDTH
+        """Width of the embeddings of times, from which the modulation is computed."""
         streams: dict[str, StreamKeys] = Field(default_factory=dict)
         """Settings of single fields by name: {width = 128}."""
 
@@ -143,6 +147,7 @@ class MMDiT(JointBackbone):
             time=config.time,
             qk_norm=config.qk_norm,
             dropout=config.dropout,
+            condition_width=config.condition_width,
         )
 
     def __init__(
@@ -155,6 +160,7 @@ class MMDiT(JointBackbone):
         qk_norm: bool = False,
         dropout: float = 0.0,
         conditions: Mapping[str, Condition] = {},
+        condition_width: int = CONDITION_WIDTH,
     ) -> None:
         super().__init__()
         _check_streams(streams, head_width)
@@ -166,7 +172,7 @@ class MMDiT(JointBackbone):
         self.streams = nn.ModuleDict()
         for name, stream in streams.items():
             others = [other for other in streams if other != name] if time else []
-            self.streams[name] = Stream(stream, time, conditions, others)
+            self.streams[name] = Stream(stream, time, conditions, others, condition_width)
         self.blocks = nn.ModuleList(
             JointBlock(self.widths, heads, head_width, qk_norm, dropout) for _ in range(layers)
         )
@@ -203,6 +209,7 @@ class Stream(nn.Module):
         time: condition the stream on times.
         conditions: conditions of a sample by name.
         others: names of the other fields whose times modulate this stream.
+        condition_width: width of the embeddings of times and conditions.
     """
 
     def __init__(
@@ -211,6 +218,7 @@ class Stream(nn.Module):
         time: bool,
         conditions: Mapping[str, Condition],
         others: list[str],
+        condition_width: int,
     ) -> None:
         super().__init__()
         self.grid = spec.grid
@@ -223,7 +231,9 @@ class Stream(nn.Module):
         embedded = dict(conditions)
         for other in others:
             embedded[time_name(other)] = Condition(width=TIME_FEATURES, dropout=0.0)
-        self.modulation = Modulation(spec.width, time, embedded) if time or embedded else None
+        self.modulation = None
+        if time or embedded:
+            self.modulation = Modulation(spec.width, time, embedded, condition_width)
         # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
         self.out_modulation = nn.Parameter(torch.zeros(2, 1, spec.width))
 

@@ -371,6 +371,26 @@ def test_default_condition_adds_the_parameters_of_the_modulation_only() -> None:
     assert conditioned.condition_forms == {"author": Label(3)}
 
 
+def test_cross_every_adds_cross_attention_to_every_nth_block() -> None:
+    """Blocks without cross-attention do not depend on the conditions."""
+    torch.manual_seed(0)
+    conditions = make_conditions("cross")
+    model = DiT(VOCABULARY, WIDTH, layers=5, heads=2, conditions=conditions, cross_every=2)
+    assert [block.cross is not None for block in model.blocks] == [True, False, True, False, True]
+    ids = make_tokens(0)
+    output = model(ids, torch.rand(BATCH, LENGTH), make_context())
+    assert output.shape == (BATCH, LENGTH, WIDTH)
+
+
+def test_condition_width_sets_the_inputs_of_the_modulation() -> None:
+    conditions = make_conditions("adaln")
+    model = DiT(VOCABULARY, WIDTH, layers=1, heads=2, conditions=conditions, condition_width=24)
+    assert model.modulation.out.weight.shape == (8 * WIDTH, 24)
+    assert model.modulation.conditions["style"].matrix.weight.shape == (24, 6)
+    output = model(make_tokens(0), torch.rand(BATCH, LENGTH), make_context())
+    assert output.shape == (BATCH, LENGTH, WIDTH)
+
+
 @pytest.mark.parametrize("via", VIAS)
 def test_recomputed_activations_of_a_conditioned_dit_give_the_same_bits(via: Via) -> None:
     noisy, context = make_noisy(13), make_context()

@@ -177,3 +177,17 @@ def test_joint_denoiser_names_a_head_of_wrong_width() -> None:
     head = VectorHead(DIM, 8)
     with pytest.raises(ArgumentError, match='head of "latent"'):
         JointDenoiser(backbone, {"latent": head}, {"latent": head.parameterization})
+
+
+def test_inner_attention_width_and_condition_width_do_not_depend_on_stream_widths() -> None:
+    """Streams of widths 32 and 16 share an attention of 3 heads of 4 channels."""
+    streams = {
+        "text": StreamSpec(32, vocabulary=VOCABULARY),
+        "latent": StreamSpec(16, dim=DIM),
+    }
+    backbone = MMDiT(streams, layers=1, heads=3, head_width=4, condition_width=24)
+    shapes = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+    assert shapes["blocks.0.streams.text.qkv.weight"] == (3 * 12, 32)
+    assert shapes["blocks.0.streams.latent.attended.weight"] == (16, 12)
+    assert shapes["streams.text.modulation.out.weight"] == (8 * 32, 24)
+    assert shapes["streams.latent.modulation.out.weight"] == (8 * 16, 24)
