@@ -104,7 +104,7 @@ class Footprint:
         )
 
 
-def gathered_bytes(denoiser: Denoiser) -> int:
+def gathered_bytes(denoiser: nn.Module) -> int:
     """Return the largest number of bytes of weights that FSDP gathers at the same time.
 
     FSDP gathers all weights outside the blocks of the backbone, and the weights of one block. The

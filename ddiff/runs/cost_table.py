@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -19,33 +20,47 @@ Row = tuple[str, str, str]
 """Name of a figure, value, method of measurement."""
 
 
+def make_console() -> Console:
+    """Return a console for tables; in a file or pipe, lines have a fixed width."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH, highlight=False, markup=False)
+    return console
+
+
 def print_measurement(measured: Measurement) -> None:
     """Print all figures of a measurement.
 
     A warning follows if the first loss differs from the expected first loss.
     """
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH, highlight=False, markup=False)
+    console = make_console()
     recipe = measured.recipe
     ranks = recipe.backend_keys.processes
-    rows = _plural(recipe.train.batch // ranks, "row", "rows")
+    rows = plural(recipe.train.batch // ranks, "row", "rows")
     console.print(
-        f"{recipe.name}, one of {_plural(ranks, 'process', 'processes')}, on {measured.device}, "
+        f"{recipe.name}, one of {plural(ranks, 'process', 'processes')}, on {measured.device}, "
         f"{rows} of {recipe.length} tokens a step"
     )
     if measured.stand_in:
         console.print(f"Random tokens replace the text of the recipe: {measured.stand_in}")
     console.print()
-    table = Table("", "", "how", box=None, pad_edge=False, show_header=False)
-    table.columns[1].justify = "right"
-    for row in (*_counted_rows(measured), *_timed_rows(measured), *_loss_rows(measured)):
-        table.add_row(*row)
-    console.print(table)
+    console.print(
+        make_table([*_counted_rows(measured), *_timed_rows(measured), *_loss_rows(measured)])
+    )
     console.print()
-    console.print(_memory_table(measured))
+    cost = measured.cost
+    console.print(make_memory_table(cost.footprint, cost.gathered, ranks))
     if measured.is_off:
         console.print(f"\n{_warning(measured)}")
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """Return a table of figures."""
+    table = Table("", "", "how", box=None, pad_edge=False, show_header=False)
+    table.columns[1].justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _counted_rows(measured: Measurement) -> list[Row]:
@@ -64,9 +79,9 @@ def _counted_rows(measured: Measurement) -> list[Row]:
         ),
         (
             "FLOPs/token",
-            _format_count(cost.flops),
-            f"{TRAINING} x (backbone {_format_count(cost.backbone_flops)} + head "
-            f"{_format_count(cost.head_flops)}): a backward pass counts as two forward passes; "
+            format_count(cost.flops),
+            f"{TRAINING} x (backbone {format_count(cost.backbone_flops)} + head "
+            f"{format_count(cost.head_flops)}): a backward pass counts as two forward passes; "
             "backbone: 2 n m k for each matrix product, with attention; head: 2 x width x logits",
         ),
     ]
@@ -83,18 +98,18 @@ def _timed_rows(measured: Measurement) -> list[Row]:
             f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f} without communication"
         )
     tokens = keys.steps * keys.batch * recipe.length
-    processes = _plural(ranks, "process", "processes")
+    processes = plural(ranks, "process", "processes")
     return [
         ("tokens/s", f"{pace.tokens_per_second:,.0f}", per_step),
-        ("MFU", f"{measured.mfu:.1%}", f"of {_format_count(pace.peak)}FLOP/s: {pace.peak_from}"),
+        ("MFU", f"{measured.mfu:.1%}", f"of {format_count(pace.peak)}FLOP/s: {pace.peak_from}"),
         (
             "ETA",
-            _format_duration(pace.step_seconds * keys.steps),
-            f"for {keys.steps:,} steps, {_format_count(tokens)} tokens, with {processes}",
+            format_duration(pace.step_seconds * keys.steps),
+            f"for {keys.steps:,} steps, {format_count(tokens)} tokens, with {processes}",
         ),
         (
             "checkpoint",
-            _format_bytes(measured.cost.checkpoint),
+            format_bytes(measured.cost.checkpoint),
             f"weights and optimizer; {keys.keep} are kept",
         ),
     ]
@@ -126,13 +141,16 @@ def _loss_rows(measured: Measurement) -> list[Row]:
     ]
 
 
-def _memory_table(measured: Measurement) -> Table:
+def make_memory_table(footprint: Footprint, gathered: int, ranks: int) -> Table:
     """Return a table of the bytes on each rank, with one row for each backend.
 
     The bytes of activations were measured for the micro-batch of one rank.
+
+    Args:
+        footprint: bytes of one process that stores the whole model.
+        gathered: bytes of weights that FSDP gathers at once.
+        ranks: number of processes of the recipe.
     """
-    footprint = measured.cost.footprint
-    ranks = measured.recipe.backend_keys.processes
     columns = ("parameters", "gradients", "optimizer", "communication", "activations", "total")
     table = Table("memory per rank", *columns, box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -142,7 +160,7 @@ def _memory_table(measured: Measurement) -> Table:
         rows = {
             f"single, accumulate x {ranks}": footprint,
             f"ddp, {ranks} processes": footprint.replicate(),
-            f"fsdp, {ranks} processes": footprint.shard(ranks, measured.cost.gathered),
+            f"fsdp, {ranks} processes": footprint.shard(ranks, gathered),
         }
     for name, row in rows.items():
         figures = (
@@ -153,7 +171,7 @@ def _memory_table(measured: Measurement) -> Table:
             row.activations,
             row.total,
         )
-        table.add_row(name, *map(_format_bytes, figures))
+        table.add_row(name, *map(format_bytes, figures))
     return table
 
 
@@ -167,11 +185,11 @@ def _warning(measured: Measurement) -> str:
     )
 
 
-def _plural(count: int, one: str, more: str) -> str:
+def plural(count: int, one: str, more: str) -> str:
     return f"{count} {one if count == 1 else more}"
 
 
-def _format_count(value: float) -> str:
+def format_count(value: float) -> str:
     """Format a number with four digits and an SI prefix, and a space before the unit."""
     for size, letter in _PREFIXES:
         if value >= size:
@@ -179,13 +197,13 @@ def _format_count(value: float) -> str:
     return f"{value:.4g} "
 
 
-def _format_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     if count >= GIB:
         return f"{count / GIB:.2f} GiB"
     return f"{count / MIB:.1f} MiB"
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     days, rest = divmod(round(seconds), 86400)
     clock = str(timedelta(seconds=rest))
     return f"{days} d {clock}" if days else clock

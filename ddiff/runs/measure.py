@@ -17,7 +17,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
@@ -26,8 +26,8 @@ from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser
-from ddiff.recipe.fields_recipe import require_text_recipe
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.fields_recipe import FieldsRecipe, require_text_recipe
+from ddiff.recipe.model import BaseRecipe, Recipe
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.runs.backends import build_backend
 from ddiff.runs.build import assemble
@@ -138,7 +138,7 @@ class Measurement:
 def measure(recipe: Recipe, count: int) -> Measurement:
     """Train `count` steps of the recipe in one process and return the measured cost."""
     with tempfile.TemporaryDirectory(prefix="ddiff-measure-") as directory:
-        single = _single_process(recipe, directory)
+        single = require_text_recipe(make_single_process(recipe, directory), "measure")
         _check_memory(single)
         session, stand_in = _open_session(single)
         with session:
@@ -146,7 +146,7 @@ def measure(recipe: Recipe, count: int) -> Measurement:
             return _measure_session(recipe, session, count, stand_in)
 
 
-def _single_process(recipe: Recipe, directory: str) -> Recipe:
+def make_single_process(recipe: BaseRecipe, directory: str) -> Recipe | FieldsRecipe:
     """Return a recipe that trains on one rank, with that rank's share of the batch of `recipe`.
 
     The run directory of the returned recipe is `directory`. The recipe has no tracker.
@@ -158,8 +158,7 @@ def _single_process(recipe: Recipe, directory: str) -> Recipe:
         "backend.kind=single",
         "backend.processes=1",
     ]
-    single = parse_recipe(recipe.to_toml(), recipe.name, settings)
-    return require_text_recipe(single, "ddiff run --measure")
+    return parse_recipe(recipe.to_toml(), recipe.name, settings)
 
 
 def _measure_session(
@@ -171,9 +170,9 @@ def _measure_session(
     session.distribute()
     trainer = session.trainer()
     with count_logits(run.denoiser.head) as logits:
-        steps, rise = _train_steps(trainer, count)
+        steps, rise = train_steps(trainer, count)
     tokens = sum(step.tokens for step in steps)
-    footprint = _footprint(run.denoiser, trainer, rise)
+    footprint = measure_footprint(run.denoiser, trainer, rise)
     weights = num_bytes(dict(run.denoiser.state_dict()))
     cost = Cost(
         parameters=Parameters.of(run.denoiser),
@@ -190,14 +189,14 @@ def _measure_session(
         stand_in=stand_in,
         num_tokens=run.vocabulary.num_tokens,
         cost=cost,
-        pace=_pace(steps, run.device),
+        pace=measure_pace(steps, run.device),
         first_loss=steps[0].loss,
         initial=initial,
         unigram=_unigram_entropy(run),
     )
 
 
-def _footprint(denoiser: Denoiser, trainer: Trainer, rise: float) -> Footprint:
+def measure_footprint(denoiser: nn.Module, trainer: Trainer, rise: float) -> Footprint:
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     average = trainer.ema
     return Footprint(
@@ -380,7 +379,7 @@ class MemoryWatch:
             self.bytes = self.rise.bytes()
 
 
-def _train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]:
+def train_steps(trainer: Trainer, count: int) -> tuple[list[StepRecord], float]:
     """Train the first `count` steps.
 
     Returns the record of each step, and the peak bytes during a step minus the bytes that stay
@@ -407,7 +406,7 @@ def _window(count: int) -> int:
     return count // 4 if count % 4 == 0 else 1
 
 
-def _pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
+def measure_pace(steps: Sequence[StepRecord], device: torch.device) -> Pace:
     """Return the mean training speed, without the first quarter of the steps (warm-up)."""
     timed = steps[max(1, len(steps) // 4) :] or steps
     seconds = sum(step.seconds for step in timed)

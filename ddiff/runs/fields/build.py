@@ -15,7 +15,7 @@ from ddiff.core.field import Field, Fields
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, draw_training
 from ddiff.nn.denoiser import resolve_precision
-from ddiff.nn.joint_denoiser import JointDenoiser, StreamShape
+from ddiff.nn.joint_denoiser import JointBackbone, JointDenoiser, StreamShape
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.meta_device import build_on_meta
 from ddiff.training.fields_objective import FieldsObjective
@@ -35,11 +35,15 @@ class FieldsModel:
 
 
 def assemble_fields(
-    recipe: FieldsRecipe, shapes: Mapping[str, FieldShape], device: torch.device
+    recipe: FieldsRecipe,
+    shapes: Mapping[str, FieldShape],
+    device: torch.device,
+    backbone: JointBackbone | None = None,
 ) -> FieldsModel:
     """Build the processes, the denoiser and the objective of a recipe on `device`.
 
     The seed of the recipe determines the initial weights. `shapes` has the shape of every field.
+    `backbone` replaces the backbone of the recipe if it is not None.
 
     If `device` is the meta device, the weights use no memory and are not initialized. This does not
     hold for a component whose constructor computes with its weights.
@@ -52,10 +56,10 @@ def assemble_fields(
     with recipe.times.prefix_errors():
         check_path(path, fields)
     denoiser = None
-    if device.type == "meta":
+    if device.type == "meta" and backbone is None:
         denoiser = build_joint_denoiser_on_meta(recipe, shapes)
     if denoiser is None:
-        denoiser = build_joint_denoiser(recipe, shapes)
+        denoiser = build_joint_denoiser(recipe, shapes, backbone)
     losses = {}
     weights = {}
     for name, tables in recipe.fields.items():
@@ -97,14 +101,22 @@ def build_joint_denoiser_on_meta(
     return build_on_meta(lambda: build_joint_denoiser(recipe, shapes), recipe.denoiser.table)
 
 
-def build_joint_denoiser(recipe: FieldsRecipe, shapes: Mapping[str, FieldShape]) -> JointDenoiser:
-    """Build backbone and heads on the current default device of torch."""
+def build_joint_denoiser(
+    recipe: FieldsRecipe,
+    shapes: Mapping[str, FieldShape],
+    backbone: JointBackbone | None = None,
+) -> JointDenoiser:
+    """Build backbone and heads on the current default device of torch.
+
+    `backbone` replaces the backbone of the recipe if it is not None.
+    """
     streams = {}
     for name in recipe.fields:
         shape = shapes[name]
         streams[name] = StreamShape(shape.vocabulary, shape.width, shape.positions, shape.grid)
-    torch.manual_seed(recipe.seed)  # dropout continues from the state after building
-    backbone = recipe.denoiser.build(streams=streams)
+    if backbone is None:
+        torch.manual_seed(recipe.seed)  # dropout continues from the state after building
+        backbone = recipe.denoiser.build(streams=streams)
     heads: dict[str, Any] = {}
     for name, tables in recipe.fields.items():
         shape = shapes[name]
