@@ -390,7 +390,8 @@ def encode(
 ) -> None:
     """Encode every document of a recipe as a vector, with the encoder in \\[encoder].
 
-    An interrupted job is resumed, by any number of processes. A finished folder is verified.
+    An interrupted job is resumed, by any number of processes. A finished folder is verified. For a
+    recipe of several fields, the vectors of fields with the key `encode` are stored in the cache.
     """
     if processes > 1 and get_rank_info() is None:
         options = {"--out": out, "--shard-size": shard_size, "--max-samples": max_samples}
@@ -399,16 +400,11 @@ def encode(
             if value is not None:
                 arguments.append(f"{name}={value}")
         raise typer.Exit(launch([*arguments, "--", recipe], processes))
-    from ddiff.recipe.fields_recipe import require_text_recipe
     from ddiff.recipe.resolve import read_recipe
-    from ddiff.runs.encode import SHARD_SIZE, encode_documents
+    from ddiff.runs.kinds import find_kind
 
-    encoded = encode_documents(
-        require_text_recipe(read_recipe(recipe, settings or ()), "ddiff encode"),
-        out,
-        shard_size=shard_size or SHARD_SIZE,
-        max_samples=max_samples,
-    )
+    resolved = read_recipe(recipe, settings or ())
+    encoded = find_kind(resolved).encode(resolved, out, shard_size, max_samples)
     print_columns(encoded.titles, encoded.parts)
     for remark in encoded.remarks:
         typer.echo(remark)

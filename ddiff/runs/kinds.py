@@ -22,6 +22,7 @@ from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
+    from ddiff.runs.encode import EncodedDocuments
     from ddiff.runs.trainable import TrainableRun
 
 
@@ -75,6 +76,12 @@ class RunKind(Protocol):
         `arguments` are those of the options of the command. Raises ArgumentError for options that
         this kind of run does not have. Without `prints_ids`, the samples have no token ids.
         """
+        ...
+
+    def encode(
+        self, recipe: Any, out: str | None, shard_size: int | None, max_samples: int | None
+    ) -> EncodedDocuments:
+        """Run `ddiff encode`. Arguments that are None have default values."""
         ...
 
 

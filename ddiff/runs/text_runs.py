@@ -23,6 +23,7 @@ from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
+    from ddiff.runs.encode import EncodedDocuments
     from ddiff.runs.run import Run
 
 
@@ -87,6 +88,14 @@ class TextRuns:
         refuse_options(run, own, "a run of text", "Use --prompt, --infill or --condition.")
         for sample in run.sample(**others):
             yield {key: value for key, value in sample.items() if prints_ids or key != "ids"}
+
+    def encode(
+        self, recipe: Recipe, out: str | None, shard_size: int | None, max_samples: int | None
+    ) -> EncodedDocuments:
+        from ddiff.runs.encode import SHARD_SIZE, encode_documents
+
+        size = shard_size or SHARD_SIZE
+        return encode_documents(recipe, out, shard_size=size, max_samples=max_samples)
 
 
 TEXT_RUNS = TextRuns()

@@ -356,3 +356,20 @@ def test_fresh_deletes_all_files_of_the_run(ddiff: Command) -> None:
     assert not (Path("fresh") / "samples-old.png").exists()
     (Path("fresh") / "fields/image/notes.txt").write_text("mine")
     assert is_refusal(ddiff(*options, "--fresh"), "fields/image/notes.txt")
+
+
+# ---------------------------------------------------------------------- cost
+
+
+def test_measured_first_loss_is_that_of_the_initial_heads(ddiff: Command) -> None:
+    """The output matrices of the heads start at 0, so the backbone has no influence."""
+    for name in ("digits", "patches"):
+        recipe = f"{name}.toml"
+        code, out, err = ddiff("run", recipe, "--dry-run", "--measure", "2", "--set", "name=cost")
+        assert code == 0, err
+        assert "WARNING" not in out
+        line = next(line for line in out.splitlines() if line.startswith("first loss"))
+        first, *_, expected = (word for word in line.split() if word[0].isdigit())
+        # printed with four digits
+        assert float(first) == pytest.approx(float(expected), abs=2e-4)
+    assert not Path("runs/cost").exists()

@@ -27,6 +27,7 @@ from ddiff.training.protocols import LossTerms
 
 START = 60.0  # seconds until a rank is killed; a rank that waits for a dead rank would never end
 SYMBOLS = Path(__file__).parent / "symbols.toml"
+FIELDS = Path(__file__).parent / "fields.toml"
 
 
 def on_ranks(world_size: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -87,8 +88,18 @@ def _rank(
 
 def train_symbols(settings: list[str], cache: str) -> None:
     """Train the recipe symbols.toml with the given settings; `cache` is the cache folder."""
+    train_recipe(SYMBOLS, settings, cache)
+
+
+def train_fields(settings: list[str], cache: str) -> None:
+    """Train the recipe fields.toml, which has a field of vectors and a field of tokens."""
+    train_recipe(FIELDS, settings, cache)
+
+
+def train_recipe(path: Path, settings: list[str], cache: str) -> None:
+    """Train a recipe with the given settings; `cache` is the cache folder."""
     os.environ["DDIFF_CACHE"] = cache
-    with TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings)) as session:
+    with TrainingSession.open(parse_recipe(path.read_text(), str(path), settings)) as session:
         start = session.run.checkpoints.newest()
         if start is None:
             session.initialize_weights()

@@ -1,13 +1,19 @@
-"""Command `ddiff sample` for runs of several fields."""
+"""Commands `ddiff sample` and `ddiff encode` for recipes of several fields."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ddiff.data.pictures import is_grid
-from ddiff.errors import ArgumentError
+from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
+from ddiff.errors import ArgumentError, RecipeError
+from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.run_dir.destination import Destination, check_destination
+from ddiff.runs.encode import EncodedDocuments
+from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.given import read_given_option
 from ddiff.runs.fields.grids import shown_fields, write_pictures
 from ddiff.runs.fields.run import FieldsRun
@@ -90,3 +96,37 @@ def _drop_ids(sample: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sample["fields"].items():
         fields[name] = {key: entry for key, entry in value.items() if key != "ids"}
     return {**sample, "fields": fields}
+
+
+def encode_fields(recipe: FieldsRecipe, options: Mapping[str, Any]) -> EncodedDocuments:
+    """Compute the vectors of all fields with the key `encode`, and store them in the cache.
+
+    A run of the recipe then reads these vectors. Several processes may call this function at the
+    same time; they share the work.
+
+    `options`: values of options that such a recipe does not have.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ArgumentError(
+                f"ddiff encode {name}: the vectors of a recipe of several fields are stored in the "
+                "cache, where the run reads them, so this option has no use. Leave it out."
+            )
+    names = [name for name, tables in recipe.fields.items() if tables.keys.encode is not None]
+    if not names:
+        raise RecipeError(
+            f"{recipe.source or recipe.name}: `ddiff encode` needs a field with the key `encode`, "
+            'such as [fields.latent] encode = "text"; the recipe has none. Add the key and a table '
+            "[encoder]."
+        )
+    data = RunFields(recipe)
+    rows = []
+    remarks = []
+    for name in names:
+        vectors = data.encode(name)
+        for title, part in ((TRAIN, vectors.train), (VALIDATION, vectors.validation)):
+            missing = part.num_documents - int(np.count_nonzero(part.present))
+            present = part.num_documents - missing
+            rows.append([name, title, f"{part.num_documents:,}", f"{present:,}", f"{missing:,}"])
+        remarks.append(f"Vectors of {vectors.dim} dimensions in {vectors.folder}")
+    return EncodedDocuments(["field", "part", "texts", "vectors", "missing"], rows, remarks)

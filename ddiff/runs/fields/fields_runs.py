@@ -23,6 +23,7 @@ from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
+    from ddiff.runs.encode import EncodedDocuments
     from ddiff.runs.fields.run import FieldsRun
 
 
@@ -82,6 +83,18 @@ class FieldsRuns:
         from ddiff.runs.fields.command import sample_run
 
         return sample_run(run, arguments, prints_ids)
+
+    def encode(
+        self,
+        recipe: FieldsRecipe,
+        out: str | None,
+        shard_size: int | None,
+        max_samples: int | None,
+    ) -> EncodedDocuments:
+        from ddiff.runs.fields.command import encode_fields
+
+        options = {"--out": out, "--shard-size": shard_size, "--max-samples": max_samples}
+        return encode_fields(recipe, options)
 
 
 FIELDS_RUNS = FieldsRuns()

@@ -15,6 +15,7 @@ from ddiff.training.settings import TrainingSummary
 if TYPE_CHECKING:
     from ddiff.runs.fields.run import FieldsRun
 
+WIDEST = 160  # columns of a table
 SHOWN = 3  # samples of each target
 LONGEST_VALUE = 72  # characters of a shown value
 
@@ -57,11 +58,10 @@ def print_summary(
     print_findings(judged, console)
     print_samples(samples, console)
     console.print(f"\nWritten to {run.run_dir}: {', '.join(written)}")
-    name = next(iter(run.model.fields))
+    target = run.recipe.sample.targets[-1]
     console.print(
-        f"Next: `ddiff sample {run.run_dir} --count 4`, `ddiff sample {run.run_dir} --target "
-        f'"{name}"`, `ddiff eval {run.run_dir}`, or the same command with --set train.steps=N to '
-        "train longer"
+        f"Next: `ddiff sample {run.run_dir} --count 4 --target '{target}'`, `ddiff eval "
+        f"{run.run_dir}`, or the same command with --set train.steps=N to train longer"
     )
 
 
@@ -70,11 +70,25 @@ def make_console() -> Console:
     return Console(soft_wrap=True, highlight=False)
 
 
+def make_table(*titles: str) -> Table:
+    """Return a table whose cells are not broken into lines."""
+    table = Table(*titles, box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+    table.columns[1].justify = "right"
+    return table
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table, also if it is wider than the terminal."""
+    wide = Console(width=max(console.width, WIDEST), highlight=False)
+    wide.print(table)
+
+
 def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the bounds of all targets with their parts by field, controls and exact limits."""
     console = console or make_console()
-    table = Table("validation", "nats", "", "", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
+    table = make_table("validation", "nats", "", "")
     for name, bounds in report["targets"].items():
         sizes = f"{bounds['samples']:,} samples"
         table.add_row(
@@ -98,7 +112,7 @@ def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> N
         if entropy is not None:
             note = "of the source: a lower limit for every model"
             table.add_row("  entropy", f"{entropy:.4f}", "", note)
-    console.print(table)
+    print_table(table, console)
     for name, bounds in report["targets"].items():
         if bounds["is_below_entropy"]:
             console.print(
@@ -132,7 +146,7 @@ def print_findings(judged: Mapping[str, Any], console: Console | None = None) ->
     console = console or make_console()
     if not judged:
         return
-    table = Table("samples", "value", "95 % interval", "count", "chance", box=None, pad_edge=False)
+    table = make_table("samples", "value", "95 % interval", "count", "chance")
     for name, findings in judged["targets"].items():
         table.add_row(Text(name, "bold"), "", "", "", "")
         for finding in findings:
@@ -144,7 +158,7 @@ def print_findings(judged: Mapping[str, Any], console: Console | None = None) ->
             row = (f"{finding['value']:.3f}", interval, str(finding["count"]), chance)
             table.add_row(f"  {finding['name']}", *row)
     console.print()
-    console.print(table)
+    print_table(table, console)
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
