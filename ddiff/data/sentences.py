@@ -44,7 +44,8 @@ def load_sentences(shortest: int, longest: int, held_out: float) -> Sentences:
     """Load the different sentences of `shortest` to `longest` words of Jane Austen's six novels.
 
     A fraction `held_out` of the chapters, chosen by the hash of their text, gives the validation
-    sentences. A sentence of both parts is only in the training part. Chapter headings are left out.
+    sentences. A sentence of both parts is only in the training part. Chapter headings are left out,
+    and sentences with dashes too.
 
     Raises ArgumentError for impossible numbers of words.
     """
@@ -62,7 +63,8 @@ def load_sentences(shortest: int, longest: int, held_out: float) -> Sentences:
             is_held_out = hash_to_unit(text.encode()) < held_out
             chosen = validation if is_held_out else train
             for sentence in split_sentences(text):
-                is_heading = sentence.isupper()
-                if not is_heading and shortest <= len(sentence.split()) <= longest:
+                # A dash joins two words without white space, and its sentence is often broken off.
+                is_plain = not sentence.isupper() and "--" not in sentence
+                if is_plain and shortest <= len(sentence.split()) <= longest:
                     chosen.setdefault(sentence)
     return Sentences(list(train), [one for one in validation if one not in train])
