@@ -114,6 +114,11 @@ class FieldsSampleKeys(ComponentConfig):
     """Number of sampling steps."""
     count: PositiveInt = 8
     """Number of samples of each target."""
+    given: PositiveInt | None = None
+    """Largest number of validation samples whose fields are given; by default `count`.
+
+    With `given = 50` and `count = 400`, every one of 50 validation samples has eight draws. A judge
+    averages them."""
     batch: PositiveInt = 8
     """Number of samples in a batch. Does not change the samples."""
     seed: Seed = 0

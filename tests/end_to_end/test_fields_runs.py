@@ -106,6 +106,19 @@ def test_repeated_command_evaluates_and_samples_nothing_again(ddiff: Command) ->
     assert {name: (RUN / name).stat().st_mtime_ns for name in names} == before
 
 
+def test_key_given_limits_the_validation_samples_and_repeats_them() -> None:
+    from ddiff.runs.session import TrainingSession
+
+    settings = ["run_dir='few'", "sample.given=2", "sample.steps=2"]
+    session = TrainingSession.open(package.read_recipe("digits.toml", settings))
+    session.initialize_weights()
+    drawn = session.run.sample(5, target="image | text")
+    texts = [sample["fields"]["text"]["text"] for sample in drawn]
+    assert texts == ["three", "seven", "three", "seven", "three"]
+    images = [sample["fields"]["image"]["ids"] for sample in drawn]
+    assert images[0] != images[2]
+
+
 def test_bound_of_untrained_denoiser_equals_unigram_entropy_of_the_text() -> None:
     """The biases of the head start at the frequencies of the words.
 

@@ -204,7 +204,7 @@ REPLACED = [
     (
         '[sample]\npath = "shared"\n',
         '[sample]\nsampler = "ancestral"\n',
-        '[sample] has no key "sampler". Valid keys: path, steps, count, batch, seed, targets, '
+        '[sample] has no key "sampler". Valid keys: path, steps, count, given, batch, seed, targets, '
         "unnamed, update, guidance. In a recipe with fields, this key belongs to the tables "
         "[fields.NAME].",
     ),

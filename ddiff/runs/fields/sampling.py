@@ -89,7 +89,7 @@ def draw_fields(
     target = choose_target(list(model.fields), request)
     sampler = build_joint_sampler(recipe, shapes_of(data.fields), target, request.steps)
     check_target(model, sampler, target, data.lacking)
-    given, numbers = _read_given(data, target, request.given, count)
+    given, numbers = _read_given(data, target, request.given, count, keys.given)
     model.objective.module.eval()  # no dropout
     drawn: dict[str, list[Tensor]] = {name: [] for name in (*target.drawn, *target.given)}
     runs: list[int] = []
@@ -185,12 +185,12 @@ def choose_target(names: Sequence[str], request: FieldsRequest) -> Target:
 
 
 def _read_given(
-    data: RunFields, target: Target, given: Mapping[str, Any], count: int
+    data: RunFields, target: Target, given: Mapping[str, Any], count: int, most: int | None
 ) -> tuple[dict[str, FieldBatch], NDArray[np.int64] | None]:
     """Return the given values of `count` samples, and the numbers of their validation samples.
 
-    Fields without values in `given` take those of the first validation samples that have them,
-    again from the first one if there are too few.
+    Fields without values in `given` take those of the first `most` validation samples that have
+    them (None: of all), again from the first one if these are fewer than `count`.
     """
     found = {}
     for name, value in given.items():
@@ -204,7 +204,7 @@ def _read_given(
             f"sample: no validation sample has the fields {', '.join(missing)} of the target "
             f'"{target}". Give their values.'
         )
-    numbers = np.resize(present, count)
+    numbers = np.resize(present[:most], count)
     for name in missing:
         found[name] = data.fields[name].encode(numbers, "validation")
     return found, numbers
