@@ -29,6 +29,7 @@ RECIPES = [
     "sedd_small",
     "sedd_uniform_small",
 ]
+FIELDS_RECIPES = ["digits_gaussian_small", "digits_small", "latent_small", "shapes_small"]
 LENGTH = 32  # two windows of the width that the recipes have
 TINY = [
     f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
@@ -40,6 +41,17 @@ TINY = [
     "evaluate.draws=1",
     "sample.steps=2",
     "sample.count=2",
+    "backend.device=cpu",
+]
+TINY_FIELDS = [
+    "train.steps=2",
+    "train.batch=4",
+    "train.warmup=1",
+    "train.log_every=1",
+    "evaluate.draws=1",
+    "evaluate.samples=4",
+    "sample.steps=2",
+    "sample.count=4",
     "backend.device=cpu",
 ]
 NETWORK = ["denoiser.width=32", "denoiser.layers=1", "denoiser.heads=2"]
@@ -61,10 +73,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_list_of_tested_recipes_contains_every_shipped_recipe() -> None:
-    assert (
-        sorted(name for name in find_shipped_recipes() if not name.startswith("paper/")) == RECIPES
-    )
-    assert len(RECIPES) == 14
+    shipped = [name for name in find_shipped_recipes() if not name.startswith("paper/")]
+    assert sorted(shipped) == sorted(RECIPES + FIELDS_RECIPES)
+    assert (len(RECIPES), len(FIELDS_RECIPES)) == (14, 4)
 
 
 @pytest.mark.slow
@@ -87,3 +98,25 @@ def test_shipped_recipe_with_reduced_sizes_trains_and_samples(name: str, place: 
     ids = torch.tensor([sample["ids"] for sample in samples])
     assert ids.shape == (2, LENGTH)
     assert 0 <= int(ids.min()) <= int(ids.max()) < run.vocabulary.num_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIELDS_RECIPES)
+def test_shipped_fields_recipe_with_reduced_sizes_is_judged(name: str, place: Path) -> None:
+    """After two steps every target has a finite bound, samples, and findings of the judge."""
+    run = ddiff.run(name, settings=[*TINY_FIELDS, *NETWORK])
+    targets = list(run.recipe.sample.targets)
+    evaluation = json.loads((run.run_dir / "evaluation.json").read_text())["targets"]
+    assert list(evaluation) == list(run.recipe.evaluate.targets)
+    for target, bounds in evaluation.items():
+        assert math.isfinite(bounds["nats_per_sample"])
+        # every training mixture covers the controls
+        expected = {"shuffled", "noise"} if "|" in target else set()
+        assert set(bounds["controls"]) == expected
+    lines = (run.run_dir / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert {sample["target"] for sample in samples} == set(targets)
+    assert len(samples) == 4 * len(targets)
+    judged = json.loads((run.run_dir / "judged.json").read_text())["targets"]
+    assert set(judged) == set(targets)
+    assert all(judged.values())
