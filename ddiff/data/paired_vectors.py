@@ -450,17 +450,17 @@ class _Shards:
         Raises DataError for a line that cannot be used.
         """
         numbers = array("q")  # arrays need a tenth of the memory of lists
-        hashes = []
+        hashes = array("Q")
         for line in _read_lines(path):
             self._check_place(line, missing)
             has_text = line.text is not None
             numbers.extend((line.start, line.size, line.shard, line.row, has_text))
             key = line.text if line.text is not None else f"{line.shard} {line.row}"
-            hashes.append(hash_keys([key.encode()]))
+            hashes.extend(hash_keys([key.encode()]).tolist())
         if not hashes:
             raise DataError(f"{printable(path)} has no samples. Name a file with samples.")
         columns = np.array(numbers, np.int64).reshape(-1, 5).T
-        return _Index._make([*columns, np.concatenate(hashes)])
+        return _Index._make([*columns, np.array(hashes, np.uint64)])
 
     def _check_place(self, line: _Line, missing: Missing) -> None:
         """Raise DataError if a line lacks a field, or names vectors that do not exist."""
@@ -566,6 +566,8 @@ class _LineTexts(Sequence[str | None]):
         return len(self._index.start)
 
     def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[single] for single in range(*number.indices(len(self)))]
         if not self._index.has_text[number]:
             return None
         start = self._index.start[number]

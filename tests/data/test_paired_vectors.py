@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hash_encoder import DIM, HashEncoder, hash_vector, make_documents, run_job
 
-from ddiff.data.columns import FieldsDocuments
+from ddiff.data.columns import FieldsDocuments, TextColumn
 from ddiff.data.documents import documents_from_texts, split_documents
 from ddiff.data.paired_vectors import (
     find_shard_shape,
@@ -295,6 +295,15 @@ def test_vector_shards_reads_texts_beyond_ascii_and_blank_lines(sharded: Path) -
     line = json.dumps({"text": "süß", "shard": 0, "idx": 0}, ensure_ascii=False)
     change_line(sharded, 0, f"\n\n{line}\r")
     check_pairs(read_vector_shards(str(sharded), held_out=0.3), texts)
+
+
+def test_texts_of_vector_shards_are_a_sequence_with_slices_and_iteration(sharded: Path) -> None:
+    column = read_vector_shards(str(sharded), held_out=0.3).train["text"]
+    assert isinstance(column, TextColumn)
+    every = list(column.texts)
+    assert every == [column.texts[number] for number in range(len(column))]
+    assert column.texts[2:7:2] == every[2:7:2]
+    assert column.texts[-1] == every[-1]
 
 
 def test_vector_shards_missing_file_is_named_with_the_line(sharded: Path) -> None:
