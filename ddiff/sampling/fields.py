@@ -208,7 +208,25 @@ def generate_fields(
         rng = CounterRng(seed, step, index, fields[name].positions, "sample")
         return rng_of_field(rng, fields, name)
 
-    canvases: JointCanvas = {}
+    canvases = _initial_canvases(fields, given, rng_at)
+    state = _JointState(fields, path, counter, sampler.guidance, rng_at, canvases)
+    for step, _ in enumerate(_run_path(state, sampler), start=1):
+        if on_step:
+            on_step(step, dict(state.canvases))
+    states = {}
+    for name, leg in path.legs.items():
+        if name in whole:
+            states[name] = given[name][0]
+        elif isinstance(leg, Leg):
+            states[name] = state.canvases[name].zt
+    return JointSamples(states=states, nfe=counter.calls, runs=counter.runs)
+
+
+def _initial_canvases(
+    fields: Fields, given: Given, rng_at: Callable[[int, str], CounterRng]
+) -> JointCanvas:
+    """Return the canvases of all fields at tau = 1, with the given states."""
+    canvases = {}
     for name, field in fields.items():
         values, mask = given.get(name, (None, None))
         if values is not None and mask is None:
@@ -217,24 +235,7 @@ def generate_fields(
             canvases[name] = initial_canvas(field.process, rng_at(0, name), values, mask)
         except ArgumentError as error:
             raise ArgumentError(f'generate_fields: given["{name}"] does not fit: {error}') from None
-    state = _JointState(fields, path, counter, sampler.guidance, rng_at, canvases)
-    step = 0
-    for group in reversed(path.groups):
-        if len(group) == 1:
-            steps = _run_alone(state, sampler.samplers[group[0]], group[0])
-        else:
-            steps = _run_together(state, sampler, group)
-        for _ in steps:
-            step += 1
-            if on_step:
-                on_step(step, dict(state.canvases))
-    states = {}
-    for name, leg in path.legs.items():
-        if name in whole:
-            states[name] = given[name][0]
-        elif isinstance(leg, Leg):
-            states[name] = state.canvases[name].zt
-    return JointSamples(states=states, nfe=counter.calls, runs=counter.runs)
+    return canvases
 
 
 class _JointState:
@@ -290,6 +291,15 @@ class _JointState:
         `network` replaces the joint network; it must count with the same counter.
         """
         return HeldNetwork(network or self.network, self.counter, state, name)
+
+
+def _run_path(state: _JointState, sampler: JointSampler) -> Iterator[None]:
+    """Move all fields along the path from tau = 1 to tau = 0, and yield after each step."""
+    for group in reversed(state.path.groups):
+        if len(group) == 1:
+            yield from _run_alone(state, sampler.samplers[group[0]], group[0])
+        else:
+            yield from _run_together(state, sampler, group)
 
 
 def _run_alone(state: _JointState, sampler: Sampler, name: str) -> Iterator[None]:

@@ -23,7 +23,7 @@ from ddiff.core.field import Field, Fields
 from ddiff.core.fields import JointNetwork, JointNoisy, hold, joint_network_from_functions
 from ddiff.core.gaussian import GaussianProcess, PredictedMean
 from ddiff.core.gaussian_schedule import CosineVP
-from ddiff.core.paths import Leg, LegPath, first_path, shared_path
+from ddiff.core.paths import HeldAt, Leg, LegPath, first_path, shared_path
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import Query
 from ddiff.core.times import FlatTimes, Noisy, WindowTimes
@@ -556,6 +556,11 @@ def test_samplers_that_choose_their_times_are_refused_on_shared_legs() -> None:
             refused(match, JointSampler({"text": sampler, "latent": DdimSampler(2)}, TOGETHER))
     pausing = PsiSampler(LoopGrid(4), LoopRemasking())
     refused("pauses", JointSampler({"text": pausing, "latent": DdimSampler(2)}, LAGGED))
+
+
+def test_path_with_a_field_held_at_a_time_is_refused() -> None:
+    path = LegPath({"text": Leg(0.0, 1.0), "latent": HeldAt(0.5)})
+    refused("is for evaluation", JointSampler({"text": AncestralSampler(2)}, path))
 
 
 def test_samplers_of_other_states_are_refused() -> None:
