@@ -622,12 +622,16 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Component, or plugin to check all its processes and samplers.",
+            help="Component, plugin to check all its processes and samplers, or recipe file.",
         ),
     ],
     settings: Settings = None,
 ) -> None:
-    """Check the mathematical properties of a component, and print the largest error of each."""
+    """Check the mathematical properties of a component or recipe, with the largest error of each.
+
+    Of a recipe, every component with such properties is built in small with the settings of the
+    recipe. The paths of several fields are checked too.
+    """
     from ddiff.testing.check_command import check_component
 
     raise typer.Exit(check_component(name, settings or []))

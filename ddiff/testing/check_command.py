@@ -26,11 +26,13 @@ from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
 from ddiff.plugin.registry import Component, Registry
 from ddiff.recipe.component import ComponentSpec
-from ddiff.recipe.resolve import configure_component
+from ddiff.recipe.resolve import configure_component, read_recipe
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.gaussian import check_gaussian
 from ddiff.testing.head import check_head
+from ddiff.testing.joint import check_path
 from ddiff.testing.process import check_parts, check_process
+from ddiff.testing.recipe_check import is_recipe_name, list_paths, list_specs
 from ddiff.testing.report import LawReport
 from ddiff.testing.sampler import check_sampler, find_accepted_processes
 from ddiff.testing.time_rule import check_time_rule
@@ -67,13 +69,13 @@ class LabelledReport(NamedTuple):
 def check_component(
     name: str, settings: Sequence[str], plugins: Sequence[str] | None = None
 ) -> int:
-    """Check a component, or every process and sampler of a plugin, and print the results.
+    """Check a component, every process and sampler of a plugin, or a recipe; print the results.
 
     Returns 0 if all laws hold, else 1.
 
     Args:
-        name: name of the component or of the plugin.
-        settings: values of the component's Config, each in the form "key=value".
+        name: name of the component, of the plugin, or of a recipe file.
+        settings: values of the component's Config or of the recipe, each in the form "key=value".
         plugins: names of the plugins that are searched; None for all installed plugins.
 
     Raises PluginError for an unknown name, RecipeError for a wrong setting, and ArgumentError if
@@ -81,8 +83,11 @@ def check_component(
     """
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
     instances = []
-    for component in find_components(name, plugins, bool(settings)):
-        instances += _make_instances(component, settings)
+    if is_recipe_name(name):
+        instances = _make_recipe_instances(name, settings)
+    else:
+        for component in find_components(name, plugins, bool(settings)):
+            instances += _make_instances(component, settings)
     reports = list(_check_instances(instances))
     _print_reports(reports, {one.label: one.settings for one in instances if one.settings})
     return 0 if all(report.passed for _, report in reports) else 1
@@ -175,6 +180,20 @@ def _make_instances(
     )
     given = ", ".join(settings)
     return [one._replace(settings=one.settings or given) for one in made]
+
+
+def _make_recipe_instances(name: str, settings: Sequence[str]) -> list[Instance]:
+    """Make the components and the paths of a recipe that are checked.
+
+    `settings` are "key=value" texts that replace values of the recipe.
+    """
+    recipe = read_recipe(name, settings)
+    instances = []
+    for spec in list_specs(recipe):
+        instances += MAKERS[spec.component.kind](spec.component, spec, True)
+    for label, path in list_paths(recipe).items():
+        instances.append(Instance(f"{label}: {path}", partial(check_path, path)))
+    return instances
 
 
 def _make_processes(
