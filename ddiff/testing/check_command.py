@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
@@ -442,7 +443,7 @@ def _print_reports(reports: list[LabelledReport], settings: Mapping[str, str]) -
             report.law,
             f"{report.error:.1e}",
             f"{report.tolerance:.1e}",
-            label,
+            escape(label),  # a label may contain the name of a table in brackets
             verdict,
         )
     console.print(table)

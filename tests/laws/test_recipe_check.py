@@ -83,6 +83,7 @@ def test_check_command_checks_the_paths_and_components_of_a_recipe(
     file.write_text(RECIPE)
     assert check_command.check_component(str(file), ["sample.steps=4"]) == 0
     out = capsys.readouterr().out
+    assert "[objective] times, path 1" in out
     assert "path: draws are unbiased" in out
     assert "flat" in out
     assert "on 4 instance(s), 0 broken" in out
