@@ -10,7 +10,7 @@ Shapes: B samples, m inputs of a stream.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -57,12 +57,16 @@ class StreamSpec(NamedTuple):
         dim: numbers per vector of a field of vectors; None for tokens.
         grid: rows and columns of an image whose positions are numbered row by row; None for a
             sequence.
+        learned_positions: number of positions that have a learned vector, added to the embedding;
+            0: positions enter the attention only, as differences. If all states of a field are
+            masked, differences do not tell the first position from the last one.
     """
 
     width: int
     vocabulary: Vocabulary | None = None
     dim: int | None = None
     grid: tuple[int, int] | None = None
+    learned_positions: int = 0
 
 
 class StreamKeys(ComponentConfig):
@@ -108,6 +112,11 @@ class MMDiT(JointBackbone):
         """Normalize queries and keys, which keeps the training of large networks stable."""
         time: bool = True
         """Condition every field on its time and on the times of the other fields."""
+        positions: Literal["relative", "learned"] = "relative"
+        """Positions of the network's inputs.
+
+        "relative": differences of positions, in the attention. "learned": also one learned vector
+        per position, which helps short texts and images."""
         dropout: Probability = 0.0
         """Dropout probability after attention and after the MLP."""
         condition_width: PositiveInt = CONDITION_WIDTH
@@ -117,10 +126,7 @@ class MMDiT(JointBackbone):
 
     @classmethod
     def build(cls, config: Config, *, streams: Mapping[str, StreamShape]) -> MMDiT:
-        """Build the backbone that the settings of a recipe describe.
-
-        Rotary positions work for any number of positions, so `positions` of a field is not used.
-        """
+        """Build the backbone that the settings of a recipe describe."""
         for name in config.streams:
             if name not in streams:
                 raise ArgumentError(
@@ -133,7 +139,8 @@ class MMDiT(JointBackbone):
         specs = {}
         for name, shape in streams.items():
             own_width = config.streams[name].width if name in config.streams else width
-            specs[name] = StreamSpec(own_width, shape.vocabulary, shape.dim, shape.grid)
+            learned = shape.positions if config.positions == "learned" else 0
+            specs[name] = StreamSpec(own_width, shape.vocabulary, shape.dim, shape.grid, learned)
         if config.head_width is None and width % heads:
             raise ArgumentError(
                 f"width must be a multiple of heads; got width {width} and heads {heads}. Take "
@@ -187,7 +194,7 @@ class MMDiT(JointBackbone):
         rotations = {}
         for name, inputs in streams.items():
             stream = self._stream(name)
-            x = stream.embed(inputs.states)
+            x = stream.embed(inputs.states, inputs.position)
             hidden[name] = x
             shared[name] = stream.modulate(inputs.t, times, context.conditions, x.dtype)
             rotations[name] = Rotation(x, self.head_width, stream.positions(inputs.position))
@@ -228,6 +235,10 @@ class Stream(nn.Module):
         else:
             assert spec.dim is not None
             self.embedding = VectorEmbedding(spec.dim, spec.width)
+        self.position_embedding = None
+        if spec.learned_positions:
+            self.position_embedding = nn.Embedding(spec.learned_positions, spec.width)
+            nn.init.zeros_(self.position_embedding.weight)
         embedded = dict(conditions)
         for other in others:
             embedded[time_name(other)] = Condition(width=TIME_FEATURES, dropout=0.0)
@@ -237,9 +248,12 @@ class Stream(nn.Module):
         # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
         self.out_modulation = nn.Parameter(torch.zeros(2, 1, spec.width))
 
-    def embed(self, states: Tensor) -> Tensor:
-        """Return hidden states [B,m,width] of tokens [B,m] or vectors [B,m,d]."""
-        return self.embedding(states)
+    def embed(self, states: Tensor, position: Tensor) -> Tensor:
+        """Return hidden states [B,m,width] of tokens [B,m] or vectors [B,m,d] at positions [m]."""
+        x = self.embedding(states)
+        if self.position_embedding is None:
+            return x
+        return x + self.position_embedding(position).to(x.dtype)
 
     def positions(self, position: Tensor) -> Tensor:
         """Return the positions [m] of a sequence, or rows and columns [m,2] of an image."""

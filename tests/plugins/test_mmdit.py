@@ -159,6 +159,23 @@ def test_mmdit_image_positions_rotate_rows_and_columns() -> None:
     assert positions.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
 
 
+@pytest.mark.parametrize(("learned", "differ"), [(0, False), (LENGTH, True)])
+def test_mmdit_tells_masked_positions_apart_only_with_learned_positions(
+    learned: int, differ: bool
+) -> None:
+    """Differences of positions do not tell the first of equal states from the last one."""
+    stream = StreamSpec(32, vocabulary=VOCABULARY, learned_positions=learned)
+    backbone = MMDiT({"text": stream}, 2, heads=4, head_width=8)
+    randomize(backbone)
+    states = torch.full((1, LENGTH), VOCABULARY.num_tokens)
+    times = torch.ones(1, LENGTH, dtype=torch.float64)
+    inputs = StreamInput(states, times, torch.arange(LENGTH))
+    hidden = backbone({"text": inputs}, JointMask(None), JointContext())["text"][0]
+    spread = float((hidden - hidden[:1]).abs().max().detach())
+    # Without learned positions, only the order of float32 sums differs between positions.
+    assert spread > 0.1 if differ else spread < 1e-5
+
+
 @pytest.mark.parametrize(
     ("streams", "message"),
     [
