@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ddiff import ComponentConfig
 from ddiff.data.documents import Documents, documents_from_texts, fingerprint_texts
 from ddiff.data.encoded_vectors import EncodingSettings
 from ddiff.data.encoding import Encoder, EncodingJob, EncodingResult, get_positions
@@ -38,8 +39,16 @@ class HashEncoder:
 class HashTokenEncoder:
     """Encoder with one vector per word, up to `positions`.
 
-    The word "none" has no vector, and neither have the words after it.
+    The word "none" has no vector, and neither have the words after it. The class is also an encoder
+    component.
     """
+
+    class Config(ComponentConfig):
+        positions: int = 4
+
+    @classmethod
+    def build(cls, config: Config) -> HashTokenEncoder:
+        return cls(config.positions)
 
     def __init__(self, positions: int = 4) -> None:
         self.positions = positions

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hash_encoder import DIM, HashTokenEncoder, hash_vector
 from small_fields import LEVELS, PATCHES, RECIPE, make_table, read_small
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from ddiff.data.captioned_images import load_digits
 from ddiff.data.fields_batch import FieldsBatch
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import ArgumentError, DataError
+from ddiff.plugin.registry import UNPACKAGED, Component
+from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.fields.data import RunFields, preview_fields
@@ -402,6 +406,29 @@ def test_vectors_of_a_text_field_are_computed_and_marked(tmp_path: Path, cache: 
     times = [file.stat().st_mtime_ns for file in files]
     assert computed(tmp_path).fingerprints() == run_fields.fingerprints()
     assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_encoder_of_tokens_gives_a_field_one_position_per_token(
+    tmp_path: Path, cache: Path
+) -> None:
+    recipe = read_small(tmp_path, text=COMPUTED, without=("latent",))
+    component = Component("encoder", "hash", "hash_encoder:HashTokenEncoder", UNPACKAGED)
+    spec = ComponentSpec(component, HashTokenEncoder.Config(positions=4), "[encoder]")
+    run_fields = RunFields(dataclasses.replace(recipe, encoder=spec))
+    latent = run_fields.fields["latent"]
+    assert (latent.positions, latent.width) == (4, DIM)
+    texts = run_fields.documents.train.read_texts("text", np.arange(40)).values
+    found = run_fields.documents.train.read("latent", np.arange(40))
+    assert found.present.tolist() == [bool(text) for text in texts]
+    for text, vectors in zip(texts, found.values):
+        words = text.split()
+        expected = [hash_vector(word) for word in words]
+        assert np.array_equal(vectors[: len(words)], np.reshape(expected, (-1, DIM)))
+        assert not vectors[len(words) :].any()
+    batch = latent.encode(np.arange(40), TRAIN)
+    assert batch.values.shape == (40, 4, DIM)
+    # zeros after the last token are part of the field, so that they do not show the length
+    assert batch.valid.all()
 
 
 def test_damaged_or_unfinished_vectors_are_computed_again(tmp_path: Path, cache: Path) -> None:
