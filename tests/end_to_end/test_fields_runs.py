@@ -243,10 +243,11 @@ def test_sample_command_takes_texts_files_and_targets(ddiff: Command, tmp_path: 
     assert json.loads(out.splitlines()[0])["fields"]["image"]["ids"][:3] == [0, 1, 2]
 
 
-def test_options_of_the_other_kind_of_run_are_refused(ddiff: Command, folder: Path) -> None:
-    assert is_refusal(
-        ddiff("sample", str(Path.cwd().parent / "nowhere"), "--given", "text=one"), "run directory"
-    )
+def test_field_options_are_refused_for_a_text_run(ddiff: Command, folder: Path) -> None:
+    assert ddiff("run", "small.toml", "--set", "train.steps=2").code == 0
+    for option in ("--given", "--only", "--target", "--images"):
+        result = ddiff("sample", "runs/small", option, "text=one")
+        assert is_refusal(result, option, "a run of text", "--prompt")
 
 
 def test_text_options_are_refused_for_fields(ddiff: Command) -> None:

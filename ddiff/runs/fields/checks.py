@@ -38,7 +38,7 @@ def check_stages(
     path = evaluation_path(recipe)
     for text in recipe.evaluate.targets:
         target = parse_target(text, names)
-        along = target.path(path)
+        along = target.path(path, recipe.evaluate.unnamed)
         check_path(along, model.fields)
         caller = f'[evaluate] targets, "{target}"'
         require(along, model.objective.path, caller, lacking=lacking)
@@ -104,7 +104,7 @@ def build_joint_sampler(
         without: dict[str, Hold] = dict(given.without)
         if name in target.drawn and set(without) <= {*target.drawn, *target.given}:
             guidance[name] = Guidance(given.weight, without)
-    path = target.path(sampling_path(recipe))
+    path = target.path(sampling_path(recipe), keys.unnamed)
     return JointSampler(samplers, path, steps or keys.steps, keys.update, guidance)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ddiff.core.field_targets import Target, parse_target
-from ddiff.core.paths import LegPath
+from ddiff.core.paths import LegPath, given_path
 from ddiff.data.fields_batch import FieldsBatch
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.fields import FieldFigures, JointEvaluation, evaluate_fields
@@ -159,7 +159,7 @@ class Bounds:
     def score(self, text: str) -> JointEvaluation:
         """Compute the bound of one target, without controls."""
         target = parse_target(text, list(self.model.fields))
-        path = target.path(self.path)
+        path = target.path(self.path, self.recipe.evaluate.unnamed)
         self._require(path, f'evaluate: target "{target}"')
         return self._score_path(target, path)
 
@@ -182,8 +182,9 @@ class Bounds:
         untrained: dict[str, str] = {}
         if not target.given or not self.recipe.evaluate.controls:
             return found, untrained
-        found["shuffled"] = self._score_path(target, target.path(self.path), shuffled=True)
-        noise = Target(target.drawn, (), (*target.given, *target.others)).path(self.path)
+        path = target.path(self.path, self.recipe.evaluate.unnamed)
+        found["shuffled"] = self._score_path(target, path, shuffled=True)
+        noise = given_path(path, dict.fromkeys(target.given, "prior"))
         try:
             self._require(noise, "the control with noise")
         except ArgumentError as error:

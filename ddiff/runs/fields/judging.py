@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddiff.core.normalizer import Normalizer
-from ddiff.evaluation.judges import DrawnField, DrawnFields, Finding, Judge
+from ddiff.evaluation.judges import DrawnField, DrawnFields, Finding, Judge, Values
 from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.sampling import DrawnSamples
 from ddiff.runs.fields.values import FieldValues
@@ -23,8 +23,7 @@ def judge_samples(judge: Judge, data: RunFields, drawn: DrawnSamples) -> Sequenc
         values = data.fields[name]
         truth = None
         if drawn.numbers is not None and name in drawn.target.drawn:
-            states = values.encode(drawn.numbers, "validation").values
-            truth = plain_values(values, values.decode(states))
+            truth = read_truth(values, drawn.numbers)
         normalize = None
         if values.normalizer is not None:
             normalize = _normalize(values.normalizer)
@@ -32,6 +31,21 @@ def judge_samples(judge: Judge, data: RunFields, drawn: DrawnSamples) -> Sequenc
     target = drawn.target
     found = DrawnFields(str(target), target.drawn, target.given, fields, drawn.numbers)
     return judge.judge(found)
+
+
+def read_truth(values: FieldValues, numbers: NDArray[np.int64]) -> Values:
+    """Return the values of validation samples.
+
+    A sample without the field has the text None, or vectors of NaN.
+    """
+    found = values.encode(numbers, "validation")
+    truth = plain_values(values, values.decode(found.values))
+    absent = found.absent.numpy()
+    if isinstance(truth, list):
+        return [None if missing else text for text, missing in zip(truth, absent, strict=True)]
+    if truth.dtype.kind == "f":
+        truth[absent] = np.nan
+    return truth
 
 
 def plain_values(values: FieldValues, column: Sequence[Any]) -> list[str] | NDArray[Any]:

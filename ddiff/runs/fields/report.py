@@ -44,7 +44,10 @@ def make_report(run: FieldsRun, changed_data: bool = False) -> dict[str, Any]:
     targets = {name: bounds.to_dict() for name, bounds in found.items()}
     units = {}
     for name, values in run.values.items():
-        units[name] = "number" if values.vocabulary is None else "token"
+        units[name] = values.unit
+        if values.normalizer is not None and values.normalizer.log_volume is None:
+            # dimensions were dropped, so that a density of the data does not exist
+            units[name] = "normalized number"
     return {**describe_settings(run), "units": units, "targets": targets}
 
 
