@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,10 +23,14 @@ Numbers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 
+def hash_key(key: bytes) -> int:
+    """Return the first 8 bytes of the SHA-256 of a key, as an integer."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+
+
 def hash_keys(keys: Iterable[bytes]) -> Hashes:
-    """Return the first 8 bytes of the SHA-256 of each key, as integers [N]."""
-    content = b"".join(hashlib.sha256(key).digest()[:8] for key in keys)
-    return np.frombuffer(content, "<u8").astype(np.uint64)
+    """Return the hash of each key, uint64 [N]."""
+    return np.array(array("Q", map(hash_key, keys)), np.uint64)
 
 
 def split_samples(hashes: Hashes, held_out: float, source: str) -> tuple[Numbers, Numbers]:

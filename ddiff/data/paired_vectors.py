@@ -31,6 +31,7 @@ from ddiff.data.field_parts import (
     Numbers,
     check_parts,
     fingerprint_files,
+    hash_key,
     hash_keys,
     split_samples,
 )
@@ -456,7 +457,7 @@ class _Shards:
             has_text = line.text is not None
             numbers.extend((line.start, line.size, line.shard, line.row, has_text))
             key = line.text if line.text is not None else f"{line.shard} {line.row}"
-            hashes.extend(hash_keys([key.encode()]).tolist())
+            hashes.append(hash_key(key.encode()))
         if not hashes:
             raise DataError(f"{printable(path)} has no samples. Name a file with samples.")
         columns = np.array(numbers, np.int64).reshape(-1, 5).T
@@ -517,11 +518,12 @@ def _read_lines(path: str) -> Iterator[_Line]:
     """Yield the lines of a file of JSON objects. Raises DataError with the number of the line."""
     with open_uncompressed(path):
         pass  # refuses a compressed file, in which lines have no positions
+    name = base_name(path)
     with open_file(path) as file:
         start = 0
         for number, content in enumerate(file, start=1):
             if not content.isspace():
-                place = f"{base_name(path)} line {number}"
+                place = f"{name} line {number}"
                 yield _parse_line(content, start, place)
             start += len(content)
 
