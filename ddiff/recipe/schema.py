@@ -219,7 +219,7 @@ FIELDS = Layout(
                 "loss": Slot("training_loss", "elbo"),
                 "times": Slot("time_rule", "flat"),
                 "sampler": Slot("sampler", "ancestral", vectors="ddim"),
-                "normalizer": Slot("normalizer", "none"),
+                "normalizer": Slot("normalizer", "none", vectors="standard"),
             },
             is_group=True,
         ),

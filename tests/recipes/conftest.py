@@ -133,7 +133,7 @@ NAMES = {
     "tracker": {"none": "Plain"},
     "joint_backbone": {"streams": "Net"},
     "path_rule": {"shared": "Plain", "mixture": "Mixture"},
-    "normalizer": {"none": "Plain", "pca": "Pca"},
+    "normalizer": {"none": "Plain", "standard": "Plain", "pca": "Pca"},
 }
 TARGETS = [
     (kind, name, f"toy_parts:{NAMES.get(kind, {}).get(name, 'Plain')}")

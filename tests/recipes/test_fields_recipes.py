@@ -352,6 +352,7 @@ def test_defaults_of_a_field_follow_the_states_of_its_process(write):
     recipe = read_recipe(write(FIELDS_RECIPE), ["fields.image.process=normal"])
     image = recipe.fields["image"]
     assert (image.head.component.name, image.sampler.component.name) == ("vector", "ddim")
+    assert image.normalizer.component.name == "standard"
 
 
 def test_keys_of_a_default_of_vectors_are_kept_if_its_kind_is_given_later(write):
