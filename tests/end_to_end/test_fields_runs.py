@@ -302,6 +302,22 @@ def test_export_contains_the_normalizers(ddiff: Command, tmp_path: Path) -> None
     assert any(name.startswith("backbone.") for name in tensors)
 
 
+def test_dry_run_checks_the_targets_of_a_recipe_whose_words_are_unknown(ddiff: Command) -> None:
+    """The words of the tokenizer are only in the data, so that the model cannot be built."""
+    code, _, err = ddiff(
+        "run",
+        "digits.toml",
+        "--dry-run",
+        "--set",
+        "run_dir='dry'",
+        "--set",
+        "objective.times='shared'",
+    )
+    assert code == 2
+    assert '[evaluate] targets, "image | text"' in err
+    assert "Train it with [objective] times" in err
+
+
 def test_dry_run_prints_a_recipe_that_reads_again(ddiff: Command) -> None:
     code, out, err = ddiff("run", "digits.toml", "--dry-run", "--set", "run_dir='dry'")
     assert code == 0, err

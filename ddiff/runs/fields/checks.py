@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ddiff.core.field_targets import Target, parse_target
@@ -10,6 +10,7 @@ from ddiff.core.path_coverage import require_trained
 from ddiff.core.paths import Hold, LegPath
 from ddiff.core.training_paths import TrainingPath, require_path
 from ddiff.errors import ArgumentError
+from ddiff.recipe.fields_keys import FieldsEvaluateKeys, FieldsSampleKeys
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.fields.build import FieldsModel, check_path
 from ddiff.sampling.fields import JointSampler
@@ -46,6 +47,30 @@ def check_stages(
         target = parse_target(text, names)
         sampler = build_joint_sampler(recipe, shapes, target)
         check_target(model, sampler, target, lacking)
+
+
+def check_targets(recipe: FieldsRecipe) -> None:
+    """Raise ArgumentError if the training does not cover a target of [evaluate] or [sample].
+
+    Needs neither the data nor the network, so that a dry run can check every recipe.
+    """
+    names = list(recipe.fields)
+    trained = recipe.times.build(names=names)
+    _check_covered("evaluate", evaluation_path(recipe), recipe.evaluate, names, trained)
+    _check_covered("sample", sampling_path(recipe), recipe.sample, names, trained)
+
+
+def _check_covered(
+    table: str,
+    path: LegPath,
+    keys: FieldsEvaluateKeys | FieldsSampleKeys,
+    names: Sequence[str],
+    trained: TrainingPath,
+) -> None:
+    for text in keys.targets:
+        target = parse_target(text, names)
+        along = target.path(path, keys.unnamed)
+        require(along, trained, f'[{table}] targets, "{target}"')
 
 
 def evaluation_path(recipe: FieldsRecipe) -> LegPath:

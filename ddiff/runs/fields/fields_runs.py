@@ -17,7 +17,7 @@ from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.run_dir.destination import Destination
 from ddiff.runs.build import Overrides
 from ddiff.runs.fields.build import assemble_fields
-from ddiff.runs.fields.checks import check_stages
+from ddiff.runs.fields.checks import check_stages, check_targets
 from ddiff.runs.fields.memory import check_memory
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
@@ -61,6 +61,7 @@ class FieldsRuns:
 
         shapes = preview_fields(recipe)
         if shapes is None:
+            check_targets(recipe)
             return check_memory(recipe, None, None, device)
         model = assemble_fields(recipe, shapes, torch.device("meta"))
         verdict = check_memory(recipe, shapes, model.denoiser, device)
