@@ -90,6 +90,10 @@ class ShapesJudge:
     An image is right if it is one of the images of its caption. Captions are right likewise; some
     images have two captions. The chance is the probability that an independent pair of an image and
     a caption fits.
+
+    Drawn images with wrong pixels are compared with all images of the source: the judge reports the
+    number of pixels that differ from the nearest one, and whether its caption is that of the drawn
+    image.
     """
 
     class Config(ComponentConfig):
@@ -113,6 +117,35 @@ class ShapesJudge:
             for image in self._source.images_of(caption):
                 captions.setdefault(image, []).append(" ".join(caption))
         return captions
+
+    @cached_property
+    def _marks(self) -> NDArray[np.float32]:
+        """All images of the source, as marks [M,pixels * levels] of the level of each pixel."""
+        images = np.frombuffer(b"".join(self._captions), np.uint8)
+        return self._mark_levels(images.reshape(len(self._captions), -1))
+
+    def _mark_levels(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return 1 at the level of each pixel of images [N,pixels], else 0, [N,pixels * levels]."""
+        levels = np.arange(self._source.colours + 1)
+        marks = images[:, :, None] == levels
+        return marks.reshape(len(images), -1).astype(np.float32)
+
+    def _judge_nearest(self, images: NDArray[np.uint8], texts: list[str]) -> list[Finding]:
+        """Return the findings on the nearest images of the source; `texts` are the captions."""
+        captions = list(self._captions.values())
+        wrong = []
+        shares = []
+        for image, text in zip(images, texts, strict=True):
+            same = self._marks @ self._mark_levels(image[None])[0]
+            wrong.append(len(image) - same.max())
+            nearest = np.flatnonzero(same == same.max())
+            # Several images may be equally near. Each counts by its share.
+            shares.append(np.mean([text in captions[number] for number in nearest]))
+        label = "nearest images of the source that have the caption"
+        return [
+            mean_value("pixels that differ from the nearest image of the source", wrong),
+            mean_value(label, shares, chance=self.chance),
+        ]
 
     @cached_property
     def chance(self) -> float:
@@ -139,6 +172,8 @@ class ShapesJudge:
             texts = _texts(drawn.fields[TEXT].values)
             fits = [text in captions for text, captions in zip(texts, known, strict=True)]
             findings.append(share_right(_pair_name(drawn), fits, self.chance))
+            if IMAGE in drawn.drawn:
+                findings += self._judge_nearest(images, texts)
         return findings
 
 

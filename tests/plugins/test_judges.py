@@ -12,7 +12,9 @@ from ddiff.data.captioned_images import CaptionedImages, ShapesSource, load_digi
 from ddiff.data.columns import FieldsDocuments, FieldsTable, TextColumn, TokenColumn
 from ddiff.data.pictures import LevelPicture, grey_palette
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.judges import DrawnField, DrawnFields, Finding
+from ddiff.evaluation.judges import DrawnField, DrawnFields, Finding, mean_value
+
+DIFFERING = "pixels that differ from the nearest image of the source"
 
 
 def table(images: CaptionedImages) -> FieldsTable:
@@ -55,9 +57,10 @@ def test_shapes_judge_finds_all_samples_of_the_source_right(
 ) -> None:
     images = source.draw(50, first=1000)
     texts = [" ".join(caption) for caption in images.captions]
-    findings = shapes_judge.judge(drawn_fields(target, images.levels, texts))
-    assert {finding.value for finding in findings} == {1.0}
-    assert len(findings) == {"joint": 3, "image | text": 2, "text | image": 2}[target]
+    found = by_name(shapes_judge.judge(drawn_fields(target, images.levels, texts)))
+    assert len(found) == {"joint": 5, "image | text": 4, "text | image": 2}[target]
+    assert found.pop(DIFFERING, mean_value(DIFFERING, [0.0])).value == 0.0
+    assert {finding.value for finding in found.values()} == {1.0}
 
 
 def test_shapes_judge_finds_one_changed_pixel(
@@ -71,6 +74,26 @@ def test_shapes_judge_finds_one_changed_pixel(
     assert found["images of two shapes"].value == 0.9
     assert found["images and captions that fit"].value == 0.9
     assert found["texts that are captions"].value == 1.0
+    # The nearest image is still the one without the change.
+    assert found[DIFFERING].value == pytest.approx(0.1)
+    assert found["nearest images of the source that have the caption"].value == 1.0
+
+
+def test_shapes_judge_shares_the_nearest_images_of_an_empty_image(
+    source: ShapesSource, shapes_judge: ShapesJudge
+) -> None:
+    """The empty image is nearest to the images of two crosses, which have 9 pixels each.
+
+    These are the images of 8 captions, and each counts by its share.
+    """
+    texts = ["red cross above red cross", "red disc above red disc"]
+    empty = np.zeros((2, 144), np.int64)
+    findings = shapes_judge.judge(drawn_fields("image | text", empty, texts))
+    found = by_name(findings)
+    assert found[DIFFERING].value == 18.0
+    share = found["nearest images of the source that have the caption"].value
+    # One of 8 captions has about 1/8 of the nearest images. The second text has none of them.
+    assert 0.0 < share < 2.0 / 8.0
 
 
 def test_shapes_judge_agrees_with_the_rule_of_the_source(
