@@ -22,6 +22,7 @@ from ddiff.sampling.gaussian import (
     GaussianSampler,
     HeunSampler,
 )
+from ddiff.sampling.grid import Grid, InformationGrid
 from ddiff.sampling.loop import Canvas
 from ddiff.testing import check_vector_sampler
 from ddiff.testing import vector_sampler as laws
@@ -158,6 +159,12 @@ def test_check_command_checks_samplers_of_vectors(
     out = capsys.readouterr().out
     assert "vector sampler: reaches its declared order" in out
     assert "on 3 instance(s), 0 broken" in out
+
+
+def test_heun_declares_order_1_on_equal_steps_of_information_time() -> None:
+    """Where SNR is small, these are long steps of t, and twice as many halve the error only."""
+    assert HeunSampler(InformationGrid(8)).order == 1
+    assert HeunSampler(Grid("uniform", 8)).order == 2
 
 
 def test_measured_orders_tell_heun_from_the_samplers_of_order_1() -> None:
