@@ -294,12 +294,16 @@ def _judge_texts(name: str, field: DrawnField, numbers: NDArray[np.int64] | None
     texts = _texts(field.values)
     assert field.truth is not None
     truth = _texts(field.truth)
-    half = len(texts) // 2
-    other = truth[half:] + truth[:half]
+    if numbers is None:
+        numbers = np.arange(len(texts))
+    # One text of every validation sample, since draws of one sample have the same true text.
+    _, first, row = np.unique(numbers, return_index=True, return_inverse=True)
+    other = np.roll(first, len(first) // 2)[row]
     shared = [_words_shared(text, true) for text, true in zip(texts, truth)]
-    unrelated = [_words_shared(text, true) for text, true in zip(texts, other)]
+    unrelated = [_words_shared(text, truth[place]) for text, place in zip(texts, other)]
     label = f"words shared with the true text, F1 ({name})"
-    return mean_value(label, shared, numbers, chance=float(np.mean(unrelated)))
+    chance = float(group_means(np.array(unrelated), numbers).mean())
+    return mean_value(label, shared, numbers, chance)
 
 
 def _words_shared(first: str, second: str) -> float:

@@ -235,3 +235,10 @@ def test_vectors_judge_compares_words_with_the_true_text() -> None:
     assert finding.value == pytest.approx((2.0 / 3.0 + 3.0) / 4.0)
     # Half of the samples further on, no word is shared.
     assert finding.chance == 0.0
+    # Two draws of every sample have the same true text, which is not the one of another sample.
+    twice = DrawnField(list(field.values) * 2, texts * 2)
+    numbers = np.tile(np.arange(4), 2)
+    drawn = DrawnFields("text", ["text"], [], {"text": twice}, numbers)
+    repeated = judge_vectors(drawn)["words shared with the true text, F1 (text)"]
+    assert (repeated.value, repeated.chance) == (finding.value, 0.0)
+    assert repeated.count == 4
