@@ -259,6 +259,7 @@ from .data.pictures import PatchPicture as PatchPicture
 from .data.pictures import Picture as Picture
 from .data.pictures import grey_palette as grey_palette
 from .data.pictures import write_grid as write_grid
+from .data.vector_documents import join_vectors as join_vectors
 from .evaluation.fields import JointEvaluation as JointEvaluation
 from .evaluation.fields import RateDistortion as RateDistortion
 from .evaluation.fields import evaluate_fields as evaluate_fields

@@ -20,6 +20,8 @@ COMPONENTS = {
         "shards": "ddiff_core.data:Shards",
         "symbols": "ddiff_core.data:Symbols",
         "text": "ddiff_core.data:Text",
+        "vector_files": "ddiff_core.vector_documents:ConditionedVectorFiles",
+        "vector_shards": "ddiff_core.vector_documents:ConditionedVectorShards",
     },
     "fields_dataset": {
         "digits": "ddiff_core.fields_data:Digits",

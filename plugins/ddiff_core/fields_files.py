@@ -5,11 +5,12 @@ The modules that read files are imported inside the methods, so that parsing a r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ddiff import ComponentConfig, PositiveInt
+from ddiff import ComponentConfig, DataError, PositiveInt
 
 if TYPE_CHECKING:
     from ddiff import Cache, ColumnShape, Documents, FieldsDocuments, ImageFormat, MissingRules
@@ -37,12 +38,15 @@ class VectorFiles:
         """Samples without text or without vectors: an error, or marked as lacking the field."""
         computed: bool = True
         """True: the vectors are computed from the texts, as embeddings are."""
+        dim: PositiveInt | None = None
+        """Expected numbers of a vector; another dimension is an error. With this key, a dry run
+        before the files exist assumes one vector of this dimension per text."""
 
     @staticmethod
     def build(config: Config, *, seed: int, cache: Cache | None) -> FieldsDocuments:
         from ddiff import read_vector_files
 
-        return read_vector_files(
+        found = read_vector_files(
             config.path,
             manifest=config.manifest,
             validation=config.validation,
@@ -50,13 +54,18 @@ class VectorFiles:
             missing=config.missing,
             computed=config.computed,
         )
+        _check_dim(config, found.shapes["latent"].width)
+        return found
 
     @staticmethod
     def preview(config: Config) -> dict[str, ColumnShape]:
         """Return the description of each column, by name, from the first file of vectors."""
         from ddiff import find_vector_shape
 
+        if config.dim is not None and not Path(config.path).exists():
+            return _describe_vectors(1, config.dim, config.computed)
         shape = find_vector_shape(config.path, config.manifest)
+        _check_dim(config, shape.width)
         return _describe_vectors(*shape, config.computed)
 
 
@@ -79,12 +88,15 @@ class VectorShards:
         """Samples without text or without vectors: an error, or marked as lacking the field."""
         computed: bool = True
         """True: the vectors are computed from the texts, as embeddings are."""
+        dim: PositiveInt | None = None
+        """Expected numbers of a vector; another dimension is an error. With this key, a dry run
+        before the files exist assumes one vector of this dimension per text."""
 
     @staticmethod
     def build(config: Config, *, seed: int, cache: Cache | None) -> FieldsDocuments:
         from ddiff import read_vector_shards
 
-        return read_vector_shards(
+        found = read_vector_shards(
             config.path,
             train=config.train,
             validation=config.validation,
@@ -93,14 +105,29 @@ class VectorShards:
             missing=config.missing,
             computed=config.computed,
         )
+        _check_dim(config, found.shapes["latent"].width)
+        return found
 
     @staticmethod
     def preview(config: Config) -> dict[str, ColumnShape]:
         """Return the description of each column, by name, from the headers of the shards."""
         from ddiff import find_shard_shape
 
+        if config.dim is not None and not Path(config.path).exists():
+            return _describe_vectors(1, config.dim, config.computed)
         shape = find_shard_shape(config.path, config.shards)
+        _check_dim(config, shape.width)
         return _describe_vectors(*shape, config.computed)
+
+
+def _check_dim(config: VectorFiles.Config | VectorShards.Config, width: int | None) -> None:
+    """Raise DataError if vectors do not have the dimension that a recipe expects."""
+    if config.dim not in (None, width):
+        raise DataError(
+            f"[data] dim must be the numbers of a vector; got dim = {config.dim}, but the vectors "
+            f"in {config.path} have {width} numbers. Correct dim, or name the folder of the other "
+            "vectors in path."
+        )
 
 
 class EncodedTexts:

@@ -24,7 +24,11 @@ from ddiff.runs.record import record_run
 from ddiff.runs.session import TrainingSession, build_run
 
 PAPER = sorted(name for name in find_shipped_recipes() if name.startswith("paper/"))
+CONDITIONED = ["paper/latent_cross", "paper/latent_dit"]
+FIELDS = [name for name in PAPER if name.startswith(("paper/image_", "paper/mmdit"))]
+TEXT = [name for name in PAPER if name not in FIELDS + CONDITIONED]
 WIDTH, LENGTH, WORDS = 32, 16, 300
+DIM = 4  # numbers of a vector
 SMALL = [
     f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
     f'tokenizer={{kind="bpe", size={WORDS}}}',
@@ -58,12 +62,36 @@ KEPT = (
 
 
 def small(name: str) -> list[str]:
-    return [*SMALL, *([f"denoiser.settings.{key}" for key in LLAMA] if "llama" in name else DIT)]
+    """Return the settings that reduce the sizes of a recipe of text."""
+    if "llama" in name:
+        return [*SMALL, *(f"denoiser.settings.{key}" for key in LLAMA)]
+    if name in CONDITIONED:
+        data = f"data={{kind='vector_files', path='vectors', dim={DIM}, length={LENGTH}}}"
+        conditions = [f"denoiser.conditions.latent.width={DIM}", "denoiser.condition_width=8"]
+        return [*SMALL, data, *DIT, *conditions]
+    return [*SMALL, *DIT]
 
 
 def embeddings(source: str, num_tokens: int) -> np.ndarray:
     """Return random embeddings; replaces the function that loads those of a pretrained model."""
     return np.random.default_rng(0).standard_normal((num_tokens, WIDTH)).astype(np.float32)
+
+
+def write_vectors(folder: Path, text: str) -> None:
+    """Write 40 texts with vectors in the two published layouts."""
+    (folder / "latent_shards").mkdir(parents=True)
+    texts = [text[start : start + 300] for start in range(0, 12000, 300)]
+    vectors = np.random.default_rng(0).standard_normal((len(texts), DIM)).astype(np.float32)
+    np.save(folder / "latent_shards" / "shard_0000.npy", vectors)
+    manifest = []
+    lines = []
+    for number, part in enumerate(texts):
+        np.save(folder / f"{number}.npy", vectors[number])
+        manifest.append({"text": part, "latent_path": f"{number}.npy"})
+        lines.append(json.dumps({"text": part, "shard": 0, "idx": number}))
+    for part, numbers in (("train", slice(32)), ("validation", slice(32, None))):
+        (folder / f"{part}_data.json").write_text(json.dumps(manifest[numbers]))
+        (folder / f"{part}_data.jsonl").write_text("\n".join(lines[numbers]))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     novels = ddiff.load_bundled_novels()
     (folder / "train.txt").write_text(novels.train["text"][0][:6000], encoding="utf-8")
     (folder / "validation.txt").write_text(novels.validation["text"][0][:500], encoding="utf-8")
+    write_vectors(folder / "vectors", novels.train["text"][0])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
@@ -82,7 +111,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("no_sync_guard")
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", TEXT + CONDITIONED)
 def test_paper_recipe_training_step_does_not_synchronize_with_device(
     name: str, place: Path
 ) -> None:
@@ -96,7 +125,7 @@ def test_paper_recipe_training_step_does_not_synchronize_with_device(
     assert all(parameter.grad is not None for parameter in run.denoiser.head.parameters())
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", TEXT + CONDITIONED)
 def test_paper_recipe_with_reduced_sizes_trains(name: str, place: Path) -> None:
     recipe = read_recipe(name, small(name))
     published = read_recipe(name)
@@ -132,7 +161,7 @@ def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
     return before, run.denoiser.state_dict(), line["train_loss"]
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", TEXT)
 def test_paper_recipe_has_the_published_token_count(name: str) -> None:
     """The number of training tokens is steps x batch x length."""
     recipe = read_recipe(name)
