@@ -3,6 +3,8 @@
     joint           all fields are drawn together
     image | text    the image is drawn given the text
     image           the image is drawn; all other fields are held, by default at their prior
+    text through latent
+                    the bound of the text by rate plus distortion; only evaluated
 
 A target names evaluations, samples and files.
 """
@@ -17,6 +19,9 @@ from ddiff.errors import ArgumentError, shorten, suggest
 
 JOINT = "joint"
 """Target that draws all fields."""
+
+THROUGH = " through "
+"""Word between a text and the vector through which the text is bounded."""
 
 
 class Target(NamedTuple):
@@ -76,6 +81,44 @@ class Target(NamedTuple):
         return given_path(path, held) if held else path
 
 
+class ThroughTarget(NamedTuple):
+    """Bound of a text through a vector by rate plus distortion (`ddiff.core.rate_distortion`).
+
+    Attributes:
+        text: name of the field that is scored.
+        latent: name of the field of vectors.
+    """
+
+    text: str
+    latent: str
+
+    def __str__(self) -> str:
+        """Return the text from which `parse_evaluated` makes this target."""
+        return f"{self.text}{THROUGH}{self.latent}"
+
+
+def parse_evaluated(text: str, names: Sequence[str]) -> Target | ThroughTarget:
+    """Return the target of an evaluation that a text describes.
+
+    Args:
+        text: a text for `parse_target`, or "A through B".
+        names: names of all fields.
+
+    Raises ArgumentError for a text that names no target.
+    """
+    scored, through, latent = text.partition(THROUGH)
+    if not through:
+        return parse_target(text, names)
+    target = ThroughTarget(scored.strip(), latent.strip())
+    for name in target:
+        if name not in names:
+            reason = f'it names "{shorten(name)}", which is not a field.{suggest(name, names)}'
+            raise _target_error(text, names, reason.removesuffix("."))
+    if target.text == target.latent:
+        raise _target_error(text, names, f'it names the field "{target.text}" twice')
+    return target
+
+
 def parse_target(text: str, names: Sequence[str]) -> Target:
     """Return the target that a text describes.
 
@@ -89,6 +132,8 @@ def parse_target(text: str, names: Sequence[str]) -> Target:
     """
     if text.strip() == JOINT:
         return Target(tuple(names))
+    if THROUGH in text:
+        raise _target_error(text, names, 'targets with "through" are evaluated and not sampled')
     left, bar, right = text.partition("|")
     drawn = _split_names(text, left, names)
     given = _split_names(text, right, names) if bar else []
@@ -120,6 +165,6 @@ def _target_error(text: str, names: Sequence[str], reason: str) -> ArgumentError
     end = "" if reason.endswith("?") else "."
     return ArgumentError(
         f'The target "{shorten(text)}" cannot be read: {reason}{end} A target is "{JOINT}", or '
-        'names of the drawn fields, with the given fields after "|": "A, B | C". '
-        f"Fields: {', '.join(names)}."
+        'names of the drawn fields, with the given fields after "|": "A, B | C". An evaluation '
+        f'also has targets "A through B". Fields: {", ".join(names)}.'
     )

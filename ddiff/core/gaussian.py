@@ -201,6 +201,7 @@ class GaussianProcess(SettingsRepr):
         self.uniforms_per_sample = width
         self.uniforms_per_step = width
         self.uniforms_per_decode = width
+        self._times_of_deviations: dict[float, float] = {}
         self._first = schedule.time_of_log_snr(largest_log_snr)
         self._last = 1.0
         if smallest_log_snr is not None:
@@ -243,6 +244,26 @@ class GaussianProcess(SettingsRepr):
             early = torch.where(is_before, middle, early)
             late = torch.where(is_before, late, middle)
         return late
+
+    def time_of_deviation(self, deviation: float) -> float:
+        """Return the time t at which sigma / a has the value `deviation`.
+
+        The state divided by a is then the clean vector plus noise of this standard deviation.
+        Raises ArgumentError for a value that sigma / a does not have between t = 0 and t = 1.
+        """
+        if deviation in self._times_of_deviations:
+            return self._times_of_deviations[deviation]
+        ends = self.snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).rsqrt().tolist()
+        if not ends[0] < deviation < ends[1]:
+            raise ArgumentError(
+                "deviation must lie between sigma / a at both ends of the process, "
+                f"{ends[0]:.3g} and {ends[1]:.3g}; got {deviation}."
+            )
+        log_snr = torch.tensor([-2.0 * math.log(deviation)], dtype=torch.float64)
+        time = float(self.times_of_log_snr(log_snr))
+        # Training asks for the same deviation in every step.
+        self._times_of_deviations[deviation] = time
+        return time
 
     def signal(self, t: Tensor) -> Tensor:
         """Return a(t) [r]."""

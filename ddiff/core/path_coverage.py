@@ -144,7 +144,7 @@ def describe_situation(situation: Situation) -> str:
             parts.append(f"{_join(held)} {'is' if len(held) == 1 else 'are'} {WORDS[hold]}")
     for name, state in situation.items():
         if isinstance(state, HeldAt):
-            parts.append(f"{name} is held at t = {state.time:g}")
+            parts.append(f"{name} has noise of deviation {state.deviation:g}")
     return ", ".join(parts)
 
 
@@ -155,6 +155,12 @@ def part_of_recipe(situation: Situation) -> str:
         held = [f'"{name}"' for name, state in situation.items() if state == hold]
         if held:
             keys.append(f"{hold} = [{', '.join(held)}]")
+    noisy = []
+    for name, state in situation.items():
+        if isinstance(state, HeldAt):
+            noisy.append(f"{name} = {state.deviation:g}")
+    if noisy:
+        keys.append(f"noisy = {{{', '.join(noisy)}}}")
     return f"{{{', '.join(keys)}}}"
 
 
@@ -231,11 +237,6 @@ def _untrained_error(segment: Segment, trained: TrainingPath, subject: str) -> A
         f"{subject} needs predictions for which the network was not trained. It needs them where "
         f"{describe_situation(situation)}"
     )
-    is_noisy = any(isinstance(state, HeldAt) for state in situation.values())
-    if is_noisy:
-        return ArgumentError(
-            f'{start}. Trained: {listed}. Train it with [objective] times = "independent".'
-        )
     if situation in known:
         return ArgumentError(
             f"{start}, at other progress of these fields than in training. Use the kind of path, "
@@ -243,9 +244,13 @@ def _untrained_error(segment: Segment, trained: TrainingPath, subject: str) -> A
             '"independent", which trains all paths.'
         )
     parts = ", ".join(part_of_recipe(one) for one in [*known, situation])
+    rule = f'{{kind = "mixture", parts = [{parts}]}}'
+    if any(isinstance(state, HeldAt) for state in situation.values()):
+        # Independent times train a field with every amount of noise.
+        rule += ' or "independent"'
     return ArgumentError(
-        f"{start}. Trained: {listed}. Train it with [objective] times = "
-        f'{{kind = "mixture", parts = [{parts}]}}, or choose another target or path.'
+        f"{start}. Trained: {listed}. Train it with [objective] times = {rule}, or choose another "
+        "target or path."
     )
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, final, get_args
+from typing import Any, Literal, NamedTuple, Protocol, final, get_args
 
 import torch
 from torch import Tensor
 
-from ddiff.core.field import Fields, JointTimes, rng_of_field
+from ddiff.core.field import Field, Fields, JointTimes, rng_of_field
 from ddiff.core.progress_density import LeastVariance, ProgressDensity, UniformDensity
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import Times, draw_strata
@@ -41,12 +41,14 @@ SMALLEST_SHARE = 2.0**-53
 
 
 class HeldAt(NamedTuple):
-    """Hold of a field at a time of its process: its states are noisy, and the time is known.
+    """Hold of a field of vectors at a known time: its states have noise of a given deviation.
 
-    0 <= time <= 1. For evaluation and training; samplers draw no such states.
+    The time is that at which sigma / a is `deviation` > 0, so that the states divided by a are the
+    clean vectors plus noise of this standard deviation. For training and evaluation; samplers draw
+    no such states.
     """
 
-    time: float
+    deviation: float
 
 
 class Leg(NamedTuple):
@@ -131,7 +133,7 @@ class LegPath:
             if isinstance(leg, Leg):
                 parts.append(f"{name} {leg.start:g}..{leg.stop:g}")
             elif isinstance(leg, HeldAt):
-                parts.append(f"{name} at t = {leg.time:g}")
+                parts.append(f"{name} with noise {leg.deviation:g}")
             else:
                 parts.append(f"{name} {leg}")
         return f"LegPath({', '.join(parts)})"
@@ -164,7 +166,7 @@ class LegPath:
         for other, other_leg in self._moving.items():
             # Fields that leave their prior at the same tau are all at the prior there.
             if other != name and other_leg.stop == leg.stop:
-                last[other] = _hold_times("prior", slot, fields[other].positions)
+                last[other] = _hold_times("prior", slot, fields[other], other)
         field = fields[name]
         clock = field.process.information_time
         length = field.positions
@@ -280,7 +282,7 @@ class LegPath:
         leg = self._legs[name]
         field = fields[name]
         if not isinstance(leg, Leg):
-            return _hold_times(leg, tau, field.positions)
+            return _hold_times(leg, tau, field, name)
         progress, slope = self._progress(name, tau)
         times = field.rule.at(field.process.information_time, progress, field.positions)
         is_decoded = tau <= leg.start if side == "before" else tau < leg.start
@@ -362,17 +364,33 @@ def _density(fields: Fields, name: str) -> ProgressDensity:
     return LeastVariance(field.rule.tokens or field.positions)
 
 
-def _hold_times(hold: Hold | HeldAt, like: Tensor, positions: int) -> Times:
-    """Return the times of a field of n positions that does not move; `like` is [B]."""
-    shape = (len(like), positions)
+def _hold_times(hold: Hold | HeldAt, like: Tensor, field: Field, name: str) -> Times:
+    """Return the times of the field `name`, which does not move; `like` is [B]."""
+    shape = (len(like), field.positions)
     zeros = torch.zeros(shape, dtype=torch.float64, device=like.device)
     nothing = torch.zeros(shape, dtype=torch.bool, device=like.device)
     if isinstance(hold, HeldAt):
-        return Times(zeros + hold.time, zeros, nothing)
+        return Times(zeros + _find_time(hold, field, name), zeros, nothing)
     if hold == "clean":
         return Times(zeros, zeros, ~nothing)
     absent = torch.ones_like(nothing[:, 0]) if hold == "absent" else None
     return Times(torch.ones_like(zeros), zeros, nothing, ~nothing, absent=absent)
+
+
+def _find_time(hold: HeldAt, field: Field, name: str) -> float:
+    """Return the time at which a field has the noise of a hold."""
+    process: Any = field.process
+    if process.states != "vectors":
+        raise ArgumentError(
+            f'LegPath: only a field of vectors can be held with noise; "{name}" has tokens. Hold '
+            'it "clean", "prior" or "absent".'
+        )
+    try:
+        time: float = process.time_of_deviation(hold.deviation)
+    except ArgumentError as error:
+        error.args = (f'LegPath: the noise of "{name}": {error}',)
+        raise
+    return time
 
 
 def _check_legs(legs: Mapping[str, Leg | Hold | HeldAt], power: Mapping[str, float]) -> None:
@@ -385,9 +403,10 @@ def _check_legs(legs: Mapping[str, Leg | Hold | HeldAt], power: Mapping[str, flo
                     f"[{leg.start}, {leg.stop}]."
                 )
         elif isinstance(leg, HeldAt):
-            if not 0.0 <= leg.time <= 1.0:
+            if not 0.0 < leg.deviation < math.inf:
                 raise ArgumentError(
-                    f'LegPath: "{name}" must be held at a time in [0, 1]; got {leg.time}.'
+                    f'LegPath: the noise of "{name}" must have a finite deviation above 0; got '
+                    f"{leg.deviation}."
                 )
         elif leg not in get_args(Hold):
             raise ArgumentError(

@@ -8,12 +8,12 @@ With q(z|x) = N(f(x), s^2), the text has the bound (arXiv 1711.00464)
     distortion = E_q[ -ln p(x | z) ]  <= bound of the text, with the latent held at t_s
 
 The time t_s is the time of the Gaussian process at which sigma / a = s, so z = z_{t_s} / a. During
-the terms of the rate, the text is at its prior.
+the terms of the rate, the text is at its prior. The bound holds for every vector f that a sample
+has, also for one that is not computed from the text.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, final
 
@@ -74,7 +74,7 @@ class RateDistortionPaths(NamedTuple):
     Attributes:
         rate: the latent moves from t_s to 1 while the text is at its prior. Its diffusion and
             closing terms are the rate; its decoding term is not part of it.
-        distortion: the text moves while the latent is held at t_s.
+        distortion: the text moves while the latent is held with noise of deviation s.
         time: the time t_s.
     """
 
@@ -84,15 +84,16 @@ class RateDistortionPaths(NamedTuple):
 
 
 def rate_distortion_paths(
-    fields: Fields, text: str, latent: str, deviation: float
+    fields: Fields, text: str, latent: str, deviation: float, unnamed: Hold = "prior"
 ) -> RateDistortionPaths:
-    """Return the paths of the bound of a text through a latent. All other fields are at the prior.
+    """Return the paths of the bound of a text through a latent.
 
     Args:
         fields: fields by name.
-        text: name of the field that is scored.
+        text: name of the field of tokens that is scored.
         latent: name of the field of vectors that is computed from the text.
         deviation: s, in normalized units of the latent.
+        unnamed: state of all other fields, "prior" or "absent".
     """
     caller = "rate_distortion_paths"
     for name in (text, latent):
@@ -106,6 +107,8 @@ def rate_distortion_paths(
             f"{caller}: latent must be another field than text, with a Gaussian process; got text "
             f'"{text}" and latent "{latent}".'
         )
+    if fields[text].process.states != "tokens":
+        raise ArgumentError(f'{caller}: text must be a field of tokens; "{text}" has vectors.')
     rule = fields[latent].rule
     if not rule.has_one_time:
         raise ArgumentError(
@@ -114,36 +117,42 @@ def rate_distortion_paths(
         )
     tokens = rule.tokens or fields[latent].positions
     whole = rule.with_window(0.0, 1.0, tokens)
-    start, time = _find_time(process, whole, deviation)
-    held: dict[str, Hold] = dict.fromkeys(fields, "prior")
-    moves = Leg(0.0, 1.0)
-    rate = LegPath({**held, latent: moves})
-    distortion = LegPath({**held, text: moves, latent: HeldAt(time)})
+    try:
+        time = process.time_of_deviation(deviation)
+    except ArgumentError as error:
+        error.args = (f"{caller}: {error}",)
+        raise
+    start = _find_progress(process, whole, time)
+    rate, distortion = rate_distortion_legs(list(fields), text, latent, deviation, unnamed)
     return RateDistortionPaths(
         RulePath(rate, latent, rule.with_window(start, 1.0, tokens)), distortion, time
     )
 
 
-def _find_time(process: GaussianProcess, rule: TimeRule, deviation: float) -> tuple[float, float]:
-    """Return the progress and the time at which sigma / a is `deviation`."""
-    ends = process.snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).rsqrt().tolist()
-    if not ends[0] < deviation < ends[1]:
-        raise ArgumentError(
-            "rate_distortion_paths: deviation must lie between sigma / a at both ends of the "
-            f"process, {ends[0]:.3g} and {ends[1]:.3g}; got {deviation}."
-        )
-    log_snr = torch.tensor([-2.0 * math.log(deviation)], dtype=torch.float64)
-    wanted = float(process.times_of_log_snr(log_snr))
+def rate_distortion_legs(
+    names: Sequence[str], text: str, latent: str, deviation: float, unnamed: Hold = "prior"
+) -> tuple[LegPath, LegPath]:
+    """Return the legs of rate and distortion, without the time at which the rate starts.
+
+    They tell which states the training must contain; see `rate_distortion_paths`.
+    """
+    held: dict[str, Hold] = dict.fromkeys(names, unnamed)
+    moves = Leg(0.0, 1.0)
+    rate = LegPath({**held, text: "prior", latent: moves})
+    distortion = LegPath({**held, text: moves, latent: HeldAt(deviation)})
+    return rate, distortion
+
+
+def _find_progress(process: GaussianProcess, rule: TimeRule, time: float) -> float:
+    """Return the progress at which the times of a rule reach `time`, by bisection."""
     clock = process.information_time
     early = 0.0
     late = 1.0
     for _ in range(HALVINGS):
         middle = (early + late) / 2.0
         tau = torch.tensor([middle], dtype=torch.float64)
-        if float(rule.at(clock, tau, 1).t) < wanted:
+        if float(rule.at(clock, tau, 1).t) < time:
             early = middle
         else:
             late = middle
-    # The rate starts exactly at the time at which the latent is held.
-    time = float(rule.at(clock, torch.tensor([late], dtype=torch.float64), 1).t)
-    return late, time
+    return late

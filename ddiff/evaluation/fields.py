@@ -7,7 +7,7 @@ of the text, so no perplexity is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ddiff.core.elbo import Likelihood
 from ddiff.core.field import Field
 from ddiff.core.path_coverage import require_trained
-from ddiff.core.paths import Leg, Path
+from ddiff.core.paths import Hold, Leg, Path
 from ddiff.core.rate_distortion import rate_distortion_paths
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, require_path
@@ -150,9 +150,13 @@ def evaluate_fields(
 class RatedFields(ScoredFields, Protocol):
     """Interface that `evaluate_rate_distortion` requires of an objective."""
 
-    fields: Mapping[str, Field]
-    path: TrainingPath
-    """Path or rule of training."""
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Fields by name."""
+
+    @property
+    def path(self) -> TrainingPath:
+        """Path or rule of training."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class RateDistortion:
         interval: interval of `nats_per_sample`.
         monte_carlo_interval: interval for exactly these samples, which includes only the error of
             random times and noise; None for one draw.
-        nats_per_token: the same bound per token of the text.
+        nats_per_token: the same bound per counted token of the text.
         token_interval: interval of `nats_per_token`.
         rate: nats per sample of the latent.
         rate_interval: interval of `rate`.
@@ -175,7 +179,7 @@ class RateDistortion:
         deviation: deviation s of the noise of the latent, in normalized units.
         time: time of the process with this noise.
         samples: number of samples.
-        tokens: number of tokens of the text.
+        tokens: number of counted tokens of the text.
     """
 
     nats_per_sample: float
@@ -204,7 +208,10 @@ def evaluate_rate_distortion(
     draws: int = 16,
     batch: int = 64,
     seed: int = 0,
+    unnamed: Hold = "prior",
+    lacking: Collection[str] = (),
     device: torch.device | None = None,
+    console: Console | None = None,
 ) -> RateDistortion:
     """Estimate rate plus distortion, a bound of -ln p(text) through the latent of the text.
 
@@ -222,16 +229,19 @@ def evaluate_rate_distortion(
         draws: number of independent draws of times and noise per sample.
         batch: number of samples per batch.
         seed: seed of times and noise.
+        unnamed: state of all other fields, "prior" or "absent".
+        lacking: fields that some training samples lack.
         device: device of the batches.
+        console: console for the progress bar; standard error by default.
 
     Raises ArgumentError if training did not train these states, for example the text with a noisy
     latent, and NonFiniteError if the bound is not finite.
     """
     caller = "evaluate_rate_distortion"
     _check_numbers(caller, samples, draws)
-    paths = rate_distortion_paths(objective.fields, text, latent, deviation)
-    require_trained(paths.rate, objective.path, f"{caller}, rate")
-    require_trained(paths.distortion, objective.path, f"{caller}, distortion")
+    paths = rate_distortion_paths(objective.fields, text, latent, deviation, unnamed)
+    require_trained(paths.rate, objective.path, f"{caller}, rate", lacking=lacking)
+    require_trained(paths.distortion, objective.path, f"{caller}, distortion", lacking=lacking)
     rate = np.zeros((samples, draws))
     distortion = np.zeros((samples, draws))
     tokens = np.zeros(samples)
@@ -243,12 +253,12 @@ def evaluate_rate_distortion(
         terms = likelihood[name].terms.items()
         return {term: values.sum(-1).cpu().numpy() for term, values in terms}
 
-    with show_progress(samples * draws, "evaluating") as bar:
+    with show_progress(samples * draws, "evaluating", console=console) as bar:
         for start in range(0, samples, batch):
             numbers = np.arange(start, min(start + batch, samples))
             found = batch_of(numbers)
             _require_both(found, text, latent, caller)
-            tokens[numbers] = found.fields[text].scored.sum(-1).cpu().numpy()
+            tokens[numbers] = found.fields[text].counted.sum(-1).cpu().numpy()
             for draw in range(draws):
                 terms = score(found, "rate", draw, paths.rate, latent)
                 # The decoding term belongs to the clean latent, which is not part of the bound.

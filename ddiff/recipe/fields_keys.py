@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ddiff.plugin.config import ComponentConfig, NonNegativeFloat, PositiveInt, Seed
+from ddiff.plugin.config import (
+    ComponentConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 from ddiff.recipe.keys import Decay, TrainLoopKeys
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -17,6 +23,9 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
 """Names of targets: "joint" for all fields, or "A | B" for the fields A given the fields B."""
+
+Deviation = PositiveFloat | dict[str, PositiveFloat]
+"""Standard deviation of noise, or one for each field by name."""
 
 
 class FieldKeys(ComponentConfig):
@@ -77,7 +86,14 @@ class FieldsEvaluateKeys(ComponentConfig):
 
     "auto": the moving average if [train] ema is not 0, else the trained weights."""
     targets: Targets = ("joint",)
-    """Targets that are evaluated: "joint", "A" or "A | B" (A given B), for fields A and B."""
+    """Targets that are evaluated: "joint", "A" or "A | B" (A given B), for fields A and B.
+
+    "A through B" is the bound of the text A through the vector B, by rate plus distortion."""
+    deviation: Deviation | None = None
+    """Standard deviation of the noise of B in targets "A through B", in normalized units.
+
+    Every value gives a valid bound. A table {NAME = 0.3} has one value for each field. The training
+    must contain the text with this noise: {path = "shared", noisy = {NAME = 0.3}}."""
     unnamed: Literal["prior", "absent"] = "prior"
     """State of the fields that a target does not name.
 

@@ -106,6 +106,26 @@ BOUND: Shape = {
 }
 """Shape of a bound in evaluation.json of a run of several fields."""
 
+RATE_DISTORTION: Shape = {
+    "text": str,
+    "latent": str,
+    "deviation": NUMBER,
+    "rate": NUMBER,
+    "rate_interval": ([NUMBER], None),
+    "distortion": NUMBER,
+    "distortion_interval": ([NUMBER], None),
+    "nats_per_token": NUMBER,
+    "token_interval": ([NUMBER], None),
+}
+"""Shape of the parts of a bound of a text through a vector."""
+
+TARGET: Shape = {
+    **BOUND,
+    "controls": {"*": BOUND},
+    "rate_distortion": (RATE_DISTORTION, None),
+}
+"""Shape of the results of a target."""
+
 FIELDS_OBJECTS: dict[str, tuple[str, Shape]] = {
     EVALUATION: (
         "targets",
@@ -114,7 +134,7 @@ FIELDS_OBJECTS: dict[str, tuple[str, Shape]] = {
             "weights": str,
             "protocol": {},
             "units": {"*": str},
-            "targets": {"*": {**BOUND, "controls": {"*": BOUND}}},
+            "targets": {"*": TARGET},
         },
     ),
     SAMPLING: ("samples", {"step": int, "seconds": NUMBER, "samples": int}),

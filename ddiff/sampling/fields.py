@@ -145,8 +145,9 @@ class JointSampler:
         for name, leg in legs.items():
             if isinstance(leg, HeldAt):
                 raise ArgumentError(
-                    f'JointSampler: the path holds "{name}" at t = {leg.time:g}, which is for '
-                    'evaluation. In sampling, hold it "clean", "prior" or "absent".'
+                    f'JointSampler: the path holds "{name}" with noise of deviation '
+                    f"{leg.deviation:g}, which is for training and evaluation. In sampling, hold "
+                    'it "clean", "prior" or "absent".'
                 )
         moving = [name for name, leg in legs.items() if isinstance(leg, Leg)]
         if not moving:

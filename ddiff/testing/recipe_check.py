@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ddiff.core.field_targets import parse_target
-from ddiff.core.paths import LegPath, Path
+from ddiff.core.field_targets import ThroughTarget, parse_evaluated
+from ddiff.core.paths import HeldAt, LegPath, Path
 from ddiff.core.training_paths import (
     CyclePaths,
     IndependentTimes,
@@ -50,7 +50,8 @@ def list_specs(recipe: BaseRecipe) -> list[ComponentSpec]:
 def list_paths(recipe: BaseRecipe) -> dict[str, Path]:
     """Return every path of a recipe of several fields, by the key that it comes from.
 
-    Equal paths are listed once. Independent times have no path.
+    Equal paths are listed once. Independent times have no path. Paths that hold a field with noise
+    are left out, since their bounds are no likelihoods with known values.
     """
     if not isinstance(recipe, FieldsRecipe):
         return {}
@@ -67,6 +68,8 @@ def list_paths(recipe: BaseRecipe) -> dict[str, Path]:
             found[f"[{table}] {target}"] = path
     distinct: dict[str, Path] = {}
     for label, path in found.items():
+        if any(isinstance(leg, HeldAt) for leg in path.legs.values()):
+            continue
         if not any(_is_same_path(path, other) for other in distinct.values()):
             distinct[label] = path
     return distinct
@@ -91,6 +94,8 @@ def _target_paths(
 ) -> Iterator[tuple[Path, str]]:
     path = require_path(spec.build(names=names), f"[{table}] path")
     for text in targets:
-        target = parse_target(text, names)
+        target = parse_evaluated(text, names)
+        if isinstance(target, ThroughTarget):
+            continue
         # Only paths of legs can be cut to the fields of a target.
         yield (target.path(path) if isinstance(path, LegPath) else path), str(target)

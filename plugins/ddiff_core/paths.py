@@ -14,6 +14,7 @@ from ddiff import (
     ArgumentError,
     ComponentConfig,
     CyclePaths,
+    HeldAt,
     Hold,
     IndependentTimes,
     LegPath,
@@ -167,6 +168,11 @@ class PartConfig(ComponentConfig):
     """Names of fields that are held at their prior."""
     absent: tuple[str, ...] = ()
     """Names of fields that are left out: no other field attends to them."""
+    noisy: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Fields of vectors that are held with noise of a standard deviation, such as {latent = 0.3}.
+
+    The deviation is in normalized units. Trains a target of [evaluate] such as "text through
+    latent"."""
 
 
 class MixturePart(PartConfig):
@@ -189,7 +195,8 @@ class Mixture:
 
     class Config(ComponentConfig):
         parts: Annotated[tuple[MixturePart, ...], Field(min_length=1)]
-        """Parts {path = "shared", weight = 1.0, clean = [..], prior = [..], absent = [..]}."""
+        """Parts {path = "shared", weight = 1.0, clean = [..], prior = [..], absent = [..],
+        noisy = {NAME = deviation}}."""
 
     @staticmethod
     def build(config: Config, *, names: Sequence[str]) -> MixedPaths:
@@ -233,15 +240,15 @@ def build_part(part: PartConfig, names: Sequence[str], label: str) -> LegPath | 
     moving = [name for name in names if name not in held]
     if not moving:
         raise ArgumentError(
-            f"{label}: at least one field must move; got all of {', '.join(names)} as clean, prior "
-            "or absent. Leave the field out that this part shall train."
+            f"{label}: at least one field must move; got all of {', '.join(names)} as clean, "
+            "prior, absent or noisy. Leave the field out that this part shall train."
         )
     path = part.path
     if path.kind == "independent":
         if held:
             raise ArgumentError(
                 f"{label}: independent times move every field; got {', '.join(held)} as clean, "
-                'prior or absent. Use path = "shared" for the other fields.'
+                'prior, absent or noisy. Use path = "shared" for the other fields.'
             )
         return IndependentTimes(names)
     try:
@@ -261,27 +268,32 @@ def build_part(part: PartConfig, names: Sequence[str], label: str) -> LegPath | 
     return LegPath(legs, moved.power)
 
 
-def hold_fields(part: PartConfig, names: Sequence[str], label: str) -> dict[str, Hold]:
+def hold_fields(part: PartConfig, names: Sequence[str], label: str) -> dict[str, Hold | HeldAt]:
     """Return the state of every field that does not move in a part."""
-    held: dict[str, Hold] = {}
+    held: dict[str, Hold | HeldAt] = {}
+    key_of: dict[str, str] = {}
     states: tuple[tuple[Hold, tuple[str, ...]], ...] = (
         ("clean", part.clean),
         ("prior", part.prior),
         ("absent", part.absent),
     )
-    for hold, chosen in states:
-        for name in chosen:
-            if name not in names:
-                raise ArgumentError(
-                    f'{label}: {hold} must have names of fields; got "{name}". '
-                    f"Fields: {', '.join(names)}."
-                )
-            if name in held:
-                raise ArgumentError(
-                    f"{label}: clean, prior and absent must have different fields; got "
-                    f'"{name}" in {held[name]} and in {hold}.'
-                )
-            held[name] = hold
+    chosen: list[tuple[str, str, Hold | HeldAt]] = []
+    for state, fields in states:
+        chosen += [(state, name, state) for name in fields]
+    chosen += [("noisy", name, HeldAt(deviation)) for name, deviation in part.noisy.items()]
+    for key, name, hold in chosen:
+        if name not in names:
+            raise ArgumentError(
+                f'{label}: {key} must have names of fields; got "{name}". '
+                f"Fields: {', '.join(names)}."
+            )
+        if name in held:
+            raise ArgumentError(
+                f"{label}: clean, prior, absent and noisy must have different fields; got "
+                f'"{name}" in {key_of[name]} and in {key}.'
+            )
+        held[name] = hold
+        key_of[name] = key
     return held
 
 

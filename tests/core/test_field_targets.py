@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddiff.core.field_targets import Target, parse_target
+from ddiff.core.field_targets import Target, ThroughTarget, parse_evaluated, parse_target
 from ddiff.core.paths import Leg, LegPath, first_path, lagged_path, shared_path
 from ddiff.errors import ArgumentError
 
@@ -69,6 +69,32 @@ def test_target_of_a_single_field_is_joint() -> None:
 def test_parse_target_refuses_a_text_that_names_no_fields(text: str, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         parse_target(text, NAMES)
+
+
+def test_parse_evaluated_finds_a_text_and_the_vector_through_which_it_is_bounded() -> None:
+    target = parse_evaluated(" text  through latent", NAMES)
+    assert target == ThroughTarget("text", "latent")
+    assert str(target) == "text through latent"
+    assert parse_evaluated("image | text", NAMES) == parse_target("image | text", NAMES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text through latnet", r'"latnet", which is not a field\. Did you mean "latent"\?'),
+        ("text, image through latent", '"text, image", which is not a field'),
+        ("text through text", 'names the field "text" twice'),
+        ("text through latent | image", "which is not a field"),
+    ],
+)
+def test_parse_evaluated_refuses_a_target_through_no_vector(text: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        parse_evaluated(text, NAMES)
+
+
+def test_parse_target_refuses_a_target_that_cannot_be_sampled() -> None:
+    with pytest.raises(ArgumentError, match='targets with "through" are evaluated and not sampled'):
+        parse_target("text through latent", NAMES)
 
 
 def test_target_path_holds_given_fields_clean_and_others_at_the_prior() -> None:

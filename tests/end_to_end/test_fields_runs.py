@@ -17,6 +17,7 @@ from small_fields import DIGITS, PATCHES
 import ddiff as package
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.runs.fields.summary import format_value
 from ddiff.runs.stages import run_recipe
 from ddiff.training.metrics import WALL_CLOCK
 
@@ -78,6 +79,29 @@ def test_controls_have_the_same_samples_and_paired_intervals() -> None:
         assert found["excess_nats_per_sample"] == pytest.approx(difference)
         low, high = found["excess_interval"]
         assert low <= difference <= high
+
+
+def test_summary_describes_pictures_and_vectors_instead_of_listing_their_numbers(
+    ddiff: Command,
+) -> None:
+    code, out, err = ddiff("run", "digits.toml")
+    assert code == 0, err
+    assert "  image: 8 x 8 picture; text (given): 'three'" in out.splitlines()
+    assert "  image: 8 x 8 picture; text: '" in ddiff("run", "patches.toml").out
+
+
+@pytest.mark.parametrize(
+    ("value", "described"),
+    [
+        ({"vectors": [0.5] * 384}, "vector of 384 numbers"),
+        ({"vectors": [[0.5] * 384]}, "vector of 384 numbers"),
+        ({"vectors": [[0.5] * 8] * 16}, "16 vectors of 8 numbers"),
+        ({"ids": [1, 2, 3]}, "[1, 2, 3]"),
+        ({"text": "six", "ids": [7]}, "'six'"),
+    ],
+)
+def test_format_value_describes_a_value_in_one_line(value: dict[str, Any], described: str) -> None:
+    assert format_value(value) == described
 
 
 def test_samples_pictures_and_findings_are_written_for_every_target() -> None:
@@ -403,3 +427,73 @@ def test_measured_first_loss_is_that_of_the_initial_heads(ddiff: Command) -> Non
         # printed with four digits
         assert float(first) == pytest.approx(float(expected), abs=2e-4)
     assert not Path("runs/cost").exists()
+
+
+# ---------------------------------------------------------------------- rate plus distortion
+
+THROUGH = "text through image"
+NOISY = "{kind = 'mixture', parts = [{}, {prior = ['text']}, {noisy = {image = 0.5}}]}"
+
+
+def through(*settings: str, times: str = NOISY) -> list[str]:
+    """Return the command that trains a run and evaluates the word through its image."""
+    options = ["run", "patches.toml"]
+    for setting in (
+        f"objective.times={times}",
+        f"evaluate.targets=['{THROUGH}']",
+        "evaluate.deviation=0.5",
+        "evaluate.draws=2",
+        "evaluate.every=2",
+        *settings,
+    ):
+        options += ["--set", setting]
+    return options
+
+
+@pytest.mark.parametrize("times", [NOISY, "'independent'"], ids=["noisy", "independent"])
+def test_run_reports_rate_plus_distortion_of_a_text(ddiff: Command, times: str) -> None:
+    name = "noisy" if times == NOISY else "independent"
+    code, out, err = ddiff(*through(f"run_dir='{name}'", times=times))
+    assert code == 0, err
+    found = json.loads((Path(name) / "evaluation.json").read_text())["targets"]
+    assert list(found) == [THROUGH]
+    parts = found[THROUGH]["rate_distortion"]
+    assert parts["rate"] + parts["distortion"] == pytest.approx(found[THROUGH]["nats_per_sample"])
+    # every text is one counted token
+    assert parts["tokens"] == found[THROUGH]["samples"] == 8
+    assert parts["nats_per_token"] == pytest.approx(found[THROUGH]["nats_per_sample"])
+    low, high = found[THROUGH]["interval"]
+    assert low < found[THROUGH]["nats_per_sample"] < high
+    # four steps teach little about the image, whose 64 numbers then cost many nats
+    assert parts["rate"] > 1.0
+    for words in ("rate", "distortion", "a bound of text", "noise of deviation 0.5"):
+        assert words in out
+    again = package.load(name).evaluate([THROUGH])[THROUGH]
+    assert again.bound.nats_per_sample == found[THROUGH]["nats_per_sample"]
+    metric = "validation_text_through_image_nats_per_sample"
+    assert any(metric in line for line in records(Path(name)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "times", "expected"),
+    [
+        ((), "'shared'", ["rate", "image moves, text is at the prior"]),
+        (
+            (),
+            "{kind = 'mixture', parts = [{}, {prior = ['text']}]}",
+            ["distortion", "noisy = {image = 0.5}", '"independent"'],
+        ),
+        (["evaluate.deviation=0.4"], NOISY, ["noisy = {image = 0.4}"]),
+        (["evaluate.deviation={text = 0.4}"], NOISY, ["needs [evaluate] deviation"]),
+        (["evaluate.deviation={imag = 0.4}"], NOISY, ['got "imag"']),
+        (["evaluate.deviation=1e-9"], NOISY, ["deviation must lie between"]),
+        (["evaluate.targets=['image through text']"], NOISY, ["with a Gaussian process"]),
+        (["evaluate.targets=['text through imag']"], NOISY, ['Did you mean "image"?']),
+        ([f"sample.targets=['{THROUGH}']"], NOISY, ["evaluated and not sampled"]),
+    ],
+)
+def test_impossible_bounds_through_a_vector_are_refused_before_training(
+    ddiff: Command, settings: list[str], times: str, expected: list[str]
+) -> None:
+    assert is_refusal(ddiff(*through("run_dir='refused'", *settings, times=times)), *expected)
+    assert not Path("refused").exists()

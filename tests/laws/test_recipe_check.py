@@ -51,6 +51,15 @@ def test_recipe_check_lists_every_path_of_the_recipe_once() -> None:
     }
 
 
+def test_recipe_check_leaves_out_paths_with_noisy_fields() -> None:
+    text = RECIPE.replace('clean = ["latent"]', "noisy = {latent = 0.3}")
+    text = text.replace('"image | latent"', '"image through latent"')
+    assert list(recipe_check.list_paths(parse_recipe(text))) == [
+        "[objective] times, path 1",
+        "[sample] joint",
+    ]
+
+
 def test_recipe_check_distinguishes_paths_by_their_power() -> None:
     text = RECIPE.replace('targets = ["joint"]', 'targets = ["joint", "latent"]')
     text = text.replace('"first", order = ["latent", "image"]', '"shared"')

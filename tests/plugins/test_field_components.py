@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ddiff.core.gaussian import GaussianProcess, Output, PredictedMean
 from ddiff.core.gaussian_schedule import CosineVP, Flow, LinearBetaVP
 from ddiff.core.normalizer import IdentityNormalizer, MeanStdNormalizer, PcaNormalizer
-from ddiff.core.paths import Leg, LegPath, first_path, lagged_path, shared_path
+from ddiff.core.paths import HeldAt, Leg, LegPath, first_path, lagged_path, shared_path
 from ddiff.core.training_paths import CyclePaths, IndependentTimes, MixedPaths
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError, PluginError
@@ -86,6 +86,12 @@ def test_mixture_holds_fields_and_divides_weights_by_their_sum() -> None:
     assert given.legs == {"text": "absent", "image": Leg(0.0, 1.0), "latent": "clean"}
 
 
+def test_part_of_a_mixture_holds_vectors_with_noise() -> None:
+    parts = [{"noisy": {"latent": 0.3}, "prior": ["image"]}]
+    ((path, _),) = build_path("mixture", parts=parts).parts
+    assert path.legs == {"text": Leg(0.0, 1.0), "image": "prior", "latent": HeldAt(0.3)}
+
+
 def test_part_of_a_mixture_may_have_any_path_of_its_moving_fields() -> None:
     parts = [
         {"path": {"kind": "first", "order": ["latent", "text"]}, "prior": ["image"]},
@@ -121,7 +127,13 @@ def test_cycle_changes_its_path_by_the_step() -> None:
         (
             "mixture",
             {"parts": [{}, {"clean": ["text"], "absent": ["text"]}]},
-            'part 2: clean, prior and absent must have different fields; got "text" in clean',
+            'part 2: clean, prior, absent and noisy must have different .*; got "text" in clean',
+        ),
+        ("mixture", {"parts": [{"noisy": {"txt": 0.3}}]}, r'part 1: noisy must .* got "txt"'),
+        (
+            "mixture",
+            {"parts": [{"clean": ["text"], "noisy": {"text": 0.3}}]},
+            'got "text" in clean and in noisy',
         ),
         ("mixture", {"parts": [{"prior": list(NAMES)}]}, "at least one field must move"),
         ("mixture", {"parts": [{"path": "independent"}]}, "must be a path"),

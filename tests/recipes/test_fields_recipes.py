@@ -198,8 +198,8 @@ REPLACED = [
         'targets = ["joint", "image | text"]',
         "window = [0.1, 0.9]",
         '[evaluate] has no key "window". Valid keys: path, every, batch, samples, draws, seed, '
-        "weights, targets, unnamed, controls. Only a recipe without tables [fields.NAME] has this "
-        "key.",
+        "weights, targets, deviation, unnamed, controls. Only a recipe without tables "
+        "[fields.NAME] has this key.",
     ),
     (
         '[sample]\npath = "shared"\n',

@@ -558,9 +558,9 @@ def test_samplers_that_choose_their_times_are_refused_on_shared_legs() -> None:
     refused("pauses", JointSampler({"text": pausing, "latent": DdimSampler(2)}, LAGGED))
 
 
-def test_path_with_a_field_held_at_a_time_is_refused() -> None:
+def test_path_with_a_noisy_field_is_refused() -> None:
     path = LegPath({"text": Leg(0.0, 1.0), "latent": HeldAt(0.5)})
-    refused("is for evaluation", JointSampler({"text": AncestralSampler(2)}, path))
+    refused("is for training and evaluation", JointSampler({"text": AncestralSampler(2)}, path))
 
 
 def test_samplers_of_other_states_are_refused() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from ddiff.core.field_targets import Target, parse_target
+from ddiff.core.field_targets import Target, ThroughTarget, parse_evaluated, parse_target
 from ddiff.core.path_coverage import require_trained
 from ddiff.core.paths import Hold, LegPath
+from ddiff.core.rate_distortion import rate_distortion_legs, rate_distortion_paths
 from ddiff.core.training_paths import TrainingPath, require_path
 from ddiff.errors import ArgumentError
-from ddiff.recipe.fields_keys import FieldsEvaluateKeys, FieldsSampleKeys
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.fields.build import FieldsModel, check_path
 from ddiff.sampling.fields import JointSampler
@@ -38,7 +38,10 @@ def check_stages(
     names = list(recipe.fields)
     path = evaluation_path(recipe)
     for text in recipe.evaluate.targets:
-        target = parse_target(text, names)
+        target = parse_evaluated(text, names)
+        if isinstance(target, ThroughTarget):
+            check_through(recipe, model, target, lacking)
+            continue
         along = target.path(path, recipe.evaluate.unnamed)
         check_path(along, model.fields)
         caller = f'[evaluate] targets, "{target}"'
@@ -56,21 +59,71 @@ def check_targets(recipe: FieldsRecipe) -> None:
     """
     names = list(recipe.fields)
     trained = recipe.times.build(names=names)
-    _check_covered("evaluate", evaluation_path(recipe), recipe.evaluate, names, trained)
-    _check_covered("sample", sampling_path(recipe), recipe.sample, names, trained)
-
-
-def _check_covered(
-    table: str,
-    path: LegPath,
-    keys: FieldsEvaluateKeys | FieldsSampleKeys,
-    names: Sequence[str],
-    trained: TrainingPath,
-) -> None:
-    for text in keys.targets:
+    path = evaluation_path(recipe)
+    for text in recipe.evaluate.targets:
+        evaluated = parse_evaluated(text, names)
+        if isinstance(evaluated, ThroughTarget):
+            _require_through(recipe, evaluated, trained)
+        else:
+            along = evaluated.path(path, recipe.evaluate.unnamed)
+            require(along, trained, f'[evaluate] targets, "{evaluated}"')
+    path = sampling_path(recipe)
+    for text in recipe.sample.targets:
         target = parse_target(text, names)
-        along = target.path(path, keys.unnamed)
-        require(along, trained, f'[{table}] targets, "{target}"')
+        along = target.path(path, recipe.sample.unnamed)
+        require(along, trained, f'[sample] targets, "{target}"')
+
+
+def check_through(
+    recipe: FieldsRecipe, model: FieldsModel, target: ThroughTarget, lacking: Lacking
+) -> None:
+    """Raise ArgumentError if the bound of a text through a vector cannot be computed.
+
+    The fields must be tokens and vectors with the noise of the recipe, and the training must cover
+    rate and distortion. `lacking` returns the fields that some training samples lack.
+    """
+    deviation = find_deviation(recipe, target)
+    try:
+        rate_distortion_paths(model.fields, *target, deviation, recipe.evaluate.unnamed)
+    except ArgumentError as error:
+        error.args = (f'[evaluate] targets, "{target}": {error}',)
+        raise
+    _require_through(recipe, target, model.objective.path, lacking)
+
+
+def _require_through(
+    recipe: FieldsRecipe, target: ThroughTarget, trained: TrainingPath, lacking: Lacking = set
+) -> None:
+    """Raise ArgumentError if the training does not cover rate and distortion of a target."""
+    deviation = find_deviation(recipe, target)
+    unnamed = recipe.evaluate.unnamed
+    rate, distortion = rate_distortion_legs(list(recipe.fields), *target, deviation, unnamed)
+    caller = f'[evaluate] targets, "{target}"'
+    require(rate, trained, f"{caller}, rate", lacking=lacking)
+    require(distortion, trained, f"{caller}, distortion", lacking=lacking)
+
+
+def find_deviation(recipe: FieldsRecipe, target: ThroughTarget) -> float:
+    """Return the deviation of the noise of the vector of a target.
+
+    Raises ArgumentError if the recipe has no deviation for this field.
+    """
+    deviation = recipe.evaluate.deviation
+    if isinstance(deviation, Mapping):
+        for name in deviation:
+            if name not in recipe.fields:
+                raise ArgumentError(
+                    f'[evaluate] deviation: the keys must be fields; got "{name}". Fields: '
+                    f"{', '.join(recipe.fields)}."
+                )
+        deviation = deviation.get(target.latent)
+    if deviation is None:
+        raise ArgumentError(
+            f'[evaluate] targets, "{target}" needs [evaluate] deviation, the standard deviation of '
+            f'the noise of "{target.latent}" in normalized units. For example, write deviation = '
+            "0.3."
+        )
+    return deviation
 
 
 def evaluation_path(recipe: FieldsRecipe) -> LegPath:

@@ -15,11 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from ddiff.core.field_targets import Target, parse_target
+from ddiff.core.field_targets import Target, ThroughTarget, parse_evaluated
 from ddiff.core.paths import LegPath, given_path
 from ddiff.data.fields_batch import FieldsBatch
 from ddiff.errors import ArgumentError, DataError
-from ddiff.evaluation.fields import FieldFigures, JointEvaluation, evaluate_fields
+from ddiff.evaluation.fields import (
+    FieldFigures,
+    JointEvaluation,
+    RateDistortion,
+    evaluate_fields,
+    evaluate_rate_distortion,
+)
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.fields.batches import (
     find_present,
@@ -28,8 +34,14 @@ from ddiff.runs.fields.batches import (
     spread_evenly,
 )
 from ddiff.runs.fields.build import FieldsModel
-from ddiff.runs.fields.checks import evaluation_path, require
+from ddiff.runs.fields.checks import (
+    check_through,
+    evaluation_path,
+    find_deviation,
+    require,
+)
 from ddiff.runs.fields.data import RunFields
+from ddiff.runs.fields.rate import ThroughEvaluation
 
 DATA_UNITS = "data units"
 """Name of the term of a bound that converts normalized vectors to units of the data."""
@@ -138,12 +150,15 @@ class Bounds:
         self.console = console
         self.path = evaluation_path(recipe)
 
-    def evaluate(self, targets: Sequence[str]) -> dict[str, TargetEvaluation]:
+    def evaluate(self, targets: Sequence[str]) -> dict[str, TargetEvaluation | ThroughEvaluation]:
         """Compute the bounds of targets, with their controls."""
-        found = {}
+        found: dict[str, TargetEvaluation | ThroughEvaluation] = {}
         for text in targets:
-            target = parse_target(text, list(self.model.fields))
-            bound = self.score(text)
+            target = parse_evaluated(text, list(self.model.fields))
+            if isinstance(target, ThroughTarget):
+                found[str(target)] = self._evaluate_through(target)
+                continue
+            bound = self._score_target(target)
             controls, untrained = self._controls(target)
             present = find_present(self.data, [*target.drawn, *target.given])
             found[str(target)] = TargetEvaluation(
@@ -156,9 +171,14 @@ class Bounds:
             )
         return found
 
-    def score(self, text: str) -> JointEvaluation:
+    def score(self, text: str) -> JointEvaluation | RateDistortion:
         """Compute the bound of one target, without controls."""
-        target = parse_target(text, list(self.model.fields))
+        target = parse_evaluated(text, list(self.model.fields))
+        if isinstance(target, ThroughTarget):
+            return self._score_through(target)
+        return self._score_target(target)
+
+    def _score_target(self, target: Target) -> JointEvaluation:
         path = target.path(self.path, self.recipe.evaluate.unnamed)
         self._require(path, f'evaluate: target "{target}"')
         return self._score_path(target, path)
@@ -173,6 +193,38 @@ class Bounds:
             if self.data.fields[name].computed_from in target.drawn:
                 own.append(name)
         return own
+
+    # ------------------------------------------------------------------ rate plus distortion
+
+    def _evaluate_through(self, target: ThroughTarget) -> ThroughEvaluation:
+        bound = self._score_through(target)
+        entropy = self.data.documents.entropies.get(target.text)
+        present = find_present(self.data, target)
+        return ThroughEvaluation(target, bound, entropy, self.data.num_validation - len(present))
+
+    def _score_through(self, target: ThroughTarget) -> RateDistortion:
+        """Compute the bound of a text through a vector, of the samples that have both fields."""
+        lacking = self.data.lacking
+        check_through(self.recipe, self.model, target, lacking)
+        keys = self.recipe.evaluate
+        numbers = self._numbers(target, target)
+        self.model.objective.module.eval()  # no dropout; the trainer switches back
+        return evaluate_rate_distortion(
+            self.model.objective,
+            self._batches(numbers, ()),
+            len(numbers),
+            target.text,
+            target.latent,
+            find_deviation(self.recipe, target),
+            draws=self.draws,
+            batch=keys.batch,
+            seed=keys.seed,
+            unnamed=keys.unnamed,
+            # The samples are only read if the state of a field may be absent.
+            lacking=lacking() if keys.unnamed == "absent" else (),
+            device=self.model.device,
+            console=self.console,
+        )
 
     # ------------------------------------------------------------------ controls
 
@@ -197,13 +249,7 @@ class Bounds:
 
     def _score_path(self, target: Target, path: LegPath, shuffled: bool = False) -> JointEvaluation:
         """Compute the bound of the samples that have all fields of a target along a path."""
-        names = [*target.drawn, *target.given]
-        numbers = self._numbers(names)
-        if not len(numbers):
-            raise DataError(
-                f'evaluate: no validation sample has all fields of the target "{target}". Remove '
-                "the target from [evaluate] targets, or add such samples."
-            )
+        numbers = self._numbers([*target.drawn, *target.given], target)
         keys = self.recipe.evaluate
         self.model.objective.module.eval()  # no dropout; the trainer switches back
         return evaluate_fields(
@@ -219,9 +265,14 @@ class Bounds:
             console=self.console,
         )
 
-    def _numbers(self, names: Sequence[str]) -> NDArray[np.int64]:
+    def _numbers(self, names: Sequence[str], target: Target | ThroughTarget) -> NDArray[np.int64]:
         """Return the numbers of the evaluated samples, which have all fields `names`."""
         present = find_present(self.data, names)
+        if not len(present):
+            raise DataError(
+                f'evaluate: no validation sample has all fields of the target "{target}". Remove '
+                "the target from [evaluate] targets, or add such samples."
+            )
         return present[spread_evenly(len(present), self.recipe.evaluate.samples)]
 
     def _batches(

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ddiff.checkpoint.checkpoints import Checkpoint
+from ddiff.core.field_targets import THROUGH
 from ddiff.core.rng import CounterRng
 from ddiff.data.fields_batch import FieldsBatch
 from ddiff.nn.joint_denoiser import JointDenoiser
@@ -24,6 +25,7 @@ from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.evaluation import Bounds, TargetEvaluation
 from ddiff.runs.fields.noising import sample_noising_of_fields
 from ddiff.runs.fields.provenance import check_changed_data, check_components
+from ddiff.runs.fields.rate import ThroughEvaluation
 from ddiff.runs.fields.sampling import FieldsRequest, draw_fields
 from ddiff.runs.fields.values import FieldValues
 from ddiff.runs.trainable import TrainableRun
@@ -82,14 +84,15 @@ class FieldsRun(TrainableRun):
         draws: int | None = None,
         *,
         changed_data: bool = False,
-    ) -> dict[str, TargetEvaluation]:
+    ) -> dict[str, TargetEvaluation | ThroughEvaluation]:
         """Compute the bounds of the validation samples, by target.
 
         Raises CheckpointError if the data differ from the data of training, unless `changed_data`
         is True. Raises ArgumentError for a target that the training does not cover.
 
         Args:
-            targets: targets such as "joint" or "image | text"; None: those of the recipe.
+            targets: targets such as "joint", "image | text" or "text through latent"; None: those
+                of the recipe.
             draws: number of independent draws of times and noise per sample; None: as in the
                 recipe.
             changed_data: whether the data may differ from the data of training.
@@ -169,7 +172,7 @@ class FieldsRun(TrainableRun):
         sentences = []
         for name in self.recipe.evaluate.targets:
             found = bounds.score(name)
-            label = name.replace(" ", "")
+            label = name.replace(THROUGH, "_through_").replace(" ", "")
             figures[f"validation_{label}_nats_per_sample"] = found.nats_per_sample
             sentence = f"{name} {found.nats_per_sample:.4f}"
             if found.interval is not None:

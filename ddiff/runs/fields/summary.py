@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
+from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def print_summary(
     console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
     print_bounds(report, console)
     print_findings(judged, console)
-    print_samples(samples, console)
+    pictures = {name: values.picture for name, values in run.values.items()}
+    print_samples(samples, pictures, console)
     console.print(f"\nWritten to {run.run_dir}: {', '.join(written)}")
     target = run.recipe.sample.targets[-1]
     console.print(
@@ -99,6 +102,9 @@ def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> N
             table.add_row(f"  {field}", *_cells(figures, "nats_per_item"), f"per {unit}")
             for term, value in figures["terms"].items():
                 table.add_row(f"    {term}", f"{value:.4f}", "", "")
+        for label, mean, interval, unit in list_parts(bounds.get(RATE_DISTORTION)):
+            figures = {"mean": mean, "interval": interval}
+            table.add_row(f"  {label}", *_cells(figures, "mean"), unit)
         for control, found in bounds["controls"].items():
             note = CONTROLS[control]
             if found["excess_interval"] is not None:
@@ -161,8 +167,12 @@ def print_findings(judged: Mapping[str, Any], console: Console | None = None) ->
     print_table(table, console)
 
 
-def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the first samples of every target."""
+def print_samples(
+    samples: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Picture | None],
+    console: Console,
+) -> None:
+    """Print the first samples of every target. `pictures`: pictures of the fields that have one."""
     shown: dict[str, int] = {}
     for sample in samples:
         name = sample["target"]
@@ -174,14 +184,31 @@ def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> Non
         parts = []
         for field, value in sample["fields"].items():
             mark = " (given)" if field in sample["given"] else ""
-            parts.append(f"{field}{mark}: {format_value(value)}")
+            parts.append(f"{field}{mark}: {format_value(value, pictures.get(field))}")
         console.print(Text(f"  {'; '.join(parts)}"))
 
 
-def format_value(value: Any) -> str:
-    """Return a plain value of a field as one line."""
+def format_value(value: Any, picture: Picture | None = None) -> str:
+    """Return a plain value of a field as one line: a text, or the size of a picture or vector.
+
+    `value`: value of one field in `samples.jsonl`. `picture`: the picture of the field.
+    """
+    if picture is not None:
+        return f"{picture.rows} x {picture.columns} picture"
     if isinstance(value, Mapping) and "text" in value:
         return shorten(repr(value["text"]), LONGEST_VALUE)
+    if isinstance(value, Mapping) and "vectors" in value:
+        return _describe_vectors(value["vectors"])
     if isinstance(value, Mapping):
         value = next(iter(value.values()))
     return shorten(str(value), LONGEST_VALUE)
+
+
+def _describe_vectors(vectors: Sequence[Any]) -> str:
+    """Return the size of one vector [d] or of several vectors [n,d]."""
+    if not isinstance(vectors[0], Sequence):
+        return f"vector of {len(vectors)} numbers"
+    width = len(vectors[0])
+    if len(vectors) == 1:
+        return f"vector of {width} numbers"
+    return f"{len(vectors)} vectors of {width} numbers"
