@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, final
 
 import numpy as np
@@ -26,6 +26,7 @@ from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser
+from ddiff.nn.joint_denoiser import JointDenoiser
 from ddiff.recipe.fields_recipe import FieldsRecipe, require_text_recipe
 from ddiff.recipe.model import BaseRecipe, Recipe
 from ddiff.recipe.resolve import parse_recipe
@@ -37,6 +38,7 @@ from ddiff.runs.cost import (
     Parameters,
     count_flops,
     count_logits,
+    count_parameters,
     free_bytes,
     gathered_bytes,
     num_bytes,
@@ -46,7 +48,6 @@ from ddiff.runs.data import RunData, RunText
 from ddiff.runs.peak_memory import MemoryRise
 from ddiff.runs.run import Run
 from ddiff.runs.session import TrainingSession
-from ddiff.training.device import get_device
 from ddiff.training.metrics import StepRecord
 from ddiff.training.protocols import Objective
 from ddiff.training.trainer import Trainer
@@ -217,6 +218,23 @@ def _check_memory(recipe: Recipe) -> None:
     if vocabulary is None:
         return
     denoiser = assemble(recipe, vocabulary, torch.device("meta")).denoiser
+    ids = torch.zeros(1, recipe.length, dtype=torch.long, device="meta")
+    t = torch.zeros(1, recipe.length, device="meta").double()
+    kept = saved_bytes(denoiser, partial(denoiser.backbone, ids, t, UNPADDED), recipe.length)
+    check_step_memory(recipe, denoiser, kept, "rows")
+
+
+def check_step_memory(
+    recipe: BaseRecipe, denoiser: Denoiser | JointDenoiser, kept_per_row: float, rows_name: str
+) -> None:
+    """Raise ArgumentError if free memory cannot hold the parameters or the activations.
+
+    Args:
+        recipe: recipe that trains in one process.
+        denoiser: the denoiser, on the meta device.
+        kept_per_row: bytes that the backbone saves for the backward pass of one row.
+        rows_name: name of the rows in messages.
+    """
     backend = build_backend(recipe)
     needed = COPIES * num_bytes(list(denoiser.parameters()))
     free = free_bytes(backend.device)
@@ -224,32 +242,37 @@ def _check_memory(recipe: Recipe) -> None:
     rows = recipe.train.batch // recipe.train.accumulate
     kept = 0.0
     if not recipe.backend_keys.activation_checkpointing:
-        kept = float(rows * _saved_bytes_per_row(denoiser, recipe.length))
+        kept = rows * kept_per_row
     if denoiser.precision is not None:  # matrix products are saved in half the bytes
         kept /= 2
     if needed <= free < needed + kept:
         batch = max(1, int(rows * (free - needed) / (2 * kept)))
         raise ArgumentError(
             f"--measure: the backward pass of {recipe.name} saves about {kept / 2**30:.1f} GiB for "
-            f"{rows} rows, next to {needed / 2**30:.1f} GiB of parameters, gradients and moments; "
-            f"{backend.device} has {free / 2**30:.1f} GiB free. Use fewer rows at a time: "
-            "--set train.accumulate=N, more processes, or "
+            f"{rows} {rows_name}, next to {needed / 2**30:.1f} GiB of parameters, gradients and "
+            f"moments; {backend.device} has {free / 2**30:.1f} GiB free. Use fewer {rows_name} at "
+            "a time: --set train.accumulate=N, more processes, or "
             f"--set backend.processes=1 --set train.batch={batch}."
         )
     if needed > free:
         raise ArgumentError(
-            f"--measure: {recipe.name} has {Parameters.of(denoiser).total:,} parameters, which "
+            f"--measure: {recipe.name} has {count_parameters(denoiser):,} parameters, which "
             f"with gradients and the two moments of AdamW take {needed / 2**30:.1f} GiB; "
             f"{backend.device} has {free / 2**30:.1f} GiB free. Use a device with more memory, or "
             "measure a smaller network: --set denoiser.layers=2."
         )
 
 
-def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
-    """Return the bytes that the backbone saves for the backward pass of one row.
+def saved_bytes(denoiser: nn.Module, forward: Callable[[], object], length: int) -> int:
+    """Return the bytes that a backbone saves for the backward pass of one row.
 
-    The attention scores, a tensor [L,L] per head for L tokens, are not counted, since fused
+    The attention scores, a tensor [L,L] per head for L inputs, are not counted, since fused
     attention does not save the scores. Returns 0 if the backbone cannot run on the meta device.
+
+    Args:
+        denoiser: the denoiser, whose weights are not counted.
+        forward: function that runs the backbone on one row, on the meta device.
+        length: smallest number of inputs that attend to each other.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     saved: dict[int, Tensor] = {}
@@ -262,12 +285,9 @@ def _saved_bytes_per_row(denoiser: Denoiser, length: int) -> int:
             saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    device = get_device(denoiser)
-    ids = torch.zeros(1, length, dtype=torch.long, device=device)
-    t = torch.zeros(1, length, device=device).double()
     try:
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            denoiser.backbone(ids, t, UNPADDED)
+            forward()
     except (
         NotImplementedError,
         RuntimeError,

@@ -16,6 +16,7 @@ from test_paper_recipes import DIM, FIELDS, LENGTH, WORDS, write_vectors
 
 import ddiff
 from ddiff.core.path_coverage import situations
+from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
@@ -195,3 +196,19 @@ def test_measure_uses_random_values_without_the_data(
     assert "missing" in measured.stand_in
     assert math.isfinite(measured.first_loss)
     assert not measured.is_off
+
+
+def test_measure_refuses_samples_whose_backward_pass_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4096 tokens in 12 layers of width 768 save more than 4 x 12 x 4096 x 768 x 4 bytes."""
+    recipe = read_recipe("paper/mmdit_latent_4096", ["train.batch=8"])
+    assert isinstance(recipe, FieldsRecipe)
+    parameters = sum(count_parameters("paper/mmdit_latent_4096").values())
+    saved = 8 * 4 * 12 * 4096 * 768 * 4
+    monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 16.0 * parameters + saved)
+    with pytest.raises(ArgumentError, match=r"saves about .* for 8 samples, next to"):
+        measure(recipe, 2)
+    monkeypatch.setattr("ddiff.runs.measure.free_bytes", lambda device: 15.0 * parameters)
+    with pytest.raises(ArgumentError, match=r"218,.* parameters, which with gradients"):
+        measure(recipe, 2)

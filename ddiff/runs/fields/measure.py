@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,11 @@ from ddiff.runs.fields.values import FieldShape
 from ddiff.runs.measure import (
     ROUNDING,
     Pace,
+    check_step_memory,
     make_single_process,
     measure_footprint,
     measure_pace,
+    saved_bytes,
     train_steps,
 )
 from ddiff.runs.session import TrainingSession
@@ -110,11 +113,36 @@ def measure(recipe: FieldsRecipe, count: int) -> FieldsMeasurement:
     with tempfile.TemporaryDirectory(prefix="ddiff-measure-") as directory:
         single = make_single_process(recipe, directory)
         assert isinstance(single, FieldsRecipe)
+        _check_memory(single)
         session, stand_in = _open_session(single)
         with session:
             if not stand_in:
                 session.initialize_weights()
             return _measure_session(recipe, session, count, stand_in)
+
+
+def _check_memory(recipe: FieldsRecipe) -> None:
+    """Raise ArgumentError if free memory cannot hold the parameters or the activations."""
+    shapes = preview_fields(recipe)
+    if shapes is None:
+        return
+    denoiser = assemble_fields(recipe, shapes, torch.device("meta")).denoiser
+    streams = {name: _make_input(shape) for name, shape in shapes.items()}
+    inputs = sum(shape.positions for shape in shapes.values())
+    forward = partial(denoiser.backbone, streams, JointMask(None), JointContext())
+    kept = saved_bytes(denoiser, forward, inputs)
+    check_step_memory(recipe, denoiser, kept, "samples")
+
+
+def _make_input(shape: FieldShape) -> StreamInput:
+    """Return the inputs of the stream of a field for one sample, on the meta device."""
+    size = (1, shape.positions)
+    if shape.width is None:
+        states = torch.zeros(size, dtype=torch.long, device="meta")
+    else:
+        states = torch.zeros(*size, shape.width, device="meta")
+    t = torch.zeros(size, device="meta").double()
+    return StreamInput(states, t, torch.arange(shape.positions, device="meta"))
 
 
 def _measure_session(
