@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
+from ddiff.data.condition_forms import Vector
+from ddiff.data.conditions import Conditions
 from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
@@ -326,8 +328,31 @@ def _open_session(recipe: Recipe) -> tuple[TrainingSession[Run], str]:
 def _open_stand_in(recipe: Recipe, vocabulary: Vocabulary) -> TrainingSession[Run]:
     backend = build_backend(recipe)
     model = assemble(recipe, vocabulary, backend.device)
-    data = RunData(RandomText(recipe, vocabulary.num_tokens))
+    text = RandomText(recipe, vocabulary.num_tokens)
+    denoiser = model.denoiser
+    data = RandomData(text, denoiser.condition_dropout, denoiser.condition_forms)
     return TrainingSession(Run(recipe, model, data), backend)
+
+
+class RandomData(RunData):
+    """Rows of random tokens. Every row is a document with random values of the conditions."""
+
+    @cached_property
+    def train_conditions(self) -> Conditions:
+        random = np.random.default_rng(self.recipe.seed)
+        values = {}
+        for name, form in self._forms.items():
+            if isinstance(form, Vector):
+                vectors = random.standard_normal((STAND_IN_ROWS, form.width or 1))
+                values[name] = torch.from_numpy(vectors.astype(np.float32))
+            else:
+                labels = random.integers(form.classes or 1, size=STAND_IN_ROWS)
+                values[name] = torch.from_numpy(labels)
+        return Conditions(values)
+
+    @cached_property
+    def validation_conditions(self) -> Conditions:
+        return self.train_conditions
 
 
 class RandomText(RunText):

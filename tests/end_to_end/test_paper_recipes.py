@@ -16,10 +16,12 @@ import ddiff
 import ddiff.runs.initial_weights
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.single import SingleBackend
+from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.build import assemble
+from ddiff.runs.measure import measure
 from ddiff.runs.record import record_run
 from ddiff.runs.session import TrainingSession, build_run
 
@@ -146,6 +148,16 @@ def test_paper_recipe_with_reduced_sizes_trains(name: str, place: Path) -> None:
     before, after, loss = train(name)
     assert 0 < loss < math.inf
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_measure_uses_random_tokens_and_vectors_without_the_data(name: str, place: Path) -> None:
+    tokenizer = f"tokenizer={{kind='pretrained', path='missing', size={WORDS}}}"
+    recipe = read_recipe(name, [*small(name), tokenizer, "data.path=missing"])
+    measured = measure(require_text_recipe(recipe, "test"), 2)
+    assert "missing" in measured.stand_in
+    assert math.isfinite(measured.first_loss)
+    assert not measured.is_off
 
 
 def train(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
