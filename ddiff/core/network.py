@@ -20,14 +20,69 @@ of the clean vector.
 """
 
 
+@final
+class EvaluationCount:
+    """Number of evaluations of a network, in total and of each sequence of the batch.
+
+    Args:
+        batch: number of sequences in the batch, if it is known before the first evaluation.
+
+    Attributes:
+        calls: number of evaluations so far (NFE). One evaluation may include several sequences.
+        runs: [B], number of evaluations that included each sequence of the batch; None while the
+            batch is unknown.
+    """
+
+    def __init__(self, batch: int | None = None) -> None:
+        self.calls = 0
+        self.runs: Tensor | None = None
+        if batch is not None:
+            self.runs = torch.zeros(batch, dtype=torch.long)
+
+    def add(self, batch: int, sequences: Tensor, new_call: bool = True) -> None:
+        """Count one evaluation of some sequences of a batch.
+
+        Args:
+            batch: number of sequences in the batch.
+            sequences: the evaluated sequences, as indices or as a bool mask, on the CPU.
+            new_call: if False, the sequences are added to the latest evaluation.
+        """
+        self.calls += int(new_call)
+        if self.runs is None or len(self.runs) != batch:
+            self.runs = torch.zeros(batch, dtype=torch.long)
+        self.runs[sequences] += 1
+
+    def wrap_query(self, query: Query, positions: int, evaluated: Tensor) -> Query:
+        """Return a query that is counted.
+
+        Args:
+            query: query of one noisy state, with `positions` positions per sequence.
+            positions: number of positions.
+            evaluated: [B] bool, sequences for which the state was evaluated. All queries of a state
+                share this tensor, so that only the first of them counts.
+        """
+
+        def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
+            queried = torch.zeros_like(evaluated).index_fill(0, (rows // positions).cpu(), True)
+            is_new = not bool(evaluated.any())
+            self.add(len(evaluated), queried & ~evaluated, new_call=is_new)
+            evaluated.logical_or_(queried)
+            return query(rows, node, fn, *per_row)
+
+        return counted
+
+
 class CountingNetwork(ABC):
-    """Network that counts its evaluations; base class of the networks that samplers receive."""
+    """Network that counts its evaluations; base class of the networks that samplers receive.
+
+    Args:
+        count: count that the network shares with others; None: a new count.
+    """
 
     predicts: Predicts = "distribution"
 
-    def __init__(self) -> None:
-        self._calls = 0
-        self._runs: Tensor | None = None
+    def __init__(self, count: EvaluationCount | None = None) -> None:
+        self.count = count or EvaluationCount()
 
     @abstractmethod
     def __call__(self, noisy: Noisy) -> Query:
@@ -39,7 +94,7 @@ class CountingNetwork(ABC):
     @property
     def calls(self) -> int:
         """Number of evaluations so far (NFE). One evaluation may include several sequences."""
-        return self._calls
+        return self.count.calls
 
     @property
     def runs(self) -> Tensor | None:
@@ -47,7 +102,7 @@ class CountingNetwork(ABC):
 
         None before the first evaluation.
         """
-        return self._runs
+        return self.count.runs
 
     def runs_of_batch(self, batch: int) -> Tensor:
         """Return the number of evaluations of each sequence, a copy of `runs` [B], B = `batch`.
@@ -58,19 +113,6 @@ class CountingNetwork(ABC):
         if runs is None or len(runs) != batch:
             return torch.zeros(batch, dtype=torch.long)
         return runs.clone()
-
-    def _count(self, batch: int, sequences: Tensor, new_call: bool = True) -> None:
-        """Count one evaluation of some sequences of a batch.
-
-        Args:
-            batch: number of sequences in the batch.
-            sequences: the evaluated sequences, as indices or as a bool mask, on the CPU.
-            new_call: if False, the sequences are added to the latest evaluation.
-        """
-        self._calls += int(new_call)
-        if self._runs is None or len(self._runs) != batch:
-            self._runs = torch.zeros(batch, dtype=torch.long)
-        self._runs[sequences] += 1
 
 
 @final
@@ -89,15 +131,7 @@ class EvaluationCounter(CountingNetwork):
         query = self.network(noisy)
         batch, length = noisy.zt.shape[:2]
         evaluated = torch.zeros(batch, dtype=torch.bool)
-
-        def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            queried = torch.zeros_like(evaluated).index_fill(0, (rows // length).cpu(), True)
-            # Several queries of one noisy state use one evaluation: only the first counts.
-            self._count(batch, queried & ~evaluated, new_call=not bool(evaluated.any()))
-            evaluated.logical_or_(queried)
-            return query(rows, node, fn, *per_row)
-
-        return counted
+        return self.count.wrap_query(query, length, evaluated)
 
 
 def count_evaluations(network: Network, predicts: Predicts = "distribution") -> CountingNetwork:

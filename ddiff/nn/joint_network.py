@@ -20,10 +20,7 @@ class JointDenoiserNetwork:
 
     All queries of one joint state share one evaluation of the denoiser, which runs at the first
     query. A state that equals the last evaluated state is not evaluated again. Dropout follows the
-    mode of the denoiser: call `.eval()` first.
-
-    Attributes:
-        calls: number of evaluations so far (NFE).
+    mode of the denoiser: call `.eval()` first. `generate_fields` counts the evaluations.
     """
 
     def __init__(
@@ -32,7 +29,6 @@ class JointDenoiserNetwork:
         self.denoiser = denoiser
         self.fields = fields
         self.context = context or JointContext()
-        self.calls = 0
         self._last: _Evaluation | None = None
 
     @property
@@ -67,7 +63,6 @@ class _Evaluation:
             else:
                 network = self.network
                 self._hidden = network.denoiser.hidden_states(self.state, network.context)
-                network.calls += 1
             self.network._last = self
         return self._hidden[name]
 

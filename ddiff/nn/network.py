@@ -137,7 +137,7 @@ class _DenoiserQuery:
                 noisy = _select_sequences(noisy, sequences)
                 context = context.select_sequences(sequences)
             hidden = network.denoiser.hidden_states(noisy, context).unflatten(0, noisy.zt.shape)
-        network._count(batch, sequences.cpu())
+        network.count.add(batch, sequences.cpu())
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.noisy.zt.numel(), hidden.shape[-1])
         rows = (sequences.unsqueeze(-1) * length + positions).flatten()

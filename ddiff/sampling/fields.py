@@ -220,7 +220,9 @@ def generate_fields(
             states[name] = given[name][0]
         elif isinstance(leg, Leg):
             states[name] = state.canvases[name].zt
-    return JointSamples(states=states, nfe=counter.calls, runs=counter.runs)
+    runs = counter.count.runs
+    assert runs is not None  # the counter knows the number of samples
+    return JointSamples(states=states, nfe=counter.count.calls, runs=runs)
 
 
 def _initial_canvases(

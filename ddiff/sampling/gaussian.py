@@ -25,7 +25,7 @@ from ddiff.core.numerics import LATEST, find_rows
 from ddiff.core.process import Query, States
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
-from ddiff.sampling.grid import InformationGrid, ProcessSteps, Steps
+from ddiff.sampling.grid import InformationGrid, Steps
 from ddiff.sampling.grid_sampler import GridSampler, draw_uniforms
 from ddiff.sampling.loop import Canvas, require_states, step_rows
 
@@ -49,7 +49,7 @@ class GaussianSampler(GridSampler):
 
     states: States = "vectors"
 
-    def __init__(self, grid: Steps | ProcessSteps | int = 64, last: Last = "draw") -> None:
+    def __init__(self, grid: Steps | int = 64, last: Last = "draw") -> None:
         super().__init__(grid)
         if last not in get_args(Last):
             raise ArgumentError(
@@ -111,9 +111,7 @@ class DdimSampler(GaussianSampler):
         last: see `GaussianSampler`.
     """
 
-    def __init__(
-        self, grid: Steps | ProcessSteps | int = 64, eta: float = 0.0, last: Last = "draw"
-    ) -> None:
+    def __init__(self, grid: Steps | int = 64, eta: float = 0.0, last: Last = "draw") -> None:
         super().__init__(grid, last)
         if not 0.0 <= eta <= 1.0:
             raise ArgumentError(
@@ -175,7 +173,7 @@ class HeunSampler(GaussianSampler):
 
     order = 2
 
-    def __init__(self, grid: Steps | ProcessSteps | int = 64, last: Last = "draw") -> None:
+    def __init__(self, grid: Steps | int = 64, last: Last = "draw") -> None:
         super().__init__(grid, last)
         if isinstance(grid, InformationGrid):
             self.order = 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol, final, get_args
+from abc import ABC, abstractmethod
+from typing import Any, Literal, final, get_args
 
 import torch
 
@@ -13,26 +14,30 @@ from ddiff.errors import ArgumentError, suggest
 Spacing = Literal["uniform", "cosine", "log"]
 
 
-class Steps(Protocol):
-    """Interface of time grids: a number of steps, and the times at which they start and end."""
+class Steps(ABC):
+    """Base class of time grids: a number of steps, and the times at which they start and end."""
 
     steps: int
 
-    def times(self) -> list[float]:
-        """Return steps + 1 times that never increase; the first is 1.0, the last 0.0."""
-
-
-class ProcessSteps(Protocol):
-    """Time grid with `steps` steps whose times depend on the process."""
-
-    steps: int
-
+    @abstractmethod
     def times_of(self, process: FieldProcess) -> list[float]:
         """Return steps + 1 times that never increase; the first is 1.0, the last 0.0."""
 
 
+class FixedSteps(Steps):
+    """Base class of time grids whose times do not depend on the process."""
+
+    @abstractmethod
+    def times(self) -> list[float]:
+        """Return steps + 1 times that never increase; the first is 1.0, the last 0.0."""
+
+    def times_of(self, process: FieldProcess) -> list[float]:
+        """Return the times of the grid, which are the same for all processes."""
+        return self.times()
+
+
 @final
-class Grid:
+class Grid(FixedSteps):
     """Grid of N = `steps` steps between the times t_0 = 1, t_1, ..., t_N = 0.
 
     `spacing` selects the times:
@@ -70,7 +75,7 @@ class Grid:
 
 
 @final
-class InformationGrid:
+class InformationGrid(Steps):
     """Grid of `steps` >= 1 equal steps of the information time of the process.
 
     Every step removes the same share of the noise, measured in nats (`ddiff.core.information`).
@@ -89,7 +94,7 @@ class InformationGrid:
 
 
 @final
-class LogSnrGrid:
+class LogSnrGrid(Steps):
     """Grid of a Gaussian process with equal steps of log SNR.
 
     The grid covers log SNR from `smallest`, or from its value at t = 1 if this is larger, to its
@@ -125,7 +130,7 @@ class LogSnrGrid:
 
 
 @final
-class LoopGrid:
+class LoopGrid(FixedSteps):
     """Grid that stays at the time `hold` for many steps, for remasking (arXiv 2503.00307, "loop").
 
     After k of N = `steps` steps, tau = 1 - k/N is the fraction of steps that remain. The time t is

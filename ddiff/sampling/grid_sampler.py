@@ -15,7 +15,7 @@ from ddiff.core.field import FieldProcess
 from ddiff.core.network import Predicts
 from ddiff.core.process import ForwardProcess, Query
 from ddiff.core.rng import CounterRng
-from ddiff.sampling.grid import Grid, ProcessSteps, Steps
+from ddiff.sampling.grid import Grid, Steps
 from ddiff.sampling.loop import (
     Canvas,
     Quality,
@@ -35,7 +35,7 @@ class GridSampler(Sampler):
     """Base class of samplers that move from t = 1 to t = 0 along a grid of times.
 
     `grid` is a number of equal steps, or a time grid (see `Steps`), whose times may depend on the
-    process (`ProcessSteps`). A subclass defines `move`, a step from times t to times s > 0. The
+    process. A subclass defines `move`, a step from times t to times s > 0. The
     last step, `finish`, draws each clean token x from its posterior, which is proportional to
     p(x) q_t(z|x), where p is the predicted distribution and z the state at time t. For every
     process of tokens this is the exact reverse transition from t to 0.
@@ -46,21 +46,16 @@ class GridSampler(Sampler):
     start: float = 1.0
     """Time at which sampling starts. All times of the grid are multiplied by it."""
 
-    def __init__(self, grid: Steps | ProcessSteps | int = 64) -> None:
-        self.grid: Any = Grid("uniform", grid) if isinstance(grid, int) else grid
+    def __init__(self, grid: Steps | int = 64) -> None:
+        self.grid: Steps = Grid("uniform", grid) if isinstance(grid, int) else grid
 
     @property
     def steps(self) -> int:
-        steps: int = self.grid.steps
-        return steps
+        return self.grid.steps
 
     def times(self, process: FieldProcess) -> list[float]:
         """Return the steps + 1 times of the grid for this process, from 1 to 0."""
-        if hasattr(self.grid, "times_of"):
-            times: list[float] = self.grid.times_of(process)
-        else:
-            times = self.grid.times()
-        return times
+        return self.grid.times_of(process)
 
     def check_supported(self, process: Any, predicts: Predicts) -> None:
         require_process(self, process)

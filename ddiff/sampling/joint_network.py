@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from ddiff.core.fields import JointNetwork, JointNoisy, hold, is_same_state
-from ddiff.core.network import CountingNetwork, Predicts
+from ddiff.core.network import CountingNetwork, EvaluationCount, Predicts
 from ddiff.core.paths import Hold
-from ddiff.core.process import Query, RowFunction
+from ddiff.core.process import Query
 from ddiff.core.times import Noisy
 from ddiff.errors import ArgumentError
 from ddiff.sampling.shaping import check_weight, guide_query
@@ -44,35 +44,21 @@ class JointCounter:
         batch: number of samples B.
 
     Attributes:
-        calls: number of evaluations so far (NFE).
-        runs: [B], number of evaluations that included each sample.
+        count: number of evaluations so far, in total and of each sample.
     """
 
     def __init__(self, network: JointNetwork, predicts: Mapping[str, Predicts], batch: int) -> None:
         self.network = network
         self.predicts = predicts
-        self.calls = 0
-        self.runs = torch.zeros(batch, dtype=torch.long)
+        self.batch = batch
+        self.count = EvaluationCount(batch)
 
     def __call__(self, state: JointNoisy) -> Mapping[str, Query]:
         queries = self.network(state)
-        evaluated = torch.zeros_like(self.runs, dtype=torch.bool)
+        evaluated = torch.zeros(self.batch, dtype=torch.bool)
         counted = {}
         for name, query in queries.items():
-            counted[name] = self._count_query(query, state[name].t.shape[1], evaluated)
-        return counted
-
-    def _count_query(self, query: Query, positions: int, evaluated: Tensor) -> Query:
-        """Return a query that counts; `evaluated` [B] bool is shared by the queries of a state."""
-
-        def counted(rows: Tensor, node: Tensor, fn: RowFunction, *per_row: Tensor) -> Any:
-            queried = torch.zeros_like(evaluated)
-            queried[(rows // positions).cpu()] = True
-            self.calls += int(not bool(evaluated.any()))
-            self.runs += queried & ~evaluated
-            evaluated.logical_or_(queried)
-            return query(rows, node, fn, *per_row)
-
+            counted[name] = self.count.wrap_query(query, state[name].t.shape[1], evaluated)
         return counted
 
 
@@ -80,7 +66,7 @@ class JointCounter:
 class HeldNetwork(CountingNetwork):
     """Network of one field, with all other fields held at their states.
 
-    `calls` and `runs` are those of the joint network.
+    The count is that of the joint network.
 
     Args:
         network: joint network.
@@ -92,21 +78,12 @@ class HeldNetwork(CountingNetwork):
     def __init__(
         self, network: JointNetwork, counter: JointCounter, state: JointNoisy, name: str
     ) -> None:
-        super().__init__()
+        super().__init__(counter.count)
         self.predicts = counter.predicts[name]
-        self._counter = counter
         self._held = hold(network, state, name)
 
     def __call__(self, noisy: Noisy) -> Query:
         return self._held(noisy)
-
-    @property
-    def calls(self) -> int:
-        return self._counter.calls
-
-    @property
-    def runs(self) -> Tensor:
-        return self._counter.runs
 
 
 @final

@@ -282,7 +282,7 @@ def _measure_by_step(
     the two positions move independently given the canvas.
     """
     size = process.vocabulary.num_states
-    times = sampler.grid.times()
+    times = sampler.times(process)
     runs = 0.0
     canvases = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     prior = process.prior.log_prob.exp()

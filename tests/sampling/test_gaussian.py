@@ -28,7 +28,7 @@ from ddiff.sampling.gaussian import (
     GaussianSampler,
     HeunSampler,
 )
-from ddiff.sampling.grid import Grid, InformationGrid, LogSnrGrid
+from ddiff.sampling.grid import Grid, InformationGrid, LogSnrGrid, Steps
 from ddiff.sampling.hyperschedule import HyperscheduleSampler
 from ddiff.sampling.loop import Canvas, Sampler, generate, step_rows
 from ddiff.sampling.tau_leaping import TauLeapingSampler
@@ -88,7 +88,7 @@ def test_flow_samplers_converge_on_every_schedule_and_grid(schedule: Any) -> Non
     assert flow_error("heun", InformationGrid(80), process) < 0.01
 
 
-class SharedLegSteps:
+class SharedLegSteps(Steps):
     """Times of a vector at equal steps of tau on a shared leg with a power."""
 
     def __init__(self, steps: int, power: float) -> None:
