@@ -115,7 +115,10 @@ Settings = Annotated[
     _set_option("Replace the value of a dotted key by a TOML value; may be repeated."),
 ]
 EvaluateSettings = Annotated[
-    list[str] | None, _set_option("Replace a key of \\[evaluate], such as evaluate.draws=4.")
+    list[str] | None,
+    _set_option(
+        "Replace a key of \\[evaluate], such as evaluate.draws=4, or of \\[sample] with --generate."
+    ),
 ]
 SamplerSettings = Annotated[
     list[str] | None, _set_option("Replace a key of the sampler, such as temperature=0.9.")
@@ -418,14 +421,59 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Write the results to NAME.json instead of evaluation.json of the run.",
+            help="Write the results to NAME.json instead of a file of the run.",
         ),
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Draw samples and evaluate these.")
+    ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="With --generate: model for the generative perplexity; the directory of an "
+            "autoregressive run or of a causal language model, or a name on the hub.",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST, help="With --generate: number of samples; by default \\[sample] count."
+        ),
+    ] = None,
+    no_retokenize: Annotated[
+        bool,
+        typer.Option(
+            "--no-retokenize",
+            help="With --generate: score the token ids of the samples. The judge must have the "
+            "tokenizer of the run.",
+        ),
+    ] = False,
 ) -> None:
     """Evaluate the likelihood bound of a trained run on the validation text.
 
-    The results include confidence intervals and baselines.
+    The results include confidence intervals and baselines. With --generate, samples are drawn and
+    evaluated instead: entropy, repetition, diversity, and perplexity under a judge. The results are
+    written to generation.json of the run.
     """
+    if generate:
+        if no_retokenize and judge is None:
+            raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
+        from ddiff.runs.generation import generate_and_evaluate
+
+        generate_and_evaluate(
+            run_dir,
+            judge=judge,
+            count=count,
+            retokenize=not no_retokenize,
+            settings=settings or (),
+            out=out,
+        )
+        return
+    only_generate = {"--judge": judge, "--count": count, "--no-retokenize": no_retokenize}
+    for name, value in only_generate.items():
+        if value:
+            raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
     from ddiff.runs.evaluation_report import evaluate_run
 
     evaluate_run(run_dir, settings or (), out)

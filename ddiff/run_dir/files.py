@@ -23,6 +23,7 @@ EVALUATION = "evaluation.json"
 SAMPLES = "samples.jsonl"
 SAMPLING = "sampling.json"
 JUDGED = "judged.json"
+GENERATION = "generation.json"
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
@@ -45,6 +46,7 @@ FILES = (
     SAMPLES,
     SAMPLING,
     JUDGED,
+    GENERATION,
 )
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)
@@ -81,6 +83,14 @@ OBJECTS: dict[str, Shape] = {
     SAMPLING: {"step": int, "seconds": NUMBER, "tokens": int},
     SAMPLES: {"step": int, "index": int, "text": str, "ids": [int], "nfe": NUMBER},
     METRICS: {"step": int, "tokens": NUMBER, "seconds": NUMBER},
+    GENERATION: {
+        "schema_version": int,
+        "step": int,
+        "weights": str,
+        "sampling": {"nfe": NUMBER, "length": int},
+        "samples": {"count": int, "entropy_nats": {"value": NUMBER}},
+        "judge": ({"samples": {"corpus": NUMBER, "entropy_nats": {"value": NUMBER}}}, None),
+    },
     RECIPE: {
         "name": str,
         "seed": int,
@@ -411,6 +421,8 @@ def damage_error(path: Path, what: str) -> CheckpointError:
 def _remedy(path: Path) -> str:
     if path.name in REPEATABLE:
         return "Delete the file, and repeat `ddiff run` to write it again."
+    if path.name == GENERATION:
+        return "Delete the file, and repeat `ddiff eval` with --generate to write it again."
     if path.name == RECIPE and not is_own_recipe(path):
         return "Restore the file from a copy, or train again with another name."
     if path.is_dir():

@@ -92,9 +92,7 @@ class SelfCorrectingSampler(Sampler):
                 rng_at(k),
                 self.temperature,
             )
-            # The second argsort inverts the first: the rank of each position.
-            rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            change = (rank < self.commit) & (drawn != canvas.zt)
+            change = choose_changes(canvas.zt, drawn, score, self.commit)
             is_active = is_active & change.any(-1) & patience(is_best.sum(-1))
             zt = torch.where(change, drawn, canvas.zt)
             canvas = canvas.advance(zt, torch.zeros_like(canvas.t))
@@ -119,6 +117,17 @@ class _Patience:
         self.since = torch.where(num_best > self.best, 0, self.since + 1)
         self.best = torch.maximum(self.best, num_best)
         return self.since <= self.rounds
+
+
+def choose_changes(zt: Tensor, drawn: Tensor, score: Tensor, commit: int) -> Tensor:
+    """Return a bool [B,L] that is True where a proposal of `propose_changes` is accepted.
+
+    Of the proposals `drawn` [B,L] that differ from the tokens `zt` [B,L], the `commit` proposals of
+    largest `score` [B,L] are accepted in each sequence.
+    """
+    # The second argsort inverts the first: the rank of each position.
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (rank < commit) & (drawn != zt)
 
 
 def propose_changes(

@@ -13,8 +13,16 @@ import pytest
 from commands import Command, is_refusal
 from tiny_run import files
 
+import ddiff as api
 from ddiff.errors import CheckpointError
-from ddiff.run_dir.files import OBJECTS, read_json, read_json_lines, read_recipe_tree
+from ddiff.run_dir.files import (
+    GENERATION,
+    OBJECTS,
+    read_json,
+    read_json_lines,
+    read_recipe_tree,
+)
+from ddiff.runs.generation import evaluate_generation
 
 STEP = "checkpoints/step_00000004"
 FILES = [
@@ -147,6 +155,22 @@ def test_commands_that_read_data_succeed_or_name_the_damaged_file_in_an_error(
 # ---------------------------------------------------------------------- readers
 
 
+@pytest.fixture(scope="session")
+def generation(finished: Path) -> str:
+    """Content of generation.json of the finished run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.parents[1])
+        patch.setenv("DDIFF_CACHE", str(finished.parents[1] / "cache"))
+        return evaluate_generation(api.load(finished)).to_json()
+
+
+@pytest.fixture
+def complete_run(run_dir: Path, generation: str) -> Path:
+    """Copy of the finished run, with every file that a run of one text may have."""
+    (run_dir / GENERATION).write_text(generation)
+    return run_dir
+
+
 def read_file(path: Path) -> Any:
     if path.name == "recipe.toml":
         return read_recipe_tree(path)
@@ -156,19 +180,19 @@ def read_file(path: Path) -> Any:
 @pytest.mark.parametrize("kind", [*DAMAGES, "a folder"])
 @pytest.mark.parametrize("file", OBJECTS)
 def test_errors_of_run_file_readers_name_the_damaged_file(
-    file: str, kind: str, run_dir: Path
+    file: str, kind: str, complete_run: Path
 ) -> None:
-    before = read_file(run_dir / file)
-    damage_file(run_dir, file, kind)
+    before = read_file(complete_run / file)
+    damage_file(complete_run, file, kind)
     if kind == "empty" and file.endswith(".jsonl"):
-        assert read_file(run_dir / file) == []
+        assert read_file(complete_run / file) == []
     elif kind == "strings for numbers" and file in ("environment.json", "recipe.toml"):
-        assert read_file(run_dir / file).keys() == before.keys(), (
+        assert read_file(complete_run / file).keys() == before.keys(), (
             "keys of the file are missing, although unused keys may have any value"
         )
     else:
-        with pytest.raises(CheckpointError, match=re.escape(f"{run_dir / file} is damaged: ")):
-            read_file(run_dir / file)
+        with pytest.raises(CheckpointError, match=re.escape(f"{complete_run / file} is damaged: ")):
+            read_file(complete_run / file)
 
 
 KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file != "recipe.toml"]
@@ -177,9 +201,9 @@ KEYS = [(file, key) for file, shape in OBJECTS.items() for key in shape if file 
 @pytest.mark.parametrize("value", ["text", [1], {"a": "b"}, True, 1.5, None], ids=str)
 @pytest.mark.parametrize(("file", "key"), KEYS)
 def test_run_file_check_raises_an_error_that_names_the_key_of_a_value_of_wrong_type(
-    file: str, key: str, value: Any, run_dir: Path
+    file: str, key: str, value: Any, complete_run: Path
 ) -> None:
-    path = run_dir / file
+    path = complete_run / file
     lines = [
         json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
     ]
@@ -207,14 +231,14 @@ def is_also_valid(right: Any, key: str, value: Any) -> bool:
     return isinstance(value, float) and (isinstance(right, float) or key == "nfe")
 
 
-OPTIONAL = ("init", "interval", "bits_per_byte")
+OPTIONAL = ("init", "interval", "bits_per_byte", "judge")
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)
 def test_run_file_check_raises_an_error_that_names_a_missing_key(
-    file: str, key: str, run_dir: Path
+    file: str, key: str, complete_run: Path
 ) -> None:
-    path = run_dir / file
+    path = complete_run / file
     lines = [
         json.loads(line) for line in path.read_text().split("\n") if line and file.endswith("l")
     ]

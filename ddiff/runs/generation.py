@@ -1,0 +1,311 @@
+"""Command `ddiff eval --generate`: draw samples and evaluate them, and generation.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from ddiff.core.rng import CounterRng
+from ddiff.errors import ArgumentError
+from ddiff.evaluation.generation import GenerativePerplexity, MeanFigure, SampleFigures
+from ddiff.evaluation.judge_model import JudgeModel
+from ddiff.evaluation.mauve import FEWEST, mauve
+from ddiff.evaluation.self_correction import measure_correction
+from ddiff.recipe.fields_recipe import require_text_recipe
+from ddiff.run_dir.destination import check_destination, write_text
+from ddiff.run_dir.files import GENERATION
+from ddiff.run_dir.location import check_writable
+from ddiff.runs.generation_table import print_generation
+from ddiff.runs.judge_run import open_judge
+from ddiff.runs.loading import load
+from ddiff.runs.record import write_run_file
+from ddiff.runs.run import Run
+from ddiff.runs.sampling import make_plan
+from ddiff.sampling.ancestral import AncestralSampler
+from ddiff.sampling.self_correction import SelfCorrectingSampler
+
+SCHEMA_VERSION = 1
+ROUNDS = 16  # of the self-correction curve
+_CANDIDATES = 2**16  # held-out rows among which full rows are chosen
+
+
+@dataclass(frozen=True)
+class TokenSamples:
+    """Samples as token ids, and as documents that end marks separate.
+
+    Attributes:
+        ids: token ids of each sample.
+        documents: texts of the documents of each sample, without special tokens.
+    """
+
+    ids: list[list[int]]
+    documents: list[list[str]]
+
+    @classmethod
+    def split(cls, ids: Sequence[Sequence[int]], run: Run) -> TokenSamples:
+        """Split samples at the end marks of the tokenizer of a run.
+
+        Other special tokens are removed from the texts. A sample that ends with an end mark has an
+        empty last document, so that n end marks always separate n + 1 documents.
+        """
+        special = set(run.tokenizer.special_ids)
+        documents: list[list[str]] = []
+        for row in ids:
+            parts: list[list[int]] = [[]]
+            for token in row:
+                if token == run.tokenizer.eos_id:
+                    parts.append([])
+                elif token not in special:
+                    parts[-1].append(token)
+            documents.append(run.tokenizer.decode(parts))
+        return cls([list(row) for row in ids], documents)
+
+    def texts(self) -> list[str]:
+        return ["\n".join(parts) for parts in self.documents]
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """Figures of the samples of a run.
+
+    Attributes:
+        samples: figures of the samples.
+        held_out: the same figures of as many rows of held-out text.
+        perplexity: perplexity of the samples under the judge; None without a judge.
+        written: content of generation.json.
+    """
+
+    samples: SampleFigures
+    held_out: SampleFigures
+    perplexity: GenerativePerplexity | None
+    written: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(self.written, indent=2) + "\n"
+
+
+def generate_and_evaluate(
+    run_dir: str | Path,
+    *,
+    judge: str | None = None,
+    count: int | None = None,
+    retokenize: bool = True,
+    settings: Iterable[str] = (),
+    out: str | Path | None = None,
+) -> GenerationRecord:
+    """Run `ddiff eval --generate`: draw samples, evaluate them, print and write the figures.
+
+    The figures are written to generation.json of the run, or to the JSON file `out`. See
+    `evaluate_generation` for the other arguments. `settings` are `key=value` texts that override
+    keys of [sample].
+    """
+    target = None
+    if out is not None:
+        target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_generation)
+    run = load(run_dir, settings=settings)
+    require_text_recipe(run.recipe, "ddiff eval --generate")
+    if target is None:
+        check_writable(run.run_dir)  # before samples are drawn
+    record = evaluate_generation(run, judge, count=count, retokenize=retokenize)
+    place = run.run_dir / GENERATION
+    if target is None:
+        write_run_file(place, record.to_json())
+    else:
+        write_text(target, record.to_json())
+    print_generation(record.written)
+    print(f"Written to {place if target is None else target.name}")
+    return record
+
+
+def _is_generation(file: IO[bytes]) -> bool:
+    """Return True if a file contains figures that `ddiff eval --generate` wrote."""
+    try:
+        found = json.load(file)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"schema_version", "sampling", "samples"} <= found.keys()
+
+
+def evaluate_generation(
+    run: Run, judge: str | None = None, *, count: int | None = None, retokenize: bool = True
+) -> GenerationRecord:
+    """Draw samples of a text run and compute their figures.
+
+    Args:
+        run: trained run, whose [sample] table selects sampler, steps and seed.
+        judge: directory of an autoregressive run, directory of a causal language model, or the name
+            of a model on the hub. None: no generative perplexity and no MAUVE.
+        count: number of samples; by default [sample] count.
+        retokenize: whether the judge tokenizes the texts of the samples. False: the judge scores
+            the token ids that the run drew, and must have the tokenizer of the run.
+
+    Raises ArgumentError or DataError, before samples are drawn, if the judge cannot be used.
+    """
+    model = None if judge is None else open_judge(judge, run.device)
+    if model is not None and not retokenize:
+        _check_same_tokenizer(run, model)
+    held_out_texts: Iterable[str] = run.data.documents.validation["text"]
+    start = time.perf_counter()
+    drawn = run.sample(count)
+    seconds = time.perf_counter() - start
+    samples = TokenSamples.split([sample["ids"] for sample in drawn], run)
+    held_out = TokenSamples.split(read_held_out_rows(run, len(drawn)), run)
+    unit = run.tokenizer.unit
+    figures = SampleFigures.of(samples.texts(), samples.ids, held_out_texts, unit)
+    # the words of held-out rows occur in held-out text by definition
+    baseline = SampleFigures.of(held_out.texts(), held_out.ids, None, unit)
+    correction = None if run.process is None else correct_samples(run, samples.ids)
+    written: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "run": run.recipe.name,
+        "step": run.step,
+        "weights": "ema" if run.uses_ema else "trained",
+        "tokenizer": run.tokenizer.fingerprint,
+        "unit": unit,
+        "sampling": _describe_sampling(run, drawn, seconds),
+        "samples": figures.to_dict(),
+        "held_out": {**baseline.to_dict(), "rows": run.data.validation_rows.fingerprint},
+        "self_correction": correction,
+        "judge": None,
+    }
+    perplexity = None
+    if model is not None:
+        judging = _Judging(model, retokenize)
+        perplexity = judging.measure(samples, figures.entropy)
+        written["judge"] = {
+            "protocol": {**model.protocol, "retokenized": retokenize},
+            "samples": perplexity.to_dict(),
+            "held_out": judging.measure(held_out, baseline.entropy).to_dict(),
+            "mauve": judging.measure_mauve(samples, held_out, run.recipe.sample.seed),
+        }
+    return GenerationRecord(figures, baseline, perplexity, written)
+
+
+def _check_same_tokenizer(run: Run, judge: JudgeModel) -> None:
+    own = run.tokenizer.fingerprint
+    if judge.tokenizer_fingerprint != own:
+        theirs = judge.tokenizer_fingerprint or judge.protocol["tokenizer"]
+        raise ArgumentError(
+            f"--no-retokenize: the judge {judge.name} must have the tokenizer of {run.run_dir} "
+            f"(fingerprint {own}), because it would score the token ids of the samples; got the "
+            f"tokenizer {theirs}. Leave out --no-retokenize: the judge then tokenizes the texts."
+        )
+
+
+def read_held_out_rows(run: Run, count: int) -> list[list[int]]:
+    """Return the token ids of `count` rows of held-out text, evenly spaced over the text.
+
+    Only rows of [data] length tokens are taken, because the entropy of a row grows with its length.
+    If there are none, all rows are. The result has fewer rows if there are fewer.
+    """
+    rows = run.data.validation_rows
+    size = min(len(rows), _CANDIDATES)
+    block = rows[np.arange(size) * len(rows) // size]
+    full = np.flatnonzero(block.num_valid == rows.length)
+    if len(full) == 0:
+        full = np.arange(size)
+    taken = min(count, len(full))
+    chosen = full[np.arange(taken) * len(full) // taken]
+    return [block.ids[row, : block.num_valid[row]].tolist() for row in chosen]
+
+
+def _describe_sampling(
+    run: Run, drawn: Sequence[Mapping[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Return the sampler and all settings on which the samples depend."""
+    weights = next(run.denoiser.parameters()).dtype
+    return {
+        **run.recipe.to_dict()["sample"],
+        "count": len(drawn),
+        "length": run.recipe.length,
+        "nfe": sum(sample["nfe"] for sample in drawn) / len(drawn),
+        "dtype": str(weights).removeprefix("torch."),
+        "precision": str(run.precision or weights).removeprefix("torch."),
+        "device": str(run.device),
+        "seconds": seconds,
+    }
+
+
+class _Judging:
+    """Samples as the token ids of a judge, and their scores."""
+
+    def __init__(self, judge: JudgeModel, retokenize: bool) -> None:
+        self._judge = judge
+        self._retokenize = retokenize
+
+    def _encode(self, samples: TokenSamples) -> list[list[int]]:
+        if not self._retokenize:
+            return samples.ids
+        return [self._judge.encode(documents) for documents in samples.documents]
+
+    def measure(self, samples: TokenSamples, entropy: MeanFigure) -> GenerativePerplexity:
+        """Return the perplexity of samples, which have the entropy `entropy`."""
+        scores = self._judge.score(self._encode(samples))
+        return GenerativePerplexity.of(scores.nats, scores.tokens, entropy)
+
+    def measure_mauve(
+        self, samples: TokenSamples, held_out: TokenSamples, seed: int
+    ) -> dict[str, Any] | None:
+        """Return MAUVE of samples and held-out rows.
+
+        Returns None if the judge has no features, or if there are too few samples or rows.
+        """
+        counts = {"samples": len(samples.ids), "held_out": len(held_out.ids)}
+        if min(counts.values()) < FEWEST:
+            return None
+        features = self._judge.features(self._encode(samples))
+        reference = self._judge.features(self._encode(held_out))
+        if features is None or reference is None:
+            return None
+        return {"value": mauve(features, reference, seed=seed % 2**31), **counts}
+
+
+def correct_samples(run: Run, ids: Sequence[Sequence[int]]) -> dict[str, Any] | None:
+    """Measure the self-correction accuracy of samples, and its curve over rounds of correction.
+
+    Returns None if the bound of the process does not train predictions at tokens, so that they are
+    arbitrary there, and for a model without a process.
+    """
+    sampler = SelfCorrectingSampler(AncestralSampler(1), rounds=ROUNDS)
+    process = run.process
+    try:
+        sampler.check_supported(process, run.denoiser.parameterization.predicts)
+    except ArgumentError:
+        return None
+    assert process is not None  # the sampler refuses a model without a process
+    plan = make_plan(run.recipe, run.model, sampler, None, None, len(ids))
+    length = run.recipe.length
+    seed = run.recipe.sample.seed
+    batch = run.recipe.sample.batch
+    curves: list[torch.Tensor] = []
+    changed: list[torch.Tensor] = []
+    for first in range(0, len(ids), batch):
+        numbers = slice(first, min(first + batch, len(ids)))
+        tokens = torch.tensor(ids[numbers], dtype=torch.long, device=run.device)
+        index = torch.arange(numbers.start, numbers.stop, device=run.device)
+
+        def rng_at(k: int, index: torch.Tensor = index) -> CounterRng:
+            return CounterRng(seed, k, index, length, "correction")
+
+        found = measure_correction(sampler, process, plan.network(numbers), tokens, rng_at)
+        curves.append(found.accuracy)
+        changed.append((found.ids != tokens).double().mean(-1).cpu())
+    accuracy = torch.cat(curves).numpy()
+    figure = MeanFigure.of(accuracy[:, 0])
+    assert figure is not None  # there is a sample
+    return {
+        "accuracy": asdict(figure),
+        "curve": accuracy.mean(0).tolist(),
+        "changed": float(torch.cat(changed).mean()),
+        "rounds": sampler.rounds,
+        "commit": sampler.commit,
+        "temperature": sampler.temperature,
+        "at": sampler.at,
+    }
