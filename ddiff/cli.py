@@ -217,6 +217,17 @@ ImageFile = Annotated[
         metavar="FILE.png", help="Runs of several fields: also write pictures of the samples."
     ),
 ]
+WatchSamples = Annotated[
+    bool,
+    typer.Option("--watch", help="Show the samples on the terminal while they are drawn."),
+]
+TrajectoryFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="Also write the states after each step, which `ddiff report --trajectory` plays.",
+    ),
+]
 NoIds = Annotated[
     bool, typer.Option("--no-ids", help="Leave the token ids out of the printed JSON objects.")
 ]
@@ -526,19 +537,20 @@ def sample(
     only: OnlyFields = None,
     target: TargetName = None,
     images: ImageFile = None,
+    watch: WatchSamples = False,
+    trajectory: TrajectoryFile = None,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
 
     The tokens of prompts and infill texts stay unchanged in the samples. With --edit, some tokens
     of the given texts are sampled again. Given fields stay unchanged too.
     """
-    of_fields: dict[str, Any] = {"given": given, "only": only, "target": target, "images": images}
-    chosen_fields = {name: value for name, value in of_fields.items() if value}
-    others = {"--prompt": prompt, "--prompts": prompts, "--infill": infill, "--count": count}
-    others |= {f"--{name}": value for name, value in chosen_fields.items()}
-    only_edit: dict[str, Any] = {"ratio": ratio, "mode": mode, "toward": toward}
-    chosen = {name: value for name, value in only_edit.items() if value is not None}
-    _check_edit_options(edit, [name for name, value in others.items() if value], list(chosen))
+    further = _keep_given(
+        given=given, only=only, target=target, images=images, watch=watch, trajectory=trajectory
+    )
+    others = [*_keep_given(prompt=prompt, prompts=prompts, infill=infill, count=count), *further]
+    chosen = _keep_given(ratio=ratio, mode=mode, toward=toward)
+    _check_edit_options(edit, others, list(chosen))
     if edit:
         from ddiff.runs.stages import edit_run
 
@@ -571,8 +583,16 @@ def sample(
         sampler=sampler,
         settings=settings or (),
         prints_ids=not no_ids,
-        **chosen_fields,
+        **further,
     )
+
+
+def _keep_given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given on the command line."""
+    # a ratio of 0.0 is a value
+    return {
+        name: value for name, value in options.items() if value or isinstance(value, float | Path)
+    }
 
 
 def _check_edit_options(texts: list[str] | None, others: list[str], chosen: list[str]) -> None:
@@ -583,7 +603,7 @@ def _check_edit_options(texts: list[str] | None, others: list[str], chosen: list
     """
     if texts and others:
         raise ArgumentError(
-            f"--edit and {others[0]} exclude each other. An edit keeps or replaces tokens of the "
+            f"--edit and --{others[0]} exclude each other. An edit keeps or replaces tokens of the "
             "given text; repeat --edit for several results."
         )
     if chosen and not texts:
@@ -659,6 +679,54 @@ def compare_runs(
         command.append("--seeds")
     written = write_comparison(comparison, out, " ".join(command))
     typer.echo(f"Written to {' and '.join(map(str, written))}")
+
+
+@app.command("report")
+def report(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="FILE.html", help="The file to write.")
+    ] = "report.html",
+    figures: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Also write the charts to this folder, as SVG files."),
+    ] = None,
+    trajectory: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Play the trajectories of `ddiff sample --trajectory`; may be repeated. By "
+            "default, trajectories are drawn.",
+        ),
+    ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, help="Samples per text run whose trajectories are drawn; 0 for none."
+        ),
+    ] = 2,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Sampler of the drawn trajectories; repeat it to compare samplers on the same "
+            "random numbers.",
+        ),
+    ] = None,
+) -> None:
+    """Write a report of runs: one HTML file, which needs no network.
+
+    The page shows curves, bounds, samples, pictures, clusters, and the states of some samples
+    after each sampling step.
+    """
+    from ddiff.runs.report_command import report_runs
+
+    written = report_runs(run_dirs, out, figures, trajectory or (), draws, sampler or ())
+    typer.echo(f"Written to {written[0]}")
+    if figures is not None:
+        typer.echo(f"{len(written) - 1} charts written to {figures}")
 
 
 # ---------------------------------------------------------------------- components

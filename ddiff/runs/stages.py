@@ -35,6 +35,7 @@ from ddiff.runs.record import read_recorded_steps, record_run
 from ddiff.runs.session import TrainingSession
 from ddiff.runs.summary import print_resume, print_start
 from ddiff.runs.trainable import TrainableRun
+from ddiff.runs.trajectory import SampleObserver
 from ddiff.training.settings import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGINT
@@ -87,14 +88,28 @@ def run_recipe(recipe: BaseRecipe, *, fresh: bool = False) -> int:
     return code
 
 
-def sample_run(run_dir: str | Path, *, prints_ids: bool = True, **arguments: Any) -> None:
+def sample_run(
+    run_dir: str | Path,
+    *,
+    prints_ids: bool = True,
+    watch: bool = False,
+    trajectory: str | None = None,
+    **arguments: Any,
+) -> None:
     """Run `ddiff sample`: print one JSON line per sample.
 
     `arguments` are those of `Run.sample` or of `FieldsRun.sample`. Without `prints_ids`, the lines
-    have no token ids.
+    have no token ids. `watch` shows the samples on the terminal while they are drawn, and
+    `trajectory` is a file for the states after each step; both only for text runs.
     """
+    observer = SampleObserver.check(watch, trajectory)
     trained = load(run_dir)
-    _print_json_lines(find_kind(trained.recipe).sample(trained, arguments, prints_ids))
+    if observer is None:
+        samples = find_kind(trained.recipe).sample(trained, arguments, prints_ids)
+    else:
+        require_text_recipe(trained.recipe, "ddiff sample --watch and --trajectory")
+        samples = observer.sample(trained, arguments, prints_ids)
+    _print_json_lines(samples)
 
 
 def edit_run(

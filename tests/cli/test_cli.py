@@ -95,6 +95,7 @@ def test_help_option_lists_every_command(capsys):
             "export",
             "sample",
             "compare",
+            "report",
             "check",
             "data",
             "encode",
@@ -103,7 +104,7 @@ def test_help_option_lists_every_command(capsys):
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 10
+    assert len(app.registered_commands) == 11
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):

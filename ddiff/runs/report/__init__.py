@@ -1,0 +1,1 @@
+"""Reports of runs: one HTML file without network access, from the files of run directories."""

@@ -1,0 +1,187 @@
+"""Charts of a report: training curves, bounds, and their parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ddiff.runs.report.charts import Bar, BarChart, Chart, Line, average_bins, smooth
+from ddiff.runs.report.run_files import ReportedRun
+
+Point = tuple[float, float]
+SMOOTHED_SHARE = 0.04  # window of smoothed curves, as a fraction of the points
+GRAY = 7  # colour of reference lines
+
+
+def make_charts(runs: Sequence[ReportedRun]) -> list[Chart | BarChart]:
+    """Return all charts of the runs. Charts without values are left out."""
+    charts: list[Chart | BarChart] = []
+    charts += _make_training_charts(runs)
+    charts += _make_validation_charts(runs)
+    charts += _make_bound_charts(runs)
+    charts += _make_target_charts(runs)
+    return charts
+
+
+# ---------------------------------------------------------------------- training
+
+
+def _make_training_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
+    losses: list[Line] = []
+    norms: list[Line] = []
+    speeds: list[Line] = []
+    for run in runs:
+        losses += _draw_smoothed(run, _read_points(run, "train_loss"))
+        norms += _draw_smoothed(run, _read_points(run, "grad_norm"))
+        speeds.append(Line(_compute_speed(run.metrics), run.number, label=run.name))
+    found = {
+        "training-loss": ("Training loss, nats per token", losses, False),
+        "gradient-norm": ("Gradient norm (logarithmic)", norms, True),
+        "speed": ("Training speed, tokens per second", speeds, False),
+    }
+    for name, (title, lines, is_log) in found.items():
+        if any(line.points for line in lines):
+            yield Chart(name, title, "training step", lines, is_log)
+
+
+def _read_points(run: ReportedRun, key: str) -> list[Point]:
+    return [(line["step"], line[key]) for line in run.metrics if key in line]
+
+
+def _draw_smoothed(run: ReportedRun, points: Sequence[Point]) -> list[Line]:
+    """Return a faint line of all values and a line of their moving mean."""
+    window = max(1, round(SMOOTHED_SHARE * len(points)))
+    return [
+        Line(average_bins(points), run.number, "faint"),
+        Line(average_bins(smooth(points, window)), run.number, label=run.name),
+    ]
+
+
+def _compute_speed(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return tokens per second in at most 40 intervals of at least 10 steps.
+
+    The speed of a single step is not used: steps are timed only where their figures are read.
+    """
+    size = max(10, -(-len(metrics) // 40))
+    points: list[Point] = []
+    for start in range(0, len(metrics), size):
+        chosen = metrics[start : start + size]
+        seconds = sum(line["seconds"] for line in chosen)
+        tokens = sum(line["tokens"] for line in chosen)
+        # the last interval may have too few steps for a speed
+        if seconds > 0 and (len(chosen) == size or not points):
+            points.append((chosen[-1]["step"], tokens / seconds))
+    return points
+
+
+# ---------------------------------------------------------------------- validation
+
+
+def _make_validation_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
+    """Make the chart of the validation bound during training, with lines of simple models."""
+    lines = []
+    for run in runs:
+        points = _read_validation(run)
+        bound = run.bound
+        if bound is not None and run.metrics:
+            last = run.metrics[-1]["step"]
+            points = [point for point in points if point[0] != last]
+            points.append((last, bound.nats))
+        lines.append(Line(points, run.number, "points", run.name))
+    if not any(line.points for line in lines):
+        return
+    lines += _draw_references(runs)
+    yield Chart("validation-bound", "Validation bound, nats per token", "training step", lines)
+
+
+def _read_validation(run: ReportedRun) -> list[Point]:
+    """Return the bounds that were evaluated during training."""
+    points = []
+    for line in run.metrics:
+        for key, value in line.items():
+            is_bound = key.startswith("validation_n") and "_nats_per_" in key
+            if is_bound and not run.has_fields:
+                points.append((line["step"], value))
+    return points
+
+
+def _draw_references(runs: Sequence[ReportedRun]) -> Iterator[Line]:
+    """Draw the unigram and bigram baselines and the entropy of the source.
+
+    Nothing is drawn for runs with different validation text, whose baselines differ.
+    """
+    bounds = [run.bound for run in runs if run.bound is not None]
+    if not bounds or any(bound.baselines != bounds[0].baselines for bound in bounds):
+        return
+    last = max([run.metrics[-1]["step"] for run in runs if run.metrics], default=1)
+    levels = dict(bounds[0].baselines)
+    if bounds[0].entropy_rate is not None:
+        levels["entropy of the source"] = bounds[0].entropy_rate
+    for name, value in levels.items():
+        yield Line([(1, value), (last, value)], GRAY, "dashed", name)
+
+
+# ---------------------------------------------------------------------- bound
+
+
+def _make_bound_charts(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
+    bounds = [(run, run.bound) for run in runs if run.bound is not None]
+    totals: dict[str, list[Bar]] = {}
+    terms: dict[str, list[Bar]] = {}
+    parts: dict[str, list[Bar]] = {}
+    for run, bound in bounds:
+        assert bound is not None
+        bar = Bar(run.name, bound.nats, run.number, bound.interval)
+        totals.setdefault(run.name, []).append(bar)
+        for name, value in bound.terms.items():
+            terms.setdefault(name, []).append(Bar(run.name, value, run.number))
+        for name, value in bound.parts.items():
+            parts.setdefault(_name_part(name), []).append(Bar(run.name, value, run.number))
+    for name, value in _common_baselines(bounds).items():
+        totals[name] = [Bar(name, value, GRAY)]
+    found = {
+        "bound": ("Validation bound with 95 % interval", totals),
+        "bound-terms": ("Terms of the bound", terms),
+        "bound-parts": ("Parts of the diffusion term, such as levels", parts),
+    }
+    for name, (title, groups) in found.items():
+        if groups:
+            yield BarChart(name, title, "nats per token", list(groups.items()))
+
+
+def _name_part(name: str) -> str:
+    """Return the title of a part of the bound: "level1" becomes "level 1"."""
+    return re.sub(r"(?<=[a-z])(?=\d)", " ", name.replace("_", " "))
+
+
+def _common_baselines(bounds: Sequence[tuple[ReportedRun, Any]]) -> Mapping[str, float]:
+    if not bounds:
+        return {}
+    first: Mapping[str, float] = bounds[0][1].baselines
+    return first if all(bound.baselines == first for _, bound in bounds) else {}
+
+
+def _make_target_charts(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
+    """Make the chart of the bounds of runs of several fields, by target."""
+    groups: dict[tuple[str, str], list[Bar]] = {}
+    for run in runs:
+        for target, found in run.evaluation.get("targets", {}).items():
+            groups.setdefault((target, ""), []).append(_make_bar(run, run.name, found))
+            for control, bound in found.get("controls", {}).items():
+                name = f"{run.name}, {target}, given {control}"
+                groups.setdefault((target, control), []).append(_make_bar(run, name, bound))
+    shown = []
+    for target in dict.fromkeys(target for target, _ in groups):
+        for (drawn, control), bars in groups.items():
+            if drawn == target:
+                shown.append((f"· {control}" if control else target, bars))
+    if shown:
+        title = "Bounds of the targets, and with other given values (·)"
+        yield BarChart("targets", title, "nats per sample", shown)
+
+
+def _make_bar(run: ReportedRun, name: str, found: Mapping[str, Any]) -> Bar:
+    low_high = found.get("interval")
+    interval = (low_high[0], low_high[1]) if low_high else None
+    return Bar(name, found["nats_per_sample"], run.number, interval)

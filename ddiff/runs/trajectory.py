@@ -1,0 +1,260 @@
+"""Record and show the states of samples during sampling.
+
+`TrajectoryRecorder` and `TerminalView` are callbacks `on_step` of `Run.sample`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch import Tensor
+
+from ddiff.errors import ArgumentError
+from ddiff.recipe.resolve import configure_sampler
+from ddiff.run_dir.destination import Destination, check_destination, write_text
+from ddiff.run_dir.files import SAMPLES, read_json_lines
+from ddiff.runs.report.clusters import SPACE, TokenTree, read_tree_of, show_token
+from ddiff.runs.report.trajectories import Trajectory, is_trajectory_file, to_json
+from ddiff.runs.run import Run
+from ddiff.runs.text_runs import TEXT_RUNS
+from ddiff.sampling.loop import Canvas, OnStep
+
+MOST_WATCHED = 4  # samples of a batch that the terminal shows
+MOST_RECORDED = 16  # samples of a file of trajectories
+STYLES = ("", "black on yellow", "black on cyan", "black on magenta")
+"""Terminal styles of the levels between the tokens and the mask, by level."""
+
+
+class TrajectoryRecorder:
+    """Callback that keeps the states of the first `count` samples after each step.
+
+    Args:
+        count: number of samples to record.
+        start: the state of the prior if the prior is one state, such as the mask. All positions
+            but those of a prompt then have this state before the first step. None: the recording
+            begins after the first step.
+        has_prompt: whether the samples have a prompt or infill text.
+    """
+
+    def __init__(self, count: int, start: int | None, has_prompt: bool = False) -> None:
+        self.count = count
+        self.start = start
+        self.has_prompt = has_prompt
+        self.rows: list[RecordedRow] = []
+        self._first = 0  # number of the first sample of the current batch
+
+    def __call__(self, step: int, canvas: Canvas) -> None:
+        if step == 1:
+            self._first = len(self.rows)
+            wanted = max(0, self.count - len(self.rows))
+            for states, clean in zip(canvas.zt[:wanted].tolist(), canvas.clean[:wanted].tolist()):
+                self.rows.append(self._begin_row(states, clean))
+        kept = self.rows[self._first :]
+        times = canvas.t.double().mean(1).tolist()
+        for row, states, time in zip(kept, canvas.zt.tolist(), times):
+            row.states.append(states)
+            row.times.append(time)
+
+    def _begin_row(self, states: Sequence[int], clean: Sequence[bool]) -> RecordedRow:
+        """Return a row before its first step. `states` and `clean` are those after this step."""
+        given = []
+        if self.has_prompt:
+            given = [place for place, is_clean in enumerate(clean) if is_clean]
+        if self.start is None:
+            return RecordedRow([], given)
+        before = [self.start] * len(states)
+        for place in given:
+            before[place] = states[place]
+        return RecordedRow([before], given)
+
+
+class RecordedRow:
+    """States and times of one sample, and the positions of its prompt."""
+
+    def __init__(self, states: list[list[int]], given: list[int]) -> None:
+        self.states = states
+        self.given = given
+        self.times: list[float] = []
+
+
+def find_start(run: Run) -> int | None:
+    """Return the only state of the prior of a run, or None if the prior has several states."""
+    if run.process is None:
+        return None
+    possible = run.process.prior.log_prob.isfinite().nonzero().flatten().tolist()
+    return possible[0] if len(possible) == 1 else None
+
+
+def make_trajectories(
+    run: Run, recorder: TrajectoryRecorder, sampler: str | None, seed: int | None
+) -> list[Trajectory]:
+    """Return the trajectories that were recorded while `run` drew samples.
+
+    `sampler` and `seed` are the arguments of `Run.sample`.
+    """
+    tree = read_tree(run)
+    keys = run.recipe.sample
+    trajectories = []
+    for index, row in enumerate(recorder.rows):
+        # without a state before the first step, the first step is the start
+        skipped = len(row.times) - (len(row.states) - 1)
+        trajectories.append(
+            Trajectory.of(
+                row.states,
+                row.times[skipped:],
+                tree,
+                row.given,
+                run=run.recipe.name,
+                sampler=configure_sampler(run.recipe, sampler).component.name,
+                seed=keys.seed if seed is None else seed,
+                index=index,
+            )
+        )
+    return trajectories
+
+
+def draw_trajectories(
+    run: Run, count: int, samplers: Sequence[str | None], steps: int | None = None
+) -> list[Trajectory]:
+    """Draw `count` samples with each sampler, from the same random numbers, and record them.
+
+    None in `samplers` is the sampler of the recipe.
+    """
+    found = []
+    for sampler in samplers:
+        recorder = TrajectoryRecorder(count, find_start(run))
+        run.sample(count, sampler=sampler, steps=steps, on_step=recorder)
+        found += make_trajectories(run, recorder, sampler, None)
+    return found
+
+
+def read_tree(run: Run) -> TokenTree:
+    """Return the tokens of a run and their tree. Raises ArgumentError if there are no texts."""
+    tree = read_tree_of(run.run_dir, read_json_lines(run.run_dir / SAMPLES))
+    if tree is None:
+        raise ArgumentError(
+            f"{run.run_dir}: the states of a sample can only be shown if the run has a tokenizer "
+            "that can be loaded. Install the packages of its tokenizer."
+        )
+    return tree
+
+
+# ---------------------------------------------------------------------- ddiff sample
+
+
+@dataclass(frozen=True)
+class SampleObserver:
+    """Options `--watch` and `--trajectory` of `ddiff sample`.
+
+    `watch` shows the samples on the terminal. `place` is the file for the trajectories, or None.
+    """
+
+    watch: bool
+    place: Destination | None
+
+    @classmethod
+    def check(cls, watch: bool, trajectory: str | None) -> SampleObserver | None:
+        """Return the observer, or None without options.
+
+        Raises ArgumentError if the file `trajectory` cannot be written.
+        """
+        if not watch and trajectory is None:
+            return None
+        place = None
+        if trajectory is not None:
+            argument = "ddiff sample --trajectory"
+            place = check_destination(
+                trajectory, argument, suffix=".json", owned=is_trajectory_file
+            )
+        return cls(watch, place)
+
+    def sample(
+        self, run: Run, arguments: Mapping[str, Any], prints_ids: bool
+    ) -> Iterable[Mapping[str, Any]]:
+        """Draw samples like `ddiff sample`, and show or record their states.
+
+        `arguments` are those of `Run.sample`. Without `prints_ids`, the samples have no token ids.
+        """
+        has_prompt = arguments.get("prompt") is not None or arguments.get("infill") is not None
+        recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt)
+        watcher = watch_samples(run) if self.watch else nullcontext()
+        with watcher as show:
+
+            def observe(step: int, canvas: Canvas) -> None:
+                if self.place is not None:
+                    recorder(step, canvas)
+                if show is not None:
+                    show(step, canvas)
+
+            samples = TEXT_RUNS.sample(run, {**arguments, "on_step": observe}, prints_ids)
+            drawn = list(samples)
+        if self.place is not None:
+            found = make_trajectories(
+                run, recorder, arguments.get("sampler"), arguments.get("seed")
+            )
+            write_text(self.place, to_json(found))
+        return drawn
+
+
+# ---------------------------------------------------------------------- terminal
+
+
+@contextmanager
+def watch_samples(run: Run, console: Console | None = None) -> Iterator[OnStep]:
+    """Show the samples of the current batch on stderr, in place, while they are drawn.
+
+    Yields the callback `on_step` for `Run.sample`. In a file or pipe, only the last states are
+    printed.
+    """
+    view = TerminalView(read_tree(run))
+    console = console or Console(stderr=True)
+    with Live(console=console, auto_refresh=False) as live:
+
+        def show(step: int, canvas: Canvas) -> None:
+            live.update(view.draw(step, canvas), refresh=console.is_terminal)
+
+        yield show
+        live.refresh()
+
+
+class TerminalView:
+    """Samples as coloured text: masks, nodes of a tree, tokens, and what the last step changed."""
+
+    def __init__(self, tree: TokenTree) -> None:
+        self.tree = tree
+        self._before: Tensor | None = None
+
+    def draw(self, step: int, canvas: Canvas) -> Text:
+        """Return the text of the first samples after a step."""
+        states = canvas.zt[:MOST_WATCHED].cpu()
+        before = self._before
+        if before is None or before.shape != states.shape or step == 1:
+            before = states
+        self._before = states
+        time = float(canvas.t.mean())
+        text = Text(f"step {step}, mean time {time:.3f}\n", style="bold")
+        for row, previous in zip(states.tolist(), before.tolist()):
+            for state, old in zip(row, previous):
+                text.append_text(self._draw_state(state, old))
+            text.append("\n\n")
+        return text
+
+    def _draw_state(self, state: int, old: int) -> Text:
+        level = self.tree.level_of(state)
+        is_new = state != old
+        if level == 0:
+            word = show_token(self.tree.words[state]).replace(SPACE, " ")
+            is_correction = is_new and self.tree.level_of(old) == 0
+            style = "bold red" if is_correction else "bold" if is_new else ""
+            return Text(word, style=style)
+        if level == len(self.tree.parents):
+            # a mask that was a token before
+            return Text("░", style="red" if is_new else "dim")
+        style = STYLES[min(level, len(STYLES) - 1)]
+        return Text(f"[{self.tree.name_state(state)}]", style=style)

@@ -1,0 +1,505 @@
+"""`ddiff report`, and the options --trajectory and --watch of `ddiff sample`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browser import Browser, find_missing, open_browser
+from commands import Command
+from small import FLAT, working_in
+from small_fields import DIGITS
+
+import ddiff as api
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError, CheckpointError, DataError
+from ddiff.runs.report.charts import Axis, Bar, BarChart, Chart, Line, smooth
+from ddiff.runs.report.clusters import TokenTree, read_tree_of
+from ddiff.runs.report.markup import element, json_script
+from ddiff.runs.report.page import make_page, write_report
+from ddiff.runs.report.run_files import read_runs
+from ddiff.runs.report.trajectories import Trajectory, read_trajectories, to_json
+
+VOID = {"meta", "link", "img", "input"}
+LOADING = {"src", "href", "data", "action", "poster", "srcset"}
+WIDTHS = (390, 1400)  # pixels of a phone and of a wide window
+HOSTILE = '</script><img src=x onerror="alert(1)"> & <b>'
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with three trained runs: `tree` with clusters, `flat`, and `digits` of two fields."""
+    folder = tmp_path_factory.mktemp("reports")
+    torch.set_num_threads(1)
+    with working_in(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDIFF_CACHE", str(folder / "cache"))
+        every = "evaluate.every=5"
+        api.run("small.toml", settings=['name="tree"', "train.steps=12", every])
+        api.run("small.toml", settings=[*FLAT, 'name="flat"', "train.steps=12", every])
+        Path("digits.toml").write_text(DIGITS)
+        api.run("digits.toml")
+        yield folder / "runs"
+
+
+class Page(HTMLParser):
+    """Elements of a page. Raises AssertionError for an end tag without its start tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def make_trajectory(states: list[list[int]], **changes: Any) -> Trajectory:
+    """Trajectory over four tokens, two nodes (4, 5) and the mask (6)."""
+    tree = TokenTree([np.array([0, 0, 1, 1]), np.array([0, 0])], ["a", "b", "c", "d"], {})
+    origin: dict[str, Any] = {"run": "toy", "sampler": "by hand", "seed": 0, "index": 0}
+    times = np.linspace(1, 0, len(states)).tolist()[1:]
+    return Trajectory.of(states, times, tree, **{**origin, **changes})
+
+
+def replay(trajectory: Trajectory) -> list[list[int]]:
+    """Return the states before the first step and after every step."""
+    states = [list(trajectory.start)]
+    for changes in trajectory.changes:
+        row = list(states[-1])
+        for position, state in changes:
+            row[position] = state
+        states.append(row)
+    return states
+
+
+# ---------------------------------------------------------------------- page
+
+
+def test_report_names_all_runs_and_has_every_section(place: Path, ddiff: Command) -> None:
+    runs = [str(place / name) for name in ("tree", "flat", "digits")]
+    out = place.parent / "report.html"
+    assert ddiff("report", *runs, "--out", str(out), "--draws", "1").code == 0
+    text = out.read_text()
+    page = Page(text)
+    assert {"tree", "flat", "digits"} <= set(page.texts)
+    names = {value for tag, name, value in page.attributes if (tag, name) == ("section", "id")}
+    assert names == {
+        "summary",
+        "curves",
+        "evaluation",
+        "trajectories",
+        "samples",
+        "pictures",
+        "clusters",
+        "environment",
+        "recipes",
+    }
+    bounds = [
+        json.loads((place / name / "evaluation.json").read_text()) for name in ("tree", "flat")
+    ]
+    for found in bounds:
+        assert f"{found['nelbo_nats_per_token']:.4f}" in text
+
+
+def test_report_loads_nothing_from_a_network(place: Path) -> None:
+    page = Page(make_page(*_read_all(place)))
+    for _, name, value in page.attributes:
+        if name in LOADING:
+            assert value.startswith(("#", "data:")), value
+    text = make_page(*_read_all(place))
+    assert "default-src &#x27;none&#x27;" in text
+    assert re.search(r"url\(|@import", text) is None
+    # the only address is the name of the SVG language
+    assert set(re.findall(r"https?://[^\s\"'<>&;]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def _read_all(place: Path) -> tuple[Any, Any]:
+    from ddiff.runs.report.curves import make_charts
+
+    runs = read_runs([place / name for name in ("tree", "flat", "digits")])
+    return runs, make_charts(runs)
+
+
+def test_reports_of_equal_runs_are_equal_bytes(place: Path, ddiff: Command) -> None:
+    contents = []
+    for name in ("one.html", "two.html"):
+        out = place.parent / name
+        assert ddiff("report", str(place / "tree"), "--out", str(out)).code == 0
+        contents.append(out.read_bytes())
+    assert contents[0] == contents[1]
+    assert b'"trajectory-data"' in contents[0]
+
+
+def test_report_escapes_texts_of_samples_recipes_and_trajectories(
+    place: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "hostile"
+    shutil.copytree(place / "tree", run)
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines[0]["text"] = HOSTILE
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace('name = "tree"', f"name = '{HOSTILE}'"))
+    trajectory = make_trajectory([[6, 6], [0, 1]], run=HOSTILE)
+    path = tmp_path / "hostile.html"
+    write_report([run], path, [trajectory])
+    text = path.read_text()
+    page = Page(text)
+    assert not any(name == "onerror" for _, name, _ in page.attributes)
+    assert HOSTILE not in text
+    assert HOSTILE in "".join(page.texts)
+    data = re.search(r'id="trajectory-data">(.*?)</script>', text)
+    assert data is not None
+    assert json.loads(data[1])[0]["run"] == HOSTILE
+
+
+def test_report_embeds_the_pictures_of_a_run_of_fields(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "fields.html"
+    write_report([place / "digits"], path)
+    text = path.read_text()
+    pictures = sorted((place / "digits").glob("samples-*.png"))
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert base64.b64encode(picture.read_bytes()).decode() in text
+    targets = json.loads((place / "digits/evaluation.json").read_text())["targets"]
+    for target, found in targets.items():
+        assert f"{target}, nats per sample" in text
+        assert f"{found['nats_per_sample']:.4f}" in text
+
+
+def test_report_says_which_settings_make_bounds_incomparable(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(place / "flat", other)
+    found = json.loads((other / "evaluation.json").read_text())
+    found["protocol"]["draws"] = 7
+    (other / "evaluation.json").write_text(json.dumps(found))
+    texts = []
+    for run in (place / "flat", other):
+        write_report([place / "tree", run], tmp_path / "both.html")
+        texts.append((tmp_path / "both.html").read_text())
+    assert "not comparable" not in texts[0]
+    assert "has the lowest bound" in texts[0]
+    assert "different settings (draws)" in texts[1]
+    assert "has the lowest bound" not in texts[1]
+
+
+def test_report_of_files_only_does_not_import_torch(place: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from ddiff.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "print('torch' in sys.modules)"
+    )
+    arguments = ["report", str(place / "tree"), "--draws", "0", "--out", str(tmp_path / "r.html")]
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_report_of_an_unfinished_run_has_no_missing_sections(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "begun"
+    run.mkdir()
+    for name in ("recipe.toml", "environment.json", "metrics.jsonl"):
+        shutil.copy(place / "flat" / name, run)
+    write_report([run], tmp_path / "begun.html")
+    text = (tmp_path / "begun.html").read_text()
+    assert "not evaluated yet" in text
+    assert "Training loss" in text
+    assert 'id="samples"' not in text
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def test_report_refuses_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        write_report([tmp_path], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_report_refuses_a_run_given_twice(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="given twice"):
+        write_report([place / "tree", place / "flat/../tree"], tmp_path / "r.html")
+
+
+def test_report_does_not_overwrite_a_foreign_file(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.html"
+    path.write_text("<p>mine</p>")
+    with pytest.raises(ArgumentError, match="did not write"):
+        write_report([place / "tree"], path)
+    assert path.read_text() == "<p>mine</p>"
+
+
+def test_report_overwrites_its_own_files(place: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        write_report([place / "tree"], tmp_path / "r.html", figures=tmp_path / "figures")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"format": "other"}', '{"format": "ddiff trajectories 1", "trajectories": [{}]}'],
+)
+def test_report_refuses_a_damaged_file_of_trajectories(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match="not a file of trajectories"):
+        read_trajectories(path)
+
+
+def test_trajectory_file_with_a_state_without_a_name_is_refused(tmp_path: Path) -> None:
+    text = to_json([make_trajectory([[6, 6], [0, 1]])])
+    path = tmp_path / "t.json"
+    path.write_text(text.replace("[1, 1]", "[1, 3]"))
+    with pytest.raises(DataError, match="the state 3 has no name"):
+        read_trajectories(path)
+
+
+# ---------------------------------------------------------------------- trajectories
+
+
+def test_trajectory_file_ends_with_the_printed_samples(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    path = tmp_path / "t.json"
+    found = ddiff("sample", str(place / "tree"), "--count", "3", "--trajectory", str(path))
+    samples = [json.loads(line) for line in found.out.splitlines()]
+    trajectories = read_trajectories(path)
+    mask = Vocabulary.load(str(place / "tree/vocabulary.safetensors")).mask_id
+    assert len(trajectories) == 3
+    for sample, trajectory in zip(samples, trajectories):
+        states = replay(trajectory)
+        assert set(states[0]) == {mask}
+        assert states[-1] == sample["ids"]
+        assert len(trajectory.times) == len(trajectory.changes)
+        # the states between the masks and the tokens are nodes of the tree
+        levels = [bisect_level(trajectory, state) for row in states for state in row]
+        assert set(levels) == {0, 1, 2}
+
+
+def bisect_level(trajectory: Trajectory, state: int) -> int:
+    ends = np.cumsum(trajectory.level_sizes)
+    return int(np.searchsorted(ends, state, side="right"))
+
+
+def test_trajectory_marks_the_tokens_of_a_prompt_as_given(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    path = tmp_path / "t.json"
+    arguments = ["--prompt", "the", "--trajectory", str(path), "--count", "1"]
+    assert ddiff("sample", str(place / "flat"), *arguments).code == 0
+    (trajectory,) = read_trajectories(path)
+    assert len(trajectory.given) >= 1
+    changed = {position for step in trajectory.changes for position, _ in step}
+    assert changed.isdisjoint(trajectory.given)
+    assert len(changed) + len(trajectory.given) == len(trajectory.start)
+
+
+def test_trajectory_survives_its_file(tmp_path: Path) -> None:
+    trajectory = make_trajectory([[6, 6], [4, 6], [0, 5], [0, 3]], given=[])
+    path = tmp_path / "t.json"
+    path.write_text(to_json([trajectory]))
+    assert read_trajectories(path) == [trajectory]
+    assert replay(trajectory) == [[6, 6], [4, 6], [0, 5], [0, 3]]
+
+
+def test_sample_trajectory_refuses_a_run_of_fields(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    found = ddiff("sample", str(place / "digits"), "--trajectory", str(tmp_path / "t.json"))
+    assert found.code == 2
+    assert "--trajectory" in found.err
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_watch_prints_the_states_on_stderr_and_only_samples_on_stdout(
+    place: Path, ddiff: Command
+) -> None:
+    found = ddiff("sample", str(place / "tree"), "--count", "1", "--watch")
+    (sample,) = [json.loads(line) for line in found.out.splitlines()]
+    assert "step 4, mean time 0.000" in found.err
+    words = sample["text"].replace("\n", "⏎").split()
+    assert words[0] in found.err
+
+
+# ---------------------------------------------------------------------- tree of tokens
+
+
+def test_token_tree_agrees_with_the_vocabulary(place: Path) -> None:
+    vocabulary = Vocabulary.load(str(place / "tree/vocabulary.safetensors"))
+    tree = read_tree_of(place / "tree")
+    assert tree is not None
+    assert tree.has_clusters
+    assert tree.level_sizes == vocabulary.level_sizes
+    states = torch.arange(vocabulary.num_states)
+    assert [tree.level_of(state) for state in states.tolist()] == vocabulary.level_of(
+        states
+    ).tolist()
+    parents = vocabulary.parent(states).tolist()
+    for state in states.tolist()[:-1]:
+        assert tree.parent_of(state) == parents[state]
+    assert tree.parent_of(vocabulary.root) is None
+    assert sorted(tree.tokens_below(vocabulary.root)) == list(range(vocabulary.num_tokens))
+
+
+def test_typical_words_of_a_node_are_frequent_words_of_several_letters() -> None:
+    parents = [np.zeros(4, int), np.zeros(1, int)]
+    tree = TokenTree(parents, ["a", "the", "cat", "hat"], {0: 9, 3: 2})
+    assert tree.name_state(4) == "hat · the · cat"
+    assert tree.name_state(5) == "mask"
+
+
+# ---------------------------------------------------------------------- charts
+
+
+def test_chart_files_are_svg_with_the_names_of_the_runs(place: Path, tmp_path: Path) -> None:
+    written = write_report(
+        [place / "tree", place / "flat"], tmp_path / "r.html", figures=tmp_path / "figures"
+    )
+    charts = written[1:]
+    assert {"training-loss.svg", "validation-bound.svg", "bound-parts.svg"} <= {
+        path.name for path in charts
+    }
+    for path in charts:
+        root = xml.fromstring(path.read_text())
+        assert root.tag.endswith("svg")
+        assert {"tree", "flat"} <= {text.strip() for text in root.itertext()}
+
+
+def test_validation_chart_has_the_baselines_and_ends_at_the_final_bound(place: Path) -> None:
+    _, charts = _read_all(place)
+    (chart,) = [chart for chart in charts if chart.name == "validation-bound"]
+    found = json.loads((place / "tree/evaluation.json").read_text())
+    lines = {line.label: line.points for line in chart.lines}
+    assert [step for step, _ in lines["tree"]] == [5, 10, 12]
+    assert lines["tree"][-1][1] == found["nelbo_nats_per_token"]
+    for name in ("unigram", "bigram"):
+        assert lines[name][0][1] == found["baselines"][f"{name}_nats_per_token"]
+
+
+def test_charts_draw_constant_empty_and_infinite_values() -> None:
+    for points in ([], [(1.0, 2.0)], [(1.0, 0.0), (2.0, float("inf"))]):
+        for is_log in (False, True):
+            drawn = Chart("c", "t", "x", [Line(points, 0)], is_log).draw()
+            xml.fromstring(drawn)
+            assert "nan" not in drawn
+            assert "inf" not in drawn
+    xml.fromstring(BarChart("c", "t", "nats", [("g", [Bar("b", 0.0, 0)])]).draw())
+
+
+def test_axis_ticks_are_round_numbers_inside_the_axis() -> None:
+    axis = Axis(0.13, 0.87, 0.0, 100.0)
+    assert axis.ticks(5) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert Axis(-1.0, 1.0, 0.0, 1.0).log_ticks() == pytest.approx(
+        [-1.0, -0.69897, -0.30103, 0.0, 0.30103, 0.69897, 1.0], abs=1e-5
+    )
+
+
+def test_smoothing_keeps_lines_and_averages_noise() -> None:
+    line = [(float(x), 2.0 * x) for x in range(20)]
+    assert np.array(smooth(line, 5)) == pytest.approx(np.array(line))
+    zigzag = [(float(x), float(x % 2)) for x in range(20)]
+    assert all(0.3 < y < 0.7 for _, y in smooth(zigzag, 9)[4:-4])
+
+
+def test_markup_escapes_content_and_attribute_values() -> None:
+    assert element("p", "<b>", title='"&') == '<p title="&quot;&amp;">&lt;b&gt;</p>'
+    assert element("p", element("b", "x\x00")) == "<p><b>x\N{REPLACEMENT CHARACTER}</b></p>"
+    assert "</script><" not in json_script("data", [HOSTILE])
+
+
+# ---------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    missing = find_missing()
+    if missing is not None:
+        pytest.skip(f"{missing} is not installed (Debian packages chromium, chromium-driver)")
+    with open_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+CELLS = "return [...document.querySelectorAll('.pane')].map((pane) => pane.innerText)"
+
+
+def test_page_in_a_browser_fits_phone_and_desktop_without_errors(
+    place: Path, tmp_path: Path, browser: Browser
+) -> None:
+    path = tmp_path / "r.html"
+    write_report(
+        [place / "tree", place / "flat", place / "digits"],
+        path,
+        [make_trajectory([[6, 6], [0, 1]]), make_trajectory([[6, 6], [3, 1]], sampler="other")],
+    )
+    for width in WIDTHS:
+        for scheme in ("light", "dark"):
+            browser.resize(width, 900, scheme)
+            browser.open(path)
+            assert browser.run("return document.documentElement.scrollWidth") == width
+            background = browser.run("return getComputedStyle(document.body).backgroundColor")
+            light = sum(map(int, re.findall(r"\d+", background))) > 3 * 128
+            assert light == (scheme == "light")
+            assert browser.errors() == []
+
+
+def test_player_in_a_browser_steps_plays_and_shows_corrections(
+    place: Path, tmp_path: Path, browser: Browser
+) -> None:
+    # refined to a node, remasked, refined to a token, corrected to a token of the other node
+    states = [[6, 6], [4, 6], [6, 6], [0, 6], [2, 3]]
+    path = tmp_path / "r.html"
+    write_report(
+        [place / "tree"],
+        path,
+        [make_trajectory(states), make_trajectory([[6, 6], [1, 1]], sampler="other")],
+    )
+    browser.open(path)
+    left, right = browser.run(CELLS)
+    assert "by hand" in left
+    assert "other" in right
+    counts = []
+    for _ in states[1:]:
+        browser.run("document.querySelectorAll('.controls button')[2].click()")
+        counts.append(
+            re.search(r"(\d) refined · (\d) remasked · (\d) corrected", browser.run(CELLS)[0])
+        )
+    assert [tuple(map(int, count.groups())) for count in counts if count] == [
+        (1, 0, 0),
+        (0, 1, 0),
+        (1, 0, 0),
+        (1, 0, 1),
+    ]
+    corrected = browser.run(
+        "return [...document.querySelectorAll('.corrected')].map((cell) => cell.textContent)"
+    )
+    assert "c" in corrected
+    browser.run(
+        "const s = document.querySelector('.controls input'); s.value = 1;"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    assert "step 1 of 4" in browser.run("return document.querySelector('.controls').innerText")
+    browser.run("document.querySelector('button.main').click()")
+    browser.run("return new Promise((done) => setTimeout(done, 2500))")
+    assert "step 4 of 4" in browser.run("return document.querySelector('.controls').innerText")
+    assert browser.errors() == []
