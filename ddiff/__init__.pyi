@@ -148,6 +148,7 @@ from .plugin.registry import Registry as Registry
 from .recipe.fields_recipe import FieldsRecipe as FieldsRecipe
 from .recipe.model import Recipe as Recipe
 from .recipe.resolve import read_recipe as read_recipe
+from .runs.generation import evaluate_generation as evaluate_generation
 from .runs.loading import load as load
 from .runs.run import Run as Run
 from .runs.stages import run as run
@@ -264,6 +265,10 @@ from .evaluation.fields import JointEvaluation as JointEvaluation
 from .evaluation.fields import RateDistortion as RateDistortion
 from .evaluation.fields import evaluate_fields as evaluate_fields
 from .evaluation.fields import evaluate_rate_distortion as evaluate_rate_distortion
+from .evaluation.generation import GenerativePerplexity as GenerativePerplexity
+from .evaluation.generation import SampleFigures as SampleFigures
+from .evaluation.judge_model import JudgeModel as JudgeModel
+from .evaluation.judge_model import Scores as Scores
 from .evaluation.judges import DrawnField as DrawnField
 from .evaluation.judges import DrawnFields as DrawnFields
 from .evaluation.judges import Finding as Finding
@@ -271,6 +276,7 @@ from .evaluation.judges import Judge as Judge
 from .evaluation.judges import group_means as group_means
 from .evaluation.judges import mean_value as mean_value
 from .evaluation.judges import share_right as share_right
+from .evaluation.mauve import mauve as mauve
 from .nn.joint_denoiser import JointBackbone as JointBackbone
 from .nn.joint_denoiser import JointContext as JointContext
 from .nn.joint_denoiser import JointDenoiser as JointDenoiser

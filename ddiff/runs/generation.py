@@ -134,21 +134,25 @@ def _is_generation(file: IO[bytes]) -> bool:
 
 
 def evaluate_generation(
-    run: Run, judge: str | None = None, *, count: int | None = None, retokenize: bool = True
+    run: Run,
+    judge: str | JudgeModel | None = None,
+    *,
+    count: int | None = None,
+    retokenize: bool = True,
 ) -> GenerationRecord:
     """Draw samples of a text run and compute their figures.
 
     Args:
         run: trained run, whose [sample] table selects sampler, steps and seed.
-        judge: directory of an autoregressive run, directory of a causal language model, or the name
-            of a model on the hub. None: no generative perplexity and no MAUVE.
+        judge: directory of an autoregressive run, directory of a causal language model, the name of
+            a model on the hub, or a judge object. None: no generative perplexity and no MAUVE.
         count: number of samples; by default [sample] count.
         retokenize: whether the judge tokenizes the texts of the samples. False: the judge scores
             the token ids that the run drew, and must have the tokenizer of the run.
 
     Raises ArgumentError or DataError, before samples are drawn, if the judge cannot be used.
     """
-    model = None if judge is None else open_judge(judge, run.device)
+    model = open_judge(judge, run.device) if isinstance(judge, str) else judge
     if model is not None and not retokenize:
         _check_same_tokenizer(run, model)
     held_out_texts: Iterable[str] = run.data.documents.validation["text"]

@@ -274,6 +274,11 @@ def test_field_options_are_refused_for_a_text_run(ddiff: Command, folder: Path) 
         assert is_refusal(result, option, "a run of text", "--prompt")
 
 
+def test_generation_figures_are_refused_for_fields(ddiff: Command) -> None:
+    answer = ddiff("eval", str(RUN), "--generate")
+    assert is_refusal(answer, "--generate", "a recipe of one text")
+
+
 def test_text_options_are_refused_for_fields(ddiff: Command) -> None:
     for options in (["--prompt", "x"], ["--guidance", "2"], ["--set", "temperature=1"]):
         assert is_refusal(ddiff("sample", str(RUN), *options), options[0], "several fields")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import ddiff as api
 from ddiff.data.packing import pack_texts
-from ddiff.errors import ArgumentError, CheckpointError, DataError, RecipeError
+from ddiff.errors import ArgumentError, CheckpointError, DataError
+from ddiff.evaluation.judge_model import Scores
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import GENERATION, read_json
-from ddiff.runs.generation import TokenSamples, evaluate_generation, generate_and_evaluate
+from ddiff.runs.generation import (
+    TokenSamples,
+    evaluate_generation,
+    generate_and_evaluate,
+    read_held_out_rows,
+)
 from ddiff.runs.judge_run import RunJudge
 from ddiff.runs.run import Run
 
@@ -77,6 +85,26 @@ def save_gpt(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def left(runs: Path) -> Run:
     return api.load("runs/left")
+
+
+class ConstantJudge:
+    """Judge that gives every token 2 nats."""
+
+    name = "constant"
+    protocol: Mapping[str, Any] = {"judge": "constant", "tokenizer": "that of the run"}
+
+    def __init__(self, fingerprint: str) -> None:
+        self.tokenizer_fingerprint: str | None = fingerprint
+
+    def encode(self, documents: Sequence[str]) -> list[int]:
+        raise AssertionError("nothing must be tokenized again")
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Scores:
+        tokens = np.array([len(row) for row in rows])
+        return Scores(2.0 * tokens, tokens)
+
+    def features(self, rows: Sequence[Sequence[int]]) -> None:
+        return None
 
 
 # ---------------------------------------------------------------------- judges that are runs
@@ -173,6 +201,31 @@ def test_generate_with_a_transformers_judge_retokenizes_and_computes_mauve(runs:
     assert judge["mauve"] is None
 
 
+def test_mauve_of_samples_like_the_held_out_rows_is_one(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = api.load("runs/small")
+    rows = read_held_out_rows(run, 100)
+    repeated = [rows[number % len(rows)] for number in range(24)]
+    monkeypatch.setattr("ddiff.runs.generation.read_held_out_rows", lambda run, count: repeated)
+    monkeypatch.setattr(
+        Run, "sample", lambda run, count: [{"ids": row, "nfe": 1} for row in repeated]
+    )
+    found = evaluate_generation(run, "gpt").written["judge"]
+    assert found["mauve"] == {"value": pytest.approx(1.0), "samples": 24, "held_out": 24}
+    assert found["samples"] == found["held_out"]
+
+
+def test_judge_object_scores_the_ids_of_the_samples_without_retokenization(runs: Path) -> None:
+    run = api.load("runs/small")
+    judge = ConstantJudge(run.tokenizer.fingerprint)
+    record = evaluate_generation(run, judge, count=3, retokenize=False)
+    assert record.perplexity is not None
+    # two nats per token, for all tokens that were drawn
+    assert record.perplexity.corpus == pytest.approx(math.exp(2.0))
+    assert record.perplexity.tokens == 3 * run.recipe.length
+
+
 def test_self_correction_is_measured_only_where_tokens_are_trained(runs: Path) -> None:
     uniform = evaluate_generation(api.load("runs/uniform"), count=2).written["self_correction"]
     assert 0.0 <= uniform["accuracy"]["value"] <= 1.0
@@ -216,18 +269,6 @@ def test_run_without_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(Path("runs/small/recipe.toml").read_text())
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         generate_and_evaluate(tmp_path)
-
-
-def test_fields_run_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = api.load("runs/small")
-
-    def refuse(recipe: object, caller: str) -> None:
-        raise RecipeError(f"{caller} needs a recipe of one text")
-
-    monkeypatch.setattr("ddiff.runs.generation.load", lambda *_, **__: run)
-    monkeypatch.setattr("ddiff.runs.generation.require_text_recipe", refuse)
-    with pytest.raises(RecipeError, match="--generate needs a recipe of one text"):
-        generate_and_evaluate("runs/small")
 
 
 def test_samples_that_the_judge_cannot_tokenize_are_named(runs: Path, left: Run) -> None:
