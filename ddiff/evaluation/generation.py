@@ -31,6 +31,7 @@ Floats = NDArray[np.float64]
 
 GRAMS = (1, 2, 3, 4)
 """Lengths n of the counted n-grams."""
+LARGEST = 300.0  # exp(300) and its square, of which variances are made, are finite floats
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")  # letters and digits, also with apostrophes inside
 
 
@@ -185,7 +186,8 @@ def known_shares(samples: Sequence[Sequence[str]], known: set[str]) -> Floats:
 class GenerativePerplexity:
     """Perplexity of samples under a judge, together with the entropy of the samples.
 
-    A judge also likes repeated text, so the perplexity has no meaning without the entropy.
+    A judge also likes repeated text, so the perplexity has no meaning without the entropy. Values
+    are at most exp(300).
 
     Attributes:
         corpus: exp(sum of nats / sum of scored tokens).
@@ -231,13 +233,16 @@ class GenerativePerplexity:
         interval = None
         if estimate.total is not None:
             half = estimate.total.half_width
-            interval = (math.exp(estimate.mean - half), math.exp(estimate.mean + half))
+            # with two samples, the half width may be many times the mean
+            high = math.exp(min(estimate.mean + half, LARGEST))
+            interval = (math.exp(estimate.mean - half), high)
         each = np.full(len(nats), np.nan)
-        each[has_tokens] = np.exp(nats[has_tokens] / tokens[has_tokens])
+        means = nats[has_tokens] / tokens[has_tokens]
+        each[has_tokens] = np.exp(np.minimum(means, LARGEST))
         per_sample = MeanFigure.of(each)
         assert per_sample is not None  # some sample has tokens
         return cls(
-            corpus=math.exp(estimate.mean),
+            corpus=math.exp(min(estimate.mean, LARGEST)),
             corpus_interval=interval,
             per_sample=per_sample,
             entropy=entropy,

@@ -81,6 +81,12 @@ def test_perplexity_refuses_samples_without_scored_tokens_and_infinite_nats() ->
         GenerativePerplexity.of(np.array([1.0, np.inf]), np.ones(2, int), ENTROPY)
 
 
+def test_perplexity_of_very_different_samples_is_valid_json() -> None:
+    # the interval of two samples reaches far above the largest float
+    found = GenerativePerplexity.of(np.array([1.0, 800.0]), np.array([1, 1]), ENTROPY)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 def test_corpus_perplexity_interval_covers_the_truth_as_often_as_stated() -> None:
     rng = np.random.default_rng(0)
     truth = math.exp(2.0)
