@@ -229,6 +229,26 @@ def test_report_of_an_unfinished_run_has_no_missing_sections(place: Path, tmp_pa
     assert 'id="samples"' not in text
 
 
+def test_report_shows_perplexity_only_together_with_entropy(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    run = tmp_path / "judged"
+    shutil.copytree(place / "flat", run)
+    assert ddiff("eval", str(run), "--generate", "--count", "4").code == 0
+    found = json.loads((run / "generation.json").read_text())
+    own = {"corpus": 12.25, "entropy_nats": {"value": 1.375, "interval": None}}
+    held_out = {"corpus": 9.5, "entropy_nats": {"value": 1.625, "interval": None}}
+    protocol = {"judge": "a judge", "window": 8, "stride": 8, "dtype": "float32"}
+    found["judge"] = {"protocol": protocol, "samples": own, "held_out": held_out, "mauve": None}
+    (run / "generation.json").write_text(json.dumps(found))
+    write_report([run, place / "tree"], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    assert "12.25 at entropy 1.375" in page.texts
+    assert "held out: 9.5 at entropy 1.625" in page.texts
+    assert f"{found['samples']['entropy_nats']['value']:.4f}" in page.texts
+    assert any(text.endswith("judge a judge") for text in page.texts)
+
+
 # ---------------------------------------------------------------------- mistakes
 
 

@@ -32,9 +32,9 @@ from ddiff.runs.report.sections import (
     make_recipes,
     make_samples,
     make_summary,
-    run_label,
     section,
 )
+from ddiff.runs.report.tables import run_label
 from ddiff.runs.report.trajectories import Trajectory
 
 GENERATOR = "ddiff report"

@@ -14,6 +14,7 @@ from typing import Any
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.run_dir.files import (
     EVALUATION,
+    GENERATION,
     JUDGED,
     METRICS,
     PICTURES,
@@ -99,6 +100,7 @@ class ReportedRun:
     samples: Sequence[Mapping[str, Any]]
     sampling: Mapping[str, Any]
     judged: Mapping[str, Any]
+    generation: Mapping[str, Any]
     pictures: Mapping[str, bytes]
 
     @classmethod
@@ -126,6 +128,7 @@ class ReportedRun:
             samples=read_json_lines(directory / SAMPLES),
             sampling=read_json(directory / SAMPLING),
             judged=read_json(directory / JUDGED),
+            generation=read_json(directory / GENERATION),
             pictures=pictures,
         )
 

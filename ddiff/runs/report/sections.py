@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ddiff.evaluation.comparison import PROTOCOL
+from ddiff.evaluation.comparison import BOUND_ONLY, PROTOCOL
 from ddiff.run_dir.files import METRICS
 from ddiff.runs.report.clusters import MOST_WORDS, TokenTree, show_token
+from ddiff.runs.report.generation import make_generation
 from ddiff.runs.report.markup import EMPTY, Markup, element, escape, join, void_element
 from ddiff.runs.report.run_files import Bound, ReportedRun, environment_of
+from ddiff.runs.report.tables import format_value, make_table, run_label
 
 MOST_SAMPLES = 8  # of a run on the page
 EVALUATE = "This run is not evaluated yet: repeat `ddiff run`, or use `ddiff eval`."
@@ -23,12 +25,6 @@ def section(name: str, title: str, *content: object) -> Markup:
     if not any(content):
         return EMPTY
     return element("section", element("h2", title), *content, id=name)
-
-
-def run_label(run: ReportedRun) -> Markup:
-    """Return the name of a run with a dot of its colour."""
-    dot = element("span", _class=f"dot c{run.number % 8}")
-    return element("span", dot, run.name, _class="run")
 
 
 # ---------------------------------------------------------------------- summary
@@ -151,7 +147,8 @@ def find_differences(bounds: Sequence[Bound]) -> list[str]:
         differing.append("unit")
     for name in PROTOCOL:
         # an exact likelihood has no window and no draws
-        found = [bound.protocol.get(name) for bound in bounds]
+        exact = ("NLL",) if name in BOUND_ONLY else ()
+        found = [bound.protocol.get(name) for bound in bounds if bound.label not in exact]
         known = {repr(value) for value in found if value is not None}
         if name != "unit" and len(known) > 1:
             differing.append(name)
@@ -159,18 +156,6 @@ def find_differences(bounds: Sequence[Bound]) -> list[str]:
 
 
 # ---------------------------------------------------------------------- tables
-
-
-def make_table(titles: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
-    """Return a table that scrolls sideways on a narrow screen."""
-    head = element("tr", *[element("th", title, scope="col") for title in titles])
-    body = []
-    for row in rows:
-        cells = [element("th", row[0], scope="row")]
-        cells += [element("td", cell) for cell in row[1:]]
-        body.append(element("tr", *cells))
-    table = element("table", element("thead", head), element("tbody", *body))
-    return element("div", table, _class="scroll")
 
 
 Figure = tuple[str, Callable[[ReportedRun, Bound], str]]
@@ -199,7 +184,8 @@ def _optional(value: float | None) -> str:
 
 def make_evaluation(runs: Sequence[ReportedRun]) -> Markup:
     """Return the figures of all runs, one column per run."""
-    return join([_make_bound_table(runs), _make_target_table(runs), _make_judged_table(runs)])
+    tables = [_make_bound_table(runs), _make_target_table(runs), _make_judged_table(runs)]
+    return join([*tables, make_generation(runs)])
 
 
 def _make_bound_table(runs: Sequence[ReportedRun]) -> Markup:
@@ -264,15 +250,7 @@ def _describe_target(
 
 
 def _format_bound(found: Mapping[str, Any], key: str) -> Markup:
-    return _format_value(found[key], found.get("interval"))
-
-
-def _format_value(value: float, interval: Sequence[float] | None) -> Markup:
-    """Return a number and, in a second line, its 95 % interval."""
-    if interval is None:
-        return escape(f"{value:.4f}")
-    low, high = interval
-    return join([f"{value:.4f}", element("div", f"{low:.4f} to {high:.4f}", _class="note")])
+    return format_value(found[key], found.get("interval"))
 
 
 def _make_judged_table(runs: Sequence[ReportedRun]) -> Markup:
@@ -282,7 +260,7 @@ def _make_judged_table(runs: Sequence[ReportedRun]) -> Markup:
     for run in columns:
         for target, findings in run.judged["targets"].items():
             for finding in findings:
-                text = _format_value(finding["value"], finding.get("interval"))
+                text = format_value(finding["value"], finding.get("interval"))
                 if finding.get("chance") is not None:
                     chance = f"by chance {finding['chance']:.4f}"
                     text = join([text, element("div", chance, _class="note")])

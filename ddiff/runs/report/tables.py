@@ -1,0 +1,35 @@
+"""Tables of a report, and the labels and numbers in their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ddiff.runs.report.charts import NUM_COLORS
+from ddiff.runs.report.markup import Markup, element, escape, join
+from ddiff.runs.report.run_files import ReportedRun
+
+
+def run_label(run: ReportedRun) -> Markup:
+    """Return the name of a run with a dot of its colour."""
+    dot = element("span", _class=f"dot c{run.number % NUM_COLORS}")
+    return element("span", dot, run.name, _class="run")
+
+
+def make_table(titles: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
+    """Return a table that scrolls sideways on a narrow screen."""
+    head = element("tr", *[element("th", title, scope="col") for title in titles])
+    body = []
+    for row in rows:
+        cells = [element("th", row[0], scope="row")]
+        cells += [element("td", cell) for cell in row[1:]]
+        body.append(element("tr", *cells))
+    table = element("table", element("thead", head), element("tbody", *body))
+    return element("div", table, _class="scroll")
+
+
+def format_value(value: float, interval: Sequence[float] | None) -> Markup:
+    """Return a number and, in a second line, its 95 % interval."""
+    if interval is None:
+        return escape(f"{value:.4f}")
+    low, high = interval
+    return join([f"{value:.4f}", element("div", f"{low:.4f} to {high:.4f}", _class="note")])
