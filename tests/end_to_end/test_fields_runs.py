@@ -194,14 +194,37 @@ def test_run_samples_without_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.sample(1, only=["text"])[0]["target"] == "text"
 
 
-def test_given_vectors_are_kept_in_units_of_the_data() -> None:
+def test_given_vectors_are_returned_unchanged() -> None:
     run = package.load("runs/patches")
     rng = np.random.default_rng(0)
     given = rng.uniform(-1.0, 1.0, (3, 4, 16))
     samples = run.sample(3, "text | image", given={"image": given})
-    kept = np.array([sample["fields"]["image"]["vectors"] for sample in samples])
-    # decode(encode(x)) in float64
-    np.testing.assert_allclose(kept, given, atol=1e-12)
+    assert [sample["fields"]["image"]["vectors"] for sample in samples] == given.tolist()
+
+
+def test_given_validation_samples_have_the_vectors_of_the_data() -> None:
+    run = package.load("runs/patches")
+    samples = run.sample(3, "text | image")
+    stored = run.data.documents.validation.read("image", range(3)).values
+    assert [sample["fields"]["image"]["vectors"] for sample in samples] == stored.tolist()
+
+
+def test_wrong_given_file_is_named_with_its_shape(ddiff: Command, tmp_path: Path) -> None:
+    vectors = np.zeros((2, 4, 16))
+    vectors[1, 0, 3] = np.nan
+    for name, array in (("nan", vectors), ("narrow", np.zeros((4, 5)))):
+        np.save(tmp_path / f"{name}.npy", array)
+    sample = ("sample", "runs/patches", "--count", "2", "--given")
+    refused = ddiff(*sample, f"image={tmp_path / 'nan.npy'}")
+    assert is_refusal(refused, "--given image=", "nan.npy", "nan in sample 1", "[2, 4, 16]")
+    refused = ddiff(*sample, f"image={tmp_path / 'narrow.npy'}")
+    assert is_refusal(refused, "narrow.npy", "16 numbers", "float64 [4, 5]")
+
+
+def test_given_text_that_is_too_long_needs_a_shorter_text() -> None:
+    with pytest.raises(package.DataError, match=r"at most 1\. Give a shorter text") as refused:
+        package.load(RUN).sample(1, given={"text": "one two"})
+    assert "[fields" not in str(refused.value)
 
 
 def test_fingerprint_of_a_changed_component_is_refused(tmp_path: Path) -> None:
@@ -228,6 +251,7 @@ def test_fingerprint_of_a_changed_component_is_refused(tmp_path: Path) -> None:
         ({"given": {"text": "one", "image": [0] * 64}}, ["nothing is drawn"]),
         ({"target": "image", "given": {"text": "one"}}, ["image | text"]),
         ({"target": "joint", "only": ["text"]}, ["exclude"]),
+        ({"target": "joint", "given": {"text": "one"}}, ["Write", '"image | text"']),
         ({"target": "image | word"}, ["word"]),
         ({"target": "image"}, ["image moves, text is at the prior"]),
         ({"count": 0}, ["count"]),

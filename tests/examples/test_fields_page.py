@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,20 @@ def test_recipe_of_the_fields_page_is_a_fields_recipe() -> None:
     assert isinstance(recipe, ddiff.FieldsRecipe)
     image = recipe.fields["image"]
     assert (image.head.component.name, image.sampler.component.name) == ("vector", "ddim")
+
+
+def test_recipe_of_the_fields_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    Path("digits.toml").write_text(text)
+    small = ["train.steps=2", "train.batch=4", "evaluate.samples=4", "evaluate.draws=2"]
+    small += ["sample.count=2", "sample.steps=2", "denoiser.layers=1"]
+    run = ddiff.run("digits.toml", settings=small)
+    assert run.step == 2
+    drawn = run.sample(2, "image | text", given={"text": "six"})
+    assert [sample["fields"]["text"]["text"] for sample in drawn] == ["six", "six"]
 
 
 def test_fields_page_lists_every_key_of_fields_recipes() -> None:

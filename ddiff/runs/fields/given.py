@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ddiff.data.fields_batch import FieldBatch
 from ddiff.data.text import check_text
 from ddiff.errors import ArgumentError, explain_error
 from ddiff.runs.fields.values import FieldValues
 
 
-def encode_given(values: FieldValues, given: Any, count: int) -> FieldBatch:
-    """Return the states of `count` samples from given values of a field.
+def repeat_given(values: FieldValues, given: Any, count: int) -> Any:
+    """Return given values of a field as a list of texts or an array, one entry per sample.
 
     `given` is one value for all samples or a list with one value per sample. A text is a str,
     tokens are integers [n], and vectors are floats [n,d] in units of the data, or [d] if n is 1.
 
-    Raises ArgumentError or DataError for values of another form or number.
+    Raises ArgumentError for values of another form or number.
     """
     if values.tokenizer is not None:
-        return values.encode_values(_repeat_texts(values.name, given, count))
+        return _repeat_texts(values.name, given, count)
     try:
         array = np.asarray(given)
     except ValueError as error:
@@ -31,14 +31,18 @@ def encode_given(values: FieldValues, given: Any, count: int) -> FieldBatch:
             f'sample: given["{values.name}"] must be numbers of the same shape for every sample; '
             f"got {error}."
         ) from error
-    # one dimension fewer than a list of samples: one value for all samples
-    single = 1 if values.vocabulary is not None or values.positions == 1 else 2
-    array = array[None] if array.ndim == single else array
-    if array.ndim and len(array) == 1:
+    array = _add_samples(values, array)
+    values.check_values(array)
+    if len(array) == 1:
         array = np.repeat(array, count, 0)
-    encoded = values.encode_values(array)
     _check_count(values.name, len(array), count)
-    return encoded
+    return array
+
+
+def _add_samples(values: FieldValues, array: NDArray[Any]) -> NDArray[Any]:
+    """Add the dimension of the samples to a value for all samples, which lacks it."""
+    single = 1 if values.vocabulary is not None or values.positions == 1 else 2
+    return array[None] if array.ndim == single else array
 
 
 def read_given_option(values: FieldValues, texts: Sequence[str]) -> Any:
@@ -61,9 +65,15 @@ def read_given_option(values: FieldValues, texts: Sequence[str]) -> Any:
             f"as {values.name}.npy; got {texts[0]}. numpy.save writes such files."
         )
     try:
-        return np.load(texts[0], allow_pickle=False)
+        array = np.load(texts[0], allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ArgumentError(f"{label}: {explain_error(error) or error}") from error
+    try:
+        values.check_values(_add_samples(values, array))
+    except ArgumentError as error:
+        error.args = (f"{label}: {error} The file holds {array.dtype} {list(array.shape)}.",)
+        raise
+    return array
 
 
 def _repeat_texts(name: str, given: Any, count: int) -> list[str]:

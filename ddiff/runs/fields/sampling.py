@@ -22,7 +22,7 @@ from ddiff.runs.fields.batches import find_present
 from ddiff.runs.fields.build import FieldsModel, shapes_of
 from ddiff.runs.fields.checks import build_joint_sampler, check_target
 from ddiff.runs.fields.data import RunFields
-from ddiff.runs.fields.given import encode_given
+from ddiff.runs.fields.given import repeat_given
 from ddiff.runs.sampling import check_numbers
 from ddiff.sampling.fields import JointSampler, generate_fields
 from ddiff.training.device import to_device
@@ -89,7 +89,7 @@ def draw_fields(
     target = choose_target(list(model.fields), request)
     sampler = build_joint_sampler(recipe, shapes_of(data.fields), target, request.steps)
     check_target(model, sampler, target, data.lacking)
-    given, numbers = _read_given(data, target, request.given, count, keys.given)
+    given, plain, numbers = _read_given(data, target, request.given, count, keys.given)
     model.objective.module.eval()  # no dropout
     drawn: dict[str, list[Tensor]] = {name: [] for name in (*target.drawn, *target.given)}
     runs: list[int] = []
@@ -104,8 +104,10 @@ def draw_fields(
             runs += nfe
             bar.advance()
     states = {name: torch.cat(column) for name, column in drawn.items()}
-    # Given fields are decoded from the same tensors, so that padding is treated alike.
     values = {name: data.fields[name].decode(column) for name, column in states.items()}
+    # A given value is the one of the caller or of the data, without rounding by the normalizer.
+    for name in target.given:
+        values[name] = _replace_given(values[name], plain[name])
     return DrawnSamples(target, values, states, runs, numbers)
 
 
@@ -174,9 +176,14 @@ def choose_target(names: Sequence[str], request: FieldsRequest) -> Target:
     target = parse_target(request.target, names)
     wrong = [name for name in request.given if name not in target.given]
     if wrong:
+        drawn = [name for name in target.drawn if name not in request.given]
+        given = [name for name in names if name in request.given or name in target.given]
+        advice = "All drawn fields have given values. Leave one of them out."
+        if drawn:
+            advice = f'Write the field after the bar: "{", ".join(drawn)} | {", ".join(given)}".'
         raise ArgumentError(
             f'sample: target "{target}" does not give "{wrong[0]}", but a value of it was given. '
-            f'Write the field after the bar: "{", ".join(target.drawn)} | {wrong[0]}".'
+            f"{advice}"
         )
     return target
 
@@ -186,18 +193,22 @@ def choose_target(names: Sequence[str], request: FieldsRequest) -> Target:
 
 def _read_given(
     data: RunFields, target: Target, given: Mapping[str, Any], count: int, most: int | None
-) -> tuple[dict[str, FieldBatch], NDArray[np.int64] | None]:
+) -> tuple[dict[str, FieldBatch], dict[str, list[Any]], NDArray[np.int64] | None]:
     """Return the given values of `count` samples, and the numbers of their validation samples.
 
-    Fields without values in `given` take those of the first `most` validation samples that have
-    them (None: of all), again from the first one if these are fewer than `count`.
+    The values are returned as states for the network, and as texts, ids or vectors in units of the
+    data. Fields without values in `given` take those of the first `most` validation samples that
+    have them (None: of all), again from the first one if these are fewer than `count`.
     """
     found = {}
+    plain: dict[str, list[Any]] = {}
     for name, value in given.items():
-        found[name] = encode_given(data.fields[name], value, count)
+        repeated = repeat_given(data.fields[name], value, count)
+        found[name] = data.fields[name].encode_values(repeated)
+        plain[name] = data.fields[name].list_values(repeated)
     missing = [name for name in target.given if name not in found]
     if not missing:
-        return found, None
+        return found, plain, None
     present = find_present(data, missing)
     if not len(present):
         raise DataError(
@@ -207,4 +218,17 @@ def _read_given(
     numbers = np.resize(present[:most], count)
     for name in missing:
         found[name] = data.fields[name].encode(numbers, "validation")
-    return found, numbers
+        plain[name] = data.fields[name].read_values(numbers, "validation")
+    return found, plain, numbers
+
+
+def _replace_given(decoded: list[dict[str, Any]], plain: list[Any]) -> list[dict[str, Any]]:
+    """Return decoded values with the text, ids or vectors that were given.
+
+    The ids of a text stay those that the network has read.
+    """
+    replaced = []
+    for value, given in zip(decoded, plain, strict=True):
+        first = next(iter(value))  # "text", "ids" or "vectors"
+        replaced.append({**value, first: given})
+    return replaced

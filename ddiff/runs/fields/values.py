@@ -32,6 +32,9 @@ from ddiff.errors import ArgumentError, DataError, shorten
 Tables = Callable[[str], FieldsTable]
 """Function that returns the table of a part, "train" or "validation", and reads it if needed."""
 
+GIVEN = "given"
+"""Part of texts of a caller, which are not part of the data."""
+
 MOST_SHOWN = 60  # characters of a text in a message
 
 
@@ -110,6 +113,21 @@ class FieldValues(ABC):
         """
 
     @abstractmethod
+    def check_values(self, values: Any) -> None:
+        """Raise ArgumentError or DataError if values of a caller have another form or range."""
+
+    @abstractmethod
+    def list_values(self, values: Any) -> list[Any]:
+        """Return values of a caller, as for `encode_values`, as k texts or nested lists."""
+
+    @abstractmethod
+    def read_values(self, numbers: ArrayLike, part: str) -> list[Any]:
+        """Return the values of the samples `numbers` [k] in the data, as k texts or nested lists.
+
+        Vectors are in units of the data.
+        """
+
+    @abstractmethod
     def decode(self, states: Tensor) -> list[dict[str, Any]]:
         """Return clean states of k samples as plain values.
 
@@ -182,7 +200,7 @@ class TextEncoder:
 
     def encode_column(self, column: TextColumn, part: str) -> TextIds:
         """Encode all texts of a column. Raises DataError if a text is too long."""
-        label = f'Column "{self.name}", {part} sample'
+        label = self._label(part)
         blocks = []
         longest = 0
         for start in range(0, len(column), AT_ONCE):
@@ -192,14 +210,17 @@ class TextEncoder:
             longest = max(longest, *(len(ids) for ids in lists))
             blocks.append(self._fill(lists, texts))
         if longest > self.length and not self.cuts:
-            raise self._find_long_text(column, label, longest)
+            raise self._find_long_text(column, part, longest)
         return TextIds(*(np.concatenate(arrays) for arrays in zip(*blocks, strict=True)))
 
     def encode_texts(self, texts: Sequence[str]) -> TextIds:
         """Encode texts of a caller. Raises DataError if a text is too long."""
         checked = [check_text(text, f"text {number}") for number, text in enumerate(texts)]
         column = TextColumn(checked)
-        return self.encode_column(column, "given")
+        return self.encode_column(column, GIVEN)
+
+    def _label(self, part: str) -> str:
+        return f'Column "{self.name}", {part} sample'
 
     def _tokenize(self, texts: list[str], label: str, first: int) -> list[list[int]]:
         """Tokenize texts. `first`: number of the first text, for messages."""
@@ -227,13 +248,19 @@ class TextEncoder:
             sizes[row] = min(len(kept) + 1, self.length)
         return TextIds(ids, sizes, texts.present)
 
-    def _find_long_text(self, column: TextColumn, label: str, longest: int) -> DataError:
+    def _find_long_text(self, column: TextColumn, part: str, longest: int) -> DataError:
         """Return the DataError for the first text that is too long."""
+        label = self._label(part)
         for number in range(len(column)):
             text = column.read([number]).values[0]
             size = len(self.tokenizer.encode([text])[0])
             if size > self.length:
                 break
+        if part == GIVEN:
+            return DataError(
+                f'Field "{self.name}": the given text {shorten(text, MOST_SHOWN)!r} has {size} '
+                f"tokens, but a text of this model has at most {self.length}. Give a shorter text."
+            )
         return DataError(
             f"{label} {number} has {size} tokens ({shorten(text, MOST_SHOWN)!r}), but "
             f"[fields.{self.name}] length = {self.length}. The longest text has {longest} tokens. "
@@ -280,6 +307,15 @@ class TextValues(FieldValues):
 
     def encode_values(self, values: Any) -> FieldBatch:
         return self._make_batch(self.encoder.encode_texts(values))
+
+    def check_values(self, values: Any) -> None:
+        self.encoder.encode_texts(values)
+
+    def list_values(self, values: Any) -> list[Any]:
+        return list(values)
+
+    def read_values(self, numbers: ArrayLike, part: str) -> list[Any]:
+        return self._tables(part).read_texts(self.name, numbers).values
 
     def _make_batch(self, found: TextIds) -> FieldBatch:
         # a sample without text has values 0, which no other position attends to
@@ -386,7 +422,7 @@ class TokenValues(FieldValues):
     def encode(self, numbers: ArrayLike, part: str) -> FieldBatch:
         return _make_token_batch(self._tables(part).read(self.name, numbers))
 
-    def encode_values(self, values: Any) -> FieldBatch:
+    def check_values(self, values: Any) -> None:
         ids = np.asarray(values)
         highest = self.num_tokens - 1
         has_shape = ids.ndim == 2 and ids.shape[1] == self.positions and ids.dtype.kind in "iu"
@@ -395,7 +431,17 @@ class TokenValues(FieldValues):
                 f'Values of the field "{self.name}" must be integers [k,{self.positions}] in '
                 f"0..{highest}; got {ids.dtype} {list(ids.shape)}."
             )
+
+    def encode_values(self, values: Any) -> FieldBatch:
+        self.check_values(values)
+        ids = np.asarray(values)
         return _make_token_batch(Arrays(ids.astype(np.int64), np.ones(len(ids), bool)))
+
+    def list_values(self, values: Any) -> list[Any]:
+        return np.asarray(values).tolist()
+
+    def read_values(self, numbers: ArrayLike, part: str) -> list[Any]:
+        return self._tables(part).read(self.name, numbers).values.tolist()
 
     @cached_property
     def rows(self) -> PackedRows:
@@ -457,19 +503,43 @@ class VectorValues(FieldValues):
     def encode(self, numbers: ArrayLike, part: str) -> FieldBatch:
         return self._make_batch(self._tables(part).read(self.name, numbers))
 
-    def encode_values(self, values: Any) -> FieldBatch:
+    def check_values(self, values: Any) -> None:
         vectors = np.asarray(values)
-        if self.positions == 1 and vectors.ndim == 2:
-            vectors = vectors[:, None]
         expected = (self.positions, self._map.data_width)
-        is_finite = vectors.dtype.kind in "fiu" and bool(np.isfinite(vectors).all())
-        if vectors.ndim != 3 or vectors.shape[1:] != expected or not is_finite:
+        described = f'Values of the field "{self.name}" must be'
+        has_shape = vectors.shape[1:] == expected
+        if self.positions == 1 and vectors.ndim == 2:
+            has_shape = vectors.shape[1] == expected[1]
+        if not has_shape or vectors.dtype.kind not in "fiu":
             raise ArgumentError(
-                f'Values of the field "{self.name}" must be finite numbers '
-                f"[k,{expected[0]},{expected[1]}]: {expected[0]} vectors of {expected[1]} numbers "
-                f"for each of k samples; got {vectors.dtype} {list(vectors.shape)}."
+                f"{described} numbers [k,{expected[0]},{expected[1]}]: {expected[0]} vectors of "
+                f"{expected[1]} numbers for each of k samples; got {vectors.dtype} "
+                f"{list(vectors.shape)}."
             )
-        return self._make_batch(Arrays(vectors.astype(np.float64), np.ones(len(vectors), bool)))
+        is_wrong = ~np.isfinite(vectors.reshape(len(vectors), -1))
+        if is_wrong.any():
+            row = int(is_wrong.any(1).argmax())
+            found = vectors[row].reshape(-1)[is_wrong[row]][0]
+            raise ArgumentError(
+                f"{described} finite numbers; got {found} in sample {row} of {len(vectors)}. "
+                "Replace or remove this sample."
+            )
+
+    def encode_values(self, values: Any) -> FieldBatch:
+        self.check_values(values)
+        vectors = self._shape_values(values).astype(np.float64)
+        return self._make_batch(Arrays(vectors, np.ones(len(vectors), bool)))
+
+    def list_values(self, values: Any) -> list[Any]:
+        return self._shape_values(values).tolist()
+
+    def _shape_values(self, values: Any) -> NDArray[Any]:
+        """Return checked vectors [k,n,d] of a caller, who may leave out n = 1."""
+        vectors = np.asarray(values)
+        return vectors.reshape(len(vectors), self.positions, self._map.data_width)
+
+    def read_values(self, numbers: ArrayLike, part: str) -> list[Any]:
+        return self._tables(part).read(self.name, numbers).values.tolist()
 
     def _make_batch(self, found: Arrays) -> FieldBatch:
         present = torch.from_numpy(found.present)
