@@ -124,6 +124,40 @@ SamplerSettings = Annotated[
     list[str] | None, _set_option("Replace a key of the sampler, such as temperature=0.9.")
 ]
 
+# Options of `ddiff eval`.
+Until = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Add draws of times and noise until the Monte-Carlo interval has this half width.",
+    ),
+]
+EvaluatedData = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|RECIPE",
+        help="Evaluate text files, or the validation text of a recipe; may be repeated.",
+    ),
+]
+DocumentSplit = Annotated[
+    Literal["file", "paragraph", "line"],
+    typer.Option(help="Unit that counts as one document of a text file."),
+]
+ProtocolName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Protocol of a public test set: ptb, wikitext2, wikitext103, lm1b, lambada, ag_news, "
+        "pubmed, arxiv.",
+    ),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published", help="Evaluate as published code does; the result may lie below the bound."
+    ),
+]
+
 # Options of `ddiff sample`.
 SampleCount = Annotated[
     int | None,
@@ -460,16 +494,27 @@ def evaluate(
             "tokenizer of the run.",
         ),
     ] = False,
+    until: Until = None,
+    data: EvaluatedData = None,
+    split: DocumentSplit = "file",
+    protocol: ProtocolName = None,
+    published: Published = False,
 ) -> None:
-    """Evaluate the likelihood bound of a trained run on the validation text.
+    """Evaluate the likelihood bound of a trained run on the validation text, or on other text.
 
-    The results include confidence intervals and baselines. With --generate, samples are drawn and
-    evaluated instead: entropy, repetition, diversity, and perplexity under a judge. The results are
-    written to generation.json of the run.
+    The results include confidence intervals and baselines. Results on other text are written to
+    evaluation-NAME.json of the run. With --generate, samples are drawn and evaluated instead:
+    entropy, repetition, diversity, and perplexity under a judge. The results are written to
+    generation.json of the run.
     """
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
+        if until or data or protocol or published:
+            raise ArgumentError(
+                "--generate evaluates samples, so it excludes --until, --data, --protocol and "
+                "--published. Remove --generate to evaluate a text."
+            )
         from ddiff.runs.generation import generate_and_evaluate
 
         generate_and_evaluate(
@@ -486,8 +531,10 @@ def evaluate(
         if value:
             raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
     from ddiff.runs.evaluation_report import evaluate_run
+    from ddiff.runs.kinds import EvaluationOptions
 
-    evaluate_run(run_dir, settings or (), out)
+    options = EvaluationOptions(until, tuple(data or ()), split, protocol, published)
+    evaluate_run(run_dir, settings or (), out, options)
 
 
 @app.command("export")

@@ -30,13 +30,14 @@ from ddiff.run_dir.files import (
     SAMPLES,
     SAMPLING,
     RunRecord,
+    evaluation_record,
     read_json,
     read_json_lines,
 )
 from ddiff.run_dir.identity import Difference, check_recorded, raise_differences
 
-PROTOCOL = ("unit", "length", "tokenizer", "data", "conditions", "window", "draws")
-BOUND_ONLY = ("window", "draws")  # an exact likelihood is not integrated over time
+PROTOCOL = ("unit", "length", "tokenizer", "data", "conditions", "window", "draws", "until")
+BOUND_ONLY = ("window", "draws", "until")  # an exact likelihood is not integrated over time
 OWN_KEYS = ("name", "run_dir", "seed")  # keys in which the seeds of one recipe may differ
 
 
@@ -267,6 +268,7 @@ class _Report:
         self.recipe = self.record.recipe
         self._check_present(ENVIRONMENT)
         self.evaluation = self._read(EVALUATION, read_json)
+        self.figures = evaluation_record(self.evaluation, place / EVALUATION).figures
         self.metrics = self._read(METRICS, read_json_lines)
         self.samples = self._read(SAMPLES, read_json_lines)
         self.sampling = self._read(SAMPLING, read_json)
@@ -318,7 +320,8 @@ class _Report:
     def protocol(self) -> dict[str, Any]:
         """Return the evaluation settings that must be equal in all compared runs.
 
-        `window` and `draws` are None for an exact likelihood, which needs no random times.
+        `window`, `draws` and `until` are None for an exact likelihood, which needs no random times.
+        With `until`, the number of draws depends on the model, and is not compared.
         """
         found = self.evaluation["protocol"] | {"unit": self.evaluation["unit"]}
         is_exact = self.evaluation["bound"] == "NLL"
@@ -326,6 +329,8 @@ class _Report:
         for name in PROTOCOL:
             applies = not (is_exact and name in BOUND_ONLY)
             protocol[name] = found.get(name) if applies else None
+        if protocol["until"] is not None:
+            protocol["draws"] = None
         return protocol
 
     def recipe_without_seed(self) -> str:
@@ -337,13 +342,13 @@ class _Report:
 
     def row(self) -> Row:
         """Return the table row of the run."""
-        evaluation = self.evaluation
-        unit = evaluation["unit"]
+        figures = self.figures
         tokens = sum(line["tokens"] for line in self.metrics)
         seconds = sum(line["seconds"] for line in self.metrics)
         sampled = max(self.sampling["tokens"], 1)
-        interval = evaluation.get("interval")
-        bound = evaluation["bound"]
+        bound = self.evaluation["bound"]
+        nats = figures[bound.lower()]
+        bits = figures.get("bits_per_byte")
         entropies = [_entropy(sample["ids"]) for sample in self.samples]
         return Row(
             run=self.recipe["name"],
@@ -352,9 +357,9 @@ class _Report:
             parameters=self.record.environment["parameters"],
             tokens_seen=tokens,
             bound=bound,
-            nats=evaluation[f"{bound.lower()}_nats_per_{unit}"],
-            interval=(interval[0], interval[1]) if interval else None,
-            bits_per_byte=evaluation.get("bits_per_byte"),
+            nats=nats.value,
+            interval=nats.interval,
+            bits_per_byte=bits.value if bits else None,
             sampler=self._describe_sampler(),
             sample_entropy=_mean(entropies),
             nfe=_mean([sample["nfe"] for sample in self.samples]),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # `ddiff compare` does not import numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 NORMAL95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
 

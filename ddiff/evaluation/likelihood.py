@@ -30,12 +30,15 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.ratio import Error, RatioEstimate
-from ddiff.progress import show_progress
+from ddiff.progress import Progress, show_progress
 
 Rows = NDArray[np.int64]
 """Array [B] of row indices."""
 
 LARGEST_MEAN = 700.0  # exp(700) is still a finite float64
+FEWEST_DRAWS = 4  # before evaluation may stop: the width of an interval of fewer is too uncertain
+MOST_DRAWS = 256
+"""Largest number of draws if evaluation continues until the interval is narrow."""
 
 
 class Scored(Protocol):
@@ -92,7 +95,8 @@ class Evaluation:
         tokens: number of scored tokens.
         documents: number of documents with scored tokens.
         protocol: settings of the evaluation.
-        bound: "NELBO", or "NLL" for an exact negative log-likelihood.
+        bound: "NELBO", "NLL" for an exact negative log-likelihood, or "PUBLISHED" for the published
+            protocol, which does not bound it (`ddiff.evaluation.protocols`).
     """
 
     nelbo_nats_per_token: float
@@ -168,6 +172,7 @@ def evaluate(
     times: TimeRule,
     num_bytes: int | None = None,
     draws: int = 1,
+    until: float | None = None,
     batch: int = 64,
     seed: int = 0,
     unit: str = "token",
@@ -190,6 +195,9 @@ def evaluate(
         times: rule that draws the diffusion times.
         num_bytes: number of bytes of the text; None if bits per byte have no meaning.
         draws: number of independent draws of times and noise per row.
+        until: half width of the Monte-Carlo interval, in nats per token. More than `draws` draws
+            are made until the interval is that narrow, at least 4 and at most `MOST_DRAWS`. None:
+            exactly `draws` draws. An exact likelihood needs one draw.
         batch: number of rows per batch.
         seed: seed of times and noise.
         unit: unit of the metrics, "token" or "symbol".
@@ -199,30 +207,64 @@ def evaluate(
     Raises ArgumentError if there are no rows or no draws, and NonFiniteError if the bound is not
     finite.
     """
-    if len(document) == 0 or draws < 1:
-        raise ArgumentError(
-            f"evaluate needs at least one row and one draw; got {len(document)} rows, "
-            f"{draws} draws."
-        )
+    _check_arguments(len(document), draws, until, unit)
     names, index = np.unique(document, return_inverse=True)
-    scores = _Scores(len(names), draws)
-    with show_progress(len(document) * draws, "evaluating", console=console) as bar:
-        for rows, slot, slots, draw in _deal_strata(index, draws, batch, seed):
+    scores = _Scores(len(names))
+
+    def score_draw(draw: int, bar: Progress) -> None:
+        for rows, slot, slots in _deal_strata(index, draw, batch, seed):
             rows_batch = batch_of(rows)
             group = torch.from_numpy(index[rows]).to(rows_batch.index.device)
             rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
             likelihood = objective.nll(rows_batch, rng, slot.to(device), slots.to(device), times)
             scores.add_batch(index[rows], draw, likelihood, rows_batch.scored)
             bar.advance(len(rows))
-    estimate = RatioEstimate.of(scores.nats, scores.tokens)
-    _check_finite(estimate.mean, unit)
-    protocol = {
+
+    # the number of draws is not known in advance if they stop at a width
+    total = len(document) * draws if until is None else None
+    with show_progress(total, "evaluating", console=console) as bar:
+        for draw in range(draws):
+            score_draw(draw, bar)
+        estimate = scores.estimate(unit)
+        while not _is_narrow(estimate, scores.draws, until, objective.bound):
+            score_draw(scores.draws, bar)
+            estimate = scores.estimate(unit)
+    protocol = _describe_settings(scores.draws, until, seed, length)
+    return _make_evaluation(estimate, scores, num_bytes, unit, objective.bound, protocol)
+
+
+def _describe_settings(draws: int, until: float | None, seed: int, length: int) -> dict[str, Any]:
+    """Return the settings of an evaluation that are part of its protocol (see `evaluate`)."""
+    settings: dict[str, Any] = {
         "draws": draws,
         "seed": seed,
         "length": length,
         "interval": "95 %, Student, over documents",
     }
-    return _make_evaluation(estimate, scores, num_bytes, unit, objective.bound, protocol)
+    if until is not None:
+        settings["until"] = until
+    return settings
+
+
+def _check_arguments(num_rows: int, draws: int, until: float | None, unit: str) -> None:
+    """Raise ArgumentError for invalid arguments of `evaluate`."""
+    if num_rows == 0 or draws < 1:
+        raise ArgumentError(
+            f"evaluate needs at least one row and one draw; got {num_rows} rows, {draws} draws."
+        )
+    if until is not None and not 0.0 < until < math.inf:
+        raise ArgumentError(
+            f"evaluate: until must be a positive half width in nats per {unit}, such as 0.002; got "
+            f"{until}."
+        )
+
+
+def _is_narrow(estimate: RatioEstimate, draws: int, until: float | None, bound: str) -> bool:
+    """Return whether no more draws are needed after `draws` draws (see `evaluate`)."""
+    if until is None or bound == "NLL" or draws >= MOST_DRAWS:
+        return True
+    error = estimate.monte_carlo
+    return draws >= FEWEST_DRAWS and error is not None and error.half_width <= until
 
 
 def _check_finite(mean: float, unit: str) -> None:
@@ -270,20 +312,19 @@ def _make_evaluation(
 
 def _deal_strata(
     index: NDArray[np.int64],
-    draws: int,
+    draw: int,
     batch: int,
     seed: int,
-) -> Iterator[tuple[Rows, Tensor, Tensor, int]]:
+) -> Iterator[tuple[Rows, Tensor, Tensor]]:
     """Assign a time stratum to each row, and yield the rows in batches.
 
     In each draw, the strata of a document are assigned to its rows in order, beginning with a
-    random stratum. `index` [R] is the document of each of R rows, and `batch` the largest number of
-    rows in a batch. For a batch of B rows, the function yields
+    random stratum. `index` [R] is the document of each of R rows, `draw` the number of the draw,
+    and `batch` the largest number of rows in a batch. For a batch of B rows, the function yields
 
     - `rows` [B], the row indices,
     - `slot` [B], the stratum of each row, from 0,
-    - `slots` [B], the number of strata, which is the number of rows in the row's document,
-    - `draw`, the number of the draw.
+    - `slots` [B], the number of strata, which is the number of rows in the row's document.
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
@@ -292,15 +333,14 @@ def _deal_strata(
     place[order] = np.arange(len(index)) - np.repeat(first, counts)
     documents = torch.arange(len(counts))
     slots = counts[index]
-    for draw in range(draws):
-        uniforms = CounterRng(seed, draw, documents, 1, "evaluate").uniform("rotation")
-        turn = uniforms[:, 0].numpy()[index]
-        rotation = np.floor(turn * slots).astype(np.int64)
-        slot = torch.from_numpy((place + rotation) % slots)
-        for start in range(0, len(index), batch):
-            stop = min(start + batch, len(index))
-            rows = np.arange(start, stop)
-            yield rows, slot[rows], torch.from_numpy(slots[rows]), draw
+    uniforms = CounterRng(seed, draw, documents, 1, "evaluate").uniform("rotation")
+    turn = uniforms[:, 0].numpy()[index]
+    rotation = np.floor(turn * slots).astype(np.int64)
+    slot = torch.from_numpy((place + rotation) % slots)
+    for start in range(0, len(index), batch):
+        stop = min(start + batch, len(index))
+        rows = np.arange(start, stop)
+        yield rows, slot[rows], torch.from_numpy(slots[rows])
 
 
 def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
@@ -318,16 +358,38 @@ class _Scores:
     """Sums of a running evaluation.
 
     Attributes:
-        nats: array [D,draws] with the nats of each of D documents in each draw.
-        tokens: array [D] with the number of scored tokens of each document, averaged over draws.
         means: mean nats per token of each term and part of the bound.
     """
 
-    def __init__(self, num_documents: int, draws: int) -> None:
-        self.draws = draws
-        self.nats = np.zeros((num_documents, draws))
-        self.tokens = np.zeros(num_documents)
+    def __init__(self, num_documents: int) -> None:
         self.means = _Means()
+        self._num_documents = num_documents
+        self._nats: list[NDArray[np.float64]] = []  # [D] each
+        self._tokens = np.zeros(num_documents, np.int64)  # sums over all draws
+
+    @property
+    def draws(self) -> int:
+        """Number of draws."""
+        return len(self._nats)
+
+    @property
+    def nats(self) -> NDArray[np.float64]:
+        """Array [D,draws] with the nats of each of D documents in each draw."""
+        return np.stack(self._nats, axis=-1)
+
+    @property
+    def tokens(self) -> NDArray[np.float64]:
+        """Array [D] with the number of scored tokens of each document, averaged over draws."""
+        return self._tokens / self.draws
+
+    def estimate(self, unit: str) -> RatioEstimate:
+        """Return the estimate from all draws. Raises NonFiniteError if it is not finite.
+
+        `unit`: unit of the metrics, for the message.
+        """
+        estimate = RatioEstimate.of(self.nats, self.tokens)
+        _check_finite(estimate.mean, unit)
+        return estimate
 
     def add_batch(self, documents: Rows, draw: int, likelihood: Likelihood, scored: Tensor) -> None:
         """Add the nats and the numbers of tokens of B rows to the sums of their documents.
@@ -341,9 +403,11 @@ class _Scores:
         total = reduce(add, likelihood.terms.values())
         row_nats = total.sum(-1).cpu().numpy()
         row_tokens = scored.sum(-1).cpu().numpy()
+        if draw == self.draws:
+            self._nats.append(np.zeros(self._num_documents))
         # np.add.at, since several rows of a batch may belong to one document
-        np.add.at(self.nats[:, draw], documents, row_nats)
-        np.add.at(self.tokens, documents, row_tokens / self.draws)
+        np.add.at(self._nats[draw], documents, row_nats)
+        np.add.at(self._tokens, documents, row_tokens)
         self.means.add(likelihood, float(row_tokens.sum()))
 
 

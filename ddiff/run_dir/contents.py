@@ -17,7 +17,7 @@ from ddiff.run_dir.files import (
     LOCK,
     METRICS,
     NORMALIZER,
-    PICTURES,
+    PATTERNS,
     RECIPE,
     REPLAY,
     TOKENIZER,
@@ -100,7 +100,8 @@ def _is_own_file(entry: Path, name: str) -> bool:
     """Return whether a run wrote `entry`. `name`: name of the entry without the ending `.part`."""
     if _PROBE.fullmatch(entry.name):
         return entry.is_dir() and not any(entry.iterdir())
-    return entry.is_file() and (name in FILES or fnmatchcase(name, PICTURES))
+    is_named = name in FILES or any(fnmatchcase(name, pattern) for pattern in PATTERNS)
+    return entry.is_file() and is_named
 
 
 def _classify_fields(folder: Path, root: Path, written: list[Path], foreign: list[str]) -> None:

@@ -10,9 +10,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddiff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ddiff.run_dir.evaluation_record import EvaluationRecord
 
 RECIPE = "recipe.toml"
 ENVIRONMENT = "environment.json"
@@ -33,8 +36,12 @@ FIELDS = "fields"
 """Folder with a folder per field: its shape, tokenizer, vocabulary or normalizer."""
 FIELD_SHAPE = "shape.json"
 NORMALIZER = "normalizer.safetensors"
+OTHER_EVALUATIONS = "evaluation-*.json"
+"""Pattern of the files with evaluations on other data."""
 PICTURES = "samples-*.png"
 """Pattern of the files with pictures of samples."""
+PATTERNS = (OTHER_EVALUATIONS, PICTURES)
+"""Patterns of files of a run whose names depend on the run."""
 
 FILES = (
     RECIPE,
@@ -277,16 +284,50 @@ def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = _parse_object(read_text(path), path)
+    if path.name == EVALUATION:
+        _check_version(found, path)
     shape = _choose_shape(path.name, found)
     _check_shape(found, shape, path, allow_missing=allow_missing)
-    if path.name == EVALUATION and shape == OBJECTS[EVALUATION] and not allow_missing:
-        _check_shape(found, _evaluation_figures(found), path)
-        interval = found.get("interval")
-        if interval is not None and len(interval) != 2:
-            raise damage_error(
-                path, f"an interval must have two ends; got {_format_json(interval)}"
-            )
+    if path.name == EVALUATION and not allow_missing:
+        if shape == OBJECTS[EVALUATION]:
+            _check_shape(found, _evaluation_figures(found), path)
+            interval = found.get("interval")
+            if interval is not None and len(interval) != 2:
+                raise damage_error(
+                    path, f"an interval must have two ends; got {_format_json(interval)}"
+                )
+        evaluation_record(found, path)
     return found
+
+
+def evaluation_record(found: Mapping[str, Any], path: Path) -> EvaluationRecord:
+    """Return the record with the content `found` of the evaluation.json at `path`.
+
+    Raises CheckpointError if a key is missing or invalid.
+    """
+    # imported here, since pydantic is slow to import and other files do not need it
+    from ddiff.run_dir.evaluation_record import EvaluationRecord
+
+    try:
+        return EvaluationRecord.from_tree(found)
+    except ValueError as error:
+        raise damage_error(path, str(error)) from error
+
+
+def _check_version(found: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if a newer version of ddiff wrote an evaluation.json.
+
+    This is checked before the shape, which may have changed in the newer version.
+    """
+    from ddiff.run_dir.evaluation_record import NewerSchemaError, check_version
+
+    try:
+        check_version(found)
+    except NewerSchemaError as error:
+        raise CheckpointError(
+            f"{path} was written by a newer version of ddiff: {error}. Install that version of "
+            "ddiff, or move the file away and repeat the command, which writes the file again."
+        ) from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines, score_baselines
-from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.evaluation.likelihood import Evaluation, Scored, evaluate
+from ddiff.evaluation.protocols import PublishedProtocol, PublishedTerms
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import Model
 from ddiff.runs.conditioning import SampleConditions
@@ -29,9 +30,16 @@ _COUNTED_TOKENS = 2**26
 
 
 def score_validation(
-    model: Model, data: RunData, recipe: Recipe, console: Console | None = None
+    model: Model,
+    data: RunData,
+    recipe: Recipe,
+    console: Console | None = None,
+    until: float | None = None,
 ) -> Evaluation:
-    """Compute the likelihood bound of the validation rows selected by the key [evaluate] rows."""
+    """Compute the likelihood bound of the validation rows selected by the key [evaluate] rows.
+
+    `until`: half width at which more draws stop, see `ddiff.evaluation.likelihood.evaluate`.
+    """
     return score_rows(
         model,
         data.validation_rows,
@@ -41,6 +49,7 @@ def score_validation(
         draws=recipe.evaluate.draws,
         conditions=data.validation_conditions,
         console=console,
+        until=until,
     )
 
 
@@ -96,6 +105,9 @@ def score_rows(
     draws: int,
     conditions: Conditions,
     console: Console | None = None,
+    until: float | None = None,
+    published: PublishedProtocol | None = None,
+    has_bytes: bool = True,
 ) -> Evaluation:
     """Compute the likelihood bound of selected rows, with the settings of [evaluate].
 
@@ -108,10 +120,18 @@ def score_rows(
         draws: number of independent draws of noise times and noise per row.
         conditions: conditions of the documents from which the rows were packed.
         console: console for the progress bar.
+        until: half width of the interval at which more draws stop.
+        published: published protocol, whose terms and window replace ours.
+        has_bytes: whether the tokens are those of all bytes of the text.
     """
     keys = recipe.evaluate
+    objective: Scored = model.objective
+    window = keys.window
+    if published is not None:
+        objective = PublishedTerms(objective, published)
+        window = published.window
     # The bytes of symbols have no meaning, and the number of bytes in a subset of rows is unknown.
-    has_bytes = tokenizer.unit == "token" and len(numbers) == len(rows)
+    has_bytes = has_bytes and tokenizer.unit == "token" and len(numbers) == len(rows)
     # an objective without times computes the exact likelihood, so its time rule has no effect
     times = model.objective.times or FlatTimes()
 
@@ -120,13 +140,14 @@ def score_rows(
 
     model.objective.module.eval()  # no dropout; the trainer switches back after a validation
     return evaluate(
-        model.objective,
+        objective,
         batch_of,
         rows.first_documents()[numbers],
         length=recipe.length,
-        times=times.with_window(*keys.window, recipe.length),
+        times=times.with_window(*window, recipe.length),
         num_bytes=rows.tokens.num_bytes if has_bytes else None,
         draws=draws,
+        until=until,
         batch=keys.batch,
         seed=keys.seed,
         unit=tokenizer.unit,

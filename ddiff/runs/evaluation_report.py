@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
+from ddiff.evaluation.protocols import find_protocol
 from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import EVALUATION, damage_error, read_json
 from ddiff.run_dir.identity import Difference
 from ddiff.run_dir.location import check_writable
-from ddiff.runs.kinds import find_kind
+from ddiff.runs.evaluation_header import describe_record
+from ddiff.runs.kinds import EvaluationOptions, find_kind
 from ddiff.runs.loading import load
 from ddiff.runs.provenance import changed_data_error, find_changed_data
 from ddiff.runs.record import write_run_file
@@ -71,13 +76,20 @@ def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationRe
     return EvaluationReport(evaluation, counted, saved)
 
 
-def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
+def make_report(
+    run: Run, changed_data: bool = False, until: float | None = None
+) -> EvaluationReport:
     """Evaluate a run on its validation text and return the full content of evaluation.json.
 
-    `changed_data`: whether the data may differ from the data of training.
+    `changed_data`: whether the data may differ from the data of training. `until`: half width of
+    the Monte-Carlo interval at which draws stop, in place of [evaluate] draws.
     """
     wanted, protocol = _settings(run)
-    evaluation, counted = run.evaluate(changed_data=changed_data)
+    if until is not None:
+        del protocol["draws"]  # the evaluation decides
+    start = time.monotonic()
+    evaluation, counted = run.evaluate(changed_data=changed_data, until=until)
+    seconds = time.monotonic() - start
     figures = evaluation.to_dict()
     unit = f"per_{evaluation.unit}"
     baselines = {
@@ -90,7 +102,10 @@ def make_report(run: Run, changed_data: bool = False) -> EvaluationReport:
         "baselines": baselines,
         f"entropy_rate_nats_{unit}": run.data.documents.entropy_rate,
     }
-    return EvaluationReport(evaluation, counted, written)
+    if warning := find_impossible(evaluation, run.data.documents.entropy_rate):
+        written["warning"] = warning
+    header = describe_record(run, written, run.fingerprints(), seconds)
+    return EvaluationReport(evaluation, counted, header | written)
 
 
 def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,38 +123,97 @@ def _settings(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def evaluate_run(
-    run_dir: str | Path, settings: Iterable[str] = (), out: str | Path | None = None
+    run_dir: str | Path,
+    settings: Iterable[str] = (),
+    out: str | Path | None = None,
+    options: EvaluationOptions | None = None,
 ) -> Any:
     """Run `ddiff eval`: evaluate a trained run again and write the results.
 
     `settings` are `key=value` texts that override keys of [evaluate]. The results replace the
-    content of evaluation.json, or are written to the JSON file `out`. Raises CheckpointError if the
-    data differ from the data of training and `out` is None.
+    content of evaluation.json, or are written to the JSON file `out`. Results on other data, which
+    `options` names, never replace evaluation.json. Raises CheckpointError if the data differ from
+    the data of training and `out` is None.
     """
+    options = options or EvaluationOptions()
+    _check_options(options)
     target = None
     if out is not None:
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
     run = load(run_dir, settings=settings)
-    return find_kind(run.recipe).evaluate(run, target)
+    return find_kind(run.recipe).evaluate(run, target, options)
 
 
-def reevaluate(run: Run, target: Destination | None) -> Evaluation:
+def _check_options(options: EvaluationOptions) -> None:
+    if options.protocol is not None:
+        find_protocol(options.protocol)
+    if not options.data and (options.protocol is not None or options.published):
+        name = "--published" if options.published else f"--protocol {options.protocol}"
+        raise ArgumentError(
+            f"ddiff eval {name}: expected the text in --data; got none. Name the text files, such "
+            "as --data test.txt."
+        )
+    if options.until is not None and not 0.0 < options.until < math.inf:
+        raise ArgumentError(
+            "ddiff eval --until: expected a positive half width in nats per token, such as 0.002; "
+            f"got {options.until}."
+        )
+
+
+def reevaluate(run: Run, target: Destination | None, until: float | None = None) -> Evaluation:
     """Evaluate a loaded text run again, write the results and print them (see `evaluate_run`)."""
     if target is None:
         check_writable(run.run_dir)  # before an evaluation that may take hours
     changed = _find_changes(run)
     if changed and target is None:
         raise changed_data_error(run.run_dir, changed)
-    report = make_report(run, changed_data=bool(changed))
+    report = make_report(run, changed_data=bool(changed), until=until)
     if changed:
         report = _mark_changed(run, report, changed)
     place = _write_report(run, report, target)
+    print_weights(run)
+    print_evaluation(report.evaluation, report.baselines, run.data.documents.entropy_rate)
+    print_remarks(report.evaluation, report.written, until)
+    print(f"Written to {place}")
+    return report.evaluation
+
+
+def print_weights(run: Run) -> None:
+    """Print whether the evaluated weights are the moving average or those of training."""
     if run.recipe.train.ema:
         moving = "The exponential moving average of the weights:"
         print(moving if run.uses_ema else "The weights as they were trained:")
-    print_evaluation(report.evaluation, report.baselines, run.data.documents.entropy_rate)
-    print(f"Written to {place}")
-    return report.evaluation
+
+
+def print_remarks(evaluation: Evaluation, written: Mapping[str, Any], until: float | None) -> None:
+    """Print whether the interval is as narrow as `until`, and print a warning of the record."""
+    interval = evaluation.monte_carlo_interval
+    draws = evaluation.protocol["draws"]
+    if until is not None and interval is not None:
+        half = (interval[1] - interval[0]) / 2
+        reached = "" if half <= until else f", the upper limit; --until {until} was not reached"
+        print(f"Monte-Carlo interval ± {half:.2g} after {draws} draws{reached}")
+    if "warning" in written:
+        print(written["warning"], file=sys.stderr)
+
+
+def find_impossible(evaluation: Evaluation, entropy_rate: float | None) -> str | None:
+    """Return a warning if the result is significantly below the entropy of the source.
+
+    Significantly means by more than two half widths of the 95 % interval, about four standard
+    errors. Returns None for a possible result, and if entropy or interval are unknown.
+    """
+    if entropy_rate is None or evaluation.interval is None:
+        return None
+    low, high = evaluation.interval
+    mean = evaluation.nelbo_nats_per_token
+    if mean + (high - low) >= entropy_rate:
+        return None
+    return (
+        f"Impossible result: the {evaluation.bound} of {mean:.4f} nats per {evaluation.unit} is "
+        f"below the entropy rate {entropy_rate:.4f} of the source, which no model can reach. The "
+        "process or the objective does not compute a bound; check them with `ddiff check`."
+    )
 
 
 def _is_evaluation(file: IO[bytes]) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
+from ddiff.data.text import Split
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.model import BaseRecipe
@@ -24,6 +26,27 @@ from ddiff.training.settings import TrainingSummary
 if TYPE_CHECKING:
     from ddiff.runs.encode import EncodedDocuments
     from ddiff.runs.trainable import TrainableRun
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of `ddiff eval`.
+
+    Attributes:
+        until: half width of the Monte-Carlo interval in nats per token, at which draws stop; None:
+            [evaluate] draws.
+        data: text files, or one recipe whose validation documents are evaluated. Empty: the
+            validation documents of the run.
+        split: unit of a document in text files.
+        protocol: name of a protocol of `ddiff.evaluation.protocols`.
+        published: whether the published evaluation replaces ours.
+    """
+
+    until: float | None = None
+    data: tuple[str, ...] = ()
+    split: Split = "file"
+    protocol: str | None = None
+    published: bool = False
 
 
 class RunKind(Protocol):
@@ -61,10 +84,11 @@ class RunKind(Protocol):
         """Measure training steps and print the cost of the recipe."""
         ...
 
-    def evaluate(self, run: Any, target: Destination | None) -> Any:
+    def evaluate(self, run: Any, target: Destination | None, options: EvaluationOptions) -> Any:
         """Run `ddiff eval` on a loaded run and return the evaluation.
 
-        The results are written to `target`, by default to evaluation.json of the run.
+        The results are written to `target`, by default to evaluation.json of the run, or for other
+        data to evaluation-NAME.json.
         """
         ...
 

@@ -111,18 +111,22 @@ class Run(TrainableRun):
 
     # ------------------------------------------------------------------ likelihood
 
-    def evaluate(self, *, changed_data: bool = False) -> tuple[Evaluation, Baselines]:
+    def evaluate(
+        self, *, changed_data: bool = False, until: float | None = None
+    ) -> tuple[Evaluation, Baselines]:
         """Compute the likelihood bound of the validation text, and n-gram baselines.
 
-        In each draw, every token of the evaluated rows is scored at one noise time. Raises
-        CheckpointError if the data differ from the data of training, unless `changed_data` is True.
+        In each draw, every token of the evaluated rows is scored at one noise time. `until`: half
+        width of the Monte-Carlo interval in nats per token; draws are added until the interval is
+        that narrow. Raises CheckpointError if the data differ from the data of training, unless
+        `changed_data` is True.
         """
         # checked here and not in `ddiff.load`, which must work without the data
         if not changed_data:
             changed = find_changed_data(self.checkpoints.newest(), self.data, self.model)
             if changed:
                 raise changed_data_error(self.run_dir, changed)
-        found = score_validation(self.model, self.data, self.recipe)
+        found = score_validation(self.model, self.data, self.recipe, until=until)
         num_tokens = self.vocabulary.num_tokens
         return found, count_baselines(self.data, self.recipe, num_tokens)
 

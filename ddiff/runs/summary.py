@@ -120,18 +120,19 @@ def print_summary(
 
 def print_evaluation(
     evaluation: Evaluation,
-    counted: Baselines,
+    counted: Baselines | None,
     entropy_rate: float | None,
     console: Console | None = None,
+    title: str = "validation",
 ) -> None:
     """Print the bound, its terms, the parts of the diffusion term, and the baselines.
 
-    `counted`: unigram and bigram baselines. `entropy_rate`: entropy rate of the source in nats per
-    symbol; None if it is unknown.
+    `counted`: unigram and bigram baselines; None if they were not computed. `entropy_rate`: entropy
+    rate of the source in nats per symbol; None if it is unknown. `title`: name of the data.
     """
     # with soft_wrap, a line that is longer than the terminal is not cut
     console = console or Console(soft_wrap=True, highlight=False)
-    table = Table("validation", f"nats/{evaluation.unit}", "", box=None, pad_edge=False)
+    table = Table(title, f"nats/{evaluation.unit}", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     table.add_row(evaluation.bound, *_bound_cells(evaluation))
     if evaluation.monte_carlo_interval:
@@ -144,12 +145,13 @@ def print_evaluation(
     if len(evaluation.parts_nats_per_token) > 1:
         for name, value in evaluation.parts_nats_per_token.items():
             table.add_row(f"    of diffusion, {name}", f"{value:.4f}", "")
-    under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
-    side = f"{abs(under):.4f} {'under' if under >= 0 else 'above'} it"
-    table.add_row(
-        "unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {side}"
-    )
-    table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
+    if counted is not None:
+        under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
+        side = f"{abs(under):.4f} {'under' if under >= 0 else 'above'} it"
+        table.add_row(
+            "unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {side}"
+        )
+        table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
     if entropy_rate is not None:
         table.add_row(
             "entropy rate", f"{entropy_rate:.4f}", "of the source: a lower limit for every model"

@@ -17,7 +17,7 @@ from ddiff.recipe.model import Recipe
 from ddiff.run_dir.destination import Destination
 from ddiff.runs.build import Overrides, assemble
 from ddiff.runs.conditioning import check_sampling
-from ddiff.runs.kinds import refuse_options
+from ddiff.runs.kinds import EvaluationOptions, refuse_options
 from ddiff.runs.memory import check_memory
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
@@ -74,10 +74,14 @@ class TextRuns:
 
         print_measurement(measure(recipe, steps))
 
-    def evaluate(self, run: Run, target: Destination | None) -> Any:
+    def evaluate(self, run: Run, target: Destination | None, options: EvaluationOptions) -> Any:
+        if options.data:
+            from ddiff.runs.given_texts import evaluate_given_texts
+
+            return evaluate_given_texts(run, target, options)
         from ddiff.runs.evaluation_report import reevaluate
 
-        return reevaluate(run, target)
+        return reevaluate(run, target, options.until)
 
     def sample(
         self, run: Run, arguments: Mapping[str, Any], prints_ids: bool

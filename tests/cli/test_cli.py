@@ -273,8 +273,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
     )  # type: ignore[attr-defined]
     module.sample_run = lambda run_dir, **options: calls.append(("sample", run_dir, options))  # type: ignore[attr-defined]
     report = ModuleType("ddiff.runs.evaluation_report")
-    report.evaluate_run = lambda run_dir, settings, out: calls.append(  # type: ignore[attr-defined]
-        ("eval", run_dir, settings)
+    report.evaluate_run = lambda run_dir, settings, out, options: calls.append(  # type: ignore[attr-defined]
+        ("eval", run_dir, settings, options)
     )
     command = ModuleType("ddiff.testing.check_command")
     command.check_component = lambda name, settings: calls.append(("check", name, settings)) or 1  # type: ignore[attr-defined]
@@ -290,8 +290,10 @@ NOTHING = dict.fromkeys(
 
 
 def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs):
+    from ddiff.runs.kinds import EvaluationOptions
+
     assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
-    assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2")[0] == 0
+    assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2", "--until", "0.1")[0] == 0
     assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
     asked = (
         "--prompt",
@@ -312,7 +314,7 @@ def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs)
     assert call(capsys, "check", "toy", "--set", "gamma=0.5", "--set", "xi=0.9")[0] == 1
     assert runs == [
         ("run", "mdlm_small", 3, True),
-        ("eval", Path("runs/x"), ["evaluate.draws=2"]),
+        ("eval", Path("runs/x"), ["evaluate.draws=2"], EvaluationOptions(until=0.1)),
         ("sample", Path("runs/x"), {**NOTHING, "count": 4, "seed": 1}),
         (
             "sample",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -57,3 +59,10 @@ def is_refusal(result: CommandResult, *expected: str) -> bool:
     missing = [text for text in expected if text not in message]
     assert missing == [], message
     return True
+
+
+def read_evaluation(run_dir: Path) -> dict[str, Any]:
+    """Return evaluation.json of a run without its provenance: the command and its duration."""
+    found = json.loads((run_dir / "evaluation.json").read_text())
+    del found["provenance"]
+    return found

@@ -162,6 +162,7 @@ def test_compare_marks_exact_likelihoods_as_nll_and_ignores_the_time_window(
     shutil.copytree(place / "window", tmp_path / "exact")
     evaluation = read(place / "window/evaluation.json")
     evaluation |= {"bound": "NLL", "nll_nats_per_token": evaluation.pop("nelbo_nats_per_token")}
+    evaluation["figures"]["nll"] = evaluation["figures"].pop("nelbo")
     (tmp_path / "exact/evaluation.json").write_text(json.dumps(evaluation))
     comparison = compare([tmp_path / "exact", place / "flat"])
     assert [row.bound for row in comparison.rows] == ["NLL", "NELBO"]
@@ -178,6 +179,11 @@ def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "flat", tmp_path / "half")
     with pytest.raises(ArgumentError, match="same recipe and seed"):
         compare([place / "flat", tmp_path / "half"], group_seeds=True)
+    path = tmp_path / "half/evaluation.json"
+    newer = json.dumps(read(path) | {"schema_version": 99})
+    path.write_text(newer)
+    with pytest.raises(CheckpointError, match="newer version of ddiff: it has schema version 99"):
+        compare([tmp_path / "half"])
     (tmp_path / "half/evaluation.json").write_text('{"step": ')
     with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged"):
         compare([tmp_path / "half"])
@@ -244,3 +250,20 @@ def test_comparison_table_shows_nll_of_autoregressive_runs(
     evaluation = read(place / "ar/evaluation.json")
     assert evaluation["nll_nats_per_token"] == first.nats
     assert evaluation["terms_nats_per_token"] == {"nll": first.nats}
+
+
+@pytest.mark.slow
+def test_compare_reads_evaluation_json_of_version_1(place: Path, tmp_path: Path) -> None:
+    """Version 1 has no figures, fingerprints, components and provenance."""
+    shutil.copytree(place / "flat", tmp_path / "old")
+    path = tmp_path / "old/evaluation.json"
+    tree = read(path)
+    for key in ("schema_version", "figures", "fingerprints", "components", "sampler", "provenance"):
+        del tree[key]
+    path.write_text(json.dumps(tree))
+    old, new = compare([tmp_path / "old", place / "flat"]).rows
+    assert (old.nats, old.interval, old.bits_per_byte) == (
+        new.nats,
+        new.interval,
+        new.bits_per_byte,
+    )

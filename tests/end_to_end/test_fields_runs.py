@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Command, is_refusal
+from commands import Command, is_refusal, read_evaluation
 from safetensors.torch import load_file
 from small_fields import DIGITS, PATCHES
 
@@ -324,9 +324,9 @@ def test_eval_command_repeats_the_evaluation_and_takes_settings(
     assert "joint" in printed
     found = json.loads(out.read_text())
     assert found["targets"]["joint"]["samples"] == 8
-    before = (RUN / "evaluation.json").read_bytes()
+    before = read_evaluation(RUN)
     assert ddiff("eval", str(RUN)).code == 0
-    assert (RUN / "evaluation.json").read_bytes() == before
+    assert read_evaluation(RUN) == before
 
 
 def test_independent_times_and_untrained_targets_are_refused_before_training(
@@ -409,7 +409,8 @@ def test_resumed_run_equals_uninterrupted_run(ddiff: Command) -> None:
     assert ddiff(*whole).code == 0
     assert records(Path("torn")) == records(Path("whole"))
     assert same_weights("torn", "whole")
-    for name in ("evaluation.json", "samples.jsonl", "judged.json", "samples-joint.png"):
+    assert read_evaluation(Path("torn")) == read_evaluation(Path("whole"))
+    for name in ("samples.jsonl", "judged.json", "samples-joint.png"):
         assert (Path("torn") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
 
 

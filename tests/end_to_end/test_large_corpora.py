@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import read_evaluation
 from small import CORPUS, RECIPE
 
 import ddiff
@@ -79,10 +80,7 @@ def test_resumed_run_on_a_stream_equals_the_uninterrupted_run_bitwise() -> None:
     ]
     assert len(losses[0]) == 6
     assert losses[1] == losses[0]
-    readings = [
-        json.loads(Path(name, "evaluation.json").read_text()) for name in ("straight", "stopped")
-    ]
-    assert readings[0] == readings[1]
+    assert read_evaluation(Path("straight")) == read_evaluation(Path("stopped"))
 
 
 def test_data_command_prints_sizes_and_verifies_shards(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Command
+from commands import Command, read_evaluation
 from safetensors.torch import load_file, save_file
 from small import working_in
 
@@ -491,12 +491,12 @@ def test_second_process_cannot_write_to_a_run_in_progress(run_dir: Path, ddiff: 
 
 
 def test_run_evaluates_again_after_eval_with_other_settings(run_dir: Path, ddiff: Command) -> None:
-    first = json.loads((run_dir / "evaluation.json").read_text())
+    first = read_evaluation(run_dir)
     code, out, _ = ddiff("eval", "runs/small", "--set", "evaluate.draws=3")
     assert (code, "Written to runs/small/evaluation.json" in out) == (0, True)
-    assert json.loads((run_dir / "evaluation.json").read_text()) != first
+    assert read_evaluation(run_dir) != first
     assert ddiff("run", "small.toml", *SHORT)[0] == 0
-    assert json.loads((run_dir / "evaluation.json").read_text()) == first
+    assert read_evaluation(run_dir) == first
 
 
 def test_error_for_changed_evaluation_keys_suggests_ddiff_eval(

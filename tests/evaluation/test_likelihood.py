@@ -14,12 +14,13 @@ from tables import Known, constant, exact_conditionals, full_rows, processes, sc
 from torch import Tensor, nn
 
 from ddiff import Backbone
+from ddiff.core.elbo import Likelihood
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.data.markov import MarkovSource
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.evaluation.likelihood import Evaluation, evaluate
+from ddiff.evaluation.likelihood import MOST_DRAWS, Evaluation, Scored, evaluate
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.training.losses import ClippedLoss, ElboLoss
@@ -169,6 +170,99 @@ def test_bits_per_byte_divides_by_all_bytes_of_the_text() -> None:
         evaluation.nelbo_nats_per_token * 30 / math.log(2) / 90
     )
     assert score(objective, words(6, 5)).bits_per_byte is None
+
+
+class Unigram(Scored):
+    """Exact likelihood of independent tokens with the distribution `dist` [V]."""
+
+    bound = "NLL"
+
+    def __init__(self, dist: Tensor) -> None:
+        self.dist = dist
+
+    def nll(self, batch: Any, *_: Any) -> Likelihood:
+        return Likelihood({"nll": -self.dist.log()[batch.ids] * batch.scored}, {})
+
+
+def in_rows(stream: Tensor, length: int) -> dict[str, Any]:
+    """Return the arguments of `score` for a stream of tokens [n] in rows of `length`."""
+    count = -(-len(stream) // length)
+    ids = torch.zeros(count * length, dtype=torch.long)
+    ids[: len(stream)] = stream
+    num_valid = (len(stream) - length * torch.arange(count)).clamp(max=length)
+    ids = ids.reshape(count, length)
+    return {"ids": ids, "batch_of": scored_rows(ids, num_valid)}
+
+
+def test_bits_per_byte_do_not_depend_on_tokens_and_rows_for_a_known_likelihood() -> None:
+    """The same 60 bytes as tokens of 1, 2 and 3 bytes, in rows of 4, 7 and 60 tokens.
+
+    With an assumed number of bytes per token, the same likelihood would get another value for each
+    tokenization, some below the entropy of the source.
+    """
+    stream = words(1, 60)[0]
+    entropy = -float((LAW * LAW.log2()).sum())
+    found = []
+    assumed = []
+    for size in (1, 2, 3):
+        dist = LAW
+        tokens = stream.reshape(-1, size)
+        ids = tokens[:, 0]
+        for place in range(1, size):
+            dist = (dist[:, None] * LAW).reshape(-1)
+            ids = ids * 4 + tokens[:, place]
+        for length in (4, 7, 60):
+            evaluation = score(Unigram(dist), num_bytes=60, **in_rows(ids, length))
+            assert evaluation.bits_per_byte is not None
+            found.append(evaluation.bits_per_byte)
+            # 4 bytes per token, as for long English words
+            assumed.append(evaluation.nelbo_nats_per_token / math.log(2) / 4)
+    exact = -float(LAW.log2()[stream].mean())
+    assert found == pytest.approx([exact] * 9, rel=1e-12)
+    assert min(assumed) < 0.5 * entropy
+    assert max(assumed) > 2 * min(assumed)
+
+
+def test_until_stops_at_the_first_draw_with_a_narrow_interval() -> None:
+    """The result is that of the same number of draws without `until`."""
+    objective = Known(processes()["masked"], constant(LAW))
+    found = score(objective, words(64, 6), until=0.05)
+    draws = found.protocol["draws"]
+    assert 4 < draws < MOST_DRAWS
+    for count, is_narrow in ((draws, True), (draws - 1, False)):
+        same = score(objective, words(64, 6), draws=count)
+        low, high = same.monte_carlo_interval or (0.0, 9.0)
+        assert ((high - low) / 2 <= 0.05) == is_narrow
+        if is_narrow:
+            assert same.nelbo_nats_per_token == found.nelbo_nats_per_token
+            assert same.interval == found.interval
+
+
+def test_until_covers_the_expected_bound_at_95_percent() -> None:
+    """Of 200 intervals that were narrow enough, 178 to 198 contain the expected bound.
+
+    For exact 95 % intervals, other counts have probability 1e-3 (binomial). Seeds are fixed.
+    """
+    ids = words(48, 4)
+    exact = -float(LAW.log()[ids].mean())
+    objective = Known(processes()["masked"], constant(LAW))
+    covered = 0
+    for seed in range(200):
+        found = score(objective, ids, until=0.2, seed=seed)
+        low, high = found.monte_carlo_interval or (0.0, 0.0)
+        covered += low <= exact <= high
+    assert 178 <= covered <= 198
+
+
+def test_until_of_an_exact_likelihood_needs_one_draw() -> None:
+    found = score(Unigram(LAW), words(6, 5), until=1e-9)
+    assert found.protocol["draws"] == 1
+
+
+@pytest.mark.parametrize("until", [0.0, -1.0, math.inf, math.nan])
+def test_evaluate_refuses_a_half_width_that_is_not_positive(until: float) -> None:
+    with pytest.raises(ArgumentError, match="until must be a positive half width"):
+        score(Unigram(LAW), words(6, 5), until=until)
 
 
 def test_evaluate_refuses_zero_rows_and_zero_draws() -> None:

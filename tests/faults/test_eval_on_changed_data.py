@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Command, is_refusal
+from commands import Command, is_refusal, read_evaluation
 from small import CORPUS
 from tiny_run import files
 
@@ -70,10 +70,10 @@ def test_eval_refuses_changed_data_and_names_the_difference(
 
 
 def test_eval_of_unchanged_data_writes_the_same_results(run_dir: Path, ddiff: Command) -> None:
-    before = json.loads((run_dir / "evaluation.json").read_text())
+    before = read_evaluation(run_dir)
     answer = ddiff(*EVAL)
     assert answer.code == 0, answer.err
-    assert json.loads((run_dir / "evaluation.json").read_text()) == before
+    assert read_evaluation(run_dir) == before
 
 
 def test_eval_accepts_the_same_data_at_another_path(run_dir: Path, ddiff: Command) -> None:

@@ -13,12 +13,14 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
+from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.run_dir.destination import Destination
 from ddiff.runs.build import Overrides
 from ddiff.runs.fields.build import assemble_fields
 from ddiff.runs.fields.checks import check_stages, check_targets
 from ddiff.runs.fields.memory import check_memory
+from ddiff.runs.kinds import EvaluationOptions
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
@@ -73,7 +75,14 @@ class FieldsRuns:
 
         print_measurement(measure(recipe, steps))
 
-    def evaluate(self, run: FieldsRun, target: Destination | None) -> Any:
+    def evaluate(
+        self, run: FieldsRun, target: Destination | None, options: EvaluationOptions
+    ) -> Any:
+        if options != EvaluationOptions():
+            raise ArgumentError(
+                f"ddiff eval: {run.run_dir} is a run of several fields, which has no --until, "
+                "--data, --protocol and --published. Change the evaluation with --set evaluate.KEY."
+            )
         from ddiff.runs.fields.report import reevaluate
 
         return reevaluate(run, target)

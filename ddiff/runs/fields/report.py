@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from ddiff.run_dir.destination import Destination, write_text
 from ddiff.run_dir.files import EVALUATION, read_json
 from ddiff.run_dir.location import check_writable
+from ddiff.runs.evaluation_header import describe_record
 from ddiff.runs.fields.provenance import find_changed_data
 from ddiff.runs.fields.run import FieldsRun
 from ddiff.runs.fields.summary import print_bounds
@@ -40,7 +42,9 @@ def make_report(run: FieldsRun, changed_data: bool = False) -> dict[str, Any]:
 
     `changed_data`: whether the data may differ from the data of training.
     """
+    start = time.monotonic()
     found = run.evaluate(changed_data=changed_data)
+    seconds = time.monotonic() - start
     targets = {name: bounds.to_dict() for name, bounds in found.items()}
     units = {}
     for name, values in run.values.items():
@@ -48,7 +52,8 @@ def make_report(run: FieldsRun, changed_data: bool = False) -> dict[str, Any]:
         if values.normalizer is not None and values.normalizer.log_volume is None:
             # dimensions were dropped, so that a density of the data does not exist
             units[name] = "normalized number"
-    return {**describe_settings(run), "units": units, "targets": targets}
+    report = {**describe_settings(run), "units": units, "targets": targets}
+    return describe_record(run, report, run.fingerprints(), seconds) | report
 
 
 def describe_settings(run: FieldsRun) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""`ddiff eval --data` and `--until`: other texts, more draws, and impossible results."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Command, is_refusal
+from small import CORPUS
+from tiny_run import files
+
+import ddiff as api
+from ddiff.errors import DataError
+from ddiff.runs.evaluation_report import find_impossible
+from ddiff.runs.given_texts import check_bytes, count_lossy_texts
+
+EVAL = ("eval", "runs/tiny")
+TEXT = "the old cat saw a dog\nna\u00efve caf\u00e9s, \u2018quoted\u2019\n" + CORPUS[:300]
+
+
+def read(path: str) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+def test_eval_of_files_counts_the_bytes_of_the_text_and_keeps_evaluation_json(
+    run_dir: Path, ddiff: Command
+) -> None:
+    Path("my text.txt").write_text(TEXT)
+    before = files(run_dir)
+    answer = ddiff(*EVAL, "--data", "my text.txt", "--split", "line")
+    assert answer.code == 0, answer.err
+    found = read("runs/tiny/evaluation-my_text.json")
+    assert {name: files(run_dir)[name] for name in before} == before
+    lines = [line for line in TEXT.split("\n") if line.strip()]
+    num_bytes = len("".join(lines).encode())
+    nats = found["nelbo_nats_per_token"] * found["tokens"]
+    assert found["documents"] == len(lines)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-12)
+    assert found["figures"]["nelbo"]["protocol"] == "my_text"
+    assert found["weights"] == "trained"
+    assert found["protocol"]["texts_that_the_tokenizer_changes"] == 0
+
+
+def test_eval_of_the_recipe_of_the_run_gives_the_results_of_the_run(
+    run_dir: Path, ddiff: Command
+) -> None:
+    answer = ddiff(*EVAL, "--data", "tiny.toml", "--out", "again.json")
+    assert answer.code == 0, answer.err
+    own, again = read("runs/tiny/evaluation.json"), read("again.json")
+    for key in ("nelbo_nats_per_token", "interval", "bits_per_byte", "terms_nats_per_token"):
+        assert again[key] == own[key], key
+
+
+def test_run_with_other_evaluations_may_be_trained_again(run_dir: Path, ddiff: Command) -> None:
+    Path("a.txt").write_text(TEXT)
+    assert ddiff(*EVAL, "--data", "a.txt").code == 0
+    assert ddiff("run", "tiny.toml", "--fresh").code == 0
+    assert not (run_dir / "evaluation-a.json").exists()
+
+
+def test_protocol_and_published_evaluation_have_their_own_names(
+    run_dir: Path, ddiff: Command
+) -> None:
+    Path("ptb.test.txt").write_text("the old cat did n't see a dog\n" * 8)
+    options = (*EVAL, "--data", "ptb.test.txt", "--protocol", "ptb")
+    assert ddiff(*options).code == 0
+    assert ddiff(*options, "--published").code == 0
+    ours, theirs = (read(f"runs/tiny/evaluation-{name}.json") for name in ("ptb", "published-ptb"))
+    assert ours["figures"]["nelbo"]["protocol"] == "ptb"
+    assert "nelbo" not in theirs["figures"]
+    assert theirs["figures"]["published"]["protocol"] == "published ptb"
+    assert theirs["protocol"]["window"] == [1e-3, 1.0]
+    assert theirs["bits_per_byte"] is None
+    size = len(b"the old cat didn't see a dog") * 8
+    nats = ours["nelbo_nats_per_token"] * ours["tokens"]
+    assert ours["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
+
+
+def test_until_adds_draws_until_the_interval_is_narrow(run_dir: Path, ddiff: Command) -> None:
+    answer = ddiff(*EVAL, "--until", "0.5", "--out", "wide.json")
+    assert answer.code == 0, answer.err
+    wide = read("wide.json")
+    assert ddiff(*EVAL, "--until", "0.2", "--out", "narrow.json").code == 0
+    narrow = read("narrow.json")
+    for found, until in ((wide, 0.5), (narrow, 0.2)):
+        low, high = found["monte_carlo_interval"]
+        assert (high - low) / 2 <= until
+        assert found["protocol"]["until"] == until
+    assert narrow["protocol"]["draws"] > wide["protocol"]["draws"] >= 4
+    assert "after" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--data", "missing.txt"), "missing.txt"),
+        (("--data", "empty.txt"), "contain no text"),
+        (("--data", "tiny.toml", "--data", "a.txt"), "one recipe"),
+        (("--protocol", "ptb"), "--data"),
+        (("--published",), "--data"),
+        (("--data", "a.txt", "--protocol", "ptbb"), "ptb"),
+        (("--until", "0"), "--until"),
+        (("--until", "nan"), "--until"),
+    ],
+)
+def test_eval_refuses_wrong_options_and_writes_nothing(
+    options: tuple[str, ...], expected: str, run_dir: Path, ddiff: Command
+) -> None:
+    Path("empty.txt").write_text("\n\n")
+    Path("a.txt").write_text(TEXT)
+    before = files(run_dir)
+    assert is_refusal(ddiff(*EVAL, *options), expected)
+    assert files(run_dir) == before
+
+
+def test_bytes_that_do_not_add_up_are_refused(run_dir: Path) -> None:
+    run = api.load(run_dir)
+    rows = run.data.validation_rows
+    texts = list(run.data.documents.validation["text"])
+    check_bytes(texts, rows)
+    with pytest.raises(DataError, match=r"claim \d+ bytes, but the text has \d+ bytes"):
+        check_bytes([*texts, "more"], rows)
+
+
+def test_texts_that_a_tokenizer_changes_are_counted(run_dir: Path) -> None:
+    tokenizer = api.load(run_dir).tokenizer
+
+    class Lower:
+        encode = staticmethod(lambda texts: tokenizer.encode([text.lower() for text in texts]))
+        decode = tokenizer.decode
+
+    assert count_lossy_texts(["A cat", "a cat"], tokenizer) == 0
+    assert count_lossy_texts(["A cat", "a cat"], Lower()) == 1  # type: ignore[arg-type]
+
+
+def test_bound_significantly_below_the_entropy_is_called_impossible(run_dir: Path) -> None:
+    evaluation = api.load(run_dir).nelbo(["the old cat", "a dog saw it"], draws=2)
+    narrow = replace(evaluation, nelbo_nats_per_token=1.0, interval=(0.9, 1.1))
+    assert find_impossible(narrow, None) is None
+    assert find_impossible(narrow, 1.15) is None
+    warning = find_impossible(narrow, 1.3)
+    assert warning is not None
+    assert "below the entropy rate 1.3000" in warning
