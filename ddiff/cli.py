@@ -157,6 +157,22 @@ Published = Annotated[
         "--published", help="Evaluate as published code does; the result may lie below the bound."
     ),
 ]
+JudgeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JUDGE",
+        help="With --generate: model for the generative perplexity; the directory of an "
+        "autoregressive run or of a causal language model, or a name on the hub.",
+    ),
+]
+NoRetokenize = Annotated[
+    bool,
+    typer.Option(
+        "--no-retokenize",
+        help="With --generate: score the token ids of the samples. The judge must have the "
+        "tokenizer of the run.",
+    ),
+]
 
 # Options of `ddiff sample`.
 SampleCount = Annotated[
@@ -472,28 +488,14 @@ def evaluate(
     generate: Annotated[
         bool, typer.Option("--generate", help="Draw samples and evaluate these.")
     ] = False,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JUDGE",
-            help="With --generate: model for the generative perplexity; the directory of an "
-            "autoregressive run or of a causal language model, or a name on the hub.",
-        ),
-    ] = None,
+    judge: JudgeName = None,
     count: Annotated[
         int | None,
         typer.Option(
             min=1, max=MOST, help="With --generate: number of samples; by default \\[sample] count."
         ),
     ] = None,
-    no_retokenize: Annotated[
-        bool,
-        typer.Option(
-            "--no-retokenize",
-            help="With --generate: score the token ids of the samples. The judge must have the "
-            "tokenizer of the run.",
-        ),
-    ] = False,
+    no_retokenize: NoRetokenize = False,
     until: Until = None,
     data: EvaluatedData = None,
     split: DocumentSplit = "file",
