@@ -4,14 +4,12 @@
 
 A sample has two fields: an image of 8 x 8 pixels with 17 levels, and a caption of one word. Both
 fields are noised by masking. The script prints the bounds of the held-out digits along several
-paths, and counts right images and captions. `--images FILE.png` saves drawn digits, which needs the
-package pillow.
+paths, and counts right images and captions. `--images FILE.png` saves drawn digits.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from pathlib import Path
 
@@ -177,8 +175,6 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4, help="draws of the evaluation")
     parser.add_argument("--images", type=Path, help="PNG file for drawn images")
     chosen = parser.parse_args()
-    if chosen.images and importlib.util.find_spec("PIL") is None:
-        parser.error("--images needs the package pillow: pip install pillow")
     torch.manual_seed(0)
     training, held_out = (Digits(part) for part in ddiff.load_digits())
     objective = build_objective()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from textwrap import dedent
 
@@ -15,29 +16,14 @@ import ddiff
 from ddiff.cli import main
 
 ROOT = Path(__file__).parents[2]
-REST = """
-[denoiser]
-kind = "mmdit"
-width = 16
-layers = 1
-heads = 2
-
-[objective.times]
-kind = "mixture"
-parts = [{path = "shared"}, {path = "shared", clean = ["text"]}]
-
-[train]
-steps = 2
-batch = 4
-
-[evaluate]
-targets = ["joint", "sound | text"]
-
-[sample]
-targets = ["sound | text"]
-count = 2
-steps = 2
-"""
+SMALLER = {
+    'data = "tones"': 'data = {kind = "tones", train = 40, validation = 8}',
+    "width = 64": "width = 16",
+    "steps = 500": "steps = 2",
+    "batch = 32": "batch = 4",
+    "count = 8": "count = 2",
+    "steps = 32": "steps = 2",
+}
 
 
 def read_block(beginning: str) -> str:
@@ -51,15 +37,19 @@ def read_block(beginning: str) -> str:
 @pytest.fixture
 def _installed(distribution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = read_block('"""ddiff_tones.py')
-    distribution("tones-dist", "1.0", {"tones": "ddiff_tones"}, {"ddiff_tones": code})
+    project = tomllib.loads(read_block("[build-system]"))
+    assert project["tool"]["setuptools"] == {"py-modules": ["ddiff_tones"]}
+    entry = project["project"]["entry-points"]["ddiff"]
+    assert entry == {"tones": "ddiff_tones"}
+    distribution("tones-dist", "1.0", entry, {"ddiff_tones": code})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
-    shown = read_block('plugins = ["dit", "gaussian", "mdlm", "tones"]')
-    data = 'data = "tones"'
-    assert data in shown
-    small = shown.replace(data, 'data = {kind = "tones", train = 40, validation = 8}')
-    Path("tones.toml").write_text(f'name = "tones"\n{small}{REST}')
+    recipe = read_block('name = "tones"\n    plugins')
+    for large, small in SMALLER.items():
+        assert large in recipe
+        recipe = recipe.replace(large, small)
+    Path("tones.toml").write_text(recipe)
 
 
 def run(*arguments: str) -> int:
