@@ -40,10 +40,18 @@ class TrajectoryRecorder:
             but those of a prompt then have this state before the first step. None: the recording
             begins after the first step.
         has_prompt: whether the samples have a prompt or infill text.
+        undrawn: see `hide_undrawn`.
     """
 
-    def __init__(self, count: int, start: int | None, has_prompt: bool = False) -> None:
+    def __init__(
+        self,
+        count: int,
+        start: int | None,
+        has_prompt: bool = False,
+        undrawn: int | None = None,
+    ) -> None:
         self.count = count
+        self.undrawn = undrawn
         self.start = start
         self.has_prompt = has_prompt
         self.rows: list[RecordedRow] = []
@@ -57,7 +65,8 @@ class TrajectoryRecorder:
                 self.rows.append(self._begin_row(states, clean))
         kept = self.rows[self._first :]
         times = canvas.t.double().mean(1).tolist()
-        for row, states, time in zip(kept, canvas.zt.tolist(), times):
+        shown = hide_undrawn(canvas, self.undrawn)
+        for row, states, time in zip(kept, shown.tolist(), times):
             row.states.append(states)
             row.times.append(time)
 
@@ -84,11 +93,30 @@ class RecordedRow:
 
 
 def find_start(run: Run) -> int | None:
-    """Return the only state of the prior of a run, or None if the prior has several states."""
+    """Return the only state of the prior of a run, or None if the prior has several states.
+
+    Without a process, this is the mask, which stands for tokens that are not drawn yet.
+    """
     if run.process is None:
-        return None
+        return run.vocabulary.mask_id
     possible = run.process.prior.log_prob.isfinite().nonzero().flatten().tolist()
     return possible[0] if len(possible) == 1 else None
+
+
+def find_undrawn(run: Run) -> int | None:
+    """Return the state to show at undrawn positions; see `hide_undrawn`."""
+    return run.vocabulary.mask_id if run.process is None else None
+
+
+def hide_undrawn(canvas: Canvas, undrawn: int | None) -> Tensor:
+    """Return the states [B,L] to show, with the state `undrawn` where no token is drawn yet.
+
+    A model without a process has an arbitrary token there. If `undrawn` is None, the states are
+    those of the canvas.
+    """
+    if undrawn is None:
+        return canvas.zt
+    return canvas.zt.masked_fill(canvas.t > 0, undrawn)
 
 
 def make_trajectories(
@@ -128,7 +156,7 @@ def draw_trajectories(
     """
     found = []
     for sampler in samplers:
-        recorder = TrajectoryRecorder(count, find_start(run))
+        recorder = TrajectoryRecorder(count, find_start(run), undrawn=find_undrawn(run))
         run.sample(count, sampler=sampler, steps=steps, on_step=recorder)
         found += make_trajectories(run, recorder, sampler, None)
     return found
@@ -182,7 +210,8 @@ class SampleObserver:
         `arguments` are those of `Run.sample`. Without `prints_ids`, the samples have no token ids.
         """
         has_prompt = arguments.get("prompt") is not None or arguments.get("infill") is not None
-        recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt)
+        undrawn = find_undrawn(run)
+        recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt, undrawn)
         watcher = watch_samples(run) if self.watch else nullcontext()
         with watcher as show:
 
@@ -212,7 +241,7 @@ def watch_samples(run: Run, console: Console | None = None) -> Iterator[OnStep]:
     Yields the callback `on_step` for `Run.sample`. In a file or pipe, only the last states are
     printed.
     """
-    view = TerminalView(read_tree(run))
+    view = TerminalView(read_tree(run), find_undrawn(run))
     console = console or Console(stderr=True)
     with Live(console=console, auto_refresh=False) as live:
 
@@ -226,13 +255,14 @@ def watch_samples(run: Run, console: Console | None = None) -> Iterator[OnStep]:
 class TerminalView:
     """Samples as coloured text: masks, nodes of a tree, tokens, and what the last step changed."""
 
-    def __init__(self, tree: TokenTree) -> None:
+    def __init__(self, tree: TokenTree, undrawn: int | None = None) -> None:
         self.tree = tree
+        self.undrawn = undrawn
         self._before: Tensor | None = None
 
     def draw(self, step: int, canvas: Canvas) -> Text:
         """Return the text of the first samples after a step."""
-        states = canvas.zt[:MOST_WATCHED].cpu()
+        states = hide_undrawn(canvas, self.undrawn)[:MOST_WATCHED].cpu()
         before = self._before
         if before is None or before.shape != states.shape or step == 1:
             before = states

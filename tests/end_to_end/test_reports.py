@@ -362,6 +362,25 @@ def test_watch_prints_the_states_on_stderr_and_only_samples_on_stdout(
     assert words[0] in found.err
 
 
+def test_trajectory_of_an_autoregressive_run_draws_masks_from_left_to_right(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    path = tmp_path / "t.json"
+    with working_in(tmp_path):
+        recipe = Path("small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")
+        Path("ar.toml").write_text(recipe.replace('"hdlm", "mdlm"', '"ar"'))
+        settings = [FLAT[0], FLAT[2], 'objective={kind="ar"}', 'sample.sampler="left_to_right"']
+        api.run("ar.toml", settings=[*settings, 'name="ar"', "train.steps=2"])
+        found = ddiff("sample", "runs/ar", "--count", "1", "--trajectory", str(path))
+    # the lines before the sample are the summary of the training
+    sample = json.loads(found.out.splitlines()[-1])
+    states = replay(read_trajectories(path)[0])
+    length = len(states[0])
+    mask = states[0][0]
+    for step, row in enumerate(states):
+        assert row == sample["ids"][:step] + [mask] * (length - step)
+
+
 # ---------------------------------------------------------------------- tree of tokens
 
 

@@ -138,7 +138,8 @@ class Chart:
         path = "M" + "L".join(f"{x},{y}" for x, y in places)
         name = element("title", line.label) if line.label else ""
         parts = [element("path", name, _class=line.kind, style=stroke, d=path)]
-        if line.kind == "points":
+        # a path of a single point is invisible
+        if line.kind == "points" or len(places) == 1:
             fill = f"fill:var(--c{line.color % NUM_COLORS})"
             parts += [element("circle", cx=x, cy=y, r=3, style=fill) for x, y in places]
         if line.kind == "dashed":
