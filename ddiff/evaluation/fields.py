@@ -25,7 +25,7 @@ from ddiff.core.rate_distortion import rate_distortion_paths
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, require_path
 from ddiff.errors import ArgumentError, NonFiniteError
-from ddiff.evaluation.ratio import Error, RatioEstimate
+from ddiff.evaluation.ratio import Error, RatioEstimate, error_of_partners
 from ddiff.progress import show_progress
 
 Interval = tuple[float, float]
@@ -79,6 +79,8 @@ class JointEvaluation:
         samples: number of samples.
         fields: part of every field that the path moves.
         scores: nats [samples, draws] of every sample in every draw.
+        partners: number [samples] of the sample from which each sample got its given fields; None
+            if no field was replaced.
     """
 
     path: str
@@ -88,14 +90,20 @@ class JointEvaluation:
     samples: int
     fields: Mapping[str, FieldFigures]
     scores: NDArray[np.float64] = field(repr=False, compare=False)
+    partners: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
 
     def subtract_from(self, other: JointEvaluation) -> tuple[float, Interval | None]:
         """Return the mean of other - self over the same samples, and its 95 % interval.
 
         The interval is that of paired samples. Both evaluations must have the same samples and
-        draws.
+        draws. If given fields of `other` are those of other samples, the interval includes that
+        every given value occurs in two differences.
         """
-        estimate = RatioEstimate.of(other.scores - self.scores, np.ones(self.samples))
+        differences = other.scores - self.scores
+        if other.partners is not None:
+            mean = float(differences.mean())
+            return mean, _interval(mean, error_of_partners(differences.mean(-1), other.partners))
+        estimate = RatioEstimate.of(differences, np.ones(self.samples))
         return estimate.mean, _interval(estimate.mean, estimate.total)
 
 

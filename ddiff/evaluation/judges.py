@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.intervals import mean95, wilson95
+from ddiff.evaluation.intervals import grouped_share95, mean95, wilson95
 
 Values = Sequence[str | None] | NDArray[np.int64] | NDArray[np.float64]
 """Plain values of N samples: texts, tokens [N,n], or vectors [N,n,d] in data units."""
@@ -104,13 +104,27 @@ class Judge(Protocol):
         ...
 
 
-def share_right(name: str, right: ArrayLike, chance: float | None = None) -> Finding:
+def share_right(
+    name: str,
+    right: ArrayLike,
+    chance: float | None = None,
+    groups: NDArray[np.int64] | None = None,
+) -> Finding:
     """Return the share of right samples, with the interval of Wilson.
 
-    `right` are N booleans, N >= 1.
+    Args:
+        name: name of the finding.
+        right: N booleans, N >= 1.
+        chance: see `Finding`.
+        groups: group [N] of every sample. Samples of a group are averaged first, and the interval
+            is that of independent groups.
     """
     marks = np.asarray(right, bool)
     count = len(marks)
+    if groups is not None and len(np.unique(groups)) < count:
+        means = group_means(marks.astype(np.float64), groups)
+        interval = grouped_share95(means, count)
+        return Finding(name, float(means.mean()), interval, len(means), chance)
     hits = int(marks.sum())
     return Finding(name, hits / count, wilson95(hits, count), count, chance)
 

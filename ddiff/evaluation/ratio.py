@@ -81,6 +81,37 @@ class RatioEstimate:
         return math.sqrt(max(0.0, variance))  # both are estimates: the difference may be negative
 
 
+def error_of_partners(differences: Floats, partners: NDArray[np.int64]) -> Error | None:
+    """Estimate the standard error of a mean of differences in which every sample occurs twice.
+
+    The difference i = 0..n-1 is computed from the samples i and `partners[i]`, as the nats of a
+    sample with the given values of another sample minus the nats with its own. Then differences i
+    and `partners[i]` share a sample, and the variance of the mean is estimated by
+
+        sum_i e_i (e_i + 2 e_partners[i]) / (n (n - 3)),
+
+    where e_i are the deviations from the mean. The estimate is unbiased if following the partners
+    leads through all samples. It has a third of the degrees of freedom of the variance of
+    independent differences, n - 1. If the latter variance is larger, it is used instead: a negative
+    covariance is not relied on. Returns None for fewer than two differences.
+
+    Args:
+        differences: differences [n], means over the draws.
+        partners: number [n] of another sample for each sample, a permutation.
+    """
+    count = len(differences)
+    if count < 2:
+        return None
+    rest = differences - differences.mean()
+    independent = float((rest**2).sum()) / (count * (count - 1))
+    paired = 0.0
+    if count > 3:
+        paired = float((rest * (rest + 2.0 * rest[partners])).sum()) / (count * (count - 3))
+    if paired <= independent:
+        return Error(math.sqrt(independent), count - 1.0)
+    return Error(math.sqrt(paired), max(1.0, (count - 1) / 3.0))
+
+
 def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
     """Estimate the standard error of the mean nats per token from differences between documents.
 

@@ -64,22 +64,24 @@ class DigitsJudge:
 
     def judge(self, drawn: DrawnFields) -> list[Finding]:
         findings = []
+        groups = drawn.numbers
         if TEXT in drawn.drawn:
             is_word = np.isin(np.array(_texts(drawn.fields[TEXT].values)), self._words)
-            findings.append(share_right("texts that are a number word", is_word))
+            findings.append(share_right("texts that are a number word", is_word, groups=groups))
         if IMAGE not in drawn.fields or TEXT not in drawn.fields:
             return findings
         words = np.array(_texts(drawn.fields[TEXT].values))
         truth = drawn.fields[TEXT].truth
         if IMAGE in drawn.given and truth is not None:
             is_right = words == np.array(_texts(truth))
-            findings.append(share_right("words that name the given image", is_right, self.chance))
+            name = "words that name the given image"
+            findings.append(share_right(name, is_right, self.chance, groups))
             return findings
         seen = self.classify(_grey(self._column, drawn.fields[IMAGE].values))
         name = "images that show the given word"
         if TEXT in drawn.drawn:
             name = "images and words that agree"
-        findings.append(share_right(name, seen == words, self.chance))
+        findings.append(share_right(name, seen == words, self.chance, groups))
         findings.append(self._classifier)
         return findings
 
@@ -130,7 +132,9 @@ class ShapesJudge:
         marks = images[:, :, None] == levels
         return marks.reshape(len(images), -1).astype(np.float32)
 
-    def _judge_nearest(self, images: NDArray[np.uint8], texts: list[str]) -> list[Finding]:
+    def _judge_nearest(
+        self, images: NDArray[np.uint8], texts: list[str], groups: NDArray[np.int64] | None
+    ) -> list[Finding]:
         """Return the findings on the nearest images of the source; `texts` are the captions."""
         captions = list(self._captions.values())
         wrong = []
@@ -143,8 +147,8 @@ class ShapesJudge:
             shares.append(np.mean([text in captions[number] for number in nearest]))
         label = "nearest images of the source that have the caption"
         return [
-            mean_value("pixels that differ from the nearest image of the source", wrong),
-            mean_value(label, shares, chance=self.chance),
+            mean_value("pixels that differ from the nearest image of the source", wrong, groups),
+            mean_value(label, shares, groups, self.chance),
         ]
 
     @cached_property
@@ -157,23 +161,24 @@ class ShapesJudge:
 
     def judge(self, drawn: DrawnFields) -> list[Finding]:
         findings = []
+        groups = drawn.numbers
         known: list[Sequence[str]] = []
         if IMAGE in drawn.fields:
             images = np.asarray(drawn.fields[IMAGE].values).astype(np.uint8)
             known = [self._captions.get(image.tobytes(), []) for image in images]
         if IMAGE in drawn.drawn:
             is_valid = [bool(captions) for captions in known]
-            findings.append(share_right("images of two shapes", is_valid))
+            findings.append(share_right("images of two shapes", is_valid, groups=groups))
         if TEXT in drawn.drawn:
             valid = {" ".join(caption) for caption in self._source.captions()}
             is_valid = [text in valid for text in _texts(drawn.fields[TEXT].values)]
-            findings.append(share_right("texts that are captions", is_valid))
+            findings.append(share_right("texts that are captions", is_valid, groups=groups))
         if IMAGE in drawn.fields and TEXT in drawn.fields:
             texts = _texts(drawn.fields[TEXT].values)
             fits = [text in captions for text, captions in zip(texts, known, strict=True)]
-            findings.append(share_right(_pair_name(drawn), fits, self.chance))
+            findings.append(share_right(_pair_name(drawn), fits, self.chance, groups))
             if IMAGE in drawn.drawn:
-                findings += self._judge_nearest(images, texts)
+                findings += self._judge_nearest(images, texts, groups)
         return findings
 
 
@@ -212,7 +217,7 @@ def _judge_vectors(
     """Return the findings on vectors [N,n,d]: finite values, squared errors and cosines."""
     vectors = np.asarray(field.values, np.float64)
     is_finite = np.isfinite(vectors).all((1, 2))
-    findings = [share_right(f"finite vectors ({name})", is_finite)]
+    findings = [share_right(f"finite vectors ({name})", is_finite, groups=numbers)]
     if field.truth is None or numbers is None:
         return findings
     truth = np.asarray(field.truth, np.float64)

@@ -17,6 +17,8 @@ from small_fields import DIGITS, PATCHES
 import ddiff as package
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.recipe.fields_keys import FieldsEvaluateKeys
+from ddiff.runs.fields.report import describe_settings
 from ddiff.runs.fields.summary import format_value
 from ddiff.runs.stages import run_recipe
 from ddiff.training.metrics import WALL_CLOCK
@@ -128,6 +130,15 @@ def test_repeated_command_evaluates_and_samples_nothing_again(ddiff: Command) ->
     assert "All 10 steps are done." in err
     assert "images and words that agree" in out
     assert {name: (RUN / name).stat().st_mtime_ns for name in names} == before
+
+
+def test_saved_evaluation_is_reused_only_with_equal_keys_of_the_evaluation() -> None:
+    """All keys that change a figure are compared; the size of a batch changes none."""
+    keys = set(FieldsEvaluateKeys.model_fields) - {"every", "batch", "weights"}
+    compared = describe_settings(package.load(RUN))["protocol"]
+    assert keys <= set(compared)
+    other = package.load(RUN, settings=["evaluate.unnamed='absent'"])
+    assert describe_settings(other)["protocol"] != compared
 
 
 def test_key_given_limits_the_validation_samples_and_repeats_them() -> None:

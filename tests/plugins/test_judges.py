@@ -168,6 +168,27 @@ def test_digits_judge_counts_texts_that_are_no_word(digits_judge: DigitsJudge) -
     assert found["texts that are a number word"].value == 0.5
 
 
+def test_digits_judge_counts_draws_of_one_image_once(digits_judge: DigitsJudge) -> None:
+    """Three equal draws of every given image give the interval of one draw."""
+    _, validation = load_digits()
+    texts = [word for (word,) in validation.captions][:40]
+    words = ["one", *texts[1:30], *["two"] * 10]
+    images = validation.levels[:40]
+    once = drawn_fields("text | image", images, words, texts, np.arange(40))
+    numbers = np.tile(np.arange(40), 3)
+    repeated = drawn_fields("text | image", np.tile(images, (3, 1)), words * 3, texts * 3, numbers)
+    name = "words that name the given image"
+    first = by_name(digits_judge.judge(once))[name]
+    second = by_name(digits_judge.judge(repeated))[name]
+    assert second.value == pytest.approx(first.value)
+    assert second.count == 40
+    # The quantile of Student's t makes the interval of groups wider, by 3 % with 40 groups.
+    assert first.interval is not None
+    assert second.interval is not None
+    width = second.interval[1] - second.interval[0]
+    assert width == pytest.approx(first.interval[1] - first.interval[0], rel=0.06)
+
+
 # ---------------------------------------------------------------------- vectors
 
 

@@ -8,7 +8,7 @@ bounds of the controls are larger.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -252,7 +252,7 @@ class Bounds:
         numbers = self._numbers([*target.drawn, *target.given], target)
         keys = self.recipe.evaluate
         self.model.objective.module.eval()  # no dropout; the trainer switches back
-        return evaluate_fields(
+        found = evaluate_fields(
             self.model.objective,
             self._batches(numbers, target.given if shuffled else ()),
             len(numbers),
@@ -264,6 +264,9 @@ class Bounds:
             device=self.model.device,
             console=self.console,
         )
+        if shuffled:
+            return replace(found, partners=pair_samples(len(numbers), keys.seed))
+        return found
 
     def _numbers(self, names: Sequence[str], target: Target | ThroughTarget) -> NDArray[np.int64]:
         """Return the numbers of the evaluated samples, which have all fields `names`."""

@@ -65,6 +65,7 @@ def describe_settings(run: FieldsRun) -> dict[str, Any]:
         "protocol": {
             "targets": list(keys.targets),
             "path": run.recipe.evaluate_path.to_dict(),
+            "unnamed": keys.unnamed,
             "deviation": keys.deviation,
             "controls": keys.controls,
             "samples": keys.samples,
