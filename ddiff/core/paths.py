@@ -293,6 +293,9 @@ class LegPath:
         if times.at_prior is not None:
             at_prior = at_prior | times.at_prior
         moves = ~(is_decoded | is_noise)
+        if times.block is not None and not bool(moves.any()):
+            # A field that does not move has no windows: other fields attend to all its positions.
+            times = times._replace(block=None)
         clean = (times.clean & ~is_noise) | is_decoded
         return times._replace(
             t=torch.where(is_noise, 1.0, times.t),

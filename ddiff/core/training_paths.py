@@ -80,6 +80,7 @@ class IndependentTimes:
     def draws(
         self, fields: Fields, rng: CounterRng, slot: Tensor, slots: int | Tensor
     ) -> Sequence[JointTimes]:
+        self.check_fields(fields)
         times = {}
         for name in self.names:
             field = fields[name]
@@ -104,6 +105,20 @@ class IndependentTimes:
         own = rng_of_field(rng, fields, name)
         first, last = field.rule.ends(clock, own, slot, slots, field.positions)
         return {**others, name: first}, {**others, name: last}
+
+    def check_fields(self, fields: Fields) -> None:
+        """Raise ArgumentError if one of several fields has a time rule with windows."""
+        if len(self.names) == 1:
+            return
+        for name in self.names:
+            if not fields[name].rule.has_one_time:
+                raise ArgumentError(
+                    f'IndependentTimes: the field "{name}" has a time rule with windows. While it '
+                    "moves, the other fields do not attend to it, so they would never be trained "
+                    "with a clean text, although sampling needs this. Use a rule with one time for "
+                    "all positions (flat), or a mixture of paths on which the fields move one "
+                    "after the other."
+                )
 
 
 @final
@@ -255,13 +270,14 @@ def _choose_leg(
 ) -> TrainingDraw:
     """Return one of the draws of all legs per sample, with larger speeds.
 
-    A pass with a clean copy of a field (paired) serves all samples of a batch or none. If the draws
-    differ in this, one number of the global batch chooses the same leg for all samples.
+    Blocks of a field and its clean copy (paired) restrict the attention of all samples of a batch
+    or of none. If the draws differ in this, one number of the global batch chooses the same leg for
+    all samples. Without this, a field would not attend to a clean text of a sample, although it
+    does so in evaluation and sampling.
     """
     if len(legs) == 1:
         return legs[0].drawn
-    pairings = {tuple(field.paired for field in leg.drawn.times.values()) for leg in legs}
-    if len(pairings) > 1:
+    if len({_attention_kind(leg.drawn.times) for leg in legs}) > 1:
         return _choose_common_leg(legs, weights, rng)
     chance, factor = _leg_chances(legs, weights, len(slot), present)
     choice = _pick(chance.to(slot.device), _place(rng, slot, channel))
@@ -275,6 +291,11 @@ def _choose_leg(
             before = decodes.get(name, torch.zeros_like(decoded))
             decodes[name] = torch.where(chosen, decoded, before)
     return TrainingDraw(merged, decodes)
+
+
+def _attention_kind(times: JointTimes) -> tuple[tuple[bool, bool], ...]:
+    """Return for every field whether it has a clean copy, and whether it has blocks."""
+    return tuple((field.paired, field.block is not None) for field in times.values())
 
 
 def _choose_common_leg(

@@ -346,9 +346,10 @@ def test_mixed_paths_are_drawn_again_in_every_step_and_alike_in_every_part() -> 
     assert not torch.equal(other["text"].t, whole["text"].t)
 
 
-def test_paths_with_and_without_a_clean_copy_are_not_mixed_in_a_batch() -> None:
-    """A pass with a clean copy of the text (paired) serves all samples of a batch or none."""
-    fields = make_fields(WindowTimes(2, paired=True))
+@pytest.mark.parametrize("paired", [True, False])
+def test_paths_with_and_without_windows_are_not_mixed_in_a_batch(paired: bool) -> None:
+    """Blocks and a clean copy of the text (paired) serve all samples of a batch or none."""
+    fields = make_fields(WindowTimes(2, paired=paired))
     mixed = MixedPaths([(TEXT_GIVEN_LATENT, 1.0), (LATENT_GIVEN_TEXT, 1.0)])
     slot = torch.arange(SLOTS)
     kinds = set()
@@ -356,8 +357,11 @@ def test_paths_with_and_without_a_clean_copy_are_not_mixed_in_a_batch() -> None:
         times = draw_training(mixed, fields, rng_at(slot, step), slot, SLOTS).times
         part = draw_training(mixed, fields, rng_at(slot[:5], step), slot[:5], SLOTS).times
         assert part["text"].paired == times["text"].paired
-        assert len(set(times["text"].clean[:, 0].tolist())) == 1
-        kinds.add(times["text"].paired)
+        assert len(set((times["latent"].speed[:, 0] > 0).tolist())) == 1
+        has_blocks = times["text"].block is not None
+        assert has_blocks is bool((times["text"].speed > 0).any())
+        assert (part["text"].block is not None) is has_blocks
+        kinds.add(has_blocks)
     assert kinds == {True, False}
 
 
@@ -370,8 +374,11 @@ def test_paths_with_and_without_a_clean_copy_are_not_mixed_in_a_batch() -> None:
         (first_path(["latent", "text"]), 0.5),
     ],
 )
-def test_paired_and_unpaired_parts_are_trained_as_often_as_their_weights_say(path, share) -> None:
-    fields = make_fields(WindowTimes(2, paired=True))
+@pytest.mark.parametrize("paired", [True, False])
+def test_parts_with_windows_are_trained_as_often_as_their_weights_say(
+    path, share: float, paired: bool
+) -> None:
+    fields = make_fields(WindowTimes(2, paired=paired))
     slot = torch.arange(4)
     steps = 600
     moves = 0
@@ -435,6 +442,17 @@ def test_independent_times_of_two_fields_are_stratified_and_uncorrelated() -> No
     mean = sum(correlations) / len(correlations)
     assert abs(mean) < 0.06
     assert max(map(abs, correlations)) < 0.6
+
+
+def test_independent_times_refuse_windows_next_to_other_fields() -> None:
+    slot = torch.arange(4)
+    fields = make_fields(WindowTimes(2))
+    independent = IndependentTimes(list(fields))
+    for path in (independent, CyclePaths([(TEXT_GIVEN_LATENT, 1), (independent, 1)])):
+        with pytest.raises(ArgumentError, match=r'"text" has a time rule with windows'):
+            draw_training(path, fields, rng_at(slot, 1), slot, 4)
+    alone = {"text": fields["text"]}
+    assert draw_training(IndependentTimes(["text"]), alone, rng_at(slot), slot, 4).times
 
 
 def test_require_path_refuses_rules_of_training_with_the_reason() -> None:

@@ -8,7 +8,16 @@ from ddiff_dit.dit import DiT
 from ddiff_dit.mmdit import MMDiT, StreamSpec
 from torch import Tensor
 
-from ddiff.core.times import Noisy
+from ddiff.core.clock import LogTimeClock
+from ddiff.core.field import Field, JointTimes
+from ddiff.core.fields import corrupt_fields
+from ddiff.core.gaussian import GaussianProcess
+from ddiff.core.gaussian_schedule import CosineVP
+from ddiff.core.paths import first_path, given_path, shared_path
+from ddiff.core.rng import CounterRng
+from ddiff.core.times import FlatTimes, Noisy, Shape, WindowTimes
+from ddiff.core.training_paths import MixedPaths, draw_training
+from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import UNPADDED
@@ -149,6 +158,64 @@ def test_mmdit_passes_no_later_block_through_a_latent_to_an_earlier_block(held: 
     assert not torch.equal(before[:, 4:], after[:, 4:])
     after = hidden(torch.where(later, memory, (memory + 1) % 11), text)
     assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("shape", ["block", "slide"])
+@pytest.mark.parametrize("rule", ["mixture", "first"])
+def test_latent_is_trained_with_the_clean_text_that_evaluation_gives(
+    rule: str, shape: Shape, paired: bool
+) -> None:
+    """Hidden states of the latent while it moves next to a clean text whose time rule has windows.
+
+    A text that moves has blocks, to which the latent does not attend. The samples on which the text
+    is given must have none, or the network learns to predict the latent without the text.
+    """
+    samples = 16
+    slot = torch.arange(samples)
+    fields = {
+        "text": Field(
+            TreeProcess(VOCABULARY, LogTimeClock((1.0,))),
+            WindowTimes(2, shape, paired=paired),
+            LENGTH,
+        ),
+        "latent": Field(GaussianProcess(CosineVP(), DIM), FlatTimes(), 1),
+    }
+    shared = shared_path(["text", "latent"])
+    given_text = given_path(shared, {"text": "clean"})
+    mixed = MixedPaths([(given_path(shared, {"latent": "clean"}), 1.0), (given_text, 1.0)])
+    path = mixed if rule == "mixture" else first_path(["text", "latent"])
+    denoiser = make_denoiser()
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        "text": torch.randint(0, 11, (samples, LENGTH), generator=generator),
+        "latent": torch.randn(samples, 1, DIM, generator=generator, dtype=torch.float64),
+    }
+    other = {**values, "text": (values["text"] + 1) % 11}
+    scored = {name: torch.ones(each.shape[:2], dtype=torch.bool) for name, each in values.items()}
+
+    @torch.no_grad()
+    def hidden(times: JointTimes, clean: dict[str, Tensor], rng: CounterRng) -> Tensor:
+        state = corrupt_fields(fields, clean, times, scored, rng, "diffusion")
+        return denoiser.hidden_states(state, JointContext())["latent"]
+
+    trained = 0
+    for step in range(12):
+        rng = CounterRng(0, step, slot, 1)
+        times = draw_training(path, fields, rng, slot, samples).times
+        moves = (times["latent"].speed > 0).any(-1)
+        if not bool(moves.any()):
+            continue
+        trained += int(moves.sum())
+        found = hidden(times, values, rng)
+        # The state of evaluation: the same time of the latent, and the text given.
+        (given,) = given_text.draws(fields, rng, slot, samples)
+        expected = hidden({**given, "latent": times["latent"]}, values, rng)
+        # Rows may be evaluated with a mask or without one, which rounds in another way.
+        torch.testing.assert_close(found[moves], expected[moves], rtol=1e-4, atol=1e-4)
+        influence = (found - hidden(times, other, rng)).abs().amax(-1)
+        assert float(influence[moves].min()) > 1e-3
+    assert trained > samples
 
 
 def test_mmdit_image_positions_rotate_rows_and_columns() -> None:
