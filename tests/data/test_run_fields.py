@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hash_encoder import DIM, HashTokenEncoder, hash_vector
-from small_fields import LEVELS, PATCHES, RECIPE, make_table, read_small
+from small_run_fields import LEVELS, PATCHES, RECIPE, make_table, read_small
 from torch import Tensor
 
 from ddiff.core.vocabulary import HierarchicalVocabulary
