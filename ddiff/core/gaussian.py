@@ -44,6 +44,10 @@ HALVINGS = 60
 # Default of the largest log SNR: the noise at t = 0 has a deviation of 0.0067 data units.
 LARGEST_LOG_SNR = 10.0
 
+# A number counts as a value of a grid if its distance is less than this share of the smallest
+# distance of two values. float32 data on 2^16 values from -1 to 1 have rounding errors of 2e-3.
+GRID_TOLERANCE = 0.01
+
 # sigma(1) counts as 1 if it differs by less, since schedules round. The closing term that is left
 # out is then below 1e-18 nats per number.
 ROUNDING = 1e-9
@@ -86,6 +90,9 @@ class VectorDecoder(SettingsRepr, ABC):
         """Values [k] of one dimension in ascending order; None if every real number can occur."""
         return None
 
+    def check(self, x: Tensor) -> None:
+        """Raise ArgumentError if a number of the clean vectors x [...,d] cannot occur."""
+
     @abstractmethod
     def nll(self, x0: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         """Return -ln p(x0 | y) [r] in nats, for x0, y [r,d] and noise [r]."""
@@ -122,7 +129,8 @@ class GaussianDecoder(VectorDecoder):
 class GridDecoder(VectorDecoder):
     """Decoder of data on a grid of values: p(x = v | z) proportional to N(v; z / a, sigma^2 / a^2).
 
-    `nll` is then a log-probability, in nats of discrete data.
+    `nll` is then a log-probability, in nats of discrete data. It raises ArgumentError for numbers
+    that are not on the grid.
 
     Args:
         values: the values v of one dimension, [k] with k >= 2, all different.
@@ -137,15 +145,38 @@ class GridDecoder(VectorDecoder):
             )
         self.num_values = len(values)
         self._values = Constant(values)
+        self._middles = Constant((values[1:] + values[:-1]) / 2.0)
+        self._tolerance = GRID_TOLERANCE * float(values.diff().min())
 
     @property
     def values(self) -> Tensor:
         return self._values.on(torch.device("cpu"))
 
+    def check(self, x: Tensor) -> None:
+        x = x.double()
+        distance = (x - self._values.on(x.device)[self._nearest(x)]).abs()
+        # NaN has no distance, and is not on the grid.
+        is_off = ~(distance <= self._tolerance)
+        if not bool(is_off.any()):
+            return
+        number = float(x[is_off][0])
+        values = self.values.tolist()
+        raise ArgumentError(
+            f"GridDecoder: every number of the vectors must be one of the {self.num_values} "
+            f"values, from {values[0]:.6g} to {values[-1]:.6g}; got {number:.6g} and "
+            f"{int(is_off.sum()) - 1} more numbers that are not. List all values of the data in "
+            'values, round the data to these values, or use decoder = "gaussian" for continuous '
+            "data."
+        )
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        """Return the indices of the values nearest to x, in the shape of x."""
+        return torch.bucketize(x, self._middles.on(x.device))
+
     def nll(self, x0: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        values = self._values.on(y.device)
+        self.check(x0)
         log_p = self._log_probs(y, noise)
-        nearest = (x0.unsqueeze(-1) - values).abs().argmin(-1)
+        nearest = self._nearest(x0)
         return -log_p.gather(-1, nearest.unsqueeze(-1)).squeeze(-1).sum(-1)
 
     def draw(self, y: Tensor, noise: Tensor, u: Tensor) -> Tensor:

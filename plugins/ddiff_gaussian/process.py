@@ -31,6 +31,9 @@ from ddiff import (
 LogSnr = Annotated[float, Field(ge=-30.0, le=30.0)]
 # Beyond 10 almost all noise is added within a tenth of the time.
 Span = Annotated[float, Field(gt=0.0, le=10.0)]
+# Limits of the largest magnitude of values on a grid. The noise of the process has deviation 1.
+SMALLEST_RANGE = 0.5
+LARGEST_RANGE = 4.0
 # Keys that belong to one schedule, and their defaults.
 LINEAR_KEYS = ("smallest_beta", "largest_beta")
 SMALLEST_BETA = 0.1
@@ -62,7 +65,7 @@ class GaussianDiffusion:
         decoder: Literal["gaussian", "grid"] = "gaussian"
         """Distribution of the data given the state at t = 0: a density, or values on a grid."""
         values: tuple[float, ...] = ()
-        """Values of one dimension for the grid decoder, at least two."""
+        """Values of one number of the data for the grid decoder, at least two."""
 
         @model_validator(mode="after")
         def _check_keys(self) -> GaussianDiffusion.Config:
@@ -83,6 +86,13 @@ class GaussianDiffusion:
                 raise ValueError(
                     'values must be given if and only if decoder = "grid"; '
                     f'got decoder = "{self.decoder}" and {len(self.values)} values'
+                )
+            largest = max((abs(value) for value in self.values), default=1.0)
+            if not SMALLEST_RANGE <= largest <= LARGEST_RANGE:
+                raise ValueError(
+                    f"the largest magnitude of values must be between {SMALLEST_RANGE} and "
+                    f"{LARGEST_RANGE}, since the noise has deviation 1; got {largest:g}. Scale the "
+                    "data set and values to [-1, 1]: x becomes 2 (x - low) / (high - low) - 1"
                 )
             return self
 

@@ -53,8 +53,14 @@ batch = 12
 """
 
 
-def make_table(count: int, seed: int, *, is_whole: bool = False) -> FieldsTable:
-    """Draw samples. Unless `is_whole`, every third sample lacks one of the fields."""
+def make_table(
+    count: int, seed: int, *, is_whole: bool = False, values: tuple[float, ...] = ()
+) -> FieldsTable:
+    """Draw samples. Unless `is_whole`, every third sample lacks one of the fields.
+
+    `values`: values of the numbers of vectors, of which the first has probability 0.97; by default
+    the numbers are normal.
+    """
     rng = np.random.default_rng(seed)
     texts: list[str | None] = []
     for number in range(count):
@@ -66,6 +72,9 @@ def make_table(count: int, seed: int, *, is_whole: bool = False) -> FieldsTable:
             present[field, field::9] = False
     texts = [text if mark else None for text, mark in zip(texts, present[1])]
     vectors = 5.0 + 1.5 * rng.normal(size=(count, 2, 4))
+    if values:
+        rare = rng.choice(values[1:], size=vectors.shape)
+        vectors = np.where(rng.random(vectors.shape) < 0.97, values[0], rare)
     vectors[~present[2]] = np.nan
     levels = rng.integers(LEVELS, size=(count, 8))
     levels[:, 1::2] = levels[:, ::2] // 2  # neighbours depend on each other
@@ -85,12 +94,13 @@ class SmallFields:
     class Config(ComponentConfig):
         without: tuple[str, ...] = ()
         train: int = 40
+        values: tuple[float, ...] = ()
 
     @staticmethod
     def build(config: Config, *, seed: int) -> FieldsDocuments:
         tables = []
-        for table in (make_table(config.train, 0), make_table(18, 1)):
-            columns = table.columns
+        for count, number in ((config.train, 0), (18, 1)):
+            columns = make_table(count, number, values=config.values).columns
             kept = {name: columns[name] for name in columns if name not in config.without}
             tables.append(FieldsTable(kept))
         return FieldsDocuments(*tables)

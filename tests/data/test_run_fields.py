@@ -283,6 +283,62 @@ def test_fitted_normalizer_is_shared_by_all_processes_through_the_cache(
     assert RunFields(recipe).component_fingerprints() == first
 
 
+# ---------------------------------------------------------------------- values on a grid
+
+ON_GRID = (
+    'fields.latent.process={kind="gaussian", decoder="grid", values=[-1.0, 1.0]}',
+    'fields.latent.normalizer="none"',
+)
+
+
+def test_vectors_on_a_grid_keep_their_units_at_every_scale(tmp_path: Path) -> None:
+    """The deviation of these vectors is 0.34. The normalizer "none" refuses others below 0.5."""
+    run_fields = small(tmp_path, *ON_GRID, values=(-1.0, 1.0))
+    normalizer = run_fields.fields["latent"].normalizer
+    assert normalizer is not None
+    assert normalizer.log_volume == 0.0
+    batch = run_fields.fields["latent"].encode(np.arange(40), TRAIN)
+    present = batch.values[~batch.absent]
+    assert float(present.std()) < 0.5
+    assert set(present.unique().tolist()) == {-1.0, 1.0}
+    decoded = run_fields.fields["latent"].decode(batch.values[:2])
+    assert decoded[1]["vectors"] == batch.values[1].tolist()
+    run_fields.save(tmp_path / "run")
+    assert RunFields(run_fields.recipe, tmp_path / "run").fields["latent"].width == 4
+    with pytest.raises(ArgumentError, match=r"between 0\.5 and 2\.0"):
+        assert small(tmp_path, ON_GRID[1], values=(-1.0, 1.0)).fields
+
+
+@pytest.mark.parametrize("values", [(-1.0, 0.5), ()])
+def test_vectors_that_are_not_on_the_grid_are_refused(
+    tmp_path: Path, values: tuple[float, ...]
+) -> None:
+    message = r'Column "latent", train samples: .*one of the 2 values, from -1 to 1; got'
+    with pytest.raises(DataError, match=message):
+        assert small(tmp_path, *ON_GRID, values=values).fields
+
+
+def test_grid_is_checked_on_validation_samples_too(tmp_path: Path) -> None:
+    run_fields = small(tmp_path, *ON_GRID, values=(-1.0, 1.0))
+    other = small(tmp_path, values=(-1.0, 0.5)).documents.validation
+    # A replaced cached property.
+    vars(run_fields)["documents"] = dataclasses.replace(run_fields.documents, validation=other)
+    with pytest.raises(DataError, match=r"validation samples: .*got 0\.5"):
+        assert run_fields.fields
+
+
+@pytest.mark.parametrize("normalizer", ['"standard"', '{kind="pca", width=2}'])
+def test_grid_with_a_normalizer_is_refused_without_reading_data(
+    tmp_path: Path, normalizer: str
+) -> None:
+    run_fields = small(tmp_path, ON_GRID[0], f"fields.latent.normalizer={normalizer}")
+    message = r'\[fields.latent\] normalizer must be "none".*Set normalizer = "none"'
+    with pytest.raises(DataError, match=message):
+        preview_fields(run_fields.recipe)
+    with pytest.raises(DataError, match=message):
+        assert run_fields.fields
+
+
 # ---------------------------------------------------------------------- mistakes
 
 

@@ -61,6 +61,8 @@ def test_gaussian_noise_rates_set_the_signal_at_the_end() -> None:
         ({"schedule": "flow", "span": 2.0}, 'span can only be given if schedule = "sigmoid"'),
         ({"decoder": "grid"}, "values must be given if and only if"),
         ({"values": (0.0, 1.0)}, "values must be given if and only if"),
+        ({"decoder": "grid", "values": (0.0, 255.0)}, r"got 255\. Scale the data set"),
+        ({"decoder": "grid", "values": (0.0, 0.1)}, r"got 0\.1\. Scale the data set"),
         ({"schedule": "sigmoid", "span": 50.0}, "less than or equal to 10"),
         ({"largest_log_snr": 40.0}, "less than or equal to 30"),
     ],
@@ -86,6 +88,24 @@ def test_gaussian_config_refuses_keys_of_other_settings_and_extremes(
 def test_gaussian_build_refuses_impossible_settings(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         build(**keys)
+
+
+@pytest.mark.parametrize("number", [0.5, 0.98, 7.0, math.nan])
+def test_grid_decoder_refuses_numbers_that_are_not_on_the_grid(number: float) -> None:
+    """The tolerance is 0.01 of the distance 1 between the values."""
+    process = build(decoder="grid", values=(-1.0, 0.0, 1.0))
+    t = torch.zeros(2, dtype=torch.float64)
+    x = torch.tensor([[1.0, -1.0], [0.0, number]], dtype=torch.float64)
+    with pytest.raises(ArgumentError, match=rf"one of the 3 values, from -1 to 1; got {number:g}"):
+        process.decode_nll(None, x, x.clone(), t)
+
+
+def test_grid_decoder_accepts_values_rounded_to_float32() -> None:
+    values = tuple(torch.linspace(-1.0, 1.0, 2**16, dtype=torch.float64).tolist())
+    process = build(1, decoder="grid", values=values)
+    exact = torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
+    process.decoder.check(exact.float())
+    process.decoder.check(exact)
 
 
 def test_check_gaussian_refuses_wide_and_other_processes() -> None:

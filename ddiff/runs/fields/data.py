@@ -14,7 +14,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from ddiff.atomic import write_atomic
-from ddiff.core.normalizer import Normalizer
+from ddiff.core.gaussian import GaussianProcess, VectorDecoder
+from ddiff.core.normalizer import IdentityNormalizer, Normalizer
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.cache import Cache
 from ddiff.data.columns import (
@@ -33,7 +34,7 @@ from ddiff.data.packing import PackedRows
 from ddiff.data.permutation import row_at
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
-from ddiff.errors import DataError
+from ddiff.errors import ArgumentError, DataError
 from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.fields_recipe import FieldsRecipe, FieldTables
 from ddiff.run_dir.files import FIELD_SHAPE, FIELDS, NORMALIZER, TOKENIZER, VOCABULARY
@@ -192,7 +193,7 @@ class RunFields:
             elif shape.kind == "tokens":
                 fields[name] = self._build_tokens(name, tables, shape)
             else:
-                normalizer = self._build_normalizer(name, tables.normalizer, shape)
+                normalizer = self._build_normalizer(name, tables, shape)
                 fields[name] = VectorValues(name, shape, normalizer, self._table)
         return fields
 
@@ -245,28 +246,51 @@ class RunFields:
         found: Vocabulary = spec.build(tokenizer=tokenizer, rows=rows, cache=self._cache)
         return found
 
-    def _build_normalizer(self, name: str, spec: ComponentSpec, shape: ColumnShape) -> Normalizer:
+    def _build_normalizer(self, name: str, tables: FieldTables, shape: ColumnShape) -> Normalizer:
         """Load the normalizer of a saved run, or fit it to the training vectors.
 
-        The fitted tensors are cached, so that all processes of a run use the same ones.
+        The fitted tensors are cached, so that all processes of a run use the same ones. Vectors of
+        a field with a decoder of values are checked once, and not fitted.
         """
+        spec = tables.normalizer
+        decoder = find_grid(name, tables, shape)
         saved = self._file(name, NORMALIZER)
         if saved is not None:
             return load_normalizer(saved, spec)
         width = shape.width
+        assert width is not None
 
         def write(place: Path) -> None:
-            chunks = present_chunks(self._table, name)
-            save_normalizer(spec.build(chunks=chunks, width=width), str(place / NORMALIZER))
+            normalizer: Normalizer
+            if decoder is None:
+                chunks = present_chunks(self._table, name)
+                normalizer = spec.build(chunks=chunks, width=width)
+            else:
+                self._check_grid(name, decoder)
+                # Pictures of mostly one value have a small deviation, which "none" would refuse.
+                normalizer = IdentityNormalizer(width)
+            save_normalizer(normalizer, str(place / NORMALIZER))
 
-        inputs = {
+        inputs: dict[str, Any] = {
             "component": spec.to_dict(),
             "origin": str(spec.component.origin),
             "vectors": self.documents.train[name].fingerprint,
             "width": width,
         }
+        if decoder is not None and decoder.values is not None:
+            inputs["values"] = decoder.values.tolist()
+            inputs["validation"] = self.documents.validation[name].fingerprint
         entry = self._cache.load_or_build("normalizers", inputs, write)
         return load_normalizer(str(entry / NORMALIZER), spec)
+
+    def _check_grid(self, name: str, decoder: VectorDecoder) -> None:
+        """Raise DataError if a number of the samples is not a value of the decoder."""
+        for part in (TRAIN, VALIDATION):
+            for chunk in present_chunks(self._table, name, part):
+                try:
+                    decoder.check(torch.from_numpy(chunk))
+                except ArgumentError as error:
+                    raise DataError(f'Column "{name}", {part} samples: {error}') from error
 
     # ------------------------------------------------------------------ record
 
@@ -400,6 +424,28 @@ def _check_field(name: str, tables: FieldTables, column: ColumnShape) -> None:
             f"{table} must have no length, because the column of the data holds {column}. Remove "
             "the length."
         )
+    if column.kind == "vectors":
+        find_grid(name, tables, column)
+
+
+def find_grid(name: str, tables: FieldTables, column: ColumnShape) -> VectorDecoder | None:
+    """Return the decoder of a field whose process has one for a grid of values, else None.
+
+    The values are in units of the data. A normalizer would give every number of a vector another
+    grid, and add a volume to nats of discrete data. Raises DataError if the field has one.
+    """
+    process = tables.process.build(vocabulary=None, width=column.width)
+    if not isinstance(process, GaussianProcess) or process.decoder.values is None:
+        return None
+    normalizer = tables.normalizer.component.name
+    if normalizer != "none":
+        raise DataError(
+            f'[fields.{name}] normalizer must be "none", because the process has decoder = "grid", '
+            f'whose values are in units of the data; got "{normalizer}". Set normalizer = "none". '
+            "If the numbers of the data set are not in [-1, 1] yet, scale the data set and values: "
+            "x becomes 2 (x - low) / (high - low) - 1."
+        )
+    return process.decoder
 
 
 def _quote(names: Any) -> str:

@@ -563,16 +563,16 @@ class VectorValues(FieldValues):
         return {"normalizer": digest.hexdigest()[:16]}
 
 
-def present_chunks(tables: Tables, name: str) -> Iterator[NDArray[np.float64]]:
-    """Yield the training vectors of all samples that have the field, in chunks [k,d]."""
-    for found in _read_blocks(tables, name):
+def present_chunks(tables: Tables, name: str, part: str = TRAIN) -> Iterator[NDArray[np.float64]]:
+    """Yield the vectors of all samples of a part that have the field, in chunks [k,d]."""
+    for found in _read_blocks(tables, name, part):
         vectors = found.values[found.present]
         yield vectors.reshape(-1, vectors.shape[-1])
 
 
-def _read_blocks(tables: Tables, name: str) -> Iterator[Arrays]:
-    """Read the training column `name` in blocks."""
-    table = tables(TRAIN)
+def _read_blocks(tables: Tables, name: str, part: str = TRAIN) -> Iterator[Arrays]:
+    """Read the column `name` of a part in blocks."""
+    table = tables(part)
     for start in range(0, len(table), AT_ONCE):
         yield table.read(name, np.arange(start, min(start + AT_ONCE, len(table))))
 
