@@ -117,6 +117,6 @@ def read_small(folder: Path, *settings: str, text: str = RECIPE, **keys: Any) ->
     path.write_text(text)
     recipe = read_recipe(path, settings)
     assert isinstance(recipe, FieldsRecipe)
-    component = Component("fields_dataset", "small", "small_fields:SmallFields", UNPACKAGED)
+    component = Component("fields_dataset", "small", "small_run_fields:SmallFields", UNPACKAGED)
     spec = ComponentSpec(component, SmallFields.Config(**keys), "[data]")
     return dataclasses.replace(recipe, data=spec)
