@@ -43,13 +43,15 @@ class Documents:
     """Training and validation documents, each a `datasets.Dataset` with columns "text" and "name".
 
     `entropy_rate` is the true entropy in nats per symbol for a generated source, and None for all
-    other documents. Raises DataError if the training or validation part is empty, has no column
-    "text", or holds values that are not text.
+    other documents. `own_vectors` are the columns of vectors that are computed from the text, as
+    embeddings are: a text given such a vector has no likelihood. Raises DataError if the training
+    or validation part is empty, has no column "text", or holds values that are not text.
     """
 
     train: Dataset
     validation: Dataset
     entropy_rate: float | None = None
+    own_vectors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_part(self.train, "train")

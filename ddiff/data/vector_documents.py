@@ -39,7 +39,10 @@ def join_vectors(
         cache: cache of the documents. None: the documents are kept in memory.
     """
     join = partial(_join_part, text=text, vectors=vectors, cache=cache)
-    return Documents(join(samples.train, TRAIN), join(samples.validation, VALIDATION))
+    own = (vectors,) if samples.shapes[vectors].computed_from == text else ()
+    return Documents(
+        join(samples.train, TRAIN), join(samples.validation, VALIDATION), own_vectors=own
+    )
 
 
 def _join_part(table: FieldsTable, part: str, text: str, vectors: str, cache: Cache | None) -> Any:

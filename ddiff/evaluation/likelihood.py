@@ -13,8 +13,8 @@ The sum of all terms is therefore a bound for any window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from operator import add
 from typing import Any, Protocol
@@ -90,6 +90,7 @@ class Evaluation:
         standard_errors_nats_per_token: "total" and "monte_carlo", the standard errors of both
             intervals, and "documents", the part of "total" due to the differences between
             documents.
+        ppl: perplexity; None if the bound is not a likelihood of the text (`mark_own_vectors`).
         terms_nats_per_token: name of each term of the bound -> value. Their sum is the bound.
         parts_nats_per_token: name of each part of the diffusion term, for example a level -> value.
         tokens: number of scored tokens.
@@ -103,7 +104,7 @@ class Evaluation:
     interval: tuple[float, float] | None
     monte_carlo_interval: tuple[float, float] | None
     standard_errors_nats_per_token: Mapping[str, float | None]
-    ppl: float
+    ppl: float | None
     bits_per_byte: float | None
     terms_nats_per_token: Mapping[str, float]
     parts_nats_per_token: Mapping[str, float]
@@ -120,8 +121,25 @@ class Evaluation:
             half = f" ± {(high - low) / 2:.4f}"
         return (
             f"Evaluation({self.bound} {self.nelbo_nats_per_token:.4f}{half} nats per {self.unit}, "
-            f"PPL {self.ppl:.2f}; {self.tokens:,} {self.unit}s in {self.documents:,} documents)"
+            f"{self.describe_perplexity()}; {self.tokens:,} {self.unit}s in {self.documents:,} "
+            "documents)"
         )
+
+    def describe_perplexity(self) -> str:
+        """Return the perplexity as text, or the reason why there is none."""
+        if self.ppl is not None:
+            return f"PPL {self.ppl:.2f}"
+        own = ", ".join(self.protocol["own_vectors"])
+        return f"given its own vector ({own}): no likelihood of the text"
+
+    def mark_own_vectors(self, names: Sequence[str]) -> Evaluation:
+        """Return the same bound without perplexity and bits per byte.
+
+        `names` are the conditions that are vectors computed from the text itself. They contain the
+        text, so that the bound is not a likelihood of the text.
+        """
+        protocol = {**self.protocol, "own_vectors": list(names)}
+        return replace(self, ppl=None, bits_per_byte=None, protocol=protocol)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict.

@@ -151,15 +151,17 @@ def _text_figures(tree: Mapping[str, Any], protocol: str) -> Iterator[tuple[str,
     perplexities = None
     if interval is not None and interval[1] < LARGEST_EXPONENT:
         perplexities = (math.exp(interval[0]), math.exp(interval[1]))
-    yield (
-        "ppl",
-        Figure(
-            value=tree["ppl"],
-            interval=perplexities,
-            unit=f"perplexity per {unit}",
-            protocol=protocol,
-        ),
-    )
+    # a text that is given its own vector has no perplexity
+    if tree["ppl"] is not None:
+        yield (
+            "ppl",
+            Figure(
+                value=tree["ppl"],
+                interval=perplexities,
+                unit=f"perplexity per {unit}",
+                protocol=protocol,
+            ),
+        )
     bits = tree.get("bits_per_byte")
     if bits is not None:
         # the number of bytes is known exactly, so the interval scales with the value

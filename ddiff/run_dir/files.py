@@ -83,7 +83,7 @@ OBJECTS: dict[str, Shape] = {
         "protocol": {},
         "baselines": {"*": NUMBER},
         "interval": ([NUMBER], None),
-        "ppl": NUMBER,
+        "ppl": (*NUMBER, None),
         "bits_per_byte": (*NUMBER, None),
         "documents": int,
     },

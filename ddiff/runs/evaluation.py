@@ -12,6 +12,7 @@ from rich.console import Console
 from ddiff.core.times import FlatTimes
 from ddiff.data.batch import Batch
 from ddiff.data.conditions import Conditions
+from ddiff.data.documents import Documents
 from ddiff.data.packing import PackedRows, batch_rows, pack_texts
 from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ def score_validation(
 
     `until`: half width at which more draws stop, see `ddiff.evaluation.likelihood.evaluate`.
     """
-    return score_rows(
+    found = score_rows(
         model,
         data.validation_rows,
         recipe,
@@ -51,6 +52,17 @@ def score_validation(
         console=console,
         until=until,
     )
+    own = find_own_vectors(data)
+    return found.mark_own_vectors(own) if own else found
+
+
+def find_own_vectors(data: RunData) -> list[str]:
+    """Return the conditions of the run that are vectors computed from the text itself."""
+    if not isinstance(data.documents, Documents):
+        return []
+    return [
+        name for name in data.documents.own_vectors if name in data.validation_conditions.values
+    ]
 
 
 def evaluated_rows(data: RunData, recipe: Recipe) -> NDArray[np.int64]:
@@ -173,9 +185,12 @@ def evaluation_protocol(data: RunData, recipe: Recipe) -> dict[str, Any]:
     fingerprint = rows.fingerprint
     if read < len(rows):
         fingerprint += f", {read} of {len(rows)} rows"
-    return {
+    protocol = {
         "window": list(recipe.evaluate.window),
         "tokenizer": data.tokenizer.fingerprint,
         "data": fingerprint,
         "conditions": sorted(data.validation_conditions.values),
     }
+    if own := find_own_vectors(data):
+        protocol["own_vectors"] = own
+    return protocol

@@ -164,7 +164,7 @@ def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
     if evaluation.interval:
         low, high = evaluation.interval
         bound += f" ± {(high - low) / 2:.4f}"
-    also = f"PPL {evaluation.ppl:.2f}"
+    also = evaluation.describe_perplexity()
     if evaluation.bits_per_byte is not None:
         also += f", {evaluation.bits_per_byte:.4f} bits/byte"
     also += f"; {evaluation.tokens:,} {evaluation.unit}s, {evaluation.documents} documents"

@@ -13,6 +13,7 @@ from hash_encoder import DIM, HashTokenEncoder, hash_vector
 from small_run_fields import LEVELS, PATCHES, RECIPE, make_table, read_small
 from torch import Tensor
 
+from ddiff.core.paths import LegPath, first_path, given_path, shared_path
 from ddiff.core.vocabulary import HierarchicalVocabulary
 from ddiff.data.captioned_images import load_digits
 from ddiff.data.fields_batch import FieldsBatch
@@ -23,6 +24,7 @@ from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.fields.data import RunFields, preview_fields
+from ddiff.runs.fields.own_vectors import describe_own_vectors
 from ddiff.runs.fields.values import TextValues, VectorValues
 
 
@@ -541,3 +543,23 @@ def test_decoded_digit_patches_draw_the_bundled_digits(tmp_path: Path, patch: in
     _, validation = load_digits()
     expected = np.rint(255 * validation.levels[:20] / 16).reshape(20, 8, 8)
     assert np.abs(np.stack(drawn)[..., 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("path", "noted"),
+    [
+        (shared_path(["text", "latent"]), {"text", "latent"}),
+        # Sampling draws the vector first: the text moves while the vector is clean.
+        (first_path(["latent", "text"]), {"text"}),
+        (first_path(["text", "latent"]), {"latent"}),
+        (given_path(shared_path(["text", "latent"]), {"latent": "clean"}), {"text"}),
+        (given_path(shared_path(["text", "latent"]), {"text": "clean"}), {"latent"}),
+        (given_path(shared_path(["text", "latent"]), {"text": "prior"}), set()),
+        (given_path(shared_path(["text", "latent"]), {"latent": "absent"}), set()),
+    ],
+)
+def test_describe_own_vectors_notes_fields_that_move_while_the_other_one_is_known(
+    path: LegPath, noted: set[str]
+) -> None:
+    assert set(describe_own_vectors(path, {"latent": "text"})) == noted
+    assert describe_own_vectors(path, {}) == {}

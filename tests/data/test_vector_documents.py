@@ -12,6 +12,7 @@ from ddiff_core.vector_documents import ConditionedVectorFiles, ConditionedVecto
 
 from ddiff.data.cache import Cache
 from ddiff.data.columns import FieldsDocuments, FieldsTable, TextColumn, VectorColumn
+from ddiff.data.paired_vectors import read_vector_files
 from ddiff.data.vector_documents import join_vectors
 from ddiff.errors import DataError
 
@@ -38,6 +39,13 @@ def test_join_vectors_keeps_pairs_and_leaves_out_samples_without_text(
         assert documents.train["text"][:] == ["text 0", "text 1", "text 3", "text 4"]
         assert documents.train["latent"][:] == [[0, 1, 2], None, [9, 10, 11], [12, 13, 14]]
         assert documents.validation["text"][:] == ["text 0", "text 1", "text 3"]
+        assert documents.own_vectors == ()
+
+
+def test_join_vectors_marks_vectors_that_are_computed_from_the_text(folder: Path) -> None:
+    for computed, marked in ((True, ("latent",)), (False, ())):
+        samples = read_vector_files(str(folder), held_out=0.3, computed=computed)
+        assert join_vectors(samples).own_vectors == marked
 
 
 @pytest.fixture

@@ -102,6 +102,14 @@ def test_run_trains_on_texts_and_vectors_and_leaves_out_missing_texts(ddiff: Com
     for target in ("joint", "latent | text"):
         assert found[target]["samples"] > 0
         assert np.isfinite(found[target]["nats_per_sample"])
+    # The vectors are computed from the texts: neither part of a bound is a likelihood.
+    notes = {
+        "text": "given its own latent: no likelihood of the text",
+        "latent": "density of a function of text: no lower limit",
+    }
+    assert found["joint"]["notes"] == notes
+    assert found["latent | text"]["notes"] == {"latent": notes["latent"]}
+    assert f"per token, {notes['text']}" in result.out
     samples = Path("runs/vectors/samples.jsonl").read_text().splitlines()
     assert len(samples) == 4
 

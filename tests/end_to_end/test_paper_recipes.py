@@ -16,11 +16,14 @@ import ddiff
 import ddiff.runs.initial_weights
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.single import SingleBackend
+from ddiff.evaluation.likelihood import Evaluation
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
+from ddiff.run_dir.evaluation_record import make_figures
 from ddiff.runs.build import assemble
+from ddiff.runs.evaluation import evaluation_protocol, score_validation
 from ddiff.runs.measure import measure
 from ddiff.runs.record import record_run
 from ddiff.runs.session import TrainingSession, build_run
@@ -148,6 +151,22 @@ def test_paper_recipe_with_reduced_sizes_trains(name: str, place: Path) -> None:
     before, after, loss = train(name)
     assert 0 < loss < math.inf
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_text_given_its_own_vector_has_no_perplexity(place: Path) -> None:
+    recipe = require_text_recipe(read_recipe(CONDITIONED[1], small(CONDITIONED[1])), "test")
+    session = TrainingSession.open(recipe)
+    session.initialize_weights()
+    run = session.run
+    found = score_validation(run.model, run.data, recipe)
+    assert found.ppl is None
+    assert found.bits_per_byte is None
+    assert "given its own vector (latent): no likelihood of the text" in repr(found)
+    assert found.protocol["own_vectors"] == ["latent"]
+    assert evaluation_protocol(run.data, recipe)["own_vectors"] == ["latent"]
+    assert Evaluation.from_dict(found.to_dict()) == found
+    written = {**found.to_dict(), "baselines": {}}
+    assert not {"ppl", "bits_per_byte"} & set(make_figures(written))
 
 
 @pytest.mark.parametrize("name", CONDITIONED)

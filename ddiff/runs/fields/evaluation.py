@@ -41,6 +41,7 @@ from ddiff.runs.fields.checks import (
     require,
 )
 from ddiff.runs.fields.data import RunFields
+from ddiff.runs.fields.own_vectors import describe_own_vectors
 from ddiff.runs.fields.rate import ThroughEvaluation
 
 DATA_UNITS = "data units"
@@ -59,6 +60,7 @@ class TargetEvaluation:
         untrained: name of a control that the training does not cover -> reason.
         own_vectors: given fields that are computed from a drawn text. The bound is then no
             likelihood of this text, since the given vector contains the text.
+        notes: note on the part of a field, by name (`describe_own_vectors`).
     """
 
     bound: JointEvaluation
@@ -67,6 +69,7 @@ class TargetEvaluation:
     controls: Mapping[str, JointEvaluation] = field(default_factory=dict)
     untrained: Mapping[str, str] = field(default_factory=dict)
     own_vectors: Sequence[str] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_below_entropy(self) -> bool:
@@ -85,6 +88,7 @@ class TargetEvaluation:
         written["is_below_entropy"] = self.is_below_entropy
         written["left_out"] = self.left_out
         written["own_vectors"] = list(self.own_vectors)
+        written["notes"] = dict(self.notes)
         controls = {}
         for name, found in self.controls.items():
             mean, interval = self.bound.subtract_from(found)
@@ -168,6 +172,7 @@ class Bounds:
                 controls,
                 untrained,
                 self._own_vectors(target),
+                self._describe_parts(target),
             )
         return found
 
@@ -193,6 +198,15 @@ class Bounds:
             if self.data.fields[name].computed_from in target.drawn:
                 own.append(name)
         return own
+
+    def _describe_parts(self, target: Target) -> dict[str, str]:
+        """Return the notes on texts with their own vectors along the path of a target."""
+        path = target.path(self.path, self.recipe.evaluate.unnamed)
+        sources = {}
+        for name, values in self.data.fields.items():
+            if values.computed_from in self.data.fields:
+                sources[name] = values.computed_from
+        return describe_own_vectors(path, sources)
 
     # ------------------------------------------------------------------ rate plus distortion
 

@@ -63,6 +63,7 @@ class ThroughEvaluation:
             "is_below_entropy": self.is_below_entropy,
             "left_out": self.left_out,
             "own_vectors": [],
+            "notes": {},
             "controls": {},
             "untrained_controls": {},
         }

@@ -99,7 +99,10 @@ def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> N
         )
         for field, figures in bounds["fields"].items():
             unit = report["units"][field]
-            table.add_row(f"  {field}", *_cells(figures, "nats_per_item"), f"per {unit}")
+            size = f"per {unit}"
+            if field in bounds["notes"]:
+                size += f", {bounds['notes'][field]}"
+            table.add_row(f"  {field}", *_cells(figures, "nats_per_item"), size)
             for term, value in figures["terms"].items():
                 table.add_row(f"    {term}", f"{value:.4f}", "", "")
         for label, mean, interval, unit in list_parts(bounds.get(RATE_DISTORTION)):

@@ -46,7 +46,7 @@ class Bound:
     nats: float
     interval: tuple[float, float] | None
     bits_per_byte: float | None
-    perplexity: float
+    perplexity: float | None
     terms: Mapping[str, float]
     parts: Mapping[str, float]
     baselines: Mapping[str, float]
@@ -70,7 +70,7 @@ class Bound:
             nats=found[f"{label.lower()}_nats_per_{unit}"],
             interval=(low_high[0], low_high[1]) if low_high else None,
             bits_per_byte=found.get("bits_per_byte"),
-            perplexity=found["ppl"],
+            perplexity=found.get("ppl"),
             terms=found.get(f"terms_nats_per_{unit}", {}),
             parts=found.get(f"parts_nats_per_{unit}", {}),
             baselines=baselines,

@@ -164,7 +164,7 @@ BOUND_FIGURES: Sequence[Figure] = (
     ("bound", lambda run, bound: bound.label),
     ("nats per unit", lambda run, bound: f"{bound.nats:.4f}"),
     ("95 % interval", lambda run, bound: _format_interval(bound.interval)),
-    ("perplexity", lambda run, bound: f"{bound.perplexity:.2f}"),
+    ("perplexity", lambda run, bound: _format_perplexity(bound)),
     ("bits per byte", lambda run, bound: _optional(bound.bits_per_byte)),
     ("unit", lambda run, bound: bound.unit),
     ("scored units", lambda run, bound: f"{bound.units:,}"),
@@ -176,6 +176,12 @@ BOUND_FIGURES: Sequence[Figure] = (
 
 def _format_interval(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def _format_perplexity(bound: Bound) -> str:
+    if bound.perplexity is None:
+        return "none: no likelihood of the text, which is given its own vector"
+    return f"{bound.perplexity:.2f}"
 
 
 def _optional(value: float | None) -> str:
@@ -239,7 +245,10 @@ def _describe_target(
     written = {f"{target}, nats per sample": _format_bound(found, "nats_per_sample")}
     for field, part in found["fields"].items():
         unit = run.evaluation["units"].get(field, "item")
-        written[f"{target}: {field}, nats per {unit}"] = _format_bound(part, "nats_per_item")
+        name = f"{target}: {field}, nats per {unit}"
+        if field in found.get("notes", {}):
+            name += f" ({found['notes'][field]})"
+        written[name] = _format_bound(part, "nats_per_item")
     for control, other in found.get("controls", {}).items():
         name = f"{target}, given fields {control}, nats per sample"
         written[name] = _format_bound(other, "nats_per_sample")
