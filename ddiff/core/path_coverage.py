@@ -13,7 +13,7 @@ Independent times train every curve.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +25,9 @@ from ddiff.errors import ArgumentError
 
 State = Hold | HeldAt | Literal["moves"]
 """State of a field: it moves, or is held."""
+
+Lacking = Collection[Set[str]]
+"""Combinations of fields that samples lack: each is the set of all fields that one sample lacks."""
 
 Situation = Mapping[str, State]
 """State of every field by name, in the order of the recipe."""
@@ -57,11 +60,17 @@ class Segment(NamedTuple):
         leg = self.legs[name]
         return ((tau - leg.start) / (leg.stop - leg.start)) ** self.power.get(name, 1.0)
 
-    def tau_of(self, name: str, progress: Tensor) -> Tensor:
-        """Return the tau at which a field that moves has the given progress."""
+    def find_tau(self, name: str, other: Segment, tau: Tensor) -> Tensor:
+        """Return the tau at which a field has the progress that it has on `other` at `tau`."""
         leg = self.legs[name]
-        share = progress ** (1.0 / self.power.get(name, 1.0))
-        return leg.start + (leg.stop - leg.start) * share
+        power = self.power.get(name, 1.0)
+        other_leg = other.legs[name]
+        other_power = other.power.get(name, 1.0)
+        if leg == other_leg and power == other_power:
+            return tau
+        # A large power of the share would be rounded to 0, the ratio of both powers is not.
+        share = ((tau - other_leg.start) / (other_leg.stop - other_leg.start)).clamp(0.0, 1.0)
+        return leg.start + (leg.stop - leg.start) * share ** (other_power / power)
 
 
 def situations(path: TrainingPath) -> list[Situation]:
@@ -89,7 +98,7 @@ def segments(path: Path) -> list[Segment]:
     return found
 
 
-def is_trained(segment: Segment, trained: TrainingPath, lacking: Collection[str] = ()) -> bool:
+def is_trained(segment: Segment, trained: TrainingPath, lacking: Lacking = ()) -> bool:
     """Return whether the joint states of a part of a path occur in training.
 
     With independent times, every field has every time from clean to prior while the others move,
@@ -98,7 +107,8 @@ def is_trained(segment: Segment, trained: TrainingPath, lacking: Collection[str]
     Args:
         segment: part of a path.
         trained: path or rule of training.
-        lacking: fields that some training samples lack; for these samples they are absent.
+        lacking: combinations of fields that some training samples lack. In these samples exactly
+            the fields of the combination are absent.
     """
     width = (segment.stop - segment.start) / POINTS
     tau = segment.start + width * (torch.arange(POINTS, dtype=torch.float64) + 0.5)
@@ -110,7 +120,7 @@ def require_trained(
     trained: TrainingPath,
     caller: str,
     guidance: Mapping[str, Mapping[str, Hold]] | None = None,
-    lacking: Collection[str] = (),
+    lacking: Lacking = (),
 ) -> None:
     """Raise ArgumentError if a path asks for joint states that do not occur in training.
 
@@ -120,7 +130,7 @@ def require_trained(
         caller: subject of the message, such as `[sample] targets, "image | text"`.
         guidance: for every guided field, the fields that its second prediction leaves out, with
             their states. The second prediction asks for further situations.
-        lacking: fields that some training samples lack.
+        lacking: combinations of fields that some training samples lack.
     """
     for segment in segments(path):
         if not is_trained(segment, trained, lacking):
@@ -192,9 +202,7 @@ def _hold_fields(segment: Segment, held: Mapping[str, Hold]) -> Segment:
     return segment._replace(situation=states, legs=legs)
 
 
-def _is_trained_at(
-    asked: Segment, tau: Tensor, trained: TrainingPath, lacking: Collection[str]
-) -> Tensor:
+def _is_trained_at(asked: Segment, tau: Tensor, trained: TrainingPath, lacking: Lacking) -> Tensor:
     """Return whether training has the joint states of a segment at values of tau, bool [n]."""
     found = torch.zeros_like(tau, dtype=torch.bool)
     if isinstance(trained, CyclePaths | MixedPaths):
@@ -202,14 +210,19 @@ def _is_trained_at(
             found = found | _is_trained_at(asked, tau, path, lacking)
         return found
     absent = {name for name, state in asked.situation.items() if state == "absent"}
+    # Complete samples lack no field. A sample that lacks fields trains every situation of the path
+    # with exactly these fields absent.
+    combinations: list[Set[str]] = [frozenset(), *lacking]
     if isinstance(trained, IndependentTimes):
-        return torch.full_like(found, absent <= set(lacking))
+        return torch.full_like(found, absent in combinations)
     for known in segments(trained):
         states = known.situation
         differing = {name for name, state in asked.situation.items() if state != states[name]}
-        # Samples that lack a field train every situation of the path with this field absent.
-        if differing <= absent & set(lacking):
-            found = found | _is_on_curve(asked, tau, known)
+        left_out = {name for name, state in states.items() if state == "absent"}
+        for combination in combinations:
+            if differing <= combination and absent == left_out | combination:
+                found = found | _is_on_curve(asked, tau, known)
+                break
     return found
 
 
@@ -217,7 +230,7 @@ def _is_on_curve(asked: Segment, tau: Tensor, known: Segment) -> Tensor:
     """Return whether the progress of the fields at tau occurs on another segment, bool [n]."""
     first, *others = asked.legs
     # The progress of one field says where on the other segment the point would be.
-    place = known.tau_of(first, asked.progress(first, tau))
+    place = known.find_tau(first, asked, tau)
     is_on = (place >= known.start - NEAR) & (place <= known.stop + NEAR)
     inside = place.clamp(known.start, known.stop)
     for name in others:

@@ -416,6 +416,23 @@ class FieldsTable:
                 counts[name] = column.missing()
         return counts
 
+    def lacking(self) -> set[frozenset[str]]:
+        """Return the combinations of fields that samples lack, each once.
+
+        A combination has all fields that one sample lacks. Complete samples have none.
+        """
+        marks = []
+        for name, column in self.columns.items():
+            with _name_column(name):
+                marks.append(~column.present)
+        names = list(self.columns)
+        combinations = set()
+        for row in np.unique(np.stack(marks, 1), axis=0):
+            lacks = frozenset(name for name, mark in zip(names, row, strict=True) if mark)
+            if lacks:
+                combinations.add(lacks)
+        return combinations
+
     def read_texts(self, name: str, numbers: ArrayLike) -> Texts:
         """Return the texts of the samples `numbers` [k] of a column of texts."""
         column = self.columns[name]

@@ -7,7 +7,7 @@ of the text, so no perplexity is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddiff.core.elbo import Likelihood
 from ddiff.core.field import Field
-from ddiff.core.path_coverage import require_trained
+from ddiff.core.path_coverage import Lacking, require_trained
 from ddiff.core.paths import Hold, Leg, Path
 from ddiff.core.rate_distortion import rate_distortion_paths
 from ddiff.core.rng import CounterRng
@@ -217,7 +217,7 @@ def evaluate_rate_distortion(
     batch: int = 64,
     seed: int = 0,
     unnamed: Hold = "prior",
-    lacking: Collection[str] = (),
+    lacking: Lacking = (),
     device: torch.device | None = None,
     console: Console | None = None,
 ) -> RateDistortion:
@@ -238,7 +238,7 @@ def evaluate_rate_distortion(
         batch: number of samples per batch.
         seed: seed of times and noise.
         unnamed: state of all other fields, "prior" or "absent".
-        lacking: fields that some training samples lack.
+        lacking: combinations of fields that some training samples lack.
         device: device of the batches.
         console: console for the progress bar; standard error by default.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.elbo import nelbo
 from ddiff.core.field import Field, Fields
-from ddiff.core.fields import hold, joint_nelbo
+from ddiff.core.fields import JointNoisy, hold, joint_nelbo
 from ddiff.core.gaussian import GaussianProcess
 from ddiff.core.gaussian_schedule import CosineVP
 from ddiff.core.paths import (
@@ -179,6 +179,35 @@ def test_absent_field_adds_nothing_and_is_marked_in_every_evaluation() -> None:
     assert (terms["latent"].decoding[~missing] != 0).all()
     assert terms["latent"].noisy.absent is not None
     assert torch.equal(terms["latent"].noisy.absent, missing)
+
+
+def test_field_at_the_prior_is_never_absent() -> None:
+    """A sample without the field has the same target as all others: the field at its prior."""
+    path = given_path(PATHS["shared"], {"latent": "prior"})
+    fields = random_fields()
+    x0 = draw_data(200)
+    slot = torch.arange(200)
+    missing = slot % 2 == 0
+    scored = all_scored(x0)
+    scored["latent"] = scored["latent"] & ~missing.unsqueeze(-1)
+    exact = exact_network(fields)
+    seen = []
+
+    def network(state: JointNoisy):
+        seen.append(state["latent"])
+        return exact(state)
+
+    rng = CounterRng(3, 0, slot, 1)
+    terms = joint_nelbo(fields, network, x0, scored, path, rng, slot, 200, {"latent": missing})
+    assert seen
+    for latent in seen:
+        assert latent.absent is None
+        assert not latent.clean.any()
+        assert bool((latent.t == 1.0).all())
+    assert not terms["latent"].total.any()
+    # Values and presence of the latent change nothing.
+    complete = draw_terms(path, 200)
+    assert torch.equal(terms["text"].total, complete["text"].total)
 
 
 def test_positions_that_are_not_scored_add_nothing_and_stay_clean() -> None:

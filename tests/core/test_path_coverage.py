@@ -200,14 +200,49 @@ def test_guidance_of_a_field_counts_only_where_the_field_moves() -> None:
 def test_samples_without_a_field_train_situations_in_which_it_is_absent() -> None:
     absent_text = given_path(SHARED, {"text": "absent"})
     for trained in (SHARED, IndependentTimes(PAIR)):
-        require_trained(absent_text, trained, "test", lacking=["text"])
+        require_trained(absent_text, trained, "test", lacking=[{"text"}])
         with pytest.raises(ArgumentError, match="text is absent"):
-            require_trained(absent_text, trained, "test", lacking=["latent"])
+            require_trained(absent_text, trained, "test", lacking=[{"latent"}])
     # If the latent is never given in training, it is not given in samples without text either.
     both = LegPath({"text": "absent", "image": Leg(0.0, 1.0), "latent": "clean"})
     three = shared_path(["text", "image", "latent"])
     with pytest.raises(ArgumentError, match="not trained"):
-        require_trained(both, three, "test", lacking=["text"])
+        require_trained(both, three, "test", lacking=[{"text"}])
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        shared_path(["text", "image", "latent"]),
+        IndependentTimes(["text", "image", "latent"]),
+    ],
+)
+def test_fields_must_be_absent_in_the_same_training_sample(trained: TrainingPath) -> None:
+    asked = LegPath({"text": Leg(0.0, 1.0), "image": "absent", "latent": "absent"})
+    require_trained(asked, trained, "test", lacking=[{"image", "latent"}])
+    with pytest.raises(ArgumentError, match="image and latent are absent"):
+        require_trained(asked, trained, "test", lacking=[{"image"}, {"latent"}])
+
+
+def test_fields_that_are_always_absent_together_are_not_absent_alone() -> None:
+    three = shared_path(["text", "image", "latent"])
+    given = given_path(three, {"latent": "clean"})
+    trained = MixedPaths([(three, 1.0), (given, 1.0)])
+    asked = given_path(three, {"image": "absent", "latent": "clean"})
+    require_trained(asked, trained, "test", lacking=[{"image"}])
+    with pytest.raises(ArgumentError, match="image is absent"):
+        require_trained(asked, trained, "test", lacking=[{"image", "latent"}])
+
+
+@pytest.mark.parametrize("power", [0.005, 0.2, 3.0, 200.0, 1e8])
+def test_paths_with_any_power_are_trained_by_themselves(power: float) -> None:
+    one = LegPath(SHARED.legs, {"text": power})
+    require_trained(one, one, "test")
+    # Equal powers of both fields only change tau.
+    if power <= 200.0:
+        require_trained(LegPath(SHARED.legs, {"text": power, "latent": power}), SHARED, "test")
+    with pytest.raises(ArgumentError, match="other progress"):
+        require_trained(one, SHARED, "test")
 
 
 def test_error_names_the_situations_and_a_recipe_that_trains_them() -> None:

@@ -48,6 +48,16 @@ def test_missing_values_are_read_as_empty_texts_and_zeros() -> None:
     assert vectors.present.tolist() == [True, False]
 
 
+def test_lacking_returns_the_combinations_that_occur() -> None:
+    found = table(
+        text=TextColumn(["a", None, None, "b"]),
+        image=TokenColumn(IDS, 5, present=np.array([True, False, False, True])),
+        latent=VectorColumn.from_array(VECTORS, present=np.array([True, True, True, False])),
+    )
+    assert found.lacking() == {frozenset({"text", "image"}), frozenset({"latent"})}
+    assert table(text=TextColumn(["a", "b"])).lacking() == set()
+
+
 def test_read_returns_the_samples_in_the_given_order() -> None:
     found = table(image=TokenColumn(IDS, 5)).read("image", [2, 0, 2])
     assert found.values.tolist() == IDS[[2, 0, 2]].tolist()

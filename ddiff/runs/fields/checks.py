@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import TYPE_CHECKING
 
 from ddiff.core.field_targets import Target, ThroughTarget, parse_evaluated, parse_target
@@ -20,20 +20,20 @@ from ddiff.sampling.loop import Sampler
 if TYPE_CHECKING:
     from ddiff.runs.fields.values import FieldShape
 
-Lacking = Callable[[], Collection[str]]
-"""Function that returns the fields that some training samples lack."""
+Lacking = Callable[[], Collection[Set[str]]]
+"""Function that returns the combinations of fields that some training samples lack."""
 
 
 def check_stages(
     recipe: FieldsRecipe,
     model: FieldsModel,
     shapes: Mapping[str, FieldShape],
-    lacking: Lacking = set,
+    lacking: Lacking = tuple,
 ) -> None:
     """Raise ArgumentError if a target of [evaluate] or [sample] cannot be computed.
 
     A target must name fields of the recipe, and the training must cover it. `lacking` returns
-    the fields that some training samples lack.
+    the combinations of fields that some training samples lack.
     """
     names = list(recipe.fields)
     path = evaluation_path(recipe)
@@ -80,7 +80,7 @@ def check_through(
     """Raise ArgumentError if the bound of a text through a vector cannot be computed.
 
     The fields must be tokens and vectors with the noise of the recipe, and the training must cover
-    rate and distortion. `lacking` returns the fields that some training samples lack.
+    rate and distortion. `lacking` returns the combinations of fields that training samples lack.
     """
     deviation = find_deviation(recipe, target)
     try:
@@ -92,7 +92,7 @@ def check_through(
 
 
 def _require_through(
-    recipe: FieldsRecipe, target: ThroughTarget, trained: TrainingPath, lacking: Lacking = set
+    recipe: FieldsRecipe, target: ThroughTarget, trained: TrainingPath, lacking: Lacking = tuple
 ) -> None:
     """Raise ArgumentError if the training does not cover rate and distortion of a target."""
     deviation = find_deviation(recipe, target)
@@ -192,7 +192,7 @@ def check_target(
     """Raise ArgumentError if samples of a target are not possible.
 
     The samplers must support the processes, and the training must cover the target and its
-    guidance. `lacking` returns the fields that some training samples lack.
+    guidance. `lacking` returns the combinations of fields that some training samples lack.
     """
     parameterizations = model.denoiser.parameterizations
     predicts = {name: parameterizations[name].predicts for name in model.fields}
@@ -212,7 +212,7 @@ def require(
     trained: TrainingPath,
     caller: str,
     guidance: Mapping[str, Mapping[str, Hold]] | None = None,
-    lacking: Lacking = set,
+    lacking: Lacking = tuple,
 ) -> None:
     """Raise ArgumentError if the training does not cover a path; see `require_trained`."""
     try:

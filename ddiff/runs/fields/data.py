@@ -110,9 +110,9 @@ class RunFields:
         """Number of validation samples."""
         return len(self.documents.validation)
 
-    def lacking(self) -> set[str]:
-        """Return the fields that some training samples lack."""
-        return {name for name, count in self.documents.train.missing().items() if count}
+    def lacking(self) -> set[frozenset[str]]:
+        """Return the combinations of fields that some training samples lack."""
+        return self.documents.train.lacking()
 
     def encode(self, name: str) -> EncodedVectors:
         """Compute the vectors of a field with the key `encode`, unless the cache contains them."""
