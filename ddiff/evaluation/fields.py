@@ -119,6 +119,7 @@ def evaluate_fields(
     volumes: Mapping[str, float] | None = None,
     device: torch.device | None = None,
     console: Console | None = None,
+    title: str = "evaluating",
 ) -> JointEvaluation:
     """Estimate the bound of samples along a path, and its standard errors.
 
@@ -133,6 +134,7 @@ def evaluate_fields(
         volumes: `Normalizer.log_volume` per vector, by field, to report a field in data units.
         device: device of the batches.
         console: console for the progress bar; standard error by default.
+        title: name of the job in the progress bar.
 
     Raises ArgumentError for a path without a bound, or if there are no samples or no draws, and
     NonFiniteError if the bound is not finite.
@@ -140,7 +142,7 @@ def evaluate_fields(
     path = require_path(path, "evaluate_fields")
     _check_numbers("evaluate_fields", samples, draws)
     scores = _Scores(samples, draws)
-    with show_progress(samples * draws, "evaluating", console=console) as bar:
+    with show_progress(samples * draws, title, console=console) as bar:
         for draw in range(draws):
             for start in range(0, samples, batch):
                 numbers = np.arange(start, min(start + batch, samples))
@@ -261,7 +263,7 @@ def evaluate_rate_distortion(
         terms = likelihood[name].terms.items()
         return {term: values.sum(-1).cpu().numpy() for term, values in terms}
 
-    with show_progress(samples * draws, "evaluating", console=console) as bar:
+    with show_progress(samples * draws, f"{text} through {latent}", console=console) as bar:
         for start in range(0, samples, batch):
             numbers = np.arange(start, min(start + batch, samples))
             found = batch_of(numbers)

@@ -66,6 +66,24 @@ def _check_field_table(name: str, table: object, tree: RecipeTree) -> None:
         if key not in keys:
             message = explain_unknown_key(format_table(path), key, "", keys)
             raise RecipeError(f"{tree.locate((*path, key))}: {message}")
+    # a table without process that has nearly the name of a field is a misspelt field
+    others = [other for other in _list_processes(tree) if other != name]
+    suggestion = suggest(name, others)
+    if suggestion and name not in _list_processes(tree):
+        raise RecipeError(
+            f"{place}: [{GROUP}.{name}] has no process."
+            f"{suggestion} Fields with a process: {', '.join(others)}. "
+            "A new field needs the key process."
+        )
+
+
+def _list_processes(tree: RecipeTree) -> list[str]:
+    """Return the names of the fields that have a process."""
+    found = []
+    for name, table in tree.values[GROUP].items():
+        if isinstance(table, dict) and "process" in table:
+            found.append(name)
+    return found
 
 
 def check_field_references(recipe: FieldsRecipe, tree: RecipeTree) -> None:

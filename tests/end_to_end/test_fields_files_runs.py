@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_run_trains_on_texts_and_vectors_and_leaves_out_missing_texts(ddiff: Com
     Path("vectors.toml").write_text(VECTORS + TAIL.format(name="latent"))
     result = ddiff("run", "vectors.toml")
     assert result.code == 0, result.err
+    assert re.search(r"\d+ of \d+ training samples lack text", result.err)
+    assert "lack latent" not in result.err
+    assert "evaluating latent | text, shuffled" in result.err
     found = json.loads(Path("runs/vectors/evaluation.json").read_text())["targets"]
     lines = [json.loads(line) for line in Path("data/train_data.jsonl").read_text().splitlines()]
     assert sum(line["text"] is None for line in lines) == COUNT // MISSING

@@ -19,7 +19,7 @@ from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.recipe.fields_keys import FieldsEvaluateKeys
 from ddiff.runs.fields.report import describe_settings
-from ddiff.runs.fields.summary import format_value
+from ddiff.runs.fields.summary import format_value, print_bounds
 from ddiff.runs.stages import run_recipe
 from ddiff.training.metrics import WALL_CLOCK
 
@@ -104,6 +104,17 @@ def test_summary_describes_pictures_and_vectors_instead_of_listing_their_numbers
 )
 def test_format_value_describes_a_value_in_one_line(value: dict[str, Any], described: str) -> None:
     assert format_value(value) == described
+
+
+def test_bound_without_variation_prints_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((RUN / "evaluation.json").read_text())
+    bounds = report["targets"]["joint"]
+    mean = bounds["nats_per_sample"]
+    bounds["interval"] = [mean, mean]
+    print_bounds({**report, "targets": {"joint": bounds}})
+    out = capsys.readouterr().out
+    assert "no interval: all draws are equal" in out
+    assert f"[{mean:.4f}" not in out
 
 
 def test_samples_pictures_and_findings_are_written_for_every_target() -> None:

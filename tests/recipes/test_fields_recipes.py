@@ -466,3 +466,8 @@ def test_listing_of_core_has_the_keys_of_fields_recipes(toy, monkeypatch):
     ):
         assert title in titles
     assert titles.count("[backend], keys of the engine:") == 1
+
+
+def test_misspelt_field_gets_a_suggestion(write):
+    with pytest.raises(RecipeError, match=r'\[fields\.imag\] has no process.*mean "image"'):
+        read_recipe(write(FIELDS_RECIPE), ["fields.imag.weight=2"])

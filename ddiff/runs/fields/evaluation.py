@@ -249,26 +249,30 @@ class Bounds:
         if not target.given or not self.recipe.evaluate.controls:
             return found, untrained
         path = target.path(self.path, self.recipe.evaluate.unnamed)
-        found["shuffled"] = self._score_path(target, path, shuffled=True)
+        found["shuffled"] = self._score_path(target, path, "shuffled")
         noise = given_path(path, dict.fromkeys(target.given, "prior"))
         try:
             self._require(noise, "the control with noise")
         except ArgumentError as error:
             untrained["noise"] = str(error)
         else:
-            found["noise"] = self._score_path(target, noise)
+            found["noise"] = self._score_path(target, noise, "noise")
         return found, untrained
 
     # ------------------------------------------------------------------ one path
 
-    def _score_path(self, target: Target, path: LegPath, shuffled: bool = False) -> JointEvaluation:
-        """Compute the bound of the samples that have all fields of a target along a path."""
+    def _score_path(self, target: Target, path: LegPath, control: str = "") -> JointEvaluation:
+        """Compute the bound of the samples that have all fields of a target along a path.
+
+        `control`: name of the control, or "" for the bound of the target.
+        """
+        title = f"evaluating {target}" + (f", {control}" if control else "")
         numbers = self._numbers([*target.drawn, *target.given], target)
         keys = self.recipe.evaluate
         self.model.objective.module.eval()  # no dropout; the trainer switches back
         found = evaluate_fields(
             self.model.objective,
-            self._batches(numbers, target.given if shuffled else ()),
+            self._batches(numbers, target.given if control == "shuffled" else ()),
             len(numbers),
             path,
             draws=self.draws,
@@ -277,8 +281,9 @@ class Bounds:
             volumes=self._volumes(target.drawn),
             device=self.model.device,
             console=self.console,
+            title=title,
         )
-        if shuffled:
+        if control == "shuffled":
             return replace(found, partners=pair_samples(len(numbers), keys.seed))
         return found
 

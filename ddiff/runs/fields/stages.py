@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,10 +52,24 @@ def build_run(recipe: FieldsRecipe, backend: Backend, overrides: Overrides) -> F
     with backend.main_process_first():
         data = RunFields(recipe)
         data.read()
+    if backend.rank == 0:
+        for line in describe_missing(data):
+            print(line, file=sys.stderr)
     shapes = shapes_of(data.fields)
     denoiser = build_joint_denoiser_on_meta(recipe, shapes)
     check_memory(recipe, shapes, denoiser, backend.device)
     return FieldsRun(recipe, assemble_fields(recipe, shapes, backend.device), data)
+
+
+def describe_missing(data: RunFields) -> list[str]:
+    """Return one line for each part of the data and each field that some samples lack."""
+    lines = []
+    parts = (("training", data.documents.train), ("validation", data.documents.validation))
+    for part, table in parts:
+        for name, count in table.missing().items():
+            if count:
+                lines.append(f"{count:,} of {len(table):,} {part} samples lack {name}")
+    return lines
 
 
 def load_run(

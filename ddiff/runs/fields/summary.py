@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WIDEST = 160  # columns of a table
 SHOWN = 3  # samples of each target
+SMALLEST_WIDTH = 1e-12  # of an interval, as a fraction of the mean; a smaller one is rounding
 LONGEST_VALUE = 72  # characters of a shown value
 
 
@@ -147,6 +148,8 @@ def _cells(figures: Mapping[str, Any], key: str) -> tuple[str, str]:
     if figures["interval"] is None:
         return mean, ""
     low, high = figures["interval"]
+    if high - low <= SMALLEST_WIDTH * abs(figures[key]):
+        return mean, "no interval: all draws are equal"
     return mean, f"[{low:.4f}, {high:.4f}]"
 
 
