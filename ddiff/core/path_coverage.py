@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ddiff.core.field import Field, Fields
 from ddiff.core.paths import HeldAt, Hold, Leg, LegPath, Path
 from ddiff.core.training_paths import CyclePaths, IndependentTimes, MixedPaths, TrainingPath
 from ddiff.errors import ArgumentError
@@ -35,6 +36,7 @@ Situation = Mapping[str, State]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 WORDS: Mapping[Hold, str] = {"clean": "clean", "prior": "at the prior", "absent": "absent"}
 POINTS = 64  # of a segment that are compared with training
+NEAR_END = 0.01  # largest distance of the end of a time rule from information time 0 or 1
 NEAR = 1e-9  # largest distance of progress between equal points of two curves
 
 
@@ -98,7 +100,12 @@ def segments(path: Path) -> list[Segment]:
     return found
 
 
-def is_trained(segment: Segment, trained: TrainingPath, lacking: Lacking = ()) -> bool:
+def is_trained(
+    segment: Segment,
+    trained: TrainingPath,
+    lacking: Lacking = (),
+    fields: Fields | None = None,
+) -> bool:
     """Return whether the joint states of a part of a path occur in training.
 
     With independent times, every field has every time from clean to prior while the others move,
@@ -109,10 +116,11 @@ def is_trained(segment: Segment, trained: TrainingPath, lacking: Lacking = ()) -
         trained: path or rule of training.
         lacking: combinations of fields that some training samples lack. In these samples exactly
             the fields of the combination are absent.
+        fields: fields by name, whose time rules limit independent times; None: no limits.
     """
     width = (segment.stop - segment.start) / POINTS
     tau = segment.start + width * (torch.arange(POINTS, dtype=torch.float64) + 0.5)
-    return bool(_is_trained_at(segment, tau, trained, lacking).all())
+    return bool(_is_trained_at(segment, tau, trained, lacking, fields).all())
 
 
 def require_trained(
@@ -121,6 +129,7 @@ def require_trained(
     caller: str,
     guidance: Mapping[str, Mapping[str, Hold]] | None = None,
     lacking: Lacking = (),
+    fields: Fields | None = None,
 ) -> None:
     """Raise ArgumentError if a path asks for joint states that do not occur in training.
 
@@ -131,16 +140,17 @@ def require_trained(
         guidance: for every guided field, the fields that its second prediction leaves out, with
             their states. The second prediction asks for further situations.
         lacking: combinations of fields that some training samples lack.
+        fields: fields by name, whose time rules limit independent times; None: no limits.
     """
     for segment in segments(path):
-        if not is_trained(segment, trained, lacking):
+        if not is_trained(segment, trained, lacking, fields):
             raise _untrained_error(segment, trained, f"{caller}: the path")
     for guided, without in (guidance or {}).items():
         for segment in segments(path):
             if segment.situation.get(guided) != "moves":
                 continue
             second = _hold_fields(segment, without)
-            if not is_trained(second, trained, lacking):
+            if not is_trained(second, trained, lacking, fields):
                 raise _untrained_error(second, trained, f"{caller}: the guidance of {guided}")
 
 
@@ -202,19 +212,30 @@ def _hold_fields(segment: Segment, held: Mapping[str, Hold]) -> Segment:
     return segment._replace(situation=states, legs=legs)
 
 
-def _is_trained_at(asked: Segment, tau: Tensor, trained: TrainingPath, lacking: Lacking) -> Tensor:
+def _is_trained_at(
+    asked: Segment,
+    tau: Tensor,
+    trained: TrainingPath,
+    lacking: Lacking,
+    fields: Fields | None,
+) -> Tensor:
     """Return whether training has the joint states of a segment at values of tau, bool [n]."""
     found = torch.zeros_like(tau, dtype=torch.bool)
     if isinstance(trained, CyclePaths | MixedPaths):
         for path, _ in trained.parts:
-            found = found | _is_trained_at(asked, tau, path, lacking)
+            found = found | _is_trained_at(asked, tau, path, lacking, fields)
         return found
     absent = {name for name, state in asked.situation.items() if state == "absent"}
     # Complete samples lack no field. A sample that lacks fields trains every situation of the path
     # with exactly these fields absent.
     combinations: list[Set[str]] = [frozenset(), *lacking]
     if isinstance(trained, IndependentTimes):
-        return torch.full_like(found, absent in combinations)
+        reaches = all(
+            _reaches(fields[name], state)
+            for name, state in asked.situation.items()
+            if fields is not None
+        )
+        return torch.full_like(found, absent in combinations and reaches)
     for known in segments(trained):
         states = known.situation
         differing = {name for name, state in asked.situation.items() if state != states[name]}
@@ -224,6 +245,19 @@ def _is_trained_at(asked: Segment, tau: Tensor, trained: TrainingPath, lacking: 
                 found = found | _is_on_curve(asked, tau, known)
                 break
     return found
+
+
+def _reaches(field: Field, state: State) -> bool:
+    """Return whether the times of a field come near to its clean end or its noisy end."""
+    if state not in ("clean", "prior"):
+        return True
+    clock = field.process.information_time
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    near, _ = clock.at((ends - NEAR_END).abs())
+    first, last = field.rule.at(clock, ends, field.positions).t
+    if state == "clean":
+        return bool((first <= near.min()).all())
+    return bool((last >= near.max()).all())
 
 
 def _is_on_curve(asked: Segment, tau: Tensor, known: Segment) -> Tensor:

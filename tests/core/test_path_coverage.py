@@ -20,6 +20,7 @@ from ddiff.core.path_coverage import (
     situations,
 )
 from ddiff.core.paths import Hold, Leg, LegPath, first_path, given_path, lagged_path, shared_path
+from ddiff.core.times import FlatTimes
 from ddiff.core.training_paths import CyclePaths, IndependentTimes, MixedPaths, TrainingPath
 from ddiff.errors import ArgumentError
 from ddiff.testing.joint_probes import small_fields
@@ -232,6 +233,20 @@ def test_fields_that_are_always_absent_together_are_not_absent_alone() -> None:
     require_trained(asked, trained, "test", lacking=[{"image"}])
     with pytest.raises(ArgumentError, match="image is absent"):
         require_trained(asked, trained, "test", lacking=[{"image", "latent"}])
+
+
+@pytest.mark.parametrize(("hold", "start", "stop"), [("clean", 0.2, 1.0), ("prior", 0.0, 0.8)])
+def test_independent_times_train_holds_only_if_the_time_rule_reaches_them(
+    hold: Hold, start: float, stop: float
+) -> None:
+    path = given_path(SHARED, {"latent": hold})
+    independent = IndependentTimes(PAIR)
+    fields = small_fields(SHARED)
+    require_trained(path, independent, "test", fields=fields)
+    limited = {**fields, "latent": fields["latent"]._replace(rule=FlatTimes(start, stop))}
+    with pytest.raises(ArgumentError, match="not trained"):
+        require_trained(path, independent, "test", fields=limited)
+    require_trained(SHARED, independent, "test", fields=limited)
 
 
 @pytest.mark.parametrize("power", [0.005, 0.2, 3.0, 200.0, 1e8])

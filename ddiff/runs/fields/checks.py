@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Set
 from typing import TYPE_CHECKING
 
+from ddiff.core.field import Fields
 from ddiff.core.field_targets import Target, ThroughTarget, parse_evaluated, parse_target
 from ddiff.core.path_coverage import require_trained
 from ddiff.core.paths import Hold, LegPath
@@ -45,7 +46,7 @@ def check_stages(
         along = target.path(path, recipe.evaluate.unnamed)
         check_path(along, model.fields)
         caller = f'[evaluate] targets, "{target}"'
-        require(along, model.objective.path, caller, lacking=lacking)
+        require(along, model.objective.path, caller, lacking=lacking, fields=model.fields)
     for text in recipe.sample.targets:
         target = parse_target(text, names)
         sampler = build_joint_sampler(recipe, shapes, target)
@@ -204,7 +205,7 @@ def check_target(
         error.args = (f"{caller}: {error}",)
         raise
     guidance = {name: each.without for name, each in sampler.guidance.items()}
-    require(path, model.objective.path, caller, guidance, lacking)
+    require(path, model.objective.path, caller, guidance, lacking, model.fields)
 
 
 def require(
@@ -213,10 +214,11 @@ def require(
     caller: str,
     guidance: Mapping[str, Mapping[str, Hold]] | None = None,
     lacking: Lacking = tuple,
+    fields: Fields | None = None,
 ) -> None:
     """Raise ArgumentError if the training does not cover a path; see `require_trained`."""
     try:
-        require_trained(path, trained, caller, guidance)
+        require_trained(path, trained, caller, guidance, fields=fields)
     except ArgumentError:
         # Asked only now, because the samples must be read to find the fields that they lack.
-        require_trained(path, trained, caller, guidance, lacking())
+        require_trained(path, trained, caller, guidance, lacking(), fields)

@@ -189,7 +189,8 @@ class Bounds:
         return self._score_path(target, path)
 
     def _require(self, path: LegPath, caller: str) -> None:
-        require(path, self.model.objective.path, caller, lacking=self.data.lacking)
+        trained = self.model.objective.path
+        require(path, trained, caller, lacking=self.data.lacking, fields=self.model.fields)
 
     def _own_vectors(self, target: Target) -> list[str]:
         """Return the given fields that are computed from a drawn text."""
