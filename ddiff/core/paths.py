@@ -83,9 +83,9 @@ class Path(Protocol):
     def ends(
         self, fields: Fields, name: str, rng: CounterRng, slot: Tensor, slots: int | Tensor
     ) -> tuple[JointTimes, JointTimes]:
-        """Return the joint times of the decoding and of the closing term of one field.
+        """Return the joint times of the end terms of one field: decoding and prior term.
 
-        The speeds of the other fields are 0.
+        The prior term is called closing in code. The speeds of the other fields are 0.
         """
 
 

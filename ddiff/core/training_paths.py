@@ -37,7 +37,10 @@ class TrainingPart(Protocol):
     def ends(
         self, fields: Fields, name: str, rng: CounterRng, slot: Tensor, slots: int | Tensor
     ) -> tuple[JointTimes, JointTimes]:
-        """Return the joint times of the decoding and of the closing term of one field."""
+        """Return the joint times of the end terms of one field: decoding and prior term.
+
+        The prior term is called closing in code.
+        """
 
 
 @final

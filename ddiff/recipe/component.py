@@ -83,9 +83,9 @@ class ComponentSpec:
             return
         with self.prefix_errors():
             raise ArgumentError(
-                f'The {kind} "{self.component.name}" is for tokens; got a field of vectors of '
-                f"{numbers} numbers. Use a {kind} of vectors: the plugin core has the head "
-                '"vector", the plugin gaussian the process "gaussian".'
+                f'The {kind} "{self.component.name}" is for tokens, but the vectors of this field '
+                f"have {numbers} numbers. Use a {kind} for vectors: the plugin core has the head "
+                '"vector", and the plugin gaussian has the process "gaussian".'
             )
 
     @contextmanager

@@ -181,10 +181,10 @@ def _check_name(
     """Raise RecipeError if a name is not the name of a field.
 
     Args:
-        name: the name.
+        name: name to check.
         fields: names of all fields.
-        path: path of the key that contains the name.
-        subject: the key in words, for the message.
+        path: path of the key that contains the name, to find its line.
+        subject: name of the key in the message, such as "[sample] guidance".
         tree: all tables of the recipe.
     """
     if name not in fields:

@@ -1,7 +1,7 @@
 """Resolved recipe: the checked settings of an experiment and its components.
 
-`Recipe` is a recipe of one text. `FieldsRecipe`, in `ddiff.recipe.fields_recipe`, is a recipe of
-several fields. `BaseRecipe` has what both have.
+`Recipe` configures a model of text. `FieldsRecipe`, in `ddiff.recipe.fields_recipe`, configures a
+model of several fields. `BaseRecipe` has what both have.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class RunKind(Protocol):
     def build_run(self, recipe: Any, backend: Backend, overrides: Overrides) -> TrainableRun:
         """Build the data, the components and the untrained model of a run.
 
-        Raises an error before a file is written if the network does not fit the data, or if the
-        memory is too small.
+        Raises an error if the network does not fit the data, or if the memory is too small. No file
+        has been written then.
         """
         ...
 

@@ -49,11 +49,11 @@ BISECTIONS = 50  # of the interval of quantiles, [-8, 8]
 
 
 class VectorSamplerCase(NamedTuple):
-    """Sampler of vectors to check, and the process that it reverses.
+    """Vector sampler under test, and the process that it reverses.
 
     Attributes:
         build: function that makes the sampler for a number of steps.
-        process: process of vectors of one number.
+        process: Gaussian process of vectors with one number.
     """
 
     build: Callable[[int], Sampler]
@@ -177,7 +177,10 @@ def measure_wasserstein(case: VectorSamplerCase, steps: int) -> float:
 
 @final
 class QuasiRandomStart(FastRng):
-    """Random generator whose first states are Sobol points, to measure small distances."""
+    """Random generator that draws the initial states of samples from Sobol points.
+
+    Distances between distributions are then measured with less noise.
+    """
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
         drawn = super().uniform(channel, count)

@@ -89,9 +89,9 @@ class DigitsJudge:
 class ShapesJudge:
     """Counts images and captions of two shapes that fit together, by an exact rule.
 
-    An image is right if it is one of the images of its caption. Captions are right likewise; some
-    images have two captions. The chance is the probability that an independent pair of an image and
-    a caption fits.
+    An image is right if the source can draw it for its caption. A caption is right if the source
+    can draw its image for the caption; some images have two right captions. The chance is the
+    probability that an independent pair of an image and a caption fits.
 
     Drawn images with wrong pixels are compared with all images of the source: the judge reports the
     number of pixels that differ from the nearest one, and whether its caption is that of the drawn

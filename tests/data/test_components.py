@@ -14,8 +14,17 @@ from corpora import WORDS
 from ddiff_core import COMPONENTS
 from ddiff_core.data import Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text
 from ddiff_core.fields_data import Digits, Shapes
+from ddiff_core.fields_files import (
+    EncodedTexts,
+    Images,
+    ImageTables,
+    TokenGrids,
+    VectorFiles,
+    VectorShards,
+)
 from ddiff_core.sentences import Sentences
 from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained, Saved, Words
+from ddiff_core.vector_documents import ConditionedVectorFiles, ConditionedVectorShards
 from ddiff_core.vocabularies import Clusters, File, Flat
 from pydantic import ValidationError
 
@@ -48,10 +57,13 @@ def build_clusters(
 
 
 def test_data_component_tests_list_every_registered_data_component() -> None:
+    """Data sets from files of vectors and images are tested in other modules of this folder."""
+    texts = (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text)
+    fields_files = (EncodedTexts, ImageTables, Images, TokenGrids, VectorFiles, VectorShards)
     here = {
-        "dataset": (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text),
+        "dataset": (*texts, ConditionedVectorFiles, ConditionedVectorShards),
         "tokenizer": (Alphabet, BytePair, Pretrained, Saved, Words),
-        "fields_dataset": (Digits, Sentences, Shapes),
+        "fields_dataset": (Digits, Sentences, Shapes, *fields_files),
         "vocabulary": (Clusters, File, Flat),
     }
     for kind, objects in here.items():

@@ -260,7 +260,7 @@ def test_heads_refuse_fields_of_the_other_kind() -> None:
         make_spec("head", "vector").build(vocabulary=WORDS, width=6)
     for name in ("tokens", "tied", "levelwise"):
         with pytest.raises(
-            ArgumentError, match=rf'\[table\]: The head "{name}" is for tokens; got'
+            ArgumentError, match=rf'\[table\]: The head "{name}" is for tokens, but'
         ):
             make_spec("head", name).build(vocabulary=None, width=6, dim=3)
     assert isinstance(
@@ -270,7 +270,7 @@ def test_heads_refuse_fields_of_the_other_kind() -> None:
 
 @pytest.mark.parametrize("name", ["mdlm", "gidd", "sedd", "hdlm", "hybrid_epsilon"])
 def test_processes_of_tokens_refuse_a_field_of_vectors(name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf'\[table\]: The process "{name}" is for tokens; got'):
+    with pytest.raises(ArgumentError, match=rf'\[table\]: The process "{name}" is for tokens, but'):
         make_spec("process", name).build(vocabulary=None, width=3)
 
 

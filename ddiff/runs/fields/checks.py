@@ -150,8 +150,9 @@ def _build_leg_path(recipe: FieldsRecipe, table: str) -> LegPath:
         found = require_path(path, table)
         if not isinstance(found, LegPath):
             raise ArgumentError(
-                f"{table}: a path must have one leg per field; got {type(found).__name__}. Use "
-                '"shared", "first" or "lagged".'
+                f"{table}: the path must be a LegPath, on which each field moves in one interval "
+                f'of tau or is held; got {type(found).__name__}. Use "shared", "first" or '
+                '"lagged".'
             )
     return found
 

@@ -172,9 +172,9 @@ class RunFields:
 
     @cached_property
     def _text_fields(self) -> dict[str, TextValues]:
-        """Values of the fields of texts. They use only stored columns, since others depend on them.
+        """Values of the fields of texts, by name, for the columns that the data set has.
 
-        These are built before the vectors of texts are computed.
+        The vectors of the fields with `encode` are computed from these values afterwards.
         """
         texts = {}
         for name, tables in self.recipe.fields.items():

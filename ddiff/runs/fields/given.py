@@ -29,7 +29,7 @@ def repeat_given(values: FieldValues, given: Any, count: int) -> Any:
     except ValueError as error:
         raise ArgumentError(
             f'sample: given["{values.name}"] must be numbers of the same shape for every sample; '
-            f"got {error}."
+            f"NumPy cannot make an array of them: {error}."
         ) from error
     array = _add_samples(values, array)
     values.check_values(array)

@@ -118,7 +118,10 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
 
 
 def _check(trajectory: Trajectory) -> Trajectory:
-    """Raise ValueError if positions or states are outside of the trajectory."""
+    """Return the trajectory.
+
+    Raises ValueError if a change has a position outside of the sample, or a state has no name.
+    """
     length = len(trajectory.start)
     states = list(trajectory.start)
     for step in trajectory.changes:
