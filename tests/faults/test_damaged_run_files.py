@@ -231,7 +231,7 @@ def is_also_valid(right: Any, key: str, value: Any) -> bool:
     return isinstance(value, float) and (isinstance(right, float) or key == "nfe")
 
 
-OPTIONAL = ("init", "interval", "bits_per_byte", "judge")
+OPTIONAL = ("init", "interval", "ppl", "bits_per_byte", "judge")
 
 
 @pytest.mark.parametrize(("file", "key"), KEYS)

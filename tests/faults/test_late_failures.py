@@ -61,7 +61,7 @@ def test_every_integer_key_of_every_component_has_an_upper_limit() -> None:
             for branch in branches:
                 items = branch.get("items", {})
                 for number in (branch, items):
-                    bounded = {"maximum", "exclusiveMaximum"} & number.keys()
+                    bounded = {"maximum", "exclusiveMaximum", "enum", "const"} & number.keys()
                     if (
                         number.get("type") == "integer"
                         and not bounded
