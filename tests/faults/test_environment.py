@@ -13,7 +13,7 @@ import pytest
 from commands import refusal, run_command
 
 from ddiff import ArgumentError, Cache, DataError, PluginError
-from ddiff.cli import _escape
+from ddiff.cli.output import escape
 from ddiff.data.cache import default_root
 from ddiff.distributed.launcher import check_address, get_rank_info
 from ddiff.errors import explain_error
@@ -85,7 +85,7 @@ def test_unencodable_characters_are_written_as_toml_escapes() -> None:
     import codecs
     import tomllib
 
-    codecs.register_error("ddiff-test", _escape)
+    codecs.register_error("ddiff-test", escape)
     written = 'name = "é😀"'.encode("ascii", "ddiff-test").decode("ascii")
     assert tomllib.loads(written) == {"name": "é😀"}
 

@@ -1,0 +1,33 @@
+"""Command line of ddiff. Commands call functions of `ddiff.runs`.
+
+Importing this package does not import torch, so that `--help` is fast.
+
+An error that the caller can fix is printed as one paragraph, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ddiff.cli import components, evaluation, sampling, training
+from ddiff.cli.app import app
+from ddiff.cli.process import main
+
+__all__ = ["app", "main"]
+
+# in the order in which `ddiff --help` lists them
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": training.run,
+    "data": training.prepare,
+    "encode": training.encode,
+    "eval": evaluation.evaluate,
+    "export": training.export,
+    "sample": sampling.sample,
+    "compare": evaluation.compare_runs,
+    "report": evaluation.report,
+    "check": components.check,
+    "plugins": components.plugins,
+    "recipes": components.recipes,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)

@@ -1,0 +1,162 @@
+"""Commands for evaluation: eval, compare and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddiff.cli.options import (
+    MOST,
+    DocumentSplit,
+    EvaluatedData,
+    EvaluateSettings,
+    JudgeName,
+    NoRetokenize,
+    ProtocolName,
+    Published,
+    RunDir,
+    Until,
+)
+from ddiff.cli.output import print_columns
+from ddiff.errors import ArgumentError
+
+
+def evaluate(
+    run_dir: RunDir,
+    settings: EvaluateSettings = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the results to NAME.json instead of a file of the run.",
+        ),
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Draw samples and evaluate these.")
+    ] = False,
+    judge: JudgeName = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST, help="With --generate: number of samples; by default \\[sample] count."
+        ),
+    ] = None,
+    no_retokenize: NoRetokenize = False,
+    until: Until = None,
+    data: EvaluatedData = None,
+    split: DocumentSplit = "file",
+    protocol: ProtocolName = None,
+    published: Published = False,
+) -> None:
+    """Evaluate the likelihood bound of a trained run on the validation text, or on other text.
+
+    The results include confidence intervals and baselines. Results on other text are written to
+    evaluation-NAME.json of the run. With --generate, samples are drawn and evaluated instead:
+    entropy, repetition, diversity, and perplexity under a judge. The results are written to
+    generation.json of the run.
+    """
+    if generate:
+        if no_retokenize and judge is None:
+            raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
+        if until or data or protocol or published:
+            raise ArgumentError(
+                "--generate evaluates samples, so it excludes --until, --data, --protocol and "
+                "--published. Remove --generate to evaluate a text."
+            )
+        from ddiff.runs.generation import generate_and_evaluate
+
+        generate_and_evaluate(
+            run_dir,
+            judge=judge,
+            count=count,
+            retokenize=not no_retokenize,
+            settings=settings or (),
+            out=out,
+        )
+        return
+    only_generate = {"--judge": judge, "--count": count, "--no-retokenize": no_retokenize}
+    for name, value in only_generate.items():
+        if value:
+            raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
+    from ddiff.runs.evaluation_report import evaluate_run
+    from ddiff.runs.kinds import EvaluationOptions
+
+    options = EvaluationOptions(until, tuple(data or ()), split, protocol, published)
+    evaluate_run(run_dir, settings or (), out, options)
+
+
+def compare_runs(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of evaluated runs.")
+    ],
+    seeds: Annotated[
+        bool, typer.Option("--seeds", help="Average over runs that differ only in the seed.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for compare.json and compare.md.")
+    ] = ".",
+) -> None:
+    """Compare evaluated runs in one table.
+
+    All runs must have been evaluated in the same way.
+    """
+    from ddiff.evaluation.comparison import compare, write_comparison
+
+    comparison = compare(run_dirs, group_seeds=seeds)
+    print_columns(*comparison.columns())
+    for remark in comparison.remarks():
+        typer.echo(remark)
+    command = ["ddiff compare", *map(str, run_dirs)]
+    if seeds:
+        command.append("--seeds")
+    written = write_comparison(comparison, out, " ".join(command))
+    typer.echo(f"Written to {' and '.join(map(str, written))}")
+
+
+def report(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="FILE.html", help="The file to write.")
+    ] = "report.html",
+    figures: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Also write the charts to this folder, as SVG files."),
+    ] = None,
+    trajectory: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Play the trajectories of `ddiff sample --trajectory`; may be repeated. By "
+            "default, trajectories are drawn.",
+        ),
+    ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, help="Samples per text run whose trajectories are drawn; 0 for none."
+        ),
+    ] = 2,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Sampler of the drawn trajectories; repeat it to compare samplers on the same "
+            "random numbers.",
+        ),
+    ] = None,
+) -> None:
+    """Write a report of runs: one HTML file, which needs no network.
+
+    The page shows curves, bounds, samples, pictures, clusters, and the states of some samples
+    after each sampling step.
+    """
+    from ddiff.runs.report_command import report_runs
+
+    written = report_runs(run_dirs, out, figures, trajectory or (), draws, sampler or ())
+    typer.echo(f"Written to {written[0]}")
+    if figures is not None:
+        typer.echo(f"{len(written) - 1} charts written to {figures}")

@@ -1,0 +1,195 @@
+"""Arguments and options that commands share, as annotated types of typer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+MOST = 2**31 - 1  # of counts and steps, as in a recipe
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe."),
+]
+RunDir = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/<name>.")
+]
+
+
+def _set_option(help: str) -> Any:
+    return typer.Option("--set", metavar="KEY=VALUE", help=help)
+
+
+Settings = Annotated[
+    list[str] | None,
+    _set_option("Replace the value of a dotted key by a TOML value; may be repeated."),
+]
+EvaluateSettings = Annotated[
+    list[str] | None,
+    _set_option(
+        "Replace a key of \\[evaluate], such as evaluate.draws=4, or of \\[sample] with --generate."
+    ),
+]
+SamplerSettings = Annotated[
+    list[str] | None, _set_option("Replace a key of the sampler, such as temperature=0.9.")
+]
+
+# Options of `ddiff eval`.
+Until = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Add draws of times and noise until the Monte-Carlo interval has this half width.",
+    ),
+]
+EvaluatedData = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|RECIPE",
+        help="Evaluate text files, or the validation text of a recipe; may be repeated.",
+    ),
+]
+DocumentSplit = Annotated[
+    Literal["file", "paragraph", "line"],
+    typer.Option(help="Unit that counts as one document of a text file."),
+]
+ProtocolName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Protocol of a public test set: ptb, wikitext2, wikitext103, lm1b, lambada, ag_news, "
+        "pubmed, arxiv.",
+    ),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published", help="Evaluate as published code does; the result may lie below the bound."
+    ),
+]
+JudgeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JUDGE",
+        help="With --generate: model for the generative perplexity; the directory of an "
+        "autoregressive run or of a causal language model, or a name on the hub.",
+    ),
+]
+NoRetokenize = Annotated[
+    bool,
+    typer.Option(
+        "--no-retokenize",
+        help="With --generate: score the token ids of the samples. The judge must have the "
+        "tokenizer of the run.",
+    ),
+]
+
+# Options of `ddiff sample`.
+SampleCount = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Number of samples; by default \\[sample] count."),
+]
+SamplingSteps = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="Number of sampling steps.")
+]
+SamplingSeed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, help="Seed; equal seeds give equal samples.")
+]
+SamplingBatch = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST, help="Samples per batch; does not change the samples."),
+]
+Prompts = Annotated[list[str] | None, typer.Option(help="Text to continue; may be repeated.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with one prompt per line.")
+]
+InfillTexts = Annotated[
+    list[str] | None,
+    typer.Option(help='Text with gaps, such as "She [MASK:8] to Bath"; may be repeated.'),
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Condition with a label (2) or a vector ([0.5, 1.0]); may be repeated.",
+    ),
+]
+GuidanceWeight = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Weight of classifier-free guidance; 1 is off, above 1 follows the conditions "
+        "more closely.",
+    ),
+]
+EditedTexts = Annotated[
+    list[str] | None,
+    typer.Option(help="Text to edit toward the conditions; may be repeated."),
+]
+EditRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="With --edit: fraction of the tokens that are sampled again; by default 0.3."
+    ),
+]
+EditModeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help="With --edit: random, entropy (the least certain tokens) or suffix (the last tokens).",
+    ),
+]
+EditTarget = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.npy", help="With --edit: vector condition, one vector or one per text."
+    ),
+]
+SamplerKind = Annotated[
+    str | None,
+    typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
+]
+GivenFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Runs of several fields: value of a field, a text or the name of a file FILE.npy; "
+        "repeat it for one text per sample.",
+    ),
+]
+OnlyFields = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Runs of several fields: draw only this field; may be repeated."
+    ),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TARGET",
+        help='Runs of several fields: joint, or "A | B" to draw A given B. Given fields without '
+        "--given take the values of validation samples.",
+    ),
+]
+ImageFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.png", help="Runs of several fields: also write pictures of the samples."
+    ),
+]
+WatchSamples = Annotated[
+    bool,
+    typer.Option("--watch", help="Show the samples on the terminal while they are drawn."),
+]
+TrajectoryFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="Also write the states after each step, which `ddiff report --trajectory` plays.",
+    ),
+]
+NoIds = Annotated[
+    bool, typer.Option("--no-ids", help="Leave the token ids out of the printed JSON objects.")
+]
