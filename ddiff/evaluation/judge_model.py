@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddiff.data.pretrained import load_pretrained
+from ddiff.data.tokenizer import PretrainedTokenizer
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.progress import show_progress
 
@@ -41,9 +43,10 @@ class JudgeModel(Protocol):
 
     Attributes:
         name: name of the judge in records.
-        protocol: settings on which the scores depend: tokenizer, window, stride, dtype and the rule
-            for special tokens.
-        tokenizer_fingerprint: fingerprint of the tokenizer if ddiff made it; None otherwise.
+        protocol: settings on which the scores depend: `judge` (its name), `model` (a fingerprint of
+            its weights), tokenizer, window, stride, dtype and the rule for special tokens.
+        tokenizer_fingerprint: fingerprint of the tokenizer; None if it is unknown. A judge with the
+            tokenizer of a run can score the token ids of its samples.
     """
 
     name: str
@@ -146,6 +149,16 @@ def score_windows(
     return Scores(nats, tokens)
 
 
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Return a fingerprint of the weights of a model: of their names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        plain = weight.detach().cpu().contiguous().view(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
 class TransformersJudge:
     """Causal language model of the transformers library.
 
@@ -164,8 +177,6 @@ class TransformersJudge:
         device: device of the model; None: where the model is.
     """
 
-    tokenizer_fingerprint: str | None = None
-
     def __init__(
         self,
         model: Any,
@@ -179,6 +190,9 @@ class TransformersJudge:
     ) -> None:
         self.name = name
         self._tokenizer = tokenizer
+        self.tokenizer_fingerprint: str | None = PretrainedTokenizer(
+            tokenizer, f"The tokenizer of the judge {name}"
+        ).fingerprint
         self._model = model.eval()
         if device is not None:
             self._model.to(device)
@@ -198,7 +212,9 @@ class TransformersJudge:
         self._start: int | None = self._end if start is None else start
         self.protocol: Mapping[str, Any] = {
             "judge": name,
-            "tokenizer": type(tokenizer).__name__,
+            "model": fingerprint_weights(model),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "tokenizer": self.tokenizer_fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
             "window": self._window,
             "stride": self._stride,

@@ -1,4 +1,4 @@
-"""Versioned schema of `evaluation.json`.
+"""Versioned schema of `evaluation.json`, and the keys that all records of figures have.
 
 A record contains figures, each with its interval, unit and protocol, and everything that is needed
 to repeat or to check them: settings of the evaluation, fingerprints of weights, tokenizer,
@@ -7,19 +7,20 @@ text run contains the terms and parts of the bound by name, and the record of a 
 fields contains the bounds of each target.
 
 Files without the key `schema_version` are of version 1, which had no figures and no provenance.
-`EvaluationRecord.from_tree` converts them.
+`EvaluationRecord.from_tree` converts them. `ddiff.run_dir.generation_record` is the schema of
+generation.json.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_VERSION = 2
-"""Newest version of the schema, which this version of ddiff writes."""
+"""Newest version of evaluation.json, which this version of ddiff writes."""
 
 OWN_DATA = "validation"
 """Protocol of figures on the validation data of the run."""
@@ -28,7 +29,7 @@ LARGEST_EXPONENT = 700.0  # exp(700) is still a finite float64
 
 
 class NewerSchemaError(ValueError):
-    """Error about a record whose version is newer than `SCHEMA_VERSION`."""
+    """Error about a record whose version is newer than those that this version of ddiff reads."""
 
 
 class Figure(BaseModel):
@@ -64,10 +65,13 @@ class Provenance(BaseModel):
     hardware: dict[str, Any] = {}
 
 
-class EvaluationRecord(BaseModel):
-    """Content of evaluation.json. Keys that are not listed here are kept.
+class Record(BaseModel):
+    """Keys that every record of figures has. Keys that are not listed here are kept.
+
+    A subclass is one kind of file. It sets `newest_version`, and converts older versions.
 
     Attributes:
+        schema_version: version of the schema of the file.
         step: training step of the weights.
         weights: "ema" for the exponential moving average of the weights, "trained" for the weights
             as they were trained.
@@ -75,10 +79,11 @@ class EvaluationRecord(BaseModel):
         protocol: settings of the evaluation.
         fingerprints: fingerprints of weights, tokenizer, vocabulary and data, by name.
         components: recipe key of each component -> its name, plugin and version.
-        sampler: settings of the sampler; None if no samples were drawn.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
+
+    newest_version: ClassVar[int]
 
     schema_version: int
     step: int = Field(strict=True)
@@ -87,47 +92,69 @@ class EvaluationRecord(BaseModel):
     protocol: dict[str, Any]
     fingerprints: dict[str, str] = {}
     components: dict[str, str] = {}
-    sampler: dict[str, Any] | None = None
     provenance: Provenance = Provenance()
+
+    @classmethod
+    def convert(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the content of a file of an older version in the form of the newest version."""
+        return tree
 
     @model_validator(mode="before")
     @classmethod
     def _convert(cls, tree: Any) -> Any:
-        if not isinstance(tree, Mapping):
-            return tree
-        if "schema_version" in tree:
-            return tree
-        figures = {}
-        for name, figure in make_figures(tree).items():
-            figures[name] = figure.model_dump()
-        return {"schema_version": 1, **tree, "figures": figures}
+        return cls.convert(tree) if isinstance(tree, Mapping) else tree
 
     @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> EvaluationRecord:
-        """Check and convert the content of an evaluation.json of any version.
+    def from_tree(cls, tree: Mapping[str, Any]) -> Self:
+        """Check and convert the content of a file of any version.
 
-        Raises NewerSchemaError if the version is newer than `SCHEMA_VERSION`, and ValueError, which
+        Raises NewerSchemaError if the version is newer than `newest_version`, and ValueError, which
         names the key, if a value is missing or invalid.
         """
-        check_version(tree)
+        check_version(tree, cls.newest_version)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
+            if not key:  # several keys do not fit together, and the message names them
+                raise ValueError(first["msg"].removeprefix("Value error, ")) from error
             raise ValueError(f'the key "{key}" is invalid: {first["msg"]}') from error
         except (KeyError, TypeError) as error:
             raise ValueError(f"a figure of the evaluation is missing ({error})") from error
 
 
-def check_version(tree: Mapping[str, Any]) -> None:
-    """Raise NewerSchemaError if the version of a record is newer than `SCHEMA_VERSION`."""
+class EvaluationRecord(Record):
+    """Content of evaluation.json.
+
+    Attributes:
+        sampler: None, because no samples are drawn.
+    """
+
+    newest_version = SCHEMA_VERSION
+
+    sampler: dict[str, Any] | None = None
+
+    @classmethod
+    def convert(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "schema_version" in tree:
+            return tree
+        return {"schema_version": 1, **tree, "figures": dump_figures(make_figures(tree))}
+
+
+def check_version(tree: Mapping[str, Any], newest: int = SCHEMA_VERSION) -> None:
+    """Raise NewerSchemaError if the version of a record is newer than `newest`."""
     version = tree.get("schema_version", 1)
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and version > newest:
         raise NewerSchemaError(
             f"it has schema version {version}, and this version of ddiff reads versions up to "
-            f"{SCHEMA_VERSION}"
+            f"{newest}"
         )
+
+
+def dump_figures(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Return figures as they are written to JSON."""
+    return {name: figure.model_dump(mode="json") for name, figure in figures.items()}
 
 
 def make_figures(tree: Mapping[str, Any], protocol: str = OWN_DATA) -> dict[str, Figure]:

@@ -10,12 +10,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddiff.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ddiff.run_dir.evaluation_record import EvaluationRecord
+    from ddiff.run_dir.evaluation_record import EvaluationRecord, Record
+    from ddiff.run_dir.generation_record import GenerationRecord
+
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 RECIPE = "recipe.toml"
 ENVIRONMENT = "environment.json"
@@ -58,6 +61,9 @@ FILES = (
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)
 """Files that can be deleted, because `ddiff run` writes them again."""
+
+RECORDS = (EVALUATION, GENERATION)
+"""Files with figures, whose schema has a version."""
 
 HEADER = "Every key of this recipe with its value, as ddiff"
 """Beginning of the comment line at the top of a resolved recipe."""
@@ -284,7 +290,7 @@ def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = _parse_object(read_text(path), path)
-    if path.name == EVALUATION:
+    if path.name in RECORDS:
         _check_version(found, path)
     shape = _choose_shape(path.name, found)
     _check_shape(found, shape, path, allow_missing=allow_missing)
@@ -297,6 +303,8 @@ def read_json(path: Path, *, allow_missing: bool = False) -> dict[str, Any]:
                     path, f"an interval must have two ends; got {_format_json(interval)}"
                 )
         evaluation_record(found, path)
+    if path.name == GENERATION and not allow_missing:
+        generation_record(found, path)
     return found
 
 
@@ -308,21 +316,37 @@ def evaluation_record(found: Mapping[str, Any], path: Path) -> EvaluationRecord:
     # imported here, since pydantic is slow to import and other files do not need it
     from ddiff.run_dir.evaluation_record import EvaluationRecord
 
+    return _make_record(EvaluationRecord, found, path)
+
+
+def generation_record(found: Mapping[str, Any], path: Path) -> GenerationRecord:
+    """Return the record with the content `found` of the generation.json at `path`.
+
+    Raises CheckpointError if a key is missing or invalid.
+    """
+    from ddiff.run_dir.generation_record import GenerationRecord
+
+    return _make_record(GenerationRecord, found, path)
+
+
+def _make_record(kind: type[AnyRecord], found: Mapping[str, Any], path: Path) -> AnyRecord:
     try:
-        return EvaluationRecord.from_tree(found)
+        return kind.from_tree(found)
     except ValueError as error:
         raise damage_error(path, str(error)) from error
 
 
 def _check_version(found: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if a newer version of ddiff wrote an evaluation.json.
+    """Raise CheckpointError if a newer version of ddiff wrote a record of figures.
 
     This is checked before the shape, which may have changed in the newer version.
     """
-    from ddiff.run_dir.evaluation_record import NewerSchemaError, check_version
+    from ddiff.run_dir.evaluation_record import EvaluationRecord, NewerSchemaError, check_version
+    from ddiff.run_dir.generation_record import GenerationRecord
 
+    kind = EvaluationRecord if path.name == EVALUATION else GenerationRecord
     try:
-        check_version(found)
+        check_version(found, kind.newest_version)
     except NewerSchemaError as error:
         raise CheckpointError(
             f"{path} was written by a newer version of ddiff: {error}. Install that version of "

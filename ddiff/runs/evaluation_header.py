@@ -1,4 +1,4 @@
-"""Header of evaluation.json: version, figures, fingerprints, components and provenance."""
+"""Keys of records of figures: fingerprints, components and provenance of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ import torch
 
 from ddiff import __version__
 from ddiff.data.cache import fingerprint
-from ddiff.run_dir.evaluation_record import OWN_DATA, SCHEMA_VERSION, make_figures
+from ddiff.run_dir.evaluation_record import (
+    OWN_DATA,
+    SCHEMA_VERSION,
+    dump_figures,
+    make_figures,
+)
 from ddiff.runs.trainable import TrainableRun
 
 
@@ -33,20 +38,33 @@ def describe_record(
         seconds: duration of the evaluation.
         protocol: name of the protocol of the figures.
     """
-    figures = {}
-    for name, figure in make_figures(tree, protocol).items():
-        figures[name] = figure.model_dump(mode="json")
     return {
         "schema_version": SCHEMA_VERSION,
-        "figures": figures,
-        "fingerprints": {"weights": _weights_fingerprint(run), **fingerprints},
-        "components": run.recipe.origins(),
+        "figures": dump_figures(make_figures(tree, protocol)),
+        "fingerprints": {"weights": fingerprint_weights(run), **fingerprints},
+        "components": describe_components(run),
         "sampler": None,
-        "provenance": {
-            "command": describe_command(),
-            "seconds": seconds,
-            "hardware": describe_hardware(run.device),
-        },
+        "provenance": describe_provenance(run, seconds),
+    }
+
+
+def describe_components(run: TrainableRun) -> dict[str, str]:
+    """Return the recipe key of each component -> its name, package, distribution and version.
+
+    Components that a Python caller passed replace those of the recipe.
+    """
+    components = run.recipe.origins()
+    for key, given in run.given().items():
+        components[key] = f"{given} (passed from Python)"
+    return components
+
+
+def describe_provenance(run: TrainableRun, seconds: float) -> dict[str, Any]:
+    """Return the command, the duration in seconds and the hardware of an evaluation."""
+    return {
+        "command": describe_command(),
+        "seconds": seconds,
+        "hardware": describe_hardware(run.device),
     }
 
 
@@ -70,7 +88,7 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _weights_fingerprint(run: TrainableRun) -> str:
+def fingerprint_weights(run: TrainableRun) -> str:
     """Return a fingerprint of the evaluated weights: of the files of the newest checkpoint."""
     newest = run.checkpoints.newest()
     if newest is None:

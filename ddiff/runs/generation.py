@@ -22,6 +22,7 @@ from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.run_dir.files import GENERATION
 from ddiff.run_dir.location import check_writable
+from ddiff.runs.generation_header import describe_generation, describe_sampling
 from ddiff.runs.generation_table import print_generation
 from ddiff.runs.judge_run import open_judge
 from ddiff.runs.loading import load
@@ -31,7 +32,6 @@ from ddiff.runs.sampling import make_plan
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 
-SCHEMA_VERSION = 1
 ROUNDS = 16  # of the self-correction curve
 _CANDIDATES = 2**16  # held-out rows among which full rows are chosen
 
@@ -71,8 +71,8 @@ class TokenSamples:
         return ["\n".join(parts) for parts in self.documents]
 
 
-@dataclass(frozen=True)
-class GenerationRecord:
+@dataclass(frozen=True, repr=False)
+class GenerationReport:
     """Figures of the samples of a run.
 
     Attributes:
@@ -87,6 +87,14 @@ class GenerationRecord:
     perplexity: GenerativePerplexity | None
     written: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        parts = [f"{self.samples.count} samples", f"entropy {self.samples.entropy.value:.3f} nats"]
+        if self.perplexity is not None:
+            judge = self.written["judge"]["protocol"]["judge"]
+            parts.insert(1, f"perplexity {self.perplexity.corpus:.4g} under {judge}")
+        parts.append(f"NFE {self.written['sampling']['nfe']:g}")
+        return f"GenerationReport({', '.join(parts)})"
+
     def to_json(self) -> str:
         return json.dumps(self.written, indent=2) + "\n"
 
@@ -99,7 +107,7 @@ def generate_and_evaluate(
     retokenize: bool = True,
     settings: Iterable[str] = (),
     out: str | Path | None = None,
-) -> GenerationRecord:
+) -> GenerationReport:
     """Run `ddiff eval --generate`: draw samples, evaluate them, print and write the figures.
 
     The figures are written to generation.json of the run, or to the JSON file `out`. See
@@ -139,7 +147,7 @@ def evaluate_generation(
     *,
     count: int | None = None,
     retokenize: bool = True,
-) -> GenerationRecord:
+) -> GenerationReport:
     """Draw samples of a text run and compute their figures.
 
     Args:
@@ -158,38 +166,31 @@ def evaluate_generation(
     held_out_texts: Iterable[str] = run.data.documents.validation["text"]
     start = time.perf_counter()
     drawn = run.sample(count)
-    seconds = time.perf_counter() - start
     samples = TokenSamples.split([sample["ids"] for sample in drawn], run)
     held_out = TokenSamples.split(read_held_out_rows(run, len(drawn)), run)
     unit = run.tokenizer.unit
     figures = SampleFigures.of(samples.texts(), samples.ids, held_out_texts, unit)
     # the words of held-out rows occur in held-out text by definition
     baseline = SampleFigures.of(held_out.texts(), held_out.ids, None, unit)
-    correction = None if run.process is None else correct_samples(run, samples.ids)
-    written: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "run": run.recipe.name,
-        "step": run.step,
-        "weights": "ema" if run.uses_ema else "trained",
-        "tokenizer": run.tokenizer.fingerprint,
-        "unit": unit,
-        "sampling": _describe_sampling(run, drawn, seconds),
+    parts: dict[str, Any] = {
+        "sampling": describe_sampling(run, drawn),
         "samples": figures.to_dict(),
         "held_out": {**baseline.to_dict(), "rows": run.data.validation_rows.fingerprint},
-        "self_correction": correction,
+        "self_correction": None if run.process is None else correct_samples(run, samples.ids),
         "judge": None,
     }
     perplexity = None
     if model is not None:
         judging = _Judging(model, retokenize)
         perplexity = judging.measure(samples, figures.entropy)
-        written["judge"] = {
+        parts["judge"] = {
             "protocol": {**model.protocol, "retokenized": retokenize},
             "samples": perplexity.to_dict(),
             "held_out": judging.measure(held_out, baseline.entropy).to_dict(),
             "mauve": judging.measure_mauve(samples, held_out, run.recipe.sample.seed),
         }
-    return GenerationRecord(figures, baseline, perplexity, written)
+    written = describe_generation(run, parts, model, time.perf_counter() - start)
+    return GenerationReport(figures, baseline, perplexity, written)
 
 
 def _check_same_tokenizer(run: Run, judge: JudgeModel) -> None:
@@ -218,23 +219,6 @@ def read_held_out_rows(run: Run, count: int) -> list[list[int]]:
     taken = min(count, len(full))
     chosen = full[np.arange(taken) * len(full) // taken]
     return [block.ids[row, : block.num_valid[row]].tolist() for row in chosen]
-
-
-def _describe_sampling(
-    run: Run, drawn: Sequence[Mapping[str, Any]], seconds: float
-) -> dict[str, Any]:
-    """Return the sampler and all settings on which the samples depend."""
-    weights = next(run.denoiser.parameters()).dtype
-    return {
-        **run.recipe.to_dict()["sample"],
-        "count": len(drawn),
-        "length": run.recipe.length,
-        "nfe": sum(sample["nfe"] for sample in drawn) / len(drawn),
-        "dtype": str(weights).removeprefix("torch."),
-        "precision": str(run.precision or weights).removeprefix("torch."),
-        "device": str(run.device),
-        "seconds": seconds,
-    }
 
 
 class _Judging:

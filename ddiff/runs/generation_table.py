@@ -99,8 +99,11 @@ def _describe(written: Mapping[str, Any]) -> str:
     sampler = sampling["sampler"]
     text = (
         f"{sampling['count']} samples of {sampling['length']} {written['unit']}s, sampler "
-        f"{sampler['kind']}, {sampling['steps']} steps, NFE {sampling['nfe']:g}"
+        f"{sampler['kind']}"
     )
+    if sampling["steps"] is not None:
+        text += f", {sampling['steps']} steps"
+    text += f", NFE {sampling['nfe']:g}"
     if "temperature" in sampler:
         text += f", temperature {sampler['temperature']:g}"
     text += f", {sampling['precision']}, seed {sampling['seed']}"

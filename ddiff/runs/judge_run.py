@@ -25,6 +25,7 @@ from ddiff.evaluation.judge_model import (
 )
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.files import RECIPE
+from ddiff.runs.evaluation_header import fingerprint_weights
 from ddiff.runs.loading import load
 from ddiff.runs.run import Run
 
@@ -74,6 +75,7 @@ class RunJudge:
         precision = run.precision or next(run.denoiser.parameters()).dtype
         self.protocol: Mapping[str, Any] = {
             "judge": self.name,
+            "model": fingerprint_weights(run),
             "step": run.step,
             "weights": "ema" if run.uses_ema else "trained",
             "tokenizer": run.tokenizer.fingerprint,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import ddiff as api
 from ddiff.data.packing import pack_texts
 from ddiff.errors import ArgumentError, CheckpointError, DataError
-from ddiff.evaluation.judge_model import Scores
+from ddiff.evaluation.judge_model import Scores, TransformersJudge
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import GENERATION, read_json
+from ddiff.run_dir.generation_record import GENERATION_VERSION, GenerationRecord
 from ddiff.runs.generation import (
     TokenSamples,
     evaluate_generation,
@@ -171,6 +174,58 @@ def test_generate_writes_and_prints_perplexity_with_entropy(
         assert ("perplexity" in line) <= ("entropy" in line)
     assert "perplexity" in shown
     assert GENERATION not in classify_contents(Path("runs/small")).foreign
+
+
+def test_equal_evaluations_differ_only_in_provenance(runs: Path) -> None:
+    first, second = (
+        dict(evaluate_generation(api.load("runs/small"), "runs/left", count=3).written)
+        for _ in range(2)
+    )
+    assert first.pop("provenance").keys() == second.pop("provenance").keys()
+    assert first == second
+    assert "seconds" not in first["sampling"]
+
+
+def test_record_has_fingerprints_and_origins_of_run_and_judge(runs: Path, left: Run) -> None:
+    run = api.load("runs/small")
+    record = GenerationRecord.from_tree(evaluate_generation(run, RunJudge(left), count=2).written)
+    assert record.schema_version == GENERATION_VERSION
+    evaluation = read_json(Path("runs/small/evaluation.json"))
+    for name in ("weights", "tokenizer", "vocabulary", "validation rows"):
+        assert record.fingerprints[name] == evaluation["fingerprints"][name]
+    judge = read_json(Path("runs/left/evaluation.json"))["fingerprints"]
+    assert record.fingerprints["judge"] == judge["weights"] != record.fingerprints["weights"]
+    assert record.fingerprints["judge tokenizer"] == judge["tokenizer"]
+    assert record.components == evaluation["components"]
+    assert record.components["process"].startswith("hdlm (ddiff_hdlm, discrete-diffusion ")
+    assert record.sampling.steps == 4
+    assert record.sampling.sampler["kind"] == "ancestral"
+    assert record.provenance.hardware["device"] == "cpu"
+    assert record.provenance.seconds is not None
+
+
+def test_fingerprint_of_a_transformers_judge_is_that_of_its_weights(
+    runs: Path, tmp_path: Path
+) -> None:
+    model = GPT2LMHeadModel.from_pretrained("gpt")
+    first = TransformersJudge.load("gpt")
+    shutil.copytree("gpt", tmp_path / "copy")
+    copy = TransformersJudge.load(str(tmp_path / "copy"))
+    assert copy.protocol["model"] == first.protocol["model"]
+    assert copy.tokenizer_fingerprint == first.tokenizer_fingerprint
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] += 1e-6
+    model.save_pretrained(tmp_path / "copy")
+    changed = TransformersJudge.load(str(tmp_path / "copy"))
+    assert changed.protocol["model"] != first.protocol["model"]
+
+
+def test_repr_of_a_generation_report_shows_perplexity_with_entropy(runs: Path) -> None:
+    report = evaluate_generation(api.load("runs/small"), "runs/left", count=2)
+    assert re.fullmatch(
+        r"GenerationReport\(2 samples, perplexity \S+ under runs/left, entropy \S+ nats, NFE \S+\)",
+        repr(report),
+    )
 
 
 def test_generate_without_judge_has_all_other_figures(runs: Path) -> None:

@@ -91,7 +91,9 @@ def _describe_settings(found: Part) -> str:
     sampling = found["sampling"]
     kind = sampling["sampler"]["kind"]
     parts = [f"{sampling['count']} samples of {sampling['length']} tokens", kind]
-    parts += [f"{sampling['steps']} steps", f"NFE {sampling['nfe']:g}", f"seed {sampling['seed']}"]
+    if sampling["steps"] is not None:
+        parts.append(f"{sampling['steps']} steps")
+    parts += [f"NFE {sampling['nfe']:g}", f"seed {sampling['seed']}"]
     if found.get("judge"):
         parts.append(f"judge {found['judge']['protocol']['judge']}")
     return ", ".join(parts)
