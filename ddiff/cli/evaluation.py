@@ -16,6 +16,7 @@ from ddiff.cli.options import (
     NoRetokenize,
     ProtocolName,
     Published,
+    PublishedPaper,
     RunDir,
     Until,
 )
@@ -49,6 +50,7 @@ def evaluate(
     split: DocumentSplit = "file",
     protocol: ProtocolName = None,
     published: Published = False,
+    program: PublishedPaper = None,
 ) -> None:
     """Evaluate the likelihood bound of a trained run on the validation text, or on other text.
 
@@ -60,10 +62,10 @@ def evaluate(
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
-        if until or data or protocol or published:
+        if until or data or protocol or published or program:
             raise ArgumentError(
-                "--generate evaluates samples, so it excludes --until, --data, --protocol and "
-                "--published. Remove --generate to evaluate a text."
+                "--generate evaluates samples, so it excludes --until, --data, --protocol, "
+                "--published and --program. Remove --generate to evaluate a text."
             )
         from ddiff.runs.generation import generate_and_evaluate
 
@@ -83,7 +85,7 @@ def evaluate(
     from ddiff.runs.evaluation_report import evaluate_run
     from ddiff.runs.kinds import EvaluationOptions
 
-    options = EvaluationOptions(until, tuple(data or ()), split, protocol, published)
+    options = EvaluationOptions(until, tuple(data or ()), split, protocol, published, program)
     evaluate_run(run_dir, settings or (), out, options)
 
 

@@ -47,8 +47,9 @@ Until = Annotated[
 EvaluatedData = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="FILE|RECIPE",
-        help="Evaluate text files, or the validation text of a recipe; may be repeated.",
+        metavar="FILE|RECIPE|NAME",
+        help="Evaluate text files (may be repeated), the validation text of a recipe, or the "
+        "public test set of a protocol, which is loaded from the hub.",
     ),
 ]
 DocumentSplit = Annotated[
@@ -67,6 +68,15 @@ Published = Annotated[
     bool,
     typer.Option(
         "--published", help="Evaluate as published code does; the result may lie below the bound."
+    ),
+]
+PublishedPaper = Annotated[
+    str | None,
+    typer.Option(
+        "--program",
+        metavar="ARXIV",
+        help="With --published: the paper whose program is repeated: 2310.16834, 2406.07524 (the "
+        "default), 2503.09573, 2504.06416 or 2506.10892.",
     ),
 ]
 JudgeName = Annotated[

@@ -1,18 +1,18 @@
 """Named protocols of likelihood on the test sets that papers use.
 
-A protocol defines how the text of a data set becomes documents: the unit of a document and the
-rules that undo the tokenization of the data set. All protocols are listed in `PROTOCOLS`.
+A protocol defines where the text of a data set is, how it becomes documents, and the rules that
+undo the tokenization of the data set. All protocols are listed in `PROTOCOLS`.
 
-The published evaluation (arXiv 2310.16834, 2406.07524) differs from ours. `PublishedProtocol`
-describes it, and `PublishedTerms` computes its terms, so that a figure can be compared with that of
-a paper.
+The published evaluations differ from ours, and from each other. `PROGRAMS` lists them by paper, and
+`PublishedTerms` computes their terms, so that a figure can be compared with that of a paper.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,23 +24,34 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule
 from ddiff.data.text import Split
 from ddiff.errors import ArgumentError, suggest
+from ddiff.evaluation import detokenization as rules
+from ddiff.evaluation.detokenization import Rules, apply_rules
 from ddiff.evaluation.likelihood import Scored
 
-Rule = tuple[str, str]
-"""Regular expression, and the text that replaces its matches."""
+CONVERTED = "refs/convert/parquet"
+"""Revision of a hub data set that replaces a loading script by data files."""
 
-CONTRACTIONS: tuple[Rule, ...] = (
-    (r" (n't|'(?:s|S|re|ve|ll|d|m))\b", r"\1"),  # do n't -> don't
-)
-PUNCTUATION: tuple[Rule, ...] = (
-    (r" +([.,:;!?%)\]}])", r"\1"),
-    (r"([(\[{$£#]) +", r"\1"),
-)
-PENN_QUOTES: tuple[Rule, ...] = ((r"``\s?", '"'), (r"\s?''", '"'))
-PAIRED_QUOTES: tuple[Rule, ...] = (
-    (r'" ([^"\n]*?) "', r'"\1"'),
-    (r"(?<!\w)' ([^'\n]*?) '(?!\w)", r"'\1'"),
-)
+# A line such as " = Robert Boulter = ". Headings of sections have more "=" signs.
+_ARTICLE_TITLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*(?<!=) = ?$")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Place of the text of a data set on the hub.
+
+    Attributes:
+        path: name of the data set.
+        config: name of its configuration; None if there is one only.
+        split: split that the published programs evaluate.
+        column: column of the text.
+        revision: branch, tag or commit; None: the newest.
+    """
+
+    path: str
+    config: str | None
+    split: str
+    column: str = "text"
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,69 +59,137 @@ class Protocol:
     """Protocol of a test set.
 
     The documents of a protocol are scored like those of [data]: each document starts a new row, is
-    followed by the end mark, and is cut into adjacent rows of [data] length tokens. All tokens and
-    end marks count. Bytes are those of the documents after the rules.
+    followed by the end mark, and is cut into adjacent rows of [data] length tokens. No row has a
+    start mark. Every token and every end mark is scored once, without a window that slides. Bytes
+    are those of the documents after the rules.
 
     Attributes:
         name: name of the protocol.
         title: name of the data set.
-        split: unit of a document in the files: "line", "paragraph" or "file".
-        rules: rules that undo the tokenization of the data set, applied in order.
+        hub: place of the text on the hub.
+        split: unit in which files are read, "line" or "file". A line is a document.
+        rules: rules that undo the tokenization of the data set.
+        published_rules: rules of the published programs.
+        has_articles: whether a file is divided into documents at the titles of articles. For the
+            published programs, every line of such a file is a document, also an empty line.
     """
 
     name: str
     title: str
-    split: Split
-    rules: tuple[Rule, ...] = ()
+    hub: HubText
+    split: Split = "line"
+    rules: Rules = ()
+    published_rules: Rules = ()
+    has_articles: bool = False
 
     def detokenize(self, text: str) -> str:
         """Return the text without the tokenization of the data set and without outer spaces."""
-        for pattern, replacement in self.rules:
-            text = re.sub(pattern, replacement, text)
-        return text.strip()
+        return apply_rules(text, self.rules).strip()
+
+    def read_documents(self, parts: Sequence[str]) -> list[str]:
+        """Return the documents, after the rules, that are not empty.
+
+        `parts` are the lines or files of the data set, after `split`.
+        """
+        found = []
+        for part in parts:
+            pieces = _divide_at_titles(part) if self.has_articles else [part]
+            for piece in pieces:
+                if text := self.detokenize(piece):
+                    found.append(text)
+        return found
+
+    def read_published_documents(self, parts: Sequence[str]) -> list[str]:
+        """Return the documents of the published programs, after their rules.
+
+        They may be empty: in files with articles, every empty line is a document.
+        """
+        lines = list(parts)
+        if self.has_articles:
+            lines = [line for part in parts for line in _lines_with_ends(part)]
+        return [apply_rules(line, self.published_rules) for line in lines]
+
+    def join_rows(self, rows: Sequence[str | None]) -> list[str]:
+        """Return the parts of a data set from the rows of its column."""
+        if self.has_articles:
+            lines = [(row or "").removesuffix("\n") + "\n" for row in rows]
+            return ["".join(lines)]
+        return [row for row in rows if row is not None and row.strip()]
 
 
-_WIKITEXT: tuple[Rule, ...] = (
-    (r" @([-,.])@ ", r"\1"),  # 1 @,@ 000 -> 1,000
-    *CONTRACTIONS,
-    *PUNCTUATION,
-    *PAIRED_QUOTES,
-    (r"(?m)^ ?(=+) (.*?) \1 ?$", r"\1 \2 \1"),
-    (r" ([°′″])", r"\1"),
-)
-_ARTICLES: tuple[Rule, ...] = (
-    (r"\\n", "\n"),
-    *PENN_QUOTES,
-    *CONTRACTIONS,
-    *PUNCTUATION,
-)
+def _divide_at_titles(text: str) -> list[str]:
+    """Divide a text before each line that is the title of an article."""
+    starts = [match.start() for match in _ARTICLE_TITLE.finditer(text)]
+    ends = [*starts, len(text)]
+    pieces = [text[: ends[0]]]
+    for start, stop in zip(starts, ends[1:]):
+        pieces.append(text[start:stop])
+    return pieces
+
+
+def _lines_with_ends(text: str) -> list[str]:
+    """Return the lines of a text. Blank lines are empty, and other lines keep their end."""
+    lines = text.removesuffix("\n").split("\n")
+    return [f"{line}\n" if line.strip() else "" for line in lines]
+
 
 _LISTED = (
     Protocol(
         "ptb",
         "Penn Treebank",
-        "line",
-        (*PENN_QUOTES, *CONTRACTIONS, (r"\$ N\b", "$N"), *PUNCTUATION),
+        HubText(
+            "ptb-text-only/ptb_text_only", "penn_treebank", "validation", "sentence", CONVERTED
+        ),
+        rules=rules.PENN_TREEBANK,
+        published_rules=rules.PUBLISHED_PENN_TREEBANK,
     ),
-    Protocol("wikitext2", "WikiText-2", "file", _WIKITEXT),
-    Protocol("wikitext103", "WikiText-103", "file", _WIKITEXT),
+    Protocol(
+        "wikitext2",
+        "WikiText-2",
+        HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
+        split="file",
+        rules=rules.WIKITEXT,
+        published_rules=rules.PUBLISHED_WIKITEXT,
+        has_articles=True,
+    ),
+    Protocol(
+        "wikitext103",
+        "WikiText-103",
+        HubText("Salesforce/wikitext", "wikitext-103-raw-v1", "validation"),
+        split="file",
+        rules=rules.WIKITEXT,
+        published_rules=rules.PUBLISHED_WIKITEXT,
+        has_articles=True,
+    ),
     Protocol(
         "lm1b",
         "One Billion Words",
-        "line",
-        (
-            (r"\bhttp : / / ", "http://"),
-            (r"\bhttps : / / ", "https://"),
-            *PENN_QUOTES,
-            *CONTRACTIONS,
-            *PUNCTUATION,
-            *PAIRED_QUOTES,
-        ),
+        HubText("billion-word-benchmark/lm1b", "plain_text", "test", revision=CONVERTED),
+        rules=rules.ONE_BILLION_WORDS,
+        published_rules=rules.PUBLISHED_ONE_BILLION_WORDS,
     ),
-    Protocol("lambada", "LAMBADA", "line", (("[“”]", '"'), ("[‘’]", "'"))),
-    Protocol("ag_news", "AG News", "line", ((r"\\", " "), (r"#39;", "'"), (r" {2,}", " "))),
-    Protocol("pubmed", "PubMed abstracts", "line", _ARTICLES),
-    Protocol("arxiv", "arXiv articles", "line", _ARTICLES),
+    Protocol(
+        "lambada",
+        "LAMBADA",
+        HubText("EleutherAI/lambada_openai", None, "test"),
+        rules=rules.LAMBADA,
+        published_rules=rules.PUBLISHED_LAMBADA,
+    ),
+    Protocol("ag_news", "AG News", HubText("fancyzhx/ag_news", None, "test"), rules=rules.AG_NEWS),
+    Protocol(
+        "pubmed",
+        "PubMed articles",
+        HubText("armanc/scientific_papers", "pubmed", "validation", "article", CONVERTED),
+        rules=rules.ARTICLES,
+        published_rules=rules.PUBLISHED_ARTICLES,
+    ),
+    Protocol(
+        "arxiv",
+        "arXiv articles",
+        HubText("armanc/scientific_papers", "arxiv", "validation", "article", CONVERTED),
+        rules=rules.ARTICLES,
+        published_rules=rules.PUBLISHED_ARTICLES,
+    ),
 )
 
 PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in _LISTED}
@@ -127,57 +206,146 @@ def find_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-@dataclass(frozen=True)
-class PublishedProtocol:
-    """Evaluation of the published code, which is not a bound of the likelihood of the text.
+# ---------------------------------------------------------------------- published programs
 
-    - All documents are joined, separated by the end mark, and cut into blocks. A block has the end
-      mark as its first and its last token. The last incomplete block is left out.
-    - Times are drawn from `window`. The value is the mean over the window of the integrand of the
-      diffusion term. The decoding term and the prior term are left out.
+
+@dataclass(frozen=True)
+class PublishedProgram:
+    """Evaluation of a published program, which is not a bound of the likelihood of the text.
+
+    - The tokens of all documents are joined and cut into blocks of [data] length tokens.
+      `documents_at_once` documents are joined at once, in each of `processes` parts of the data.
+      The last incomplete block of every such group is left out. All tokens of a block count.
+    - A time t is drawn from `window`. The value is the mean over the window of the integrand of the
+      diffusion term at the information time (1 - clean_at_end) t. The decoding term and the prior
+      term are left out.
+    - For an exact likelihood, the first token of a block is only context.
+
+    For masked diffusion, information time is the probability of a mask, and the value is that of
+    the program, for any noise schedule.
 
     Attributes:
-        name: name of the protocol in records.
-        window: lower and upper limit of the information time.
+        paper: number of the paper on arXiv.
+        has_end_marks: whether an end mark follows each document.
+        has_block_marks: whether the first and the last token of a block are end marks.
+        window: lower and upper limit of t.
+        clean_at_end: probability that a token is still clean at t = 1.
+        uncounted: number of tokens by which the denominator is too small, per block.
+        documents_at_once: number of documents that are joined.
+        processes: number of parts of the data. Where the program uses the number of processors of
+            its machine, one part stands for it.
     """
 
-    name: str = "published"
+    paper: str
+    has_end_marks: bool
+    has_block_marks: bool
     window: tuple[float, float] = (1e-3, 1.0)
+    clean_at_end: float = 1e-3
+    uncounted: int = 0
+    documents_at_once: int = 1000
+    processes: int = 1
 
-    def make_blocks(self, ids: Sequence[int], length: int, mark: int) -> NDArray[np.int64]:
-        """Cut a stream of tokens into blocks [R,length], each between two marks.
+    @property
+    def name(self) -> str:
+        """Name of the program in records."""
+        return f"published {self.paper}"
 
-        `ids` are the tokens of all documents, separated by the end mark `mark`. Raises
-        ArgumentError if there are too few tokens for one block.
+    @property
+    def information_window(self) -> tuple[float, float]:
+        """Lower and upper limit of the information time."""
+        start, stop = self.window
+        scale = 1.0 - self.clean_at_end
+        return scale * start, scale * stop
+
+    def make_blocks(
+        self, documents: Sequence[Sequence[int]], length: int, mark: int
+    ) -> NDArray[np.int64]:
+        """Cut the tokens of documents into blocks [R,length].
+
+        `mark` is the end mark. Raises ArgumentError if there are too few tokens for one block.
         """
-        inner = length - 2
-        count = len(ids) // inner if inner > 0 else 0
-        if count == 0:
+        inner = length - 2 if self.has_block_marks else length
+        found = [np.zeros((0, length), np.int64)]
+        for group in self._group(documents):
+            ids: list[int] = []
+            for document in group:
+                ids.extend(document)
+                if self.has_end_marks:
+                    ids.append(mark)
+            count = len(ids) // inner if inner > 0 else 0
+            blocks = np.full((count, length), mark, np.int64)
+            start = 1 if self.has_block_marks else 0
+            blocks[:, start : start + inner] = np.reshape(ids[: count * inner], (count, inner))
+            found.append(blocks)
+        whole = np.concatenate(found)
+        if not len(whole):
+            size = sum(map(len, documents))
+            marks = " and two end marks" if self.has_block_marks else ""
             raise ArgumentError(
-                f"--published: the text has {len(ids)} tokens, but one block of {length} tokens "
-                f"needs {max(inner, 1)} and two end marks. Give more text."
+                f"--published: the text has {size} tokens, but one block of {length} tokens needs "
+                f"{max(inner, 1)} tokens{marks}. Give more text."
             )
-        blocks = np.full((count, length), mark, np.int64)
-        blocks[:, 1:-1] = np.asarray(ids[: count * inner]).reshape(count, inner)
-        return blocks
+        return whole
+
+    def _group(self, documents: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+        """Yield the documents that are joined, in order."""
+        processes = max(1, min(self.processes, len(documents)))
+        size, longer = divmod(len(documents), processes)
+        # the first parts have one document more if the numbers do not divide
+        limits = [part * size + min(part, longer) for part in range(processes + 1)]
+        for first, last in pairwise(limits):
+            for start in range(first, last, self.documents_at_once):
+                yield documents[start : min(start + self.documents_at_once, last)]
 
 
-PUBLISHED = PublishedProtocol()
+_PROGRAMS = (
+    PublishedProgram("2310.16834", has_end_marks=True, has_block_marks=False, processes=8),
+    PublishedProgram("2406.07524", has_end_marks=True, has_block_marks=True),
+    PublishedProgram("2503.09573", has_end_marks=False, has_block_marks=True),
+    PublishedProgram("2506.10892", has_end_marks=False, has_block_marks=True),
+    PublishedProgram(
+        "2504.06416",
+        has_end_marks=True,
+        has_block_marks=False,
+        clean_at_end=0.0,
+        uncounted=1,
+        processes=40,
+    ),
+)
+
+PROGRAMS: Mapping[str, PublishedProgram] = {program.paper: program for program in _PROGRAMS}
+"""Published programs by the number of their paper on arXiv."""
+
+DEFAULT_PROGRAM = "2406.07524"
+
+
+def find_program(paper: str | None) -> PublishedProgram:
+    """Return the published program of a paper, by default that of `DEFAULT_PROGRAM`.
+
+    Raises ArgumentError if there is none.
+    """
+    if paper is None:
+        paper = DEFAULT_PROGRAM
+    if paper not in PROGRAMS:
+        raise ArgumentError(
+            f"--program: expected the arXiv number of a paper, one of {', '.join(PROGRAMS)}; got "
+            f"{paper}.{suggest(paper, PROGRAMS)}"
+        )
+    return PROGRAMS[paper]
 
 
 class PublishedTerms(Scored):
-    """Objective that computes the terms of the published evaluation from those of `objective`.
+    """Objective that computes the terms of a published program from those of `objective`.
 
     An exact likelihood has no times; its terms are unchanged.
     """
 
     bound = "PUBLISHED"
 
-    def __init__(self, objective: Scored, protocol: PublishedProtocol = PUBLISHED) -> None:
+    def __init__(self, objective: Scored, program: PublishedProgram) -> None:
         self.objective = objective
         self.times = objective.times
-        start, stop = protocol.window
-        self._width = stop - start
+        self.program = program
 
     def nll(
         self, batch: Any, rng: CounterRng, slot: Tensor, slots: Tensor, times: TimeRule
@@ -185,5 +353,8 @@ class PublishedTerms(Scored):
         found = self.objective.nll(batch, rng, slot, slots, times)
         if "diffusion" not in found.terms:
             return found
-        parts = {name: value / self._width for name, value in found.parts.items()}
-        return Likelihood({"diffusion": found.terms["diffusion"] / self._width}, parts)
+        start, stop = self.program.window
+        length = batch.ids.shape[1]
+        scale = length / (length - self.program.uncounted) / (stop - start)
+        parts = {name: value * scale for name, value in found.parts.items()}
+        return Likelihood({"diffusion": found.terms["diffusion"] * scale}, parts)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines, score_baselines
 from ddiff.evaluation.likelihood import Evaluation, Scored, evaluate
-from ddiff.evaluation.protocols import PublishedProtocol, PublishedTerms
+from ddiff.evaluation.protocols import PublishedProgram, PublishedTerms
 from ddiff.recipe.model import Recipe
 from ddiff.runs.build import Model
 from ddiff.runs.conditioning import SampleConditions
@@ -118,7 +119,7 @@ def score_rows(
     conditions: Conditions,
     console: Console | None = None,
     until: float | None = None,
-    published: PublishedProtocol | None = None,
+    published: PublishedProgram | None = None,
     has_bytes: bool = True,
 ) -> Evaluation:
     """Compute the likelihood bound of selected rows, with the settings of [evaluate].
@@ -133,7 +134,7 @@ def score_rows(
         conditions: conditions of the documents from which the rows were packed.
         console: console for the progress bar.
         until: half width of the interval at which more draws stop.
-        published: published protocol, whose terms and window replace ours.
+        published: published program, whose terms and window replace ours.
         has_bytes: whether the tokens are those of all bytes of the text.
     """
     keys = recipe.evaluate
@@ -141,14 +142,20 @@ def score_rows(
     window = keys.window
     if published is not None:
         objective = PublishedTerms(objective, published)
-        window = published.window
+        window = published.information_window
     # The bytes of symbols have no meaning, and the number of bytes in a subset of rows is unknown.
     has_bytes = has_bytes and tokenizer.unit == "token" and len(numbers) == len(rows)
     # an objective without times computes the exact likelihood, so its time rule has no effect
     times = model.objective.times or FlatTimes()
 
+    # the published programs of exact likelihoods score no first token
+    has_context = published is not None and model.objective.times is None
+
     def batch_of(places: NDArray[np.int64]) -> Batch:
-        return batch_rows(rows, numbers[places], conditions=conditions).to(model.device)
+        batch = batch_rows(rows, numbers[places], conditions=conditions)
+        if has_context:
+            batch = batch.with_prefixes(torch.ones(len(places)))
+        return batch.to(model.device)
 
     model.objective.module.eval()  # no dropout; the trainer switches back after a validation
     return evaluate(

@@ -14,7 +14,7 @@ from typing import IO, Any
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
-from ddiff.evaluation.protocols import find_protocol
+from ddiff.evaluation.protocols import find_program, find_protocol
 from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import EVALUATION, damage_error, read_json
 from ddiff.run_dir.identity import Difference
@@ -147,6 +147,13 @@ def evaluate_run(
 def _check_options(options: EvaluationOptions) -> None:
     if options.protocol is not None:
         find_protocol(options.protocol)
+    if options.program is not None:
+        find_program(options.program)
+        if not options.published:
+            raise ArgumentError(
+                f"ddiff eval --program {options.program}: names the published program that "
+                "--published repeats. Give --published too, or remove --program."
+            )
     if not options.data and (options.protocol is not None or options.published):
         name = "--published" if options.published else f"--protocol {options.protocol}"
         raise ArgumentError(

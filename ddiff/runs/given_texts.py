@@ -1,7 +1,8 @@
-"""Evaluation of a text run on other texts: `ddiff eval RUN --data FILE`.
+"""Evaluation of a text run on other texts: `ddiff eval RUN --data FILE|RECIPE|NAME`.
 
-The texts are tokenized with the tokenizer of the run. Results are written to evaluation-NAME.json
-and never replace evaluation.json.
+The texts are those of files, of a recipe, or of a public test set on the hub. They are tokenized
+with the tokenizer of the run. Results are written to evaluation-NAME.json and never replace
+evaluation.json.
 """
 
 from __future__ import annotations
@@ -10,23 +11,31 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ddiff.data.cache import Cache
+from ddiff.data.compression import ENDINGS as COMPRESSIONS
 from ddiff.data.compression import open_uncompressed
 from ddiff.data.conditions import Conditions
 from ddiff.data.documents import documents_from_texts, fingerprint_texts
 from ddiff.data.packing import PackedRows, pack_ids, pack_texts
-from ddiff.data.paths import find_all_files, printable
+from ddiff.data.paths import base_name, find_all_files, printable
+from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.text import text_documents
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.likelihood import Evaluation
-from ddiff.evaluation.protocols import PUBLISHED, find_protocol
+from ddiff.evaluation.protocols import (
+    PROTOCOLS,
+    Protocol,
+    PublishedProgram,
+    find_program,
+    find_protocol,
+)
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
@@ -43,6 +52,9 @@ from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.summary import print_evaluation
 
+# Endings of files whose text is in a column, without the ending of a compression.
+_TABLES = (".parquet", ".json", ".jsonl", ".ndjson")
+
 
 @dataclass(frozen=True)
 class GivenTexts:
@@ -53,12 +65,14 @@ class GivenTexts:
         texts: the documents, after the rules of the protocol.
         protocol: name of the protocol of the figures.
         entropy_rate: entropy of the source in nats per symbol; None if it is unknown.
+        program: published program that evaluates the documents; None for our evaluation.
     """
 
     name: str
     texts: Sequence[str]
     protocol: str
     entropy_rate: float | None = None
+    program: PublishedProgram | None = None
 
 
 def evaluate_given_texts(
@@ -94,20 +108,62 @@ def evaluate_given_texts(
 def read_given_texts(options: EvaluationOptions) -> GivenTexts:
     """Read the documents that the option --data of `ddiff eval` names.
 
-    A name that ends in .toml, or is the name of a shipped recipe, is a recipe, whose validation
-    documents are read. Other names are text files or globs.
+    A name of a protocol is the data set of the protocol on the hub. A name that ends in .toml, or
+    is the name of a shipped recipe, is a recipe, whose validation documents are read. Other names
+    are files or globs.
     """
     first = options.data[0]
-    is_recipe = first.endswith(".toml") or first in find_shipped_recipes()
-    if is_recipe:
+    if first in PROTOCOLS:
+        given = _read_test_set(options)
+    elif first.endswith(".toml") or first in find_shipped_recipes():
         given = _read_recipe_texts(options)
     else:
         given = _read_files(options)
-    if not given.texts:
+    if not any(given.texts):
         raise DataError(
             f"ddiff eval --data: {', '.join(options.data)} contain no text. Name files with text."
         )
     return given
+
+
+def _read_test_set(options: EvaluationOptions) -> GivenTexts:
+    """Read the documents of a public test set from the hub."""
+    protocol = find_protocol(options.data[0])
+    if len(options.data) > 1 or options.protocol not in (None, protocol.name):
+        raise ArgumentError(
+            f"ddiff eval --data: {protocol.name} is the test set of the protocol "
+            f"{protocol.name}, and is evaluated by itself, with this protocol. For your own files "
+            f"of this data set, give --data FILE --protocol {protocol.name}."
+        )
+    hub = protocol.hub
+    source = open_hub_source(
+        hub.path, config=hub.config, split=hub.split, column=hub.column, revision=hub.revision
+    )
+    rows: list[str | None] = []
+    try:
+        for texts, _ in source.read(None):
+            rows.extend(texts)
+    except DataError as error:
+        raise _missing_test_set_error(protocol, error) from error
+    return _apply_protocol(protocol.name, protocol.join_rows(rows), options, protocol)
+
+
+def _missing_test_set_error(protocol: Protocol, error: DataError) -> DataError:
+    """Return the error for a test set that cannot be loaded. It names the local alternative."""
+    hub = protocol.hub
+    cause = error.__cause__ or error
+    first = (str(cause).splitlines() or [""])[0]
+    download = f"hf download {hub.path} --repo-type dataset --local-dir FOLDER"
+    if hub.revision is not None:
+        download += f" --revision {hub.revision}"
+    place = f"{hub.split}" if hub.config is None else f"{hub.config}, {hub.split}"
+    return DataError(
+        f"ddiff eval --data {protocol.name}: the data set {hub.path} ({place}) cannot be loaded "
+        f"from the hub: {type(cause).__name__}: {first}. Give its file instead: --data FILE "
+        f"--protocol {protocol.name}. FILE is a text file with one document or line per line, or "
+        f'a .parquet or .jsonl file with the column "{hub.column}". On a machine with a '
+        f"connection, `{download}` downloads it."
+    )
 
 
 def _read_recipe_texts(options: EvaluationOptions) -> GivenTexts:
@@ -121,41 +177,72 @@ def _read_recipe_texts(options: EvaluationOptions) -> GivenTexts:
     documents = build_documents(recipe, Cache())
     texts = list(documents.validation["text"])
     stem = PurePosixPath(name).stem
-    return _apply_protocol(stem, texts, options, documents.entropy_rate)
+    return _apply_protocol(stem, texts, options, _chosen_protocol(options), documents.entropy_rate)
 
 
 def _read_files(options: EvaluationOptions) -> GivenTexts:
-    split = options.split
-    if options.protocol is not None:
-        split = find_protocol(options.protocol).split
-    texts = []
+    protocol = _chosen_protocol(options)
+    split = options.split if protocol is None else protocol.split
+    parts = []
     for path in find_all_files(options.data):
+        if _is_table(path):
+            parts += _read_column(path, protocol)
+            continue
         with open_uncompressed(path) as file:
             for _, text in text_documents(file, printable(path), split):
-                texts.append(text)
-    return _apply_protocol(PurePosixPath(options.data[0]).stem, texts, options, None)
+                parts.append(text)
+    return _apply_protocol(PurePosixPath(options.data[0]).stem, parts, options, protocol)
+
+
+def _is_table(path: str) -> bool:
+    name = base_name(path).lower()
+    for ending in COMPRESSIONS:
+        name = name.removesuffix(ending)
+    return name.endswith(_TABLES)
+
+
+def _read_column(path: str, protocol: Protocol | None) -> list[str]:
+    """Return the texts of a parquet or JSON-lines file: the parts of the protocol, or documents."""
+    column = "text" if protocol is None else protocol.hub.column
+    rows: list[str | None] = []
+    for texts, _ in open_file_source([path], column=column).read(None):
+        rows.extend(texts)
+    if protocol is not None:
+        return protocol.join_rows(rows)
+    return [row for row in rows if row is not None and row.strip()]
+
+
+def _chosen_protocol(options: EvaluationOptions) -> Protocol | None:
+    return None if options.protocol is None else find_protocol(options.protocol)
 
 
 def _apply_protocol(
-    stem: str, texts: Sequence[str], options: EvaluationOptions, entropy_rate: float | None
+    stem: str,
+    parts: Sequence[str],
+    options: EvaluationOptions,
+    protocol: Protocol | None,
+    entropy_rate: float | None = None,
 ) -> GivenTexts:
-    """Apply the rules of the protocol, and name the data and the protocol.
+    """Make the documents of a protocol, and name the data and the protocol.
 
-    `stem`: name of the data. `entropy_rate`: entropy of the source, if the data have one.
+    `stem`: name of the data. `parts`: its lines, files or documents. `entropy_rate`: entropy of the
+    source, if the data have one.
     """
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "data"
-    protocol = name
-    if options.protocol is not None:
-        chosen = find_protocol(options.protocol)
-        texts = [chosen.detokenize(text) for text in texts]
-        texts = [text for text in texts if text]
-        protocol = chosen.name
-        name = chosen.name
-    if options.published:
-        protocol = f"{PUBLISHED.name} {protocol}"
-        name = f"{PUBLISHED.name}-{name}"
-        entropy_rate = None  # the published value may be below the entropy
-    return GivenTexts(name, texts, protocol, entropy_rate)
+    program = find_program(options.program) if options.published else None
+    texts: Sequence[str] = parts
+    if protocol is not None:
+        name = protocol.name
+        if program is None:
+            texts = protocol.read_documents(parts)
+        else:
+            texts = protocol.read_published_documents(parts)
+    if program is None:
+        return GivenTexts(name, texts, name, entropy_rate)
+    # without entropy rate: the published value may be below it
+    return GivenTexts(
+        f"published-{program.paper}-{name}", texts, f"{program.name} {name}", program=program
+    )
 
 
 # ---------------------------------------------------------------------- scores
@@ -166,11 +253,12 @@ def _score(run: Run, given: GivenTexts, options: EvaluationOptions) -> tuple[Eva
     tokenizer = run.tokenizer
     length = run.recipe.length
     lossy = count_lossy_texts(given.texts, tokenizer)
-    if options.published:
-        rows = _pack_blocks(given.texts, tokenizer, length)
-    else:
+    program = given.program
+    if program is None:
         rows = pack_texts(given.texts, tokenizer, length)
         check_bytes(given.texts, rows)
+    else:
+        rows = _pack_blocks(given.texts, tokenizer, length, program)
     conditions = SampleConditions.parse(run.denoiser, {}, len(given.texts))
     evaluation = score_rows(
         run.model,
@@ -181,25 +269,24 @@ def _score(run: Run, given: GivenTexts, options: EvaluationOptions) -> tuple[Eva
         draws=run.recipe.evaluate.draws,
         conditions=Conditions(conditions.values),
         until=options.until,
-        published=PUBLISHED if options.published else None,
+        published=program,
         # the bytes of the text are not those of other tokens
-        has_bytes=lossy == 0 and not options.published,
+        has_bytes=lossy == 0 and program is None,
     )
     return evaluation, lossy
 
 
-def _pack_blocks(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> PackedRows:
+def _pack_blocks(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, program: PublishedProgram
+) -> PackedRows:
     mark = tokenizer.eos_id
     if mark is None or tokenizer.unit == "symbol":
         raise ArgumentError(
-            "ddiff eval --published: the published protocol needs a tokenizer with an end mark; "
+            "ddiff eval --published: the published programs need a tokenizer with an end mark; "
             "this run has none. Evaluate without --published."
         )
-    ids: list[int] = []
-    for text_ids in tokenizer.encode(texts):
-        ids.extend(text_ids)
-        ids.append(mark)
-    return pack_ids(PUBLISHED.make_blocks(ids, length, mark), tokenizer.num_tokens)
+    blocks = program.make_blocks(tokenizer.encode(texts), length, mark)
+    return pack_ids(blocks, tokenizer.num_tokens)
 
 
 def count_lossy_texts(texts: Sequence[str], tokenizer: Tokenizer) -> int:
@@ -230,7 +317,7 @@ def _make_record(
     figures = evaluation.to_dict()
     data = fingerprint_texts(documents_from_texts(given.texts))
     tokenizer = run.tokenizer.fingerprint
-    window = PUBLISHED.window if evaluation.bound == "PUBLISHED" else run.recipe.evaluate.window
+    window = run.recipe.evaluate.window if given.program is None else given.program.window
     protocol = {
         **figures["protocol"],
         "name": given.protocol,
@@ -240,6 +327,8 @@ def _make_record(
         "conditions": [],
         "texts_that_the_tokenizer_changes": lossy,
     }
+    if given.program is not None:
+        protocol["program"] = asdict(given.program)
     weights = "ema" if run.uses_ema else "trained"
     written = {"step": run.step, "weights": weights, **figures, "protocol": protocol}
     written["baselines"] = {}

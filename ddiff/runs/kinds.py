@@ -35,11 +35,12 @@ class EvaluationOptions:
     Attributes:
         until: half width of the Monte-Carlo interval in nats per token, at which draws stop; None:
             [evaluate] draws.
-        data: text files, or one recipe whose validation documents are evaluated. Empty: the
-            validation documents of the run.
+        data: text files, or the name of a protocol or a recipe, whose documents are evaluated.
+            Empty: the validation documents of the run.
         split: unit of a document in text files.
         protocol: name of a protocol of `ddiff.evaluation.protocols`.
-        published: whether the published evaluation replaces ours.
+        published: whether the evaluation of a published program replaces ours.
+        program: arXiv number of the paper of this program; None: the default.
     """
 
     until: float | None = None
@@ -47,6 +48,7 @@ class EvaluationOptions:
     split: Split = "file"
     protocol: str | None = None
     published: bool = False
+    program: str | None = None
 
 
 class RunKind(Protocol):

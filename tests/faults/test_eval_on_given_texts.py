@@ -15,6 +15,7 @@ from tiny_run import files
 
 import ddiff as api
 from ddiff.errors import DataError
+from ddiff.evaluation.protocols import PROTOCOLS, HubText, Protocol
 from ddiff.runs.evaluation_report import find_impossible
 from ddiff.runs.given_texts import check_bytes, count_lossy_texts
 
@@ -69,15 +70,62 @@ def test_protocol_and_published_evaluation_have_their_own_names(
     options = (*EVAL, "--data", "ptb.test.txt", "--protocol", "ptb")
     assert ddiff(*options).code == 0
     assert ddiff(*options, "--published").code == 0
-    ours, theirs = (read(f"runs/tiny/evaluation-{name}.json") for name in ("ptb", "published-ptb"))
+    assert ddiff(*options, "--published", "--program", "2310.16834").code == 0
+    ours = read("runs/tiny/evaluation-ptb.json")
+    theirs = read("runs/tiny/evaluation-published-2406.07524-ptb.json")
+    others = read("runs/tiny/evaluation-published-2310.16834-ptb.json")
     assert ours["figures"]["nelbo"]["protocol"] == "ptb"
     assert "nelbo" not in theirs["figures"]
-    assert theirs["figures"]["published"]["protocol"] == "published ptb"
+    assert theirs["figures"]["published"]["protocol"] == "published 2406.07524 ptb"
     assert theirs["protocol"]["window"] == [1e-3, 1.0]
+    assert theirs["protocol"]["program"]["has_block_marks"]
+    assert not others["protocol"]["program"]["has_block_marks"]
     assert theirs["bits_per_byte"] is None
     size = len(b"the old cat didn't see a dog") * 8
     nats = ours["nelbo_nats_per_token"] * ours["tokens"]
     assert ours["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
+
+
+LINES = ["the old cat did n't see a dog", " ", "it 's a dog"]
+
+
+def hub_copy(folder: Path, name: str) -> Protocol:
+    """Return a protocol whose hub data set is a local folder, which `datasets` reads alike."""
+    protocol = PROTOCOLS[name]
+    folder.mkdir()
+    rows = [json.dumps({protocol.hub.column: line, "number": 1}) + "\n" for line in LINES]
+    (folder / f"{protocol.hub.split}.jsonl").write_text("".join(rows))
+    hub = HubText(str(folder), None, protocol.hub.split, protocol.hub.column)
+    return replace(protocol, hub=hub)
+
+
+@pytest.mark.parametrize("name", ["ptb", "wikitext2"])
+def test_test_set_of_the_hub_gives_the_results_of_local_files(
+    name: str, run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = hub_copy(Path("folder"), name)
+    monkeypatch.setitem(PROTOCOLS, name, copy)  # type: ignore[arg-type]
+    answer = ddiff(*EVAL, "--data", name, "--out", "hub.json")
+    assert answer.code == 0, answer.err
+    Path("lines.txt").write_text("\n".join(LINES) + "\n")
+    table = f"folder/{copy.hub.split}.jsonl"
+    for file in ("lines.txt", table):
+        answer = ddiff(*EVAL, "--data", file, "--protocol", name, "--out", "file.json")
+        assert answer.code == 0, answer.err
+        hub, local = read("hub.json"), read("file.json")
+        for key in ("nelbo_nats_per_token", "tokens", "bits_per_byte", "protocol", "figures"):
+            assert hub[key] == local[key], key
+    assert hub["documents"] == (2 if name == "ptb" else 1)
+    assert hub["protocol"]["name"] == name
+
+
+def test_missing_test_set_of_the_hub_names_the_local_files_that_replace_it(
+    run_dir: Path, ddiff: Command
+) -> None:
+    answer = ddiff(*EVAL, "--data", "lm1b")
+    assert is_refusal(answer, "billion-word-benchmark/lm1b")
+    assert "--data FILE --protocol lm1b" in " ".join(answer.err.split())
+    assert "hf download" in answer.err
 
 
 def test_until_adds_draws_until_the_interval_is_narrow(run_dir: Path, ddiff: Command) -> None:
@@ -102,6 +150,12 @@ def test_until_adds_draws_until_the_interval_is_narrow(run_dir: Path, ddiff: Com
         (("--data", "tiny.toml", "--data", "a.txt"), "one recipe"),
         (("--protocol", "ptb"), "--data"),
         (("--published",), "--data"),
+        (("--data", "a.txt", "--program", "2406.07524"), "--published"),
+        (("--data", "a.txt", "--published", "--program", "1"), "2406.07524"),
+        (("--data", "ptb", "--protocol", "lm1b"), "--data FILE --protocol ptb"),
+        (("--data", "ptb", "--data", "a.txt"), "--data FILE --protocol ptb"),
+        # no network in tests
+        (("--data", "ptb"), "--data FILE --protocol ptb"),
         (("--data", "a.txt", "--protocol", "ptbb"), "ptb"),
         (("--until", "0"), "--until"),
         (("--until", "nan"), "--until"),
