@@ -99,20 +99,29 @@ def compare_runs(
     out: Annotated[
         str, typer.Option(metavar="DIR", help="Folder for compare.json and compare.md.")
     ] = ".",
+    generation: Annotated[
+        bool,
+        typer.Option(
+            help="Include the figures of samples that `ddiff eval --generate` drew, if there are "
+            "some."
+        ),
+    ] = True,
 ) -> None:
     """Compare evaluated runs in one table.
 
-    All runs must have been evaluated in the same way.
+    All runs must have been evaluated in the same way, and so must their samples.
     """
     from ddiff.evaluation.comparison import compare, write_comparison
 
-    comparison = compare(run_dirs, group_seeds=seeds)
+    comparison = compare(run_dirs, group_seeds=seeds, generation=generation)
     print_columns(*comparison.columns())
     for remark in comparison.remarks():
         typer.echo(remark)
     command = ["ddiff compare", *map(str, run_dirs)]
     if seeds:
         command.append("--seeds")
+    if not generation:
+        command.append("--no-generation")
     written = write_comparison(comparison, out, " ".join(command))
     typer.echo(f"Written to {' and '.join(map(str, written))}")
 

@@ -7,10 +7,11 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from commands import Command
 from small import FLAT, working_in
@@ -19,6 +20,7 @@ import ddiff as api
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.evaluation.comparison import compare
 from ddiff.evaluation.intervals import student95
+from ddiff.evaluation.judge_model import Scores
 
 SHORT = ["train.steps=3", "denoiser.dropout=0.0"]
 
@@ -267,3 +269,161 @@ def test_compare_reads_evaluation_json_of_version_1(place: Path, tmp_path: Path)
         new.interval,
         new.bits_per_byte,
     )
+
+
+# ---------------------------------------------------------------------- figures of samples
+
+
+@pytest.fixture(scope="module")
+def sampled(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with copies of `tree`, `flat` and `flat1`. The first two have figures of 3 samples."""
+    folder = tmp_path_factory.mktemp("sampled")
+    for name in ("tree", "flat", "flat1"):
+        shutil.copytree(place / name, folder / name)
+    judge = ConstantJudge()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place.parent)
+        patch.setenv("DDIFF_CACHE", str(place.parent / "cache"))
+        for name in ("tree", "flat"):
+            report = api.evaluate_generation(api.load(folder / name), judge, count=3)
+            (folder / name / "generation.json").write_text(report.to_json())
+    return folder
+
+
+class ConstantJudge:
+    """Judge that gives every character 2 nats."""
+
+    name = "constant"
+    tokenizer_fingerprint = None
+    protocol: ClassVar = {"judge": "constant", "model": "2 nats", "tokenizer": "characters"}
+
+    def encode(self, documents: Sequence[str]) -> list[int]:
+        return [0] * max(1, len("".join(documents)))
+
+    def score(self, rows: Sequence[Sequence[int]]) -> Scores:
+        tokens = np.array([len(row) for row in rows])
+        return Scores(2.0 * tokens, tokens)
+
+    def features(self, rows: Sequence[Sequence[int]]) -> None:
+        return None
+
+
+@pytest.mark.slow
+def test_compare_shows_the_figures_of_generation_json(sampled: Path) -> None:
+    comparison = compare([sampled / "tree", sampled / "flat", sampled / "flat1"])
+    titles, cells = comparison.columns()
+    for row, line in zip(comparison.rows[:2], cells[:2]):
+        written = read(sampled / row.run / "generation.json")
+        shown = dict(zip(titles, line))
+        entropy = written["samples"]["entropy_nats"]["value"]
+        assert shown["entropy, nats"].startswith(f"{entropy:.3f}")
+        assert shown["judge perplexity"].startswith(f"{math.exp(2.0):.4g}")
+        assert shown["judge perplexity"].endswith(f"at entropy {entropy:.3f}")
+        assert shown["NFE of samples"] == f"{written['sampling']['nfe']:.1f}"
+        assert shown["samples drawn by"] == "ancestral, 4 steps, temperature 1"
+        assert shown["distinct-2"] == f"{written['samples']['distinct']['2']:.3f}"
+    assert comparison.rows[2].generated is None
+    assert dict(zip(titles, cells[2]))["judge perplexity"] == "–"
+    assert any("judge constant" in remark for remark in comparison.remarks())
+    assert "sampler" not in titles  # the samples of samples.jsonl are others
+
+
+@pytest.mark.slow
+def test_compare_without_generation_has_the_columns_of_samples_jsonl(
+    sampled: Path, ddiff: Command, tmp_path: Path
+) -> None:
+    runs = [str(sampled / "tree"), str(sampled / "flat")]
+    result = ddiff("compare", *runs, "--no-generation", "--out", str(tmp_path))
+    assert result.code == 0
+    written = read(tmp_path / "compare.json")
+    assert [row["generated"] for row in written["rows"]] == [None, None]
+    assert written["command"].endswith("--no-generation")
+    markdown = (tmp_path / "compare.md").read_text()
+    assert "sample entropy, nats" in markdown
+    assert "perplexity" not in markdown
+
+
+@pytest.mark.slow
+def test_compare_refuses_samples_that_were_evaluated_with_another_count(
+    sampled: Path, ddiff: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(sampled / "flat", tmp_path / "more")
+    path = tmp_path / "more/generation.json"
+    written = read(path)
+    written["protocol"]["count"] = 5
+    path.write_text(json.dumps(written))
+    result = ddiff("compare", str(sampled / "tree"), str(tmp_path / "more"))
+    assert result.code == 2
+    assert "count: 3 in" in result.err
+    assert "--generate --count 3 --judge constant" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["step", "weights"])
+def test_compare_refuses_samples_of_other_weights_than_the_likelihood(
+    change: str, sampled: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sampled / "flat", tmp_path / "old")
+    path = tmp_path / "old/generation.json"
+    written = read(path)
+    if change == "step":
+        written["step"] = 2
+    else:
+        written["fingerprints"]["weights"] = "of another training"
+    path.write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match=r"generation\.json has the figures of samples of"):
+        compare([tmp_path / "old"])
+    assert compare([tmp_path / "old"], generation=False).rows[0].generated is None
+
+
+@pytest.mark.slow
+def test_compare_names_a_damaged_generation_json(sampled: Path, tmp_path: Path) -> None:
+    shutil.copytree(sampled / "flat", tmp_path / "bad")
+    (tmp_path / "bad/generation.json").write_text('{"schema_version": 2, ')
+    with pytest.raises(CheckpointError, match=r"generation\.json is damaged"):
+        compare([tmp_path / "bad"])
+
+
+@pytest.mark.slow
+def test_compare_with_until_does_not_compare_the_number_of_draws(
+    place: Path, tmp_path: Path
+) -> None:
+    for name, draws in (("few", 4), ("many", 9)):
+        shutil.copytree(place / "flat", tmp_path / name)
+        path = tmp_path / name / "evaluation.json"
+        written = read(path)
+        written["protocol"] |= {"until": 0.01, "draws": draws}
+        path.write_text(json.dumps(written))
+    comparison = compare([tmp_path / "few", tmp_path / "many"])
+    assert comparison.protocol["until"] == 0.01
+    assert comparison.protocol["draws"] is None
+
+
+@pytest.mark.slow
+def test_published_values_never_share_a_column_with_bounds(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "flat", tmp_path / "published")
+    path = tmp_path / "published/evaluation.json"
+    written = read(path)
+    written |= {
+        "bound": "PUBLISHED",
+        "published_nats_per_token": written.pop("nelbo_nats_per_token"),
+    }
+    figures = {name: dict(figure) for name, figure in written["figures"].items()}
+    figures["published"] = figures.pop("nelbo")
+    for figure in figures.values():
+        figure["protocol"] = "published ptb"
+    path.write_text(json.dumps(written | {"figures": figures}))
+    with pytest.raises(ArgumentError, match=r"protocol: validation in .*, published ptb in"):
+        compare([place / "flat", tmp_path / "published"])
+    comparison = compare([tmp_path / "published"])
+    assert comparison.rows[0].bound == "PUBLISHED"
+    assert any("not a bound" in note for note in comparison.notes)
+
+
+@pytest.mark.slow
+def test_repr_of_a_comparison_is_its_table(place: Path) -> None:
+    comparison = compare([place / "tree", place / "flat"])
+    lines = repr(comparison).splitlines()
+    assert lines[0] == "Comparison:"
+    assert [line.split()[0] for line in lines[1:]] == ["run", "tree", "flat"]
+    assert comparison._repr_markdown_().startswith("| run |")

@@ -206,6 +206,21 @@ def test_report_says_which_settings_make_bounds_incomparable(place: Path, tmp_pa
     assert "has the lowest bound" not in texts[1]
 
 
+def test_report_does_not_compare_the_number_of_draws_of_until(place: Path, tmp_path: Path) -> None:
+    runs = []
+    for name, draws in (("tree", 4), ("flat", 9)):
+        run = tmp_path / name
+        shutil.copytree(place / name, run)
+        found = json.loads((run / "evaluation.json").read_text())
+        found["protocol"] |= {"until": 0.01, "draws": draws}
+        (run / "evaluation.json").write_text(json.dumps(found))
+        runs.append(run)
+    write_report(runs, tmp_path / "until.html")
+    text = (tmp_path / "until.html").read_text()
+    assert "not comparable" not in text
+    assert "has the lowest bound" in text
+
+
 def test_report_of_files_only_does_not_import_torch(place: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from ddiff.cli import app; app(sys.argv[1:], standalone_mode=False);"

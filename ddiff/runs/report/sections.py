@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ddiff.evaluation.comparison import BOUND_ONLY, PROTOCOL
+from ddiff.evaluation.compared_run import PROTOCOL, select_settings
 from ddiff.run_dir.files import METRICS
 from ddiff.runs.report.clusters import MOST_WORDS, TokenTree, show_token
 from ddiff.runs.report.generation import make_generation
@@ -142,15 +142,13 @@ def _nats_of(pair: tuple[ReportedRun, Bound | None]) -> float:
 
 def find_differences(bounds: Sequence[Bound]) -> list[str]:
     """Return the evaluation settings in which bounds differ, such as "tokenizer"."""
+    selected = [
+        select_settings({**bound.protocol, "unit": bound.unit}, bound.label) for bound in bounds
+    ]
     differing = []
-    if len({bound.unit for bound in bounds}) > 1:
-        differing.append("unit")
     for name in PROTOCOL:
-        # an exact likelihood has no window and no draws
-        exact = ("NLL",) if name in BOUND_ONLY else ()
-        found = [bound.protocol.get(name) for bound in bounds if bound.label not in exact]
-        known = {repr(value) for value in found if value is not None}
-        if name != "unit" and len(known) > 1:
+        known = {repr(settings[name]) for settings in selected if settings[name] is not None}
+        if len(known) > 1:
             differing.append(name)
     return differing
 
