@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Protocol, final
 
@@ -43,6 +44,23 @@ class Progress(Protocol):
         ...
 
 
+_is_hidden: ContextVar[bool] = ContextVar("progress is hidden", default=False)
+
+
+@contextmanager
+def hide_progress() -> Iterator[None]:
+    """Show no progress in a `with` block.
+
+    For jobs that are part of another job with a bar, or that have another display on the terminal:
+    two displays would overwrite each other.
+    """
+    token = _is_hidden.set(True)
+    try:
+        yield
+    finally:
+        _is_hidden.reset(token)
+
+
 @contextmanager
 def show_progress(
     total: int | None, title: str, *, start: int = 0, console: Console | None = None
@@ -55,7 +73,7 @@ def show_progress(
         start: number of items that were finished before, such as the steps of a resumed run.
         console: output; stderr by default.
     """
-    console = console or Console(stderr=True)
+    console = _choose_console(console)
     if not console.is_terminal:
         lines = ProgressLines(total, title, start, console)
         yield lines
@@ -81,7 +99,7 @@ def show_activity(title: str, *, console: Console | None = None) -> Iterator[Non
 
     On a terminal, a spinner is shown. In a log file or pipe, a line is printed every ten seconds.
     """
-    console = console or Console(stderr=True)
+    console = _choose_console(console)
     if console.is_terminal:
         with console.status(title):
             yield
@@ -94,6 +112,13 @@ def show_activity(title: str, *, console: Console | None = None) -> Iterator[Non
     finally:
         ended.set()
         printer.join()
+
+
+def _choose_console(console: Console | None) -> Console:
+    """Return the console of a display: `console`, stderr, or none while progress is hidden."""
+    if _is_hidden.get():
+        return Console(quiet=True, force_terminal=False)
+    return console or Console(stderr=True)
 
 
 def _print_elapsed(title: str, console: Console, ended: threading.Event) -> None:

@@ -200,6 +200,14 @@ TrajectoryFile = Annotated[
         help="Also write the states after each step, which `ddiff report --trajectory` plays.",
     ),
 ]
+AnimationFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gif",
+        metavar="FILE.gif",
+        help="Also write an animation of the states after each step.",
+    ),
+]
 NoIds = Annotated[
     bool, typer.Option("--no-ids", help="Leave the token ids out of the printed JSON objects.")
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddiff.cli.options import (
+    AnimationFile,
     Conditions,
     EditedTexts,
     EditModeName,
@@ -57,6 +58,7 @@ def sample(
     images: ImageFile = None,
     watch: WatchSamples = False,
     trajectory: TrajectoryFile = None,
+    gif: AnimationFile = None,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
 
@@ -64,7 +66,13 @@ def sample(
     of the given texts are sampled again. Given fields stay unchanged too.
     """
     further = _keep_given(
-        given=given, only=only, target=target, images=images, watch=watch, trajectory=trajectory
+        given=given,
+        only=only,
+        target=target,
+        images=images,
+        watch=watch,
+        trajectory=trajectory,
+        gif=gif,
     )
     others = [*_keep_given(prompt=prompt, prompts=prompts, infill=infill, count=count), *further]
     chosen = _keep_given(ratio=ratio, mode=mode, toward=toward)

@@ -18,6 +18,8 @@ from ddiff.errors import ArgumentError
 
 Pixels = NDArray[np.uint8]
 
+PNG = b"\x89PNG"
+"""First bytes of a PNG file."""
 SOFTWARE = "ddiff"  # written into every file, so that it is recognized
 
 MARGIN = 4  # pixels around every picture of a grid
@@ -251,7 +253,16 @@ def write_grid(
 def is_grid(file: IO[bytes]) -> bool:
     """Return True if a file is a PNG file that `write_grid` wrote."""
     head = file.read(200)
-    return head.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in head
+    return head.startswith(PNG) and f"Software\0{SOFTWARE}".encode() in head
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Return a PNG file of the pixels uint8 [rows,columns,3]. Equal pixels give equal bytes."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def _draw_grid(

@@ -25,6 +25,7 @@ from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
     from ddiff.runs.encode import EncodedDocuments
+    from ddiff.runs.observer import SampleObserver
     from ddiff.runs.trainable import TrainableRun
 
 
@@ -95,12 +96,17 @@ class RunKind(Protocol):
         ...
 
     def sample(
-        self, run: Any, arguments: Mapping[str, Any], prints_ids: bool
+        self,
+        run: Any,
+        arguments: Mapping[str, Any],
+        prints_ids: bool,
+        observer: SampleObserver | None = None,
     ) -> Iterable[Mapping[str, Any]]:
         """Run `ddiff sample` on a loaded run. Returns the samples to print.
 
         `arguments` are those of the options of the command. Raises ArgumentError for options that
         this kind of run does not have. Without `prints_ids`, the samples have no token ids.
+        `observer` shows or records the states after each step.
         """
         ...
 

@@ -10,7 +10,7 @@ from ddiff.errors import ArgumentError
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.runs.report.page import check_report_path, write_report
 from ddiff.runs.report.run_files import ReportedRun, read_runs
-from ddiff.runs.report.trajectories import Trajectory, read_trajectories
+from ddiff.runs.report.trajectories import AnyTrajectory, read_trajectories
 
 
 def report_runs(
@@ -39,7 +39,7 @@ def report_runs(
             "ddiff report: --sampler draws new trajectories, and --trajectory reads a file of "
             "trajectories. Leave one of the options out."
         )
-    trajectories: list[Trajectory] = []
+    trajectories: list[AnyTrajectory] = []
     for file in files:
         trajectories += read_trajectories(file)
     if not files and draws:
@@ -47,18 +47,29 @@ def report_runs(
     return write_report(run_dirs, out, trajectories, figures)
 
 
-def _draw(runs: Sequence[ReportedRun], draws: int, samplers: Sequence[str]) -> list[Trajectory]:
-    """Draw trajectories of the text runs that have a checkpoint."""
-    found: list[Trajectory] = []
+def _draw(runs: Sequence[ReportedRun], draws: int, samplers: Sequence[str]) -> list[AnyTrajectory]:
+    """Draw trajectories of the runs that have a checkpoint.
+
+    `samplers` are for text runs; a run of several fields has the samplers of its recipe.
+    """
+    found: list[AnyTrajectory] = []
     for run in runs:
-        if run.has_fields or not _is_trained(run.directory):
+        if not _is_trained(run.directory):
             continue
         # imported here, because a report without trajectories needs no torch
         from ddiff.runs.loading import load
-        from ddiff.runs.trajectory import draw_trajectories
 
         loaded = load(run.directory)
-        for trajectory in draw_trajectories(loaded, draws, samplers or [None]):
+        drawn: Sequence[AnyTrajectory]
+        if run.has_fields:
+            from ddiff.runs.fields.trajectory import draw_trajectories as draw_fields
+
+            drawn = draw_fields(loaded, draws)
+        else:
+            from ddiff.runs.trajectory import draw_trajectories
+
+            drawn = draw_trajectories(loaded, draws, samplers or [None])
+        for trajectory in drawn:
             # the name in the report, which differs from the other names
             found.append(replace(trajectory, run=run.name))
     return found

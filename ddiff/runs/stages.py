@@ -31,11 +31,11 @@ from ddiff.runs.directory import (
 from ddiff.runs.editing import add_target
 from ddiff.runs.kinds import find_kind
 from ddiff.runs.loading import load
+from ddiff.runs.observer import SampleObserver
 from ddiff.runs.record import read_recorded_steps, record_run
 from ddiff.runs.session import TrainingSession
 from ddiff.runs.summary import print_resume, print_start
 from ddiff.runs.trainable import TrainableRun
-from ddiff.runs.trajectory import SampleObserver
 from ddiff.training.settings import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGINT
@@ -94,21 +94,18 @@ def sample_run(
     prints_ids: bool = True,
     watch: bool = False,
     trajectory: str | None = None,
+    gif: str | None = None,
     **arguments: Any,
 ) -> None:
     """Run `ddiff sample`: print one JSON line per sample.
 
     `arguments` are those of `Run.sample` or of `FieldsRun.sample`. Without `prints_ids`, the lines
-    have no token ids. `watch` shows the samples on the terminal while they are drawn, and
-    `trajectory` is a file for the states after each step; both only for text runs.
+    have no token ids. `watch` shows the samples on the terminal while they are drawn, `trajectory`
+    is a JSON file for the states after each step, and `gif` an animation of these states.
     """
-    observer = SampleObserver.check(watch, trajectory)
+    observer = SampleObserver.check(watch, trajectory, gif)
     trained = load(run_dir)
-    if observer is None:
-        samples = find_kind(trained.recipe).sample(trained, arguments, prints_ids)
-    else:
-        require_text_recipe(trained.recipe, "ddiff sample --watch and --trajectory")
-        samples = observer.sample(trained, arguments, prints_ids)
+    samples = find_kind(trained.recipe).sample(trained, arguments, prints_ids, observer)
     _print_json_lines(samples)
 
 

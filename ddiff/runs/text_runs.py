@@ -24,6 +24,7 @@ from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
     from ddiff.runs.encode import EncodedDocuments
+    from ddiff.runs.observer import SampleObserver
     from ddiff.runs.run import Run
 
 
@@ -84,13 +85,24 @@ class TextRuns:
         return reevaluate(run, target, options.until)
 
     def sample(
-        self, run: Run, arguments: Mapping[str, Any], prints_ids: bool
+        self,
+        run: Run,
+        arguments: Mapping[str, Any],
+        prints_ids: bool,
+        observer: SampleObserver | None = None,
     ) -> Iterable[Mapping[str, Any]]:
         others = dict(arguments)
         names = ("given", "only", "target", "images")
         own = {f"--{name}": others.pop(name, None) for name in names}
         refuse_options(run, own, "a run of text", "Use --prompt, --infill or --condition.")
-        for sample in run.sample(**others):
+        if observer is None:
+            samples = run.sample(**others)
+        else:
+            from ddiff.runs.trajectory import observe_samples
+
+            with observe_samples(run, observer, others) as on_step:
+                samples = run.sample(**others, on_step=on_step)
+        for sample in samples:
             yield {key: value for key, value in sample.items() if prints_ids or key != "ids"}
 
     def encode(

@@ -1,34 +1,25 @@
-"""Record and show the states of samples during sampling.
+"""Record the states of samples of a text run during sampling.
 
-`TrajectoryRecorder` and `TerminalView` are callbacks `on_step` of `Run.sample`.
+`TrajectoryRecorder` is a callback `on_step` of `Run.sample`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 from torch import Tensor
 
 from ddiff.errors import ArgumentError
 from ddiff.recipe.resolve import configure_sampler
-from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import SAMPLES, read_json_lines
-from ddiff.runs.report.clusters import SPACE, TokenTree, read_tree_of, show_token
-from ddiff.runs.report.trajectories import Trajectory, is_trajectory_file, to_json
+from ddiff.runs.observer import MOST_RECORDED, SampleObserver
+from ddiff.runs.report.clusters import TokenTree, read_tree_of
+from ddiff.runs.report.trajectories import Trajectory
 from ddiff.runs.run import Run
-from ddiff.runs.text_runs import TEXT_RUNS
+from ddiff.runs.terminal_view import StateView, watch_samples
 from ddiff.sampling.loop import Canvas, OnStep
-
-MOST_WATCHED = 4  # samples of a batch that the terminal shows
-MOST_RECORDED = 16  # samples of a file of trajectories
-STYLES = ("", "black on yellow", "black on cyan", "black on magenta")
-"""Terminal styles of the levels between the tokens and the mask, by level."""
 
 
 class TrajectoryRecorder:
@@ -176,115 +167,45 @@ def read_tree(run: Run) -> TokenTree:
 # ---------------------------------------------------------------------- ddiff sample
 
 
-@dataclass(frozen=True)
-class SampleObserver:
-    """Options `--watch` and `--trajectory` of `ddiff sample`.
+@contextmanager
+def observe_samples(
+    run: Run, observer: SampleObserver, arguments: Mapping[str, Any]
+) -> Iterator[OnStep]:
+    """Show or record the samples that are drawn in a `with` block, as an observer wants.
 
-    `watch` shows the samples on the terminal. `place` is the file for the trajectories, or None.
+    Yields the callback `on_step` for `Run.sample`, whose arguments are `arguments`. The files are
+    written at the end of the block.
     """
+    has_prompt = arguments.get("prompt") is not None or arguments.get("infill") is not None
+    undrawn = find_undrawn(run)
+    recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt, undrawn)
+    watcher = watch_text(run) if observer.watch else nullcontext()
+    with watcher as show:
 
-    watch: bool
-    place: Destination | None
+        def observe(step: int, canvas: Canvas) -> None:
+            if observer.records:
+                recorder(step, canvas)
+            if show is not None:
+                show(step, canvas)
 
-    @classmethod
-    def check(cls, watch: bool, trajectory: str | None) -> SampleObserver | None:
-        """Return the observer, or None without options.
-
-        Raises ArgumentError if the file `trajectory` cannot be written.
-        """
-        if not watch and trajectory is None:
-            return None
-        place = None
-        if trajectory is not None:
-            argument = "ddiff sample --trajectory"
-            place = check_destination(
-                trajectory, argument, suffix=".json", owned=is_trajectory_file
-            )
-        return cls(watch, place)
-
-    def sample(
-        self, run: Run, arguments: Mapping[str, Any], prints_ids: bool
-    ) -> Iterable[Mapping[str, Any]]:
-        """Draw samples like `ddiff sample`, and show or record their states.
-
-        `arguments` are those of `Run.sample`. Without `prints_ids`, the samples have no token ids.
-        """
-        has_prompt = arguments.get("prompt") is not None or arguments.get("infill") is not None
-        undrawn = find_undrawn(run)
-        recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt, undrawn)
-        watcher = watch_samples(run) if self.watch else nullcontext()
-        with watcher as show:
-
-            def observe(step: int, canvas: Canvas) -> None:
-                if self.place is not None:
-                    recorder(step, canvas)
-                if show is not None:
-                    show(step, canvas)
-
-            samples = TEXT_RUNS.sample(run, {**arguments, "on_step": observe}, prints_ids)
-            drawn = list(samples)
-        if self.place is not None:
-            found = make_trajectories(
-                run, recorder, arguments.get("sampler"), arguments.get("seed")
-            )
-            write_text(self.place, to_json(found))
-        return drawn
-
-
-# ---------------------------------------------------------------------- terminal
+        yield observe
+    if observer.records:
+        sampler = arguments.get("sampler")
+        observer.write(make_trajectories(run, recorder, sampler, arguments.get("seed")))
 
 
 @contextmanager
-def watch_samples(run: Run, console: Console | None = None) -> Iterator[OnStep]:
+def watch_text(run: Run) -> Iterator[OnStep]:
     """Show the samples of the current batch on stderr, in place, while they are drawn.
 
-    Yields the callback `on_step` for `Run.sample`. In a file or pipe, only the last states are
-    printed.
+    Yields the callback `on_step` for `Run.sample`.
     """
-    view = TerminalView(read_tree(run), find_undrawn(run))
-    console = console or Console(stderr=True)
-    with Live(console=console, auto_refresh=False) as live:
+    view = StateView(read_tree(run))
+    undrawn = find_undrawn(run)
+    with watch_samples() as show:
 
-        def show(step: int, canvas: Canvas) -> None:
-            live.update(view.draw(step, canvas), refresh=console.is_terminal)
+        def on_step(step: int, canvas: Canvas) -> None:
+            states = hide_undrawn(canvas, undrawn).tolist()
+            show(step, float(canvas.t.mean()), view.draw(states, is_first=step == 1))
 
-        yield show
-        live.refresh()
-
-
-class TerminalView:
-    """Samples as coloured text: masks, nodes of a tree, tokens, and what the last step changed."""
-
-    def __init__(self, tree: TokenTree, undrawn: int | None = None) -> None:
-        self.tree = tree
-        self.undrawn = undrawn
-        self._before: Tensor | None = None
-
-    def draw(self, step: int, canvas: Canvas) -> Text:
-        """Return the text of the first samples after a step."""
-        states = hide_undrawn(canvas, self.undrawn)[:MOST_WATCHED].cpu()
-        before = self._before
-        if before is None or before.shape != states.shape or step == 1:
-            before = states
-        self._before = states
-        time = float(canvas.t.mean())
-        text = Text(f"step {step}, mean time {time:.3f}\n", style="bold")
-        for row, previous in zip(states.tolist(), before.tolist()):
-            for state, old in zip(row, previous):
-                text.append_text(self._draw_state(state, old))
-            text.append("\n\n")
-        return text
-
-    def _draw_state(self, state: int, old: int) -> Text:
-        level = self.tree.level_of(state)
-        is_new = state != old
-        if level == 0:
-            word = show_token(self.tree.words[state]).replace(SPACE, " ")
-            is_correction = is_new and self.tree.level_of(old) == 0
-            style = "bold red" if is_correction else "bold" if is_new else ""
-            return Text(word, style=style)
-        if level == len(self.tree.parents):
-            # a mask that was a token before
-            return Text("░", style="red" if is_new else "dim")
-        style = STYLES[min(level, len(STYLES) - 1)]
-        return Text(f"[{self.tree.name_state(state)}]", style=style)
+        yield on_step

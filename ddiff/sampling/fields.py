@@ -204,12 +204,8 @@ def generate_fields(
     predicts = _predictions(fields, network)
     path = sampler.check_supported(fields, predicts, whole)
     counter = JointCounter(network, predicts, len(index))
-
-    def rng_at(step: int, name: str) -> CounterRng:
-        rng = CounterRng(seed, step, index, fields[name].positions, "sample")
-        return rng_of_field(rng, fields, name)
-
-    canvases = _initial_canvases(fields, given, rng_at)
+    rng_at = _make_rng_at(fields, index, seed)
+    canvases = initial_canvases(fields, index=index, seed=seed, given=given)
     state = _JointState(fields, path, counter, sampler.guidance, rng_at, canvases)
     for step, _ in enumerate(_run_path(state, sampler), start=1):
         if on_step:
@@ -225,10 +221,25 @@ def generate_fields(
     return JointSamples(states=states, nfe=counter.count.calls, runs=runs)
 
 
-def _initial_canvases(
-    fields: Fields, given: Given, rng_at: Callable[[int, str], CounterRng]
+def _make_rng_at(fields: Fields, index: Tensor, seed: int) -> Callable[[int, str], CounterRng]:
+    """Return the function (step, name) -> generator of a step and a field."""
+
+    def rng_at(step: int, name: str) -> CounterRng:
+        rng = CounterRng(seed, step, index, fields[name].positions, "sample")
+        return rng_of_field(rng, fields, name)
+
+    return rng_at
+
+
+def initial_canvases(
+    fields: Fields, *, index: Tensor, seed: int, given: Given | None = None
 ) -> JointCanvas:
-    """Return the canvases of all fields at tau = 1, with the given states."""
+    """Return the canvases of all fields at tau = 1, from which `generate_fields` starts.
+
+    The arguments are those of `generate_fields`.
+    """
+    given = given or {}
+    rng_at = _make_rng_at(fields, index, seed)
     canvases = {}
     for name, field in fields.items():
         values, mask = given.get(name, (None, None))

@@ -358,15 +358,6 @@ def test_trajectory_survives_its_file(tmp_path: Path) -> None:
     assert replay(trajectory) == [[6, 6], [4, 6], [0, 5], [0, 3]]
 
 
-def test_sample_trajectory_refuses_a_run_of_fields(
-    place: Path, tmp_path: Path, ddiff: Command
-) -> None:
-    found = ddiff("sample", str(place / "digits"), "--trajectory", str(tmp_path / "t.json"))
-    assert found.code == 2
-    assert "--trajectory" in found.err
-    assert not (tmp_path / "t.json").exists()
-
-
 def test_watch_prints_the_states_on_stderr_and_only_samples_on_stdout(
     place: Path, ddiff: Command
 ) -> None:

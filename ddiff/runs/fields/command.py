@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from ddiff.runs.fields.sampling import (
     choose_target,
     draw_fields,
 )
+from ddiff.runs.fields.trajectory import observe_fields
 from ddiff.runs.kinds import refuse_options
+from ddiff.runs.observer import SampleObserver
+from ddiff.sampling.fields import OnJointStep
 
 OPTIONS_OF_TEXT = {
     "prompt": "--prompt",
@@ -37,11 +41,15 @@ OPTIONS_OF_TEXT = {
 
 
 def sample_run(
-    run: FieldsRun, arguments: Mapping[str, Any], prints_ids: bool
+    run: FieldsRun,
+    arguments: Mapping[str, Any],
+    prints_ids: bool,
+    observer: SampleObserver | None = None,
 ) -> Iterable[Mapping[str, Any]]:
     """Draw the samples that the options of `ddiff sample` ask for, and return the printed dicts.
 
-    Raises ArgumentError for an option of text runs, and for values that do not fit.
+    `observer` shows or records the states after each step. Raises ArgumentError for an option of
+    text runs, and for values that do not fit.
     """
     options = dict(arguments)
     text = {option: options.pop(name, None) for name, option in OPTIONS_OF_TEXT.items()}
@@ -50,11 +58,15 @@ def sample_run(
     images = options.pop("images", None)
     options["given"] = read_given(run, options.pop("given", None) or ())
     request = FieldsRequest(**options)
+    target = choose_target(list(run.model.fields), request)
     place = None
     if images is not None:
-        choose_target(list(run.model.fields), request)
         place = check_destination(images, "ddiff sample --images", suffix=".png", owned=is_grid)
-    drawn = draw_fields(run.recipe, run.model, run.data, request)
+    observing: AbstractContextManager[OnJointStep | None] = nullcontext()
+    if observer is not None:
+        observing = observe_fields(run, observer, target, request.seed)
+    with observing as on_step:
+        drawn = draw_fields(run.recipe, run.model, run.data, request, on_step)
     if place is not None:
         _write_images(run, drawn, place)
     samples = drawn.to_dicts()

@@ -27,6 +27,7 @@ from ddiff.training.settings import TrainingSummary
 if TYPE_CHECKING:
     from ddiff.runs.encode import EncodedDocuments
     from ddiff.runs.fields.run import FieldsRun
+    from ddiff.runs.observer import SampleObserver
 
 
 class FieldsRuns:
@@ -88,11 +89,15 @@ class FieldsRuns:
         return reevaluate(run, target)
 
     def sample(
-        self, run: FieldsRun, arguments: Mapping[str, Any], prints_ids: bool
+        self,
+        run: FieldsRun,
+        arguments: Mapping[str, Any],
+        prints_ids: bool,
+        observer: SampleObserver | None = None,
     ) -> Iterable[Mapping[str, Any]]:
         from ddiff.runs.fields.command import sample_run
 
-        return sample_run(run, arguments, prints_ids)
+        return sample_run(run, arguments, prints_ids, observer)
 
     def encode(
         self,

@@ -29,6 +29,7 @@ from ddiff.runs.fields.rate import ThroughEvaluation
 from ddiff.runs.fields.sampling import FieldsRequest, draw_fields
 from ddiff.runs.fields.values import FieldValues
 from ddiff.runs.trainable import TrainableRun
+from ddiff.sampling.fields import OnJointStep
 from ddiff.training.fields_objective import FieldsObjective
 
 COUNTED_AT_ONCE = 4096  # samples whose tokens are counted together
@@ -113,6 +114,7 @@ class FieldsRun(TrainableRun):
         steps: int | None = None,
         seed: int | None = None,
         batch: int | None = None,
+        on_step: OnJointStep | None = None,
     ) -> list[dict[str, Any]]:
         """Draw samples of one target.
 
@@ -133,9 +135,11 @@ class FieldsRun(TrainableRun):
             steps: number of steps of the samplers.
             seed: seed of the random generator.
             batch: number of samples per batch.
+            on_step: callback `on_step(step, canvases)` with the canvas of each field, called for
+                every batch before the first step (step 0) and after every step.
         """
         request = FieldsRequest(count, target, dict(given or {}), tuple(only), steps, seed, batch)
-        return draw_fields(self.recipe, self.model, self.data, request).to_dicts()
+        return draw_fields(self.recipe, self.model, self.data, request, on_step).to_dicts()
 
     # ------------------------------------------------------------------ training
 

@@ -24,7 +24,12 @@ from ddiff.runs.fields.checks import build_joint_sampler, check_target
 from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.given import repeat_given
 from ddiff.runs.sampling import check_numbers
-from ddiff.sampling.fields import JointSampler, generate_fields
+from ddiff.sampling.fields import (
+    JointSampler,
+    OnJointStep,
+    generate_fields,
+    initial_canvases,
+)
 from ddiff.training.device import to_device
 
 
@@ -78,9 +83,16 @@ class DrawnSamples:
 
 
 def draw_fields(
-    recipe: FieldsRecipe, model: FieldsModel, data: RunFields, request: FieldsRequest
+    recipe: FieldsRecipe,
+    model: FieldsModel,
+    data: RunFields,
+    request: FieldsRequest,
+    on_step: OnJointStep | None = None,
 ) -> DrawnSamples:
-    """Check the arguments of `FieldsRun.sample` in `request`, then draw samples batch by batch."""
+    """Check the arguments of `FieldsRun.sample` in `request`, then draw samples batch by batch.
+
+    `FieldsRun.sample` explains `on_step`.
+    """
     keys = recipe.sample
     count = keys.count if request.count is None else request.count
     seed = keys.seed if request.seed is None else request.seed
@@ -98,7 +110,7 @@ def draw_fields(
         for first in batches:
             index = torch.arange(first, min(first + size, count))
             parts = {name: _slice(values, index) for name, values in given.items()}
-            states, nfe = draw_batch(model, sampler, parts, index, seed)
+            states, nfe = draw_batch(model, sampler, parts, index, seed, on_step)
             for name, column in drawn.items():
                 column.append(states[name].cpu())
             runs += nfe
@@ -117,10 +129,12 @@ def draw_batch(
     given: Mapping[str, FieldBatch],
     index: Tensor,
     seed: int,
+    on_step: OnJointStep | None = None,
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Draw one batch. Returns the states by field, and the number of evaluations per sample.
 
-    `given`: whole fields to keep. `index` [B]: numbers of the samples.
+    `given`: whole fields to keep. `index` [B]: numbers of the samples. `on_step` is called with 0
+    before the first step, and after every step.
     """
     padding = {}
     states = {}
@@ -130,13 +144,17 @@ def draw_batch(
         if not bool(values.valid.all()):
             padding[name] = moved.valid
     network = JointDenoiserNetwork(model.denoiser, model.fields, JointContext(padding))
+    index = index.to(model.device)
+    if on_step is not None:
+        on_step(0, initial_canvases(model.fields, index=index, seed=seed, given=states))
     samples = generate_fields(
         sampler,
         model.fields,
         network,
-        index=index.to(model.device),
+        index=index,
         seed=seed,
         given=states,
+        on_step=on_step,
     )
     return dict(samples.states), samples.runs.tolist()
 

@@ -73,10 +73,22 @@ function drawCells(trajectory, states, step) {
   return [cells, counts];
 }
 
+// A field with pictures has one picture per step in place of cells.
+function drawPicture(trajectory, step) {
+  const picture = make("img", "frame");
+  const frame = trajectory.frames[Math.min(step, trajectory.frames.length - 1)];
+  picture.src = "data:image/png;base64," + trajectory.pictures[frame];
+  picture.alt = trajectory.field + " after step " + step;
+  return picture;
+}
+
 function startPlayer(root, trajectories) {
   root.textContent = "";
-  const all = trajectories.map((trajectory) => ({trajectory, states: unfold(trajectory)}));
-  const title = ({run, sampler, index}) => run + ", " + sampler + ", sample " + index;
+  const all = trajectories.map((trajectory) => (
+    {trajectory, states: trajectory.pictures ? trajectory.frames : unfold(trajectory)}
+  ));
+  const title = ({run, target, field, sampler, index}) =>
+    [run, target, field, sampler, "sample " + index].filter(Boolean).join(", ");
 
   const controls = make("div", "controls");
   const back = make("button", "", "◀ step");
@@ -113,12 +125,13 @@ function startPlayer(root, trajectories) {
 
   const key = make("div", "key");
   const entries = [["mask", "mask"]];
-  const depth = Math.max(...trajectories.map((trajectory) => trajectory.level_sizes.length));
+  const withCells = trajectories.filter((trajectory) => !trajectory.pictures);
+  const depth = Math.max(0, ...withCells.map((trajectory) => trajectory.level_sizes.length));
   for (let level = Math.min(depth - 2, 3); level > 0; level -= 1) {
     entries.push(["l" + level, "node of level " + level + ", with its typical tokens"]);
   }
   entries.push(["new", "changed to a more precise state"], ["corrected", "remasked or corrected"]);
-  if (trajectories.some((trajectory) => trajectory.given.length)) entries.push(["given", "given"]);
+  if (withCells.some((trajectory) => trajectory.given.length)) entries.push(["given", "given"]);
   for (const [name, text] of entries) {
     const entry = make("span");
     entry.append(make("i", name), text);
@@ -138,9 +151,14 @@ function startPlayer(root, trajectories) {
     place.textContent = "step " + step + " of " + last;
     for (const {select, body} of shown) {
       const {trajectory, states} = all[select.value];
-      const [cells, counts] = drawCells(trajectory, states, step);
       const time = step > 0 ? trajectory.times[Math.min(step, trajectory.times.length) - 1] : 1;
-      const text = (time === undefined ? "" : "mean time " + time.toFixed(3) + " · ") +
+      const timeText = time === undefined ? "" : "mean time " + time.toFixed(3);
+      if (trajectory.pictures) {
+        body.replaceChildren(drawPicture(trajectory, step), make("p", "note", timeText));
+        continue;
+      }
+      const [cells, counts] = drawCells(trajectory, states, step);
+      const text = (timeText && timeText + " · ") +
         counts.refined + " refined · " + counts.remasked + " remasked · " +
         counts.corrected + " corrected";
       body.replaceChildren(cells, make("p", "note", text));

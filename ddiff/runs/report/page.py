@@ -35,7 +35,7 @@ from ddiff.runs.report.sections import (
     section,
 )
 from ddiff.runs.report.tables import run_label
-from ddiff.runs.report.trajectories import Trajectory
+from ddiff.runs.report.trajectories import AnyTrajectory
 
 GENERATOR = "ddiff report"
 # The browser then refuses every request of the page.
@@ -50,7 +50,7 @@ PLAYER_NOTE = (
 def write_report(
     run_dirs: Sequence[str | Path],
     path: str | Path,
-    trajectories: Sequence[Trajectory] = (),
+    trajectories: Sequence[AnyTrajectory] = (),
     figures: str | Path | None = None,
 ) -> list[Path]:
     """Write the report of runs, and return the paths of all written files.
@@ -112,7 +112,7 @@ def _is_chart(file: IO[bytes]) -> bool:
 def make_page(
     runs: Sequence[ReportedRun],
     charts: Sequence[Chart | BarChart],
-    trajectories: Sequence[Trajectory] = (),
+    trajectories: Sequence[AnyTrajectory] = (),
 ) -> str:
     """Return the HTML text of the report."""
     trees = [(run, tree) for run in runs if (tree := read_tree(run)) is not None]
@@ -175,7 +175,7 @@ def _make_curves(runs: Sequence[ReportedRun], charts: Sequence[Chart | BarChart]
     return join([legend, element("div", *drawn, _class="charts")])
 
 
-def _make_player(trajectories: Sequence[Trajectory]) -> Markup:
+def _make_player(trajectories: Sequence[AnyTrajectory]) -> Markup:
     """Return the data of the player, which page.js shows."""
     if not trajectories:
         return EMPTY

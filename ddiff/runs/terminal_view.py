@@ -1,0 +1,122 @@
+"""States of samples on the terminal, in place, while they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ddiff.data.pictures import Pixels
+from ddiff.progress import hide_progress
+from ddiff.runs.report.clusters import SPACE, TokenTree, show_token
+
+MOST_WATCHED = 4  # samples of a batch that the terminal shows
+STYLES = ("", "black on yellow", "black on cyan", "black on magenta")
+"""Terminal styles of the levels between the tokens and the mask, by level."""
+HALF_BLOCK = "▀"  # its upper half has the text colour, and its lower half the background colour
+
+Show = Callable[[int, float, Sequence[Text]], None]
+"""show(step, mean time, samples) shows the texts of the samples after a step."""
+
+
+@contextmanager
+def watch_samples(console: Console | None = None) -> Iterator[Show]:
+    """Show samples on stderr, or on `console`, in place, and hide progress bars.
+
+    Yields a function `Show`. In a file or pipe, only the last texts are printed.
+    """
+    console = console or Console(stderr=True)
+    # On a terminal, a bar and the samples would overwrite each other.
+    hiding = hide_progress() if console.is_terminal else nullcontext()
+    with hiding, Live(console=console, auto_refresh=False) as live:
+
+        def show(step: int, time: float, samples: Sequence[Text]) -> None:
+            title = Text(f"step {step}, mean time {time:.3f}\n", style="bold")
+            content = _fit_screen(title, samples, console)
+            live.update(content, refresh=console.is_terminal)
+
+        yield show
+        live.refresh()
+
+
+def _fit_screen(title: Text, samples: Sequence[Text], console: Console) -> Text:
+    """Return the title and as many of the first samples as the terminal has lines for.
+
+    The first sample is always part of the text; rich cuts it if it is too long.
+    """
+    content = title.copy()
+    for number, sample in enumerate(samples[:MOST_WATCHED]):
+        longer = content.copy().append_text(sample).append("\n\n")
+        height = len(longer.wrap(console, console.width))
+        if number and console.is_terminal and height > console.height:
+            break
+        content = longer
+    return content
+
+
+class StateView:
+    """Tokens, nodes and masks of samples as coloured text, and what the last step changed.
+
+    Masks are shaded blocks. A node of a tree is shown by its typical tokens, in brackets.
+    """
+
+    def __init__(self, tree: TokenTree) -> None:
+        self.tree = tree
+        self._before: Sequence[Sequence[int]] = []
+
+    def draw(self, states: Sequence[Sequence[int]], is_first: bool = False) -> list[Text]:
+        """Return the texts of the first samples after a step.
+
+        `states` are those of a batch. `is_first`: whether the step is the first of a batch.
+        """
+        states = states[:MOST_WATCHED]
+        before = states if is_first or len(self._before) != len(states) else self._before
+        self._before = states
+        drawn = []
+        for row, previous in zip(states, before):
+            text = Text()
+            for state, old in zip(row, previous):
+                text.append_text(self._draw_state(state, old))
+            drawn.append(text)
+        return drawn
+
+    def _draw_state(self, state: int, old: int) -> Text:
+        level = self.tree.level_of(state)
+        is_new = state != old
+        if level == 0:
+            word = _make_printable(show_token(self.tree.words[state]).replace(SPACE, " "))
+            is_correction = is_new and self.tree.level_of(old) == 0
+            style = "bold red" if is_correction else "bold" if is_new else ""
+            return Text(word, style=style)
+        if level == len(self.tree.parents):
+            # a mask that was a token before
+            return Text("░", style="red" if is_new else "dim")
+        style = STYLES[min(level, len(STYLES) - 1)]
+        # Without spaces, so that a line is broken between two nodes and not within a node.
+        words = _make_printable(self.tree.name_state(state).replace(" ", ""))
+        return Text(f"[{words}]", style=style).append(" ", style="default on default")
+
+
+def _make_printable(text: str) -> str:
+    """Return a text without control characters, which a terminal would obey."""
+    return "".join(part if part.isprintable() else "·" for part in text)
+
+
+def draw_pixels(pixels: Pixels) -> Text:
+    """Return a picture as text with two rows of pixels in a line.
+
+    An odd last row is shown with a black row below.
+    """
+    text = Text()
+    for top in range(0, len(pixels), 2):
+        if top:
+            text.append("\n")
+        upper = pixels[top].tolist()
+        lower = pixels[top + 1].tolist() if top + 1 < len(pixels) else [(0, 0, 0)] * len(upper)
+        for first, second in zip(upper, lower):
+            style = f"rgb({','.join(map(str, first))}) on rgb({','.join(map(str, second))})"
+            text.append(HALF_BLOCK, style=style)
+    return text
