@@ -1,8 +1,10 @@
-"""Make the module `tables` importable for the tests of this folder."""
+"""Make the helper modules of this folder and of `tests/core` importable."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+for folder in (HERE.parent / "core", HERE):
+    sys.path.insert(0, str(folder))

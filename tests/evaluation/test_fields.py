@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exact_fields import BITS, MEAN, PROBABILITY, SPREAD
+from exact_objective import ExactObjective
 from torch import Tensor
 
-from ddiff.core.clock import LogTimeClock
-from ddiff.core.elbo import Likelihood
-from ddiff.core.field import Field
-from ddiff.core.fields import joint_nelbo
-from ddiff.core.gaussian import GaussianProcess
-from ddiff.core.gaussian_schedule import CosineVP
 from ddiff.core.paths import LegPath, first_path, given_path, shared_path
-from ddiff.core.times import FlatTimes
 from ddiff.core.training_paths import IndependentTimes, MixedPaths
-from ddiff.core.tree import TreeProcess
 from ddiff.data.fields_batch import FieldsBatch, token_field, vector_field
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.fields import (
@@ -32,51 +23,8 @@ from ddiff.evaluation.fields import (
 )
 from ddiff.evaluation.ratio import error_of_partners
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
-from exact_fields import (
-    BITS,
-    MEAN,
-    PROBABILITY,
-    SPREAD,
-    VOCABULARY,
-    exact_network,
-)
-
 SAMPLES = 200
 SHARED = shared_path(["text", "latent"])
-FIELDS = {
-    "text": Field(TreeProcess(VOCABULARY, LogTimeClock((1.0,))), FlatTimes(), 2),
-    # The ends add less than 1e-4 nats at this log SNR.
-    "latent": Field(GaussianProcess(CosineVP(), 1, largest_log_snr=9.5), FlatTimes(), 1),
-}
-
-
-class ExactObjective:
-    """Bound with exact predictions; its expectation is -ln p(x) at every sample."""
-
-    fields = FIELDS
-    path = IndependentTimes(["text", "latent"])
-
-    def nll(
-        self, batch: FieldsBatch, rng: Any, slot: Tensor, slots: Any, path: Any
-    ) -> Mapping[str, Likelihood]:
-        values = {name: field.values for name, field in batch.fields.items()}
-        scored = {name: field.scored for name, field in batch.fields.items()}
-        terms = joint_nelbo(FIELDS, exact_network(FIELDS), values, scored, path, rng, slot, slots)
-        return {
-            name: Likelihood(
-                {
-                    "closing": each.closing,
-                    "diffusion": each.diffusion,
-                    "decoding": each.decoding,
-                },
-                {},
-            )
-            for name, each in terms.items()
-        }
-
-    def counts(self, batch: FieldsBatch) -> Mapping[str, Tensor]:
-        return {name: field.count_items() for name, field in batch.fields.items()}
 
 
 def draw_samples() -> tuple[Tensor, Tensor]:
