@@ -384,4 +384,7 @@ def _notes(reports: Sequence[ComparedRun]) -> list[str]:
         notes.append(
             f"Entropy rate of the source: {entropy:.4f} nats, a lower limit for every model."
         )
+    for report in reports:
+        if warning := report.evaluation.get("warning"):
+            notes.append(f"{report.place}: {warning}")
     return notes

@@ -191,6 +191,21 @@ def test_texts_that_a_tokenizer_changes_are_counted(run_dir: Path) -> None:
     assert count_lossy_texts(["A cat", "a cat"], Lower()) == 1  # type: ignore[arg-type]
 
 
+def test_impossible_result_is_shown_by_eval_compare_and_report(
+    run_dir: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = "Impossible result: below the entropy."
+    monkeypatch.setattr("ddiff.runs.evaluation_report.find_impossible", lambda *_: warning)
+    answer = ddiff(*EVAL)
+    assert answer.code == 0
+    assert warning in answer.err
+    assert read("runs/tiny/evaluation.json")["warning"] == warning
+    assert warning in ddiff("compare", "runs/tiny").out
+    assert warning in Path("compare.md").read_text()
+    assert ddiff("report", "runs/tiny", "--draws", "0", "--out", "a.html").code == 0
+    assert warning in Path("a.html").read_text()
+
+
 def test_bound_significantly_below_the_entropy_is_called_impossible(run_dir: Path) -> None:
     evaluation = api.load(run_dir).nelbo(["the old cat", "a dog saw it"], draws=2)
     narrow = replace(evaluation, nelbo_nats_per_token=1.0, interval=(0.9, 1.1))

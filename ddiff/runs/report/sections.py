@@ -69,6 +69,8 @@ def _describe_results(run: ReportedRun) -> list[object]:
     if bound.bits_per_byte is not None:
         sentences.append(f", which is {bound.bits_per_byte:.4f} bits per byte")
     sentences.append(f". {_describe_baselines(bound)}")
+    if warning := run.evaluation.get("warning"):
+        sentences.append(element("strong", f" {warning}", _class="warning"))
     return sentences
 
 
@@ -106,6 +108,10 @@ def _describe_targets(run: ReportedRun) -> list[object]:
         sentences.append(f"{target} ")
         sentences.append(element("b", f"{found['nats_per_sample']:.2f}"))
     sentences.append(" nats per sample.")
+    for target, found in targets.items():
+        if found.get("is_below_entropy"):
+            text = f" The bound of {target} is below the entropy of the source: it is impossible."
+            sentences.append(element("strong", text, _class="warning"))
     return sentences
 
 
