@@ -218,6 +218,8 @@ from .training.protocols import Backend as Backend
 from .training.protocols import LossTerms as LossTerms
 from .training.protocols import Objective as Objective
 from .training.protocols import Optimizer as Optimizer
+from .training.protocols import ResultTracker as ResultTracker
+from .training.protocols import RunResults as RunResults
 from .training.protocols import Tracker as Tracker
 from .training.tracker import NoTracker as NoTracker
 

@@ -30,6 +30,8 @@ SAMPLES = "samples.jsonl"
 SAMPLING = "sampling.json"
 JUDGED = "judged.json"
 GENERATION = "generation.json"
+TRACKED = "tracked.json"
+"""Digests of the results that were sent to the tracker."""
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
@@ -57,6 +59,7 @@ FILES = (
     SAMPLING,
     JUDGED,
     GENERATION,
+    TRACKED,
 )
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)

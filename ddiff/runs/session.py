@@ -101,21 +101,27 @@ class TrainingSession(Generic[R]):
         return self.run.initialize_weights()
 
     def fit(
-        self, start: Checkpoint | None = None, accepted: Callable[[], None] = lambda: None
+        self,
+        start: Checkpoint | None = None,
+        accepted: Callable[[], None] = lambda: None,
+        tracker: Tracker | None = None,
     ) -> TrainingSummary:
         """Train to the last step of the recipe.
 
         Args:
             start: checkpoint to resume from; None starts at step 0 with the current weights.
             accepted: function that is called after `start` is checked and before a file is written.
+            tracker: logger of the metrics, which the caller closes; None for no logger.
         """
         if self.recipe.evaluate.every:
             # every rank evaluates; rank 0 prepares the samples for all
             with self.backend.main_process_first():
                 self.run.read_validation()
         self.distribute()
-        trainer = self.trainer()  # after wrapping: the optimizer takes the wrapped parameters
-        with closing(trainer.tracker), closing(self._batches):
+        trainer = self.trainer(
+            tracker=tracker
+        )  # after wrapping: the optimizer takes the wrapped parameters
+        with closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
                 self.run.check_checkpoint(start)
@@ -125,13 +131,13 @@ class TrainingSession(Generic[R]):
     def replay(self, start: Checkpoint | None, end: int, folder: Path) -> TrainingSummary:
         """Repeat training from checkpoint `start` to step `end`, and write files to `folder`.
 
-        If `start` is None, the replay starts at step 0. No tracker is used.
+        If `start` is None, the replay starts at step 0. No metrics are sent to the tracker.
         """
         if start is not None:
             self.run.check_checkpoint(start)
         self.distribute()
         with closing(self._batches):
-            return self.trainer(folder, end, NoTracker()).fit(start)
+            return self.trainer(folder, end).fit(start)
 
     def distribute(self) -> None:
         """Prepare the network for training with the settings of [backend].
@@ -157,8 +163,8 @@ class TrainingSession(Generic[R]):
     ) -> Trainer:
         """Build the trainer of the recipe.
 
-        If `folder`, `end` and `tracker` are not None, they replace the run directory, the last step
-        and the tracker of the recipe. A replay of recorded steps passes all three arguments.
+        If `folder` and `end` are not None, they replace the run directory and the last step. A
+        replay of recorded steps passes both. `tracker`: logger of the metrics; None for no logger.
         """
         keys = self.recipe.train
         objective = self.run.objective
@@ -176,7 +182,7 @@ class TrainingSession(Generic[R]):
             backend=self.backend,
             run_dir=folder or self.run.run_dir,
             multiplier=multiplier,
-            tracker=tracker or self._build_tracker(),
+            tracker=tracker,
             validation=self._validation(),
             provenance=self._provenance(),
         )
@@ -209,7 +215,8 @@ class TrainingSession(Generic[R]):
             },
         )
 
-    def _build_tracker(self) -> Tracker:
+    def build_tracker(self) -> Tracker:
+        """Build the tracker of the recipe on rank 0. The other ranks log nothing."""
         if self.backend.rank > 0:
             return NoTracker()
         run_dir = str(self.run.run_dir)

@@ -9,10 +9,11 @@ import json
 import signal
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.distributed.launcher import get_rank_info
@@ -35,7 +36,9 @@ from ddiff.runs.observer import SampleObserver
 from ddiff.runs.record import read_recorded_steps, record_run
 from ddiff.runs.session import TrainingSession
 from ddiff.runs.summary import print_resume, print_start
+from ddiff.runs.tracking import send_results
 from ddiff.runs.trainable import TrainableRun
+from ddiff.training.protocols import Tracker
 from ddiff.training.settings import TrainingSummary
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code of a run that was stopped by SIGINT
@@ -164,25 +167,29 @@ def _run_stages(
     rank_info = get_rank_info()  # None for one process
     leads = rank_info is None or rank_info.rank == 0
     check_directory(recipe, overrides, fresh, warn=leads)
-    with lock_run_dir(directory) if leads else nullcontext():
+    with lock_run_dir(directory) if leads else nullcontext(), ExitStack() as trackers:
         if leads:
             remove_leftovers(directory)
         with TrainingSession.open(recipe, overrides) as session:
-            summary = _train_stage(session, fresh)
+            start, init = _prepare_training(session, fresh)
+            # open until the end, so that the results belong to the same run of the tracker
+            tracker = trackers.enter_context(closing(session.build_tracker()))
+            summary = _train(session, start, init, tracker)
         if summary.exit_code:
             if leads:
                 _print_stop(summary)
             return None, summary.exit_code
         # every rank loads the run, since `run` returns it; only rank 0 evaluates and samples
         trained = session.load_trained_run()
-        code = _after_training(trained, summary) if leads else 0
+        code = _after_training(trained, summary, tracker) if leads else 0
         return trained, code
 
 
-def _after_training(trained: TrainableRun, summary: TrainingSummary) -> int:
-    """Evaluate, sample and print the summary. Return the exit code."""
+def _after_training(trained: TrainableRun, summary: TrainingSummary, tracker: Tracker) -> int:
+    """Evaluate, sample, print the summary and log the results. Return the exit code."""
     try:
         find_kind(trained.recipe).after_training(trained, summary)
+        send_results(trained, tracker)
     except KeyboardInterrupt:
         print(
             "Stopped after training. The weights are saved; "
@@ -193,11 +200,12 @@ def _after_training(trained: TrainableRun, summary: TrainingSummary) -> int:
     return 0
 
 
-def _train_stage(session: TrainingSession[Any], fresh: bool) -> TrainingSummary:
-    """Train to the last step of the recipe.
+def _prepare_training(
+    session: TrainingSession[Any], fresh: bool
+) -> tuple[Checkpoint | None, Mapping[str, Any] | None]:
+    """Return the checkpoint to resume from, and the record of the weights that [train] init loaded.
 
-    Training resumes from the newest checkpoint. If `fresh` is True, the existing run is deleted
-    and training starts from the beginning.
+    If `fresh` is True, the existing run is deleted and training starts from the beginning.
     """
     recipe = session.recipe
     leads = session.backend.rank == 0
@@ -209,12 +217,22 @@ def _train_stage(session: TrainingSession[Any], fresh: bool) -> TrainingSummary:
         # deleted only after all other checks
         delete_run(session.run.run_dir, tracked_names(recipe))
     session.backend.barrier()
+    return start, init
+
+
+def _train(
+    session: TrainingSession[Any],
+    start: Checkpoint | None,
+    init: Mapping[str, Any] | None,
+    tracker: Tracker,
+) -> TrainingSummary:
+    """Train from the checkpoint `start`, or from the beginning, to the last step of the recipe."""
 
     def record_start() -> None:
-        if leads:
+        if session.backend.rank == 0:
             _record_start(session, init)
 
-    return session.fit(start, record_start)
+    return session.fit(start, record_start, tracker)
 
 
 def _record_start(session: TrainingSession[Any], init: Mapping[str, Any] | None) -> None:

@@ -5,9 +5,10 @@ The trainer depends only on these interfaces, not on a diffusion process, networ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -161,8 +162,44 @@ class ConditionalOptimizer(Optimizer, Protocol):
 
 
 class Tracker(Protocol):
-    """Logger of training metrics, such as wandb, in addition to `metrics.jsonl`."""
+    """Logger of training metrics, such as wandb, in addition to `metrics.jsonl`.
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    After a kill, a run resumes from its newest checkpoint and logs the metrics of the steps since
+    that checkpoint again. A tracker must replace or ignore them, so that no step is in a curve
+    twice. A tracker that is also a `ResultTracker` receives the results of the run.
+    """
 
-    def close(self) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics of training or validation at a step."""
+        ...
+
+    def close(self) -> None:
+        """Send or write everything that was logged."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Results of a trained run: evaluation, samples, pictures and report.
+
+    Attributes:
+        figures: name -> value, such as "evaluation/ppl". The ends of a confidence interval have the
+            names "evaluation/ppl/low" and "evaluation/ppl/high".
+        samples: samples with the same keys in the same order. The values are numbers and texts.
+        pictures: PNG files with grids of samples.
+        report: HTML file that `ddiff report` wrote, or None.
+    """
+
+    figures: Mapping[str, float]
+    samples: Sequence[Mapping[str, int | float | str]] = ()
+    pictures: Sequence[Path] = ()
+    report: Path | None = None
+
+
+@runtime_checkable
+class ResultTracker(Tracker, Protocol):
+    """Tracker that also receives the results of a run. Other trackers receive only metrics."""
+
+    def log_results(self, step: int, results: RunResults) -> None:
+        """Log the results of the weights of a step, before `close` and after the metrics."""
+        ...

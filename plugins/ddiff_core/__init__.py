@@ -115,6 +115,7 @@ COMPONENTS = {
     },
     "tracker": {
         "none": "ddiff_core.trackers:Disabled",
+        "tensorboard": "ddiff_core.tensorboard:TensorBoard",
         "wandb": "ddiff_core.trackers:WeightsAndBiases",
     },
 }

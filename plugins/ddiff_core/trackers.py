@@ -1,6 +1,7 @@
-"""Trackers as recipe components. A tracker sends the metrics of a run to a service.
+"""Weights & Biases tracker as a recipe component, and the component for no tracker.
 
-Every run also writes its metrics to `metrics.jsonl`.
+A tracker sends the metrics and the results of a run to a service. Every run also writes its metrics
+to `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ddiff import ComponentConfig, NoTracker, PluginError, Tracker
+from ddiff import ComponentConfig, NoTracker, PluginError, RunResults, Tracker
 
 # Modes that wandb.init accepts.
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
@@ -34,11 +35,11 @@ class WeightsAndBiases:
     """Weights & Biases tracker.
 
     The id of the run in wandb is stored in the run directory, so that a resumed run continues the
-    same wandb run.
+    same wandb run. The resolved recipe is the config of the wandb run.
     """
 
     # Names in the run directory that --fresh removes.
-    writes = ("wandb", "wandb_id")
+    writes = ("wandb", "wandb_id", "wandb_step")
 
     class Config(ComponentConfig):
         mode: Literal["auto", "online", "offline", "off"] = "auto"
@@ -64,7 +65,7 @@ class WeightsAndBiases:
 
 
 class WandbTracker:
-    """Tracker that logs the metrics of one run to wandb.
+    """Tracker that logs the metrics and results of one run to wandb.
 
     Raises PluginError if wandb cannot start the run.
     """
@@ -74,26 +75,55 @@ class WandbTracker:
     ) -> None:
         import wandb
 
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        directory = Path(run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
                 mode=mode,  # type: ignore[arg-type]
                 project=project,
                 entity=entity,
                 dir=run_dir,
-                id=_run_id(Path(run_dir)),
+                id=_run_id(directory),
                 resume="allow",
                 name=recipe.get("name"),
                 config=dict(recipe),
+                # a resumed run may have more training steps
+                allow_val_change=True,
             )
         except wandb.Error as error:
             raise PluginError(
                 f'tracker "wandb" could not start in mode "{mode}": {error} Log in with '
                 '`wandb login`, choose mode = "offline" (and `wandb sync` later), or mode = "off".'
             ) from error
+        # The step is a metric too, and the axis of every other metric. The counter of wandb
+        # would keep the last step in memory, where a kill loses it, and drop a step that it has.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self._step_file = directory / "wandb_step"
+        # The steps after the newest checkpoint are repeated after a kill. They have been logged.
+        self._logged = _read_step(self._step_file)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        if step <= self._logged:
+            return
+        self._run.log({"step": step, **metrics})
+        _write_whole(self._step_file, str(step))
+
+    def log_results(self, step: int, results: RunResults) -> None:
+        """Log figures, samples as a table, pictures as images and the report as HTML."""
+        import wandb
+
+        logged: dict[str, Any] = {"step": step, **results.figures}
+        if results.samples:
+            columns: list[str | int] = [*results.samples[0]]
+            rows = [list(sample.values()) for sample in results.samples]
+            logged["samples"] = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+        for path in results.pictures:
+            logged[path.stem] = wandb.Image(str(path))
+        if results.report is not None:
+            # `inject` would add a style sheet of wandb to the page
+            logged["report"] = wandb.Html(results.report.read_text(encoding="utf-8"), inject=False)
+        self._run.log(logged)
 
     def close(self) -> None:
         self._run.finish()
@@ -115,10 +145,20 @@ def has_login() -> bool:
 
 
 def _run_id(run_dir: Path) -> str:
+    """Return the id of the run in wandb, and write it to a file if the run is new."""
     path = run_dir / "wandb_id"
     if not path.exists():
-        # Written to a temporary file and renamed, so that a killed process leaves no empty id.
-        part = path.with_suffix(".part")
-        part.write_text(uuid.uuid4().hex[:8])
-        part.replace(path)
+        _write_whole(path, uuid.uuid4().hex[:8])
     return path.read_text()
+
+
+def _read_step(path: Path) -> int:
+    """Return the last logged step, or 0 for a new run."""
+    return int(path.read_text()) if path.exists() else 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    # written to a temporary file and renamed, so that a killed process leaves no empty file
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)

@@ -85,7 +85,7 @@ def test_every_file_of_a_finished_run_is_recognized_as_a_run_file(run_dir: Path)
         "the recipe must be deleted last, because it identifies a run directory"
     )
     # Runs of several fields write the first of these files, and `ddiff eval --generate` the other.
-    expected = set(FILES) - {"judged.json", "generation.json"}
+    expected = set(FILES) - {"judged.json", "generation.json", "tracked.json"}
     assert {name for name in files(run_dir) if "/" not in name} == expected
 
 

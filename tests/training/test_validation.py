@@ -155,7 +155,7 @@ def test_tracker_receives_validation_results_at_their_step(monkeypatch: pytest.M
             pass
 
     monkeypatch.setattr(
-        "ddiff.runs.session.TrainingSession._build_tracker", lambda self: Listening()
+        "ddiff.runs.session.TrainingSession.build_tracker", lambda self: Listening()
     )
     trained("run", "evaluate.every=4")
     assert logged == [(4, True), (5, False), (6, False)]
