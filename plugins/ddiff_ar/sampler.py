@@ -102,6 +102,6 @@ class LeftToRight:
         """Draw only from tokens whose probability is at least this fraction of the largest."""
 
     @staticmethod
-    def build(config: Config, *, steps: int, vocabulary: Vocabulary) -> Sampler:
+    def build(config: Config, *, vocabulary: Vocabulary) -> Sampler:
         sampler = LeftToRightSampler(vocabulary)
         return shape_sampler(sampler, config.temperature, config.top_k, config.top_p, config.min_p)

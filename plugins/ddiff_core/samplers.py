@@ -143,7 +143,7 @@ class FirstHitting:
         end of time; the error in total variation is at most until^2 / 2."""
 
     @staticmethod
-    def build(config: Config, *, steps: int) -> Sampler:
+    def build(config: Config) -> Sampler:
         return shape(config, FirstHittingSampler(config.until))
 
 
@@ -195,7 +195,7 @@ class EntropyBound:
         entropy does not count."""
 
     @staticmethod
-    def build(config: Config, *, steps: int) -> Sampler:
+    def build(config: Config) -> Sampler:
         return shape(config, EntropyBoundSampler(config.bound))
 
 

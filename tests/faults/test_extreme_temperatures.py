@@ -26,6 +26,7 @@ from ddiff import (
 )
 from ddiff.core.numerics import apply_temperature
 from ddiff.plugin.loader import load_plugins
+from ddiff.recipe.component import ComponentSpec
 
 P = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
 TIES = torch.tensor([[0.2, 0.4, 0.4]], dtype=torch.float64)
@@ -166,9 +167,10 @@ def test_samplers_accept_temperatures_0_and_1e_minus_320(name: str) -> None:
     network = network_from_table(
         lambda zt, t: P.log().float().expand(*zt.shape, 3), process.vocabulary
     )
-    component = load_plugins([]).component("sampler", name).load()
+    component = load_plugins([]).component("sampler", name)
     for temperature in (0.0, 1e-320):
-        sampler = component.build(component.Config(temperature=temperature), steps=3)
+        config = component.config_class()(temperature=temperature)
+        sampler = ComponentSpec(component, config).build(steps=3, vocabulary=None)
         try:
             sampler.check_supported(process, "distribution")
         except ArgumentError:

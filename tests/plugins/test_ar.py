@@ -137,7 +137,7 @@ def sampled(
     one: AutoregressiveObjective, count: int, cached: bool, length: int = 12, **settings: Any
 ) -> Any:
     sampler = LeftToRight.build(
-        LeftToRight.Config(**settings.pop("config", {})), steps=1, vocabulary=one.vocabulary
+        LeftToRight.Config(**settings.pop("config", {})), vocabulary=one.vocabulary
     )
     network = as_network(one.denoiser, None, Context(), cached)
     return generate(

@@ -25,6 +25,7 @@ from ddiff.core.elbo import network_from_noisy
 from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import Noisy
 from ddiff.plugin.loader import load_plugins
+from ddiff.recipe.component import ComponentSpec
 from ddiff.sampling.tau_leaping import TauLeapingSampler
 from ddiff.testing.sampler_distribution import measure_sampler
 
@@ -153,12 +154,10 @@ def test_readme_lists_every_sampler_with_its_declared_accuracy() -> None:
     vocabulary = FlatVocabulary(4)
     declared = {}
     for name in listed:
-        component = registry.component("sampler", name).load()
+        component = registry.component("sampler", name)
         keys = {"width": 2} if name in ("blockwise", "hyperschedule") else {}
-        try:
-            sampler = component.build(component.Config(**keys), steps=4, vocabulary=vocabulary)
-        except TypeError:
-            sampler = component.build(component.Config(**keys), steps=4)
+        config = component.config_class()(**keys)
+        sampler = ComponentSpec(component, config).build(steps=4, vocabulary=vocabulary)
         declared[name] = (
             f"order {sampler.order}" if sampler.quality == "of an order" else sampler.quality
         )
