@@ -31,6 +31,10 @@ LINE_EVERY_SECONDS_AT_MOST = 300.0
 LINE_EVERY_SHARE = 0.05  # fraction of the elapsed time, and of the items of a short job
 SHORTEST_INTERVAL = 1.0  # seconds between two lines of a short job
 
+# The live display of the innermost open job. Two live displays on one terminal would overwrite
+# each other.
+_OPEN: ContextVar[RichProgress | None] = ContextVar("open_progress", default=None)
+
 
 class Progress(Protocol):
     """Interface through which a running job reports its progress."""
@@ -67,12 +71,23 @@ def show_progress(
 ) -> Iterator[Progress]:
     """Show the progress of a job inside a `with` block.
 
+    On a terminal, the bar of a job inside another job is shown below the bar of the other job, and
+    disappears at its end.
+
     Args:
         total: number of items; None if the number is unknown.
         title: name of the job.
         start: number of items that were finished before, such as the steps of a resumed run.
         console: output; stderr by default.
     """
+    outer = _OPEN.get()
+    if console is None and outer is not None and not _is_hidden.get():
+        inner = outer.add_task(title, total=total, completed=start, figures="")
+        try:
+            yield ProgressBar(outer, inner)
+        finally:
+            outer.remove_task(inner)
+        return
     console = _choose_console(console)
     if not console.is_terminal:
         lines = ProgressLines(total, title, start, console)
@@ -90,7 +105,11 @@ def show_progress(
     )
     with RichProgress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total, completed=start, figures="")
-        yield ProgressBar(bar, task)
+        token = _OPEN.set(bar)
+        try:
+            yield ProgressBar(bar, task)
+        finally:
+            _OPEN.reset(token)
 
 
 @contextmanager
