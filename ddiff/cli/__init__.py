@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": training.export,
     "sample": sampling.sample,
     "compare": evaluation.compare_runs,
+    "pareto": evaluation.pareto,
     "report": evaluation.report,
     "check": components.check,
     "plugins": components.plugins,

@@ -1,4 +1,4 @@
-"""Commands for evaluation: eval, compare and report."""
+"""Commands for evaluation: eval, compare, report and pareto."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from ddiff.cli.options import (
     Published,
     PublishedPaper,
     RunDir,
+    SamplerSettings,
+    SamplingBatch,
+    SamplingSeed,
+    SweepJudge,
+    SweepSamplers,
+    SweepSteps,
+    SweepTemperatures,
     Until,
 )
 from ddiff.cli.output import print_columns
@@ -171,3 +178,64 @@ def report(
     typer.echo(f"Written to {written[0]}")
     if figures is not None:
         typer.echo(f"{len(written) - 1} charts written to {figures}")
+
+
+def pareto(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of trained text runs.")
+    ],
+    judge: SweepJudge = None,
+    steps: SweepSteps = None,
+    temperature: SweepTemperatures = None,
+    sampler: SweepSamplers = None,
+    settings: SamplerSettings = None,
+    count: Annotated[int, typer.Option(min=2, max=MOST, help="Samples of each point.")] = 64,
+    seed: SamplingSeed = None,
+    batch: SamplingBatch = None,
+    no_retokenize: Annotated[
+        bool,
+        typer.Option(
+            "--no-retokenize",
+            help="Judge the token ids of the samples. The judge must have the tokenizer of the "
+            "runs.",
+        ),
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete recorded points, and draw all points again.")
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.svg",
+            help="File of the chart; by default pareto.svg in the directory of a single run, or "
+            "in the working directory.",
+        ),
+    ] = None,
+) -> None:
+    """Draw and judge samples at several steps, temperatures and samplers, and show the fronts.
+
+    Each point has the perplexity under the judge, the entropy and the network evaluations of its
+    samples. The points are written to pareto.json of each run as soon as they are measured.
+    Repeat the command to resume it; recorded points are not drawn again.
+    """
+    if judge is None:
+        raise ArgumentError(
+            "ddiff pareto needs --judge, the model whose perplexity of the samples is measured: "
+            "the directory of an autoregressive run, such as a run of the recipe ar_small, the "
+            "directory of a causal language model, or a name on the hub."
+        )
+    from ddiff.runs.pareto import Sampling, sweep_runs
+    from ddiff.runs.pareto_settings import Grid, read_integers, read_numbers
+
+    grid = Grid(
+        steps=None if steps is None else read_integers(steps, "--steps"),
+        temperatures=None if temperature is None else read_numbers(temperature, "--temperature"),
+        samplers=sampler or (),
+        settings=settings or (),
+    )
+    sampling = Sampling(count, seed, batch, retokenize=not no_retokenize)
+    swept = sweep_runs(run_dirs, judge, grid, sampling, fresh=fresh, out=out)
+    print_columns(*swept.columns())
+    for remark in swept.remarks:
+        typer.echo(remark)
+    typer.echo(f"Written to {' and '.join(map(str, swept.written))}")

@@ -96,6 +96,32 @@ NoRetokenize = Annotated[
     ),
 ]
 
+# Options of `ddiff pareto`.
+SweepJudge = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JUDGE",
+        help="Required: model for the perplexity; the directory of an autoregressive run or of a "
+        "causal language model, or a name on the hub.",
+    ),
+]
+SweepSteps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,...",
+        help="Numbers of sampling steps, such as 8,16,32; by default an eighth, a quarter, a half "
+        "and all of \\[sample] steps.",
+    ),
+]
+SweepTemperatures = Annotated[
+    str | None,
+    typer.Option(metavar="T,T,...", help="Temperatures; by default .7,.8,.9,1."),
+]
+SweepSamplers = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND", help="Sampler instead of \\[sample] sampler; may be repeated."),
+]
+
 # Options of `ddiff sample`.
 SampleCount = Annotated[
     int | None,

@@ -32,6 +32,8 @@ JUDGED = "judged.json"
 GENERATION = "generation.json"
 TRACKED = "tracked.json"
 """Digests of the results that were sent to the tracker."""
+PARETO = "pareto.json"
+PARETO_CHART = "pareto.svg"
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
@@ -60,6 +62,8 @@ FILES = (
     JUDGED,
     GENERATION,
     TRACKED,
+    PARETO,
+    PARETO_CHART,
 )
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)
@@ -491,6 +495,8 @@ def _remedy(path: Path) -> str:
         return "Delete the file, and repeat `ddiff run` to write it again."
     if path.name == GENERATION:
         return "Delete the file, and repeat `ddiff eval` with --generate to write it again."
+    if path.name == PARETO:
+        return "Delete the file, and repeat `ddiff pareto` to write it again."
     if path.name == RECIPE and not is_own_recipe(path):
         return "Restore the file from a copy, or train again with another name."
     if path.is_dir():

@@ -162,7 +162,7 @@ def evaluate_generation(
     """
     model = open_judge(judge, run.device) if isinstance(judge, str) else judge
     if model is not None and not retokenize:
-        _check_same_tokenizer(run, model)
+        check_same_tokenizer(run, model)
     held_out_texts: Iterable[str] = run.data.documents.validation["text"]
     start = time.perf_counter()
     drawn = run.sample(count)
@@ -193,7 +193,8 @@ def evaluate_generation(
     return GenerationReport(figures, baseline, perplexity, written)
 
 
-def _check_same_tokenizer(run: Run, judge: JudgeModel) -> None:
+def check_same_tokenizer(run: Run, judge: JudgeModel) -> None:
+    """Raise ArgumentError if a judge cannot score the token ids of a run."""
     own = run.tokenizer.fingerprint
     if judge.tokenizer_fingerprint != own:
         theirs = judge.tokenizer_fingerprint or judge.protocol["tokenizer"]
@@ -219,6 +220,16 @@ def read_held_out_rows(run: Run, count: int) -> list[list[int]]:
     taken = min(count, len(full))
     chosen = full[np.arange(taken) * len(full) // taken]
     return [block.ids[row, : block.num_valid[row]].tolist() for row in chosen]
+
+
+def measure_perplexity(
+    samples: TokenSamples, entropy: MeanFigure, judge: JudgeModel, retokenize: bool
+) -> GenerativePerplexity:
+    """Return the perplexity of samples under a judge.
+
+    `entropy` is the entropy of the same samples. `retokenize`: see `evaluate_generation`.
+    """
+    return _Judging(judge, retokenize).measure(samples, entropy)
 
 
 class _Judging:

@@ -23,6 +23,7 @@ from ddiff.runs.report.charts import (
 from ddiff.runs.report.clusters import read_tree
 from ddiff.runs.report.curves import make_charts
 from ddiff.runs.report.markup import EMPTY, Markup, element, join, json_script, void_element
+from ddiff.runs.report.pareto import make_pareto
 from ddiff.runs.report.run_files import ReportedRun, read_runs
 from ddiff.runs.report.sections import (
     make_clusters,
@@ -120,6 +121,7 @@ def make_page(
         "summary": ("Summary", make_summary(runs)),
         "curves": ("Curves", _make_curves(runs, charts)),
         "evaluation": ("Evaluation", make_evaluation(runs)),
+        "pareto": ("Quality, diversity and cost of samples", make_pareto(runs)),
         "trajectories": ("Sampling, step by step", _make_player(trajectories)),
         "samples": ("Samples", make_samples(runs)),
         "pictures": ("Pictures", make_pictures(runs)),
