@@ -118,6 +118,10 @@ def show_activity(title: str, *, console: Console | None = None) -> Iterator[Non
 
     On a terminal, a spinner is shown. In a log file or pipe, a line is printed every ten seconds.
     """
+    if console is None and _OPEN.get() is not None:
+        with show_progress(None, title):
+            yield
+        return
     console = _choose_console(console)
     if console.is_terminal:
         with console.status(title):

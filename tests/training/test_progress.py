@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ddiff.progress import show_progress
+from ddiff.progress import show_activity, show_progress
 
 
 class Clock:
@@ -78,3 +78,18 @@ def test_progress_on_a_terminal_shows_a_bar_with_metrics() -> None:
     assert "training" in text
     assert "3/3" in text
     assert "loss 2  tokens/s 2M" in text
+
+
+def test_bar_of_an_inner_job_is_shown_below_the_outer_bar_until_its_end() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with show_progress(2, "points", console=console) as outer:
+        with show_progress(5, "sampling") as inner:
+            inner.advance(3)
+            bar = outer._bar  # type: ignore[attr-defined]
+            assert [task.description for task in bar.tasks] == ["points", "sampling"]
+            assert bar.tasks[1].completed == 3
+        with show_activity("reading"):
+            assert [task.description for task in bar.tasks] == ["points", "reading"]
+        assert [task.description for task in bar.tasks] == ["points"]
+    assert "sampling" in out.getvalue()
