@@ -56,7 +56,6 @@ app = typer.Typer(
     cls=Commands,
     help=("Discrete diffusion: train and evaluate models, draw samples, and check plugins."),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

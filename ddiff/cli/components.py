@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from ddiff.cli.completion import complete_checked, complete_plugin
 from ddiff.cli.options import Settings
 from ddiff.cli.output import print_columns
 from ddiff.cli.process import pause_garbage_collection
@@ -19,6 +20,7 @@ def check(
         typer.Argument(
             metavar="NAME",
             help="Component, plugin to check all its processes and samplers, or recipe file.",
+            autocompletion=complete_checked,
         ),
     ],
     settings: Settings = None,
@@ -36,7 +38,11 @@ def check(
 def plugins(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Plugin whose components and keys are listed."),
+        typer.Argument(
+            metavar="[NAME]",
+            help="Plugin whose components and keys are listed.",
+            autocompletion=complete_plugin,
+        ),
     ] = None,
     components: Annotated[
         bool, typer.Option("--components", help="List what each plugin registers.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ddiff.cli.completion import complete_run_dir, complete_sampler
 from ddiff.cli.options import (
     MOST,
     DocumentSplit,
@@ -98,7 +99,12 @@ def evaluate(
 
 def compare_runs(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of evaluated runs.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...",
+            help="Directories of evaluated runs.",
+            autocompletion=complete_run_dir,
+        ),
     ],
     seeds: Annotated[
         bool, typer.Option("--seeds", help="Average over runs that differ only in the seed.")
@@ -135,7 +141,10 @@ def compare_runs(
 
 def report(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...", help="Directories of runs.", autocompletion=complete_run_dir
+        ),
     ],
     out: Annotated[
         str, typer.Option(metavar="FILE.html", help="The file to write.")
@@ -164,6 +173,7 @@ def report(
             metavar="KIND",
             help="Sampler of the drawn trajectories; repeat it to compare samplers on the same "
             "random numbers.",
+            autocompletion=complete_sampler,
         ),
     ] = None,
 ) -> None:

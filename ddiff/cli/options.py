@@ -7,14 +7,25 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ddiff.cli.completion import complete_recipe, complete_run_dir, complete_sampler
+
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
 
 RecipeName = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="Path of a TOML file, or the name of a shipped recipe."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="Path of a TOML file, or the name of a shipped recipe.",
+        autocompletion=complete_recipe,
+    ),
 ]
 RunDir = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/<name>.")
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR",
+        help="A run directory, such as runs/<name>.",
+        autocompletion=complete_run_dir,
+    ),
 ]
 
 
@@ -85,6 +96,7 @@ JudgeName = Annotated[
         metavar="JUDGE",
         help="With --generate: model for the generative perplexity; the directory of an "
         "autoregressive run or of a causal language model, or a name on the hub.",
+        autocompletion=complete_run_dir,
     ),
 ]
 NoRetokenize = Annotated[
@@ -185,7 +197,11 @@ EditTarget = Annotated[
 ]
 SamplerKind = Annotated[
     str | None,
-    typer.Option(metavar="KIND", help="Sampler to use instead of \\[sample] sampler."),
+    typer.Option(
+        metavar="KIND",
+        help="Sampler to use instead of \\[sample] sampler.",
+        autocompletion=complete_sampler,
+    ),
 ]
 GivenFields = Annotated[
     list[str] | None,

@@ -1,0 +1,180 @@
+"""Shell completion: the protocol of each shell, the completed names, and the import time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddiff.cli.completion import CHECKED_KINDS
+from ddiff.plugin.loader import find_installed_plugins, survey_plugins
+from ddiff.recipe.files import find_shipped_recipes
+from ddiff.testing.check_command import MAKERS
+
+DDIFF = "import sys; sys.argv[0] = 'ddiff'; from ddiff.cli import main; main()"
+WITHOUT_TORCH = f"""
+import atexit, json, sys, time
+def measure():
+    print(json.dumps([time.process_time(), "torch" in sys.modules]), file=sys.stderr)
+atexit.register(measure)
+{DDIFF}
+"""
+SHELLS = {
+    "bash": ("complete -o default -F _ddiff_completion ddiff", "_DDIFF_COMPLETE=complete_bash"),
+    "zsh": ("compdef _ddiff_completion ddiff", "_DDIFF_COMPLETE=complete_zsh"),
+    "fish": ("complete --command ddiff", "_DDIFF_COMPLETE=complete_fish"),
+}
+
+
+def run_ddiff(
+    *arguments: str, folder: Path | None = None, program: str = DDIFF, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | variables,
+        timeout=120,
+        check=True,
+    )
+
+
+def complete(line: str, folder: Path | None = None, program: str = DDIFF) -> list[str]:
+    """Return the completions of the last word of a line, as bash asks for them."""
+    words = line.split(" ")
+    variables = {
+        "_DDIFF_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = run_ddiff(folder=folder, program=program, **variables)
+    if program == DDIFF:
+        assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Folder with two run directories, another folder, and a recipe file."""
+    for name in ("runs/small", "runs/other", "alone"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "recipe.toml").write_text("")
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.toml").write_text("")
+    return tmp_path
+
+
+def test_commands_and_options_are_completed() -> None:
+    assert complete("ddiff sam") == ["sample"]
+    assert complete("ddiff sample x --sampl") == ["--sampler"]
+
+
+def test_recipes_are_completed_by_name_and_by_path(runs: Path) -> None:
+    shipped = find_shipped_recipes()
+    assert complete("ddiff run hdlm_s", runs) == [
+        name for name in shipped if name.startswith("hdlm_s")
+    ]
+    assert complete("ddiff run recipes/m", runs) == ["recipes/mine.toml"]
+    assert "recipes/mine.toml" in complete("ddiff data ", runs)
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "sample", "export", "compare alone", "report", "eval x --judge"]
+)
+def test_run_directories_are_completed_in_two_folders(command: str, runs: Path) -> None:
+    assert complete(f"ddiff {command} runs/", runs) == ["runs/other", "runs/small"]
+    assert complete(f"ddiff {command} r", runs) == ["runs/other", "runs/small"]
+    assert complete(f"ddiff {command} al", runs) == ["alone"]
+
+
+def test_components_of_check_are_those_that_have_checks(runs: Path) -> None:
+    found = set(complete("ddiff check ", runs)) - {"recipes/mine.toml"}
+    registry = survey_plugins().registry
+    components = registry.components()
+    checked = {component.name for component in components if component.kind in MAKERS}
+    plugins = {
+        component.plugin for component in components if component.kind in ("process", "sampler")
+    }
+    assert found == checked | plugins | {"alone/recipe.toml"}
+    assert set(CHECKED_KINDS) == set(MAKERS)
+
+
+def test_samplers_and_plugins_are_completed() -> None:
+    names = survey_plugins().registry.names("sampler")
+    assert complete("ddiff sample runs/x --sampler ") == names
+    assert complete("ddiff report runs/x --sampler e") == [
+        name for name in names if name.startswith("e")
+    ]
+    assert complete("ddiff plugins ") == sorted(find_installed_plugins())
+
+
+@pytest.mark.parametrize(
+    "line", ["ddiff run h", "ddiff sample r", "ddiff check h", "ddiff sample x --sampler "]
+)
+def test_completion_takes_half_a_second_without_torch(line: str, runs: Path) -> None:
+    # minimum CPU time of three processes, because other load on the machine increases a timing
+    seconds = []
+    for _ in range(3):
+        variables = {"_DDIFF_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        number = str(len(line.split(" ")) - 1)
+        done = run_ddiff(folder=runs, program=WITHOUT_TORCH, COMP_CWORD=number, **variables)
+        cpu, has_torch = json.loads(done.stderr.splitlines()[-1])
+        assert not has_torch
+        seconds.append(cpu)
+        if cpu < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_broken_plugin_and_invalid_path_print_no_error(tmp_path: Path) -> None:
+    information = tmp_path / "broken-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[ddiff]\nbroken = broken_plugin\n")
+    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no')\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{DDIFF}"
+    assert complete("ddiff check hdl", program=program) == ["hdlm"]
+    assert complete("ddiff eval [", program=program) == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_script_of_each_shell_calls_the_completion(shell: str) -> None:
+    done = run_ddiff("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    for part in SHELLS[shell]:
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_the_same_names(shell: str) -> None:
+    done = run_ddiff(
+        _DDIFF_COMPLETE=f"complete_{shell}",
+        _TYPER_COMPLETE_ARGS="ddiff run hdlm_three",
+        _TYPER_COMPLETE_FISH_ACTION="get-args",
+    )
+    assert "hdlm_three_level" in done.stdout
+
+
+def test_installed_script_completes_in_bash(tmp_path: Path) -> None:
+    """Install into an empty home, and let bash itself complete a line."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/ddiff"
+    command.write_text(f"#!{sys.executable}\n{DDIFF}\n")
+    command.chmod(0o755)
+    home = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    run_ddiff("--install-completion", "bash", **home)
+    script = (
+        f"PATH={tmp_path}/bin:$PATH; source {tmp_path}/.bash_completions/ddiff.sh\n"
+        "COMP_WORDS=(ddiff run mdlm_sma); COMP_CWORD=2; _ddiff_completion ddiff\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["mdlm_small"]
+    assert "ddiff.sh" in (tmp_path / ".bashrc").read_text()
