@@ -14,7 +14,7 @@ If the map keeps all dimensions, a bound in data units is the bound of the norma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
@@ -216,15 +216,6 @@ class PcaNormalizer(Normalizer):
             "components": self._components.on(cpu),
             "scales": self._scales.on(cpu),
         }
-
-
-def normalizer_from_tensors(width: int, tensors: Mapping[str, Tensor]) -> Normalizer:
-    """Rebuild a normalizer of data vectors of `width` numbers from its tensors."""
-    if "components" in tensors:
-        return PcaNormalizer(tensors["mean"], tensors["components"], tensors["scales"])
-    if "std" in tensors:
-        return MeanStdNormalizer(tensors["mean"], tensors["std"])
-    return IdentityNormalizer(width)
 
 
 def _moments(chunks: Iterable[Tensor | NDArray[Any]]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from ddiff.core.normalizer import (
     MeanStdNormalizer,
     Normalizer,
     PcaNormalizer,
-    normalizer_from_tensors,
 )
 from ddiff.errors import ArgumentError
 
@@ -76,9 +75,15 @@ def test_pca_of_fewer_components_keeps_the_largest_variances_and_has_no_density(
     torch.testing.assert_close(lost, variances[:2].sum(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("normalizer", [*NORMALIZERS.values(), IdentityNormalizer(4)])
+def test_identity_normalizer_has_no_tensors_and_keeps_vectors() -> None:
+    normalizer = IdentityNormalizer(4)
+    assert normalizer.tensors() == {}
+    assert torch.equal(normalizer.encode(correlated()), correlated())
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS.values())
 def test_normalizer_is_rebuilt_from_its_tensors(normalizer: Normalizer) -> None:
-    rebuilt = normalizer_from_tensors(4, normalizer.tensors())
+    rebuilt = type(normalizer)(**normalizer.tensors())
     assert torch.equal(rebuilt.encode(correlated()), normalizer.encode(correlated()))
 
 
