@@ -8,6 +8,15 @@ from typing import Any
 
 from ddiff.errors import CheckpointError
 
+FREE_KEYS = (
+    "run_dir",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.log_every",
+    "evaluate.every",
+)
+"""Keys that do not change the trained weights, apart from those of [backend]."""
+
 Change = tuple[str, Any, Any]
 """Dotted key, old value, new value."""
 
@@ -15,8 +24,8 @@ Change = tuple[str, Any, Any]
 def check_resumable(directory: Path, changed: Iterable[Change], replaced: Iterable[Change]) -> None:
     """Raise CheckpointError if a trained run cannot resume with the present recipe.
 
-    A run can resume if the recipes differ only in the key `run_dir`, in the table [backend] and in
-    the key `every` of [evaluate], or if `steps` of [train] is larger than before.
+    A run can resume if the recipes differ only in `FREE_KEYS` and in the table [backend], or if
+    `steps` of [train] is larger than before.
 
     Args:
         directory: directory of the run.
@@ -37,7 +46,7 @@ def _may_change(key: str, old: Any, new: Any) -> bool:
     """Return True if a run can resume with the new value of this key."""
     if key == "train.steps":
         return isinstance(old, int) and new >= old
-    return key in ("run_dir", "evaluate.every") or key.startswith("backend.")
+    return key in FREE_KEYS or key.startswith("backend.")
 
 
 def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
@@ -60,6 +69,7 @@ def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
     else:
         remedy = (
             "Give the new run another name (--set name=...), or delete the trained run and start "
-            "over with --fresh. Only train.steps may grow and [backend] may change on resuming."
+            "over with --fresh. On resuming, train.steps may grow, and [backend] and "
+            f"{', '.join(FREE_KEYS[1:])} may change."
         )
     return f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}"

@@ -181,3 +181,33 @@ def test_option_fresh_refuses_a_directory_that_is_not_a_run(folder: Path, ddiff:
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
     Path("empty").mkdir()
     assert ddiff(*SHORT, "--fresh", "--set", 'run_dir="empty"')[0] == 0
+
+
+@pytest.mark.slow
+def test_run_resumes_with_other_intervals_of_checkpoints_and_logs(
+    folder: Path, ddiff: Command
+) -> None:
+    constant = ("--set", 'train.schedule="constant"')
+    first = ("train.steps=4", "train.checkpoint_every=2", "train.keep=1", "train.log_every=2")
+    then = ("train.steps=9", "train.checkpoint_every=3", "train.keep=2", "train.log_every=4")
+    for run_dir, parts in (("resumed", (first, then)), ("straight", (then,))):
+        for part in parts:
+            settings = [text for setting in part for text in ("--set", setting)]
+            command = ("run", "small.toml", *constant, "--set", f"run_dir='{run_dir}'", *settings)
+            assert ddiff(*command).code == 0
+    resumed, straight = Path("resumed"), Path("straight")
+    assert records(resumed) == records(straight)
+    assert Checkpoints(resumed / "checkpoints").steps() == [6, 9]
+    place = Path("checkpoints/step_00000009/model.safetensors")
+    assert (resumed / place).read_bytes() == (straight / place).read_bytes()
+    # the recipe in the run directory has the new values
+    assert "checkpoint_every = 3" in (resumed / "recipe.toml").read_text()
+
+
+@pytest.mark.slow
+def test_run_does_not_resume_with_another_learning_rate(folder: Path, ddiff: Command) -> None:
+    assert ddiff("run", "small.toml", "--set", "train.steps=2").code == 0
+    refused = ddiff("run", "small.toml", "--set", "train.steps=4", "--set", "train.warmup=2")
+    assert refused.code == 2
+    assert "train.warmup: was 3, is 2" in refused.err
+    assert "train.checkpoint_every" in refused.err
