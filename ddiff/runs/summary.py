@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
@@ -94,18 +95,7 @@ def print_summary(
     or None if it is unknown.
     """
     console = Console(soft_wrap=True, highlight=False)
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    console.print(f"\n[bold]{run_dir}[/]  {title}")
-    trained = "trained before"
-    if summary.tokens:
-        speed = summary.tokens / summary.seconds
-        trained = (
-            f"this time {summary.tokens:,.0f} tokens in {summary.seconds:.0f} s "
-            f"({speed:,.0f} tokens/s)"
-        )
-    if summary.skipped_steps:
-        trained += f", {summary.skipped_steps} steps skipped (not finite)"
-    console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
+    print_heading(console, run_dir, title, denoiser, summary)
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_samples(samples, console)
     console.print(
@@ -116,6 +106,32 @@ def print_summary(
         f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the "
         "same command with --set train.steps=N to train longer"
     )
+
+
+def print_heading(
+    console: Console,
+    run_dir: Path,
+    title: str,
+    denoiser: nn.Module,
+    summary: TrainingSummary,
+    items: str = "tokens",
+) -> None:
+    """Print the run directory, the title, the size of the network and the speed of the training.
+
+    `items`: name of the items that `summary.tokens` counts.
+    """
+    console.print(f"\n[bold]{run_dir}[/]  {title}")
+    trained = "trained before"
+    if summary.tokens:
+        speed = summary.tokens / summary.seconds
+        trained = (
+            f"this time {summary.tokens:,.0f} {items} in {summary.seconds:.0f} s "
+            f"({speed:,.0f} per second)"
+        )
+    if summary.skipped_steps:
+        trained += f", {summary.skipped_steps} steps skipped (not finite)"
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
 
 
 def print_evaluation(

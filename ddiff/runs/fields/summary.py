@@ -12,6 +12,7 @@ from rich.text import Text
 from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
 from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
+from ddiff.runs.summary import print_heading
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
@@ -42,21 +43,10 @@ def print_summary(
         written: names of the written files.
     """
     console = make_console()
-    parameters = sum(parameter.numel() for parameter in run.denoiser.parameters())
     title = f"fields {', '.join(run.model.fields)}"
     if run.uses_ema:
         title += ", the exponential moving average of the weights"
-    console.print(f"\n[bold]{run.run_dir}[/]  {title}")
-    trained = "trained before"
-    if summary.tokens:
-        speed = summary.tokens / summary.seconds
-        trained = (
-            f"this time {summary.tokens:,.0f} tokens and numbers in {summary.seconds:.0f} s "
-            f"({speed:,.0f} per second)"
-        )
-    if summary.skipped_steps:
-        trained += f", {summary.skipped_steps} steps skipped (not finite)"
-    console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
+    print_heading(console, run.run_dir, title, run.denoiser, summary, "tokens and numbers")
     print_bounds(report, console)
     print_findings(judged, console)
     pictures = {name: values.picture for name, values in run.values.items()}
