@@ -1,4 +1,4 @@
-"""Make the modules `chains` and `faults` importable for the tests of this folder."""
+"""Make the modules `chains`, `declared` and `faults` importable for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from declared import DeclaredSampler
 
 from ddiff.errors import ArgumentError, PluginError
 from ddiff.sampling.ancestral import AncestralSampler
@@ -21,28 +22,6 @@ from ddiff.testing.check_command import check_component
 from ddiff.testing.sampler import SamplerCase, find_accepted_processes, small_processes
 
 MASKS = small_processes()["masks"]
-
-
-class DeclaredSampler:
-    """Sampler that behaves like `inner` and declares the given quality and order."""
-
-    cached = False
-    looks_ahead = True
-
-    def __init__(self, inner: Any, quality: str, order: int) -> None:
-        self.inner = inner
-        self.quality = quality
-        self.order = order
-
-    @property
-    def steps(self) -> int | None:
-        return self.inner.steps
-
-    def check_supported(self, process: Any, predicts: str) -> None:
-        self.inner.check_supported(process, predicts)
-
-    def run(self, *arguments: Any) -> Iterator[Canvas]:
-        yield from self.inner.run(*arguments)
 
 
 def declare(

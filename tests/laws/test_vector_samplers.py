@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from declared import DeclaredVectorSampler
 from torch import Tensor
 
 from ddiff.core.gaussian import GaussianProcess
@@ -32,37 +33,14 @@ from ddiff.testing.vector_sampler import VectorSamplerCase, small_vector_process
 PROCESSES = small_vector_processes()
 
 
-class Declared:
-    """Sampler that behaves like `inner` and declares the given quality and order."""
-
-    states = "vectors"
-    cached = False
-    looks_ahead = True
-
-    def __init__(self, inner: Any, quality: str = "of an order", order: int = 1) -> None:
-        self.inner = inner
-        self.quality = quality
-        self.order = order
-
-    @property
-    def steps(self) -> int | None:
-        return self.inner.steps
-
-    def check_supported(self, process: Any, predicts: Any) -> None:
-        self.inner.check_supported(process, predicts)
-
-    def run(self, *arguments: Any) -> Iterator[Canvas]:
-        yield from self.inner.run(*arguments)
-
-
-class StopsEarly(Declared):
+class StopsEarly(DeclaredVectorSampler):
     """Fault: the state after the last step is left out."""
 
     def run(self, *arguments: Any) -> Iterator[Canvas]:
         yield from list(self.inner.run(*arguments))[:-1]
 
 
-class ForgetsGiven(Declared):
+class ForgetsGiven(DeclaredVectorSampler):
     """Fault: given vectors are overwritten at the end."""
 
     def run(self, *arguments: Any) -> Iterator[Canvas]:
@@ -70,7 +48,7 @@ class ForgetsGiven(Declared):
             yield canvas._replace(zt=torch.where(canvas.t.unsqueeze(-1) == 0, 0.5, canvas.zt))
 
 
-class SharesRandomness(Declared):
+class SharesRandomness(DeclaredVectorSampler):
     """Fault: a sample depends on the other samples of its batch."""
 
     def run(self, *arguments: Any) -> Iterator[Canvas]:
@@ -111,7 +89,7 @@ def broken(build: Callable[[int], Any], process: GaussianProcess) -> set[str]:
 
 FAULTS: dict[str, tuple[Callable[[int], Any], str]] = {
     "quality": (
-        lambda n: Declared(EulerSampler(n), "of an order", 0),
+        lambda n: DeclaredVectorSampler(EulerSampler(n), "of an order", 0),
         "declarations are consistent",
     ),
     "steps": (lambda n: StopsEarly(EulerSampler(n)), "yields as many canvases as steps"),
@@ -123,8 +101,14 @@ FAULTS: dict[str, tuple[Callable[[int], Any], str]] = {
         lambda n: SharesRandomness(EulerSampler(n)),
         "a sample does not depend on its batch",
     ),
-    "exact": (lambda n: Declared(EulerSampler(n), "exact", 0), "exact if declared exact"),
-    "order": (lambda n: Declared(DdimSampler(n), "of an order", 2), "reaches its declared order"),
+    "exact": (
+        lambda n: DeclaredVectorSampler(EulerSampler(n), "exact", 0),
+        "exact if declared exact",
+    ),
+    "order": (
+        lambda n: DeclaredVectorSampler(DdimSampler(n), "of an order", 2),
+        "reaches its declared order",
+    ),
     "noise": (VarianceAsDeviation, "converges to the data distribution"),
 }
 
@@ -141,7 +125,7 @@ def test_every_law_of_samplers_of_vectors_has_a_planted_fault() -> None:
 
 
 def test_correct_sampler_with_declarations_breaks_no_law() -> None:
-    assert broken(lambda n: Declared(EulerSampler(n)), PROCESSES["flow"]) == set()
+    assert broken(lambda n: DeclaredVectorSampler(EulerSampler(n)), PROCESSES["flow"]) == set()
 
 
 def test_check_vector_sampler_refuses_samplers_of_tokens_and_wide_vectors() -> None:
@@ -172,7 +156,7 @@ def test_measured_orders_tell_heun_from_the_samplers_of_order_1() -> None:
     flow = PROCESSES["flow"]
 
     def declare_second(build: Callable[[int], Any]) -> VectorSamplerCase:
-        return VectorSamplerCase(lambda n: Declared(build(n), "of an order", 2), flow)
+        return VectorSamplerCase(lambda n: DeclaredVectorSampler(build(n), "of an order", 2), flow)
 
     assert laws.vector_orders_are_reached(declare_second(HeunSampler)).passed
     assert not laws.vector_orders_are_reached(declare_second(EulerSampler)).passed
