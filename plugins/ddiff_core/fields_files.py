@@ -5,6 +5,7 @@ The modules that read files are imported inside the methods, so that parsing a r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,114 +21,109 @@ HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
 Missing = Literal["error", "absent"]
 
 
+class VectorConfig(ComponentConfig):
+    """Keys of texts with .npy files of vectors."""
+
+    path: str
+    """Folder of the data set."""
+    held_out: HeldOut = 0.05
+    """Fraction of the samples for validation, chosen by the hash of their text."""
+    missing: Missing = "error"
+    """Samples without text or without vectors: an error, or marked as lacking the field."""
+    computed: bool = True
+    """True: the vectors are computed from the texts, as embeddings are."""
+    dim: PositiveInt | None = None
+    """Expected numbers of a vector; another dimension is an error. With this key, a dry run before
+    the files exist assumes one vector of this dimension per text."""
+
+    def check_dim(self, width: int | None) -> None:
+        """Raise DataError if vectors do not have the dimension that the recipe expects."""
+        if self.dim not in (None, width):
+            raise DataError(
+                f"[data] dim must be the numbers of a vector; got dim = {self.dim}, but the "
+                f"vectors in {self.path} have {width} numbers. Correct dim, or name the folder of "
+                "the other vectors in path."
+            )
+
+
 class VectorFiles:
     """Texts and a .npy file with the vectors of each text: the columns "text" and "latent"."""
 
-    class Config(ComponentConfig):
-        path: str
-        """Folder of the data set."""
+    class Config(VectorConfig):
         manifest: str = "train_data.json"
         """List of objects with text (or text_path) and latent_path, in the folder. If it does not
         exist, texts/train/NAME.txt and latents/train/NAME.npy are a pair."""
         validation: str | None = None
         """Manifest of the validation samples; by default validation_data.json, if it exists.
         Without validation samples `held_out` selects some."""
-        held_out: HeldOut = 0.05
-        """Fraction of the samples for validation, chosen by the hash of their text."""
-        missing: Missing = "error"
-        """Samples without text or without vectors: an error, or marked as lacking the field."""
-        computed: bool = True
-        """True: the vectors are computed from the texts, as embeddings are."""
-        dim: PositiveInt | None = None
-        """Expected numbers of a vector; another dimension is an error. With this key, a dry run
-        before the files exist assumes one vector of this dimension per text."""
 
     @staticmethod
     def build(config: Config, *, seed: int, cache: Cache | None) -> FieldsDocuments:
         from ddiff import read_vector_files
 
-        found = read_vector_files(
-            config.path,
-            manifest=config.manifest,
-            validation=config.validation,
-            held_out=config.held_out,
-            missing=config.missing,
-            computed=config.computed,
-        )
-        _check_dim(config, found.shapes["latent"].width)
-        return found
+        return _read_vectors(config, read_vector_files, manifest=config.manifest)
 
     @staticmethod
     def preview(config: Config) -> dict[str, ColumnShape]:
         """Return the description of each column, by name, from the first file of vectors."""
         from ddiff import find_vector_shape
 
-        if config.dim is not None and not Path(config.path).exists():
-            return _describe_vectors(1, config.dim, config.computed)
-        shape = find_vector_shape(config.path, config.manifest)
-        _check_dim(config, shape.width)
-        return _describe_vectors(*shape, config.computed)
+        return _preview_vectors(config, find_vector_shape, config.manifest)
 
 
 class VectorShards:
     """JSON lines with texts, and .npy files with many vectors: the columns "text" and "latent"."""
 
-    class Config(ComponentConfig):
-        path: str
-        """Folder of the data set."""
+    class Config(VectorConfig):
         train: str = "train_data.jsonl"
         """File with one object per line, with the keys text, shard and idx, in the folder."""
         validation: str | None = None
         """File of the validation samples; by default validation_data.jsonl, if it exists. Without
         validation samples `held_out` selects some."""
-        held_out: HeldOut = 0.05
-        """Fraction of the samples for validation, chosen by the hash of their text."""
         shards: str = "latent_shards"
         """Folder with the files shard_NNNN.npy, in the folder of the data set."""
-        missing: Missing = "error"
-        """Samples without text or without vectors: an error, or marked as lacking the field."""
-        computed: bool = True
-        """True: the vectors are computed from the texts, as embeddings are."""
-        dim: PositiveInt | None = None
-        """Expected numbers of a vector; another dimension is an error. With this key, a dry run
-        before the files exist assumes one vector of this dimension per text."""
 
     @staticmethod
     def build(config: Config, *, seed: int, cache: Cache | None) -> FieldsDocuments:
         from ddiff import read_vector_shards
 
-        found = read_vector_shards(
-            config.path,
-            train=config.train,
-            validation=config.validation,
-            held_out=config.held_out,
-            shards=config.shards,
-            missing=config.missing,
-            computed=config.computed,
-        )
-        _check_dim(config, found.shapes["latent"].width)
-        return found
+        return _read_vectors(config, read_vector_shards, train=config.train, shards=config.shards)
 
     @staticmethod
     def preview(config: Config) -> dict[str, ColumnShape]:
         """Return the description of each column, by name, from the headers of the shards."""
         from ddiff import find_shard_shape
 
-        if config.dim is not None and not Path(config.path).exists():
-            return _describe_vectors(1, config.dim, config.computed)
-        shape = find_shard_shape(config.path, config.shards)
-        _check_dim(config, shape.width)
-        return _describe_vectors(*shape, config.computed)
+        return _preview_vectors(config, find_shard_shape, config.shards)
 
 
-def _check_dim(config: VectorFiles.Config | VectorShards.Config, width: int | None) -> None:
-    """Raise DataError if vectors do not have the dimension that a recipe expects."""
-    if config.dim not in (None, width):
-        raise DataError(
-            f"[data] dim must be the numbers of a vector; got dim = {config.dim}, but the vectors "
-            f"in {config.path} have {width} numbers. Correct dim, or name the folder of the other "
-            "vectors in path."
-        )
+def _read_vectors(
+    config: VectorFiles.Config | VectorShards.Config,
+    read: Callable[..., FieldsDocuments],
+    **places: str,
+) -> FieldsDocuments:
+    """Read texts and vectors with the function `read`. `places`: its arguments for files."""
+    found = read(
+        config.path,
+        validation=config.validation,
+        held_out=config.held_out,
+        missing=config.missing,
+        computed=config.computed,
+        **places,
+    )
+    config.check_dim(found.shapes["latent"].width)
+    return found
+
+
+def _preview_vectors(
+    config: VectorConfig, find_shape: Callable[[str, str], Any], place: str
+) -> dict[str, ColumnShape]:
+    """Return the description of each column from the shape that `find_shape` reads at `place`."""
+    if config.dim is not None and not Path(config.path).exists():
+        return _describe_vectors(1, config.dim, config.computed)
+    shape = find_shape(config.path, place)
+    config.check_dim(shape.width)
+    return _describe_vectors(shape.positions, shape.width, config.computed)
 
 
 class EncodedTexts:
