@@ -88,7 +88,7 @@ def evaluate(
         return
     only_generate = {"--judge": judge, "--count": count, "--no-retokenize": no_retokenize}
     for name, value in only_generate.items():
-        if value:
+        if value is not None and value is not False:
             raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
     from ddiff.runs.evaluation_report import evaluate_run
     from ddiff.runs.kinds import EvaluationOptions

@@ -404,9 +404,11 @@ class PretrainedTokenizer:
         self._spellings: dict[int, str] = {}
         for token, number in tokenizer.get_vocab().items():
             self._spellings[number] = token
-        if not self._spellings:
+        # without the files of a tokenizer, the library builds one that has only special tokens
+        if set(self._spellings) <= set(tokenizer.all_special_ids):
             raise DataError(
-                f"{name} has an empty vocabulary. Name the folder of a trained tokenizer."
+                f"{name} has an empty vocabulary, apart from special tokens. Name the folder of a "
+                "trained tokenizer."
             )
         self.num_tokens = max(self._spellings) + 1
         if self.num_tokens > MOST_TOKENS:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddiff.data.pretrained import load_pretrained
 from ddiff.data.tokenizer import PretrainedTokenizer
-from ddiff.errors import ArgumentError, NonFiniteError
+from ddiff.errors import ArgumentError, DataError, NonFiniteError
 from ddiff.progress import show_progress
 
 LONGEST = 1024  # default window in tokens, if the model has no smaller limit
@@ -159,6 +159,42 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def load_complete_model(source: str, **options: Any) -> Any:
+    """Load a language model. Raises DataError if weights are missing, which would be random."""
+    from transformers import AutoModelForCausalLM  # slow to import
+
+    load: Any = AutoModelForCausalLM.from_pretrained  # its declared type has no second result
+    model, found = load(source, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"No model from {source!r}: its files lack {len(missing)} weights of the model "
+            f"({', '.join(missing[:3])}), which would be random numbers. Save the complete model, "
+            "with the head that predicts tokens."
+        )
+    return model
+
+
+@torch.inference_mode()
+def check_causal(model: Any, name: str) -> None:
+    """Raise DataError if the prediction of a token depends on that token or on later tokens.
+
+    The library loads models such as BERT, which attend to all tokens, as language models too. Their
+    scores are no likelihood. `name` is the model, for the message.
+    """
+    model.eval()
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    changed = ids.clone()
+    changed[:, -1] = 1
+    before, after = (model(input_ids=row).logits[:, :-1].float() for row in (ids, changed))
+    # rounding differs far less than predictions from another text
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+        raise DataError(
+            f"No causal language model from {name!r}: its prediction of a token depends on later "
+            "tokens, so that its scores are no likelihood. Name a causal model, such as GPT-2."
+        )
+
+
 class TransformersJudge:
     """Causal language model of the transformers library.
 
@@ -190,9 +226,15 @@ class TransformersJudge:
     ) -> None:
         self.name = name
         self._tokenizer = tokenizer
-        self.tokenizer_fingerprint: str | None = PretrainedTokenizer(
-            tokenizer, f"The tokenizer of the judge {name}"
-        ).fingerprint
+        known = PretrainedTokenizer(tokenizer, f"The tokenizer of the judge {name}")
+        self.tokenizer_fingerprint: str | None = known.fingerprint
+        rows = model.get_input_embeddings().weight.shape[0]
+        if known.num_tokens > rows:
+            raise DataError(
+                f"judge {name}: the model must have the tokens of its tokenizer; got a tokenizer "
+                f"with {known.num_tokens} tokens and a model with {rows}. They belong to different "
+                "models: save the tokenizer of this model in its folder."
+            )
         self._model = model.eval()
         if device is not None:
             self._model.to(device)
@@ -230,12 +272,11 @@ class TransformersJudge:
 
         `options` are the other arguments of the judge. Raises DataError if there is no model.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
+        from transformers import AutoTokenizer  # slow to import
 
         tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, "tokenizer")
-        model = load_pretrained(
-            AutoModelForCausalLM.from_pretrained, source, "model", dtype=torch.float32
-        )
+        model = load_pretrained(load_complete_model, source, "model", dtype=torch.float32)
+        check_causal(model, source)
         return cls(model, tokenizer, source, **options)
 
     def encode(self, documents: Sequence[str]) -> list[int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.data.batch import Batch
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.judge_model import (
     JudgeModel,
     Scores,
@@ -36,9 +36,19 @@ def open_judge(source: str, device: torch.device) -> JudgeModel:
     Args:
         source: path or name.
         device: device of a model of the transformers library.
+
+    Raises DataError if there is no model, CheckpointError if a run has no checkpoint, and
+    ArgumentError if a run has only a bound of the likelihood.
     """
-    if not (Path(source) / RECIPE).is_file():
-        return TransformersJudge.load(source, device=device)
+    if not source.strip() or not (Path(source) / RECIPE).is_file():
+        try:
+            return TransformersJudge.load(source, device=device)
+        except DataError as error:
+            raise DataError(
+                f"--judge: {error} A judge is the directory of an autoregressive run (with a "
+                f"{RECIPE}), the directory of a causal language model of the transformers library, "
+                "or the name of such a model on the hub."
+            ) from error
     run = load(source)
     require_text_recipe(run.recipe, "--judge")
     return RunJudge(run)

@@ -14,11 +14,18 @@ import numpy as np
 import pytest
 import torch
 from commands import Command
+from safetensors.torch import load_file, save_file
 from small import working_in
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import ddiff as api
 from ddiff.data.packing import pack_texts
@@ -66,12 +73,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def save_gpt(folder: Path) -> None:
-    words = ["<end>", "<unk>", "the", "old", "red", "cat", "hat", "sat", "on"]
+WORDS = ("<end>", "<unk>", "the", "old", "red", "cat", "hat", "sat", "on")
+
+
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     table = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(WordLevel(table, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def save_gpt(folder: Path, words: Sequence[str] = WORDS) -> None:
+    make_tokenizer(words).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(words),
@@ -332,18 +345,154 @@ def test_samples_that_the_judge_cannot_tokenize_are_named(runs: Path, left: Run)
         judge.encode(["a lone surrogate \ud800"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--judge", "runs/left"], "--judge needs --generate"),
-        (["--count", "2"], "--count needs --generate"),
-        (["--generate", "--no-retokenize"], "--no-retokenize needs --judge"),
-        (["--generate", "--judge", "./missing"], "no such folder"),
-    ],
-)
-def test_command_refuses_options_that_do_not_fit(
-    ddiff: Command, runs: Path, arguments: list[str], expected: str
+RUN = "runs/small"
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "judge without samples": ([RUN, "--judge", "runs/left"], ["--judge needs --generate"]),
+    "empty judge without samples": ([RUN, "--judge", ""], ["--judge needs --generate"]),
+    "count without samples": ([RUN, "--count", "2"], ["--count needs --generate"]),
+    "token ids without judge": (
+        [RUN, "--generate", "--no-retokenize"],
+        ["--no-retokenize needs --judge"],
+    ),
+    "no samples": ([RUN, "--generate", "--count", "0"], ["--count", "1"]),
+    "text and samples": (
+        [RUN, "--generate", "--protocol", "ptb"],
+        ["--generate evaluates samples", "--protocol"],
+    ),
+    "unknown protocol": (
+        [RUN, "--data", "corpus.txt", "--protocol", "pbt"],
+        ["pbt", "ptb", "lambada"],
+    ),
+    "folder without run": (
+        ["empty", "--generate"],
+        ["empty is not a run directory", "recipe.toml"],
+    ),
+    "missing run": (["runs/none", "--generate"], ["runs/none is not a run directory"]),
+    "run without checkpoint": (["begun", "--generate"], ["begun", "no complete checkpoint"]),
+    "unknown key": (
+        [RUN, "--generate", "--set", "train.steps=2"],
+        ["[evaluate] or [sample]", "train.steps=2"],
+    ),
+    "missing judge": (
+        [RUN, "--generate", "--judge", "./missing"],
+        ["--judge", "'./missing'", "no such folder", "A judge is"],
+    ),
+    "no judge": ([RUN, "--generate", "--judge", " "], ["--judge", "no such folder"]),
+    "judge on the hub without a connection": (
+        [RUN, "--generate", "--judge", "nobody/no-model"],
+        ["--judge", "'nobody/no-model'", "download from the hub failed"],
+    ),
+    "judge that is a file": (
+        [RUN, "--generate", "--judge", "gpt/config.json"],
+        ["this is a file", "Name the folder 'gpt'"],
+    ),
+    "empty judge": ([RUN, "--generate", "--judge", "empty"], ["--judge", "no readable tokenizer"]),
+    "judge without tokenizer": (
+        [RUN, "--generate", "--judge", "weights"],
+        ["--judge", "The tokenizer of the judge weights has an empty vocabulary"],
+    ),
+    "judge without weights": (
+        [RUN, "--generate", "--judge", "tokenizer"],
+        ["--judge", "No model from 'tokenizer'", "no readable model"],
+    ),
+    "judge with half of its weights": (
+        [RUN, "--generate", "--judge", "half"],
+        ["--judge", "lack", "transformer.h.0", "random numbers"],
+    ),
+    "judge with damaged weights": (
+        [RUN, "--generate", "--judge", "damaged"],
+        ["--judge", "model.safetensors is damaged"],
+    ),
+    "judge with the tokenizer of another model": (
+        [RUN, "--generate", "--judge", "mixed"],
+        ["--judge", "judge mixed", "a tokenizer with 16 tokens and a model with 9"],
+    ),
+    "judge that reads later tokens": (
+        [RUN, "--generate", "--judge", "bert"],
+        ["--judge", "'bert'", "depends on later tokens"],
+    ),
+    "judge that is a diffusion run": (
+        [RUN, "--generate", "--judge", "runs/uniform"],
+        ["runs/uniform must have an exact likelihood", "ar_small"],
+    ),
+    "judge that is an untrained run": (
+        [RUN, "--generate", "--judge", "begun"],
+        ["begun", "no complete checkpoint"],
+    ),
+    "judge of another vocabulary": (
+        [RUN, "--generate", "--judge", "gpt", "--no-retokenize"],
+        ["--no-retokenize", "gpt must have the tokenizer of", "Leave out --no-retokenize"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(runs: Path) -> Path:
+    """Folder `runs` with a run without checkpoint, and incomplete judges."""
+    for name in ("empty", "begun", "weights", "tokenizer", "half", "damaged", "mixed"):
+        Path(name).mkdir(exist_ok=True)
+    shutil.copy("runs/small/recipe.toml", "begun")
+    for file in Path("gpt").iterdir():
+        is_tokenizer = file.name.startswith(("tokenizer", "special", "vocab"))
+        shutil.copy(file, "tokenizer" if is_tokenizer else "weights")
+        if not is_tokenizer:
+            shutil.copy(file, "mixed")
+        shutil.copy(file, "half")
+        shutil.copy(file, "damaged")
+    weights = load_file("gpt/model.safetensors")
+    half = {name: value for name, value in weights.items() if ".h.0." not in name}
+    save_file(half, "half/model.safetensors", {"format": "pt"})
+    Path("damaged/model.safetensors").write_bytes(b"half a file")
+    make_tokenizer([*WORDS, *"xyzabcd"]).save_pretrained("mixed")
+    save_bert(Path("bert"))
+    return runs
+
+
+def save_bert(folder: Path) -> None:
+    """Save a model that attends to all tokens, which the library loads as a language model."""
+    shutil.copytree("tokenizer", folder)
+    config = BertConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=32,
+    )
+    # so large that the other token changes the predictions
+    config.initializer_range = 1.0
+    torch.manual_seed(0)
+    BertForMaskedLM(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_eval_refuses_bad_input_with_a_reason_and_writes_nothing(
+    name: str, ddiff: Command, mistakes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = ddiff("eval", "runs/small", *arguments)
-    assert result.code == 2
-    assert expected in " ".join(result.err.split())
+    monkeypatch.setattr(Run, "sample", lambda *_, **__: pytest.fail("samples were drawn"))
+    arguments, expected = REFUSED[name]
+    before = sorted(Path("runs").rglob("*.json"))
+    result = ddiff("eval", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "Traceback" not in result.err
+    message = " ".join(result.err.split())
+    assert [text for text in expected if text not in message] == [], message
+    assert sorted(Path("runs").rglob("*.json")) == before
+
+
+def test_transformers_judge_with_the_tokenizer_of_the_run_scores_its_ids(
+    runs: Path, tmp_path: Path
+) -> None:
+    """A run with a tokenizer of the library, and a judge with the same tokenizer."""
+    recipe = Path("small.toml").read_text()
+    recipe = recipe.replace('kind = "bpe"\nsize = 270', 'kind = "pretrained"\npath = "words"')
+    # all words of the corpus
+    save_gpt(Path("words"), [*WORDS, *"xyzabcd"])
+    Path("words.toml").write_text(recipe)
+    settings = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
+    run = api.run("words.toml", settings=[*settings, 'name="words"', "train.steps=2"])
+    report = evaluate_generation(run, "words", count=3, retokenize=False)
+    assert report.perplexity is not None
+    assert report.perplexity.tokens == 3 * run.recipe.length
+    assert report.written["judge"]["protocol"]["retokenized"] is False
