@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from ddiff.data.documents import Documents
 from ddiff.data.packing import PackedRows, batch_rows, pack_texts
 from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, DdiffError
 from ddiff.evaluation.baselines import Baselines, score_baselines
 from ddiff.evaluation.likelihood import Evaluation, Scored, evaluate
 from ddiff.evaluation.protocols import PublishedProgram, PublishedTerms
 from ddiff.recipe.model import Recipe
+from ddiff.run_dir.files import EVALUATION, read_json
 from ddiff.runs.build import Model
 from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.data import RunData
@@ -64,6 +66,23 @@ def find_own_vectors(data: RunData) -> list[str]:
     return [
         name for name in data.documents.own_vectors if name in data.validation_conditions.values
     ]
+
+
+def find_given_own_vectors(
+    data: RunData, run_dir: Path, conditions: Mapping[str, Any]
+) -> list[str]:
+    """Return the given conditions that the run computes from the text itself.
+
+    If the data set cannot be read, because the run was copied without it, evaluation.json tells
+    which they are.
+    """
+    try:
+        documents = data.documents
+        own = documents.own_vectors if isinstance(documents, Documents) else ()
+    except DdiffError:
+        recorded = read_json(run_dir / EVALUATION, allow_missing=True)
+        own = recorded.get("protocol", {}).get("own_vectors", ())
+    return [name for name in conditions if name in own]
 
 
 def evaluated_rows(data: RunData, recipe: Recipe) -> NDArray[np.int64]:

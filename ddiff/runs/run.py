@@ -30,6 +30,7 @@ from ddiff.runs.editing import EditRequest, edit_texts
 from ddiff.runs.evaluation import (
     count_baselines,
     evaluation_protocol,
+    find_given_own_vectors,
     score_texts,
     score_validation,
 )
@@ -141,9 +142,15 @@ class Run(TrainableRun):
 
         `draws`: number of independent draws of noise times and noise per text. More draws narrow
         the confidence interval and do not change the expected bound. `conditions`: maps the name of
-        a condition to one value for all texts or to a list with one value per text.
+        a condition to one value for all texts or to a list with one value per text. If one of them
+        is a vector that the data set computes from the text itself, the bound is no likelihood of
+        the text, and the result has neither perplexity nor bits per byte.
         """
-        return score_texts(self.model, self.recipe, self.tokenizer, texts, draws, conditions or {})
+        found = score_texts(self.model, self.recipe, self.tokenizer, texts, draws, conditions or {})
+        if not conditions:
+            return found
+        own = find_given_own_vectors(self.data, self.run_dir, conditions)
+        return found.mark_own_vectors(own) if own else found
 
     def protocol(self) -> dict[str, Any]:
         """Return the evaluation settings that must be equal in two runs that are compared."""

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import ddiff
 import ddiff.runs.initial_weights
 from ddiff.core.rng import CounterRng
 from ddiff.distributed.single import SingleBackend
+from ddiff.errors import DataError
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.files import find_shipped_recipes
@@ -23,7 +25,12 @@ from ddiff.recipe.model import diff_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.evaluation_record import make_figures
 from ddiff.runs.build import assemble
-from ddiff.runs.evaluation import evaluation_protocol, score_validation
+from ddiff.runs.data import RunData
+from ddiff.runs.evaluation import (
+    evaluation_protocol,
+    find_given_own_vectors,
+    score_validation,
+)
 from ddiff.runs.measure import measure
 from ddiff.runs.record import record_run
 from ddiff.runs.session import TrainingSession, build_run
@@ -167,6 +174,40 @@ def test_text_given_its_own_vector_has_no_perplexity(place: Path) -> None:
     assert Evaluation.from_dict(found.to_dict()) == found
     written = {**found.to_dict(), "baselines": {}}
     assert not {"ppl", "bits_per_byte"} & set(make_figures(written))
+
+
+def test_nelbo_of_texts_given_their_own_vectors_has_no_perplexity(
+    place: Path, tmp_path: Path
+) -> None:
+    recipe = require_text_recipe(read_recipe(CONDITIONED[1], small(CONDITIONED[1])), "test")
+    session = TrainingSession.open(recipe)
+    session.initialize_weights()
+    run = session.run
+    width = run.denoiser.condition_forms["latent"].width
+    texts = list(run.data.documents.validation["text"][:1])
+    found = run.nelbo(texts, draws=1, conditions={"latent": [0.5] * width})
+    assert found.ppl is None
+    assert found.bits_per_byte is None
+    assert found.protocol["own_vectors"] == ["latent"]
+    assert "given its own vector (latent)" in repr(found)
+    # without the data set, evaluation.json tells which vectors are computed from the text
+    recorded = {"protocol": {"own_vectors": ["latent"]}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(recorded))
+    given = {"latent": [], "other": []}
+    assert find_given_own_vectors(MissingData(), tmp_path, given) == ["latent"]
+    (tmp_path / "evaluation.json").unlink()
+    assert find_given_own_vectors(MissingData(), tmp_path, given) == []
+
+
+class MissingData(RunData):
+    """Data of a run that was copied without its data set."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def documents(self) -> Any:
+        raise DataError("the data set is missing")
 
 
 @pytest.mark.parametrize("name", CONDITIONED)
