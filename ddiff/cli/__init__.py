@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddiff.cli import components, evaluation, sampling, training
+from ddiff.cli import components, evaluation, lm_eval, sampling, training
 from ddiff.cli.app import app
 from ddiff.cli.process import main
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data": training.prepare,
     "encode": training.encode,
     "eval": evaluation.evaluate,
+    "lm-eval": lm_eval.evaluate_tasks,
     "export": training.export,
     "sample": sampling.sample,
     "compare": evaluation.compare_runs,

@@ -47,7 +47,9 @@ OTHER_EVALUATIONS = "evaluation-*.json"
 """Pattern of the files with evaluations on other data."""
 PICTURES = "samples-*.png"
 """Pattern of the files with pictures of samples."""
-PATTERNS = (OTHER_EVALUATIONS, PICTURES)
+LM_EVALS = "lm-eval-*.json"
+"""Pattern of the files with evaluations by the lm-evaluation-harness."""
+PATTERNS = (OTHER_EVALUATIONS, PICTURES, LM_EVALS)
 """Patterns of files of a run whose names depend on the run."""
 
 FILES = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -151,6 +151,70 @@ class Run(TrainableRun):
             return found
         own = find_given_own_vectors(self.data, self.run_dir, conditions)
         return found.mark_own_vectors(own) if own else found
+
+    def lm_eval(
+        self,
+        tasks: str | Sequence[str],
+        draws: int = 16,
+        *,
+        num_fewshot: int | None = None,
+        limit: float | None = None,
+        include_path: str | None = None,
+        gen_kwargs: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        batch: int | None = None,
+        truncate: bool = False,
+        greedy: Literal["auto", "always", "never"] = "auto",
+        sampler: str | None = None,
+        steps: int | None = None,
+        settings: Sequence[str] = (),
+        conditions: Mapping[str, Any] | None = None,
+        dry_run: bool = False,
+        out: str | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate the run on tasks of the lm-evaluation-harness (package lm_eval).
+
+        Log-likelihoods are exact for a run with an exact likelihood. Otherwise they are estimates
+        of lower bounds. Prints the price of the job before it starts: requests, network evaluations
+        and estimated time. Returns the record, and writes it to lm-eval-TASKS.json in the run
+        directory.
+
+        Args:
+            tasks: names of tasks or groups of the harness.
+            draws: draws of times and noise per likelihood: 1, or an even number.
+            num_fewshot: number of examples before each question; by default that of the task.
+            limit: number of documents per task, or a share below 1.
+            include_path: folder with more task definitions.
+            gen_kwargs: arguments of generation that replace those of the tasks.
+            seed: seed of times, noise and samples; by default those of the recipe.
+            batch: rows per batch; does not change the results.
+            truncate: leave out the beginning of a context that is too long for a row, which is an
+                error otherwise.
+            greedy: for which requests the harness is told whether the continuation is the one that
+                the sampler draws at temperature 0. "auto": questions with one continuation.
+            sampler: name of the sampler of generated texts.
+            steps: number of steps of the sampler.
+            settings: `key=value` texts that override keys of the sampler.
+            conditions: maps the name of a condition to a label or a vector for all requests.
+            dry_run: return only the price.
+            out: path of the JSON file to write instead of a file of the run.
+        """
+        from ddiff.runs.lm_eval.harness import TaskOptions, evaluate_tasks
+        from ddiff.runs.lm_eval.scoring import Settings
+
+        evaluation = Settings(
+            draws=draws,
+            seed=seed,
+            batch=batch,
+            truncate=truncate,
+            greedy=greedy,
+            sampler=sampler,
+            steps=steps,
+            settings=tuple(settings),
+            conditions=conditions or {},
+        )
+        options = TaskOptions(num_fewshot, limit, include_path, gen_kwargs)
+        return evaluate_tasks(self, tasks, evaluation, options, dry_run=dry_run, out=out)
 
     def protocol(self) -> dict[str, Any]:
         """Return the evaluation settings that must be equal in two runs that are compared."""

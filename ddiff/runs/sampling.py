@@ -72,10 +72,26 @@ def draw_samples(
 
     `Run.sample` explains the arguments and the result.
     """
+    templates = make_templates(request.prompt, request.infill, tokenizer, recipe.length)
+    return draw_templates(recipe, model, tokenizer, templates, request, on_step)
+
+
+def draw_templates(
+    recipe: Recipe,
+    model: Model,
+    tokenizer: Tokenizer,
+    templates: Sequence[Template],
+    request: SampleRequest,
+    on_step: OnStep | None = None,
+) -> list[dict[str, Any]]:
+    """Draw samples that contain the given tokens of templates.
+
+    Without templates, every token is sampled. The prompts and infill texts of `request` are not
+    read. `Run.sample` explains the other arguments and the result.
+    """
     keys = recipe.sample
     seed = _or_default(request.seed, keys.seed)
     batch = _or_default(request.batch, keys.batch)
-    templates = make_templates(request.prompt, request.infill, tokenizer, recipe.length)
     count = _or_default(request.count, keys.count if len(templates) <= 1 else 1)
     check_numbers(count, batch, seed, _or_default(request.steps, keys.steps))
     per_sample = [template for template in templates for _ in range(count)]
