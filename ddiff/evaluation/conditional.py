@@ -230,21 +230,28 @@ def error_of_draws(nats: Floats) -> Floats:
     return np.sqrt((differences**2).sum(-1)) / count
 
 
-def error_of_sum(errors: Floats, draws: int) -> Error | None:
-    """Return the standard error of a sum of independent estimates.
+def error_of_sum(nats: Floats) -> Error | None:
+    """Return the standard error of the sum of N independent means of K draws each.
 
-    `errors` [N] are the standard errors of the N estimates, of `draws` draws each. Satterthwaite's
-    formula gives the degrees of freedom: draws/2 for one estimate, and more for several. Returns
-    None for one draw.
+    `nats` [N,K] holds the draws. The degrees of freedom are those of Satterthwaite's formula,
+    estimated from the differences d of the two draws of each stratum:
+
+        freedom = 3 (sum d^2)^2 / sum d^4 - 2,
+
+    at least 1 and at most the number N K/2 of strata. They are few if most of the variance lies in
+    few strata. Returns None for one draw.
     """
-    if draws == 1 or not len(errors):
+    count = nats.shape[1]
+    if count == 1 or not len(nats):
         return None
-    variances = errors**2
-    total = float(variances.sum())
+    squares = (nats[:, 0::2] - nats[:, 1::2]).ravel() ** 2
+    total = float(squares.sum())
+    if not math.isfinite(total):
+        return None
     if total == 0.0:
-        return Error(0.0, draws / 2)
-    freedom = total**2 / float((variances**2).sum()) * (draws / 2)
-    return Error(math.sqrt(total), freedom)
+        return Error(0.0, len(squares))
+    freedom = 3.0 * total**2 / float((squares**2).sum()) - 2.0
+    return Error(math.sqrt(total) / count, min(max(1.0, freedom), float(len(squares))))
 
 
 def is_undecided(nats: Floats) -> bool:
@@ -253,14 +260,15 @@ def is_undecided(nats: Floats) -> bool:
     `nats` [A,K] are the draws of A answers with the same random numbers. The answer is open if, for
     any other answer, the 95 % interval of the difference to the best answer contains 0.
     """
-    draws = nats.shape[1]
-    if draws == 1 or len(nats) < 2:
+    if nats.shape[1] == 1 or len(nats) < 2:
         return False
     best = int(nats.mean(-1).argmin())
-    differences = np.delete(nats, best, axis=0) - nats[best]
-    errors = error_of_draws(differences)
-    half = np.array([Error(float(error), draws / 2).half_width for error in errors])
-    return bool((differences.mean(-1) <= half).any())
+    for other in np.delete(nats, best, axis=0):
+        difference = other - nats[best]
+        error = error_of_sum(difference[np.newaxis])
+        if error is None or difference.mean() <= error.half_width:
+            return True
+    return False
 
 
 def _random_index(key: str, draw: int) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 from ddiff.evaluation.intervals import NORMAL95, wilson95
 from ddiff.run_dir.evaluation_record import LARGEST_EXPONENT, SCHEMA_VERSION, Figure
 from ddiff.runs.evaluation_header import (
-    describe_command,
-    describe_hardware,
-    weights_fingerprint,
+    describe_components,
+    describe_provenance,
+    fingerprint_weights,
 )
 from ddiff.runs.lm_eval.price import Price
 from ddiff.runs.lm_eval.scoring import RequestScorer
@@ -84,7 +84,7 @@ def describe_protocol(scorer: RequestScorer) -> dict[str, Any]:
 def describe_fingerprints(scorer: RequestScorer) -> dict[str, str]:
     """Return the fingerprints of weights, tokenizer and vocabulary."""
     run = scorer.run
-    return {"weights": weights_fingerprint(run), **component_fingerprints(run.data, run.model)}
+    return {"weights": fingerprint_weights(run), **component_fingerprints(run.data, run.model)}
 
 
 def describe_sampler(scorer: RequestScorer) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def make_record(
         "figures": figures,
         "protocol": {**job["protocol"], "harness": dict(harness)},
         "fingerprints": job["fingerprints"],
-        "components": scorer.run.recipe.origins(),
+        "components": describe_components(scorer.run),
         "sampler": describe_sampler(scorer) if scorer.sampled else None,
         "monte_carlo": monte_carlo,
         "price": price.to_dict(),
@@ -139,11 +139,7 @@ def make_record(
         "versions": results.get("versions", {}),
         "n-shot": results.get("n-shot", {}),
         "n-samples": results.get("n-samples", {}),
-        "provenance": {
-            "command": describe_command(),
-            "seconds": seconds,
-            "hardware": describe_hardware(scorer.run.device),
-        },
+        "provenance": describe_provenance(scorer.run, seconds),
     }
 
 

@@ -5,6 +5,7 @@ This module does not import the harness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,7 +19,6 @@ from ddiff.evaluation.conditional import (
     ConditionalScorer,
     Continuation,
     check_draws,
-    error_of_draws,
     error_of_sum,
     is_undecided,
 )
@@ -110,30 +110,26 @@ class TaskErrors:
     """Likelihoods of the requests of a task, with their Monte-Carlo errors.
 
     Attributes:
-        draws: number of draws.
-        nats: mean of -ln p of each request over the draws.
-        errors: standard error of each mean; NaN for one draw.
+        nats: draws [K] of -ln p of each request.
         questions: number of questions with several answers.
         undecided: number of these questions whose most likely answer is uncertain.
     """
 
-    draws: int
-    nats: list[float] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
+    nats: list[Floats] = field(default_factory=list)
     questions: int = 0
     undecided: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sums of the task, with standard errors; None if an error is unknown."""
-        errors = np.array(self.errors)
-        total = error_of_sum(errors, self.draws)
+        """Return the sum over the requests, with its error; None if an error is unknown."""
+        nats = np.stack(self.nats)
+        total = error_of_sum(nats)
         return {
-            "requests": len(self.nats),
-            "nats": float(np.sum(self.nats)),
+            "requests": len(nats),
+            "nats": float(nats.mean(-1).sum()),
             "standard_error_nats": None if total is None else total.standard,
             "half_width_nats": None if total is None else total.half_width,
             "request_standard_error_nats": (
-                None if total is None else float(np.sqrt((errors**2).mean()))
+                None if total is None else total.standard / math.sqrt(len(nats))
             ),
             "questions": self.questions,
             "undecided": self.undecided / self.questions if self.questions else None,
@@ -262,11 +258,8 @@ class RequestScorer:
 
         `questions` has the numbers of the requests of each question.
         """
-        draws = nats.shape[1]
-        for request, mean, error in zip(requests, nats.mean(-1), error_of_draws(nats)):
-            task = self.errors.setdefault(request.task, TaskErrors(draws))
-            task.nats.append(float(mean))
-            task.errors.append(float(error))
+        for request, draws in zip(requests, nats):
+            self.errors.setdefault(request.task, TaskErrors()).nats.append(draws)
         for numbers in questions.values():
             if len(numbers) > 1:
                 task = self.errors[requests[numbers[0]].task]
