@@ -190,8 +190,8 @@ class Run(TrainableRun):
             batch: rows per batch; does not change the results.
             truncate: leave out the beginning of a context that is too long for a row, which is an
                 error otherwise.
-            greedy: for which requests the harness is told whether the continuation is the one that
-                the sampler draws at temperature 0. "auto": questions with one continuation.
+            greedy: requests for which the sampler draws a continuation at temperature 0, which is
+                compared with the given one. "auto": questions with one continuation.
             sampler: name of the sampler of generated texts.
             steps: number of steps of the sampler.
             settings: `key=value` texts that override keys of the sampler.

@@ -99,13 +99,14 @@ def test_help_option_lists_every_command(capsys):
             "check",
             "data",
             "encode",
+            "lm-eval",
             "pareto",
             "plugins",
             "recipes",
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 12
+    assert len(app.registered_commands) == 13
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):

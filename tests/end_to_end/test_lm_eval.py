@@ -392,7 +392,7 @@ def test_requests_that_do_not_fit_are_refused_and_contexts_may_be_truncated(exac
     too_long = [Request("toy", 0, (long, {"max_gen_toks": 4}))]
     with pytest.raises(ArgumentError, match="the context has"):
         RequestScorer(exact, Settings()).generate(too_long)
-    with pytest.raises(DataError, match="no token of its own"):
+    with pytest.raises(DataError, match="adds no token"):
         scorer.score_pairs(pairs(("the", "")))
 
 

@@ -72,9 +72,9 @@ def test_conditional_bound_of_exact_predictions_is_the_exact_likelihood(name: st
     move = torch.from_numpy(source.transition).log()
     start = torch.from_numpy(source.stationary).log()
     # the symbol after the context whose probability depends most on the context
-    told = move - start
-    rows[:, 2] = int(told.abs().argmax()) // 4
-    rows[:, 3] = int(told.abs().argmax()) % 4
+    gain = move - start
+    rows[:, 2] = int(gain.abs().argmax()) // 4
+    rows[:, 3] = int(gain.abs().argmax()) % 4
     continuations = [
         Continuation(tuple(row[:3]), tuple(row[3:]), str(number))
         for number, row in enumerate(rows.tolist())
@@ -84,7 +84,7 @@ def test_conditional_bound_of_exact_predictions_is_the_exact_likelihood(name: st
     exact = -move[rows[:, 2:-1], rows[:, 3:]].sum(-1).numpy()
     error = float(error_of_draws(nats).max())
     assert np.abs(nats.mean(-1) - exact).max() < 4 * error + 4 * 5e-3
-    assert float(told.abs().max()) > 6 * error, "the context matters too little for this test"
+    assert float(gain.abs().max()) > 6 * error, "the context matters too little for this test"
 
 
 def test_conditional_bound_agrees_with_the_chain_rule_within_its_error() -> None:

@@ -57,7 +57,7 @@ class TaskOptions:
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ArgumentError(
                 f"include_path must be a folder with task definitions (YAML files); got "
-                f"{self.include_path}, which is no folder."
+                f"{self.include_path}, which does not exist."
             )
 
 

@@ -85,7 +85,7 @@ class Encoder:
         after = whole[len(before) :]
         if not after:
             raise DataError(
-                f"{name}: the continuation {shorten(continuation)!r} has no token of its own after "
+                f"{name}: the continuation {shorten(continuation)!r} adds no token to "
                 f"{shorten(kept[-80:])!r} with the tokenizer of this run, so it has no likelihood. "
                 "Change the task, so that each continuation has at least one token."
             )

@@ -177,7 +177,7 @@ class RequestScorer:
 
     @property
     def is_exact(self) -> bool:
-        """Whether likelihoods are exact. Otherwise they are lower bounds of ln p."""
+        """True if likelihoods are exact, False if they are lower bounds of ln p."""
         return self.run.objective.bound == "NLL"
 
     # ------------------------------------------------------------------ likelihood
