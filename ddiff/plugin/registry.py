@@ -128,6 +128,11 @@ class Members:
     """Normalizers only: `load(config, tensors, width)` rebuilds a saved normalizer.
 
     `tensors` are those of `Normalizer.tensors`, and `width` the numbers of a vector of the data."""
+    formulas: str = ""
+    """Formulas in plain text, which `ddiff plugins NAME` and `ddiff report` show.
+
+    A line is a name, at least two spaces and a formula; indented lines continue the line above. The
+    symbols follow after an empty line, in the same form."""
     example_vocabularies: Callable[[], list[Any]] | None = None
     """Processes only: vocabularies for which `ddiff check` builds the process."""
     example_settings: tuple[Mapping[str, Any], ...] = ()
@@ -213,6 +218,12 @@ class Component:
                 f"The {self} has a Config that is not a ddiff.ComponentConfig: "
                 f'"{self.target}.Config" is {config!r}. Derive this class from '
                 "ddiff.ComponentConfig, so that unknown keys are refused."
+            )
+        if not isinstance(members.formulas, str):
+            raise PluginError(
+                f'The {self} has formulas that are not a text: "{self.target}.formulas" is '
+                f"{members.formulas!r}. Write them as one str, with a name and a formula on each "
+                "line."
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -12,6 +14,8 @@ from ddiff.plugin.registry import KINDS, Component
 from ddiff.recipe.keys import TopLevelKeys
 from ddiff.recipe.messages import describe_keys
 from ddiff.recipe.schema import FIELDS, TEXT, Layout
+
+FORMULA_INDENT = 4 * " "
 
 
 class PluginListing(NamedTuple):
@@ -68,7 +72,14 @@ def _list_component(component: Component) -> str:
     documentation = component.load().__doc__ or ""
     summary = " ".join(documentation.partition("\n\n")[0].split())
     place = KINDS[component.kind].partition(":")[0]
-    return _list_keys(f'{place} kind = "{component.name}": {summary}', component.config_class())
+    members = component.members()
+    text = _list_keys(f'{place} kind = "{component.name}": {summary}', members.Config)
+    formulas = inspect.cleandoc(members.formulas)
+    for title, block in zip(("formulas", "symbols"), formulas.split("\n\n")):
+        if block:
+            indented = textwrap.indent(block, FORMULA_INDENT)
+            text += f'\n{title} of {component.kind} "{component.name}":\n{indented}\n'
+    return text
 
 
 def _list_keys(title: str, model: type[BaseModel]) -> str:

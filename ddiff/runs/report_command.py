@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, DataError
 from ddiff.run_dir.files import CHECKPOINTS
+from ddiff.runs.report.extras import Extras
+from ddiff.runs.report.formulas import read_explanations
 from ddiff.runs.report.page import check_report_path, write_report
 from ddiff.runs.report.run_files import ReportedRun, read_runs
 from ddiff.runs.report.trajectories import AnyTrajectory, read_trajectories
@@ -28,7 +31,8 @@ def report_runs(
         out: HTML file to write.
         figures: folder for the charts as SVG files, or None.
         files: files of trajectories. If there are some, no trajectories are drawn.
-        draws: number of samples per run whose trajectories are drawn.
+        draws: number of samples per run whose trajectories are drawn. With 0, only files are read:
+            the report has no trajectories, confusions and formulas.
         samplers: samplers that draw the trajectories; none for the sampler of the recipe.
     """
     # before trajectories are drawn, which takes a while
@@ -39,40 +43,53 @@ def report_runs(
             "ddiff report: --sampler draws new trajectories, and --trajectory reads a file of "
             "trajectories. Leave one of the options out."
         )
-    trajectories: list[AnyTrajectory] = []
+    given: list[AnyTrajectory] = []
     for file in files:
-        trajectories += read_trajectories(file)
-    if not files and draws:
-        trajectories = _draw(runs, draws, samplers)
-    return write_report(run_dirs, out, trajectories, figures)
+        given += read_trajectories(file)
+    extras = Extras(given)
+    if draws:
+        extras = _compute(runs, given, draws, samplers)
+    return write_report(run_dirs, out, extras, figures)
 
 
-def _draw(runs: Sequence[ReportedRun], draws: int, samplers: Sequence[str]) -> list[AnyTrajectory]:
-    """Draw trajectories of the runs that have a checkpoint.
+def _compute(
+    runs: Sequence[ReportedRun],
+    given: Sequence[AnyTrajectory],
+    draws: int,
+    samplers: Sequence[str],
+) -> Extras:
+    """Compute the parts of a report that need torch, for the runs that have a checkpoint.
 
-    `samplers` are for text runs; a run of several fields has the samplers of its recipe.
+    If trajectories are `given`, no others are drawn. `samplers` are for text runs; a run of several
+    fields has the samplers of its recipe.
     """
-    found: list[AnyTrajectory] = []
+    # imported here, because a report without these parts needs no torch
+    from ddiff.runs.confusion import measure_confusion
+    from ddiff.runs.fields.trajectory import draw_trajectories as draw_fields
+    from ddiff.runs.loading import load
+    from ddiff.runs.trajectory import draw_trajectories
+
+    trajectories = list(given)
+    confusions = {}
     for run in runs:
         if not _is_trained(run.directory):
             continue
-        # imported here, because a report without trajectories needs no torch
-        from ddiff.runs.loading import load
-
         loaded = load(run.directory)
+        if not run.has_fields:
+            with suppress(DataError):  # the text of the run may not be on this machine
+                confusions[run.number] = measure_confusion(loaded)
+        if given:
+            continue
         drawn: Sequence[AnyTrajectory]
         if run.has_fields:
-            from ddiff.runs.fields.trajectory import draw_trajectories as draw_fields
-
             drawn = draw_fields(loaded, draws)
         else:
-            from ddiff.runs.trajectory import draw_trajectories
-
             drawn = draw_trajectories(loaded, draws, samplers or [None])
         for trajectory in drawn:
             # the name in the report, which differs from the other names
-            found.append(replace(trajectory, run=run.name))
-    return found
+            trajectories.append(replace(trajectory, run=run.name))
+    explanations = {run.number: read_explanations(run) for run in runs}
+    return Extras(trajectories, confusions, explanations)
 
 
 def _is_trained(directory: Path) -> bool:

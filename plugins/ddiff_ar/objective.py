@@ -145,6 +145,17 @@ class Autoregression:
 
     slots = ()
     inputs = "previous"  # input of the denoiser: the token before each position
+    formulas = """
+        input        position i gets the token x_{i-1}, or the mask state at the start of a document
+        attention    position i attends to no later position
+        prediction   P(x_i | x_<i)
+        loss         -ln P(x_i | x_<i), averaged over the tokens of the global batch
+        sampling     x_i ~ P(. | x_<i) for i = 0, 1, ..., L - 1: exact, with one network call per
+                     token
+
+        x_i          token at position i = 0, ..., L - 1
+        x_<i         all tokens before it
+        """
 
     class Config(ComponentConfig):
         """Empty: this objective has no keys."""

@@ -111,6 +111,20 @@ class GaussianDiffusion:
             _build_decoder(config),
         )
 
+    formulas: ClassVar[str] = """
+        state       z_t = a(t) x + sigma(t) eps
+        density     -1/2 SNR'(t) |x - x_hat|^2  summed over the d numbers, in nats per unit of t
+        closing     KL( N(a x, sigma^2) || N(0, 1) ) at t = 1; 0 if SNR(1) = 0
+        decoding    -ln p(x | z_0), with p Gaussian or on a grid of values
+        step        z_s ~ N( a_s x_hat + sigma_s (a_t sigma_s)/(a_s sigma_t) eps_hat,
+                    sigma_s^2 (1 - SNR_t/SNR_s) )
+
+        x, z_t      clean vector of d numbers, and noisy vector at time t
+        eps         standard normal noise; eps_hat = (z_t - a_t x_hat) / sigma_t
+        x_hat       predicted mean of x
+        SNR         (a / sigma)^2, the signal-to-noise ratio
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"schedule": "cosine"},
         {"schedule": "flow"},

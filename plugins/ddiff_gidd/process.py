@@ -178,6 +178,22 @@ class GeneralizedInterpolation(ComponentProcess):
     def coefficients(self, t: Tensor) -> Tensor:
         return self.mixing.shares(t)[..., 1:]
 
+    formulas: ClassVar[str] = """
+        marginal    q_t(.|x) = alpha delta_x + noise_t,  where noise_t = c_m delta_m + c_u u
+        rates       omega(z) = noise_t'(z) - (alpha'/alpha) noise_t(z)
+        integrand   (omega(z)/q_t(z|x)) [ KL( q_t(.|x) || q_t-bar ) + rho - ln rho - 1 ]
+        step        from t to s < t: z changes with probability
+                    (noise_t(z) - (alpha_t/alpha_s) noise_s(z)) (1 - q_s-bar(z))/q_t-bar(z),
+                    to a draw from q_s-bar other than z
+
+        x, z        clean token, and state of its position at time t
+        m, u        mask; uniform distribution over the tokens
+        alpha, c_m, c_u   probabilities of clean token, mask and uniform noise at time t
+        q_t-bar     distribution of z if x follows the distribution that the network predicts
+        rho         q_t(z|x)/q_t-bar(z)
+        omega(z)    rate at which z is entered, the same from every other state
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"p_uniform": 0.0, "gamma": 1.0, "form": "current"},
         {"p_uniform": 0.2, "gamma": 1.0, "form": "current"},

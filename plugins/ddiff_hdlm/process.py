@@ -103,6 +103,24 @@ class HierarchicalDiffusion(TreeProcess):
         above = (1.0,) * (num_levels - 1)
         return LogTimeClock((config.gamma or 1.0, *above))
 
+    formulas: ClassVar[str] = """
+        rates              a token moves to its cluster at the rate gamma/u; a cluster moves up
+                           at the rate 1/u
+        pi_0               u^gamma  (alpha of the paper)
+        pi_1 for L = 2     gamma (u - u^gamma)/(gamma - 1),  or -u ln u at gamma = 1  (beta_c of the
+                           paper)
+        pi_2 for L = 2     1 - pi_0 - pi_1  (beta_m of the paper)
+        integrand          (F_l'/pi_l) * ( -ln P(a_{l-1}(x) | a_l(x)) )  at a node of level l >= 1;
+                           0 at tokens
+
+        x, a_l(x)          clean token, and its ancestor at level l
+        u                  1 - t
+        L                  number of levels above the tokens; level L is the mask
+        pi_l(t)            probability that a position is at level l at time t
+        F_l                pi_l + ... + pi_L; F_l' is its derivative
+        P(b | a)           predicted probability of node b below node a
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"gamma": 0.5},
         {"gamma": 1.0},

@@ -112,6 +112,26 @@ class EpsilonHybrid(ComponentProcess):
         at_token = TrainedPart.ALL if self.epsilon > 0.0 else TrainedPart.NONE
         return torch.where(zt == self.vocabulary.root, int(TrainedPart.ALL), int(at_token))
 
+    formulas: ClassVar[str] = """
+        marginal        q_t(.|x) = (1 - p) [ (1 - e) delta_x + e Unif ] + p delta_mask
+        rate            token -> mask at p'/(1 - p)
+        integrand       (p'/p) KL( (1 - e) delta_x + e Unif || (1 - e) p_theta + e Unif )  at masks;
+                        0 at tokens
+        decoding term   -ln [ p_theta(x) q(z|x) / q-bar(z) ] = -ln P(x | z)  at t = 0
+        step            a mask stays a mask with probability p_s/p_t, and else becomes a draw from
+                        (1 - e) p_theta + e Unif; tokens do not change
+        final step      a token z is kept with probability
+                        (1 - e) p_theta(z) / ( (1 - e) p_theta(z) + e/V ),
+                        and else replaced by a draw from p_theta
+
+        x, z            clean token, and state of its position at time t
+        e, V            epsilon, and the number of tokens
+        p               probability of a mask at time t; p' is its derivative
+        p_theta         predicted distribution of x, given the other positions
+        Unif            uniform distribution over the tokens
+        q(z|x), q-bar(z)   probability of z at t = 0, given x or if x is drawn from p_theta
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"epsilon": 0.0},
         {"epsilon": 0.01},

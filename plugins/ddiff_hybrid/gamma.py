@@ -592,6 +592,29 @@ class GammaHybrid(ForwardProcess):
         """
         return torch.where(self._is_masked(zt), 0, zt)
 
+    formulas: ClassVar[str] = """
+        marginal        q_t(.|x) = A_t r_t(.|x) + (1 - A_t) delta_mask
+        rates           token -> mask at (1 - g) sigma',  token -> each token at g sigma'/V; masks
+                        never change
+        integrand       (-A_t'/(1 - A_t)) KL( r_t(.|x) || r_t(.|p) )  at masks
+        at tokens z     (g sigma'/(V r_t(z|x))) [ KL( r_t(.|x) || r_t(.|p) ) + rho - 1 - ln rho ],
+                        where rho = r_t(z|x)/r_t(z|p)
+        step            a mask stays a mask with probability (1 - A_s)/(1 - A_t), and else becomes a
+                        draw from r_s(.|p)
+        at tokens z     change with probability (1 - B_ts)/V (1 - r_s(z|p))/r_t(z|p), to a draw from
+                        r_s(.|p) other than z
+
+        x, z            clean token, and state of its position at time t
+        g, V            gamma, and the number of tokens
+        p               predicted distribution of x, given the other positions
+        sigma           total noise up to time t; sigma' is its derivative
+        A_t             e^{-(1-g) sigma}, probability that a position is not masked until t
+        B_t             e^{-g sigma}, probability that a token is not redrawn until t
+        B_ts            B_t/B_s
+        r_t(y|x)        B_t 1[y = x] + (1 - B_t)/V
+        r_t(y|p)        B_t p(y) + (1 - B_t)/V
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"gamma": 0.0},
         {"gamma": 0.01},

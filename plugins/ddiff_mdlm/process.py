@@ -67,6 +67,19 @@ class MaskedDiffusion(TreeProcess):
             schedules["power"] = PowerSchedule(config.power)
         return cls(vocabulary, CdfClock([schedules[config.schedule]]))
 
+    formulas: ClassVar[str] = """
+        marginal    q_t(.|x) = alpha_t delta_x + (1 - alpha_t) delta_mask
+        rate        token -> mask at -alpha'/alpha
+        integrand   (-alpha'/(1 - alpha)) * ( -ln p(x) )  at masks; 0 at tokens
+        step        from t to s < t: a mask stays a mask with probability
+                    (1 - alpha_s)/(1 - alpha_t), and else becomes a draw from p; tokens do not
+                    change
+
+        x           clean token
+        alpha_t     probability that the token is still unmasked at time t; alpha' is its derivative
+        p           predicted distribution of x
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"schedule": "linear"},
         {"schedule": "cosine"},

@@ -85,6 +85,20 @@ class ScoreEntropyDiffusion:
             config.sigma_min or PUBLISHED_SIGMA_MIN, config.sigma_max or PUBLISHED_SIGMA_MAX
         )
 
+    formulas: ClassVar[str] = """
+        marginal    q_t(.|x) = alpha delta_x + (1 - alpha) target
+        rates       Q[y,z] = sigma' target(z)  for y != z
+        integrand   sum_{y != z} Q[y,z] ( s_theta(y) - s(y) ln s_theta(y) + K(s(y)) ),
+                    where K(r) = r(ln r - 1)
+
+        x, z        clean token, and state of its position at time t
+        y           any other state
+        sigma, alpha   total noise up to time t, and alpha = e^-sigma
+        target      distribution of a state after a jump: the mask, or uniform over the tokens
+        Q[y,z]      rate of jumps from y to z
+        s(y), s_theta(y)   true score q_t(y|x)/q_t(z|x); output of the network
+        """
+
     example_settings: ClassVar[tuple[dict[str, Any], ...]] = (
         {"graph": "absorb", "noise": "loglinear"},
         {"graph": "absorb", "noise": "loglinear", "floor": 0.0},

@@ -25,8 +25,15 @@ from small_fields import DIGITS
 import ddiff as api
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError, CheckpointError, DataError
+from ddiff.recipe.resolve import read_recipe
+from ddiff.runs.confusion import measure_confusion
+from ddiff.runs.report import bands
+from ddiff.runs.report.bands import HealthyBand, Range, select_keys
 from ddiff.runs.report.charts import Axis, Bar, BarChart, Chart, Line, smooth
 from ddiff.runs.report.clusters import TokenTree, read_tree_of
+from ddiff.runs.report.confusions import LevelConfusion
+from ddiff.runs.report.curves import make_charts
+from ddiff.runs.report.extras import Extras
 from ddiff.runs.report.markup import element, json_script
 from ddiff.runs.report.page import make_page, write_report
 from ddiff.runs.report.run_files import read_runs
@@ -113,7 +120,9 @@ def test_report_names_all_runs_and_has_every_section(place: Path, ddiff: Command
         "trajectories",
         "samples",
         "pictures",
+        "confusions",
         "clusters",
+        "formulas",
         "environment",
         "recipes",
     }
@@ -137,8 +146,6 @@ def test_report_loads_nothing_from_a_network(place: Path) -> None:
 
 
 def _read_all(place: Path) -> tuple[Any, Any]:
-    from ddiff.runs.report.curves import make_charts
-
     runs = read_runs([place / name for name in ("tree", "flat", "digits")])
     return runs, make_charts(runs)
 
@@ -165,7 +172,7 @@ def test_report_escapes_texts_of_samples_recipes_and_trajectories(
     (run / "recipe.toml").write_text(recipe.replace('name = "tree"', f"name = '{HOSTILE}'"))
     trajectory = make_trajectory([[6, 6], [0, 1]], run=HOSTILE)
     path = tmp_path / "hostile.html"
-    write_report([run], path, [trajectory])
+    write_report([run], path, Extras([trajectory]))
     text = path.read_text()
     page = Page(text)
     assert not any(name == "onerror" for _, name, _ in page.attributes)
@@ -262,6 +269,40 @@ def test_report_shows_perplexity_only_together_with_entropy(
     assert "held out: 9.5 at entropy 1.625" in page.texts
     assert f"{found['samples']['entropy_nats']['value']:.4f}" in page.texts
     assert any(text.endswith("judge a judge") for text in page.texts)
+
+
+def test_report_shows_which_clusters_are_confused(place: Path, tmp_path: Path) -> None:
+    sizes = read_tree_of(place / "tree")
+    assert sizes is not None
+    first, second, third = (sizes.offsets[1] + number for number in range(3))
+    found = LevelConfusion(1, [(first, first, 6), (first, second, 3), (third, second, 1)])
+    write_report([place / "tree"], tmp_path / "r.html", Extras(confusions={0: [found]}))
+    texts = " ".join(Page((tmp_path / "r.html").read_text()).texts)
+    # the number is bold, so it is a separate text
+    assert "The most likely cluster is right at  60.0%  of 10 positions." in texts
+    assert "The most frequent cluster is right at 90.0%." in texts
+    assert "predicted right at 67% of 9 masks" in texts
+    assert found.mistakes() == [(first, second, 3), (third, second, 1)]
+
+
+def test_report_computes_the_confusions_of_a_trained_run(place: Path) -> None:
+    run = api.load(place / "tree")
+    levels = measure_confusion(run)
+    assert [level.level for level in levels] == [0, 1]
+    assert sum(level.positions for level in levels) > 10
+    assert levels == measure_confusion(run)
+    vocabulary = run.vocabulary
+    for level in levels:
+        nodes = torch.tensor([pair[:2] for pair in level.pairs])
+        assert set(vocabulary.level_of(nodes).flatten().tolist()) == {level.level}
+
+
+def test_report_shows_the_formulas_of_the_process(place: Path, ddiff: Command) -> None:
+    out = place.parent / "formulas.html"
+    assert ddiff("report", str(place / "flat"), "--out", str(out), "--draws", "1").code == 0
+    text = out.read_text()
+    assert "process: mdlm" in text
+    assert "q<sub>t</sub>(.|x) = α<sub>t</sub> δ<sub>x</sub>" in text
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -442,6 +483,66 @@ def test_validation_chart_has_the_baselines_and_ends_at_the_final_bound(place: P
         assert lines[name][0][1] == found["baselines"][f"{name}_nats_per_token"]
 
 
+def test_chart_of_the_bound_by_time_has_a_point_per_bin(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "bins"
+    shutil.copytree(place / "flat", run)
+    found = json.loads((run / "evaluation.json").read_text())
+    found["time_bins"] = [
+        {"start": 0.0, "stop": 0.5, "nats": 1.5, "share": 0.75},
+        {"start": 0.5, "stop": 1.0, "nats": 0.5, "share": 0.25},
+    ]
+    (run / "evaluation.json").write_text(json.dumps(found))
+    (chart,) = [chart for chart in make_charts(read_runs([run])) if chart.name == "bound-by-time"]
+    assert isinstance(chart, Chart)
+    assert chart.lines[0].points == [(0.25, 1.5), (0.75, 0.5)]
+
+
+def test_band_is_drawn_for_equal_recipes_of_any_seed_only(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "flat", run)
+    (found,) = read_runs([run])
+    band = HealthyBand(
+        recipe="flat",
+        keys=select_keys(found.record.recipe),
+        seeds=[1, 2, 3],
+        rule="range",
+        train_loss=Range([1, 12], [2.0, 1.0], [3.0, 2.0]),
+        validation=Range([12], [1.0], [2.0]),
+        provenance={},
+    )
+    assert HealthyBand.parse(band.to_json()) == band
+    monkeypatch.setattr(bands, "read_bands", lambda: (band,))
+    recipe = (run / "recipe.toml").read_text()
+    for old, new, is_drawn in (
+        ("seed = 0", "seed = 7", True),
+        ("count = ", "count = 1", True),  # of samples
+        ("steps = 12", "steps = 13", False),
+        ("layers = ", "layers = 1", False),
+    ):
+        assert old in recipe, old
+        (run / "recipe.toml").write_text(recipe.replace(old, new, 1))
+        charts = {chart.name: chart for chart in make_charts(read_runs([run]))}
+        chart = charts["training-loss"]
+        assert isinstance(chart, Chart)
+        assert bool(chart.bands) == is_drawn, new
+        assert ("healthy runs of flat; range, from 3 seeds" in chart.note) == is_drawn
+        xml.fromstring(chart.draw())
+
+
+def test_shipped_bands_are_those_of_shipped_recipes() -> None:
+    for band in bands.read_bands():
+        recipe = read_recipe(band.recipe).to_dict()
+        assert select_keys(recipe) == band.keys, (
+            f"{band.recipe} changed: make its band again with benchmarks/bands.py, or add a new "
+            "key to the band by hand if the key changes no result."
+        )
+        assert len(band.seeds) >= 3
+        for found in (band.train_loss, band.validation):
+            assert all(low < high for low, high in zip(found.low, found.high, strict=True))
+
+
 def test_charts_draw_constant_empty_and_infinite_values() -> None:
     for points in ([], [(1.0, 2.0)], [(1.0, 0.0), (2.0, float("inf"))]):
         for is_log in (False, True):
@@ -495,7 +596,9 @@ def test_page_in_a_browser_fits_phone_and_desktop_without_errors(
     write_report(
         [place / "tree", place / "flat", place / "digits"],
         path,
-        [make_trajectory([[6, 6], [0, 1]]), make_trajectory([[6, 6], [3, 1]], sampler="other")],
+        Extras(
+            [make_trajectory([[6, 6], [0, 1]]), make_trajectory([[6, 6], [3, 1]], sampler="other")]
+        ),
     )
     for width in WIDTHS:
         for scheme in ("light", "dark"):
@@ -517,7 +620,7 @@ def test_player_in_a_browser_steps_plays_and_shows_corrections(
     write_report(
         [place / "tree"],
         path,
-        [make_trajectory(states), make_trajectory([[6, 6], [1, 1]], sampler="other")],
+        Extras([make_trajectory(states), make_trajectory([[6, 6], [1, 1]], sampler="other")]),
     )
     browser.open(path)
     left, right = browser.run(CELLS)

@@ -32,6 +32,7 @@ STYLE = """
 .chart path{fill:none;stroke-width:2;stroke-linejoin:round}
 .chart .faint{stroke-width:1;opacity:.35}
 .chart .dashed{stroke-dasharray:5 4;stroke-width:1.5}
+.chart .band{stroke:none;opacity:.18}
 .chart .whisker{stroke:var(--text);stroke-width:1.5}
 """
 
@@ -62,6 +63,18 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Coloured area between two curves: triples (x, low, high) with increasing x.
+
+    `label` is the text that a pointer shows.
+    """
+
+    points: Sequence[tuple[float, float, float]]
+    color: int
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class Bar:
     """Bar of a chart: name, value, and number of its colour.
 
@@ -76,9 +89,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """Chart with lines. `x_title` and `y_title` name the axes.
+    """Chart with lines. `x_title` names the horizontal axis.
 
     `is_log` draws the vertical axis as a logarithm. `name` is the name of its file without ending.
+    `bands` are areas behind the lines, and `note` is a text below the chart.
     """
 
     name: str
@@ -86,16 +100,22 @@ class Chart:
     x_title: str
     lines: Sequence[Line]
     is_log: bool = False
+    bands: Sequence[Band] = ()
+    note: str = ""
 
     def draw(self) -> Markup:
         """Return the chart as an SVG element."""
         kept = [line for line in map(self._keep_drawable, self.lines) if line.points]
-        everything = [point for line in kept for point in line.points]
-        xs = [x for x, _ in everything]
+        xs = [x for line in kept for x, _ in line.points]
         ys = [self._scale(y) for line in kept if line.kind != "faint" for _, y in line.points]
+        for band in self.bands:
+            xs += [x for x, _, _ in band.points]
+            ys += [self._scale(side) for _, *sides in band.points for side in sides]
         horizontal = Axis.around(xs or [0.0, 1.0], LEFT, WIDTH - RIGHT, margin=0.0)
         vertical = Axis.around(ys or [0.0, 1.0], HEIGHT - BOTTOM, TOP, margin=0.06)
         parts = [_draw_title(self.title), *self._draw_grid(horizontal, vertical)]
+        for band in self.bands:
+            parts.append(self._draw_band(band, horizontal, vertical))
         for line in sorted(kept, key=lambda line: line.kind != "faint"):
             parts.append(self._draw_line(line, horizontal, vertical))
         return _draw_frame(self.title, parts)
@@ -128,6 +148,18 @@ class Chart:
         parts.append(element("text", self.x_title, x=middle, y=HEIGHT - 8, text_anchor="middle"))
         return parts
 
+    def _draw_band(self, band: Band, horizontal: Axis, vertical: Axis) -> Markup:
+        upper = []
+        lower = []
+        for x, low, high in band.points:
+            place = _round(horizontal.place(x))
+            upper.append(f"{place},{_round(vertical.place(self._scale(high)))}")
+            lower.append(f"{place},{_round(vertical.place(self._scale(low)))}")
+        outline = "M" + "L".join([*upper, *reversed(lower)]) + "Z"
+        name = element("title", band.label) if band.label else ""
+        style = f"fill:var(--c{band.color % NUM_COLORS})"
+        return element("path", name, _class="band", style=style, d=outline)
+
     def _draw_line(self, line: Line, horizontal: Axis, vertical: Axis) -> Markup:
         places = []
         for x, y in line.points:
@@ -152,13 +184,14 @@ class Chart:
 class BarChart:
     """Chart with groups of horizontal bars.
 
-    `groups` has pairs (title, bars). `unit` names the values.
+    `groups` has pairs (title, bars). `unit` names the values. `note` is a text below the chart.
     """
 
     name: str
     title: str
     unit: str
     groups: Sequence[tuple[str, Sequence[Bar]]]
+    note: str = ""
 
     def draw(self) -> Markup:
         """Return the chart as an SVG element."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from ddiff.runs.report.charts import Bar, BarChart, Chart, Line, average_bins, smooth
+from ddiff.runs.report.bands import HealthyBand, Range, find_band
+from ddiff.runs.report.charts import Band, Bar, BarChart, Chart, Line, average_bins, smooth
 from ddiff.runs.report.run_files import ReportedRun
 
 Point = tuple[float, float]
-SMOOTHED_SHARE = 0.04  # window of smoothed curves, as a fraction of the points
+SMOOTHED_SHARE = 0.04  # window of smoothed curves, as a fraction of the planned training steps
 GRAY = 7  # colour of reference lines
 
 
@@ -20,6 +21,7 @@ def make_charts(runs: Sequence[ReportedRun]) -> list[Chart | BarChart]:
     charts += _make_training_charts(runs)
     charts += _make_validation_charts(runs)
     charts += _make_bound_charts(runs)
+    charts += _make_time_charts(runs)
     charts += _make_target_charts(runs)
     return charts
 
@@ -32,30 +34,74 @@ def _make_training_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     norms: list[Line] = []
     speeds: list[Line] = []
     for run in runs:
-        losses += _draw_smoothed(run, _read_points(run, "train_loss"))
+        losses += _draw_smoothed(run, read_losses(run))
         norms += _draw_smoothed(run, _read_points(run, "grad_norm"))
         speeds.append(Line(_compute_speed(run.metrics), run.number, label=run.name))
-    found = {
-        "training-loss": ("Training loss, nats per token", losses, False),
-        "gradient-norm": ("Gradient norm (logarithmic)", norms, True),
-        "speed": ("Training speed, tokens per second", speeds, False),
-    }
-    for name, (title, lines, is_log) in found.items():
-        if any(line.points for line in lines):
-            yield Chart(name, title, "training step", lines, is_log)
+    if any(line.points for line in losses):
+        bands, note = _draw_bands(runs, "train_loss")
+        lines = [*losses, *_draw_references(runs)]
+        title = "Training loss, nats per token"
+        yield Chart("training-loss", title, "training step", lines, bands=bands, note=note)
+    if any(line.points for line in norms):
+        title = "Gradient norm (logarithmic)"
+        yield Chart("gradient-norm", title, "training step", norms, is_log=True)
+    if any(line.points for line in speeds):
+        title = "Training speed, tokens per second"
+        yield Chart("speed", title, "training step", speeds)
 
 
 def _read_points(run: ReportedRun, key: str) -> list[Point]:
     return [(line["step"], line[key]) for line in run.metrics if key in line]
 
 
+def read_losses(run: ReportedRun, smoothed: bool = False) -> list[Point]:
+    """Return pairs (step, training loss), or the moving mean that a report draws."""
+    points = _read_points(run, "train_loss")
+    return smooth(points, _choose_window(run)) if smoothed else points
+
+
+def _choose_window(run: ReportedRun) -> int:
+    """Return the number of steps of a moving mean.
+
+    It depends on the planned steps, so that an unfinished run is as smooth as a finished run.
+    """
+    return max(1, round(SMOOTHED_SHARE * run.record.recipe["train"]["steps"]))
+
+
 def _draw_smoothed(run: ReportedRun, points: Sequence[Point]) -> list[Line]:
     """Return a faint line of all values and a line of their moving mean."""
-    window = max(1, round(SMOOTHED_SHARE * len(points)))
+    smoothed = smooth(points, _choose_window(run))
     return [
         Line(average_bins(points), run.number, "faint"),
-        Line(average_bins(smooth(points, window)), run.number, label=run.name),
+        Line(average_bins(smoothed), run.number, label=run.name),
     ]
+
+
+def _draw_bands(
+    runs: Sequence[ReportedRun], figure: Literal["train_loss", "validation"]
+) -> tuple[list[Band], str]:
+    """Return the bands of healthy runs of the recipes, and a text that explains them."""
+    bands = []
+    explained = []
+    drawn: set[str] = set()
+    for run in runs:
+        found = find_band(run)
+        if found is None or found.recipe in drawn:
+            continue
+        drawn.add(found.recipe)
+        points = _list_band(getattr(found, figure))
+        label = f"healthy runs of {found.recipe}"
+        bands.append(Band(points, run.number, label))
+        explained.append(_explain_band(found))
+    return bands, " ".join(explained)
+
+
+def _list_band(found: Range) -> list[tuple[float, float, float]]:
+    return list(zip(found.steps, found.low, found.high))
+
+
+def _explain_band(found: HealthyBand) -> str:
+    return f"Band: healthy runs of {found.recipe}; {found.rule}, from {len(found.seeds)} seeds."
 
 
 def _compute_speed(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
@@ -80,29 +126,28 @@ def _compute_speed(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 def _make_validation_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     """Make the chart of the validation bound during training, with lines of simple models."""
-    lines = []
-    for run in runs:
-        points = _read_validation(run)
-        bound = run.bound
-        if bound is not None and run.metrics:
-            last = run.metrics[-1]["step"]
-            points = [point for point in points if point[0] != last]
-            points.append((last, bound.nats))
-        lines.append(Line(points, run.number, "points", run.name))
+    lines = [Line(read_validation(run), run.number, "points", run.name) for run in runs]
     if not any(line.points for line in lines):
         return
     lines += _draw_references(runs)
-    yield Chart("validation-bound", "Validation bound, nats per token", "training step", lines)
+    bands, note = _draw_bands(runs, "validation")
+    title = "Validation bound, nats per token"
+    yield Chart("validation-bound", title, "training step", lines, bands=bands, note=note)
 
 
-def _read_validation(run: ReportedRun) -> list[Point]:
-    """Return the bounds that were evaluated during training."""
-    points = []
+def read_validation(run: ReportedRun) -> list[Point]:
+    """Return pairs (step, validation bound), of evaluations during and after training."""
+    points: list[Point] = []
     for line in run.metrics:
         for key, value in line.items():
             is_bound = key.startswith("validation_n") and "_nats_per_" in key
             if is_bound and not run.has_fields:
                 points.append((line["step"], value))
+    bound = run.bound
+    if bound is not None and run.metrics:
+        last = run.metrics[-1]["step"]
+        points = [point for point in points if point[0] != last]
+        points.append((last, bound.nats))
     return points
 
 
@@ -148,6 +193,24 @@ def _make_bound_charts(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
     for name, (title, groups) in found.items():
         if groups:
             yield BarChart(name, title, "nats per token", list(groups.items()))
+
+
+def _make_time_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
+    """Make the chart of the diffusion term of the bound by information time."""
+    lines = []
+    count = 0
+    for run in runs:
+        bins = run.evaluation.get("time_bins", ()) if run.bound is not None else ()
+        points = [((each["start"] + each["stop"]) / 2, each["nats"]) for each in bins]
+        count = max(count, len(points))
+        lines.append(Line(points, run.number, "points", run.name))
+    if count:
+        note = (
+            f"Each point is the part of one of {count} equal intervals of information time; 0 is "
+            "clean text, 1 the prior. The parts add up to the diffusion term."
+        )
+        title = "Diffusion term by time, nats per token"
+        yield Chart("bound-by-time", title, "information time", lines, note=note)
 
 
 def _name_part(name: str) -> str:

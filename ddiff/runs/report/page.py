@@ -21,7 +21,10 @@ from ddiff.runs.report.charts import (
     draw_file,
 )
 from ddiff.runs.report.clusters import read_tree
+from ddiff.runs.report.confusions import make_confusions
 from ddiff.runs.report.curves import make_charts
+from ddiff.runs.report.extras import Extras
+from ddiff.runs.report.formulas import make_formulas
 from ddiff.runs.report.markup import EMPTY, Markup, element, join, json_script, void_element
 from ddiff.runs.report.pareto import make_pareto
 from ddiff.runs.report.run_files import ReportedRun, read_runs
@@ -51,7 +54,7 @@ PLAYER_NOTE = (
 def write_report(
     run_dirs: Sequence[str | Path],
     path: str | Path,
-    trajectories: Sequence[AnyTrajectory] = (),
+    extras: Extras | None = None,
     figures: str | Path | None = None,
 ) -> list[Path]:
     """Write the report of runs, and return the paths of all written files.
@@ -59,16 +62,17 @@ def write_report(
     Args:
         run_dirs: directories of the runs.
         path: HTML file to write.
-        trajectories: trajectories of samples that the page plays.
+        extras: parts that are computed from checkpoints and plugins, or None.
         figures: folder for the charts as SVG files, or None.
 
-    The files depend only on the content of the run directories. Raises ArgumentError if a path is
-    not writable, or is a file that ddiff did not write, and CheckpointError for a damaged run.
+    The files depend only on the content of the run directories and on `extras`. Raises
+    ArgumentError if a path is not writable, or is a file that ddiff did not write, and
+    CheckpointError for a damaged run.
     """
     place = check_report_path(path)
     runs = read_runs(run_dirs)
     charts = make_charts(runs)
-    page = make_page(runs, charts, trajectories)
+    page = make_page(runs, charts, extras)
     written = [Path(path)]
     if figures is not None:
         written += write_figures(runs, charts, figures)
@@ -113,19 +117,24 @@ def _is_chart(file: IO[bytes]) -> bool:
 def make_page(
     runs: Sequence[ReportedRun],
     charts: Sequence[Chart | BarChart],
-    trajectories: Sequence[AnyTrajectory] = (),
+    extras: Extras | None = None,
 ) -> str:
     """Return the HTML text of the report."""
+    extras = extras or Extras()
     trees = [(run, tree) for run in runs if (tree := read_tree(run)) is not None]
+    confusions = [(run, tree, extras.confusions.get(run.number, ())) for run, tree in trees]
+    explained = [(run_label(run), extras.explanations.get(run.number, ())) for run in runs]
     sections = {
         "summary": ("Summary", make_summary(runs)),
         "curves": ("Curves", _make_curves(runs, charts)),
         "evaluation": ("Evaluation", make_evaluation(runs)),
         "pareto": ("Quality, diversity and cost of samples", make_pareto(runs)),
-        "trajectories": ("Sampling, step by step", _make_player(trajectories)),
+        "trajectories": ("Sampling, step by step", _make_player(extras.trajectories)),
         "samples": ("Samples", make_samples(runs)),
         "pictures": ("Pictures", make_pictures(runs)),
-        "clusters": ("Clusters of tokens", make_clusters(trees)),
+        "confusions": ("What is confused with what", make_confusions(confusions)),
+        "clusters": ("Clusters of tokens", make_clusters(confusions)),
+        "formulas": ("Formulas", make_formulas(explained)),
         "environment": ("Environment", make_environment(runs)),
         "recipes": ("Recipes", make_recipes(runs)),
     }
@@ -173,7 +182,10 @@ def _make_curves(runs: Sequence[ReportedRun], charts: Sequence[Chart | BarChart]
     if not charts:
         return EMPTY
     legend = element("p", join(map(run_label, runs), "  "), _class="legend")
-    drawn = [element("figure", chart.draw()) for chart in charts]
+    drawn = []
+    for chart in charts:
+        note = element("figcaption", chart.note) if chart.note else EMPTY
+        drawn.append(element("figure", chart.draw(), note))
     return join([legend, element("div", *drawn, _class="charts")])
 
 

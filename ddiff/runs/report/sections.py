@@ -11,6 +11,7 @@ from typing import Any
 from ddiff.evaluation.compared_run import PROTOCOL, select_settings
 from ddiff.run_dir.files import METRICS
 from ddiff.runs.report.clusters import MOST_WORDS, TokenTree, show_token
+from ddiff.runs.report.confusions import LevelConfusion, describe_mistakes
 from ddiff.runs.report.generation import make_generation
 from ddiff.runs.report.markup import EMPTY, Markup, element, escape, join, void_element
 from ddiff.runs.report.run_files import Bound, ReportedRun, environment_of
@@ -347,16 +348,22 @@ def make_pictures(runs: Sequence[ReportedRun]) -> Markup:
 # ---------------------------------------------------------------------- vocabulary
 
 
-def make_clusters(trees: Sequence[tuple[ReportedRun, TokenTree]]) -> Markup:
-    """Return the trees of hierarchical vocabularies as nested lists that can be opened."""
+def make_clusters(
+    found: Sequence[tuple[ReportedRun, TokenTree, Sequence[LevelConfusion]]],
+) -> Markup:
+    """Return the trees of hierarchical vocabularies as nested lists that can be opened.
+
+    `found` has the run, its tree and its confusions, which are shown next to the nodes.
+    """
     parts = []
-    for run, tree in trees:
+    for run, tree, levels in found:
         if not tree.has_clusters:
             continue
         sizes = " → ".join(f"{size:,}" for size in reversed(tree.level_sizes))
         root = tree.offsets[-1]
         nodes = sorted(tree.children[root], key=lambda node: -len(tree.tokens_below(node)))
-        shown = [_make_node(tree, node) for node in nodes]
+        confusions = {level.level: level for level in levels}
+        shown = [_make_node(tree, node, confusions) for node in nodes]
         hint = "find a word"
         search = void_element(
             "input", _class="filter", type="search", placeholder=hint, aria_label=hint
@@ -374,7 +381,7 @@ def make_clusters(trees: Sequence[tuple[ReportedRun, TokenTree]]) -> Markup:
     return join(parts)
 
 
-def _make_node(tree: TokenTree, node: int) -> Markup:
+def _make_node(tree: TokenTree, node: int, confusions: Mapping[int, LevelConfusion]) -> Markup:
     tokens = tree.tokens_below(node)
     level = tree.level_of(node)
     name = element("b", tree.name_state(node))
@@ -383,13 +390,14 @@ def _make_node(tree: TokenTree, node: int) -> Markup:
     size = element("span", bar, _class="size")
     title = element("summary", name, element("span", count, _class="note"), size)
     if level > 1:
-        inner = [_make_node(tree, child) for child in tree.children[node]]
+        inner = [_make_node(tree, child, confusions) for child in tree.children[node]]
     else:
         inner = [element("code", show_token(tree.words[token])) for token in tokens[:MOST_WORDS]]
         if len(tokens) > MOST_WORDS:
             rest = f"and {len(tokens) - MOST_WORDS:,} more"
             inner.append(element("span", rest, _class="note"))
-    return element("details", title, element("div", *inner, _class="words"))
+    mistakes = describe_mistakes(tree, confusions.get(level), node)
+    return element("details", title, mistakes, element("div", *inner, _class="words"))
 
 
 # ---------------------------------------------------------------------- environment and recipe

@@ -1,0 +1,136 @@
+"""Wrong predictions of a network, in sentences and tables of a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ddiff.runs.report.clusters import TokenTree, show_token
+from ddiff.runs.report.markup import EMPTY, Markup, element, join
+from ddiff.runs.report.run_files import ReportedRun
+from ddiff.runs.report.tables import make_table, run_label
+
+MOST_PAIRS = 12  # pairs of a table
+MOST_MISTAKES = 3  # mistakes of one node
+FEWEST = 5  # positions of a node below which its mistakes are not shown
+
+
+@dataclass(frozen=True)
+class LevelConfusion:
+    """Numbers of positions by true and predicted node of one level of the tree, 0 for tokens.
+
+    `pairs` has triples (true, predicted, number of positions).
+    """
+
+    level: int
+    pairs: Sequence[tuple[int, int, int]]
+
+    @cached_property
+    def positions(self) -> int:
+        """Number of counted positions."""
+        return sum(count for _, _, count in self.pairs)
+
+    @cached_property
+    def totals(self) -> Counter[int]:
+        """Number of positions of each true node."""
+        totals: Counter[int] = Counter()
+        for true, _, count in self.pairs:
+            totals[true] += count
+        return totals
+
+    @property
+    def accuracy(self) -> float:
+        """Share of positions with the right prediction."""
+        right = sum(count for true, predicted, count in self.pairs if true == predicted)
+        return right / self.positions
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always predicting the most frequent node."""
+        return max(self.totals.values()) / self.positions
+
+    def mistakes(self, true: int | None = None) -> list[tuple[int, int, int]]:
+        """Return the pairs of different nodes, the most frequent first.
+
+        `true` selects the pairs of one true node.
+        """
+        chosen = []
+        for pair in self.pairs:
+            if pair[0] != pair[1] and true in (None, pair[0]):
+                chosen.append(pair)
+        return sorted(chosen, key=lambda pair: (-pair[2], pair[0], pair[1]))
+
+    def accuracy_of(self, true: int) -> float:
+        """Return the share of the positions of a true node with the right prediction."""
+        right = sum(count for node, guess, count in self.pairs if node == true == guess)
+        return right / self.totals[true]
+
+
+def make_confusions(
+    found: Sequence[tuple[ReportedRun, TokenTree, Sequence[LevelConfusion]]],
+) -> Markup:
+    """Return the most frequent mistakes of each run."""
+    parts = []
+    for run, tree, levels in found:
+        columns = [_make_level(tree, level) for level in reversed(levels) if level.positions]
+        if columns:
+            parts.append(element("h3", run_label(run)))
+            parts.append(element("div", *columns, _class="cards"))
+    if not parts:
+        return EMPTY
+    note = element(
+        "p",
+        "Rows of the validation text are noised, and the most likely prediction at each noised "
+        "position is compared with the text: nodes of the highest level at masks, tokens at the "
+        "lowest nodes.",
+        _class="note",
+    )
+    return join([note, *parts])
+
+
+def _make_level(tree: TokenTree, found: LevelConfusion) -> Markup:
+    """Return a sentence on the accuracy of a level and a table of its mistakes."""
+    what = name_level(tree, found.level)
+    sentence = [
+        f"The most likely {what} is right at ",
+        element("b", f"{found.accuracy:.1%}"),
+        f" of {found.positions:,} positions. The most frequent {what} is right at ",
+        f"{found.chance:.1%}.",
+    ]
+    rows = []
+    for true, predicted, count in found.mistakes()[:MOST_PAIRS]:
+        share = f"{count / found.totals[true]:.0%} of {found.totals[true]:,}"
+        rows.append([show_node(tree, true), show_node(tree, predicted), share])
+    table = make_table([f"{what} of the text", "predicted", "share"], rows)
+    return element("div", element("p", *sentence), table, _class="card confusion")
+
+
+def name_level(tree: TokenTree, level: int) -> str:
+    """Return the name of a node of a level in sentences."""
+    if level == 0:
+        return "token"
+    return "cluster" if len(tree.parents) == 2 else f"node of level {level}"
+
+
+def show_node(tree: TokenTree, node: int) -> Markup:
+    """Return the text of a token or the typical tokens of a node."""
+    level = tree.level_of(node)
+    if level == 0:
+        return element("code", show_token(tree.words[node]))
+    return element("span", tree.name_state(node), _class=f"node l{min(level, 3)}")
+
+
+def describe_mistakes(tree: TokenTree, found: LevelConfusion | None, node: int) -> Markup:
+    """Return a line on the predictions at the positions of one node, or empty text."""
+    if found is None or found.totals[node] < FEWEST:
+        return EMPTY
+    total = found.totals[node]
+    parts: list[object] = [f"predicted right at {found.accuracy_of(node):.0%} of {total:,} masks"]
+    mistakes = found.mistakes(node)[:MOST_MISTAKES]
+    for number, (_, predicted, count) in enumerate(mistakes):
+        parts.append("; wrongly as " if number == 0 else ", ")
+        parts.append(show_node(tree, predicted))
+        parts.append(f" {count / total:.0%}")
+    return element("p", *parts, _class="note mistakes")
