@@ -151,7 +151,9 @@ def report(
     ] = "report.html",
     figures: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Also write the charts to this folder, as SVG files."),
+        typer.Option(
+            metavar="DIR", help="Also write the charts to this folder, as SVG and PNG files."
+        ),
     ] = None,
     trajectory: Annotated[
         list[Path] | None,
@@ -164,7 +166,10 @@ def report(
     draws: Annotated[
         int,
         typer.Option(
-            min=0, max=100, help="Samples per text run whose trajectories are drawn; 0 for none."
+            min=0,
+            max=100,
+            help="Samples per text run whose trajectories are drawn. With 0, only files are read: "
+            "no trajectories, confusions and formulas.",
         ),
     ] = 2,
     sampler: Annotated[
@@ -179,15 +184,15 @@ def report(
 ) -> None:
     """Write a report of runs: one HTML file, which needs no network.
 
-    The page shows curves, bounds, samples, pictures, clusters, and the states of some samples
-    after each sampling step.
+    The page shows curves, bounds, samples, pictures, clusters and their confusions, formulas, and
+    the states of some samples after each sampling step.
     """
     from ddiff.runs.report_command import report_runs
 
     written = report_runs(run_dirs, out, figures, trajectory or (), draws, sampler or ())
     typer.echo(f"Written to {written[0]}")
     if figures is not None:
-        typer.echo(f"{len(written) - 1} charts written to {figures}")
+        typer.echo(f"{len(written) - 1} files of charts written to {figures}")
 
 
 def pareto(

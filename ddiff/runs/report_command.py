@@ -29,7 +29,7 @@ def report_runs(
     Args:
         run_dirs: directories of the runs.
         out: HTML file to write.
-        figures: folder for the charts as SVG files, or None.
+        figures: folder for the charts as SVG and PNG files, or None.
         files: files of trajectories. If there are some, no trajectories are drawn.
         draws: number of samples per run whose trajectories are drawn. With 0, only files are read:
             the report has no trajectories, confusions and formulas.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 from browser import Browser, find_missing, open_browser
 from commands import Command
+from PIL import Image, ImageColor
 from small import FLAT, working_in
 from small_fields import DIGITS
 
@@ -29,13 +31,24 @@ from ddiff.recipe.resolve import read_recipe
 from ddiff.runs.confusion import measure_confusion
 from ddiff.runs.report import bands
 from ddiff.runs.report.bands import HealthyBand, Range, select_keys
-from ddiff.runs.report.charts import Axis, Bar, BarChart, Chart, Line, smooth
+from ddiff.runs.report.charts import (
+    LIGHT,
+    Axis,
+    Band,
+    Bar,
+    BarChart,
+    Chart,
+    Line,
+    draw_file,
+    smooth,
+)
 from ddiff.runs.report.clusters import TokenTree, read_tree_of
 from ddiff.runs.report.confusions import LevelConfusion
 from ddiff.runs.report.curves import make_charts
 from ddiff.runs.report.extras import Extras
 from ddiff.runs.report.markup import element, json_script
 from ddiff.runs.report.page import make_page, write_report
+from ddiff.runs.report.raster import draw_png
 from ddiff.runs.report.run_files import read_runs
 from ddiff.runs.report.trajectories import Trajectory, read_trajectories, to_json
 
@@ -266,7 +279,8 @@ def test_report_shows_perplexity_only_together_with_entropy(
     write_report([run, place / "tree"], tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text())
     assert "12.25 at entropy 1.375" in page.texts
-    assert "held out: 9.5 at entropy 1.625" in page.texts
+    assert "9.5 at entropy 1.625" in page.texts
+    assert "held-out text" in page.texts
     assert f"{found['samples']['entropy_nats']['value']:.4f}" in page.texts
     assert any(text.endswith("judge a judge") for text in page.texts)
 
@@ -279,10 +293,17 @@ def test_report_shows_which_clusters_are_confused(place: Path, tmp_path: Path) -
     write_report([place / "tree"], tmp_path / "r.html", Extras(confusions={0: [found]}))
     texts = " ".join(Page((tmp_path / "r.html").read_text()).texts)
     # the number is bold, so it is a separate text
-    assert "The most likely cluster is right at  60.0%  of 10 positions." in texts
-    assert "The most frequent cluster is right at 90.0%." in texts
-    assert "predicted right at 67% of 9 masks" in texts
-    assert found.mistakes() == [(first, second, 3), (third, second, 1)]
+    assert "The most likely cluster is right at  60.0 %  of 10 positions." in texts
+    assert "The most frequent cluster is right at 90.0 %." in texts
+    assert "predicted right at 67 % of 9 masks" in texts
+    assert found.mistakes_of(first) == [(first, second, 3)]
+
+
+def test_typical_mistakes_exceed_the_frequency_of_their_prediction() -> None:
+    # 0 is predicted for everything; 2 is predicted for 1 only
+    found = LevelConfusion(0, [(0, 0, 9), (1, 0, 4), (1, 2, 4), (2, 0, 6), (3, 0, 2)])
+    # of 16 mistakes, 12 predict 0: by chance (1, 2) has 8 * 4 / 16 = 2 and (2, 0) 6 * 12 / 16 = 4.5
+    assert found.typical_mistakes() == [(1, 2, 4), (2, 0, 6), (3, 0, 2)]
 
 
 def test_report_computes_the_confusions_of_a_trained_run(place: Path) -> None:
@@ -462,7 +483,8 @@ def test_chart_files_are_svg_with_the_names_of_the_runs(place: Path, tmp_path: P
     written = write_report(
         [place / "tree", place / "flat"], tmp_path / "r.html", figures=tmp_path / "figures"
     )
-    charts = written[1:]
+    charts = [path for path in written[1:] if path.suffix == ".svg"]
+    assert len(charts) == len(written[1:]) // 2
     assert {"training-loss.svg", "validation-bound.svg", "bound-parts.svg"} <= {
         path.name for path in charts
     }
@@ -470,6 +492,42 @@ def test_chart_files_are_svg_with_the_names_of_the_runs(place: Path, tmp_path: P
         root = xml.fromstring(path.read_text())
         assert root.tag.endswith("svg")
         assert {"tree", "flat"} <= {text.strip() for text in root.itertext()}
+
+
+def test_chart_images_show_the_lines_bars_and_legend_in_the_colours_of_the_runs() -> None:
+    band = Band([(0.0, 1.0, 1.5), (4.0, 1.0, 1.5)], 2)
+    lines = [
+        Line([(0.0, 2.0), (4.0, 2.0)], 1),
+        Line([(0.0, 3.0), (4.0, 3.0)], 7, "dashed", "reference"),
+    ]
+    chart = Chart("c", "Title", "step", lines, bands=[band])
+    image = Image.open(io.BytesIO(draw_png(draw_file(chart.draw(), [("run", 0)])))).convert("RGB")
+    # 440 x 260 units with a margin of 6 units on each side, at 3 pixels per unit
+    assert image.size == (452 * 3, 272 * 3)
+    colors = {color for _, color in image.getcolors(2**20) or []}
+
+    def is_drawn(name: str, opacity: float = 1.0) -> bool:
+        full = np.array(ImageColor.getrgb(name)[:3])
+        wanted = 255 + opacity * (full - 255)
+        # the image has 128 colours, so each may be a little off
+        return any(np.abs(wanted - color).max() <= 6 for color in colors)
+
+    assert is_drawn(LIGHT[0])  # the legend
+    assert is_drawn(LIGHT[1])  # the line
+    assert is_drawn(LIGHT[2], opacity=0.18)
+    assert is_drawn(LIGHT[7])
+    assert not is_drawn(LIGHT[3])
+    bars = BarChart("b", "Title", "nats", [("g", [Bar("b", 2.0, 3, (1.5, 2.5))])])
+    drawn = Image.open(io.BytesIO(draw_png(draw_file(bars.draw(), [])))).convert("RGB")
+    left, right = (drawn.getpixel((x * 3, (34 + 2 + 6) * 3)) for x in (110, 440))
+    assert left == pytest.approx(ImageColor.getrgb(LIGHT[3]), abs=6)
+    assert right == pytest.approx((255, 255, 255), abs=6)
+
+
+def test_figures_do_not_overwrite_a_foreign_image(place: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "training-loss.png")
+    with pytest.raises(ArgumentError, match="did not write"):
+        write_report([place / "flat"], tmp_path / "r.html", figures=tmp_path)
 
 
 def test_validation_chart_has_the_baselines_and_ends_at_the_final_bound(place: Path) -> None:
@@ -586,6 +644,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield opened
 
 
+TO_STEP = (
+    "const s = document.querySelector('.controls input'); s.value = %d;"
+    "s.dispatchEvent(new Event('input'))"
+)
 CELLS = "return [...document.querySelectorAll('.pane')].map((pane) => pane.innerText)"
 
 
@@ -623,6 +685,8 @@ def test_player_in_a_browser_steps_plays_and_shows_corrections(
         Extras([make_trajectory(states), make_trajectory([[6, 6], [1, 1]], sampler="other")]),
     )
     browser.open(path)
+    assert "step 2 of 4" in browser.run("return document.querySelector('.controls').innerText")
+    browser.run(TO_STEP % 0)
     left, right = browser.run(CELLS)
     assert "by hand" in left
     assert "other" in right
@@ -642,10 +706,7 @@ def test_player_in_a_browser_steps_plays_and_shows_corrections(
         "return [...document.querySelectorAll('.corrected')].map((cell) => cell.textContent)"
     )
     assert "c" in corrected
-    browser.run(
-        "const s = document.querySelector('.controls input'); s.value = 1;"
-        "s.dispatchEvent(new Event('input'))"
-    )
+    browser.run(TO_STEP % 1)
     assert "step 1 of 4" in browser.run("return document.querySelector('.controls').innerText")
     browser.run("document.querySelector('button.main').click()")
     browser.run("return new Promise((done) => setTimeout(done, 2500))")

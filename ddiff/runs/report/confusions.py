@@ -10,9 +10,9 @@ from functools import cached_property
 from ddiff.runs.report.clusters import TokenTree, show_token
 from ddiff.runs.report.markup import EMPTY, Markup, element, join
 from ddiff.runs.report.run_files import ReportedRun
-from ddiff.runs.report.tables import make_table, run_label
+from ddiff.runs.report.tables import format_share, make_table, run_label
 
-MOST_PAIRS = 12  # pairs of a table
+MOST_PAIRS = 10  # pairs of a table
 MOST_MISTAKES = 3  # mistakes of one node
 FEWEST = 5  # positions of a node below which its mistakes are not shown
 
@@ -51,16 +51,33 @@ class LevelConfusion:
         """Accuracy of always predicting the most frequent node."""
         return max(self.totals.values()) / self.positions
 
-    def mistakes(self, true: int | None = None) -> list[tuple[int, int, int]]:
-        """Return the pairs of different nodes, the most frequent first.
+    @cached_property
+    def _wrong(self) -> list[tuple[int, int, int]]:
+        return [pair for pair in self.pairs if pair[0] != pair[1]]
 
-        `true` selects the pairs of one true node.
+    def mistakes_of(self, true: int) -> list[tuple[int, int, int]]:
+        """Return the wrong predictions at the positions of a true node, most frequent first."""
+        chosen = [pair for pair in self._wrong if pair[0] == true]
+        return sorted(chosen, key=lambda pair: (-pair[2], pair[1]))
+
+    def typical_mistakes(self) -> list[tuple[int, int, int]]:
+        """Return the wrong predictions that are more frequent than by chance.
+
+        By chance, the wrong predictions of a true node are distributed like all wrong predictions.
+        The largest difference from this number comes first: otherwise frequent predictions would
+        fill the list.
         """
-        chosen = []
-        for pair in self.pairs:
-            if pair[0] != pair[1] and true in (None, pair[0]):
-                chosen.append(pair)
-        return sorted(chosen, key=lambda pair: (-pair[2], pair[0], pair[1]))
+        predicted: Counter[int] = Counter()
+        missed: Counter[int] = Counter()
+        for true, guess, count in self._wrong:
+            predicted[guess] += count
+            missed[true] += count
+        total = sum(missed.values())
+        excess = {}
+        for true, guess, count in self._wrong:
+            excess[true, guess] = count - missed[true] * predicted[guess] / total
+        ranked = sorted(self._wrong, key=lambda pair: (-excess[pair[:2]], pair))
+        return [pair for pair in ranked if excess[pair[:2]] > 0]
 
     def accuracy_of(self, true: int) -> float:
         """Return the share of the positions of a true node with the right prediction."""
@@ -72,39 +89,38 @@ def make_confusions(
     found: Sequence[tuple[ReportedRun, TokenTree, Sequence[LevelConfusion]]],
 ) -> Markup:
     """Return the most frequent mistakes of each run."""
-    parts = []
+    cards = []
     for run, tree, levels in found:
-        columns = [_make_level(tree, level) for level in reversed(levels) if level.positions]
-        if columns:
-            parts.append(element("h3", run_label(run)))
-            parts.append(element("div", *columns, _class="cards"))
-    if not parts:
+        for level in reversed(levels):
+            cards.append(_make_level(run, tree, level))
+    if not cards:
         return EMPTY
     note = element(
         "p",
         "Rows of the validation text are noised, and the most likely prediction at each noised "
         "position is compared with the text: nodes of the highest level at masks, tokens at the "
-        "lowest nodes.",
+        "lowest nodes. The tables have the mistakes that exceed their frequency by chance most.",
         _class="note",
     )
-    return join([note, *parts])
+    return join([note, element("div", *cards, _class="cards")])
 
 
-def _make_level(tree: TokenTree, found: LevelConfusion) -> Markup:
+def _make_level(run: ReportedRun, tree: TokenTree, found: LevelConfusion) -> Markup:
     """Return a sentence on the accuracy of a level and a table of its mistakes."""
     what = name_level(tree, found.level)
     sentence = [
         f"The most likely {what} is right at ",
-        element("b", f"{found.accuracy:.1%}"),
+        element("b", format_share(found.accuracy, 1)),
         f" of {found.positions:,} positions. The most frequent {what} is right at ",
-        f"{found.chance:.1%}.",
+        f"{format_share(found.chance, 1)}.",
     ]
     rows = []
-    for true, predicted, count in found.mistakes()[:MOST_PAIRS]:
-        share = f"{count / found.totals[true]:.0%} of {found.totals[true]:,}"
+    for true, predicted, count in found.typical_mistakes()[:MOST_PAIRS]:
+        share = f"{format_share(count / found.totals[true])} of {found.totals[true]:,}"
         rows.append([show_node(tree, true), show_node(tree, predicted), share])
     table = make_table([f"{what} of the text", "predicted", "share"], rows)
-    return element("div", element("p", *sentence), table, _class="card confusion")
+    heading = element("h3", run_label(run))
+    return element("div", heading, element("p", *sentence), table, _class="card confusion")
 
 
 def name_level(tree: TokenTree, level: int) -> str:
@@ -127,10 +143,12 @@ def describe_mistakes(tree: TokenTree, found: LevelConfusion | None, node: int) 
     if found is None or found.totals[node] < FEWEST:
         return EMPTY
     total = found.totals[node]
-    parts: list[object] = [f"predicted right at {found.accuracy_of(node):.0%} of {total:,} masks"]
-    mistakes = found.mistakes(node)[:MOST_MISTAKES]
+    parts: list[object] = [
+        f"predicted right at {format_share(found.accuracy_of(node))} of {total:,} masks"
+    ]
+    mistakes = found.mistakes_of(node)[:MOST_MISTAKES]
     for number, (_, predicted, count) in enumerate(mistakes):
         parts.append("; wrongly as " if number == 0 else ", ")
         parts.append(show_node(tree, predicted))
-        parts.append(f" {count / total:.0%}")
+        parts.append(f" {format_share(count / total)}")
     return element("p", *parts, _class="note mistakes")

@@ -127,10 +127,12 @@ def _compute_speed(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
 def _make_validation_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     """Make the chart of the validation bound during training, with lines of simple models."""
     lines = [Line(read_validation(run), run.number, "points", run.name) for run in runs]
-    if not any(line.points for line in lines):
+    bands, note = _draw_bands(runs, "validation")
+    most = max(len(line.points) for line in lines)
+    # single bounds are shown as bars, with their intervals
+    if most == 0 or (most == 1 and not bands):
         return
     lines += _draw_references(runs)
-    bands, note = _draw_bands(runs, "validation")
     title = "Validation bound, nats per token"
     yield Chart("validation-bound", title, "training step", lines, bands=bands, note=note)
 

@@ -15,7 +15,7 @@ from typing import Any
 from ddiff.errors import DdiffError
 from ddiff.plugin.loader import load_plugins
 from ddiff.plugin.registry import Component
-from ddiff.runs.report.markup import EMPTY, Markup, element, escape, join
+from ddiff.runs.report.markup import Markup, element, escape, join
 from ddiff.runs.report.run_files import ReportedRun
 
 SHOWN = {
@@ -51,7 +51,7 @@ class Explanation:
         formulas, _, symbols = text.partition("\n\n")
         return cls(
             title=f"{table}: {component.name}",
-            summary=" ".join(documentation.partition("\n\n")[0].split()),
+            summary=" ".join(documentation.partition("\n\n")[0].replace("`", "").split()),
             formulas=parse_lines(formulas),
             symbols=parse_lines(symbols),
         )
@@ -118,21 +118,23 @@ def make_formulas(explained: Sequence[tuple[Markup, Sequence[Explanation]]]) -> 
             shown[component.title] = component
             users.setdefault(component.title, []).append(label)
     parts = []
-    # components with formulas first
-    for title, component in sorted(shown.items(), key=lambda pair: not pair[1].formulas):
-        heading = element("h3", title, " ", element("span", *users[title], _class="users"))
-        parts.append(
-            element(
-                "div", heading, element("p", component.summary, _class="note"), _draw(component)
-            )
-        )
+    others = []
+    for title, component in shown.items():
+        labels = element("span", *users[title], _class="users")
+        if component.formulas:
+            heading = element("h3", title, " ", labels)
+            parts.append(element("div", heading, _draw(component)))
+        else:
+            others.append(element("dt", title, " ", labels))
+            others.append(element("dd", component.summary))
+    if others:
+        parts.append(element("h3", "Other components"))
+        parts.append(element("dl", *others, _class="summaries"))
     return join(parts)
 
 
 def _draw(component: Explanation) -> Markup:
-    if not component.formulas:
-        return EMPTY
-    parts = []
+    parts = [element("p", typeset(component.summary), _class="note")]
     for pairs, name in ((component.formulas, "formulas"), (component.symbols, "symbols")):
         rows = []
         for left, right in pairs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ddiff.runs.report.markup import EMPTY, Markup, element, escape, join
@@ -10,26 +11,52 @@ from ddiff.runs.report.run_files import ReportedRun
 from ddiff.runs.report.tables import format_value, make_table, run_label
 
 Part = Mapping[str, Any]
+Column = tuple[Markup, Part, Part | None]
+"""Title, figures of samples or rows, and their figures under the judge or None."""
+HELD_OUT = Markup("held-out text")
 
 
 def make_generation(runs: Sequence[ReportedRun]) -> Markup:
-    """Return the figures of the samples of all runs, with those of held-out text below them.
+    """Return the figures of the samples of all runs, with those of held-out text.
 
-    A perplexity is shown only together with the entropy of the same samples.
+    If all runs have the same held-out text, it has one column. A perplexity is shown only together
+    with the entropy of the same samples.
     """
-    columns = [run for run in runs if run.generation]
-    if not columns:
+    chosen = [run for run in runs if run.generation]
+    if not chosen:
         return EMPTY
+    columns = _list_columns(chosen)
     rows: list[list[object]] = []
     for title, figure in FIGURES.items():
-        cells = [_make_cell(run.generation, figure) for run in columns]
+        cells = [figure(found) for _, found, _ in columns]
         if any(cells):
             rows.append([title, *[cell or "–" for cell in cells]])
-    rows.append(["perplexity at entropy", *[_describe_perplexity(run) for run in columns]])
-    rows.append(["settings", *[_describe_settings(run.generation) for run in columns]])
-    title = element("h3", "Generated samples")
-    note = element("p", "Small numbers: 95 % intervals, and held-out text.", _class="note")
-    return join([title, note, make_table(["", *map(run_label, columns)], rows)])
+    perplexities = [_describe_perplexity(judged) for _, _, judged in columns]
+    rows.append(["perplexity at entropy", *perplexities])
+    table = make_table(["", *[title for title, _, _ in columns]], rows)
+    parts = [element("h3", "Generated samples"), table]
+    for run in chosen:
+        settings = _describe_settings(run.generation)
+        parts.append(element("p", run_label(run), f": {settings}.", _class="note"))
+    return join(parts)
+
+
+def _list_columns(runs: Sequence[ReportedRun]) -> list[Column]:
+    """Return the columns of the table: samples of the runs, and their held-out texts."""
+    columns: list[Column] = []
+    references: list[Column] = []
+    for run in runs:
+        found = run.generation
+        judge = found.get("judge") or {}
+        columns.append((run_label(run), found["samples"], judge.get("samples")))
+        references.append((HELD_OUT, found["held_out"], judge.get("held_out")))
+    if all(reference == references[0] for reference in references):
+        return [*columns, references[0]]
+    # each run has its own held-out text, in the column after its samples
+    paired: list[Column] = []
+    for column, reference in zip(columns, references):
+        paired += [column, reference]
+    return paired
 
 
 def _read_mean(key: str) -> Callable[[Part], Markup | None]:
@@ -58,31 +85,13 @@ FIGURES: Mapping[str, Callable[[Part], Markup | None]] = {
 """Title of each figure, and a function that formats it from the figures of samples or rows."""
 
 
-def _make_cell(found: Part, figure: Callable[[Part], Markup | None]) -> Markup | None:
-    own = figure(found["samples"])
-    if own is None:
-        return None
-    other = figure(found["held_out"])
-    return own if other is None else _add_held_out(own, other)
-
-
-def _add_held_out(own: Markup, other: Markup) -> Markup:
-    return join([own, element("div", "held out: ", other, _class="note")])
-
-
 def _format_mean(found: Part | None) -> Markup | None:
     return None if found is None else format_value(found["value"], found.get("interval"))
 
 
-def _describe_perplexity(run: ReportedRun) -> Markup:
-    judge = run.generation.get("judge")
-    if judge is None:
+def _describe_perplexity(found: Part | None) -> Markup:
+    if found is None:
         return escape("no judge")
-    own, other = (_format_perplexity(judge[part]) for part in ("samples", "held_out"))
-    return _add_held_out(own, other)
-
-
-def _format_perplexity(found: Part) -> Markup:
     return escape(f"{found['corpus']:.4g} at entropy {found['entropy_nats']['value']:.3f}")
 
 
@@ -95,5 +104,7 @@ def _describe_settings(found: Part) -> str:
         parts.append(f"{sampling['steps']} steps")
     parts += [f"NFE {sampling['nfe']:g}", f"seed {sampling['seed']}"]
     if found.get("judge"):
-        parts.append(f"judge {found['judge']['protocol']['judge']}")
+        judge = found["judge"]["protocol"]["judge"]
+        # the name of a local directory says enough
+        parts.append(f"judge {Path(judge).name if Path(judge).is_absolute() else judge}")
     return ", ".join(parts)

@@ -139,9 +139,9 @@ function startPlayer(root, trajectories) {
   }
   root.append(controls, panes, key);
 
-  let step = 0;
   let timer = null;
   const lastStep = () => Math.max(...shown.map(({select}) => all[select.value].states.length - 1));
+  let step = Math.round(lastStep() / 2);  // the first step shows little
 
   function draw() {
     const last = lastStep();

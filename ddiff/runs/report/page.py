@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import IO
 
 from ddiff.errors import ArgumentError
-from ddiff.run_dir.destination import Destination, check_destination, write_text
+from ddiff.run_dir.destination import Destination, check_destination, write_file, write_text
 from ddiff.runs.report.charts import (
     DARK,
     LIGHT,
@@ -27,6 +28,7 @@ from ddiff.runs.report.extras import Extras
 from ddiff.runs.report.formulas import make_formulas
 from ddiff.runs.report.markup import EMPTY, Markup, element, join, json_script, void_element
 from ddiff.runs.report.pareto import make_pareto
+from ddiff.runs.report.raster import draw_png, is_chart_image
 from ddiff.runs.report.run_files import ReportedRun, read_runs
 from ddiff.runs.report.sections import (
     make_clusters,
@@ -63,7 +65,7 @@ def write_report(
         run_dirs: directories of the runs.
         path: HTML file to write.
         extras: parts that are computed from checkpoints and plugins, or None.
-        figures: folder for the charts as SVG files, or None.
+        figures: folder for the charts as SVG and PNG files, or None.
 
     The files depend only on the content of the run directories and on `extras`. Raises
     ArgumentError if a path is not writable, or is a file that ddiff did not write, and
@@ -88,18 +90,25 @@ def check_report_path(path: str | Path) -> Destination:
 def write_figures(
     runs: Sequence[ReportedRun], charts: Sequence[Chart | BarChart], folder: str | Path
 ) -> list[Path]:
-    """Write the charts to a folder as SVG files, and return their paths."""
+    """Write the charts to a folder as SVG and PNG files, and return their paths."""
     argument = "ddiff report --figures"
     if check_destination(folder, argument, folder=True).local is None:
         raise ArgumentError(f"{argument} must be a local folder; got {folder}.")
     legend = [(run.name, run.number) for run in runs]
     paths = []
     for chart in charts:
-        path = Path(folder) / f"{chart.name}.svg"
-        place = check_destination(path, argument, suffix=".svg", owned=_is_chart)
-        write_text(place, draw_file(chart.draw(), legend))
-        paths.append(path)
+        drawing = draw_file(chart.draw(), legend)
+        for suffix, owned in ((".svg", _is_chart), (".png", is_chart_image)):
+            path = Path(folder) / f"{chart.name}{suffix}"
+            place = check_destination(path, argument, suffix=suffix, owned=owned)
+            content = drawing.encode() if suffix == ".svg" else draw_png(drawing)
+            write_file(place, partial(_write_content, content))
+            paths.append(path)
     return paths
+
+
+def _write_content(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def _is_report(file: IO[bytes]) -> bool:

@@ -18,6 +18,7 @@ from ddiff.runs.report.run_files import Bound, ReportedRun, environment_of
 from ddiff.runs.report.tables import format_value, make_table, run_label
 
 MOST_SAMPLES = 8  # of a run on the page
+UNFOLDED_SAMPLES = 4
 EVALUATE = "This run is not evaluated yet: repeat `ddiff run`, or use `ddiff eval`."
 
 
@@ -171,6 +172,9 @@ BOUND_FIGURES: Sequence[Figure] = (
     ("95 % interval", lambda run, bound: _format_interval(bound.interval)),
     ("perplexity", lambda run, bound: _format_perplexity(bound)),
     ("bits per byte", lambda run, bound: _optional(bound.bits_per_byte)),
+)
+
+SETTING_FIGURES: Sequence[Figure] = (
     ("unit", lambda run, bound: bound.unit),
     ("scored units", lambda run, bound: f"{bound.units:,}"),
     ("documents", lambda run, bound: f"{bound.documents:,}"),
@@ -210,13 +214,25 @@ def _make_bound_table(runs: Sequence[ReportedRun]) -> Markup:
     for name in names:
         values = [bound.baselines.get(name) for _, bound in bounds if bound is not None]
         rows.append([f"{name}, nats per unit", *map(_optional, values)])
-    for name in PROTOCOL:
-        values = [bound.protocol.get(name) for _, bound in bounds if bound is not None]
-        if name != "unit" and any(value is not None for value in values):
-            rows.append([name, *["–" if value is None else str(value) for value in values]])
     rows.append(["sampler", *[run.sampler for run, _ in bounds]])
     rows.append(["network evaluations per sample", *[_mean_nfe(run) for run, _ in bounds]])
-    return make_table(["", *[run_label(run) for run, _ in bounds]], rows)
+    titles = ["", *[run_label(run) for run, _ in bounds]]
+    summary = element("summary", "Settings of the evaluation")
+    settings = make_table(titles, _list_settings(runs))
+    return join([make_table(titles, rows), element("details", summary, settings)])
+
+
+def _list_settings(runs: Sequence[ReportedRun]) -> list[list[object]]:
+    """Return the rows of the table of settings, without settings that no run has."""
+    bounds = [(run, run.bound) for run in runs if run.bound is not None]
+    rows: list[list[object]] = []
+    for title, figure in SETTING_FIGURES:
+        rows.append([title, *[figure(run, bound) for run, bound in bounds if bound is not None]])
+    for name in PROTOCOL:
+        values = [bound.protocol.get(name) for _, bound in bounds if bound is not None]
+        if name != "unit" and any(value not in (None, []) for value in values):
+            rows.append([name, *["–" if value is None else str(value) for value in values]])
+    return rows
 
 
 def _mean_nfe(run: ReportedRun) -> str:
@@ -306,7 +322,12 @@ def make_samples(runs: Sequence[ReportedRun]) -> Markup:
             note = f"{note} The first {MOST_SAMPLES} are shown."
         heading = element("h3", run_label(run))
         groups += [heading, element("p", note, _class="note")]
-        groups.append(element("div", *written, _class="samples"))
+        groups.append(element("div", *written[:UNFOLDED_SAMPLES], _class="samples"))
+        more = written[UNFOLDED_SAMPLES:]
+        if more:
+            summary = element("summary", f"{len(more)} more")
+            folded = element("div", *more, _class="samples")
+            groups.append(element("details", summary, folded))
     return join(groups)
 
 
@@ -407,13 +428,11 @@ def make_environment(runs: Sequence[ReportedRun]) -> Markup:
     """Return versions and machine of the runs, and the origins of their components."""
     found = {run.number: environment_of(run) for run in runs}
     names = dict.fromkeys(name for values in found.values() for name in values)
-    rows = []
+    rows: list[list[object]] = []
     for name in names:
-        row: list[object] = [name]
-        for values in found.values():
-            value = values.get(name)
-            row.append("–" if value in (None, {}) else str(value))
-        rows.append(row)
+        shown = [_format_setting(values.get(name)) for values in found.values()]
+        if any(value != "–" for value in shown):
+            rows.append([name, *shown])
     parts = [make_table(["", *map(run_label, runs)], rows)]
     for run in runs:
         origins = run.record.environment.get("components", {})
@@ -422,6 +441,12 @@ def make_environment(runs: Sequence[ReportedRun]) -> Markup:
             title = element("summary", "components of ", run_label(run))
             parts.append(element("details", title, make_table(["table", "component"], lines)))
     return join(parts)
+
+
+def _format_setting(value: object) -> str:
+    if value in (None, {}, []):
+        return "–"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def make_recipes(runs: Sequence[ReportedRun]) -> Markup:

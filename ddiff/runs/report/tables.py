@@ -30,6 +30,16 @@ def make_table(titles: Sequence[object], rows: Sequence[Sequence[object]]) -> Ma
 def format_value(value: float, interval: Sequence[float] | None) -> Markup:
     """Return a number and, in a second line, its 95 % interval."""
     if interval is None:
-        return escape(f"{value:.4f}")
-    low, high = interval
-    return join([f"{value:.4f}", element("div", f"{low:.4f} to {high:.4f}", _class="note")])
+        return escape(format_figure(value))
+    low, high = map(format_figure, interval)
+    return join([format_figure(value), element("div", f"{low} to {high}", _class="note")])
+
+
+def format_share(share: float, digits: int = 0) -> str:
+    """Format a share of 1 in percent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def format_figure(value: float) -> str:
+    """Format a figure with four decimals, without a sign of 0."""
+    return f"{round(value, 4) + 0.0:.4f}"
