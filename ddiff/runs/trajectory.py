@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddiff.errors import ArgumentError
 from ddiff.recipe.resolve import configure_sampler
 from ddiff.run_dir.files import SAMPLES, read_json_lines
+from ddiff.runs.confidence import ConfidenceMeter, make_meter, select_samples
 from ddiff.runs.observer import MOST_RECORDED, SampleObserver
 from ddiff.runs.report.clusters import TokenTree, read_tree_of
 from ddiff.runs.report.trajectories import Trajectory
@@ -32,6 +34,7 @@ class TrajectoryRecorder:
             begins after the first step.
         has_prompt: whether the samples have a prompt or infill text.
         undrawn: see `hide_undrawn`.
+        meter: measures the confidence of the network in each new state; None: not measured.
     """
 
     def __init__(
@@ -40,12 +43,15 @@ class TrajectoryRecorder:
         start: int | None,
         has_prompt: bool = False,
         undrawn: int | None = None,
+        meter: ConfidenceMeter | None = None,
     ) -> None:
         self.count = count
         self.undrawn = undrawn
         self.start = start
         self.has_prompt = has_prompt
+        self.meter = meter
         self.rows: list[RecordedRow] = []
+        self._before: Canvas | None = None  # state of the recorded samples before the step
         self._first = 0  # number of the first sample of the current batch
 
     def __call__(self, step: int, canvas: Canvas) -> None:
@@ -54,12 +60,37 @@ class TrajectoryRecorder:
             wanted = max(0, self.count - len(self.rows))
             for states, clean in zip(canvas.zt[:wanted].tolist(), canvas.clean[:wanted].tolist()):
                 self.rows.append(self._begin_row(states, clean))
+            self._before = self._open_canvas(canvas)
         kept = self.rows[self._first :]
         times = canvas.t.double().mean(1).tolist()
         shown = hide_undrawn(canvas, self.undrawn)
         for row, states, time in zip(kept, shown.tolist(), times):
             row.states.append(states)
             row.times.append(time)
+        self._measure(canvas, kept)
+
+    def _measure(self, canvas: Canvas, kept: Sequence[RecordedRow]) -> None:
+        """Record the confidence of the network in the states of a step."""
+        if self.meter is None or not kept:
+            return
+        after = select_samples(canvas, len(kept))
+        found: list[dict[int, float]] = [{} for _ in kept]
+        if self._before is not None:
+            found = self.meter.measure(self._first, select_samples(self._before, len(kept)), after)
+        for row, values in zip(kept, found):
+            row.confidence.append(values)
+        self._before = after
+
+    def _open_canvas(self, canvas: Canvas) -> Canvas | None:
+        """Return the state before the first step, or None if the prior has several states.
+
+        `canvas` is the state after the first step.
+        """
+        if self.start is None:
+            return None
+        given = canvas.clean if self.has_prompt else torch.zeros_like(canvas.clean)
+        zt = torch.where(given, canvas.zt, self.start)
+        return Canvas(zt, torch.ones_like(canvas.t), given, canvas.free, canvas.block)
 
     def _begin_row(self, states: Sequence[int], clean: Sequence[bool]) -> RecordedRow:
         """Return a row before its first step. `states` and `clean` are those after this step."""
@@ -75,12 +106,13 @@ class TrajectoryRecorder:
 
 
 class RecordedRow:
-    """States and times of one sample, and the positions of its prompt."""
+    """States and times of one sample, the positions of its prompt, and confidences by position."""
 
     def __init__(self, states: list[list[int]], given: list[int]) -> None:
         self.states = states
         self.given = given
         self.times: list[float] = []
+        self.confidence: list[dict[int, float]] = []
 
 
 def find_start(run: Run) -> int | None:
@@ -129,6 +161,7 @@ def make_trajectories(
                 row.times[skipped:],
                 tree,
                 row.given,
+                row.confidence[skipped:],
                 run=run.recipe.name,
                 sampler=configure_sampler(run.recipe, sampler).component.name,
                 seed=keys.seed if seed is None else seed,
@@ -147,7 +180,10 @@ def draw_trajectories(
     """
     found = []
     for sampler in samplers:
-        recorder = TrajectoryRecorder(count, find_start(run), undrawn=find_undrawn(run))
+        meter = make_meter(run, count, sampler)
+        recorder = TrajectoryRecorder(
+            count, find_start(run), undrawn=find_undrawn(run), meter=meter
+        )
         run.sample(count, sampler=sampler, steps=steps, on_step=recorder)
         found += make_trajectories(run, recorder, sampler, None)
     return found
@@ -178,7 +214,17 @@ def observe_samples(
     """
     has_prompt = arguments.get("prompt") is not None or arguments.get("infill") is not None
     undrawn = find_undrawn(run)
-    recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt, undrawn)
+    meter = None
+    # positions after the end of an infill text are padding, which the meter does not know
+    if observer.records and arguments.get("infill") is None:
+        meter = make_meter(
+            run,
+            MOST_RECORDED,
+            arguments.get("sampler"),
+            arguments.get("conditions"),
+            arguments.get("guidance"),
+        )
+    recorder = TrajectoryRecorder(MOST_RECORDED, find_start(run), has_prompt, undrawn, meter)
     watcher = watch_text(run) if observer.watch else nullcontext()
     with watcher as show:
 

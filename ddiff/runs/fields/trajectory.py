@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ def make_trajectories(
     for index, sample in enumerate(recorder.samples):
         for name in shown:
             is_given = name in target.given
-            origin = {
+            origin: dict[str, Any] = {
                 "run": run.recipe.name,
                 "sampler": "given" if is_given else run.recipe.fields[name].sampler.component.name,
                 "seed": run.recipe.sample.seed if seed is None else seed,

@@ -118,7 +118,7 @@ def _make_level(run: ReportedRun, tree: TokenTree, found: LevelConfusion) -> Mar
     for true, predicted, count in found.typical_mistakes()[:MOST_PAIRS]:
         share = f"{format_share(count / found.totals[true])} of {found.totals[true]:,}"
         rows.append([show_node(tree, true), show_node(tree, predicted), share])
-    table = make_table([f"{what} of the text", "predicted", "share"], rows)
+    table = make_table(["in the text", "predicted", "share"], rows)
     heading = element("h3", run_label(run))
     return element("div", heading, element("p", *sentence), table, _class="card confusion")
 

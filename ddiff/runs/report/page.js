@@ -23,6 +23,18 @@ function unfold(trajectory) {
   return states;
 }
 
+// Probability of the present state of each position under the network, when it was drawn.
+function unfoldConfidence(trajectory) {
+  const rows = [trajectory.start.map(() => null)];
+  trajectory.changes.forEach((changes, step) => {
+    const next = rows[rows.length - 1].slice();
+    const values = trajectory.confidence[step] || [];
+    changes.forEach(([position], number) => { next[position] = values[number] ?? null; });
+    rows.push(next);
+  });
+  return rows;
+}
+
 function levelOf(trajectory, state) {
   let level = 0;
   let end = trajectory.level_sizes[0];
@@ -48,7 +60,7 @@ function changeOf(trajectory, before, after) {
   return "corrected";
 }
 
-function drawCells(trajectory, states, step) {
+function drawCells(trajectory, states, confidence, step) {
   const cells = make("div", "cells");
   const now = states[Math.min(step, states.length - 1)];
   const before = step > 0 && step < states.length ? states[step - 1] : now;
@@ -67,7 +79,13 @@ function drawCells(trajectory, states, step) {
     if (change === "refined") cell.classList.add("new");
     else if (change) cell.classList.add(change);
     const kind = isMask ? "mask" : level === 0 ? "token" : "node of level " + level;
-    cell.title = "position " + position + ": " + kind + (change ? ", " + change : "");
+    const sure = confidence[Math.min(step, states.length - 1)][position];
+    if (sure !== null) {
+      cell.classList.add("sure");
+      cell.style.setProperty("--sure", sure);
+    }
+    cell.title = "position " + position + ": " + kind + (change ? ", " + change : "") +
+      (sure === null ? "" : ", drawn with probability " + sure);
     cells.append(cell);
   });
   return [cells, counts];
@@ -85,7 +103,8 @@ function drawPicture(trajectory, step) {
 function startPlayer(root, trajectories) {
   root.textContent = "";
   const all = trajectories.map((trajectory) => (
-    {trajectory, states: trajectory.pictures ? trajectory.frames : unfold(trajectory)}
+    trajectory.pictures ? {trajectory, states: trajectory.frames} :
+      {trajectory, states: unfold(trajectory), confidence: unfoldConfidence(trajectory)}
   ));
   const title = ({run, target, field, sampler, index}) =>
     [run, target, field, sampler, "sample " + index].filter(Boolean).join(", ");
@@ -131,6 +150,9 @@ function startPlayer(root, trajectories) {
     entries.push(["l" + level, "node of level " + level + ", with its typical tokens"]);
   }
   entries.push(["new", "changed to a more precise state"], ["corrected", "remasked or corrected"]);
+  if (withCells.some((trajectory) => trajectory.confidence.length)) {
+    entries.push(["sure", "bar: probability of the state under the network when it was drawn"]);
+  }
   if (withCells.some((trajectory) => trajectory.given.length)) entries.push(["given", "given"]);
   for (const [name, text] of entries) {
     const entry = make("span");
@@ -150,14 +172,14 @@ function startPlayer(root, trajectories) {
     scrub.value = step;
     place.textContent = "step " + step + " of " + last;
     for (const {select, body} of shown) {
-      const {trajectory, states} = all[select.value];
+      const {trajectory, states, confidence} = all[select.value];
       const time = step > 0 ? trajectory.times[Math.min(step, trajectory.times.length) - 1] : 1;
       const timeText = time === undefined ? "" : "mean time " + time.toFixed(3);
       if (trajectory.pictures) {
         body.replaceChildren(drawPicture(trajectory, step), make("p", "note", timeText));
         continue;
       }
-      const [cells, counts] = drawCells(trajectory, states, step);
+      const [cells, counts] = drawCells(trajectory, states, confidence, step);
       const text = (timeText && timeText + " · ") +
         counts.refined + " refined · " + counts.remasked + " remasked · " +
         counts.corrected + " corrected";

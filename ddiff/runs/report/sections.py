@@ -19,6 +19,7 @@ from ddiff.runs.report.tables import format_value, make_table, run_label
 
 MOST_SAMPLES = 8  # of a run on the page
 UNFOLDED_SAMPLES = 4
+UNFOLDED_NODES = 12  # of a tree
 EVALUATE = "This run is not evaluated yet: repeat `ddiff run`, or use `ddiff eval`."
 
 
@@ -199,8 +200,14 @@ def _optional(value: float | None) -> str:
 
 def make_evaluation(runs: Sequence[ReportedRun]) -> Markup:
     """Return the figures of all runs, one column per run."""
-    tables = [_make_bound_table(runs), _make_target_table(runs), _make_judged_table(runs)]
-    return join([*tables, make_generation(runs)])
+    tables = [
+        _make_bound_table(runs),
+        _make_target_table(runs),
+        _make_judged_table(runs),
+        make_generation(runs),
+    ]
+    columns = [element("div", table) for table in tables if table]
+    return element("div", *columns, _class="tables") if columns else EMPTY
 
 
 def _make_bound_table(runs: Sequence[ReportedRun]) -> Markup:
@@ -219,7 +226,8 @@ def _make_bound_table(runs: Sequence[ReportedRun]) -> Markup:
     titles = ["", *[run_label(run) for run, _ in bounds]]
     summary = element("summary", "Settings of the evaluation")
     settings = make_table(titles, _list_settings(runs))
-    return join([make_table(titles, rows), element("details", summary, settings)])
+    heading = element("h3", "Bound on the validation text")
+    return join([heading, make_table(titles, rows), element("details", summary, settings)])
 
 
 def _list_settings(runs: Sequence[ReportedRun]) -> list[list[object]]:
@@ -385,6 +393,11 @@ def make_clusters(
         nodes = sorted(tree.children[root], key=lambda node: -len(tree.tokens_below(node)))
         confusions = {level.level: level for level in levels}
         shown = [_make_node(tree, node, confusions) for node in nodes]
+        folded = shown[UNFOLDED_NODES:]
+        more = EMPTY
+        if folded:
+            summary = element("summary", f"{len(folded)} more")
+            more = element("details", summary, element("div", *folded, _class="nodes"))
         hint = "find a word"
         search = void_element(
             "input", _class="filter", type="search", placeholder=hint, aria_label=hint
@@ -395,7 +408,8 @@ def make_clusters(
                 element("h3", run_label(run)),
                 element("p", f"Nodes by level, from the root: {sizes}.", _class="note"),
                 search,
-                element("div", *shown, _class="nodes"),
+                element("div", *shown[:UNFOLDED_NODES], _class="nodes"),
+                more,
                 _class="tree",
             )
         )

@@ -37,7 +37,7 @@ def format_value(value: float, interval: Sequence[float] | None) -> Markup:
 
 def format_share(share: float, digits: int = 0) -> str:
     """Format a share of 1 in percent."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def format_figure(value: float) -> str:

@@ -12,6 +12,7 @@ changed:
         "names": {"17": "the"},             # text of each state that occurs
         "parents": {"17": 1030},            # parent of each state that occurs
         "given": [0],                       # positions of the prompt, which do not change
+        "confidence": [[0.2], [0.9, null]], # probability of each change; may be missing
         "target": "", "field": ""           # see below
     }]}
 
@@ -45,6 +46,7 @@ from ddiff.runs.report.clusters import TokenTree
 FORMAT = "ddiff trajectories 2"
 READABLE = ("ddiff trajectories 1", FORMAT)
 DIGITS = 5  # of times in a file
+CONFIDENCE_DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Trajectory:
     given: Sequence[int]
     target: str = ""
     field: str = ""
+    confidence: Sequence[Sequence[float | None]] = ()
 
     @property
     def num_steps(self) -> int:
@@ -99,12 +102,14 @@ class Trajectory:
         times: Sequence[float],
         tree: TokenTree,
         given: Sequence[int] = (),
+        confidence: Sequence[Mapping[int, float]] = (),
         **origin: Any,
     ) -> Trajectory:
         """Make a trajectory from the states [steps + 1][L] and the times after the steps.
 
-        `origin` has the attributes `run`, `sampler`, `seed` and `index`, and in a run of several
-        fields `target` and `field`.
+        `confidence` has the probabilities of the new states of each step by their positions, or is
+        empty. `origin` has the attributes `run`, `sampler`, `seed` and `index`, and in a run of
+        several fields `target` and `field`.
         """
         changes = []
         for before, after in itertools.pairwise(states):
@@ -127,8 +132,20 @@ class Trajectory:
             names={str(state): tree.name_state(state) for state in shown},
             parents=parents,
             given=list(given),
+            confidence=_list_confidence(changes, confidence),
             **origin,
         )
+
+
+def _list_confidence(
+    changes: Sequence[Sequence[Sequence[int]]], confidence: Sequence[Mapping[int, float]]
+) -> list[list[float | None]]:
+    """Return the probability of each change, or None where it is unknown."""
+    listed = []
+    for step, values in zip(changes, confidence):
+        found = [values.get(place) for place, _ in step]
+        listed.append([None if p is None else round(p, CONFIDENCE_DIGITS) for p in found])
+    return listed
 
 
 @dataclass(frozen=True)
@@ -241,6 +258,9 @@ def _check_states(trajectory: Trajectory) -> Trajectory:
             if not 0 <= position < length:
                 raise ValueError(f"a change is at position {position} of {length}")
             states.append(state)
+    for step, values in zip(trajectory.changes, trajectory.confidence):
+        if len(step) != len(values):
+            raise ValueError(f"a step has {len(step)} changes, but {len(values)} probabilities")
     missing = {str(state) for state in states} - trajectory.names.keys()
     if missing:
         raise ValueError(f"the state {min(missing)} has no name")
