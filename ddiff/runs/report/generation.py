@@ -102,7 +102,7 @@ def _describe_settings(found: Part) -> str:
     parts = [f"{sampling['count']} samples of {sampling['length']} tokens", kind]
     if sampling["steps"] is not None:
         parts.append(f"{sampling['steps']} steps")
-    parts += [f"NFE {sampling['nfe']:g}", f"seed {sampling['seed']}"]
+    parts += [f"NFE {sampling['nfe']:.4g}", f"seed {sampling['seed']}"]
     if found.get("judge"):
         judge = found["judge"]["protocol"]["judge"]
         # the name of a local directory says enough
