@@ -285,6 +285,29 @@ def test_report_shows_perplexity_only_together_with_entropy(
     assert any(text.endswith("judge a judge.") for text in page.texts)
 
 
+def test_report_keeps_figures_of_other_protocols_in_separate_rows(
+    place: Path, tmp_path: Path
+) -> None:
+    runs = []
+    figure = {"value": 3.25, "interval": [3.0, 3.5], "unit": "nats/token", "protocol": "ptb"}
+    for name, protocol in (("one", "ptb"), ("two", "published ptb")):
+        run = tmp_path / name
+        shutil.copytree(place / "flat", run)
+        record = {"figures": {"nelbo": {**figure, "protocol": protocol}}, "protocol": {"draws": 4}}
+        (run / "evaluation-ptb.json").write_text(json.dumps(record))
+        runs.append(run)
+    harness = {"value": 0.5, "interval": None, "unit": "share", "protocol": "lm-eval 1, exact"}
+    content = json.dumps({"figures": {"quiz: acc": harness}})
+    (runs[0] / "lm-eval-quiz.json").write_text(content)
+    write_report(runs, tmp_path / "r.html")
+    texts = Page((tmp_path / "r.html").read_text()).texts
+    first = texts.index("ptb, nats/token, 4 draws")
+    second = texts.index("published ptb, nats/token, 4 draws")
+    for place_of_row, values in ((first, ["3.2500", "3.0000 to 3.5000", "–"]), (second, ["–"])):
+        assert texts[place_of_row + 1 : place_of_row + 1 + len(values)] == values
+    assert texts[texts.index("lm-eval-quiz: quiz: acc") + 2] == "0.5000"
+
+
 def test_report_shows_which_clusters_are_confused(place: Path, tmp_path: Path) -> None:
     sizes = read_tree_of(place / "tree")
     assert sizes is not None
@@ -652,26 +675,50 @@ TO_STEP = (
 CELLS = "return [...document.querySelectorAll('.pane')].map((pane) => pane.innerText)"
 
 
+# paragraphs, table cells and descriptions with a text that are less than 48 pixels wide
+NARROW = (
+    "return [...document.querySelectorAll('p, td, dd')]"
+    ".filter((e) => e.textContent.length > 20 && e.offsetParent && e.clientWidth < 48)"
+    ".map((e) => e.textContent)"
+)
+
+
 def test_page_in_a_browser_fits_phone_and_desktop_without_errors(
-    place: Path, tmp_path: Path, browser: Browser
+    place: Path, tmp_path: Path, browser: Browser, ddiff: Command
 ) -> None:
     path = tmp_path / "r.html"
-    write_report(
-        [place / "tree", place / "flat", place / "digits"],
-        path,
-        Extras(
-            [make_trajectory([[6, 6], [0, 1]]), make_trajectory([[6, 6], [3, 1]], sampler="other")]
-        ),
-    )
+    runs = [str(place / name) for name in ("tree", "flat", "digits")]
+    assert ddiff("report", *runs, "--draws", "1", "--out", str(path)).code == 0
     for width in WIDTHS:
         for scheme in ("light", "dark"):
             browser.resize(width, 900, scheme)
             browser.open(path)
+            browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
             assert browser.run("return document.documentElement.scrollWidth") == width
+            assert browser.run(NARROW) == []
             background = browser.run("return getComputedStyle(document.body).backgroundColor")
             light = sum(map(int, re.findall(r"\d+", background))) > 3 * 128
             assert light == (scheme == "light")
             assert browser.errors() == []
+
+
+def test_player_in_a_browser_shows_confidences_as_bars(
+    place: Path, tmp_path: Path, browser: Browser
+) -> None:
+    states = [[6, 6], [4, 6], [4, 3]]
+    trajectory = make_trajectory(states, confidence=[{0: 0.25}, {1: 1.0}])
+    path = tmp_path / "r.html"
+    write_report([place / "tree"], path, Extras([trajectory]))
+    browser.resize(1400, 900)
+    browser.open(path)
+    bars = (
+        "return [...document.querySelectorAll('.cells span')].map((cell) =>"
+        "cell.classList.contains('sure') ? cell.style.getPropertyValue('--sure') : null)"
+    )
+    for step, expected in enumerate([[None, None], ["0.25", None], ["0.25", "1"]]):
+        browser.run(TO_STEP % step)
+        assert browser.run(bars) == expected
+    assert browser.errors() == []
 
 
 def test_player_in_a_browser_steps_plays_and_shows_corrections(

@@ -97,7 +97,12 @@ def _draw_bands(
 
 
 def _list_band(found: Range) -> list[tuple[float, float, float]]:
-    return list(zip(found.steps, found.low, found.high))
+    points: list[tuple[float, float, float]] = list(zip(found.steps, found.low, found.high))
+    if len(points) == 1:
+        # the range of a single step is drawn with a small width
+        step, low, high = points[0]
+        points.insert(0, ((1 - SMOOTHED_SHARE) * step, low, high))
+    return points
 
 
 def _explain_band(found: HealthyBand) -> str:

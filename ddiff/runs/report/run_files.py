@@ -17,6 +17,7 @@ from ddiff.run_dir.files import (
     GENERATION,
     JUDGED,
     METRICS,
+    OTHER_EVALUATIONS,
     PICTURES,
     RECIPE,
     SAMPLES,
@@ -25,6 +26,9 @@ from ddiff.run_dir.files import (
     read_json,
     read_json_lines,
 )
+
+OTHER_RECORDS = (OTHER_EVALUATIONS, "lm-eval-*.json")
+"""Patterns of files of a run with the figures of further evaluations."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class ReportedRun:
         name: name of the recipe, or the directory if two runs have the same name.
         number: number of the run in the report, which selects its colour.
         pictures: name of each file with pictures of samples -> its content (PNG).
+        records: name of each other record with figures -> its content: evaluations on other texts,
+            and by the lm-evaluation-harness.
     """
 
     directory: Path
@@ -102,6 +108,7 @@ class ReportedRun:
     judged: Mapping[str, Any]
     generation: Mapping[str, Any]
     pictures: Mapping[str, bytes]
+    records: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def read(cls, directory: Path, number: int) -> ReportedRun:
@@ -130,6 +137,7 @@ class ReportedRun:
             judged=read_json(directory / JUDGED),
             generation=read_json(directory / GENERATION),
             pictures=pictures,
+            records=_read_records(directory),
         )
 
     @property
@@ -162,6 +170,18 @@ class ReportedRun:
         steps = self.sampling.get("steps", keys["steps"])
         kind = keys.get("sampler", {}).get("kind", "one sampler per field")
         return kind if steps is None else f"{kind}, {steps} steps"
+
+
+def _read_records(directory: Path) -> dict[str, Mapping[str, Any]]:
+    """Read the records of other evaluations, whose names are those of their files."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for pattern in OTHER_RECORDS:
+        for path in sorted(directory.glob(pattern)):
+            content = read_json(path)
+            # files of the first version have no figures
+            if content.get("figures"):
+                found[path.stem.removeprefix("evaluation-")] = content
+    return found
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[ReportedRun]:

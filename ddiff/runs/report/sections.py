@@ -14,6 +14,7 @@ from ddiff.runs.report.clusters import MOST_WORDS, TokenTree, show_token
 from ddiff.runs.report.confusions import LevelConfusion, describe_mistakes
 from ddiff.runs.report.generation import make_generation
 from ddiff.runs.report.markup import EMPTY, Markup, element, escape, join, void_element
+from ddiff.runs.report.records import make_records
 from ddiff.runs.report.run_files import Bound, ReportedRun, environment_of
 from ddiff.runs.report.tables import format_value, make_table, run_label
 
@@ -205,6 +206,7 @@ def make_evaluation(runs: Sequence[ReportedRun]) -> Markup:
         _make_target_table(runs),
         _make_judged_table(runs),
         make_generation(runs),
+        make_records(runs),
     ]
     columns = [element("div", table) for table in tables if table]
     return element("div", *columns, _class="tables") if columns else EMPTY
