@@ -239,16 +239,16 @@ def pareto(
             "the directory of an autoregressive run, such as a run of the recipe ar_small, the "
             "directory of a causal language model, or a name on the hub."
         )
-    from ddiff.runs.pareto import Sampling, sweep_runs
-    from ddiff.runs.pareto_settings import Grid, read_integers, read_numbers
+    from ddiff.runs.pareto import SweepSampling, sweep_runs
+    from ddiff.runs.pareto_settings import SweepGrid, read_integers, read_numbers
 
-    grid = Grid(
+    grid = SweepGrid(
         steps=None if steps is None else read_integers(steps, "--steps"),
         temperatures=None if temperature is None else read_numbers(temperature, "--temperature"),
         samplers=sampler or (),
         settings=settings or (),
     )
-    sampling = Sampling(count, seed, batch, retokenize=not no_retokenize)
+    sampling = SweepSampling(count, seed, batch, retokenize=not no_retokenize)
     swept = sweep_runs(run_dirs, judge, grid, sampling, fresh=fresh, out=out)
     print_columns(*swept.columns())
     for remark in swept.remarks:

@@ -338,6 +338,34 @@ def generation_record(found: Mapping[str, Any], path: Path) -> GenerationRecord:
     return _make_record(GenerationRecord, found, path)
 
 
+def read_evaluation(run_dir: str | Path) -> EvaluationRecord:
+    """Read evaluation.json of a run: `read_evaluation("runs/a").figures["nelbo"].value`.
+
+    Raises CheckpointError if the file is missing or damaged, or if a newer version of ddiff wrote
+    it.
+    """
+    path = Path(run_dir) / EVALUATION
+    return evaluation_record(_read_figures(path, f"ddiff eval {run_dir}"), path)
+
+
+def read_generation(run_dir: str | Path) -> GenerationRecord:
+    """Read generation.json of a run: `read_generation("runs/a").figures["entropy"].value`.
+
+    Raises CheckpointError if the file is missing or damaged, or if a newer version of ddiff wrote
+    it.
+    """
+    path = Path(run_dir) / GENERATION
+    return generation_record(_read_figures(path, f"ddiff eval {run_dir} --generate"), path)
+
+
+def _read_figures(path: Path, command: str) -> dict[str, Any]:
+    """Read a record of figures. `command` writes the file, for the message if it is missing."""
+    found = read_json(path)
+    if not found:
+        raise CheckpointError(f"{path} does not exist. Call `{command}`, which writes the file.")
+    return found
+
+
 def _make_record(kind: type[AnyRecord], found: Mapping[str, Any], path: Path) -> AnyRecord:
     try:
         return kind.from_tree(found)

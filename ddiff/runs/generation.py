@@ -21,6 +21,7 @@ from ddiff.evaluation.self_correction import measure_correction
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.destination import check_destination, write_text
 from ddiff.run_dir.files import GENERATION
+from ddiff.run_dir.generation_record import GenerationRecord
 from ddiff.run_dir.location import check_writable
 from ddiff.runs.generation_header import describe_generation, describe_sampling
 from ddiff.runs.generation_table import print_generation
@@ -94,6 +95,12 @@ class GenerationReport:
             parts.insert(1, f"perplexity {self.perplexity.corpus:.4g} under {judge}")
         parts.append(f"NFE {self.written['sampling']['nfe']:g}")
         return f"GenerationReport({', '.join(parts)})"
+
+    @property
+    def record(self) -> GenerationRecord:
+        """The content of generation.json as a record, whose figures have units and intervals."""
+        # as it is written, so that it equals the record that is read: JSON has no tuples
+        return GenerationRecord.from_tree(json.loads(self.to_json()))
 
     def to_json(self) -> str:
         return json.dumps(self.written, indent=2) + "\n"

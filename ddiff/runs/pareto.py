@@ -44,7 +44,7 @@ from ddiff.runs.generation import (
 )
 from ddiff.runs.judge_run import open_judge
 from ddiff.runs.loading import load
-from ddiff.runs.pareto_settings import Grid, SweepSetting, choose_kinds, plan_settings
+from ddiff.runs.pareto_settings import SweepGrid, SweepSetting, choose_kinds, plan_settings
 from ddiff.runs.pareto_table import TITLES, describe_records, make_rows
 from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.record import write_run_file
@@ -58,7 +58,7 @@ DISTINCT = 2  # length of the n-grams of distinct_2
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SweepSampling:
     """Number and random numbers of the samples of every point.
 
     Attributes:
@@ -96,8 +96,8 @@ class SweepResult:
 def sweep_runs(
     run_dirs: Sequence[str | Path],
     judge: str,
-    grid: Grid | None = None,
-    sampling: Sampling | None = None,
+    grid: SweepGrid | None = None,
+    sampling: SweepSampling | None = None,
     *,
     fresh: bool = False,
     out: str | Path | None = None,
@@ -120,7 +120,9 @@ def sweep_runs(
     place = None
     if out is not None or len(run_dirs) > 1:
         place = _check_chart(out or PARETO_CHART)
-    sweep = Sweep.plan(run_dirs, judge, grid or Grid(), sampling or Sampling(), fresh=fresh)
+    sweep = Sweep.plan(
+        run_dirs, judge, grid or SweepGrid(), sampling or SweepSampling(), fresh=fresh
+    )
     for remark in sweep.remarks:
         print_line(remark)
     sweep.draw()
@@ -194,7 +196,7 @@ class Sweep:
 
     parts: Sequence[RunSweep]
     judge: JudgeModel
-    sampling: Sampling
+    sampling: SweepSampling
     remarks: Sequence[str]
 
     @classmethod
@@ -202,8 +204,8 @@ class Sweep:
         cls,
         run_dirs: Sequence[str | Path],
         judge: str,
-        grid: Grid,
-        sampling: Sampling,
+        grid: SweepGrid,
+        sampling: SweepSampling,
         *,
         fresh: bool = False,
     ) -> Sweep:
@@ -263,7 +265,7 @@ def _start_record(
     run: Run,
     settings: Sequence[SweepSetting],
     judge: JudgeModel,
-    sampling: Sampling,
+    sampling: SweepSampling,
     fresh: bool,
 ) -> RunSweep:
     """Return the sweep of a run with its recorded points, or without points if there are none.
@@ -302,7 +304,7 @@ def _start_record(
 
 
 def _describe_protocol(
-    run: Run, judge: JudgeModel, sampling: Sampling, rows: int
+    run: Run, judge: JudgeModel, sampling: SweepSampling, rows: int
 ) -> dict[str, Any]:
     """Return the settings that are equal for all points of a run."""
     keys = run.recipe.sample
@@ -364,7 +366,7 @@ def _read_words(run: Run) -> set[str] | None:
 
 
 def measure_point(
-    part: RunSweep, setting: SweepSetting, judge: JudgeModel, sampling: Sampling
+    part: RunSweep, setting: SweepSetting, judge: JudgeModel, sampling: SweepSampling
 ) -> SweepPoint:
     """Draw the samples of one setting, and compute their figures."""
     start = time.perf_counter()

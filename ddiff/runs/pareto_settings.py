@@ -30,7 +30,7 @@ LARGEST_TEMPERATURE = 100.0  # far above it, every token has the same probabilit
 
 
 @dataclass(frozen=True)
-class Grid:
+class SweepGrid:
     """Requested settings of the samplers.
 
     Attributes:
@@ -117,7 +117,7 @@ class SweepSetting:
         return make_key(self.spec.to_dict(), self.steps)
 
 
-def choose_kinds(runs: Sequence[Run], grid: Grid) -> tuple[list[list[str | None]], list[str]]:
+def choose_kinds(runs: Sequence[Run], grid: SweepGrid) -> tuple[list[list[str | None]], list[str]]:
     """Choose the kinds of samplers of every run from the requested kinds.
 
     Returns the kinds of each run, and remarks on kinds that are left out. None is the sampler of
@@ -155,7 +155,7 @@ def choose_kinds(runs: Sequence[Run], grid: Grid) -> tuple[list[list[str | None]
     return chosen, remarks
 
 
-def _check_supported(run: Run, kind: str, grid: Grid) -> None:
+def _check_supported(run: Run, kind: str, grid: SweepGrid) -> None:
     """Raise ArgumentError or PluginError if a sampler does not support the process of a run."""
     spec = configure_sampler(run.recipe, kind, grid.settings)
     sampler = spec.build(steps=run.recipe.sample.steps, vocabulary=run.model.vocabulary)
@@ -163,7 +163,7 @@ def _check_supported(run: Run, kind: str, grid: Grid) -> None:
 
 
 def plan_settings(
-    run: Run, kinds: Sequence[str | None], grid: Grid, count: int
+    run: Run, kinds: Sequence[str | None], grid: SweepGrid, count: int
 ) -> list[SweepSetting]:
     """Return all settings of a run, after checking that the run can be sampled with each of them.
 
@@ -204,7 +204,7 @@ def _default_steps(run: Run) -> list[int]:
 
 
 def _build_setting(
-    run: Run, kind: str | None, grid: Grid, steps: int | None, temperature: float | None
+    run: Run, kind: str | None, grid: SweepGrid, steps: int | None, temperature: float | None
 ) -> SweepSetting:
     settings = list(grid.settings)
     if temperature is not None:

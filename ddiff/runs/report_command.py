@@ -17,10 +17,10 @@ from ddiff.runs.report.trajectories import AnyTrajectory, read_trajectories
 
 
 def report_runs(
-    run_dirs: Sequence[Path],
+    run_dirs: Sequence[str | Path],
     out: str,
     figures: str | None = None,
-    files: Sequence[Path] = (),
+    files: Sequence[str | Path] = (),
     draws: int = 2,
     samplers: Sequence[str] = (),
 ) -> list[Path]:
@@ -45,7 +45,7 @@ def report_runs(
         )
     given: list[AnyTrajectory] = []
     for file in files:
-        given += read_trajectories(file)
+        given += read_trajectories(Path(file))
     extras = Extras(given)
     if draws:
         extras = _compute(runs, given, draws, samplers)

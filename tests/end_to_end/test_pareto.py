@@ -17,8 +17,8 @@ from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.pareto_record import ParetoRecord, SweepPoint, read_pareto
 from ddiff.runs.generation import evaluate_generation
-from ddiff.runs.pareto import Sampling, sweep_runs
-from ddiff.runs.pareto_settings import Grid, read_integers
+from ddiff.runs.pareto import SweepSampling, sweep_runs
+from ddiff.runs.pareto_settings import SweepGrid, read_integers
 from ddiff.runs.report.pareto import ColoredRecord, compare_costs, draw_costs, draw_fronts
 from ddiff.runs.run import Run
 
@@ -78,7 +78,9 @@ def sweep(**grid: Any) -> ParetoRecord:
     """Sweep the run `small`, and return its record."""
     count = grid.pop("count", 3)
     fresh = grid.pop("fresh", False)
-    result = sweep_runs(["runs/small"], "runs/left", Grid(**grid), Sampling(count), fresh=fresh)
+    result = sweep_runs(
+        ["runs/small"], "runs/left", SweepGrid(**grid), SweepSampling(count), fresh=fresh
+    )
     return result.records[0]
 
 
@@ -145,7 +147,10 @@ def test_equal_settings_are_drawn_once(runs: Path) -> None:
 
 def test_autoregressive_run_has_one_point_per_temperature(runs: Path) -> None:
     result = sweep_runs(
-        ["runs/left"], "runs/left", Grid(steps=[1, 2], temperatures=[0.5, 1.0]), Sampling(2)
+        ["runs/left"],
+        "runs/left",
+        SweepGrid(steps=[1, 2], temperatures=[0.5, 1.0]),
+        SweepSampling(2),
     )
     (record,) = result.records
     assert settings_of(record) == [("left_to_right", None, 0.5), ("left_to_right", None, 1.0)]

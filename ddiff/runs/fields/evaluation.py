@@ -42,13 +42,13 @@ from ddiff.runs.fields.checks import (
 )
 from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.own_vectors import describe_own_vectors
-from ddiff.runs.fields.rate import ThroughEvaluation
+from ddiff.runs.fields.rate import ThroughEvaluation, describe_mean
 
 DATA_UNITS = "data units"
 """Name of the term of a bound that converts normalized vectors to units of the data."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TargetEvaluation:
     """Bound of one target.
 
@@ -70,6 +70,12 @@ class TargetEvaluation:
     untrained: Mapping[str, str] = field(default_factory=dict)
     own_vectors: Sequence[str] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        text = describe_mean(self.bound)
+        for name, found in self.controls.items():
+            text += f"; {name} {found.nats_per_sample:.4f}"
+        return f"TargetEvaluation({text})"
 
     @property
     def is_below_entropy(self) -> bool:

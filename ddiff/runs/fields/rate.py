@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddiff.core.field_targets import ThroughTarget
-from ddiff.evaluation.fields import Interval, RateDistortion
+from ddiff.evaluation.fields import Interval, JointEvaluation, RateDistortion
 
 RATE_DISTORTION = "rate_distortion"
 """Key of evaluation.json with the parts of such a bound."""
 
 
-@dataclass(frozen=True)
+def describe_mean(bound: JointEvaluation | RateDistortion) -> str:
+    """Return a bound in nats per sample with half its interval, and the number of samples."""
+    half = ""
+    if bound.interval is not None:
+        low, high = bound.interval
+        half = f" ± {(high - low) / 2:.4f}"
+    return f"{bound.nats_per_sample:.4f}{half} nats per sample, {bound.samples:,} samples"
+
+
+@dataclass(frozen=True, repr=False)
 class ThroughEvaluation:
     """Bound of a text through a vector.
 
@@ -29,6 +38,10 @@ class ThroughEvaluation:
     bound: RateDistortion
     entropy: float | None = None
     left_out: int = 0
+
+    def __repr__(self) -> str:
+        rate = f"rate {self.bound.rate:.4f}, distortion {self.bound.distortion:.4f}"
+        return f"ThroughEvaluation({describe_mean(self.bound)}; {rate})"
 
     @property
     def is_below_entropy(self) -> bool:
