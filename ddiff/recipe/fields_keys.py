@@ -139,6 +139,11 @@ class FieldsSampleKeys(ComponentConfig):
     """Number of samples in a batch. Does not change the samples."""
     seed: Seed = 0
     """Seed of the samples."""
+    every: PositiveInt | None = None
+    """Number of training steps between two samples that are drawn and shown during training.
+
+    Such a sample has at most 16 steps, and its texts are shown. By default, samples are drawn only
+    after the last step."""
     targets: Targets = ("joint",)
     """Targets that are sampled: "joint", "A" or "A | B" (A given B), for fields A and B."""
     unnamed: Literal["prior", "absent"] = "prior"

@@ -244,6 +244,10 @@ class SampleKeys(ComponentConfig):
     """Number of samples in a batch. Does not change the samples."""
     seed: Seed = 0
     """Seed of the samples."""
+    every: PositiveInt | None = None
+    """Number of training steps between two samples that are drawn and shown during training.
+
+    Such a sample has at most 16 steps. By default, samples are drawn only after the last step."""
     conditions: dict[str, NonNegativeInt | tuple[float, ...]] = Field(default_factory=dict)
     """Label or vector for each name in [denoiser] conditions."""
     guidance: NonNegativeFloat = 1.0

@@ -29,6 +29,8 @@ EVALUATION = "evaluation.json"
 SAMPLES = "samples.jsonl"
 SAMPLING = "sampling.json"
 JUDGED = "judged.json"
+TRAINING_SAMPLES = "training_samples.jsonl"
+"""Samples that were drawn during training ([sample] every)."""
 GENERATION = "generation.json"
 TRACKED = "tracked.json"
 """Digests of the results that were sent to the tracker."""
@@ -58,6 +60,7 @@ FILES = (
     TOKENIZER,
     VOCABULARY,
     METRICS,
+    TRAINING_SAMPLES,
     EVALUATION,
     SAMPLES,
     SAMPLING,
@@ -105,6 +108,7 @@ OBJECTS: dict[str, Shape] = {
     SAMPLING: {"step": int, "seconds": NUMBER, "tokens": int},
     SAMPLES: {"step": int, "index": int, "text": str, "ids": [int], "nfe": NUMBER},
     METRICS: {"step": int, "tokens": NUMBER, "seconds": NUMBER},
+    TRAINING_SAMPLES: {"step": int, "texts": {"*": str}, "steps": int, "nfe": NUMBER},
     GENERATION: {
         "schema_version": int,
         "step": int,

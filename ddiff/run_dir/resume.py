@@ -14,6 +14,7 @@ FREE_KEYS = (
     "train.keep",
     "train.log_every",
     "evaluate.every",
+    "sample.every",
 )
 """Keys that do not change the trained weights, apart from those of [backend]."""
 

@@ -42,8 +42,8 @@ def check_directory(
     """Raise an error if a recipe must not be run in its directory.
 
     A run can resume only if its recipe equals the recorded recipe, except for run_dir, [backend],
-    [evaluate] every, and a larger number [train] steps. A file that ddiff did not write is never
-    overwritten or deleted.
+    [evaluate] every, [sample] every, and a larger number [train] steps. A file that ddiff did not
+    write is never overwritten or deleted.
 
     Args:
         recipe: recipe of the run.

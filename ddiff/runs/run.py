@@ -42,8 +42,8 @@ from ddiff.runs.provenance import (
     find_changed_data,
     run_fingerprints,
 )
-from ddiff.runs.sampling import SampleRequest, draw_samples
-from ddiff.runs.trainable import TrainableRun
+from ddiff.runs.sampling import SampleRequest, build_sampler, draw_samples
+from ddiff.runs.trainable import TrainableRun, count_preview_steps
 from ddiff.sampling.editing import EditMode
 from ddiff.sampling.loop import OnStep, Sampler
 
@@ -313,6 +313,9 @@ class Run(TrainableRun):
 
     def check_stages(self) -> None:
         check_sampling(self.recipe, self.model)
+        if self.recipe.sample.every is not None:
+            # some samplers refuse small numbers of steps
+            build_sampler(self.recipe, self.model, steps=count_preview_steps(self.recipe))
 
     def initialize_weights(self) -> dict[str, Any] | None:
         """Initialize the head biases from token counts, then load the weights of [train] init.
@@ -352,6 +355,10 @@ class Run(TrainableRun):
             figures[f"validation_interval_high_{unit}"] = high
             sentence += f" ({low:.4f} to {high:.4f})"
         return figures, f"{sentence} nats/{found.unit}"
+
+    def sample_texts(self, steps: int) -> tuple[Mapping[str, str], int]:
+        (sample,) = self.sample(1, steps=steps)
+        return {"text": sample["text"]}, sample["nfe"]
 
     def copier(self) -> Callable[[], Run]:
         # the forward process has no weights, so the object is reused

@@ -24,7 +24,13 @@ from ddiff.runs.kinds import find_kind
 from ddiff.runs.trainable import TrainableRun
 from ddiff.training.learning_rate import WarmupConstant, WarmupCosine
 from ddiff.training.protocols import Backend, Batch, Tracker
-from ddiff.training.settings import Provenance, TrainerSettings, TrainingSummary, Validation
+from ddiff.training.settings import (
+    Preview,
+    Provenance,
+    TrainerSettings,
+    TrainingSummary,
+    Validation,
+)
 from ddiff.training.tracker import NoTracker
 from ddiff.training.trainer import Trainer
 
@@ -118,9 +124,8 @@ class TrainingSession(Generic[R]):
             with self.backend.main_process_first():
                 self.run.read_validation()
         self.distribute()
-        trainer = self.trainer(
-            tracker=tracker
-        )  # after wrapping: the optimizer takes the wrapped parameters
+        # after wrapping: the optimizer takes the wrapped parameters
+        trainer = self.trainer(tracker=tracker, preview=self._preview())
         with closing(self._batches):
             if start is not None:
                 trainer.check_fit(start)
@@ -160,11 +165,13 @@ class TrainingSession(Generic[R]):
         folder: Path | None = None,
         end: int | None = None,
         tracker: Tracker | None = None,
+        preview: Preview | None = None,
     ) -> Trainer:
         """Build the trainer of the recipe.
 
         If `folder` and `end` are not None, they replace the run directory and the last step. A
         replay of recorded steps passes both. `tracker`: logger of the metrics; None for no logger.
+        `preview`: samples that are drawn during training; None for none.
         """
         keys = self.recipe.train
         objective = self.run.objective
@@ -184,6 +191,7 @@ class TrainingSession(Generic[R]):
             multiplier=multiplier,
             tracker=tracker,
             validation=self._validation(),
+            preview=preview,
             provenance=self._provenance(),
         )
 
@@ -227,6 +235,15 @@ class TrainingSession(Generic[R]):
         if every is None:
             return None
         return Validation(every, self._validate, self.run.uses_ema)
+
+    def _preview(self) -> Preview | None:
+        every = self.recipe.sample.every
+        if every is None:
+            return None
+        return Preview(every, self._draw_preview, self.run.uses_ema)
+
+    def _draw_preview(self) -> tuple[Mapping[str, Any], str]:
+        return self.run.draw_preview()
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
         return self.run.score_validation()

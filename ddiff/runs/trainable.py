@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,18 @@ from torch import nn
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints, load_weights
 from ddiff.core.rng import CounterRng
+from ddiff.progress import hide_progress
 from ddiff.recipe.model import BaseRecipe
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.training.protocols import Batch, Objective
+
+PREVIEW_STEPS = 16  # largest number of sampling steps of a sample during training
+SHOWN_CHARACTERS = 120  # of a text on the terminal
+
+
+def count_preview_steps(recipe: BaseRecipe) -> int:
+    """Return the number of sampling steps of a sample during training."""
+    return min(PREVIEW_STEPS, recipe.sample.steps)
 
 
 class TrainingData(Protocol):
@@ -88,6 +98,41 @@ class TrainableRun(ABC):
     @abstractmethod
     def score_validation(self) -> tuple[Mapping[str, float], str]:
         """Evaluate the validation samples. Return metrics by name, and one line of text."""
+
+    @abstractmethod
+    def sample_texts(self, steps: int) -> tuple[Mapping[str, str], int]:
+        """Draw one sample in `steps` steps, with the seed of the recipe.
+
+        Returns the texts by the name of their field ("text" in a text run), and the number of
+        network evaluations.
+        """
+
+    def draw_preview(self) -> tuple[Mapping[str, Any], str]:
+        """Draw a sample during training. Return a record and one line of text.
+
+        The random numbers are always the same, so that two samples differ only by the training.
+        """
+        steps = count_preview_steps(self.recipe)
+        stance: AbstractContextManager[None] = nullcontext()
+        if self.recipe.backend_keys.compile:
+            # One sample has other shapes than a training batch, and would trigger compilations.
+            stance = torch.compiler.set_stance("force_eager")
+        with hide_progress(), stance:
+            texts, nfe = self.sample_texts(steps)
+        shown = []
+        for text in texts.values():
+            line = " ".join(text.split())
+            if len(line) > SHOWN_CHARACTERS:
+                line = f"{line[:SHOWN_CHARACTERS]} ..."
+            shown.append(line)
+        record = {
+            "texts": dict(texts),
+            "steps": steps,
+            "nfe": nfe,
+            "seed": self.recipe.sample.seed,
+            "weights": "ema" if self.uses_ema else "trained",
+        }
+        return record, f"sample: {' | '.join(shown)}"
 
     @abstractmethod
     def copier(self) -> Callable[[], Any]:

@@ -60,6 +60,24 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """Sample that is drawn at regular intervals during training.
+
+    Args:
+        every: number of steps between two samples.
+        draw: callable without arguments that returns a pair: a record for training_samples.jsonl,
+            and a sentence to print. Rank 0 calls `draw`. If the module is sharded, every rank calls
+            it at the same step, because the forward pass of a sharded module needs all ranks.
+        of_average: whether to sample with the exponential moving average of the weights, if the run
+            has one, instead of the weights.
+    """
+
+    every: int
+    draw: Callable[[], tuple[Mapping[str, Any], str]]
+    of_average: bool = False
+
+
+@dataclass(frozen=True)
 class TrainerSettings:
     """Sizes and intervals of a training run.
 

@@ -23,8 +23,8 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, final
 
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.data.prefetch import Prefetcher
-from ddiff.errors import ArgumentError, CheckpointError, NonFiniteError
+from ddiff.errors import ArgumentError, CheckpointError, DdiffError, NonFiniteError
 from ddiff.progress import Progress, show_progress
 from ddiff.run_dir.files import CHECKPOINTS
 from ddiff.run_dir.identity import check_fingerprints
@@ -43,9 +43,16 @@ from ddiff.training.ema import ExponentialMovingAverage
 from ddiff.training.learning_rate import WarmupConstant
 from ddiff.training.metrics import MetricsFile, StepRecord, check_metrics, summarize
 from ddiff.training.optimizers import step_if
+from ddiff.training.preview import PreviewFile, is_sharded
 from ddiff.training.protocols import Backend, Batch, Objective, Optimizer, Tracker
 from ddiff.training.run_state import RunState, get_random_state, set_random_state
-from ddiff.training.settings import Provenance, TrainerSettings, TrainingSummary, Validation
+from ddiff.training.settings import (
+    Preview,
+    Provenance,
+    TrainerSettings,
+    TrainingSummary,
+    Validation,
+)
 from ddiff.training.signals import StopSignals
 from ddiff.training.tracker import NoTracker
 
@@ -87,6 +94,7 @@ class Trainer:
         tracker: logger that receives the metrics in addition to metrics.jsonl.
         validation: evaluation during training. The trained weights are bitwise identical with and
             without validation.
+        preview: samples during training, which do not influence the trained weights either.
         provenance: origin of components and data, stored in the checkpoints.
 
     A step whose loss or gradient norm is not finite changes neither parameters nor optimizer state
@@ -106,6 +114,7 @@ class Trainer:
         multiplier: Callable[[int], float] | None = None,
         tracker: Tracker | None = None,
         validation: Validation | None = None,
+        preview: Preview | None = None,
         provenance: Provenance | None = None,
     ) -> None:
         self.objective = objective
@@ -118,6 +127,7 @@ class Trainer:
         self.multiplier = multiplier or WarmupConstant()
         self.tracker: Tracker = tracker or NoTracker()
         self.validation = validation
+        self.preview = preview
         self.provenance = provenance or Provenance()
         self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", settings.keep)
         self.ema: ExponentialMovingAverage | None = None
@@ -329,6 +339,9 @@ class _Loop:
         self.state = state
         self.end = end  # the step after which this call stops
         self.file = file
+        self.preview_file: PreviewFile | None = None
+        if self.backend.rank == 0:
+            self.preview_file = PreviewFile(trainer.run_dir, state.step)
         self.on_step = on_step
         self.checkpoint = checkpoint  # path of the newest checkpoint
         self.saved_step = state.step  # step of the newest checkpoint, 0 if there is none
@@ -408,6 +421,8 @@ class _Loop:
         # waits before it sends SIGKILL.
         if self._is_validated(record.step) and not self._is_stopping():
             figures = self._validate(bar)
+        if self._is_previewed(record.step):
+            self._draw_preview(bar)
         if self.file:
             self.file.append(record, figures)
         if self.state.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
@@ -455,11 +470,17 @@ class _Loop:
         validation = self.trainer.validation
         return validation is not None and step % validation.every == 0
 
+    def _is_previewed(self, step: int) -> bool:
+        preview = self.trainer.preview
+        return preview is not None and step % preview.every == 0
+
     def _is_reported(self, step: int) -> bool:
         return step == self.end or step % self.settings.log_every == 0
 
     def _is_due(self, step: int) -> bool:
-        return self._is_saved(step) or self._is_validated(step) or self._is_reported(step)
+        if self._is_saved(step) or self._is_reported(step):
+            return True
+        return self._is_validated(step) or self._is_previewed(step)
 
     def _save_if_due(self) -> None:
         is_due = self._is_stopping() or self._is_saved(self.state.step)
@@ -468,30 +489,52 @@ class _Loop:
             self.saved_step = self.state.step
 
     def _validate(self, bar: Progress) -> Mapping[str, float]:
-        """Evaluate the weights or their exponential moving average, and return the metrics.
-
-        Training mode and random state are restored, so that the trained weights are bitwise
-        identical with and without validation.
-        """
+        """Evaluate the weights or their exponential moving average, and return the metrics."""
         validation = self.trainer.validation
         assert validation is not None
-        module = self.backend.unwrap(self.trainer.objective.module)
-        random_state = get_random_state(self.backend.device)
-        weights: AbstractContextManager[None] = nullcontext()
-        if self.trainer.ema and validation.of_average:
-            weights = self.trainer.ema.apply()
-        with weights, self.backend.gather_weights(module):
+        with self._use_weights(validation.of_average):
             try:
                 figures, sentence = validation.score()
             except NonFiniteError as error:  # reported, but not a reason to end the run
                 figures, sentence = {}, str(error)
-        self.trainer.objective.module.train()
-        set_random_state(random_state, self.backend.device)
         if self.backend.rank == 0 and figures:
             self.trainer.tracker.log(self.state.step, figures)
         bar.note(f"step {self.state.step}: {sentence}")
         self.last_read = time.monotonic()  # tokens per second exclude the evaluation
         return figures
+
+    def _draw_preview(self, bar: Progress) -> None:
+        """Draw a sample, write it to training_samples.jsonl, and print it."""
+        preview = self.trainer.preview
+        assert preview is not None
+        if self.backend.rank > 0 and not is_sharded(self.trainer.objective.module):
+            return  # no other rank has to take part
+        with self._use_weights(preview.of_average):
+            try:
+                record, sentence = preview.draw()
+            except DdiffError as error:  # reported, but not a reason to end the run
+                record, sentence = {}, str(error)
+        if self.preview_file and record:
+            self.preview_file.append(self.state.step, record)
+        bar.note(f"step {self.state.step}: {sentence}")
+        self.last_read = time.monotonic()  # tokens per second exclude the sample
+
+    @contextmanager
+    def _use_weights(self, of_average: bool) -> Iterator[None]:
+        """Evaluate or sample in a `with` block, with the weights or their moving average.
+
+        Training mode and random state are restored, so that the trained weights are bitwise
+        identical with and without the block.
+        """
+        module = self.backend.unwrap(self.trainer.objective.module)
+        random_state = get_random_state(self.backend.device)
+        weights: AbstractContextManager[None] = nullcontext()
+        if self.trainer.ema and of_average:
+            weights = self.trainer.ema.apply()
+        with weights, self.backend.gather_weights(module):
+            yield
+        self.trainer.objective.module.train()
+        set_random_state(random_state, self.backend.device)
 
     def _report(self, bar: Progress) -> None:
         """Advance the progress bar. If a report is due, log the means since the last report."""

@@ -50,6 +50,7 @@ from ddiff.runs.report.markup import element, json_script
 from ddiff.runs.report.page import make_page, write_report
 from ddiff.runs.report.raster import draw_png
 from ddiff.runs.report.run_files import read_runs
+from ddiff.runs.report.training_samples import choose_evenly
 from ddiff.runs.report.trajectories import Trajectory, read_trajectories, to_json
 
 VOID = {"meta", "link", "img", "input"}
@@ -66,7 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with working_in(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
         every = "evaluate.every=5"
-        api.run("small.toml", settings=['name="tree"', "train.steps=12", every])
+        drawn = "sample.every=6"
+        api.run("small.toml", settings=['name="tree"', "train.steps=12", every, drawn])
         api.run("small.toml", settings=[*FLAT, 'name="flat"', "train.steps=12", every])
         Path("digits.toml").write_text(DIGITS)
         api.run("digits.toml")
@@ -132,6 +134,7 @@ def test_report_names_all_runs_and_has_every_section(place: Path, ddiff: Command
         "evaluation",
         "trajectories",
         "samples",
+        "training-samples",
         "pictures",
         "confusions",
         "clusters",
@@ -348,6 +351,25 @@ def test_report_shows_the_formulas_of_the_process(place: Path, ddiff: Command) -
     text = out.read_text()
     assert "process: mdlm" in text
     assert "q<sub>t</sub>(.|x) = α<sub>t</sub> δ<sub>x</sub>" in text
+
+
+def test_report_shows_the_samples_during_training(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    write_report([place / "tree", place / "flat"], path)
+    page = Page(path.read_text())
+    lines = (place / "tree/training_samples.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [line["step"] for line in found] == [6, 12]
+    for line in found:
+        assert f"step {line['step']}" in page.texts
+        assert line["texts"]["text"] in "".join(page.texts)
+
+
+def test_samples_during_training_are_chosen_evenly() -> None:
+    samples = [{"step": step} for step in range(1, 101)]
+    chosen = [sample["step"] for sample in choose_evenly(samples, 12)]
+    assert chosen == [1, 10, 19, 28, 37, 46, 55, 64, 73, 82, 91, 100]
+    assert choose_evenly(samples[:3], 12) == samples[:3]
 
 
 # ---------------------------------------------------------------------- mistakes

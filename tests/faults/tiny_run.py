@@ -53,6 +53,7 @@ batch = 16
 [sample]
 steps = 2
 count = 2
+every = 2
 """
 
 

@@ -205,8 +205,8 @@ REPLACED = [
         '[sample]\npath = "shared"\n',
         '[sample]\nsampler = "ancestral"\n',
         '[sample] has no key "sampler". Valid keys: path, steps, count, given, batch, seed, '
-        "targets, unnamed, update, guidance. In a recipe with fields, this key belongs to the "
-        "tables [fields.NAME].",
+        "every, targets, unnamed, update, guidance. In a recipe with fields, this key belongs to "
+        "the tables [fields.NAME].",
     ),
     (
         '[sample]\npath = "shared"\n',

@@ -51,6 +51,27 @@ def check_stages(
         target = parse_target(text, names)
         sampler = build_joint_sampler(recipe, shapes, target)
         check_target(model, sampler, target, lacking)
+    check_preview(recipe)
+
+
+def find_text_target(recipe: FieldsRecipe) -> Target | None:
+    """Return the first target of [sample] targets that draws a text, or None."""
+    for text in recipe.sample.targets:
+        target = parse_target(text, list(recipe.fields))
+        if any(recipe.fields[name].tokenizer is not None for name in target.drawn):
+            return target
+    return None
+
+
+def check_preview(recipe: FieldsRecipe) -> None:
+    """Raise ArgumentError if [sample] every is set and no target draws a text."""
+    every = recipe.sample.every
+    if every is not None and find_text_target(recipe) is None:
+        raise ArgumentError(
+            f"[sample] every = {every} shows texts during training, but no target of [sample] "
+            f"targets ({', '.join(recipe.sample.targets)}) draws a field of texts. Leave the key "
+            "out, or add such a target."
+        )
 
 
 def check_targets(recipe: FieldsRecipe) -> None:
@@ -73,6 +94,7 @@ def check_targets(recipe: FieldsRecipe) -> None:
         target = parse_target(text, names)
         along = target.path(path, recipe.sample.unnamed)
         require(along, trained, f'[sample] targets, "{target}"')
+    check_preview(recipe)
 
 
 def check_through(

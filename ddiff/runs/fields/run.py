@@ -20,7 +20,7 @@ from ddiff.data.fields_batch import FieldsBatch
 from ddiff.nn.joint_denoiser import JointDenoiser
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.fields.build import FieldsModel, assemble_fields, shapes_of
-from ddiff.runs.fields.checks import check_stages
+from ddiff.runs.fields.checks import check_stages, find_text_target
 from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.evaluation import Bounds, TargetEvaluation
 from ddiff.runs.fields.noising import sample_noising_of_fields
@@ -158,6 +158,16 @@ class FieldsRun(TrainableRun):
                 head: Any = self.denoiser.heads[name]
                 head.start_from_counts(counts)
         return None
+
+    def sample_texts(self, steps: int) -> tuple[Mapping[str, str], int]:
+        target = find_text_target(self.recipe)
+        assert target is not None, "check_stages refuses [sample] every without a text"
+        (sample,) = self.sample(1, str(target), steps=steps)
+        texts = {}
+        for name in target.drawn:
+            if "text" in sample["fields"][name]:
+                texts[name] = sample["fields"][name]["text"]
+        return texts, sample["nfe"]
 
     def rng_at(self, step: int, batch: FieldsBatch) -> CounterRng:
         return CounterRng(self.recipe.seed, step, batch.index, 1)

@@ -41,6 +41,7 @@ from ddiff.runs.report.sections import (
     section,
 )
 from ddiff.runs.report.tables import run_label
+from ddiff.runs.report.training_samples import make_training_samples
 from ddiff.runs.report.trajectories import AnyTrajectory
 
 GENERATOR = "ddiff report"
@@ -140,6 +141,7 @@ def make_page(
         "pareto": ("Quality, diversity and cost of samples", make_pareto(runs)),
         "trajectories": ("Sampling, step by step", _make_player(extras.trajectories)),
         "samples": ("Samples", make_samples(runs)),
+        "training-samples": ("Samples during training", make_training_samples(runs)),
         "pictures": ("Pictures", make_pictures(runs)),
         "confusions": ("What is confused with what", make_confusions(confusions)),
         "clusters": ("Clusters of tokens", make_clusters(confusions)),

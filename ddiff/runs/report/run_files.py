@@ -22,6 +22,7 @@ from ddiff.run_dir.files import (
     RECIPE,
     SAMPLES,
     SAMPLING,
+    TRAINING_SAMPLES,
     RunRecord,
     read_json,
     read_json_lines,
@@ -104,6 +105,7 @@ class ReportedRun:
     metrics: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
+    training_samples: Sequence[Mapping[str, Any]]
     sampling: Mapping[str, Any]
     judged: Mapping[str, Any]
     generation: Mapping[str, Any]
@@ -133,6 +135,7 @@ class ReportedRun:
             metrics=read_json_lines(directory / METRICS),
             evaluation=read_json(directory / EVALUATION),
             samples=read_json_lines(directory / SAMPLES),
+            training_samples=read_json_lines(directory / TRAINING_SAMPLES),
             sampling=read_json(directory / SAMPLING),
             judged=read_json(directory / JUDGED),
             generation=read_json(directory / GENERATION),
