@@ -27,6 +27,9 @@ JUDGE_NAMES = ("judge", "revision", "step", "weights")
 SHOWN_SAMPLING = ("sampler.kind", "sampler.temperature", "steps", "nfe")
 """Settings of the sampler that have a column."""
 
+LIKELIHOOD_SETTINGS = ("length", "unit", "tokenizer", "data")
+"""Settings that the evaluation of the likelihood has too."""
+
 Interval = tuple[float, float]
 
 
@@ -214,9 +217,21 @@ def _describe_command(records: Mapping[Path, GenerationRecord]) -> str:
 
 
 def describe_generation_settings(common: Mapping[str, Any]) -> str:
-    """Return a sentence on the settings that are equal for all samples."""
-    settings = [f"{name} {value}" for name, value in common.items()]
-    return f"Samples evaluated alike: {', '.join(settings)}."
+    """Return a sentence on the settings that are equal for all samples.
+
+    Settings that are also those of the likelihood are left out.
+    """
+    own = []
+    judge = []
+    for name, value in common.items():
+        if name.startswith("judge"):
+            judge.append(f"{name.removeprefix('judge.')} {value}")
+        elif name not in LIKELIHOOD_SETTINGS:
+            own.append(f"{name} {value}")
+    parts = [", ".join(own)]
+    if judge:
+        parts.append(", ".join(judge))
+    return f"Samples evaluated alike: {'; '.join(parts)}."
 
 
 def note_sampling_differences(records: Mapping[Path, GenerationRecord]) -> list[str]:

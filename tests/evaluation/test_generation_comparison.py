@@ -13,6 +13,7 @@ from ddiff.evaluation.compared_run import select_settings
 from ddiff.evaluation.generation_comparison import (
     Generated,
     Value,
+    describe_generation_settings,
     find_common_generation,
     note_sampling_differences,
 )
@@ -154,6 +155,16 @@ def test_error_about_different_settings_has_the_command_that_makes_them_equal() 
     command = "ddiff eval RUN_DIR --generate --count 8 --judge runs/judge --no-retokenize"
     assert command in str(caught.value)
     assert "--no-generation" in str(caught.value)
+
+
+def test_common_settings_are_described_without_those_of_the_likelihood() -> None:
+    common = find(make_record())
+    assert common is not None
+    assert describe_generation_settings(common) == (
+        "Samples evaluated alike: count 8; judge runs/judge, model weights, tokenizer pieces, "
+        "dtype float32, window 64, stride 32, first_token scored after the mask, "
+        "special_tokens end mark between documents, retokenized True."
+    )
 
 
 # ---------------------------------------------------------------------- settings of the sampler

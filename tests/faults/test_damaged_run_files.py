@@ -81,6 +81,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "sample": ("sample", "runs/tiny", "--count", "1"),
     "export": ("export", "runs/tiny", "weights.safetensors"),
     "compare": ("compare", "runs/tiny"),
+    "report": ("report", "runs/tiny", "--draws", "0"),
     "verify": ("run", "tiny.toml", "--verify-resume", "1"),
     "init": (
         "run",
@@ -92,7 +93,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         'train.init={run="runs/tiny"}',
     ),
 }
-READS_NO_DATA = ("dry run", "export", "compare", "sample")
+READS_NO_DATA = ("dry run", "export", "compare", "report", "sample")
 
 
 def damage_file(run_dir: Path, file: str, kind: str) -> None:
@@ -169,6 +170,15 @@ def complete_run(run_dir: Path, generation: str) -> Path:
     """Copy of the finished run, with every file that a run of one text may have."""
     (run_dir / GENERATION).write_text(generation)
     return run_dir
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+@pytest.mark.parametrize("kind", WORST)
+def test_commands_name_a_damaged_record_of_samples(
+    kind: str, command: str, complete_run: Path, ddiff: Command
+) -> None:
+    damage_file(complete_run, GENERATION, kind)
+    assert is_refusal(ddiff(*COMMANDS[command]), GENERATION, "--generate to write it again")
 
 
 def read_file(path: Path) -> Any:
