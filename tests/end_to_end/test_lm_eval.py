@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 from commands import Command, refusal
+from exact import exact_network, ids_of, row_nats
 from small import CORPUS, working_in
 from torch import Tensor
 
 import ddiff as api
-from ddiff.core.times import Noisy
+from ddiff.core.times import FlatTimes, Noisy, TimeRule, WindowTimes
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.chain_rule import chain_rule_nll
-from ddiff.evaluation.conditional import Continuation, error_of_draws
+from ddiff.evaluation.conditional import ConditionalScorer, Continuation, error_of_draws
+from ddiff.evaluation.likelihood import Scored
+from ddiff.lm_eval import main
 from ddiff.nn.network import as_network
+from ddiff.progress import show_progress
 from ddiff.run_dir.evaluation_record import EvaluationRecord
 from ddiff.runs.lm_eval import harness
 from ddiff.runs.lm_eval.requests import Encoder, Limits, make_generation, split_windows
@@ -296,6 +301,68 @@ def test_answers_do_not_depend_on_the_batch(masked: Run) -> None:
     assert [nats for nats, _ in first] == pytest.approx([nats for nats, _ in second], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FlatTimes(),
+        WindowTimes(3, "block", paired=True),
+        WindowTimes(3, "slide", paired=True),
+    ],
+    ids=["flat", "blocks", "slide"],
+)
+def test_conditional_bound_holds_for_every_time_rule(rule: TimeRule) -> None:
+    """With exact predictions the bound of each row is its -ln p, up to the end cost.
+
+    The end terms take the positions of a block as independent, which changes the mean by less than
+    0.02 nats in the window [0.001, 0.999]. The context ends within a block of 3 positions.
+    """
+    process = api.MixtureProcess(
+        api.FlatVocabulary(4), api.LinearSchedule(), api.mask_distribution(api.FlatVocabulary(4))
+    )
+    source = api.MarkovSource(4, peakedness=1.0, seed=4)
+    rows = ids_of(source, 3, 16)
+    objective = OfNetwork(process, exact_network(process, source))
+    scorer = ConditionalScorer(
+        objective,
+        lambda tokens: rule.with_window(1e-3, 0.999, tokens),
+        longest=16,
+        draws=1600,
+        batch=2048,
+    )
+    continuations = [
+        Continuation(tuple(row[:4]), tuple(row[4:]), str(number))
+        for number, row in enumerate(rows.tolist())
+    ]
+    with show_progress(None, "scoring") as bar:
+        nats = scorer.score(continuations, bar)
+    exact = (row_nats(source, rows) - row_nats(source, rows[:, :4])).numpy()
+    assert np.all(np.abs(nats.mean(-1) - exact) < 4 * error_of_draws(nats) + 0.02)
+    assert float(error_of_draws(nats).max()) < 0.1 * exact.min()
+
+
+class OfNetwork(Scored):
+    """Objective with a given network in place of a denoiser."""
+
+    def __init__(self, process: api.ForwardProcess, network: api.Network) -> None:
+        self.process = process
+        self.network = network
+
+    def nll(self, batch: Any, rng: Any, slot: Tensor, slots: Any, times: Any) -> api.Likelihood:
+        terms = api.nelbo(
+            self.process, self.network, batch.ids, batch.scored, times, rng, slot, slots
+        )
+        return api.Likelihood(terms.by_name(), {})
+
+
+def test_conditions_of_a_run_are_given_for_all_requests(labelled: Run) -> None:
+    request = pairs(("ab", "ba"))
+    free = RequestScorer(labelled, Settings(draws=2, greedy="never")).score_pairs(request)
+    given = Settings(draws=2, greedy="never", conditions={"kind": 1})
+    assert RequestScorer(labelled, given).score_pairs(request) != free
+    with pytest.raises(ArgumentError, match="conditions"):
+        RequestScorer(labelled, Settings(conditions={"kinds": 1}))
+
+
 # ---------------------------------------------------------------------- generation
 
 
@@ -529,6 +596,25 @@ def test_command_prints_figures_and_refuses_what_cannot_be_evaluated(
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     absent = ddiff("lm-eval", "runs/masked", "--tasks", "toy_choice", *shared)
     assert "pip install 'discrete-diffusion[lm-eval]'" in refusal(absent)
+
+
+def test_command_of_the_harness_knows_the_model(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager = pytest.importorskip("lm_eval.tasks", reason=NEEDS).TaskManager
+    few = partialmethod(manager.__init__, include_defaults=False)
+    monkeypatch.setattr(manager, "__init__", few)
+    arguments = "--model ddiff --tasks toy_choice --include_path tasks --limit 2 --model_args"
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments.split(), "run=runs/masked,draws=2"])
+    main()
+    written = capsys.readouterr()
+    assert "toy_choice" in written.out
+    assert "ddiff: 5 loglikelihood requests" in written.err
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments.split(), "run=runs/none"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "runs/none is not a run directory" in capsys.readouterr().err
 
 
 def test_chat_templates_are_refused(exact: Run) -> None:
