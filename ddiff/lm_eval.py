@@ -1,6 +1,6 @@
 """Command line of the lm-evaluation-harness, with the model `ddiff`.
 
-    python -m ddiff.lm_eval --model ddiff --model_args run=runs/NAME,draws=16 --tasks TASK
+    python -m ddiff.lm_eval --model ddiff --model_args run=runs/NAME,draws=64 --tasks TASK
 
 The harness finds only models that are registered in its own process, so the command `lm_eval` does
 not know this model. All options are those of `lm_eval`.

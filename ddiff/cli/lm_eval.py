@@ -73,7 +73,7 @@ OutFile = Annotated[
 def evaluate_tasks(
     run_dir: RunDir,
     tasks: Tasks,
-    draws: Draws = 16,
+    draws: Draws = 64,
     include_path: IncludePath = None,
     limit: Limit = None,
     num_fewshot: Examples = None,

@@ -155,7 +155,7 @@ class Run(TrainableRun):
     def lm_eval(
         self,
         tasks: str | Sequence[str],
-        draws: int = 16,
+        draws: int = 64,
         *,
         num_fewshot: int | None = None,
         limit: float | None = None,

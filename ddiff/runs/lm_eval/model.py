@@ -35,7 +35,7 @@ class HarnessModel(LM):
     def __init__(
         self,
         run: str | Run,
-        draws: int = 16,
+        draws: int = 64,
         seed: int | None = None,
         batch: int | None = None,
         truncate: bool = False,

@@ -62,7 +62,7 @@ class Settings:
         conditions: name of a condition -> label or vector, for all requests.
     """
 
-    draws: int = 16
+    draws: int = 64
     seed: int | None = None
     batch: int | None = None
     truncate: bool = False
