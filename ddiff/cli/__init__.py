@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddiff.cli import components, evaluation, lm_eval, sampling, training
+from ddiff.cli import components, doctor, evaluation, lm_eval, sampling, training
 from ddiff.cli.app import app
 from ddiff.cli.process import main
 
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": evaluation.compare_runs,
     "pareto": evaluation.pareto,
     "report": evaluation.report,
+    "doctor": doctor.doctor,
     "check": components.check,
     "plugins": components.plugins,
     "recipes": components.recipes,

@@ -197,7 +197,12 @@ def report(
 
 def pareto(
     run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of trained text runs.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...",
+            help="Directories of trained text runs.",
+            autocompletion=complete_run_dir,
+        ),
     ],
     judge: SweepJudge = None,
     steps: SweepSteps = None,

@@ -264,7 +264,7 @@ def _divide_cores(workers: int) -> dict[str, str]:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return {}
-    cores = _count_cores()
+    cores = count_cores()
     return {"OMP_NUM_THREADS": str(max(1, cores // workers)), _CORES: str(cores)}
 
 
@@ -274,7 +274,8 @@ def _find_free_port() -> int:
         return free.getsockname()[1]
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))  # a container may have fewer cores than the machine
     return os.cpu_count() or 1

@@ -100,13 +100,14 @@ def test_help_option_lists_every_command(capsys):
             "data",
             "encode",
             "lm-eval",
+            "doctor",
             "pareto",
             "plugins",
             "recipes",
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 13
+    assert len(app.registered_commands) == 14
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):
