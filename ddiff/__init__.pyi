@@ -114,6 +114,8 @@ from .data.tokenizer import WordTokenizer as WordTokenizer
 from .data.tokenizer import load_tokenizer as load_tokenizer
 from .distributed.data_parallel import DistributedBackend as DistributedBackend
 from .distributed.data_parallel import ShardedBackend as ShardedBackend
+from .distributed.ranks import Ranks as Ranks
+from .distributed.ranks import connect_ranks as connect_ranks
 from .distributed.single import SingleBackend as SingleBackend
 from .errors import ArgumentError as ArgumentError
 from .errors import CheckpointError as CheckpointError

@@ -24,7 +24,14 @@ class Commands(TyperGroup):
       look like a passed check.
     - EOFError at the end of an input file: typer would print only "Aborted.".
     - BrokenPipeError after the reader closed a pipe: typer would exit with 1 and print no message.
+
+    The object of the context is the list of arguments, so that a command can launch itself in
+    several processes.
     """
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        extra.setdefault("obj", list(args))  # copied, since parsing empties the list
+        return super().make_context(info_name, args, *rest, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         try:

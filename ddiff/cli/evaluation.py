@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ddiff.cli.completion import complete_run_dir, complete_sampler
+from ddiff.cli.launching import launch_for_run
 from ddiff.cli.options import (
     MOST,
     DocumentSplit,
@@ -19,6 +20,7 @@ from ddiff.cli.options import (
     Published,
     PublishedPaper,
     RunDir,
+    RunProcesses,
     SamplerSettings,
     SamplingBatch,
     SamplingSeed,
@@ -33,6 +35,7 @@ from ddiff.errors import ArgumentError
 
 
 def evaluate(
+    context: typer.Context,
     run_dir: RunDir,
     settings: EvaluateSettings = None,
     out: Annotated[
@@ -59,6 +62,7 @@ def evaluate(
     protocol: ProtocolName = None,
     published: Published = False,
     program: PublishedPaper = None,
+    processes: RunProcesses = None,
 ) -> None:
     """Evaluate the likelihood bound of a trained run on the validation text, or on other text.
 
@@ -75,6 +79,7 @@ def evaluate(
                 "--generate evaluates samples, so it excludes --until, --data, --protocol, "
                 "--published and --program. Remove --generate to evaluate a text."
             )
+        launch_for_run(context, run_dir, processes)
         from ddiff.runs.generation import generate_and_evaluate
 
         generate_and_evaluate(
@@ -90,6 +95,7 @@ def evaluate(
     for name, value in only_generate.items():
         if value is not None and value is not False:
             raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
+    launch_for_run(context, run_dir, processes)
     from ddiff.runs.evaluation_report import evaluate_run
     from ddiff.runs.kinds import EvaluationOptions
 

@@ -48,6 +48,15 @@ SamplerSettings = Annotated[
 ]
 
 # Options of `ddiff eval`.
+RunProcesses = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        metavar="N",
+        help="Processes that divide the work; by default those of the training.",
+    ),
+]
 Until = Annotated[
     float | None,
     typer.Option(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from ddiff.cli.launching import launch_for_run
 from ddiff.cli.options import (
     AnimationFile,
     Conditions,
@@ -21,6 +24,7 @@ from ddiff.cli.options import (
     PromptFile,
     Prompts,
     RunDir,
+    RunProcesses,
     SampleCount,
     SamplerKind,
     SamplerSettings,
@@ -35,6 +39,7 @@ from ddiff.errors import ArgumentError, shorten
 
 
 def sample(
+    context: typer.Context,
     run_dir: RunDir,
     count: SampleCount = None,
     steps: SamplingSteps = None,
@@ -59,6 +64,7 @@ def sample(
     watch: WatchSamples = False,
     trajectory: TrajectoryFile = None,
     gif: AnimationFile = None,
+    processes: RunProcesses = None,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
 
@@ -77,6 +83,8 @@ def sample(
     others = [*_keep_given(prompt=prompt, prompts=prompts, infill=infill, count=count), *further]
     chosen = _keep_given(ratio=ratio, mode=mode, toward=toward)
     _check_edit_options(edit, others, list(chosen))
+    if not watch and trajectory is None and gif is None:  # states are recorded in one process
+        launch_for_run(context, run_dir, processes)
     shared: dict[str, Any] = {
         "steps": steps,
         "seed": seed,

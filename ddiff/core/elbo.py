@@ -81,10 +81,14 @@ class Likelihood:
         terms: name of each term of the bound -> values [B,L].
         parts: name of each part of the diffusion term (for example a level of the tree) -> values
             [B,L].
+        time_bins: [B,L] long, bin of information time in which the diffusion term of each position
+            was drawn (`ddiff.core.information.find_time_bins`). None: there is no such term, or the
+            times are unknown.
     """
 
     terms: Mapping[str, Tensor]
     parts: Mapping[str, Tensor]
+    time_bins: Tensor | None = None
 
     def __repr__(self) -> str:
         parts = ", ".join(self.parts) or "none"

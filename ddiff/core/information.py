@@ -38,6 +38,9 @@ from ddiff.core.numerics import EARLIEST, LATEST, Constant, find_rows
 
 TimeFunction = Callable[[Tensor], Tensor]
 
+TIME_BINS = 8
+"""Number of equal bins of information time into which the diffusion term is divided."""
+
 # Number of knots. They are evenly spaced in logit t, because processes change slowly with logit t.
 KNOTS = 257
 # If logit tau rises by more than this number between two knots, knots are inserted.
@@ -76,6 +79,17 @@ class TimeChange(Protocol):
         With these draws, the estimate of the bound of a sequence of `length` tokens has the least
         variance.
         """
+
+
+def find_time_bins(clock: TimeChange, t: Tensor, count: int = TIME_BINS) -> Tensor:
+    """Return the index of the bin of information time of each time t, from 0 to count - 1.
+
+    Bin k contains the times with k / count <= tau(t) < (k + 1) / count; the last bin also contains
+    tau = 1. `clock` maps information time tau to time t.
+    """
+    tau = torch.arange(1, count, dtype=torch.float64, device=t.device) / count
+    edges, _ = clock.at(tau)
+    return torch.bucketize(t.double(), edges, right=True)
 
 
 @final

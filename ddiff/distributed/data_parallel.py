@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddiff.distributed.allocator import keep_freed_memory
 from ddiff.distributed.blocks import find_blocks
 from ddiff.distributed.launcher import check_address, get_rank_info
-from ddiff.distributed.single import clip_grad_norm, resolve_device
+from ddiff.distributed.single import choose_device, clip_grad_norm, resolve_device
 from ddiff.errors import ArgumentError
 
 _PREPARING = timedelta(days=7)  # timeout of the other ranks while rank 0 prepares data
@@ -62,8 +62,8 @@ class _RankBackend:
             )
         self.rank = info.rank
         self.world_size = info.world_size
-        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        self.device = resolve_device(f"cuda:{info.local_rank}" if on_gpu else "cpu")
+        self.device = resolve_device(choose_device(device, info.local_rank))
+        on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
         else:

@@ -24,7 +24,6 @@ from ddiff.errors import ArgumentError, shorten
 
 MISTAKE = 2  # exit code for an error that the user can fix
 GRACE = 5.0  # seconds until the other workers are killed after one worker has failed
-_CORES = "DDIFF_LAUNCH_CORES"  # number of cores, which are divided among the workers
 _REPORTS = "DDIFF_LAUNCH_REPORTS"  # folder in which a worker writes its error message
 
 
@@ -79,15 +78,6 @@ def _read_number(name: str) -> int:
             f"0; got {shorten(written)!r}. Unset {name} to run one process."
         )
     return int(written)
-
-
-def get_machine_cores() -> int | None:
-    """Return the number of cores of the machine, for a worker that `launch` started.
-
-    Each worker uses only a part of the cores while the other workers run. Return None if the
-    launcher did not divide the cores.
-    """
-    return int(os.environ[_CORES]) if _CORES in os.environ else None
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -264,8 +254,7 @@ def _divide_cores(workers: int) -> dict[str, str]:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return {}
-    cores = count_cores()
-    return {"OMP_NUM_THREADS": str(max(1, cores // workers)), _CORES: str(cores)}
+    return {"OMP_NUM_THREADS": str(max(1, count_cores() // workers))}
 
 
 def _find_free_port() -> int:

@@ -70,6 +70,22 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return norm
 
 
+def choose_device(name: str, local_rank: int) -> str:
+    """Return the device of one of several processes: its own GPU, or the CPU.
+
+    `name` is the device of the recipe, and `local_rank` the rank of the process on its machine.
+    """
+    on_gpu = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+    count = torch.cuda.device_count()
+    if on_gpu and 0 < count <= local_rank:
+        raise ArgumentError(
+            "The processes on a machine need one GPU each; got a process with local rank "
+            f"{local_rank}, and torch finds {count} GPUs. Use fewer processes: --processes of "
+            "ddiff eval and ddiff sample, [backend] processes of ddiff run."
+        )
+    return f"cuda:{local_rank}" if on_gpu else "cpu"
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the torch device with the name `name`.
 

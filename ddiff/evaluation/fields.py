@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ddiff.core.paths import Hold, Leg, Path
 from ddiff.core.rate_distortion import rate_distortion_paths
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, require_path
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.ratio import Error, RatioEstimate, error_of_partners
 from ddiff.progress import show_progress
@@ -120,6 +121,7 @@ def evaluate_fields(
     device: torch.device | None = None,
     console: Console | None = None,
     title: str = "evaluating",
+    ranks: Ranks | None = None,
 ) -> JointEvaluation:
     """Estimate the bound of samples along a path, and its standard errors.
 
@@ -135,24 +137,34 @@ def evaluate_fields(
         device: device of the batches.
         console: console for the progress bar; standard error by default.
         title: name of the job in the progress bar.
+        ranks: processes that divide the batches, all of which call this function with the same
+            arguments; None: only this process. The result does not depend on their number.
 
     Raises ArgumentError for a path without a bound, or if there are no samples or no draws, and
     NonFiniteError if the bound is not finite.
     """
     path = require_path(path, "evaluate_fields")
     _check_numbers("evaluate_fields", samples, draws)
+    ranks = ranks or Ranks()
+    batches = _divide(samples, batch)
+    items = [(draw, numbers) for draw in range(draws) for numbers in batches]
+    own = sum(len(items[number][1]) for number in ranks.share(len(items)))
+    with show_progress(own, ranks.label(title), console=ranks.console(console)) as bar:
+
+        def score(item: tuple[int, NDArray[np.int64]]) -> dict[str, _FieldNats]:
+            draw, numbers = item
+            index = torch.from_numpy(numbers).to(device)
+            # Every sample is a separate group, so that samples are independent.
+            rng = CounterRng(seed, draw, index, 1, "evaluate", index)
+            found = batch_of(numbers)
+            likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)
+            bar.advance(len(numbers))
+            return _count_nats(likelihood, found, volumes or {})
+
+        scored = ranks.map(score, items)
     scores = _Scores(samples, draws)
-    with show_progress(samples * draws, title, console=console) as bar:
-        for draw in range(draws):
-            for start in range(0, samples, batch):
-                numbers = np.arange(start, min(start + batch, samples))
-                index = torch.from_numpy(numbers).to(device)
-                # Every sample is a separate group, so that samples are independent.
-                rng = CounterRng(seed, draw, index, 1, "evaluate", index)
-                found = batch_of(numbers)
-                likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)
-                scores.add(numbers, draw, likelihood, found, volumes or {})
-                bar.advance(len(numbers))
+    for (draw, numbers), found in zip(items, scored, strict=True):
+        scores.add(numbers, draw, found)
     moving = [name for name, leg in path.legs.items() if isinstance(leg, Leg)]
     return scores.result(str(path), moving)
 
@@ -222,6 +234,7 @@ def evaluate_rate_distortion(
     lacking: Lacking = (),
     device: torch.device | None = None,
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> RateDistortion:
     """Estimate rate plus distortion, a bound of -ln p(text) through the latent of the text.
 
@@ -243,6 +256,7 @@ def evaluate_rate_distortion(
         lacking: combinations of fields that some training samples lack.
         device: device of the batches.
         console: console for the progress bar; standard error by default.
+        ranks: processes that divide the batches; None: only this process.
 
     Raises ArgumentError if training did not train these states, for example the text with a noisy
     latent, and NonFiniteError if the bound is not finite.
@@ -252,31 +266,68 @@ def evaluate_rate_distortion(
     paths = rate_distortion_paths(objective.fields, text, latent, deviation, unnamed)
     require_trained(paths.rate, objective.path, f"{caller}, rate", lacking=lacking)
     require_trained(paths.distortion, objective.path, f"{caller}, distortion", lacking=lacking)
-    rate = np.zeros((samples, draws))
-    distortion = np.zeros((samples, draws))
-    tokens = np.zeros(samples)
+    ranks = ranks or Ranks()
+    batches = _divide(samples, batch)
+    own = sum(len(batches[number]) for number in ranks.share(len(batches))) * draws
+    title = ranks.label(f"{text} through {latent}")
+    with show_progress(own, title, console=ranks.console(console)) as bar:
 
-    def score(found: Any, purpose: str, draw: int, path: Path, name: str) -> Mapping[str, Any]:
-        index = found.index.to(device)
-        rng = CounterRng(seed, draw, index, 1, purpose, index)
-        likelihood = objective.nll(found, rng, torch.zeros_like(index), 1, path)
+        def score(numbers: NDArray[np.int64]) -> _Parts:
+            found = batch_of(numbers)
+            _require_both(found, text, latent, caller)
+            tokens = found.fields[text].counted.sum(-1).cpu().numpy()
+            rate = np.zeros((len(numbers), draws))
+            distortion = np.zeros((len(numbers), draws))
+            scorer = _PartScorer(objective, found, seed, device)
+            for draw in range(draws):
+                terms = scorer.score("rate", draw, paths.rate, latent)
+                # The decoding term belongs to the clean latent, which is not part of the bound.
+                rate[:, draw] = terms["diffusion"] + terms["closing"]
+                terms = scorer.score("distortion", draw, paths.distortion, text)
+                distortion[:, draw] = sum(terms.values())
+                bar.advance(len(numbers))
+            return _Parts(rate, distortion, tokens)
+
+        parts = ranks.map(score, batches)
+    rate = np.concatenate([part.rate for part in parts])
+    distortion = np.concatenate([part.distortion for part in parts])
+    tokens = np.concatenate([part.tokens for part in parts]).astype(np.float64)
+    return _summarize(rate, distortion, tokens, deviation, paths.time)
+
+
+class _Parts(NamedTuple):
+    """Nats [B,draws] of both parts of a batch, and numbers of counted tokens [B]."""
+
+    rate: NDArray[np.float64]
+    distortion: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+
+class _PartScorer:
+    """Scores of one batch in both parts of a rate-distortion bound."""
+
+    def __init__(
+        self, objective: ScoredFields, batch: Any, seed: int, device: torch.device | None
+    ) -> None:
+        self.objective = objective
+        self.batch = batch
+        self.seed = seed
+        self.index = batch.index.to(device)
+
+    def score(
+        self, purpose: str, draw: int, path: Path, name: str
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return the nats [B] of each term of the field `name` along a path."""
+        rng = CounterRng(self.seed, draw, self.index, 1, purpose, self.index)
+        slot = torch.zeros_like(self.index)
+        likelihood = self.objective.nll(self.batch, rng, slot, 1, path)
         terms = likelihood[name].terms.items()
         return {term: values.sum(-1).cpu().numpy() for term, values in terms}
 
-    with show_progress(samples * draws, f"{text} through {latent}", console=console) as bar:
-        for start in range(0, samples, batch):
-            numbers = np.arange(start, min(start + batch, samples))
-            found = batch_of(numbers)
-            _require_both(found, text, latent, caller)
-            tokens[numbers] = found.fields[text].counted.sum(-1).cpu().numpy()
-            for draw in range(draws):
-                terms = score(found, "rate", draw, paths.rate, latent)
-                # The decoding term belongs to the clean latent, which is not part of the bound.
-                rate[numbers, draw] = terms["diffusion"] + terms["closing"]
-                terms = score(found, "distortion", draw, paths.distortion, text)
-                distortion[numbers, draw] = sum(terms.values())
-                bar.advance(len(numbers))
-    return _summarize(rate, distortion, tokens, deviation, paths.time)
+
+def _divide(samples: int, batch: int) -> list[NDArray[np.int64]]:
+    """Divide the numbers of samples into batches; the last batch may be smaller."""
+    return [np.arange(start, min(start + batch, samples)) for start in range(0, samples, batch)]
 
 
 def _summarize(
@@ -336,6 +387,30 @@ def _require_both(batch: Any, text: str, latent: str, caller: str) -> None:
             )
 
 
+class _FieldNats(NamedTuple):
+    """Numbers of items [B] of a field in a batch, and nats [B] of each term, on the host."""
+
+    items: NDArray[np.int64]
+    terms: Mapping[str, NDArray[np.float64]]
+
+
+def _count_nats(
+    likelihood: Mapping[str, Likelihood], batch: Any, volumes: Mapping[str, float]
+) -> dict[str, _FieldNats]:
+    """Return the items and nats of every field of a batch."""
+    counted = {}
+    for name, found in likelihood.items():
+        values = batch.fields[name]
+        present = values.counted & ~values.absent.unsqueeze(-1)
+        positions = present.sum(-1).cpu().numpy()
+        width = 1 if values.values.dim() == 2 else values.values.shape[-1]
+        terms = {term: nats.sum(-1).cpu().numpy() for term, nats in found.terms.items()}
+        if name in volumes:
+            terms["data units"] = positions * volumes[name]
+        counted[name] = _FieldNats(positions * width, terms)
+    return counted
+
+
 class _Scores:
     """Nats of every sample and draw, by field and term."""
 
@@ -345,27 +420,14 @@ class _Scores:
         self.nats: dict[str, dict[str, NDArray[np.float64]]] = {}
         self.items: dict[str, NDArray[np.float64]] = {}
 
-    def add(
-        self,
-        numbers: NDArray[np.int64],
-        draw: int,
-        likelihood: Mapping[str, Likelihood],
-        batch: Any,
-        volumes: Mapping[str, float],
-    ) -> None:
+    def add(self, numbers: NDArray[np.int64], draw: int, found: Mapping[str, _FieldNats]) -> None:
         """Add the nats of one batch of samples in one draw."""
-        for name, found in likelihood.items():
-            values = batch.fields[name]
-            present = values.counted & ~values.absent.unsqueeze(-1)
-            positions = present.sum(-1).cpu().numpy()
-            width = 1 if values.values.dim() == 2 else values.values.shape[-1]
+        for name, field_nats in found.items():
             items = self.items.setdefault(name, np.zeros(self.samples))
-            items[numbers] = positions * width
+            items[numbers] = field_nats.items
             terms = self.nats.setdefault(name, {})
-            for term, values in found.terms.items():
-                self._table(terms, term)[numbers, draw] = values.sum(-1).cpu().numpy()
-            if name in volumes:
-                self._table(terms, "data units")[numbers, draw] = positions * volumes[name]
+            for term, nats in field_nats.terms.items():
+                self._table(terms, term)[numbers, draw] = nats
 
     def _table(self, terms: dict[str, NDArray[np.float64]], term: str) -> NDArray[np.float64]:
         if term not in terms:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from ddiff.data.pretrained import load_pretrained
 from ddiff.data.tokenizer import PretrainedTokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError, NonFiniteError
 from ddiff.progress import show_progress
+
+Item = TypeVar("Item")
 
 LONGEST = 1024  # default window in tokens, if the model has no smaller limit
 
@@ -116,11 +119,17 @@ def check_windows(name: str, window: int, stride: int, first: int) -> None:
         )
 
 
+def divide(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Divide items into consecutive parts of `size` items; the last part may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def score_windows(
     windows: Sequence[Window],
     count: int,
     batch: int,
     score: Callable[[Sequence[Window]], NDArray[np.float64]],
+    ranks: Ranks | None = None,
 ) -> Scores:
     """Score windows in batches, and add up the nats and the scored tokens of each row.
 
@@ -129,18 +138,27 @@ def score_windows(
         count: number N of rows.
         batch: largest number of windows of a batch. The last batch may be smaller.
         score: returns the nats of the scored positions of each window [b] of a batch.
+        ranks: processes that divide the batches; None: only this process.
     """
-    nats = np.zeros(count)
-    tokens = np.zeros(count, np.int64)
+    ranks = ranks or Ranks()
     # Long windows come first, so that a batch that is too large for the memory fails at once.
     order = sorted(windows, key=lambda window: window.start - window.stop)
-    with show_progress(len(order), "judging") as bar:
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            rows = np.array([window.row for window in part])
-            np.add.at(nats, rows, score(part))
-            np.add.at(tokens, rows, np.array([window.stop - window.scored for window in part]))
+    batches = divide(order, batch)
+    own = sum(len(batches[number]) for number in ranks.share(len(batches)))
+    with show_progress(own, ranks.label("judging"), console=ranks.console()) as bar:
+
+        def score_batch(part: Sequence[Window]) -> NDArray[np.float64]:
+            found = score(part)
             bar.advance(len(part))
+            return found
+
+        scored = ranks.map(score_batch, batches)
+    nats = np.zeros(count)
+    tokens = np.zeros(count, np.int64)
+    for part, found in zip(batches, scored, strict=True):
+        rows = np.array([window.row for window in part])
+        np.add.at(nats, rows, found)
+        np.add.at(tokens, rows, np.array([window.stop - window.scored for window in part]))
     if not np.isfinite(nats).all():
         raise NonFiniteError(
             f"The judge gave {int((~np.isfinite(nats)).sum())} of {count} samples a likelihood "
@@ -211,6 +229,8 @@ class TransformersJudge:
         stride: distance of two windows; by default half a window.
         batch: number of windows in a batch, which changes the scores only by rounding.
         device: device of the model; None: where the model is.
+        ranks: processes that divide the batches, all of which call the methods with the same
+            arguments; None: only this process.
     """
 
     def __init__(
@@ -223,8 +243,10 @@ class TransformersJudge:
         stride: int | None = None,
         batch: int = 8,
         device: torch.device | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.name = name
+        self._ranks = ranks or Ranks()
         self._tokenizer = tokenizer
         known = PretrainedTokenizer(tokenizer, f"The tokenizer of the judge {name}")
         self.tokenizer_fingerprint: str | None = known.fingerprint
@@ -298,7 +320,7 @@ class TransformersJudge:
         def score(part: Sequence[Window]) -> NDArray[np.float64]:
             return self._score_windows(complete, part)
 
-        return score_windows(windows, len(rows), self._batch, score)
+        return score_windows(windows, len(rows), self._batch, score, self._ranks)
 
     def _prepend_start(self, row: Sequence[int]) -> list[int]:
         return list(row) if self._start is None else [self._start, *row]
@@ -327,17 +349,15 @@ class TransformersJudge:
         Only the first window of a sample is read.
         """
         complete = [(self._prepend_start(row) or [0])[: self._window] for row in rows]
-        found = []
-        for start in range(0, len(complete), self._batch):
-            part = complete[start : start + self._batch]
-            ids, valid = self._pad(part)
-            output = self._model(
-                input_ids=ids, attention_mask=valid.long(), output_hidden_states=True
-            )
-            last = valid.sum(-1) - 1
-            states = output.hidden_states[-1][torch.arange(len(part)), last]
-            found.append(states.float().cpu().numpy())
-        return np.concatenate(found)
+        return np.concatenate(self._ranks.map(self._read_states, divide(complete, self._batch)))
+
+    def _read_states(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the last hidden states [b,d] at the last tokens of b rows."""
+        ids, valid = self._pad(rows)
+        output = self._model(input_ids=ids, attention_mask=valid.long(), output_hidden_states=True)
+        last = valid.sum(-1) - 1
+        states = output.hidden_states[-1][torch.arange(len(rows)), last]
+        return states.float().cpu().numpy()
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return ids [b,n] on the device of the model, padded at the end, and where they are real.

@@ -15,9 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import reduce
-from operator import add
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,12 +26,11 @@ from torch import Tensor
 from ddiff.core.elbo import Likelihood
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, NonFiniteError
+from ddiff.evaluation.likelihood_sums import PART, TERM, TIME_BIN, BatchSums, DocumentSums, Rows
 from ddiff.evaluation.ratio import Error, RatioEstimate
 from ddiff.progress import Progress, show_progress
-
-Rows = NDArray[np.int64]
-"""Array [B] of row indices."""
 
 LARGEST_MEAN = 700.0  # exp(700) is still a finite float64
 FEWEST_DRAWS = 4  # before evaluation may stop: the width of an interval of fewer is too uncertain
@@ -75,6 +72,22 @@ class Scored(Protocol):
 
 
 @dataclass(frozen=True)
+class TimeBin:
+    """Part of the diffusion term of the bound that belongs to an interval of information time.
+
+    Attributes:
+        start, stop: ends of the interval.
+        nats: nats per token of the term, from times in the interval.
+        share: `nats` divided by the whole diffusion term; 0 if the term is 0.
+    """
+
+    start: float
+    stop: float
+    nats: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Likelihood bound in nats per token, with its terms and confidence intervals.
 
@@ -98,6 +111,8 @@ class Evaluation:
         protocol: settings of the evaluation.
         bound: "NELBO", "NLL" for an exact negative log-likelihood, or "PUBLISHED" for the published
             protocol, which does not bound it (`ddiff.evaluation.protocols`).
+        time_bins: parts of the diffusion term by information time, whose sum is the term; empty
+            for an exact likelihood.
     """
 
     nelbo_nats_per_token: float
@@ -113,6 +128,7 @@ class Evaluation:
     unit: str
     protocol: Mapping[str, Any]
     bound: str = "NELBO"
+    time_bins: Sequence[TimeBin] = ()
 
     def __repr__(self) -> str:
         half = ""
@@ -162,7 +178,10 @@ class Evaluation:
         bound = tree["bound"]
         values = {}
         for field in fields(cls):
-            values[field.name] = tree[_field_key(field.name, unit, bound)]
+            if field.name != "time_bins":
+                values[field.name] = tree[_field_key(field.name, unit, bound)]
+        # files of older versions have no bins of time
+        values["time_bins"] = tuple(TimeBin(**found) for found in tree.get("time_bins", ()))
         for name in ("interval", "monte_carlo_interval"):
             # JSON has no tuples
             values[name] = tuple(values[name]) if values[name] else None
@@ -196,6 +215,7 @@ def evaluate(
     unit: str = "token",
     device: torch.device | None = None,
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Estimate the likelihood bound of a text and its standard errors.
 
@@ -221,34 +241,56 @@ def evaluate(
         unit: unit of the metrics, "token" or "symbol".
         device: device of the batches.
         console: console of the progress bar.
+        ranks: processes that divide the batches, all of which call this function with the same
+            arguments; None: only this process. The result does not depend on their number.
 
     Raises ArgumentError if there are no rows or no draws, and NonFiniteError if the bound is not
     finite.
     """
     _check_arguments(len(document), draws, until, unit)
     names, index = np.unique(document, return_inverse=True)
-    scores = _Scores(len(names))
+    ranks = ranks or Ranks()
+    sums = DocumentSums(len(names))
 
     def score_draw(draw: int, bar: Progress) -> None:
-        for rows, slot, slots in _deal_strata(index, draw, batch, seed):
-            rows_batch = batch_of(rows)
-            group = torch.from_numpy(index[rows]).to(rows_batch.index.device)
+        def score_batch(dealt: _Dealt) -> BatchSums:
+            rows_batch = batch_of(dealt.rows)
+            group = torch.from_numpy(index[dealt.rows]).to(rows_batch.index.device)
             rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
-            likelihood = objective.nll(rows_batch, rng, slot.to(device), slots.to(device), times)
-            scores.add_batch(index[rows], draw, likelihood, rows_batch.scored)
-            bar.advance(len(rows))
+            slot = dealt.slot.to(device)
+            likelihood = objective.nll(rows_batch, rng, slot, dealt.slots.to(device), times)
+            bar.advance(len(dealt.rows))
+            return BatchSums.of(likelihood, rows_batch.scored)
+
+        batches = list(_deal_strata(index, draw, batch, seed))
+        # every rank adds the batches of all ranks in the same order, so that all sums are equal
+        for dealt, found in zip(batches, ranks.map(score_batch, batches), strict=True):
+            sums.add_batch(index[dealt.rows], draw, found)
 
     # the number of draws is not known in advance if they stop at a width
-    total = len(document) * draws if until is None else None
-    with show_progress(total, "evaluating", console=console) as bar:
+    total = _count_share(ranks, len(document), batch) * draws if until is None else None
+    with show_progress(total, ranks.label("evaluating"), console=ranks.console(console)) as bar:
         for draw in range(draws):
             score_draw(draw, bar)
-        estimate = scores.estimate(unit)
-        while not _is_narrow(estimate, scores.draws, until, objective.bound):
-            score_draw(scores.draws, bar)
-            estimate = scores.estimate(unit)
-    protocol = _describe_settings(scores.draws, until, seed, length)
-    return _make_evaluation(estimate, scores, num_bytes, unit, objective.bound, protocol)
+        estimate = _estimate(sums, unit)
+        while not _is_narrow(estimate, sums.draws, until, objective.bound):
+            score_draw(sums.draws, bar)
+            estimate = _estimate(sums, unit)
+    protocol = _describe_settings(sums.draws, until, seed, length)
+    return _make_evaluation(estimate, sums, num_bytes, unit, objective.bound, protocol)
+
+
+def _count_share(ranks: Ranks, rows: int, batch: int) -> int:
+    """Return the number of rows in the batches of this rank."""
+    starts = range(0, rows, batch)
+    return sum(min(batch, rows - starts[number]) for number in ranks.share(len(starts)))
+
+
+def _estimate(sums: DocumentSums, unit: str) -> RatioEstimate:
+    """Return the estimate from all draws. Raises NonFiniteError if it is not finite."""
+    estimate = RatioEstimate.of(sums.nats, sums.tokens)
+    _check_finite(estimate.mean, unit)
+    return estimate
 
 
 def _describe_settings(draws: int, until: float | None, seed: int, length: int) -> dict[str, Any]:
@@ -296,14 +338,14 @@ def _check_finite(mean: float, unit: str) -> None:
 
 def _make_evaluation(
     estimate: RatioEstimate,
-    scores: _Scores,
+    sums: DocumentSums,
     num_bytes: int | None,
     unit: str,
     bound: str,
     protocol: Mapping[str, Any],
 ) -> Evaluation:
     mean = estimate.mean
-    num_tokens = float(scores.tokens.sum())
+    num_tokens = float(sums.tokens.sum())
     bits_per_byte = None
     if num_bytes:
         bits_per_byte = mean * num_tokens / math.log(2) / num_bytes
@@ -318,14 +360,39 @@ def _make_evaluation(
         },
         ppl=math.exp(mean),
         bits_per_byte=bits_per_byte,
-        terms_nats_per_token=scores.means.compute("term"),
-        parts_nats_per_token=scores.means.compute("part"),
+        terms_nats_per_token=sums.means.compute(TERM),
+        parts_nats_per_token=sums.means.compute(PART),
         tokens=round(num_tokens),
-        documents=int((scores.tokens > 0).sum()),
+        documents=int((sums.tokens > 0).sum()),
         unit=unit,
         bound=bound,
         protocol=protocol,
+        time_bins=_make_time_bins(sums.means.compute(TIME_BIN)),
     )
+
+
+def _make_time_bins(nats: Mapping[int, float]) -> tuple[TimeBin, ...]:
+    """Return the bins of time, from the nats per token of each bin by its number."""
+    count = len(nats)
+    total = sum(nats.values())
+    return tuple(
+        TimeBin(number / count, (number + 1) / count, value, value / total if total else 0.0)
+        for number, value in sorted(nats.items())
+    )
+
+
+class _Dealt(NamedTuple):
+    """Batch of B rows with their time strata.
+
+    Attributes:
+        rows: [B] row indices.
+        slot: [B] stratum of each row, from 0.
+        slots: [B] number of strata, which is the number of rows in the row's document.
+    """
+
+    rows: Rows
+    slot: Tensor
+    slots: Tensor
 
 
 def _deal_strata(
@@ -333,16 +400,12 @@ def _deal_strata(
     draw: int,
     batch: int,
     seed: int,
-) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+) -> Iterator[_Dealt]:
     """Assign a time stratum to each row, and yield the rows in batches.
 
     In each draw, the strata of a document are assigned to its rows in order, beginning with a
     random stratum. `index` [R] is the document of each of R rows, `draw` the number of the draw,
-    and `batch` the largest number of rows in a batch. For a batch of B rows, the function yields
-
-    - `rows` [B], the row indices,
-    - `slot` [B], the stratum of each row, from 0,
-    - `slots` [B], the number of strata, which is the number of rows in the row's document.
+    and `batch` the largest number of rows in a batch.
     """
     counts = np.bincount(index)
     order = np.argsort(index, kind="stable")
@@ -358,7 +421,7 @@ def _deal_strata(
     for start in range(0, len(index), batch):
         stop = min(start + batch, len(index))
         rows = np.arange(start, stop)
-        yield rows, slot[rows], torch.from_numpy(slots[rows])
+        yield _Dealt(rows, slot[rows], torch.from_numpy(slots[rows]))
 
 
 def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
@@ -370,95 +433,3 @@ def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
 
 def _standard_error(error: Error | None) -> float | None:
     return None if error is None else error.standard
-
-
-class _Scores:
-    """Sums of a running evaluation.
-
-    Attributes:
-        means: mean nats per token of each term and part of the bound.
-    """
-
-    def __init__(self, num_documents: int) -> None:
-        self.means = _Means()
-        self._num_documents = num_documents
-        self._nats: list[NDArray[np.float64]] = []  # [D] each
-        self._tokens = np.zeros(num_documents, np.int64)  # sums over all draws
-
-    @property
-    def draws(self) -> int:
-        """Number of draws."""
-        return len(self._nats)
-
-    @property
-    def nats(self) -> NDArray[np.float64]:
-        """Array [D,draws] with the nats of each of D documents in each draw."""
-        return np.stack(self._nats, axis=-1)
-
-    @property
-    def tokens(self) -> NDArray[np.float64]:
-        """Array [D] with the number of scored tokens of each document, averaged over draws."""
-        return self._tokens / self.draws
-
-    def estimate(self, unit: str) -> RatioEstimate:
-        """Return the estimate from all draws. Raises NonFiniteError if it is not finite.
-
-        `unit`: unit of the metrics, for the message.
-        """
-        estimate = RatioEstimate.of(self.nats, self.tokens)
-        _check_finite(estimate.mean, unit)
-        return estimate
-
-    def add_batch(self, documents: Rows, draw: int, likelihood: Likelihood, scored: Tensor) -> None:
-        """Add the nats and the numbers of tokens of B rows to the sums of their documents.
-
-        Args:
-            documents: [B] index of the document of each row.
-            draw: index of the draw.
-            likelihood: terms of the bound at each position.
-            scored: bool [B,L], True at scored tokens.
-        """
-        total = reduce(add, likelihood.terms.values())
-        row_nats = total.sum(-1).cpu().numpy()
-        row_tokens = scored.sum(-1).cpu().numpy()
-        if draw == self.draws:
-            self._nats.append(np.zeros(self._num_documents))
-        # np.add.at, since several rows of a batch may belong to one document
-        np.add.at(self._nats[draw], documents, row_nats)
-        np.add.at(self._tokens, documents, row_tokens)
-        self.means.add(likelihood, float(row_tokens.sum()))
-
-
-class _Means:
-    """Mean nats per token of each term of the bound and each part of its diffusion term.
-
-    The means are accumulated in float64.
-    """
-
-    def __init__(self) -> None:
-        self._metrics: dict[tuple[str, str], Any] = {}
-
-    def add(self, likelihood: Likelihood, tokens: float) -> None:
-        """Add the values of a batch with `tokens` scored tokens to the means."""
-        # imported here, since the import is slow and only evaluation needs torchmetrics
-        from torchmetrics.aggregation import MeanMetric
-
-        figures = {("term", name): value for name, value in likelihood.terms.items()}
-        for name, value in likelihood.parts.items():
-            figures["part", name] = value
-        for key, value in figures.items():
-            if key not in self._metrics:
-                self._metrics[key] = MeanMetric().set_dtype(torch.float64)
-            mean = value.sum().cpu().double() / tokens
-            self._metrics[key].update(mean, tokens)
-
-    def compute(self, kind: str) -> dict[str, float]:
-        """Return mean nats per token by name, for all terms or all parts.
-
-        `kind` is "term" or "part".
-        """
-        found = {}
-        for (own, name), metric in self._metrics.items():
-            if own == kind:
-                found[name] = float(metric.compute())
-        return found

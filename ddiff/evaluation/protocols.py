@@ -357,4 +357,5 @@ class PublishedTerms(Scored):
         length = batch.ids.shape[1]
         scale = length / (length - self.program.uncounted) / (stop - start)
         parts = {name: value * scale for name, value in found.parts.items()}
-        return Likelihood({"diffusion": found.terms["diffusion"] * scale}, parts)
+        terms = {"diffusion": found.terms["diffusion"] * scale}
+        return Likelihood(terms, parts, found.time_bins)

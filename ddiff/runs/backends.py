@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddiff.distributed.launcher import get_rank_info
-from ddiff.distributed.single import SingleBackend, resolve_device
+from ddiff.distributed.single import SingleBackend, choose_device, resolve_device
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import resolve_precision
 from ddiff.recipe.model import BaseRecipe
@@ -39,10 +39,15 @@ def build_backend(recipe: BaseRecipe) -> Backend:
 def build_single_backend(recipe: BaseRecipe) -> Backend:
     """Build a backend of one process, to evaluate or sample a run.
 
-    The run may have been trained by any number of processes.
+    The run may have been trained by any number of processes. Each of several processes that divide
+    the evaluation uses its own GPU.
     """
+    device = recipe.backend_keys.device
+    info = get_rank_info()
+    if info is not None and info.world_size > 1:
+        return SingleBackend(choose_device(device, info.local_rank))
     if recipe.backend.members.is_distributed:
-        return SingleBackend(recipe.backend_keys.device)
+        return SingleBackend(device)
     return _build_backend(recipe, 1)
 
 

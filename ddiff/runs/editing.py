@@ -14,6 +14,7 @@ from ddiff.core.network import Predicts
 from ddiff.data.condition_forms import Label
 from ddiff.data.paths import printable
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
@@ -47,6 +48,7 @@ def edit_texts(
     tokenizer: Tokenizer,
     request: EditRequest,
     on_step: OnStep | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Check the arguments of `Run.edit` in `request`, then edit the texts batch by batch.
 
@@ -77,7 +79,7 @@ def edit_texts(
     def draw(numbers: slice, report: OnStep) -> list[dict[str, Any]]:
         return editor.edit(numbers, templates[numbers], report)
 
-    return draw_batches(plan, draw, total, batch, "editing", on_step)
+    return draw_batches(plan, draw, total, batch, "editing", on_step, ranks)
 
 
 def add_target(

@@ -18,6 +18,7 @@ from ddiff.data.documents import Documents
 from ddiff.data.packing import PackedRows, batch_rows, pack_texts
 from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DdiffError
 from ddiff.evaluation.baselines import Baselines, score_baselines
 from ddiff.evaluation.likelihood import Evaluation, Scored, evaluate
@@ -39,10 +40,12 @@ def score_validation(
     recipe: Recipe,
     console: Console | None = None,
     until: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Compute the likelihood bound of the validation rows selected by the key [evaluate] rows.
 
-    `until`: half width at which more draws stop, see `ddiff.evaluation.likelihood.evaluate`.
+    `until` (half width at which more draws stop) and `ranks` (processes that divide the batches)
+    are those of `ddiff.evaluation.likelihood.evaluate`.
     """
     found = score_rows(
         model,
@@ -54,6 +57,7 @@ def score_validation(
         conditions=data.validation_conditions,
         console=console,
         until=until,
+        ranks=ranks,
     )
     own = find_own_vectors(data)
     return found.mark_own_vectors(own) if own else found
@@ -140,6 +144,7 @@ def score_rows(
     until: float | None = None,
     published: PublishedProgram | None = None,
     has_bytes: bool = True,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Compute the likelihood bound of selected rows, with the settings of [evaluate].
 
@@ -155,6 +160,7 @@ def score_rows(
         until: half width of the interval at which more draws stop.
         published: published program, whose terms and window replace ours.
         has_bytes: whether the tokens are those of all bytes of the text.
+        ranks: processes that divide the batches; None: only this process.
     """
     keys = recipe.evaluate
     objective: Scored = model.objective
@@ -191,6 +197,7 @@ def score_rows(
         unit=tokenizer.unit,
         device=model.device,
         console=console,
+        ranks=ranks,
     )
 
 

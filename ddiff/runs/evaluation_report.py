@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ddiff.distributed.ranks import Ranks, connect_ranks
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
@@ -43,18 +44,25 @@ class EvaluationReport:
         return json.dumps(self.written, indent=2) + "\n"
 
 
-def evaluate_once(run: Run) -> EvaluationReport:
+def evaluate_once(run: Run, ranks: Ranks) -> EvaluationReport:
     """Evaluate a run and write evaluation.json.
 
     If evaluation.json already contains the evaluation of the same step with the same settings, the
-    evaluation is not repeated, and the file is read.
+    evaluation is not repeated, and the file is read. `ranks` divide the batches; only rank 0
+    writes.
     """
     path = run.run_dir / EVALUATION
-    saved = read_json(path)
-    report = _read_report(run, path, saved) if saved else None
+
+    def read_saved() -> EvaluationReport | None:
+        saved = read_json(path)
+        return _read_report(run, path, saved) if saved else None
+
+    # decided by one process, because rank 0 may write the file before another rank reads it
+    report = ranks.on_first(read_saved)
     if report is None:
-        report = make_report(run)
-        write_run_file(path, report.to_json())
+        report = make_report(run, ranks=ranks)
+        if ranks.is_first:
+            write_run_file(path, report.to_json())
     return report
 
 
@@ -77,18 +85,25 @@ def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationRe
 
 
 def make_report(
-    run: Run, changed_data: bool = False, until: float | None = None
+    run: Run,
+    changed_data: bool = False,
+    until: float | None = None,
+    ranks: Ranks | None = None,
 ) -> EvaluationReport:
     """Evaluate a run on its validation text and return the full content of evaluation.json.
 
-    `changed_data`: whether the data may differ from the data of training. `until`: half width of
-    the Monte-Carlo interval at which draws stop, in place of [evaluate] draws.
+    Args:
+        run: the run.
+        changed_data: whether the data may differ from the data of training.
+        until: half width of the Monte-Carlo interval at which draws stop, in place of [evaluate]
+            draws.
+        ranks: processes that divide the batches; None: only this process.
     """
     wanted, protocol = _settings(run)
     if until is not None:
         del protocol["draws"]  # the evaluation decides
     start = time.monotonic()
-    evaluation, counted = run.evaluate(changed_data=changed_data, until=until)
+    evaluation, counted = run.evaluate(changed_data=changed_data, until=until, ranks=ranks)
     seconds = time.monotonic() - start
     figures = evaluation.to_dict()
     unit = f"per_{evaluation.unit}"
@@ -140,8 +155,9 @@ def evaluate_run(
     target = None
     if out is not None:
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
-    run = load(run_dir, settings=settings)
-    return find_kind(run.recipe).evaluate(run, target, options)
+    with connect_ranks() as ranks:
+        run = load(run_dir, settings=settings)
+        return find_kind(run.recipe).evaluate(run, target, options, ranks)
 
 
 def _check_options(options: EvaluationOptions) -> None:
@@ -167,14 +183,21 @@ def _check_options(options: EvaluationOptions) -> None:
         )
 
 
-def reevaluate(run: Run, target: Destination | None, until: float | None = None) -> Evaluation:
-    """Evaluate a loaded text run again, write the results and print them (see `evaluate_run`)."""
+def reevaluate(
+    run: Run, target: Destination | None, until: float | None, ranks: Ranks
+) -> Evaluation:
+    """Evaluate a loaded text run again, write the results and print them (see `evaluate_run`).
+
+    `ranks` divide the batches; only rank 0 writes and prints.
+    """
     if target is None:
         check_writable(run.run_dir)  # before an evaluation that may take hours
-    changed = _find_changes(run)
+    changed = ranks.on_first(lambda: _find_changes(run))
     if changed and target is None:
         raise changed_data_error(run.run_dir, changed)
-    report = make_report(run, changed_data=bool(changed), until=until)
+    report = make_report(run, changed_data=bool(changed), until=until, ranks=ranks)
+    if not ranks.is_first:
+        return report.evaluation
     if changed:
         report = _mark_changed(run, report, changed)
     place = _write_report(run, report, target)

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from ddiff.core.rng import CounterRng
+from ddiff.distributed.ranks import Ranks, connect_ranks
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.generation import GenerativePerplexity, MeanFigure, SampleFigures
 from ddiff.evaluation.judge_model import JudgeModel
 from ddiff.evaluation.mauve import FEWEST, mauve
 from ddiff.evaluation.self_correction import measure_correction
 from ddiff.recipe.fields_recipe import require_text_recipe
-from ddiff.run_dir.destination import check_destination, write_text
+from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import GENERATION
 from ddiff.run_dir.generation_record import GenerationRecord
 from ddiff.run_dir.location import check_writable
@@ -124,11 +125,19 @@ def generate_and_evaluate(
     target = None
     if out is not None:
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_generation)
-    run = load(run_dir, settings=settings)
-    require_text_recipe(run.recipe, "ddiff eval --generate")
-    if target is None:
-        check_writable(run.run_dir)  # before samples are drawn
-    record = evaluate_generation(run, judge, count=count, retokenize=retokenize)
+    with connect_ranks() as ranks:
+        run = load(run_dir, settings=settings)
+        require_text_recipe(run.recipe, "ddiff eval --generate")
+        if target is None:
+            check_writable(run.run_dir)  # before samples are drawn
+        record = evaluate_generation(run, judge, count=count, retokenize=retokenize, ranks=ranks)
+    if ranks.is_first:
+        _write_record(run, record, target)
+    return record
+
+
+def _write_record(run: Run, record: GenerationReport, target: Destination | None) -> None:
+    """Write the figures to `target`, by default generation.json of the run, and print them."""
     place = run.run_dir / GENERATION
     if target is None:
         write_run_file(place, record.to_json())
@@ -136,7 +145,6 @@ def generate_and_evaluate(
         write_text(target, record.to_json())
     print_generation(record.written)
     print(f"Written to {place if target is None else target.name}")
-    return record
 
 
 def _is_generation(file: IO[bytes]) -> bool:
@@ -154,6 +162,7 @@ def evaluate_generation(
     *,
     count: int | None = None,
     retokenize: bool = True,
+    ranks: Ranks | None = None,
 ) -> GenerationReport:
     """Draw samples of a text run and compute their figures.
 
@@ -164,15 +173,20 @@ def evaluate_generation(
         count: number of samples; by default [sample] count.
         retokenize: whether the judge tokenizes the texts of the samples. False: the judge scores
             the token ids that the run drew, and must have the tokenizer of the run.
+        ranks: processes that divide the batches of samples, of corrections and of scored windows,
+            all of which call this function; None: only this process. A judge object scores all
+            samples on every rank, unless it divides them itself.
 
     Raises ArgumentError or DataError, before samples are drawn, if the judge cannot be used.
     """
-    model = open_judge(judge, run.device) if isinstance(judge, str) else judge
+    ranks = ranks or Ranks()
+    model = open_judge(judge, run.device, ranks) if isinstance(judge, str) else judge
     if model is not None and not retokenize:
         check_same_tokenizer(run, model)
+    ranks.on_first(run.read_validation)  # the other ranks then read the tokens in the cache
     held_out_texts: Iterable[str] = run.data.documents.validation["text"]
     start = time.perf_counter()
-    drawn = run.sample(count)
+    drawn = run.sample(count, ranks=ranks)
     samples = TokenSamples.split([sample["ids"] for sample in drawn], run)
     held_out = TokenSamples.split(read_held_out_rows(run, len(drawn)), run)
     unit = run.tokenizer.unit
@@ -183,7 +197,9 @@ def evaluate_generation(
         "sampling": describe_sampling(run, drawn),
         "samples": figures.to_dict(),
         "held_out": {**baseline.to_dict(), "rows": run.data.validation_rows.fingerprint},
-        "self_correction": None if run.process is None else correct_samples(run, samples.ids),
+        "self_correction": None
+        if run.process is None
+        else correct_samples(run, samples.ids, ranks),
         "judge": None,
     }
     perplexity = None
@@ -273,8 +289,12 @@ class _Judging:
         return {"value": mauve(features, reference, seed=seed % 2**31), **counts}
 
 
-def correct_samples(run: Run, ids: Sequence[Sequence[int]]) -> dict[str, Any] | None:
+def correct_samples(
+    run: Run, ids: Sequence[Sequence[int]], ranks: Ranks | None = None
+) -> dict[str, Any] | None:
     """Measure the self-correction accuracy of samples, and its curve over rounds of correction.
+
+    `ranks`: processes that divide the batches; None: only this process.
 
     Returns None if the bound of the process does not train predictions at tokens, so that they are
     arbitrary there, and for a model without a process.
@@ -290,26 +310,27 @@ def correct_samples(run: Run, ids: Sequence[Sequence[int]]) -> dict[str, Any] | 
     length = run.recipe.length
     seed = run.recipe.sample.seed
     batch = run.recipe.sample.batch
-    curves: list[torch.Tensor] = []
-    changed: list[torch.Tensor] = []
-    for first in range(0, len(ids), batch):
-        numbers = slice(first, min(first + batch, len(ids)))
+
+    def correct(numbers: slice) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.tensor(ids[numbers], dtype=torch.long, device=run.device)
         index = torch.arange(numbers.start, numbers.stop, device=run.device)
 
-        def rng_at(k: int, index: torch.Tensor = index) -> CounterRng:
+        def rng_at(k: int) -> CounterRng:
             return CounterRng(seed, k, index, length, "correction")
 
         found = measure_correction(sampler, process, plan.network(numbers), tokens, rng_at)
-        curves.append(found.accuracy)
-        changed.append((found.ids != tokens).double().mean(-1).cpu())
-    accuracy = torch.cat(curves).numpy()
+        return found.accuracy.cpu(), (found.ids != tokens).double().mean(-1).cpu()
+
+    batches = [slice(first, min(first + batch, len(ids))) for first in range(0, len(ids), batch)]
+    parts = (ranks or Ranks()).map(correct, batches)
+    accuracy = torch.cat([curve for curve, _ in parts]).numpy()
+    changed = torch.cat([share for _, share in parts])
     figure = MeanFigure.of(accuracy[:, 0])
     assert figure is not None  # there is a sample
     return {
         "accuracy": asdict(figure),
         "curve": accuracy.mean(0).tolist(),
-        "changed": float(torch.cat(changed).mean()),
+        "changed": float(changed.mean()),
         "rounds": sampler.rounds,
         "commit": sampler.commit,
         "temperature": sampler.temperature,

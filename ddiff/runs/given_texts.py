@@ -27,6 +27,7 @@ from ddiff.data.paths import base_name, find_all_files, printable
 from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.text import text_documents
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.evaluation.protocols import (
@@ -76,18 +77,21 @@ class GivenTexts:
 
 
 def evaluate_given_texts(
-    run: Run, target: Destination | None, options: EvaluationOptions
+    run: Run, target: Destination | None, options: EvaluationOptions, ranks: Ranks
 ) -> Evaluation:
     """Evaluate a loaded run on the texts that `options` names, write and print the results.
 
-    The results are written to `target`, by default to evaluation-NAME.json of the run.
+    The results are written to `target`, by default to evaluation-NAME.json of the run. `ranks`
+    divide the batches; only rank 0 prints and writes.
     """
     given = read_given_texts(options)
     path = run.run_dir / f"evaluation-{given.name}.json"
     if target is None:
         check_writable(run.run_dir)
     start = time.monotonic()
-    evaluation, lossy = _score(run, given, options)
+    evaluation, lossy = _score(run, given, options, ranks)
+    if not ranks.is_first:
+        return evaluation
     seconds = time.monotonic() - start
     written = _make_record(run, given, evaluation, lossy, seconds)
     text = json.dumps(written, indent=2) + "\n"
@@ -248,7 +252,9 @@ def _apply_protocol(
 # ---------------------------------------------------------------------- scores
 
 
-def _score(run: Run, given: GivenTexts, options: EvaluationOptions) -> tuple[Evaluation, int]:
+def _score(
+    run: Run, given: GivenTexts, options: EvaluationOptions, ranks: Ranks
+) -> tuple[Evaluation, int]:
     """Return the evaluation, and the number of texts that the tokenizer does not keep."""
     tokenizer = run.tokenizer
     length = run.recipe.length
@@ -272,6 +278,7 @@ def _score(run: Run, given: GivenTexts, options: EvaluationOptions) -> tuple[Eva
         published=program,
         # the bytes of the text are not those of other tokens
         has_bytes=lossy == 0 and program is None,
+        ranks=ranks,
     )
     return evaluation, lossy
 

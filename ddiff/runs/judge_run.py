@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import FlatTimes
 from ddiff.data.batch import Batch
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.judge_model import (
     JudgeModel,
@@ -30,19 +31,20 @@ from ddiff.runs.loading import load
 from ddiff.runs.run import Run
 
 
-def open_judge(source: str, device: torch.device) -> JudgeModel:
+def open_judge(source: str, device: torch.device, ranks: Ranks | None = None) -> JudgeModel:
     """Open a judge: a run directory, a local directory of a model, or a name on the hub.
 
     Args:
         source: path or name.
         device: device of a model of the transformers library.
+        ranks: processes that divide the scored windows; None: only this process.
 
     Raises DataError if there is no model, CheckpointError if a run has no checkpoint, and
     ArgumentError if a run has only a bound of the likelihood.
     """
     if not source.strip() or not (Path(source) / RECIPE).is_file():
         try:
-            return TransformersJudge.load(source, device=device)
+            return TransformersJudge.load(source, device=device, ranks=ranks)
         except DataError as error:
             raise DataError(
                 f"--judge: {error} A judge is the directory of an autoregressive run (with a "
@@ -51,7 +53,7 @@ def open_judge(source: str, device: torch.device) -> JudgeModel:
             ) from error
     run = load(source)
     require_text_recipe(run.recipe, "--judge")
-    return RunJudge(run)
+    return RunJudge(run, ranks=ranks)
 
 
 class RunJudge:
@@ -64,11 +66,13 @@ class RunJudge:
     Args:
         run: the run. Samples that are longer than [data] length are read in windows.
         stride: distance of two windows; by default half of [data] length.
+        ranks: processes that divide the windows, all of which call `score` with the same rows;
+            None: only this process.
 
     Raises ArgumentError if the run has only a bound of the likelihood.
     """
 
-    def __init__(self, run: Run, stride: int | None = None) -> None:
+    def __init__(self, run: Run, stride: int | None = None, ranks: Ranks | None = None) -> None:
         if run.objective.bound != "NLL":
             raise ArgumentError(
                 f"--judge: {run.run_dir} must have an exact likelihood; its objective has only a "
@@ -76,6 +80,7 @@ class RunJudge:
                 'run (objective kind = "ar"), such as a run of the recipe ar_small.'
             )
         self._run = run
+        self._ranks = ranks or Ranks()
         self._window = run.recipe.length
         self._stride = max(1, self._window // 2) if stride is None else stride
         self.name = str(run.run_dir)
@@ -119,7 +124,8 @@ class RunJudge:
             total = torch.stack(list(found.terms.values())).sum(0)
             return total.sum(-1).double().cpu().numpy()
 
-        return score_windows(windows, len(rows), self._run.recipe.evaluate.batch, score)
+        batch = self._run.recipe.evaluate.batch
+        return score_windows(windows, len(rows), batch, score, self._ranks)
 
     def features(self, rows: Sequence[Sequence[int]]) -> None:
         """Return None: MAUVE is published for the hidden states of a large language model."""

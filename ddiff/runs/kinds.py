@@ -15,6 +15,7 @@ import torch
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.data.text import Split
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.recipe.model import BaseRecipe
@@ -72,8 +73,11 @@ class RunKind(Protocol):
         """Build the run in `directory` from its files, with the weights of a checkpoint."""
         ...
 
-    def after_training(self, run: Any, summary: TrainingSummary) -> None:
-        """Evaluate, sample and print the summary. Stages whose files exist are not repeated."""
+    def after_training(self, run: Any, summary: TrainingSummary, ranks: Ranks) -> None:
+        """Evaluate, sample and print the summary. Stages whose files exist are not repeated.
+
+        `ranks`: processes that divide the work. Only rank 0 prints and writes.
+        """
         ...
 
     def rehearse(self, recipe: Any, device: torch.device) -> str:
@@ -87,11 +91,14 @@ class RunKind(Protocol):
         """Measure training steps and print the cost of the recipe."""
         ...
 
-    def evaluate(self, run: Any, target: Destination | None, options: EvaluationOptions) -> Any:
+    def evaluate(
+        self, run: Any, target: Destination | None, options: EvaluationOptions, ranks: Ranks
+    ) -> Any:
         """Run `ddiff eval` on a loaded run and return the evaluation.
 
         The results are written to `target`, by default to evaluation.json of the run, or for other
-        data to evaluation-NAME.json.
+        data to evaluation-NAME.json. `ranks`: processes that divide the work. Only rank 0 prints
+        and writes.
         """
         ...
 
@@ -101,12 +108,14 @@ class RunKind(Protocol):
         arguments: Mapping[str, Any],
         prints_ids: bool,
         observer: SampleObserver | None = None,
+        ranks: Ranks | None = None,
     ) -> Iterable[Mapping[str, Any]]:
-        """Run `ddiff sample` on a loaded run. Returns the samples to print.
+        """Run `ddiff sample` on a loaded run. Returns the samples to print, on every rank.
 
         `arguments` are those of the options of the command. Raises ArgumentError for options that
         this kind of run does not have. Without `prints_ids`, the samples have no token ids.
-        `observer` shows or records the states after each step.
+        `observer` shows or records the states after each step. `ranks`: processes that divide the
+        batches; None: only this process.
         """
         ...
 

@@ -18,11 +18,13 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import TOKENIZER, VOCABULARY
+from ddiff.run_dir.identity import Difference
 from ddiff.runs.build import NO_OVERRIDES, Model, ModelObjective, Overrides, assemble
 from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.data import RunData, RunText
@@ -113,23 +115,36 @@ class Run(TrainableRun):
     # ------------------------------------------------------------------ likelihood
 
     def evaluate(
-        self, *, changed_data: bool = False, until: float | None = None
+        self,
+        *,
+        changed_data: bool = False,
+        until: float | None = None,
+        ranks: Ranks | None = None,
     ) -> tuple[Evaluation, Baselines]:
         """Compute the likelihood bound of the validation text, and n-gram baselines.
 
         In each draw, every token of the evaluated rows is scored at one noise time. `until`: half
         width of the Monte-Carlo interval in nats per token; draws are added until the interval is
-        that narrow. Raises CheckpointError if the data differ from the data of training, unless
-        `changed_data` is True.
+        that narrow. `ranks`: processes that divide the batches, all of which call this method
+        (`ddiff.connect_ranks`); None: only this process. Raises CheckpointError if the data differ
+        from the data of training, unless `changed_data` is True.
         """
+        ranks = ranks or Ranks()
+        ranks.on_first(self.read_validation)  # the other ranks then read the tokens in the cache
         # checked here and not in `ddiff.load`, which must work without the data
         if not changed_data:
-            changed = find_changed_data(self.checkpoints.newest(), self.data, self.model)
+            changed = ranks.on_first(self.find_changed_data)
             if changed:
                 raise changed_data_error(self.run_dir, changed)
-        found = score_validation(self.model, self.data, self.recipe, until=until)
+        found = score_validation(self.model, self.data, self.recipe, until=until, ranks=ranks)
         num_tokens = self.vocabulary.num_tokens
-        return found, count_baselines(self.data, self.recipe, num_tokens)
+        # only one process counts the training text, which may need much memory
+        counted = ranks.on_first(lambda: count_baselines(self.data, self.recipe, num_tokens))
+        return found, counted
+
+    def find_changed_data(self) -> list[Difference]:
+        """List the data whose fingerprints differ from those of the newest checkpoint."""
+        return find_changed_data(self.checkpoints.newest(), self.data, self.model)
 
     def nelbo(
         self,
@@ -236,6 +251,7 @@ class Run(TrainableRun):
         sampler: str | Sampler | None = None,
         settings: Sequence[str] = (),
         on_step: OnStep | None = None,
+        ranks: Ranks | None = None,
     ) -> list[dict[str, Any]]:
         """Draw samples.
 
@@ -257,7 +273,9 @@ class Run(TrainableRun):
             guidance: classifier-free guidance weight; above 1 follows the conditions more closely.
             sampler: name of a sampler, or a sampler object.
             settings: `key=value` texts that override keys of the sampler.
-            on_step: callback `on_step(step, canvas)` after every step.
+            on_step: callback `on_step(step, canvas)` after every step of a batch of this process.
+            ranks: processes that divide the batches, all of which call this method with the same
+                arguments and get all samples; None: only this process.
         """
         request = SampleRequest(
             count=count,
@@ -271,7 +289,7 @@ class Run(TrainableRun):
             sampler=sampler,
             settings=settings,
         )
-        return draw_samples(self.recipe, self.model, self.tokenizer, request, on_step)
+        return draw_samples(self.recipe, self.model, self.tokenizer, request, on_step, ranks)
 
     def edit(
         self,
@@ -287,6 +305,7 @@ class Run(TrainableRun):
         seed: int | None = None,
         batch: int | None = None,
         on_step: OnStep | None = None,
+        ranks: Ranks | None = None,
     ) -> list[dict[str, Any]]:
         """Edit texts toward a condition: noise some tokens and sample them under the condition.
 
@@ -307,7 +326,7 @@ class Run(TrainableRun):
         request = EditRequest(
             texts, ratio, mode, conditions, guidance, steps, sampler, settings, seed, batch
         )
-        return edit_texts(self.recipe, self.model, self.tokenizer, request, on_step)
+        return edit_texts(self.recipe, self.model, self.tokenizer, request, on_step, ranks)
 
     # ------------------------------------------------------------------ training
 
@@ -341,10 +360,10 @@ class Run(TrainableRun):
     def read_validation(self) -> None:
         self.data.validation_rows  # noqa: B018
 
-    def score_validation(self) -> tuple[Mapping[str, float], str]:
+    def score_validation(self, ranks: Ranks | None = None) -> tuple[Mapping[str, float], str]:
         """Evaluate the validation rows. Return metrics by name, and one line of text to print."""
         quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
-        found = score_validation(self.model, self.data, self.recipe, quiet)
+        found = score_validation(self.model, self.data, self.recipe, quiet, ranks=ranks)
         unit = f"nats_per_{found.unit}"
         mean = found.nelbo_nats_per_token
         figures = {f"validation_{found.bound.lower()}_{unit}": mean}

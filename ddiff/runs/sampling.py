@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, shorten
 from ddiff.plugin.config import COUNTS
 from ddiff.progress import Progress, show_progress
@@ -67,13 +68,14 @@ def draw_samples(
     tokenizer: Tokenizer,
     request: SampleRequest,
     on_step: OnStep | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Check the arguments of `Run.sample` in `request`, then draw samples batch by batch.
 
     `Run.sample` explains the arguments and the result.
     """
     templates = make_templates(request.prompt, request.infill, tokenizer, recipe.length)
-    return draw_templates(recipe, model, tokenizer, templates, request, on_step)
+    return draw_templates(recipe, model, tokenizer, templates, request, on_step, ranks)
 
 
 def draw_templates(
@@ -83,6 +85,7 @@ def draw_templates(
     templates: Sequence[Template],
     request: SampleRequest,
     on_step: OnStep | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Draw samples that contain the given tokens of templates.
 
@@ -104,7 +107,7 @@ def draw_templates(
     def draw(numbers: slice, report: OnStep) -> list[dict[str, Any]]:
         return writer.draw(numbers, per_sample[numbers], report)
 
-    return draw_batches(plan, draw, total, batch, "sampling", on_step)
+    return draw_batches(plan, draw, total, batch, "sampling", on_step, ranks)
 
 
 def make_plan(
@@ -130,6 +133,7 @@ def draw_batches(
     batch: int,
     title: str,
     on_step: OnStep | None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Draw `total` samples in batches, with a progress bar.
 
@@ -139,18 +143,19 @@ def draw_batches(
         total: number of samples.
         batch: largest number of samples in a batch.
         title: text of the progress bar.
-        on_step: called after each sampling step.
+        on_step: called after each sampling step of a batch of this process.
+        ranks: processes that divide the batches; None: only this process.
     """
+    ranks = ranks or Ranks()
     plan.model.objective.module.eval()  # no dropout
-    batches = range(0, total, batch)
+    batches = [slice(first, min(first + batch, total)) for first in range(0, total, batch)]
     # None: the number of steps is random, and the progress bar has no end
     steps = plan.sampler.steps
-    samples: list[dict[str, Any]] = []
-    with show_progress(None if steps is None else len(batches) * steps, title) as bar:
+    own = None if steps is None else len(ranks.share(len(batches))) * steps
+    with show_progress(own, ranks.label(title), console=ranks.console()) as bar:
         report = _report_steps(bar, on_step)
-        for first in batches:
-            samples += draw(slice(first, min(first + batch, total)), report)
-    return samples
+        parts = ranks.map(lambda numbers: draw(numbers, report), batches)
+    return [sample for part in parts for sample in part]
 
 
 def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
@@ -9,13 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-import torch
-
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.rng import CounterRng
 from ddiff.data.prefetch import Prefetcher
 from ddiff.distributed.blocks import compile_blocks, recompute_activations
-from ddiff.distributed.launcher import get_machine_cores
+from ddiff.distributed.ranks import DistributedRanks, Ranks, ranks_in_training
 from ddiff.recipe.model import BaseRecipe
 from ddiff.run_dir.identity import flatten_keys
 from ddiff.runs.backends import build_backend
@@ -55,12 +54,13 @@ class TrainingSession(Generic[R]):
         with TrainingSession.open(recipe) as session:
             session.initialize_weights()
             summary = session.fit()
-        run = session.load_trained_run()
+            run = session.load_trained_run()
+            run.evaluate(ranks=session.ranks())
 
     The session owns the backend and the network. `fit` compiles, wraps and shards the network in
-    place. At the end of the `with` block, the network and the backend are released. After that,
-    `load_trained_run` builds a new network without these changes and loads the newest checkpoint.
-    After an exception the session is not closed, because closing would wait for the other ranks.
+    place. `load_trained_run` releases this network, builds a new network without these changes and
+    loads the newest checkpoint. At the end of the `with` block, the backend is closed. After an
+    exception the session is not closed, because closing would wait for the other ranks.
     """
 
     def __init__(self, run: R, backend: Backend) -> None:
@@ -68,6 +68,7 @@ class TrainingSession(Generic[R]):
         self.recipe = run.recipe
         self.data = run.data
         self._copy = run.copier()
+        self._ranks = Ranks()  # of the evaluation during training
         self._run: R | None = run
         # The functions of the data keep no reference to the network, which `close` releases.
         self._batches: Prefetcher[Batch] = Prefetcher(
@@ -98,8 +99,8 @@ class TrainingSession(Generic[R]):
 
     @property
     def run(self) -> R:
-        """Run whose network is being trained. Available until the session is closed."""
-        assert self._run is not None, "the session is closed"
+        """Run whose network is being trained. Available until its network is released."""
+        assert self._run is not None, "the network is released"
         return self._run
 
     def initialize_weights(self) -> dict[str, Any] | None:
@@ -234,6 +235,7 @@ class TrainingSession(Generic[R]):
         every = self.recipe.evaluate.every
         if every is None:
             return None
+        self._ranks = ranks_in_training(self.backend.world_size, self.run.objective.module)
         return Validation(every, self._validate, self.run.uses_ema)
 
     def _preview(self) -> Preview | None:
@@ -246,19 +248,32 @@ class TrainingSession(Generic[R]):
         return self.run.draw_preview()
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
-        return self.run.score_validation()
+        return self.run.score_validation(self._ranks)
+
+    def release(self) -> None:
+        """Release the network and the loading of batches."""
+        self._batches.close()
+        self._run = None
+        gc.collect()  # wrappers for training refer to themselves
 
     def close(self) -> None:
         """Release the network, then the process group, which sharded weights need until the end."""
-        self._batches.close()
-        self._run = None
+        self.release()
         self.backend.close()
 
+    def ranks(self) -> Ranks:
+        """Return the ranks that evaluate and sample the trained run together.
+
+        Every rank must call this method, before the session is closed.
+        """
+        return DistributedRanks() if self.backend.world_size > 1 else Ranks()
+
     def load_trained_run(self) -> R:
-        """Build an unwrapped network and load the newest checkpoint, on every rank."""
-        cores = get_machine_cores()
-        if cores:  # the other processes have ended, so this process may use all cores
-            torch.set_num_threads(cores)
+        """Release the trained network, and load the newest checkpoint into a plain one.
+
+        Every rank loads all weights.
+        """
+        self.release()
         run = self._copy()
         newest = run.checkpoints.newest()
         assert newest is not None, "training ends with a checkpoint"

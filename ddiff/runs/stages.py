@@ -16,7 +16,8 @@ from typing import Any
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.distributed.launcher import get_rank_info
+from ddiff.distributed.launcher import exit_with_message, get_rank_info
+from ddiff.distributed.ranks import Ranks, connect_ranks
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.model import BaseRecipe
@@ -107,9 +108,13 @@ def sample_run(
     is a JSON file for the states after each step, and `gif` an animation of these states.
     """
     observer = SampleObserver.check(watch, trajectory, gif)
-    trained = load(run_dir)
-    samples = find_kind(trained.recipe).sample(trained, arguments, prints_ids, observer)
-    _print_json_lines(samples)
+    # states are shown and recorded by one process
+    connection = connect_ranks() if observer is None else nullcontext(Ranks())
+    with connection as ranks:
+        trained = load(run_dir)
+        samples = find_kind(trained.recipe).sample(trained, arguments, prints_ids, observer, ranks)
+        if ranks.is_first:
+            _print_json_lines(samples)
 
 
 def edit_run(
@@ -126,15 +131,17 @@ def edit_run(
     `toward` names a file with the target vectors. `conditions` and `arguments` are arguments of
     `Run.edit`. Without `prints_ids`, the lines have no token ids.
     """
-    trained = load(run_dir)
-    require_text_recipe(trained.recipe, "ddiff sample --edit")
-    if toward is not None:
-        conditions = add_target(trained.recipe, trained.denoiser, conditions, toward)
-    edited = trained.edit(texts, conditions=conditions, **arguments)
-    if not prints_ids:
-        for sample in edited:
-            del sample["ids"]
-    _print_json_lines(edited)
+    with connect_ranks() as ranks:
+        trained = load(run_dir)
+        require_text_recipe(trained.recipe, "ddiff sample --edit")
+        if toward is not None:
+            conditions = add_target(trained.recipe, trained.denoiser, conditions, toward)
+        edited = trained.edit(texts, conditions=conditions, ranks=ranks, **arguments)
+        if not prints_ids:
+            for sample in edited:
+                del sample["ids"]
+        if ranks.is_first:
+            _print_json_lines(edited)
 
 
 def _print_json_lines(samples: Iterable[Mapping[str, Any]]) -> None:
@@ -175,27 +182,34 @@ def _run_stages(
             # open until the end, so that the results belong to the same run of the tracker
             tracker = trackers.enter_context(closing(session.build_tracker()))
             summary = _train(session, start, init, tracker)
-        if summary.exit_code:
-            if leads:
-                _print_stop(summary)
-            return None, summary.exit_code
-        # every rank loads the run, since `run` returns it; only rank 0 evaluates and samples
-        trained = session.load_trained_run()
-        code = _after_training(trained, summary, tracker) if leads else 0
+            if summary.exit_code:
+                if leads:
+                    _print_stop(summary)
+                return None, summary.exit_code
+            trained = session.load_trained_run()
+            code = _after_training(trained, summary, tracker, session.ranks())
         return trained, code
 
 
-def _after_training(trained: TrainableRun, summary: TrainingSummary, tracker: Tracker) -> int:
-    """Evaluate, sample, print the summary and log the results. Return the exit code."""
+def _after_training(
+    trained: TrainableRun, summary: TrainingSummary, tracker: Tracker, ranks: Ranks
+) -> int:
+    """Evaluate, sample, print the summary and log the results. Return the exit code.
+
+    `ranks` divide the evaluation and the sampling; only rank 0 prints, writes and logs.
+    """
     try:
-        find_kind(trained.recipe).after_training(trained, summary)
-        send_results(trained, tracker)
+        find_kind(trained.recipe).after_training(trained, summary, ranks)
+        if ranks.is_first:
+            send_results(trained, tracker)
     except KeyboardInterrupt:
-        print(
-            "Stopped after training. The weights are saved; "
-            "the same command evaluates and samples.",
-            file=sys.stderr,
+        message = (
+            "Stopped after training. The weights are saved; the same command evaluates and samples."
         )
+        if ranks.world_size > 1:
+            # Closing the session would wait for ranks that wait for results of this rank.
+            exit_with_message(message, INTERRUPTED)
+        print(message, file=sys.stderr)
         return INTERRUPTED
     return 0
 

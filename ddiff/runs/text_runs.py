@@ -13,6 +13,7 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
+from ddiff.distributed.ranks import Ranks
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.destination import Destination
 from ddiff.runs.build import Overrides, assemble
@@ -43,10 +44,10 @@ class TextRuns:
 
         return load_run(recipe, directory, newest, process)
 
-    def after_training(self, run: Run, summary: TrainingSummary) -> None:
+    def after_training(self, run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
         from ddiff.runs.text_stages import after_training
 
-        after_training(run, summary)
+        after_training(run, summary, ranks)
 
     def rehearse(self, recipe: Recipe, device: torch.device) -> str:
         """Check the model and the memory without reading the data.
@@ -75,14 +76,16 @@ class TextRuns:
 
         print_measurement(measure(recipe, steps))
 
-    def evaluate(self, run: Run, target: Destination | None, options: EvaluationOptions) -> Any:
+    def evaluate(
+        self, run: Run, target: Destination | None, options: EvaluationOptions, ranks: Ranks
+    ) -> Any:
         if options.data:
             from ddiff.runs.given_texts import evaluate_given_texts
 
-            return evaluate_given_texts(run, target, options)
+            return evaluate_given_texts(run, target, options, ranks)
         from ddiff.runs.evaluation_report import reevaluate
 
-        return reevaluate(run, target, options.until)
+        return reevaluate(run, target, options.until, ranks)
 
     def sample(
         self,
@@ -90,20 +93,23 @@ class TextRuns:
         arguments: Mapping[str, Any],
         prints_ids: bool,
         observer: SampleObserver | None = None,
+        ranks: Ranks | None = None,
     ) -> Iterable[Mapping[str, Any]]:
         others = dict(arguments)
         names = ("given", "only", "target", "images")
         own = {f"--{name}": others.pop(name, None) for name in names}
         refuse_options(run, own, "a run of text", "Use --prompt, --infill or --condition.")
         if observer is None:
-            samples = run.sample(**others)
+            samples = run.sample(**others, ranks=ranks)
         else:
             from ddiff.runs.trajectory import observe_samples
 
             with observe_samples(run, observer, others) as on_step:
-                samples = run.sample(**others, on_step=on_step)
-        for sample in samples:
-            yield {key: value for key, value in sample.items() if prints_ids or key != "ids"}
+                samples = run.sample(**others, on_step=on_step, ranks=ranks)
+        if not prints_ids:
+            for sample in samples:
+                del sample["ids"]
+        return samples
 
     def encode(
         self, recipe: Recipe, out: str | None, shard_size: int | None, max_samples: int | None

@@ -11,6 +11,7 @@ from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import load_tokenizer
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import (
@@ -70,10 +71,12 @@ def load_run(
     return run
 
 
-def after_training(run: Run, summary: TrainingSummary) -> None:
-    """Evaluate, sample and print the summary."""
-    report = evaluate_once(run)
-    samples = _sample_once(run)
+def after_training(run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
+    """Evaluate, sample and print the summary. `ranks` divide the work; only rank 0 prints."""
+    report = evaluate_once(run, ranks)
+    samples = _sample_once(run, ranks)
+    if not ranks.is_first:
+        return
     title = f"{type(run.process or run.objective).__name__} on {run.vocabulary}"
     if run.uses_ema:
         title += ", the exponential moving average of its weights"
@@ -110,30 +113,39 @@ def _choose_vocabulary(text: RunText, overrides: Overrides) -> Vocabulary:
     return text.build_vocabulary()
 
 
-def _sample_once(run: Run) -> list[dict[str, Any]]:
+def _sample_once(run: Run, ranks: Ranks) -> list[dict[str, Any]]:
     """Draw the samples of the recipe and write samples.jsonl.
 
     If samples.jsonl already contains all samples of the newest step, the file is read instead.
     """
-    path = run.run_dir / SAMPLES
-    timing = run.run_dir / SAMPLING
     step = run.step
-    saved = read_json_lines(path)
-    is_timed = read_json(timing).get("step") == step
-    is_complete = len(saved) == run.recipe.sample.count
-    if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
+    # decided by one process, because rank 0 may write the file before another rank reads it
+    saved = ranks.on_first(lambda: _read_samples(run, step))
+    if saved is not None:
         return saved
     began = time.monotonic()
     # built here because sampler.steps may differ from [sample] steps
     sampler = build_sampler(run.recipe, run.model)
-    samples = [{"step": step, **sample} for sample in run.sample(sampler=sampler)]
+    samples = [{"step": step, **sample} for sample in run.sample(sampler=sampler, ranks=ranks)]
+    if not ranks.is_first:
+        return samples
     figures = {
         "step": step,
         "seconds": time.monotonic() - began,
         "tokens": sum(len(sample["ids"]) for sample in samples),
         "steps": sampler.steps,
     }
-    write_run_file(timing, json.dumps(figures) + "\n")
+    write_run_file(run.run_dir / SAMPLING, json.dumps(figures) + "\n")
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    write_run_file(path, "".join(lines))
+    write_run_file(run.run_dir / SAMPLES, "".join(lines))
     return samples
+
+
+def _read_samples(run: Run, step: int) -> list[dict[str, Any]] | None:
+    """Return the content of samples.jsonl, or None unless it has all samples of a step."""
+    saved = read_json_lines(run.run_dir / SAMPLES)
+    is_timed = read_json(run.run_dir / SAMPLING).get("step") == step
+    is_complete = len(saved) == run.recipe.sample.count
+    if is_timed and is_complete and all(sample.get("step") == step for sample in saved):
+        return saved
+    return None

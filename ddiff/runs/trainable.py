@@ -13,6 +13,7 @@ from torch import nn
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints, load_weights
 from ddiff.core.rng import CounterRng
+from ddiff.distributed.ranks import Ranks
 from ddiff.progress import hide_progress
 from ddiff.recipe.model import BaseRecipe
 from ddiff.run_dir.files import CHECKPOINTS
@@ -96,8 +97,11 @@ class TrainableRun(ABC):
         """Load the validation samples."""
 
     @abstractmethod
-    def score_validation(self) -> tuple[Mapping[str, float], str]:
-        """Evaluate the validation samples. Return metrics by name, and one line of text."""
+    def score_validation(self, ranks: Ranks | None = None) -> tuple[Mapping[str, float], str]:
+        """Evaluate the validation samples. Return metrics by name, and one line of text.
+
+        `ranks`: processes that divide the batches; None: only this process.
+        """
 
     @abstractmethod
     def sample_texts(self, steps: int) -> tuple[Mapping[str, str], int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.elbo import Likelihood, NelboTerms, Network, corrupt, nelbo
+from ddiff.core.information import find_time_bins
 from ddiff.core.prediction import CleanDistribution
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
@@ -274,7 +275,8 @@ class DiffusionObjective:
         """
         network = self.network(batch)
         terms = nelbo(self.process, network, batch.ids, batch.scored, times, rng, slot, slots)
-        return Likelihood(terms.by_name(), self._by_level(terms))
+        bins = find_time_bins(self.process.information_time, terms.noisy.t)
+        return Likelihood(terms.by_name(), self._by_level(terms), bins)
 
     def _by_level(self, terms: NelboTerms) -> dict[str, Tensor]:
         vocabulary = self.process.vocabulary

@@ -69,8 +69,8 @@ class Backend(Protocol):
     """Interface to the devices and processes of a run.
 
     The losses of the ranks add up to the global loss, so a backend with several processes sums
-    gradients and does not average them. Rank 0 writes, reports, evaluates and samples. The other
-    ranks only train.
+    gradients and does not average them. Rank 0 writes and reports. All ranks train, evaluate and
+    sample. A backend with several processes initializes torch.distributed.
     """
 
     rank: int

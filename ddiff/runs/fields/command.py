@@ -10,6 +10,7 @@ import numpy as np
 
 from ddiff.data.pictures import is_grid
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, RecipeError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.run_dir.destination import Destination, check_destination
@@ -45,11 +46,12 @@ def sample_run(
     arguments: Mapping[str, Any],
     prints_ids: bool,
     observer: SampleObserver | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterable[Mapping[str, Any]]:
     """Draw the samples that the options of `ddiff sample` ask for, and return the printed dicts.
 
-    `observer` shows or records the states after each step. Raises ArgumentError for an option of
-    text runs, and for values that do not fit.
+    `observer` shows or records the states after each step. `ranks` divide the batches; None: only
+    this process. Raises ArgumentError for an option of text runs, and for values that do not fit.
     """
     options = dict(arguments)
     text = {option: options.pop(name, None) for name, option in OPTIONS_OF_TEXT.items()}
@@ -66,8 +68,8 @@ def sample_run(
     if observer is not None:
         observing = observe_fields(run, observer, target, request.seed)
     with observing as on_step:
-        drawn = draw_fields(run.recipe, run.model, run.data, request, on_step)
-    if place is not None:
+        drawn = draw_fields(run.recipe, run.model, run.data, request, on_step, ranks)
+    if place is not None and (ranks is None or ranks.is_first):
         _write_images(run, drawn, place)
     samples = drawn.to_dicts()
     return samples if prints_ids else [_drop_ids(sample) for sample in samples]

@@ -18,6 +18,7 @@ from rich.console import Console
 from ddiff.core.field_targets import Target, ThroughTarget, parse_evaluated
 from ddiff.core.paths import LegPath, given_path
 from ddiff.data.fields_batch import FieldsBatch
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.fields import (
     FieldFigures,
@@ -143,6 +144,7 @@ class Bounds:
         data: samples of the run.
         draws: number of draws per sample; None: as in the recipe.
         console: console for the progress bar.
+        ranks: processes that divide the batches; None: only this process.
     """
 
     def __init__(
@@ -152,7 +154,9 @@ class Bounds:
         data: RunFields,
         draws: int | None = None,
         console: Console | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.recipe = recipe
         self.model = model
         self.data = data
@@ -245,6 +249,7 @@ class Bounds:
             lacking=lacking() if keys.unnamed == "absent" else (),
             device=self.model.device,
             console=self.console,
+            ranks=self.ranks,
         )
 
     # ------------------------------------------------------------------ controls
@@ -288,6 +293,7 @@ class Bounds:
             volumes=self._volumes(target.drawn),
             device=self.model.device,
             console=self.console,
+            ranks=self.ranks,
             title=title,
         )
         if control == "shuffled":

@@ -13,6 +13,7 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.run_dir.destination import Destination
@@ -49,10 +50,10 @@ class FieldsRuns:
 
         return load_run(recipe, directory, newest, process)
 
-    def after_training(self, run: FieldsRun, summary: TrainingSummary) -> None:
+    def after_training(self, run: FieldsRun, summary: TrainingSummary, ranks: Ranks) -> None:
         from ddiff.runs.fields.stages import after_training
 
-        after_training(run, summary)
+        after_training(run, summary, ranks)
 
     def rehearse(self, recipe: FieldsRecipe, device: torch.device) -> str:
         """Check the model and the memory without reading the data.
@@ -77,7 +78,11 @@ class FieldsRuns:
         print_measurement(measure(recipe, steps))
 
     def evaluate(
-        self, run: FieldsRun, target: Destination | None, options: EvaluationOptions
+        self,
+        run: FieldsRun,
+        target: Destination | None,
+        options: EvaluationOptions,
+        ranks: Ranks,
     ) -> Any:
         if options != EvaluationOptions():
             raise ArgumentError(
@@ -86,7 +91,7 @@ class FieldsRuns:
             )
         from ddiff.runs.fields.report import reevaluate
 
-        return reevaluate(run, target)
+        return reevaluate(run, target, ranks)
 
     def sample(
         self,
@@ -94,10 +99,11 @@ class FieldsRuns:
         arguments: Mapping[str, Any],
         prints_ids: bool,
         observer: SampleObserver | None = None,
+        ranks: Ranks | None = None,
     ) -> Iterable[Mapping[str, Any]]:
         from ddiff.runs.fields.command import sample_run
 
-        return sample_run(run, arguments, prints_ids, observer)
+        return sample_run(run, arguments, prints_ids, observer, ranks)
 
     def encode(
         self,

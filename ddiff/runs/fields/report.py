@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ddiff.distributed.ranks import Ranks
 from ddiff.run_dir.destination import Destination, write_text
 from ddiff.run_dir.files import EVALUATION, read_json
 from ddiff.run_dir.location import check_writable
@@ -22,28 +23,34 @@ Report = Mapping[str, Any]
 """Content of evaluation.json."""
 
 
-def evaluate_once(run: FieldsRun) -> Report:
+def evaluate_once(run: FieldsRun, ranks: Ranks) -> Report:
     """Evaluate a run and write evaluation.json.
 
     If evaluation.json already contains the evaluation of the same step with the same settings, the
-    evaluation is not repeated, and the file is read.
+    evaluation is not repeated, and the file is read. `ranks` divide the batches; only rank 0
+    writes.
     """
     path = run.run_dir / EVALUATION
-    saved = read_json(path)
+    # read by one process, because rank 0 may write the file before another rank reads it
+    saved: Report = ranks.on_first(lambda: read_json(path))
     if saved and saved.items() >= describe_settings(run).items():
         return saved
-    report = make_report(run)
-    write_run_file(path, _to_json(report))
+    report = make_report(run, ranks=ranks)
+    if ranks.is_first:
+        write_run_file(path, _to_json(report))
     return report
 
 
-def make_report(run: FieldsRun, changed_data: bool = False) -> dict[str, Any]:
+def make_report(
+    run: FieldsRun, changed_data: bool = False, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Evaluate a run on its validation samples and return the full content of evaluation.json.
 
-    `changed_data`: whether the data may differ from the data of training.
+    `changed_data`: whether the data may differ from the data of training. `ranks`: processes that
+    divide the batches; None: only this process.
     """
     start = time.monotonic()
-    found = run.evaluate(changed_data=changed_data)
+    found = run.evaluate(changed_data=changed_data, ranks=ranks)
     seconds = time.monotonic() - start
     targets = {name: bounds.to_dict() for name, bounds in found.items()}
     units = {}
@@ -76,18 +83,21 @@ def describe_settings(run: FieldsRun) -> dict[str, Any]:
     }
 
 
-def reevaluate(run: FieldsRun, target: Destination | None) -> Report:
+def reevaluate(run: FieldsRun, target: Destination | None, ranks: Ranks) -> Report:
     """Evaluate a loaded run again, write the results and print them.
 
-    The results replace the content of evaluation.json, or are written to `target`. Raises
-    CheckpointError if the data differ from the data of training and `target` is None.
+    The results replace the content of evaluation.json, or are written to `target`. `ranks` divide
+    the batches; only rank 0 writes and prints. Raises CheckpointError if the data differ from the
+    data of training and `target` is None.
     """
     if target is None:
         check_writable(run.run_dir)  # before an evaluation that may take hours
-    changed = find_changed_data(run)
+    changed = ranks.on_first(lambda: find_changed_data(run))
     if changed and target is None:
         raise changed_data_error(run.run_dir, changed)
-    report = make_report(run, changed_data=bool(changed))
+    report = make_report(run, changed_data=bool(changed), ranks=ranks)
+    if not ranks.is_first:
+        return report
     if changed:
         differences = [str(difference) for difference in changed]
         print(

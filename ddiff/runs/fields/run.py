@@ -17,6 +17,7 @@ from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.field_targets import THROUGH
 from ddiff.core.rng import CounterRng
 from ddiff.data.fields_batch import FieldsBatch
+from ddiff.distributed.ranks import Ranks
 from ddiff.nn.joint_denoiser import JointDenoiser
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.fields.build import FieldsModel, assemble_fields, shapes_of
@@ -85,6 +86,7 @@ class FieldsRun(TrainableRun):
         draws: int | None = None,
         *,
         changed_data: bool = False,
+        ranks: Ranks | None = None,
     ) -> dict[str, TargetEvaluation | ThroughEvaluation]:
         """Compute the bounds of the validation samples, by target.
 
@@ -97,10 +99,14 @@ class FieldsRun(TrainableRun):
             draws: number of independent draws of times and noise per sample; None: as in the
                 recipe.
             changed_data: whether the data may differ from the data of training.
+            ranks: processes that divide the batches, all of which call this method
+                (`ddiff.connect_ranks`); None: only this process.
         """
+        ranks = ranks or Ranks()
+        ranks.on_first(self.read_validation)  # the other ranks then read the files in the cache
         if not changed_data:
-            check_changed_data(self)
-        bounds = Bounds(self.recipe, self.model, self.data, draws)
+            ranks.on_first(lambda: check_changed_data(self))
+        bounds = Bounds(self.recipe, self.model, self.data, draws, ranks=ranks)
         names = self.recipe.evaluate.targets if targets is None else targets
         return bounds.evaluate(names)
 
@@ -115,6 +121,7 @@ class FieldsRun(TrainableRun):
         seed: int | None = None,
         batch: int | None = None,
         on_step: OnJointStep | None = None,
+        ranks: Ranks | None = None,
     ) -> list[dict[str, Any]]:
         """Draw samples of one target.
 
@@ -136,10 +143,13 @@ class FieldsRun(TrainableRun):
             seed: seed of the random generator.
             batch: number of samples per batch.
             on_step: callback `on_step(step, canvases)` with the canvas of each field, called for
-                every batch before the first step (step 0) and after every step.
+                every batch of this process before the first step (step 0) and after every step.
+            ranks: processes that divide the batches, all of which call this method with the same
+                arguments and get all samples; None: only this process.
         """
         request = FieldsRequest(count, target, dict(given or {}), tuple(only), steps, seed, batch)
-        return draw_fields(self.recipe, self.model, self.data, request, on_step).to_dicts()
+        drawn = draw_fields(self.recipe, self.model, self.data, request, on_step, ranks)
+        return drawn.to_dicts()
 
     # ------------------------------------------------------------------ training
 
@@ -178,10 +188,10 @@ class FieldsRun(TrainableRun):
     def read_validation(self) -> None:
         self.data.validation_batch(np.arange(1))
 
-    def score_validation(self) -> tuple[Mapping[str, float], str]:
+    def score_validation(self, ranks: Ranks | None = None) -> tuple[Mapping[str, float], str]:
         """Evaluate the targets of the recipe. Return metrics by name, and one line of text."""
         quiet = Console(quiet=True, force_terminal=False)  # keep the progress bar of training
-        bounds = Bounds(self.recipe, self.model, self.data, console=quiet)
+        bounds = Bounds(self.recipe, self.model, self.data, console=quiet, ranks=ranks)
         figures = {}
         sentences = []
         for name in self.recipe.evaluate.targets:

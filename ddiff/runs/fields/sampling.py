@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddiff.core.field_targets import Target, parse_target
 from ddiff.data.fields_batch import FieldBatch
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.joint_denoiser import JointContext
 from ddiff.nn.joint_network import JointDenoiserNetwork
@@ -88,11 +89,13 @@ def draw_fields(
     data: RunFields,
     request: FieldsRequest,
     on_step: OnJointStep | None = None,
+    ranks: Ranks | None = None,
 ) -> DrawnSamples:
     """Check the arguments of `FieldsRun.sample` in `request`, then draw samples batch by batch.
 
-    `FieldsRun.sample` explains `on_step`.
+    `FieldsRun.sample` explains `on_step` and `ranks`.
     """
+    ranks = ranks or Ranks()
     keys = recipe.sample
     count = keys.count if request.count is None else request.count
     seed = keys.seed if request.seed is None else request.seed
@@ -103,19 +106,20 @@ def draw_fields(
     check_target(model, sampler, target, data.lacking)
     given, plain, numbers = _read_given(data, target, request.given, count, keys.given)
     model.objective.module.eval()  # no dropout
-    drawn: dict[str, list[Tensor]] = {name: [] for name in (*target.drawn, *target.given)}
-    runs: list[int] = []
-    batches = range(0, count, size)
-    with show_progress(len(batches), "sampling") as bar:
-        for first in batches:
-            index = torch.arange(first, min(first + size, count))
+    names = (*target.drawn, *target.given)
+    batches = [torch.arange(first, min(first + size, count)) for first in range(0, count, size)]
+    own = len(ranks.share(len(batches)))
+    with show_progress(own, ranks.label("sampling"), console=ranks.console()) as bar:
+
+        def draw(index: Tensor) -> tuple[dict[str, Tensor], list[int]]:
             parts = {name: _slice(values, index) for name, values in given.items()}
             states, nfe = draw_batch(model, sampler, parts, index, seed, on_step)
-            for name, column in drawn.items():
-                column.append(states[name].cpu())
-            runs += nfe
             bar.advance()
-    states = {name: torch.cat(column) for name, column in drawn.items()}
+            return {name: states[name].cpu() for name in names}, nfe
+
+        drawn = ranks.map(draw, batches)
+    states = {name: torch.cat([found[name] for found, _ in drawn]) for name in names}
+    runs = [evaluations for _, nfe in drawn for evaluations in nfe]
     values = {name: data.fields[name].decode(column) for name, column in states.items()}
     # A given value is the one of the caller or of the data, without rounding by the normalizer.
     for name in target.given:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.run_dir.files import (
@@ -96,10 +97,15 @@ def load_run(
 # ---------------------------------------------------------------------- after training
 
 
-def after_training(run: FieldsRun, summary: TrainingSummary) -> None:
-    """Evaluate, sample, judge and print the summary."""
-    report = evaluate_once(run)
-    samples, judged = _sample_once(run)
+def after_training(run: FieldsRun, summary: TrainingSummary, ranks: Ranks) -> None:
+    """Evaluate, sample, judge and print the summary.
+
+    `ranks` divide the evaluation and the sampling; only rank 0 judges, prints and writes.
+    """
+    report = evaluate_once(run, ranks)
+    samples, judged = _sample_once(run, ranks)
+    if not ranks.is_first:
+        return
     written = ["evaluation.json", "samples.jsonl"]
     written += sorted(path.name for path in run.run_dir.glob("samples-*.png"))
     if judged:
@@ -108,11 +114,27 @@ def after_training(run: FieldsRun, summary: TrainingSummary) -> None:
     print_summary(run, summary, report, samples, judged, written)
 
 
-def _sample_once(run: FieldsRun) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+def _sample_once(run: FieldsRun, ranks: Ranks) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
     """Draw and judge the samples of the recipe, and write samples.jsonl and judged.json.
 
-    If the files already contain the samples of the newest step, the files are read instead.
+    If the files already contain the samples of the newest step, the files are read instead. Only
+    rank 0 judges and returns the samples.
     """
+    # decided by one process, because rank 0 may write the files before another rank reads them
+    found = ranks.on_first(lambda: _read_samples(run))
+    if found is not None:
+        return found
+    began = time.monotonic()
+    drawn = [
+        draw_fields(run.recipe, run.model, run.data, FieldsRequest(target=target), ranks=ranks)
+        for target in run.recipe.sample.targets
+    ]
+    seconds = time.monotonic() - began
+    return _write_samples(run, drawn, seconds) if ranks.is_first else ([], {})
+
+
+def _read_samples(run: FieldsRun) -> tuple[list[dict[str, Any]], Mapping[str, Any]] | None:
+    """Return samples and findings in the run directory; None unless all are of the newest step."""
     path = run.run_dir / SAMPLES
     keys = run.recipe.sample
     step = run.step
@@ -122,15 +144,7 @@ def _sample_once(run: FieldsRun) -> tuple[list[dict[str, Any]], Mapping[str, Any
     is_judged = run.recipe.judge is None or judged.get("step") == step
     is_timed = read_json(run.run_dir / SAMPLING).get("step") == step
     is_new = is_complete and is_timed and all(sample.get("step") == step for sample in saved)
-    if is_new and is_judged:
-        return saved, judged
-    began = time.monotonic()
-    drawn = [
-        draw_fields(run.recipe, run.model, run.data, FieldsRequest(target=target))
-        for target in keys.targets
-    ]
-    seconds = time.monotonic() - began
-    return _write_samples(run, drawn, seconds)
+    return (saved, judged) if is_new and is_judged else None
 
 
 def _write_samples(
