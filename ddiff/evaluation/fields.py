@@ -21,7 +21,7 @@ from ddiff.core.elbo import Likelihood
 from ddiff.core.field import Field
 from ddiff.core.path_coverage import Lacking, require_trained
 from ddiff.core.paths import Hold, Leg, Path
-from ddiff.core.rate_distortion import rate_distortion_paths
+from ddiff.core.rate_distortion import RateDistortionPaths, rate_distortion_paths
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, require_path
 from ddiff.distributed.ranks import Ranks
@@ -266,27 +266,17 @@ def evaluate_rate_distortion(
     paths = rate_distortion_paths(objective.fields, text, latent, deviation, unnamed)
     require_trained(paths.rate, objective.path, f"{caller}, rate", lacking=lacking)
     require_trained(paths.distortion, objective.path, f"{caller}, distortion", lacking=lacking)
+    scorer = _RateScorer(objective, batch_of, paths, text, latent, draws, seed, device)
     ranks = ranks or Ranks()
     batches = _divide(samples, batch)
-    own = sum(len(batches[number]) for number in ranks.share(len(batches))) * draws
+    own = sum(len(batches[number]) for number in ranks.share(len(batches)))
     title = ranks.label(f"{text} through {latent}")
     with show_progress(own, title, console=ranks.console(console)) as bar:
 
         def score(numbers: NDArray[np.int64]) -> _Parts:
-            found = batch_of(numbers)
-            _require_both(found, text, latent, caller)
-            tokens = found.fields[text].counted.sum(-1).cpu().numpy()
-            rate = np.zeros((len(numbers), draws))
-            distortion = np.zeros((len(numbers), draws))
-            scorer = _PartScorer(objective, found, seed, device)
-            for draw in range(draws):
-                terms = scorer.score("rate", draw, paths.rate, latent)
-                # The decoding term belongs to the clean latent, which is not part of the bound.
-                rate[:, draw] = terms["diffusion"] + terms["closing"]
-                terms = scorer.score("distortion", draw, paths.distortion, text)
-                distortion[:, draw] = sum(terms.values())
-                bar.advance(len(numbers))
-            return _Parts(rate, distortion, tokens)
+            found = scorer.score(numbers)
+            bar.advance(len(numbers))
+            return found
 
         parts = ranks.map(score, batches)
     rate = np.concatenate([part.rate for part in parts])
@@ -303,24 +293,41 @@ class _Parts(NamedTuple):
     tokens: NDArray[np.int64]
 
 
-class _PartScorer:
-    """Scores of one batch in both parts of a rate-distortion bound."""
+@dataclass(frozen=True)
+class _RateScorer:
+    """Computes both parts of a batch; see `evaluate_rate_distortion` for the attributes."""
 
-    def __init__(
-        self, objective: ScoredFields, batch: Any, seed: int, device: torch.device | None
-    ) -> None:
-        self.objective = objective
-        self.batch = batch
-        self.seed = seed
-        self.index = batch.index.to(device)
+    objective: ScoredFields
+    batch_of: Callable[[NDArray[np.int64]], Any]
+    paths: RateDistortionPaths
+    text: str
+    latent: str
+    draws: int
+    seed: int
+    device: torch.device | None
 
-    def score(
-        self, purpose: str, draw: int, path: Path, name: str
+    def score(self, numbers: NDArray[np.int64]) -> _Parts:
+        """Score the samples `numbers` [B] in all draws."""
+        batch = self.batch_of(numbers)
+        _require_both(batch, self.text, self.latent, "evaluate_rate_distortion")
+        tokens = batch.fields[self.text].counted.sum(-1).cpu().numpy()
+        rate = np.zeros((len(numbers), self.draws))
+        distortion = np.zeros((len(numbers), self.draws))
+        for draw in range(self.draws):
+            terms = self._score_part(batch, "rate", draw, self.paths.rate, self.latent)
+            # The decoding term belongs to the clean latent, which is not part of the bound.
+            rate[:, draw] = terms["diffusion"] + terms["closing"]
+            terms = self._score_part(batch, "distortion", draw, self.paths.distortion, self.text)
+            distortion[:, draw] = sum(terms.values())
+        return _Parts(rate, distortion, tokens)
+
+    def _score_part(
+        self, batch: Any, purpose: str, draw: int, path: Path, name: str
     ) -> dict[str, NDArray[np.float64]]:
         """Return the nats [B] of each term of the field `name` along a path."""
-        rng = CounterRng(self.seed, draw, self.index, 1, purpose, self.index)
-        slot = torch.zeros_like(self.index)
-        likelihood = self.objective.nll(self.batch, rng, slot, 1, path)
+        index = batch.index.to(self.device)
+        rng = CounterRng(self.seed, draw, index, 1, purpose, index)
+        likelihood = self.objective.nll(batch, rng, torch.zeros_like(index), 1, path)
         terms = likelihood[name].terms.items()
         return {term: values.sum(-1).cpu().numpy() for term, values in terms}
 

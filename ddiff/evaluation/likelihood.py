@@ -241,8 +241,7 @@ def evaluate(
         unit: unit of the metrics, "token" or "symbol".
         device: device of the batches.
         console: console of the progress bar.
-        ranks: processes that divide the batches, all of which call this function with the same
-            arguments; None: only this process. The result does not depend on their number.
+        ranks: processes that divide the batches; all call this function. None: this process.
 
     Raises ArgumentError if there are no rows or no draws, and NonFiniteError if the bound is not
     finite.
@@ -251,16 +250,13 @@ def evaluate(
     names, index = np.unique(document, return_inverse=True)
     ranks = ranks or Ranks()
     sums = DocumentSums(len(names))
+    scorer = _Scorer(objective, batch_of, index, length, times, seed, device)
 
     def score_draw(draw: int, bar: Progress) -> None:
         def score_batch(dealt: _Dealt) -> BatchSums:
-            rows_batch = batch_of(dealt.rows)
-            group = torch.from_numpy(index[dealt.rows]).to(rows_batch.index.device)
-            rng = CounterRng(seed, draw, rows_batch.index, length, "evaluate", group)
-            slot = dealt.slot.to(device)
-            likelihood = objective.nll(rows_batch, rng, slot, dealt.slots.to(device), times)
+            found = scorer.score(draw, dealt)
             bar.advance(len(dealt.rows))
-            return BatchSums.of(likelihood, rows_batch.scored)
+            return found
 
         batches = list(_deal_strata(index, draw, batch, seed))
         # every rank adds the batches of all ranks in the same order, so that all sums are equal
@@ -270,14 +266,35 @@ def evaluate(
     # the number of draws is not known in advance if they stop at a width
     total = _count_share(ranks, len(document), batch) * draws if until is None else None
     with show_progress(total, ranks.label("evaluating"), console=ranks.console(console)) as bar:
-        for draw in range(draws):
-            score_draw(draw, bar)
-        estimate = _estimate(sums, unit)
-        while not _is_narrow(estimate, sums.draws, until, objective.bound):
+        while sums.draws < draws or not _is_narrow(sums, until, objective.bound, unit):
             score_draw(sums.draws, bar)
-            estimate = _estimate(sums, unit)
     protocol = _describe_settings(sums.draws, until, seed, length)
-    return _make_evaluation(estimate, sums, num_bytes, unit, objective.bound, protocol)
+    return _make_evaluation(sums, num_bytes, unit, objective.bound, protocol)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Computes the nats of a batch; the attributes are the arguments of `evaluate`.
+
+    `index` [R] is the number of the document of each row, from 0.
+    """
+
+    objective: Scored
+    batch_of: Callable[[Rows], Any]
+    index: NDArray[np.int64]
+    length: int
+    times: TimeRule
+    seed: int
+    device: torch.device | None
+
+    def score(self, draw: int, dealt: _Dealt) -> BatchSums:
+        batch = self.batch_of(dealt.rows)
+        group = torch.from_numpy(self.index[dealt.rows]).to(batch.index.device)
+        rng = CounterRng(self.seed, draw, batch.index, self.length, "evaluate", group)
+        slot = dealt.slot.to(self.device)
+        slots = dealt.slots.to(self.device)
+        likelihood = self.objective.nll(batch, rng, slot, slots, self.times)
+        return BatchSums.of(likelihood, batch.scored)
 
 
 def _count_share(ranks: Ranks, rows: int, batch: int) -> int:
@@ -319,12 +336,12 @@ def _check_arguments(num_rows: int, draws: int, until: float | None, unit: str) 
         )
 
 
-def _is_narrow(estimate: RatioEstimate, draws: int, until: float | None, bound: str) -> bool:
-    """Return whether no more draws are needed after `draws` draws (see `evaluate`)."""
-    if until is None or bound == "NLL" or draws >= MOST_DRAWS:
+def _is_narrow(sums: DocumentSums, until: float | None, bound: str, unit: str) -> bool:
+    """Return whether the interval is narrow enough, or no more draws are made (see `evaluate`)."""
+    error = _estimate(sums, unit).monte_carlo
+    if until is None or bound == "NLL" or sums.draws >= MOST_DRAWS:
         return True
-    error = estimate.monte_carlo
-    return draws >= FEWEST_DRAWS and error is not None and error.half_width <= until
+    return sums.draws >= FEWEST_DRAWS and error is not None and error.half_width <= until
 
 
 def _check_finite(mean: float, unit: str) -> None:
@@ -337,13 +354,13 @@ def _check_finite(mean: float, unit: str) -> None:
 
 
 def _make_evaluation(
-    estimate: RatioEstimate,
     sums: DocumentSums,
     num_bytes: int | None,
     unit: str,
     bound: str,
     protocol: Mapping[str, Any],
 ) -> Evaluation:
+    estimate = _estimate(sums, unit)
     mean = estimate.mean
     num_tokens = float(sums.tokens.sum())
     bits_per_byte = None

@@ -277,7 +277,7 @@ def test_mauve_of_samples_like_the_held_out_rows_is_one(
     repeated = [rows[number % len(rows)] for number in range(24)]
     monkeypatch.setattr("ddiff.runs.generation.read_held_out_rows", lambda run, count: repeated)
     monkeypatch.setattr(
-        Run, "sample", lambda run, count: [{"ids": row, "nfe": 1} for row in repeated]
+        Run, "sample", lambda run, count, **_: [{"ids": row, "nfe": 1} for row in repeated]
     )
     found = evaluate_generation(run, "gpt").written["judge"]
     assert found["mauve"] == {"value": pytest.approx(1.0), "samples": 24, "held_out": 24}
