@@ -71,19 +71,12 @@ def sample(
     The tokens of prompts and infill texts stay unchanged in the samples. With --edit, some tokens
     of the given texts are sampled again. Given fields stay unchanged too.
     """
-    further = _keep_given(
-        given=given,
-        only=only,
-        target=target,
-        images=images,
-        watch=watch,
-        trajectory=trajectory,
-        gif=gif,
-    )
+    observed = _keep_given(watch=watch, trajectory=trajectory, gif=gif)
+    further = _keep_given(given=given, only=only, target=target, images=images) | observed
     others = [*_keep_given(prompt=prompt, prompts=prompts, infill=infill, count=count), *further]
     chosen = _keep_given(ratio=ratio, mode=mode, toward=toward)
     _check_edit_options(edit, others, list(chosen))
-    if not watch and trajectory is None and gif is None:  # states are recorded in one process
+    if not observed:  # states are shown and recorded by one process
         launch_for_run(context, run_dir, processes)
     shared: dict[str, Any] = {
         "steps": steps,
