@@ -113,6 +113,8 @@ class Evaluation:
             protocol, which does not bound it (`ddiff.evaluation.protocols`).
         time_bins: parts of the diffusion term by information time, whose sum is the term; empty
             for an exact likelihood.
+        num_bytes: number of bytes of the text by which `bits_per_byte` divides; None without bits
+            per byte.
     """
 
     nelbo_nats_per_token: float
@@ -129,6 +131,7 @@ class Evaluation:
     protocol: Mapping[str, Any]
     bound: str = "NELBO"
     time_bins: Sequence[TimeBin] = ()
+    num_bytes: int | None = None
 
     def __repr__(self) -> str:
         half = ""
@@ -155,7 +158,7 @@ class Evaluation:
         text, so that the bound is not a likelihood of the text.
         """
         protocol = {**self.protocol, "own_vectors": list(names)}
-        return replace(self, ppl=None, bits_per_byte=None, protocol=protocol)
+        return replace(self, ppl=None, bits_per_byte=None, num_bytes=None, protocol=protocol)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict.
@@ -178,14 +181,17 @@ class Evaluation:
         bound = tree["bound"]
         values = {}
         for field in fields(cls):
-            if field.name != "time_bins":
+            if field.name not in _ADDED:
                 values[field.name] = tree[_field_key(field.name, unit, bound)]
-        # files of older versions have no bins of time
+        values["num_bytes"] = tree.get("num_bytes")
         values["time_bins"] = tuple(TimeBin(**found) for found in tree.get("time_bins", ()))
         for name in ("interval", "monte_carlo_interval"):
             # JSON has no tuples
             values[name] = tuple(values[name]) if values[name] else None
         return cls(**values)
+
+
+_ADDED = ("time_bins", "num_bytes")  # fields that files of older versions lack
 
 
 def _field_key(field: str, unit: str, bound: str) -> str:
@@ -385,6 +391,7 @@ def _make_evaluation(
         bound=bound,
         protocol=protocol,
         time_bins=_make_time_bins(sums.means.compute(TIME_BIN)),
+        num_bytes=num_bytes or None,
     )
 
 

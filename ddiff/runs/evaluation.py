@@ -28,6 +28,7 @@ from ddiff.run_dir.files import EVALUATION, read_json
 from ddiff.runs.build import Model
 from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.data import RunData
+from ddiff.runs.text_bytes import count_changed_texts
 
 # Number of training tokens whose bigrams are counted. Counting sorts the bigrams; to sort a whole
 # large corpus would take longer than the evaluation.
@@ -40,12 +41,17 @@ def score_validation(
     recipe: Recipe,
     console: Console | None = None,
     until: float | None = None,
+    has_bytes: bool = True,
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Compute the likelihood bound of the validation rows selected by the key [evaluate] rows.
 
-    `until` (half width at which more draws stop) and `ranks` (processes that divide the batches)
-    are those of `ddiff.evaluation.likelihood.evaluate`.
+    Args:
+        model, data, recipe: model, data and recipe of the run.
+        console: console for the progress bar.
+        until: half width of the interval at which more draws stop.
+        has_bytes: whether the tokens are those of all bytes of the text.
+        ranks: processes that divide the batches; None: only this process.
     """
     found = score_rows(
         model,
@@ -57,10 +63,23 @@ def score_validation(
         conditions=data.validation_conditions,
         console=console,
         until=until,
+        has_bytes=has_bytes,
         ranks=ranks,
     )
     own = find_own_vectors(data)
     return found.mark_own_vectors(own) if own else found
+
+
+def count_changed_documents(data: RunData, recipe: Recipe) -> int:
+    """Return the number of validation documents that the tokenizer changes.
+
+    Returns 0 without a count if bits per byte have no meaning. Raises DataError if the tokens claim
+    another number of bytes than that of the documents.
+    """
+    rows = data.validation_rows
+    if data.tokenizer.unit == "symbol" or len(evaluated_rows(data, recipe)) < len(rows):
+        return 0
+    return count_changed_texts(data.documents.validation["text"], rows, data.tokenizer)
 
 
 def find_own_vectors(data: RunData) -> list[str]:
@@ -120,6 +139,7 @@ def score_texts(
     texts = [check_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
     parsed = SampleConditions.parse(model.denoiser, conditions, len(texts))
     rows = pack_texts(texts, tokenizer, recipe.length)
+    changed = count_changed_texts(texts, rows, tokenizer) if tokenizer.unit == "token" else 0
     return score_rows(
         model,
         rows,
@@ -128,6 +148,7 @@ def score_texts(
         numbers=np.arange(len(rows)),
         draws=draws,
         conditions=Conditions(parsed.values),
+        has_bytes=changed == 0,
     )
 
 

@@ -27,6 +27,7 @@ from ddiff.runs.provenance import changed_data_error, find_changed_data
 from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.summary import print_evaluation
+from ddiff.runs.text_bytes import describe_bytes
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def make_report(
         **figures,
         "protocol": {**figures["protocol"], **protocol},
         "baselines": baselines,
+        "bytes": describe_bytes(evaluation),
         f"entropy_rate_nats_{unit}": run.data.documents.entropy_rate,
     }
     if warning := find_impossible(evaluation, run.data.documents.entropy_rate):

@@ -52,6 +52,7 @@ from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.summary import print_evaluation
+from ddiff.runs.text_bytes import check_num_bytes, describe_bytes
 
 # Endings of files whose text is in a column, without the ending of a compression.
 _TABLES = (".parquet", ".json", ".jsonl", ".ndjson")
@@ -308,13 +309,7 @@ def count_lossy_texts(texts: Sequence[str], tokenizer: Tokenizer) -> int:
 
 def check_bytes(texts: Sequence[str], rows: PackedRows) -> None:
     """Raise DataError unless the number of bytes of the rows is that of the texts."""
-    expected = sum(len(text.encode()) for text in texts)
-    found = rows.tokens.num_bytes
-    if found != expected:
-        raise DataError(
-            f"The tokens claim {found} bytes, but the text has {expected} bytes of UTF-8. Bits per "
-            "byte would be wrong. The cached tokens belong to another text: delete the cache."
-        )
+    check_num_bytes(rows, sum(len(text.encode()) for text in texts))
 
 
 def _make_record(
@@ -339,6 +334,7 @@ def _make_record(
     weights = "ema" if run.uses_ema else "trained"
     written = {"step": run.step, "weights": weights, **figures, "protocol": protocol}
     written["baselines"] = {}
+    written["bytes"] = describe_bytes(evaluation)
     written[f"entropy_rate_nats_per_{evaluation.unit}"] = given.entropy_rate
     if warning := find_impossible(evaluation, given.entropy_rate):
         written["warning"] = warning

@@ -31,6 +31,7 @@ from ddiff.runs.data import RunData, RunText
 from ddiff.runs.editing import EditRequest, edit_texts
 from ddiff.runs.evaluation import (
     count_baselines,
+    count_changed_documents,
     evaluation_protocol,
     find_given_own_vectors,
     score_texts,
@@ -136,7 +137,15 @@ class Run(TrainableRun):
             changed = ranks.on_first(self.find_changed_data)
             if changed:
                 raise changed_data_error(self.run_dir, changed)
-        found = score_validation(self.model, self.data, self.recipe, until=until, ranks=ranks)
+        lossy = ranks.on_first(lambda: count_changed_documents(self.data, self.recipe))
+        found = score_validation(
+            self.model,
+            self.data,
+            self.recipe,
+            until=until,
+            has_bytes=lossy == 0,
+            ranks=ranks,
+        )
         num_tokens = self.vocabulary.num_tokens
         # only one process counts the training text, which may need much memory
         counted = ranks.on_first(lambda: count_baselines(self.data, self.recipe, num_tokens))

@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from ddiff.evaluation.baselines import Baselines
-from ddiff.evaluation.likelihood import Evaluation
+from ddiff.evaluation.likelihood import Evaluation, TimeBin
 from ddiff.nn.denoiser import Denoiser
 from ddiff.runs.trainable import TrainableRun
 from ddiff.training.settings import TrainingSummary
@@ -161,6 +161,8 @@ def print_evaluation(
     if len(evaluation.parts_nats_per_token) > 1:
         for name, value in evaluation.parts_nats_per_token.items():
             table.add_row(f"    of diffusion, {name}", f"{value:.4f}", "")
+    if evaluation.time_bins:
+        table.add_row("    of diffusion, by time", *_time_cells(evaluation.time_bins))
     if counted is not None:
         under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
         side = f"{abs(under):.4f} {'under' if under >= 0 else 'above'} it"
@@ -173,6 +175,12 @@ def print_evaluation(
             "entropy rate", f"{entropy_rate:.4f}", "of the source: a lower limit for every model"
         )
     console.print(table)
+
+
+def _time_cells(bins: Sequence[TimeBin]) -> tuple[str, str]:
+    """Return the shares of the bins of time, from clean text to the prior."""
+    shares = " ".join(f"{100 * each.share:.0f}" for each in bins)
+    return "", f"{shares} % in {len(bins)} equal intervals of information time"
 
 
 def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
