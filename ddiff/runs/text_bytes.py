@@ -15,7 +15,7 @@ from ddiff.evaluation.likelihood import Evaluation
 
 _TEXTS_AT_ONCE = 1024
 COUNTED = "UTF-8 bytes of the documents, all of which the tokens decode to"
-"""How the bytes of an evaluation were counted."""
+"""Rule by which the bytes of an evaluation are counted."""
 
 
 def describe_bytes(evaluation: Evaluation) -> dict[str, Any] | None:
