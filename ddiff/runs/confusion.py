@@ -15,6 +15,7 @@ from ddiff.core.times import FlatTimes, Noisy
 from ddiff.data.packing import batch_rows
 from ddiff.evaluation.confusion import Confusion, count_confusions
 from ddiff.nn.network import as_network
+from ddiff.progress import Progress, show_progress
 from ddiff.runs.evaluation import evaluated_rows
 from ddiff.runs.report.confusions import LevelConfusion
 from ddiff.runs.run import Run
@@ -36,18 +37,19 @@ def measure_confusion(run: Run, most_rows: int = MOST_ROWS) -> list[LevelConfusi
     if process is None or run.denoiser.parameterization.predicts != "distribution":
         return []
     run.objective.module.eval()  # no dropout
-    found = count_confusions(process, _noise_rows(run, process, most_rows))
+    count = min(most_rows, len(evaluated_rows(run.data, run.recipe)))
+    with show_progress(count, "comparing predictions") as bar:
+        found = count_confusions(process, _noise_rows(run, process, count, bar))
     return [_convert(each) for each in found]
 
 
 def _noise_rows(
-    run: Run, process: ForwardProcess, most_rows: int
+    run: Run, process: ForwardProcess, count: int, bar: Progress
 ) -> Iterator[tuple[Network, Tensor, Noisy]]:
-    """Yield the network, the clean tokens and the noised states of each batch."""
+    """Yield the network, the clean tokens and the noised states of each batch of `count` rows."""
     keys = run.recipe.evaluate
     times = FlatTimes(*keys.window)
     every = evaluated_rows(run.data, run.recipe)
-    count = min(most_rows, len(every))
     numbers = every[np.arange(count) * len(every) // count]
     conditions = run.data.validation_conditions
     for first in range(0, count, keys.batch):
@@ -58,6 +60,7 @@ def _noise_rows(
         drawn = times.draw(process.information_time, rng, slot, count, run.recipe.length)
         noisy = corrupt(process, batch.ids, drawn, batch.scored, rng, "confusion")
         yield as_network(run.denoiser, process, build_context(batch)), batch.ids, noisy
+        bar.advance(len(chosen))
 
 
 def _convert(found: Confusion) -> LevelConfusion:

@@ -19,6 +19,7 @@ from ddiff.runs.report.run_files import Bound, ReportedRun, environment_of
 from ddiff.runs.report.tables import format_value, make_table, run_label
 
 MOST_SAMPLES = 8  # of a run on the page
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in texts of bytes that are no character
 UNFOLDED_SAMPLES = 4
 UNFOLDED_NODES = 12  # of a tree
 EVALUATE = "This run is not evaluated yet: repeat `ddiff run`, or use `ddiff eval`."
@@ -429,10 +430,17 @@ def _make_node(tree: TokenTree, node: int, confusions: Mapping[int, LevelConfusi
     if level > 1:
         inner = [_make_node(tree, child, confusions) for child in tree.children[node]]
     else:
-        inner = [element("code", show_token(tree.words[token])) for token in tokens[:MOST_WORDS]]
-        if len(tokens) > MOST_WORDS:
-            rest = f"and {len(tokens) - MOST_WORDS:,} more"
-            inner.append(element("span", rest, _class="note"))
+        # a byte that is only part of a character has no text
+        words = [tree.words[token] for token in tokens]
+        texts = [word for word in words if REPLACEMENT not in word]
+        inner = [element("code", show_token(word)) for word in texts[:MOST_WORDS]]
+        left = []
+        if len(texts) > MOST_WORDS:
+            left.append(f"{len(texts) - MOST_WORDS:,} more")
+        if len(words) > len(texts):
+            left.append(f"{len(words) - len(texts):,} parts of characters")
+        if left:
+            inner.append(element("span", f"and {' and '.join(left)}", _class="note"))
     mistakes = describe_mistakes(tree, confusions.get(level), node)
     return element("details", title, mistakes, element("div", *inner, _class="words"))
 
