@@ -82,8 +82,8 @@ def predict_validation(runs: Sequence[ReportedRun]) -> Range:
     means, variances, counts = [], [], []
     for step in steps:
         found = np.array([curve[step] for curve in curves if step in curve])
-        means.append(found.mean())
-        variances.append(found.var(ddof=1))
+        means.append(float(found.mean()))
+        variances.append(float(found.var(ddof=1)))
         counts.append(len(found))
     variance = float(np.mean(variances))
     widths = [half_width(variance, count) for count in counts]

@@ -570,6 +570,20 @@ def test_chart_images_show_the_lines_bars_and_legend_in_the_colours_of_the_runs(
     assert right == pytest.approx((255, 255, 255), abs=6)
 
 
+def test_chart_file_has_its_note_below_the_chart() -> None:
+    chart = Chart("c", "Title", "step", [Line([(0.0, 2.0), (4.0, 2.0)], 1)])
+    plain = xml.fromstring(draw_file(chart.draw(), []))
+    note = "A note of more than one line. " * 5
+    noted = xml.fromstring(draw_file(chart.draw(), [], note))
+    heights = [float(root.attrib["viewBox"].split()[3]) for root in (plain, noted)]
+    assert heights[0] == 260
+    assert heights[1] > 280
+    texts = [text for text in noted.itertext() if "note" in text]
+    assert " ".join(texts) == note.strip()
+    places = [float(each.attrib["y"]) for each in noted if "note" in (each.text or "")]
+    assert all(heights[0] < y < heights[1] for y in places)
+
+
 def test_figures_do_not_overwrite_a_foreign_image(place: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "training-loss.png")
     with pytest.raises(ArgumentError, match="did not write"):

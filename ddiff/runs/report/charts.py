@@ -7,6 +7,8 @@ are CSS variables of the page. A chart file contains its own style for light and
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,8 @@ TOP = 30
 BOTTOM = 38
 NUM_COLORS = 8
 MOST_POINTS = 300  # of a drawn line
+NOTE_LETTERS = 76  # of a line of the note below a chart
+NOTE_LINE = 15  # its height
 
 LIGHT = ("#2a6fdb", "#d1495b", "#1b998b", "#b8860b", "#7b4bc4", "#4d7c0f", "#c2559d", "#57606a")
 DARK = ("#6ea8fe", "#ff7b8a", "#4fd1b5", "#e6b450", "#b794f4", "#a3c76d", "#f19fd4", "#a8b3bf")
@@ -287,10 +291,10 @@ def _draw_frame(title: str, parts: Sequence[Markup], height: float = HEIGHT) -> 
     )
 
 
-def draw_file(drawing: Markup, legend: Sequence[tuple[str, int]]) -> str:
+def draw_file(drawing: Markup, legend: Sequence[tuple[str, int]], note: str = "") -> str:
     """Return a chart as the text of an SVG file, with its style and the names of its colours.
 
-    `legend` has pairs (name, number of the colour).
+    `legend` has pairs (name, number of the colour). `note` is a text below the chart.
     """
     light = f"svg{{--text:#1b1f24;--muted:#57606a;--line:#d8dee4;{color_variables(LIGHT)}}}"
     dark = f"svg{{--text:#e6edf3;--muted:#9aa5b1;--line:#343c46;{color_variables(DARK)}}}"
@@ -301,8 +305,22 @@ def draw_file(drawing: Markup, legend: Sequence[tuple[str, int]]) -> str:
         names.append(element("tspan", "● ", style=f"fill:var(--c{color % NUM_COLORS})"))
         names.append(element("tspan", f"{name}   "))
     key = element("text", *names, x=x, y=28) if names else Markup("")
-    inner = element("style", Markup(style)) + key
+    drawing, lines = _add_note(drawing, note)
+    inner = join([element("style", Markup(style)), key, *lines])
     return drawing.replace("</svg>", f"{inner}</svg>") + "\n"
+
+
+def _add_note(drawing: Markup, note: str) -> tuple[Markup, list[Markup]]:
+    """Return a drawing that is high enough for a note, and the lines of the note."""
+    if not note:
+        return drawing, []
+    view = re.compile(r'viewBox="0 0 \S+ (\S+)"')
+    height = float(view.findall(drawing)[0])
+    lines = []
+    for number, text in enumerate(textwrap.wrap(note, NOTE_LETTERS)):
+        lines.append(element("text", text, x=4, y=height + 12 + NOTE_LINE * number))
+    higher = _round(height + NOTE_LINE * len(lines) + 6)
+    return Markup(view.sub(f'viewBox="0 0 {WIDTH} {higher}"', drawing, count=1)), lines
 
 
 def average_bins(

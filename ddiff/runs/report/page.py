@@ -98,7 +98,7 @@ def write_figures(
     legend = [(run.name, run.number) for run in runs]
     paths = []
     for chart in charts:
-        drawing = draw_file(chart.draw(), legend)
+        drawing = draw_file(chart.draw(), legend, chart.note)
         for suffix, owned in ((".svg", _is_chart), (".png", is_chart_image)):
             path = Path(folder) / f"{chart.name}{suffix}"
             place = check_destination(path, argument, suffix=suffix, owned=owned)

@@ -16,6 +16,7 @@ from ddiff.run_dir.files import (
     EVALUATION,
     GENERATION,
     JUDGED,
+    LM_EVALS,
     METRICS,
     OTHER_EVALUATIONS,
     PICTURES,
@@ -28,7 +29,7 @@ from ddiff.run_dir.files import (
     read_json_lines,
 )
 
-OTHER_RECORDS = (OTHER_EVALUATIONS, "lm-eval-*.json")
+OTHER_RECORDS = (OTHER_EVALUATIONS, LM_EVALS)
 """Patterns of files of a run with the figures of further evaluations."""
 
 
