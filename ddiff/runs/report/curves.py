@@ -82,18 +82,16 @@ def _draw_bands(
 ) -> tuple[list[Band], str]:
     """Return the bands of healthy runs of the recipes, and a text that explains them."""
     bands = []
-    explained = []
-    drawn: set[str] = set()
+    drawn: dict[str, HealthyBand] = {}
     for run in runs:
         found = find_band(run)
         if found is None or found.recipe in drawn:
             continue
-        drawn.add(found.recipe)
+        drawn[found.recipe] = found
         points = _list_band(getattr(found, figure))
         label = f"healthy runs of {found.recipe}"
         bands.append(Band(points, run.number, label))
-        explained.append(_explain_band(found))
-    return bands, " ".join(explained)
+    return bands, _explain_bands(list(drawn.values()))
 
 
 def _list_band(found: Range) -> list[tuple[float, float, float]]:
@@ -105,8 +103,15 @@ def _list_band(found: Range) -> list[tuple[float, float, float]]:
     return points
 
 
-def _explain_band(found: HealthyBand) -> str:
-    return f"Band: healthy runs of {found.recipe}; {found.rule}, from {len(found.seeds)} seeds."
+def _explain_bands(found: Sequence[HealthyBand]) -> str:
+    """Explain the bands in one sentence for each rule and number of seeds."""
+    recipes: dict[tuple[str, int], list[str]] = {}
+    for band in found:
+        recipes.setdefault((band.rule, len(band.seeds)), []).append(band.recipe)
+    sentences = []
+    for (rule, seeds), names in recipes.items():
+        sentences.append(f"Band: healthy runs of {', '.join(names)}; {rule}, from {seeds} seeds.")
+    return " ".join(sentences)
 
 
 def _compute_speed(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
