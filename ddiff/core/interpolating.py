@@ -44,6 +44,7 @@ from ddiff.core.numerics import (
     find_rows,
     interior,
     log_normalize,
+    multiply_by_weight,
     safe_log,
     to_column,
     where_or_zero,
@@ -349,11 +350,9 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        weight = self.weight(x0, zt, t)
         # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
-        is_weighted = weight > 0
-        divergence = where_or_zero(is_weighted, self.divergence(prediction, x0, zt, t))
-        return torch.where(is_weighted, weight * divergence, 0.0)
+        weight = self.weight(x0, zt, t)
+        return multiply_by_weight(weight, self.divergence(prediction, x0, zt, t))
 
     def decode_nll(
         self,

@@ -64,6 +64,15 @@ def where_or_zero(condition: Tensor, values: Tensor) -> Tensor:
     return torch.where(condition, values, 0.0)
 
 
+def multiply_by_weight(weight: Tensor, values: Tensor) -> Tensor:
+    """Return weight * values, which is 0 at weight 0 even if the value is infinite.
+
+    The gradient is 0 there too. `weight` is not negative.
+    """
+    is_weighted = weight > 0
+    return torch.where(is_weighted, weight * where_or_zero(is_weighted, values), 0.0)
+
+
 def apply_temperature(log_p: Tensor, temperature: float) -> Tensor:
     """Return log-weights of p^(1/T) along the last dimension, for temperature T >= 0.
 

@@ -45,6 +45,7 @@ from ddiff.core.numerics import (
     find_rows,
     interior,
     log_normalize,
+    multiply_by_weight,
     pick,
     to_column,
     where_or_zero,
@@ -249,11 +250,9 @@ class TreeProcess(ForwardProcess):
     ) -> Tensor:
         if isinstance(prediction, Score):
             return super().density(prediction, x0, zt, t)
-        weight = self.weight(x0, zt, t)
         # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
-        is_weighted = weight > 0
-        divergence = where_or_zero(is_weighted, self.divergence(prediction, x0, zt, t))
-        return torch.where(is_weighted, weight * divergence, 0.0)
+        weight = self.weight(x0, zt, t)
+        return multiply_by_weight(weight, self.divergence(prediction, x0, zt, t))
 
     def decode_nll(
         self,

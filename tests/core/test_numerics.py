@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
-from ddiff.core.numerics import draw_index, interior, safe_log, to_column
+from ddiff.core.numerics import draw_index, interior, multiply_by_weight, safe_log, to_column
 from ddiff.core.prediction import DenseDistribution
 from ddiff.core.process import RowFunction
 from ddiff.core.tree import TreeProcess
@@ -179,3 +179,15 @@ def test_reverse_step_reveals_a_rare_token_with_exact_probability() -> None:
 
     zs = process.step(query, torch.full((points,), 2), t, t - STEP, torch.stack([grid, grid], -1))
     assert float((zs < 2).double().mean()) == pytest.approx(2 * STEP, abs=1.0 / points)
+
+
+def test_multiply_by_weight_is_zero_with_zero_gradient_at_weight_0() -> None:
+    values = torch.tensor([2.0, 0.0, -1.5], requires_grad=True)
+    weight = torch.tensor([3.0, 0.0, 0.5])
+    infinite = torch.where(weight > 0, values, -values.log())  # -ln 0 = inf at weight 0
+    product = multiply_by_weight(weight, infinite)
+    assert product.tolist() == [6.0, 0.0, -0.75]
+    direct = multiply_by_weight(weight, values)
+    direct.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [3.0, 0.0, 0.5]
