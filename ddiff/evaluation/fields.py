@@ -474,6 +474,4 @@ class _Scores:
 
 
 def _interval(mean: float, error: Error | None) -> Interval | None:
-    if error is None:
-        return None
-    return mean - error.half_width, mean + error.half_width
+    return None if error is None else error.around(mean)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +46,8 @@ class MeanFigure:
 
     Attributes:
         value: mean over the samples that have the number.
-        interval: 95 % confidence interval of the mean for independent samples; None for one sample.
+        interval: 95 % confidence interval of the mean for independent samples; None for one sample,
+            and for figures of a sample that depend on the other samples.
         count: number of these samples. Other samples are too short for the number.
     """
 
@@ -78,7 +79,8 @@ class SampleFigures:
         pooled_entropy: unigram entropy in nats of the token ids of all samples together.
         distinct: n -> different n-grams of pieces in all samples / n-grams.
         repetition: n -> share of the n-grams of pieces of a sample that occur earlier in it.
-        self_bleu: BLEU-4 of a sample against all others; None for fewer than two samples.
+        self_bleu: BLEU-4 of a sample against all others, without an interval; None for fewer than
+            two samples.
         known_words: share of the words of a sample that occur in the reference texts; None without
             a reference.
     """
@@ -134,7 +136,7 @@ class SampleFigures:
             pooled_entropy=pooled_entropy(ids),
             distinct=_measure_distinct(pieces),
             repetition=_measure_repetition(pieces),
-            self_bleu=MeanFigure.of(self_bleu(pieces)) if len(pieces) > 1 else None,
+            self_bleu=_measure_self_bleu(pieces),
             known_words=known,
         )
 
@@ -160,6 +162,15 @@ def _measure_repetition(pieces: Sequence[Pieces]) -> dict[int, MeanFigure]:
         if figure is not None:
             found[n] = figure
     return found
+
+
+def _measure_self_bleu(pieces: Sequence[Pieces]) -> MeanFigure | None:
+    if len(pieces) < 2:
+        return None
+    figure = MeanFigure.of(self_bleu(pieces))
+    # Every sample is a reference of every other sample. The scores depend on each other, and an
+    # interval of independent scores would contain the truth in only 4 of 5 cases.
+    return None if figure is None else replace(figure, interval=None)
 
 
 def collect_words(texts: Iterable[str]) -> set[str]:
@@ -232,10 +243,9 @@ class GenerativePerplexity:
         estimate = RatioEstimate.of(nats[:, None], tokens.astype(np.float64))
         interval = None
         if estimate.total is not None:
-            half = estimate.total.half_width
-            # with two samples, the half width may be many times the mean
-            high = math.exp(min(estimate.mean + half, LARGEST))
-            interval = (math.exp(estimate.mean - half), high)
+            low, high = estimate.total.around(estimate.mean)
+            # with two samples, the width may be many times the mean
+            interval = (math.exp(min(low, LARGEST)), math.exp(min(high, LARGEST)))
         each = np.full(len(nats), np.nan)
         means = nats[has_tokens] / tokens[has_tokens]
         each[has_tokens] = np.exp(np.minimum(means, LARGEST))

@@ -135,7 +135,7 @@ def mean_value(
     groups: NDArray[np.int64] | None = None,
     chance: float | None = None,
 ) -> Finding:
-    """Return the mean of numbers [N], with the interval of Student's t distribution.
+    """Return the mean of numbers [N], with the interval of `mean95`.
 
     Args:
         name: name of the finding.

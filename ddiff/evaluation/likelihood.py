@@ -92,7 +92,8 @@ class Evaluation:
     """Likelihood bound in nats per token, with its terms and confidence intervals.
 
     If the text is a sequence of symbols without bytes, `unit` is "symbol", and all numbers per
-    token are numbers per symbol. All intervals use Student's t distribution.
+    token are numbers per symbol. All intervals use Student's t distribution. That over documents
+    is corrected for skewness if all documents have the same length.
 
     Attributes:
         interval: 95 % confidence interval of the bound for documents from the same source; None for
@@ -322,7 +323,7 @@ def _describe_settings(draws: int, until: float | None, seed: int, length: int) 
         "draws": draws,
         "seed": seed,
         "length": length,
-        "interval": "95 %, Student, over documents",
+        "interval": "95 %, Student with Hall's correction, over documents",
     }
     if until is not None:
         settings["until"] = until
@@ -449,10 +450,7 @@ def _deal_strata(
 
 
 def _interval(mean: float, error: Error | None) -> tuple[float, float] | None:
-    if error is None:
-        return None
-    half = error.half_width
-    return mean - half, mean + half
+    return None if error is None else error.around(mean)
 
 
 def _standard_error(error: Error | None) -> float | None:

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ddiff.evaluation.intervals import student95
+from ddiff.evaluation.intervals import skewed95, skewness_of_sum, student95
 
 Floats = NDArray[np.float64]
 
@@ -24,15 +24,21 @@ class Error:
     Attributes:
         standard: the standard error.
         freedom: its degrees of freedom in Student's t distribution.
+        skewness: skewness of the distribution of the mean.
     """
 
     standard: float
     freedom: float
+    skewness: float = 0.0
 
     @property
     def half_width(self) -> float:
-        """Return half the width of the 95 % interval."""
+        """Half the width of the 95 % interval of Student, without the correction for skewness."""
         return student95(self.freedom) * self.standard
+
+    def around(self, mean: float) -> tuple[float, float]:
+        """Return the 95 % interval around `mean`, corrected for skewness."""
+        return skewed95(mean, self.standard, self.freedom, self.skewness)
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,12 @@ def error_of_partners(differences: Floats, partners: NDArray[np.int64]) -> Error
     where e_i are the deviations from the mean. The estimate is unbiased if following the partners
     leads through all samples. It has a third of the degrees of freedom of the variance of
     independent differences, n - 1. If the latter variance is larger, it is used instead: a negative
-    covariance is not relied on. Returns None for fewer than two differences.
+    covariance is not relied on. The third cumulant of the mean, with e, e', e'' the deviations of
+    samples that follow each other, is estimated by
+
+        mean(e^3 + 3 e^2 e' + 3 e e'^2 + 6 e e' e'') / n^2.
+
+    Returns None for fewer than two differences.
 
     Args:
         differences: differences [n], means over the draws.
@@ -107,9 +118,17 @@ def error_of_partners(differences: Floats, partners: NDArray[np.int64]) -> Error
     paired = 0.0
     if count > 3:
         paired = float((rest * (rest + 2.0 * rest[partners])).sum()) / (count * (count - 3))
-    if paired <= independent:
-        return Error(math.sqrt(independent), count - 1.0)
-    return Error(math.sqrt(paired), max(1.0, (count - 1) / 3.0))
+    after = rest[partners]
+    second = after[partners]
+    cumulant = float(
+        (rest**3 + 3.0 * (rest**2 * after + rest * after**2) + 6.0 * rest * after * second).mean()
+    )
+    standard = math.sqrt(max(paired, independent))
+    skewness = 0.0
+    if count > 3 and standard > 0.0:  # three samples that follow each other must be different
+        skewness = cumulant / count**2 / standard**3
+    freedom = max(1.0, (count - 1) / 3.0) if paired > independent else count - 1.0
+    return Error(standard, freedom, skewness)
 
 
 def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
@@ -123,7 +142,9 @@ def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
     If Var(nats_d) is proportional to tokens_d, the expectation of residual_d^2 is (1 - h_d)
     Var(nats_d), so this estimate is unbiased. Under the same assumption, Satterthwaite's formula
     gives the degrees of freedom: D - 1 for D documents of equal length, and fewer for unequal
-    lengths. Returns None for fewer than two documents.
+    lengths. The skewness is that of sum_d residual_d, or 0 for documents of unequal lengths: the
+    longest documents would determine it, and its error would be larger than its benefit. Returns
+    None for fewer than two documents.
     """
     if len(tokens) < 2:
         return None
@@ -132,7 +153,10 @@ def _error_over_documents(residual: Floats, tokens: Floats) -> Error | None:
     mixed = share**2 / (1.0 - share)
     squared = (share**2).sum() + mixed.sum() ** 2 - (mixed**2).sum()
     standard = math.sqrt(variance) / float(tokens.sum())
-    return Error(standard, freedom=1.0 / float(squared))
+    skewness = 0.0
+    if float(np.ptp(tokens)) == 0.0:
+        skewness = skewness_of_sum(residual)
+    return Error(standard, 1.0 / float(squared), skewness)
 
 
 def _error_over_draws(nats: Floats, tokens: Floats) -> Error | None:

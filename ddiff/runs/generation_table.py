@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ddiff.evaluation.intervals import FEWEST_SAMPLES
+
 _SHOWN_GRAMS = ("2", "4")  # lengths of the n-grams in the table; generation.json has all
 
 
@@ -114,4 +116,7 @@ def _describe(written: Mapping[str, Any]) -> str:
             f". Judge {judge['judge']}, window {judge['window']}, stride {judge['stride']}, "
             f"{judge['dtype']}"
         )
-    return f"{text}. Intervals are 95 % intervals over samples."
+    text += ". Intervals are 95 % intervals over samples."
+    if sampling["count"] < FEWEST_SAMPLES:
+        text += f" Those of fewer than {FEWEST_SAMPLES} samples may be too narrow."
+    return text

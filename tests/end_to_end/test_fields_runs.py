@@ -117,6 +117,24 @@ def test_bound_without_variation_prints_no_interval(capsys: pytest.CaptureFixtur
     assert f"[{mean:.4f}" not in out
 
 
+def test_bounds_of_few_samples_are_printed_with_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = json.loads((RUN / "evaluation.json").read_text())
+    control = {**report["targets"]["joint"], "excess_nats_per_sample": 1.0}
+    control["excess_interval"] = [0.5, 1.5]
+    for samples, is_small in ((49, True), (50, False)):
+        bounds = {**report["targets"]["joint"], "samples": samples}
+        bounds["controls"] = {"shuffled": control}
+        print_bounds({**report, "targets": {"joint": bounds}})
+        out = capsys.readouterr().out
+        assert ("may be too narrow for fewer than 50 samples" in out) == is_small
+        assert "fewer than 16 samples" not in out
+    bounds["samples"] = 15
+    print_bounds({**report, "targets": {"joint": bounds}})
+    assert "Intervals of fewer than 16 samples may be too narrow." in capsys.readouterr().out
+
+
 def test_samples_pictures_and_findings_are_written_for_every_target() -> None:
     samples = lines(RUN / "samples.jsonl")
     assert [sample["target"] for sample in samples] == ["joint"] * 4 + ["image | text"] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -82,13 +83,28 @@ def repeated(
     tokens = np.full(DOCUMENTS, float(ROWS * LENGTH))
     truth = -float((prediction * prediction.log()).sum())
     bounds = np.empty(runs)
-    half = np.empty(runs)
+    limits = np.empty((runs, 2))
     for run in range(runs):
         estimate = RatioEstimate.of(nats[run, :, None], tokens)
         assert estimate.total is not None
         bounds[run] = estimate.mean
-        half[run] = estimate.total.half_width
-    return Repeats(bounds, np.abs(bounds - truth) <= half, bounds + half < truth, truth)
+        limits[run] = estimate.total.around(estimate.mean)
+    low, high = limits.T
+    return Repeats(bounds, (low <= truth) & (truth <= high), high < truth, truth)
+
+
+def share_that_covers(
+    make_interval: Callable[[np.random.Generator], Sequence[float] | None],
+    truth: float,
+    repeats: int = 2000,
+) -> float:
+    """Return the share of intervals that contain `truth`, over repeats with seeds 0, 1, 2, ..."""
+    covered = 0
+    for seed in range(repeats):
+        interval = make_interval(np.random.default_rng(seed))
+        assert interval is not None
+        covered += interval[0] <= truth <= interval[1]
+    return covered / repeats
 
 
 def zipf(num_tokens: int) -> Tensor:

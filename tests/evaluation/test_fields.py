@@ -17,7 +17,6 @@ from ddiff.core.training_paths import IndependentTimes, MixedPaths
 from ddiff.data.fields_batch import FieldsBatch, token_field, vector_field
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.fields import (
-    JointEvaluation,
     evaluate_fields,
     evaluate_rate_distortion,
 )
@@ -160,66 +159,6 @@ def test_rate_plus_distortion_refuses_samples_without_one_of_the_fields() -> Non
 
 
 # ---------------------------------------------------------------------- given fields of others
-
-PAIRED = 400
-
-
-def evaluation_of(scores: np.ndarray, partners: np.ndarray | None = None) -> JointEvaluation:
-    mean = float(scores.mean())
-    table = scores[:, None]
-    return JointEvaluation("path", mean, None, None, len(scores), {}, table, partners)
-
-
-def draw_words(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Digits, and the words given for them, of which half are unknown (-1)."""
-    digits = rng.integers(0, 10, PAIRED)
-    return digits, np.where(rng.random(PAIRED) < 0.5, digits, -1)
-
-
-def score_words(digits: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Nats of a digit that has the probability 0.9 given its word, and 0.1 without a word."""
-    nats = np.where(digits == words, -math.log(0.9), -math.log(0.1 / 9.0))
-    return np.where(words < 0, math.log(10.0), nats)
-
-
-def draw_numbers(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Normal numbers with a normal error of deviation 1/2, and the numbers without the error."""
-    given = rng.standard_normal(PAIRED)
-    return given + 0.5 * rng.standard_normal(PAIRED), given
-
-
-def score_numbers(numbers: np.ndarray, given: np.ndarray) -> np.ndarray:
-    return 2.0 * (numbers - given) ** 2
-
-
-@pytest.mark.parametrize(
-    ("draw", "score", "truth"),
-    [
-        # Half of the words are known. 9 of 10 words of other samples are wrong.
-        (draw_words, score_words, 0.5 * 0.9 * math.log(0.9 / (0.1 / 9.0))),
-        # The difference of two given numbers has the variance 2.
-        (draw_numbers, score_numbers, 4.0),
-    ],
-)
-def test_interval_of_shuffled_given_fields_covers_the_true_excess(
-    draw: Any, score: Any, truth: float
-) -> None:
-    """1,500 trials with exact scores of 400 samples. Three standard errors are 0.017.
-
-    With differences that count as independent, the coverage is 0.85 to 0.89. The squared errors
-    have heavy tails, so that their coverage with 400 samples is a little below 0.95.
-    """
-    partners = np.roll(np.arange(PAIRED), 1)
-    covered = 0
-    for trial in range(1500):
-        values, given = draw(np.random.default_rng(trial))
-        bound = evaluation_of(score(values, given))
-        shuffled = evaluation_of(score(values, given[partners]), partners)
-        mean, interval = bound.subtract_from(shuffled)
-        assert mean == pytest.approx(shuffled.nats_per_sample - bound.nats_per_sample)
-        assert interval is not None
-        covered += interval[0] <= truth <= interval[1]
-    assert 0.925 < covered / 1500 < 0.97
 
 
 def test_error_of_partners_is_not_below_that_of_independent_differences() -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
+from ddiff.evaluation.intervals import FEWEST_SAMPLES, FEWEST_SHUFFLED
 from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
 from ddiff.runs.summary import print_heading
 from ddiff.training.settings import TrainingSummary
@@ -105,6 +106,8 @@ def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> N
                 low, high = found["excess_interval"]
                 note += f", larger by {found['excess_nats_per_sample']:.4f}"
                 note += f" [{low:.4f}, {high:.4f}]"
+                if control == "shuffled" and bounds["samples"] < FEWEST_SHUFFLED:
+                    note += f", may be too narrow for fewer than {FEWEST_SHUFFLED} samples"
             table.add_row(f"  {control}", *_cells(found, "nats_per_sample"), note)
         for control in bounds["untrained_controls"]:
             table.add_row(f"  {control}", "", "", "not computed: the training does not cover it")
@@ -113,6 +116,7 @@ def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> N
             note = "of the source: a lower limit for every model"
             table.add_row("  entropy", f"{entropy:.4f}", "", note)
     print_table(table, console)
+    _warn_of_few([bounds["samples"] for bounds in report["targets"].values()], console)
     for name, bounds in report["targets"].items():
         if bounds["is_below_entropy"]:
             console.print(
@@ -130,6 +134,12 @@ CONTROLS = {
     "shuffled": "given fields of another sample",
     "noise": "given fields at their prior",
 }
+
+
+def _warn_of_few(counts: Sequence[int], console: Console) -> None:
+    """Print that intervals may be too narrow if one of the numbers of samples is small."""
+    if counts and min(counts) < FEWEST_SAMPLES:
+        console.print(f"Intervals of fewer than {FEWEST_SAMPLES} samples may be too narrow.")
 
 
 def _cells(figures: Mapping[str, Any], key: str) -> tuple[str, str]:
@@ -161,6 +171,8 @@ def print_findings(judged: Mapping[str, Any], console: Console | None = None) ->
             table.add_row(f"  {finding['name']}", *row)
     console.print()
     print_table(table, console)
+    counts = [found["count"] for findings in judged["targets"].values() for found in findings]
+    _warn_of_few(counts, console)
 
 
 def print_samples(
