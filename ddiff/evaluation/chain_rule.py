@@ -75,7 +75,8 @@ def chain_rule_nll(network: Network, process: ForwardProcess, x0: Tensor) -> Cha
     nll = []
     bound = []
     for row in x0:
-        found = _sum_over_sets(_log_probs(network, process, row, is_shown, mask), is_shown)
+        log_prob = _log_probs(network, process, row, is_shown.to(row.device), mask)
+        found = _sum_over_sets(log_prob.cpu(), is_shown)
         nll.append(found.nll)
         bound.append(found.bound)
     return ChainRule(torch.stack(nll), torch.stack(bound))
@@ -134,7 +135,7 @@ def _query(
     zt = torch.where(shown, tokens, mask)
     times = torch.where(shown, 0.0, t).double()
     hidden = (~shown).reshape(-1).nonzero().squeeze(-1)
-    found = torch.zeros(shown.numel(), dtype=torch.float64)
+    found = torch.zeros(shown.numel(), dtype=torch.float64, device=row.device)
     if len(hidden):
         node = torch.full_like(hidden, process.vocabulary.root)
         query = network(Noisy(zt=zt, t=times, clean=shown))

@@ -20,6 +20,7 @@ from ddiff.data.batch import Batch
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
 from ddiff.evaluation.baselines import Baselines
+from ddiff.evaluation.chain_rule import ChainRule
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
@@ -37,6 +38,7 @@ from ddiff.runs.evaluation import (
     score_texts,
     score_validation,
 )
+from ddiff.runs.exact import score_chain_rule
 from ddiff.runs.initial_weights import load_initial_weights
 from ddiff.runs.noising import sample_noising
 from ddiff.runs.provenance import (
@@ -175,6 +177,15 @@ class Run(TrainableRun):
             return found
         own = find_given_own_vectors(self.data, self.run_dir, conditions)
         return found.mark_own_vectors(own) if own else found
+
+    def chain_rule(self, texts: Sequence[str]) -> ChainRule:
+        """Compute the exact likelihood of short texts under a masked model, one document per text.
+
+        Returns `nll` and `bound`, float64 [n] in nats per text: -ln p, and the expectation of the
+        bound, which is larger. A text has at most 16 tokens, end mark included, and the network
+        does not depend on time (`[denoiser] time = false`). Raises ArgumentError for other models.
+        """
+        return score_chain_rule(self.model, self.tokenizer, texts, self.recipe.length)
 
     def lm_eval(
         self,
