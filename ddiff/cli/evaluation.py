@@ -14,6 +14,7 @@ from ddiff.cli.options import (
     DocumentSplit,
     EvaluatedData,
     EvaluateSettings,
+    FeaturesName,
     JudgeName,
     NoRetokenize,
     ProtocolName,
@@ -56,6 +57,7 @@ def evaluate(
         ),
     ] = None,
     no_retokenize: NoRetokenize = False,
+    features: FeaturesName = None,
     until: Until = None,
     data: EvaluatedData = None,
     split: DocumentSplit = "file",
@@ -89,9 +91,15 @@ def evaluate(
             retokenize=not no_retokenize,
             settings=settings or (),
             out=out,
+            features=features,
         )
         return
-    only_generate = {"--judge": judge, "--count": count, "--no-retokenize": no_retokenize}
+    only_generate = {
+        "--judge": judge,
+        "--count": count,
+        "--no-retokenize": no_retokenize,
+        "--features": features,
+    }
     for name, value in only_generate.items():
         if value is not None and value is not False:
             raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")

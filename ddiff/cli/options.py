@@ -108,6 +108,14 @@ JudgeName = Annotated[
         autocompletion=complete_run_dir,
     ),
 ]
+FeaturesName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ENCODER",
+        help="With --generate: encoder of texts for MAUVE; the directory of a sentence encoder or "
+        "of a transformers model, a registered encoder such as cooccurrence, or a name on the hub.",
+    ),
+]
 NoRetokenize = Annotated[
     bool,
     typer.Option(

@@ -10,6 +10,8 @@ and MAUVE is the area under the curve: 1 for equal shares, near 0 for sets witho
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,7 @@ EXPLAINED = 0.9  # share of the variance that the principal components keep, as 
 FEWEST = 20  # vectors of a set: one cluster per 10 vectors, and at least two clusters
 _ITERATIONS = 500
 _REPEATS = 5  # runs of k-means, of which the best is kept
+SEEDS = 5  # of k-means, over which `measure_mauve` averages
 Floats = NDArray[np.float64]
 
 
@@ -45,19 +48,71 @@ def mauve(
 
     Raises ArgumentError for fewer than 20 vectors, for other shapes, and for NaN or infinity.
     """
-    _check(features, reference)
+    points = _prepare(features, reference)
+    size = _choose_size(features, reference, clusters)
+    return _compare_shares(points, len(features), size, seed)
+
+
+@dataclass(frozen=True)
+class MauveEstimate:
+    """MAUVE over several seeds of k-means.
+
+    Attributes:
+        value: mean over the seeds.
+        lowest, highest: smallest and largest value. Their distance is the error of the clustering;
+            it does not contain the error of drawing other samples.
+        seeds: number of seeds.
+    """
+
+    value: float
+    lowest: float
+    highest: float
+    seeds: int
+
+
+def measure_mauve(
+    features: NDArray[np.floating], reference: NDArray[np.floating], *, seed: int = 0
+) -> MauveEstimate:
+    """Return the mean of MAUVE over the seeds `seed`, `seed` + 1, ... of k-means, and its range.
+
+    Arguments and errors are those of `mauve`.
+    """
+    points = _prepare(features, reference)
+    size = _choose_size(features, reference, None)
+    values = []
+    for number in range(SEEDS):
+        # faiss has seeds of 31 bits
+        values.append(_compare_shares(points, len(features), size, (seed + number) % 2**31))
+    return MauveEstimate(float(np.mean(values)), min(values), max(values), SEEDS)
+
+
+def _choose_size(
+    features: NDArray[np.floating], reference: NDArray[np.floating], clusters: int | None
+) -> int:
+    """Return the number of clusters. Raises ArgumentError if it is out of range."""
     count = min(len(features), len(reference))
     size = clusters if clusters is not None else max(2, round(count / 10))
     if not 2 <= size <= count:
         raise ArgumentError(
             f"mauve: clusters must be from 2 to {count}, the smaller number of vectors; got {size}."
         )
+    return size
+
+
+def _prepare(features: NDArray[np.floating], reference: NDArray[np.floating]) -> Floats:
+    """Return the coordinates of all vectors that are clustered, first those of the samples."""
+    _check(features, reference)
     vectors = np.concatenate([features, reference]).astype(np.float64)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     # a vector of zeros has no direction, and stays
-    labels = _cluster(_project(vectors / np.where(norms == 0.0, 1.0, norms)), size, seed)
-    p = np.bincount(labels[: len(features)], minlength=size) / len(features)
-    q = np.bincount(labels[len(features) :], minlength=size) / len(reference)
+    return _project(vectors / np.where(norms == 0.0, 1.0, norms))
+
+
+def _compare_shares(points: Floats, count: int, size: int, seed: int) -> float:
+    """Return MAUVE of the first `count` points and the others, with `size` clusters."""
+    labels = _cluster(points, size, seed)
+    p = np.bincount(labels[:count], minlength=size) / count
+    q = np.bincount(labels[count:], minlength=size) / (len(points) - count)
     return divergence_area(p, q)
 
 

@@ -105,6 +105,9 @@ class Sampling(_Part):
 class GenerationRecord(Record):
     """Content of generation.json.
 
+    The key `mauve` has MAUVE with the features of an encoder of texts. MAUVE with the features of
+    the judge is in `judge`.
+
     Attributes:
         run: name of the recipe.
         unit: "token" or "symbol".
@@ -200,12 +203,23 @@ def make_generation_figures(tree: Mapping[str, Any]) -> dict[str, Figure]:
         if judge.get("held_out") is not None:
             for name, figure in _perplexity_figures(judge["held_out"], f"{rows}, {rule}").items():
                 found[HELD_OUT + name] = figure
-        mauve = judge.get("mauve")
-        if mauve is not None:
-            found["mauve"] = Figure(
-                value=mauve["value"], unit="MAUVE", protocol=f"{own}, {rows}, {rule}"
-            )
+        found |= _mauve_figures(judge.get("mauve"), f"{own}, {rows}, {rule}")
+    if tree.get("mauve") is not None:
+        features = tree["mauve"]["features"]
+        rule = f"features of {features['encoder']} (fingerprint {features['fingerprint']})"
+        found |= _mauve_figures(tree["mauve"], f"{own}, {rows}, {rule}")
     return found
+
+
+def _mauve_figures(found: Mapping[str, Any] | None, protocol: str) -> dict[str, Figure]:
+    """Return MAUVE of the samples, and of other held-out rows if it is known."""
+    if found is None:
+        return {}
+    figures = {"mauve": Figure(value=found["value"], unit="MAUVE", protocol=protocol)}
+    best = found.get("held_out_value")
+    if best is not None:
+        figures[f"{HELD_OUT}mauve"] = Figure(value=best, unit="MAUVE", protocol=protocol)
+    return figures
 
 
 def _part_figures(part: Mapping[str, Any], protocol: str) -> Iterator[tuple[str, Figure]]:

@@ -17,7 +17,7 @@ from ddiff.distributed.ranks import Ranks, connect_ranks
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.generation import GenerativePerplexity, MeanFigure, SampleFigures
 from ddiff.evaluation.judge_model import JudgeModel
-from ddiff.evaluation.mauve import FEWEST, mauve
+from ddiff.evaluation.mauve import FEWEST
 from ddiff.evaluation.self_correction import measure_correction
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.destination import Destination, check_destination, write_text
@@ -28,6 +28,7 @@ from ddiff.runs.generation_header import describe_generation, describe_sampling
 from ddiff.runs.generation_table import print_generation
 from ddiff.runs.judge_run import open_judge
 from ddiff.runs.loading import load
+from ddiff.runs.mauve import check_counts, compare_features, compare_texts, open_features
 from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.sampling import make_plan
@@ -115,6 +116,7 @@ def generate_and_evaluate(
     retokenize: bool = True,
     settings: Iterable[str] = (),
     out: str | Path | None = None,
+    features: str | None = None,
 ) -> GenerationReport:
     """Run `ddiff eval --generate`: draw samples, evaluate them, print and write the figures.
 
@@ -130,7 +132,9 @@ def generate_and_evaluate(
         require_text_recipe(run.recipe, "ddiff eval --generate")
         if target is None:
             check_writable(run.run_dir)  # before samples are drawn
-        record = evaluate_generation(run, judge, count=count, retokenize=retokenize, ranks=ranks)
+        record = evaluate_generation(
+            run, judge, count=count, retokenize=retokenize, features=features, ranks=ranks
+        )
     if ranks.is_first:
         _write_record(run, record, target)
     return record
@@ -162,6 +166,7 @@ def evaluate_generation(
     *,
     count: int | None = None,
     retokenize: bool = True,
+    features: str | None = None,
     ranks: Ranks | None = None,
 ) -> GenerationReport:
     """Draw samples of a text run and compute their figures.
@@ -169,26 +174,36 @@ def evaluate_generation(
     Args:
         run: trained run, whose [sample] table selects sampler, steps and seed.
         judge: directory of an autoregressive run, directory of a causal language model, the name of
-            a model on the hub, or a judge object. None: no generative perplexity and no MAUVE.
+            a model on the hub, or a judge object. None: no generative perplexity.
         count: number of samples; by default [sample] count.
         retokenize: whether the judge tokenizes the texts of the samples. False: the judge scores
             the token ids that the run drew, and must have the tokenizer of the run.
+        features: encoder of texts for MAUVE: directory of a sentence-transformers or transformers
+            model, kind of a registered encoder such as "cooccurrence", or name on the hub. None:
+            MAUVE has the features of the judge, if the judge has some.
         ranks: processes that divide the batches of samples, of corrections and of scored windows,
             all of which call this function; None: only this process. A judge object scores all
             samples on every rank, unless it divides them itself.
 
-    Raises ArgumentError or DataError, before samples are drawn, if the judge cannot be used.
+    Raises ArgumentError or DataError, before samples are drawn, if the judge or the encoder cannot
+    be used.
     """
     ranks = ranks or Ranks()
     model = open_judge(judge, run.device, ranks) if isinstance(judge, str) else judge
     if model is not None and not retokenize:
         check_same_tokenizer(run, model)
     ranks.on_first(run.read_validation)  # the other ranks then read the tokens in the cache
+    number = run.recipe.sample.count if count is None else count
+    rows = read_held_out_rows(run, number)
+    encoder = None
+    if features is not None:
+        check_counts(number, len(rows))
+        encoder = open_features(features, run)
     held_out_texts: Iterable[str] = run.data.documents.validation["text"]
     start = time.perf_counter()
     drawn = run.sample(count, ranks=ranks)
     samples = TokenSamples.split([sample["ids"] for sample in drawn], run)
-    held_out = TokenSamples.split(read_held_out_rows(run, len(drawn)), run)
+    held_out = TokenSamples.split(rows, run)
     unit = run.tokenizer.unit
     figures = SampleFigures.of(samples.texts(), samples.ids, held_out_texts, unit)
     # the words of held-out rows occur in held-out text by definition
@@ -200,8 +215,16 @@ def evaluate_generation(
         "self_correction": None
         if run.process is None
         else correct_samples(run, samples.ids, ranks),
+        "mauve": None,
         "judge": None,
     }
+    seed = run.recipe.sample.seed
+    others = _read_other_rows(run, len(rows))
+    if encoder is not None:
+        other_texts = None if others is None else others.texts()
+        parts["mauve"] = compare_texts(
+            encoder, samples.texts(), held_out.texts(), other_texts, seed
+        )
     perplexity = None
     if model is not None:
         judging = _Judging(model, retokenize)
@@ -210,7 +233,7 @@ def evaluate_generation(
             "protocol": {**model.protocol, "retokenized": retokenize},
             "samples": perplexity.to_dict(),
             "held_out": judging.measure(held_out, baseline.entropy).to_dict(),
-            "mauve": judging.measure_mauve(samples, held_out, run.recipe.sample.seed),
+            "mauve": None if encoder else judging.measure_mauve(samples, held_out, others, seed),
         }
     written = describe_generation(run, parts, model, time.perf_counter() - start)
     return GenerationReport(figures, baseline, perplexity, written)
@@ -245,6 +268,13 @@ def read_held_out_rows(run: Run, count: int) -> list[list[int]]:
     return [block.ids[row, : block.num_valid[row]].tolist() for row in chosen]
 
 
+def _read_other_rows(run: Run, count: int) -> TokenSamples | None:
+    """Return `count` held-out rows other than those of `read_held_out_rows`; None if too few."""
+    # of twice as many rows, every second one is a row of `count` rows
+    rows = read_held_out_rows(run, 2 * count)
+    return TokenSamples.split(rows[1::2], run) if len(rows) == 2 * count else None
+
+
 def measure_perplexity(
     samples: TokenSamples, entropy: MeanFigure, judge: JudgeModel, retokenize: bool
 ) -> GenerativePerplexity:
@@ -273,20 +303,24 @@ class _Judging:
         return GenerativePerplexity.of(scores.nats, scores.tokens, entropy)
 
     def measure_mauve(
-        self, samples: TokenSamples, held_out: TokenSamples, seed: int
+        self,
+        samples: TokenSamples,
+        held_out: TokenSamples,
+        others: TokenSamples | None,
+        seed: int,
     ) -> dict[str, Any] | None:
-        """Return MAUVE of samples and held-out rows.
+        """Return MAUVE of samples and held-out rows, as `compare_texts` explains.
 
         Returns None if the judge has no features, or if there are too few samples or rows.
         """
-        counts = {"samples": len(samples.ids), "held_out": len(held_out.ids)}
-        if min(counts.values()) < FEWEST:
+        if min(len(samples.ids), len(held_out.ids)) < FEWEST:
             return None
         features = self._judge.features(self._encode(samples))
         reference = self._judge.features(self._encode(held_out))
         if features is None or reference is None:
             return None
-        return {"value": mauve(features, reference, seed=seed % 2**31), **counts}
+        best = None if others is None else self._judge.features(self._encode(others))
+        return compare_features(features, reference, best, seed)
 
 
 def correct_samples(

@@ -29,7 +29,8 @@ def describe_generation(
 
     Args:
         run: the run that drew the samples.
-        parts: `sampling`, `samples`, `held_out`, `self_correction` and `judge` of the file.
+        parts: `sampling`, `samples`, `held_out`, `self_correction`, `mauve` and `judge` of the
+            file.
         judge: the judge of the samples, if there is one.
         seconds: duration of sampling and evaluation.
     """
@@ -50,6 +51,7 @@ def describe_generation(
             **component_fingerprints(run.data, run.model),
             "validation rows": run.data.validation_rows.fingerprint,
             **_fingerprint_judge(judge),
+            **_fingerprint_encoder(parts),
         },
         "components": describe_components(run),
         **tree,
@@ -80,3 +82,9 @@ def _fingerprint_judge(judge: JudgeModel | None) -> dict[str, str]:
         return {}
     found = {"judge": judge.protocol.get("model"), "judge tokenizer": judge.protocol["tokenizer"]}
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _fingerprint_encoder(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fingerprint of the encoder that gave the features of MAUVE."""
+    found = parts["mauve"]
+    return {} if found is None else {"encoder of MAUVE": found["features"]["fingerprint"]}

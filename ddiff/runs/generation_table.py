@@ -38,6 +38,7 @@ def print_generation(written: Mapping[str, Any]) -> None:
         table.add_row(f"repetition-{n}", *cells)
     _add_means(table, "self-BLEU", samples, held_out, "self_bleu")
     _add_means(table, "words of held-out text", samples, held_out, "known_words")
+    _add_mauve(table, written)
     _add_correction(table, written["self_correction"])
     console.print(table)
     console.print(_describe(written))
@@ -53,8 +54,16 @@ def _add_perplexity(table: Table, written: Mapping[str, Any]) -> None:
     table.add_row("  95 % interval", *(_format_interval(part["corpus_interval"]) for part in parts))
     means = [_format_perplexity(part, "per_sample") for part in parts]
     table.add_row("  mean of samples", *means)
-    if judge["mauve"] is not None:
-        table.add_row("MAUVE", f"{judge['mauve']['value']:.3f}", "")
+
+
+def _add_mauve(table: Table, written: Mapping[str, Any]) -> None:
+    """Add MAUVE with the range of its values over the seeds of k-means."""
+    found = written["mauve"] or (written["judge"] or {}).get("mauve")
+    if found is not None:
+        best = found["held_out_value"]
+        table.add_row("MAUVE", f"{found['value']:.3f}", "" if best is None else f"{best:.3f}")
+        ends = f"{found['lowest']:.3f} to {found['highest']:.3f}"
+        table.add_row(f"  {found['seeds']} seeds of k-means", ends, "")
 
 
 def _format_perplexity(found: Mapping[str, Any], key: str) -> str:

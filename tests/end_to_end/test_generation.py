@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Command
+from ddiff_encoders.pooling import PooledEncoder
 from safetensors.torch import load_file, save_file
 from small import working_in
 from tokenizers import Tokenizer
@@ -31,11 +32,13 @@ import ddiff as api
 from ddiff.data.packing import pack_texts
 from ddiff.errors import ArgumentError, CheckpointError, DataError
 from ddiff.evaluation.judge_model import Scores, TransformersJudge
+from ddiff.evaluation.mauve import mauve
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import GENERATION, read_json
 from ddiff.run_dir.generation_record import GENERATION_VERSION, GenerationRecord
 from ddiff.runs.generation import (
     TokenSamples,
+    _read_other_rows,
     evaluate_generation,
     generate_and_evaluate,
     read_held_out_rows,
@@ -273,15 +276,87 @@ def test_mauve_of_samples_like_the_held_out_rows_is_one(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = api.load("runs/small")
+    repeat_rows(run, monkeypatch)
+    found = evaluate_generation(run, "gpt", count=24).written["judge"]
+    one = pytest.approx(1.0)
+    assert found["mauve"] == {
+        "value": one,
+        "lowest": one,
+        "highest": one,
+        "seeds": 5,
+        "held_out_value": None,  # there are no other rows
+        "samples": 24,
+        "held_out": 24,
+    }
+    assert found["samples"] == found["held_out"]
+
+
+def repeat_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Let samples and held-out rows be 24 rows of the held-out text, with repetitions."""
     rows = read_held_out_rows(run, 100)
     repeated = [rows[number % len(rows)] for number in range(24)]
     monkeypatch.setattr("ddiff.runs.generation.read_held_out_rows", lambda run, count: repeated)
-    monkeypatch.setattr(
-        Run, "sample", lambda run, count, **_: [{"ids": row, "nfe": 1} for row in repeated]
-    )
-    found = evaluate_generation(run, "gpt").written["judge"]
-    assert found["mauve"] == {"value": pytest.approx(1.0), "samples": 24, "held_out": 24}
-    assert found["samples"] == found["held_out"]
+    drawn = [{"ids": row, "nfe": 1} for row in repeated]
+    monkeypatch.setattr(Run, "sample", lambda run, count, **_: drawn)
+    return repeated
+
+
+def save_sentence_encoder(folder: Path) -> None:
+    """Save the small GPT-2 as a directory of the package sentence-transformers."""
+    save_gpt(folder)
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sentence_transformers"])
+def test_mauve_has_the_features_of_a_local_encoder_without_a_judge(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run = api.load("runs/small")
+    encoder = runs / "gpt"
+    if kind == "sentence_transformers":
+        encoder = tmp_path / "sentences"
+        save_sentence_encoder(encoder)
+    repeated = repeat_rows(run, monkeypatch)
+    # twelve of the samples are other texts than the held-out rows
+    drawn = [{"ids": row[:2] if number % 2 else row} for number, row in enumerate(repeated)]
+    samples = [{"ids": sample["ids"], "nfe": 1} for sample in drawn]
+    monkeypatch.setattr(Run, "sample", lambda run, count, **_: samples)
+    written = evaluate_generation(run, count=24, features=str(encoder)).written
+    assert written["judge"] is None
+    found = written["mauve"]
+    vectors = PooledEncoder.build(PooledEncoder.Config(path=str(encoder)), device=run.device)
+    texts = [
+        TokenSamples.split(rows, run).texts()
+        for rows in ([sample["ids"] for sample in drawn], repeated)
+    ]
+    ours, theirs = (vectors.encode(part) for part in texts)
+    expected = [mauve(ours, theirs, seed=seed) for seed in range(5)]
+    assert found["value"] == pytest.approx(np.mean(expected))
+    assert (found["lowest"], found["highest"]) == (min(expected), max(expected))
+    assert found["features"]["encoder"] == str(encoder)
+    assert found["features"]["fingerprint"] == vectors.fingerprint
+    assert kind in found["features"]["component"]
+    assert written["fingerprints"]["encoder of MAUVE"] == vectors.fingerprint
+    assert vectors.fingerprint in written["figures"]["mauve"]["protocol"]
+
+
+def test_mauve_of_other_held_out_rows_uses_rows_that_are_not_compared(runs: Path) -> None:
+    run = api.load("runs/small")
+    total = len(read_held_out_rows(run, 1000))
+    half = total // 2
+    others = _read_other_rows(run, half)
+    assert others is not None
+    compared = read_held_out_rows(run, half)
+    both = read_held_out_rows(run, 2 * half)
+    assert both[::2] == compared
+    assert both[1::2] == others.ids
+    assert _read_other_rows(run, total) is None
 
 
 def test_judge_object_scores_the_ids_of_the_samples_without_retokenization(runs: Path) -> None:
@@ -333,6 +408,24 @@ def test_missing_and_empty_judges_are_refused_before_samples_are_drawn(
         evaluate_generation(run, "runs/small")
 
 
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ("./missing", "no such folder.*cooccurrence"),
+        ("transformers", "give the directory"),
+        ("cooccurrence", "dim must be at most"),
+    ],
+)
+def test_unusable_encoders_are_refused_before_samples_are_drawn(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, features: str, expected: str
+) -> None:
+    run = api.load("runs/small")
+    repeat_rows(run, monkeypatch)
+    monkeypatch.setattr(Run, "sample", lambda *_, **__: pytest.fail("samples were drawn"))
+    with pytest.raises((ArgumentError, DataError), match=expected):
+        evaluate_generation(run, count=24, features=features)
+
+
 def test_run_without_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(Path("runs/small/recipe.toml").read_text())
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
@@ -350,6 +443,11 @@ RUN = "runs/small"
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "judge without samples": ([RUN, "--judge", "runs/left"], ["--judge needs --generate"]),
     "empty judge without samples": ([RUN, "--judge", ""], ["--judge needs --generate"]),
+    "encoder without samples": ([RUN, "--features", "gpt"], ["--features needs --generate"]),
+    "too few samples for MAUVE": (
+        [RUN, "--generate", "--features", "gpt", "--count", "3"],
+        ["at least 20 samples", "--count 20"],
+    ),
     "count without samples": ([RUN, "--count", "2"], ["--count needs --generate"]),
     "token ids without judge": (
         [RUN, "--generate", "--no-retokenize"],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.mauve import divergence_area, mauve
+from ddiff.evaluation.mauve import divergence_area, mauve, measure_mauve
 
 
 def directions(count: int, groups: list[int], seed: int) -> np.ndarray:
@@ -54,6 +57,42 @@ def test_divergence_area_of_disjoint_distributions_equals_the_integral() -> None
     found = divergence_area(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
     # points (w^5, (1 - w)^5): the integral is 5 B(5, 6) = 5 4! 5! / 10! = 0.00397
     assert found == pytest.approx(0.00397, abs=0.002)
+
+
+def test_mauve_of_two_clusters_equals_the_sum_by_hand() -> None:
+    # 20 samples: 15 at the first point and 5 at the second; 20 rows: 5 and 15
+    points = np.eye(2)
+    samples = points[np.repeat([0, 1], [15, 5])]
+    rows = points[np.repeat([0, 1], [5, 15])]
+    curve = [(0.0, 1.0), (1.0, 0.0)]
+    for number in range(25):
+        w = 1e-6 + number * (1.0 - 2e-6) / 24
+        r = [w * 0.75 + (1 - w) * 0.25, w * 0.25 + (1 - w) * 0.75]
+        from_samples = 0.75 * math.log(0.75 / r[0]) + 0.25 * math.log(0.25 / r[1])
+        from_rows = 0.25 * math.log(0.25 / r[0]) + 0.75 * math.log(0.75 / r[1])
+        curve.append((math.exp(-5 * from_rows), math.exp(-5 * from_samples)))
+    # with rising w, the divergence from the samples falls and that from the rows rises
+    curve.sort(key=lambda point: (point[0], -point[1]))
+    area = 0.0
+    for (left, high), (right, low) in itertools.pairwise(curve):
+        area += (right - left) * (high + low) / 2
+    assert mauve(samples, rows, clusters=2) == pytest.approx(area, abs=1e-12)
+    # the same two clusters are found with every seed
+    found = measure_mauve(samples, rows)
+    assert found.seeds == 5
+    assert (found.lowest, found.value, found.highest) == pytest.approx((area, area, area))
+
+
+def test_mauve_over_seeds_is_the_mean_of_single_seeds() -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.standard_normal((60, 8))
+    rows = rng.standard_normal((60, 8)) + 0.3
+    single = [mauve(samples, rows, seed=seed) for seed in range(3, 8)]
+    found = measure_mauve(samples, rows, seed=3)
+    assert found.value == pytest.approx(np.mean(single), abs=1e-12)
+    assert (found.lowest, found.highest) == (min(single), max(single))
+    assert found.lowest < found.highest  # otherwise this test would not see the seeds
+    assert measure_mauve(samples, rows, seed=2**64 - 1).seeds == 5  # seeds of a recipe
 
 
 @pytest.mark.parametrize(
