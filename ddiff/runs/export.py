@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 from ddiff import __version__
 from ddiff.errors import ArgumentError
+from ddiff.progress import show_activity
 from ddiff.run_dir.destination import check_destination, write_file
 from ddiff.run_dir.files import FIELDS, NORMALIZER, RunRecord
 from ddiff.run_dir.identity import check_recorded
@@ -56,8 +57,9 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
     }
     for name, value in newest.state["fingerprints"].items():
         metadata[f"{name} fingerprint"] = value
-    tensors = newest.read_weights(average=average) | _read_normalizers(Path(run_dir))
-    write_file(target, lambda sink: write_tensors(sink, tensors, metadata))
+    with show_activity("exporting the weights"):
+        tensors = newest.read_weights(average=average) | _read_normalizers(Path(run_dir))
+        write_file(target, lambda sink: write_tensors(sink, tensors, metadata))
     return metadata
 
 

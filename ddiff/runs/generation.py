@@ -19,6 +19,7 @@ from ddiff.evaluation.generation import GenerativePerplexity, MeanFigure, Sample
 from ddiff.evaluation.judge_model import JudgeModel
 from ddiff.evaluation.mauve import FEWEST
 from ddiff.evaluation.self_correction import measure_correction
+from ddiff.progress import show_activity
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.files import GENERATION
@@ -205,9 +206,11 @@ def evaluate_generation(
     samples = TokenSamples.split([sample["ids"] for sample in drawn], run)
     held_out = TokenSamples.split(rows, run)
     unit = run.tokenizer.unit
-    figures = SampleFigures.of(samples.texts(), samples.ids, held_out_texts, unit)
-    # the words of held-out rows occur in held-out text by definition
-    baseline = SampleFigures.of(held_out.texts(), held_out.ids, None, unit)
+    with show_activity("comparing the samples", console=ranks.console()):
+        # self-BLEU compares every pair of samples
+        figures = SampleFigures.of(samples.texts(), samples.ids, held_out_texts, unit)
+        # the words of held-out rows occur in held-out text by definition
+        baseline = SampleFigures.of(held_out.texts(), held_out.ids, None, unit)
     parts: dict[str, Any] = {
         "sampling": describe_sampling(run, drawn),
         "samples": figures.to_dict(),
@@ -356,7 +359,9 @@ def correct_samples(
         return found.accuracy.cpu(), (found.ids != tokens).double().mean(-1).cpu()
 
     batches = [slice(first, min(first + batch, len(ids))) for first in range(0, len(ids), batch)]
-    parts = (ranks or Ranks()).map(correct, batches)
+    ranks = ranks or Ranks()
+    with show_activity("correcting", console=ranks.console()):
+        parts = ranks.map(correct, batches)
     accuracy = torch.cat([curve for curve, _ in parts]).numpy()
     changed = torch.cat([share for _, share in parts])
     figure = MeanFigure.of(accuracy[:, 0])
