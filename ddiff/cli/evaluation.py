@@ -12,6 +12,7 @@ from ddiff.cli.launching import launch_for_run
 from ddiff.cli.options import (
     MOST,
     DocumentSplit,
+    EvaluatedCount,
     EvaluatedData,
     EvaluateSettings,
     FeaturesName,
@@ -50,12 +51,7 @@ def evaluate(
         bool, typer.Option("--generate", help="Draw samples and evaluate these.")
     ] = False,
     judge: JudgeName = None,
-    count: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=MOST, help="With --generate: number of samples; by default \\[sample] count."
-        ),
-    ] = None,
+    count: EvaluatedCount = None,
     no_retokenize: NoRetokenize = False,
     features: FeaturesName = None,
     until: Until = None,
@@ -76,7 +72,7 @@ def evaluate(
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
-        if until or data or protocol or published or program:
+        if until is not None or data or protocol or published or program:
             raise ArgumentError(
                 "--generate evaluates samples, so it excludes --until, --data, --protocol, "
                 "--published and --program. Remove --generate to evaluate a text."

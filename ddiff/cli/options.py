@@ -116,6 +116,12 @@ FeaturesName = Annotated[
         "of a transformers model, a registered encoder such as cooccurrence, or a name on the hub.",
     ),
 ]
+EvaluatedCount = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST, help="With --generate: number of samples; by default \\[sample] count."
+    ),
+]
 NoRetokenize = Annotated[
     bool,
     typer.Option(

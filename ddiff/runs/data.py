@@ -129,6 +129,14 @@ class RunData:
     def validation_rows(self) -> PackedRows:
         return self.text.validation_rows
 
+    @property
+    def validation_texts(self) -> Iterable[str] | None:
+        """Texts of the validation documents; None if only their tokens are stored."""
+        validation = self.documents.validation
+        if "text" not in validation.column_names:
+            return None
+        return validation["text"]
+
     @cached_property
     def train_conditions(self) -> Conditions:
         if not self._names:

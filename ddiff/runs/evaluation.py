@@ -73,13 +73,16 @@ def score_validation(
 def count_changed_documents(data: RunData, recipe: Recipe) -> int:
     """Return the number of validation documents that the tokenizer changes.
 
-    Returns 0 without a count if bits per byte have no meaning. Raises DataError if the tokens claim
-    another number of bytes than that of the documents.
+    Returns 0 without a count if bits per byte have no meaning, or if only tokens are stored. Raises
+    DataError if the tokens claim another number of bytes than that of the documents.
     """
     rows = data.validation_rows
-    if data.tokenizer.unit == "symbol" or len(evaluated_rows(data, recipe)) < len(rows):
+    texts = data.validation_texts
+    if data.tokenizer.unit == "symbol" or texts is None:
         return 0
-    return count_changed_texts(data.documents.validation["text"], rows, data.tokenizer)
+    if len(evaluated_rows(data, recipe)) < len(rows):
+        return 0
+    return count_changed_texts(texts, rows, data.tokenizer)
 
 
 def find_own_vectors(data: RunData) -> list[str]:

@@ -116,7 +116,7 @@ def make_report(
         **figures,
         "protocol": {**figures["protocol"], **protocol},
         "baselines": baselines,
-        "bytes": describe_bytes(evaluation),
+        "bytes": describe_bytes(evaluation, has_texts=run.data.validation_texts is not None),
         f"entropy_rate_nats_{unit}": run.data.documents.entropy_rate,
     }
     if warning := find_impossible(evaluation, run.data.documents.entropy_rate):

@@ -200,24 +200,17 @@ def evaluate_generation(
     if features is not None:
         check_counts(number, len(rows))
         encoder = open_features(features, run)
-    held_out_texts: Iterable[str] = run.data.documents.validation["text"]
     start = time.perf_counter()
     drawn = run.sample(count, ranks=ranks)
     samples = TokenSamples.split([sample["ids"] for sample in drawn], run)
     held_out = TokenSamples.split(rows, run)
-    unit = run.tokenizer.unit
-    with show_activity("comparing the samples", console=ranks.console()):
-        # self-BLEU compares every pair of samples
-        figures = SampleFigures.of(samples.texts(), samples.ids, held_out_texts, unit)
-        # the words of held-out rows occur in held-out text by definition
-        baseline = SampleFigures.of(held_out.texts(), held_out.ids, None, unit)
+    figures, baseline = _compute_figures(run, samples, held_out, ranks)
+    corrected = None if run.process is None else correct_samples(run, samples.ids, ranks)
     parts: dict[str, Any] = {
         "sampling": describe_sampling(run, drawn),
         "samples": figures.to_dict(),
         "held_out": {**baseline.to_dict(), "rows": run.data.validation_rows.fingerprint},
-        "self_correction": None
-        if run.process is None
-        else correct_samples(run, samples.ids, ranks),
+        "self_correction": corrected,
         "mauve": None,
         "judge": None,
     }
@@ -232,14 +225,28 @@ def evaluate_generation(
     if model is not None:
         judging = _Judging(model, retokenize)
         perplexity = judging.measure(samples, figures.entropy)
-        parts["judge"] = {
-            "protocol": {**model.protocol, "retokenized": retokenize},
-            "samples": perplexity.to_dict(),
-            "held_out": judging.measure(held_out, baseline.entropy).to_dict(),
-            "mauve": None if encoder else judging.measure_mauve(samples, held_out, others, seed),
-        }
+        reference = judging.measure(held_out, baseline.entropy)
+        parts["judge"] = judging.describe(perplexity, reference)
+        if encoder is None:
+            parts["judge"]["mauve"] = judging.measure_mauve(samples, held_out, others, seed)
     written = describe_generation(run, parts, model, time.perf_counter() - start)
     return GenerationReport(figures, baseline, perplexity, written)
+
+
+def _compute_figures(
+    run: Run, samples: TokenSamples, held_out: TokenSamples, ranks: Ranks
+) -> tuple[SampleFigures, SampleFigures]:
+    """Return the figures of samples and those of rows of held-out text.
+
+    Only the main process of `ranks` shows progress.
+    """
+    unit = run.tokenizer.unit
+    with show_activity("comparing the samples", console=ranks.console()):
+        # self-BLEU compares every pair of samples
+        figures = SampleFigures.of(samples.texts(), samples.ids, run.data.validation_texts, unit)
+        # the words of held-out rows occur in held-out text by definition
+        baseline = SampleFigures.of(held_out.texts(), held_out.ids, None, unit)
+    return figures, baseline
 
 
 def check_same_tokenizer(run: Run, judge: JudgeModel) -> None:
@@ -294,6 +301,20 @@ class _Judging:
     def __init__(self, judge: JudgeModel, retokenize: bool) -> None:
         self._judge = judge
         self._retokenize = retokenize
+
+    def describe(
+        self, perplexity: GenerativePerplexity, reference: GenerativePerplexity
+    ) -> dict[str, Any]:
+        """Return the part of generation.json about the judge, without MAUVE.
+
+        `perplexity` is that of the samples, `reference` that of held-out text.
+        """
+        return {
+            "protocol": {**self._judge.protocol, "retokenized": self._retokenize},
+            "samples": perplexity.to_dict(),
+            "held_out": reference.to_dict(),
+            "mauve": None,
+        }
 
     def _encode(self, samples: TokenSamples) -> list[list[int]]:
         if not self._retokenize:

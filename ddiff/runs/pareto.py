@@ -358,11 +358,10 @@ def _check_same_protocol(
 
 def _read_words(run: Run) -> set[str] | None:
     """Return the words of the held-out text; None if the texts have no words."""
-    held_out = run.data.documents.validation
-    # a corpus of token shards has no texts
-    if run.tokenizer.unit != "token" or "text" not in held_out.column_names:
+    texts = run.data.validation_texts
+    if run.tokenizer.unit != "token" or texts is None:
         return None
-    return collect_words(held_out["text"])
+    return collect_words(texts)
 
 
 def measure_point(

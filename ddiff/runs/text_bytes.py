@@ -16,13 +16,18 @@ from ddiff.evaluation.likelihood import Evaluation
 _TEXTS_AT_ONCE = 1024
 COUNTED = "UTF-8 bytes of the documents, all of which the tokens decode to"
 """Rule by which the bytes of an evaluation are counted."""
+RECORDED = "UTF-8 bytes of the documents, as recorded by their token shards"
+"""Rule if only tokens are stored, so that the text cannot be counted again."""
 
 
-def describe_bytes(evaluation: Evaluation) -> dict[str, Any] | None:
-    """Return the number of bytes of an evaluation for its record; None without bits per byte."""
+def describe_bytes(evaluation: Evaluation, *, has_texts: bool = True) -> dict[str, Any] | None:
+    """Return the number of bytes of an evaluation for its record; None without bits per byte.
+
+    `has_texts`: whether the documents were read, not only their tokens.
+    """
     if evaluation.bits_per_byte is None:
         return None
-    return {"number": evaluation.num_bytes, "counted": COUNTED}
+    return {"number": evaluation.num_bytes, "counted": COUNTED if has_texts else RECORDED}
 
 
 def count_changed_texts(texts: Iterable[str], rows: PackedRows, tokenizer: Tokenizer) -> int:
