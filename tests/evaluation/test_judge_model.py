@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ddiff.errors import ArgumentError, DataError, NonFiniteError
+from ddiff.evaluation.generation import GenerativePerplexity, MeanFigure
 from ddiff.evaluation.judge_model import TransformersJudge, plan_windows, score_windows
 
 WORDS = {"<end>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "<unk>": 5}
@@ -63,6 +64,54 @@ def test_ragged_rows_score_as_in_a_plain_loop_for_any_batch(
     # float32 logits of magnitude 1; a batch changes the order of sums
     assert found.nats == pytest.approx(expected, abs=1e-4)
     assert found.tokens.tolist() == [6, 1, 0, 4, 5]
+
+
+def make_bigram_judge(batch: int, window: int, stride: int) -> TransformersJudge:
+    """Build a judge that gives the token i + d (mod 6) after token i the probability p_d.
+
+    p = (1/2, 1/4, 1/8, 1/16, 1/32, 1/32). The network has no layer: the last norm maps the one-hot
+    embedding of token i to (e_i - 1/6) / s, and the head multiplies it by s log p. The part of 1/6
+    is the same for all tokens, and cancels in the softmax.
+    """
+    config = GPT2Config(
+        vocab_size=6, n_positions=8, n_embd=6, n_layer=0, n_head=1, layer_norm_epsilon=1e-12
+    )
+    config.tie_word_embeddings = False
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    probabilities = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32])
+    tokens = torch.arange(6)
+    model.transformer.wte.weight.copy_(torch.eye(6))
+    model.transformer.wpe.weight.zero_()
+    scale = torch.eye(6)[0].std(unbiased=False)
+    differences = (tokens[:, None] - tokens) % 6  # row: next token; column: token before it
+    model.lm_head.weight.copy_(scale * probabilities.log()[differences])
+    return make_judge(model, batch=batch, window=window, stride=stride)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (4, 2), (3, 1)])
+def test_perplexity_under_a_bigram_judge_equals_the_value_by_hand(
+    batch: int, window: int, stride: int
+) -> None:
+    """Seven ragged rows, one of them empty: 7 is divisible by none of the batches 2, 3 and 4.
+
+    The end mark 0 precedes each row. The row 3 3 0 1 has the differences 3 0 3 1, and therefore
+    4 + 1 + 4 + 2 bits.
+    """
+    rows = [*ROWS, [5], [1, 1]]
+    bits = np.array([14, 3, 0, 11, 13, 5, 3])
+    tokens = np.array([6, 1, 0, 4, 5, 1, 2])
+    scores = make_bigram_judge(batch, window, stride).score(rows)
+    np.testing.assert_array_equal(scores.tokens, tokens)
+    # the judge computes in float32
+    np.testing.assert_allclose(scores.nats, bits * np.log(2), rtol=1e-5)
+    entropy = MeanFigure(1.0, None, 7)
+    found = GenerativePerplexity.of(scores.nats, scores.tokens, entropy)
+    assert found.corpus == pytest.approx(2 ** (49 / 19), rel=1e-5)
+    each = [2 ** (14 / 6), 2**3, 2 ** (11 / 4), 2 ** (13 / 5), 2**5, 2**1.5]
+    assert found.per_sample.value == pytest.approx(sum(each) / 6, rel=1e-5)
+    assert found.tokens == 19
+    assert found.unscored == 1
 
 
 def test_tokenizer_without_marks_leaves_the_first_token_unscored(model: GPT2LMHeadModel) -> None:
