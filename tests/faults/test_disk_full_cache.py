@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddiff import cli, errors
+from ddiff import errors
+from ddiff.cli import process
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.data import shards
 from ddiff.data.cache import Cache
@@ -145,9 +146,9 @@ def test_command_reports_every_full_disk_error_in_one_line(
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "app", full)
+    monkeypatch.setattr(process, "app", full)
     with pytest.raises(SystemExit) as ended:
-        cli.main([])
+        process.main([])
     assert ended.value.code == 2
     output = capsys.readouterr().err
     assert output.startswith(("No space left on device", "Disk quota exceeded", "File too large"))

@@ -84,8 +84,9 @@ def test_every_file_of_a_finished_run_is_recognized_as_a_run_file(run_dir: Path)
     assert found.written[-1].name == "recipe.toml", (
         "the recipe must be deleted last, because it identifies a run directory"
     )
-    # Runs of several fields write the first of these files, and `ddiff eval --generate` the other.
-    expected = set(FILES) - {"judged.json", "generation.json", "tracked.json"}
+    # written by other commands, by runs of several fields, and for trackers of results
+    others = {"judged.json", "generation.json", "tracked.json", "pareto.json", "pareto.svg"}
+    expected = set(FILES) - others
     assert {name for name in files(run_dir) if "/" not in name} == expected
 
 
