@@ -19,8 +19,13 @@ from ddiff.sampling.shaping import MinP, Temperature, TopK, TopP
 TREE = HierarchicalVocabulary([[0, 1, 0]])
 
 
+WITHOUT_STEPS = (samplers.FirstHitting, samplers.EntropyBound)
+"""Samplers whose number of steps is random, so that they do not take `steps`."""
+
+
 def built(component: Any, **settings: Any) -> Any:
-    return component.build(component.Config(**settings), steps=7)
+    steps = {} if component in WITHOUT_STEPS else {"steps": 7}
+    return component.build(component.Config(**settings), **steps)
 
 
 ON_A_GRID = [
@@ -47,7 +52,7 @@ def test_sampler_uses_the_time_grid_in_its_settings(component: Any) -> None:
         assert sampler.grid.times() == Grid(spacing, 7).times()
 
 
-EVERY = [*ON_A_GRID, *INSIDE, samplers.FirstHitting, samplers.EntropyBound]
+EVERY = [*ON_A_GRID, *INSIDE, *WITHOUT_STEPS]
 
 
 @pytest.mark.parametrize("component", EVERY, ids=lambda one: one.__name__)
