@@ -168,7 +168,7 @@ def test_published_loss_component_does_not_replace_lambda_0_by_the_default() -> 
 
 
 def test_entropy_sampler_component_does_not_replace_bound_0_by_the_default() -> None:
-    sampler: Any = EntropyBound.build(EntropyBound.Config(bound=0.0), steps=4)
+    sampler: Any = EntropyBound.build(EntropyBound.Config(bound=0.0))
     assert sampler.bound == 0.0
 
 
