@@ -265,9 +265,7 @@ def filtered_distribution(sampler: Any, p: Tensor) -> list[float]:
 def configured(settings: dict[str, float]) -> list[Any]:
     """Build the two sampler components with filters from `settings`: ancestral, autoregressive."""
     ancestral = Ancestral.build(Ancestral.Config(**settings), steps=4)
-    left_to_right = LeftToRight.build(
-        LeftToRight.Config(**settings), steps=4, vocabulary=FlatVocabulary(4)
-    )
+    left_to_right = LeftToRight.build(LeftToRight.Config(**settings), vocabulary=FlatVocabulary(4))
     return [ancestral, left_to_right]
 
 
