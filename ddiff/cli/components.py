@@ -19,7 +19,7 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Component, plugin to check all its processes and samplers, or recipe file.",
+            help="A component, a plugin (all its processes and samplers), or a recipe file.",
             autocompletion=complete_checked,
         ),
     ],

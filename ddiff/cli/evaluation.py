@@ -179,7 +179,7 @@ def report(
             min=0,
             max=100,
             help="Samples per text run whose trajectories are drawn. With 0, only files are read: "
-            "no trajectories, confusions and formulas.",
+            "no trajectories, confusions or formulas.",
         ),
     ] = 2,
     sampler: Annotated[
@@ -219,7 +219,9 @@ def pareto(
     temperature: SweepTemperatures = None,
     sampler: SweepSamplers = None,
     settings: SamplerSettings = None,
-    count: Annotated[int, typer.Option(min=2, max=MOST, help="Samples of each point.")] = 64,
+    count: Annotated[
+        int, typer.Option(min=2, max=MOST, help="Number of samples of each point.")
+    ] = 64,
     seed: SamplingSeed = None,
     batch: SamplingBatch = None,
     no_retokenize: Annotated[

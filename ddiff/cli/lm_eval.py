@@ -57,8 +57,8 @@ Truncate = Annotated[
 GreedyMode = Annotated[
     Literal["auto", "always", "never"],
     typer.Option(
-        help="When to draw whether a continuation is the greedy one; auto: for questions with one "
-        "continuation."
+        help="Questions for which a greedy continuation is drawn and compared; auto: those with "
+        "one continuation."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the price of the job and stop.")]

@@ -65,9 +65,9 @@ def where_or_zero(condition: Tensor, values: Tensor) -> Tensor:
 
 
 def multiply_by_weight(weight: Tensor, values: Tensor) -> Tensor:
-    """Return weight * values, which is 0 at weight 0 even if the value is infinite.
+    """Return weight * values, with value 0 and gradient 0 at every position of weight 0.
 
-    The gradient is 0 there too. `weight` is not negative.
+    The values at these positions may be infinite. `weight` must not be negative.
     """
     is_weighted = weight > 0
     return torch.where(is_weighted, weight * where_or_zero(is_weighted, values), 0.0)

@@ -56,7 +56,7 @@ class Comparison:
         return "\n".join(["Comparison:", *lines])
 
     def _repr_markdown_(self) -> str:
-        """Return the table as a notebook shows it."""
+        """Return the table as Markdown, which notebooks display."""
         return self._table() + "\n\n" + self._list_remarks()
 
     def to_dict(self) -> dict[str, Any]:

@@ -193,8 +193,8 @@ def check_draws(draws: int) -> None:
     """Raise ArgumentError unless the number of draws is 1 or an even number."""
     if draws < 1 or (draws > 1 and draws % 2 == 1):
         raise ArgumentError(
-            "draws must be 1, or an even number of draws of times and noise, of which two fall "
-            f"into each stratum of the times; got {draws}."
+            "draws must be 1, or an even number, because two draws fall into each stratum of the "
+            f"times; got {draws}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Which nodes of the vocabulary tree a network confuses, at noised positions of a clean text.
+"""Confusion counts of a network at noised positions: true and predicted nodes of the tree.
 
 A position whose state z is at level k of the tree is predicted one level lower, at level
 l = max(k - 1, 0): at a mask the network chooses a node of the highest level, at a node one of its
@@ -26,7 +26,7 @@ from ddiff.core.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Confusion:
-    """Number of positions with each pair of true and predicted node of one level.
+    """Number of positions for each pair of true and predicted nodes of one level.
 
     `level` is the level of the nodes, 0 for tokens. `true`, `predicted` and `count` [k] have the
     ids of the k pairs that occur and their numbers, in the order of the ids.

@@ -344,7 +344,7 @@ def _check_arguments(num_rows: int, draws: int, until: float | None, unit: str) 
 
 
 def _is_narrow(sums: DocumentSums, until: float | None, bound: str, unit: str) -> bool:
-    """Return whether the interval is narrow enough, or no more draws are made (see `evaluate`)."""
+    """Return whether to stop adding draws (see `until` of `evaluate`)."""
     error = _estimate(sums, unit).monte_carlo
     if until is None or bound == "NLL" or sums.draws >= MOST_DRAWS:
         return True

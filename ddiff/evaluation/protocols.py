@@ -41,7 +41,7 @@ class HubText:
 
     Attributes:
         path: name of the data set.
-        config: name of its configuration; None if there is one only.
+        config: name of its configuration; None if there is only one.
         split: split that the published programs evaluate.
         column: column of the text.
         revision: branch, tag or commit; None: the newest.
@@ -232,8 +232,8 @@ class PublishedProgram:
         clean_at_end: probability that a token is still clean at t = 1.
         uncounted: number of tokens by which the denominator is too small, per block.
         documents_at_once: number of documents that are joined.
-        processes: number of parts of the data. Where the program uses the number of processors of
-            its machine, one part stands for it.
+        processes: number of parts of the data; 1 if the program uses the number of processors of
+            its machine.
     """
 
     paper: str

@@ -66,7 +66,7 @@ class Provenance(BaseModel):
 
 
 class Record(BaseModel):
-    """Keys that every record of figures has. Keys that are not listed here are kept.
+    """Record of figures: the keys that all records have. Unknown keys are kept.
 
     A subclass is one kind of file. It sets `newest_version`, and converts older versions.
 

@@ -40,7 +40,7 @@ MEANS = {
 
 
 class _Part(BaseModel):
-    """JSON object whose keys that are not listed here are kept."""
+    """JSON object that keeps its unknown keys."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 

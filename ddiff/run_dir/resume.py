@@ -25,8 +25,8 @@ Change = tuple[str, Any, Any]
 def check_resumable(directory: Path, changed: Iterable[Change], replaced: Iterable[Change]) -> None:
     """Raise CheckpointError if a trained run cannot resume with the present recipe.
 
-    A run can resume if the recipes differ only in `FREE_KEYS` and in the table [backend], or if
-    `steps` of [train] is larger than before.
+    A run can resume if the recipes differ only in `FREE_KEYS`, in the table [backend], and in a
+    larger number [train] steps.
 
     Args:
         directory: directory of the run.

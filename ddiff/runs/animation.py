@@ -58,7 +58,7 @@ PLAIN = {"\n": "\\n", "\t": "\\t", "‘": "'", "’": "'", "“": '"', "”": '"
 
 
 def is_animation(file: IO[bytes]) -> bool:
-    """Return whether `draw_animation` made the content of an open file."""
+    """Return whether an open file is an animation that `draw_animation` made."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -101,7 +101,7 @@ class _Panel(Protocol):
     height: int
 
     def draw(self, page: Any, left: int, top: int, before: int, step: int) -> None:
-        """Draw the states after a step on an image. `before`: step of the frame before."""
+        """Draw the states after a step on an image. `before`: step of the previous frame."""
         ...
 
 

@@ -26,7 +26,7 @@ MOST_ROWS = 256  # validation rows that are noised, spread evenly over the text
 
 @torch.no_grad()
 def measure_confusion(run: Run, most_rows: int = MOST_ROWS) -> list[LevelConfusion]:
-    """Count what the network of a run confuses on rows of the validation text.
+    """Count the true and predicted nodes of a network on rows of the validation text.
 
     Each row is noised once, at a time that is stratified over information time. The result is empty
     for a run without a process, and for a network that predicts scores.

@@ -41,9 +41,9 @@ def check_directory(
 ) -> None:
     """Raise an error if a recipe must not be run in its directory.
 
-    A run can resume only if its recipe equals the recorded recipe, except for run_dir, [backend],
-    [evaluate] every, [sample] every, and a larger number [train] steps. A file that ddiff did not
-    write is never overwritten or deleted.
+    A run can resume only if its recipe equals the recorded recipe, except for [backend], the
+    keys `ddiff.run_dir.resume.FREE_KEYS`, and a larger number [train] steps. A file that ddiff did
+    not write is never overwritten or deleted.
 
     Args:
         recipe: recipe of the run.

@@ -49,8 +49,9 @@ def score_validation(
     Args:
         model, data, recipe: model, data and recipe of the run.
         console: console for the progress bar.
-        until: half width of the interval at which more draws stop.
-        has_bytes: whether the tokens are those of all bytes of the text.
+        until: draws are added until the half width of the Monte-Carlo interval is at most this;
+            None: no draws are added.
+        has_bytes: whether the tokens determine all bytes of the text, as bits per byte need.
         ranks: processes that divide the batches; None: only this process.
     """
     found = score_rows(
@@ -99,8 +100,8 @@ def find_given_own_vectors(
 ) -> list[str]:
     """Return the given conditions that the run computes from the text itself.
 
-    If the data set cannot be read, because the run was copied without it, evaluation.json tells
-    which they are.
+    If the data set cannot be read, because the run was copied without it, the names of these
+    conditions are read from evaluation.json.
     """
     try:
         documents = data.documents
@@ -181,9 +182,10 @@ def score_rows(
         draws: number of independent draws of noise times and noise per row.
         conditions: conditions of the documents from which the rows were packed.
         console: console for the progress bar.
-        until: half width of the interval at which more draws stop.
+        until: draws are added until the half width of the Monte-Carlo interval is at most this;
+            None: no draws are added.
         published: published program, whose terms and window replace ours.
-        has_bytes: whether the tokens are those of all bytes of the text.
+        has_bytes: whether the tokens determine all bytes of the text, as bits per byte need.
         ranks: processes that divide the batches; None: only this process.
     """
     keys = recipe.evaluate

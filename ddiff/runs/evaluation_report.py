@@ -96,8 +96,8 @@ def make_report(
     Args:
         run: the run.
         changed_data: whether the data may differ from the data of training.
-        until: half width of the Monte-Carlo interval at which draws stop, in place of [evaluate]
-            draws.
+        until: draws are added until the half width of the Monte-Carlo interval is at most this;
+            None: [evaluate] draws.
         ranks: processes that divide the batches; None: only this process.
     """
     wanted, protocol = _settings(run)

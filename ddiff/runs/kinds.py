@@ -35,8 +35,8 @@ class EvaluationOptions:
     """Options of `ddiff eval`.
 
     Attributes:
-        until: half width of the Monte-Carlo interval in nats per token, at which draws stop; None:
-            [evaluate] draws.
+        until: draws are added until the half width of the Monte-Carlo interval, in nats per token,
+            is at most this; None: [evaluate] draws.
         data: text files, or the name of a protocol or a recipe, whose documents are evaluated.
             Empty: the validation documents of the run.
         split: unit of a document in text files.

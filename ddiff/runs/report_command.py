@@ -32,7 +32,7 @@ def report_runs(
         figures: folder for the charts as SVG and PNG files, or None.
         files: files of trajectories. If there are some, no trajectories are drawn.
         draws: number of samples per run whose trajectories are drawn. With 0, only files are read:
-            the report has no trajectories, confusions and formulas.
+            the report has no trajectories, confusions or formulas.
         samplers: samplers that draw the trajectories; none for the sampler of the recipe.
     """
     # before trajectories are drawn, which takes a while

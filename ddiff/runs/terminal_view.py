@@ -1,4 +1,4 @@
-"""States of samples on the terminal, in place, while they are drawn."""
+"""Live display of the states of samples on the terminal during sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Show = Callable[[int, float, Sequence[Text]], None]
 
 @contextmanager
 def watch_samples(console: Console | None = None) -> Iterator[Show]:
-    """Show samples on stderr, or on `console`, in place, and hide progress bars.
+    """Redraw samples in place on stderr, or on `console`, and hide progress bars.
 
     Yields a function `Show`. In a file or pipe, only the last texts are printed.
     """
@@ -58,7 +58,7 @@ def _fit_screen(title: Text, samples: Sequence[Text], console: Console) -> Text:
 
 
 class StateView:
-    """Tokens, nodes and masks of samples as coloured text, and what the last step changed.
+    """Coloured text of tokens, nodes and masks, in which changes of the last step are marked.
 
     Masks are shaded blocks. A node of a tree is shown by its typical tokens, in brackets.
     """

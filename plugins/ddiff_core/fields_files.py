@@ -22,7 +22,7 @@ Missing = Literal["error", "absent"]
 
 
 class VectorConfig(ComponentConfig):
-    """Keys of texts with .npy files of vectors."""
+    """Keys of data sets that pair texts with .npy files of vectors."""
 
     path: str
     """Folder of the data set."""

@@ -93,7 +93,7 @@ def test_run_directories_are_completed_in_two_folders(command: str, runs: Path) 
     assert complete(f"ddiff {command} al", runs) == ["alone"]
 
 
-def test_components_of_check_are_those_that_have_checks(runs: Path) -> None:
+def test_check_completes_only_components_that_have_checks(runs: Path) -> None:
     found = set(complete("ddiff check ", runs)) - {"recipes/mine.toml"}
     registry = survey_plugins().registry
     components = registry.components()
@@ -151,7 +151,7 @@ def test_script_of_each_shell_calls_the_completion(shell: str) -> None:
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_complete_the_same_names(shell: str) -> None:
+def test_zsh_and_fish_complete_recipe_names(shell: str) -> None:
     done = run_ddiff(
         _DDIFF_COMPLETE=f"complete_{shell}",
         _TYPER_COMPLETE_ARGS="ddiff run hdlm_three",

@@ -103,7 +103,7 @@ def test_measuring_the_confidence_does_not_change_samples(place: Path) -> None:
     assert trajectory.unfold()[-1] == run.sample(1, steps=4)[0]["ids"]
 
 
-def test_trajectory_file_keeps_confidences_and_refuses_other_numbers_of_them(
+def test_trajectory_file_keeps_confidences_and_refuses_a_wrong_number(
     place: Path, tmp_path: Path
 ) -> None:
     (trajectory,) = draw_trajectories(api.load(place / "flat"), 1, [None], steps=2)

@@ -1,4 +1,4 @@
-"""Public functions of `ddiff` do what the commands of evaluation do, and their results say it."""
+"""Public functions of `ddiff` for evaluation: written files, returned values and their repr."""
 
 from __future__ import annotations
 

@@ -579,7 +579,7 @@ def test_eval_refuses_bad_input_with_a_reason_and_writes_nothing(
     assert sorted(Path("runs").rglob("*.json")) == before
 
 
-def test_transformers_judge_with_the_tokenizer_of_the_run_scores_its_ids(
+def test_transformers_judge_with_the_tokenizer_of_a_run_scores_token_ids(
     runs: Path, tmp_path: Path
 ) -> None:
     """A run with a tokenizer of the library, and a judge with the same tokenizer."""

@@ -577,7 +577,7 @@ def test_dry_run_prices_the_job_and_writes_nothing(
     assert "network evaluations of a row, about" in capsys.readouterr().err
 
 
-def test_command_prints_figures_and_refuses_what_cannot_be_evaluated(
+def test_command_prints_figures_and_refuses_invalid_requests(
     runs: Path, ddiff: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval", reason=NEEDS)

@@ -405,7 +405,7 @@ def test_temperature_is_refused_for_a_sampler_without_one(
     assert is_refusal(result, "has no key temperature", "--sampler")
 
 
-def test_same_run_and_file_of_the_user_are_refused(
+def test_repeated_run_and_foreign_chart_file_are_refused(
     ddiff: Command, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_samples(monkeypatch)

@@ -615,7 +615,7 @@ def test_chart_of_the_bound_by_time_has_a_point_per_bin(place: Path, tmp_path: P
     assert chart.lines[0].points == [(0.25, 1.5), (0.75, 0.5)]
 
 
-def test_band_is_drawn_for_equal_recipes_of_any_seed_only(
+def test_band_needs_an_equal_recipe_and_allows_any_seed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

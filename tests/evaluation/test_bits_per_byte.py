@@ -34,10 +34,10 @@ def nats_of(text: str) -> float:
 
 
 class ByteModel(Scored):
-    """Likelihood of independent bytes, as a likelihood of tokens.
+    """Exact likelihood of tokens under a model of independent bytes.
 
-    The tokens of a `WordTokenizer` are read as a word and the space before it. The first word of a
-    document has no such space, so its end mark costs less.
+    A token of `WordTokenizer` stands for a word and the space before it. The first word of a
+    document has no such space, so the end mark costs fewer nats.
     """
 
     bound = "NLL"

@@ -44,7 +44,7 @@ def as_dict(found: Confusion) -> dict[tuple[int, int], int]:
     return dict(zip(pairs, found.count.tolist()))
 
 
-def test_confusion_compares_clusters_at_masks_and_tokens_at_clusters() -> None:
+def test_masks_are_scored_by_cluster_and_clusters_by_token() -> None:
     process = TreeProcess(CLUSTERS, LogTimeClock((1.0, 1.0)))
     # cluster 5 has the probability 0.6, although token 0 is the most likely token
     dist = torch.tensor([0.4, 0.35, 0.25, 0.0]).double()

@@ -143,7 +143,7 @@ def test_rows_of_the_hub_give_the_documents_of_a_local_file() -> None:
     assert lines == ["a\nb", "c"]
 
 
-def test_published_documents_of_articles_are_lines_and_empty_lines_count() -> None:
+def test_published_documents_of_articles_include_empty_lines() -> None:
     found = PROTOCOLS["wikitext2"].read_published_documents([ARTICLES])
     assert found == [
         "",
@@ -172,7 +172,7 @@ DOCUMENTS = [[1, 2, 3], [4], [], [5, 6, 7, 8]]
         ("2504.06416", [[1, 2, 3, 0, 4], [0, 0, 5, 6, 7]]),
     ],
 )
-def test_published_blocks_have_the_marks_of_their_program_and_no_incomplete_block(
+def test_published_blocks_are_full_and_have_the_marks_of_their_program(
     paper: str, blocks: list[list[int]]
 ) -> None:
     program = PublishedProgram(
@@ -236,7 +236,7 @@ def test_published_value_of_independent_tokens_has_its_hand_computed_factor(pape
 
 
 def masked_nats(mask: float) -> float:
-    """Expected nats per token of a pair, with the probability `mask` of a mask at each token.
+    """Expected nats per token of a pair, each token of which is masked with probability `mask`.
 
     A token with a masked partner costs 2 nats, and one with a clean partner 1 nat.
     """

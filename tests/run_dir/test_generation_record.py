@@ -146,7 +146,7 @@ def test_figures_have_value_interval_unit_and_protocol() -> None:
     }
 
 
-def test_protocol_has_what_must_be_equal_and_not_the_sampler() -> None:
+def test_generation_protocol_excludes_the_sampler() -> None:
     protocol = GenerationRecord.from_tree(new(OLD)).protocol
     assert protocol == {
         "count": 4,

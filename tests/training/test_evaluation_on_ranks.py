@@ -57,7 +57,7 @@ def test_results_are_bitwise_equal_on_every_rank_of_any_number_of_ranks(
             assert rank[name, batch]["found"] == expected  # no tolerance
 
 
-def test_draws_until_a_width_end_at_the_same_draw_on_all_ranks(
+def test_until_makes_the_same_number_of_draws_on_all_ranks(
     done: dict[int, list[Any]],
 ) -> None:
     found = [rank["likelihood", 2]["found"] for ranks in done.values() for rank in ranks]

@@ -62,7 +62,7 @@ def draw_states(values: FieldValues, states: Tensor) -> list[Pixels]:
 
 
 def make_tree(values: FieldValues) -> TokenTree:
-    """Return the tokens of a field with their texts, or their numbers if they have no texts."""
+    """Return the tree of tokens of a field. A token is shown by its text, or by its number."""
     vocabulary = values.vocabulary
     assert vocabulary is not None
     tokens = range(vocabulary.num_tokens)

@@ -1,4 +1,4 @@
-"""Price of a job before it starts: requests, network evaluations and estimated time."""
+"""Cost of a job, computed before it starts: requests, network evaluations, estimated time."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _count_free(template: Template, length: int) -> int:
 
 
 class _EnoughSteps(Exception):
-    """Ends a timed sampling."""
+    """Exception that ends a timed sampling."""
 
 
 class _StepTimer:

@@ -195,7 +195,7 @@ class Generation:
     def finish(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
         """Return the generated text of a sample with the token ids `ids`.
 
-        It ends before the end mark and before the first stop string.
+        The text ends before the end mark and before the first stop string.
         """
         start = len(self.template.ids)
         drawn = list(ids[start : start + self.size])

@@ -1,8 +1,8 @@
 """Bands of healthy runs: the range in which another seed of a shipped recipe is expected to lie.
 
 `benchmarks/bands.py` computes a band from several seeds and writes the file `healthy/NAME.json` of
-this package. A band is drawn only for runs whose recipe is the recipe of the band in every key that
-changes training or evaluation, except for the seed.
+this package. A band is drawn only for runs whose recipe equals the recipe of the band in all keys
+that change training or evaluation. The seed may differ.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ FEWEST = 5  # positions of a node below which its mistakes are not shown
 
 @dataclass(frozen=True)
 class LevelConfusion:
-    """Numbers of positions by true and predicted node of one level of the tree, 0 for tokens.
+    """Number of positions with each true and predicted node of one level (0: tokens).
 
     `pairs` has triples (true, predicted, number of positions).
     """
@@ -64,7 +64,7 @@ class LevelConfusion:
         """Return the wrong predictions that are more frequent than by chance.
 
         By chance, the wrong predictions of a true node are distributed like all wrong predictions.
-        The largest difference from this number comes first: otherwise frequent predictions would
+        The largest difference from this number comes first. Otherwise, frequent predictions would
         fill the list.
         """
         predicted: Counter[int] = Counter()

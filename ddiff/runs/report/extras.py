@@ -16,7 +16,7 @@ class Extras:
 
     Attributes:
         trajectories: trajectories of samples that the page plays.
-        confusions: what the network of each run confuses, by the number of the run in the report.
+        confusions: wrong predictions of the network of each run, by its number in the report.
         explanations: components of each run with their formulas, by the number of the run.
     """
 

@@ -67,7 +67,7 @@ def draw_png(svg: str) -> bytes:
 
 
 def is_chart_image(file: IO[bytes]) -> bool:
-    """Return whether `draw_png` made the content of an open file."""
+    """Return whether an open file is an image that `draw_png` made."""
     head = file.read(1000)
     return head.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in head
 
