@@ -23,7 +23,6 @@ from ddiff.run_dir.files import (
     EVALUATION,
     GENERATION,
     METRICS,
-    RECIPE,
     SAMPLES,
     SAMPLING,
     RunRecord,
@@ -31,6 +30,7 @@ from ddiff.run_dir.files import (
     generation_record,
     read_json,
     read_json_lines,
+    require_run_dir,
 )
 from ddiff.run_dir.identity import Difference, check_recorded, raise_differences
 
@@ -113,11 +113,7 @@ class ComparedRun:
 
     def __init__(self, place: Path, generation: bool = True) -> None:
         self.place = place
-        if not (place / RECIPE).is_file():
-            raise CheckpointError(
-                f"{place} is not a run directory: recipe.toml is missing. Give a directory "
-                "that `ddiff run` wrote: runs/<name>."
-            )
+        require_run_dir(place)
         self.record = RunRecord.read(place)
         if "fields" in self.record.recipe:
             raise ArgumentError(

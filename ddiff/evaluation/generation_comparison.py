@@ -169,6 +169,7 @@ def find_common_generation(records: Mapping[Path, GenerationRecord]) -> dict[str
         if len({json.dumps(value) for value in found.values()}) > 1:
             values = [f"{value} in {place}" for place, value in found.items()]
             differing.append(f"  {name}: {', '.join(values)}")
+    common.pop("judge.judge", None)  # already there as "judge"
     if differing:
         lines = "\n".join(differing)
         raise ArgumentError(

@@ -278,6 +278,17 @@ def _fits_shape(value: Mapping[str, Any], shape: Shape) -> bool:
 # ---------------------------------------------------------------------- readers
 
 
+def require_run_dir(directory: Path) -> None:
+    """Raise CheckpointError if a directory is not that of a run."""
+    if (directory / RECIPE).is_file():
+        return
+    reason = f"{RECIPE} is missing" if directory.exists() else "there is no such folder"
+    raise CheckpointError(
+        f"{directory} is not a run directory: {reason}. Give a directory that `ddiff run` wrote, "
+        "such as runs/<name>."
+    )
+
+
 def read_text(path: Path) -> str:
     """Read a UTF-8 file of a run. Raises CheckpointError if the file cannot be read."""
     try:

@@ -96,7 +96,7 @@ class GenerationReport:
         if self.perplexity is not None:
             judge = self.written["judge"]["protocol"]["judge"]
             parts.insert(1, f"perplexity {self.perplexity.corpus:.4g} under {judge}")
-        parts.append(f"NFE {self.written['sampling']['nfe']:g}")
+        parts.append(f"NFE {self.written['sampling']['nfe']:.4g}")
         return f"GenerationReport({', '.join(parts)})"
 
     @property

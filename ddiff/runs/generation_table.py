@@ -114,7 +114,7 @@ def _describe(written: Mapping[str, Any]) -> str:
     )
     if sampling["steps"] is not None:
         text += f", {sampling['steps']} steps"
-    text += f", NFE {sampling['nfe']:g}"
+    text += f", NFE {sampling['nfe']:.4g}"
     if "temperature" in sampler:
         text += f", temperature {sampler['temperature']:g}"
     text += f", {sampling['precision']}, seed {sampling['seed']}"

@@ -196,7 +196,15 @@ def _read_files(options: EvaluationOptions) -> GivenTexts:
         with open_uncompressed(path) as file:
             for _, text in text_documents(file, printable(path), split):
                 parts.append(text)
-    return _apply_protocol(PurePosixPath(options.data[0]).stem, parts, options, protocol)
+    return _apply_protocol(name_files(options.data), parts, options, protocol)
+
+
+def name_files(names: Sequence[str]) -> str:
+    """Return a name of the data in files: the names of up to three files, joined by "-"."""
+    stems = [PurePosixPath(name).stem for name in names]
+    if len(stems) > 3:
+        stems = [stems[0], f"and-{len(stems) - 1}-more"]
+    return "-".join(stems)
 
 
 def _is_table(path: str) -> bool:

@@ -52,8 +52,10 @@ def _check_settings(settings: Iterable[str]) -> None:
     """Raise ArgumentError if a setting is not in the recipe tables [evaluate] or [sample]."""
     for setting in settings:
         if not setting.lstrip().startswith(("evaluate.", "sample.")):
+            key = setting.partition("=")[0]
+            advice = "" if "." in key else f" Name the table, too: sample.{setting.strip()}."
             raise ArgumentError(
                 "settings of a trained run must be a list of keys of [evaluate] or [sample], such "
                 f"as evaluate.draws=4; got {setting!r}. Other keys define the trained run and "
-                "cannot change."
+                f"cannot change.{advice}"
             )

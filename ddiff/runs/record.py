@@ -21,6 +21,7 @@ from ddiff.run_dir.files import (
     RECIPE,
     RunRecord,
     read_json,
+    require_run_dir,
 )
 
 if TYPE_CHECKING:
@@ -92,12 +93,7 @@ def open_checkpoints(directory: Path) -> Checkpoints:
 
     Raises CheckpointError if the directory is not a run or has no complete checkpoint.
     """
-    if not (directory / RECIPE).is_file():
-        reason = f"{RECIPE} is missing" if directory.exists() else "there is no such folder"
-        raise CheckpointError(
-            f"{directory} is not a run directory: {reason}. Give a directory that `ddiff run` "
-            "wrote, such as runs/<name>."
-        )
+    require_run_dir(directory)
     checkpoints = Checkpoints(str(directory / CHECKPOINTS))
     if not checkpoints.steps():
         raise CheckpointError(

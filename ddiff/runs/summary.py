@@ -191,7 +191,8 @@ def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
     also = evaluation.describe_perplexity()
     if evaluation.bits_per_byte is not None:
         also += f", {evaluation.bits_per_byte:.4f} bits/byte"
-    also += f"; {evaluation.tokens:,} {evaluation.unit}s, {evaluation.documents} documents"
+    documents = "document" if evaluation.documents == 1 else "documents"
+    also += f"; {evaluation.tokens:,} {evaluation.unit}s, {evaluation.documents} {documents}"
     return bound, also
 
 

@@ -176,6 +176,8 @@ def test_compare_marks_exact_likelihoods_as_nll_and_ignores_the_time_window(
 def test_compare_refuses_unfinished_runs(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run directory"):
         compare([tmp_path])
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        compare([tmp_path / "none"])
     with pytest.raises(ArgumentError, match="given twice"):
         compare([place / "flat", place / "flat"])
     shutil.copytree(place / "flat", tmp_path / "half")

@@ -378,6 +378,8 @@ def test_samples_during_training_are_chosen_evenly() -> None:
 def test_report_refuses_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run directory"):
         write_report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        write_report([tmp_path / "none"], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 

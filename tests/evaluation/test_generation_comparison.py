@@ -167,6 +167,12 @@ def test_common_settings_are_described_without_those_of_the_likelihood() -> None
     )
 
 
+def test_judge_without_fingerprint_is_named_once() -> None:
+    common = find(make_record(judge={"model": None}))
+    assert common is not None
+    assert describe_generation_settings(common).count("runs/judge") == 1
+
+
 # ---------------------------------------------------------------------- settings of the sampler
 
 

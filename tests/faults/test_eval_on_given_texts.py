@@ -17,7 +17,7 @@ import ddiff as api
 from ddiff.errors import DataError
 from ddiff.evaluation.protocols import PROTOCOLS, HubText, Protocol
 from ddiff.runs.evaluation_report import find_impossible
-from ddiff.runs.given_texts import check_bytes, count_lossy_texts
+from ddiff.runs.given_texts import check_bytes, count_lossy_texts, name_files
 
 EVAL = ("eval", "runs/tiny")
 TEXT = "the old cat saw a dog\nna\u00efve caf\u00e9s, \u2018quoted\u2019\n" + CORPUS[:300]
@@ -54,6 +54,32 @@ def test_eval_of_the_recipe_of_the_run_gives_the_results_of_the_run(
     own, again = read("runs/tiny/evaluation.json"), read("again.json")
     for key in ("nelbo_nats_per_token", "interval", "bits_per_byte", "terms_nats_per_token"):
         assert again[key] == own[key], key
+
+
+def test_evaluation_of_several_files_does_not_replace_that_of_the_first(
+    run_dir: Path, ddiff: Command
+) -> None:
+    Path("first.txt").write_text(TEXT)
+    Path("second.txt").write_text(CORPUS[:200])
+    assert ddiff(*EVAL, "--data", "first.txt").code == 0
+    answer = ddiff(*EVAL, "--data", "first.txt", "--data", "second.txt")
+    assert answer.code == 0, answer.err
+    single = read("runs/tiny/evaluation-first.json")
+    several = read("runs/tiny/evaluation-first-second.json")
+    assert (single["documents"], several["documents"]) == (1, 2)
+    assert "1 document" in ddiff(*EVAL, "--data", "second.txt").out
+
+
+def test_name_of_many_files_has_the_first_and_the_number_of_the_others() -> None:
+    assert name_files(["data/a.txt", "b.txt", "c.txt"]) == "a-b-c"
+    assert name_files(["data/a.txt", "b.txt", "c.txt", "d.txt"]) == "a-and-3-more"
+
+
+def test_setting_without_its_table_is_refused_with_the_full_name(
+    run_dir: Path, ddiff: Command
+) -> None:
+    answer = ddiff(*EVAL, "--set", "steps=4")
+    assert is_refusal(answer, "sample.steps=4")
 
 
 def test_run_with_other_evaluations_may_be_trained_again(run_dir: Path, ddiff: Command) -> None:

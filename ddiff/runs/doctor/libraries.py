@@ -156,7 +156,9 @@ def _judge_device(found: Mapping[str, Any]) -> Finding:
 
 def _judge_threads(threads: int) -> Finding:
     cores = count_cores()
-    meaning = f"torch uses {threads} threads; this process may use {cores} cores"
+    used = "1 thread" if threads == 1 else f"{threads} threads"
+    usable = "1 core" if cores == 1 else f"{cores} cores"
+    meaning = f"torch uses {used}; this process may use {usable}"
     limit = os.environ.get("OMP_NUM_THREADS")
     if threads > cores:
         return Finding(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.errors import ArgumentError
 from ddiff.run_dir.files import (
     EVALUATION,
     GENERATION,
@@ -20,13 +20,13 @@ from ddiff.run_dir.files import (
     METRICS,
     OTHER_EVALUATIONS,
     PICTURES,
-    RECIPE,
     SAMPLES,
     SAMPLING,
     TRAINING_SAMPLES,
     RunRecord,
     read_json,
     read_json_lines,
+    require_run_dir,
 )
 
 OTHER_RECORDS = (OTHER_EVALUATIONS, LM_EVALS)
@@ -119,11 +119,7 @@ class ReportedRun:
 
         Raises CheckpointError if the directory is not a run, or if a file is damaged.
         """
-        if not (directory / RECIPE).is_file():
-            raise CheckpointError(
-                f"{directory} is not a run directory: {RECIPE} is missing. Give a directory that "
-                "`ddiff run` wrote: runs/<name>."
-            )
+        require_run_dir(directory)
         record = RunRecord.read(directory)
         pictures = {}
         for path in sorted(directory.glob(PICTURES)):
