@@ -34,6 +34,14 @@ from ddiff.progress import Progress, show_progress
 
 LARGEST_MEAN = 700.0  # exp(700) is still a finite float64
 FEWEST_DRAWS = 4  # before evaluation may stop: the width of an interval of fewer is too uncertain
+LEAST_FREEDOM = 20.0
+"""Degrees of freedom of the Monte-Carlo interval before evaluation may stop at its width.
+
+One document has 20 after 21 draws, and 7 documents of equal length have 21 after 4 draws.
+Few draws of few documents often have a width that is too small by chance. To stop there would
+select such draws: the interval would cover less than 95 %, and the bound would be too low, because
+nats are skewed.
+"""
 MOST_DRAWS = 256
 """Largest number of draws if evaluation continues until the interval is narrow."""
 
@@ -241,8 +249,8 @@ def evaluate(
         num_bytes: number of bytes of the text; None if bits per byte have no meaning.
         draws: number of independent draws of times and noise per row.
         until: half width of the Monte-Carlo interval, in nats per token. More than `draws` draws
-            are made until the interval is that narrow, at least 4 and at most `MOST_DRAWS`. None:
-            exactly `draws` draws. An exact likelihood needs one draw.
+            are made, at most `MOST_DRAWS`, until the interval is that narrow and is reliable
+            (`LEAST_FREEDOM`). None: exactly `draws` draws. An exact likelihood needs one draw.
         batch: number of rows per batch.
         seed: seed of times and noise.
         unit: unit of the metrics, "token" or "symbol".
@@ -348,7 +356,9 @@ def _is_narrow(sums: DocumentSums, until: float | None, bound: str, unit: str) -
     error = _estimate(sums, unit).monte_carlo
     if until is None or bound == "NLL" or sums.draws >= MOST_DRAWS:
         return True
-    return sums.draws >= FEWEST_DRAWS and error is not None and error.half_width <= until
+    if sums.draws < FEWEST_DRAWS or error is None or error.freedom < LEAST_FREEDOM:
+        return False
+    return error.half_width <= until
 
 
 def _check_finite(mean: float, unit: str) -> None:
