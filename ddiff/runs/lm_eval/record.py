@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ddiff.evaluation.intervals import NORMAL95, wilson95
+from ddiff.evaluation.intervals import NORMAL95, student95, wilson95
 from ddiff.run_dir.evaluation_record import LARGEST_EXPONENT, SCHEMA_VERSION, Figure
 from ddiff.runs.evaluation_header import (
     describe_components,
@@ -165,7 +165,7 @@ def make_figures(
             if not _is_finite(value) or not chosen or metric.endswith("_stderr"):
                 continue
             error = metrics.get(f"{metric}_stderr,{chosen}")
-            count = results.get("n-samples", {}).get(task, {}).get("effective")
+            count = _count_documents(results, task)
             name = f"{task}: {metric}"
             if chosen != "none":
                 name += f", {chosen}"
@@ -180,20 +180,33 @@ def make_figures(
             )
 
 
+def _count_documents(results: Mapping[str, Any], task: str) -> int | None:
+    """Return the number of documents of a task or of a group of tasks; None if it is unknown."""
+    parts = results.get("group_subtasks", {}).get(task) or ()
+    if not parts:
+        count = results.get("n-samples", {}).get(task, {}).get("effective")
+        return None if count is None else int(count)
+    counts = [_count_documents(results, part) for part in parts]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
 def _interval(
     metric: str, value: float, error: Any, count: int | None
 ) -> tuple[float, float] | None:
     """Return the 95 % interval of a metric for other documents of the same task.
 
-    Shares have the interval of Wilson for `count` documents. The standard error `error` of a
-    perplexity is that of its logarithm times the perplexity. Other metrics have a normal interval.
-    Returns None if the harness has no standard error.
+    Shares have the interval of Wilson for `count` documents. Other metrics have the interval of
+    Student with count - 1 degrees of freedom, or a normal interval if `count` is unknown. The
+    standard error `error` of a perplexity is that of its logarithm times the perplexity. Returns
+    None if the harness has no standard error, or if one document shows none.
     """
     if UNITS.get(metric) == "share" and count and 0.0 <= value <= 1.0:
         return wilson95(value * count, count)
-    if not _is_finite(error):
+    if not _is_finite(error) or count == 1:
         return None
-    half = NORMAL95 * float(error)
+    quantile = NORMAL95 if not count else student95(count - 1)
+    half = quantile * float(error)
     if metric in PERPLEXITIES and value > 0.0:
         return _scaled(value, half / value)
     return value - half, value + half

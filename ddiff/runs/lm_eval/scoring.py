@@ -111,25 +111,35 @@ class TaskErrors:
 
     Attributes:
         nats: draws [K] of -ln p of each request.
+        sums: draws [K] of the sum of the requests of each question, by the key of the question.
         questions: number of questions with several answers.
         undecided: number of these questions whose most likely answer is uncertain.
     """
 
     nats: list[Floats] = field(default_factory=list)
+    sums: dict[str, Floats] = field(default_factory=dict)
     questions: int = 0
     undecided: int = 0
+
+    def add(self, key: str, draws: Floats) -> None:
+        """Add the draws [K] of a request to the question with this key."""
+        self.nats.append(draws)
+        self.sums[key] = self.sums.get(key, 0.0) + draws
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sum over the requests, with its error; None if an error is unknown."""
         nats = np.stack(self.nats)
-        total = error_of_sum(nats)
+        # The answers of a question share their random numbers, so their errors do not cancel.
+        # Only the sums of different questions are independent.
+        total = error_of_sum(np.stack(list(self.sums.values())))
+        single = error_of_sum(nats)
         return {
             "requests": len(nats),
             "nats": float(nats.mean(-1).sum()),
             "standard_error_nats": None if total is None else total.standard,
             "half_width_nats": None if total is None else total.half_width,
             "request_standard_error_nats": (
-                None if total is None else total.standard / math.sqrt(len(nats))
+                None if single is None else single.standard / math.sqrt(len(nats))
             ),
             "questions": self.questions,
             "undecided": self.undecided / self.questions if self.questions else None,
@@ -259,7 +269,7 @@ class RequestScorer:
         `questions` has the numbers of the requests of each question.
         """
         for request, draws in zip(requests, nats):
-            self.errors.setdefault(request.task, TaskErrors()).nats.append(draws)
+            self.errors.setdefault(request.task, TaskErrors()).add(request.key, draws)
         for numbers in questions.values():
             if len(numbers) > 1:
                 task = self.errors[requests[numbers[0]].task]
