@@ -125,6 +125,8 @@ class TermMeans:
         from torchmetrics.aggregation import MeanMetric
 
         tokens = float(batch.tokens.sum())
+        if tokens == 0:
+            return  # a batch without scored tokens has no mean, and adds nothing
         for key, value in batch.sums.items():
             if key not in self._metrics:
                 metric = MeanMetric(sync_on_compute=False)

@@ -12,8 +12,8 @@ MARK = "*"
 """Mark of a point that no other point dominates."""
 
 DEFINITION = (
-    f"{MARK} No other point has a perplexity as low, an entropy as high and an NFE as low, and is "
-    "better in one of them."
+    f"{MARK} No other comparable point has a perplexity as low, an entropy as high and an NFE as "
+    "low, and is better in one of them."
 )
 TITLES = [
     "",
@@ -31,9 +31,20 @@ TITLES = [
 
 
 def mark_front(records: Sequence[ParetoRecord]) -> list[list[bool]]:
-    """Return for each point of each record whether no point of any record dominates it."""
-    marks = iter(find_front([to_tradeoff(point) for record in records for point in record.points]))
-    return [[next(marks) for _ in record.points] for record in records]
+    """Return for each point of each record whether no comparable point dominates it.
+
+    Points are comparable if their entropies are: if length, unit and tokenizer are equal.
+    """
+    groups = [tuple(record.protocol[name] for name in _ENTROPY_KEYS) for record in records]
+    marked = []
+    for record, group in zip(records, groups):
+        own = len(record.points)
+        rivals = list(record.points)
+        for other, its_group in zip(records, groups):
+            if other is not record and its_group == group:
+                rivals += other.points
+        marked.append(find_front([to_tradeoff(point) for point in rivals])[:own])
+    return marked
 
 
 def make_rows(records: Sequence[ParetoRecord]) -> list[list[str]]:
@@ -77,8 +88,11 @@ def describe_records(records: Sequence[ParetoRecord]) -> list[str]:
     return sentences
 
 
+_ENTROPY_KEYS = ("length", "unit", "tokenizer")
+"""Settings that must be equal if entropies are compared."""
 _COMPARED = {
     "length": "their entropies cannot be compared, because the entropy rises with the length",
+    "unit": "their entropies cannot be compared, because they count different units",
     "tokenizer": "their entropies cannot be compared, because they count different tokens",
     "seed": "their samples were drawn from different random numbers",
     "held_out": "their held-out texts differ",

@@ -21,6 +21,7 @@ from ddiff.core.times import FlatTimes
 from ddiff.data.markov import MarkovSource
 from ddiff.errors import ArgumentError, NonFiniteError
 from ddiff.evaluation.likelihood import MOST_DRAWS, Evaluation, Scored, evaluate
+from ddiff.evaluation.likelihood_sums import BatchSums, TermMeans
 from ddiff.nn.denoiser import Context, Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.training.losses import ClippedLoss, ElboLoss
@@ -406,3 +407,10 @@ def test_evaluation_round_trips_through_to_dict_and_from_dict(unit: str, bound: 
         if key != "unit" and ("token" if unit == "symbol" else "symbol") in key
     ]
     assert Evaluation.from_dict(written) == evaluation
+
+
+def test_batch_without_scored_tokens_adds_nothing_to_the_means() -> None:
+    means = TermMeans()
+    means.add(BatchSums(np.array([6.0]), np.array([3]), {("term", "diffusion"): 6.0}))
+    means.add(BatchSums(np.array([0.0]), np.array([0]), {("term", "diffusion"): 0.0}))
+    assert means.compute("term") == {"diffusion": 2.0}

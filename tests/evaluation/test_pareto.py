@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,7 @@ from ddiff.evaluation.pareto import (
     find_front,
     trace_front,
 )
+from ddiff.runs.pareto_table import mark_front
 
 # few different values, so that many points are equal in one figure or in all
 FEW = st.integers(min_value=1, max_value=4).map(float)
@@ -28,6 +31,20 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 REAL = st.floats(min_value=0.1, max_value=100.0)
 SPREAD = st.lists(st.builds(Tradeoff, REAL, REAL, REAL), max_size=12)
+
+
+def make_record(length: int, perplexity: float) -> Any:
+    """Record of one point with entropy 4 and 8 network evaluations."""
+    point = SimpleNamespace(
+        perplexity=SimpleNamespace(value=perplexity), entropy=SimpleNamespace(value=4.0), nfe=8.0
+    )
+    protocol = {"length": length, "unit": "token", "tokenizer": "bpe"}
+    return SimpleNamespace(protocol=protocol, points=[point])
+
+
+def test_front_compares_only_points_whose_entropies_are_comparable() -> None:
+    short, better, long = make_record(64, 90.0), make_record(64, 80.0), make_record(128, 70.0)
+    assert mark_front([short, better, long]) == [[False], [True], [True]]
 
 
 def is_worse(point: Tradeoff, other: Tradeoff) -> bool:
