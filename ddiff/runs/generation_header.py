@@ -19,7 +19,7 @@ from ddiff.runs.evaluation_header import (
 )
 from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.run import Run
-from ddiff.runs.sampling import build_sampler
+from ddiff.runs.sampling import build_sampler, configure_sampler
 
 
 def describe_generation(
@@ -62,12 +62,15 @@ def describe_generation(
 def describe_sampling(run: Run, drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the sampler and all settings on which the samples depend.
 
-    `drawn`: the samples. `steps` is None if the sampler has a random number of steps, or none.
+    `drawn`: the samples. `steps` is None if the sampler does not depend on it.
     """
     weights = next(run.denoiser.parameters()).dtype
+    steps = build_sampler(run.recipe, run.model).steps
+    if steps is None and configure_sampler(run.recipe).takes_input("steps"):
+        steps = run.recipe.sample.steps  # per block or window, such as those of `blockwise`
     return {
         **run.recipe.to_dict()["sample"],
-        "steps": build_sampler(run.recipe, run.model).steps,
+        "steps": steps,
         "count": len(drawn),
         "length": run.recipe.length,
         "nfe": sum(sample["nfe"] for sample in drawn) / len(drawn),

@@ -5,6 +5,7 @@ The options are `--watch`, `--trajectory FILE.json` and `--gif FILE.gif`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,13 @@ class SampleObserver:
         """Write the files of trajectories."""
         if self.trajectory is not None:
             write_text(self.trajectory, to_json(trajectories))
+            _tell_written(self.trajectory)
         if self.animation is not None:
             content = draw_animation(trajectories)
             write_file(self.animation, lambda file: file.write(content))
+            _tell_written(self.animation)
+
+
+def _tell_written(place: Destination) -> None:
+    # standard output has the samples as JSON lines
+    print(f"Written to {place.name}", file=sys.stderr)

@@ -25,7 +25,7 @@ TITLES = [
     "perplexity at entropy",
     "95 % interval",
     "distinct-2",
-    "known words",
+    "words of held-out text",
     "seconds",
 ]
 

@@ -106,7 +106,7 @@ def test_pareto_measures_every_setting_and_prints_perplexity_with_entropy(
     assert settings_of(record) == expected
     assert "perplexity at entropy" in result.out
     assert "held-out text" in result.out
-    assert "* No other point" in result.out
+    assert "* No other comparable point" in result.out
     # on the progress lines of stderr too
     for line in (result.out + result.err).splitlines():
         assert ("perplexity" in line) <= ("entropy" in line)

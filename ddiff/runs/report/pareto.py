@@ -491,7 +491,14 @@ def _make_table(records: Sequence[ColoredRecord]) -> Markup:
         row.append("–" if point.distinct_2 is None else f"{point.distinct_2:.3f}")
         row.append("–" if point.known_words is None else f"{point.known_words.value:.3f}")
         rows.append([*row])
-    heads = ["run", "setting", "NFE", "perplexity at entropy", "distinct-2", "known words"]
+    heads = [
+        "run",
+        "setting",
+        "NFE",
+        "perplexity at entropy",
+        "distinct-2",
+        "words of held-out text",
+    ]
     title = element("summary", f"{len(best)} of {len(points)} points are not dominated")
     protocol = records[0].record.protocol
     judge = protocol["judge"].get("judge", "")
