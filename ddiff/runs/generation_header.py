@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddiff.evaluation.judge_model import JudgeModel
+from ddiff.recipe.resolve import configure_sampler
 from ddiff.run_dir.evaluation_record import dump_figures
 from ddiff.run_dir.generation_record import (
     GENERATION_VERSION,
@@ -19,7 +20,7 @@ from ddiff.runs.evaluation_header import (
 )
 from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.run import Run
-from ddiff.runs.sampling import build_sampler, configure_sampler
+from ddiff.runs.sampling import build_sampler
 
 
 def describe_generation(
