@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ddiff.evaluation.pareto import find_front
+from ddiff.evaluation.pareto import dominates
 from ddiff.run_dir.pareto_record import Estimate, JudgedFigures, ParetoRecord
-from ddiff.runs.report.pareto import to_tradeoff
+from ddiff.runs.report.pareto import ENTROPY_KEYS, to_tradeoff
 
 MARK = "*"
 """Mark of a point that no other point dominates."""
@@ -33,17 +33,19 @@ TITLES = [
 def mark_front(records: Sequence[ParetoRecord]) -> list[list[bool]]:
     """Return for each point of each record whether no comparable point dominates it.
 
-    Points are comparable if their entropies are: if length, unit and tokenizer are equal.
+    Points are comparable if their entropies are, that is, if `ENTROPY_KEYS` are equal.
     """
-    groups = [tuple(record.protocol[name] for name in _ENTROPY_KEYS) for record in records]
+    groups = [[record.protocol[name] for name in ENTROPY_KEYS] for record in records]
     marked = []
     for record, group in zip(records, groups):
-        own = len(record.points)
-        rivals = list(record.points)
-        for other, its_group in zip(records, groups):
-            if other is not record and its_group == group:
-                rivals += other.points
-        marked.append(find_front([to_tradeoff(point) for point in rivals])[:own])
+        rivals = [
+            to_tradeoff(point)
+            for other, other_group in zip(records, groups)
+            if other_group == group
+            for point in other.points
+        ]
+        own = [to_tradeoff(point) for point in record.points]
+        marked.append([not any(dominates(rival, point) for rival in rivals) for point in own])
     return marked
 
 
@@ -88,8 +90,6 @@ def describe_records(records: Sequence[ParetoRecord]) -> list[str]:
     return sentences
 
 
-_ENTROPY_KEYS = ("length", "unit", "tokenizer")
-"""Settings that must be equal if entropies are compared."""
 _COMPARED = {
     "length": "their entropies cannot be compared, because the entropy rises with the length",
     "unit": "their entropies cannot be compared, because they count different units",

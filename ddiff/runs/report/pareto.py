@@ -462,7 +462,9 @@ def _read_records(runs: Sequence[ReportedRun]) -> Iterator[ColoredRecord]:
             yield ColoredRecord(record, run.number, run.name)
 
 
-COMPARED = ("count", "length", "tokenizer", "retokenized")
+ENTROPY_KEYS = ("length", "unit", "tokenizer")
+"""Settings that must be equal for the entropies of two runs to be comparable."""
+COMPARED = ("count", *ENTROPY_KEYS, "retokenized")
 """Settings that must be equal for the entropies and perplexities of two runs to be comparable."""
 
 
