@@ -133,6 +133,19 @@ def _lines_with_ends(text: str) -> list[str]:
     return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
+def _wikitext(name: str, title: str, config: str) -> Protocol:
+    """Return the protocol of a size of WikiText; `config` is its configuration on the hub."""
+    return Protocol(
+        name,
+        title,
+        HubText("Salesforce/wikitext", config, "validation"),
+        split="file",
+        rules=rules.WIKITEXT,
+        published_rules=rules.PUBLISHED_WIKITEXT,
+        has_articles=True,
+    )
+
+
 _LISTED = (
     Protocol(
         "ptb",
@@ -143,24 +156,8 @@ _LISTED = (
         rules=rules.PENN_TREEBANK,
         published_rules=rules.PUBLISHED_PENN_TREEBANK,
     ),
-    Protocol(
-        "wikitext2",
-        "WikiText-2",
-        HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
-        split="file",
-        rules=rules.WIKITEXT,
-        published_rules=rules.PUBLISHED_WIKITEXT,
-        has_articles=True,
-    ),
-    Protocol(
-        "wikitext103",
-        "WikiText-103",
-        HubText("Salesforce/wikitext", "wikitext-103-raw-v1", "validation"),
-        split="file",
-        rules=rules.WIKITEXT,
-        published_rules=rules.PUBLISHED_WIKITEXT,
-        has_articles=True,
-    ),
+    _wikitext("wikitext2", "WikiText-2", "wikitext-2-raw-v1"),
+    _wikitext("wikitext103", "WikiText-103", "wikitext-103-raw-v1"),
     Protocol(
         "lm1b",
         "One Billion Words",
