@@ -59,6 +59,19 @@ CORPUS = "\n".join(
     f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
 )
 FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
+AUTOREGRESSIVE = [
+    'vocabulary={kind="flat"}',
+    'objective={kind="ar"}',
+    'denoiser.head="tokens"',
+    'sample.sampler="left_to_right"',
+]
+"""Settings of an autoregressive run of `make_autoregressive_recipe`."""
+
+
+def make_autoregressive_recipe() -> str:
+    """Return `RECIPE` with the plugin of autoregression and without a process."""
+    recipe = RECIPE.replace('[process]\nkind = "hdlm"\n', "")
+    return recipe.replace('"hdlm", "mdlm"', '"ar"')
 
 
 @contextmanager

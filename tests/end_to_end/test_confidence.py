@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import FLAT, working_in
+from small import AUTOREGRESSIVE, FLAT, make_autoregressive_recipe, working_in
 
 import ddiff as api
 from ddiff.core.times import Noisy
@@ -28,10 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("DDIFF_CACHE", str(folder / "cache"))
         api.run("small.toml", settings=['name="tree"', "train.steps=12"])
         api.run("small.toml", settings=[*FLAT, 'name="flat"', "train.steps=12"])
-        recipe = Path("small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")
-        Path("ar.toml").write_text(recipe.replace('"hdlm", "mdlm"', '"ar"'))
-        settings = [FLAT[0], FLAT[2], 'objective={kind="ar"}', 'sample.sampler="left_to_right"']
-        api.run("ar.toml", settings=[*settings, 'name="ar"', "train.steps=12"])
+        Path("ar.toml").write_text(make_autoregressive_recipe())
+        api.run("ar.toml", settings=[*AUTOREGRESSIVE, 'name="ar"', "train.steps=12"])
         yield folder / "runs"
 
 

@@ -11,18 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import FLAT, working_in
+from small import AUTOREGRESSIVE, FLAT, make_autoregressive_recipe, working_in
 
 import ddiff as api
 from ddiff.errors import CheckpointError
 from ddiff.runs.fields.evaluation import TargetEvaluation
 
-AR = [
-    'vocabulary={kind="flat"}',
-    'objective={kind="ar"}',
-    'denoiser.head="tokens"',
-    'sample.sampler="left_to_right"',
-]
 PAGE = Path(__file__).parents[2] / "docs/evaluation.md"
 
 
@@ -34,9 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         short = ["train.steps=3"]
         api.run("small.toml", settings=[*short, 'name="tree"'])
         api.run("small.toml", settings=[*short, *FLAT, 'name="flat"'])
-        recipe = Path("small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")
-        Path("left.toml").write_text(recipe.replace('"hdlm", "mdlm"', '"ar"'))
-        api.run("left.toml", settings=[*short, *AR, 'name="left"'])
+        Path("left.toml").write_text(make_autoregressive_recipe())
+        api.run("left.toml", settings=[*short, *AUTOREGRESSIVE, 'name="left"'])
         yield folder
 
 

@@ -16,7 +16,7 @@ import torch
 from commands import Command
 from ddiff_encoders.pooling import PooledEncoder
 from safetensors.torch import load_file, save_file
-from small import working_in
+from small import AUTOREGRESSIVE, make_autoregressive_recipe, working_in
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -46,15 +46,7 @@ from ddiff.runs.generation import (
 from ddiff.runs.judge_run import RunJudge
 from ddiff.runs.run import Run
 
-LEFT = [
-    'vocabulary={kind="flat"}',
-    'objective={kind="ar"}',
-    'denoiser.head="tokens"',
-    'sample.sampler="left_to_right"',
-    'name="left"',
-    "train.steps=4",
-    "data.length=16",
-]
+LEFT = [*AUTOREGRESSIVE, 'name="left"', "train.steps=4", "data.length=16"]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with working_in(folder):
         recipe = Path("small.toml").read_text()
         api.run("small.toml", settings=["train.steps=4"])
-        left = recipe.replace('[process]\nkind = "hdlm"\n', "").replace('"hdlm", "mdlm"', '"ar"')
-        Path("left.toml").write_text(left)
+        Path("left.toml").write_text(make_autoregressive_recipe())
         api.run("left.toml", settings=LEFT)
         uniform = recipe.replace('"hdlm", "mdlm"', '"gidd"')
         uniform = uniform.replace('kind = "hdlm"', 'kind = "gidd"').replace("levelwise", "tokens")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from commands import Command, is_refusal
-from small import FLAT, working_in
+from small import AUTOREGRESSIVE, FLAT, make_autoregressive_recipe, working_in
 
 import ddiff as api
 from ddiff.errors import ArgumentError, CheckpointError
@@ -22,15 +22,7 @@ from ddiff.runs.pareto_settings import SweepGrid, read_integers
 from ddiff.runs.report.pareto import ColoredRecord, compare_costs, draw_costs, draw_fronts
 from ddiff.runs.run import Run
 
-LEFT = [
-    'vocabulary={kind="flat"}',
-    'objective={kind="ar"}',
-    'denoiser.head="tokens"',
-    'sample.sampler="left_to_right"',
-    'name="left"',
-    "train.steps=4",
-    "data.length=16",
-]
+LEFT = [*AUTOREGRESSIVE, 'name="left"', "train.steps=4", "data.length=16"]
 PLAIN = """
 from ddiff import AncestralSampler, ComponentConfig, Grid, hookimpl
 
@@ -55,11 +47,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Folder with the runs `small` and `flat`, and the judge: the autoregressive run `left`."""
     folder = tmp_path_factory.mktemp("pareto")
     with working_in(folder):
-        recipe = Path("small.toml").read_text()
         api.run("small.toml", settings=["train.steps=4"])
         api.run("small.toml", settings=[*FLAT, 'name="flat"', "train.steps=4"])
-        left = recipe.replace('[process]\nkind = "hdlm"\n', "").replace('"hdlm", "mdlm"', '"ar"')
-        Path("left.toml").write_text(left)
+        Path("left.toml").write_text(make_autoregressive_recipe())
         api.run("left.toml", settings=LEFT)
         yield folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import Command
 from rich.console import Console
-from small import FLAT, working_in
+from small import AUTOREGRESSIVE, FLAT, make_autoregressive_recipe, working_in
 
 import ddiff as api
 
@@ -27,10 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         api.run("uniform.toml", settings=[FLAT[0], 'name="uniform"', "train.steps=2"])
         written = api.load("runs/flat").recipe.to_toml()
         Path("flat.toml").write_text(written)
-        recipe = Path("small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")
-        Path("judge.toml").write_text(recipe.replace('"hdlm", "mdlm"', '"ar"'))
-        settings = [FLAT[0], FLAT[2], 'objective={kind="ar"}', 'sample.sampler="left_to_right"']
-        api.run("judge.toml", settings=[*settings, 'name="judge"', "train.steps=2"])
+        Path("judge.toml").write_text(make_autoregressive_recipe())
+        api.run("judge.toml", settings=[*AUTOREGRESSIVE, 'name="judge"', "train.steps=2"])
         yield folder
 
 

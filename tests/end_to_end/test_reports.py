@@ -21,7 +21,7 @@ import torch
 from browser import Browser, find_missing, open_browser
 from commands import Command
 from PIL import Image, ImageColor
-from small import FLAT, working_in
+from small import AUTOREGRESSIVE, FLAT, make_autoregressive_recipe, working_in
 from small_fields import DIGITS
 
 import ddiff as api
@@ -483,10 +483,8 @@ def test_trajectory_of_an_autoregressive_run_draws_masks_from_left_to_right(
 ) -> None:
     path = tmp_path / "t.json"
     with working_in(tmp_path):
-        recipe = Path("small.toml").read_text().replace('[process]\nkind = "hdlm"\n', "")
-        Path("ar.toml").write_text(recipe.replace('"hdlm", "mdlm"', '"ar"'))
-        settings = [FLAT[0], FLAT[2], 'objective={kind="ar"}', 'sample.sampler="left_to_right"']
-        api.run("ar.toml", settings=[*settings, 'name="ar"', "train.steps=2"])
+        Path("ar.toml").write_text(make_autoregressive_recipe())
+        api.run("ar.toml", settings=[*AUTOREGRESSIVE, 'name="ar"', "train.steps=2"])
         found = ddiff("sample", "runs/ar", "--count", "1", "--trajectory", str(path))
     # the lines before the sample are the summary of the training
     sample = json.loads(found.out.splitlines()[-1])

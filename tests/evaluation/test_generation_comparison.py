@@ -196,7 +196,7 @@ def test_other_settings_of_the_sampler_are_allowed_and_noted(
     records = {Path("a"): make_record(), Path("b"): make_record(sampling=sampling)}
     assert find_common_generation(records) is not None
     notes = note_sampling_differences(records)
-    # a key of another kind of sampler is no difference of a common setting
+    # samplers of two kinds have different keys, which are not compared
     expected = [] if note is None else [f"Samples drawn with different {note}."]
     assert notes == expected
 

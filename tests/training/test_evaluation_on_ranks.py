@@ -18,7 +18,7 @@ NUMBERS = (1, 2, 3, 4)
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
-    """What each rank did, by the number of ranks."""
+    """Number of ranks -> the record that each rank wrote of its work."""
     folder = tmp_path_factory.mktemp("done")
     found = {}
     for world_size in NUMBERS:
