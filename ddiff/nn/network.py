@@ -64,7 +64,9 @@ class _DenoiserQuery:
 
     def __init__(self, network: DenoiserNetwork, noisy: Noisy) -> None:
         self.network = network
-        self.noisy = noisy
+        # Copies: the next query compares its state with this one, and the caller may by then have
+        # changed the tensors in place.
+        self.noisy = noisy._replace(zt=noisy.zt.clone(), t=noisy.t.clone())
         self.hidden: Tensor | None = None
         self.is_known = torch.zeros(len(noisy.zt), dtype=torch.bool, device=noisy.zt.device)
         # Positions that have hidden states; None: all positions. A cached pass computes only some.

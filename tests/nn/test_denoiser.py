@@ -195,3 +195,15 @@ def test_denoiser_query_passes_each_row_to_its_callback_once(denoiser: Denoiser)
     )
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert order.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_state_changed_in_place_after_a_query_is_evaluated_again(denoiser: Denoiser) -> None:
+    process = TreeProcess(VOCABULARY, LogTimeClock((1.0, 1.0)))
+    noisy, fn = shown(), lambda dist: dist.log_below(0).logsumexp(-1)
+    rows = torch.arange(BATCH * LENGTH)
+    network = as_network(denoiser, process)
+    network(noisy)(rows, noisy.zt.flatten(), fn)
+    noisy.zt.fill_(VOCABULARY.root)
+    values = network(noisy)(rows, noisy.zt.flatten(), fn)
+    expected = as_network(denoiser, process)(noisy)(rows, noisy.zt.flatten(), fn)
+    assert torch.equal(values, expected)
