@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ class _Option:
     expected: str
     examples: str
 
+
+# A number such as .5 or 5., which TOML does not accept. As a string it would never be meant.
+_HALF_NUMBER = re.compile(r"[+-]?(\.\d+|\d+\.)(e[+-]?\d+)?", re.IGNORECASE)
 
 _OPTIONS = {
     "--set": _Option(
@@ -114,6 +118,10 @@ def _parse_value(path: tuple[str, ...], key: str, value: str) -> Any:
         # an invalid list, table or quoted string is an error, not an unquoted string
         if value.strip()[:1] in tuple("[{\"'"):
             raise
+        if _HALF_NUMBER.fullmatch(value.strip()):
+            raise tomllib.TOMLDecodeError(
+                f"a number needs digits on both sides of the point; got {value.strip()}"
+            ) from None
         return value.strip()
     for name in path:
         if not isinstance(tree, dict) or list(tree) != [name]:

@@ -247,6 +247,7 @@ def test_message_about_inherited_key_names_both_recipe_files(write):
     ("settings", "expected"),
     [
         (("steps",), "expected key=value"),
+        (("process.gamma=.5",), "a number needs digits on both sides of the point; got .5"),
         (("=3",), "expected key=value"),
         (("train..steps=3",), "Write a dotted key and a TOML value"),
         (("vocabulary.sizes=[1, 2",), "Write a dotted key and a TOML value"),
