@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from ddiff.training.protocols import ConditionalOptimizer, Optimizer
 
+# Columns per row from which iterations on the Gram matrix are cheaper; measured on a CPU: 1024 x 256
+# took 10 ms instead of 18 ms, 768 x 256 9 ms instead of 13 ms.
+GRAM_RATIO = 1.5
+
 Betas = tuple[float, float]
 Parameters = dict[str, nn.Parameter]
 Decay = Literal["matrices", "all"]
@@ -272,18 +276,50 @@ def orthogonalize(
 
     If U S V^T is the singular value decomposition of `matrix`, the result is U S' V^T with S' near
     1. The matrix is first divided by its norm, or by `eps` if the norm is smaller. Each iteration
-    then computes X <- a X + (b A + c A A) X, where A = X X^T. The numbers a, b, c are the
-    `coefficients`, and `steps` is the number of iterations.
+    then computes X <- p(A) X, where A = X X^T and p(A) = a I + b A + c A A. The numbers a, b, c are
+    the `coefficients`, and `steps` is the number of iterations.
     """
-    a, b, c = coefficients
     is_wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if is_wide else matrix.T  # so that A = X X^T has the smaller size
     x = x / x.norm().clamp(min=eps)
+    rows, columns = x.shape
+    # Two of the three products of an iteration contain X. `_iterate_gram` multiplies by X only
+    # twice in all, but more often by A. It therefore pays if X is much larger than A. In half
+    # precision it is not used: A has the squares of the singular values, and its rounding errors
+    # would become errors of order 1 in the result.
+    if columns >= GRAM_RATIO * rows and x.dtype in (torch.float32, torch.float64):
+        x = _iterate_gram(x, coefficients, steps)
+    else:
+        x = _iterate_matrix(x, coefficients, steps)
+    return x if is_wide else x.T
+
+
+def _iterate_matrix(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Run Newton-Schulz iterations on a wide matrix X; see `orthogonalize`."""
+    a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
-    return x if is_wide else x.T
+    return x
+
+
+def _iterate_gram(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Run Newton-Schulz iterations on a wide matrix X, through its Gram matrix A = X X^T.
+
+    An iteration multiplies X by p(A), and therefore A by p(A) from both sides. So the iterations
+    need only A, and X is multiplied once by the product of all p(A).
+    """
+    a, b, c = coefficients
+    gram = x @ x.T
+    product = None
+    for step in range(steps):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return x if product is None else product @ x
 
 
 @final

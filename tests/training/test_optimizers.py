@@ -14,12 +14,17 @@ from toy import Net
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.training.optimizers import (
     Muon,
+    _iterate_gram,
+    _iterate_matrix,
     adamw,
     muon,
     orthogonalize,
     split_parameters,
     step_if,
 )
+
+# (a, b, c) of p(A) = a I + b A + c A A, as in torch.optim.Muon.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Everything(nn.Module):
@@ -88,7 +93,7 @@ def test_orthogonalize_keeps_singular_vectors_with_singular_values_near_1(
     shape: tuple[int, int],
 ) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    result = orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    result = orthogonalize(matrix, COEFFICIENTS, 5, 1e-7)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     core = u.T @ result @ v.T
     # An odd matrix polynomial keeps the singular vectors. These coefficients map the singular
@@ -213,3 +218,19 @@ def test_optimizer_step_on_non_finite_gradient_changes_nothing(
         for one, two in zip(*(net.state_dict().values() for net in nets)):
             # float64: a multiplication by a 0-d tensor may be rounded in another order
             torch.testing.assert_close(two, one, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_iterations_on_the_gram_matrix_equal_iterations_on_the_matrix(dtype: torch.dtype) -> None:
+    """Both forms agree for a spectrum that falls to 1e-4 of its largest value."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(256, 64, generator=generator, dtype=torch.float64)).Q
+    matrix = (left * torch.logspace(0, -4, 64, dtype=torch.float64)) @ right.T
+    matrix = matrix / matrix.norm()
+    expected = _iterate_matrix(matrix, COEFFICIENTS, 5)
+    result = _iterate_gram(matrix.to(dtype), COEFFICIENTS, 5).to(torch.float64)
+    # The Gram matrix has squared singular values. In float32, the error of a small singular value
+    # is therefore larger than float32's rounding error: about 1e-4 of the norm.
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    assert float((result - expected).norm() / expected.norm()) < tolerance
