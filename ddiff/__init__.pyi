@@ -83,7 +83,6 @@ from .data.documents import Documents as Documents
 from .data.documents import documents_from_texts as documents_from_texts
 from .data.documents import fingerprint_texts as fingerprint_texts
 from .data.documents import load_bundled_novels as load_bundled_novels
-from .data.documents import read_symbol_rows as read_symbol_rows
 from .data.documents import read_text_files as read_text_files
 from .data.encoded_vectors import EncodedVectors as EncodedVectors
 from .data.encoding import Encoder as Encoder
@@ -103,14 +102,19 @@ from .data.sentences import load_sentences as load_sentences
 from .data.sources import TextSource as TextSource
 from .data.sources import open_file_source as open_file_source
 from .data.sources import open_hub_source as open_hub_source
+from .data.symbol_rows import check_name_length as check_name_length
+from .data.symbol_rows import load_bundled_names as load_bundled_names
+from .data.symbol_rows import read_symbol_rows as read_symbol_rows
 from .data.token_grids import GridFiles as GridFiles
 from .data.token_grids import GridFormat as GridFormat
 from .data.token_grids import read_token_grids as read_token_grids
 from .data.tokenizer import AlphabetTokenizer as AlphabetTokenizer
 from .data.tokenizer import BytePairTokenizer as BytePairTokenizer
+from .data.tokenizer import LettersTokenizer as LettersTokenizer
 from .data.tokenizer import PretrainedTokenizer as PretrainedTokenizer
 from .data.tokenizer import Tokenizer as Tokenizer
 from .data.tokenizer import WordTokenizer as WordTokenizer
+from .data.tokenizer import fold_letters as fold_letters
 from .data.tokenizer import load_tokenizer as load_tokenizer
 from .distributed.data_parallel import DistributedBackend as DistributedBackend
 from .distributed.data_parallel import ShardedBackend as ShardedBackend

@@ -1,4 +1,4 @@
-"""Read documents from the bundled novels, text files and rows of symbols.
+"""Read documents from the bundled novels and from text files.
 
 Each reader defines the unit of a document: a chapter, a file, a paragraph or a line. The unit
 matters, because evaluation computes confidence intervals over documents.
@@ -44,14 +44,17 @@ class Documents:
 
     `entropy_rate` is the true entropy in nats per symbol for a generated source, and None for all
     other documents. `own_vectors` are the columns of vectors that are computed from the text, as
-    embeddings are: a text given such a vector has no likelihood. Raises DataError if the training
-    or validation part is empty, has no column "text", or holds values that are not text.
+    embeddings are: a text given such a vector has no likelihood. `fill` is the symbol with which
+    shorter texts were filled up to rows of one length, and None if there is no such symbol. Raises
+    DataError if the training or validation part is empty, has no column "text", or holds values
+    that are not text.
     """
 
     train: Dataset
     validation: Dataset
     entropy_rate: float | None = None
     own_vectors: tuple[str, ...] = ()
+    fill: str | None = None
 
     def __post_init__(self) -> None:
         _check_part(self.train, "train")
@@ -174,34 +177,6 @@ def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
             f"files, or choose {_FEWER_PER_DOCUMENT.get(kind, '')}another held_out."
         )
     return Documents(corpus.select(train), corpus.select(validation))
-
-
-def read_symbol_rows(
-    train: Sequence[str],
-    *,
-    length: int,
-    validation: Sequence[str] = (),
-    held_out: float = 0.05,
-    cache: Cache | None = None,
-) -> Documents:
-    """Read text files with one row of symbols per line, for example aligned DNA.
-
-    All rows have `length` symbols. Blank lines are left out. Raises DataError if a row has another
-    length; the message names the file and the line. `read_text_files` describes the other
-    arguments.
-    """
-    documents = read_text_files(
-        train, validation=validation, held_out=held_out, split="line", cache=cache
-    )
-    for part in (documents.train, documents.validation):
-        for row in part:
-            if len(row["text"]) != length:
-                raise DataError(
-                    f"read_symbol_rows: {row['name']} has {len(row['text'])} symbols, but every "
-                    f"row must have length = {length}. Fix the file, or set [data] length to the "
-                    "length of the rows."
-                )
-    return documents
 
 
 def _split_chapters(compressed: bytes) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ class Tokenizer(Protocol):
     num_tokens: the number V of tokens.
     eos_id: id of the end mark of a document; None if documents have no end mark.
     special_ids: ids that do not occur in encoded text.
+    fill_id: id of the symbol that fills up rows of shorter texts; None if there is no such symbol.
     fingerprint: hexadecimal digits that identify the tokenizer.
     unit: "symbol" if all documents are rows of one fixed length, otherwise "token". Metrics are per
         unit.
@@ -64,6 +66,7 @@ class Tokenizer(Protocol):
     num_tokens: int
     eos_id: int | None
     special_ids: tuple[int, ...]
+    fill_id: int | None
     fingerprint: str
     unit: Unit
 
@@ -156,6 +159,7 @@ class BytePairTokenizer:
     """
 
     unit: Unit = "token"
+    fill_id: int | None = None
 
     def __init__(self, definition: str) -> None:
         """Build the tokenizer from `definition`, JSON of the `tokenizers` library."""
@@ -244,15 +248,18 @@ class BytePairTokenizer:
 class AlphabetTokenizer:
     """Tokenizer with one id per character and no special token.
 
-    Use this tokenizer for DNA, amino acids and generated sources. Metrics are per symbol.
+    Use this tokenizer for DNA, amino acids, names and generated sources. Metrics are per symbol.
     """
 
     unit: Unit = "symbol"
     eos_id: int | None = None
     special_ids: tuple[int, ...] = ()
 
-    def __init__(self, symbols: Sequence[str]) -> None:
-        """Build the tokenizer from a string or list of distinct characters, in the order of ids."""
+    def __init__(self, symbols: Sequence[str], fill: str | None = None) -> None:
+        """Build the tokenizer from a string or list of distinct characters, in the order of ids.
+
+        `fill` is the symbol that fills up shorter rows, one of `symbols`, or None.
+        """
         self._symbols = list(symbols)
         if not self._symbols or any(len(symbol) != 1 for symbol in self._symbols):
             raise ArgumentError(
@@ -265,16 +272,28 @@ class AlphabetTokenizer:
                 f"AlphabetTokenizer: symbols must be distinct; {twice} occur more than once. "
                 "Remove the repetitions."
             )
+        if fill is not None and fill not in self._symbols:
+            raise ArgumentError(
+                f"AlphabetTokenizer: fill must be one of the {len(self._symbols)} symbols; got "
+                f"{fill!r}, which fills up shorter rows. Add this character to the symbols."
+            )
         self.num_tokens = len(self._symbols)
-        self.fingerprint = fingerprint(["alphabet", self._symbols])[:16]
+        self._fill = fill
+        self.fill_id = None if fill is None else self._symbols.index(fill)
+        identity = ["alphabet", self._symbols, *([] if fill is None else [fill])]
+        self.fingerprint = fingerprint(identity)[:16]
         codes = np.array([ord(symbol) for symbol in self._symbols])
         self._ids = np.full(codes.max() + 1, -1, dtype=np.int64)  # by code point; -1: no symbol
         self._ids[codes] = np.arange(self.num_tokens)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str]) -> AlphabetTokenizer:
-        """Build a tokenizer of all characters that occur in the texts, in code-point order."""
-        return cls(sorted(set().union(*texts)))
+    def from_texts(cls, texts: Iterable[str], fill: str | None = None) -> AlphabetTokenizer:
+        """Build a tokenizer of all characters that occur in the texts, in code-point order.
+
+        `fill` is the symbol that fills up shorter rows, or None.
+        """
+        found = set().union(*texts)
+        return cls(sorted(found if fill is None else found | {fill}), fill)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode(text, row) for row, text in enumerate(texts)]
@@ -292,11 +311,14 @@ class AlphabetTokenizer:
         return _representation(self)
 
     def save(self, path: str) -> None:
-        write_json(path, {"kind": "alphabet", "symbols": self._symbols})
+        saved: dict[str, Any] = {"kind": "alphabet", "symbols": self._symbols}
+        if self._fill is not None:
+            saved["fill"] = self._fill
+        write_json(path, saved)
 
     @classmethod
     def restore(cls, saved: dict[str, Any], name: str) -> AlphabetTokenizer:
-        return cls(saved["symbols"])
+        return cls(saved["symbols"], saved.get("fill"))
 
     def _encode(self, text: str, row: int) -> list[int]:
         # "surrogatepass": a lone surrogate is refused below like any other unknown character.
@@ -311,6 +333,63 @@ class AlphabetTokenizer:
         return ids.tolist()
 
 
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+"""Characters of `LettersTokenizer` in the order of their ids."""
+_OTHER_CHARACTERS = re.compile("[^a-z]+")
+
+
+def fold_letters(text: str) -> str:
+    """Convert a text to the 27 characters of `LETTERS`.
+
+    Letters become lower case and lose their accents (Unicode NFKD without combining marks). Every
+    sequence of other characters becomes one space.
+    """
+    if not text.isascii():
+        parts = unicodedata.normalize("NFKD", text)
+        text = "".join(part for part in parts if not unicodedata.combining(part))
+    return _OTHER_CHARACTERS.sub(" ", text.lower())
+
+
+@final
+class LettersTokenizer:
+    """Tokenizer of free text with 27 characters: the letters a to z, and the space.
+
+    Encoding applies `fold_letters`, as the data set text8 does for English. Case, accents, digits
+    and punctuation are lost, so a text in general has no bits per byte. The tokenizer has no
+    special tokens: nothing marks the end of a document.
+    """
+
+    unit: Unit = "token"
+    eos_id: int | None = None
+    special_ids: tuple[int, ...] = ()
+    fill_id: int | None = None
+
+    def __init__(self) -> None:
+        self._alphabet = AlphabetTokenizer(LETTERS)
+        self.num_tokens = len(LETTERS)
+        self.fingerprint = fingerprint(["letters", LETTERS])[:16]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of the folded characters of each text."""
+        return self._alphabet.encode([fold_letters(text) for text in texts])
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return self._alphabet.decode(ids)
+
+    def tokens(self) -> list[str]:
+        return list(LETTERS)
+
+    def __repr__(self) -> str:
+        return _representation(self)
+
+    def save(self, path: str) -> None:
+        write_json(path, {"kind": "letters"})
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any], name: str) -> LettersTokenizer:
+        return cls()
+
+
 @final
 class WordTokenizer:
     """Tokenizer with one id per word, for texts of few different words, such as captions.
@@ -320,6 +399,7 @@ class WordTokenizer:
     """
 
     unit: Unit = "token"
+    fill_id: int | None = None
 
     def __init__(self, words: Sequence[str]) -> None:
         """Build the tokenizer from a list of distinct words, in the order of their ids from 1."""
@@ -392,6 +472,7 @@ class PretrainedTokenizer:
     """
 
     unit: Unit = "token"
+    fill_id: int | None = None
 
     def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
         """Wrap a tokenizer of `transformers.AutoTokenizer.from_pretrained`.
@@ -521,6 +602,7 @@ def _fast_backend(tokenizer: Any) -> Any:
 _KINDS: dict[str, Any] = {
     "bytepair": BytePairTokenizer,
     "alphabet": AlphabetTokenizer,
+    "letters": LettersTokenizer,
     "pretrained": PretrainedTokenizer,
     "words": WordTokenizer,
 }
@@ -564,14 +646,14 @@ def _representation(tokenizer: Tokenizer) -> str:
 def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Warn if encoding and decoding does not restore the texts.
 
-    The warning matters for metrics per byte, which count the bytes of the original texts.
+    The warning matters for bits per byte, which need tokens that determine all bytes of the text.
     """
     short = [text[:200] for text in texts[:16]]
     for before, after in zip(short, tokenizer.decode(tokenizer.encode(short))):
         if before != after:
             _log.warning(
-                "The tokenizer loses text: %r is decoded as %r. The lost text is not modelled, but "
-                "bits per byte count the bytes of the original text.",
+                "The tokenizer loses text: %r is decoded as %r. The lost text is not modelled, and "
+                "bits per byte are not reported for such texts.",
                 *_around_difference(before, after),
             )
             return

@@ -17,6 +17,7 @@ COMPONENTS = {
         "hub": "ddiff_core.data:Hub",
         "jsonl": "ddiff_core.data:JsonLines",
         "markov": "ddiff_core.data:Markov",
+        "names": "ddiff_core.data:Names",
         "shards": "ddiff_core.data:Shards",
         "symbols": "ddiff_core.data:Symbols",
         "text": "ddiff_core.data:Text",
@@ -37,6 +38,7 @@ COMPONENTS = {
     "tokenizer": {
         "alphabet": "ddiff_core.tokenizers:Alphabet",
         "bpe": "ddiff_core.tokenizers:BytePair",
+        "letters": "ddiff_core.tokenizers:Letters",
         "pretrained": "ddiff_core.tokenizers:Pretrained",
         "saved": "ddiff_core.tokenizers:Saved",
         "words": "ddiff_core.tokenizers:Words",

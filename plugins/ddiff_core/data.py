@@ -45,6 +45,31 @@ class Bundled:
         return load_bundled_novels()
 
 
+class Names:
+    """91,910 surnames and given names of the United States, bundled with the package (0.2 MB).
+
+    Every name is one row: its letters, then spaces up to `[data] length` symbols. The tokenizer
+    must be "alphabet".
+    """
+
+    class Config(ComponentConfig):
+        held_out: HeldOut = 0.05
+        """Fraction of the names for validation, chosen by the hash of the name."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        from ddiff import load_bundled_names
+
+        return load_bundled_names(length=length, held_out=config.held_out)
+
+    @staticmethod
+    def preview(config: Config, *, length: int) -> None:
+        """Raise ArgumentError if rows of `length` symbols are too short for the longest name."""
+        from ddiff import check_name_length
+
+        check_name_length(length)
+
+
 class Text:
     """Corpus of UTF-8 text files."""
 
@@ -124,7 +149,8 @@ class JsonLines:
 class Symbols:
     """Corpus of symbol strings, such as DNA or proteins; every line of a file is one row.
 
-    Every row must have `[data] length` symbols. The tokenizer must be "alphabet".
+    Every row must have `[data] length` symbols, or fewer with the key `fill`. The tokenizer must be
+    "alphabet".
     """
 
     class Config(ComponentConfig):
@@ -134,6 +160,8 @@ class Symbols:
         """Paths or globs of the validation rows; without them `held_out` selects some."""
         held_out: HeldOut = 0.05
         """Fraction of the rows for validation, chosen by hash: equal rows stay together."""
+        fill: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+        """Symbol that fills up shorter rows; no row may contain it."""
 
     @staticmethod
     def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
@@ -144,6 +172,7 @@ class Symbols:
             length=length,
             validation=config.validation,
             held_out=config.held_out,
+            fill=config.fill,
             cache=cache,
         )
 

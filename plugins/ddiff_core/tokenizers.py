@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         AlphabetTokenizer,
         Cache,
         Documents,
+        LettersTokenizer,
         PretrainedTokenizer,
         Tokenizer,
         WordTokenizer,
@@ -70,7 +71,8 @@ class BytePair:
 class Alphabet:
     """Tokenizer with one token per character, without special tokens.
 
-    It is for corpora whose rows all have the same length. Metrics are per symbol (character).
+    It is for corpora whose rows all have the same length. Metrics are per symbol (character). If
+    the corpus fills up shorter rows, the fill symbol must be one of the characters.
     """
 
     class Config(ComponentConfig):
@@ -79,19 +81,42 @@ class Alphabet:
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> AlphabetTokenizer:
-        from ddiff import AlphabetTokenizer
+        from ddiff import AlphabetTokenizer, Documents
 
+        # A corpus of shards has rows without a fill symbol.
+        fill = documents.fill if isinstance(documents, Documents) else None
         if config.symbols != "auto":
-            return AlphabetTokenizer(config.symbols)
+            return AlphabetTokenizer(config.symbols, fill)
         # Validation rows count too: a symbol that is missing in training must have an id.
-        return AlphabetTokenizer.from_texts(
-            text for part in (documents.train, documents.validation) for text in part["text"]
-        )
+        parts = (documents.train, documents.validation)
+        return AlphabetTokenizer.from_texts((text for part in parts for text in part["text"]), fill)
 
     @staticmethod
     def preview(config: Config) -> int | None:
         """Return the number of tokens if the recipe lists the symbols, else None."""
         return None if config.symbols == "auto" else len(config.symbols)
+
+
+class Letters:
+    """Tokenizer with one token per character for any text: 27 characters, a to z and the space.
+
+    Text loses case, accents, digits and punctuation, so bits per byte are not reported for texts
+    that have these.
+    """
+
+    class Config(ComponentConfig):
+        """Empty: this tokenizer has no keys."""
+
+    @staticmethod
+    def build(config: Config, *, documents: Documents, cache: Cache | None) -> LettersTokenizer:
+        from ddiff import LettersTokenizer
+
+        return LettersTokenizer()
+
+    @staticmethod
+    def preview(config: Config) -> int:
+        """Return the number of tokens."""
+        return 27
 
 
 class Words:

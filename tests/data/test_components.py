@@ -12,7 +12,17 @@ import pytest
 import torch
 from corpora import WORDS
 from ddiff_core import COMPONENTS
-from ddiff_core.data import Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text
+from ddiff_core.data import (
+    Bundled,
+    Files,
+    Hub,
+    JsonLines,
+    Markov,
+    Names,
+    Shards,
+    Symbols,
+    Text,
+)
 from ddiff_core.fields_data import Digits, Shapes
 from ddiff_core.fields_files import (
     EncodedTexts,
@@ -23,7 +33,7 @@ from ddiff_core.fields_files import (
     VectorShards,
 )
 from ddiff_core.sentences import Sentences
-from ddiff_core.tokenizers import Alphabet, BytePair, Pretrained, Saved, Words
+from ddiff_core.tokenizers import Alphabet, BytePair, Letters, Pretrained, Saved, Words
 from ddiff_core.vector_documents import ConditionedVectorFiles, ConditionedVectorShards
 from ddiff_core.vocabularies import Clusters, File, Flat
 from pydantic import ValidationError
@@ -58,11 +68,11 @@ def build_clusters(
 
 def test_data_component_tests_list_every_registered_data_component() -> None:
     """Data sets from files of vectors and images are tested in other modules of this folder."""
-    texts = (Bundled, Files, Hub, JsonLines, Markov, Shards, Symbols, Text)
+    texts = (Bundled, Files, Hub, JsonLines, Markov, Names, Shards, Symbols, Text)
     fields_files = (EncodedTexts, ImageTables, Images, TokenGrids, VectorFiles, VectorShards)
     here = {
         "dataset": (*texts, ConditionedVectorFiles, ConditionedVectorShards),
-        "tokenizer": (Alphabet, BytePair, Pretrained, Saved, Words),
+        "tokenizer": (Alphabet, BytePair, Letters, Pretrained, Saved, Words),
         "fields_dataset": (Digits, Sentences, Shapes, *fields_files),
         "vocabulary": (Clusters, File, Flat),
     }
@@ -144,6 +154,18 @@ def test_alphabet_component_includes_validation_symbols() -> None:
     assert Alphabet.build(
         Alphabet.Config(symbols="TGCA"), documents=rows, cache=None
     ).tokens() == list("TGCA")
+
+
+def test_alphabet_component_takes_the_fill_symbol_of_the_documents() -> None:
+    parts = (documents_from_texts(["CA-"]), documents_from_texts(["GT-"]))
+    filled = Alphabet.build(Alphabet.Config(), documents=Documents(*parts, fill="-"), cache=None)
+    assert (filled.tokens(), filled.fill_id) == (list("-ACGT"), 0)
+    plain = Alphabet.build(Alphabet.Config(), documents=Documents(*parts), cache=None)
+    assert plain.fill_id is None
+    with pytest.raises(ArgumentError, match="fill must be one of the 4 symbols"):
+        Alphabet.build(
+            Alphabet.Config(symbols="ACGT"), documents=Documents(*parts, fill="-"), cache=None
+        )
 
 
 def test_vocabulary_components_store_the_tokenizer_fingerprint(
@@ -251,6 +273,9 @@ def test_clusters_component_raises_an_error_that_names_missing_training_rows(
         (Markov.Config, {"alphabet": 3}),
         (BytePair.Config, {"size": 256}),
         (Alphabet.Config, {"symbols": ""}),
+        (Symbols.Config, {"files": ("a",), "fill": "--"}),
+        (Names.Config, {"held_out": 0.0}),
+        (Names.Config, {"length": 16}),
         (Clusters.Config, {"sizes": ()}),
         (Clusters.Config, {"max_share": 0.5}),
         (Clusters.Config, {"source": "e.npy", "model": "folder"}),

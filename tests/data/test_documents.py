@@ -14,7 +14,6 @@ from ddiff.data.documents import (
     documents_from_texts,
     fingerprint_texts,
     load_bundled_novels,
-    read_symbol_rows,
     read_text_files,
 )
 from ddiff.errors import ArgumentError, DataError
@@ -180,20 +179,6 @@ def test_read_text_files_refuses_a_corpus_too_small_to_split(tmp_path: Path) -> 
         read_text_files(write(tmp_path, a="one document"))
     with pytest.raises(ArgumentError, match="held_out"):
         read_text_files(write(tmp_path, a="one document"), held_out=1.0)
-
-
-def test_read_symbol_rows_refuses_rows_of_another_length(tmp_path: Path) -> None:
-    paths = write(tmp_path, a="acgt\n\nttga\n", v="aaaa\n")
-    documents = read_symbol_rows(paths[:1], validation=paths[1:], length=4)
-    assert documents.train["text"] == ["acgt", "ttga"]
-    with pytest.raises(
-        DataError,
-        match=r"a\.txt line 3 has 4 symbols.*length = 5|a\.txt line 1 has 4 symbols.*length = 5",
-    ):
-        read_symbol_rows(paths[:1], validation=paths[1:], length=5)
-    write(tmp_path, a="acgt\n\nttg\n")
-    with pytest.raises(DataError, match=r"a\.txt line 3 has 3 symbols"):
-        read_symbol_rows(paths[:1], validation=paths[1:], length=4)
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ddiff.data.tokenizer import (
     EOS,
     AlphabetTokenizer,
     BytePairTokenizer,
+    LettersTokenizer,
     PretrainedTokenizer,
     Tokenizer,
     UnknownSymbol,
     UnknownWord,
     WordTokenizer,
+    check_round_trip,
+    fold_letters,
     load_tokenizer,
 )
 from ddiff.errors import ArgumentError, DataError
@@ -145,6 +151,71 @@ def test_alphabet_tokenizer_raises_an_error_that_names_the_unknown_symbol_and_ro
 def test_alphabet_tokenizer_refuses_empty_repeated_or_long_symbols(symbols: Any) -> None:
     with pytest.raises(ArgumentError, match="symbols"):
         AlphabetTokenizer(symbols)
+
+
+def fold_by_characters(text: str) -> str:
+    """Fold a text one character at a time, as a check of `fold_letters`."""
+    folded = ""
+    for character in unicodedata.normalize("NFKD", text):
+        if unicodedata.combining(character):
+            continue
+        for letter in character.lower():
+            if letter in "abcdefghijklmnopqrstuvwxyz":
+                folded += letter
+            elif not folded.endswith(" "):
+                folded += " "
+    return folded
+
+
+@settings(deadline=None, derandomize=True)
+@given(text=st.text(max_size=40) | st.text("aAéÉ'.1 \n\u0301ﬁİß", max_size=40))
+def test_fold_letters_equals_folding_by_characters_and_is_idempotent(text: str) -> None:
+    folded = fold_letters(text)
+    assert set(folded) <= set(" abcdefghijklmnopqrstuvwxyz")
+    assert "  " not in folded
+    assert folded == fold_by_characters(text)
+    assert fold_letters(folded) == folded
+
+
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [
+        ("Élan vital, 1907!", "elan vital "),
+        ("don't -- ask\n\nme", "don t ask me"),
+        ("nai\u0308ve ﬁancé", "naive fiance"),
+        ("日本", " "),
+        ("", ""),
+    ],
+)
+def test_fold_letters_of_examples(text: str, folded: str) -> None:
+    assert fold_letters(text) == folded
+
+
+@settings(deadline=None, derandomize=True)
+@given(texts=st.lists(st.text(max_size=30), max_size=4))
+def test_letters_tokenizer_decodes_to_the_folded_text(texts: list[str]) -> None:
+    tokenizer = LettersTokenizer()
+    folded = [fold_letters(text) for text in texts]
+    assert tokenizer.decode(tokenizer.encode(texts)) == folded
+    assert tokenizer.encode(folded) == tokenizer.encode(texts)
+
+
+def test_letters_tokenizer_has_27_tokens_and_no_special_ones(tmp_path: Path) -> None:
+    tokenizer = LettersTokenizer()
+    assert tokenizer.num_tokens == len(tokenizer.tokens()) == 27
+    assert (tokenizer.eos_id, tokenizer.special_ids, tokenizer.fill_id) == (None, (), None)
+    assert tokenizer.unit == "token"
+    tokenizer.save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).fingerprint == tokenizer.fingerprint
+    assert tokenizer.fingerprint != AlphabetTokenizer(tokenizer.tokens()).fingerprint
+
+
+def test_check_round_trip_warns_that_letters_lose_text(caplog: pytest.LogCaptureFixture) -> None:
+    check_round_trip(LettersTokenizer(), ["already folded"])
+    assert not caplog.messages
+    check_round_trip(LettersTokenizer(), ["Anne Elliot"])
+    assert "'Anne Elliot' is decoded as 'anne elliot'" in caplog.text
+    assert "bits per byte are not reported" in caplog.text
 
 
 def test_word_tokenizer_numbers_words_alphabetically_after_the_end_mark(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import SourceCorpus
-from ddiff.data.documents import read_symbol_rows, read_text_files
+from ddiff.data.documents import read_text_files
 from ddiff.data.jsonl import read_json_lines
 from ddiff.data.sources import open_file_source
+from ddiff.data.symbol_rows import read_symbol_rows
 from ddiff.data.tokenizer import BytePairTokenizer
 from ddiff.errors import ArgumentError, DataError
 

@@ -15,11 +15,12 @@ import pytest
 import ddiff
 from ddiff.data.cache import Cache
 from ddiff.data.corpus import SourceCorpus, StreamedCorpus, check_repetitions, load_or_build_shards
-from ddiff.data.documents import Documents, documents_from_texts, read_symbol_rows, read_text_files
+from ddiff.data.documents import Documents, documents_from_texts, read_text_files
 from ddiff.data.jsonl import read_json_lines
 from ddiff.data.overlap import DocumentCount, check_overlap, document_hashes, find_overlap
 from ddiff.data.shards import read_shards, write_shards
 from ddiff.data.sources import open_file_source, open_hub_source
+from ddiff.data.symbol_rows import read_symbol_rows
 from ddiff.data.tokenizer import AlphabetTokenizer, BytePairTokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION, Chunk
 from ddiff.distributed.single import SingleBackend
