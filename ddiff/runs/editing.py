@@ -148,8 +148,7 @@ class _BatchEditor:
         process = self.plan.model.process
         assert process is not None
         device = self.plan.model.device
-        filler = self.tokenizer.eos_id or 0  # has no effect: these positions are not valid
-        frame = make_frame(templates, self.length, filler).to(device)
+        frame = make_frame(templates, self.length, self.tokenizer).to(device)
         done = edit(
             self.plan.sampler,
             process,

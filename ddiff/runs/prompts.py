@@ -45,7 +45,7 @@ class Frame(NamedTuple):
 
     tokens: long tensor [B,L]. clamped: bool tensor [B,L], True at positions whose token the sampler
     keeps. valid: bool tensor [B,L], False after the end of an infill text; None if every position
-    is valid.
+    is valid, as for a tokenizer with a fill symbol.
     """
 
     tokens: Tensor
@@ -160,12 +160,16 @@ def check_no_suffix(templates: Iterable[Template], subject: str, remedy: str) ->
             )
 
 
-def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame:
+def make_frame(templates: Sequence[Template], length: int, tokenizer: Tokenizer) -> Frame:
     """Pad templates to `length` positions and stack them to one batch.
 
-    Positions after the end of a template contain the token id `filler`. If the template is an
-    infill text (`whole`), these positions are not valid and not sampled.
+    Positions after the end of an infill text (`whole`) are not sampled. If the tokenizer has a fill
+    symbol, this symbol is given at these positions, because it fills up the rows of shorter texts
+    in training. Otherwise these positions are not valid.
     """
+    filler = tokenizer.fill_id
+    if filler is None:
+        filler = tokenizer.eos_id or 0  # has no effect: these positions are not valid
     shape = (len(templates), length)
     tokens = torch.full(shape, filler)
     clamped = torch.zeros(shape, dtype=torch.bool)
@@ -175,11 +179,11 @@ def make_frame(templates: Sequence[Template], length: int, filler: int) -> Frame
         tokens[row, :size] = template.ids
         clamped[row, :size] = template.given
         if template.whole:
-            valid[row, size:] = False
+            valid[row, size:] = tokenizer.fill_id is not None
             clamped[row, size:] = True
     # Whole templates have a mask even if no template is padded, so that every batch uses the same
     # attention kernel and a sample does not depend on its batch.
-    has_end = any(template.whole for template in templates)
+    has_end = tokenizer.fill_id is None and any(template.whole for template in templates)
     return Frame(tokens, clamped, valid if has_end else None)
 
 

@@ -209,8 +209,7 @@ class _BatchSampler:
         index = torch.arange(numbers.start, numbers.stop, device=device)
         frame = None
         if templates:
-            filler = self.tokenizer.eos_id or 0  # has no effect: these positions are not valid
-            frame = make_frame(templates, self.length, filler).to(device)
+            frame = make_frame(templates, self.length, self.tokenizer).to(device)
         drawn = generate(
             self.plan.sampler,
             self.plan.model.process,

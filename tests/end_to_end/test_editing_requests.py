@@ -74,7 +74,7 @@ def test_special_tokens_in_a_source_are_never_editable(labelled: Run) -> None:
 
     template = encode_source("abcab", WithSpecialToken(), 8)  # type: ignore[arg-type]
     assert template.given.tolist() == [False, True, False, False, True]
-    frame = make_frame([template], 8, 0)
+    frame = make_frame([template], 8, labelled.tokenizer)
     assert frame.clamped[0].tolist() == [False, True, False, False, True, True, True, True]
 
 

@@ -1,0 +1,89 @@
+"""Runs of rows that a fill symbol fills up: infill texts, prompts and edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Command
+from filled import RECIPE, TRAINING, VALIDATION
+from small import working_in
+
+import ddiff as api
+from ddiff.data.tokenizer import AlphabetTokenizer
+from ddiff.runs.prompts import encode_infill, encode_prompt, make_frame
+from ddiff.runs.run import Run
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with working_in(tmp_path_factory.mktemp("filled")):
+        Path("filled.toml").write_text(RECIPE)
+        Path("filled.txt").write_text("\n".join(TRAINING))
+        Path("filled_validation.txt").write_text("\n".join(VALIDATION))
+        yield api.run("filled.toml")
+
+
+def test_frame_of_an_infill_text_gives_the_fill_symbol_after_its_end() -> None:
+    tokenizer = AlphabetTokenizer(" abs", fill=" ")
+    template = encode_infill("[MASK:2]s", tokenizer, 5)
+    frame = make_frame([template], 5, tokenizer)
+    assert frame.tokens.tolist() == [[0, 0, 3, 0, 0]]
+    assert frame.clamped.tolist() == [[False, False, True, True, True]]
+    assert frame.valid is None
+
+
+def test_frame_of_a_prompt_samples_the_positions_after_its_end() -> None:
+    tokenizer = AlphabetTokenizer(" abs", fill=" ")
+    frame = make_frame([encode_prompt("ab", tokenizer, 5)], 5, tokenizer)
+    assert frame.clamped.tolist() == [[True, True, False, False, False]]
+
+
+def test_frame_without_a_fill_symbol_ends_after_the_infill_text() -> None:
+    tokenizer = AlphabetTokenizer("abs")
+    frame = make_frame([encode_infill("[MASK:2]s", tokenizer, 5)], 5, tokenizer)
+    assert frame.clamped.tolist() == [[False, False, True, True, True]]
+    assert frame.valid is not None
+    assert frame.valid.tolist() == [[True, True, True, False, False]]
+
+
+@pytest.mark.slow
+def test_infill_text_equals_the_text_with_explicit_fill(filled: Run) -> None:
+    """The explicit text gives the fill symbol at the same positions, so the draws are equal."""
+    short = filled.sample(infill="[MASK:2]b", count=16)
+    explicit = filled.sample(infill="[MASK:2]b   ", count=16)
+    assert [sample["text"] + "   " for sample in short] == [sample["text"] for sample in explicit]
+    assert {len(sample["text"]) for sample in short} == {3}
+    assert {sample["text"][2] for sample in short} == {"b"}
+    assert len({sample["text"] for sample in short}) > 1
+
+
+@pytest.mark.slow
+def test_infill_texts_of_several_lengths_do_not_depend_on_their_batch(filled: Run) -> None:
+    texts = ["[MASK:2]b", "a[MASK:4]", "[MASK:1]"]
+    together = filled.sample(infill=texts, batch=3)
+    assert together == filled.sample(infill=texts, batch=1)
+    assert [len(sample["text"]) for sample in together] == [3, 5, 1]
+
+
+@pytest.mark.slow
+def test_prompt_of_a_filled_run_draws_the_rest_of_the_row(filled: Run) -> None:
+    samples = filled.sample(prompt="ab", count=4)
+    assert {(sample["text"][:2], len(sample["text"])) for sample in samples} == {("ab", 6)}
+
+
+@pytest.mark.slow
+def test_edit_of_a_filled_run_keeps_the_length_of_its_source(filled: Run) -> None:
+    edited = filled.edit(["dbb"], 0.4, "random", steps=3)
+    assert [len(sample["text"]) for sample in edited] == [3]
+
+
+@pytest.mark.slow
+def test_sample_command_fills_gaps_in_rows_of_symbols(filled: Run, ddiff: Command) -> None:
+    run_dir = str(filled.run_dir)
+    code, out, _ = ddiff("sample", run_dir, "--infill", "[MASK:2]b", "--count", "2")
+    assert code == 0
+    texts = [json.loads(line)["text"] for line in out.splitlines()]
+    assert texts == [sample["text"] for sample in filled.sample(infill="[MASK:2]b", count=2)]
