@@ -169,6 +169,11 @@ class TrainKeys(TrainLoopKeys):
     """Fraction of the training rows that begin with a prompt of uniformly drawn length.
 
     The tokens of a prompt stay clean and do not count in the loss."""
+    embeddings: Literal["random", "cooccurrence"] = "random"
+    """First embeddings of the tokens, if the network has a table of them.
+
+    "random": draws from a normal distribution. "cooccurrence": computed from counts of neighbouring
+    tokens in the training text, which shortens the training."""
     init: InitKeys | None = None
     """Source of the initial weights: a run with the same tokenizer, or a transformers model."""
     ema: Decay = 0.0

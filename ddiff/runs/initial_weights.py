@@ -1,4 +1,4 @@
-"""Initial weights from another run or from a pretrained model: `[train] init`."""
+"""Initial weights from counts of the text, another run, or a pretrained model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
 from ddiff.checkpoint.weight_transfer import Parts, TrainedWeights, transfer_weights
+from ddiff.clustering.cooccurrence import compute_cooccurrence_embeddings
 from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
+from ddiff.data.packing import Rows
 from ddiff.data.tokenizer import Tokenizer, load_tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError, explain_error
 from ddiff.nn.denoiser import Denoiser
@@ -20,6 +22,8 @@ from ddiff.recipe.keys import InitKeys
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
+
+COUNTED_TOKENS = 2**24  # tokens of the training text whose co-occurrences are counted
 
 
 def load_initial_weights(
@@ -57,8 +61,7 @@ def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) ->
     `source`: local folder or hub name of the model. The initial embedding of a cluster of tokens (a
     tree node) is the mean of the embeddings of its tokens.
     """
-    # with several embedding tables, the table of the tokens is ambiguous
-    tables = [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
+    tables = _find_tables(denoiser)
     embeddings = torch.from_numpy(load_model_embeddings(source, tokenizer.num_tokens))
     if len(tables) != 1 or tables[0].embedding_dim != embeddings.shape[1]:
         widths = [str(table.embedding_dim) for table in tables]
@@ -69,6 +72,36 @@ def load_model_weights(denoiser: Denoiser, tokenizer: Tokenizer, source: str) ->
         )
     tables[0].start_from_tokens(embeddings)
     return {"model": source, "parts": "embeddings", "tokenizer": tokenizer.fingerprint}
+
+
+def start_from_cooccurrence(denoiser: Denoiser, rows: Rows) -> None:
+    """Set the token embeddings to co-occurrence embeddings of the training rows, for [train].
+
+    The embedding of a token is scaled to norm 1, the expected norm of a random embedding. Tokens
+    that do not occur in the rows keep their random embeddings. The initial embedding of a tree node
+    is the mean of the embeddings of its tokens.
+    """
+    tables = _find_tables(denoiser)
+    if len(tables) != 1:
+        raise ArgumentError(
+            '[train] embeddings = "cooccurrence" needs a network with one table of state '
+            f"embeddings; the network of this run has {len(tables)}. "
+            'Set [train] embeddings = "random".'
+        )
+    (table,) = tables
+    num_tokens = table.vocabulary.num_tokens
+    ids, document = rows.stream(COUNTED_TOKENS)
+    counted = compute_cooccurrence_embeddings(ids, document, num_tokens, width=table.embedding_dim)
+    embeddings = torch.from_numpy(counted).to(table.weight.device)
+    norm = embeddings.norm(dim=1, keepdim=True)
+    random = table.weight.detach()[:num_tokens].to(embeddings.dtype)
+    occurs = norm > 0.0
+    table.start_from_tokens(torch.where(occurs, embeddings / norm, random))
+
+
+def _find_tables(denoiser: Denoiser) -> list[StateEmbedding]:
+    """Return the tables of state embeddings; with several, the table of the tokens is ambiguous."""
+    return [part for part in denoiser.backbone.modules() if isinstance(part, StateEmbedding)]
 
 
 def load_run_weights(

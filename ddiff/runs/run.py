@@ -39,7 +39,7 @@ from ddiff.runs.evaluation import (
     score_validation,
 )
 from ddiff.runs.exact import score_chain_rule
-from ddiff.runs.initial_weights import load_initial_weights
+from ddiff.runs.initial_weights import load_initial_weights, start_from_cooccurrence
 from ddiff.runs.noising import sample_noising
 from ddiff.runs.provenance import (
     changed_data_error,
@@ -357,14 +357,17 @@ class Run(TrainableRun):
             build_sampler(self.recipe, self.model, steps=count_preview_steps(self.recipe))
 
     def initialize_weights(self) -> dict[str, Any] | None:
-        """Initialize the head biases from token counts, then load the weights of [train] init.
+        """Initialize the head biases and the embeddings, then load the weights of [train] init.
 
-        With these biases, the predicted distribution before training is the unigram distribution of
-        the training text, so the first loss is known. Returns a record of the weights that [train]
-        init loads, or None if the recipe has no [train] init.
+        The biases come from token counts: the predicted distribution before training is the unigram
+        distribution of the training text, so the first loss is known. [train] embeddings selects
+        how the embeddings start. Returns a record of the weights that [train] init loads, or None
+        if the recipe has no [train] init.
         """
         counts = self.data.train_rows.token_counts()
         self.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
+        if self.recipe.train.embeddings == "cooccurrence":
+            start_from_cooccurrence(self.denoiser, self.data.train_rows)
         init = self.recipe.train.init
         if init is None:
             return None

@@ -15,7 +15,9 @@ import ddiff as api
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError, RecipeError
+from ddiff.nn.embedding import StateEmbedding
 from ddiff.recipe.resolve import read_recipe
+from ddiff.runs.initial_weights import start_from_cooccurrence
 from ddiff.runs.session import TrainingSession
 
 SHORT = ["train.steps=4", "evaluate.draws=1"]
@@ -225,3 +227,34 @@ def test_prefix_tokens_are_clean_and_not_scored() -> None:
     assert torch.equal(drawn.noisy.zt[prefix], batch.ids[prefix])
     assert not set(drawn.rows.tolist()) & set(prefix.reshape(-1).nonzero().squeeze(-1).tolist())
     assert int(run.objective.counts(batch)["tokens"]) == int(batch.scored.sum())
+
+
+def test_cooccurrence_embeddings_have_norm_1_and_clusters_their_mean() -> None:
+    run, _ = initialized('train.embeddings="cooccurrence"')
+    (table,) = [m for m in run.denoiser.backbone.modules() if isinstance(m, StateEmbedding)]
+    num_tokens = run.vocabulary.num_tokens
+    ids, document = run.data.train_rows.stream()
+    counted = api.compute_cooccurrence_embeddings(
+        ids, document, num_tokens, width=table.embedding_dim
+    )
+    expected = torch.nn.functional.normalize(torch.from_numpy(counted), dim=1)
+    # A token without neighbours in its document has no co-occurrences, although it occurs.
+    has_counts = expected.norm(dim=1) > 0.5
+    assert 0 < int(has_counts.sum()) < num_tokens
+    torch.testing.assert_close(table.weight[:num_tokens][has_counts], expected[has_counts])
+    random, _ = initialized()
+    (start,) = [m for m in random.denoiser.backbone.modules() if isinstance(m, StateEmbedding)]
+    assert torch.equal(
+        table.weight[:num_tokens][~has_counts], start.weight[:num_tokens][~has_counts]
+    )
+    cluster = run.vocabulary.offsets[1]
+    members = run.vocabulary.ancestor(torch.arange(num_tokens), 1) == cluster
+    mean = table.weight[:num_tokens][members].mean(0)
+    torch.testing.assert_close(table.weight[cluster], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_cooccurrence_embeddings_need_a_table_of_embeddings() -> None:
+    run, _ = initialized()
+    run.denoiser.backbone = torch.nn.Identity()
+    with pytest.raises(ArgumentError, match=r'\[train\] embeddings = "cooccurrence" needs a'):
+        start_from_cooccurrence(run.denoiser, run.data.train_rows)
