@@ -224,10 +224,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     key-value cache. `mask` is the result of `Context.kernel_mask`.
     """
     if mask is None or isinstance(mask, Tensor):
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            return _attend_in_float32(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # Inside torch.compile the plain function is compiled with its caller.
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     return flex(q, k, v, block_mask=mask)
+
+
+def _attend_in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute the attention of bfloat16 tensors in float32: on a CPU this takes half the time."""
+    # Autocast would convert the tensors back to bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    return out.to(q.dtype)
 
 
 @cache

@@ -466,7 +466,8 @@ def resolve_precision(precision: str, device: str) -> torch.dtype | None:
     """Return the dtype of matrix products, or None for the dtype of the weights.
 
     Args:
-        precision: "bfloat16", "float32", or "auto" for bfloat16 on GPUs.
+        precision: "bfloat16", "float32", "auto" for bfloat16 on GPUs, or "native" for bfloat16 on
+            GPUs and on CPUs with bfloat16 units.
         device: name of a torch device, or "auto" for CUDA if available and otherwise the CPU.
     """
     if precision == "bfloat16":
@@ -474,6 +475,16 @@ def resolve_precision(precision: str, device: str) -> torch.dtype | None:
     on_gpu = device.startswith("cuda")
     if device == "auto":
         on_gpu = torch.cuda.is_available()
-    if precision == "auto" and on_gpu:
+    if on_gpu and precision in ("auto", "native"):
+        return torch.bfloat16
+    if precision == "native" and has_bfloat16_units():
         return torch.bfloat16
     return None
+
+
+def has_bfloat16_units() -> bool:
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX).
+
+    Other CPUs emulate bfloat16, and a matrix product takes longer than in float32.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

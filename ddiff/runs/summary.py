@@ -14,7 +14,7 @@ from torch import nn
 
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation, TimeBin
-from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.denoiser import Denoiser, has_bfloat16_units
 from ddiff.runs.trainable import TrainableRun
 from ddiff.training.settings import TrainingSummary
 
@@ -37,15 +37,10 @@ def print_start(run: TrainableRun, processes: int, kind: str) -> None:
     name = run.recipe.name
     console.print(f"[bold]{name}[/]: {parameters:,} parameters in {weights}{products}; {where}")
     on_cpu = run.precision == torch.bfloat16 and device.type == "cpu"
-    if on_cpu and not _multiplies_bfloat16():
+    if on_cpu and not has_bfloat16_units():
         console.print(
-            "This CPU has no bfloat16 instructions; a step may take ten times as long as float32."
+            "This CPU has no bfloat16 units; a step may take ten times as long as in float32."
         )
-
-
-def _multiplies_bfloat16() -> bool:
-    # all CPUs without AVX-512 emulate bfloat16, and some CPUs with AVX-512 do
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def print_resume(done: int, steps: int, recorded: int | None) -> None:

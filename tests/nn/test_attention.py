@@ -682,3 +682,14 @@ def test_packing_does_not_change_bound_loss_or_gradient_of_a_document(
         assert mine[0] != 0
         for old, new in zip(mine, theirs):
             assert (old is None and new is None) or torch.equal(old, new)
+
+
+def test_bfloat16_attention_on_a_cpu_is_computed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 8, 16, generator=generator).to(torch.bfloat16).unbind()
+    exact = attend(q.double(), k.double(), v.double(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v, None)
+    # Equal up to the rounding of the result: nothing before it is rounded to bfloat16.
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-6)

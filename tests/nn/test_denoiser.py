@@ -13,7 +13,7 @@ from ddiff.core.prediction import CleanDistribution
 from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import UNPADDED, Context, Denoiser
+from ddiff.nn.denoiser import UNPADDED, Context, Denoiser, resolve_precision
 from ddiff.nn.heads import TokenHead
 from ddiff.nn.network import as_network
 
@@ -207,3 +207,15 @@ def test_state_changed_in_place_after_a_query_is_evaluated_again(denoiser: Denoi
     values = network(noisy)(rows, noisy.zt.flatten(), fn)
     expected = as_network(denoiser, process)(noisy)(rows, noisy.zt.flatten(), fn)
     assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("units", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
+def test_native_precision_is_bfloat16_only_on_devices_with_bfloat16_units(
+    units: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == units)
+    expected = torch.bfloat16 if units else None
+    assert resolve_precision("native", "cpu") == expected
+    assert resolve_precision("auto", "cpu") is None
+    assert resolve_precision("native", "cuda:0") == torch.bfloat16
