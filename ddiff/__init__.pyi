@@ -143,6 +143,7 @@ from .nn.embedding import StateEmbedding as StateEmbedding
 from .nn.heads import Head as Head
 from .nn.heads import TokenHead as TokenHead
 from .nn.heads import TreeHead as TreeHead
+from .nn.neighbours import Neighbours as Neighbours
 from .nn.network import as_network as as_network
 from .nn.parameterization import Parameterization as Parameterization
 from .plugin.config import ComponentConfig as ComponentConfig

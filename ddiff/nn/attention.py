@@ -29,7 +29,8 @@ class AttentionLayout(NamedTuple):
     """Positions and block numbers of the n inputs of a backbone, if attention is by blocks.
 
     Attributes:
-        position: [n] long, the position of each input in its sequence.
+        position: [n] long, the position of each input in its sequence. The positions are
+            consecutive. With `noisy` they occur twice, first those of the clean inputs.
         block: [1 or B,n] long, the block number of each input.
         noisy: [n] bool, True for noisy inputs and False for clean inputs. A noisy input attends to
             the noisy inputs in its own block and to the clean inputs in earlier blocks. A clean
@@ -247,18 +248,21 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @final
 class KeyValueCache:
-    """Keys, values and hidden states of the first m inputs of every sequence, for reuse.
+    """Keys, values, columns and hidden states of the first m inputs of every sequence, for reuse.
 
     Only final inputs are cached. An input is final if its token will not change any more and every
     input to which it attends is final. The keys and values of a final input stay the same, so the
     cache is exact. Keys and values are stored by layer, each [B,heads,m,w] for attention heads of
-    width w. A forward pass over new inputs calls `begin_update`, then `update` in every layer, then
-    `finish_update`.
+    width w. Columns are the inputs [B,m,d] of a convolution over positions (see `Neighbours`),
+    which new inputs read; all are stored, because `crop` may end the cache anywhere. A forward pass
+    over new inputs calls `begin_update`, then `update` in every layer and `update_columns` in every
+    convolution, then `finish_update`.
     """
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.columns: dict[tuple[int, int], Tensor] = {}
         self.ids = torch.empty(0, 0, dtype=torch.long)
         self.block = torch.empty(0, dtype=torch.long)
         self.hidden: Tensor | None = None
@@ -289,6 +293,7 @@ class KeyValueCache:
         if length < self.length:
             self.keys = [k[:, :, :length] for k in self.keys]
             self.values = [v[:, :, :length] for v in self.values]
+            self.columns = {name: h[:, :length] for name, h in self.columns.items()}
             self.ids = self.ids[:, :length]
             self.block = self.block[:length]
             if self.hidden is not None:
@@ -316,6 +321,19 @@ class KeyValueCache:
             self.keys[layer] = k[:, :, :length]
             self.values[layer] = v[:, :, :length]
         return k, v
+
+    def update_columns(self, name: tuple[int, int], h: Tensor, num_before: int) -> Tensor:
+        """Return the last `num_before` cached columns of a convolution, followed by h [B,n,d].
+
+        `name` is the number of the layer and the number of the convolution in it. `num_before` is
+        at most m.
+        """
+        columns = h
+        if self.length:
+            columns = torch.cat([self.columns[name], h], 1)
+        if self._num_new:
+            self.columns[name] = columns[:, : self.length + self._num_new]
+        return columns[:, self.length - num_before :]
 
     def finish_update(self, ids: Tensor, block: Tensor, hidden: Tensor) -> Tensor:
         """End a forward pass, and return the hidden states [B,m+n,width] of all inputs.

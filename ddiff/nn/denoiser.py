@@ -24,6 +24,7 @@ from ddiff.nn.attention import (
     prepend_inputs,
 )
 from ddiff.nn.heads import Head
+from ddiff.nn.neighbours import Neighbours, find_neighbours
 from ddiff.nn.parameterization import (
     PARAMETERIZATIONS,
     HeadCallback,
@@ -90,6 +91,24 @@ class Context(NamedTuple):
         if self.cache or not has_flex_kernel(x, head_width):
             return build_dense_mask(facts, cached, num_prefix)
         return build_block_mask(facts)
+
+    def neighbours(self, x: Tensor, taps: int, num_prefix: int = 0) -> Neighbours:
+        """Return the inputs that convolutions over positions with `taps` taps read.
+
+        x are hidden states [B,L,d]. All convolutions can share the result. The rules are those of
+        attention: a tap reads only an input to which its input may attend. The first `num_prefix`
+        inputs of x are extra inputs before the sequence. They have no neighbours: they neither read
+        nor are read.
+        """
+        found = find_neighbours(
+            self._position_facts(),
+            x.shape[1] - num_prefix,
+            taps,
+            x.dtype,
+            cached=self.cache.length if self.cache else 0,
+            is_paired=self.layout is not None and self.layout.noisy is not None,
+        )
+        return found._replace(num_prefix=num_prefix, cache=self.cache)
 
     def _position_facts(self) -> PositionFacts | None:
         """Return for all inputs the properties that determine attention, cached inputs first.
