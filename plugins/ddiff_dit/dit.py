@@ -28,6 +28,9 @@ from ddiff import (
     ComponentConfig,
     Context,
     Label,
+    Neighbours,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     Probability,
     StateEmbedding,
@@ -46,6 +49,7 @@ SIZES: dict[str, tuple[int, int]] = {  # width, layers
 HEAD_WIDTH = 64  # channels of an attention head by default
 TIME_FEATURES = 64  # cosines and sines of 32 frequencies
 CONDITION_WIDTH = 128  # width of the embeddings of time and conditions by default
+CONVOLUTION_STD = 0.3  # of the first weights of convolutions by default
 ROTARY_BASE = 10_000.0
 
 Layers = Annotated[int, Field(gt=0, le=4096)]
@@ -137,6 +141,22 @@ class DiT(Backbone):
         """Width of the embeddings of time and conditions, from which the modulation is computed."""
         cross_every: PositiveInt = 1
         """Blocks 1, 1 + n, 1 + 2 n, ... attend to the conditions with via = "cross"."""
+        qk_norm: bool = False
+        """Normalize queries and keys by their root mean square."""
+        convolution: NonNegativeInt = 0
+        """Taps of the convolutions over positions before attention and MLP; odd, or 0 for none."""
+        convolution_std: NonNegativeFloat = CONVOLUTION_STD
+        """Standard deviation of the first weights of the convolutions."""
+
+        @field_validator("convolution")
+        @classmethod
+        def _check_convolution(cls, convolution: int) -> int:
+            if convolution and convolution % 2 == 0:
+                raise ValueError(
+                    "convolution must be odd, so that as many taps are before a position as after "
+                    f"it, or 0 for no convolution; got {convolution}. Take {convolution + 1}"
+                )
+            return convolution
 
         @field_validator("conditions")
         @classmethod
@@ -171,6 +191,9 @@ class DiT(Backbone):
             conditions=config.conditions,
             condition_width=config.condition_width,
             cross_every=config.cross_every,
+            qk_norm=config.qk_norm,
+            convolution=config.convolution,
+            convolution_std=config.convolution_std,
         )
 
     def __init__(
@@ -184,6 +207,9 @@ class DiT(Backbone):
         conditions: Mapping[str, Condition] = {},
         condition_width: int = CONDITION_WIDTH,
         cross_every: int = 1,
+        qk_norm: bool = False,
+        convolution: int = 0,
+        convolution_std: float = CONVOLUTION_STD,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -206,8 +232,17 @@ class DiT(Backbone):
             self.modulation = Modulation(width, time, adaln, condition_width)
         self.blocks = nn.ModuleList()
         for layer in range(layers):
-            has_cross = bool(cross) and layer % cross_every == 0
-            self.blocks.append(Block(width, heads, dropout, has_cross=has_cross))
+            block = Block(
+                width,
+                heads,
+                dropout,
+                qk_norm=qk_norm,
+                has_cross=bool(cross) and layer % cross_every == 0,
+                convolution=convolution,
+                convolution_std=convolution_std,
+            )
+            self.blocks.append(block)
+        self.convolution = convolution
         self.cross = ConditionSequence(cross, width) if cross else None
         self.tokens = ConditionSequence(tokens, width) if tokens else None
         self.reads_packed_rows = not tokens
@@ -227,13 +262,16 @@ class DiT(Backbone):
             t = torch.cat([t.new_zeros(len(t), num_tokens), t], 1)
             before = torch.arange(-num_tokens, 0, device=positions.device)
             positions = torch.cat([before, positions])
-        # Mask, rotation, shared modulation and the vectors of cross-attention are the same in every
-        # block: computed once.
+        # Mask, rotation, neighbours, shared modulation and the vectors of cross-attention are the
+        # same in every block: computed once.
         seen = context.kernel_mask(x, self.head_width, num_tokens)
         rotation = Rotation(x, self.head_width, positions)
         shared = None
         if self.modulation is not None:
             shared = self.modulation(t, context.conditions, x.dtype)
+        neighbours = None
+        if self.convolution:
+            neighbours = context.neighbours(x, self.convolution, num_tokens)
         vectors = None
         if self.cross is not None:
             vectors = self.cross(context.conditions, len(ids), x.dtype)
@@ -241,7 +279,8 @@ class DiT(Backbone):
             extend = None
             if context.cache is not None:
                 extend = partial(_extend_after, num_tokens, partial(context.cache.update, layer))
-            x = block(x, shared, rotation, seen, extend, vectors)
+            own = None if neighbours is None else neighbours.in_layer(layer)
+            x = block(x, shared, rotation, seen, extend, vectors, own)
         # Vectors 0 to 5 are for the blocks, 6 and 7 for the final norm.
         shift, scale = add_shared(self.out_modulation, None if shared is None else shared[6:])
         return modulate(x, shift, scale)[:, num_tokens:]
@@ -286,6 +325,9 @@ class Block(nn.Module):
         head_width: channels of an attention head; width / heads by default.
         qk_norm: normalize queries and keys by their root mean square before the rotation.
         has_cross: attend to conditions after the attention and before the MLP.
+        convolution: taps of the convolutions over positions, one on the inputs of the attention
+            and one on those of the MLP; 0: none.
+        convolution_std: standard deviation of the first weights of the convolutions.
     """
 
     def __init__(
@@ -296,6 +338,8 @@ class Block(nn.Module):
         head_width: int | None = None,
         qk_norm: bool = False,
         has_cross: bool = False,
+        convolution: int = 0,
+        convolution_std: float = CONVOLUTION_STD,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -316,6 +360,11 @@ class Block(nn.Module):
         for linear in (self.up, self.down):
             nn.init.zeros_(linear.bias)
         self.cross = CrossAttention(width, heads, self.head_width) if has_cross else None
+        self.attention_convolution = None
+        self.mlp_convolution = None
+        if convolution:
+            self.attention_convolution = Convolution(width, convolution, convolution_std, number=0)
+            self.mlp_convolution = Convolution(width, convolution, convolution_std, number=1)
 
     def forward(
         self,
@@ -325,24 +374,36 @@ class Block(nn.Module):
         seen: AttentionMask,
         extend: ExtendCache | None,
         conditions: Tensor | None = None,
+        neighbours: Neighbours | None = None,
     ) -> Tensor:
         vectors = self.modulate_by(shared)
-        q, k, v = self.project(x, vectors, rotation)
+        q, k, v = self.project(x, vectors, rotation, neighbours)
         if extend is not None:
             # Keys are cached after the rotation: their positions do not change any more.
             k, v = extend(k, v)
-        return self.combine(x, attend(q, k, v, seen), vectors, conditions)
+        return self.combine(x, attend(q, k, v, seen), vectors, conditions, neighbours)
 
     def modulate_by(self, shared: ModulationVectors | None) -> ModulationVectors:
         """Return the six modulation vectors of this block, with the shared ones added."""
         return add_shared(self.modulation, None if shared is None else shared[:6])
 
     def project(
-        self, x: Tensor, vectors: ModulationVectors, rotation: Rotation
+        self,
+        x: Tensor,
+        vectors: ModulationVectors,
+        rotation: Rotation,
+        neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values [B,heads,L,head width] of hidden states x [B,L,width]."""
+        """Return queries, keys and values [B,heads,L,head width] of hidden states x [B,L,width].
+
+        A block with convolutions needs the `neighbours` of the inputs.
+        """
         shift, scale = vectors[:2]
-        qkv = self.qkv(modulate(x, shift, scale)).unflatten(-1, (3, self.heads, self.head_width))
+        h = modulate(x, shift, scale)
+        if self.attention_convolution is not None:
+            assert neighbours is not None
+            h = self.attention_convolution(h, neighbours)
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, self.head_width))
         # Queries and keys are rotated together, in one operation. Values are not rotated.
         qk, v = qkv.split([2, 1], 2)
         if self.query_norm is not None and self.key_norm is not None:
@@ -357,10 +418,12 @@ class Block(nn.Module):
         attended: Tensor,
         vectors: ModulationVectors,
         conditions: Tensor | None = None,
+        neighbours: Neighbours | None = None,
     ) -> Tensor:
         """Add the result of attention [B,heads,L,head width] to x, then the MLP.
 
         In a block with `has_cross`, the positions attend to the vectors `conditions` between both.
+        A block with convolutions needs the `neighbours` of the inputs.
         """
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = vectors
         out = self.attended(attended.transpose(1, 2).flatten(2))
@@ -368,8 +431,35 @@ class Block(nn.Module):
         if self.cross is not None:
             assert conditions is not None
             x = x + self.dropout(self.cross(x, conditions))
-        hidden = F.gelu(self.up(modulate(x, mlp_shift, mlp_scale)), approximate="tanh")
+        h = modulate(x, mlp_shift, mlp_scale)
+        if self.mlp_convolution is not None:
+            assert neighbours is not None
+            h = self.mlp_convolution(h, neighbours)
+        hidden = F.gelu(self.up(h), approximate="tanh")
         return torch.addcmul(x, mlp_gate, self.dropout(self.down(hidden)))
+
+
+class Convolution(nn.Module):
+    """Residual depthwise convolution over positions: h -> h + convolution(h), without a bias.
+
+    A tap reads an input only if attention may read it (see `ddiff.Neighbours`).
+
+    Args:
+        width: channels of h; each has a separate weight per tap.
+        taps: odd number of taps; the middle tap reads the input itself.
+        std: standard deviation of the first weights.
+        number: number of the convolution in its block.
+    """
+
+    def __init__(self, width: int, taps: int, std: float, number: int) -> None:
+        super().__init__()
+        self.number = number
+        # Three dimensions, so that Muon does not treat the parameter as a hidden matrix.
+        self.weight = nn.Parameter(torch.empty(taps, 1, width))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, h: Tensor, neighbours: Neighbours) -> Tensor:
+        return neighbours.convolve(h, self.weight.squeeze(1), self.number)
 
 
 class CrossAttention(nn.Module):

@@ -62,11 +62,15 @@ CONTEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def backbone() -> DiT:
+@pytest.fixture(scope="module", params=["attention only", "convolutions"])
+def backbone(request: pytest.FixtureRequest) -> DiT:
+    """Make a DiT; convolutions must obey the rules of attention."""
     torch.manual_seed(0)
     conditions = {"author": Condition(classes=2), "place": Condition(width=2)}
-    model = DiT(VOCABULARY, WIDTH, layers=3, heads=2, conditions=conditions).double().eval()
+    options = {"conditions": conditions}
+    if request.param == "convolutions":
+        options |= {"convolution": 5, "qk_norm": True}
+    model = DiT(VOCABULARY, WIDTH, layers=3, heads=2, **options).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():

@@ -1,7 +1,7 @@
 """Conditions of the DiT by modulation, cross-attention and input tokens (key `via`).
 
 Forward passes that must agree sum in different orders. The tolerance is 1e-12, for float64 hidden
-states of order 1.
+states of order 1. The models have convolutions, which must obey the same rules as attention.
 """
 
 from __future__ import annotations
@@ -55,7 +55,16 @@ def make_model(via: Via, is_trained: bool = True, time: bool = True) -> DiT:
     """Make a float64 DiT; `is_trained` fills parameters that start at zero with random numbers."""
     torch.manual_seed(0)
     conditions = make_conditions(via)
-    model = DiT(VOCABULARY, WIDTH, layers=3, heads=2, time=time, conditions=conditions)
+    model = DiT(
+        VOCABULARY,
+        WIDTH,
+        layers=3,
+        heads=2,
+        time=time,
+        conditions=conditions,
+        qk_norm=True,
+        convolution=3,
+    )
     model = model.double().eval()
     if is_trained:
         with torch.no_grad():

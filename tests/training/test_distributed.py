@@ -140,6 +140,8 @@ def test_training_does_not_depend_on_the_number_of_ranks(
         f"train.accumulate={accumulate}",
         "train.checkpoint_every=99",
         "train.ema=0.9",
+        "denoiser.convolution=3",
+        "denoiser.qk_norm=true",
     )
     one = alone(*long)
     for number in numbers:

@@ -16,9 +16,10 @@ from ddiff.runs.session import TrainingSession
 from ddiff.training.signals import StopSignals
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "taps"), [("adamw", 0), ("muon", 0), ("muon", 3)])
 def test_training_step_does_not_wait_for_the_device(
     optimizer: str,
+    taps: int,
     no_sync_guard: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
@@ -26,6 +27,7 @@ def test_training_step_does_not_wait_for_the_device(
     """The step includes random draws, clipping, a skipped step, the optimizer, EMA and metrics."""
     monkeypatch.setenv("DDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     settings = [f"train.optimizer={optimizer}", "train.ema=0.9", "train.accumulate=2"]
+    settings += [f"denoiser.convolution={taps}"]
     session = TrainingSession.open(parse_recipe(SYMBOLS.read_text(), str(SYMBOLS), settings))
     session.run.objective.module.to("meta")
     session.backend.device = torch.device("meta")
