@@ -298,6 +298,7 @@ from .evaluation.generation import GenerativePerplexity as GenerativePerplexity
 from .evaluation.generation import SampleFigures as SampleFigures
 from .evaluation.judge_model import JudgeModel as JudgeModel
 from .evaluation.judge_model import Scores as Scores
+from .evaluation.judges import TEXT_FIELD as TEXT_FIELD
 from .evaluation.judges import DrawnField as DrawnField
 from .evaluation.judges import DrawnFields as DrawnFields
 from .evaluation.judges import Finding as Finding
@@ -305,6 +306,7 @@ from .evaluation.judges import Judge as Judge
 from .evaluation.judges import group_means as group_means
 from .evaluation.judges import mean_value as mean_value
 from .evaluation.judges import share_right as share_right
+from .evaluation.judges import variation_of_values as variation_of_values
 from .evaluation.mauve import mauve as mauve
 from .nn.joint_denoiser import JointBackbone as JointBackbone
 from .nn.joint_denoiser import JointContext as JointContext

@@ -1,4 +1,6 @@
-"""Judges of samples of several fields: drawn values are compared with data or with an exact rule.
+"""Judges of samples: drawn values are compared with data or with an exact rule.
+
+The samples have several fields, or are texts, which are then the field `TEXT_FIELD`.
 
 A judge counts right samples, or measures errors of vectors. Every finding has a 95 % interval and,
 if it is known, the value of samples whose fields are unrelated.
@@ -15,9 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.intervals import grouped_share95, mean95, wilson95
+from ddiff.evaluation.total_variation import count_values, total_variation, total_variation95
 
 Values = Sequence[str | None] | NDArray[np.int64] | NDArray[np.float64]
 """Plain values of N samples: texts, tokens [N,n], or vectors [N,n,d] in data units."""
+
+
+TEXT_FIELD = "text"
+"""Name of the only field and of the target of a run of text."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,19 @@ def mean_value(
     if groups is not None:
         numbers = group_means(numbers, groups)
     return Finding(name, float(numbers.mean()), mean95(numbers), len(numbers), chance)
+
+
+def variation_of_values(name: str, values: ArrayLike, reference: ArrayLike) -> Finding:
+    """Return the total variation between the distributions of two samples of integers.
+
+    Args:
+        name: name of the finding.
+        values: integers [n], such as the lengths of drawn texts.
+        reference: integers [m], such as the lengths of held-out texts.
+    """
+    counts = count_values(values, reference)
+    interval = total_variation95(*counts)
+    return Finding(name, total_variation(*counts), interval, int(counts[0].sum()))
 
 
 def group_means(values: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -56,7 +56,6 @@ class FieldsRecipe(BaseRecipe):
     sample: FieldsSampleKeys
     sample_path: ComponentSpec
     """Path of the fields that move in sampling."""
-    judge: ComponentSpec | None
 
     def groups(self) -> Mapping[str, Mapping[str, Any]]:
         return {GROUP: self.fields}

@@ -57,6 +57,7 @@ class BaseRecipe:
     sample: SampleKeys | FieldsSampleKeys
     tracker: ComponentSpec
     encoder: ComponentSpec | None
+    judge: ComponentSpec | None
 
     # not compared, because equal recipes may be read from different files
     registry: Registry = field(repr=False, compare=False)

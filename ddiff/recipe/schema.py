@@ -200,6 +200,7 @@ TEXT = Layout(
         "sample": Table(None, SampleKeys, {"sampler": Slot("sampler", "ancestral")}),
         "tracker": Table(Slot("tracker", "none")),
         "encoder": Table(Slot("encoder", None), is_optional=True),
+        "judge": Table(Slot("judge", None), is_optional=True),
     },
 )
 """Layout of a recipe for a model of one text."""

@@ -121,8 +121,6 @@ def _suggest_name(name: str, layout: Layout) -> str:
 
     The suggestion is the table to which the key belongs, or a similar name.
     """
-    if layout is TEXT and name in FIELDS.tables:
-        return f" Only a recipe with tables [{GROUP}.NAME] has this table."
     # a field may have keys with the names of keys of other tables, which are the likelier ones
     for table, entry in sorted(layout.tables.items(), key=lambda item: item[1].is_group):
         if name in entry.engine_keys():

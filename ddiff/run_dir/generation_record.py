@@ -114,6 +114,7 @@ class GenerationRecord(Record):
         sampling: settings of the sampler.
         samples: figures of the samples, as `ddiff.SampleFigures.to_dict` returns them.
         held_out: the same figures of held-out rows.
+        findings: what the judge of the recipe finds on the samples; None without [judge].
         judge: findings of the judge; None without a judge.
         self_correction: self-correction accuracy and its curve; None if it is not defined.
     """
@@ -125,6 +126,7 @@ class GenerationRecord(Record):
     sampling: Sampling
     samples: dict[str, Any]
     held_out: dict[str, Any]
+    findings: list[dict[str, Any]] | None = None
     judge: Judged | None = None
     self_correction: dict[str, Any] | None = None
 
@@ -196,6 +198,8 @@ def make_generation_figures(tree: Mapping[str, Any]) -> dict[str, Figure]:
         )
     for name, figure in _part_figures(tree["held_out"], rows):
         found[HELD_OUT + name] = figure
+    for finding in tree.get("findings") or ():
+        found[f"judged: {finding['name']}"] = _mean_figure(finding, "finding", own)
     judge = tree.get("judge")
     if judge is not None:
         rule = _describe_judge(judge["protocol"])

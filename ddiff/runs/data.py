@@ -26,6 +26,7 @@ from ddiff.data.documents import Documents
 from ddiff.data.packing import PackedRows, Rows, batch_rows
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import DataError
+from ddiff.evaluation.judges import Judge
 from ddiff.recipe.model import Recipe
 
 
@@ -55,6 +56,13 @@ class RunText:
         if self._tokenizer is not None:
             return self._tokenizer
         return self.recipe.tokenizer.build(documents=self.documents, cache=self._cache)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Judge of the samples; None if the recipe has no table [judge]."""
+        if self.recipe.judge is None:
+            return None
+        return self.recipe.judge.build(documents=self.documents)
 
     @cached_property
     def train_rows(self) -> Rows:

@@ -33,6 +33,7 @@ from ddiff.runs.mauve import check_counts, compare_features, compare_texts, open
 from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.sampling import make_plan
+from ddiff.runs.text_judging import judge_texts
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 
@@ -213,6 +214,7 @@ def evaluate_generation(
         "self_correction": corrected,
         "mauve": None,
         "judge": None,
+        "findings": judge_texts(run, drawn),
     }
     seed = run.recipe.sample.seed
     others = _read_other_rows(run, len(rows))

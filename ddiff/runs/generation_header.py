@@ -30,8 +30,8 @@ def describe_generation(
 
     Args:
         run: the run that drew the samples.
-        parts: `sampling`, `samples`, `held_out`, `self_correction`, `mauve` and `judge` of the
-            file.
+        parts: `sampling`, `samples`, `held_out`, `self_correction`, `mauve`, `judge` and `findings`
+            of the file.
         judge: the judge of the samples, if there is one.
         seconds: duration of sampling and evaluation.
     """

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ddiff.evaluation.intervals import FEWEST_SAMPLES
+from ddiff.evaluation.judges import TEXT_FIELD
+from ddiff.runs.findings import print_findings
 
 _SHOWN_GRAMS = ("2", "4")  # lengths of the n-grams in the table; generation.json has all
 
@@ -42,6 +44,8 @@ def print_generation(written: Mapping[str, Any]) -> None:
     _add_correction(table, written["self_correction"])
     console.print(table)
     console.print(_describe(written))
+    if written["findings"] is not None:
+        print_findings({"targets": {TEXT_FIELD: written["findings"]}}, console)
 
 
 def _add_perplexity(table: Table, written: Mapping[str, Any]) -> None:

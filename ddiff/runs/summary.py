@@ -15,8 +15,11 @@ from torch import nn
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation, TimeBin
 from ddiff.nn.denoiser import Denoiser, has_bfloat16_units
+from ddiff.runs.findings import print_findings
 from ddiff.runs.trainable import TrainableRun
 from ddiff.training.settings import TrainingSummary
+
+MOST_SHOWN = 16  # samples of the summary; samples.jsonl has all
 
 
 def print_start(run: TrainableRun, processes: int, kind: str) -> None:
@@ -83,16 +86,18 @@ def print_summary(
     counted: Baselines,
     entropy_rate: float | None,
     samples: Sequence[Mapping[str, Any]],
+    judged: Mapping[str, Any],
 ) -> None:
     """Print the results of a run: metrics, samples, paths and suggested commands.
 
     `counted` are the unigram and bigram baselines. `entropy_rate` is the entropy rate of the data,
-    or None if it is unknown.
+    or None if it is unknown. `judged` is the content of judged.json, empty without a judge.
     """
     console = Console(soft_wrap=True, highlight=False)
     print_heading(console, run_dir, title, denoiser, summary)
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_samples(samples, console)
+    print_findings(judged, console)
     console.print(
         f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, "
         "recipe.toml"
@@ -192,10 +197,12 @@ def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the mean number of network evaluations, then each sample on one line."""
+    """Print the mean number of network evaluations, then the first samples, each on one line."""
     if samples:
         nfe = sum(sample["nfe"] for sample in samples) / len(samples)
-        console.print(f"\n{len(samples)} samples, {nfe:.4g} network evaluations for each:")
-    for sample in samples:
+        title = f"\n{len(samples)} samples, {nfe:.4g} network evaluations for each"
+        more = f"; the first {MOST_SHOWN}" if len(samples) > MOST_SHOWN else ""
+        console.print(f"{title}{more}:")
+    for sample in samples[:MOST_SHOWN]:
         # a Text, since the sample may contain what rich takes for markup
         console.print(Text(f"  {sample['index']}  " + " ".join(sample["text"].split())))

@@ -32,6 +32,7 @@ from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.sampling import build_sampler
 from ddiff.runs.summary import print_summary
+from ddiff.runs.text_judging import write_judged
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
@@ -43,6 +44,7 @@ def build_run(recipe: Recipe, backend: Backend, overrides: Overrides) -> Run:
     the data, or if the memory is too small.
     """
     text = RunText(recipe)
+    text.judge  # noqa: B018, raises an error if the judge does not fit the data
     # rank 0 tokenizes first; the other ranks then find the shards in the cache
     with backend.main_process_first():
         text.train_rows  # noqa: B018
@@ -89,6 +91,7 @@ def after_training(run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
         report.baselines,
         run.data.documents.entropy_rate,
         samples,
+        write_judged(run, samples),
     )
 
 

@@ -113,6 +113,7 @@ COMPONENTS = {
     "judge": {
         "digits": "ddiff_core.judges:DigitsJudge",
         "shapes": "ddiff_core.judges:ShapesJudge",
+        "strings": "ddiff_core.string_judge:StringsJudge",
         "vectors": "ddiff_core.judges:VectorsJudge",
     },
     "tracker": {

@@ -195,6 +195,7 @@ class VectorsJudge:
 
     @classmethod
     def build(cls, config: Config, *, documents: FieldsDocuments) -> VectorsJudge:
+        _require_fields("vectors", documents)
         return cls()
 
     def judge(self, drawn: DrawnFields) -> list[Finding]:
@@ -322,8 +323,20 @@ def _words_shared(first: str, second: str) -> float:
 # ---------------------------------------------------------------------- columns
 
 
+def _require_fields(judge: str, documents: FieldsDocuments) -> None:
+    """Raise ArgumentError if the data are documents of one text, without fields."""
+    from ddiff import FieldsDocuments
+
+    if not isinstance(documents, FieldsDocuments):
+        raise ArgumentError(
+            f'The judge "{judge}" needs the data of a recipe with tables [fields.NAME]; got '
+            "documents of one text. Choose another judge, or remove the table [judge]."
+        )
+
+
 def _require_columns(judge: str, documents: FieldsDocuments) -> None:
     """Raise ArgumentError if the data have no images and captions."""
+    _require_fields(judge, documents)
     columns = documents.validation.columns
     if not {IMAGE, TEXT} <= set(columns):
         raise ArgumentError(

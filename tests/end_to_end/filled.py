@@ -47,6 +47,9 @@ steps = 6
 count = 16
 batch = 16
 
+[judge]
+kind = "strings"
+
 [backend]
 device = "cpu"
 """

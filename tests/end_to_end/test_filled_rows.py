@@ -12,7 +12,9 @@ from filled import RECIPE, TRAINING, VALIDATION
 from small import working_in
 
 import ddiff as api
+from ddiff import ArgumentError
 from ddiff.data.tokenizer import AlphabetTokenizer
+from ddiff.runs.generation import generate_and_evaluate
 from ddiff.runs.prompts import encode_infill, encode_prompt, make_frame
 from ddiff.runs.run import Run
 
@@ -78,6 +80,47 @@ def test_prompt_of_a_filled_run_draws_the_rest_of_the_row(filled: Run) -> None:
 def test_edit_of_a_filled_run_keeps_the_length_of_its_source(filled: Run) -> None:
     edited = filled.edit(["dbb"], 0.4, "random", steps=3)
     assert [len(sample["text"]) for sample in edited] == [3]
+
+
+NAMES = [
+    "well-formed strings",
+    "well-formed strings not in the training data",
+    "well-formed strings in the held-out data",
+    "total variation of lengths from held-out strings",
+    "total variation of lengths from held-out strings: other held-out strings",
+]
+
+
+@pytest.mark.slow
+def test_samples_of_a_text_run_are_judged(filled: Run) -> None:
+    judged = json.loads((filled.run_dir / "judged.json").read_text())
+    found = {finding["name"]: finding for finding in judged["targets"]["text"]}
+    assert set(found) <= set(NAMES)
+    lines = (filled.run_dir / "samples.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    good = [text for text in texts if text.strip() and " " not in text.rstrip()]
+    assert found[NAMES[0]]["value"] == len(good) / 16
+    assert found[NAMES[3]]["interval"] is not None
+
+
+@pytest.mark.slow
+def test_generated_samples_of_a_text_run_are_judged(
+    filled: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = generate_and_evaluate(filled.run_dir, count=32)
+    found = {finding["name"]: finding for finding in report.written["findings"]}
+    assert found[NAMES[0]]["count"] == 32
+    assert report.record.figures[f"judged: {NAMES[0]}"].value == found[NAMES[0]]["value"]
+    assert NAMES[0] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_with_a_judge_of_other_data_writes_nothing(filled: Run) -> None:
+    """The judge is built before training."""
+    settings = ["run_dir=runs/refused", 'judge={kind="digits"}']
+    with pytest.raises(ArgumentError, match=r"\[judge\].*got documents of one text"):
+        api.run("filled.toml", settings=settings)
+    assert not Path("runs/refused").exists()
 
 
 @pytest.mark.slow

@@ -417,11 +417,6 @@ def test_setting_of_a_field_on_a_text_recipe_points_to_the_tables_of_text(write)
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (
-            '[judge]\nkind = "plain"',
-            'a recipe has no key or table "judge". Only a recipe with tables [fields.NAME] has '
-            "this table.",
-        ),
         ("[field.text]\nlength = 3", 'no key or table "field". Did you mean "fields"?'),
         (
             '[sample]\ntargets = ["joint"]',

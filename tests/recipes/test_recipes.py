@@ -254,3 +254,10 @@ def test_diff_recipes_lists_dotted_keys_with_both_values(write):
         ("vocabulary.sizes", [64, 8], [64]),
     ]
     assert diff_recipes(old, parse_recipe(RECIPE).to_dict()) == []
+
+
+def test_text_recipe_may_have_a_judge(write):
+    assert read_recipe(write()).judge is None
+    recipe = read_recipe(write(), ["judge=plain"])
+    assert recipe.judge.component.name == "plain"
+    assert read_recipe(write(recipe.to_toml(), "resolved.toml")) == recipe

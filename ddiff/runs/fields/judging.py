@@ -62,12 +62,3 @@ def _normalize(normalizer: Normalizer) -> Callable[[NDArray[np.float64]], NDArra
         return normalizer.encode(torch.from_numpy(vectors)).numpy()
 
     return normalize
-
-
-def describe_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Return findings as plain values."""
-    found = []
-    for finding in findings:
-        interval = None if finding.interval is None else list(finding.interval)
-        found.append({**vars(finding), "interval": interval})
-    return found

@@ -26,12 +26,13 @@ from ddiff.runs.build import Overrides
 from ddiff.runs.fields.build import assemble_fields, build_joint_denoiser_on_meta, shapes_of
 from ddiff.runs.fields.data import RunFields
 from ddiff.runs.fields.grids import write_grids
-from ddiff.runs.fields.judging import describe_findings, judge_samples
+from ddiff.runs.fields.judging import judge_samples
 from ddiff.runs.fields.memory import check_memory
 from ddiff.runs.fields.report import evaluate_once
 from ddiff.runs.fields.run import FieldsRun
 from ddiff.runs.fields.sampling import DrawnSamples, FieldsRequest, draw_fields
 from ddiff.runs.fields.summary import print_summary
+from ddiff.runs.findings import describe_findings
 from ddiff.runs.record import write_run_file
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary

@@ -6,20 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
-from ddiff.evaluation.intervals import FEWEST_SAMPLES, FEWEST_SHUFFLED
+from ddiff.evaluation.intervals import FEWEST_SHUFFLED
 from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
+from ddiff.runs.findings import (
+    make_console,
+    make_table,
+    print_findings,
+    print_table,
+    warn_of_few,
+)
 from ddiff.runs.summary import print_heading
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
     from ddiff.runs.fields.run import FieldsRun
 
-WIDEST = 160  # columns of a table
 SHOWN = 3  # samples of each target
 SMALLEST_WIDTH = 1e-12  # of an interval, as a fraction of the mean; a smaller one is rounding
 LONGEST_VALUE = 72  # characters of a shown value
@@ -60,26 +65,6 @@ def print_summary(
     )
 
 
-def make_console() -> Console:
-    """Return a console for results. Lines that are longer than the terminal are not cut."""
-    return Console(soft_wrap=True, highlight=False)
-
-
-def make_table(*titles: str) -> Table:
-    """Return a table whose cells are not broken into lines."""
-    table = Table(*titles, box=None, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = True
-    table.columns[1].justify = "right"
-    return table
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print a table, also if it is wider than the terminal."""
-    wide = Console(width=max(console.width, WIDEST), highlight=False)
-    wide.print(table)
-
-
 def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the bounds of all targets with their parts by field, controls and exact limits."""
     console = console or make_console()
@@ -116,7 +101,7 @@ def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> N
             note = "of the source: a lower limit for every model"
             table.add_row("  entropy", f"{entropy:.4f}", "", note)
     print_table(table, console)
-    _warn_of_few([bounds["samples"] for bounds in report["targets"].values()], console)
+    warn_of_few([bounds["samples"] for bounds in report["targets"].values()], console)
     for name, bounds in report["targets"].items():
         if bounds["is_below_entropy"]:
             console.print(
@@ -136,12 +121,6 @@ CONTROLS = {
 }
 
 
-def _warn_of_few(counts: Sequence[int], console: Console) -> None:
-    """Print that intervals may be too narrow if one of the numbers of samples is small."""
-    if counts and min(counts) < FEWEST_SAMPLES:
-        console.print(f"Intervals of fewer than {FEWEST_SAMPLES} samples may be too narrow.")
-
-
 def _cells(figures: Mapping[str, Any], key: str) -> tuple[str, str]:
     """Return the cells of a mean and its 95 % interval."""
     mean = f"{figures[key]:.4f}"
@@ -151,28 +130,6 @@ def _cells(figures: Mapping[str, Any], key: str) -> tuple[str, str]:
     if high - low <= SMALLEST_WIDTH * abs(figures[key]):
         return mean, "no interval: all draws are equal"
     return mean, f"[{low:.4f}, {high:.4f}]"
-
-
-def print_findings(judged: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the findings of the judge by target, with intervals and the value by chance."""
-    console = console or make_console()
-    if not judged:
-        return
-    table = make_table("samples", "value", "95 % interval", "count", "chance")
-    for name, findings in judged["targets"].items():
-        table.add_row(Text(name, "bold"), "", "", "", "")
-        for finding in findings:
-            interval = ""
-            if finding["interval"] is not None:
-                low, high = finding["interval"]
-                interval = f"[{low:.3f}, {high:.3f}]"
-            chance = "" if finding["chance"] is None else f"{finding['chance']:.3f}"
-            row = (f"{finding['value']:.3f}", interval, str(finding["count"]), chance)
-            table.add_row(f"  {finding['name']}", *row)
-    console.print()
-    print_table(table, console)
-    counts = [found["count"] for findings in judged["targets"].values() for found in findings]
-    _warn_of_few(counts, console)
 
 
 def print_samples(
