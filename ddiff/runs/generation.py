@@ -191,9 +191,7 @@ def evaluate_generation(
     be used.
     """
     ranks = ranks or Ranks()
-    model = open_judge(judge, run.device, ranks) if isinstance(judge, str) else judge
-    if model is not None and not retokenize:
-        check_same_tokenizer(run, model)
+    model = _open_judge_model(run, judge, retokenize, ranks)
     ranks.on_first(run.read_validation)  # the other ranks then read the tokens in the cache
     number = run.recipe.sample.count if count is None else count
     rows = read_held_out_rows(run, number)
@@ -233,6 +231,19 @@ def evaluate_generation(
             parts["judge"]["mauve"] = judging.measure_mauve(samples, held_out, others, seed)
     written = describe_generation(run, parts, model, time.perf_counter() - start)
     return GenerationReport(figures, baseline, perplexity, written)
+
+
+def _open_judge_model(
+    run: Run, judge: str | JudgeModel | None, retokenize: bool, ranks: Ranks
+) -> JudgeModel | None:
+    """Return the model that scores the samples; None without a judge.
+
+    Raises ArgumentError if the model must score token ids but has another tokenizer.
+    """
+    model = open_judge(judge, run.device, ranks) if isinstance(judge, str) else judge
+    if model is not None and not retokenize:
+        check_same_tokenizer(run, model)
+    return model
 
 
 def _compute_figures(
