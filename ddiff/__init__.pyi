@@ -52,6 +52,7 @@ from .core.process import Prior as Prior
 from .core.process import Query as Query
 from .core.process import TrainedPart as TrainedPart
 from .core.rng import CounterRng as CounterRng
+from .core.schedule import BernsteinSchedule as BernsteinSchedule
 from .core.schedule import CosineSchedule as CosineSchedule
 from .core.schedule import GeometricSchedule as GeometricSchedule
 from .core.schedule import LinearSchedule as LinearSchedule

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import final
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.description import SettingsRepr
-from ddiff.core.numerics import EARLIEST, LATEST, interior
+from ddiff.core.numerics import EARLIEST, LATEST, evaluate_per_time, interior
 from ddiff.core.oracle import propagate
 from ddiff.core.schedule import Schedule
 from ddiff.errors import ArgumentError
@@ -76,6 +76,13 @@ class LevelClock(SettingsRepr, ABC):
 
         The matrices are upper triangular, since the level of a position never falls.
         """
+
+    def per_time(self, values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        """Return values(t) [r,...] of a method of this clock, once for equal neighbouring times.
+
+        A clock with other probabilities in every row overrides this method.
+        """
+        return evaluate_per_time(values, t)
 
     def hazard(self, t: Tensor) -> Tensor:
         """Return the rates lambda_l [r,L] at which positions leave level l, for l = 0..L-1.

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import final
 
 import torch
 from torch import Tensor
 
 from ddiff.core.description import SettingsRepr
+from ddiff.core.numerics import Constant
 from ddiff.errors import ArgumentError
 
 
@@ -152,3 +155,69 @@ class GeometricSchedule(Schedule):
     @property
     def _growth(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
+
+
+# Polynomials of higher degree vary so quickly that numerical transitions (`ddiff.core.clock`) and
+# quadratures of the conformance kit lose accuracy.
+MOST_VALUES = 17
+
+
+@final
+class BernsteinSchedule(Schedule):
+    """Schedule through a table: 1 - alpha is the Bernstein polynomial of rising values.
+
+    With n + 1 values v_0 = 0 <= v_1 <= ... <= v_n = 1,
+
+        1 - alpha(t) = sum_k v_k C(n,k) t^k (1 - t)^(n - k).
+
+    The polynomial follows the values at the times k/n and smooths them. It rises, and stays inside
+    (0,1) for t in (0,1). If no value of one table is below that of another table of equal length,
+    the polynomials are ordered in the same way, strictly if the tables differ. A polynomial of
+    degree at most n has a table of which it is the polynomial.
+
+    Args:
+        values: 2 to 17 values at equally spaced times, from 0 at t = 0 to 1 at t = 1.
+    """
+
+    def __init__(self, values: Sequence[float]) -> None:
+        values = tuple(float(value) for value in values)
+        rises = all(first <= second for first, second in pairwise(values))
+        if not 2 <= len(values) <= MOST_VALUES or not rises or (values[0], values[-1]) != (0, 1):
+            raise ArgumentError(
+                f"BernsteinSchedule: values must be 2 to {MOST_VALUES} numbers that rise from 0 to "
+                f"1; got {values}."
+            )
+        self.values = values
+        degree = len(values) - 1
+        self._clean = _scale_by_binomials([1.0 - value for value in values])
+        self._noise = _scale_by_binomials(values)
+        slopes = [degree * (second - first) for first, second in pairwise(values)]
+        self._slopes = _scale_by_binomials(slopes)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return _evaluate_bernstein(self._clean, t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -_evaluate_bernstein(self._slopes, t)
+
+    def one_minus_alpha(self, t: Tensor) -> Tensor:
+        return _evaluate_bernstein(self._noise, t)
+
+
+def _scale_by_binomials(values: Sequence[float]) -> Constant:
+    """Return the constants v_k C(n,k) of n + 1 values v_k."""
+    degree = len(values) - 1
+    scaled = [value * math.comb(degree, k) for k, value in enumerate(values)]
+    return Constant(torch.tensor(scaled, dtype=torch.float64))
+
+
+def _evaluate_bernstein(scaled: Constant, t: Tensor) -> Tensor:
+    """Return sum_k scaled[k] t^k (1 - t)^(n-k) in the shape of t.
+
+    No term is negative, so the sum keeps its relative accuracy near t = 0 and t = 1.
+    """
+    coefficients = scaled.on(t.device)
+    k = torch.arange(len(coefficients), dtype=torch.float64, device=t.device)
+    time = t.unsqueeze(-1)
+    terms = coefficients * time**k * (1.0 - time) ** k.flip(0)
+    return terms.sum(-1)

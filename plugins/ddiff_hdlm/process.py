@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from ddiff import (
     ArgumentError,
+    BernsteinSchedule,
     CdfClock,
     ComponentConfig,
     ForwardProcess,
@@ -25,6 +26,7 @@ from ddiff import (
     LevelClock,
     LogTimeClock,
     PowerSchedule,
+    Probability,
     Share,
     TreeProcess,
     Vocabulary,
@@ -41,13 +43,15 @@ Power = Annotated[float, Field(ge=0.3, le=10.0)]
 class HierarchicalDiffusion(TreeProcess):
     """Hierarchical diffusion: positions move from tokens to clusters and on to the mask.
 
-    One of three settings gives the rates of these moves:
+    One of four settings gives the rates of these moves:
 
     - gamma: tokens become clusters at the rate gamma/(1 - t), and clusters move up at the rate
       1/(1 - t).
     - rates: states of level l move up at the rate rates[l]/(1 - t).
     - powers: a position has reached level l by time t with the probability t^p, where p is
       powers[l - 1].
+    - occupancies: the same probability is a Bernstein polynomial of the values occupancies[l - 1],
+      which a curve of t follows at equally spaced times.
 
     On a tree of tokens, clusters and the mask, gamma gives the following probabilities at time t,
     where u = 1 - t and the symbols of the paper are in brackets:
@@ -64,6 +68,9 @@ class HierarchicalDiffusion(TreeProcess):
         """One rate per level, from the tokens up; the hazard of the level is rate/(1 - t)."""
         powers: tuple[Power, ...] | None = None
         """One power per level: the level is reached by time t with probability t^power."""
+        occupancies: tuple[tuple[Probability, ...], ...] | None = None
+        """One list of 2 to 17 values per level, rising from 0 to 1: the level is reached by time t
+        with a probability that follows the values. `ddiff clock` finds such lists."""
         xi: Share | tuple[Share, ...] = 1.0
         """Probability that a node moves to its parent and not to another node of the parent's
         level: one number, or one per level."""
@@ -74,12 +81,17 @@ class HierarchicalDiffusion(TreeProcess):
 
         @model_validator(mode="after")
         def _check_one_clock(self) -> HierarchicalDiffusion.Config:
-            clocks = {"gamma": self.gamma, "rates": self.rates, "powers": self.powers}
+            clocks = {
+                "gamma": self.gamma,
+                "rates": self.rates,
+                "powers": self.powers,
+                "occupancies": self.occupancies,
+            }
             given = [name for name, value in clocks.items() if value is not None]
             if len(given) > 1:
                 raise ValueError(
-                    "only one of gamma, rates and powers may be given, since each of these keys "
-                    f"defines all rates; got {' and '.join(given)}"
+                    "only one of gamma, rates, powers and occupancies may be given, since each of "
+                    f"these keys defines all rates; got {' and '.join(given)}"
                 )
             return self
 
@@ -100,6 +112,8 @@ class HierarchicalDiffusion(TreeProcess):
             return CdfClock([PowerSchedule(power) for power in config.powers])
         if config.rates is not None:
             return LogTimeClock(config.rates)
+        if config.occupancies is not None:
+            return CdfClock([BernsteinSchedule(values) for values in config.occupancies])
         above = (1.0,) * (num_levels - 1)
         return LogTimeClock((config.gamma or 1.0, *above))
 
@@ -129,6 +143,7 @@ class HierarchicalDiffusion(TreeProcess):
         # Nearly equal rates: a formula with differences of rates would lose all digits.
         {"rates": (1.0, 1.0001, 0.7), "xi": (0.8, 0.9)},
         {"powers": (0.8, 1.5, 3.0)},
+        {"occupancies": ((0.0, 0.7, 0.9, 1.0), (0.0, 0.1, 0.8, 1.0)), "xi": 0.9},
     )
 
     @classmethod
@@ -136,7 +151,7 @@ class HierarchicalDiffusion(TreeProcess):
         two = HierarchicalVocabulary([[0, 1, 0, 1, 1, 2]])
         # Clusters of unequal size, and tokens that are not sorted by cluster.
         three = HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]])
-        vocabularies = (two, two, two, two, three, three)
+        vocabularies = (two, two, two, two, three, three, two)
         return [
             cls.build(cls.Config.model_validate(keys), vocabulary=vocabulary)
             for keys, vocabulary in zip(cls.example_settings, vocabularies, strict=True)
