@@ -60,6 +60,7 @@ from .core.schedule import PowerSchedule as PowerSchedule
 from .core.schedule import Schedule as Schedule
 from .core.times import FlatTimes as FlatTimes
 from .core.times import Noisy as Noisy
+from .core.times import OccupancyTimes as OccupancyTimes
 from .core.times import TimeRule as TimeRule
 from .core.times import Times as Times
 from .core.times import WindowTimes as WindowTimes

@@ -133,6 +133,11 @@ def nelbo(
     clock = process.information_time
     first, last = rule.ends(clock, rng, slot, slots, length)
     times = rule.draw(clock, rng, slot, slots, length)
+    if times.detour is not None:
+        raise ArgumentError(
+            f"nelbo: rule must stay on the path of the process; got {type(rule).__name__}, which "
+            "draws detours for training. Use rule.with_window(0.0, 1.0)."
+        )
     noisy = corrupt(process, x0, times, scored, rng, "diffusion")
     return NelboTerms(
         closing=closing_term(process, network, x0, last, scored, rng),
@@ -156,7 +161,7 @@ def corrupt(
 
     - its token x0, with time 0, if `times.clean` is True or the position is not scored;
     - otherwise a draw from the prior, if `times.at_prior` is True;
-    - otherwise a draw from q_t(.|x0), with t = `times.t`.
+    - otherwise a draw from q_t(.|x0), with t = `times.t`, of the process along `times.detour`.
 
     Args:
         x0: [B,L] clean tokens.
@@ -166,6 +171,9 @@ def corrupt(
         channel: name of the random stream of `rng` from which the uniforms are taken.
     """
     u = rng.uniform(channel, process.uniforms_per_sample).reshape(times.t.numel(), -1)
+    if times.detour is not None:
+        assert isinstance(process, ForwardProcess)  # vectors have no levels
+        process = process.along(times.detour.flatten())
     flat = process.sample(x0.flatten(0, 1), times.t.reshape(-1), u)
     zt = flat.reshape(x0.shape)
     if times.at_prior is not None:
@@ -200,7 +208,7 @@ def diffusion_term(
     """
     # States in which the integrand of the bound is 0 are not queried.
     evaluated = (speed > 0) & ~noisy.clean & is_active(process, noisy.zt)
-    divergence = _evaluate_at(
+    divergence = evaluate_at(
         network,
         noisy,
         evaluated,
@@ -241,7 +249,7 @@ def decoding_term(
         # If q_0 is the clean token, a state into which the chain never jumps is the clean token.
         evaluated = evaluated & (times.t > 0) & is_active(process, noisy.zt)
     needs_network = process.end_needs_network(noisy.t)
-    nll = _evaluate_at(
+    nll = evaluate_at(
         network,
         noisy,
         evaluated & needs_network,
@@ -289,7 +297,7 @@ def closing_term(
     )
     needs_network = process.end_needs_network(times.t)
     closing_kl = partial(_closing_kl, process)
-    kl = _evaluate_at(
+    kl = evaluate_at(
         network,
         noisy,
         evaluated & needs_network,
@@ -348,7 +356,7 @@ def _closing_kl(
     return torch.where(t < 1, before_end, at_end)
 
 
-def _evaluate_at(
+def evaluate_at(
     network: Network,
     noisy: Noisy,
     evaluated: Tensor,

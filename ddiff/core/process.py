@@ -24,12 +24,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ddiff.core.description import format_settings
+from ddiff.core.detour import Detour
 from ddiff.core.information import InformationTime, uniform_reference
 from ddiff.core.kernel import (
     MAX_DENSE,
@@ -397,6 +398,22 @@ class ForwardProcess(ABC):
         q = log_q.exp()
         terms = q * (log_q - where_or_zero(q > 0, log_q_theta))
         return torch.where(q > 0, terms, 0.0).sum(-1)
+
+    @property
+    def has_level_paths(self) -> bool:
+        """True if the levels of a position can be reached in different proportions (`along`)."""
+        return False
+
+    def along(self, detour: Detour) -> Self:
+        """Return the process of r rows whose occupancies leave the path of the level clock.
+
+        The methods of the result take r rows, whose detours are those of `detour`. Only training
+        uses them. Raises ArgumentError for a process without several levels above the tokens.
+        """
+        raise ArgumentError(
+            f"{type(self).__name__}.along: occupancies can leave their path only in a tree of two "
+            f"or more levels above the tokens; got {self}. Use a time rule without detours."
+        )
 
     def active(self, zt: Tensor) -> Tensor:
         """Return for each row whether its state z_t can add to the bound, bool [r].

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol, final, get_args
 import torch
 from torch import Tensor
 
+from ddiff.core.detour import Detour
 from ddiff.core.information import TimeChange
 from ddiff.core.rng import CounterRng
 from ddiff.errors import ArgumentError
@@ -38,6 +39,8 @@ class Times(NamedTuple):
             position attends to every other position.
         paired: whether later blocks attend to the clean tokens of earlier blocks (`Noisy.memory`).
         absent: bool [B], samples without this field (of several); see `Noisy`. None: no sample.
+        detour: detours [B,L] from the path of the level clock of a tree, for training
+            (`ddiff.core.detour`). None: the occupancies of the levels are those of the clock.
     """
 
     t: Tensor
@@ -47,6 +50,7 @@ class Times(NamedTuple):
     block: Tensor | None = None
     paired: bool = False
     absent: Tensor | None = None
+    detour: Detour | None = None
 
 
 class Noisy(NamedTuple):
@@ -126,6 +130,9 @@ class TimeRule(TimeSampler, Protocol):
     """Number of tokens for which the draws have the least variance; 0: those of a row."""
     has_one_time: bool = False
     """True if all positions of a sequence have the same time."""
+    has_detours: bool = False
+    """True if `draw` returns detours from the path of the level clock of a tree (`Times.detour`).
+    Evaluation and sampling stay on the path."""
 
     def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
         """Return the times of all positions at the information time tau [B] in [0,1].
@@ -198,6 +205,70 @@ class FlatTimes(TimeRule):
         first = _full_attention_times(t[0] * ones, ones)
         last = _full_attention_times(t[1] * ones, ones)
         return first, last
+
+    def with_window(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
+        return FlatTimes(start, stop, tokens)
+
+
+@final
+class OccupancyTimes(TimeRule):
+    """Time rule of trees in which each sequence has level occupancies near the clock's path.
+
+    A sequence gets a time as by `FlatTimes`, and a detour (`ddiff.core.detour`): its occupancies
+    are (1 - m) F(t) + m H(t), where F(t) are those of the level clock, H is a random extreme path,
+    and m is uniform in [0, spread). The weight of a position at level l is dF_l/dt of the detour,
+    divided by the probability of the level on the detour. The mean loss is therefore the mean of
+    the bounds along random paths near the clock's path, each of which is a bound.
+
+    A network that is trained in this way is accurate near the path, so that the bound of other
+    clocks can be measured. Evaluation (`with_window`) and sampling (`at`) use no detours.
+
+    Args:
+        spread: largest share m of an extreme path, in (0,1].
+        start, stop, tokens: as for `FlatTimes`.
+    """
+
+    has_one_time = True
+    has_detours = True
+
+    def __init__(
+        self,
+        spread: float = 0.5,
+        start: float = 0.0,
+        stop: float = 1.0,
+        tokens: int = 16,
+    ) -> None:
+        if not 0.0 < spread <= 1.0:
+            raise ArgumentError(f"OccupancyTimes: spread must be in (0, 1]; got {spread}.")
+        self.spread = spread
+        self.tokens = tokens
+        self._on_path = FlatTimes(start, stop, tokens)
+
+    def draw(
+        self,
+        clock: TimeChange,
+        rng: CounterRng,
+        slot: Tensor,
+        slots: int | Tensor,
+        length: int,
+    ) -> Times:
+        times = self._on_path.draw(clock, rng, slot, slots, length)
+        # One detour per sequence: its positions are independent, with equal occupancies.
+        drawn = rng.uniform("detour", 2)[:, :1].expand(-1, length, -1)
+        return times._replace(detour=Detour(self.spread * drawn[..., 0], drawn[..., 1]))
+
+    def at(self, clock: TimeChange, tau: Tensor, length: int) -> Times:
+        return self._on_path.at(clock, tau, length)
+
+    def ends(
+        self,
+        clock: TimeChange,
+        rng: CounterRng,
+        slot: Tensor,
+        slots: int | Tensor,
+        length: int,
+    ) -> tuple[Times, Times]:
+        return self._on_path.ends(clock, rng, slot, slots, length)
 
     def with_window(self, start: float, stop: float, tokens: int = 16) -> FlatTimes:
         return FlatTimes(start, stop, tokens)

@@ -31,17 +31,19 @@ transitions, `tree_divergence` the KL divergence, and `tree_decoding` the draws 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
+from ddiff.core.detour import Detour, DetourClock
 from ddiff.core.information import uniform_reference
 from ddiff.core.kernel import Kernel
 from ddiff.core.numerics import (
     draw_index,
-    evaluate_per_time,
     find_rows,
     interior,
     log_normalize,
@@ -99,6 +101,26 @@ class TreeProcess(ForwardProcess):
         self.uniforms_per_step = 2
         self.exact_step = self.parents.is_deterministic or decoding == "bayes"
 
+    def with_clock(self, clock: LevelClock) -> Self:
+        """Return the same process with another level clock of as many levels."""
+        self._check_arguments(self.vocabulary, clock, self.decoding)
+        other = copy(self)
+        other.clock = clock
+        other.closes_at_clean = clock.closes_at_clean
+        other.closes_at_prior = clock.closes_at_prior
+        # The copy must not share the information time of the first clock.
+        other.__dict__.pop("information_time", None)
+        return other
+
+    @property
+    def has_level_paths(self) -> bool:
+        return self.clock.num_levels > 1
+
+    def along(self, detour: Detour) -> Self:
+        if not self.has_level_paths:
+            return super().along(detour)
+        return self.with_clock(DetourClock(self.clock, detour))
+
     def _settings(self) -> Iterable[str]:
         xi = self.parents.xi
         return [
@@ -150,9 +172,18 @@ class TreeProcess(ForwardProcess):
 
         The level is at least l with probability F_l(t) (`LevelClock.cdf`).
         """
-        cdf = evaluate_per_time(self.clock.cdf, t)
+        return self.sample_at(x0, self.clock.per_time(self.clock.cdf, t), u)
+
+    def sample_at(self, x0: Tensor, occupancy: Tensor, u: Tensor) -> Tensor:
+        """Draw a state per row with given occupancies in place of those of the clock.
+
+        Args:
+            x0: [r] clean tokens.
+            occupancy: [r,L] probability F_l that the row has reached level l, falling with l.
+            u: [r,uniforms_per_sample] uniforms, as for `sample`.
+        """
         # F_l falls with l: the number of levels with u < F_l is the level.
-        level = (u[:, :1] < cdf).sum(-1)
+        level = (u[:, :1] < occupancy).sum(-1)
         return self.parents.draw(x0, level, u)
 
     def forward_step(self, zs: Tensor, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
@@ -203,7 +234,7 @@ class TreeProcess(ForwardProcess):
 
     def _level_probability(self, zt: Tensor, t: Tensor) -> Tensor:
         """Return pi_l(t) [r], the probability of being at level l, where l is the level of z_t."""
-        pi = evaluate_per_time(self.clock.pi, t)
+        pi = self.clock.per_time(self.clock.pi, t)
         return pick(pi, self.vocabulary.level_of(zt))
 
     # ------------------------------------------------------------------ the bound
@@ -218,7 +249,7 @@ class TreeProcess(ForwardProcess):
         """
         level = self.vocabulary.level_of(zt)
         t = interior(t)
-        inflows = evaluate_per_time(self.clock.inflow, t)
+        inflows = self.clock.per_time(self.clock.inflow, t)
         # Column l - 1 holds the flow into level l.
         inflow = pick(inflows, (level - 1).clamp(min=0))
         rate = inflow / self._level_probability(zt, t)

@@ -87,6 +87,12 @@ class DiffusionObjective:
             raise ArgumentError(
                 f"DiffusionObjective: decoding_share must be in [0, 1); got {decoding_share}."
             )
+        if times.has_detours and not process.has_level_paths:
+            raise ArgumentError(
+                f"DiffusionObjective: {type(times).__name__} draws the occupancies of levels, so "
+                "the process must be a tree of two or more levels above the tokens; got "
+                f'{process}. Use times = "flat".'
+            )
         self.process = process
         self.denoiser = denoiser
         self.loss = loss
@@ -155,6 +161,8 @@ class DiffusionObjective:
         t = _take(noisy.t, rows)
         speed = _take(times.speed, rows)
         is_decoded = _take(decodes, rows)
+        if times.detour is not None:
+            process = process.along(times.detour.take(rows))
         exact = process.weight(x0, zt, t)
         weight = exact
         if not isinstance(self.loss, ElboLoss):  # the weight of ElboLoss is `exact`
@@ -309,6 +317,9 @@ def _merge_times(
     With these divisors, each of the two groups estimates a sum over the whole batch.
     """
     speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))
+    detour = times.detour
+    if detour is not None:  # the decoding term is that of the process, without detours
+        detour = detour._replace(share=torch.where(chosen, 0.0, detour.share))
     return Times(
         torch.where(chosen, first.t, times.t),
         speed,
@@ -316,6 +327,7 @@ def _merge_times(
         _choose(chosen, first.at_prior, times.at_prior),
         _choose(chosen, first.block, times.block),
         times.paired,
+        detour=detour,
     )
 
 

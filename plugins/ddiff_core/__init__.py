@@ -65,6 +65,7 @@ COMPONENTS = {
     "time_rule": {
         "block": "ddiff_core.objectives:Block",
         "flat": "ddiff_core.objectives:Flat",
+        "occupancy": "ddiff_core.objectives:Occupancy",
         "quenched": "ddiff_core.objectives:Quenched",
         "slide": "ddiff_core.objectives:Slide",
     },

@@ -15,9 +15,11 @@ from ddiff import (
     FlatTimes,
     ForwardProcess,
     NonNegativeFloat,
+    OccupancyTimes,
     PositiveFloat,
     PositiveInt,
     Probability,
+    Share,
     TimeRule,
     TrainingLoss,
     WindowTimes,
@@ -123,6 +125,24 @@ class Flat:
     @staticmethod
     def build(config: Config) -> FlatTimes:
         return FlatTimes(config.start, config.stop, config.tokens)
+
+
+@final
+class Occupancy:
+    """Time rule of trees that also trains near the path of the level clock.
+
+    Each sequence has other shares of its positions at the levels of the tree. The network can then
+    be evaluated with other clocks, and `ddiff clock` can find the best one.
+    """
+
+    class Config(Flat.Config):
+        spread: Share = 0.5
+        """Largest share of an extreme path in the level occupancies of a sequence. On an extreme
+        path, the levels are reached one after the other or together."""
+
+    @staticmethod
+    def build(config: Config) -> OccupancyTimes:
+        return OccupancyTimes(config.spread, config.start, config.stop, config.tokens)
 
 
 @final

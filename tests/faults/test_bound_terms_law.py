@@ -87,7 +87,7 @@ def closing_with(
         def whole(zt: Tensor) -> Tensor:
             return torch.full_like(zt, process.vocabulary.root)
 
-        return times.speed * elbo._evaluate_at(network, shown, reads, whole, formula, x0, times.t)
+        return times.speed * elbo.evaluate_at(network, shown, reads, whole, formula, x0, times.t)
 
     return closing
 

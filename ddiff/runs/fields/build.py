@@ -14,6 +14,7 @@ import torch
 from ddiff.core.field import Field, Fields
 from ddiff.core.rng import CounterRng
 from ddiff.core.training_paths import TrainingPath, draw_training
+from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import resolve_precision
 from ddiff.nn.joint_denoiser import JointBackbone, JointDenoiser, StreamShape
 from ddiff.recipe.fields_recipe import FieldsRecipe
@@ -84,7 +85,13 @@ def build_fields(recipe: FieldsRecipe, shapes: Mapping[str, FieldShape]) -> Fiel
     for name, tables in recipe.fields.items():
         shape = shapes[name]
         process = tables.process.build(vocabulary=shape.vocabulary, width=shape.width)
-        fields[name] = Field(process, tables.times.build(), shape.positions)
+        rule = tables.times.build()
+        if rule.has_detours:
+            raise ArgumentError(
+                f"[fields.{name}] times: {type(rule).__name__} is a time rule of runs of one text; "
+                'the times of several fields follow their paths. Use times = "flat".'
+            )
+        fields[name] = Field(process, rule, shape.positions)
     return fields
 
 
