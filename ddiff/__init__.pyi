@@ -161,11 +161,15 @@ from .plugin.registry import Registry as Registry
 from .recipe.fields_recipe import FieldsRecipe as FieldsRecipe
 from .recipe.model import Recipe as Recipe
 from .recipe.resolve import read_recipe as read_recipe
+from .run_dir.clock_record import ClockRecord as ClockRecord
+from .run_dir.clock_record import read_clock as read_clock
 from .run_dir.evaluation_record import EvaluationRecord as EvaluationRecord
 from .run_dir.evaluation_record import Figure as Figure
 from .run_dir.files import read_evaluation as read_evaluation
 from .run_dir.files import read_generation as read_generation
 from .run_dir.generation_record import GenerationRecord as GenerationRecord
+from .runs.clock import ClockSearch as ClockSearch
+from .runs.clock import find_clock as find_clock
 from .runs.evaluation_report import evaluate_run as evaluate_run
 from .runs.export import export_run as export_run
 from .runs.fields.run import FieldsRun as FieldsRun

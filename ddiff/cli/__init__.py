@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sampling.sample,
     "compare": evaluation.compare_runs,
     "pareto": evaluation.pareto,
+    "clock": evaluation.clock,
     "report": evaluation.report,
     "doctor": doctor.doctor,
     "check": components.check,

@@ -1,7 +1,8 @@
-"""Commands for evaluation: eval, compare, report and pareto."""
+"""Commands for evaluation: eval, compare, report, pareto and clock."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from ddiff.cli.completion import complete_run_dir, complete_sampler
 from ddiff.cli.launching import launch_for_run
 from ddiff.cli.options import (
     MOST,
+    ClockSource,
     DocumentSplit,
     EvaluatedCount,
     EvaluatedData,
@@ -60,6 +62,7 @@ def evaluate(
     protocol: ProtocolName = None,
     published: Published = False,
     program: PublishedPaper = None,
+    clock: ClockSource = "recipe",
     processes: RunProcesses = None,
 ) -> None:
     """Evaluate the likelihood bound of a trained run on the validation text, or on other text.
@@ -72,10 +75,10 @@ def evaluate(
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
-        if until is not None or data or protocol or published or program:
+        if until is not None or data or protocol or published or program or clock != "recipe":
             raise ArgumentError(
                 "--generate evaluates samples, so it excludes --until, --data, --protocol, "
-                "--published and --program. Remove --generate to evaluate a text."
+                "--published, --program and --clock. Remove --generate to evaluate a text."
             )
         launch_for_run(context, run_dir, processes)
         from ddiff.runs.generation import generate_and_evaluate
@@ -90,21 +93,27 @@ def evaluate(
             features=features,
         )
         return
-    only_generate = {
-        "--judge": judge,
-        "--count": count,
-        "--no-retokenize": no_retokenize,
-        "--features": features,
-    }
-    for name, value in only_generate.items():
-        if value is not None and value is not False:
-            raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
+    _refuse_without_generate(
+        {
+            "--judge": judge,
+            "--count": count,
+            "--no-retokenize": no_retokenize,
+            "--features": features,
+        }
+    )
     launch_for_run(context, run_dir, processes)
     from ddiff.runs.evaluation_report import evaluate_run
     from ddiff.runs.kinds import EvaluationOptions
 
-    options = EvaluationOptions(until, tuple(data or ()), split, protocol, published, program)
-    evaluate_run(run_dir, settings or (), out, options)
+    given = EvaluationOptions(until, tuple(data or ()), split, protocol, published, program, clock)
+    evaluate_run(run_dir, settings or (), out, given)
+
+
+def _refuse_without_generate(options: Mapping[str, object]) -> None:
+    """Raise ArgumentError if an option of --generate was given without --generate."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ArgumentError(f"{name} needs --generate, which draws samples and evaluates them.")
 
 
 def compare_runs(
@@ -271,3 +280,41 @@ def pareto(
     for remark in swept.remarks:
         typer.echo(remark)
     typer.echo(f"Written to {' and '.join(map(str, swept.written))}")
+
+
+def clock(
+    run_dir: RunDir,
+    cells: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Parts that the measured points divide among the levels; 6 are 28 points for two "
+            "levels.",
+        ),
+    ] = 6,
+    draws: Annotated[
+        int, typer.Option(min=1, max=256, help="Draws per row in the comparison of the clocks.")
+    ] = 4,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=8, max=MOST, help="Number of validation rows; by default all."),
+    ] = None,
+) -> None:
+    """Find the clock of a trained tree with the smallest bound.
+
+    The clock decides when tokens become clusters and masks. The path of a better clock is searched
+    on half of the validation documents. Its bound is compared on the other half with that of the
+    recipe's clock and of masked diffusion. The result is written to clock.json of the run;
+    `ddiff eval` and `ddiff sample` use it with --clock found.
+    """
+    from ddiff.runs.clock import ClockSearch, find_run_clock
+    from ddiff.runs.clock_table import describe_choice, make_bound_rows, make_path_rows
+
+    record, written = find_run_clock(run_dir, ClockSearch(cells, draws=draws, rows=rows))
+    print_columns(*make_bound_rows(record))
+    typer.echo("")
+    print_columns(*make_path_rows(record))
+    for sentence in describe_choice(record):
+        typer.echo(sentence)
+    typer.echo(f"Written to {written}")

@@ -99,6 +99,12 @@ PublishedPaper = Annotated[
         "default), 2503.09573, 2504.06416 or 2506.10892.",
     ),
 ]
+ClockSource = Annotated[
+    Literal["recipe", "found"],
+    typer.Option(
+        help="Clock of a tree: that of the recipe, or the one that `ddiff clock` found.",
+    ),
+]
 JudgeName = Annotated[
     str | None,
     typer.Option(

@@ -10,6 +10,7 @@ import typer
 from ddiff.cli.launching import launch_for_run
 from ddiff.cli.options import (
     AnimationFile,
+    ClockSource,
     Conditions,
     EditedTexts,
     EditModeName,
@@ -64,6 +65,7 @@ def sample(
     watch: WatchSamples = False,
     trajectory: TrajectoryFile = None,
     gif: AnimationFile = None,
+    clock: ClockSource = "recipe",
     processes: RunProcesses = None,
 ) -> None:
     """Draw samples from a trained run, as JSON lines.
@@ -87,6 +89,7 @@ def sample(
         "sampler": sampler,
         "settings": settings or (),
         "prints_ids": not no_ids,
+        "clock": clock,
     }
     if edit:
         from ddiff.runs.stages import edit_run

@@ -266,25 +266,39 @@ def evaluate(
     ranks = ranks or Ranks()
     sums = DocumentSums(len(names))
     scorer = _Scorer(objective, batch_of, index, length, times, seed, device)
-
-    def score_draw(draw: int, bar: Progress) -> None:
-        def score_batch(dealt: _Dealt) -> BatchSums:
-            found = scorer.score(draw, dealt)
-            bar.advance(len(dealt.rows))
-            return found
-
-        batches = list(_deal_strata(index, draw, batch, seed))
-        # every rank adds the batches of all ranks in the same order, so that all sums are equal
-        for dealt, found in zip(batches, ranks.map(score_batch, batches), strict=True):
-            sums.add_batch(index[dealt.rows], draw, found)
-
     # the number of draws is not known in advance if they stop at a width
     total = _count_share(ranks, len(document), batch) * draws if until is None else None
     with show_progress(total, ranks.label("evaluating"), console=ranks.console(console)) as bar:
         while sums.draws < draws or not _is_narrow(sums, until, objective.bound, unit):
-            score_draw(sums.draws, bar)
+            scorer.add_draw(sums, batch, ranks, bar)
     protocol = _describe_settings(sums.draws, until, seed, length)
     return _make_evaluation(sums, num_bytes, unit, objective.bound, protocol)
+
+
+def score_documents(
+    objective: Scored,
+    batch_of: Callable[[Rows], Any],
+    document: NDArray[np.int64],
+    *,
+    length: int,
+    times: TimeRule,
+    draws: int,
+    batch: int = 64,
+    seed: int = 0,
+    device: torch.device | None = None,
+    bar: Progress,
+) -> DocumentSums:
+    """Return the nats of every document and draw, to compare models on equal random numbers.
+
+    `bar` is advanced by one for each row and draw. The other arguments are those of `evaluate`.
+    """
+    _check_arguments(len(document), draws, None, "token")
+    names, index = np.unique(document, return_inverse=True)
+    sums = DocumentSums(len(names))
+    scorer = _Scorer(objective, batch_of, index, length, times, seed, device)
+    for _ in range(draws):
+        scorer.add_draw(sums, batch, Ranks(), bar)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -301,6 +315,20 @@ class _Scorer:
     times: TimeRule
     seed: int
     device: torch.device | None
+
+    def add_draw(self, sums: DocumentSums, batch: int, ranks: Ranks, bar: Progress) -> None:
+        """Add the next draw of all rows to `sums`, in batches of at most `batch` rows."""
+        draw = sums.draws
+
+        def score_batch(dealt: _Dealt) -> BatchSums:
+            found = self.score(draw, dealt)
+            bar.advance(len(dealt.rows))
+            return found
+
+        batches = list(_deal_strata(self.index, draw, batch, self.seed))
+        # every rank adds the batches of all ranks in the same order, so that all sums are equal
+        for dealt, found in zip(batches, ranks.map(score_batch, batches), strict=True):
+            sums.add_batch(self.index[dealt.rows], draw, found)
 
     def score(self, draw: int, dealt: _Dealt) -> BatchSums:
         batch = self.batch_of(dealt.rows)

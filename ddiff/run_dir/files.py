@@ -36,6 +36,8 @@ TRACKED = "tracked.json"
 """Digests of the results that were sent to the tracker."""
 PARETO = "pareto.json"
 PARETO_CHART = "pareto.svg"
+CLOCK = "clock.json"
+"""Field, path and bounds of the clocks of a tree (`ddiff clock`)."""
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
@@ -69,6 +71,7 @@ FILES = (
     TRACKED,
     PARETO,
     PARETO_CHART,
+    CLOCK,
 )
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)
@@ -542,6 +545,8 @@ def _remedy(path: Path) -> str:
         return "Delete the file, and repeat `ddiff eval` with --generate to write it again."
     if path.name == PARETO:
         return "Delete the file, and repeat `ddiff pareto` to write it again."
+    if path.name == CLOCK:
+        return "Delete the file, and repeat `ddiff clock` to write it again."
     if path.name == RECIPE and not is_own_recipe(path):
         return "Restore the file from a copy, or train again with another name."
     if path.is_dir():

@@ -97,6 +97,16 @@ def assemble(
     return Model(vocabulary, process, denoiser, objective, device)
 
 
+def replace_process(recipe: Recipe, model: Model, process: ForwardProcess) -> Model:
+    """Return a model with the denoiser of `model` and another process on the same vocabulary."""
+    loss = recipe.loss.build(process=process) if recipe.loss else None
+    times = recipe.times.build() if recipe.times else None
+    objective = recipe.objective.build(
+        process=process, denoiser=model.denoiser, loss=loss, times=times
+    )
+    return Model(model.vocabulary, process, model.denoiser, objective, model.device)
+
+
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
     """Build the forward process of a recipe.
 

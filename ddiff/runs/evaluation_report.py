@@ -21,7 +21,7 @@ from ddiff.run_dir.files import EVALUATION, damage_error, read_json
 from ddiff.run_dir.identity import Difference
 from ddiff.run_dir.location import check_writable
 from ddiff.runs.evaluation_header import describe_record
-from ddiff.runs.kinds import EvaluationOptions, find_kind
+from ddiff.runs.kinds import ClockSource, EvaluationOptions, find_kind
 from ddiff.runs.loading import load
 from ddiff.runs.provenance import changed_data_error, find_changed_data
 from ddiff.runs.record import write_run_file
@@ -90,6 +90,7 @@ def make_report(
     changed_data: bool = False,
     until: float | None = None,
     ranks: Ranks | None = None,
+    clock: ClockSource = "recipe",
 ) -> EvaluationReport:
     """Evaluate a run on its validation text and return the full content of evaluation.json.
 
@@ -99,8 +100,11 @@ def make_report(
         until: draws are added until the half width of the Monte-Carlo interval is at most this;
             None: [evaluate] draws.
         ranks: processes that divide the batches; None: only this process.
+        clock: source of the level clock of the run, which is part of the protocol.
     """
     wanted, protocol = _settings(run)
+    if clock != "recipe":
+        protocol["clock"] = clock
     if until is not None:
         del protocol["draws"]  # the evaluation decides
     start = time.monotonic()
@@ -158,7 +162,7 @@ def evaluate_run(
     if out is not None:
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_evaluation)
     with connect_ranks() as ranks:
-        run = load(run_dir, settings=settings)
+        run = load(run_dir, settings=settings, clock=options.clock)
         return find_kind(run.recipe).evaluate(run, target, options, ranks)
 
 
@@ -178,6 +182,11 @@ def _check_options(options: EvaluationOptions) -> None:
             f"ddiff eval {name}: expected the text in --data; got none. Name the text files, such "
             "as --data test.txt."
         )
+    if options.clock != "recipe" and options.data:
+        raise ArgumentError(
+            f"ddiff eval --clock {options.clock}: the found clock is evaluated on the validation "
+            "text of the run, so --data must be left out."
+        )
     if options.until is not None and not 0.0 < options.until < math.inf:
         raise ArgumentError(
             "ddiff eval --until: expected a positive half width in nats per token, such as 0.002; "
@@ -186,23 +195,29 @@ def _check_options(options: EvaluationOptions) -> None:
 
 
 def reevaluate(
-    run: Run, target: Destination | None, until: float | None, ranks: Ranks
+    run: Run,
+    target: Destination | None,
+    until: float | None,
+    ranks: Ranks,
+    clock: ClockSource = "recipe",
 ) -> Evaluation:
     """Evaluate a loaded text run again, write the results and print them (see `evaluate_run`).
 
-    `ranks` divide the batches; only rank 0 writes and prints.
+    `ranks` divide the batches; only rank 0 writes and prints. The results with another `clock` than
+    that of the recipe are written to evaluation-CLOCK-clock.json.
     """
+    name = EVALUATION if clock == "recipe" else f"evaluation-{clock}-clock.json"
     if target is None:
         check_writable(run.run_dir)  # before an evaluation that may take hours
     changed = ranks.on_first(lambda: _find_changes(run))
     if changed and target is None:
         raise changed_data_error(run.run_dir, changed)
-    report = make_report(run, changed_data=bool(changed), until=until, ranks=ranks)
+    report = make_report(run, changed_data=bool(changed), until=until, ranks=ranks, clock=clock)
     if not ranks.is_first:
         return report.evaluation
     if changed:
         report = _mark_changed(run, report, changed)
-    place = _write_report(run, report, target)
+    place = _write_report(run.run_dir / name, report, target)
     print_weights(run)
     print_evaluation(report.evaluation, report.baselines, run.data.documents.entropy_rate)
     print_remarks(report.evaluation, report.written, until)
@@ -290,11 +305,10 @@ def _mark_changed(
     return EvaluationReport(report.evaluation, report.baselines, written)
 
 
-def _write_report(run: Run, report: EvaluationReport, target: Destination | None) -> str:
-    """Write the results to `target`, by default evaluation.json of the run; return the path."""
+def _write_report(path: Path, report: EvaluationReport, target: Destination | None) -> str:
+    """Write the results to `target`, or by default to `path`. Return the name of the file."""
     if target is not None:
         write_text(target, report.to_json())
         return target.name
-    path = run.run_dir / EVALUATION
     write_run_file(path, report.to_json())
     return str(path)

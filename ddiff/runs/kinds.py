@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ddiff.runs.trainable import TrainableRun
 
 
+ClockSource = Literal["recipe", "found"]
+"""Clock of a tree: that of the recipe, or the one that `ddiff clock` found."""
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Options of `ddiff eval`.
@@ -43,6 +47,7 @@ class EvaluationOptions:
         protocol: name of a protocol of `ddiff.evaluation.protocols`.
         published: whether the evaluation of a published program replaces ours.
         program: arXiv number of the paper of this program; None: the default.
+        clock: "found" for the clock of a tree that `ddiff clock` found, instead of the recipe's.
     """
 
     until: float | None = None
@@ -51,6 +56,7 @@ class EvaluationOptions:
     protocol: str | None = None
     published: bool = False
     program: str | None = None
+    clock: ClockSource = "recipe"
 
 
 class RunKind(Protocol):

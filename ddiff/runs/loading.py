@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ddiff.core.process import ForwardProcess
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import RECIPE, RunRecord
 from ddiff.run_dir.identity import check_recorded, recorded_overrides
-from ddiff.runs.kinds import find_kind
+from ddiff.runs.kinds import ClockSource, find_kind
 from ddiff.runs.record import open_checkpoints
 
 
 def load(
-    run_dir: str | Path, *, process: ForwardProcess | None = None, settings: Iterable[str] = ()
+    run_dir: str | Path,
+    *,
+    process: ForwardProcess | None = None,
+    settings: Iterable[str] = (),
+    clock: ClockSource = "recipe",
 ) -> Any:
     """Load a trained run with the weights of its newest checkpoint.
 
@@ -25,6 +30,7 @@ def load(
         run_dir: directory that `ddiff run` wrote.
         process: forward process, required if a process was passed to `ddiff.run`.
         settings: `key=value` texts that override keys of [evaluate] and [sample].
+        clock: "found" for the clock in clock.json, which `ddiff clock` writes.
 
     Raises CheckpointError if the run has no complete checkpoint, or if its files do not belong to
     the checkpoint. Raises ArgumentError for a setting outside of [evaluate] and [sample].
@@ -45,7 +51,19 @@ def load(
             f"({given['process']}), so the recipe does not define the process. Load the run with "
             "ddiff.load(run_dir, process=...)."
         )
-    return find_kind(recipe).load_run(recipe, directory, newest, process)
+    if clock not in get_args(ClockSource):
+        raise ArgumentError(
+            f'ddiff.load: clock must be "recipe" or "found"; got {clock!r}. "found" is the clock '
+            "that `ddiff clock` writes to clock.json."
+        )
+    if clock != "recipe":
+        require_text_recipe(recipe, f"the clock {clock!r}")
+    run: Any = find_kind(recipe).load_run(recipe, directory, newest, process)
+    if clock == "recipe":
+        return run
+    from ddiff.runs.found_clock import apply_found_clock  # only trees need it
+
+    return apply_found_clock(run)
 
 
 def _check_settings(settings: Iterable[str]) -> None:

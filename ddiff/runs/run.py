@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,15 @@ import torch
 from rich.console import Console
 
 from ddiff.checkpoint.checkpoints import Checkpoint
+from ddiff.core.clock import LevelClock
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
+from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
+from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.chain_rule import ChainRule
 from ddiff.evaluation.likelihood import Evaluation
@@ -26,7 +29,14 @@ from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import TOKENIZER, VOCABULARY
 from ddiff.run_dir.identity import Difference
-from ddiff.runs.build import NO_OVERRIDES, Model, ModelObjective, Overrides, assemble
+from ddiff.runs.build import (
+    NO_OVERRIDES,
+    Model,
+    ModelObjective,
+    Overrides,
+    assemble,
+    replace_process,
+)
 from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.data import RunData, RunText
 from ddiff.runs.editing import EditRequest, edit_texts
@@ -76,6 +86,19 @@ class Run(TrainableRun):
         model = assemble(text.recipe, vocabulary, device, process=overrides.process)
         data = RunData(text, model.denoiser.condition_dropout, model.denoiser.condition_forms)
         return cls(text.recipe, model, data, overrides)
+
+    def with_clock(self, clock: LevelClock) -> Run:
+        """Return the same run with another level clock, for evaluation and sampling.
+
+        Raises ArgumentError if the process is not a tree.
+        """
+        if not isinstance(self.process, TreeProcess):
+            raise ArgumentError(
+                "run.with_clock: only a tree process has a level clock; got a run with the process "
+                f"{self.process}."
+            )
+        model = replace_process(self.recipe, self.model, self.process.with_clock(clock))
+        return replace(self, model=model)
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())

@@ -31,7 +31,7 @@ from ddiff.runs.directory import (
     tracked_names,
 )
 from ddiff.runs.editing import add_target
-from ddiff.runs.kinds import find_kind
+from ddiff.runs.kinds import ClockSource, find_kind
 from ddiff.runs.loading import load
 from ddiff.runs.observer import SampleObserver
 from ddiff.runs.record import read_recorded_steps, record_run
@@ -99,19 +99,21 @@ def sample_run(
     watch: bool = False,
     trajectory: str | None = None,
     gif: str | None = None,
+    clock: ClockSource = "recipe",
     **arguments: Any,
 ) -> None:
     """Run `ddiff sample`: print one JSON line per sample.
 
     `arguments` are those of `Run.sample` or of `FieldsRun.sample`. Without `prints_ids`, the lines
     have no token ids. `watch` shows the samples on the terminal while they are drawn, `trajectory`
-    is a JSON file for the states after each step, and `gif` an animation of these states.
+    is a JSON file for the states after each step, and `gif` an animation of these states. `clock`:
+    clock of a tree, that of the recipe or the found one.
     """
     observer = SampleObserver.check(watch, trajectory, gif)
     # states are shown and recorded by one process
     connection = connect_ranks() if observer is None else nullcontext(Ranks())
     with connection as ranks:
-        trained = load(run_dir)
+        trained = load(run_dir, clock=clock)
         samples = find_kind(trained.recipe).sample(trained, arguments, prints_ids, observer, ranks)
         if ranks.is_first:
             _print_json_lines(samples)
@@ -124,15 +126,16 @@ def edit_run(
     toward: str | Path | None = None,
     conditions: Mapping[str, Any] | None = None,
     prints_ids: bool = True,
+    clock: ClockSource = "recipe",
     **arguments: Any,
 ) -> None:
     """Run `ddiff sample --edit`: print one JSON line per edited text.
 
     `toward` names a file with the target vectors. `conditions` and `arguments` are arguments of
-    `Run.edit`. Without `prints_ids`, the lines have no token ids.
+    `Run.edit`. Without `prints_ids`, the lines have no token ids. `clock`: as for `sample_run`.
     """
     with connect_ranks() as ranks:
-        trained = load(run_dir)
+        trained = load(run_dir, clock=clock)
         require_text_recipe(trained.recipe, "ddiff sample --edit")
         if toward is not None:
             conditions = add_target(trained.recipe, trained.denoiser, conditions, toward)

@@ -102,12 +102,13 @@ def test_help_option_lists_every_command(capsys):
             "lm-eval",
             "doctor",
             "pareto",
+            "clock",
             "plugins",
             "recipes",
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 14
+    assert len(app.registered_commands) == 15
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):
