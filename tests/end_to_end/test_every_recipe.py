@@ -29,6 +29,8 @@ RECIPES = [
     "sedd_small",
     "sedd_uniform_small",
 ]
+ROWS_RECIPES = ["names_small"]
+"""Recipes of rows of symbols, whose data and tokenizer the tests keep."""
 FIELDS_RECIPES = ["digits_gaussian_small", "digits_small", "latent_small", "shapes_small"]
 LENGTH = 32  # two windows of the width that the recipes have
 TINY = [
@@ -74,8 +76,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_list_of_tested_recipes_contains_every_shipped_recipe() -> None:
     shipped = [name for name in find_shipped_recipes() if not name.startswith("paper/")]
-    assert sorted(shipped) == sorted(RECIPES + FIELDS_RECIPES)
-    assert (len(RECIPES), len(FIELDS_RECIPES)) == (14, 4)
+    assert sorted(shipped) == sorted(RECIPES + ROWS_RECIPES + FIELDS_RECIPES)
+    assert (len(RECIPES), len(ROWS_RECIPES), len(FIELDS_RECIPES)) == (14, 1, 4)
 
 
 @pytest.mark.slow
@@ -98,6 +100,21 @@ def test_shipped_recipe_with_reduced_sizes_trains_and_samples(name: str, place: 
     ids = torch.tensor([sample["ids"] for sample in samples])
     assert ids.shape == (2, LENGTH)
     assert 0 <= int(ids.min()) <= int(ids.max()) < run.vocabulary.num_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS_RECIPES)
+def test_shipped_recipe_of_rows_with_reduced_sizes_is_judged(name: str, place: Path) -> None:
+    """After two steps the bound is below ln V, and the samples and gaps have names."""
+    settings = [setting for setting in TINY if not setting.startswith(("data=", "tokenizer."))]
+    run = ddiff.run(name, settings=[*settings, "evaluate.rows=64", *NETWORK])
+    evaluation = run.evaluate()[0]
+    assert evaluation.unit == "symbol"
+    assert 1.0 < evaluation.nelbo_nats_per_token < 1.5 * math.log(run.vocabulary.num_tokens)
+    judged = json.loads((run.run_dir / "judged.json").read_text())["targets"]
+    assert judged["text"][0]["count"] == 2
+    filled = run.sample(infill="[MASK:5]son", count=2)
+    assert {(len(sample["text"]), sample["text"][5:]) for sample in filled} == {(8, "son")}
 
 
 @pytest.mark.slow
