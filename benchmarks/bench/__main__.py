@@ -39,6 +39,7 @@ PLAIN_LIMITS = {
     "hdlm": 17.0,
 }  # cost of a step of published code, in units of forward and backward of the backbone
 RISE_TARGET, HANDWRITTEN_TARGET, DDP_TARGET = 0.25, 1.05, 1.10
+TAPS, CONVOLUTION_TARGET = 5, 1.06
 
 
 class Effort(NamedTuple):
@@ -54,9 +55,10 @@ class Effort(NamedTuple):
     handwritten: int = 9
     growth: int = 3
     ddp: int = 5
+    convolutions: int = 15
 
 
-QUICK = Effort(train=2, sample=1, plain_steps=3, handwritten=3, growth=1, ddp=2)
+QUICK = Effort(train=2, sample=1, plain_steps=3, handwritten=3, growth=1, ddp=2, convolutions=5)
 Part = Callable[[Effort], list[dict[str, Any]]]
 
 
@@ -302,6 +304,29 @@ def growth(effort: Effort) -> list[dict[str, Any]]:
     return rows
 
 
+def convolutions(effort: Effort) -> list[dict[str, Any]]:
+    """Measure the cost of convolutions and of norms of queries and keys in a training step.
+
+    Rows contain one document, or three documents, which need masks. `effort` has the number of
+    repetitions. Prints a table and returns its rows.
+    """
+    say(f"\n## Convolutions of {TAPS} taps, mdlm, 2 layers, width 256, V = 1024, 32x64\n")
+    say_header("documents", "with", "CPU seconds", "with/without [least, greatest]", "target")
+    rows = []
+    for documents in (1, 3):
+        found = in_process(
+            "convolutions", taps=TAPS, documents=documents, rounds=effort.convolutions
+        )
+        for name in ("convolutions", "qk_norm", "both"):
+            ratio = ratios(found[name], found["plain"])
+            target = CONVOLUTION_TARGET if name == "convolutions" else None
+            seconds = f"{statistics.median(found[name]):.3f}"
+            mark = verdict(ratio["median"], target)
+            say_row(str(documents), name, seconds, spread(ratio), mark)
+            rows.append({"documents": documents, "with": name, "ratio": ratio, "target": target})
+    return rows
+
+
 def ddp(effort: Effort) -> list[dict[str, Any]]:
     """Measure the cost of the gradient all-reduce in a training step of two ranks (DDP).
 
@@ -456,6 +481,7 @@ PARTS: dict[str, Part] = {
     "handwritten": handwritten,
     "growth": growth,
     "ddp": ddp,
+    "convolutions": convolutions,
     "gpu": gpu,
 }
 

@@ -64,11 +64,18 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Model family (mdlm, gidd, hdlm-tied, hdlm-levelwise or ar) at a size."""
+    """Model family (mdlm, gidd, hdlm-tied, hdlm-levelwise or ar) at a size.
+
+    `levels` is the number of tree levels above the tokens, and only trees use it. `convolution` and
+    `qk_norm` are keys of the backbone. `documents` is the number of documents in a training row.
+    """
 
     family: str
     size: Size
-    levels: int = 2  # tree levels above the tokens; used only by trees
+    levels: int = 2
+    convolution: int = 0
+    qk_norm: bool = False
+    documents: int = 1
 
     def __str__(self) -> str:
         return f"{self.family} V={self.size.vocabulary}"
@@ -137,7 +144,15 @@ def head_of(case: Case, vocabulary: Vocabulary) -> Head:
 
 
 def backbone_of(case: Case, vocabulary: Vocabulary) -> DiT:
-    return fill_zero_parameters(DiT(vocabulary, case.size.width, case.size.layers, case.size.heads))
+    backbone = DiT(
+        vocabulary,
+        case.size.width,
+        case.size.layers,
+        case.size.heads,
+        convolution=case.convolution,
+        qk_norm=case.qk_norm,
+    )
+    return fill_zero_parameters(backbone)
 
 
 def fill_zero_parameters(module: nn.Module) -> nn.Module:
@@ -155,15 +170,17 @@ def tokens_of(case: Case, count: int | None = None) -> Tensor:
     )
 
 
-def batch_of(ids: Tensor) -> Batch:
+def batch_of(ids: Tensor, documents: int = 1) -> Batch:
+    """Return a batch of rows `ids` [B,L] without padding, each of `documents` documents."""
     everywhere = torch.ones_like(ids, dtype=torch.bool)
+    document = torch.arange(ids.shape[1], device=ids.device) * documents // ids.shape[1]
     return Batch(
         ids,
         everywhere,
         everywhere,
-        torch.zeros_like(ids),
+        document.expand(ids.shape),
         torch.arange(len(ids), device=ids.device),
-        packed=False,
+        packed=documents > 1,
     )
 
 
@@ -193,7 +210,7 @@ def our_training_step(case: Case) -> Callable[[], float]:
 def step_of(
     case: Case, module: nn.Module, objective: DiffusionObjective | AutoregressiveObjective
 ) -> Callable[[], float]:
-    batch, count = batch_of(tokens_of(case)), 0
+    batch, count = batch_of(tokens_of(case), case.documents), 0
 
     def step() -> float:
         nonlocal count

@@ -127,6 +127,23 @@ def grow(family: str, what: str, rounds: int, levels: int = 2, **size: int) -> l
     return time_alternating({"ours": run}, rounds)["ours"]
 
 
+def convolutions(taps: int, documents: int, rounds: int) -> dict[str, Any]:
+    """Measure training steps of mdlm with and without convolutions and norms of queries and keys.
+
+    The network has two layers, as in the shipped small recipes. `taps` are the taps of the
+    convolutions, and `documents` the number of documents in a row of the batch.
+    """
+    keep_freed_memory()
+    plain = Case("mdlm", Size(1024, layers=2, length=64, batch=32), documents=documents)
+    cases = {
+        "plain": plain,
+        "convolutions": plain._replace(convolution=taps),
+        "qk_norm": plain._replace(qk_norm=True),
+        "both": plain._replace(convolution=taps, qk_norm=True),
+    }
+    return time_alternating({name: our_training_step(c) for name, c in cases.items()}, rounds)
+
+
 def ddp(vocabulary: int, rounds: int) -> dict[str, Any]:
     """Measure a training step with and without the gradient all-reduce of DDP.
 
