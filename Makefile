@@ -1,8 +1,8 @@
 # `make run` and `make test` set up a fresh machine: they create .venv with the first Python 3.11 or newer that they find,
 # and install the dependencies into it. Later calls install nothing.
 #
-#   make run            train, evaluate and sample recipes/hdlm_small.toml
-#   make run RECIPE=recipes/mdlm_small.toml SET="--set train.steps=200"
+#   make run            train, evaluate and sample recipes/mdlm_small.toml
+#   make run RECIPE=recipes/hdlm_small.toml SET="--set train.steps=200"
 #   make test           the whole test suite, on two cores
 #   make lint           ruff, mypy, import-linter
 #   make bench          cost of steps and samples, compared with a plain implementation; takes half an hour
@@ -14,7 +14,7 @@
 # Variables: PYTHON=python3.12 selects the Python and VENV=elsewhere the folder; an empty CONSTRAINTS= permits any version
 # of torch in place of the tested version.
 
-RECIPE = recipes/hdlm_small.toml
+RECIPE = recipes/mdlm_small.toml
 SET =
 PYTHON =
 VENV = .venv
