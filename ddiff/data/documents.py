@@ -45,9 +45,10 @@ class Documents:
     `entropy_rate` is the true entropy in nats per symbol for a generated source, and None for all
     other documents. `own_vectors` are the columns of vectors that are computed from the text, as
     embeddings are: a text given such a vector has no likelihood. `fill` is the symbol with which
-    shorter texts were filled up to rows of one length, and None if there is no such symbol. Raises
-    DataError if the training or validation part is empty, has no column "text", or holds values
-    that are not text.
+    shorter texts were filled up to rows of one length, and None if there is no such symbol.
+    `author` is the author of all documents, if there is only one: a title for tables with quoted
+    words. Raises DataError if the training or validation part is empty, has no column "text", or
+    holds values that are not text.
     """
 
     train: Dataset
@@ -55,6 +56,7 @@ class Documents:
     entropy_rate: float | None = None
     own_vectors: tuple[str, ...] = ()
     fill: str | None = None
+    author: str | None = None
 
     def __post_init__(self) -> None:
         _check_part(self.train, "train")
@@ -120,7 +122,11 @@ def load_bundled_novels() -> Documents:
         part = validation if title == _HELD_OUT_NOVEL else train
         for number, text in enumerate(_split_chapters(file.read_bytes()), start=1):
             part.append((text, f"{title} {number}"))
-    return Documents(documents_from_texts(*zip(*train)), documents_from_texts(*zip(*validation)))
+    return Documents(
+        documents_from_texts(*zip(*train)),
+        documents_from_texts(*zip(*validation)),
+        author="Austen",
+    )
 
 
 def read_text_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ddiff.data.documents import load_bundled_novels
@@ -11,7 +12,9 @@ from ddiff.errors import ArgumentError
 
 # A sentence ends at one of these marks, with the quotation marks after it, before white space.
 _END = re.compile(r"(?<=[.!?])[\"')]*\s+")
+_PARAGRAPH_END = re.compile(r"\n\s*\n")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Dr|St|Messrs|Esq|[A-Z])\.$")
+_LONGEST_ABBREVIATION = len("Messrs.")
 _QUOTES = re.compile(r"[\"_()]")
 
 
@@ -22,21 +25,36 @@ class Sentences(NamedTuple):
     validation: list[str]
 
 
+def find_sentences(text: str) -> Iterator[tuple[int, int]]:
+    """Iterate over the sentences of an English text, as pairs of first and last character + 1.
+
+    A paragraph ends a sentence. Abbreviations such as "Mr." do not. A sentence includes its full
+    stop, but not the quotation marks after it.
+    """
+    start = 0
+    for gap in _PARAGRAPH_END.finditer(text):
+        yield from _find_in_paragraph(text, start, gap.start())
+        start = gap.end()
+    yield from _find_in_paragraph(text, start, len(text))
+
+
+def _find_in_paragraph(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for end in _END.finditer(text, start, stop):
+        last = max(start, end.start() - _LONGEST_ABBREVIATION)
+        if not _ABBREVIATION.search(text, last, end.start()):
+            yield start, end.start()
+            start = end.end()
+    if start < stop:
+        yield start, stop
+
+
 def split_sentences(text: str) -> list[str]:
     """Split an English text into sentences, without quotation marks and with single spaces.
 
-    A paragraph ends a sentence. Abbreviations such as "Mr." do not.
+    `find_sentences` defines the sentences.
     """
-    sentences = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        begun = ""
-        for piece in _END.split(paragraph):
-            begun = f"{begun} {piece}".strip()
-            if not _ABBREVIATION.search(begun):
-                sentences.append(begun)
-                begun = ""
-        sentences.append(begun)
-    plain = (" ".join(_QUOTES.sub("", sentence).split()) for sentence in sentences)
+    found = (text[start:stop] for start, stop in find_sentences(text))
+    plain = (" ".join(_QUOTES.sub("", sentence).split()) for sentence in found)
     return [sentence for sentence in plain if sentence]
 
 

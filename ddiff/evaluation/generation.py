@@ -128,7 +128,7 @@ class SampleFigures:
         sizes = [len(row) for row in ids]
         known = None
         if reference is not None and unit == "token":
-            known = MeanFigure.of(known_shares(words, collect_words(reference)))
+            known = measure_known_words(texts, reference)
         return cls(
             count=len(ids),
             lengths=(min(sizes), sum(sizes) / len(sizes), max(sizes)),
@@ -179,6 +179,15 @@ def collect_words(texts: Iterable[str]) -> set[str]:
     for text in texts:
         words.update(split_words(text))
     return words
+
+
+def measure_known_words(texts: Sequence[str], reference: Iterable[str]) -> MeanFigure | None:
+    """Return the mean share of the words of a sample that occur in the reference texts.
+
+    Returns None if no sample has a word.
+    """
+    words = [split_words(text) for text in texts]
+    return MeanFigure.of(known_shares(words, collect_words(reference)))
 
 
 def known_shares(samples: Sequence[Sequence[str]], known: set[str]) -> Floats:

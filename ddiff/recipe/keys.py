@@ -250,6 +250,8 @@ class SampleKeys(ComponentConfig):
     """Number of samples."""
     batch: PositiveInt = 8
     """Number of samples in a batch. Does not change the samples."""
+    gaps: NonNegativeInt = 8
+    """Number of sentences of the validation documents with a gap that the model fills; 0: none."""
     seed: Seed = 0
     """Seed of the samples."""
     every: PositiveInt | None = None

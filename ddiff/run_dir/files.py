@@ -28,6 +28,8 @@ METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.jsonl"
 SAMPLING = "sampling.json"
+GAPS = "gaps.jsonl"
+"""Gaps in sentences of the validation documents, filled by the model ([sample] gaps)."""
 JUDGED = "judged.json"
 TRAINING_SAMPLES = "training_samples.jsonl"
 """Samples that were drawn during training ([sample] every)."""
@@ -66,6 +68,7 @@ FILES = (
     EVALUATION,
     SAMPLES,
     SAMPLING,
+    GAPS,
     JUDGED,
     GENERATION,
     TRACKED,
@@ -74,7 +77,7 @@ FILES = (
     CLOCK,
 )
 
-REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, JUDGED)
+REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, GAPS, JUDGED)
 """Files that can be deleted, because `ddiff run` writes them again."""
 
 RECORDS = (EVALUATION, GENERATION)
@@ -110,6 +113,17 @@ OBJECTS: dict[str, Shape] = {
     },
     SAMPLING: {"step": int, "seconds": NUMBER, "tokens": int},
     SAMPLES: {"step": int, "index": int, "text": str, "ids": [int], "nfe": NUMBER},
+    GAPS: {
+        "step": int,
+        "index": int,
+        "document": int,
+        "position": int,
+        "before": str,
+        "model": str,
+        "original": str,
+        "after": str,
+        "nfe": NUMBER,
+    },
     METRICS: {"step": int, "tokens": NUMBER, "seconds": NUMBER},
     TRAINING_SAMPLES: {"step": int, "texts": {"*": str}, "steps": int, "nfe": NUMBER},
     GENERATION: {
@@ -506,7 +520,8 @@ def check_readable(directory: Path) -> None:
     """
     for name in (ENVIRONMENT, EVALUATION, SAMPLING, JUDGED):
         read_json(directory / name)
-    read_json_lines(directory / SAMPLES)
+    for name in (SAMPLES, GAPS):
+        read_json_lines(directory / name)
 
 
 def _parse_object(text: str, path: Path, where: str = "") -> dict[str, Any]:

@@ -145,6 +145,17 @@ class RunData:
             return None
         return validation["text"]
 
+    @property
+    def training_texts(self) -> Iterable[str] | None:
+        """Texts of the training documents; None if only their tokens are stored."""
+        train = self.documents.train
+        return train["text"] if "text" in train.column_names else None
+
+    def name_validation_document(self, number: int) -> str | None:
+        """Return the name of a validation document; None if it has none."""
+        validation = self.documents.validation
+        return validation[number]["name"] if "name" in validation.column_names else None
+
     @cached_property
     def train_conditions(self) -> Conditions:
         if not self._names:

@@ -34,46 +34,12 @@ from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.sampling import make_plan
 from ddiff.runs.text_judging import judge_texts
+from ddiff.runs.token_samples import TokenSamples
 from ddiff.sampling.ancestral import AncestralSampler
 from ddiff.sampling.self_correction import SelfCorrectingSampler
 
 ROUNDS = 16  # of the self-correction curve
 _CANDIDATES = 2**16  # held-out rows among which full rows are chosen
-
-
-@dataclass(frozen=True)
-class TokenSamples:
-    """Samples as token ids, and as documents that end marks separate.
-
-    Attributes:
-        ids: token ids of each sample.
-        documents: texts of the documents of each sample, without special tokens.
-    """
-
-    ids: list[list[int]]
-    documents: list[list[str]]
-
-    @classmethod
-    def split(cls, ids: Sequence[Sequence[int]], run: Run) -> TokenSamples:
-        """Split samples at the end marks of the tokenizer of a run.
-
-        Other special tokens are removed from the texts. A sample that ends with an end mark has an
-        empty last document, so that n end marks always separate n + 1 documents.
-        """
-        special = set(run.tokenizer.special_ids)
-        documents: list[list[str]] = []
-        for row in ids:
-            parts: list[list[int]] = [[]]
-            for token in row:
-                if token == run.tokenizer.eos_id:
-                    parts.append([])
-                elif token not in special:
-                    parts[-1].append(token)
-            documents.append(run.tokenizer.decode(parts))
-        return cls([list(row) for row in ids], documents)
-
-    def texts(self) -> list[str]:
-        return ["\n".join(parts) for parts in self.documents]
 
 
 @dataclass(frozen=True, repr=False)

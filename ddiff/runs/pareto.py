@@ -37,7 +37,6 @@ from ddiff.runs.evaluation_header import (
     fingerprint_weights,
 )
 from ddiff.runs.generation import (
-    TokenSamples,
     check_same_tokenizer,
     measure_perplexity,
     read_held_out_rows,
@@ -50,6 +49,7 @@ from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.record import write_run_file
 from ddiff.runs.report.pareto import draw_pareto_file, is_pareto_chart
 from ddiff.runs.run import Run
+from ddiff.runs.token_samples import TokenSamples
 
 COUNT = 64
 """Default number of samples of a point."""

@@ -158,22 +158,27 @@ def draw_batches(
     return [sample for part in parts for sample in part]
 
 
-def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
-    """Raise ArgumentError if a template has text after a gap and later tokens are ignored.
+def find_left_to_right(plan: SamplingPlan) -> tuple[str, str] | None:
+    """Return the part of a plan that ignores the tokens after a gap, and what to use instead.
 
-    An autoregressive network and some samplers ignore the tokens after a gap.
+    An autoregressive network and some samplers ignore these tokens. Returns None if the network and
+    the sampler attend to both sides of a gap.
     """
     if plan.model.denoiser.inputs == "previous":
-        check_no_suffix(
-            templates, "this run's network", "a run whose network attends to both sides"
-        )
-    elif not plan.sampler.looks_ahead:
-        check_no_suffix(
-            templates,
-            f"the sampler {type(plan.sampler).__name__}",
+        return "this run's network", "a run whose network attends to both sides"
+    if not plan.sampler.looks_ahead:
+        remedy = (
             "a sampler that attends to later positions (ancestral, or blockwise with sight=all) if "
-            "the network was trained to do so",
+            "the network was trained to do so"
         )
+        return f"the sampler {type(plan.sampler).__name__}", remedy
+    return None
+
+
+def _check_suffixes(templates: Sequence[Template], plan: SamplingPlan) -> None:
+    """Raise ArgumentError if a template has text after a gap and later tokens are ignored."""
+    if found := find_left_to_right(plan):
+        check_no_suffix(templates, *found)
 
 
 def _report_steps(bar: Progress, on_step: OnStep | None) -> OnStep:

@@ -16,6 +16,9 @@ from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation, TimeBin
 from ddiff.nn.denoiser import Denoiser, has_bfloat16_units
 from ddiff.runs.findings import print_findings
+from ddiff.runs.gap_table import print_gaps
+from ddiff.runs.gaps import FilledGaps
+from ddiff.runs.terminal_view import make_printable
 from ddiff.runs.trainable import TrainableRun
 from ddiff.training.settings import TrainingSummary
 
@@ -85,23 +88,28 @@ def print_summary(
     evaluation: Evaluation,
     counted: Baselines,
     entropy_rate: float | None,
+    filled: FilledGaps,
     samples: Sequence[Mapping[str, Any]],
     judged: Mapping[str, Any],
+    sample_figures: str,
 ) -> None:
-    """Print the results of a run: metrics, samples, paths and suggested commands.
+    """Print the results of a run: metrics, gaps, samples, paths and suggested commands.
 
     `counted` are the unigram and bigram baselines. `entropy_rate` is the entropy rate of the data,
-    or None if it is unknown. `judged` is the content of judged.json, empty without a judge.
+    or None if it is unknown. `filled` are the gaps in held-out sentences. `judged` is the content
+    of judged.json, empty without a judge. `sample_figures` describes the samples, such as
+    "entropy 3.61 nats".
     """
     console = Console(soft_wrap=True, highlight=False)
     print_heading(console, run_dir, title, denoiser, summary)
     print_evaluation(evaluation, counted, entropy_rate, console)
-    print_samples(samples, console)
+    print_gaps(filled, console)
+    print_samples(samples, sample_figures, console)
     print_findings(judged, console)
-    console.print(
-        f"\nWritten to {run_dir}: evaluation.json, samples.jsonl, metrics.jsonl, checkpoints/, "
-        "recipe.toml"
-    )
+    written = ["evaluation.json", "samples.jsonl", "metrics.jsonl", "checkpoints/", "recipe.toml"]
+    if filled.lines:
+        written.insert(1, "gaps.jsonl")
+    console.print(f"\nWritten to {run_dir}: {', '.join(written)}")
     console.print(
         f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the "
         "same command with --set train.steps=N to train longer"
@@ -196,13 +204,20 @@ def _bound_cells(evaluation: Evaluation) -> tuple[str, str]:
     return bound, also
 
 
-def print_samples(samples: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the mean number of network evaluations, then the first samples, each on one line."""
+def print_samples(samples: Sequence[Mapping[str, Any]], figures: str, console: Console) -> None:
+    """Print the mean number of network evaluations, then the first samples, each on one line.
+
+    `figures` describes the samples.
+    """
     if samples:
         nfe = sum(sample["nfe"] for sample in samples) / len(samples)
         title = f"\n{len(samples)} samples, {nfe:.4g} network evaluations for each"
-        more = f"; the first {MOST_SHOWN}" if len(samples) > MOST_SHOWN else ""
-        console.print(f"{title}{more}:")
+        if figures:
+            title += f"; {figures}"
+        if len(samples) > MOST_SHOWN:
+            title += f"; the first {MOST_SHOWN}"
+        console.print(f"{title}:")
     for sample in samples[:MOST_SHOWN]:
         # a Text, since the sample may contain what rich takes for markup
-        console.print(Text(f"  {sample['index']}  " + " ".join(sample["text"].split())))
+        text = make_printable(" ".join(sample["text"].split()))
+        console.print(Text(f"  {sample['index']}  {text}"))

@@ -87,7 +87,7 @@ class StateView:
         level = self.tree.level_of(state)
         is_new = state != old
         if level == 0:
-            word = _make_printable(show_token(self.tree.words[state]).replace(SPACE, " "))
+            word = make_printable(show_token(self.tree.words[state]).replace(SPACE, " "))
             is_correction = is_new and self.tree.level_of(old) == 0
             style = "bold red" if is_correction else "bold" if is_new else ""
             return Text(word, style=style)
@@ -96,11 +96,11 @@ class StateView:
             return Text("░", style="red" if is_new else "dim")
         style = STYLES[min(level, len(STYLES) - 1)]
         # Without spaces, so that a line is broken between two nodes and not within a node.
-        words = _make_printable(self.tree.name_state(state).replace(" ", ""))
+        words = make_printable(self.tree.name_state(state).replace(" ", ""))
         return Text(f"[{words}]", style=style).append(" ", style="default on default")
 
 
-def _make_printable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Return a text without control characters, which a terminal would obey."""
     return "".join(part if part.isprintable() else "·" for part in text)
 

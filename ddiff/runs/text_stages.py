@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.tokenizer import load_tokenizer
 from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
+from ddiff.evaluation.generation import MeanFigure, measure_known_words
+from ddiff.evaluation.ngrams import sample_entropies
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import (
     SAMPLES,
@@ -26,6 +29,7 @@ from ddiff.runs.backends import build_single_backend
 from ddiff.runs.build import Overrides
 from ddiff.runs.data import RunText
 from ddiff.runs.evaluation_report import evaluate_once
+from ddiff.runs.gaps import fill_gaps_once
 from ddiff.runs.memory import check_memory
 from ddiff.runs.meta_device import build_denoiser_on_meta
 from ddiff.runs.record import write_run_file
@@ -33,6 +37,7 @@ from ddiff.runs.run import Run
 from ddiff.runs.sampling import build_sampler
 from ddiff.runs.summary import print_summary
 from ddiff.runs.text_judging import write_judged
+from ddiff.runs.token_samples import TokenSamples
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
@@ -76,6 +81,7 @@ def load_run(
 def after_training(run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
     """Evaluate, sample and print the summary. `ranks` divide the work; only rank 0 prints."""
     report = evaluate_once(run, ranks)
+    filled = fill_gaps_once(run, ranks)
     samples = _sample_once(run, ranks)
     if not ranks.is_first:
         return
@@ -90,8 +96,10 @@ def after_training(run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
         report.evaluation,
         report.baselines,
         run.data.documents.entropy_rate,
+        filled,
         samples,
         write_judged(run, samples),
+        _describe_samples(run, samples),
     )
 
 
@@ -142,6 +150,21 @@ def _sample_once(run: Run, ranks: Ranks) -> list[dict[str, Any]]:
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
     write_run_file(run.run_dir / SAMPLES, "".join(lines))
     return samples
+
+
+def _describe_samples(run: Run, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the entropy of samples, and the share of their words that held-out text contains."""
+    split = TokenSamples.split([sample["ids"] for sample in samples], run)
+    parts = []
+    entropy = MeanFigure.of(sample_entropies(split.ids))
+    if entropy is not None:
+        parts.append(f"entropy {entropy.value:.2f} nats")
+    reference = run.data.validation_texts
+    if reference is not None and run.tokenizer.unit == "token":
+        known = measure_known_words(split.texts(), reference)
+        if known is not None:
+            parts.append(f"{known.value:.0%} of their words occur in held-out text")
+    return ", ".join(parts)
 
 
 def _read_samples(run: Run, step: int) -> list[dict[str, Any]] | None:

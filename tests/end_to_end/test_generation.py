@@ -37,7 +37,6 @@ from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import GENERATION, read_json
 from ddiff.run_dir.generation_record import GENERATION_VERSION, GenerationRecord
 from ddiff.runs.generation import (
-    TokenSamples,
     _read_other_rows,
     evaluate_generation,
     generate_and_evaluate,
@@ -45,6 +44,7 @@ from ddiff.runs.generation import (
 )
 from ddiff.runs.judge_run import RunJudge
 from ddiff.runs.run import Run
+from ddiff.runs.token_samples import TokenSamples
 
 LEFT = [*AUTOREGRESSIVE, 'name="left"', "train.steps=4", "data.length=16"]
 

@@ -1,0 +1,78 @@
+"""Table of filled gaps: the sentence with a blank, the words of the model, the original words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ddiff.runs.gaps import FilledGaps
+from ddiff.runs.terminal_view import make_printable
+
+BLANK = "____"
+DISTANCE = 2  # spaces between two columns
+WORDS_SHARE = 0.25  # largest share of a terminal's width for the words of the model
+
+
+def print_gaps(filled: FilledGaps, console: Console) -> None:
+    """Print three columns: the sentence before, the words of the model, and the original words.
+
+    On a terminal, long cells are wrapped. In a file or pipe, each gap is one line.
+    """
+    if filled.remark:
+        console.print(f"\n{filled.remark}", markup=False)
+    if not filled.lines:
+        return
+    rows = [_make_row(line) for line in filled.lines]
+    equal = sum(model == original for _, model, original in rows)
+    count = f"{len(rows)} gaps" if len(rows) > 1 else "1 gap"
+    console.print(
+        f"\n{count} in sentences of held-out text, {equal} filled with the original words:"
+    )
+    titles = ("before", "model", filled.title)
+    widths = [max(map(cell_len, cells)) for cells in zip(titles, *rows)]
+    if console.is_terminal:
+        console.print(_make_table(titles, rows, _fit_widths(widths, console.width)))
+        return
+    for row in [titles, *rows]:
+        cells = [set_cell_size(cell, width) for cell, width in zip(row, widths)]
+        console.print(Text((" " * DISTANCE).join(cells).rstrip()), soft_wrap=True)
+
+
+def _make_row(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    before = _on_one_line(line["before"])
+    # punctuation follows the blank without a space
+    after = _on_one_line(f"{BLANK}{line['after']}")
+    return f"{before} {after}", _on_one_line(line["model"]), _on_one_line(line["original"])
+
+
+def _on_one_line(text: str) -> str:
+    return make_printable(" ".join(text.split()))
+
+
+def _fit_widths(widths: Sequence[int], width: int) -> list[int]:
+    """Return the widths of the three columns on a terminal of `width` columns."""
+    sentence, *words = widths
+    rest = width - 2 * DISTANCE
+    if sum(widths) > rest:
+        most = int(width * WORDS_SHARE)
+        words = [min(each, most) for each in words]
+        sentence = rest - sum(words)
+    return [sentence, *words]
+
+
+def _make_table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int]
+) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, DISTANCE, 0, 0), collapse_padding=True)
+    for title, width in zip(titles, widths):
+        table.add_column(title, width=width, overflow="fold")
+    for sentence, model, original in rows:
+        style = "bold green" if model == original else "bold"
+        # Text, since a sentence may contain what rich takes for markup
+        table.add_row(Text(sentence), Text(model, style=style), Text(original))
+    return table
