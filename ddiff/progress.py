@@ -11,18 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 # The interval between two lines grows with the elapsed time, so that the log of a job of several
 # days has hundreds of lines instead of ten thousand.
@@ -31,9 +34,11 @@ LINE_EVERY_SECONDS_AT_MOST = 300.0
 LINE_EVERY_SHARE = 0.05  # fraction of the elapsed time, and of the items of a short job
 SHORTEST_INTERVAL = 1.0  # seconds between two lines of a short job
 
+NARROW = 128  # columns of a terminal below which figures take the place of the bar
+
 # The live display of the innermost open job. Two live displays on one terminal would overwrite
 # each other.
-_OPEN: ContextVar[RichProgress | None] = ContextVar("open_progress", default=None)
+_OPEN: ContextVar[_LiveBars | None] = ContextVar("open_progress", default=None)
 
 
 class Progress(Protocol):
@@ -45,6 +50,13 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Print a text on a separate line immediately."""
+        ...
+
+    def show(self, text: str) -> None:
+        """Show a text in one line below the bar, in place of the text of the last call.
+
+        In a file or pipe, the text is printed as by `note`.
+        """
         ...
 
 
@@ -94,22 +106,38 @@ def show_progress(
         yield lines
         lines.finish()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=console) as bar:
+    with _LiveBars(*_choose_columns(console.width), console=console) as bar:
         task = bar.add_task(title, total=total, completed=start, figures="")
         token = _OPEN.set(bar)
         try:
             yield ProgressBar(bar, task)
         finally:
             _OPEN.reset(token)
+
+
+def _choose_columns(width: int) -> list[ProgressColumn]:
+    """Return the columns of a bar on a terminal of `width` columns."""
+    columns = [
+        TextColumn("{task.description}"),
+        _OptionalBar() if width < NARROW else BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=width < NARROW),
+    ]
+    if width >= NARROW:
+        columns.insert(-2, TimeElapsedColumn())
+    return columns
+
+
+class _OptionalBar(BarColumn):
+    """Bar that gives its room to the figures of a job, if it has any."""
+
+    def __init__(self) -> None:
+        super().__init__(bar_width=None)
+
+    def render(self, task: Task) -> Any:
+        return "" if task.fields["figures"] else super().render(task)
 
 
 @contextmanager
@@ -161,21 +189,39 @@ def print_line(line: str, console: Console | None = None) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+class _LiveBars(RichProgress):
+    """Bars of open jobs on a terminal, with a line of text below them."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.line:
+            # one line of the terminal, whatever its width, so that the bars do not move
+            yield Text(self.line, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 @final
 class ProgressBar:
     """Live progress bar on a terminal."""
 
-    def __init__(self, bar: RichProgress, task: TaskID) -> None:
+    def __init__(self, bar: _LiveBars, task: TaskID) -> None:
         self._bar = bar
         self._task = task
         self._figures: dict[str, float] = {}
 
     def advance(self, n: int = 1, **figures: float) -> None:
         self._figures |= figures
-        self._bar.update(self._task, advance=n, figures=_format_figures(self._figures))
+        distance = 1 if self._bar.console.width < NARROW else 2
+        shown = _format_figures(self._figures, distance)
+        self._bar.update(self._task, advance=n, figures=shown)
 
     def note(self, text: str) -> None:
         print_line(text, self._bar.console)
+
+    def show(self, text: str) -> None:
+        # a control character or a line break would move the cursor
+        self._bar.line = "".join(part if part.isprintable() else " " for part in text)
 
 
 @final
@@ -213,6 +259,9 @@ class ProgressLines:
     def note(self, text: str) -> None:
         print_line(text, self._console)
 
+    def show(self, text: str) -> None:
+        self.note(text)
+
     def finish(self) -> None:
         """Print a last line, unless the latest line already shows the number of finished items."""
         if self._printed != self._done:
@@ -237,13 +286,13 @@ def _format_seconds(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _format_figures(figures: dict[str, float]) -> str:
-    """Format named numbers as `loss 4.215  tokens/s 5.31k`."""
+def _format_figures(figures: dict[str, float], distance: int = 2) -> str:
+    """Format named numbers as `loss 4.215  tokens/s 5.31k`, with `distance` spaces between them."""
     parts = []
     for name, value in figures.items():
         label = name.replace("_per_second", "/s").replace("_", " ")
         parts.append(f"{label} {_format_number(value)}")
-    return "  ".join(parts)
+    return (" " * distance).join(parts)
 
 
 def _format_number(value: float) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -11,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ddiff.runs.gaps import FilledGaps
+from ddiff.runs.report.gaps import show_gap
 from ddiff.runs.terminal_view import make_printable
 
-BLANK = "____"
 DISTANCE = 2  # spaces between two columns
 WORDS_SHARE = 0.25  # largest share of a terminal's width for the words of the model
 
@@ -27,7 +26,7 @@ def print_gaps(filled: FilledGaps, console: Console) -> None:
         console.print(f"\n{filled.remark}", markup=False)
     if not filled.lines:
         return
-    rows = [_make_row(line) for line in filled.lines]
+    rows = [tuple(map(make_printable, show_gap(line))) for line in filled.lines]
     equal = sum(model == original for _, model, original in rows)
     count = f"{len(rows)} gaps" if len(rows) > 1 else "1 gap"
     console.print(
@@ -41,17 +40,6 @@ def print_gaps(filled: FilledGaps, console: Console) -> None:
     for row in [titles, *rows]:
         cells = [set_cell_size(cell, width) for cell, width in zip(row, widths)]
         console.print(Text((" " * DISTANCE).join(cells).rstrip()), soft_wrap=True)
-
-
-def _make_row(line: Mapping[str, Any]) -> tuple[str, str, str]:
-    before = _on_one_line(line["before"])
-    # punctuation follows the blank without a space
-    after = _on_one_line(f"{BLANK}{line['after']}")
-    return f"{before} {after}", _on_one_line(line["model"]), _on_one_line(line["original"])
-
-
-def _on_one_line(text: str) -> str:
-    return make_printable(" ".join(text.split()))
 
 
 def _fit_widths(widths: Sequence[int], width: int) -> list[int]:

@@ -23,6 +23,7 @@ from ddiff.runs.sampling import (
     find_left_to_right,
     make_plan,
 )
+from ddiff.runs.trajectory import watch_stage
 from ddiff.sampling.loop import OnStep
 
 ORIGINAL = "original"
@@ -44,11 +45,11 @@ class FilledGaps:
     remark: str = ""
 
 
-def fill_gaps_once(run: Run, ranks: Ranks, on_step: OnStep | None = None) -> FilledGaps:
+def fill_gaps_once(run: Run, ranks: Ranks) -> FilledGaps:
     """Fill the gaps of the recipe with the sampler of the recipe, and write gaps.jsonl.
 
     If gaps.jsonl already contains the same gaps at the newest step, the file is read instead.
-    `ranks` divide the batches; only rank 0 writes. `on_step`: called after each sampling step.
+    `ranks` divide the batches; only rank 0 writes.
     """
     if run.recipe.sample.gaps == 0 or run.tokenizer.unit == "symbol":
         return FilledGaps()
@@ -65,7 +66,8 @@ def fill_gaps_once(run: Run, ranks: Ranks, on_step: OnStep | None = None) -> Fil
     # decided by one process, because rank 0 may write the file before another rank reads it
     lines = ranks.on_first(lambda: _read_saved(run, gaps))
     if lines is None:
-        lines = fill_gaps(run, gaps, ranks, on_step)
+        with watch_stage(run, "filling gaps", ranks, [len(gap.ids) for gap in gaps]) as on_step:
+            lines = fill_gaps(run, gaps, ranks, on_step)
         if ranks.is_first:
             content = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
             write_run_file(run.run_dir / GAPS, "".join(content))

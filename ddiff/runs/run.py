@@ -62,6 +62,8 @@ from ddiff.runs.trainable import TrainableRun, count_preview_steps
 from ddiff.sampling.editing import EditMode
 from ddiff.sampling.loop import OnStep, Sampler
 
+MOST_COUNTED = 2**22  # training tokens whose bigrams are counted during training
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run(TrainableRun):
@@ -424,6 +426,13 @@ class Run(TrainableRun):
     def sample_texts(self, steps: int) -> tuple[Mapping[str, str], int]:
         (sample,) = self.sample(1, steps=steps)
         return {"text": sample["text"]}, sample["nfe"]
+
+    def references(self) -> Mapping[str, float]:
+        """Return the nats per token of a bigram model, if it is counted within a second."""
+        if len(self.data.train_rows) * self.recipe.length > MOST_COUNTED:
+            return {}
+        counted = count_baselines(self.data, self.recipe, self.vocabulary.num_tokens)
+        return {"bigram": counted.bigram_nats_per_token}
 
     def copier(self) -> Callable[[], Run]:
         # the forward process has no weights, so the object is reused

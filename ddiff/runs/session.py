@@ -193,6 +193,7 @@ class TrainingSession(Generic[R]):
             tracker=tracker,
             validation=self._validation(),
             preview=preview,
+            references=self._read_references if end is None else None,
             provenance=self._provenance(),
         )
 
@@ -246,6 +247,9 @@ class TrainingSession(Generic[R]):
 
     def _draw_preview(self) -> tuple[Mapping[str, Any], str]:
         return self.run.draw_preview()
+
+    def _read_references(self) -> Mapping[str, float]:
+        return self.run.references()
 
     def _validate(self) -> tuple[Mapping[str, float], str]:
         return self.run.score_validation(self._ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -17,28 +18,85 @@ MOST_WATCHED = 4  # samples of a batch that the terminal shows
 STYLES = ("", "black on yellow", "black on cyan", "black on magenta")
 """Terminal styles of the levels between the tokens and the mask, by level."""
 HALF_BLOCK = "▀"  # its upper half has the text colour, and its lower half the background colour
+SHORTEST_FRAME = 0.05  # seconds between two frames, because eyes see no more
+WATCH_SHARE = 0.2  # largest share of the time that drawing takes with --watch
 
-Show = Callable[[int, float, Sequence[Text]], None]
-"""show(step, mean time, samples) shows the texts of the samples after a step."""
+Draw = Callable[[], tuple[float, Sequence[Text]]]
+"""draw() reads the states of samples, and returns their mean time and their texts."""
+Show = Callable[[int, Draw], None]
+"""show(step, draw) shows the samples after a step. It does not call `draw` for every step."""
+
+
+class FrameClock:
+    """Clock that limits the share of the time in which frames are drawn.
+
+    The pause after a frame is at least its drawing time divided by `share`. Reading the states is a
+    part of drawing, because the host waits for the device.
+
+        if clock.is_due():
+            with clock.measure():
+                draw()
+    """
+
+    def __init__(self, share: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._share = share
+        self._now = now
+        self._next = now()
+
+    def is_due(self) -> bool:
+        """Return whether the next frame may be drawn."""
+        return self._now() >= self._next
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Measure the time in which a frame is drawn in a `with` block."""
+        began = self._now()
+        yield
+        ended = self._now()
+        self._next = ended + max(SHORTEST_FRAME, (ended - began) / self._share)
 
 
 @contextmanager
-def watch_samples(console: Console | None = None) -> Iterator[Show]:
+def watch_samples(
+    console: Console | None = None,
+    title: str = "",
+    share: float = WATCH_SHARE,
+    transient: bool = False,
+) -> Iterator[Show]:
     """Redraw samples in place on stderr, or on `console`, and hide progress bars.
 
     Yields a function `Show`. In a file or pipe, only the last texts are printed.
+
+    Args:
+        console: output; stderr by default.
+        title: first words of the line above the samples.
+        share: largest share of the time that drawing takes.
+        transient: remove the samples at the end.
     """
     console = console or Console(stderr=True)
     # On a terminal, a bar and the samples would overwrite each other.
     hiding = hide_progress() if console.is_terminal else nullcontext()
-    with hiding, Live(console=console, auto_refresh=False) as live:
+    clock = FrameClock(share)
+    last: tuple[int, Draw] | None = None  # the newest state, unless it is shown
+    with hiding, Live(console=console, auto_refresh=False, transient=transient) as live:
 
-        def show(step: int, time: float, samples: Sequence[Text]) -> None:
-            title = Text(f"step {step}, mean time {time:.3f}\n", style="bold")
-            content = _fit_screen(title, samples, console)
-            live.update(content, refresh=console.is_terminal)
+        def draw_frame(step: int, draw: Draw) -> None:
+            mean_time, samples = draw()
+            heading = f"{title}: step" if title else "step"
+            first = Text(f"{heading} {step}, mean time {mean_time:.3f}\n", style="bold")
+            live.update(_fit_screen(first, samples, console), refresh=console.is_terminal)
+
+        def show(step: int, draw: Draw) -> None:
+            nonlocal last
+            last = (step, draw)
+            if console.is_terminal and clock.is_due():
+                with clock.measure():
+                    draw_frame(step, draw)
+                last = None
 
         yield show
+        if last is not None and not transient:
+            draw_frame(*last)
         live.refresh()
 
 
@@ -58,7 +116,7 @@ def _fit_screen(title: Text, samples: Sequence[Text], console: Console) -> Text:
 
 
 class StateView:
-    """Coloured text of tokens, nodes and masks, in which changes of the last step are marked.
+    """Coloured text of tokens, nodes and masks, in which changes since the last frame are marked.
 
     Masks are shaded blocks. A node of a tree is shown by its typical tokens, in brackets.
     """
@@ -66,15 +124,18 @@ class StateView:
     def __init__(self, tree: TokenTree) -> None:
         self.tree = tree
         self._before: Sequence[Sequence[int]] = []
+        self._batch = 0
 
-    def draw(self, states: Sequence[Sequence[int]], is_first: bool = False) -> list[Text]:
-        """Return the texts of the first samples after a step.
+    def draw(self, states: Sequence[Sequence[int]], batch: int = 0) -> list[Text]:
+        """Return the texts of the first samples of a batch.
 
-        `states` are those of a batch. `is_first`: whether the step is the first of a batch.
+        `states` are those of the batch after a step, and `batch` is the number of the batch.
+        Changes since the last drawn step of the same batch are marked.
         """
         states = states[:MOST_WATCHED]
-        before = states if is_first or len(self._before) != len(states) else self._before
+        before = self._before if batch == self._batch and self._before else states
         self._before = states
+        self._batch = batch
         drawn = []
         for row, previous in zip(states, before):
             text = Text()

@@ -38,6 +38,7 @@ from ddiff.runs.sampling import build_sampler
 from ddiff.runs.summary import print_summary
 from ddiff.runs.text_judging import write_judged
 from ddiff.runs.token_samples import TokenSamples
+from ddiff.runs.trajectory import watch_stage
 from ddiff.training.protocols import Backend
 from ddiff.training.settings import TrainingSummary
 
@@ -137,7 +138,9 @@ def _sample_once(run: Run, ranks: Ranks) -> list[dict[str, Any]]:
     began = time.monotonic()
     # built here because sampler.steps may differ from [sample] steps
     sampler = build_sampler(run.recipe, run.model)
-    samples = [{"step": step, **sample} for sample in run.sample(sampler=sampler, ranks=ranks)]
+    with watch_stage(run, "sampling", ranks) as on_step:
+        drawn = run.sample(sampler=sampler, on_step=on_step, ranks=ranks)
+    samples = [{"step": step, **sample} for sample in drawn]
     if not ranks.is_first:
         return samples
     figures = {

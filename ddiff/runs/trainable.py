@@ -138,6 +138,10 @@ class TrainableRun(ABC):
         }
         return record, f"sample: {' | '.join(shown)}"
 
+    def references(self) -> Mapping[str, float]:
+        """Return numbers to show next to the training loss, by name. The default is none."""
+        return {}
+
     @abstractmethod
     def copier(self) -> Callable[[], Any]:
         """Return a function that builds the run again, with a new plain network.

@@ -10,8 +10,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
+from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
 from ddiff.recipe.resolve import configure_sampler
 from ddiff.run_dir.files import SAMPLES, read_json_lines
@@ -20,8 +23,10 @@ from ddiff.runs.observer import MOST_RECORDED, SampleObserver
 from ddiff.runs.report.clusters import TokenTree, read_tree_of
 from ddiff.runs.report.trajectories import Trajectory
 from ddiff.runs.run import Run
-from ddiff.runs.terminal_view import StateView, watch_samples
+from ddiff.runs.terminal_view import MOST_WATCHED, StateView, watch_samples
 from ddiff.sampling.loop import Canvas, OnStep
+
+STAGE_SHARE = 0.02  # largest share of the time that drawing takes in `ddiff run`
 
 
 class TrajectoryRecorder:
@@ -241,17 +246,55 @@ def observe_samples(
 
 
 @contextmanager
-def watch_text(run: Run) -> Iterator[OnStep]:
+def watch_text(
+    run: Run,
+    sizes: Sequence[int] | None = None,
+    **options: Any,
+) -> Iterator[OnStep]:
     """Show the samples of the current batch on stderr, in place, while they are drawn.
 
-    Yields the callback `on_step` for `Run.sample`.
+    Yields the callback `on_step` for `Run.sample`. `sizes`: number of tokens to show of each
+    sample; None: all. `options` are arguments of `watch_samples`.
     """
     view = StateView(read_tree(run))
     undrawn = find_undrawn(run)
-    with watch_samples() as show:
+    first = 0  # number of the first sample of the current batch
+    following = 0  # and of the next batch
+    with watch_samples(**options) as show:
 
         def on_step(step: int, canvas: Canvas) -> None:
-            states = hide_undrawn(canvas, undrawn).tolist()
-            show(step, float(canvas.t.mean()), view.draw(states, is_first=step == 1))
+            nonlocal first, following
+            if step == 1:
+                first = following
+                following += len(canvas.zt)
+            begin = first
 
+            def draw() -> tuple[float, list[Text]]:
+                states = hide_undrawn(canvas, undrawn)[:MOST_WATCHED].tolist()
+                if sizes is not None:
+                    states = [row[:size] for row, size in zip(states, sizes[begin:])]
+                return float(canvas.t.mean()), view.draw(states, batch=begin)
+
+            show(step, draw)
+
+        yield on_step
+
+
+@contextmanager
+def watch_stage(
+    run: Run, title: str, ranks: Ranks, sizes: Sequence[int] | None = None
+) -> Iterator[OnStep | None]:
+    """Show the samples of a stage of `ddiff run` on the terminal while they are drawn.
+
+    Yields a callback as `watch_text` does, or None if stderr is not a terminal, if several ranks
+    divide the samples, or if the tokens have no texts. At the end the samples are removed, because
+    the summary has them. Drawing takes at most `STAGE_SHARE` of the time.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal or ranks.world_size > 1 or read_tree_of(run.run_dir) is None:
+        yield None
+        return
+    with watch_text(
+        run, sizes, console=console, title=title, share=STAGE_SHARE, transient=True
+    ) as on_step:
         yield on_step

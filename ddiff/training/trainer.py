@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from ddiff.core.rng import CounterRng
 
 MOST_SKIPPED_IN_A_ROW = 20
+BOUND = "nelbo_diffusion_nats_per_token"
+"""Metric that is shown as "bound": the diffusion term, without clipping or other weights."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Trainer:
         validation: evaluation during training. The trained weights are bitwise identical with and
             without validation.
         preview: samples during training, which do not influence the trained weights either.
+        references: function that returns numbers to show next to the loss, such as the nats per
+            token of a bigram model. Rank 0 calls it once, before its first report.
         provenance: origin of components and data, stored in the checkpoints.
 
     A step whose loss or gradient norm is not finite changes neither parameters nor optimizer state
@@ -115,6 +119,7 @@ class Trainer:
         tracker: Tracker | None = None,
         validation: Validation | None = None,
         preview: Preview | None = None,
+        references: Callable[[], Mapping[str, float]] | None = None,
         provenance: Provenance | None = None,
     ) -> None:
         self.objective = objective
@@ -128,6 +133,7 @@ class Trainer:
         self.tracker: Tracker = tracker or NoTracker()
         self.validation = validation
         self.preview = preview
+        self.references = references
         self.provenance = provenance or Provenance()
         self.checkpoints = Checkpoints(f"{self.run_dir}/{CHECKPOINTS}", settings.keep)
         self.ema: ExponentialMovingAverage | None = None
@@ -343,6 +349,7 @@ class _Loop:
         if self.backend.rank == 0:
             self.preview_file = PreviewFile(trainer.run_dir, state.step)
         self.on_step = on_step
+        self._shown_references: Mapping[str, float] | None = None
         self.checkpoint = checkpoint  # path of the newest checkpoint
         self.saved_step = state.step  # step of the newest checkpoint, 0 if there is none
         self.stop = StopSignals()
@@ -504,7 +511,7 @@ class _Loop:
         return figures
 
     def _draw_preview(self, bar: Progress) -> None:
-        """Draw a sample, write it to training_samples.jsonl, and print it."""
+        """Draw a sample, write it to training_samples.jsonl, and show it next to the bar."""
         preview = self.trainer.preview
         assert preview is not None
         if self.backend.rank > 0 and not is_sharded(self.trainer.objective.module):
@@ -516,7 +523,9 @@ class _Loop:
                 record, sentence = {}, str(error)
         if self.preview_file and record:
             self.preview_file.append(self.state.step, record)
-        bar.note(f"step {self.state.step}: {sentence}")
+        # The sample replaces the one before it. An error must stay on the screen.
+        display = bar.show if record else bar.note
+        display(f"step {self.state.step}: {sentence}")
         self.last_read = time.monotonic()  # tokens per second exclude the sample
 
     @contextmanager
@@ -546,14 +555,24 @@ class _Loop:
         self.state.window.clear()
         if self.backend.rank == 0:
             self.trainer.tracker.log(self.state.step, metrics)
-        shown = {"train_loss": "loss", "tokens_per_second": "tokens_per_second"}
+        shown = {"train_loss": "loss", BOUND: "bound", "tokens_per_second": "tokens_per_second"}
         if self.state.skipped_steps:
             shown["skipped_steps"] = "skipped"
         figures: dict[str, float] = {}
         for name, value in metrics.items():
             if name in shown:
                 figures[shown[name]] = value
-        bar.advance(1, **figures)
+        bar.advance(1, **figures, **self._read_references())
+
+    def _read_references(self) -> Mapping[str, float]:
+        """Return the numbers to show next to the loss, which are computed at the first call."""
+        if self._shown_references is None:
+            read = self.trainer.references
+            self._shown_references = {}
+            if read is not None and self.backend.rank == 0:
+                self._shown_references = read()
+            self.last_read = time.monotonic()  # tokens per second exclude the computation
+        return self._shown_references
 
     def _too_many_skipped(self, record: StepRecord) -> str:
         steps = self.trainer.checkpoints.steps()

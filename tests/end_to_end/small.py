@@ -58,6 +58,14 @@ count = 2
 CORPUS = "\n".join(
     f"the {a} {b} sat on the {c}" for a in ("old", "red") for b in ("cat", "hat") for c in "xyzabcd"
 )
+SENTENCES = "\n".join(
+    f"the {a} {b} sat on the {c} and the {d} ran to it."
+    for a in ("old", "red")
+    for b in ("cat", "hat", "rat")
+    for c in ("mat", "box", "bed")
+    for d in ("dog", "cow", "pig")
+)
+"""Corpus whose lines are sentences that are long enough for gaps ([sample] gaps)."""
 FLAT = ['vocabulary={kind="flat"}', 'process={kind="mdlm"}', 'denoiser.head="tokens"']
 AUTOREGRESSIVE = [
     'vocabulary={kind="flat"}',

@@ -7,7 +7,7 @@ Vectors without a picture are not shown. `FieldsRecorder` is a callback `on_step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,33 +221,48 @@ def watch_fields(run: FieldsRun, names: list[str]) -> Iterator[OnJointStep]:
     for name in names:
         if run.values[name].picture is None:
             views[name] = StateView(make_tree(run.values[name]))
+    batch = 0
     with watch_samples() as show:
 
         def on_step(step: int, canvases: Mapping[str, Canvas]) -> None:
-            columns = []
-            times = []
-            for name in names:
-                canvas = canvases[name]
-                times.append(float(canvas.network_input().t.double().mean()))
-                columns.append(_draw_field(run.values[name], views.get(name), canvas, step == 0))
-            samples = []
-            for parts in zip(*columns):
-                sample = Text()
-                for name, part in zip(names, parts):
-                    sample.append(f"{name}\n", style="dim").append_text(part).append("\n")
-                samples.append(sample)
-            show(step, sum(times) / len(times), samples)
+            nonlocal batch
+            batch += step == 0
+            current = batch
+            show(step, lambda: _draw_fields(run, names, views, canvases, current))
 
         yield on_step
 
 
+def _draw_fields(
+    run: FieldsRun,
+    names: Sequence[str],
+    views: Mapping[str, StateView],
+    canvases: Mapping[str, Canvas],
+    batch: int,
+) -> tuple[float, list[Text]]:
+    """Return the mean time of the first samples of a batch, and the texts of their fields."""
+    columns = []
+    times = []
+    for name in names:
+        canvas = canvases[name]
+        times.append(float(canvas.network_input().t.double().mean()))
+        columns.append(_draw_field(run.values[name], views.get(name), canvas, batch))
+    samples = []
+    for parts in zip(*columns):
+        sample = Text()
+        for name, part in zip(names, parts):
+            sample.append(f"{name}\n", style="dim").append_text(part).append("\n")
+        samples.append(sample)
+    return sum(times) / len(times), samples
+
+
 def _draw_field(
-    values: FieldValues, view: StateView | None, canvas: Canvas, is_first: bool
+    values: FieldValues, view: StateView | None, canvas: Canvas, batch: int
 ) -> list[Text]:
     """Return the texts of one field of the first samples."""
     states = canvas.zt[:MOST_WATCHED]
     if view is not None:
-        return view.draw(states.tolist(), is_first)
+        return view.draw(states.tolist(), batch)
     drawn = []
     for pixels in draw_states(values, states):
         # a large picture is shown with fewer pixels

@@ -26,6 +26,7 @@ from ddiff.runs.report.confusions import make_confusions
 from ddiff.runs.report.curves import make_charts
 from ddiff.runs.report.extras import Extras
 from ddiff.runs.report.formulas import make_formulas
+from ddiff.runs.report.gaps import make_gaps
 from ddiff.runs.report.markup import EMPTY, Markup, element, join, json_script, void_element
 from ddiff.runs.report.pareto import make_pareto
 from ddiff.runs.report.raster import draw_png, is_chart_image
@@ -140,6 +141,7 @@ def make_page(
         "evaluation": ("Evaluation", make_evaluation(runs)),
         "pareto": ("Quality, diversity and cost of samples", make_pareto(runs)),
         "trajectories": ("Sampling, step by step", _make_player(extras.trajectories)),
+        "gaps": ("Gaps in held-out sentences", make_gaps(runs)),
         "samples": ("Samples", make_samples(runs)),
         "training-samples": ("Samples during training", make_training_samples(runs)),
         "pictures": ("Pictures", make_pictures(runs)),

@@ -14,6 +14,7 @@ from typing import Any
 from ddiff.errors import ArgumentError
 from ddiff.run_dir.files import (
     EVALUATION,
+    GAPS,
     GENERATION,
     JUDGED,
     LM_EVALS,
@@ -106,6 +107,7 @@ class ReportedRun:
     metrics: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
+    gaps: Sequence[Mapping[str, Any]]
     training_samples: Sequence[Mapping[str, Any]]
     sampling: Mapping[str, Any]
     judged: Mapping[str, Any]
@@ -132,6 +134,7 @@ class ReportedRun:
             metrics=read_json_lines(directory / METRICS),
             evaluation=read_json(directory / EVALUATION),
             samples=read_json_lines(directory / SAMPLES),
+            gaps=read_json_lines(directory / GAPS),
             training_samples=read_json_lines(directory / TRAINING_SAMPLES),
             sampling=read_json(directory / SAMPLING),
             judged=read_json(directory / JUDGED),

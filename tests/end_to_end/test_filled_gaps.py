@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,23 +18,18 @@ from exact import exact_network, row_nats
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
-from small import AUTOREGRESSIVE, FLAT, make_autoregressive_recipe, working_in
+from small import AUTOREGRESSIVE, FLAT, SENTENCES, make_autoregressive_recipe, working_in
 
 import ddiff as api
 from ddiff.data.gaps import Gap
 from ddiff.runs.conditioning import SamplingPlan
-from ddiff.runs.gap_table import BLANK, print_gaps
+from ddiff.runs.gap_table import print_gaps
 from ddiff.runs.gaps import FilledGaps, choose_validation_gaps, fill_gaps, make_template
 from ddiff.runs.prompts import encode_infill
+from ddiff.runs.report.gaps import BLANK
+from ddiff.runs.report.page import write_report
 from ddiff.runs.run import Run
 
-SENTENCES = "\n".join(
-    f"the {a} {b} sat on the {c} and the {d} ran to it."
-    for a in ("old", "red")
-    for b in ("cat", "hat", "rat")
-    for c in ("mat", "box", "bed")
-    for d in ("dog", "cow", "pig")
-)
 SETTINGS = [*FLAT, "data.length=32", "train.steps=3", "tokenizer.size=300"]
 
 
@@ -125,6 +122,22 @@ def test_summary_in_a_pipe_has_plain_lines_with_gaps_before_samples(
     assert pattern in lines[samples]
     assert lines[samples].endswith("% of their words occur in held-out text:")
     assert "gaps.jsonl" in found.out
+
+
+def test_report_has_the_gaps_of_every_run_in_one_table(place: Path, tmp_path: Path) -> None:
+    other = ["train.steps=4", 'name="other"', "sample.gaps=2"]
+    api.run("small.toml", settings=[*SETTINGS, *other])
+    path = tmp_path / "report.html"
+    write_report(["runs/flat", "runs/other"], path)
+    page = path.read_text()
+    (table,) = re.findall(r'<section id="gaps".*?</section>', page, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    assert len(rows) == 1 + 4  # the two gaps of the second run are among the four of the first
+    for row, line in zip(rows[1:], read_lines("flat")):
+        assert f"{line['before']} {BLANK}{line['after']}" in unescape(row)
+        assert row.endswith(f"<td>{line['original'].strip()}</td>")
+    assert rows[1].count("–") == rows[2].count("–") == 0
+    assert rows[3].count("–") == rows[4].count("–") == 1
 
 
 # ---------------------------------------------------------------------- runs without gaps
