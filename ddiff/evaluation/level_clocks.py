@@ -235,8 +235,12 @@ def choose_path(measured: MeasuredField, reference: Tensor, cells: int) -> Chose
 
 
 def compare_nats(first: DocumentSums, second: DocumentSums) -> RatioEstimate:
-    """Return the bound of the first clock minus that of the second, paired by document and draw."""
-    return RatioEstimate.of(first.nats - second.nats, first.tokens)
+    """Return the bound of the first clock minus that of the second, paired by document.
+
+    The clocks may have different numbers of draws, whose mean is compared.
+    """
+    differences = first.nats.mean(-1) - second.nats.mean(-1)
+    return RatioEstimate.of(differences[:, np.newaxis], first.tokens)
 
 
 def split_documents(document: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:

@@ -71,6 +71,10 @@ INSIDE = 0.1
 """Share of the recipe's occupancies in the other clocks. Without it, a path may touch an edge of
 the occupancies, where rates are infinite."""
 
+DIAGONAL_DRAWS = 4
+"""Draws of the diagonal per draw of the other clocks. On the diagonal only few positions are at a
+level between tokens and mask, so that its estimate has more noise."""
+
 
 @dataclass(frozen=True)
 class ClockSearch:
@@ -111,8 +115,8 @@ def find_clock(run: str | Path | Run, search: ClockSearch | None = None) -> Cloc
 
     Every bound of the result is a bound of the trained network, whatever its training was. If
     training had only occupancies on the path of the recipe's clock, predictions far from this path
-    are untrained, and the recipe's clock mostly stays the best one. `times = "occupancy"` in
-    [objective] trains near the path.
+    may be worse, which favours the recipe's clock. `times = "occupancy"` in [objective] trains near
+    the path.
 
     Args:
         run: run, or the directory of a run.
@@ -287,7 +291,9 @@ def _score_clocks(
     assert times is not None  # checked by `_require_tree`
     log_p = _count_tokens(run)
     sums: dict[ClockName, DocumentSums] = {}
-    total = len(clocks) * len(texts.compared) * search.draws
+    draws = dict.fromkeys(clocks, search.draws)
+    draws["diagonal"] *= DIAGONAL_DRAWS
+    total = sum(draws.values()) * len(texts.compared)
     with show_progress(total, "comparing clocks") as bar:
         for name, clock in clocks.items():
             other = run.with_clock(clock)
@@ -298,7 +304,7 @@ def _score_clocks(
                 texts.document[texts.compared],
                 length=run.recipe.length,
                 times=times.with_window(*keys.window, run.recipe.length),
-                draws=search.draws,
+                draws=draws[name],
                 batch=keys.batch,
                 seed=keys.seed,
                 device=run.device,
@@ -352,6 +358,7 @@ def _describe_protocol(run: Run, search: ClockSearch, texts: _SearchTexts) -> di
         "compared_documents": len(np.unique(texts.document[texts.compared])),
         "field_draws": search.field_draws,
         "draws": search.draws,
+        "diagonal_draws": search.draws * DIAGONAL_DRAWS,
         "cells": search.cells,
         "lattice": _count_cells(run.process.clock.num_levels),
         "inside": INSIDE,

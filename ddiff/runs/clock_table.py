@@ -95,6 +95,13 @@ def describe_choice(record: ClockRecord) -> list[str]:
         f"Chosen clock: {record.choice}, the smallest of {len(record.bounds)} bounds on "
         f"{record.protocol['compared_documents']} documents that did not determine the path."
     ]
+    difference = record.find_bound(record.choice).minus_recipe
+    interval = difference.interval
+    if record.choice != "recipe" and (interval is None or interval[1] >= 0.0):
+        sentences.append(
+            "Its difference from the recipe's clock is not significant: the 95 % interval contains "
+            "0. Raise --draws, or evaluate more documents."
+        )
     if record.path is None:
         sentences.append(
             "No path was better than the recipe's on documents that did not determine it (best "
@@ -108,7 +115,7 @@ def describe_choice(record: ClockRecord) -> list[str]:
         )
     if not record.trained_near_path:
         sentences.append(
-            "The run was trained only on the path of its clock, so that its predictions on other "
-            'paths are poor. Train with [objective] times = "occupancy" to find a better clock.'
+            "The run was trained only on the path of its clock, and its predictions may be worse "
+            'far from it. [objective] times = "occupancy" trains near the path, too.'
         )
     return sentences
