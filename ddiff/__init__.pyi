@@ -81,6 +81,8 @@ from .data.corpus import Corpus as Corpus
 from .data.corpus import ShardedCorpus as ShardedCorpus
 from .data.corpus import SourceCorpus as SourceCorpus
 from .data.corpus import StreamedCorpus as StreamedCorpus
+from .data.digit_rows import check_digit_length as check_digit_length
+from .data.digit_rows import load_digit_rows as load_digit_rows
 from .data.documents import Documents as Documents
 from .data.documents import documents_from_texts as documents_from_texts
 from .data.documents import fingerprint_texts as fingerprint_texts
@@ -104,6 +106,7 @@ from .data.sentences import load_sentences as load_sentences
 from .data.sources import TextSource as TextSource
 from .data.sources import open_file_source as open_file_source
 from .data.sources import open_hub_source as open_hub_source
+from .data.standard_library import read_standard_library as read_standard_library
 from .data.symbol_rows import check_name_length as check_name_length
 from .data.symbol_rows import load_bundled_names as load_bundled_names
 from .data.symbol_rows import read_symbol_rows as read_symbol_rows

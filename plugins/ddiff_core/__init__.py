@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 COMPONENTS = {
     "dataset": {
         "bundled": "ddiff_core.data:Bundled",
+        "digit_rows": "ddiff_core.data:DigitRows",
         "files": "ddiff_core.data:Files",
         "hub": "ddiff_core.data:Hub",
         "jsonl": "ddiff_core.data:JsonLines",
         "markov": "ddiff_core.data:Markov",
         "names": "ddiff_core.data:Names",
         "shards": "ddiff_core.data:Shards",
+        "standard_library": "ddiff_core.data:StandardLibrary",
         "symbols": "ddiff_core.data:Symbols",
         "text": "ddiff_core.data:Text",
         "vector_files": "ddiff_core.vector_documents:ConditionedVectorFiles",
@@ -47,6 +49,7 @@ COMPONENTS = {
         "clusters": "ddiff_core.vocabularies:Clusters",
         "file": "ddiff_core.vocabularies:File",
         "flat": "ddiff_core.vocabularies:Flat",
+        "patterns": "ddiff_core.token_patterns:Patterns",
     },
     "head": {
         "levelwise": "ddiff_core.heads:Levelwise",

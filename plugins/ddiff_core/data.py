@@ -70,6 +70,49 @@ class Names:
         check_name_length(length)
 
 
+class DigitRows:
+    """1,797 images of handwritten digits as rows of symbols, bundled with the package (0.1 MB).
+
+    Every image is one row of 64 symbols, the grey levels of its pixels row by row. The symbols "0"
+    to "9" and "a" to "g" are the levels 0 (background) to 16. The last 450 images, of other
+    writers, are for validation. The tokenizer must be "alphabet".
+    """
+
+    class Config(ComponentConfig):
+        """Empty: this corpus has no keys."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        from ddiff import load_digit_rows
+
+        return load_digit_rows(length=length)
+
+    @staticmethod
+    def preview(config: Config, *, length: int) -> None:
+        """Raise ArgumentError if `length` is not the number of pixels of an image."""
+        from ddiff import check_digit_length
+
+        check_digit_length(length)
+
+
+class StandardLibrary:
+    """Python source of the standard library of the running Python, one document per module.
+
+    Tests and tables of data are left out. The documents differ between versions of Python, so that
+    results of different versions are not comparable.
+    """
+
+    class Config(ComponentConfig):
+        held_out: HeldOut = 0.05
+        """Fraction of the modules for validation, chosen by the hash of their text."""
+
+    @staticmethod
+    def build(config: Config, *, length: int, seed: int, cache: Cache | None) -> Documents:
+        from ddiff import read_standard_library
+
+        return read_standard_library(held_out=config.held_out)
+
+
 class Text:
     """Corpus of UTF-8 text files."""
 

@@ -14,12 +14,14 @@ from corpora import WORDS
 from ddiff_core import COMPONENTS
 from ddiff_core.data import (
     Bundled,
+    DigitRows,
     Files,
     Hub,
     JsonLines,
     Markov,
     Names,
     Shards,
+    StandardLibrary,
     Symbols,
     Text,
 )
@@ -33,6 +35,7 @@ from ddiff_core.fields_files import (
     VectorShards,
 )
 from ddiff_core.sentences import Sentences
+from ddiff_core.token_patterns import Patterns
 from ddiff_core.tokenizers import Alphabet, BytePair, Letters, Pretrained, Saved, Words
 from ddiff_core.vector_documents import ConditionedVectorFiles, ConditionedVectorShards
 from ddiff_core.vocabularies import Clusters, File, Flat
@@ -68,13 +71,14 @@ def build_clusters(
 
 def test_data_component_tests_list_every_registered_data_component() -> None:
     """Data sets from files of vectors and images are tested in other modules of this folder."""
-    texts = (Bundled, Files, Hub, JsonLines, Markov, Names, Shards, Symbols, Text)
+    bundled = (Bundled, DigitRows, Names, StandardLibrary)
+    texts = (Files, Hub, JsonLines, Markov, Shards, Symbols, Text)
     fields_files = (EncodedTexts, ImageTables, Images, TokenGrids, VectorFiles, VectorShards)
     here = {
-        "dataset": (*texts, ConditionedVectorFiles, ConditionedVectorShards),
+        "dataset": (*bundled, *texts, ConditionedVectorFiles, ConditionedVectorShards),
         "tokenizer": (Alphabet, BytePair, Letters, Pretrained, Saved, Words),
         "fields_dataset": (Digits, Sentences, Shapes, *fields_files),
-        "vocabulary": (Clusters, File, Flat),
+        "vocabulary": (Clusters, File, Flat, Patterns),
     }
     for kind, objects in here.items():
         assert {target.split(":")[1] for target in COMPONENTS[kind].values()} == {
@@ -85,6 +89,7 @@ def test_data_component_tests_list_every_registered_data_component() -> None:
 def test_data_component_modules_import_no_heavy_libraries() -> None:
     script = (
         "import sys, ddiff_core.data, ddiff_core.tokenizers, ddiff_core.vocabularies\n"
+        "import ddiff_core.token_patterns\n"
         "heavy = ('torch', 'datasets', 'transformers', 'faiss', 'numpy')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
