@@ -16,6 +16,8 @@ from ddiff.recipe.files import find_shipped_recipes
 RECIPES = [
     "ar_small",
     "bd3_small",
+    "code_hdlm_small",
+    "code_mdlm_small",
     "gidd_plus_small",
     "gidd_small",
     "hdlm_small",
@@ -31,6 +33,8 @@ RECIPES = [
 ]
 ROWS_RECIPES = ["names_small"]
 """Recipes of rows of symbols, whose data and tokenizer the tests keep."""
+DIGITS_RECIPES = ["digits_hdlm_small", "digits_mdlm_small"]
+"""Recipes of digits as rows of symbols, whose data and tokenizer the tests keep."""
 FIELDS_RECIPES = ["digits_gaussian_small", "digits_small", "latent_small", "shapes_small"]
 LENGTH = 32  # two windows of the width that the recipes have
 TINY = [
@@ -76,8 +80,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_list_of_tested_recipes_contains_every_shipped_recipe() -> None:
     shipped = [name for name in find_shipped_recipes() if not name.startswith("paper/")]
-    assert sorted(shipped) == sorted(RECIPES + ROWS_RECIPES + FIELDS_RECIPES)
-    assert (len(RECIPES), len(ROWS_RECIPES), len(FIELDS_RECIPES)) == (14, 1, 4)
+    assert sorted(shipped) == sorted(RECIPES + ROWS_RECIPES + DIGITS_RECIPES + FIELDS_RECIPES)
+    assert (len(RECIPES), len(DIGITS_RECIPES), len(FIELDS_RECIPES)) == (16, 2, 4)
+    assert len(ROWS_RECIPES) == 1
 
 
 @pytest.mark.slow
@@ -115,6 +120,20 @@ def test_shipped_recipe_of_rows_with_reduced_sizes_is_judged(name: str, place: P
     assert judged["text"][0]["count"] == 2
     filled = run.sample(infill="[MASK:5]son", count=2)
     assert {(len(sample["text"]), sample["text"][5:]) for sample in filled} == {(8, "son")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIGITS_RECIPES)
+def test_shipped_recipe_of_digits_with_reduced_sizes_trains_and_samples(
+    name: str, place: Path
+) -> None:
+    """After two steps the bound is near ln V, and a sample is an image of 64 symbols."""
+    settings = [setting for setting in TINY if not setting.startswith(("data=", "tokenizer."))]
+    run = ddiff.run(name, settings=[*settings, "evaluate.rows=32", *NETWORK])
+    evaluation = run.evaluate()[0]
+    assert (evaluation.unit, evaluation.documents) == ("symbol", 32)
+    assert 1.0 < evaluation.nelbo_nats_per_token < 1.5 * math.log(17)
+    assert [len(sample["text"]) for sample in run.sample(2)] == [64, 64]
 
 
 @pytest.mark.slow
