@@ -1,0 +1,214 @@
+"""Compare trees of tokens with masked diffusion on data that have a natural tree.
+
+    python benchmarks/natural_trees.py runs/natural             # digits and code, seeds 0, 1, 2
+    python benchmarks/natural_trees.py runs/natural --data digits --seeds 0 --set train.steps=400
+    python benchmarks/natural_trees.py runs/natural --clock     # also `ddiff clock` of each tree
+
+The runs of a data set differ only in the tree and the seed. A tree and masked diffusion of the same
+seed have the same batches, and are evaluated with the same random numbers. The script can be
+stopped and started again: finished runs are not repeated. It prints Markdown tables. Negative
+differences mean that the tree has the smaller bound. A difference has two 95 % intervals: over
+seeds (Student), and over groups of validation documents, for the mean over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ddiff
+from ddiff.evaluation.intervals import student95
+from ddiff.evaluation.ratio import RatioEstimate
+
+SEEDS = (0, 1, 2)
+FLAT = "flat"
+DRAWS = 8  # of times and noise per document, in the paired differences
+
+
+class Trained(NamedTuple):
+    """A tree of a data set: recipe, and overrides of recipe keys."""
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+class Compared(NamedTuple):
+    """Data set with its trees.
+
+    Attributes:
+        trees: name of each tree -> run. `FLAT` is masked diffusion.
+        block: number of consecutive documents that the intervals treat as one. Neighbouring images
+            of digits are of one writer.
+    """
+
+    trees: Mapping[str, Trained]
+    block: int
+
+
+def _groups(text: str) -> tuple[str, ...]:
+    return (f"vocabulary.groups={text}",)
+
+
+def _clusters(sizes: str) -> tuple[str, ...]:
+    return (f'vocabulary={{kind="clusters", sizes={sizes}}}',)
+
+
+DIGITS = {
+    FLAT: Trained("digits_mdlm_small"),
+    # The recipe's tree: five groups of levels under "no ink" and "ink".
+    "ink, brightness": Trained("digits_hdlm_small"),
+    "brightness": Trained(
+        "digits_hdlm_small", _groups('["0", "[1-4]", "[5-8]", "[9a-c]", "[d-g]"]')
+    ),
+    "ink": Trained("digits_hdlm_small", _groups('["0", "[1-9a-g]"]')),
+    # The same sizes with groups of distant levels: the effect of the shape of the tree.
+    "ink, distant levels": Trained(
+        "digits_hdlm_small", _groups('[["0"], ["[159d]", "[26ae]", "[37bf]", "[48cg]"]]')
+    ),
+    "k-means 5 and 2": Trained("digits_hdlm_small", _clusters("[5, 2]")),
+}
+CODE = {
+    FLAT: Trained("code_mdlm_small"),
+    # The recipe's tree: 13 kinds under layout, words and signs.
+    "kinds": Trained("code_hdlm_small"),
+    "layout, words, signs": Trained(
+        "code_hdlm_small",
+        _groups(r"""['<\|eos\|>|Ġ*Ċ[ĠĊ]*|Ġ+', 'Ġ?[A-Za-z]+|Ġ?_+|Ġ?[0-9]+', '.*']"""),
+    ),
+    "k-means 13 and 3": Trained("code_hdlm_small", _clusters("[13, 3]")),
+    "k-means 32": Trained("code_hdlm_small", _clusters("[32]")),
+}
+DATA = {"digits": Compared(DIGITS, 10), "code": Compared(CODE, 1)}
+
+
+class Bounds(NamedTuple):
+    """Nats and tokens of each block of documents, both [D], from one run."""
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+def find_run_dir(folder: Path, data: str, tree: str, seed: int) -> Path:
+    words = "".join(letter if letter.isalnum() else " " for letter in tree).split()
+    return folder / f"{data}_{'_'.join(words)}_seed{seed}"
+
+
+def train(place: Path, trained: Trained, seed: int, settings: Sequence[str]) -> None:
+    """Run a recipe, unless the run is finished."""
+    given = (f"run_dir={place}", f"seed={seed}", *trained.settings, *settings)
+    command = [sys.executable, "-m", "ddiff", "run", trained.recipe]
+    for text in given:
+        command += ["--set", text]
+    subprocess.run(command, check=True)
+
+
+def score(place: Path, block: int) -> Bounds:
+    """Evaluate a run on blocks of validation documents, with equal random numbers in all runs."""
+    run = ddiff.load(place)
+    recipe = run.recipe
+    documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
+    texts = documents.validation["text"][:]
+    nats = []
+    tokens = []
+    for start in range(0, len(texts), block):
+        found = run.nelbo(texts[start : start + block], draws=DRAWS)
+        nats.append(found.nelbo_nats_per_token * found.tokens)
+        tokens.append(found.tokens)
+    return Bounds(np.array(nats), np.array(tokens, np.float64))
+
+
+def describe_difference(trees: Sequence[Bounds], flat: Sequence[Bounds]) -> tuple[str, str, str]:
+    """Return the mean difference, and half the widths of its intervals over seeds and documents.
+
+    `trees` and `flat` hold the runs of the same seeds, in the same order.
+    """
+    by_seed = [tree.mean - other.mean for tree, other in zip(trees, flat, strict=True)]
+    mean = statistics.fmean(by_seed)
+    over_seeds = "–"
+    if len(by_seed) > 1:
+        standard = statistics.stdev(by_seed) / math.sqrt(len(by_seed))
+        over_seeds = f"{student95(len(by_seed) - 1) * standard:.4f}"
+    differences = [tree.nats - other.nats for tree, other in zip(trees, flat, strict=True)]
+    averaged = np.mean(differences, axis=0)[:, None]
+    total = RatioEstimate.of(averaged, flat[0].tokens).total
+    over_documents = "–" if total is None else f"{total.half_width:.4f}"
+    return f"{mean:+.4f}", over_seeds, over_documents
+
+
+def print_table(data: str, bounds: Mapping[str, Sequence[Bounds]], seeds: Sequence[int]) -> None:
+    titles = [data, *(f"seed {seed}" for seed in seeds)]
+    titles += ["minus flat", "± over seeds", "± over documents"]
+    lines = [titles, ["---"] * len(titles)]
+    for tree, found in bounds.items():
+        values = [f"{item.mean:.4f}" for item in found]
+        difference = ("–",) * 3 if tree == FLAT else describe_difference(found, bounds[FLAT])
+        lines.append([tree, *values, *difference])
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
+    print(flush=True)
+
+
+def find_clock(place: Path) -> Any:
+    """Return the content of clock.json of a run; `ddiff clock` writes the file if it is missing."""
+    file = place / "clock.json"
+    if not file.exists():
+        subprocess.run([sys.executable, "-m", "ddiff", "clock", str(place)], check=True)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def print_clocks(places: Sequence[Path]) -> None:
+    """Print the bounds of the clocks of runs on the documents that the search did not use."""
+    print("| run | clock | nats/token | minus recipe's clock | 95 % interval |")
+    print("| --- | --- | --- | --- | --- |")
+    for place in places:
+        for bound in find_clock(place)["bounds"]:
+            change = bound["minus_recipe"]
+            interval = "–"
+            if change["interval"]:
+                low, high = change["interval"]
+                interval = f"{low:+.4f} to {high:+.4f}"
+            values = f"{bound['bound']['value']:.4f} | {change['value']:+.4f} | {interval}"
+            print(f"| {place.name} | {bound['name']} | {values} |")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="directory of the runs")
+    parser.add_argument("--data", choices=list(DATA), nargs="+", default=list(DATA))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of all recipes")
+    parser.add_argument("--clock", action="store_true", help="find the clock of each tree")
+    given = parser.parse_args()
+    for data in given.data:
+        compared = DATA[data]
+        places = {}
+        # All trees of a seed are trained before the next seed, so that an early table is complete.
+        for seed in given.seeds:
+            for tree, trained in compared.trees.items():
+                places[tree, seed] = find_run_dir(given.folder, data, tree, seed)
+                train(places[tree, seed], trained, seed, given.set)
+        bounds = {}
+        for tree in compared.trees:
+            bounds[tree] = [score(places[tree, seed], compared.block) for seed in given.seeds]
+        print_table(data, bounds, given.seeds)
+        if given.clock:
+            print_clocks([place for (tree, _), place in places.items() if tree != FLAT])
+
+
+if __name__ == "__main__":
+    main()
