@@ -16,6 +16,7 @@ from tiny_run import files
 import ddiff as api
 from ddiff.errors import CheckpointError
 from ddiff.run_dir.files import (
+    GAPS,
     GENERATION,
     OBJECTS,
     read_json,
@@ -165,10 +166,25 @@ def generation(finished: Path) -> str:
         return evaluate_generation(api.load(finished)).to_json()
 
 
+FILLED_GAP = {
+    "step": 4,
+    "index": 0,
+    "document": 1,
+    "position": 12,
+    "before": "The cat sat",
+    "model": " on a",
+    "original": " on the",
+    "after": " mat.",
+    "nfe": 3.5,
+}
+
+
 @pytest.fixture
 def complete_run(run_dir: Path, generation: str) -> Path:
     """Copy of the finished run, with every file that a run of one text may have."""
     (run_dir / GENERATION).write_text(generation)
+    # The corpus of the run has no sentence with a gap.
+    (run_dir / GAPS).write_text(json.dumps(FILLED_GAP) + "\n")
     return run_dir
 
 
