@@ -81,13 +81,8 @@ class HierarchicalDiffusion(TreeProcess):
 
         @model_validator(mode="after")
         def _check_one_clock(self) -> HierarchicalDiffusion.Config:
-            clocks = {
-                "gamma": self.gamma,
-                "rates": self.rates,
-                "powers": self.powers,
-                "occupancies": self.occupancies,
-            }
-            given = [name for name, value in clocks.items() if value is not None]
+            clocks = ("gamma", "rates", "powers", "occupancies")
+            given = [name for name in clocks if getattr(self, name) is not None]
             if len(given) > 1:
                 raise ValueError(
                     "only one of gamma, rates, powers and occupancies may be given, since each of "
@@ -103,8 +98,9 @@ class HierarchicalDiffusion(TreeProcess):
                 f"got {vocabulary}. "
                 'Use [vocabulary] kind = "clusters", or [process] kind = "mdlm".'
             )
-        clock = cls._make_clock(config, vocabulary.num_levels)
-        return cls(vocabulary, clock, config.xi, config.decoding)
+        return cls(
+            vocabulary, cls._make_clock(config, vocabulary.num_levels), config.xi, config.decoding
+        )
 
     @staticmethod
     def _make_clock(config: Config, num_levels: int) -> LevelClock:

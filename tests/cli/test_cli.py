@@ -290,7 +290,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
 
 NOTHING = dict.fromkeys(
     ("count", "steps", "seed", "batch", "prompt", "infill", "conditions", "guidance", "sampler")
-) | {"settings": (), "prints_ids": True}
+) | {"settings": (), "prints_ids": True, "clock": "recipe"}
 
 
 def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs):

@@ -89,7 +89,7 @@ def test_fuzzer_detects_tracebacks_leftover_files_and_missing_results(
     monkeypatch.setattr("ddiff.runs.dry_run.rehearse", damage)
     if expected == "no verdict":
         monkeypatch.setattr("ddiff.runs.dry_run.rehearse", lambda *_, **__: "all is well")
-    assert fuzz.main(["--recipes", "12", "--runs", "0", "--seed", "2"]) == 1
+    assert fuzz.main(["--recipes", "40", "--runs", "0", "--seed", "2"]) == 1
     assert expected in capsys.readouterr().out
 
 

@@ -89,6 +89,7 @@ def new(old: dict[str, Any]) -> dict[str, Any]:
         "protocol": make_generation_protocol(tree),
         "fingerprints": {"weights": "123"},
         "components": {"process": "a (b, c 1.0)"},
+        "findings": None,
         "provenance": {"command": "ddiff eval", "seconds": 1.5, "hardware": {"device": "cpu"}},
     }
 
