@@ -67,17 +67,20 @@ def test_progress_log_of_unknown_length_shows_no_total(clock: Clock) -> None:
     ]
 
 
-def test_progress_on_a_terminal_shows_a_bar_with_metrics() -> None:
+@pytest.mark.parametrize(
+    ("width", "figures"), [(140, "loss 2  tokens/s 2M"), (80, "loss 2 tokens/s 2M")]
+)
+def test_progress_on_a_terminal_shows_a_bar_with_metrics(width: int, figures: str) -> None:
     out = io.StringIO()
     with show_progress(
-        3, "training", start=1, console=Console(file=out, force_terminal=True, width=120)
+        3, "training", start=1, console=Console(file=out, force_terminal=True, width=width)
     ) as job:
         job.advance(1, loss=2.0)
         job.advance(1, tokens_per_second=2e6)
     text = out.getvalue()
     assert "training" in text
     assert "3/3" in text
-    assert "loss 2  tokens/s 2M" in text
+    assert figures in text
 
 
 def test_bar_of_an_inner_job_is_shown_below_the_outer_bar_until_its_end() -> None:
