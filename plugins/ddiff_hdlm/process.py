@@ -81,8 +81,9 @@ class HierarchicalDiffusion(TreeProcess):
 
         @model_validator(mode="after")
         def _check_one_clock(self) -> HierarchicalDiffusion.Config:
-            clocks = ("gamma", "rates", "powers", "occupancies")
-            given = [name for name in clocks if getattr(self, name) is not None]
+            given = self.model_dump(
+                include={"gamma", "rates", "powers", "occupancies"}, exclude_none=True
+            )
             if len(given) > 1:
                 raise ValueError(
                     "only one of gamma, rates, powers and occupancies may be given, since each of "
