@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from ddiff.errors import CheckpointError
+from ddiff.run_dir.command_record import CommandRecord, Estimate, Finite, RecordPart
 from ddiff.run_dir.evaluation_record import Provenance
-from ddiff.run_dir.files import CLOCK, damage_error, read_text
+from ddiff.run_dir.files import CLOCK
 
 SCHEMA_VERSION = 1
 """Newest version of the schema, which this version of ddiff writes."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
 ClockName = Literal["diagonal", "recipe", "found"]
 
 
-class _Part(BaseModel):
-    """Base class of the parts of a record."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FieldPoint(_Part):
+class FieldPoint(RecordPart):
     """Measured field at one point of the occupancies, by level l = 1..L.
 
     Attributes:
@@ -42,14 +34,7 @@ class FieldPoint(_Part):
     positions: list[Finite]
 
 
-class ClockEstimate(_Part):
-    """Figure in nats per token, with its 95 % interval over documents."""
-
-    value: Finite
-    interval: tuple[Finite, Finite] | None = None
-
-
-class ClockBound(_Part):
+class ClockBound(RecordPart):
     """Bound of a clock on the documents of the comparison.
 
     Attributes:
@@ -63,13 +48,13 @@ class ClockBound(_Part):
     """
 
     name: ClockName
-    bound: ClockEstimate
-    minus_diagonal: ClockEstimate
-    minus_recipe: ClockEstimate
+    bound: Estimate
+    minus_diagonal: Estimate
+    minus_recipe: Estimate
     occupancies: list[list[Finite]] | None = None
 
 
-class ClockRecord(_Part):
+class ClockRecord(CommandRecord):
     """Content of clock.json.
 
     Attributes:
@@ -94,6 +79,9 @@ class ClockRecord(_Part):
         provenance: command, hardware and duration.
     """
 
+    newest_version = SCHEMA_VERSION
+    command = "ddiff clock"
+
     schema_version: int = SCHEMA_VERSION
     run: str
     step: int
@@ -107,15 +95,12 @@ class ClockRecord(_Part):
     bounds: list[ClockBound]
     choice: ClockName
     fingerprints: dict[str, str]
-    components: dict[str, str] = {}
+    components: dict[str, str] = Field(default_factory=dict)
     provenance: Provenance = Provenance()
 
     def find_bound(self, name: str) -> ClockBound:
         """Return the bound of a clock by its name."""
         return next(bound for bound in self.bounds if bound.name == name)
-
-    def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
 
 
 def read_clock(run_dir: str | Path) -> ClockRecord:
@@ -129,20 +114,4 @@ def read_clock(run_dir: str | Path) -> ClockRecord:
         raise CheckpointError(
             f"{path} does not exist. Call `ddiff clock {run_dir}`, which writes the file."
         )
-    try:
-        tree = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise damage_error(path, f"invalid JSON ({error})") from error
-    version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer version of ddiff: it has schema version {version}, and "
-            f"this version of ddiff reads versions up to {SCHEMA_VERSION}. Install that version of "
-            "ddiff, or move the file away and repeat `ddiff clock`."
-        )
-    try:
-        return ClockRecord.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise damage_error(path, f'the key "{key}" is invalid: {first["msg"]}') from error
+    return ClockRecord.read(path)

@@ -12,30 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from ddiff.errors import CheckpointError
+from ddiff.run_dir.command_record import CommandRecord, Estimate, Finite, RecordPart
 from ddiff.run_dir.evaluation_record import Provenance
-from ddiff.run_dir.files import damage_error, read_text
 
 SCHEMA_VERSION = 1
 """Newest version of the schema, which this version of ddiff writes."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-class _Part(BaseModel):
-    """Base class of the parts of a record."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Estimate(_Part):
-    """Figure with its 95 % interval over independent samples; None for a single sample."""
-
-    value: Finite
-    interval: tuple[Finite, Finite] | None = None
 
 
 class Perplexity(Estimate):
@@ -44,7 +29,7 @@ class Perplexity(Estimate):
     value: Positive
 
 
-class JudgedFigures(_Part):
+class JudgedFigures(RecordPart):
     """Figures of samples, or of rows of held-out text.
 
     Attributes:
@@ -106,7 +91,7 @@ class HeldOutText(JudgedFigures):
     rows: int
 
 
-class ParetoRecord(_Part):
+class ParetoRecord(CommandRecord):
     """Content of pareto.json.
 
     Attributes:
@@ -122,19 +107,19 @@ class ParetoRecord(_Part):
         provenance: command, hardware and duration of the last command that added points.
     """
 
+    newest_version = SCHEMA_VERSION
+    command = "ddiff pareto"
+
     schema_version: int = SCHEMA_VERSION
     run: str
     step: int
     weights: Literal["ema", "trained"]
     protocol: dict[str, Any]
     fingerprints: dict[str, str]
-    components: dict[str, str] = {}
+    components: dict[str, str] = Field(default_factory=dict)
     held_out: HeldOutText
     points: list[SweepPoint]
     provenance: Provenance = Provenance()
-
-    def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
 
 
 def read_pareto(path: Path) -> ParetoRecord | None:
@@ -144,23 +129,7 @@ def read_pareto(path: Path) -> ParetoRecord | None:
     """
     if not path.exists():
         return None
-    try:
-        tree = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise damage_error(path, f"invalid JSON ({error})") from error
-    version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer version of ddiff: it has schema version {version}, and "
-            f"this version of ddiff reads versions up to {SCHEMA_VERSION}. Install that version of "
-            "ddiff, or move the file away and repeat `ddiff pareto`."
-        )
-    try:
-        return ParetoRecord.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise damage_error(path, f'the key "{key}" is invalid: {first["msg"]}') from error
+    return ParetoRecord.read(path)
 
 
 def find_differences(

@@ -38,11 +38,11 @@ from ddiff.progress import show_progress
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.clock_record import (
     ClockBound,
-    ClockEstimate,
     ClockName,
     ClockRecord,
     FieldPoint,
 )
+from ddiff.run_dir.command_record import Estimate
 from ddiff.run_dir.evaluation_record import Provenance
 from ddiff.run_dir.files import CLOCK
 from ddiff.run_dir.location import check_writable
@@ -401,9 +401,9 @@ def _describe_bounds(
     return found
 
 
-def _describe_estimate(found: RatioEstimate) -> ClockEstimate:
+def _describe_estimate(found: RatioEstimate) -> Estimate:
     interval = None if found.total is None else found.total.around(found.mean)
-    return ClockEstimate(value=found.mean, interval=interval)
+    return Estimate(value=found.mean, interval=interval)
 
 
 def _list_occupancies(name: ClockName, clock: LevelClock) -> list[list[float]] | None:

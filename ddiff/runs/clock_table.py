@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from ddiff.run_dir.clock_record import ClockBound, ClockEstimate, ClockRecord
+from ddiff.run_dir.clock_record import ClockBound, ClockRecord
+from ddiff.run_dir.command_record import Estimate
 
 NAMES = {
     "diagonal": "diagonal (masked diffusion)",
@@ -37,7 +38,7 @@ def _format_ends(interval: tuple[float, float], form: str) -> str:
     return " to ".join(format(end, form) for end in interval)
 
 
-def _format_difference(found: ClockEstimate) -> str:
+def _format_difference(found: Estimate) -> str:
     text = f"{found.value:+.4f}"
     if found.interval is None:
         return text

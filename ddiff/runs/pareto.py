@@ -18,12 +18,12 @@ from ddiff.evaluation.generation import MeanFigure, SampleFigures, collect_words
 from ddiff.evaluation.judge_model import JudgeModel
 from ddiff.progress import print_line, show_progress
 from ddiff.recipe.fields_recipe import require_text_recipe
+from ddiff.run_dir.command_record import Estimate
 from ddiff.run_dir.destination import Destination, check_destination, write_text
 from ddiff.run_dir.evaluation_record import Provenance
 from ddiff.run_dir.files import PARETO, PARETO_CHART
 from ddiff.run_dir.location import check_writable
 from ddiff.run_dir.pareto_record import (
-    Estimate,
     HeldOutText,
     ParetoRecord,
     Perplexity,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddiff.evaluation.pareto import dominates
-from ddiff.run_dir.pareto_record import Estimate, JudgedFigures, ParetoRecord
+from ddiff.run_dir.command_record import Estimate
+from ddiff.run_dir.pareto_record import JudgedFigures, ParetoRecord
 from ddiff.runs.report.pareto import ENTROPY_KEYS, to_tradeoff
 
 MARK = "*"
