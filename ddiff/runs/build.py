@@ -90,21 +90,24 @@ def assemble(
         denoiser = build_denoiser_on_meta(recipe, vocabulary)
     if denoiser is None:
         denoiser = build_denoiser(recipe, vocabulary, backbone)
-    loss = recipe.loss.build(process=process) if recipe.loss else None
-    times = recipe.times.build() if recipe.times else None
-    objective = recipe.objective.build(process=process, denoiser=denoiser, loss=loss, times=times)
+    objective = _build_objective(recipe, process, denoiser)
     objective.module.to(device)
     return Model(vocabulary, process, denoiser, objective, device)
 
 
 def replace_process(recipe: Recipe, model: Model, process: ForwardProcess) -> Model:
     """Return a model with the denoiser of `model` and another process on the same vocabulary."""
+    objective = _build_objective(recipe, process, model.denoiser)
+    return Model(model.vocabulary, process, model.denoiser, objective, model.device)
+
+
+def _build_objective(
+    recipe: Recipe, process: ForwardProcess | None, denoiser: Denoiser
+) -> ModelObjective:
+    """Build the objective of a recipe with its loss and its time rule."""
     loss = recipe.loss.build(process=process) if recipe.loss else None
     times = recipe.times.build() if recipe.times else None
-    objective = recipe.objective.build(
-        process=process, denoiser=model.denoiser, loss=loss, times=times
-    )
-    return Model(model.vocabulary, process, model.denoiser, objective, model.device)
+    return recipe.objective.build(process=process, denoiser=denoiser, loss=loss, times=times)
 
 
 def build_process(recipe: Recipe, vocabulary: Vocabulary) -> ForwardProcess | None:
