@@ -252,6 +252,8 @@ class SampleKeys(ComponentConfig):
     """Number of samples in a batch. Does not change the samples."""
     gaps: NonNegativeInt = 8
     """Number of sentences of the validation documents with a gap that the model fills; 0: none."""
+    gap_temperature: NonNegativeFloat = 0.5
+    """Temperature at which gaps are filled. Samplers without a temperature do not use it."""
     seed: Seed = 0
     """Seed of the samples."""
     every: PositiveInt | None = None

@@ -29,8 +29,10 @@ def print_gaps(filled: FilledGaps, console: Console) -> None:
     rows = [tuple(map(make_printable, show_gap(line))) for line in filled.lines]
     equal = sum(model == original for _, model, original in rows)
     count = f"{len(rows)} gaps" if len(rows) > 1 else "1 gap"
+    temperature = filled.lines[0]["temperature"]
+    how = "" if temperature is None else f" at temperature {temperature:g}"
     console.print(
-        f"\n{count} in sentences of held-out text, {equal} filled with the original words:"
+        f"\n{count} in sentences of held-out text, filled{how}; {equal} with the original words:"
     )
     titles = ("before", "model", filled.title)
     widths = [max(map(cell_len, cells)) for cells in zip(titles, *rows)]

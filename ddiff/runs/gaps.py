@@ -109,13 +109,15 @@ def fill_gaps(
 ) -> list[dict[str, Any]]:
     """Fill gaps with the sampler of the recipe, and return the lines of gaps.jsonl.
 
-    The tokens around a gap are given and never change. `ranks`: processes that divide the batches;
-    None: only this process.
+    The temperature is [sample] gap_temperature, which is low by default, because likely words read
+    better than random ones. The tokens around a gap are given and never change. `ranks`: processes
+    that divide the batches; None: only this process.
     """
     templates = [make_template(gap) for gap in gaps]
-    drawn = draw_templates(
-        run.recipe, run.model, run.tokenizer, templates, SampleRequest(count=1), on_step, ranks
-    )
+    temperature = find_temperature(run)
+    settings = [] if temperature is None else [f"temperature={temperature}"]
+    request = SampleRequest(count=1, settings=settings)
+    drawn = draw_templates(run.recipe, run.model, run.tokenizer, templates, request, on_step, ranks)
     words = run.tokenizer.decode(
         [sample["ids"][gap.start : gap.stop] for gap, sample in zip(gaps, drawn, strict=True)]
     )
@@ -136,10 +138,17 @@ def fill_gaps(
                 "ids": sample["ids"],
                 "start": gap.start,
                 "stop": gap.stop,
+                "temperature": temperature,
                 "nfe": sample["nfe"],
             }
         )
     return lines
+
+
+def find_temperature(run: Run) -> float | None:
+    """Return the temperature at which gaps are filled; None if the sampler has no temperature."""
+    has_temperature = "temperature" in type(run.recipe.sampler.config).model_fields
+    return run.recipe.sample.gap_temperature if has_temperature else None
 
 
 def make_template(gap: Gap) -> Template:

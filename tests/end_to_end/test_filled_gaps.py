@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -101,6 +102,21 @@ def test_repeated_run_reads_the_file_and_a_longer_run_fills_the_gaps_again(
     assert {line["step"] for line in after} == {5}
 
 
+def test_words_at_temperature_zero_do_not_depend_on_the_seed(place: Path) -> None:
+    gaps = choose_validation_gaps(api.load("runs/flat"))
+    found = []
+    for temperature, seed in itertools.product((0.0, 1.0), (1, 2)):
+        # one step, because the order of several steps depends on the seed
+        settings = [f"gap_temperature={temperature}", f"seed={seed}", "steps=1"]
+        run = api.load("runs/flat", settings=[f"sample.{setting}" for setting in settings])
+        lines = fill_gaps(run, gaps)
+        assert all(line["temperature"] == temperature for line in lines)
+        found.append([line["ids"] for line in lines])
+    cold, cold_again, warm, warm_again = found
+    assert cold == cold_again
+    assert warm != warm_again
+
+
 def test_summary_in_a_pipe_has_plain_lines_with_gaps_before_samples(
     place: Path, ddiff: Command
 ) -> None:
@@ -188,9 +204,22 @@ LINES = [
         "model": " learned [bold]romance",
         "original": " learned romance\nas",
         "after": ", as she grew older.",
+        "temperature": None,
     },
-    {"before": "I", "model": " am\x1b[2J half", "original": " am half", "after": " agony."},
-    {"before": "You", "model": " pierce", "original": " pierce", "after": " my soul, 漢字."},
+    {
+        "before": "I",
+        "model": " am\x1b[2J half",
+        "original": " am half",
+        "after": " agony.",
+        "temperature": None,
+    },
+    {
+        "before": "You",
+        "model": " pierce",
+        "original": " pierce",
+        "after": " my soul, 漢字.",
+        "temperature": None,
+    },
 ]
 
 
@@ -250,7 +279,7 @@ def test_gap_that_the_model_filled_with_the_original_words_is_counted() -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=80)
     print_gaps(FilledGaps(LINES, "Austen"), console)
     title = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "3 gaps in sentences of held-out text, 1 filled with the original words:" in title
+    assert "3 gaps in sentences of held-out text, filled; 1 with the original words:" in title
 
 
 # ---------------------------------------------------------------------- distribution
@@ -264,7 +293,7 @@ vocabulary = { kind = "flat" }
 process = { kind = "mdlm" }
 denoiser = { kind = "dit", width = 8, layers = 1, heads = 1 }
 train = { steps = 1, batch = 4 }
-sample = { sampler = "first_hitting", batch = 4096 }
+sample = { sampler = "first_hitting", batch = 4096, gap_temperature = 1.0 }
 """
 FILLS = 16384
 
