@@ -33,6 +33,13 @@ def test_readme_gives_the_cluster_sizes_of_hdlm_small() -> None:
     )
 
 
+def test_readme_gives_the_steps_of_the_continued_run() -> None:
+    found = re.search(r"hdlm_small --set train.steps=(\d+) +# continue for (\d+) steps", README)
+    assert found is not None
+    stop, added = map(int, found.groups())
+    assert ddiff.read_recipe("hdlm_small").to_dict()["train"]["steps"] + added == stop
+
+
 def test_readme_quotes_the_error_message_of_a_misspelt_key() -> None:
     with pytest.raises(ddiff.RecipeError) as caught:
         parse_recipe(blocks("toml")[0], "mine.toml", ["process.gama=2"])
