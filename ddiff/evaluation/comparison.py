@@ -168,7 +168,9 @@ GENERATED_COLUMNS: dict[str, Callable[[Row], str]] = {
     "entropy, nats": _generated_cell(lambda found: f"{found.entropy:.3f}"),
     "judge perplexity": _generated_cell(lambda found: found.describe_perplexity()),
     "distinct-2": _generated_cell(lambda found: _optional("{:.3f}", found.distinct_2)),
-    "words of held-out text": _generated_cell(lambda found: _optional("{:.3f}", found.known_words)),
+    "share of words in held-out text": _generated_cell(
+        lambda found: _optional("{:.3f}", found.known_words)
+    ),
 }
 """Columns of generation.json, which exist if some run has the file."""
 

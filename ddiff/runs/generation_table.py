@@ -39,7 +39,7 @@ def print_generation(written: Mapping[str, Any]) -> None:
         cells = [_format_mean(part["repetition"].get(n)) for part in (samples, held_out)]
         table.add_row(f"repetition-{n}", *cells)
     _add_means(table, "self-BLEU", samples, held_out, "self_bleu")
-    _add_means(table, "words of held-out text", samples, held_out, "known_words")
+    _add_means(table, "share of words in held-out text", samples, held_out, "known_words")
     _add_mauve(table, written)
     _add_correction(table, written["self_correction"])
     console.print(table)

@@ -26,7 +26,7 @@ TITLES = [
     "perplexity at entropy",
     "95 % interval",
     "distinct-2",
-    "words of held-out text",
+    "share of words in held-out text",
     "seconds",
 ]
 

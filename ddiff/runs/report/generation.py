@@ -80,7 +80,7 @@ FIGURES: Mapping[str, Callable[[Part], Markup | None]] = {
     "distinct-2": _read_distinct,
     "repetition-4": _read_repetition,
     "self-BLEU": _read_mean("self_bleu"),
-    "words of held-out text": _read_mean("known_words"),
+    "share of words in held-out text": _read_mean("known_words"),
 }
 """Title of each figure, and a function that formats it from the figures of samples or rows."""
 

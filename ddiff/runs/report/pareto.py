@@ -499,7 +499,7 @@ def _make_table(records: Sequence[ColoredRecord]) -> Markup:
         "NFE",
         "perplexity at entropy",
         "distinct-2",
-        "words of held-out text",
+        "share of words in held-out text",
     ]
     title = element("summary", f"{len(best)} of {len(points)} points are not dominated")
     protocol = records[0].record.protocol
