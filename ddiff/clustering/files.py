@@ -128,8 +128,8 @@ def load_model_embeddings(source: str, num_tokens: int) -> NDArray[np.float32]:
     if table.ndim != 2 or not table.isfinite().all():
         raise DataError(
             f"The embeddings of {source!r} must be one matrix of finite numbers; they contain NaN "
-            f"or infinity, or are no matrix (shape {list(table.shape)}). Download or export the "
-            "model again."
+            f"or infinity, or have a shape {list(table.shape)} with another number of dimensions. "
+            "Download or export the model again."
         )
     if len(table) < num_tokens:
         raise DataError(

@@ -232,7 +232,7 @@ class ShapesSource:
     def _parse(self, caption: Sequence[str]) -> tuple[int, tuple[str, str], tuple[int, int]]:
         """Return relation, shapes and colours of a caption.
 
-        Raises ArgumentError if the words are no caption.
+        Raises ArgumentError if the words do not form a caption.
         """
         words = list(caption)
         known = COLOURS[: self.colours]

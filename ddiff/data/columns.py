@@ -343,8 +343,9 @@ class VectorColumn:
         expected = (len(wanted), self.positions, self.width)
         if found.shape != expected or found.dtype.kind != "f":
             raise DataError(
-                f"vectors must be floats {expected}, one row per sample; got {found.dtype} "
-                f"{found.shape}. Correct the positions and the width of the column."
+                f"vectors must be a float array of shape {expected}, with one row per sample; got "
+                f"{found.dtype} of shape {found.shape}. Correct the positions and the width of the "
+                "column."
             )
         _check_marks(present, len(wanted))
         vectors = np.zeros(expected)

@@ -63,7 +63,7 @@ class EncodingSettings:
         dim: dimension D of a vector.
         data: fingerprints of the documents, by part.
         shard_size: number N of documents in a shard.
-        max_samples: largest number of documents of each part; None: all documents.
+        max_samples: largest number of training documents, and of validation documents; None: all.
         description: name and settings of the encoder as JSON, for messages. Not compared.
         positions: largest number P of vectors of a document; None: one vector per document.
     """
@@ -529,7 +529,7 @@ def _open_recorded(
     expected = (record["documents"], *settings.vector_shape)
     if shard.vectors.shape != expected:
         raise _damage_error(
-            path, f"it holds vectors {shard.vectors.shape}, but {expected} is expected"
+            path, f"the shape of its vectors is {shard.vectors.shape}, not {expected}"
         )
     if shard.fingerprint != settings.fingerprint or shard.sha256 != record["sha256"]:
         raise _damage_error(path, "it was written by another job")

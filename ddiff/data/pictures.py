@@ -158,7 +158,7 @@ class PatchPicture:
         patch = self.patch
         down, across = self.grid
         cut = images.reshape(len(images), down, patch, across, patch, self.channels)
-        # patch row and patch column first, then the pixels of a patch
+        # Axes: image, row and column of the patch, row and column and channel of the pixel.
         ordered = cut.transpose(0, 1, 3, 2, 4, 5)
         return ordered.reshape(len(images), self.positions, self.width)
 

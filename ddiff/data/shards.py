@@ -196,8 +196,8 @@ class Shards:
             if size and int(shard.tokens.max()) >= num_tokens:
                 raise _damage_error(
                     self.folder / f"{shard.record.name}.tokens.npy",
-                    f"it holds the id {shard.tokens.max()}, but the tokenizer has {num_tokens} "
-                    "tokens",
+                    f"it holds the id {shard.tokens.max()}, but the ids of the tokenizer are "
+                    f"0..{num_tokens - 1}",
                 )
             is_decreasing = (np.diff(shard.ends, prepend=0) < 0).any()
             if is_decreasing or shard.ends[-1:].tolist() != [size]:
@@ -599,7 +599,8 @@ def _memory_map(path: Path, dtype: np.dtype[Any], size: int) -> Any:
         raise _damage_error(path, f"it cannot be read ({error})") from error
     if array.dtype != dtype or array.shape != (size,):
         raise _damage_error(
-            path, f"it holds {array.dtype} {array.shape}, but {dtype} ({size},) is expected"
+            path,
+            f"its dtype is {array.dtype} and its shape {array.shape}, not {dtype} and ({size},)",
         )
     # A plain view of the same memory, because slices of a memmap object are slow.
     return array.view(np.ndarray)

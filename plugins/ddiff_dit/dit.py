@@ -593,7 +593,7 @@ class ConditionEmbedding(nn.Module):
             raise ArgumentError(
                 f'DiT: a label of the condition "{self.name}" must be below its {classes} classes '
                 f"([denoiser] conditions.{self.name}.classes); got {int(value.max())}. "
-                "Labels count from 0; -1 is no label."
+                "Labels are integers from 0; -1 means that the label is absent."
             )
         # Absent labels select row 0, which the caller replaces by the learned vector.
         return value >= 0, self.table(value.clamp(min=0))

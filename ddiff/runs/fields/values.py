@@ -428,8 +428,8 @@ class TokenValues(FieldValues):
         has_shape = ids.ndim == 2 and ids.shape[1] == self.positions and ids.dtype.kind in "iu"
         if not has_shape or ids.min(initial=0) < 0 or ids.max(initial=0) > highest:
             raise ArgumentError(
-                f'Values of the field "{self.name}" must be integers [k,{self.positions}] in '
-                f"0..{highest}; got {ids.dtype} {list(ids.shape)}."
+                f'Values of the field "{self.name}" must be integers in 0..{highest} of '
+                f"shape [k,{self.positions}]; got {ids.dtype} of shape {list(ids.shape)}."
             )
 
     def encode_values(self, values: Any) -> FieldBatch:

@@ -239,7 +239,7 @@ def _check_pictures(trajectory: PictureTrajectory) -> PictureTrajectory:
         raise ValueError("a trajectory of pictures has no frames")
     for frame in trajectory.frames:
         if not 0 <= frame < count:
-            raise ValueError(f"a frame shows picture {frame} of {count}")
+            raise ValueError(f"a frame shows picture {frame}; pictures are 0..{count - 1}")
     for picture in trajectory.pictures:
         if not base64.b64decode(picture, validate=True).startswith(PNG):
             raise ValueError("a picture is not a PNG file in base64")
@@ -256,7 +256,9 @@ def _check_states(trajectory: Trajectory) -> Trajectory:
     for step in trajectory.changes:
         for position, state in step:
             if not 0 <= position < length:
-                raise ValueError(f"a change is at position {position} of {length}")
+                raise ValueError(
+                    f"a change is at position {position}; positions are 0..{length - 1}"
+                )
             states.append(state)
     for step, values in zip(trajectory.changes, trajectory.confidence):
         if len(step) != len(values):
