@@ -533,7 +533,7 @@ class _ManifestReader(StorageReader):
     ) -> None:
         dtype = self._dtypes[item.storage_index.fqn]
         box = torch.frombuffer(data, dtype=dtype).reshape(self._chunk(item).sizes)
-        # A shard may need only a part of the box.
+        # A shard of the loaded tensor may need only a part of the stored box.
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths)):
             box = box.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()

@@ -177,7 +177,10 @@ def encode(
     max_samples: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MOST, metavar="N", help="Encode only the first N documents of each part."
+            min=1,
+            max=MOST,
+            metavar="N",
+            help="Encode only the first N training and the first N validation documents.",
         ),
     ] = None,
 ) -> None:

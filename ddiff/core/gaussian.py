@@ -1,14 +1,14 @@
 """Gaussian process: noises vectors by z_t = a(t) x + sigma(t) eps, with standard normal eps.
 
-A Gaussian process has the same members as a `ForwardProcess`, so that the bound, the objective and
-the samplers use both in the same way. A row is a vector of d numbers instead of a token, and the
-prediction of a network is the mean x_hat of the clean vector instead of a distribution.
+A Gaussian process has the same members as a `ForwardProcess`. The bound, the objective and the
+sampling loop therefore accept either of the two. A row is a vector of d numbers instead of a token,
+and the prediction of a network is the mean x_hat of the clean vector instead of a distribution.
 
 The bound of one vector x (arXiv 2107.00630), with SNR = (a / sigma)^2:
 
-    -ln p(x) <= KL( N(a x, sigma^2) || N(0, 1) )              closing, at t = 1
+    -ln p(x) <= KL( N(a x, sigma^2) || N(0, 1) )                   closing, at t = 1
              + integral of -1/2 SNR'(t) |x - x_hat(z_t, t)|^2      diffusion
-             + E[ -ln p(x | z_0) ]                           decoding, at t = 0
+             + E[ -ln p(x | z_0) ]                               decoding, at t = 0
 
 Time 0 is the time at which log SNR has its largest value, so every term is finite. Formulas are
 float64. Shapes for r rows: x0, zt [r,d]; t, s [r]; uniforms u [r,d].

@@ -14,8 +14,8 @@ bound is not skewed. If t is drawn uniformly, the estimate is skewed for process
 tokens quickly near t = 0 or t = 1. The integral of `ForwardProcess.weight` cannot replace tau,
 since this integral diverges at t = 1 for uniform noise.
 
-For linear masking tau = t. For a tree, tau is a closed-form sum over levels
-(`TreeProcess.information`).
+For masked diffusion with the linear schedule alpha(t) = 1 - t, tau = t. For a tree, tau is a
+closed-form sum over levels (`TreeProcess.information`).
 
 The integrand at single tokens still varies, even if its mean is constant. A token is noise with
 probability P(tau), which is small for small tau, and the integrand at a noisy token is then about

@@ -417,8 +417,8 @@ class InterpolatingProcess(ForwardProcess):
         possible = truth > 0
         truth = torch.where(possible, truth, 1.0)
         delta = torch.where(possible, -alpha * torch.expm1(log_p_x) / truth, 0.0)
-        # ln(1 - delta) is computed by log1p for small delta, and from the mixture for delta near 1,
-        # because each formula is accurate only there.
+        # 1 - delta equals q_t-bar(x) / q_x. Its logarithm is computed by log1p for small delta, and
+        # as a difference of logarithms for delta near 1, where log1p loses accuracy.
         mixed = _log_mixture(noise, alpha, where_or_zero(possible, log_p_x))
         log_rest = torch.where(
             delta < 0.5,

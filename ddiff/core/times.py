@@ -330,10 +330,10 @@ class WindowTimes(TimeRule):
             return self._draw_one_window(clock, rng, slot, slots, length)
         if self.shape == "slide":
             phase = draw_strata(rng, slot, slots)
-            return self._all_slides(clock, phase * self.width, length)
+            return self._paired_slide_times(clock, phase * self.width, length)
         # All windows are evaluated in one pass, each at its own time.
         v = jointly_stratified(rng, slot, slots, self._num_windows(length))
-        return self._all_blocks(clock, v, length)
+        return self._paired_block_times(clock, v, length)
 
     def ends(
         self,
@@ -354,7 +354,7 @@ class WindowTimes(TimeRule):
     def _paired_times(self, t: Tensor, speed: Tensor, window: Tensor) -> Times:
         return Times(t, speed, _all_false(t), block=window, paired=True)
 
-    def _all_blocks(self, clock: TimeChange, v: Tensor, length: int) -> Times:
+    def _paired_block_times(self, clock: TimeChange, v: Tensor, length: int) -> Times:
         """Return the times of all blocks in one pass.
 
         `v` [B,count] holds a number in [0,1] for each of the blocks of a sequence, which determines
@@ -369,11 +369,12 @@ class WindowTimes(TimeRule):
             window,
         )
 
-    def _all_slides(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
-        """Divide sequences into adjacent windows, and return noise times that rise in each window.
+    def _paired_slide_times(self, clock: TimeChange, offset: Tensor, length: int) -> Times:
+        """Return the times of all sliding windows of each sequence in one pass.
 
-        `clock` maps information time to noise time. The first window starts `offset` [B,1]
-        positions to the left of the sequence. `offset` is in [0, width) and may be fractional.
+        Windows are adjacent. In each window, the noise time rises from left to right. `clock` maps
+        information time to noise time. The first window starts `offset` [B,1] positions to the left
+        of the sequence. `offset` is in [0, width) and may be fractional.
         """
         place = torch.arange(length, device=offset.device) + offset
         window = (place / self.width).floor().long()
@@ -508,7 +509,7 @@ class WindowTimes(TimeRule):
         """
         place = torch.arange(length, device=slot.device)
         shift = (rng.uniform("window")[:, :1] * self.width).floor()
-        first = self._all_slides(clock, shift, length)
+        first = self._paired_slide_times(clock, shift, length)
         window = ((place + shift) / self.width).floor().long()
         place_in_window = (place + shift) % self.width
         t, speed = self._at_share(clock, (place_in_window + 1.0) / self.width)

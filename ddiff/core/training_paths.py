@@ -327,7 +327,8 @@ def _leg_chances(
 ) -> tuple[Tensor, Tensor]:
     """Return the probability of every leg, and (weight of its part) / probability, [B,legs] both.
 
-    A leg on which no field of the sample moves has probability 0. The parts that remain keep the
+    A leg is useful for a sample if a field of the sample moves on it. Other legs have probability
+    0. The parts that remain keep the
     ratios of their weights, and the legs of a part have equal probabilities.
     """
     is_useful = torch.ones(samples, len(legs), dtype=torch.bool)
@@ -340,10 +341,10 @@ def _leg_chances(
     in_part = torch.nn.functional.one_hot(part_of_leg, len(weights)).double()
     counts = is_useful.double() @ in_part
     each = torch.tensor(weights, dtype=torch.float64)
-    # 1 minus the weights of useless parts is exactly 1 if there are none.
+    # 1 minus the weights of parts without useful legs: exactly 1 if every part has such a leg.
     total = 1.0 - torch.where(counts > 0, 0.0, each).sum(-1, keepdim=True)
     factor = (counts * total)[:, part_of_leg]
-    # The factor of a part without useful legs is 0, and its legs are never chosen.
+    # A part without useful legs has factor 0. `where` replaces the quotients of its legs by 0.
     chance = torch.where(is_useful, each[part_of_leg] / factor, 0.0)
     return chance, factor
 

@@ -181,7 +181,8 @@ def load_complete_model(source: str, **options: Any) -> Any:
     """Load a language model. Raises DataError if weights are missing, which would be random."""
     from transformers import AutoModelForCausalLM  # slow to import
 
-    load: Any = AutoModelForCausalLM.from_pretrained  # its declared type has no second result
+    # Any, because the declared type of `from_pretrained` does not include the second result.
+    load: Any = AutoModelForCausalLM.from_pretrained
     model, found = load(source, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:
@@ -197,8 +198,8 @@ def load_complete_model(source: str, **options: Any) -> Any:
 def check_causal(model: Any, name: str) -> None:
     """Raise DataError if the prediction of a token depends on that token or on later tokens.
 
-    The library loads models such as BERT, which attend to all tokens, as language models too. Their
-    scores are no likelihood. `name` is the model, for the message.
+    The library also loads models such as BERT, which attend to all tokens, as language models. The
+    scores of such a model are not a likelihood. `name` is the model, for the message.
     """
     model.eval()
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
@@ -209,7 +210,7 @@ def check_causal(model: Any, name: str) -> None:
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
         raise DataError(
             f"No causal language model from {name!r}: its prediction of a token depends on later "
-            "tokens, so that its scores are no likelihood. Name a causal model, such as GPT-2."
+            "tokens, so that its scores are not a likelihood. Name a causal model, such as GPT-2."
         )
 
 

@@ -74,8 +74,8 @@ class DrawnFields:
         given: names of the fields that were given.
         fields: values of drawn and given fields, by name.
         numbers: numbers [N] of the validation samples whose fields were given. A number that
-            occurs several times has several draws. None if the given values are no validation
-            samples, or if nothing is given.
+            occurs several times has several draws. None if the given values are not those of
+            validation samples, or if nothing is given.
     """
 
     target: str

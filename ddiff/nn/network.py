@@ -112,8 +112,8 @@ class _DenoiserQuery:
         if self.network.denoiser.reads_time:
             same &= (last.noisy.t == self.noisy.t).all(-1)
         if last.positions is not None:
-            # A cached pass covers the same block in all sequences, so either all are reused or
-            # none.
+            # A cached pass covers the same block in all sequences, so the hidden states of all
+            # sequences are reused, or those of none.
             same &= same.all() & torch.equal(last.noisy.clean, self.noisy.clean)
         if bool(same.any()):
             self.hidden = last.hidden.clone()

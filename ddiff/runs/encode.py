@@ -56,7 +56,7 @@ def encode_documents(
         recipe: recipe with a table [encoder].
         out: output folder on this machine; None: the run directory with the ending `-vectors`.
         shard_size: number of documents in a file.
-        max_samples: largest number of documents of each part; None: all documents.
+        max_samples: largest number of training documents, and of validation documents; None: all.
 
     Raises an error, before anything is written, if the recipe has no encoder or no texts, or if the
     folder holds other files or other vectors.

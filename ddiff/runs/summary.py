@@ -111,8 +111,8 @@ def print_summary(
         written.insert(1, "gaps.jsonl")
     console.print(f"\nWritten to {run_dir}: {', '.join(written)}")
     console.print(
-        f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or the "
-        "same command with --set train.steps=N to train longer"
+        f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or "
+        "`ddiff run` with --set train.steps=N to train longer"
     )
 
 

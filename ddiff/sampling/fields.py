@@ -280,7 +280,8 @@ class _JointState:
         self.canvases = dict(canvases)
         self.network: JointNetwork = counter
         if guidance:
-            # The first draws of the fields: a field that is still at its prior then guides nothing.
+            # These are also the first states of the fields. A field that is still at its prior is
+            # therefore the same with and without guidance, and does not change the prediction.
             noise = {
                 name: field.process.prior.draw_positions(rng_at(0, name), "start")
                 for name, field in fields.items()

@@ -102,7 +102,8 @@ class FirstHittingSampler(Sampler):
         canvas = self._move_tokens(process, network, canvas, begin, rng_at(0))
         for k in count():
             canvas, has_event = self._go_to_events(process, canvas, finish, rng_at(k))
-            # A synchronization: the loop ends when no sequence of the batch has another event.
+            # The host waits here for the device, because the loop ends when no sequence of the
+            # batch has another event.
             if not bool(has_event.any()):
                 break
             canvas = self._draw_events(process, network, canvas, has_event, rng_at(k))

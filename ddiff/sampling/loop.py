@@ -282,7 +282,7 @@ def step_rows(
         chosen = chosen & among
     rows = chosen.reshape(-1).nonzero().squeeze(-1)
     states = canvas.zt.flatten(0, 1).clone()
-    # The test costs a synchronization, but a network evaluation costs more.
+    # The host waits here for the device, but a network evaluation takes longer.
     if len(rows):
         query = restrict(network(canvas.network_input()), rows)
         states[rows] = draw(query, states[rows], canvas.t.reshape(-1)[rows], rows)

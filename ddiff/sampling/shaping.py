@@ -410,7 +410,7 @@ class _ClassifierGuidedNetwork(_ComposedNetwork):
                 f"row i and each token v; got a tensor of shape {tuple(evidence.shape)}."
             )
         guided = log_p + self.weight * evidence.to(log_p)[:, tokens]
-        # A synchronization per query; without it a NaN would become an arbitrary token.
+        # The host waits here for the device. Without this check, NaN would become some token.
         if bool(guided.isnan().any()) or not bool(guided.isfinite().any(-1).all()):
             raise ArgumentError(
                 "guide_by_classifier: log p + weight * log_likelihood must not be NaN, and some "

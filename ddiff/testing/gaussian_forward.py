@@ -19,7 +19,8 @@ from ddiff.testing.gaussian_probes import vectors
 from ddiff.testing.probes import ENDS, INNER, NEAR_ENDS, product, times
 from ddiff.testing.report import Gap, compare, law
 
-# Times that are no multiples of 1/1000, so that a time cut to an index is found.
+# Times that are not multiples of 1/1000, so that the laws detect a process that rounds t to an
+# index of a table.
 UNEVEN_PAIRS = ((0.31416, 0.77183), (0.00123, 0.50037))
 ETAS = (0.0, 0.3, 0.7, 1.0)
 POINTS = 6001  # of the grid over z_s in place of an integral

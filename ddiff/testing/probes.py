@@ -111,7 +111,7 @@ def logit_nodes(
         - logit t [n] at the nodes,
         - the weights [n] of the nodes in an integral over v.
     """
-    # move the nodes in [-1, 1] to each panel
+    # Scale the Gauss-Legendre nodes from [-1, 1] to the interval of each panel.
     x, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
     left = torch.arange(panels, dtype=torch.float64).unsqueeze(-1)
     v = ((left + (x + 1.0) / 2.0) / panels).reshape(-1)

@@ -51,7 +51,7 @@ def list_paths(recipe: BaseRecipe) -> dict[str, Path]:
     """Return every path of a recipe of several fields, by the key that it comes from.
 
     Equal paths are listed once. Independent times have no path. Paths that hold a field with noise
-    are left out, since their bounds are no likelihoods with known values.
+    are left out, since the true value of their bounds is not known.
     """
     if not isinstance(recipe, FieldsRecipe):
         return {}

@@ -466,7 +466,7 @@ class _Loop:
     # ------------------------------------------------------------------ after a step
 
     def _is_stopping(self) -> bool:
-        if self.backend.world_size == 1:  # no other rank has to agree
+        if self.backend.world_size == 1:  # no signals of other ranks have to be added first
             self.signal = self.stop.signal
         return self.signal is not None
 

@@ -157,9 +157,9 @@ class JsonLines:
         text: str = "text"
         """Field with the text."""
         labels: tuple[str, ...] = ()
-        """Fields with integer labels from 0; null is no label. The field names the condition."""
+        """Fields with integer labels from 0, or null. Each is a condition of the same name."""
         vectors: tuple[str, ...] = ()
-        """Fields with lists of numbers; null is no vector. The field names the condition."""
+        """Fields with lists of numbers, or null. Each is a condition of the same name."""
         validation: tuple[str, ...] = ()
         """Paths or globs of the validation documents; without them `held_out` selects some."""
         held_out: HeldOut = 0.05

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    # Data vectors [n,D] in parts.
+    # Data vectors in chunks [n,D], so that they need not all be in memory.
     Chunks = Iterable[Tensor | NDArray[Any]]
 
 

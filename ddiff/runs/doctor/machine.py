@@ -14,9 +14,9 @@ from ddiff.runs.doctor.findings import Finding, State, format_bytes
 
 LITTLE_MEMORY = 2e9  # bytes; a small run needs about one gigabyte
 LITTLE_SPACE = 1e9  # bytes; a checkpoint of a small run has about ten megabytes
-SECONDS = 5.0  # for the size of a cache, which may have millions of files
+SECONDS = 5.0  # time limit of measuring a cache, which may have millions of files
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-FALSE = ("", "0", "false", "no", "off")  # values of a variable that switch it off
+MEANS_UNSET = ("", "0", "false", "no", "off")  # such a value of a variable permits downloads
 
 
 def check_memory() -> Iterator[Finding]:
@@ -137,7 +137,7 @@ def _describe_size(folder: Path) -> str:
 
 def check_variables() -> Iterator[Finding]:
     """Report the variables that forbid downloads."""
-    names = [name for name in OFFLINE if os.environ.get(name, "").lower() not in FALSE]
+    names = [name for name in OFFLINE if os.environ.get(name, "").lower() not in MEANS_UNSET]
     if not names:
         yield Finding("downloads", "ok", "no variable forbids downloads from the hub")
         return

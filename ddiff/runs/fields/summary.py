@@ -61,7 +61,7 @@ def print_summary(
     target = run.recipe.sample.targets[-1]
     console.print(
         f"Next: `ddiff sample {run.run_dir} --count 4 --target '{target}'`, `ddiff eval "
-        f"{run.run_dir}`, or the same command with --set train.steps=N to train longer"
+        f"{run.run_dir}`, or `ddiff run` with --set train.steps=N to train longer"
     )
 
 

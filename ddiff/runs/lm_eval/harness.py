@@ -243,7 +243,7 @@ def _evaluate(
         log_samples=False,
         fewshot_random_seed=FEWSHOT_SEED,
     )
-    # plain JSON values: the harness returns numbers of numpy, too
+    # The harness also returns numbers of numpy. JSON converts them to plain numbers.
     return model.scorer, json.loads(json.dumps(results, default=_to_json))
 
 

@@ -149,7 +149,7 @@ def make_figures(
     """Iterate over the metrics of all tasks as figures, such as `arc_easy: acc`.
 
     The interval is that of other documents of the same task, from the standard error of the
-    harness. Metrics that are no finite number are left out.
+    harness. Metrics without a finite number are left out.
     """
     likelihood = protocol["likelihood"]
     if likelihood == "bound":

@@ -214,9 +214,9 @@ def make_generation(
     """Return the generation request for a context.
 
     `options` are the generation arguments of the harness: `until`, the largest number of tokens,
-    `do_sample`, `temperature`, `top_k`, `top_p` and `min_p`. The temperature is 0 unless they ask
-    for random draws. Raises ArgumentError for other arguments, and if context and generated tokens
-    do not fit into a row.
+    `do_sample`, `temperature`, `top_k`, `top_p` and `min_p`. The temperature is 0 unless `options`
+    ask for random draws. Raises ArgumentError for other arguments, and if context and generated
+    tokens do not fit into a row.
     """
     left = dict(options)
     until = left.pop("until", None) or []

@@ -19,7 +19,9 @@ from ddiff.runs.report.run_files import Bound, ReportedRun, environment_of
 from ddiff.runs.report.tables import format_value, make_table, run_label
 
 MOST_SAMPLES = 8  # of a run on the page
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in texts of bytes that are no character
+REPLACEMENT = (
+    "\N{REPLACEMENT CHARACTER}"  # in texts, in place of bytes that do not form a character
+)
 UNFOLDED_SAMPLES = 4
 UNFOLDED_NODES = 12  # of a tree
 EVALUATE = "This run is not evaluated yet: repeat `ddiff run`, or use `ddiff eval`."
