@@ -190,7 +190,7 @@ class LegPath:
                     f'LegPath: the field "{name}" has a time rule with windows, whose end terms '
                     f"lie inside the leg, but {others} moves at the same time. Use a rule with one "
                     "time for all positions (flat), or let the fields move one after the other "
-                    '(times = "first").'
+                    '(kind = "first").'
                 )
 
     # ------------------------------------------------------------------ draws

@@ -445,13 +445,13 @@ def _require_grid(name: str, sampler: Sampler, others: set[str]) -> None:
             f"JointSampler: {type(inner).__name__} chooses its own times, so it cannot move "
             f'"{name}" together with {together}, whose times the path prescribes. Use a sampler '
             'with steps ("ancestral", for vectors "ddim"), or a path on which the fields move one '
-            'after the other (times = "first").'
+            'after the other (kind = "first").'
         )
     if isinstance(inner.grid, LoopGrid):
         raise ArgumentError(
             f'JointSampler: the grid of the sampler of "{name}" pauses at a constant time, but the '
             f'path moves "{name}" together with {together} without a pause. Use another sampler, '
-            'or a path on which the fields move one after the other (times = "first").'
+            'or a path on which the fields move one after the other (kind = "first").'
         )
 
 
