@@ -197,7 +197,7 @@ class _LiveBars(RichProgress):
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
         if self.line:
-            # one line of the terminal, whatever its width, so that the bars do not move
+            # The text is cut to one line of the terminal, so that the bars do not move.
             yield Text(self.line, style="dim", no_wrap=True, overflow="ellipsis")
 
 

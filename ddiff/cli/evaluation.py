@@ -50,7 +50,7 @@ def evaluate(
         ),
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="Draw samples and evaluate these.")
+        bool, typer.Option("--generate", help="Draw samples and evaluate the samples.")
     ] = False,
     judge: JudgeName = None,
     count: EvaluatedCount = None,
@@ -165,9 +165,7 @@ def report(
             metavar="RUN_DIR...", help="Directories of runs.", autocompletion=complete_run_dir
         ),
     ],
-    out: Annotated[
-        str, typer.Option(metavar="FILE.html", help="The file to write.")
-    ] = "report.html",
+    out: Annotated[str, typer.Option(metavar="FILE.html", help="Output file.")] = "report.html",
     figures: Annotated[
         str | None,
         typer.Option(
@@ -289,8 +287,8 @@ def clock(
         typer.Option(
             min=1,
             max=64,
-            help="Parts that the measured points divide among the levels; 6 are 28 points for two "
-            "levels.",
+            help="Fineness of the measured points; 6 gives 28 points for a tree with two levels "
+            "above the tokens.",
         ),
     ] = 6,
     draws: Annotated[

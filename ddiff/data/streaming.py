@@ -125,7 +125,7 @@ class StreamedRows:
         self._workers = workers
         self._cursors = cursors
         self._blocks: dict[int, Block] = {}
-        self._lock = threading.Lock()  # batches may be prefetched in several threads
+        self._lock = threading.Lock()  # because several threads may prefetch batches
         self.restore(Cursor())
 
     def __len__(self) -> int:

@@ -195,7 +195,7 @@ def _flatten(protocol: Mapping[str, Any]) -> dict[str, Any]:
 def _drop_names_of_known_judges(protocols: Mapping[Path, dict[str, Any]]) -> None:
     """Drop the names of the judges if the weights of all judges have a fingerprint.
 
-    Equal weights are the same judge, whatever its directory.
+    Two judges with equal weights count as one, even if their directories differ.
     """
     judged = [protocol for protocol in protocols.values() if "judge.judge" in protocol]
     if not all("judge.model" in protocol for protocol in judged):

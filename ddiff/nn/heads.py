@@ -334,7 +334,7 @@ class _ChunkLogits:
                 product = (weight @ self.hidden.t()).t()
             else:
                 product = F.linear(self.hidden, weight)
-            # Distributions are float32 at least, whatever dtype the product had.
+            # Distributions are at least float32, also if the product has a smaller dtype.
             dtype = torch.promote_types(self.table.dtype, torch.float32)
             logits = product.to(dtype).add_(self.bias[rows])
         self.computed.append((rows, logits.requires_grad_(self.with_gradient)))

@@ -110,6 +110,6 @@ class VectorHead(nn.Module):
     def _results(self, hidden: Tensor, fn: VectorCallback) -> tuple[Tensor, ...]:
         idx = torch.arange(len(hidden), device=hidden.device)
         output = self.linear(hidden)
-        # Predictions are at least float32, whatever dtype the product had.
+        # Predictions are at least float32, also if the product has a smaller dtype.
         results = fn(output.to(torch.promote_types(output.dtype, torch.float32)), idx)
         return results if isinstance(results, tuple) else (results,)

@@ -81,8 +81,8 @@ class ClockSearch:
     """Settings of the search for a clock.
 
     Attributes:
-        cells: number of parts that the measured points divide among the levels; more parts are more
-            points.
+        cells: fineness of the measured points, as in `choose_points`; 6 gives 28 points for two
+            levels above the tokens.
         field_draws: draws of states per row and point.
         draws: draws per row in the comparison of the clocks.
         rows: number of evaluated rows, evenly spaced over the validation rows; None: those of
@@ -113,10 +113,9 @@ def find_clock(run: str | Path | Run, search: ClockSearch | None = None) -> Cloc
     diagonal (masked diffusion), of the recipe's clock and of the found path are estimated with
     equal random numbers. `choice` of the result is the clock with the smallest bound.
 
-    Every bound of the result is a bound of the trained network, whatever its training was. If
-    training had only occupancies on the path of the recipe's clock, predictions far from this path
-    may be worse, which favours the recipe's clock. `times = "occupancy"` in [objective] trains near
-    the path.
+    Every bound of the result is valid for the trained network. If training had only occupancies on
+    the path of the recipe's clock, predictions far from this path may be worse, which favours the
+    recipe's clock. `times = "occupancy"` in [objective] trains near the path.
 
     Args:
         run: run, or the directory of a run.

@@ -111,6 +111,6 @@ def write_run_file(path: Path, text: str) -> None:
         if find_disk_full(error) is not None:
             raise  # the command line has a message for a full disk
         raise CheckpointError(
-            f"{path} cannot be written ({error.strerror}). Move away whatever has this path, or "
-            "make the directory writable, then repeat the command."
+            f"{path} cannot be written ({error.strerror}). Move away the file or folder that has "
+            "this path, or make the directory writable, then repeat the command."
         ) from error

@@ -31,7 +31,8 @@ from ddiff.sampling.loop import (
 # Largest mean number of positions of a sequence that are drawn at once near t = 0. The error in
 # total variation is then at most 0.05^2/2.
 MAX_DRAWN_AT_ONCE = 0.05
-# Entries of transition rows that are computed to find the interval; limits memory and time.
+# Largest number of entries of transition matrices that are computed to find the interval. It
+# limits memory and time.
 MAX_ENTRIES = 2**16
 # Halvings of an interval of logit times; 48 reach the resolution of float64.
 BISECTIONS = 48

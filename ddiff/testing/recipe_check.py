@@ -97,5 +97,5 @@ def _target_paths(
         target = parse_evaluated(text, names)
         if isinstance(target, ThroughTarget):
             continue
-        # Only paths of legs can be cut to the fields of a target.
+        # Only a `LegPath` can be restricted to the fields of a target.
         yield (target.path(path) if isinstance(path, LegPath) else path), str(target)

@@ -347,7 +347,7 @@ def _mean_time(inputs: StreamInput) -> Tensor:
     """Return the mean time [B] of the valid positions of a field; NaN for samples without it."""
     mean = inputs.t.mean(1)
     if inputs.valid is not None:
-        # Padding has the time 0 in training, whatever the times of the text are.
+        # Padding has the time 0 in training, so only valid positions count.
         times = inputs.t * inputs.valid
         mean = times.sum(1) / inputs.valid.sum(1).clamp(min=1)
     if inputs.absent is None:

@@ -128,7 +128,7 @@ class PretrainedBackbone(Backbone):
         options: dict[str, Any] = {"use_cache": False} if self.takes_cache else {}
         positions = context.positions(ids.shape[1], ids.device)
         if self.takes_positions:
-            # A clean and a noisy token of one position have the same number.
+            # The clean and the noisy copy of a position have the same position id.
             options["position_ids"] = (positions + self.first_position).expand(ids.shape)
         elif context.layout is not None and context.layout.noisy is not None:
             raise ArgumentError(

@@ -463,7 +463,10 @@ def _present_texts(documents: FieldsDocuments, name: str) -> Documents:
             block = column.texts[start : start + AT_ONCE]
             texts.extend(text for text in block if text is not None)
         if part == TRAIN and not texts:
-            raise DataError(f'Column "{name}": no training sample has a text.')
+            raise DataError(
+                f'Column "{name}": no training sample has a text, so that no tokenizer can be '
+                "learned. Correct the data, or remove the field."
+            )
         # a tokenizer is learned from training texts, and does not need validation texts
         parts.append(documents_from_texts(texts or [""]))
     return Documents(*parts)

@@ -121,7 +121,8 @@ def draw_fields(
     states = {name: torch.cat([found[name] for found, _ in drawn]) for name in names}
     runs = [evaluations for _, nfe in drawn for evaluations in nfe]
     values = {name: data.fields[name].decode(column) for name, column in states.items()}
-    # A given value is the one of the caller or of the data, without rounding by the normalizer.
+    # The result contains each given value as it came from the caller or the data. A value that
+    # was normalized and decoded would have rounding errors.
     for name in target.given:
         values[name] = _replace_given(values[name], plain[name])
     return DrawnSamples(target, values, states, runs, numbers)
