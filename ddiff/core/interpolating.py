@@ -93,6 +93,9 @@ class InterpolatingProcess(ForwardProcess):
     def noise(self, t: Tensor) -> Tensor:
         """Return the noise b_t [r,S]; each row sums to 1 - alpha_t."""
 
+    def keep_probability(self, t: Tensor) -> Tensor:
+        return self.alpha(t)
+
     def d_alpha(self, t: Tensor) -> Tensor:
         """Return d alpha_t / dt [r], by forward-mode differentiation of `alpha`.
 

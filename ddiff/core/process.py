@@ -240,6 +240,19 @@ class ForwardProcess(ABC):
         tokens = tokens.reshape(len(t), num_tokens, -1)
         return DenseKernel(torch.cat([tokens, beyond], 1))
 
+    def keep_probability(self, t: Tensor) -> Tensor:
+        """Return the probability [r] that a token has had no noise until time t.
+
+        Unlike `stay_probability`, it excludes tokens that were redrawn and are the clean token by
+        chance. Networks may read it as the noise level sigma = -ln(keep probability). Raises
+        ArgumentError if the process does not define it.
+        """
+        raise ArgumentError(
+            f"{type(self).__name__} defines no keep_probability, the probability that a token has "
+            "had no noise until time t. Define the method, or use a network that reads t "
+            '(backbone ddit: noise = "t").'
+        )
+
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         """Return alpha_t = q_t(x | x) [r], the probability that z_t is the clean token x."""
         marginal = self.log_marginal(self._log_one_hot(x0), t)

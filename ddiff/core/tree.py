@@ -112,6 +112,9 @@ class TreeProcess(ForwardProcess):
         other.__dict__.pop("information_time", None)
         return other
 
+    def keep_probability(self, t: Tensor) -> Tensor:
+        return self.clock.pi(t)[:, 0]
+
     @property
     def has_level_paths(self) -> bool:
         return self.clock.num_levels > 1

@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
         "[process]: build(config, *, vocabulary, width) -> ForwardProcess, or GaussianProcess for "
         "vectors of `width` numbers (None for tokens)"
     ),
-    "backbone": "[denoiser]: build(config, *, vocabulary, length) -> Backbone",
+    "backbone": "[denoiser]: build(config, *, vocabulary, length, process) -> Backbone",
     "head": (
         "[denoiser] head: build(config, *, vocabulary, width, dim) -> Head, or VectorHead for "
         "vectors of `dim` numbers (None for tokens)"

@@ -87,9 +87,9 @@ def assemble(
         )
     denoiser = None
     if device.type == "meta" and backbone is None:
-        denoiser = build_denoiser_on_meta(recipe, vocabulary)
+        denoiser = build_denoiser_on_meta(recipe, vocabulary, process)
     if denoiser is None:
-        denoiser = build_denoiser(recipe, vocabulary, backbone)
+        denoiser = build_denoiser(recipe, vocabulary, process, backbone)
     objective = _build_objective(recipe, process, denoiser)
     objective.module.to(device)
     return Model(vocabulary, process, denoiser, objective, device)

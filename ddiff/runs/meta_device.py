@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
@@ -30,9 +31,11 @@ _FILLS = {
 }
 
 
-def build_denoiser_on_meta(recipe: Recipe, vocabulary: Vocabulary) -> Denoiser | None:
+def build_denoiser_on_meta(
+    recipe: Recipe, vocabulary: Vocabulary, process: ForwardProcess | None
+) -> Denoiser | None:
     """Build the denoiser on the meta device; None if this is not possible."""
-    return build_on_meta(lambda: build_denoiser(recipe, vocabulary), recipe.denoiser.table)
+    return build_on_meta(lambda: build_denoiser(recipe, vocabulary, process), recipe.denoiser.table)
 
 
 def build_on_meta(build: Callable[[], M], table: str) -> M | None:

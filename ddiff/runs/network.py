@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import torch
 
+from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.nn.denoiser import Backbone, Denoiser, resolve_precision
 from ddiff.recipe.model import Recipe
 
 
 def build_denoiser(
-    recipe: Recipe, vocabulary: Vocabulary, backbone: Backbone | None = None
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    process: ForwardProcess | None,
+    backbone: Backbone | None = None,
 ) -> Denoiser:
     """Build the denoiser on the current default device of torch.
 
-    `backbone` replaces the backbone of the recipe if it is not None.
+    `process`: forward process, None for a model without one. `backbone` replaces the backbone of
+    the recipe if it is not None.
     """
     if backbone is None:
         torch.manual_seed(recipe.seed)  # dropout continues from the state after building
-        backbone = recipe.denoiser.build(vocabulary=vocabulary, length=recipe.length)
+        backbone = recipe.denoiser.build(
+            vocabulary=vocabulary, length=recipe.length, process=process
+        )
     inputs = recipe.objective.members.inputs
     # P(x_i | x_<i) contains no evidence from position i that could be divided out
     given = recipe.denoiser_keys.given if inputs == "own" else "rest"

@@ -26,7 +26,7 @@ from ddiff.run_dir.files import (
     read_json_lines,
 )
 from ddiff.runs.backends import build_single_backend
-from ddiff.runs.build import Overrides
+from ddiff.runs.build import Overrides, build_process
 from ddiff.runs.data import RunText
 from ddiff.runs.evaluation_report import evaluate_once
 from ddiff.runs.gaps import fill_gaps_once
@@ -57,7 +57,8 @@ def build_run(recipe: Recipe, backend: Backend, overrides: Overrides) -> Run:
         text.check_repetitions()
         vocabulary = _choose_vocabulary(text, overrides)
     text.check_vocabulary(vocabulary)
-    check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary), backend.device)
+    process = overrides.process or build_process(recipe, vocabulary)
+    check_memory(recipe, build_denoiser_on_meta(recipe, vocabulary, process), backend.device)
     run = Run.assemble(text, vocabulary, backend.device, overrides)
     run.data.read_conditions()
     _check_packing(run)

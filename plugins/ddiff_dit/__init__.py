@@ -13,4 +13,5 @@ if TYPE_CHECKING:
 @hookimpl
 def ddiff_register(registry: Registry) -> None:
     registry.add("backbone", "dit", "ddiff_dit.dit:DiT")
+    registry.add("backbone", "ddit", "ddiff_dit.ddit:DDiT")
     registry.add("joint_backbone", "mmdit", "ddiff_dit.mmdit:MMDiT")

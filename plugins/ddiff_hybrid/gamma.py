@@ -282,6 +282,9 @@ class GammaHybrid(ForwardProcess):
         token = torch.where(is_redrawn, uniform_token, ids)
         return torch.where(u[:, 0] < masked, self.vocabulary.root, token)
 
+    def keep_probability(self, t: Tensor) -> Tensor:
+        return self.visible.alpha(t) * self.kept.alpha(t)
+
     # ------------------------------------------------------------------ the bound
 
     def weight(self, x0: Tensor, zt: Tensor, t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and sigma is the total noise up to time t: with probability e^-sigma a token has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
@@ -26,6 +27,8 @@ from ddiff import (
 
 # Ratios to the mask diverge at t = 1, where every token is masked.
 LATEST = 1.0 - 1e-12
+# At t = 0 nothing is noise, and e^sigma - 1 is 0.
+EARLIEST = 1e-12
 
 HeadCallback = Callable[[Any, Tensor], Any]
 
@@ -55,21 +58,27 @@ class Ratios:
     At the current state y = z_t the log-ratio is set to 0. V is the number of tokens, and sigma the
     total noise. With `scaled`, rows at masks are scaled:
     ln s(y) = raw(y) - ln V - ln(e^sigma - 1). The head output ln p(y) + ln V then gives the score
-    p(y)/(e^sigma - 1), which is exact if the clean token has the distribution p.
+    p(y)/(e^sigma - 1), which is exact if the clean token has the distribution p. With `everywhere`,
+    rows at tokens are scaled in the same way, with e^-sigma the keep probability of the process.
     """
 
     scaled: bool
+    everywhere: bool = False
     predicts: ClassVar[Literal["score"]] = "score"
 
     def prepare(self, process: ForwardProcess, zt: Tensor, t: Tensor) -> Tensor:
         """Return the log-scale [k] that `wrap_callback` subtracts from the head output of k rows.
 
-        The log-scale is ln(V (e^sigma - 1)) at masks, and 0 at tokens or if `scaled` is False.
+        The log-scale is ln(V (e^sigma - 1)) at masks, and 0 at tokens or if `scaled` is False. With
+        `everywhere` it is ln(V (e^sigma - 1)) at all rows.
         e^sigma - 1 is the probability of the mask divided by the total probability of the tokens.
         This ratio is computed from the marginal of the process, so that it is right for any process
         with a mask.
         """
         scale = torch.zeros_like(t)
+        if self.everywhere:
+            kept = process.keep_probability(t.clamp(EARLIEST, LATEST))
+            return math.log(process.vocabulary.num_tokens) + torch.log(1.0 / kept - 1.0)
         masked = ((zt == process.vocabulary.root) & self.scaled).nonzero().squeeze(-1)
         if len(masked) == 0:
             return scale
@@ -115,8 +124,13 @@ class ScoreHead(Head):
         scaled: bool | None = None
         """Whether ratios at masks are divided by V (e^sigma - 1); by default true if the
         vocabulary has a mask."""
+        everywhere: bool = False
+        """Divide ratios at tokens, too, by V (e^sigma - 1), as published gamma-hybrids do;
+        e^-sigma is the probability that a token has no noise."""
 
-    def __init__(self, vocabulary: Vocabulary, width: int, scaled: bool) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, width: int, scaled: bool, everywhere: bool = False
+    ) -> None:
         if vocabulary.num_levels > 1:
             raise ArgumentError(
                 'head = "score" predicts ratios of tokens and a mask, and needs a vocabulary '
@@ -129,13 +143,18 @@ class ScoreHead(Head):
                 'head = "score" with scaled = true needs a vocabulary with a mask; '
                 f"got {vocabulary}. Remove scaled = true."
             )
+        if everywhere and not scaled:
+            raise ArgumentError(
+                'head = "score": everywhere = true needs scaled = true, since it scales ratios at '
+                "all positions instead of masks only. Remove everywhere, or set scaled = true."
+            )
         super().__init__(vocabulary, width, vocabulary.num_states)
-        self.parameterization = Ratios(scaled)
+        self.parameterization = Ratios(scaled, everywhere)
 
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, width: int) -> ScoreHead:
         scaled = vocabulary.mask_id is not None if config.scaled is None else config.scaled
-        return cls(vocabulary, width, scaled)
+        return cls(vocabulary, width, scaled, config.everywhere)
 
     def dist(self, logits: Callable[[int, int], Tensor], top: int) -> RatioDistribution:
         return RatioDistribution(logits(0, self.vocabulary.num_states), self.vocabulary)
