@@ -317,9 +317,6 @@ def _merge_times(
     With these divisors, each of the two groups estimates a sum over the whole batch.
     """
     speed = torch.where(chosen, first.speed / share, times.speed / (1.0 - share))
-    detour = times.detour
-    if detour is not None:  # the decoding term is that of the process, without detours
-        detour = detour._replace(share=torch.where(chosen, 0.0, detour.share))
     return Times(
         torch.where(chosen, first.t, times.t),
         speed,
@@ -327,7 +324,8 @@ def _merge_times(
         _choose(chosen, first.at_prior, times.at_prior),
         _choose(chosen, first.block, times.block),
         times.paired,
-        detour=detour,
+        # The decoding term starts where the detour starts, so that both terms are of one path.
+        detour=times.detour,
     )
 
 

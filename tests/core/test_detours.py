@@ -7,12 +7,14 @@ import torch
 from ddiff_dit.dit import DiT
 from torch import Tensor
 
-from ddiff.core.clock import LevelClock, LogTimeClock
+from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.detour import Detour, DetourClock, tabulate_groups
 from ddiff.core.elbo import nelbo, network_from_table
+from ddiff.core.information import TimeChange
 from ddiff.core.process import ForwardProcess
 from ddiff.core.rng import CounterRng
-from ddiff.core.times import FlatTimes, OccupancyTimes
+from ddiff.core.schedule import GeometricSchedule
+from ddiff.core.times import FlatTimes, OccupancyTimes, TimeRule, Times
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.data.batch import Batch
@@ -90,6 +92,10 @@ def test_time_rule_of_occupancies_passes_all_conformance_checks(spread: float) -
 
 # ---------------------------------------------------------------------- training
 
+COUNTS = torch.tensor([1.0, 5.0, 2.0, 8.0, 4.0])
+# The head adds one to each count.
+FIXED = (COUNTS.double() + 1.0) / float((COUNTS + 1.0).sum())
+
 
 def make_objective(
     process: TreeProcess, loss: ElboLoss | ClippedLoss, spread: float
@@ -98,7 +104,7 @@ def make_objective(
     torch.manual_seed(0)
     head = TreeHead(process.vocabulary, 8, "tied")
     denoiser = Denoiser(DiT(process.vocabulary, 8, layers=1, heads=2), head).double()
-    head.start_from_counts(torch.tensor([1.0, 5.0, 2.0, 8.0, 4.0]))
+    head.start_from_counts(COUNTS)
     return DiffusionObjective(process, denoiser, loss, OccupancyTimes(spread, 0.0, 1.0))
 
 
@@ -114,19 +120,59 @@ def test_training_bound_of_a_fixed_prediction_is_its_cross_entropy(process: Tree
     """
     objective = make_objective(process, ElboLoss(), 0.9)
     ids = torch.randint(5, (64, 8), generator=torch.Generator().manual_seed(2))
+    found = draw_losses(objective, ids)
+    expected = float(-FIXED.log()[ids].mean())
+    assert float(found.mean()) == pytest.approx(expected, abs=float(5.0 * found.std() / 40**0.5))
+
+
+def draw_losses(objective: DiffusionObjective, ids: Tensor) -> Tensor:
+    """Return the losses [40] of a batch with 40 draws of times and states."""
     slots = torch.arange(len(ids))
     scored = torch.ones_like(ids, dtype=torch.bool)
     batch = Batch(ids, scored, scored, torch.zeros_like(ids), slots)
+    count = {"tokens": torch.tensor(float(ids.numel()))}
     losses = []
     for step in range(40):
         rng = CounterRng(0, step, slots, ids.shape[1])
-        count = {"tokens": torch.tensor(float(ids.numel()))}
-        terms = objective(batch, rng, count, len(ids))
-        losses.append(terms.loss.item())
-    p = torch.tensor([1.0, 5.0, 2.0, 8.0, 4.0], dtype=torch.float64) / 20.0
-    expected = float(-p.log()[ids].mean())
-    found = torch.tensor(losses, dtype=torch.float64)
-    assert float(found.mean()) == pytest.approx(expected, abs=float(5.0 * found.std() / 40**0.5))
+        losses.append(objective(batch, rng, count, len(ids)).loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+class OneByOneTimes(TimeRule):
+    """Time rule whose detours all have a share of 0.9 of the path of one level after the other."""
+
+    has_one_time = True
+    has_detours = True
+
+    def draw(
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
+    ) -> Times:
+        times = FlatTimes().draw(clock, rng, slot, slots, length)
+        return times._replace(
+            detour=Detour(torch.full_like(times.t, 0.9), torch.zeros_like(times.t))
+        )
+
+    def ends(
+        self, clock: TimeChange, rng: CounterRng, slot: Tensor, slots: int | Tensor, length: int
+    ) -> tuple[Times, Times]:
+        return FlatTimes().ends(clock, rng, slot, slots, length)
+
+
+def test_decoding_and_diffusion_terms_of_a_detour_add_up_to_the_cross_entropy() -> None:
+    """The process is noisy at t = 0, with F = (0.8, 0.4). The detour starts at (0.98, 0.22) there.
+
+    All tokens are token 0, of a rare cluster. A decoding term at F would therefore be about 0.12
+    nats too large. The tolerance is five standard errors of the mean of 40 batches.
+    """
+    clock = CdfClock([GeometricSchedule(1.6, 20.0), GeometricSchedule(0.5, 16.0)])
+    objective = make_objective(TreeProcess(PAIR, clock), ElboLoss(), 0.9)
+    near = DiffusionObjective(
+        objective.process, objective.denoiser, ElboLoss(), OneByOneTimes(), decoding_share=0.5
+    )
+    found = draw_losses(near, torch.zeros(256, 8, dtype=torch.long))
+    tolerance = float(5.0 * found.std() / 40**0.5)
+    assert tolerance < 0.1
+    assert float(found.mean()) == pytest.approx(-float(FIXED[0].log()), abs=tolerance)
 
 
 def test_clipped_training_loss_clips_the_weights_of_the_detour() -> None:
