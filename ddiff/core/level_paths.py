@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ddiff.core.clock import CdfClock, LevelClock
+from ddiff.core.clock import CdfClock, LevelClock, LogTimeClock
 from ddiff.core.schedule import MOST_VALUES, BernsteinSchedule
 
 Field = Callable[[Tensor], Tensor]
@@ -161,6 +161,9 @@ def _step_costs(field: Field, steps: list[tuple[Node, int]], cells: int) -> list
 
 # ---------------------------------------------------------------------- clocks
 
+SLOW_SHARE = 0.01
+"""Share of a clock with rates 1/(1 - t) in the occupancies that keep levels apart."""
+
 
 def tabulate_path(path: Tensor, means: Tensor) -> Tensor:
     """Return the points [k,L] of a path at which the mean of F_1..F_L has the values `means` [k].
@@ -191,6 +194,9 @@ def make_path_clock(path: Tensor, inside: LevelClock, share: float) -> CdfClock:
     """
     t = torch.linspace(0.0, 1.0, MOST_VALUES, dtype=torch.float64)
     own = inside.cdf(t)
+    # With high rates, all levels of `inside` round to 1 long before t = 1, and would be equal.
+    slow = LogTimeClock((1.0,) * inside.num_levels).cdf(t)
+    own = torch.lerp(own, slow, SLOW_SHARE)
     values = torch.lerp(tabulate_path(path, own.mean(-1)), own, share)
     # Rounding may leave [0,1] or fall by one unit in the last place.
     values = values.clamp(0.0, 1.0).cummax(0).values

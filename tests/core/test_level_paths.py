@@ -210,8 +210,13 @@ def test_bernstein_schedule_rejects_values_that_do_not_rise_from_0_to_1(
 
 @pytest.mark.parametrize(
     "inside",
-    [LogTimeClock((1.0, 1.0)), LogTimeClock((0.5, 1.0)), LogTimeClock((1.0, 1.0, 1.0))],
-    ids=["gamma 1", "gamma 0.5", "three levels"],
+    [
+        LogTimeClock((1.0, 1.0)),
+        LogTimeClock((0.5, 1.0)),
+        LogTimeClock((1.0, 1.0, 1.0)),
+        LogTimeClock((20.0, 20.0)),
+    ],
+    ids=["gamma 1", "gamma 0.5", "three levels", "highest rates"],
 )
 def test_clocks_of_extreme_paths_pass_all_conformance_checks(inside: LevelClock) -> None:
     num_levels = inside.num_levels
