@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from ddiff.evaluation.intervals import FEWEST_SAMPLES
 from ddiff.run_dir.clock_record import ClockBound, ClockRecord
 from ddiff.run_dir.command_record import Estimate
 
@@ -103,6 +104,8 @@ def describe_choice(record: ClockRecord) -> list[str]:
             "Its difference from the recipe's clock is not significant: the 95 % interval contains "
             "0. Raise --draws, or evaluate more documents."
         )
+    if record.protocol["compared_documents"] < FEWEST_SAMPLES:
+        sentences.append(f"Intervals of fewer than {FEWEST_SAMPLES} documents may be too narrow.")
     if record.path is None:
         sentences.append(
             "No path was better than the recipe's on documents that did not determine it (best "
@@ -111,8 +114,8 @@ def describe_choice(record: ClockRecord) -> list[str]:
     else:
         sentences.append(
             f"Gain of the found path over the recipe's, in the measured field: {checked:.4f} nats "
-            "per token on documents that did not determine it, "
-            f"{record.fitted_gain:.4f} on those that did."
+            f"per token on documents that did not determine it (the largest of {len(record.gains)} "
+            f"degrees), {record.fitted_gain:.4f} on those that did."
         )
     if not record.trained_near_path:
         sentences.append(
