@@ -1,8 +1,20 @@
 """Compare trees of tokens with masked diffusion on data that have a natural tree.
 
-    python benchmarks/natural_trees.py runs/natural             # digits and code, seeds 0, 1, 2
+    python benchmarks/natural_trees.py runs/natural             # all data, seeds 0, 1, 2
     python benchmarks/natural_trees.py runs/natural --data digits --seeds 0 --set train.steps=400
     python benchmarks/natural_trees.py runs/natural --clock     # also `ddiff clock` of each tree
+
+| data | tokens | groups | rows of 64 tokens |
+| --- | --- | --- | --- |
+| `digits` | 17 grey levels | brightness, ink or not | bundled images of digits |
+| `code` | 1,024 byte pairs | kinds of tokens | standard library of Python |
+| `dna` | 64 codons | amino acids, classes of side chains | 1,853 genes of a bacterium |
+| `music` | 54 pitches, hold, rest | pitch classes, scale or not | 405 chorales by J. S. Bach |
+
+The script downloads `dna` and `music` with pip into the subdirectory `data`, and prepares them as
+rows. `natural_data/genes.py` and `natural_data/chorales.py` describe the rows and the licences.
+Genes that share 8 codons, and chorales that share three bars of the melody, are all for training or
+all for validation. The numbers of steps are 18 epochs at most: digits overfit beyond.
 
 The runs of a data set differ only in the tree and the seed. A tree and masked diffusion of the same
 seed have the same batches, and are evaluated with the same random numbers. The script can be
@@ -27,6 +39,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from natural_data import chorales, genes
+from natural_data.rows import LENGTH, RowFiles, Source, prepare
+from natural_data.trees import format_groups, shuffle_symbols
 from numpy.typing import NDArray
 
 import ddiff
@@ -55,15 +70,21 @@ class Compared(NamedTuple):
     Attributes:
         trees: name of each tree -> run. `FLAT` is masked diffusion.
         block: number of consecutive documents that the intervals treat as one. Neighbouring images
-            of digits are of one writer.
+            of digits are of one writer, and neighbouring rows are of one gene or chorale.
+        source: data to download, or None for data that the recipes read.
     """
 
     trees: Mapping[str, Trained]
     block: int
+    source: Source | None = None
 
 
 def _groups(text: str) -> tuple[str, ...]:
     return (f"vocabulary.groups={text}",)
+
+
+def _symbol_groups(groups: Sequence[str | Sequence[str]]) -> tuple[str, ...]:
+    return (f'vocabulary={{kind="patterns", groups={format_groups(groups)}}}',)
 
 
 def _clusters(sizes: str) -> tuple[str, ...]:
@@ -97,7 +118,63 @@ CODE = {
     "k-means 13 and 3": Trained("code_hdlm_small", _clusters("[13, 3]")),
     "k-means 32": Trained("code_hdlm_small", _clusters("[32]")),
 }
-DATA = {"digits": Compared(DIGITS, 10), "code": Compared(CODE, 1)}
+
+
+def _compare_symbols(
+    symbols: str, steps: int, trees: Mapping[str, tuple[str, ...]]
+) -> dict[str, Trained]:
+    """Add masked diffusion, and the settings of rows of symbols, to trees of these symbols."""
+    shared = (
+        f'tokenizer={{kind="alphabet", symbols="{symbols}"}}',
+        f"train.steps={steps}",
+    )
+    trained = {FLAT: Trained("mdlm_small", shared)}
+    for name, settings in trees.items():
+        trained[name] = Trained("hdlm_small", (*shared, *settings))
+    return trained
+
+
+_CLASSES = genes.find_class_groups()
+_NATURAL_DNA = _symbol_groups(_CLASSES)
+DNA = _compare_symbols(
+    genes.SYMBOLS,
+    3000,  # 14 epochs
+    {
+        # 21 amino acids (with stop) under nonpolar, polar, acidic, basic and stop.
+        "amino acids, classes": _NATURAL_DNA,
+        "amino acids, classes, near the path": (*_NATURAL_DNA, NEAR_PATH),
+        "amino acids": _symbol_groups(list(genes.find_amino_acid_groups().values())),
+        "classes": _symbol_groups(["".join(members) for members in _CLASSES]),
+        "unrelated codons": _symbol_groups(shuffle_symbols(_CLASSES)),
+        "k-means 21 and 5": _clusters("[21, 5]"),
+    },
+)
+
+_NOT_PITCHES = [[chorales.HOLD], [chorales.REST]]
+_SCALE = chorales.find_scale_groups()
+_NATURAL_MUSIC = _symbol_groups([*_NOT_PITCHES, *_SCALE])
+MUSIC = _compare_symbols(
+    chorales.SYMBOLS,
+    1300,  # 18 epochs
+    {
+        # Hold, rest and 12 pitch classes under hold, rest, notes of the scale and other notes.
+        "pitch classes, scale": _NATURAL_MUSIC,
+        "pitch classes, scale, near the path": (*_NATURAL_MUSIC, NEAR_PATH),
+        "pitch classes": _symbol_groups(
+            [chorales.HOLD, chorales.REST, *chorales.find_pitch_class_groups()]
+        ),
+        "scale": _symbol_groups([chorales.HOLD, chorales.REST, *map("".join, _SCALE)]),
+        "unrelated pitches": _symbol_groups([*_NOT_PITCHES, *shuffle_symbols(_SCALE)]),
+        "k-means 14 and 4": _clusters("[14, 4]"),
+    },
+)
+
+DATA = {
+    "digits": Compared(DIGITS, 10),
+    "code": Compared(CODE, 1),
+    "dna": Compared(DNA, 8, genes.SOURCE),
+    "music": Compared(MUSIC, 8, chorales.SOURCE),
+}
 
 
 class Bounds(NamedTuple):
@@ -114,6 +191,13 @@ class Bounds(NamedTuple):
 def find_run_dir(folder: Path, data: str, tree: str, seed: int) -> Path:
     words = "".join(letter if letter.isalnum() else " " for letter in tree).split()
     return folder / f"{data}_{'_'.join(words)}_seed{seed}"
+
+
+def name_files(files: RowFiles) -> tuple[str, ...]:
+    """Return the settings with which a recipe reads files of rows."""
+    train = json.dumps([str(files.train)])
+    validation = json.dumps([str(files.validation)])
+    return (f'data={{kind="symbols", length={LENGTH}, files={train}, validation={validation}}}',)
 
 
 def train(place: Path, trained: Trained, seed: int, settings: Sequence[str]) -> None:
@@ -218,12 +302,16 @@ def main() -> None:
 
 def compare(data: str, compared: Compared, given: argparse.Namespace) -> None:
     """Train and evaluate the trees of a data set, and print the tables."""
+    settings = list(given.set)
+    if compared.source is not None:
+        files = prepare(data, compared.source, given.folder / "data")
+        settings = [*name_files(files), *settings]
     places: dict[str, list[Path]] = {tree: [] for tree in compared.trees}
     # All trees of a seed are trained before the next seed, so that an early table is complete.
     for seed in given.seeds:
         for tree, trained in compared.trees.items():
             place = find_run_dir(given.folder, data, tree, seed)
-            train(place, trained, seed, given.set)
+            train(place, trained, seed, settings)
             places[tree].append(place)
     bounds = {}
     for tree, found in places.items():

@@ -49,13 +49,18 @@ def test_difference_of_one_seed_has_no_interval_over_seeds(script: ModuleType) -
     assert script.describe_difference(tree, flat)[:2] == ("+0.1000", "–")
 
 
-@pytest.mark.parametrize(("data", "num_tokens"), [("code", 1024), ("digits", 17)])
+@pytest.mark.parametrize(
+    ("data", "num_tokens"), [("code", 1024), ("digits", 17), ("dna", 64), ("music", 56)]
+)
 def test_every_compared_recipe_resolves_and_has_its_own_directory(
     script: ModuleType, data: str, num_tokens: int
 ) -> None:
-    trees = script.DATA[data].trees
+    compared = script.DATA[data]
+    files = script.RowFiles(Path("train.txt"), Path("validation.txt"))
+    given = script.name_files(files) if compared.source else ()
+    trees = compared.trees
     for tree, trained in trees.items():
-        recipe = ddiff.read_recipe(trained.recipe, trained.settings)
+        recipe = ddiff.read_recipe(trained.recipe, (*trained.settings, *given))
         vocabulary = recipe.vocabulary.preview(num_tokens=num_tokens)
         assert (vocabulary.num_levels == 1) == (tree == script.FLAT)
     places = {script.find_run_dir(Path("runs"), data, tree, 0) for tree in trees}
