@@ -224,7 +224,8 @@ class OccupancyTimes(TimeRule):
     clocks can be measured. Evaluation (`with_window`) and sampling (`at`) use no detours.
 
     Args:
-        spread: largest share m of an extreme path, in (0,1].
+        spread: largest share m of an extreme path, in (0,1]. The variance of the weights grows like
+            ln(1 / (1 - spread)) and is infinite for 1, since extreme paths leave levels empty.
         start, stop, tokens: as for `FlatTimes`.
     """
 

@@ -36,6 +36,7 @@ from ddiff.core.level_terms import draw_level_terms, find_time
 from ddiff.core.rng import CounterRng
 from ddiff.core.times import TimeRule
 from ddiff.core.tree import TreeProcess
+from ddiff.errors import NonFiniteError
 from ddiff.evaluation.likelihood import Scored
 from ddiff.evaluation.likelihood_sums import DocumentSums, Rows
 from ddiff.evaluation.ratio import RatioEstimate
@@ -213,7 +214,17 @@ def choose_path(measured: MeasuredField, reference: Tensor, cells: int) -> Chose
     For each degree, the path is found on every other document and compared with the `reference`
     path [n,L] on the remaining documents, and vice versa. The degree with the largest mean gain is
     chosen, and the path is found again on all documents. `cells`: parts of [0,1] on the lattice.
+
+    Raises NonFiniteError if a measured sum is NaN or infinite.
     """
+    # Comparisons with NaN are false, so the search would return an arbitrary path.
+    if not bool(measured.nats.isfinite().all()):
+        point = int((~measured.nats.isfinite()).any(-1).any(-1).nonzero()[0])
+        raise NonFiniteError(
+            "choose_path: the nats of `measured` must be finite; got NaN or infinity at the "
+            f"occupancies {measured.points[point].tolist()}: the network assigns probability zero "
+            "to a token. The weights have probably diverged. Go back to an earlier checkpoint."
+        )
     halves = (measured.select(slice(0, None, 2)), measured.select(slice(1, None, 2)))
     num_levels = measured.points.shape[1]
     # A polynomial of low degree may be biased, so gains are measured with the highest degree.

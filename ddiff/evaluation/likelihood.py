@@ -291,6 +291,7 @@ def score_documents(
     """Return the nats of every document and draw, to compare models on equal random numbers.
 
     `bar` is advanced by one for each row and draw. The other arguments are those of `evaluate`.
+    Raises NonFiniteError if the bound is not finite.
     """
     _check_arguments(len(document), draws, None, "token")
     names, index = np.unique(document, return_inverse=True)
@@ -298,6 +299,7 @@ def score_documents(
     scorer = _Scorer(objective, batch_of, index, length, times, seed, device)
     for _ in range(draws):
         scorer.add_draw(sums, batch, Ranks(), bar)
+    _estimate(sums, "token")  # differences of infinite bounds would be NaN
     return sums
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from tables import Known, constant, full_rows, processes
 from torch import Tensor
 
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.level_paths import choose_points, integrate_field, make_diagonal
+from ddiff.core.times import FlatTimes
+from ddiff.errors import NonFiniteError
 from ddiff.evaluation.level_clocks import MeasuredField, choose_path, split_documents
+from ddiff.evaluation.likelihood import score_documents
+from ddiff.progress import show_progress
 
 POINTS = choose_points(2, 6)
 DOCUMENTS = 40
@@ -87,3 +93,26 @@ def test_reference_changes_no_mean_and_its_noise_cancels() -> None:
 def test_documents_are_split_into_every_other_document() -> None:
     halves = split_documents(np.array([4, 4, 5, 7, 7, 9]))
     assert [half.tolist() for half in halves] == [[0, 1, 3, 4], [2, 5]]
+
+
+def test_infinite_divergence_is_refused_and_gives_no_path() -> None:
+    field = measured(rotating_field(POINTS), 0.1, 0)
+    field.nats[3, 2, 1] = torch.inf
+    with pytest.raises(NonFiniteError, match="got NaN or infinity at the occupancies"):
+        choose_path(field, RECIPE, 4)
+
+
+def test_infinite_bound_of_a_document_is_refused() -> None:
+    """The network gives token 0 the probability 0, and one of the three documents has token 0."""
+    p = torch.tensor([0.0, 0.4, 0.3, 0.3], dtype=torch.float64)
+    ids = torch.tensor([[1, 2], [3, 0], [2, 1]])
+    with show_progress(None, "test") as bar, pytest.raises(NonFiniteError, match="the bound is"):
+        score_documents(
+            Known(processes()["masked"], constant(p)),
+            full_rows(ids),
+            np.arange(3),
+            length=2,
+            times=FlatTimes(),
+            draws=16,
+            bar=bar,
+        )
