@@ -36,6 +36,8 @@ EOS = "<|eos|>"
 # Limit in characters, because the time to learn byte pairs is quadratic in the length of a word.
 LONGEST_WORD = 1000
 MOST_TOKENS = 2**24
+# Rows without a token: networks pad their number of rows to a multiple of up to 256.
+MOST_PADDING = 256
 # The pattern with which GPT-2 (and ByteLevel) splits text into words, with a limit on the length.
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -474,13 +476,23 @@ class PretrainedTokenizer:
     unit: Unit = "token"
     fill_id: int | None = None
 
-    def __init__(self, tokenizer: Any, name: str = "the tokenizer") -> None:
+    def __init__(
+        self, tokenizer: Any, name: str = "the tokenizer", num_tokens: int | None = None
+    ) -> None:
         """Wrap a tokenizer of `transformers.AutoTokenizer.from_pretrained`.
 
-        `num_tokens` is the highest id of all tokens, including added tokens, plus 1. Some of these
-        ids may be unused; they count as special ids. Error messages show `name`.
+        Args:
+            tokenizer: the tokenizer of the library.
+            name: name in error messages.
+            num_tokens: number V of tokens of the model, if it differs from that of the tokenizer.
+                Special and added tokens with the ids V, V + 1, ... are then left out, such as a
+                mask that was added last. Missing ids below V are unused. None: the highest id of
+                all tokens, including added tokens, plus 1.
+
+        Unused ids count as special ids. Raises DataError if another token has the id V or above.
         """
         self._tokenizer = tokenizer
+        self._size = num_tokens
         self._backend = _fast_backend(tokenizer)
         self._spellings: dict[int, str] = {}
         for token, number in tokenizer.get_vocab().items():
@@ -491,7 +503,9 @@ class PretrainedTokenizer:
                 f"{name} has an empty vocabulary, apart from special tokens. Name the folder of a "
                 "trained tokenizer."
             )
-        self.num_tokens = max(self._spellings) + 1
+        if num_tokens is not None:
+            self._drop_added_tokens(num_tokens, name)
+        self.num_tokens = num_tokens or max(self._spellings) + 1
         if self.num_tokens > MOST_TOKENS:
             raise DataError(
                 f"{name} has {len(self._spellings)} tokens with ids up to {self.num_tokens - 1}, "
@@ -499,22 +513,52 @@ class PretrainedTokenizer:
                 "id. Number the tokens 0, 1, 2, ..."
             )
         self.eos_id: int | None = tokenizer.eos_token_id
+        if self.eos_id not in self._spellings:
+            self.eos_id = None
         unused = set(range(self.num_tokens)) - set(self._spellings)
-        special = unused | set(tokenizer.all_special_ids)
+        special = unused | (set(tokenizer.all_special_ids) & set(self._spellings))
         self.special_ids: tuple[int, ...] = tuple(sorted(special))
-        self.fingerprint = fingerprint(["pretrained", self._definition()])[:16]
+        identity = ["pretrained", self._definition(), *([] if num_tokens is None else [num_tokens])]
+        self.fingerprint = fingerprint(identity)[:16]
         self._find_dropped = _dropped_character_finder(self._backend)
 
+    def _drop_added_tokens(self, num_tokens: int, name: str) -> None:
+        """Leave out the special and added tokens whose ids are not below `num_tokens`."""
+        tokenizer = self._tokenizer
+        added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        # The id of the unknown token may occur in encoded text.
+        added.discard(tokenizer.unk_token_id)
+        for number, token in list(self._spellings.items()):
+            if number < num_tokens:
+                continue
+            if number not in added:
+                raise DataError(
+                    f"{name} has the token {token!r} with the id {number}, but num_tokens = "
+                    f"{num_tokens}: only special and added tokens may have higher ids, apart from "
+                    "the unknown token. Use the tokenizer of the model. If the network has a row "
+                    "for a mask, the mask must be its last row."
+                )
+            del self._spellings[number]
+        missing = num_tokens - max(self._spellings) - 1
+        if missing > MOST_PADDING:
+            raise DataError(
+                f"{name} has {max(self._spellings) + 1} tokens, but num_tokens = {num_tokens}. At "
+                f"most {MOST_PADDING} ids may have no token. Use the tokenizer of the model."
+            )
+
     # Only the tokenizer of the library is pickled: the function `_find_dropped` cannot be pickled.
-    def __reduce__(self) -> tuple[type[PretrainedTokenizer], tuple[Any]]:
-        return PretrainedTokenizer, (self._tokenizer,)
+    def __reduce__(self) -> tuple[type[PretrainedTokenizer], tuple[Any, str, int | None]]:
+        return PretrainedTokenizer, (self._tokenizer, "the tokenizer", self._size)
 
     @classmethod
-    def from_pretrained(cls, source: str, name: str | None = None) -> PretrainedTokenizer:
+    def from_pretrained(
+        cls, source: str, name: str | None = None, num_tokens: int | None = None
+    ) -> PretrainedTokenizer:
         """Load a tokenizer from a local directory or by the name of a model on the hub.
 
-        Error messages show `name`, if given, instead of `source`. Raises DataError if the tokenizer
-        is missing, or needs Python code of its repository.
+        Error messages show `name`, if given, instead of `source`. `num_tokens` is the number of
+        tokens of the model, if it differs from that of the tokenizer. Raises DataError if the
+        tokenizer is missing, or needs Python code of its repository.
         """
         # Imported here, because it takes seconds and only this tokenizer needs it.
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -527,7 +571,7 @@ class PretrainedTokenizer:
         if is_known and tokenizer.init_kwargs.get("auto_map"):
             # The library has replaced the author's class by its own, which may give other ids.
             raise custom_code_error(shown, "tokenizer")
-        return cls(tokenizer, f"The tokenizer of {shown!r}")
+        return cls(tokenizer, f"The tokenizer of {shown!r}", num_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not len(texts):
@@ -537,12 +581,23 @@ class PretrainedTokenizer:
                 dropped = self._find_dropped(text)
                 if dropped:
                     raise UnknownWord(dropped, row, f"Row {row}", _NO_TOKEN, _OTHER_TOKENIZER)
-        return _encode_or_explain(self._encode, texts)
+        encoded = _encode_or_explain(self._encode, texts)
+        if self._size is not None:
+            self._refuse_dropped_tokens(encoded)
+        return encoded
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
+
+    def _refuse_dropped_tokens(self, encoded: list[list[int]]) -> None:
+        """Raise UnknownWord if a text has the spelling of an added token that was left out."""
+        for row, ids in enumerate(encoded):
+            highest = max(ids, default=0)
+            if highest >= self.num_tokens:
+                word = self._tokenizer.convert_ids_to_tokens(highest)
+                raise UnknownWord(word, row, f"Row {row}", _NO_TOKEN, _OTHER_TOKENIZER)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each list of ids. Unused ids give no text."""
@@ -567,7 +622,10 @@ class PretrainedTokenizer:
             files = {}
             for file in sorted(Path(directory).iterdir()):
                 files[file.name] = base64.b64encode(file.read_bytes()).decode()
-        write_json(path, {"kind": "pretrained", "files": files})
+        saved: dict[str, Any] = {"kind": "pretrained", "files": files}
+        if self._size is not None:
+            saved["num_tokens"] = self._size
+        write_json(path, saved)
 
     @classmethod
     def restore(cls, saved: dict[str, Any], name: str) -> PretrainedTokenizer:
@@ -576,7 +634,7 @@ class PretrainedTokenizer:
                 # Only the last part of the name is used, so that it cannot leave the directory.
                 place = Path(directory) / Path(file).name
                 place.write_bytes(base64.b64decode(content, validate=True))
-            return cls.from_pretrained(directory, name)
+            return cls.from_pretrained(directory, name, saved.get("num_tokens"))
 
     def _definition(self) -> Any:
         """Return JSON values that identify the tokenizer.

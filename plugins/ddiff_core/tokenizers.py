@@ -147,12 +147,15 @@ class Pretrained:
         """Local directory, or a name on the hub."""
         size: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
         """Expected number of tokens; with this key a dry run does not load the tokenizer."""
+        num_tokens: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
+        """Number of tokens of the model, if the tokenizer has another number. Special tokens with
+        higher ids are left out, such as a mask that was added last; missing ids are unused."""
 
     @staticmethod
     def build(config: Config, *, documents: Documents, cache: Cache | None) -> PretrainedTokenizer:
         from ddiff import PretrainedTokenizer
 
-        tokenizer = PretrainedTokenizer.from_pretrained(config.path)
+        tokenizer = PretrainedTokenizer.from_pretrained(config.path, num_tokens=config.num_tokens)
         if config.size not in (None, tokenizer.num_tokens):
             raise DataError(
                 f"[tokenizer] size must be the number of tokens of {config.path!r}, "
@@ -163,8 +166,8 @@ class Pretrained:
 
     @staticmethod
     def preview(config: Config) -> int | None:
-        """Return the number of tokens if the recipe has `size`, else None."""
-        return config.size
+        """Return the number of tokens if the recipe has it, else None."""
+        return config.num_tokens or config.size
 
 
 class Saved:
