@@ -1,3 +1,10 @@
+from .checkpoint.layout import Exported as Exported
+from .checkpoint.layout import ExportSource as ExportSource
+from .checkpoint.layout import Imported as Imported
+from .checkpoint.layout import Layout as Layout
+from .checkpoint.published_files import PublishedFiles as PublishedFiles
+from .checkpoint.published_files import open_published as open_published
+from .checkpoint.published_tensors import PublishedTensors as PublishedTensors
 from .clustering.cooccurrence import (
     compute_cooccurrence_embeddings as compute_cooccurrence_embeddings,
 )
@@ -174,11 +181,14 @@ from .run_dir.generation_record import GenerationRecord as GenerationRecord
 from .runs.clock import ClockSearch as ClockSearch
 from .runs.clock import find_clock as find_clock
 from .runs.evaluation_report import evaluate_run as evaluate_run
+from .runs.export import export_published as export_published
 from .runs.export import export_run as export_run
 from .runs.fields.run import FieldsRun as FieldsRun
 from .runs.generation import GenerationReport as GenerationReport
 from .runs.generation import evaluate_generation as evaluate_generation
 from .runs.generation import generate_and_evaluate as generate_and_evaluate
+from .runs.importing import ImportedRun as ImportedRun
+from .runs.importing import import_published as import_published
 from .runs.kinds import EvaluationOptions as EvaluationOptions
 from .runs.loading import load as load
 from .runs.pareto import SweepResult as SweepResult

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddiff.cli import components, doctor, evaluation, lm_eval, sampling, training
+from ddiff.cli import components, doctor, evaluation, lm_eval, sampling, sharing, training
 from ddiff.cli.app import app
 from ddiff.cli.process import main
 
@@ -22,7 +22,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "encode": training.encode,
     "eval": evaluation.evaluate,
     "lm-eval": lm_eval.evaluate_tasks,
-    "export": training.export,
+    "import": sharing.import_checkpoint,
+    "export": sharing.export,
     "sample": sampling.sample,
     "compare": evaluation.compare_runs,
     "pareto": evaluation.pareto,

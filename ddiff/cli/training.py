@@ -1,13 +1,13 @@
-"""Commands for data and training: run, data, encode and export."""
+"""Commands for data and training: run, data and encode."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddiff.cli.options import MOST, RecipeName, RunDir, Settings
+from ddiff.cli.options import MOST, RecipeName, Settings
 from ddiff.cli.output import print_columns
 from ddiff.cli.process import pause_garbage_collection
 from ddiff.distributed.launcher import get_rank_info, launch
@@ -204,26 +204,3 @@ def encode(
     print_columns(encoded.titles, encoded.parts)
     for remark in encoded.remarks:
         typer.echo(remark)
-
-
-def export(
-    run_dir: RunDir,
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE", help="Output file NAME.safetensors, a local or fsspec path."
-        ),
-    ],
-    weights: Annotated[
-        Literal["auto", "ema", "trained"],
-        typer.Option(
-            help="ema: the moving average; trained: the trained weights; auto: ema if the run "
-            "has a moving average."
-        ),
-    ] = "auto",
-) -> None:
-    """Write all weights of a trained run to one safetensors file."""
-    from ddiff.runs.export import export_run
-
-    metadata = export_run(run_dir, file, weights)
-    typer.echo(f"{file}: the {metadata['weights']} weights of step {metadata['step']} of {run_dir}")

@@ -40,6 +40,8 @@ PARETO = "pareto.json"
 PARETO_CHART = "pareto.svg"
 CLOCK = "clock.json"
 """Field, path and bounds of the clocks of a tree (`ddiff clock`)."""
+ORIGIN = "origin.json"
+"""Published files from which a run was imported (`ddiff import`)."""
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
@@ -75,6 +77,7 @@ FILES = (
     PARETO,
     PARETO_CHART,
     CLOCK,
+    ORIGIN,
 )
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, GAPS, JUDGED)

@@ -26,6 +26,7 @@ from ddiff.run_dir.files import (
 )
 from ddiff.run_dir.identity import check_recorded, recorded_overrides
 from ddiff.run_dir.location import check_location
+from ddiff.run_dir.origin_record import find_origin
 from ddiff.run_dir.protection import check_deleting, check_overwriting
 from ddiff.run_dir.resume import check_resumable
 from ddiff.runs.build import Overrides
@@ -69,6 +70,7 @@ def check_directory(
     if fresh or not contents.has_own_recipe:
         return  # the run starts at step 0
     check_readable(directory)
+    _check_not_imported(directory)
     newest = checkpoints.newest()
     if newest is None:
         return  # nothing is lost: no checkpoint was written yet
@@ -78,6 +80,17 @@ def check_directory(
     changed = diff_recipes(resolve_recorded(record), recipe.to_dict())
     replaced = diff_recipes(given, overrides.to_dict())
     check_resumable(directory, changed, replaced)
+
+
+def _check_not_imported(directory: Path) -> None:
+    """Raise CheckpointError if the weights in a run directory come from a published checkpoint."""
+    origin = find_origin(directory)
+    if origin is not None:
+        raise CheckpointError(
+            f"{directory} has weights that `ddiff import` read from {origin.source}, and training "
+            "would replace them. To train further, write a recipe with another name and with "
+            f'[train] init = {{ run = "{directory}" }}.'
+        )
 
 
 def tracked_names(recipe: BaseRecipe) -> tuple[str, ...]:

@@ -1,22 +1,32 @@
-"""Export of the weights of a trained run to one safetensors file."""
+"""Export of the weights of a trained run to one safetensors file, or to a published format."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from ddiff import __version__
+from ddiff.atomic import partial_name
+from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.progress import show_activity
-from ddiff.run_dir.destination import check_destination, write_file
-from ddiff.run_dir.files import FIELDS, NORMALIZER, RunRecord
+from ddiff.recipe.fields_recipe import require_text_recipe
+from ddiff.recipe.resolve import read_recipe
+from ddiff.run_dir.destination import check_destination, unwritable_error, write_file
+from ddiff.run_dir.files import FIELDS, NORMALIZER, RECIPE, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_recorded
 from ddiff.runs.record import open_checkpoints
 
 Weights = Literal["auto", "ema", "trained"]
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ddiff.checkpoint.checkpoints import Checkpoint
+    from ddiff.checkpoint.layout import Exported
 
 _LONGEST_HEADER = 1 << 27
 
@@ -44,11 +54,9 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
             "export: the file name must end in .safetensors, because readers choose the format by "
             f"the name; got {file}. Use the name {Path(file).name}.safetensors."
         )
-    newest = open_checkpoints(Path(run_dir)).newest()
-    assert newest is not None  # `open_checkpoints` refuses a run without one
-    check_recorded(RunRecord.read(Path(run_dir)), newest.state)
+    newest = _open_newest(Path(run_dir))
     target = check_destination(file, "export", owned=_is_export)
-    average = weights == "ema" or (weights == "auto" and bool(newest.state.get("ema")))
+    average = _uses_average(newest, weights)
     metadata = {
         "format": "pt",
         "weights": "ema" if average else "trained",
@@ -61,6 +69,90 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
         tensors = newest.read_weights(average=average) | _read_normalizers(Path(run_dir))
         write_file(target, lambda sink: write_tensors(sink, tensors, metadata))
     return metadata
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """Result of an export to a published format.
+
+    Attributes:
+        weights: exported weights, "ema" or "trained".
+        step: training step of the weights.
+        notes: remarks of the layout.
+    """
+
+    weights: str
+    step: int
+    notes: tuple[str, ...]
+
+
+def export_published(
+    run_dir: str | Path, folder: str | Path, layout: str, weights: Weights = "auto"
+) -> ExportedRun:
+    """Write config.json and model.safetensors in a published format, which other programs read.
+
+    Args:
+        run_dir: directory of a trained run of text.
+        folder: new or empty folder. It appears when it is complete.
+        layout: name of the format.
+        weights: as for `export_run`.
+
+    Raises ArgumentError, which names the reason, if the format cannot represent the model.
+    """
+    from ddiff.checkpoint.layout import ExportSource
+    from ddiff.runs.importing import build_layout, find_layout
+
+    directory = Path(run_dir)
+    component = find_layout(layout, "--format")
+    newest = _open_newest(directory)
+    recipe = require_text_recipe(read_recipe(directory / RECIPE), f"--format {layout}")
+    target = check_destination(folder, "export", folder=True).local
+    if target is None or (target.exists() and any(target.iterdir())):
+        raise ArgumentError(
+            f"export: the folder must be local, and new or empty; got {folder}. Use another folder."
+        )
+    average = _uses_average(newest, weights)
+    with show_activity("exporting the weights"):
+        source = ExportSource(
+            recipe.to_dict(),
+            newest.read_weights(average=average),
+            Vocabulary.load(str(directory / VOCABULARY)),
+        )
+        exported = build_layout(component).write(source)
+        _write_published(target, exported)
+    return ExportedRun("ema" if average else "trained", newest.step, tuple(exported.notes))
+
+
+def _write_published(target: Path, exported: Exported) -> None:
+    """Write a folder with configuration and weights. It appears when it is complete."""
+    from ddiff.checkpoint.dcp_storage import write_tensors
+
+    tensors = {name: tensor.contiguous() for name, tensor in exported.tensors.items()}
+    folder = target.with_name(partial_name(target.name))
+    try:
+        folder.mkdir(parents=True)
+        config = json.dumps(dict(exported.config), indent=2) + "\n"
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        with (folder / "model.safetensors").open("wb") as file:
+            write_tensors(file, tensors, {"format": "pt"})
+        os.replace(folder, target)
+    except OSError as error:
+        raise unwritable_error(check_destination(target, "export", folder=True), error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_newest(directory: Path) -> Checkpoint:
+    """Open the newest checkpoint of a run, after a comparison with the record of the run."""
+    newest = open_checkpoints(directory).newest()
+    assert newest is not None  # `open_checkpoints` refuses a run without one
+    check_recorded(RunRecord.read(directory), newest.state)
+    return newest
+
+
+def _uses_average(newest: Checkpoint, weights: Weights) -> bool:
+    """Return whether the moving averages of the weights are exported."""
+    return weights == "ema" or (weights == "auto" and bool(newest.state.get("ema")))
 
 
 def _read_normalizers(run_dir: Path) -> dict[str, Tensor]:

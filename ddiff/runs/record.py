@@ -29,15 +29,20 @@ if TYPE_CHECKING:
     from ddiff.training.protocols import Backend
 
 
-def record_run(run: TrainableRun, backend: Backend, init: Mapping[str, Any] | None = None) -> None:
+def record_run(
+    run: TrainableRun,
+    backend: Backend,
+    init: Mapping[str, Any] | None = None,
+    directory: Path | None = None,
+) -> None:
     """Write the recipe and components of a run, so that `ddiff.load` needs no training data.
 
     `backend`: backend whose device and number of processes are recorded. `init`: record of the
-    weights that [train] init loaded; None when training resumes. The recipe is written before all
-    other files. If the process is killed early, a directory with any file of
-    a run therefore also contains the recipe.
+    weights that [train] init loaded; None when training resumes. `directory`: folder of the files;
+    None for the run directory. The recipe is written before all other files. If the process is
+    killed early, a directory with any file of a run therefore also contains the recipe.
     """
-    directory = run.run_dir
+    directory = directory or run.run_dir
     directory.mkdir(parents=True, exist_ok=True)
     before = read_json(directory / ENVIRONMENT, allow_missing=True)
     write_run_file(directory / RECIPE, run.recipe.to_toml())

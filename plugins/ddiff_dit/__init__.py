@@ -15,3 +15,6 @@ def ddiff_register(registry: Registry) -> None:
     registry.add("backbone", "dit", "ddiff_dit.dit:DiT")
     registry.add("backbone", "ddit", "ddiff_dit.ddit:DDiT")
     registry.add("joint_backbone", "mmdit", "ddiff_dit.mmdit:MMDiT")
+    registry.add("layout", "mdlm", "ddiff_dit.published:MdlmLayout")
+    registry.add("layout", "bd3lm", "ddiff_dit.published:Bd3lmLayout")
+    registry.add("layout", "hybrid_epsilon", "ddiff_dit.published:EpsilonLayout")

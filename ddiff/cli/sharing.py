@@ -1,0 +1,123 @@
+"""Commands for exchange with other programs: import and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ddiff.cli.options import RunDir, Settings
+
+if TYPE_CHECKING:
+    from ddiff.runs.importing import ImportedRun
+
+SAFETENSORS = "safetensors"
+
+
+def import_checkpoint(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder, file of weights, or hub name OWNER/NAME\\[@REVISION].",
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Run directory to write, such as runs/NAME.")
+    ],
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Layout of the files; by default it is recognized."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder or hub name of the tokenizer; by default that of the checkpoint.",
+        ),
+    ] = None,
+    settings: Settings = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Replace an existing run in the directory.")
+    ] = False,
+) -> None:
+    """Convert a published checkpoint to a run directory, for eval, sample, report and fine-tuning.
+
+    No Python code of a repository is run, and no pickled object other than tensors is loaded.
+    """
+    from ddiff.runs.importing import import_published
+
+    imported = import_published(
+        source, out, layout=layout, tokenizer=tokenizer, settings=settings or (), fresh=fresh
+    )
+    _print_import(imported)
+
+
+def _print_import(imported: ImportedRun) -> None:
+    """Print what was imported, and the next commands."""
+    origin = imported.origin
+    step = "" if origin.step is None else f", step {origin.step}"
+    average = ", moving averages" if origin.is_average else ""
+    rows = [
+        ("source", f"{origin.source}{step}{average}"),
+        ("layout", origin.layout),
+        ("parameters", f"{imported.parameters:,}"),
+        ("process", imported.process),
+        ("tokenizer", f"{origin.tokenizer}, {imported.num_tokens} tokens"),
+        ("length", f"{imported.length} tokens"),
+    ]
+    for name, file in origin.files.items():
+        rows.append((name, f"{file.bytes} bytes, SHA-256 {file.sha256}"))
+    width = max(len(name) for name, _ in rows)
+    typer.echo(f"{imported.directory}: imported")
+    for name, value in rows:
+        typer.echo(f"  {name:{width}}  {value}")
+    for note in origin.notes:
+        typer.echo(f"  {note}")
+    typer.echo("Next:")
+    typer.echo(f"  ddiff sample {imported.directory} --count 4")
+    typer.echo(f"  ddiff eval {imported.directory}")
+
+
+def export(
+    run_dir: RunDir,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Output file NAME.safetensors, a local or fsspec path; with a published format, "
+            "a new folder.",
+        ),
+    ],
+    weights: Annotated[
+        Literal["auto", "ema", "trained"],
+        typer.Option(
+            help="ema: the moving average; trained: the trained weights; auto: ema if the run "
+            "has a moving average."
+        ),
+    ] = "auto",
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="safetensors: one file with the names of ddiff; or a layout, such as that of a "
+            "published model, which other programs read.",
+        ),
+    ] = SAFETENSORS,
+) -> None:
+    """Write all weights of a trained run to one safetensors file, or to a published format."""
+    from ddiff.runs.export import export_published, export_run
+
+    if format == SAFETENSORS:
+        metadata = export_run(run_dir, file, weights)
+        kind, step = metadata["weights"], metadata["step"]
+        typer.echo(f"{file}: the {kind} weights of step {step} of {run_dir}")
+        return
+    exported = export_published(run_dir, Path(file), format, weights)
+    typer.echo(
+        f"{file}: the {exported.weights} weights of step {exported.step} of {run_dir}, "
+        f"layout {format}"
+    )
+    for note in exported.notes:
+        typer.echo(f"  {note}")

@@ -1,0 +1,363 @@
+"""Import of published checkpoints into run directories: `ddiff import`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddiff import __version__
+from ddiff.atomic import partial_name
+from ddiff.checkpoint.checkpoints import Checkpoints, load_weights
+from ddiff.checkpoint.layout import Imported, Layout
+from ddiff.checkpoint.published_files import PublishedFiles, open_published
+from ddiff.data.tokenizer import Tokenizer
+from ddiff.distributed.single import SingleBackend
+from ddiff.errors import ArgumentError, CheckpointError, DataError, suggest
+from ddiff.plugin.loader import survey_plugins
+from ddiff.plugin.registry import Component
+from ddiff.progress import show_activity
+from ddiff.recipe.fields_recipe import require_text_recipe
+from ddiff.recipe.model import Recipe
+from ddiff.recipe.resolve import parse_recipe
+from ddiff.recipe.toml import write_toml
+from ddiff.run_dir.contents import classify_contents
+from ddiff.run_dir.files import CHECKPOINTS, ORIGIN
+from ddiff.run_dir.identity import flatten_keys
+from ddiff.run_dir.location import check_location
+from ddiff.run_dir.origin_record import ImportedFile, OriginRecord
+from ddiff.run_dir.protection import check_deleting, delete_run
+from ddiff.runs.build import NO_OVERRIDES
+from ddiff.runs.conditioning import check_sampling
+from ddiff.runs.data import RunText
+from ddiff.runs.directory import lock_run_dir
+from ddiff.runs.provenance import component_fingerprints
+from ddiff.runs.record import record_run, write_run_file
+from ddiff.runs.run import Run
+from ddiff.training.run_state import RunState
+
+KIND = "layout"
+# Without [data] in the layout or in --set, `ddiff eval` evaluates the bundled novels.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "data": {"kind": "bundled"},
+    # The learning rate with which the published models were trained.
+    "train": {"batch": 8, "optimizer": {"kind": "adamw", "lr": 3e-4}},
+    "backend": {"kind": "single"},
+}
+
+
+@dataclass(frozen=True)
+class ImportedRun:
+    """Result of an import.
+
+    Attributes:
+        directory: the run directory.
+        origin: record of the published files.
+        parameters: number of parameters of the network.
+        process: description of the forward process, or of the objective of a model without one.
+        num_tokens: number of tokens.
+        length: number of tokens in a row.
+    """
+
+    directory: Path
+    origin: OriginRecord
+    parameters: int
+    process: str
+    num_tokens: int
+    length: int
+
+
+def import_published(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    tokenizer: str | None = None,
+    settings: Iterable[str] = (),
+    fresh: bool = False,
+) -> ImportedRun:
+    """Convert a published checkpoint to a run directory.
+
+    The run can be sampled, evaluated, reported and exported like a trained run, and another run can
+    start from it with `[train] init = { run = ... }`. The directory appears when it is complete.
+
+    Args:
+        source: local folder, file of weights, or hub name OWNER/NAME[@REVISION].
+        out: run directory, which must not exist or be empty.
+        layout: name of the layout; None: the layout that recognizes the files.
+        tokenizer: folder or hub name of the tokenizer; None: that of the checkpoint.
+        settings: `key=value` texts that override keys of the recipe, as `--set` does.
+        fresh: replace an existing run in the directory.
+
+    Raises DataError if the files are damaged, unknown or incomplete, and CheckpointError if the
+    directory must not be written. Nothing is written in these cases.
+    """
+    directory = Path(out)
+    _check_directory(directory, fresh)
+    files = open_published(source)
+    component = _choose_layout(files, layout)
+    imported = _read_model(component, files)
+    settings = list(settings)
+    place, table = _choose_tokenizer(files, imported, tokenizer, settings)
+    recipe = _build_recipe(imported, directory, table, files.step, settings)
+    run = _build_run(recipe, imported, files, place)
+    origin = OriginRecord(
+        ddiff=__version__,
+        source=files.source,
+        revision=files.revision,
+        layout=f"{component.name} ({component.origin})",
+        tokenizer=place,
+        step=files.step,
+        is_average=files.is_average,
+        files={
+            name: ImportedFile(bytes=digest.bytes, sha256=digest.sha256)
+            for name, digest in files.digests.items()
+        },
+        notes=tuple(imported.notes),
+    )
+    with lock_run_dir(directory), _replace_directory(directory, fresh) as folder:
+        _write_run(run, folder, origin)
+    return ImportedRun(
+        directory=directory,
+        origin=origin,
+        parameters=sum(parameter.numel() for parameter in run.denoiser.parameters()),
+        process=str(run.process or type(run.objective).__name__),
+        num_tokens=imported.num_tokens,
+        length=recipe.length,
+    )
+
+
+# ---------------------------------------------------------------------- directory
+
+
+def _check_directory(directory: Path, fresh: bool) -> None:
+    """Raise CheckpointError if the run directory must not be written."""
+    check_location(str(directory))
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(
+            f"--out: {directory} is a file; a directory was expected. Use another path."
+        )
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not fresh:
+        raise CheckpointError(
+            f"--out: {directory} exists and is not empty. Use another directory, or replace the "
+            "run in it with --fresh."
+        )
+    check_deleting(classify_contents(directory), "", ())
+
+
+@contextmanager
+def _replace_directory(directory: Path, fresh: bool) -> Iterator[Path]:
+    """Context manager that yields a new folder and renames it to `directory` at the end.
+
+    After an error the new folder is removed, and `directory` is unchanged.
+    """
+    # A symbolic link is followed, so that the link is kept.
+    target = directory.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(partial_name(target.name))
+    try:
+        yield folder
+        if fresh and target.exists():
+            # Deleted last, when nothing else can fail.
+            delete_run(target)
+        os.replace(folder, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"--out: {directory} cannot be written ({error.strerror or error}). Use another "
+            "directory, or free space."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_run(run: Run, folder: Path, origin: OriginRecord) -> None:
+    """Write the files of a run to a folder, as training would leave them."""
+    backend = SingleBackend("cpu")
+    record_run(run, backend, directory=folder)
+    write_run_file(folder / ORIGIN, origin.to_json())
+    state = {
+        "run": RunState(step=origin.step or 0).to_tree(),
+        "ema": None,
+        "origins": run.recipe.origins(),
+        # No fingerprints of data: the model was trained on other data than those of the recipe.
+        "fingerprints": component_fingerprints(run.data, run.model),
+        "made_with": {
+            "recipe": flatten_keys(run.recipe.to_dict()),
+            "given": run.given(),
+            "noising": run.noising(),
+        },
+    }
+    checkpoints = Checkpoints(str(folder / CHECKPOINTS))
+    with show_activity("writing the checkpoint"):
+        checkpoints.save(origin.step or 0, run.objective.module.state_dict(), state)
+
+
+# ---------------------------------------------------------------------- layout
+
+
+def list_layouts() -> dict[str, Component]:
+    """Return the layouts of all installed plugins, by name."""
+    components = survey_plugins().registry.components(KIND)
+    return {component.name: component for component in components}
+
+
+def build_layout(component: Component) -> Layout:
+    """Build a layout with its default settings."""
+    return component.load().build(component.config_class()())
+
+
+def find_layout(name: str, option: str) -> Component:
+    """Return the layout with a name. Raises ArgumentError, which names `option`, if it is unknown.
+
+    `option`: option of the command line that selects the layout.
+    """
+    layouts = list_layouts()
+    if name not in layouts:
+        raise ArgumentError(
+            f"{option}: there is no layout {name!r}.{suggest(name, layouts)} Layouts of the "
+            f"installed plugins: {', '.join(layouts) or 'none'}."
+        )
+    return layouts[name]
+
+
+def _choose_layout(files: PublishedFiles, name: str | None) -> Component:
+    """Return the named layout, or the only layout that recognizes the files."""
+    if name is not None:
+        return find_layout(name, "--layout")
+    layouts = list_layouts()
+    fitting = [
+        component for component in layouts.values() if build_layout(component).recognize(files)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(component.name for component in fitting)
+        raise DataError(
+            f"{files.source}: several layouts recognize the files: {names}. Choose one with "
+            "--layout NAME."
+        )
+    declared = {key: files.config[key] for key in ("model_type", "graph") if key in files.config}
+    raise DataError(
+        f"{files.source}: no layout recognizes the files. The configuration declares "
+        f"{declared or 'neither model_type nor graph'}, and the first tensors are "
+        f"{', '.join(files.tensors.names[:3])}. Layouts of the installed plugins: "
+        f"{', '.join(layouts) or 'none'}. If the model is one of these, choose it with --layout "
+        "NAME; else install or write a plugin with its layout."
+    )
+
+
+def _read_model(component: Component, files: PublishedFiles) -> Imported:
+    """Read the files with a layout, which must use every tensor."""
+    with show_activity("reading the weights"):
+        imported = build_layout(component).read(files)
+    files.tensors.finish()
+    return imported
+
+
+# ---------------------------------------------------------------------- recipe and model
+
+
+def _choose_tokenizer(
+    files: PublishedFiles, imported: Imported, given: str | None, settings: list[str]
+) -> tuple[str, dict[str, Any] | None]:
+    """Return the source of the tokenizer, and its recipe table.
+
+    The table is None if `settings` contain the tokenizer. `given`: folder or name that the caller
+    chose.
+    """
+    has_setting = any(setting.lstrip().startswith("tokenizer") for setting in settings)
+    if has_setting and given is not None:
+        raise ArgumentError(
+            f"--tokenizer {given} and --set tokenizer both select the tokenizer. Leave one out."
+        )
+    if has_setting:
+        return "--set", None
+    if given is None and files.tokenizer_directory is not None:
+        # A hub name instead of the folder of its download, which may be deleted.
+        given = str(files.tokenizer_directory)
+        if files.revision is not None:
+            given = files.source.removeprefix("hf://").partition("@")[0]
+    given = given or imported.tokenizer
+    if given is None:
+        raise DataError(
+            f"{files.source} has no tokenizer, and its layout does not know the tokenizer of the "
+            "publication. Give its folder or hub name with --tokenizer."
+        )
+    return given, {"kind": "pretrained", "path": given, "num_tokens": imported.num_tokens}
+
+
+def _build_recipe(
+    imported: Imported,
+    directory: Path,
+    tokenizer: dict[str, Any] | None,
+    step: int | None,
+    settings: list[str],
+) -> Recipe:
+    """Build the recipe of an imported run."""
+    tree: dict[str, Any] = {"name": directory.resolve().name, "run_dir": str(directory)}
+    _merge(tree, DEFAULTS)
+    _merge(tree, {"train": {"steps": max(step or 0, 1)}})
+    _merge(tree, imported.recipe)
+    if tokenizer is not None:
+        tree["tokenizer"] = tokenizer
+    text = write_toml(tree, "Recipe of an import")
+    recipe = parse_recipe(text, "the recipe of the import", settings)
+    return require_text_recipe(recipe, "ddiff import")
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Add nested tables to `tree`. A value of `other` replaces the value of the same key."""
+    for key, value in other.items():
+        if isinstance(value, Mapping):
+            _merge(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value
+
+
+def _build_run(recipe: Recipe, imported: Imported, files: PublishedFiles, place: str) -> Run:
+    """Build the model of a recipe with the imported weights.
+
+    `place`: source of the tokenizer, for messages.
+    """
+    tokenizer = _build_tokenizer(recipe, imported, place, files.tokenizer_directory is not None)
+    # A published vocabulary is flat, so it needs no rows, which would tokenize the whole corpus.
+    vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=None, cache=None)
+    with show_activity("building the model"):
+        text = RunText(recipe, tokenizer)
+        run = Run.assemble(text, vocabulary, torch.device("cpu"), NO_OVERRIDES)
+        load_weights(run.objective.module, imported.weights, files.source)
+    check_sampling(recipe, run.model)
+    return run
+
+
+def _build_tokenizer(
+    recipe: Recipe, imported: Imported, place: str, is_in_folder: bool
+) -> Tokenizer:
+    """Build the tokenizer of a recipe. Raises DataError if it does not fit the network.
+
+    `is_in_folder`: whether the checkpoint has a tokenizer.
+    """
+    try:
+        tokenizer = RunText(recipe).tokenizer
+    except DataError as error:
+        if place == "--set":
+            raise
+        where = "" if is_in_folder else " The checkpoint has no tokenizer."
+        raise DataError(
+            f"{error}{where} Give the folder of the tokenizer with --tokenizer FOLDER."
+        ) from error
+    if tokenizer.num_tokens != imported.num_tokens:
+        raise DataError(
+            f"The tokenizer has {tokenizer.num_tokens} tokens, but the network has "
+            f"{imported.num_tokens}. Use the tokenizer of the publication: --tokenizer FOLDER or "
+            "--set tokenizer=..."
+        )
+    return tokenizer

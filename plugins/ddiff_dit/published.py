@@ -1,0 +1,397 @@
+"""Layouts of published checkpoints whose networks are exactly a `DiT` with `time = false`.
+
+MDLM (arXiv 2406.07524) and BD3LM (2503.09573) replace sigma by 0 unless `time_conditioning` is
+true, and the epsilon-hybrid (2504.06416) has no embedding of sigma. Their modulation vectors are
+therefore constants, and `folding` moves them into the vectors of `DiT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddiff import (
+    ArgumentError,
+    ComponentConfig,
+    Context,
+    DataError,
+    Exported,
+    ExportSource,
+    FlatVocabulary,
+    Imported,
+    Layout,
+    PublishedFiles,
+    PublishedTensors,
+)
+from ddiff_dit.dit import HEAD_WIDTH, SIZES, DiT
+from ddiff_dit.folding import Sizes, fold_weights, unfold_plain_weights, unfold_weights
+
+PREFIX = "backbone."
+TOKENIZER = "gpt2"  # the published models that have no tokenizer in their folder use this one
+PROBED = 64  # positions of the sequence of masks on which the probability of the mask is measured
+MISSING: Any = object()
+
+
+class _DiTLayout(Layout):
+    """Base class of the layouts of networks that fold into `DiT`."""
+
+    class Config(ComponentConfig):
+        """Empty: a layout has no keys."""
+
+    @classmethod
+    def build(cls, config: Config) -> Layout:
+        return cls()
+
+
+class MdlmLayout(_DiTLayout):
+    """MDLM of kuleshov-group, such as mdlm-owt, without time conditioning."""
+
+    def recognize(self, files: PublishedFiles) -> bool:
+        config = files.config
+        # Training checkpoints have the configuration of the training program.
+        is_trained = config.get("parameterization") == "subs" and config.get("backbone") == "dit"
+        is_known = config.get("model_type") == "mdlm" or is_trained
+        return is_known and not config.get("time_conditioning") and "block_size" not in config
+
+    def read(self, files: PublishedFiles) -> Imported:
+        return _read_masked(files, {}, {})
+
+    def write(self, source: ExportSource) -> Exported:
+        sizes = _check_folds(source, "mdlm")
+        _check_times(source, "flat")
+        config = {"model_type": "mdlm", **_write_config(source, sizes), "return_dict": False}
+        return _write_masked(source, sizes, config)
+
+
+class Bd3lmLayout(_DiTLayout):
+    """Block diffusion of kuleshov-group, such as bd3lm-owt-block_size4."""
+
+    def recognize(self, files: PublishedFiles) -> bool:
+        return files.config.get("model_type") == "bd3lm"
+
+    def read(self, files: PublishedFiles) -> Imported:
+        width = _read_count(files, "block_size")
+        files.tensors.skip("sampling_eps_min", "sampling_eps_max")
+        if files.config.get("cross_attn") is False:
+            raise DataError(
+                f"{files.source}: the key cross_attn must be true, because blocks attend to the "
+                "clean tokens before them; it is false. This layout does not read such a model."
+            )
+        length = _read_count(files, "model_length")
+        if width == length:
+            # One block: the pretrained models from which training with blocks starts.
+            return _read_masked(files, {}, {})
+        if length % width:
+            raise DataError(
+                f"{files.source}: the key block_size must divide model_length; got block_size = "
+                f"{width} and model_length = {length}. Use the published config.json."
+            )
+        times = {"kind": "block", "width": width}
+        sampler = {"kind": "blockwise", "width": width}
+        steps = {"steps": width}
+        return _read_masked(files, {"times": times}, {"sampler": sampler, **steps})
+
+    def write(self, source: ExportSource) -> Exported:
+        sizes = _check_folds(source, "mdlm")
+        width = _check_times(source, "block")
+        config = {
+            "model_type": "bd3lm",
+            **_write_config(source, sizes),
+            "block_size": width,
+            "cross_attn": True,
+            "adaln": True,
+            "var_min": False,
+        }
+        return _write_masked(source, sizes, config)
+
+
+class EpsilonLayout(_DiTLayout):
+    """Epsilon-hybrid of ServiceNow, such as hdlm-base-epsilon-0.01."""
+
+    def recognize(self, files: PublishedFiles) -> bool:
+        return files.config.get("model_type") == "epsilon_hybrid" or (
+            "epsilon" in (files.config.get("training") or {})
+            and not any("adaLN_modulation" in name for name in files.tensors.names)
+        )
+
+    def read(self, files: PublishedFiles) -> Imported:
+        epsilon = _read_value(files, "training.epsilon")
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+            raise DataError(
+                f"{files.source}: the key training.epsilon must be a number; got {epsilon!r}. Use "
+                "the published configuration."
+            )
+        num_tokens = _read_count(files, "tokenizer.tokens")
+        sizes = Sizes(
+            rows=num_tokens + 1,
+            width=_read_count(files, "model.hidden_size"),
+            layers=_read_count(files, "model.n_blocks"),
+            heads=_read_count(files, "model.n_heads"),
+            condition=0,
+            length=_read_count(files, "model.length"),
+        )
+        tensors = _strip_prefix(files.tensors)
+        weights = fold_weights(tensors, sizes, num_tokens=num_tokens, has_modulation=False)
+        # The training of the mask's row with cross-entropy makes its probability small.
+        mask = (
+            tensors.take("output_layer.linear.weight", sizes.rows, sizes.width)[-1],
+            tensors.take("output_layer.linear.bias", sizes.rows)[-1],
+        )
+        recipe = _make_recipe(
+            files, sizes, "hybrid", {"kind": "hybrid_epsilon", "epsilon": epsilon}
+        )
+        # Plain cross-entropy at visible tokens trains P(x | z), which includes their own state.
+        recipe["denoiser"]["given"] = "all"
+        notes = [_describe_mask(weights, mask, sizes), *_describe_annealing(files, sizes)]
+        return Imported(recipe, weights, num_tokens, TOKENIZER, [note for note in notes if note])
+
+    def write(self, source: ExportSource) -> Exported:
+        sizes = _check_folds(source, "hybrid_epsilon")
+        _check_times(source, "flat")
+        if source.recipe["denoiser"]["given"] != "all":
+            raise ArgumentError(
+                'export: the layout hybrid_epsilon needs [denoiser] given = "all", the full '
+                f'conditional P(x | z); got "{source.recipe["denoiser"]["given"]}". Use another '
+                "--format."
+            )
+        config = {
+            "model_type": "epsilon_hybrid",
+            "tokenizer": {"tokens": source.vocabulary.num_tokens},
+            "training": {"epsilon": source.recipe["process"]["epsilon"]},
+            "annealing": {"type": "block", "width": sizes.length, "tau": sizes.length},
+            "model": {
+                "hidden_size": sizes.width,
+                "cond_dim": sizes.condition,
+                "n_heads": sizes.heads,
+                "n_blocks": sizes.layers,
+                "length": sizes.length,
+                "dropout": source.recipe["denoiser"]["dropout"],
+                "scale_by_sigma": False,
+                "transformer_sigma_conditioning": False,
+                "hybrid_sigma_embedding": False,
+                "post_process_logits": False,
+                "use_timestep_embedding": False,
+            },
+        }
+        return Exported(config, unfold_plain_weights(source.weights, sizes))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _read_masked(
+    files: PublishedFiles, objective: Mapping[str, Any], sample: Mapping[str, Any]
+) -> Imported:
+    """Read a masked model. `objective` and `sample`: further keys of these tables."""
+    if files.config.get("time_conditioning"):
+        raise DataError(
+            f"{files.source}: the key time_conditioning must be false, because the modulation "
+            "vectors are constants only without it; it is true. Choose a layout that keeps the "
+            "noise level, with --layout."
+        )
+    sizes = _read_sizes(files)
+    num_tokens = sizes.rows - 1  # the mask is the last row
+    tensors = _strip_prefix(files.tensors)
+    weights = fold_weights(tensors, sizes, num_tokens=num_tokens, has_modulation=True)
+    recipe = _make_recipe(files, sizes, "mdlm", {"kind": "mdlm"})
+    recipe["objective"] = {**objective}
+    recipe["sample"] = {**sample}
+    return Imported(recipe, weights, num_tokens, TOKENIZER)
+
+
+def _read_sizes(files: PublishedFiles) -> Sizes:
+    """Read the sizes from the configuration on the hub, or from that of the training program."""
+    if "hidden_dim" in files.config:
+        return Sizes(
+            rows=_read_count(files, "vocab_size"),
+            width=_read_count(files, "hidden_dim"),
+            layers=_read_count(files, "n_blocks"),
+            heads=_read_count(files, "n_heads"),
+            condition=_read_count(files, "cond_dim"),
+            length=_read_count(files, "model_length"),
+        )
+    # The training program has no key for the number of rows.
+    rows, *_ = _strip_prefix(files.tensors).shape("vocab_embed.embedding")
+    return Sizes(
+        rows=rows,
+        width=_read_count(files, "model.hidden_size"),
+        layers=_read_count(files, "model.n_blocks"),
+        heads=_read_count(files, "model.n_heads"),
+        condition=_read_count(files, "model.cond_dim"),
+        length=_read_count(files, "model.length"),
+    )
+
+
+def _make_recipe(
+    files: PublishedFiles, sizes: Sizes, plugin: str, process: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the tables of the recipe of a network."""
+    model = files.config.get("model")
+    dropout = (model if isinstance(model, Mapping) else files.config).get("dropout", 0.0)
+    return {
+        "plugins": [plugin, "dit"],
+        "data": {"length": sizes.length},
+        "vocabulary": {"kind": "flat"},
+        "process": dict(process),
+        "denoiser": {
+            "kind": "dit",
+            "width": sizes.width,
+            "layers": sizes.layers,
+            "heads": sizes.heads,
+            "condition_width": sizes.condition or 128,
+            "time": False,
+            "dropout": dropout,
+            "head": "tokens",
+        },
+        "objective": {},
+        "sample": {},
+    }
+
+
+def _strip_prefix(tensors: PublishedTensors) -> PublishedTensors:
+    """Return the tensors of the network. Raw modules have no prefix."""
+    has_prefix = any(name.startswith(PREFIX) for name in tensors.names)
+    return tensors.without_prefix(PREFIX) if has_prefix else tensors
+
+
+def _read_value(files: PublishedFiles, key: str) -> Any:
+    """Return the value of a dotted key. Raises DataError if it is missing."""
+    value: Any = files.config
+    for part in key.split("."):
+        value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
+    if value is MISSING:
+        raise DataError(
+            f"{files.source}: the configuration has no key {key}, which this layout needs. Use the "
+            "configuration that was published with the weights."
+        )
+    return value
+
+
+def _read_count(files: PublishedFiles, key: str) -> int:
+    """Return a positive integer of the configuration. Raises DataError for another value."""
+    value = _read_value(files, key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DataError(
+            f"{files.source}: the key {key} must be a positive integer; got {value!r}. Use the "
+            "configuration that was published with the weights."
+        )
+    return value
+
+
+@torch.no_grad()
+def _describe_mask(
+    weights: Mapping[str, Tensor], mask: tuple[Tensor, Tensor], sizes: Sizes
+) -> str | None:
+    """Measure the probability that the network gives the mask, on a sequence of masks.
+
+    `mask`: row and bias of the mask in the output matrix, which the import leaves out. Returns
+    None on the meta device, which has no values.
+    """
+    row, bias = mask
+    if row.is_meta:
+        return None
+    backbone = DiT(FlatVocabulary(sizes.rows - 1), sizes.width, sizes.layers, sizes.heads, False)
+    own = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in weights.items()
+        if name.startswith(PREFIX)
+    }
+    backbone.load_state_dict(own)
+    ids = torch.full((1, min(sizes.length, PROBED)), sizes.rows - 1)
+    hidden = backbone.eval()(ids, torch.ones_like(ids), Context())
+    logits = hidden @ weights["head.table"].T + weights["head.bias"]
+    total = torch.logaddexp(logits.logsumexp(-1), hidden @ row + bias)
+    share = float((hidden @ row + bias - total).exp().max())
+    return (
+        f"The network gives the mask a probability of at most {share:.2g}, measured on "
+        f"{ids.shape[1]} masks. The import leaves out this output and normalizes over the tokens."
+    )
+
+
+def _describe_annealing(files: PublishedFiles, sizes: Sizes) -> Sequence[str]:
+    """Return a note if the model was trained with a window of noise."""
+    annealing = files.config.get("annealing")
+    width = annealing.get("width") if isinstance(annealing, Mapping) else None
+    if width in (None, sizes.length):
+        return []
+    return [
+        f"The model was trained with a window of noise of width {width} (annealing). The recipe "
+        "evaluates and samples it without a window; see the time rules block and slide."
+    ]
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def _write_masked(source: ExportSource, sizes: Sizes, config: Mapping[str, Any]) -> Exported:
+    tensors = unfold_weights(source.weights, sizes)
+    return Exported(config, {PREFIX + name: tensor for name, tensor in tensors.items()})
+
+
+def _write_config(source: ExportSource, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "vocab_size": sizes.rows,
+        "hidden_dim": sizes.width,
+        "cond_dim": sizes.condition,
+        "n_blocks": sizes.layers,
+        "n_heads": sizes.heads,
+        "model_length": sizes.length,
+        "dropout": source.recipe["denoiser"]["dropout"],
+        "time_conditioning": False,
+    }
+
+
+def _check_folds(source: ExportSource, process: str) -> Sizes:
+    """Return the sizes of the network. Raises ArgumentError if it does not fold into the layout.
+
+    `process`: kind of the process that the layout represents.
+    """
+    recipe = source.recipe
+    denoiser = recipe["denoiser"]
+    found = recipe.get("process") or {"kind": "none"}
+    _check_equal("[process] kind", process, found["kind"])
+    _check_equal("[denoiser] kind", "dit", denoiser["kind"])
+    _check_equal("[denoiser] head", "tokens", _kind_of(denoiser["head"]))
+    _check_equal("[denoiser] time", False, denoiser["time"])
+    _check_equal("[denoiser] conditions", [], sorted(denoiser.get("conditions", {})))
+    _check_equal("[denoiser] convolution", 0, denoiser["convolution"])
+    _check_equal("[denoiser] qk_norm", False, denoiser["qk_norm"])
+    if source.vocabulary.num_levels != 1:
+        raise ArgumentError(
+            "export: this layout needs a vocabulary of tokens and a mask; got "
+            f"{source.vocabulary}. Use another --format."
+        )
+    width, layers = SIZES[denoiser["size"]]
+    width = denoiser.get("width") or width
+    return Sizes(
+        rows=source.vocabulary.num_states,
+        width=width,
+        layers=denoiser.get("layers") or layers,
+        heads=denoiser.get("heads") or max(1, width // HEAD_WIDTH),
+        condition=denoiser["condition_width"],
+        length=recipe["data"]["length"],
+    )
+
+
+def _check_times(source: ExportSource, kind: str) -> int | None:
+    """Return the width of the blocks. Raises ArgumentError for another time rule than `kind`."""
+    times = source.recipe["objective"].get("times", "flat")
+    _check_equal("[objective] times", kind, _kind_of(times))
+    return times.get("width") if isinstance(times, Mapping) else None
+
+
+def _check_equal(key: str, expected: Any, found: Any) -> None:
+    if found != expected:
+        raise ArgumentError(
+            f"export: this layout represents only models with {key} = {expected!r}; got "
+            f"{found!r}. Use another --format, or export the weights under their own names with "
+            "--format safetensors."
+        )
+
+
+def _kind_of(value: Any) -> Any:
+    """Return the kind of a component in a resolved recipe."""
+    return value["kind"] if isinstance(value, Mapping) else value
