@@ -92,6 +92,7 @@ def test_help_option_lists_every_command(capsys):
         for command in (
             "run",
             "eval",
+            "import",
             "export",
             "sample",
             "compare",
@@ -108,7 +109,7 @@ def test_help_option_lists_every_command(capsys):
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 15
+    assert len(app.registered_commands) == 16
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):
