@@ -373,9 +373,13 @@ class CdfClock(LevelClock):
 
     def pi(self, t: Tensor) -> Tensor:
         cdf = self.cdf(t)
-        token = self.schedules[0].alpha(t).unsqueeze(-1)
-        between = cdf[:, :-1] - cdf[:, 1:]
-        return torch.cat([token, between, cdf[:, -1:]], -1)
+        alpha = torch.stack([schedule.alpha(t) for schedule in self.schedules], -1)
+        # F_l - F_{l+1} = alpha_{l+1} - alpha_l. Near t = 1, F rounds to 1, and the first difference
+        # to 0, with which rates would be infinite.
+        early = cdf[:, :-1] - cdf[:, 1:]
+        late = alpha[:, 1:] - alpha[:, :-1]
+        between = torch.where(cdf[:, :-1] < 0.5, early, late)
+        return torch.cat([alpha[:, :1], between, cdf[:, -1:]], -1)
 
     def inflow(self, t: Tensor) -> Tensor:
         return torch.stack([-schedule.d_alpha(interior(t)) for schedule in self.schedules], -1)

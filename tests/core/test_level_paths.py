@@ -191,6 +191,18 @@ def test_bernstein_schedules_of_polynomials_have_the_kernel_of_the_gamma_clock()
     torch.testing.assert_close(clock.transition(s, t), gamma.transition(s, t), rtol=0.0, atol=1e-9)
 
 
+def test_level_between_two_nearly_equal_schedules_is_accurate_near_the_ends() -> None:
+    """pi_1 is 2e-7 t (1 - t). The values of the tables have relative errors of 1e-9 of the gap."""
+    clock = CdfClock([BernsteinSchedule([0.0, 0.5, 1.0]), BernsteinSchedule([0.0, 0.4999999, 1.0])])
+    u = torch.tensor([1e-12, 1e-9, 1e-6, 1e-3, 0.3], dtype=torch.float64)
+    for t, left in ((u, 1.0 - u), (1.0 - u, 1.0 - (1.0 - u))):
+        expected = 2e-7 * t * left
+        torch.testing.assert_close(clock.pi(t)[:, 1], expected, rtol=1e-6, atol=0.0)
+    late = 1.0 - u[:2]
+    assert bool(clock.hazard(late).isfinite().all())
+    assert bool(clock.transition(torch.full_like(late, 0.5), late).isfinite().all())
+
+
 def test_bernstein_schedule_is_a_power_for_the_values_of_a_power() -> None:
     assert_laws(check_schedule(BernsteinSchedule([0.0, 0.5, 1.0])))
     t = torch.linspace(0.0, 1.0, 7, dtype=torch.float64)
