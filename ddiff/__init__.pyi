@@ -166,6 +166,7 @@ from .plugin.config import PositiveInt as PositiveInt
 from .plugin.config import Probability as Probability
 from .plugin.config import Seed as Seed
 from .plugin.config import Share as Share
+from .plugin.loader import API_VERSION as API_VERSION
 from .plugin.loader import hookimpl as hookimpl
 from .plugin.registry import Registry as Registry
 from .recipe.fields_recipe import FieldsRecipe as FieldsRecipe

@@ -9,14 +9,22 @@ A plugin is a module with one function:
         registry.add("process", "kimura", "ddiff_kimura.process:Kimura")
 
 A recipe imports only the plugins that it lists, and only the components that it names.
+
+The module may define `DDIFF_API = 1`, the version of the plugin interface for which the plugin was
+written. A plugin for a version that this ddiff does not support is refused with one sentence.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pluggy
@@ -27,6 +35,17 @@ from ddiff.plugin.registry import Component, Origin, Registry, convert_errors, d
 GROUP = "ddiff"
 CORE = "core"
 """Name of the plugin with the components of ddiff, which every recipe loads without listing it."""
+
+API_VERSION = 1
+"""Version of the interface between ddiff and plugins. It is raised if plugins must be changed."""
+
+OLDEST_API = 1
+"""Oldest version of the interface for which plugins still work."""
+
+DECLARATION = "DDIFF_API"
+"""Name of the constant of a plugin module with the version for which it was written."""
+
+_DECLARED = re.compile(rf"^{DECLARATION}(?:\s*:\s*int)?\s*=\s*(\d+)\s*(?:#.*)?$", re.MULTILINE)
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
@@ -58,18 +77,70 @@ class Plugin:
         """Import the plugin and register its components in a new registry.
 
         A plugin registers its components in the function (hook) `ddiff_register`. Raises
-        PluginError if the import or the hook fails, if the hook is missing, or if the plugin
-        implements an unknown hook.
+        PluginError if the import or the hook fails, if the hook is missing, if the plugin
+        implements an unknown hook, or if it was written for a version of the interface that this
+        ddiff does not support.
         """
         registry = Registry(self.origin)
         with convert_errors(self._import_error):
             module = self.entry_point.load()
+        if isinstance(module, ModuleType):
+            self._check_version(vars(module).get(DECLARATION))
         hooks = self._find_hooks(module)
         with convert_errors(self._register_error):
             hooks.ddiff_register(registry=registry)
         return registry
 
+    def _check_version(self, declared: Any) -> None:
+        """Raise PluginError for an unsupported version of the interface, or for an invalid one.
+
+        `declared` is the value of DDIFF_API, or None if the plugin does not define it.
+        """
+        if declared is None:
+            return
+        if not isinstance(declared, int) or isinstance(declared, bool):
+            raise PluginError(
+                f"The plugin {self} has an invalid {DECLARATION}: it must be a whole number, the "
+                f"version of the plugin interface (ddiff.API_VERSION, now {API_VERSION}); got "
+                f"{declared!r}. Correct the line in {self.entry_point.value}."
+            )
+        written_for = (
+            f"The plugin {self} was written for version {declared} of the plugin interface"
+        )
+        if declared > API_VERSION:
+            raise PluginError(
+                f"{written_for}, but this ddiff has version {API_VERSION}: upgrade ddiff, or "
+                f"install an older version of {self.origin.distribution}."
+            )
+        if declared < OLDEST_API:
+            raise PluginError(
+                f"{written_for}, but this ddiff needs version {OLDEST_API} or newer: upgrade "
+                f"{self.origin.distribution}, or install an older version of ddiff."
+            )
+
+    def _declared_in_source(self) -> int | None:
+        """Read DDIFF_API from the source of the plugin's module, without running the module.
+
+        Returns None if the module does not define it, or if its source cannot be found.
+        """
+        name = self.entry_point.value.partition(":")[0].strip()
+        # `find_spec` imports the parent of a submodule, which must not happen here
+        if "." in name:
+            return None
+        with suppress(OSError, ValueError, ImportError):
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.origin is not None:
+                found = _DECLARED.search(Path(spec.origin).read_text(encoding="utf-8"))
+                return int(found[1]) if found else None
+        return None
+
     def _import_error(self, error: BaseException) -> PluginError:
+        # A plugin for a newer ddiff often fails at an import of a name that does not exist yet. The
+        # version explains the error better than the missing name.
+        try:
+            self._check_version(self._declared_in_source())
+        except PluginError as unsupported:
+            return unsupported
         return PluginError(
             f'The plugin {self} cannot be loaded: importing "{self.entry_point.value}" raised '
             f"{describe_error(error)}. Fix, reinstall or uninstall the distribution, or remove the "

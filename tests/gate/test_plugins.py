@@ -148,3 +148,63 @@ def test_message_about_failing_hook_names_file_and_line(distribution, message):
 def test_all_first_party_plugins_load():
     broken = [report.error for report in survey_plugins().reports if report.error]
     assert not broken
+
+
+# ---------------------------------------------------------------------- version of the interface
+
+
+def declare(version: object) -> str:
+    """Return the source of a plugin that declares a version of the plugin interface."""
+    return f"DDIFF_API = {version!r}\n" + hook()
+
+
+@pytest.mark.parametrize(
+    "source", [hook(), declare(plugin.API_VERSION), declare(plugin.OLDEST_API)]
+)
+def test_plugin_of_a_supported_api_version_or_without_one_loads(distribution, source):
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": source})
+    assert load_plugins(["toy"]).component("process", "toy")
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (plugin.API_VERSION + 1, "upgrade ddiff, or install an older version of toy-dist."),
+        (plugin.OLDEST_API - 1, "upgrade toy-dist, or install an older version of ddiff."),
+    ],
+)
+def test_message_about_unsupported_api_version_says_what_to_upgrade(
+    distribution, message, version, expected
+):
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": declare(version)})
+    text = message(load_plugins, ["toy"])
+    assert f"was written for version {version} of the plugin interface" in text
+    assert text.endswith(expected)
+    assert text.count(". ") == 0  # one sentence
+
+
+@pytest.mark.parametrize("version", ["1", 1.0, True])
+def test_api_version_that_is_no_whole_number_is_refused(distribution, message, version):
+    distribution("toy-dist", "1.0", {"toy": "toy_pkg"}, {"toy_pkg": declare(version)})
+    assert "must be a whole number, the version of the plugin interface" in message(
+        load_plugins, ["toy"]
+    )
+
+
+def test_too_new_plugin_is_reported_and_other_plugins_load(distribution):
+    modules = {"new_pkg": declare(plugin.API_VERSION + 1), "toy_pkg": hook(name="old")}
+    distribution("toy-dist", "1.0", {"new": "new_pkg", "toy": "toy_pkg"}, modules)
+    registry, reports = survey_plugins()
+    errors = {report.plugin.name: report.error for report in reports}
+    assert "upgrade ddiff" in str(errors["new"])
+    assert errors["toy"] is None
+    assert "old" in registry.names("process")
+
+
+def test_api_version_explains_an_import_that_this_ddiff_lacks(distribution, message):
+    importing = "from ddiff import DoesNotExistYet\n"
+    newer = f"DDIFF_API = {plugin.API_VERSION + 1}  # a comment\n{importing}{hook()}"
+    modules = {"new_pkg": newer, "same_pkg": importing + declare(plugin.API_VERSION)}
+    distribution("toy-dist", "1.0", {"new": "new_pkg", "same": "same_pkg"}, modules)
+    assert "upgrade ddiff" in message(load_plugins, ["new"])
+    assert "DoesNotExistYet" in message(load_plugins, ["same"])  # the version is right
