@@ -36,8 +36,10 @@ EOS = "<|eos|>"
 # Limit in characters, because the time to learn byte pairs is quadratic in the length of a word.
 LONGEST_WORD = 1000
 MOST_TOKENS = 2**24
-# Rows without a token: networks pad their number of rows to a multiple of up to 256.
+# Rows without a token: networks pad their number of rows to a multiple of up to 256. A larger share
+# of a small vocabulary is a sign of another tokenizer.
 MOST_PADDING = 256
+MOST_PADDED_SHARE = 1 / 64
 # The pattern with which GPT-2 (and ByteLevel) splits text into words, with a limit on the length.
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -540,10 +542,11 @@ class PretrainedTokenizer:
                 )
             del self._spellings[number]
         missing = num_tokens - max(self._spellings) - 1
-        if missing > MOST_PADDING:
+        allowed = min(MOST_PADDING, int(num_tokens * MOST_PADDED_SHARE))
+        if missing > allowed:
             raise DataError(
                 f"{name} has {max(self._spellings) + 1} tokens, but num_tokens = {num_tokens}. At "
-                f"most {MOST_PADDING} ids may have no token. Use the tokenizer of the model."
+                f"most {allowed} ids may have no token. Use the tokenizer of the model."
             )
 
     # Only the tokenizer of the library is pickled: the function `_find_dropped` cannot be pickled.

@@ -112,10 +112,11 @@ class EpsilonLayout(_DiTLayout):
     """Epsilon-hybrid of ServiceNow, such as hdlm-base-epsilon-0.01."""
 
     def recognize(self, files: PublishedFiles) -> bool:
-        return files.config.get("model_type") == "epsilon_hybrid" or (
-            "epsilon" in (files.config.get("training") or {})
-            and not any("adaLN_modulation" in name for name in files.tensors.names)
-        )
+        if files.config.get("model_type") == "epsilon_hybrid":
+            return True
+        training = files.config.get("training")
+        has_epsilon = isinstance(training, Mapping) and "epsilon" in training
+        return has_epsilon and not _has_modulation(files.tensors)
 
     def read(self, files: PublishedFiles) -> Imported:
         epsilon = _read_value(files, "training.epsilon")
@@ -249,6 +250,10 @@ def _make_recipe(
         "objective": {},
         "sample": {},
     }
+
+
+def _has_modulation(tensors: PublishedTensors) -> bool:
+    return any("adaLN_modulation" in name for name in tensors.names)
 
 
 def _strip_prefix(tensors: PublishedTensors) -> PublishedTensors:

@@ -285,3 +285,29 @@ def test_missing_paths_and_offline_hub_names_are_refused(folder: Path) -> None:
     Path("notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"is not a file of weights.*\.safetensors"):
         open_published("notes.txt")
+
+
+def test_hub_download_prefers_safetensors_and_takes_no_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is replaced by a function that records its arguments and has no network."""
+    tensors = write_family(folder / "hub/0123abc", "mdlm")
+    asked: list[tuple[str, str | None, list[str]]] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(folder / "hub/0123abc")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    files = open_published("hf://owner/model@v1")
+    assert (files.source, files.revision) == ("hf://owner/model@v1", "0123abc")
+    assert torch.equal(files.tensors.take(EMBEDDING, ROWS, 32), tensors["vocab_embed.embedding"])
+    assert [(name, revision) for name, revision, _ in asked] == [("owner/model", "v1")]
+    assert "*.safetensors" in asked[0][2]
+    assert not any(pattern.endswith((".py", "*", ".bin")) for pattern in asked[0][2])
+    # Without safetensors, pickled weights are downloaded too.
+    Path("hub/0123abc/model.safetensors").unlink()
+    torch.save(prefixed(tensors), "hub/0123abc/pytorch_model.bin")
+    assert open_published("owner/model").tensors.has(EMBEDDING)
+    assert "*.bin" in asked[-1][2]
+    assert not any(pattern.endswith((".py", "*")) for pattern in asked[-1][2])

@@ -10,6 +10,7 @@ import torch
 from imports import import_run, make_noisy, run_logits
 from reference_forward import LENGTH, TOKENS, write_checkpoint
 from safetensors import safe_open
+from test_layouts import FULL
 
 from ddiff.core.times import Noisy
 
@@ -50,3 +51,21 @@ def test_import_has_the_logits_of_the_published_program(folder: Path, family: st
         given = make_noisy(tensors["input.ids"])
     found = run_logits(run, given)
     assert torch.allclose(found, expected, atol=TOLERANCES[family], rtol=0.0)
+
+
+INVENTORY = {
+    "mdlm": ("mdlm DIT(raw backbone)", "backbone."),
+    "bd3lm": ("bd3lm HF", ""),
+    "hybrid_epsilon": ("snow epsilon", ""),
+}
+
+
+@pytest.mark.parametrize("family", INVENTORY)
+def test_full_size_names_and_shapes_equal_the_inventory(family: str) -> None:
+    assert SHARED is not None
+    name, prefix = INVENTORY[family]
+    inventory = json.loads((SHARED / "layouts_full_size.json").read_text())[name]
+    _, shapes, count, parameters = FULL[family]
+    found = {prefix + key: shape for key, (shape, _) in inventory["tensors"].items()}
+    assert found == shapes
+    assert (len(found), inventory["parameters"]) == (count, parameters)
