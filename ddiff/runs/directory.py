@@ -86,10 +86,11 @@ def _check_not_imported(directory: Path) -> None:
     """Raise CheckpointError if the weights in a run directory come from a published checkpoint."""
     origin = find_origin(directory)
     if origin is not None:
+        recipe = directory / RECIPE
         raise CheckpointError(
             f"{directory} has weights that `ddiff import` read from {origin.source}, and training "
-            "would replace them. To train further, write a recipe with another name and with "
-            f'[train] init = {{ run = "{directory}" }}.'
+            f'would replace them. To train further, write a recipe with extends = "{recipe}", '
+            f'another name and run_dir, and [train] init = {{ run = "{directory}" }}.'
         )
 
 

@@ -18,3 +18,4 @@ def ddiff_register(registry: Registry) -> None:
     registry.add("layout", "mdlm", "ddiff_dit.published:MdlmLayout")
     registry.add("layout", "bd3lm", "ddiff_dit.published:Bd3lmLayout")
     registry.add("layout", "hybrid_epsilon", "ddiff_dit.published:EpsilonLayout")
+    registry.add("layout", "duo_ar", "ddiff_dit.published:AutoregressiveLayout")

@@ -1,8 +1,9 @@
 """Layouts of published checkpoints whose networks are exactly a `DiT` with `time = false`.
 
 MDLM (arXiv 2406.07524) and BD3LM (2503.09573) replace sigma by 0 unless `time_conditioning` is
-true, and the epsilon-hybrid (2504.06416) has no embedding of sigma. Their modulation vectors are
-therefore constants, and `folding` moves them into the vectors of `DiT`.
+true. The epsilon-hybrid (2504.06416) and the autoregressive baseline of Duo (2506.10892) have no
+embedding of sigma. Their modulation vectors are therefore constants, and `folding` moves them into
+the vectors of `DiT`.
 """
 
 from __future__ import annotations
@@ -180,6 +181,34 @@ class EpsilonLayout(_DiTLayout):
         return Exported(config, unfold_plain_weights(source.weights, sizes))
 
 
+class AutoregressiveLayout(_DiTLayout):
+    """Autoregressive baseline of s-sahoo/duo: the same network with a causal mask and no sigma.
+
+    The published network reads the token before each position, and the end mark before the first
+    token of a row. `DiT` with `inputs = "previous"` reads the mask there, so that the embedding of
+    the mask is that of the end mark.
+    """
+
+    def recognize(self, files: PublishedFiles) -> bool:
+        config = files.config
+        algorithm = config.get("algo")
+        own = algorithm if isinstance(algorithm, Mapping) else config
+        is_causal = bool(own.get("causal_attention")) or own.get("parameterization") == "ar"
+        return is_causal and not _has_modulation(files.tensors)
+
+    def read(self, files: PublishedFiles) -> Imported:
+        sizes = _read_sizes(files, has_modulation=False)
+        tensors = _strip_prefix(files.tensors)
+        weights = fold_weights(tensors, sizes, num_tokens=sizes.rows, has_modulation=False)
+        # The end mark is the last token of the tokenizer of these models.
+        table = weights["backbone.embedding.weight"]
+        weights["backbone.embedding.weight"] = torch.cat([table, table[-1:]])
+        recipe = _make_recipe(files, sizes, "ar", None)
+        recipe["objective"] = {"kind": "ar"}
+        recipe["sample"] = {"sampler": "left_to_right"}
+        return Imported(recipe, weights, sizes.rows, TOKENIZER)
+
+
 # ---------------------------------------------------------------------- reading
 
 
@@ -203,15 +232,18 @@ def _read_masked(
     return Imported(recipe, weights, num_tokens, TOKENIZER)
 
 
-def _read_sizes(files: PublishedFiles) -> Sizes:
-    """Read the sizes from the configuration on the hub, or from that of the training program."""
+def _read_sizes(files: PublishedFiles, *, has_modulation: bool = True) -> Sizes:
+    """Read the sizes from the configuration on the hub, or from that of the training program.
+
+    Only a network with modulation vectors has the key `cond_dim`.
+    """
     if "hidden_dim" in files.config:
         return Sizes(
             rows=_read_count(files, "vocab_size"),
             width=_read_count(files, "hidden_dim"),
             layers=_read_count(files, "n_blocks"),
             heads=_read_count(files, "n_heads"),
-            condition=_read_count(files, "cond_dim"),
+            condition=_read_count(files, "cond_dim") if has_modulation else 0,
             length=_read_count(files, "model_length"),
         )
     # The training program has no key for the number of rows.
@@ -221,22 +253,21 @@ def _read_sizes(files: PublishedFiles) -> Sizes:
         width=_read_count(files, "model.hidden_size"),
         layers=_read_count(files, "model.n_blocks"),
         heads=_read_count(files, "model.n_heads"),
-        condition=_read_count(files, "model.cond_dim"),
+        condition=_read_count(files, "model.cond_dim") if has_modulation else 0,
         length=_read_count(files, "model.length"),
     )
 
 
 def _make_recipe(
-    files: PublishedFiles, sizes: Sizes, plugin: str, process: Mapping[str, Any]
+    files: PublishedFiles, sizes: Sizes, plugin: str, process: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the tables of the recipe of a network."""
+    """Return the tables of the recipe of a network. `process`: its table; None for no process."""
     model = files.config.get("model")
     dropout = (model if isinstance(model, Mapping) else files.config).get("dropout", 0.0)
-    return {
+    recipe: dict[str, Any] = {
         "plugins": [plugin, "dit"],
         "data": {"length": sizes.length},
         "vocabulary": {"kind": "flat"},
-        "process": dict(process),
         "denoiser": {
             "kind": "dit",
             "width": sizes.width,
@@ -250,6 +281,9 @@ def _make_recipe(
         "objective": {},
         "sample": {},
     }
+    if process is not None:
+        recipe["process"] = dict(process)
+    return recipe
 
 
 def _has_modulation(tensors: PublishedTensors) -> bool:

@@ -62,18 +62,25 @@ EPSILON = {
         "length": LENGTH,
     },
 }
-CONFIGS: dict[str, dict[str, Any]] = {"mdlm": MDLM, "bd3lm": BD3LM, "hybrid_epsilon": EPSILON}
-PREFIXES = {"mdlm": "backbone.", "bd3lm": "backbone.", "hybrid_epsilon": ""}
+# Here the symbol "k" is the end mark, and there is no mask.
+DUO_AR = MDLM | {"model_type": "DUO", "vocab_size": TOKENS, "causal_attention": True}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mdlm": MDLM,
+    "bd3lm": BD3LM,
+    "hybrid_epsilon": EPSILON,
+    "duo_ar": DUO_AR,
+}
+PREFIXES = {"mdlm": "backbone.", "bd3lm": "backbone.", "hybrid_epsilon": "", "duo_ar": "backbone."}
 
 
-def make_tensors(seed: int = 0, *, has_adaln: bool = True) -> dict[str, Tensor]:
+def make_tensors(seed: int = 0, *, has_adaln: bool = True, rows: int = ROWS) -> dict[str, Tensor]:
     """Draw the tensors of a tiny network, without a prefix. No two rows have the same role."""
     shapes = {
-        "vocab_embed.embedding": [ROWS, WIDTH],
+        "vocab_embed.embedding": [rows, WIDTH],
         "rotary_emb.inv_freq": [WIDTH // HEADS // 2],
         "output_layer.norm_final.weight": [WIDTH],
-        "output_layer.linear.weight": [ROWS, WIDTH],
-        "output_layer.linear.bias": [ROWS],
+        "output_layer.linear.weight": [rows, WIDTH],
+        "output_layer.linear.bias": [rows],
     }
     for layer in range(LAYERS):
         block = f"blocks.{layer}"
@@ -117,7 +124,9 @@ def write_checkpoint(
 
 def write_family(folder: Path, family: str, seed: int = 0) -> dict[str, Tensor]:
     """Write a checkpoint of a family, and return its tensors without the prefix."""
-    tensors = make_tensors(seed, has_adaln=family != "hybrid_epsilon")
+    has_adaln = family in ("mdlm", "bd3lm")
+    rows = TOKENS if family == "duo_ar" else ROWS
+    tensors = make_tensors(seed, has_adaln=has_adaln, rows=rows)
     write_checkpoint(folder, CONFIGS[family], tensors, PREFIXES[family])
     return tensors
 

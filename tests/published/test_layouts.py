@@ -27,7 +27,7 @@ from ddiff.nn.network import as_network
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.recipe.toml import write_toml
 from ddiff.runs.build import assemble
-from ddiff.runs.importing import build_layout, find_layout
+from ddiff.runs.importing import build_layout, find_layout, list_layouts
 
 # Rounding of float32 in two orders of summation; the logits of these networks reach about 10.
 TOLERANCE = 5e-5
@@ -59,6 +59,21 @@ def test_imported_block_network_has_the_published_logits(folder: Path) -> None:
     assert torch.allclose(run_logits(run, given), expected, atol=TOLERANCE, rtol=0.0)
     assert run.recipe.times.config.model_dump()["width"] == 4
     assert run.recipe.sampler.component.name == "blockwise"
+
+
+def test_imported_autoregression_has_the_published_logits(folder: Path) -> None:
+    tensors = write_family(Path("published"), "duo_ar")
+    run = import_run(Path("published"))
+    x = draw_ids(5).clamp(max=TOKENS - 1)
+    end = torch.full((len(x), 1), TOKENS - 1)
+    before = torch.cat([end, x[:, :-1]], 1)  # the published network reads the end mark first
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    expected = compute_logits(tensors, before, attends=causal)
+    clean = Noisy(
+        x, torch.zeros(x.shape, dtype=torch.float64), torch.ones_like(x, dtype=torch.bool)
+    )
+    assert torch.allclose(run_logits(run, clean), expected, atol=TOLERANCE, rtol=0.0)
+    assert run.process is None
 
 
 def test_imported_model_reads_neither_sigma_nor_time(folder: Path) -> None:
@@ -142,6 +157,12 @@ FULL: dict[str, tuple[dict[str, Any], dict[str, list[int]], int, int]] = {
         101,
         162_246_482,
     ),
+    "duo_ar": (
+        CONFIGS["duo_ar"] | SMALL | {"vocab_size": 50257},
+        full_shapes(50257, has_adaln=False),
+        101,
+        162_244_945,
+    ),
 }
 
 
@@ -162,7 +183,7 @@ def test_full_size_checkpoint_fits_its_layout_and_its_recipe(family: str) -> Non
     tensors.finish()
     assert imported.num_tokens == 50257
     assert imported.tokenizer == "gpt2"
-    tree = {
+    tree: dict[str, Any] = {
         "name": "full",
         "train": {"steps": 1, "batch": 1},
         "tokenizer": {"kind": "letters"},
@@ -182,8 +203,8 @@ def test_exactly_one_layout_recognizes_each_family(family: str) -> None:
     files = ddiff.PublishedFiles("here", Path("here"), config, tensors, {})
     found = [
         name
-        for name in ("mdlm", "bd3lm", "hybrid_epsilon")
-        if build_layout(find_layout(name, "--layout")).recognize(files)
+        for name, component in list_layouts().items()
+        if build_layout(component).recognize(files)
     ]
     assert found == [family]
 
@@ -292,13 +313,11 @@ def test_export_refuses_models_that_do_not_fold(
 def test_another_run_starts_from_the_imported_weights(folder: Path) -> None:
     write_family(Path("published"), "mdlm")
     run = import_run(Path("published"))
-    text = Path("runs/imported/recipe.toml").read_text()
-    tuned = text.replace('name = "imported"', 'name = "tuned"')
-    tuned = tuned.replace('run_dir = "runs/imported"', 'run_dir = "runs/tuned"')
-    tuned = tuned.replace("ema = 0.0", 'ema = 0.0\ninit = { run = "runs/imported" }')
-    tuned = tuned.replace("lr = 0.0003", "lr = 1e-12")
-    assert "lr = 1e-12\n" in tuned
-    Path("tuned.toml").write_text(tuned)
+    Path("tuned.toml").write_text(
+        'name = "tuned"\nrun_dir = "runs/tuned"\nextends = "runs/imported/recipe.toml"\n'
+        '[train]\nsteps = 1\noptimizer = { kind = "adamw", lr = 1e-12 }\n'
+        'init = { run = "runs/imported" }\n'
+    )
     found = ddiff.run("tuned.toml", settings=["sample.gaps=0", "sample.count=1"])
     before, after = run.denoiser.state_dict(), found.denoiser.state_dict()
     # One step of AdamW changes a weight by about the learning rate of 1e-12.

@@ -57,6 +57,7 @@ INVENTORY = {
     "mdlm": ("mdlm DIT(raw backbone)", "backbone."),
     "bd3lm": ("bd3lm HF", ""),
     "hybrid_epsilon": ("snow epsilon", ""),
+    "duo_ar": ("duo AR", ""),
 }
 
 
