@@ -16,38 +16,33 @@ from torch import Tensor
 
 from ddiff import (
     ArgumentError,
-    ComponentConfig,
     Context,
     DataError,
     Exported,
     ExportSource,
     FlatVocabulary,
     Imported,
-    Layout,
     PublishedFiles,
     PublishedTensors,
 )
-from ddiff_dit.dit import HEAD_WIDTH, SIZES, DiT
-from ddiff_dit.folding import Sizes, fold_weights, unfold_plain_weights, unfold_weights
 
-PREFIX = "backbone."
+from .dit import HEAD_WIDTH, SIZES, DiT
+from .folding import Sizes, fold_weights, unfold_plain_weights, unfold_weights
+from .published_config import (
+    PREFIX,
+    SettinglessLayout,
+    check_equal,
+    kind_of,
+    read_count,
+    read_value,
+    strip_prefix,
+)
+
 TOKENIZER = "gpt2"  # the published models that have no tokenizer in their folder use this one
 PROBED = 64  # positions of the sequence of masks on which the probability of the mask is measured
-MISSING: Any = object()
 
 
-class _DiTLayout(Layout):
-    """Base class of the layouts of networks that fold into `DiT`."""
-
-    class Config(ComponentConfig):
-        """Empty: a layout has no keys."""
-
-    @classmethod
-    def build(cls, config: Config) -> Layout:
-        return cls()
-
-
-class MdlmLayout(_DiTLayout):
+class MdlmLayout(SettinglessLayout):
     """MDLM of kuleshov-group, such as mdlm-owt, without time conditioning."""
 
     def recognize(self, files: PublishedFiles) -> bool:
@@ -67,21 +62,21 @@ class MdlmLayout(_DiTLayout):
         return _write_masked(source, sizes, config)
 
 
-class Bd3lmLayout(_DiTLayout):
+class Bd3lmLayout(SettinglessLayout):
     """Block diffusion of kuleshov-group, such as bd3lm-owt-block_size4."""
 
     def recognize(self, files: PublishedFiles) -> bool:
         return files.config.get("model_type") == "bd3lm"
 
     def read(self, files: PublishedFiles) -> Imported:
-        width = _read_count(files, "block_size")
+        width = read_count(files, "block_size")
         files.tensors.skip("sampling_eps_min", "sampling_eps_max")
         if files.config.get("cross_attn") is False:
             raise DataError(
                 f"{files.source}: the key cross_attn must be true, because blocks attend to the "
                 "clean tokens before them; it is false. This layout does not read such a model."
             )
-        length = _read_count(files, "model_length")
+        length = read_count(files, "model_length")
         if width == length:
             # One block: the pretrained models from which training with blocks starts.
             return _read_masked(files, {}, {})
@@ -109,7 +104,7 @@ class Bd3lmLayout(_DiTLayout):
         return _write_masked(source, sizes, config)
 
 
-class EpsilonLayout(_DiTLayout):
+class EpsilonLayout(SettinglessLayout):
     """Epsilon-hybrid of ServiceNow, such as hdlm-base-epsilon-0.01."""
 
     def recognize(self, files: PublishedFiles) -> bool:
@@ -120,22 +115,22 @@ class EpsilonLayout(_DiTLayout):
         return has_epsilon and not _has_modulation(files.tensors)
 
     def read(self, files: PublishedFiles) -> Imported:
-        epsilon = _read_value(files, "training.epsilon")
+        epsilon = read_value(files, "training.epsilon")
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
             raise DataError(
                 f"{files.source}: the key training.epsilon must be a number; got {epsilon!r}. Use "
                 "the published configuration."
             )
-        num_tokens = _read_count(files, "tokenizer.tokens")
+        num_tokens = read_count(files, "tokenizer.tokens")
         sizes = Sizes(
             rows=num_tokens + 1,
-            width=_read_count(files, "model.hidden_size"),
-            layers=_read_count(files, "model.n_blocks"),
-            heads=_read_count(files, "model.n_heads"),
+            width=read_count(files, "model.hidden_size"),
+            layers=read_count(files, "model.n_blocks"),
+            heads=read_count(files, "model.n_heads"),
             condition=0,
-            length=_read_count(files, "model.length"),
+            length=read_count(files, "model.length"),
         )
-        tensors = _strip_prefix(files.tensors)
+        tensors = strip_prefix(files.tensors)
         weights = fold_weights(tensors, sizes, num_tokens=num_tokens, has_modulation=False)
         # The training of the mask's row with cross-entropy makes its probability small.
         mask = (
@@ -181,7 +176,7 @@ class EpsilonLayout(_DiTLayout):
         return Exported(config, unfold_plain_weights(source.weights, sizes))
 
 
-class AutoregressiveLayout(_DiTLayout):
+class AutoregressiveLayout(SettinglessLayout):
     """Autoregressive baseline of s-sahoo/duo: the same network with a causal mask and no sigma.
 
     The published network reads the token before each position, and the end mark before the first
@@ -198,7 +193,7 @@ class AutoregressiveLayout(_DiTLayout):
 
     def read(self, files: PublishedFiles) -> Imported:
         sizes = _read_sizes(files, has_modulation=False)
-        tensors = _strip_prefix(files.tensors)
+        tensors = strip_prefix(files.tensors)
         weights = fold_weights(tensors, sizes, num_tokens=sizes.rows, has_modulation=False)
         # The end mark is the last token of the tokenizer of these models.
         table = weights["backbone.embedding.weight"]
@@ -224,7 +219,7 @@ def _read_masked(
         )
     sizes = _read_sizes(files)
     num_tokens = sizes.rows - 1  # the mask is the last row
-    tensors = _strip_prefix(files.tensors)
+    tensors = strip_prefix(files.tensors)
     weights = fold_weights(tensors, sizes, num_tokens=num_tokens, has_modulation=True)
     recipe = _make_recipe(files, sizes, "mdlm", {"kind": "mdlm"})
     recipe["objective"] = {**objective}
@@ -239,22 +234,22 @@ def _read_sizes(files: PublishedFiles, *, has_modulation: bool = True) -> Sizes:
     """
     if "hidden_dim" in files.config:
         return Sizes(
-            rows=_read_count(files, "vocab_size"),
-            width=_read_count(files, "hidden_dim"),
-            layers=_read_count(files, "n_blocks"),
-            heads=_read_count(files, "n_heads"),
-            condition=_read_count(files, "cond_dim") if has_modulation else 0,
-            length=_read_count(files, "model_length"),
+            rows=read_count(files, "vocab_size"),
+            width=read_count(files, "hidden_dim"),
+            layers=read_count(files, "n_blocks"),
+            heads=read_count(files, "n_heads"),
+            condition=read_count(files, "cond_dim") if has_modulation else 0,
+            length=read_count(files, "model_length"),
         )
     # The training program has no key for the number of rows.
-    rows, *_ = _strip_prefix(files.tensors).shape("vocab_embed.embedding")
+    rows, *_ = strip_prefix(files.tensors).shape("vocab_embed.embedding")
     return Sizes(
         rows=rows,
-        width=_read_count(files, "model.hidden_size"),
-        layers=_read_count(files, "model.n_blocks"),
-        heads=_read_count(files, "model.n_heads"),
-        condition=_read_count(files, "model.cond_dim") if has_modulation else 0,
-        length=_read_count(files, "model.length"),
+        width=read_count(files, "model.hidden_size"),
+        layers=read_count(files, "model.n_blocks"),
+        heads=read_count(files, "model.n_heads"),
+        condition=read_count(files, "model.cond_dim") if has_modulation else 0,
+        length=read_count(files, "model.length"),
     )
 
 
@@ -288,36 +283,6 @@ def _make_recipe(
 
 def _has_modulation(tensors: PublishedTensors) -> bool:
     return any("adaLN_modulation" in name for name in tensors.names)
-
-
-def _strip_prefix(tensors: PublishedTensors) -> PublishedTensors:
-    """Return the tensors of the network. Raw modules have no prefix."""
-    has_prefix = any(name.startswith(PREFIX) for name in tensors.names)
-    return tensors.without_prefix(PREFIX) if has_prefix else tensors
-
-
-def _read_value(files: PublishedFiles, key: str) -> Any:
-    """Return the value of a dotted key. Raises DataError if it is missing."""
-    value: Any = files.config
-    for part in key.split("."):
-        value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
-    if value is MISSING:
-        raise DataError(
-            f"{files.source}: the configuration has no key {key}, which this layout needs. Use the "
-            "configuration that was published with the weights."
-        )
-    return value
-
-
-def _read_count(files: PublishedFiles, key: str) -> int:
-    """Return a positive integer of the configuration. Raises DataError for another value."""
-    value = _read_value(files, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DataError(
-            f"{files.source}: the key {key} must be a positive integer; got {value!r}. Use the "
-            "configuration that was published with the weights."
-        )
-    return value
 
 
 @torch.no_grad()
@@ -391,13 +356,13 @@ def _check_folds(source: ExportSource, process: str) -> Sizes:
     recipe = source.recipe
     denoiser = recipe["denoiser"]
     found = recipe.get("process") or {"kind": "none"}
-    _check_equal("[process] kind", process, found["kind"])
-    _check_equal("[denoiser] kind", "dit", denoiser["kind"])
-    _check_equal("[denoiser] head", "tokens", _kind_of(denoiser["head"]))
-    _check_equal("[denoiser] time", False, denoiser["time"])
-    _check_equal("[denoiser] conditions", [], sorted(denoiser.get("conditions", {})))
-    _check_equal("[denoiser] convolution", 0, denoiser["convolution"])
-    _check_equal("[denoiser] qk_norm", False, denoiser["qk_norm"])
+    check_equal("[process] kind", process, found["kind"])
+    check_equal("[denoiser] kind", "dit", denoiser["kind"])
+    check_equal("[denoiser] head", "tokens", kind_of(denoiser["head"]))
+    check_equal("[denoiser] time", False, denoiser["time"])
+    check_equal("[denoiser] conditions", [], sorted(denoiser.get("conditions", {})))
+    check_equal("[denoiser] convolution", 0, denoiser["convolution"])
+    check_equal("[denoiser] qk_norm", False, denoiser["qk_norm"])
     if source.vocabulary.num_levels != 1:
         raise ArgumentError(
             "export: this layout needs a vocabulary of tokens and a mask; got "
@@ -418,19 +383,5 @@ def _check_folds(source: ExportSource, process: str) -> Sizes:
 def _check_times(source: ExportSource, kind: str) -> int | None:
     """Return the width of the blocks. Raises ArgumentError for another time rule than `kind`."""
     times = source.recipe["objective"].get("times", "flat")
-    _check_equal("[objective] times", kind, _kind_of(times))
+    check_equal("[objective] times", kind, kind_of(times))
     return times.get("width") if isinstance(times, Mapping) else None
-
-
-def _check_equal(key: str, expected: Any, found: Any) -> None:
-    if found != expected:
-        raise ArgumentError(
-            f"export: this layout represents only models with {key} = {expected!r}; got "
-            f"{found!r}. Use another --format, or export the weights under their own names with "
-            "--format safetensors."
-        )
-
-
-def _kind_of(value: Any) -> Any:
-    """Return the kind of a component in a resolved recipe."""
-    return value["kind"] if isinstance(value, Mapping) else value

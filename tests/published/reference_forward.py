@@ -134,24 +134,31 @@ def write_family(folder: Path, family: str, seed: int = 0) -> dict[str, Tensor]:
 def compute_logits(
     tensors: Mapping[str, Tensor],
     ids: Tensor,
-    tau: float = 0.0,
+    tau: float | Tensor = 0.0,
     *,
     positions: Tensor | None = None,
     attends: Tensor | None = None,
+    embedded: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Return the logits [B,L,S] of state ids [B,L].
 
     Args:
         tensors: tensors without a prefix.
         ids: state ids.
-        tau: noise level.
+        tau: noise level, a number or [B,1 or L].
         positions: [L] positions; by default 0, 1, ...
+        embedded: [B,L,d] embeddings in place of those of `ids`.
+        added: [B,1,C] vectors that are added to the embedding of tau.
         attends: [L,L] whether a position (row) attends to another one (column); None: to all.
     """
     if positions is None:
         positions = torch.arange(ids.shape[1])
     condition = embed_tau(tensors, tau) if "sigma_map.mlp.0.weight" in tensors else None
-    x = tensors["vocab_embed.embedding"][ids]
+    if added is not None:
+        assert condition is not None
+        condition = condition + added
+    x = tensors["vocab_embed.embedding"][ids] if embedded is None else embedded
     layers = sum(name.endswith("norm1.weight") for name in tensors)
     for layer in range(layers):
         x = run_block(tensors, f"blocks.{layer}", x, condition, positions, attends)
@@ -160,11 +167,13 @@ def compute_logits(
     return h @ tensors["output_layer.linear.weight"].T + tensors["output_layer.linear.bias"]
 
 
-def embed_tau(tensors: Mapping[str, Tensor], tau: float) -> Tensor:
-    angles = tau * torch.exp(-math.log(10000.0) * torch.arange(128) / 128)
-    features = torch.cat([angles.cos(), angles.sin()])
-    hidden = F.silu(tensors["sigma_map.mlp.0.weight"] @ features + tensors["sigma_map.mlp.0.bias"])
-    return F.silu(tensors["sigma_map.mlp.2.weight"] @ hidden + tensors["sigma_map.mlp.2.bias"])
+def embed_tau(tensors: Mapping[str, Tensor], tau: float | Tensor) -> Tensor:
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(128) / 128)
+    angles = torch.as_tensor(tau, dtype=torch.float32).unsqueeze(-1) * frequencies
+    features = torch.cat([angles.cos(), angles.sin()], -1)
+    first, second = tensors["sigma_map.mlp.0.weight"], tensors["sigma_map.mlp.2.weight"]
+    hidden = F.silu(features @ first.T + tensors["sigma_map.mlp.0.bias"])
+    return F.silu(hidden @ second.T + tensors["sigma_map.mlp.2.bias"])
 
 
 def modulation(
@@ -173,8 +182,8 @@ def modulation(
     weight = tensors.get(f"{name}.adaLN_modulation.weight")
     if weight is None or condition is None:
         return [torch.ones(1) if i % 3 == 2 else torch.zeros(1) for i in range(count)]
-    vectors = weight @ condition + tensors[f"{name}.adaLN_modulation.bias"]
-    return list(vectors.chunk(count))
+    vectors = condition @ weight.T + tensors[f"{name}.adaLN_modulation.bias"]
+    return list(vectors.chunk(count, -1))
 
 
 def normalize(x: Tensor) -> Tensor:
