@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ddiff as api
-from ddiff import DataError
+from ddiff import CheckpointError, DataError
+from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.data.tokenizer import PretrainedTokenizer, load_tokenizer
 
 
@@ -46,7 +48,9 @@ def test_imported_run_samples_evaluates_and_reports(
     assert evaluation["step"] == 0
     bound = evaluation["bound"].lower()
     assert evaluation[f"{bound}_nats_per_symbol"] > 1.0
-    assert ddiff("report", "runs/mine")[0] == 0
+    assert ddiff("report", "runs/mine", "--out", "report.html")[0] == 0
+    page = Path("report.html").read_text()
+    assert f"Imported from published by the layout {family} (ddiff_dit" in page
 
 
 def test_origin_records_files_layout_and_notes(folder: Path) -> None:
@@ -85,6 +89,23 @@ def test_failed_import_leaves_the_existing_run(folder: Path, ddiff: Command) -> 
     result = ddiff("import", "published", "--out", "runs/mine", "--fresh", *OPTIONS)
     assert is_refusal(result, "is damaged or incomplete")
     assert api.load("runs/mine").step == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_interrupted_import_leaves_no_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write_family(Path("published"), "mdlm")
+
+    def fail(*arguments: object) -> None:
+        assert [path.name for path in Path("runs").glob("*.partial-*")] != []
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with pytest.raises((KeyboardInterrupt, CheckpointError)):
+        api.import_published("published", "runs/mine", settings=SETTINGS)
+    assert [path.name for path in folder.iterdir() if path.name != "published"] in ([], ["runs"])
+    assert list(folder.glob("runs/*")) == []
 
 
 def test_run_refuses_to_train_in_the_directory_of_an_import(folder: Path, ddiff: Command) -> None:
@@ -146,7 +167,8 @@ def test_offline_import_without_tokenizer_names_the_option(folder: Path, ddiff: 
 
 
 @pytest.mark.parametrize(
-    ("size", "reason"), [(13, "'word0' with the id 12"), (5, "has 5 tokens"), (410, "with the id")]
+    ("size", "reason"),
+    [(5, "has 5 tokens"), (12, "'[MASK]' with the id 11"), (410, "with the id")],
 )
 def test_tokenizer_of_another_size_is_refused(
     folder: Path, ddiff: Command, size: int, reason: str

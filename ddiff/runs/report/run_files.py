@@ -29,6 +29,7 @@ from ddiff.run_dir.files import (
     read_json_lines,
     require_run_dir,
 )
+from ddiff.run_dir.origin_record import OriginRecord, find_origin
 
 OTHER_RECORDS = (OTHER_EVALUATIONS, LM_EVALS)
 """Patterns of files of a run with the figures of further evaluations."""
@@ -98,6 +99,7 @@ class ReportedRun:
         pictures: name of each file with pictures of samples -> its content (PNG).
         records: name of each other record with figures -> its content: evaluations on other texts,
             and by the lm-evaluation-harness.
+        origin: published files of an imported run; None for a trained run.
     """
 
     directory: Path
@@ -114,6 +116,7 @@ class ReportedRun:
     generation: Mapping[str, Any]
     pictures: Mapping[str, bytes]
     records: Mapping[str, Mapping[str, Any]]
+    origin: OriginRecord | None
 
     @classmethod
     def read(cls, directory: Path, number: int) -> ReportedRun:
@@ -135,6 +138,7 @@ class ReportedRun:
             evaluation=read_json(directory / EVALUATION),
             samples=read_json_lines(directory / SAMPLES),
             gaps=read_json_lines(directory / GAPS),
+            origin=find_origin(directory),
             training_samples=read_json_lines(directory / TRAINING_SAMPLES),
             sampling=read_json(directory / SAMPLING),
             judged=read_json(directory / JUDGED),

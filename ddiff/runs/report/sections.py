@@ -54,6 +54,8 @@ def _describe_training(run: ReportedRun) -> str:
     if "parameters" in environment:
         parts.append(f"{environment['parameters']:,} parameters")
     text = ", ".join(parts)
+    if run.origin is not None:
+        return f"{text}. Imported from {run.origin.source} by the layout {run.origin.layout}. "
     if not run.metrics:
         return f"{text}. {METRICS} has no training step."
     tokens = sum(line["tokens"] for line in run.metrics)
