@@ -65,6 +65,8 @@ from .core.schedule import GeometricSchedule as GeometricSchedule
 from .core.schedule import LinearSchedule as LinearSchedule
 from .core.schedule import PowerSchedule as PowerSchedule
 from .core.schedule import Schedule as Schedule
+from .core.sequence_bounds import SequenceBounds as SequenceBounds
+from .core.sequence_bounds import SequenceEstimate as SequenceEstimate
 from .core.times import FlatTimes as FlatTimes
 from .core.times import Noisy as Noisy
 from .core.times import OccupancyTimes as OccupancyTimes
@@ -152,6 +154,8 @@ from .nn.denoiser import Backbone as Backbone
 from .nn.denoiser import Context as Context
 from .nn.denoiser import Denoiser as Denoiser
 from .nn.embedding import StateEmbedding as StateEmbedding
+from .nn.gradients import DifferentiableNetwork as DifferentiableNetwork
+from .nn.gradients import as_differentiable_network as as_differentiable_network
 from .nn.heads import Head as Head
 from .nn.heads import TokenHead as TokenHead
 from .nn.heads import TreeHead as TreeHead

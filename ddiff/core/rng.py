@@ -36,6 +36,7 @@ class CounterRng:
         purpose: separates training, evaluation and sampling under one seed.
         group: [B] long, group of each sample. Samples of one group share the numbers of
             `uniform_per_group`. Without `group` all samples are in one group.
+        mirrored: `uniform` returns 1 - 2^-53 - u in place of u (see `mirror`).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class CounterRng:
         length: int,
         purpose: str = "train",
         group: Tensor | None = None,
+        mirrored: bool = False,
     ) -> None:
         if not 0 <= seed < 2**64 or step < 0:
             raise ArgumentError(
@@ -58,6 +60,7 @@ class CounterRng:
         self.length = length
         self.purpose = purpose
         self.group = torch.zeros_like(index) if group is None else group
+        self.mirrored = mirrored
 
     def uniform(self, channel: str, count: int = 1) -> Tensor:
         """Return float64 uniforms in [0,1), on the device of the sample indices `index`.
@@ -77,7 +80,26 @@ class CounterRng:
 
     def derive(self, purpose: str, length: int) -> CounterRng:
         """Return a generator of the same samples for another purpose and number of positions."""
-        return CounterRng(self.seed, self.step, self.index, length, purpose, self.group)
+        return CounterRng(
+            self.seed, self.step, self.index, length, purpose, self.group, self.mirrored
+        )
+
+    def mirror(self) -> CounterRng:
+        """Return a generator whose numbers are as far from 1 as the numbers of this one from 0.
+
+        A number u of `uniform` becomes 1 - 2^-53 - u, which is also uniform on the same grid. The
+        mean of two estimates with u and with mirrored u has less variance if the estimate rises or
+        falls with u (antithetic numbers).
+        """
+        return CounterRng(
+            self.seed,
+            self.step,
+            self.index,
+            self.length,
+            self.purpose,
+            self.group,
+            not self.mirrored,
+        )
 
     def _draw_channel(self, channel: str, length: int) -> Tensor:
         """Return uniforms [B,length] of one stream per sample."""
@@ -90,6 +112,8 @@ class CounterRng:
             bits = np.empty((0, length), dtype=np.uint64)
         # The upper 53 bits are the digits of a float64 in [0,1).
         numbers = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        if self.mirrored:
+            numbers = (1.0 - 2.0**-53) - numbers
         return torch.from_numpy(numbers).to(self.index.device)
 
     def uniform_per_group(self, channel: str) -> Tensor:
