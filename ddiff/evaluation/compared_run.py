@@ -23,6 +23,7 @@ from ddiff.run_dir.files import (
     EVALUATION,
     GENERATION,
     METRICS,
+    ORIGIN,
     SAMPLES,
     SAMPLING,
     RunRecord,
@@ -58,7 +59,7 @@ class Row:
 
     Attributes:
         process: kind of the process, followed by the kind of the time rule unless it is "flat".
-        tokens_seen: number of tokens processed in training.
+        tokens_seen: number of tokens processed in training; None for an imported run.
         bound: "NELBO", or "NLL" if the likelihood is exact.
         nats: the bound in nats per unit, which is a token or a symbol.
         interval: 95 % confidence interval of the bound: over documents for one run, over seeds for
@@ -66,7 +67,7 @@ class Row:
         sample_entropy: mean over the samples of the entropy, in nats, of the token frequencies
             within one sample.
         nfe: mean number of network evaluations per sample.
-        train_seconds: training time in seconds per 1000 training tokens.
+        train_seconds: training time in seconds per 1000 training tokens; None for an imported run.
         sample_seconds: sampling time in seconds per 1000 sampled tokens, with the batch size of the
             recipe.
         generated: figures of the samples that `ddiff eval --generate` drew; None without them.
@@ -76,7 +77,7 @@ class Row:
     process: str
     seeds: int
     parameters: int
-    tokens_seen: float
+    tokens_seen: float | None
     bound: str
     nats: float
     interval: tuple[float, float] | None
@@ -84,7 +85,7 @@ class Row:
     sampler: str
     sample_entropy: float | None
     nfe: float | None
-    train_seconds: float
+    train_seconds: float | None
     sample_seconds: float | None
     generated: Generated | None = None
 
@@ -122,14 +123,21 @@ class ComparedRun:
                 f"print them with `ddiff eval {place}`."
             )
         self.recipe = self.record.recipe
+        # An import has neither a training nor the samples that follow a training.
+        self.is_imported = (place / ORIGIN).exists()
         self._check_present(ENVIRONMENT)
         self.evaluation = self._read(EVALUATION, read_json)
         self.evaluated = evaluation_record(self.evaluation, place / EVALUATION)
         self.figures = self.evaluated.figures
-        self.metrics = self._read(METRICS, read_json_lines)
-        self.samples = self._read(SAMPLES, read_json_lines)
-        self.sampling = self._read(SAMPLING, read_json)
-        self._check_steps()
+        if self.is_imported:
+            self.metrics = read_json_lines(place / METRICS)
+            self.samples = read_json_lines(place / SAMPLES)
+            self.sampling = read_json(place / SAMPLING)
+        else:
+            self.metrics = self._read(METRICS, read_json_lines)
+            self.samples = self._read(SAMPLES, read_json_lines)
+            self.sampling = self._read(SAMPLING, read_json)
+            self._check_steps()
         self._check_checkpoint()
         self.generated = self._read_generation() if generation else None
 
@@ -164,11 +172,17 @@ class ComparedRun:
 
     def _check_present(self, name: str) -> None:
         """Raise CheckpointError if the run has not written the file `name`."""
-        if not (self.place / name).exists():
+        if (self.place / name).exists():
+            return
+        if self.is_imported:
             raise CheckpointError(
-                f"{self.place} is not finished: {name} is missing. Repeat `ddiff run` with the "
-                "recipe of the run, which resumes the run."
+                f"{self.place} is an import that has no {name}. Evaluate it: ddiff eval "
+                f"{self.place}"
             )
+        raise CheckpointError(
+            f"{self.place} is not finished: {name} is missing. Repeat `ddiff run` with the "
+            "recipe of the run, which resumes the run."
+        )
 
     def _check_steps(self) -> None:
         """Raise CheckpointError unless all files describe the same training step."""
@@ -222,7 +236,8 @@ class ComparedRun:
         figures = self.figures
         tokens = sum(line["tokens"] for line in self.metrics)
         seconds = sum(line["seconds"] for line in self.metrics)
-        sampled = max(self.sampling["tokens"], 1)
+        sampled = max(self.sampling.get("tokens", 0), 1)
+        sampling_seconds = self.sampling.get("seconds")
         bound = self.evaluation["bound"]
         nats = figures[bound.lower()]
         bits = figures.get("bits_per_byte")
@@ -232,7 +247,7 @@ class ComparedRun:
             process=_describe_process(self.recipe),
             seeds=1,
             parameters=self.record.environment["parameters"],
-            tokens_seen=tokens,
+            tokens_seen=None if self.is_imported else tokens,
             bound=bound,
             nats=nats.value,
             interval=nats.interval,
@@ -241,8 +256,8 @@ class ComparedRun:
             generated=None if self.generated is None else Generated.of(self.generated),
             sample_entropy=_mean(entropies),
             nfe=_mean([sample["nfe"] for sample in self.samples]),
-            train_seconds=1000 * seconds / max(tokens, 1),
-            sample_seconds=1000 * self.sampling["seconds"] / sampled,
+            train_seconds=None if self.is_imported else 1000 * seconds / max(tokens, 1),
+            sample_seconds=None if sampling_seconds is None else 1000 * sampling_seconds / sampled,
         )
 
     def _describe_sampler(self) -> str:

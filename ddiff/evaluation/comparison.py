@@ -137,7 +137,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "process": lambda row: row.process,
     "seeds": lambda row: str(row.seeds),
     "parameters": lambda row: f"{row.parameters:,}",
-    "tokens seen": lambda row: f"{row.tokens_seen:,.0f}",
+    "tokens seen": lambda row: _optional("{:,.0f}", row.tokens_seen),
     "bound": lambda row: row.bound,
     "nats/{unit}": _bound_cell,
     "bits/byte": lambda row: _optional("{:.4f}", row.bits_per_byte),
@@ -310,7 +310,7 @@ def _average_seeds(reports: Sequence[ComparedRun]) -> Row:
         process=first.process,
         seeds=len(rows),
         parameters=first.parameters,
-        tokens_seen=statistics.fmean(row.tokens_seen for row in rows),
+        tokens_seen=_mean_if_known([row.tokens_seen for row in rows]),
         bound=first.bound,
         nats=mean,
         interval=(mean - half, mean + half),
@@ -319,7 +319,7 @@ def _average_seeds(reports: Sequence[ComparedRun]) -> Row:
         generated=Generated.mean([row.generated for row in rows]),
         sample_entropy=_mean_if_known([row.sample_entropy for row in rows]),
         nfe=_mean_if_known([row.nfe for row in rows]),
-        train_seconds=statistics.fmean(row.train_seconds for row in rows),
+        train_seconds=_mean_if_known([row.train_seconds for row in rows]),
         sample_seconds=_mean_if_known([row.sample_seconds for row in rows]),
     )
 

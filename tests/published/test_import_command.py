@@ -53,6 +53,24 @@ def test_imported_run_samples_evaluates_and_reports(
     assert f"Imported from published by the layout {family} (ddiff_dit" in page
 
 
+def test_compare_lists_imports_and_asks_for_their_evaluation(folder: Path, ddiff: Command) -> None:
+    for number in range(2):
+        write_family(Path(f"published{number}"), "mdlm", seed=number)
+        import_run(Path(f"published{number}"), f"runs/import{number}")
+    places = ("runs/import0", "runs/import1")
+    assert is_refusal(ddiff("compare", *places), "has no evaluation.json", "ddiff eval runs/import")
+    for place in places:
+        assert ddiff("eval", place)[0] == 0
+    code, out, _ = ddiff("compare", *places)
+    assert code == 0
+    rows = api.compare(list(places)).rows
+    assert [row.run for row in rows] == ["import0", "import1"]
+    assert {(row.tokens_seen, row.train_seconds, row.sample_seconds) for row in rows} == {
+        (None, None, None)
+    }
+    assert "import0" in out
+
+
 def test_origin_records_files_layout_and_notes(folder: Path) -> None:
     write_family(Path("published"), "hybrid_epsilon")
     imported = api.import_published("published", "runs/mine", settings=SETTINGS)
