@@ -7,6 +7,7 @@ cannot change a run, and a sample does not depend on its batch.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class CounterRng:
         u = rng.uniform("time")           # [4,16]; "time" is the channel
 
     Args:
-        seed: in [0, 2^64).
+        seed: in [0, 2^64); one seed for all samples, or a list with one seed per sample. A sample
+            has the same numbers in both cases.
         step: training or sampling step, >= 0.
         index: [B] long, global indices of the samples, >= 0.
         length: number of positions L.
@@ -41,7 +43,7 @@ class CounterRng:
 
     def __init__(
         self,
-        seed: int,
+        seed: int | Sequence[int],
         step: int,
         index: Tensor,
         length: int,
@@ -49,10 +51,16 @@ class CounterRng:
         group: Tensor | None = None,
         mirrored: bool = False,
     ) -> None:
-        if not 0 <= seed < 2**64 or step < 0:
+        seeds = seed if isinstance(seed, Sequence) else [seed]
+        if not all(0 <= value < 2**64 for value in seeds) or step < 0:
             raise ArgumentError(
                 f"CounterRng: seed must be in [0, 2^64) and step >= 0; got seed {seed}, step "
                 f"{step}."
+            )
+        if isinstance(seed, Sequence) and len(seeds) != len(index):
+            raise ArgumentError(
+                f"CounterRng: a list of seeds must have one seed per sample, {len(index)}; got "
+                f"{len(seeds)} seeds."
             )
         self.seed = seed
         self.step = step
@@ -104,8 +112,8 @@ class CounterRng:
     def _draw_channel(self, channel: str, length: int) -> Tensor:
         """Return uniforms [B,length] of one stream per sample."""
         rows = []
-        for sample in self.index.tolist():
-            rows.append(self._raw_bits(sample, channel, length))
+        for seed, sample in zip(self._seeds(), self.index.tolist()):
+            rows.append(self._raw_bits(seed, sample, channel, length))
         if rows:
             bits = np.stack(rows)
         else:
@@ -123,22 +131,28 @@ class CounterRng:
         in one group. The number changes from step to step. `channel` names the purpose of the
         numbers.
         """
-        groups, place = self.group.unique(return_inverse=True)
-        numbers = []
-        for group in groups.tolist():
-            bits = self._raw_bits(group, f"shared.{channel}", 1)
-            numbers.append(int(bits[0] >> np.uint64(11)))
-        uniforms = torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
-        return uniforms.to(self.index.device)[place]
+        numbers: dict[tuple[int, int], int] = {}  # by seed and group
+        keys = list(zip(self._seeds(), self.group.tolist()))
+        for seed, group in dict.fromkeys(keys):
+            bits = self._raw_bits(seed, group, f"shared.{channel}", 1)
+            numbers[seed, group] = int(bits[0] >> np.uint64(11))
+        uniforms = torch.tensor([numbers[key] for key in keys], dtype=torch.float64) * 2.0**-53
+        return uniforms.to(self.index.device)
 
-    def _raw_bits(self, index: int, channel: str, count: int) -> np.ndarray:
-        """Return `count` random uint64 numbers of one channel.
+    def _seeds(self) -> Sequence[int]:
+        """Return the seed of each sample."""
+        if isinstance(self.seed, Sequence):
+            return self.seed
+        return [self.seed] * len(self.index)
+
+    def _raw_bits(self, seed: int, index: int, channel: str, count: int) -> np.ndarray:
+        """Return `count` random uint64 numbers of one seed and channel.
 
         `index` is the number of a sample or of a group.
         """
         # The first number of the Philox counter counts blocks of positions, so it starts at 0.
         counter = np.array([0, index, self.step, _hash(channel)], np.uint64)
-        key = np.array([self.seed, _hash(self.purpose)], np.uint64)
+        key = np.array([seed, _hash(self.purpose)], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 

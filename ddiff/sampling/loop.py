@@ -8,7 +8,7 @@ numbers [B,L,d].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -192,7 +192,7 @@ def generate(
     *,
     index: Tensor,
     length: int,
-    seed: int,
+    seed: int | Sequence[int],
     prompt: Tensor | None = None,
     prompt_mask: Tensor | None = None,
     on_step: OnStep | None = None,
@@ -207,6 +207,7 @@ def generate(
         index: [B] long, sample numbers. A sample depends only on its number and on `seed`, not on
             the other samples of the batch.
         length: number L of positions.
+        seed: one seed for all samples, or a list of one seed per sample.
         prompt: token ids [B,L] or vectors [B,L,d], which are kept at the positions where
             `prompt_mask` is True.
         prompt_mask: [B,L] bool.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddiff.core.rng import CounterRng
+from ddiff.errors import ArgumentError
 
 INDEX = torch.tensor([5, 0, 9])
 
@@ -155,3 +156,21 @@ def test_rng_numbers_of_channels_positions_and_seeds_are_uncorrelated() -> None:
         # nearly normal with variance 1/n: |z| > 5.3 has probability 1.2e-7, and there are eight
         # pairs
         assert abs(float(correlation)) < 5.3 / math.sqrt(one.numel()), name
+
+
+def test_seed_per_sample_gives_the_numbers_of_a_batch_with_this_seed() -> None:
+    seeds = [7, 2**64 - 1, 7]
+    mixed = CounterRng(seeds, 3, INDEX, 4)
+    for row, seed in enumerate(seeds):
+        single = CounterRng(seed, 3, INDEX[row : row + 1], 4)
+        assert torch.equal(mixed.uniform("x", 2)[row], single.uniform("x", 2)[0])
+        assert mixed.uniform_per_group("x")[row] == single.uniform_per_group("x")[0]
+        derived = mixed.derive("child", 6).uniform("x")[row]
+        assert torch.equal(derived, single.derive("child", 6).uniform("x")[0])
+
+
+def test_list_of_seeds_of_another_length_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="one seed per sample, 3; got 2 seeds"):
+        CounterRng([1, 2], 0, INDEX, 4)
+    with pytest.raises(ArgumentError, match="seed must be in"):
+        CounterRng([1, 2, -1], 0, INDEX, 4)
