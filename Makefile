@@ -8,6 +8,7 @@
 #   make bench          cost of steps and samples, compared with a plain implementation; takes half an hour
 #   make bench BENCH="--quick --only train"
 #   make soak           kill runs at fifty random moments, resume them, and compare with uninterrupted runs
+#   make serve-soak     send a thousand requests of 16 clients to `ddiff serve`, some of which are aborted
 #   make fuzz           dry runs of a thousand mutated recipes, and short runs of some accepted recipes
 #   make clean          remove .venv
 #
@@ -21,21 +22,22 @@ VENV = .venv
 CONSTRAINTS = -c ci/constraints.txt
 BENCH =
 SOAK = --trials 50
+SERVE_SOAK = --requests 1000 --clients 16
 FUZZ = --recipes 1000 --runs 40
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: run test lint bench soak fuzz install dev clean
+.PHONY: run test lint bench soak serve-soak fuzz install dev clean
 
 run: install
 	$(VENV)/bin/ddiff run $(RECIPE) $(SET)
 
 # Environment of tests and checks: one thread for each of the two test processes, no requests to the Hugging Face hub or
 # W&B, and no tokenizer threads in processes that fork. `make run` does not set these variables and uses all cores.
-test lint soak fuzz: export OMP_NUM_THREADS = 1
-test lint soak fuzz: export HF_HUB_OFFLINE = 1
-test lint soak fuzz: export WANDB_MODE = offline
-test lint soak fuzz: export TOKENIZERS_PARALLELISM = false
+test lint soak serve-soak fuzz: export OMP_NUM_THREADS = 1
+test lint soak serve-soak fuzz: export HF_HUB_OFFLINE = 1
+test lint soak serve-soak fuzz: export WANDB_MODE = offline
+test lint soak serve-soak fuzz: export TOKENIZERS_PARALLELISM = false
 
 test: dev
 	$(VENV)/bin/python -m pytest -n 2
@@ -51,6 +53,9 @@ bench: install
 
 soak: install
 	$(VENV)/bin/python benchmarks/soak.py $(SOAK)
+
+serve-soak: dev
+	$(VENV)/bin/python benchmarks/serve_soak.py $(SERVE_SOAK)
 
 fuzz: install
 	$(VENV)/bin/python benchmarks/fuzz.py $(FUZZ)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddiff.cli import components, doctor, evaluation, lm_eval, sampling, sharing, training
+from ddiff.cli import components, doctor, evaluation, lm_eval, sampling, serving, sharing, training
 from ddiff.cli.app import app
 from ddiff.cli.process import main
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": sharing.import_checkpoint,
     "export": sharing.export,
     "sample": sampling.sample,
+    "serve": serving.serve,
     "compare": evaluation.compare_runs,
     "pareto": evaluation.pareto,
     "clock": evaluation.clock,

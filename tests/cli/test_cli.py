@@ -95,6 +95,7 @@ def test_help_option_lists_every_command(capsys):
             "import",
             "export",
             "sample",
+            "serve",
             "compare",
             "report",
             "check",
@@ -109,7 +110,7 @@ def test_help_option_lists_every_command(capsys):
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 16
+    assert len(app.registered_commands) == 17
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):

@@ -279,6 +279,8 @@ def check_optional() -> Iterator[Finding]:
     for name, extra, use in (
         ("tensorboard", "tensorboard", '[tracker] kind = "tensorboard"'),
         ("lm_eval", "lm-eval", "the tasks of lm-evaluation-harness"),
+        ("starlette", "serve", "ddiff serve"),
+        ("uvicorn", "serve", "ddiff serve"),
     ):
         version = find_version(name)
         if version is not None:
