@@ -405,7 +405,7 @@ def test_given_values_of_another_shape_are_refused_with_both_shapes(tmp_path: Pa
         fields["latent"].encode_values(np.ones((1, 2, 5)))
     with pytest.raises(ArgumentError, match="finite"):
         fields["latent"].encode_values(np.full((1, 2, 4), np.nan))
-    with pytest.raises(ArgumentError, match=r'"image".*\[k,8\] in 0\.\.5'):
+    with pytest.raises(ArgumentError, match=r'"image".*in 0\.\.5 of shape \[k,8\]'):
         fields["image"].encode_values([[6] * 8])
 
 
