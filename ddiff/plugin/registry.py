@@ -126,9 +126,11 @@ class Members:
 
     A sampler of models without a process has the empty set."""
     load: Callable[..., Any] | None = None
-    """Normalizers only: `load(config, tensors, width)` rebuilds a saved normalizer.
+    """Normalizers: `load(config, tensors, width)` rebuilds a saved normalizer.
 
-    `tensors` are those of `Normalizer.tensors`, and `width` the numbers of a vector of the data."""
+    `tensors` are those of `Normalizer.tensors`, and `width` the numbers of a vector of the data.
+    Tokenizers: `load(config, path)` loads the file that `save` has written. None: the file is
+    loaded by `load_tokenizer`, which knows only the tokenizers of ddiff."""
     formulas: str = ""
     """Formulas in plain text, which `ddiff plugins NAME` and `ddiff report` show.
 

@@ -63,7 +63,7 @@ class ComponentSpec:
         return name in inspect.signature(self.component.load().build).parameters
 
     def load(self, **inputs: Any) -> Any:
-        """Call `load(config, ...)`, which rebuilds a saved normalizer from its tensors.
+        """Call `load(config, ...)`, which rebuilds a saved normalizer or tokenizer.
 
         Raises PluginError if the component has no `load`.
         """

@@ -13,7 +13,7 @@ from ddiff.clustering.cooccurrence import compute_cooccurrence_embeddings
 from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.packing import Rows
-from ddiff.data.tokenizer import Tokenizer, load_tokenizer
+from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError, explain_error
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
@@ -22,6 +22,7 @@ from ddiff.recipe.keys import InitKeys
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
+from ddiff.runs.saved_tokenizer import load_saved_tokenizer
 
 COUNTED_TOKENS = 2**24  # tokens of the training text whose co-occurrences are counted
 
@@ -116,13 +117,14 @@ def load_run_weights(
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
     assert newest is not None  # `check_source` refuses a run without one
     check_recorded(RunRecord.read(directory), newest.state)
-    theirs = load_tokenizer(str(directory / TOKENIZER)).fingerprint
+    recipe = require_text_recipe(read_recipe(directory / RECIPE), "[train] init")
+    saved = load_saved_tokenizer(recipe.tokenizer, str(directory / TOKENIZER))
+    theirs = saved.fingerprint
     if theirs != tokenizer.fingerprint:
         raise DataError(
             f"[train] init: both runs must have the same tokenizer; got {theirs} in {run_dir} and "
             f"{tokenizer.fingerprint} in this run. Use the same [tokenizer] on the same [data]."
         )
-    recipe = require_text_recipe(read_recipe(directory / RECIPE), "[train] init")
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     _check_components(directory, newest, theirs, vocabulary)
     weights = newest.read_weights()

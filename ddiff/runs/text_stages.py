@@ -11,7 +11,6 @@ from typing import Any
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.data.tokenizer import load_tokenizer
 from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
 from ddiff.evaluation.generation import MeanFigure, measure_known_words
@@ -35,6 +34,7 @@ from ddiff.runs.meta_device import build_denoiser_on_meta
 from ddiff.runs.record import write_run_file
 from ddiff.runs.run import Run
 from ddiff.runs.sampling import build_sampler
+from ddiff.runs.saved_tokenizer import load_saved_tokenizer
 from ddiff.runs.summary import print_summary
 from ddiff.runs.text_judging import write_judged
 from ddiff.runs.token_samples import TokenSamples
@@ -69,7 +69,7 @@ def load_run(
     recipe: Recipe, directory: Path, newest: Checkpoint, process: ForwardProcess | None
 ) -> Run:
     """Build the run in `directory` from its files, with the weights of a checkpoint."""
-    tokenizer = load_tokenizer(str(directory / TOKENIZER))
+    tokenizer = load_saved_tokenizer(recipe.tokenizer, str(directory / TOKENIZER))
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     text = RunText(recipe, tokenizer)
     text.check_vocabulary(vocabulary)

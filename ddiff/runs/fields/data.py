@@ -32,7 +32,7 @@ from ddiff.data.fields_batch import FieldsBatch
 from ddiff.data.files import read_bytes, read_json, write_json
 from ddiff.data.packing import PackedRows
 from ddiff.data.permutation import row_at
-from ddiff.data.tokenizer import Tokenizer, load_tokenizer
+from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import ArgumentError, DataError
 from ddiff.recipe.component import ComponentSpec
@@ -49,6 +49,7 @@ from ddiff.runs.fields.values import (
     VectorValues,
     present_chunks,
 )
+from ddiff.runs.saved_tokenizer import load_saved_tokenizer
 
 
 class RunFields:
@@ -211,7 +212,7 @@ class RunFields:
         saved = self._file(name, TOKENIZER)
         tokenizer: Tokenizer
         if saved is not None:
-            tokenizer = load_tokenizer(saved)
+            tokenizer = load_saved_tokenizer(spec, saved)
         else:
             documents = _present_texts(self._stored_documents, name)
             tokenizer = spec.build(documents=documents, cache=self._cache)
