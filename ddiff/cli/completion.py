@@ -11,8 +11,25 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-CHECKED_KINDS = ("process", "head", "backbone", "sampler", "time_rule")
+CHECKED_KINDS = (
+    "process",
+    "head",
+    "backbone",
+    "sampler",
+    "time_rule",
+    "tokenizer",
+    "vocabulary",
+    "dataset",
+    "fields_dataset",
+    "normalizer",
+    "encoder",
+    "path_rule",
+    "judge",
+)
 """Kinds of components that `ddiff check` checks. `ddiff.testing`, which has them, imports torch."""
+
+NEW_KINDS = ("process", "sampler", "backbone", "tokenizer", "dataset", "metric", "field")
+"""Kinds of plugins that `ddiff new plugin` writes, by the names that its help shows."""
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -41,6 +58,11 @@ def complete_checked(incomplete: str) -> list[str]:
             names.add(component.plugin)
     paths = _find_paths(incomplete, ("*.toml", "*/*.toml"))
     return [*_begin_with(incomplete, sorted(names)), *paths]
+
+
+def complete_new_kind(incomplete: str) -> list[str]:
+    """Complete the kind of a new plugin."""
+    return _begin_with(incomplete, NEW_KINDS)
 
 
 def complete_sampler(incomplete: str) -> list[str]:

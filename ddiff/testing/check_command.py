@@ -21,16 +21,26 @@ from ddiff.core.gaussian import GaussianProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
-from ddiff.errors import ArgumentError, PluginError, suggest
+from ddiff.errors import ArgumentError, DdiffError, PluginError, RecipeError, suggest
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
 from ddiff.plugin.registry import Component, Registry
 from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.resolve import configure_component, read_recipe
+from ddiff.testing.data_instances import (
+    make_datasets,
+    make_encoders,
+    make_judges,
+    make_normalizers,
+    make_paths,
+    make_tokenizers,
+    make_vocabularies,
+)
 from ddiff.testing.denoiser import check_denoiser
 from ddiff.testing.gaussian import check_gaussian
 from ddiff.testing.head import check_head
+from ddiff.testing.instance import Instance
 from ddiff.testing.joint import check_path
 from ddiff.testing.process import check_parts, check_process
 from ddiff.testing.recipe_check import is_recipe_name, list_paths, list_specs
@@ -44,20 +54,6 @@ LENGTH = 6  # of checked sequences
 VECTOR_WIDTHS = (1, 2)  # of checked processes of vectors
 KINDS_OF_PLUGINS = ("process", "sampler")  # kinds that `ddiff check PLUGIN` checks
 PIPED_WIDTH = 140  # columns of the table if there is no terminal
-
-
-class Instance(NamedTuple):
-    """Object to check.
-
-    Attributes:
-        label: name in the table.
-        check: function that checks the object.
-        settings: settings of the object as text, or "" for defaults or unknown settings.
-    """
-
-    label: str
-    check: Callable[[], list[LawReport]]
-    settings: str = ""
 
 
 class LabelledReport(NamedTuple):
@@ -87,8 +83,9 @@ def check_component(
     if is_recipe_name(name):
         instances = _make_recipe_instances(name, settings)
     else:
-        for component in find_components(name, plugins, bool(settings)):
-            instances += _make_instances(component, settings)
+        instances = _make_component_instances(
+            find_components(name, plugins, bool(settings)), settings
+        )
     reports = list(_check_instances(instances))
     _print_reports(reports, {one.label: one.settings for one in instances if one.settings})
     return 0 if all(report.passed for _, report in reports) else 1
@@ -167,6 +164,31 @@ def small_vocabularies() -> list[Vocabulary]:
         HierarchicalVocabulary([[0, 1, 0, 1, 1]]),
         HierarchicalVocabulary([[2, 0, 1, 0, 1, 2], [1, 0, 1]]),
     ]
+
+
+def _make_component_instances(
+    components: Sequence[Component],
+    settings: Sequence[str],
+) -> list[Instance]:
+    """Make the instances of components. A component that rejects all small instances is an error.
+
+    Exception: if components of several kinds have the name, such as a data set and its judge, those
+    that need other data or settings are left out, as long as one kind can be checked.
+    """
+    kinds = {component.kind for component in components}
+    made: dict[str, list[Instance]] = {}
+    rejected: dict[str, DdiffError] = {}
+    for component in components:
+        try:
+            made.setdefault(component.kind, []).extend(_make_instances(component, settings))
+        except (ArgumentError, RecipeError) as error:
+            if len(kinds) == 1:
+                raise
+            rejected.setdefault(component.kind, error)
+    for kind, rejection in rejected.items():
+        if not any(found for other, found in made.items() if other != kind):
+            raise rejection
+    return [one for found in made.values() for one in found]
 
 
 def _make_instances(
@@ -395,6 +417,14 @@ MAKERS: dict[str, Callable[[Component, ComponentSpec, bool], list[Instance]]] = 
     "time_rule": _make_time_rules,
     "backbone": _make_backbones,
     "sampler": _make_samplers,
+    "tokenizer": make_tokenizers,
+    "vocabulary": make_vocabularies,
+    "dataset": make_datasets,
+    "fields_dataset": make_datasets,
+    "normalizer": make_normalizers,
+    "encoder": make_encoders,
+    "path_rule": make_paths,
+    "judge": make_judges,
 }
 """Function that makes small instances, for each kind of component that has laws."""
 

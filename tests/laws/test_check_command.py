@@ -177,3 +177,36 @@ def test_check_command_rejects_unknown_and_unsupported_names(name: str, message:
 def test_check_command_rejects_unknown_setting() -> None:
     with pytest.raises(RecipeError, match="gama"):
         check_component("hdlm", ["gama=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "law"),
+    [
+        ("letters", [], "tokenizer: saving and loading preserve it"),
+        ("clusters", ["sizes=[4]"], "vocabulary: ancestors follow parents"),
+        ("markov", [], "dataset: two builds give the same data"),
+        ("standard", [], "normalizer: loading restores the map"),
+        ("shared", [], "path: draws are unbiased"),
+        ("strings", [], "judge: judging twice gives the same findings"),
+    ],
+)
+def test_check_command_checks_components_that_read_data(
+    name: str, settings: list[str], law: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check_component(name, settings) == 0
+    out = capsys.readouterr().out
+    assert law in out
+    assert "0 broken" in out
+
+
+def test_check_command_leaves_out_a_judge_of_the_data_set_with_its_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The data set "digits" is checked, and the judge "digits" needs that data."""
+    assert check_component("digits", []) == 0
+    assert "dataset: columns are as preview describes them" in capsys.readouterr().out
+
+
+def test_check_command_refuses_an_encoder_that_needs_a_recipe() -> None:
+    with pytest.raises(ArgumentError, match="needs the tokenizer of a recipe"):
+        check_component("cooccurrence", [])

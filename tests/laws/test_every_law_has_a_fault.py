@@ -5,6 +5,7 @@ from __future__ import annotations
 import test_planted_faults_bound
 import test_planted_faults_chain
 import test_planted_faults_clock_and_schedule
+import test_planted_faults_data
 import test_planted_faults_derived_formulas
 import test_planted_faults_draws
 import test_planted_faults_gaussian
@@ -20,11 +21,16 @@ from ddiff.testing import (
     bound_terms,
     clean_distribution,
     clock,
+    dataset,
     denoiser,
+    encoder,
     head,
+    judge,
+    normalizer,
     reverse_process,
     schedule,
     time_rule,
+    tokenizer,
     vocabulary,
 )
 from ddiff.testing.gaussian import GAUSSIAN_LAWS
@@ -35,6 +41,7 @@ MODULES = (
     test_planted_faults_bound,
     test_planted_faults_chain,
     test_planted_faults_clock_and_schedule,
+    test_planted_faults_data,
     test_planted_faults_derived_formulas,
     test_planted_faults_draws,
     test_planted_faults_gaussian,
@@ -56,6 +63,11 @@ LAWS = (
     *clean_distribution.CLEAN_DISTRIBUTION_LAWS,
     *head.HEAD_LAWS,
     *denoiser.DENOISER_LAWS,
+    *tokenizer.TOKENIZER_LAWS,
+    *dataset.DATASET_LAWS,
+    *normalizer.NORMALIZER_LAWS,
+    *encoder.ENCODER_LAWS,
+    *judge.JUDGE_LAWS,
 )
 TESTED_ELSEWHERE = {
     bound.speed_equality.name,  # test_planted_faults_bound.py, without a table
