@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "clock": evaluation.clock,
     "report": evaluation.report,
     "doctor": doctor.doctor,
+    "new": components.new,
     "check": components.check,
     "plugins": components.plugins,
     "recipes": components.recipes,

@@ -1,17 +1,62 @@
-"""Commands for components: check, plugins and recipes."""
+"""Commands for components: new, check, plugins and recipes."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from ddiff.cli.completion import complete_checked, complete_plugin
+from ddiff.cli.completion import (
+    NEW_KINDS,
+    complete_checked,
+    complete_new_kind,
+    complete_plugin,
+)
 from ddiff.cli.options import Settings
 from ddiff.cli.output import print_columns
 from ddiff.cli.process import pause_garbage_collection
 from ddiff.distributed.launcher import MISTAKE
+
+
+def new(
+    what: Annotated[
+        Literal["plugin"], typer.Argument(metavar="plugin", help="What to write: a plugin.")
+    ],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of the plugin and of its component, such as ising.",
+        ),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help=f"Kind of the component: {', '.join(NEW_KINDS)}. A metric is a judge of samples, "
+            "and a field is a data set of several fields.",
+            autocompletion=complete_new_kind,
+        ),
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="New or empty folder; by default ddiff-NAME."),
+    ] = None,
+) -> None:
+    """Write the package of a new plugin: a component, its tests, a recipe and a README.
+
+    The package works as it is: install it with pip install -e, and replace the example.
+    """
+    from ddiff.plugin.package_template import write_package
+
+    written = write_package(name, kind, folder)
+    typer.echo(f"Wrote {written}. Install, check and run it:")
+    typer.echo(f"    pip install -e {shlex.quote(str(written))}")
+    typer.echo(f"    ddiff check {name}")
+    typer.echo(f"    cd {shlex.quote(str(written))} && ddiff run {name}.toml")
 
 
 def check(

@@ -105,12 +105,13 @@ def test_help_option_lists_every_command(capsys):
             "doctor",
             "pareto",
             "clock",
+            "new",
             "plugins",
             "recipes",
         )
         if command not in out
     ] == []
-    assert len(app.registered_commands) == 17
+    assert len(app.registered_commands) == 18
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):

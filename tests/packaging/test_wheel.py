@@ -42,6 +42,7 @@ def test_wheel_contains_modules_recipes_and_novels_but_no_tests(wheel: Path) -> 
     assert {f"ddiff/{name}" for name in files_under(ROOT / "ddiff", "*.py")} <= inside
     assert files_under(ROOT / "plugins", "*.py") <= inside
     assert {f"ddiff/_recipes/{name}" for name in files_under(ROOT / "recipes", "*.toml")} <= inside
+    assert {f"ddiff/_templates/{name}" for name in files_under(ROOT / "templates", "*.*")} <= inside
     assert {
         f"ddiff/data/novels/{name}" for name in files_under(ROOT / "ddiff/data/novels", "*.xz")
     } <= inside
@@ -60,6 +61,8 @@ def test_command_installed_from_wheel_finds_plugins_and_recipes(
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(wheel)], check=True)
     program = (
         "import ddiff, ddiff_hdlm; print(ddiff.__file__, ddiff_hdlm.__file__);"
+        "from ddiff.plugin.package_template import write_package;"
+        "print(write_package('fresh', 'tokenizer'));"
         "from ddiff.cli import main; main(['run', 'hdlm_small', '--dry-run'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
@@ -71,6 +74,7 @@ def test_command_installed_from_wheel_finds_plugins_and_recipes(
         text=True,
         check=True,
     )
-    first, *recipe = done.stdout.splitlines()
+    first, written, *recipe = done.stdout.splitlines()
+    assert written == "ddiff-fresh"
     assert all(place.startswith(str(tmp_path / "site")) for place in first.split())
     assert 'name = "hdlm_small"' in recipe
