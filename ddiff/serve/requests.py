@@ -233,4 +233,6 @@ def _refuse_errors(endpoint: Endpoint, param: str | None, call: Callable[[], Res
         return call()
     except DdiffError as error:
         first = str(error).partition(":")[0]
+        if first == "infill":  # the argument of `Run.sample`
+            first = "text"
         raise Refusal(str(error), first if first in KNOWN[endpoint] else param) from error

@@ -105,6 +105,12 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def is_idle(self) -> bool:
+        """True if no row is queued or drawn."""
+        with self._changed:  # a batch moves from the queue to the running rows in one step
+            return not self._queue and not self._running
+
+    @property
     def is_alive(self) -> bool:
         """True if the thread accepts rows."""
         return self._thread.is_alive() and not self._is_closed

@@ -71,9 +71,8 @@ class Client:
 
     def wait_until_idle(self) -> None:
         """Wait until no row is queued or drawn."""
-        scheduler = self.server.scheduler
         end = time.monotonic() + SOON
-        while scheduler.queued or scheduler.running:
+        while not self.server.scheduler.is_idle:
             assert time.monotonic() < end
             time.sleep(0.005)
 
