@@ -356,7 +356,7 @@ def test_picture_trajectory_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"frames": [0, 1]', '"frames": [0, 2]', "picture 2 of 2"),
+        ('"frames": [0, 1]', '"frames": [0, 2]', "picture 2; pictures are 0"),
         ('"frames": [0, 1]', '"frames": []', "no frames"),
         ('"pictures": ["', '"pictures": ["AAAA', "not a PNG file"),
     ],

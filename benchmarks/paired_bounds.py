@@ -1,0 +1,41 @@
+"""Compare the bounds of trained runs on the same validation documents, with equal random numbers.
+
+    python benchmarks/paired_bounds.py runs/long/mdlm_0 runs/long/hdlm_0 runs/long/xi_0
+
+Each run is compared with the first one. The interval of a difference is over documents (95 %), and
+that of the ratio of perplexities follows from it. All runs must have the same data and tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from natural_trees import score
+
+from ddiff.evaluation.ratio import RatioEstimate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("base", type=Path, help="directory of the run to compare with")
+    parser.add_argument("runs", type=Path, nargs="+", help="directories of the other runs")
+    given = parser.parse_args()
+    base = score(given.base, 1)
+    print("| run | nats/token | minus first | 95 % interval | ratio of perplexities |")
+    print("| --- | --- | --- | --- | --- |")
+    print(f"| {given.base} | {base.mean:.4f} | | | |", flush=True)
+    for place in given.runs:
+        found = score(place, 1)
+        difference = found.mean - base.mean
+        total = RatioEstimate.of((found.nats - base.nats)[:, None], base.tokens).total
+        assert total is not None  # the validation text has several documents
+        low, high = difference - total.half_width, difference + total.half_width
+        ratio = f"{math.exp(difference):.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]"
+        cells = f"{found.mean:.4f} | {difference:+.4f} | [{low:+.4f}, {high:+.4f}] | {ratio}"
+        print(f"| {place} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
