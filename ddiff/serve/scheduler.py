@@ -43,11 +43,13 @@ class Job:
         rows: samples to draw.
         listener: receiver of the results.
         is_cancelled: True after `Scheduler.cancel`, or after an error.
+        sent: rows whose sample was sent to the listener.
     """
 
     rows: Sequence[Row]
     listener: Listener
     is_cancelled: bool = False
+    sent: int = 0
 
 
 @dataclass
@@ -142,10 +144,9 @@ class Scheduler:
             if job.is_cancelled:
                 return
             job.is_cancelled = True
-            before = len(self._queue)
             self._queue = deque(entry for entry in self._queue if entry[0] is not job)
-            running = sum(other is job for other, _ in self._running)
-            self.counts.cancelled += before - len(self._queue) + running
+            # a response cancels its job after the last sample, when the batch may still be running
+            self.counts.cancelled += len(job.rows) - job.sent
 
     def close(self, timeout: float = 30.0) -> None:
         """Refuse all rows of the queue and stop the thread after the current step."""
@@ -209,6 +210,7 @@ class Scheduler:
         for (job, row), drawn in zip(batch, found, strict=True):
             if not job.is_cancelled:
                 counts.drawn += 1
+                job.sent += 1
                 job.listener.on_drawn(row, drawn)
 
     def _fail(self, jobs: Sequence[Job], error: Refusal) -> None:

@@ -162,6 +162,23 @@ def test_cancelled_request_leaves_the_queue(scheduler: Scheduler, model: Stepped
     assert scheduler.counts.cancelled == 4
 
 
+def test_request_with_all_samples_is_not_counted_as_cancelled(
+    scheduler: Scheduler, model: SteppedModel
+) -> None:
+    job, collector = make_job(0)
+    ended = threading.Event()
+
+    def end_response(row: Row, drawn: Drawn) -> None:
+        scheduler.cancel(job)  # before the thread has left the batch
+        ended.set()
+
+    collector.on_drawn = end_response  # type: ignore[method-assign]
+    scheduler.submit(job)
+    model.finish_batches()
+    assert ended.wait(SOON)
+    assert (scheduler.counts.drawn, scheduler.counts.cancelled) == (1, 0)
+
+
 def test_batch_stops_after_the_current_step_if_all_requests_are_cancelled(
     scheduler: Scheduler, model: SteppedModel
 ) -> None:
