@@ -6,6 +6,7 @@ the same tokens as the sample with this index of `Run.sample` with the same argu
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 LARGEST_DRAWN_SEED = 2**53 - 1  # JavaScript reads larger integers with errors
 MOST_STOPS = 4
 STOP_LENGTH = 200  # characters of a stop text
+# beginning of the messages about an unknown sampler, or one for another kind of model
+SAMPLER_ERROR = re.compile(r'(There is no|The) sampler "')
 
 SHARED = frozenset(
     (
@@ -227,7 +230,8 @@ def _read_options(fields: Fields, limits: Limits) -> SamplingOptions:
 def _refuse_errors(endpoint: Endpoint, param: str | None, call: Callable[[], Result]) -> Result:
     """Call a function, and turn an error of the user into a Refusal.
 
-    The wrong field is the one with which the message begins, otherwise `param`.
+    The wrong field is `sampler` for a message about the name of the sampler, else the one with
+    which the message begins, otherwise `param`.
     """
     try:
         return call()
@@ -235,4 +239,6 @@ def _refuse_errors(endpoint: Endpoint, param: str | None, call: Callable[[], Res
         first = str(error).partition(":")[0]
         if first == "infill":  # the argument of `Run.sample`
             first = "text"
+        elif SAMPLER_ERROR.match(str(error)):
+            first = "sampler"
         raise Refusal(str(error), first if first in KNOWN[endpoint] else param) from error

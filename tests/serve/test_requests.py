@@ -53,8 +53,8 @@ class LetterEngine:
         self, templates: Sequence[Template], seed: int, options: SamplingOptions
     ) -> list[Row]:
         self.options = options
-        if options.sampler == "unknown":
-            raise ArgumentError("There is no such sampler.")
+        if options.sampler is not None and options.sampler.startswith("message: "):
+            raise ArgumentError(options.sampler.removeprefix("message: "))
         plan = cast(SamplingPlan, None)
         key = BatchKey(options.sampler, options.settings, options.steps, (), 1.0, False)
         return [Row(template, seed, n, plan, key) for n, template in enumerate(templates)]
@@ -167,8 +167,20 @@ def test_infill_without_text_is_refused() -> None:
 
 
 def test_errors_of_the_run_are_refusals_without_a_field() -> None:
-    error = refusal(sampler="unknown")
-    assert (error.message, error.param) == ("There is no such sampler.", None)
+    error = refusal(sampler="message: Psi: needs masks.")
+    assert (error.message, error.param) == ("Psi: needs masks.", None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'There is no sampler "ancestrl". Did you mean "ancestral"?',
+        'The sampler "heun" (from ddiff_core) needs a process of vectors.',
+    ],
+)
+def test_errors_about_the_name_of_a_sampler_have_the_field_sampler(message: str) -> None:
+    error = refusal(sampler=f"message: {message}")
+    assert (error.message, error.param) == (message, "sampler")
 
 
 @pytest.mark.parametrize(
