@@ -95,6 +95,6 @@ class Layout(ABC):
         Raises ArgumentError, which names the reason, for a model that the format cannot represent.
         """
         raise ArgumentError(
-            f"export: the layout {type(self).__name__} reads checkpoints and does not write them. "
-            "Use another --format."
+            "export: this layout only reads checkpoints, and does not write them. Use another "
+            "--format, or export the weights under their own names with --format safetensors."
         )

@@ -77,7 +77,9 @@ def _print_import(imported: ImportedRun) -> None:
         typer.echo(f"  {note}")
     typer.echo("Next:")
     typer.echo(f"  ddiff sample {imported.directory} --count 4")
-    typer.echo(f"  ddiff eval {imported.directory}")
+    evaluate = f"  ddiff eval {imported.directory}"
+    typer.echo(f"{evaluate}              # on the data set of its recipe.toml")
+    typer.echo(f"{evaluate} --data FILE  # on your text")
 
 
 def export(

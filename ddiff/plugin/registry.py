@@ -55,7 +55,7 @@ KINDS: dict[str, str] = {
     ),
     "normalizer": "[fields.NAME] normalizer: build(config, *, chunks, width) -> Normalizer",
     "judge": "[judge]: build(config, *, documents) -> Judge",
-    "layout": "ddiff import: build(config) -> Layout",
+    "layout": "ddiff import --layout: build(config) -> Layout",
 }
 """Kind -> table in a recipe, arguments of `build`, and return type of `build`."""
 

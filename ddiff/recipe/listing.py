@@ -73,7 +73,9 @@ def _list_component(component: Component) -> str:
     summary = " ".join(documentation.partition("\n\n")[0].split())
     place = KINDS[component.kind].partition(":")[0]
     members = component.members()
-    text = _list_keys(f'{place} kind = "{component.name}": {summary}', members.Config)
+    # a layout is chosen by an option of the command line, and not by a table of a recipe
+    name = f'kind = "{component.name}"' if place.startswith("[") else component.name
+    text = _list_keys(f"{place} {name}: {summary}", members.Config)
     formulas = inspect.cleandoc(members.formulas)
     for title, block in zip(("formulas", "symbols"), formulas.split("\n\n")):
         if block:

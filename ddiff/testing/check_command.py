@@ -146,6 +146,7 @@ def _not_found_message(
     names = [component.name for component in known] + [component.plugin for component in known]
     return (
         f'ddiff check: there is no component or plugin "{name}".{suggest(name, names)} '
+        "A plugin of your own must be installed: pip install -e FOLDER. "
         f"Components with laws: {listed}."
     )
 
