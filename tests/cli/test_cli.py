@@ -140,7 +140,10 @@ def test_plugins_command_lists_every_key_of_a_plugin(capsys, name):
     blocks = {block.partition(": ")[0]: block for block in out.split("\n\n")}
     for component in survey_plugins().registry.components():
         if component.plugin == name:
-            block = blocks[f'{KINDS[component.kind].partition(":")[0]} kind = "{component.name}"']
+            place = KINDS[component.kind].partition(":")[0]
+            # an option of the command line takes the name, a table of a recipe has the key kind
+            value = f'kind = "{component.name}"' if place.startswith("[") else component.name
+            block = blocks[f"{place} {value}"]
             keys = [line.split()[0] for line in block.strip().splitlines()[1:]]
             assert keys == list(component.config_class().model_fields)
 

@@ -331,7 +331,7 @@ def test_full_queue_is_answered_with_status_429(small: Run) -> None:
         ("completions", {"logprobs": 5}, "logprobs", "no log-probabilities"),
         ("completions", {"conditions": {"kind": 1}}, "conditions", "reads no conditions"),
         ("completions", {"guidance": 2}, "guidance", "needs a condition"),
-        ("completions", {"sampler": "left_to_right"}, None, "needs a model without a process"),
+        ("completions", {"sampler": "left_to_right"}, "sampler", "needs a model without a process"),
         ("infill", {"text": "the cat"}, "text", "must have a gap"),
         ("infill", {"text": "[MASK:99]"}, "text", "a gap of 99 tokens"),
         ("infill", {"text": "[MASK]"}, "text", "written [MASK:N]"),
