@@ -73,7 +73,8 @@ COMMANDS = {
         ["report", "runs/flat", "--out", "r.html"],
         ["sampling", "comparing predictions"],
     ),
-    "check": (["check", "flat"], ["1/"]),
+    # the last state of the bar; earlier ones are drawn only if they last long enough
+    "check": (["check", "flat"], ["5/5 flat"]),
 }
 
 
