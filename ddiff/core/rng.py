@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -99,15 +100,9 @@ class CounterRng:
         mean of two estimates with u and with mirrored u has less variance if the estimate rises or
         falls with u (antithetic numbers).
         """
-        return CounterRng(
-            self.seed,
-            self.step,
-            self.index,
-            self.length,
-            self.purpose,
-            self.group,
-            not self.mirrored,
-        )
+        other = copy(self)
+        other.mirrored = not self.mirrored
+        return other
 
     def _draw_channel(self, channel: str, length: int) -> Tensor:
         """Return uniforms [B,length] of one stream per sample."""

@@ -115,7 +115,7 @@ class SequenceBounds:
         for group in range(self.groups):
             own = rng.derive(f"{rng.purpose}.bounds{group}", rng.length)
             draws = [
-                weight * self._estimate(network, ids, scored, v, weight, draw)
+                self._estimate(network, ids, scored, v, weight, draw)
                 for v, weight, draw in self._draw_points(own)
             ]
             estimates.append(torch.stack(draws).sum(0))
@@ -151,15 +151,18 @@ class SequenceBounds:
         weight: float,
         rng: CounterRng,
     ) -> Tensor:
-        """Return the bound [B] estimated with one draw at the points v [B,1]."""
+        """Return the part [B] of one draw in the estimate of a group.
+
+        `v` [B,1] is the point of each sequence, and `weight` its weight in the integral.
+        """
         slot = torch.zeros_like(rng.index)
         terms = nelbo(
             self.process, network, ids, scored, _GivenPoints(v, self.tokens), rng, slot, 1
         )
         # The terms at the ends of time do not depend on the point: the draws share them equally.
         draws = self.count * (2 if self.mirrored else 1)
-        at_ends = (terms.closing + terms.decoding).sum(-1) / (draws * weight)
-        return terms.diffusion.sum(-1) + at_ends
+        at_ends = (terms.closing + terms.decoding).sum(-1) / draws
+        return weight * terms.diffusion.sum(-1) + at_ends
 
 
 class _GivenPoints(TimeSampler):

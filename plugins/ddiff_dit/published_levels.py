@@ -92,11 +92,7 @@ class LevelLayout(SettinglessLayout):
                 **denoiser,
             },
         }
-        return Imported(recipe, weights, num_tokens, self.tokenizer, self.make_notes(files))
-
-    def make_notes(self, files: PublishedFiles) -> list[str]:
-        """Return sentences about the import for the user."""
-        return []
+        return Imported(recipe, weights, num_tokens, self.tokenizer)
 
     @abstractmethod
     def write_config(self, recipe: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
