@@ -34,6 +34,7 @@ from .published_config import (
     check_equal,
     kind_of,
     read_count,
+    read_hub_sizes,
     read_value,
     strip_prefix,
 )
@@ -233,14 +234,7 @@ def _read_sizes(files: PublishedFiles, *, has_modulation: bool = True) -> Sizes:
     Only a network with modulation vectors has the key `cond_dim`.
     """
     if "hidden_dim" in files.config:
-        return Sizes(
-            rows=read_count(files, "vocab_size"),
-            width=read_count(files, "hidden_dim"),
-            layers=read_count(files, "n_blocks"),
-            heads=read_count(files, "n_heads"),
-            condition=read_count(files, "cond_dim") if has_modulation else 0,
-            length=read_count(files, "model_length"),
-        )
+        return read_hub_sizes(files, has_modulation=has_modulation)
     # The training program has no key for the number of rows.
     rows, *_ = strip_prefix(files.tensors).shape("vocab_embed.embedding")
     return Sizes(

@@ -14,6 +14,8 @@ from ddiff import (
     PublishedTensors,
 )
 
+from .folding import Sizes
+
 PREFIX = "backbone."
 MISSING: Any = object()
 
@@ -57,6 +59,21 @@ def read_count(files: PublishedFiles, key: str) -> int:
             "configuration that was published with the weights."
         )
     return value
+
+
+def read_hub_sizes(files: PublishedFiles, *, has_modulation: bool = True) -> Sizes:
+    """Read the sizes from a configuration of kuleshov-group or s-sahoo on the hub.
+
+    `has_modulation`: whether the network embeds sigma.
+    """
+    return Sizes(
+        rows=read_count(files, "vocab_size"),
+        width=read_count(files, "hidden_dim"),
+        layers=read_count(files, "n_blocks"),
+        heads=read_count(files, "n_heads"),
+        condition=read_count(files, "cond_dim") if has_modulation else 0,
+        length=read_count(files, "model_length"),
+    )
 
 
 def check_equal(key: str, expected: Any, found: Any) -> None:

@@ -29,6 +29,7 @@ from .published_config import (
     check_equal,
     kind_of,
     read_count,
+    read_hub_sizes,
     read_value,
     strip_prefix,
 )
@@ -257,14 +258,7 @@ class ConditionedLayout(LevelLayout):
         return str(files.config.get("model_type")).lower() == self.model_type
 
     def read_sizes(self, files: PublishedFiles) -> Sizes:
-        return Sizes(
-            rows=read_count(files, "vocab_size"),
-            width=read_count(files, "hidden_dim"),
-            layers=read_count(files, "n_blocks"),
-            heads=read_count(files, "n_heads"),
-            condition=read_count(files, "cond_dim"),
-            length=read_count(files, "model_length"),
-        )
+        return read_hub_sizes(files)
 
     def read_tables(self, files: PublishedFiles, sizes: Sizes) -> dict[str, dict[str, Any]]:
         config = files.config
