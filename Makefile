@@ -5,6 +5,7 @@
 #   make run RECIPE=recipes/hdlm_small.toml SET="--set train.steps=200"
 #   make test           the whole test suite, on two cores
 #   make lint           ruff, mypy, import-linter
+#   make docs           the site of the documentation in build/site; refuses broken links
 #   make bench          cost of steps and samples, compared with a plain implementation; takes half an hour
 #   make bench BENCH="--quick --only train"
 #   make soak           kill runs at fifty random moments, resume them, and compare with uninterrupted runs
@@ -27,7 +28,7 @@ FUZZ = --recipes 1000 --runs 40
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(CONSTRAINTS)
 
-.PHONY: run test lint bench soak serve-soak fuzz install dev clean
+.PHONY: run test lint docs bench soak serve-soak fuzz install dev clean
 
 run: install
 	$(VENV)/bin/ddiff run $(RECIPE) $(SET)
@@ -47,6 +48,10 @@ lint: dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# The variable silences an advertisement of the theme.
+docs: $(VENV)/.installed_docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 bench: install
 	$(VENV)/bin/python benchmarks/bench $(BENCH)
@@ -73,6 +78,10 @@ $(VENV)/.installed: pyproject.toml ci/constraints.txt | $(VENV)/.made
 
 $(VENV)/.installed_dev: pyproject.toml ci/constraints.txt | $(VENV)/.made
 	$(PIP) -e ".[dev]"
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed_docs: pyproject.toml ci/constraints.txt | $(VENV)/.made
+	$(PIP) -e ".[docs]"
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.made:
