@@ -200,6 +200,8 @@ class Backbone(nn.Module):
     """True if keys and values pass through `context.cache`."""
     reads_packed_rows: bool = True
     """False if a row may hold only one document; a run on packed rows is then refused."""
+    is_shifted: bool = False
+    """True if the hidden state of a position is that of the position before it."""
     condition_dropout: Mapping[str, float] = MappingProxyType({})
     """Conditions by name, with the share of samples from which training withholds each."""
     condition_forms: Mapping[str, Form] = MappingProxyType({})
@@ -250,6 +252,12 @@ class Denoiser(nn.Module):
             raise ArgumentError(
                 "Denoiser: head must be as wide as backbone; "
                 f"got {head.width} for a backbone of {backbone.width}."
+            )
+        if inputs == "previous" and backbone.is_shifted:
+            raise ArgumentError(
+                'Denoiser: inputs="previous" already shifts the inputs by one position, so that a '
+                "backbone that also shifts its outputs would predict from two positions before. "
+                "Set shift = false in [denoiser], or use an objective of diffusion."
             )
         if head.parameterization is not None and parameterization != "rest":
             raise ArgumentError(

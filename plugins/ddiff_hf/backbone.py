@@ -42,6 +42,9 @@ class PretrainedBackbone(Backbone):
         bidirectional: False: a position attends only to itself and to earlier positions.
         mask_token: id of the token in the model whose embedding initializes the mask. None: the
             mask starts as the mean of all tokens.
+        shift: True: the hidden state of a position is that of the position before it, as in an
+            autoregressive model, whose output at position i - 1 predicts the token at position i.
+            See `_find_sources`.
         pretrained: whether the V tokens start with the first V embeddings of the model, and a node
             of a tree with the mean of the embeddings of its tokens. False: random embeddings.
 
@@ -59,10 +62,13 @@ class PretrainedBackbone(Backbone):
         """Load the pretrained weights; false: the architecture of the model with random weights."""
         architecture: str | None = None
         """Model type such as "bert" or "llama", built with random weights; in place of `path`."""
-        settings: dict[str, int | float | bool | str] = Field(default_factory=dict)
+        settings: dict[str, Any] = Field(default_factory=dict)
         """Keys of the configuration of `architecture`: `hidden_size`, `num_hidden_layers`, ..."""
         bidirectional: bool = True
         """true: every position attends to every position; false: only to earlier positions."""
+        shift: bool = False
+        """true: the output at a position predicts the token at the next position, as in
+        autoregressive models and in models that were made from them, such as Dream."""
         mask_token: NonNegativeInt | None = None
         """Id of the token whose embedding initializes the mask; by default the mask starts as the
         mean of all tokens."""
@@ -87,7 +93,15 @@ class PretrainedBackbone(Backbone):
         else:
             model = load_model(str(config.path), config.pretrained)
             pretrained = config.pretrained
-        return cls(model, vocabulary, length, config.bidirectional, config.mask_token, pretrained)
+        return cls(
+            model,
+            vocabulary,
+            length,
+            config.bidirectional,
+            config.mask_token,
+            pretrained,
+            config.shift,
+        )
 
     def __init__(
         self,
@@ -97,9 +111,11 @@ class PretrainedBackbone(Backbone):
         bidirectional: bool = True,
         mask_token: int | None = None,
         pretrained: bool = True,
+        shift: bool = False,
     ) -> None:
         super().__init__()
         self.bidirectional = bidirectional
+        self.is_shifted = shift
         self.width: int = model.config.hidden_size
         self.first_position = _find_first_position(model)
         # RoBERTa's family reserves the first rows of the position table for padding.
@@ -138,7 +154,11 @@ class PretrainedBackbone(Backbone):
                 "Set [objective] times.paired = false."
             )
         mask = self._make_mask(ids, positions, context)
-        return self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+        hidden = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+        if self.is_shifted:
+            sources = _find_sources(ids, context).unsqueeze(-1).expand(hidden.shape)
+            hidden = hidden.gather(1, sources)
+        return hidden
 
     @property
     def table(self) -> StateEmbedding:
@@ -164,6 +184,35 @@ class PretrainedBackbone(Backbone):
         # The smallest finite value and not -inf: a row that attends to nothing stays finite.
         mask = zeros.masked_fill(~visible, torch.finfo(dtype).min)
         return mask.expand(len(ids), -1, -1, -1)
+
+
+def _find_sources(ids: Tensor, context: Context) -> Tensor:
+    """Return for each input the number [B or 1,n] of the input whose hidden state predicts it.
+
+    This is the input of the position before it. There are two special cases:
+
+    - The first position of a sequence or document has no position before it, and uses its own
+      hidden state, as Dream does (arXiv 2508.15487).
+    - A noisy input at the start of a block uses the clean input before it, because the noisy input
+      before it is in an earlier block. This equals a pass over the clean earlier blocks.
+    """
+    length = ids.shape[1]
+    number = torch.arange(length, device=ids.device).unsqueeze(0)
+    source = (number - 1).clamp(min=0)
+    layout = context.layout
+    if layout is not None and layout.noisy is not None:
+        # The clean inputs come first, so that the noisy input of position i has the number L + i.
+        num_clean = length // 2
+        is_same_block = torch.ones_like(layout.block, dtype=torch.bool)
+        is_same_block[:, 1:] = layout.block[:, 1:] == layout.block[:, :-1]
+        is_same_block[:, num_clean] = True
+        source = torch.where(layout.noisy & ~is_same_block, source - num_clean, source)
+        source[:, num_clean] = num_clean
+    if context.document is not None:
+        is_first = torch.ones_like(context.document, dtype=torch.bool)
+        is_first[:, 1:] = context.document[:, 1:] != context.document[:, :-1]
+        source = torch.where(is_first, number, source)
+    return source.expand(len(ids), -1)
 
 
 def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:

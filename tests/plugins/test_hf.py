@@ -43,6 +43,20 @@ CONFIGS: dict[str, Any] = {
         **SHAPE, intermediate_size=32, max_position_embeddings=32
     ),
 }
+# The graph of LLaDA2: groups of experts, and rotary positions of half of each head.
+EXPERTS: dict[str, Any] = {
+    **SHAPE,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "use_qk_norm": True,
+    "num_mtp_layers": 0,
+}
 CLOSE = {"rtol": 0.0, "atol": 1e-11}
 
 
@@ -127,10 +141,71 @@ def test_hf_backbone_does_not_attend_to_padding_or_other_documents(path: str) ->
     assert torch.equal(moved_by(model, 2, Context(document=document)), document == 0)
 
 
-@pytest.mark.parametrize("inputs_", ["own", "previous"])
-def test_hf_hidden_states_of_a_block_equal_a_separate_forward_pass(path: str, inputs_: Any) -> None:
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "glm4_moe"])
+def test_hf_attention_masks_hold_bit_for_bit(
+    architecture: str, attention: str, bidirectional: bool
+) -> None:
+    """Full, block-causal and causal attention, for both implementations of the library."""
+    torch.manual_seed(0)
+    # Tokens that go to the same expert share a matrix product, whose rounding depends on their
+    # number. The logits are about 5, so that 1e-4 is far above rounding errors.
+    tolerance = 1e-4 if architecture == "glm4_moe" else 0.0
+    grouped = SHAPE | {"num_key_value_heads": 1, "max_position_embeddings": 32}
+    settings = EXPERTS if architecture == "glm4_moe" else grouped
+    library = make_model(architecture, settings)
+    model = PretrainedBackbone(library, TREE, LENGTH, bidirectional, pretrained=False).eval()
+    model.model.set_attn_implementation(attention)
+    head = TokenHead(TREE, WIDTH)
+    torch.nn.init.normal_(head.table)
+    denoiser = Denoiser(model, head)
+
+    def logits(ids: Tensor, block: Tensor | None = None) -> Tensor:
+        noisy = Noisy(ids, torch.zeros(ids.shape), ids < 0, block)
+        hidden = denoiser.hidden_states(noisy, UNPADDED)
+        return (hidden @ head.table.T).detach().unflatten(0, ids.shape)
+
+    ids = inputs()[0]
+    is_last = torch.arange(LENGTH) == LENGTH - 1
+    is_later = torch.arange(LENGTH) >= 3
+    last = torch.where(is_last, (ids + 1) % TREE.num_states, ids)
+    later = torch.where(is_later, (ids + 1) % TREE.num_states, ids)
+    moved = (logits(ids)[:, 0] - logits(last)[:, 0]).abs().max()
+    assert moved > 1e-3 if bidirectional else moved <= tolerance
+    if not bidirectional:
+        assert (logits(ids) - logits(later))[:, :3].abs().max() <= tolerance
+    # The first block does not change, whatever the later blocks are.
+    block = (torch.arange(LENGTH) // 3).unsqueeze(0)
+    by_block = logits(ids, block) - logits(later, block)
+    assert by_block[:, :3].abs().max() <= tolerance
+    assert by_block[:, 3:].abs().max() > 1e-3
+
+
+def test_hf_shifted_hidden_state_is_that_of_the_position_before(path: str) -> None:
+    plain = build_backbone(path)
+    shifted = build_backbone(path, shift=True)
+    ids, t = inputs()
+    document = (torch.arange(LENGTH) >= 5).long().expand(BATCH, -1)
+    for context in (UNPADDED, Context(document=document)):
+        own, moved = plain(ids, t, context), shifted(ids, t, context)
+        assert torch.equal(moved[:, 0], own[:, 0])
+        assert torch.equal(moved[:, 1:5], own[:, :4])
+        assert torch.equal(moved[:, 6:], own[:, 5:-1])
+        assert torch.equal(moved[:, 5], own[:, 5 if context.document is not None else 4])
+    with pytest.raises(ArgumentError, match="Set shift = false"):
+        Denoiser(shifted, TokenHead(TREE, WIDTH).double(), inputs="previous")
+
+
+@pytest.mark.parametrize(
+    ("inputs_", "shift"), [("own", False), ("own", True), ("previous", False)]
+)
+def test_hf_hidden_states_of_a_block_equal_a_separate_forward_pass(
+    path: str, inputs_: Any, shift: bool
+) -> None:
     """Hidden states of a block equal those of a separate pass over clean prefix and block."""
-    model = Denoiser(build_backbone(path), TokenHead(TREE, WIDTH).double(), inputs=inputs_)
+    backbone = build_backbone(path, shift=shift)
+    model = Denoiser(backbone, TokenHead(TREE, WIDTH).double(), inputs=inputs_)
     (zt, t), memory = inputs(2), inputs(3)[0] % V
     block = torch.arange(LENGTH) // 3
     noisy = Noisy(zt, t, torch.zeros_like(zt, dtype=torch.bool), block.unsqueeze(0), memory)
