@@ -1,8 +1,8 @@
 """Rewrite Markdown of the repository for Python-Markdown, the parser of the site.
 
-The pages of the repository follow CommonMark. Python-Markdown differs in two points: the contents of
-a list item must be indented by four columns for each level, and a list or a table after a paragraph
-needs a blank line before it.
+The pages of the repository follow CommonMark. Python-Markdown differs in two points: the contents
+of a list item must be indented by four columns for each level, and a list or a table after a
+paragraph needs a blank line before it.
 """
 
 from __future__ import annotations

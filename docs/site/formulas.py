@@ -8,7 +8,8 @@ import re
 from latex2mathml.converter import convert
 
 MARKED = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]\s*</(?P=tag)>',
+    r'<(?P<tag>span|div) class="arithmatex">\s*'
+    r"\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]\s*</(?P=tag)>",
     re.DOTALL,
 )
 """A formula as the extension pymdownx.arithmatex marks it."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from api import write_api_pages
 from commonmark import to_python_markdown
 from formulas import replace_formulas
 from mkdocs.exceptions import PluginError
@@ -45,7 +46,7 @@ def find_pages() -> dict[str, Path]:
 
 
 def find_linked_files(page: Path) -> Iterator[str]:
-    """Return the files of the repository to which a page links, for example pictures and scripts."""
+    """Return the files to which a page links, for example pictures and scripts."""
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         target = (page.parent / link).resolve()
         if target.is_file() and target.suffix != ".md":
@@ -66,6 +67,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page.markdown))
         for name, content in page.pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
+    for name, text in write_api_pages(ROOT / "ddiff").items():
+        files.append(File.generated(config, f"api/{name}", content=text))
     return files
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -32,16 +34,13 @@ def make_anchor(heading: str) -> str:
 @cache
 def read_anchors(path: Path) -> set[str]:
     """Return the anchors of the headings of a page. A repeated heading gets a number."""
-    tokens = parse(path)
-    anchors: set[str] = set()
-    for token, text in zip(tokens, tokens[1:]):
+    repeats: Counter[str] = Counter()
+    anchors = set()
+    for token, text in pairwise(parse(path)):
         if token.type == "heading_open":
-            words = "".join(part.content for part in text.children or ())
-            anchor = make_anchor(words)
-            repeats = sum(
-                known.rpartition("-")[0] == anchor or known == anchor for known in anchors
-            )
-            anchors.add(f"{anchor}-{repeats}" if anchor in anchors else anchor)
+            anchor = make_anchor("".join(part.content for part in text.children or ()))
+            anchors.add(f"{anchor}-{repeats[anchor]}" if repeats[anchor] else anchor)
+            repeats[anchor] += 1
     return anchors
 
 
