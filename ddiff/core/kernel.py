@@ -38,11 +38,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def row(self, ids: Tensor) -> Tensor:
-        """Return K[ids, .] [r,S]: the rate or probability from state `ids` to each state."""
+        """Return K[ids, .], shape [r,S]: the rate or probability from state `ids` to each state."""
 
     @abstractmethod
     def column(self, ids: Tensor) -> Tensor:
-        """Return K[., ids] [r,S]: the rate or probability from each state to state `ids`."""
+        """Return K[., ids], shape [r,S]: the rate or probability from each state to state `ids`."""
 
     @abstractmethod
     def apply(self, vector: Tensor) -> Tensor:

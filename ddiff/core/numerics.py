@@ -97,7 +97,7 @@ def find_rows(condition: Tensor) -> Tensor:
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """Return one entry per row: values[i, index[i]] [r] for each row i of values [r,n]."""
+    """Return one entry per row, `values[i, index[i]]`, for each row i of values [r,n]."""
     return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 

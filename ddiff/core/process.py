@@ -150,8 +150,11 @@ class ForwardProcess(ABC):
         closes_at_prior: whether q_1(.|x) = prior for every x.
         exact_step: True if `step` draws from the reverse transition, False if the settings of the
             process replace it by a heuristic.
-        uniforms_per_sample, uniforms_per_step, uniforms_per_decode, uniforms_per_forward_step,
-            uniforms_per_event: number of uniforms per position that each draw takes.
+        uniforms_per_sample: number of uniforms per position that `sample` takes.
+        uniforms_per_step: the same number for `step`.
+        uniforms_per_decode: the same number for `decode`.
+        uniforms_per_forward_step: the same number for `forward_step`.
+        uniforms_per_event: the same number for `event`.
         has_events: whether `event_time` and `event` are implemented.
     """
 

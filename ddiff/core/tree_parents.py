@@ -34,9 +34,9 @@ class StochasticParents:
             its parent. A level with a single node has xi = 1.
 
     Attributes:
-        sure: sure[i][j] is the number A_ij.
-        stray: stray[i][j] is the vector r_ij over the nodes of level j in id order, or None if r_ij
-            is zero.
+        sure: `sure[i][j]` is the number A_ij.
+        stray: `stray[i][j]` is the vector r_ij over the nodes of level j in id order, or None if
+            r_ij is zero.
         is_deterministic: whether all xi are 1.
     """
 

@@ -47,9 +47,10 @@ def list_modules(folder: Path) -> list[str]:
     return [path.stem for path in sorted(folder.glob("*.py")) if not path.stem.startswith("_")]
 
 
-def write_page(title: str, introduction: str, objects: list[str]) -> str:
+def write_page(title: str, introduction: str, objects: list[str], full_path: bool = False) -> str:
     """Return a page with the documentation of objects, which mkdocstrings reads from the source."""
-    directives = [f"::: ddiff.{name}" for name in objects]
+    options = f"    options:\n      show_root_full_path: {str(full_path).lower()}"
+    directives = [f"::: ddiff.{name}\n{options}" for name in objects]
     return "\n\n".join([f"# {title}", introduction, *directives]) + "\n"
 
 
@@ -63,7 +64,7 @@ def write_api_pages(package: Path) -> dict[str, str]:
         if name == COMPLETE:
             introduction = f"The modules of `ddiff.{name}`."
             objects = [f"{name}.{module}" for module in list_modules(package / name)]
-        pages[f"{name}.md"] = write_page(title, introduction, objects)
+        pages[f"{name}.md"] = write_page(title, introduction, objects, name == COMPLETE)
     testing = "Functions of `ddiff.testing`, the conformance kit."
-    pages["testing.md"] = write_page("Conformance kit", testing, ["testing"])
+    pages["testing.md"] = write_page("Conformance kit", testing, ["testing"], True)
     return pages

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from api import TITLES, read_public_names, write_api_pages
 from commonmark import to_python_markdown
 from formulas import replace_formulas, to_mathml
 from notebooks import NotebookPage
+
+import ddiff
+
+ROOT = Path(__file__).parents[2]
 
 PIXEL = "iVBORw0KGgo="
 """The first bytes of a PNG file in base64."""
@@ -75,3 +81,20 @@ def test_notebook_page_has_text_code_and_outputs(tmp_path: Path) -> None:
     assert "```text\none\ntwo\n```" in page.markdown
     assert "](first-1.png)" in page.markdown
     assert page.pictures["first-1.png"].startswith(b"\x89PNG")
+
+
+def test_api_has_a_page_for_every_package_with_public_names() -> None:
+    public = read_public_names(ROOT / "ddiff" / "__init__.pyi")
+    assert set(public) == set(TITLES)
+    assert sum(map(len, public.values())) == len(ddiff.__all__)
+
+
+def test_api_pages_document_every_public_name() -> None:
+    pages = "".join(write_api_pages(ROOT / "ddiff").values())
+    documented = set(re.findall(r"^::: ddiff\.(.+)$", pages, flags=re.MULTILINE))
+    for names in read_public_names(ROOT / "ddiff" / "__init__.pyi").values():
+        for name in names:
+            module = name.rpartition(".")[0]
+            assert name in documented or module in documented, name
+    assert "core.elbo" in documented
+    assert "testing" in documented
