@@ -53,9 +53,7 @@ def complete_checked(incomplete: str) -> list[str]:
     names = set()
     for component in survey_plugins().registry.components():
         if component.kind in CHECKED_KINDS:
-            names.add(component.name)
-        if component.kind in ("process", "sampler"):
-            names.add(component.plugin)
+            names.update((component.name, component.plugin))
     paths = _find_paths(incomplete, ("*.toml", "*/*.toml"))
     return [*_begin_with(incomplete, sorted(names)), *paths]
 

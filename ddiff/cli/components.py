@@ -64,7 +64,7 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A component, a plugin (all its processes and samplers), or a recipe file.",
+            help="A component, a plugin (all its components), or a recipe file.",
             autocompletion=complete_checked,
         ),
     ],

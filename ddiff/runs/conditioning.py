@@ -232,7 +232,7 @@ def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: 
     if not conditions.values:
         raise ArgumentError(
             f"guidance: a weight of {guidance} needs a condition; got no condition. Give "
-            "--condition NAME=VALUE, or leave guidance at 1."
+            "conditions (ddiff sample --condition NAME=VALUE), or leave guidance at 1."
         )
     for name in conditions.values:
         if denoiser.condition_dropout[name] == 0.0:

@@ -17,6 +17,7 @@ from ddiff.data.tokenizer import Tokenizer, Unencodable
 from ddiff.errors import ArgumentError, DataError, shorten
 
 GAP = re.compile(r" ?\[MASK(?::([^\]]*))?\]")
+SIZED_GAP = re.compile(r"\[MASK:[0-9]+\]")
 
 
 class Template(NamedTuple):
@@ -61,9 +62,15 @@ class Frame(NamedTuple):
 def encode_prompt(text: str, tokenizer: Tokenizer, length: int) -> Template:
     """Return the template of a prompt, a text with which samples of `length` tokens begin.
 
-    Raises ArgumentError if the text has more than `length` tokens.
+    Raises ArgumentError if the text has a gap such as [MASK:8], or more than `length` tokens.
     """
     _check_text(text, "prompt")
+    gap = SIZED_GAP.search(text)
+    if gap is not None:
+        raise ArgumentError(
+            f"prompt: a prompt has no gaps; got {shorten(gap[0])} in {shorten(text)!r}. Pass a "
+            "text with gaps as infill (over HTTP, as the field text of /v1/infill)."
+        )
     ids = _encode(text, text, tokenizer)
     given = torch.ones_like(ids, dtype=torch.bool)
     return _check_length(Template(text, ids, given, whole=False), length, "prompt")

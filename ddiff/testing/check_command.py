@@ -21,7 +21,7 @@ from ddiff.core.gaussian import GaussianProcess
 from ddiff.core.process import ForwardProcess
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
-from ddiff.errors import ArgumentError, DdiffError, PluginError, RecipeError, suggest
+from ddiff.errors import ArgumentError, DataError, DdiffError, PluginError, RecipeError, suggest
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.heads import TokenHead
 from ddiff.plugin.loader import Survey, load_plugins, survey_plugins
@@ -52,7 +52,6 @@ from ddiff.testing.vector_sampler import check_vector_sampler, find_accepted_vec
 WIDTH = 6  # of the hidden states of checked heads
 LENGTH = 6  # of checked sequences
 VECTOR_WIDTHS = (1, 2)  # of checked processes of vectors
-KINDS_OF_PLUGINS = ("process", "sampler")  # kinds that `ddiff check PLUGIN` checks
 PIPED_WIDTH = 140  # columns of the table if there is no terminal
 
 
@@ -66,9 +65,10 @@ class LabelledReport(NamedTuple):
 def check_component(
     name: str, settings: Sequence[str], plugins: Sequence[str] | None = None
 ) -> int:
-    """Check a component, every process and sampler of a plugin, or a recipe; print the results.
+    """Check a component, all components of a plugin, or a recipe; print the results.
 
-    Returns 0 if all laws hold, else 1.
+    Returns 0 if all laws hold, else 1. Components that cannot be built without other settings or
+    data are listed as not checked, as long as another component of this name can be checked.
 
     Args:
         name: name of the component, of the plugin, or of a recipe file.
@@ -79,15 +79,16 @@ def check_component(
     no small test instance of the component can be built with these settings.
     """
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
-    instances = []
+    unchecked: dict[Component, DdiffError] = {}
     if is_recipe_name(name):
         instances = _make_recipe_instances(name, settings)
     else:
-        instances = _make_component_instances(
-            find_components(name, plugins, bool(settings)), settings
-        )
+        components = find_components(name, plugins, bool(settings))
+        instances, unchecked = _make_component_instances(components, settings)
     reports = list(_check_instances(instances))
-    _print_reports(reports, {one.label: one.settings for one in instances if one.settings})
+    _print_reports(
+        reports, {one.label: one.settings for one in instances if one.settings}, unchecked
+    )
     return 0 if all(report.passed for _, report in reports) else 1
 
 
@@ -101,8 +102,8 @@ def find_components(
 ) -> list[Component]:
     """Return the components that `ddiff check NAME` checks.
 
-    These are the components called `name`, if their kind has conformance checks, and the processes
-    and samplers of the plugin called `name`.
+    These are the components called `name` and those of the plugin called `name`, if their kind has
+    conformance checks.
 
     Args:
         name: name of components or of a plugin.
@@ -116,7 +117,7 @@ def find_components(
     found = [component for component in same_name if component.kind in MAKERS]
     # settings fit one component, not a whole plugin
     if not (found and configured):
-        for kind in KINDS_OF_PLUGINS:
+        for kind in MAKERS:
             found += [one for one in registry.components(kind) if one.plugin == name]
     if found:
         return list(dict.fromkeys(found))
@@ -140,7 +141,7 @@ def _not_found_message(
         )
     if any(component.plugin == name for component in registry.components()):
         return (
-            f'ddiff check: the plugin "{name}" registers no process and no sampler. '
+            f'ddiff check: the plugin "{name}" registers no component with laws. '
             f"Components with laws: {listed}."
         )
     names = [component.name for component in known] + [component.plugin for component in known]
@@ -170,26 +171,22 @@ def small_vocabularies() -> list[Vocabulary]:
 def _make_component_instances(
     components: Sequence[Component],
     settings: Sequence[str],
-) -> list[Instance]:
-    """Make the instances of components. A component that rejects all small instances is an error.
+) -> tuple[list[Instance], dict[Component, DdiffError]]:
+    """Make the instances of components.
 
-    Exception: if components of several kinds have the name, such as a data set and its judge, those
-    that need other data or settings are left out, as long as one kind can be checked.
+    Returns the instances, and the error of each component that rejects all small instances. If
+    every component rejects them, the first error is raised.
     """
-    kinds = {component.kind for component in components}
-    made: dict[str, list[Instance]] = {}
-    rejected: dict[str, DdiffError] = {}
+    made: list[Instance] = []
+    rejected: dict[Component, DdiffError] = {}
     for component in components:
         try:
-            made.setdefault(component.kind, []).extend(_make_instances(component, settings))
-        except (ArgumentError, RecipeError) as error:
-            if len(kinds) == 1:
-                raise
-            rejected.setdefault(component.kind, error)
-    for kind, rejection in rejected.items():
-        if not any(found for other, found in made.items() if other != kind):
-            raise rejection
-    return [one for found in made.values() for one in found]
+            made += _make_instances(component, settings)
+        except (ArgumentError, DataError, RecipeError) as error:
+            rejected[component] = error
+    if not made:
+        raise next(iter(rejected.values()))
+    return made, rejected
 
 
 def _make_instances(
@@ -372,9 +369,9 @@ def _make_backbones(
     `spec` is the backbone with its settings. `configured` is not used.
     """
     vocabulary = FlatVocabulary(5)
-    backbone = _build_on(component, spec, [vocabulary], length=LENGTH)[0]
-    denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
     process = TreeProcess(vocabulary, LogTimeClock((1.0,)))
+    backbone = _build_on(component, spec, [vocabulary], length=LENGTH, process=process)[0]
+    denoiser = Denoiser(backbone, TokenHead(vocabulary, backbone.width))
     label = f"{component.name} on {_format_sizes(vocabulary)}"
     return [Instance(label, partial(check_denoiser, denoiser, process))]
 
@@ -451,10 +448,17 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
                 yield LabelledReport(label, report)
 
 
-def _print_reports(reports: list[LabelledReport], settings: Mapping[str, str]) -> None:
+def _print_reports(
+    reports: list[LabelledReport],
+    settings: Mapping[str, str],
+    unchecked: Mapping[Component, DdiffError],
+) -> None:
     """Print one line per conformance check, with its largest error; explain every failed check.
 
-    `settings`: settings of the instances, by label. They are printed below the table.
+    Args:
+        reports: reports of all checks.
+        settings: settings of the instances, by label. They are printed below the table.
+        unchecked: components that were not checked, with the reasons.
     """
     worst = _find_worst(reports)
     # rich assumes 80 columns if there is no terminal, which would wrap the names
@@ -493,7 +497,14 @@ def _print_reports(reports: list[LabelledReport], settings: Mapping[str, str]) -
             soft_wrap=True,
         )
     count = len({label for label, _ in reports})
+    if unchecked:
+        console.print("\nNot checked:")
+    for component, error in unchecked.items():
+        line = f"{component.kind} {component.name}: {error}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     summary = f"\n{len(worst)} laws on {count} instance(s), {len(broken)} broken."
+    if unchecked:
+        summary += f" {len(unchecked)} component(s) not checked."
     console.print(summary, highlight=False)
 
 

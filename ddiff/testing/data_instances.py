@@ -132,6 +132,7 @@ def make_datasets(component: Component, spec: ComponentSpec, configured: bool) -
         return spec.build(seed=SEED, cache=None)
 
     if component.kind == "dataset":
+        build()  # a data set that needs files or another length raises an error here
         return [Instance(component.name, partial(check_dataset, build))]
     return [Instance(component.name, partial(check_dataset, build_fields, spec.preview()))]
 

@@ -328,6 +328,7 @@ def test_full_queue_is_answered_with_status_429(small: Run) -> None:
         ("completions", {"prompt": "a" * 24}, "prompt", "leaves no position"),
         ("completions", {"prompt": "a" * 25}, "prompt", "a text of 25 tokens"),
         ("completions", {"prompt": "\ud800"}, "prompt", "surrogate"),
+        ("completions", {"prompt": "the [MASK:3]"}, "prompt", "field text of /v1/infill"),
         ("completions", {"logprobs": 5}, "logprobs", "no log-probabilities"),
         ("completions", {"conditions": {"kind": 1}}, "conditions", "reads no conditions"),
         ("completions", {"guidance": 2}, "guidance", "needs a condition"),

@@ -125,12 +125,43 @@ def test_check_command_reports_a_failed_check_and_returns_1(
     assert "largest at x0 = " in out
 
 
+MIXED = """
+from ddiff import hookimpl
+
+@hookimpl
+def ddiff_register(registry):
+    registry.add("process", "swap", "swapping.process:Swap")
+    registry.add("process", "swap_picky", "swapping.process:Picky")
+    registry.add("time_rule", "flat_again", "ddiff_core.objectives:Flat")
+    registry.add("backbone", "reader", "mixed_backbone:Reader")
+"""
+
+BACKBONE = """
+from ddiff_dit.dit import DiT
+
+class Reader(DiT):
+    @classmethod
+    def build(cls, config, *, vocabulary, length, process):
+        assert process.vocabulary is vocabulary
+        return super().build(config, vocabulary=vocabulary, length=length)
+"""
+
+
 @pytest.mark.usefixtures("swap_plugin")
-def test_check_command_checks_all_processes_of_plugin() -> None:
-    with pytest.raises(
-        ArgumentError, match=r"accepts none of .* small vocabularies.*nothing is good enough"
-    ):
-        check_component("swapping", [])  # swap_picky is checked too
+def test_check_command_checks_every_kind_of_a_plugin(
+    distribution: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A component that rejects all small instances is listed, and the others are checked."""
+    modules = {"mixed_plugin": MIXED, "mixed_backbone": BACKBONE}
+    distribution("mixed", "1.0", {"mixed": "mixed_plugin"}, modules)
+    assert check_component("mixed", []) == 0
+    out = capsys.readouterr().out
+    assert "times: within [0, 1], speeds not negative" in out
+    assert "denoiser: padding does not matter" in out
+    assert "kernel" in out
+    assert "process swap_picky: ddiff check: the process" in out
+    assert "nothing is good enough" in out
+    assert "0 broken. 1 component(s) not checked." in out
 
 
 @pytest.mark.usefixtures("swap_plugin")
@@ -151,8 +182,11 @@ def test_check_command_accepts_heads_and_time_rules(
     assert "0 broken" in capsys.readouterr().out
 
 
-def test_check_command_checks_backbone_as_denoiser(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_component("dit", ["width=16", "layers=1", "heads=2"]) == 0
+@pytest.mark.parametrize("name", ["dit", "ddit"])
+def test_check_command_checks_backbone_as_denoiser(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check_component(name, ["width=16", "layers=1", "heads=2"]) == 0
     assert "padding does not matter" in capsys.readouterr().out
 
 
