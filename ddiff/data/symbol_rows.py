@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ddiff.data.cache import Cache
 from ddiff.data.documents import Documents, documents_from_texts, read_text_files
+from ddiff.data.tokenizer import Tokenizer
 from ddiff.data.tokenizer_workers import hash_to_unit
 from ddiff.errors import ArgumentError, DataError
 
@@ -77,6 +78,18 @@ def load_bundled_names(*, length: int, held_out: float = 0.05) -> Documents:
         _fill_texts(validation, validation, length, FILL_OF_NAMES),
         fill=FILL_OF_NAMES,
     )
+
+
+def fill_rows(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[str]:
+    """Return the texts, filled up to `length` symbols if the tokenizer has a fill symbol.
+
+    A row of a run with a fill symbol is a text and its fill. A likelihood of a text is therefore
+    that of the whole row. Longer texts and rows are returned as they are.
+    """
+    if tokenizer.fill_id is None:
+        return list(texts)
+    fill = tokenizer.decode([[tokenizer.fill_id]])[0]
+    return [text.ljust(length, fill) for text in texts]
 
 
 def check_name_length(length: int) -> None:

@@ -16,6 +16,7 @@ from ddiff.data.batch import Batch
 from ddiff.data.conditions import Conditions
 from ddiff.data.documents import Documents
 from ddiff.data.packing import PackedRows, batch_rows, pack_texts
+from ddiff.data.symbol_rows import fill_rows
 from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
@@ -142,6 +143,7 @@ def score_texts(
         )
     texts = [check_text(text, f"run.nelbo: text {number}") for number, text in enumerate(texts)]
     parsed = SampleConditions.parse(model.denoiser, conditions, len(texts))
+    texts = fill_rows(texts, tokenizer, recipe.length)
     rows = pack_texts(texts, tokenizer, recipe.length)
     changed = count_changed_texts(texts, rows, tokenizer) if tokenizer.unit == "token" else 0
     return score_rows(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ddiff.data.packing import batch_rows, pack_texts
+from ddiff.data.symbol_rows import fill_rows
 from ddiff.data.text import check_text
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError
@@ -48,7 +49,7 @@ def score_chain_rule(
     bound = []
     for number, text in enumerate(texts):
         check_text(text, f"run.chain_rule: text {number}")
-        rows = pack_texts([text], tokenizer, length)
+        rows = pack_texts(fill_rows([text], tokenizer, length), tokenizer, length)
         batch = batch_rows(rows, [0])
         size = int(batch.valid.sum())
         if len(rows) > 1 or size > LONGEST:

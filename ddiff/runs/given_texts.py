@@ -25,6 +25,7 @@ from ddiff.data.documents import documents_from_texts, fingerprint_texts
 from ddiff.data.packing import PackedRows, pack_ids, pack_texts
 from ddiff.data.paths import base_name, find_all_files, printable
 from ddiff.data.sources import open_file_source, open_hub_source
+from ddiff.data.symbol_rows import fill_rows
 from ddiff.data.text import text_documents
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
@@ -270,8 +271,9 @@ def _score(
     lossy = count_lossy_texts(given.texts, tokenizer)
     program = given.program
     if program is None:
-        rows = pack_texts(given.texts, tokenizer, length)
-        check_bytes(given.texts, rows)
+        texts = fill_rows(given.texts, tokenizer, length)
+        rows = pack_texts(texts, tokenizer, length)
+        check_bytes(texts, rows)
     else:
         rows = _pack_blocks(given.texts, tokenizer, length, program)
     conditions = SampleConditions.parse(run.denoiser, {}, len(given.texts))

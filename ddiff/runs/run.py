@@ -191,11 +191,12 @@ class Run(TrainableRun):
     ) -> Evaluation:
         """Compute the likelihood bound of given texts, one document per text.
 
-        `draws`: number of independent draws of noise times and noise per text. More draws narrow
-        the confidence interval and do not change the expected bound. `conditions`: maps the name of
-        a condition to one value for all texts or to a list with one value per text. If one of them
-        is a vector that the data set computes from the text itself, the bound does not bound the
-        likelihood of the text, and the result has neither perplexity nor bits per byte.
+        In a run of rows with a fill symbol, a shorter text is filled up to a row. `draws`: number
+        of independent draws of noise times and noise per text. More draws narrow the confidence
+        interval and do not change the expected bound. `conditions`: maps the name of a condition to
+        one value for all texts or to a list with one value per text. If one of them is a vector
+        that the data set computes from the text itself, the bound does not bound the likelihood of
+        the text, and the result has neither perplexity nor bits per byte.
         """
         found = score_texts(self.model, self.recipe, self.tokenizer, texts, draws, conditions or {})
         if not conditions:

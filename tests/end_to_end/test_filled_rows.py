@@ -82,6 +82,25 @@ def test_edit_of_a_filled_run_keeps_the_length_of_its_source(filled: Run) -> Non
     assert [len(sample["text"]) for sample in edited] == [3]
 
 
+@pytest.mark.slow
+def test_bound_of_a_short_text_is_that_of_its_filled_row(filled: Run) -> None:
+    short = filled.nelbo(["dbb", "abcda"])
+    rows = filled.nelbo(["dbb   ", "abcda "])
+    assert short.tokens == 12
+    assert short == rows
+    exact = filled.chain_rule(["dbb"])
+    assert exact.nll.tolist() == filled.chain_rule(["dbb   "]).nll.tolist()
+
+
+@pytest.mark.slow
+def test_eval_of_a_file_fills_up_its_lines(filled: Run, ddiff: Command) -> None:
+    Path("lines.txt").write_text("dbb\nabcda\n")
+    code, _, _ = ddiff("eval", str(filled.run_dir), "--data", "lines.txt", "--split", "line")
+    assert code == 0
+    found = json.loads((filled.run_dir / "evaluation-lines.json").read_text())
+    assert found["symbols"] == 12
+
+
 NAMES = [
     "well-formed strings",
     "well-formed strings not in the training data",
