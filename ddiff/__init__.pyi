@@ -84,8 +84,13 @@ from .data.cache import Cache as Cache
 from .data.captioned_files import MissingRules as MissingRules
 from .data.captioned_files import read_image_folder as read_image_folder
 from .data.captioned_files import read_image_tables as read_image_tables
+from .data.chat import ChatCorpus as ChatCorpus
+from .data.chat import ChatSettings as ChatSettings
+from .data.chat_template import read_template as read_template
 from .data.condition_forms import Label as Label
 from .data.condition_forms import Vector as Vector
+from .data.conversations import ConversationFields as ConversationFields
+from .data.conversations import read_conversations as read_conversations
 from .data.corpus import Corpus as Corpus
 from .data.corpus import ShardedCorpus as ShardedCorpus
 from .data.corpus import SourceCorpus as SourceCorpus
@@ -102,6 +107,7 @@ from .data.encoding import Encoder as Encoder
 from .data.image_files import ImageFormat as ImageFormat
 from .data.jsonl import read_json_lines as read_json_lines
 from .data.markov import MarkovSource as MarkovSource
+from .data.number_questions import make_number_questions as make_number_questions
 from .data.packing import Rows as Rows
 from .data.paired_vectors import find_shard_shape as find_shard_shape
 from .data.paired_vectors import find_vector_shape as find_vector_shape

@@ -186,6 +186,10 @@ InfillTexts = Annotated[
     list[str] | None,
     typer.Option(help='Text with gaps, such as "She [MASK:8] to Bath"; may be repeated.'),
 ]
+Messages = Annotated[
+    list[str] | None,
+    typer.Option(help="Message of a user, which the model answers; may be repeated."),
+]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(

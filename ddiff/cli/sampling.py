@@ -20,6 +20,7 @@ from ddiff.cli.options import (
     GuidanceWeight,
     ImageFile,
     InfillTexts,
+    Messages,
     NoIds,
     OnlyFields,
     PromptFile,
@@ -49,6 +50,7 @@ def sample(
     prompt: Prompts = None,
     prompts: PromptFile = None,
     infill: InfillTexts = None,
+    message: Messages = None,
     edit: EditedTexts = None,
     ratio: EditRatio = None,
     mode: EditModeName = None,
@@ -75,7 +77,8 @@ def sample(
     """
     observed = _keep_given(watch=watch, trajectory=trajectory, gif=gif)
     further = _keep_given(given=given, only=only, target=target, images=images) | observed
-    others = [*_keep_given(prompt=prompt, prompts=prompts, infill=infill, count=count), *further]
+    texts = _keep_given(prompt=prompt, prompts=prompts, infill=infill, message=message)
+    others = [*texts, *_keep_given(count=count), *further]
     chosen = _keep_given(ratio=ratio, mode=mode, toward=toward)
     _check_edit_options(edit, others, list(chosen))
     if not observed:  # states are shown and recorded by one process
@@ -103,6 +106,7 @@ def sample(
         count=count,
         prompt=read_prompts(prompt, prompts),
         infill=_unwrap_single(infill),
+        message=_unwrap_single(message),
         **shared,
         **further,
     )

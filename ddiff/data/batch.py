@@ -23,6 +23,8 @@ class Batch:
         time of the row is drawn.
     packed: whether at least one row contains tokens of more than one document.
     conditions: name of a condition -> one value per row, or one value per position if `packed`.
+    counted: bool [B,L], the scored positions that count as tokens: figures per token are divided by
+        their number. False at end marks that only fill up an answer. None: all scored positions.
     """
 
     ids: Tensor
@@ -32,6 +34,7 @@ class Batch:
     index: Tensor
     packed: bool = False
     conditions: dict[str, Tensor] = field(default_factory=dict)
+    counted: Tensor | None = None
 
     def __repr__(self) -> str:
         rows, length = self.ids.shape
@@ -42,10 +45,16 @@ class Batch:
             text += f", conditions {', '.join(self.conditions)}"
         return f"Batch({text})"
 
+    @property
+    def tokens(self) -> Tensor:
+        """Positions that count as tokens, bool [B,L]."""
+        return self.scored if self.counted is None else self.counted
+
     def with_prefixes(self, sizes: Tensor) -> Batch:
         """Return a copy of the batch in which row b is not scored before position `sizes[b]`."""
         is_after_prefix = torch.arange(self.ids.shape[1]) >= sizes.unsqueeze(-1)
-        return replace(self, scored=self.scored & is_after_prefix)
+        counted = None if self.counted is None else self.counted & is_after_prefix
+        return replace(self, scored=self.scored & is_after_prefix, counted=counted)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return a copy of the batch on a device."""
@@ -57,4 +66,5 @@ class Batch:
             index=self.index.to(device),
             packed=self.packed,
             conditions={name: value.to(device) for name, value in self.conditions.items()},
+            counted=None if self.counted is None else self.counted.to(device),
         )

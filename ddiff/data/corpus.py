@@ -17,6 +17,7 @@ import fsspec
 
 from ddiff.atomic import copy_atomic
 from ddiff.data.cache import Cache, fingerprint
+from ddiff.data.chat import ChatCorpus
 from ddiff.data.documents import Documents
 from ddiff.data.overlap import OverlapMonitor, check_overlap
 from ddiff.data.packing import PackedRows, Rows, chunks_of, pack_stream
@@ -47,9 +48,14 @@ class Corpus(Protocol):
 def build_train_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> Rows:
-    """Concatenate the training documents and cut the token stream into rows."""
+    """Concatenate the training documents and cut the token stream into rows.
+
+    Conversations are not cut.
+    """
     if isinstance(documents, StreamedCorpus):
         return documents.train_rows(tokenizer, length, cache)
+    if isinstance(documents, ChatCorpus):
+        return documents.rows(TRAIN, tokenizer, length, cache)
     shards = load_or_build_shards(documents, tokenizer, cache)
     return pack_stream(shards.stream(TRAIN), tokenizer, length)
 
@@ -58,6 +64,8 @@ def build_validation_rows(
     documents: Documents | Corpus, tokenizer: Tokenizer, length: int, cache: Cache
 ) -> PackedRows:
     """Pack the validation documents into rows; each document starts a new row."""
+    if isinstance(documents, ChatCorpus):
+        return documents.rows(VALIDATION, tokenizer, length, cache)
     shards = load_or_build_shards(documents, tokenizer, cache)
     return pack_stream(shards.stream(VALIDATION), tokenizer, length, separate=True)
 

@@ -35,6 +35,9 @@ _ROWS_AT_ONCE = 4096
 _READ_WHOLE = 2**26  # tokens; the fingerprint of longer streams uses the checksums of their shards
 _Ints = NDArray[np.int32]
 
+GIVEN, ANSWER, FILLER = 0, 1, 2
+"""Marks of tokens: never scored; scored; scored, but not counted as a token of the text."""
+
 
 @final
 @dataclass(frozen=True)
@@ -44,11 +47,29 @@ class Block:
     ids: [k, length] int32.
     document: [k, length] int64, number of the document at each position.
     num_valid: [k] int32, number of tokens before the padding of each row.
+    marks: [k, length] uint8, the mark of each token; None: every token is scored and counted.
     """
 
     ids: _Ints
     document: NDArray[np.int64]
     num_valid: _Ints
+    marks: NDArray[np.uint8] | None = None
+
+
+@final
+@dataclass(frozen=True)
+class RowMarks:
+    """Rows of a token stream in which only some tokens are scored.
+
+    marks: [n] uint8, the mark of each token of the stream: GIVEN, ANSWER or FILLER.
+    borders: [R+1] int64, start of each of R rows in the stream, and the end of the last row.
+    sources: [D] int64, for each document of the stream, the number of the document of the data set
+        from which it was made.
+    """
+
+    marks: NDArray[np.uint8]
+    borders: NDArray[np.int64]
+    sources: NDArray[np.int64]
 
 
 class Rows(Protocol):
@@ -76,7 +97,7 @@ class Rows(Protocol):
         ...
 
     def token_counts(self) -> NDArray[np.int64]:
-        """Return the counts [V]: how often each of the V tokens occurs in the rows."""
+        """Return the counts [V]: how often each of the V tokens is scored in the rows."""
         ...
 
     def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
@@ -96,14 +117,22 @@ class Rows(Protocol):
 class PackedRows:
     """Rows that are cut from a token stream.
 
-    With `separate`, each document starts a new row.
+    With `separate`, each document starts a new row. `marks`: borders of the rows, and the tokens
+    that are scored; None: all tokens are scored.
     """
 
     def __init__(
-        self, stream: TokenStream, length: int, *, filler: int, separate: bool = False
+        self,
+        stream: TokenStream,
+        length: int,
+        *,
+        filler: int,
+        separate: bool = False,
+        marks: RowMarks | None = None,
     ) -> None:
         self.tokens = stream
         self.length = length
+        self.marks = marks
         self._filler = filler
         self._ends: NDArray[np.int64] | None = None  # [D] end of each document in the stream
         self._last_rows: NDArray[np.int64] | None = None  # [D] row after the document's last row
@@ -115,6 +144,8 @@ class PackedRows:
             self._last_rows = np.cumsum(rows_of_document)
 
     def __len__(self) -> int:
+        if self.marks is not None:
+            return len(self.marks.borders) - 1
         if self._last_rows is None:
             return -(-self.tokens.num_tokens // self.length)
         return int(self._last_rows[-1]) if len(self._last_rows) else 0
@@ -134,6 +165,7 @@ class PackedRows:
         shape = (len(wanted), self.length)
         ids = np.full(shape, self._filler, np.int32)
         document = np.empty(shape, np.int64)
+        marks = None if self.marks is None else np.zeros(shape, np.uint8)
         # Row by row, because the rows of a batch are not adjacent in the stream.
         spans = zip(starts.tolist(), stops.tolist())
         for row, (start, stop) in enumerate(spans):
@@ -142,14 +174,20 @@ class PackedRows:
             # Padding keeps the number of the last document, so that a padded position still has
             # a position to attend to.
             document[row, size:] = document[row, size - 1]
+            if self.marks is not None and marks is not None:
+                marks[row, :size] = self.marks.marks[start:stop]
         num_valid = (stops - starts).astype(np.int32)
-        return Block(ids, document, num_valid)
+        return Block(ids, document, num_valid, marks)
 
     def order(self, seed: int, positions: ArrayLike) -> NDArray[np.int64]:
         return row_at(seed, positions, len(self))
 
     def token_counts(self) -> NDArray[np.int64]:
-        return self.tokens.counts()
+        counts = self.tokens.counts()
+        if self.marks is None:
+            return counts
+        ids, _ = self.tokens.read(0, self.tokens.num_tokens)
+        return np.bincount(ids[self.marks.marks != GIVEN], minlength=len(counts))
 
     def stream(self, at_most: int | None = None) -> tuple[_Ints, NDArray[np.int64]]:
         size = self.tokens.num_tokens
@@ -163,7 +201,7 @@ class PackedRows:
 
         For more than 2**26 tokens, the checksums of the shards are hashed instead of the rows.
         """
-        if self.tokens.num_tokens > _READ_WHOLE:
+        if self.tokens.num_tokens > _READ_WHOLE and self.marks is None:
             is_separate = self._ends is not None
             return fingerprint([self.tokens.fingerprint, self.length, is_separate, self._filler])
         digest = hashlib.sha256(str((len(self), self.length)).encode())
@@ -175,17 +213,26 @@ class PackedRows:
             digest.update(block.document.astype("<i4").tobytes())
         for block in self._blocks():
             digest.update(block.num_valid.astype("<i4").tobytes())
+        if self.marks is not None:
+            digest.update(self.marks.marks.tobytes())
         return digest.hexdigest()[:32]
 
     def first_documents(self) -> NDArray[np.int64]:
-        """Return an array [R]: the number of the first document in each of the R rows."""
+        """Return an array [R]: the number of the first document in each of the R rows.
+
+        With `marks`, it is the number of the document of the data set.
+        """
+        if self.marks is not None:
+            starts = self.marks.borders[:-1]
+            ends = np.concatenate([np.empty(0, np.int64), *self.tokens.document_ends()])
+            return self.marks.sources[np.searchsorted(ends, starts, side="right")]
         if self._last_rows is not None:
             rows_of_document = np.diff(self._last_rows, prepend=0)
             return np.repeat(np.arange(len(self._last_rows)), rows_of_document)
         return np.concatenate([block.document[:, 0] for block in self._blocks()])
 
     def tokens_in_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a bool [n] that marks the tokens of the stream in the rows with indices `numbers`.
+        """Return a bool [n] that marks the counted tokens of the rows with indices `numbers`.
 
         n is the number of tokens of the stream.
         """
@@ -194,10 +241,13 @@ class PackedRows:
         border = np.zeros(self.tokens.num_tokens + 1, np.int64)
         np.add.at(border, starts, 1)
         np.add.at(border, stops, -1)
-        return border.cumsum()[:-1] > 0
+        is_inside = border.cumsum()[:-1] > 0
+        return is_inside if self.marks is None else is_inside & (self.marks.marks == ANSWER)
 
     def _spans(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the start and stop positions in the stream of the rows with indices `numbers`."""
+        if self.marks is not None:
+            return self.marks.borders[numbers], self.marks.borders[numbers + 1]
         if self._ends is None or self._last_rows is None:
             starts = numbers * self.length
             stops = np.minimum(starts + self.length, self.tokens.num_tokens)
@@ -214,7 +264,7 @@ class PackedRows:
 
     def _blocks(self) -> Iterator[Block]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
-            if self._ends is not None:
+            if self._ends is not None or self.marks is not None:
                 yield self[start : start + _ROWS_AT_ONCE]
             else:
                 yield self._read_joined(start)
@@ -310,10 +360,17 @@ def batch_rows(
     slots = torch.from_numpy(np.array(numbers if index is None else index, dtype=np.int64))
     # Document numbers never decrease within a row, so comparing the first and the last is enough.
     packed = bool((document[:, :1] != document[:, -1:]).any())
+    scored = valid.clone()
+    counted = None
+    if block.marks is not None:
+        marks = torch.from_numpy(block.marks)
+        scored &= marks != GIVEN
+        counted = valid & (marks == ANSWER)
     return Batch(
         ids=ids,
         valid=valid,
-        scored=valid.clone(),
+        scored=scored,
+        counted=counted,
         document=document,
         index=slots,
         packed=packed,

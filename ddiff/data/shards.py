@@ -325,19 +325,30 @@ def stream_from_ids(ids: NDArray[np.integer], num_tokens: int) -> TokenStream:
     `num_tokens`: number of tokens of the vocabulary.
     """
     documents, size = ids.shape
+    tokens = np.ascontiguousarray(ids).astype(token_dtype(num_tokens)).ravel()
+    return stream_from_documents(tokens, size * np.arange(1, documents + 1), num_tokens)
+
+
+def stream_from_documents(
+    ids: NDArray[np.unsignedinteger], ends: NDArray[np.int64], num_tokens: int
+) -> TokenStream:
+    """Build a token stream from the ids [n] of k documents and their ends [k] in `ids`.
+
+    The number of bytes of the text is unknown, and 0. `num_tokens`: number of tokens of the
+    vocabulary.
+    """
+    sizes = np.diff(ends, prepend=0)
     record = ShardRecord(
         name="",
-        documents=documents,
-        tokens=ids.size,
+        documents=len(ends),
+        tokens=len(ids),
         bytes=0,
-        shortest=size,
-        longest=size,
+        shortest=int(sizes.min(initial=sizes[0] if len(sizes) else 0)),
+        longest=int(sizes.max(initial=0)),
         tokens_sha256="",
         ends_sha256="",
     )
-    tokens = np.ascontiguousarray(ids).astype(token_dtype(num_tokens)).ravel()
-    ends = size * np.arange(1, documents + 1)
-    return _in_memory(Shard(tokens, ends, record), num_tokens)
+    return _in_memory(Shard(ids, ends, record), num_tokens)
 
 
 def _in_memory(shard: Shard, num_tokens: int) -> TokenStream:

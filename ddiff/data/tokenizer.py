@@ -619,6 +619,21 @@ class PretrainedTokenizer:
     def __repr__(self) -> str:
         return _representation(self)
 
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja template of conversations; None if the tokenizer has none.
+
+        Of several named templates, it is the one named "default".
+        """
+        found = self._tokenizer.chat_template
+        return found.get("default") if isinstance(found, dict) else found
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Names of special tokens, such as "eos_token", with their spellings."""
+        found = self._tokenizer.special_tokens_map
+        return {name: token for name, token in found.items() if isinstance(token, str)}
+
     def save(self, path: str) -> None:
         with tempfile.TemporaryDirectory() as directory:
             self._tokenizer.save_pretrained(directory)

@@ -112,7 +112,8 @@ class Evaluation:
         standard_errors_nats_per_token: "total" and "monte_carlo", the standard errors of both
             intervals, and "documents", the part of "total" due to the differences between
             documents.
-        ppl: perplexity; None if the bound is not a likelihood of the text (`mark_own_vectors`).
+        ppl: perplexity; None if the bound is not a likelihood of the text (`mark_own_vectors`,
+            `mark_given`).
         terms_nats_per_token: name of each term of the bound -> value. Their sum is the bound.
         parts_nats_per_token: name of each part of the diffusion term, for example a level -> value.
         tokens: number of scored tokens.
@@ -157,8 +158,19 @@ class Evaluation:
         """Return the perplexity as text, or the reason why there is none."""
         if self.ppl is not None:
             return f"PPL {self.ppl:.2f}"
+        if "given" in self.protocol:
+            return f"answers given their {self.protocol['given']}: no perplexity of a text"
         own = ", ".join(self.protocol["own_vectors"])
         return f"given its own vector ({own}): no likelihood of the text"
+
+    def mark_given(self, given: str) -> Evaluation:
+        """Return the same bound without perplexity and bits per byte.
+
+        `given` names the part of the documents that is given and not scored, such as "prompts". The
+        bound is then a conditional one, and not comparable with that of whole documents.
+        """
+        protocol = {**self.protocol, "given": given}
+        return replace(self, ppl=None, bits_per_byte=None, num_bytes=None, protocol=protocol)
 
     def mark_own_vectors(self, names: Sequence[str]) -> Evaluation:
         """Return the same bound without perplexity and bits per byte.
@@ -339,7 +351,7 @@ class _Scorer:
         slot = dealt.slot.to(self.device)
         slots = dealt.slots.to(self.device)
         likelihood = self.objective.nll(batch, rng, slot, slots, self.times)
-        return BatchSums.of(likelihood, batch.scored)
+        return BatchSums.of(likelihood, batch.tokens)
 
 
 def _count_share(ranks: Ranks, rows: int, batch: int) -> int:

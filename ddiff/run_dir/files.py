@@ -42,6 +42,8 @@ CLOCK = "clock.json"
 """Field, path and bounds of the clocks of a tree (`ddiff clock`)."""
 ORIGIN = "origin.json"
 """Published files from which a run was imported (`ddiff import`)."""
+CHAT = "chat.json"
+"""Chat template of a run of conversations, and the length of its answers."""
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 """Temporary folder of `--verify-resume`."""
@@ -78,6 +80,7 @@ FILES = (
     PARETO_CHART,
     CLOCK,
     ORIGIN,
+    CHAT,
 )
 
 REPEATABLE = (EVALUATION, SAMPLES, SAMPLING, GAPS, JUDGED)

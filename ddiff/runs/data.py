@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddiff.atomic import write_atomic
 from ddiff.core.rng import CounterRng
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
 from ddiff.data.cache import Cache
+from ddiff.data.chat import ChatCorpus, ChatSettings
+from ddiff.data.chat_template import ASSISTANT, Message, find_template
 from ddiff.data.condition_forms import Form
 from ddiff.data.conditions import Conditions, read_conditions
 from ddiff.data.corpus import (
@@ -28,6 +33,7 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import DataError
 from ddiff.evaluation.judges import Judge
 from ddiff.recipe.model import Recipe
+from ddiff.run_dir.files import CHAT, read_json
 
 
 def build_documents(recipe: Recipe, cache: Cache) -> Documents | Corpus:
@@ -57,6 +63,26 @@ class RunText:
             return self._tokenizer
         return self.recipe.tokenizer.build(documents=self.documents, cache=self._cache)
 
+    def chat_settings(self) -> ChatSettings:
+        """Return the template and the length of answers, of the data or of the trained run.
+
+        A run of other data has the template of its tokenizer, and answers of any length.
+        """
+        documents = self.__dict__.get("documents")  # not read only for this
+        if isinstance(documents, ChatCorpus):
+            return documents.settings
+        saved = read_json(Path(self.recipe.run_dir) / CHAT, allow_missing=True)
+        return ChatSettings(saved.get("template"), answer_length=saved.get("answer_length"))
+
+    def save_chat(self, directory: Path) -> None:
+        """Write chat.json to a run directory, if the documents are conversations."""
+        if not isinstance(self.__dict__.get("documents"), ChatCorpus):
+            return
+        settings = self.chat_settings()
+        template = find_template(self.tokenizer, settings.template)
+        content = {"template": template.source, "answer_length": settings.answer_length}
+        write_atomic(directory / CHAT, json.dumps(content, indent=2) + "\n")
+
     @cached_property
     def judge(self) -> Judge | None:
         """Judge of the samples; None if the recipe has no table [judge]."""
@@ -76,6 +102,9 @@ class RunText:
 
     def check_repetitions(self) -> None:
         """Raise DataError if the training text contains the validation documents."""
+        if isinstance(self.documents, ChatCorpus):
+            self.documents.check_repetitions(self.tokenizer, self.recipe.length, self._cache)
+            return
         shards = load_or_build_shards(self.documents, self.tokenizer, self._cache)
         check_repetitions(self.documents, shards)
 
@@ -136,6 +165,24 @@ class RunData:
     @property
     def validation_rows(self) -> PackedRows:
         return self.text.validation_rows
+
+    @property
+    def is_chat(self) -> bool:
+        """True if the documents are conversations, of which only answers are scored."""
+        return isinstance(self.documents, ChatCorpus)
+
+    def first_prompts(self, count: int) -> list[list[Message]]:
+        """Return `count` validation conversations up to their last answer, in order.
+
+        With fewer conversations, they are repeated. Only for conversations (`is_chat`).
+        """
+        written = self.documents.validation["messages"]
+        chosen = [json.loads(written[number % len(written)]) for number in range(count)]
+        prompts = []
+        for messages in chosen:
+            answers = [place for place, each in enumerate(messages) if each["role"] == ASSISTANT]
+            prompts.append(messages[: answers[-1]])
+        return prompts
 
     @property
     def validation_texts(self) -> Iterable[str] | None:

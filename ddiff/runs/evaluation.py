@@ -34,6 +34,8 @@ from ddiff.runs.text_bytes import count_changed_texts
 # Number of training tokens whose bigrams are counted. Counting sorts the bigrams; to sort a whole
 # large corpus would take longer than the evaluation.
 _COUNTED_TOKENS = 2**26
+PROMPTS = "prompts"
+"""Given part of conversations, in the protocol of an evaluation."""
 
 
 def score_validation(
@@ -68,6 +70,8 @@ def score_validation(
         has_bytes=has_bytes,
         ranks=ranks,
     )
+    if data.is_chat:
+        return found.mark_given(PROMPTS)
     own = find_own_vectors(data)
     return found.mark_own_vectors(own) if own else found
 
@@ -80,7 +84,7 @@ def count_changed_documents(data: RunData, recipe: Recipe) -> int:
     """
     rows = data.validation_rows
     texts = data.validation_texts
-    if data.tokenizer.unit == "symbol" or texts is None:
+    if data.tokenizer.unit == "symbol" or texts is None or data.is_chat:
         return 0
     if len(evaluated_rows(data, recipe)) < len(rows):
         return 0
@@ -198,6 +202,7 @@ def score_rows(
         window = published.information_window
     # The bytes of symbols have no meaning, and the number of bytes in a subset of rows is unknown.
     has_bytes = has_bytes and tokenizer.unit == "token" and len(numbers) == len(rows)
+    has_bytes = has_bytes and rows.marks is None
     # an objective without times computes the exact likelihood, so its time rule has no effect
     times = model.objective.times or FlatTimes()
 
@@ -254,4 +259,6 @@ def evaluation_protocol(data: RunData, recipe: Recipe) -> dict[str, Any]:
     }
     if own := find_own_vectors(data):
         protocol["own_vectors"] = own
+    if data.is_chat:
+        protocol["given"] = PROMPTS
     return protocol

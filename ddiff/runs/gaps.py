@@ -81,6 +81,8 @@ def find_obstacle(run: Run) -> str | None:
     plan = make_plan(run.recipe, run.model, build_sampler(run.recipe, run.model), None, None, 1)
     if found := find_left_to_right(plan):
         return f"{found[0]} works from left to right and does not attend to later tokens"
+    if run.data.is_chat:
+        return "the documents are conversations, of which the model writes answers"
     if run.data.validation_texts is None:
         return "only the tokens of the validation documents are stored"
     return None

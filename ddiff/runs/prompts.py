@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddiff.data.chat import ChatEncoder
+from ddiff.data.chat_template import Message
 from ddiff.data.compression import open_uncompressed
 from ddiff.data.paths import printable
 from ddiff.data.text import check_text, text_lines
@@ -28,12 +30,14 @@ class Template(NamedTuple):
     given: bool tensor [n], True at positions whose token is given. All other positions are sampled.
     whole: True for an infill text: the sample ends after n tokens. False for a prompt: the sampler
         continues after the template.
+    answer: position at which the answer to a message begins; None if the text is not a message.
     """
 
     text: str
     ids: Tensor
     given: Tensor
     whole: bool
+    answer: int | None = None
 
     @property
     def has_suffix(self) -> bool:
@@ -103,6 +107,38 @@ def encode_infill(text: str, tokenizer: Tokenizer, length: int) -> Template:
     given.append(torch.ones_like(last, dtype=torch.bool))
     template = Template(text, torch.cat(ids), torch.cat(given), whole=True)
     return _check_length(template, length, "infill")
+
+
+def encode_messages(
+    messages: str | Sequence[Message], encoder: ChatEncoder, length: int, answer_length: int | None
+) -> Template:
+    """Return the template of a conversation whose next answer is sampled.
+
+    Args:
+        messages: messages of the conversation, or the text of one message of the user.
+        encoder: encoder with the chat template of the run.
+        length: number of tokens of a row.
+        answer_length: number of sampled tokens; None: up to the end of the row.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    text = shorten(messages[-1]["content"])
+    if encoder.has_special(messages):
+        raise ArgumentError(
+            f"message: {text!r} contains the spelling of a special token, which would end its "
+            "turn. Remove it."
+        )
+    ids = torch.tensor(encoder.encode_prompt(messages), dtype=torch.long)
+    room = answer_length or length - len(ids)
+    if len(ids) + room > length or room < 1:
+        raise ArgumentError(
+            f"message: a sample has {length} tokens ([data] length of the run); got a conversation "
+            f"of {len(ids)} tokens, and an answer of {answer_length or 'at least 1'}, {text!r}. "
+            "Shorten the messages, or train with a larger length."
+        )
+    given = torch.arange(len(ids) + room) < len(ids)
+    padded = torch.cat([ids, torch.zeros(room, dtype=torch.long)])
+    return Template(messages[-1]["content"], padded, given, whole=True, answer=len(ids))
 
 
 def encode_source(text: str, tokenizer: Tokenizer, length: int) -> Template:

@@ -19,6 +19,8 @@ from ddiff.core.rng import CounterRng
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.batch import Batch
+from ddiff.data.chat import ChatEncoder
+from ddiff.data.chat_template import Message, find_template
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError
@@ -51,13 +53,14 @@ from ddiff.runs.evaluation import (
 from ddiff.runs.exact import score_chain_rule
 from ddiff.runs.initial_weights import load_initial_weights, start_from_cooccurrence
 from ddiff.runs.noising import sample_noising
+from ddiff.runs.prompts import Template, encode_messages
 from ddiff.runs.provenance import (
     changed_data_error,
     check_checkpoint,
     find_changed_data,
     run_fingerprints,
 )
-from ddiff.runs.sampling import SampleRequest, build_sampler, draw_samples
+from ddiff.runs.sampling import SampleRequest, build_sampler, draw_samples, draw_templates
 from ddiff.runs.trainable import TrainableRun, count_preview_steps
 from ddiff.sampling.editing import EditMode
 from ddiff.sampling.loop import OnStep, Sampler
@@ -292,6 +295,7 @@ class Run(TrainableRun):
         batch: int | None = None,
         prompt: str | Sequence[str] | None = None,
         infill: str | Sequence[str] | None = None,
+        message: str | Sequence[str | Sequence[Message]] | None = None,
         conditions: Mapping[str, Any] | None = None,
         guidance: float | None = None,
         sampler: str | Sampler | None = None,
@@ -302,9 +306,9 @@ class Run(TrainableRun):
         """Draw samples.
 
         Returns one dict per sample with `index`, `text`, `ids`, `nfe` (number of network
-        evaluations), and `prompt` or `infill` if given. A sample depends on its index and the seed,
-        but not on the batch size. The tokens of a prompt or infill text never change. If an
-        argument is None, the value in the recipe is used.
+        evaluations), and `prompt`, `infill`, or `message` and `answer` if given. A sample depends
+        on its index and the seed, but not on the batch size. The tokens of a prompt, infill text or
+        message never change. If an argument is None, the value in the recipe is used.
 
         Args:
             count: samples per prompt or infill text; the default is 1 for several texts.
@@ -314,6 +318,8 @@ class Run(TrainableRun):
             prompt: one text or several; each sample continues its text to [data] length tokens.
             infill: one text or several with gaps, such as `She [MASK:8] to Bath`. The sample ends
                 with the text.
+            message: one message of a user or several, each of which is answered. In place of a
+                text, an item may be a conversation, a list of {"role", "content"}.
             conditions: maps the name of a condition to a label (int) or a vector for all samples,
                 or to a list with one label or vector per sample.
             guidance: classifier-free guidance weight; above 1 follows the conditions more closely.
@@ -335,7 +341,25 @@ class Run(TrainableRun):
             sampler=sampler,
             settings=settings,
         )
-        return draw_samples(self.recipe, self.model, self.tokenizer, request, on_step, ranks)
+        arguments = (self.recipe, self.model, self.tokenizer)
+        if message is None:
+            return draw_samples(*arguments, request, on_step, ranks)
+        if prompt is not None or infill is not None:
+            raise ArgumentError(
+                "run.sample: message excludes prompt and infill; got both. The chat template "
+                "writes the text around a message."
+            )
+        return draw_templates(*arguments, self._open_answers(message), request, on_step, ranks)
+
+    def _open_answers(self, message: str | Sequence[str | Sequence[Message]]) -> list[Template]:
+        """Return the templates of messages that are answered."""
+        settings = self.data.text.chat_settings()
+        encoder = ChatEncoder(self.tokenizer, find_template(self.tokenizer, settings.template))
+        conversations = [message] if isinstance(message, str) else message
+        return [
+            encode_messages(each, encoder, self.recipe.length, settings.answer_length)
+            for each in conversations
+        ]
 
     def edit(
         self,
@@ -425,7 +449,8 @@ class Run(TrainableRun):
         return figures, f"{sentence} nats/{found.unit}"
 
     def sample_texts(self, steps: int) -> tuple[Mapping[str, str], int]:
-        (sample,) = self.sample(1, steps=steps)
+        message = self.data.first_prompts(1) if self.data.is_chat else None
+        (sample,) = self.sample(1, steps=steps, message=message)
         return {"text": sample["text"]}, sample["nfe"]
 
     def references(self) -> Mapping[str, float]:
@@ -460,3 +485,4 @@ class Run(TrainableRun):
     def save_components(self, directory: Path) -> None:
         self.tokenizer.save(str(directory / TOKENIZER))
         self.vocabulary.save(str(directory / VOCABULARY))
+        self.data.text.save_chat(directory)

@@ -233,12 +233,26 @@ class _BatchSampler:
             {
                 "index": number,
                 **_template_field(templates, row),
+                **self._answer_field(templates, row, ids[row]),
                 "text": texts[row],
                 "ids": ids[row],
                 "nfe": runs[row],
             }
             for row, number in enumerate(index.tolist())
         ]
+
+    def _answer_field(
+        self, templates: Sequence[Template], row: int, ids: list[int]
+    ) -> dict[str, str]:
+        """Return the answer to a message, up to its end mark."""
+        start = templates[row].answer if templates else None
+        if start is None:
+            return {}
+        answer = ids[start:]
+        end = self.tokenizer.eos_id
+        if end is not None and end in answer:
+            answer = answer[: answer.index(end)]
+        return {"answer": self.tokenizer.decode([answer])[0].strip()}
 
     def _cut(self, rows: list[list[int]], templates: Sequence[Template]) -> list[list[int]]:
         """Truncate each sample of an infill text to the length of that text.
@@ -258,6 +272,8 @@ def _template_field(templates: Sequence[Template], row: int) -> dict[str, str]:
     if not templates:
         return {}
     template = templates[row]
+    if template.answer is not None:
+        return {"message": template.text}
     return {"infill" if template.whole else "prompt": template.text}
 
 

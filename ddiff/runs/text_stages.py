@@ -140,7 +140,13 @@ def _sample_once(run: Run, ranks: Ranks) -> list[dict[str, Any]]:
     # built here because sampler.steps may differ from [sample] steps
     sampler = build_sampler(run.recipe, run.model)
     with watch_stage(run, "sampling", ranks) as on_step:
-        drawn = run.sample(sampler=sampler, on_step=on_step, ranks=ranks)
+        drawn = run.sample(
+            1 if run.data.is_chat else None,
+            message=run.data.first_prompts(run.recipe.sample.count) if run.data.is_chat else None,
+            sampler=sampler,
+            on_step=on_step,
+            ranks=ranks,
+        )
     samples = [{"step": step, **sample} for sample in drawn]
     if not ranks.is_first:
         return samples

@@ -217,11 +217,12 @@ def observe_samples(
     Yields the callback `on_step` for `Run.sample`, whose arguments are `arguments`. The files are
     written at the end of the block.
     """
-    has_prompt = arguments.get("prompt") is not None or arguments.get("infill") is not None
+    has_prompt = any(arguments.get(name) is not None for name in ("prompt", "infill", "message"))
+    has_end = any(arguments.get(name) is not None for name in ("infill", "message"))
     undrawn = find_undrawn(run)
     meter = None
     # positions after the end of an infill text are padding, which the meter does not know
-    if observer.records and arguments.get("infill") is None:
+    if observer.records and not has_end:
         meter = make_meter(
             run,
             MOST_RECORDED,

@@ -101,7 +101,7 @@ class DiffusionObjective:
         self.module: torch.nn.Module = denoiser
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        return {"tokens": batch.scored.sum()}
+        return {"tokens": batch.tokens.sum()}
 
     def __call__(
         self,
@@ -134,7 +134,7 @@ class DiffusionObjective:
         metrics = self._metrics(density, drawn.zt, batch)
         if self.loss.name is not None:
             total = loss.detach() * tokens
-            metrics[f"loss_{self.loss.name}_nats_per_token"] = (total, batch.scored.sum())
+            metrics[f"loss_{self.loss.name}_nats_per_token"] = (total, batch.tokens.sum())
         return LossTerms(loss, metrics)
 
     def _draw(
@@ -251,7 +251,7 @@ class DiffusionObjective:
     def _metrics(
         self, density: Tensor, zt: Tensor, batch: Batch
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        count = batch.scored.sum()
+        count = batch.tokens.sum()
         metrics = {"nelbo_diffusion_nats_per_token": (density.sum(), count)}
         vocabulary = self.process.vocabulary
         if vocabulary.num_levels > 1:

@@ -66,7 +66,7 @@ class AutoregressiveObjective:
         self.module: torch.nn.Module = denoiser
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        return {"tokens": batch.scored.sum()}
+        return {"tokens": batch.tokens.sum()}
 
     def __call__(
         self, batch: Batch, rng: CounterRng, denominators: Mapping[str, Tensor], slots: int
@@ -89,7 +89,7 @@ class AutoregressiveObjective:
 
         inputs = to_device(_clean_input(batch), device)
         loss, _, nats = self.module(inputs, to_device(context, device), rows, node, loss_of_rows)
-        return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.scored.sum())})
+        return LossTerms(loss, {"nll_nats_per_token": (nats.sum(), batch.tokens.sum())})
 
     def network(self, batch: Batch) -> Network:
         """Return the denoiser as a network function for the documents and conditions of `batch`."""

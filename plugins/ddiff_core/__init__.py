@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 COMPONENTS = {
     "dataset": {
         "bundled": "ddiff_core.data:Bundled",
+        "chat": "ddiff_core.chat_data:Chat",
         "digit_rows": "ddiff_core.data:DigitRows",
         "files": "ddiff_core.data:Files",
         "hub": "ddiff_core.data:Hub",
         "jsonl": "ddiff_core.data:JsonLines",
         "markov": "ddiff_core.data:Markov",
         "names": "ddiff_core.data:Names",
+        "number_questions": "ddiff_core.chat_data:NumberQuestions",
         "shards": "ddiff_core.data:Shards",
         "standard_library": "ddiff_core.data:StandardLibrary",
         "symbols": "ddiff_core.data:Symbols",

@@ -33,6 +33,7 @@ from ddiff.sampling.fields import OnJointStep
 OPTIONS_OF_TEXT = {
     "prompt": "--prompt",
     "infill": "--infill",
+    "message": "--message",
     "conditions": "--condition",
     "guidance": "--guidance",
     "sampler": "--sampler",

@@ -1,0 +1,109 @@
+"""Runs of conversations: training, evaluation, samples that answer, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Command
+from small import working_in
+
+import ddiff as api
+from ddiff.errors import ArgumentError
+from ddiff.runs.run import Run
+
+RECIPE = """
+name = "chat"
+plugins = ["mdlm", "dit"]
+data = { kind = "number_questions", length = 56, answer_length = 14, count = 60, validation = 4 }
+tokenizer = { kind = "bpe", size = 300 }
+vocabulary = "flat"
+process = "mdlm"
+denoiser = { kind = "dit", width = 16, layers = 1, heads = 2 }
+train = { steps = 6, batch = 4, warmup = 1, checkpoint_every = 6 }
+evaluate = { batch = 16 }
+sample = { steps = 3, count = 3 }
+"""
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with working_in(tmp_path_factory.mktemp("chat")):
+        Path("chat.toml").write_text(RECIPE)
+        yield api.run("chat.toml")
+
+
+@pytest.mark.slow
+def test_evaluation_of_answers_is_conditional_and_has_no_perplexity(chat: Run) -> None:
+    found = json.loads((chat.run_dir / "evaluation.json").read_text())
+    assert found["ppl"] is None
+    assert found["bits_per_byte"] is None
+    assert found["protocol"]["given"] == "prompts"
+    assert "ppl" not in found["figures"]
+    answers = [text.split("assistant: ")[1] for text in chat.data.documents.validation["text"]]
+    ids = chat.tokenizer.encode([f" {answer}" for answer in answers])
+    # one end mark per answer is counted, and neither prompts nor further end marks
+    assert found["tokens"] == sum(len(answer) + 1 for answer in ids)
+
+
+@pytest.mark.slow
+def test_samples_at_the_end_of_a_run_answer_validation_prompts(chat: Run) -> None:
+    lines = [json.loads(line) for line in (chat.run_dir / "samples.jsonl").open()]
+    prompts = [text.split("\n")[0] for text in chat.data.documents.validation["text"][:3]]
+    assert [f"user: {line['message']}" for line in lines] == prompts
+    for line in lines:
+        assert line["text"].startswith(f"User: {line['message']}\nAssistant:")
+        assert len(line["ids"]) <= 56
+        assert "<|eos|>" not in line["answer"]
+
+
+@pytest.mark.slow
+def test_loaded_run_answers_messages_with_its_own_template(chat: Run) -> None:
+    loaded = api.load(chat.run_dir)
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "?"},
+    ]
+    first, second = loaded.sample(message=["Which?", turns], steps=2)
+    assert first["text"].startswith("User: Which?\nAssistant:")
+    assert second["text"].startswith("User: Hi\nAssistant: Ho<|eos|>\nUser: ?\nAssistant:")
+    # the answer has `answer_length` tokens
+    prompt = loaded.tokenizer.encode(["User: Which?\nAssistant:"])[0]
+    assert len(first["ids"]) == len(prompt) + 14
+    assert first["ids"][: len(prompt)] == prompt
+
+
+@pytest.mark.slow
+def test_sample_command_prints_the_answer(chat: Run, ddiff: Command) -> None:
+    code, out, _ = ddiff("sample", str(chat.run_dir), "--message", "Which?", "--steps", "2")
+    assert code == 0
+    assert {"message", "answer", "text", "ids", "nfe"} <= json.loads(out.splitlines()[0]).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("a<|eos|>", "contains the spelling of a special token"),
+        ("long " * 30, "a sample has 56 tokens"),
+    ],
+)
+def test_message_that_cannot_be_answered_is_refused(message: str, expected: str, chat: Run) -> None:
+    with pytest.raises(ArgumentError, match=expected):
+        chat.sample(message=message)
+
+
+@pytest.mark.slow
+def test_message_excludes_a_prompt(chat: Run) -> None:
+    with pytest.raises(ArgumentError, match="message excludes prompt and infill"):
+        chat.sample(message="a", prompt="b")
+
+
+@pytest.mark.slow
+def test_data_command_refuses_conversations(chat: Run, ddiff: Command) -> None:
+    code, _, err = ddiff("data", "chat.toml")
+    assert code != 0
+    assert "conversations have no token shards" in err
