@@ -3,6 +3,7 @@
     python benchmarks/natural_trees.py runs/natural             # all data, seeds 0, 1, 2
     python benchmarks/natural_trees.py runs/natural --data digits --seeds 0 --set train.steps=400
     python benchmarks/natural_trees.py runs/natural --clock     # also `ddiff clock` of each tree
+    python benchmarks/natural_trees.py runs/natural --first 2   # masks and the natural tree only
 
 | data | tokens | groups | rows of 64 tokens |
 | --- | --- | --- | --- |
@@ -28,6 +29,7 @@ documents that the search did not use.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -292,6 +294,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="directory of the runs")
     parser.add_argument("--data", choices=list(DATA), nargs="+", default=list(DATA))
+    parser.add_argument(
+        "--first",
+        type=int,
+        metavar="N",
+        help="only the first N trees of each data set: masked diffusion, the natural tree, ...",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of all recipes")
     parser.add_argument("--clock", action="store_true", help="find the clock of each tree")
@@ -306,10 +314,11 @@ def compare(data: str, compared: Compared, given: argparse.Namespace) -> None:
     if compared.source is not None:
         files = prepare(data, compared.source, given.folder / "data")
         settings = [*name_files(files), *settings]
-    places: dict[str, list[Path]] = {tree: [] for tree in compared.trees}
+    trees = dict(itertools.islice(compared.trees.items(), given.first))
+    places: dict[str, list[Path]] = {tree: [] for tree in trees}
     # All trees of a seed are trained before the next seed, so that an early table is complete.
     for seed in given.seeds:
-        for tree, trained in compared.trees.items():
+        for tree, trained in trees.items():
             place = find_run_dir(given.folder, data, tree, seed)
             train(place, trained, seed, settings)
             places[tree].append(place)
@@ -319,8 +328,7 @@ def compare(data: str, compared: Compared, given: argparse.Namespace) -> None:
     print_table(data, bounds, given.seeds)
     if not given.clock:
         return
-    trees = [place for tree, found in places.items() if tree != FLAT for place in found]
-    print_clocks(trees)
+    print_clocks([place for tree, found in places.items() if tree != FLAT for place in found])
     for tree, found in places.items():
         clock: ClockSource = "recipe" if tree == FLAT else "found"
         bounds[tree] = [score(place, compared.block, clock) for place in found]
