@@ -197,9 +197,7 @@ def test_hf_shifted_hidden_state_is_that_of_the_position_before(path: str) -> No
         Denoiser(shifted, TokenHead(TREE, WIDTH).double(), inputs="previous")
 
 
-@pytest.mark.parametrize(
-    ("inputs_", "shift"), [("own", False), ("own", True), ("previous", False)]
-)
+@pytest.mark.parametrize(("inputs_", "shift"), [("own", False), ("own", True), ("previous", False)])
 def test_hf_hidden_states_of_a_block_equal_a_separate_forward_pass(
     path: str, inputs_: Any, shift: bool
 ) -> None:
