@@ -246,8 +246,8 @@ def python_files() -> list[Path]:
 
 
 def pages() -> list[Path]:
-    """List README.md, CONTRIBUTING.md, the pages in docs, and the READMEs of plugins."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """List README.md, CONTRIBUTING.md, the pages below docs, and the READMEs of plugins."""
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [*found, *sorted((ROOT / "plugins").glob("*/README.md"))]
 
 
