@@ -202,6 +202,8 @@ from .runs.importing import ImportedRun as ImportedRun
 from .runs.importing import import_published as import_published
 from .runs.kinds import EvaluationOptions as EvaluationOptions
 from .runs.loading import load as load
+from .runs.masked_predictions import MaskedPredictions as MaskedPredictions
+from .runs.masked_predictions import check_masked_predictions as check_masked_predictions
 from .runs.pareto import SweepResult as SweepResult
 from .runs.pareto import SweepSampling as SweepSampling
 from .runs.pareto import sweep_runs as sweep_runs

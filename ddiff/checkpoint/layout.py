@@ -31,6 +31,9 @@ class Imported:
         tokenizer: hub name of the tokenizer of the publication, which is used if the checkpoint has
             no tokenizer; None if it is unknown.
         notes: sentences for the user, such as about a part of the model that was left out.
+        must_predict: whether the import is refused if the model predicts masked tokens no better
+            than a constant guess. A layout sets it if the mask id or the shift of the output could
+            be wrong without another error.
     """
 
     recipe: Mapping[str, Any]
@@ -38,6 +41,7 @@ class Imported:
     num_tokens: int
     tokenizer: str | None = None
     notes: Sequence[str] = ()
+    must_predict: bool = False
 
 
 @dataclass(frozen=True)

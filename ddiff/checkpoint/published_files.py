@@ -41,7 +41,8 @@ WEIGHTS = (
 SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 _HUB_NAME = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_TEXTS = ["*.json", "*.yaml", "*.txt", "*.model"]
+_TEXTS = ["*.json", "*.yaml", "*.txt", "*.model", "*.jinja"]
+_MISSING: Any = object()
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,31 @@ class PublishedFiles:
     step: int | None = None
     is_average: bool = False
     revision: str | None = None
+
+    def read_value(self, key: str) -> Any:
+        """Return the value of a dotted key of the configuration.
+
+        Raises DataError if the key is missing.
+        """
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if _is_mapping(value) else _MISSING
+        if value is _MISSING:
+            raise DataError(
+                f"{self.source}: the configuration has no key {key}, which this layout needs. Use "
+                "the configuration that was published with the weights."
+            )
+        return value
+
+    def read_count(self, key: str) -> int:
+        """Return a positive integer of the configuration. Raises DataError for another value."""
+        value = self.read_value(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DataError(
+                f"{self.source}: the key {key} must be a positive integer; got {value!r}. Use the "
+                "configuration that was published with the weights."
+            )
+        return value
 
 
 def open_published(source: str | Path) -> PublishedFiles:

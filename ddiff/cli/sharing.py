@@ -28,7 +28,11 @@ def import_checkpoint(
     ],
     layout: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Layout of the files; by default it is recognized."),
+        typer.Option(
+            metavar="NAME",
+            help="Layout of the files; by default it is recognized. A table sets its keys: "
+            "'{kind = \"NAME\", key = value}'.",
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -41,15 +45,38 @@ def import_checkpoint(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Replace an existing run in the directory.")
     ] = False,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--unchecked",
+            show_default=False,
+            help="Refuse a model that predicts masked tokens of a text no better than a constant "
+            "guess; by default only for models of transformers.",
+        ),
+    ] = None,
+    check_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text of this check, in the language of the model; by default a bundled novel.",
+        ),
+    ] = None,
 ) -> None:
     """Convert a published checkpoint to a run directory, for eval, sample, report and fine-tuning.
 
     No Python code of a repository is run, and no pickled object other than tensors is loaded.
     """
-    from ddiff.runs.importing import import_published
+    from ddiff.runs.importing import import_published, parse_layout, read_check_text
 
     imported = import_published(
-        source, out, layout=layout, tokenizer=tokenizer, settings=settings or (), fresh=fresh
+        source,
+        out,
+        layout=None if layout is None else parse_layout(layout),
+        tokenizer=tokenizer,
+        settings=settings or (),
+        fresh=fresh,
+        check=check,
+        check_text=None if check_text is None else read_check_text(check_text),
     )
     _print_import(imported)
 
@@ -67,6 +94,15 @@ def _print_import(imported: ImportedRun) -> None:
         ("tokenizer", f"{origin.tokenizer}, {imported.num_tokens} tokens"),
         ("length", f"{imported.length} tokens"),
     ]
+    if imported.predictions is not None:
+        found = imported.predictions
+        rows.append(
+            (
+                "predictions",
+                f"{found.accuracy:.0%} of {found.count} masked tokens (constant guess: "
+                f"{found.unigram:.0%})",
+            )
+        )
     for name, file in origin.files.items():
         rows.append((name, f"{file.bytes} bytes, SHA-256 {file.sha256}"))
     width = max(len(name) for name, _ in rows)

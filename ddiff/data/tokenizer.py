@@ -36,9 +36,9 @@ EOS = "<|eos|>"
 # Limit in characters, because the time to learn byte pairs is quadratic in the length of a word.
 LONGEST_WORD = 1000
 MOST_TOKENS = 2**24
-# Rows without a token: networks pad their number of rows to a multiple of up to 256. A larger share
-# of a small vocabulary is a sign of another tokenizer.
-MOST_PADDING = 256
+# Rows without a token: networks pad their number of rows to a multiple of up to 512 (Qwen2.5 has
+# 399 such rows). A larger share of a small vocabulary is a sign of another tokenizer.
+MOST_PADDING = 512
 MOST_PADDED_SHARE = 1 / 64
 # The pattern with which GPT-2 (and ByteLevel) splits text into words, with a limit on the length.
 _WORDS = (

@@ -118,7 +118,11 @@ def export_published(
             newest.read_weights(average=average),
             Vocabulary.load(str(directory / VOCABULARY)),
         )
-        exported = build_layout(component).write(source)
+        try:
+            exported = build_layout(component).write(source)
+        except ArgumentError as error:
+            reason = str(error).removeprefix("export: ")
+            raise ArgumentError(f"export --format {layout}: {reason}") from error
         _write_published(target, exported)
     return ExportedRun("ema" if average else "trained", newest.step, tuple(exported.notes))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +19,20 @@ from ddiff.atomic import partial_name
 from ddiff.checkpoint.checkpoints import Checkpoints, load_weights
 from ddiff.checkpoint.layout import Imported, Layout
 from ddiff.checkpoint.published_files import PublishedFiles, open_published
+from ddiff.data.pretrained import first_line
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.single import SingleBackend
 from ddiff.errors import ArgumentError, CheckpointError, DataError, suggest
 from ddiff.plugin.loader import survey_plugins
 from ddiff.plugin.registry import Component
 from ddiff.progress import show_activity
+from ddiff.recipe.component import ComponentSpec
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import parse_recipe
-from ddiff.recipe.toml import write_toml
+from ddiff.recipe.tables import validate_table
+from ddiff.recipe.toml import explain_toml_error, write_toml
+from ddiff.recipe.tree import RecipeTree
 from ddiff.run_dir.contents import classify_contents
 from ddiff.run_dir.files import CHECKPOINTS, ORIGIN
 from ddiff.run_dir.identity import flatten_keys
@@ -37,6 +43,7 @@ from ddiff.runs.build import NO_OVERRIDES
 from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.data import RunText
 from ddiff.runs.directory import lock_run_dir
+from ddiff.runs.masked_predictions import MaskedPredictions, check_masked_predictions
 from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.record import record_run, write_run_file
 from ddiff.runs.run import Run
@@ -63,6 +70,7 @@ class ImportedRun:
         process: description of the forward process, or of the objective of a model without one.
         num_tokens: number of tokens.
         length: number of tokens in a row.
+        predictions: result of the check of predictions; None if it was left out.
     """
 
     directory: Path
@@ -71,16 +79,19 @@ class ImportedRun:
     process: str
     num_tokens: int
     length: int
+    predictions: MaskedPredictions | None = None
 
 
 def import_published(
     source: str | Path,
     out: str | Path,
     *,
-    layout: str | None = None,
+    layout: str | Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
     settings: Iterable[str] = (),
     fresh: bool = False,
+    check: bool | None = None,
+    check_text: str | None = None,
 ) -> ImportedRun:
     """Convert a published checkpoint to a run directory.
 
@@ -90,10 +101,14 @@ def import_published(
     Args:
         source: local folder, file of weights, or hub name OWNER/NAME[@REVISION].
         out: run directory, which must not exist or be empty.
-        layout: name of the layout; None: the layout that recognizes the files.
+        layout: name of the layout, or a mapping with its name as `kind` and its keys; None: the
+            layout that recognizes the files, with default keys.
         tokenizer: folder or hub name of the tokenizer; None: that of the checkpoint.
         settings: `key=value` texts that override keys of the recipe, as `--set` does.
         fresh: replace an existing run in the directory.
+        check: refuse a model that predicts masked tokens no better than a constant guess
+            (`check_masked_predictions`); None: if the layout asks for it.
+        check_text: text of this check; None: the beginning of a bundled novel.
 
     Raises DataError if the files are damaged, unknown or incomplete, and CheckpointError if the
     directory must not be written. Nothing is written in these cases.
@@ -101,17 +116,21 @@ def import_published(
     directory = Path(out)
     _check_directory(directory, fresh)
     files = open_published(source)
-    component = _choose_layout(files, layout)
-    imported = _read_model(component, files)
+    chosen = _choose_layout(files, layout)
+    imported = _read_model(chosen.build(), files)
     settings = list(settings)
     place, table = _choose_tokenizer(files, imported, tokenizer, settings)
     recipe = _build_recipe(imported, directory, table, files.step, settings)
-    run = _build_run(recipe, imported, files, place)
+    remedy = _advise_tokenizer(files, imported, tokenizer, settings)
+    run = _build_run(recipe, imported, files, remedy)
+    predictions = None
+    if imported.must_predict if check is None else check:
+        predictions = _check_predictions(run, files, chosen, check_text)
     origin = OriginRecord(
         ddiff=__version__,
         source=files.source,
         revision=files.revision,
-        layout=f"{component.name} ({component.origin})",
+        layout=f"{chosen.component.name} ({chosen.component.origin})",
         tokenizer=place,
         step=files.step,
         is_average=files.is_average,
@@ -130,6 +149,7 @@ def import_published(
         process=str(run.process or type(run.objective).__name__),
         num_tokens=imported.num_tokens,
         length=recipe.length,
+        predictions=predictions,
     )
 
 
@@ -211,7 +231,7 @@ def list_layouts() -> dict[str, Component]:
 
 def build_layout(component: Component) -> Layout:
     """Build a layout with its default settings."""
-    return component.load().build(component.config_class()())
+    return ComponentSpec(component, component.config_class()()).build()
 
 
 def find_layout(name: str, option: str) -> Component:
@@ -228,16 +248,60 @@ def find_layout(name: str, option: str) -> Component:
     return layouts[name]
 
 
-def _choose_layout(files: PublishedFiles, name: str | None) -> Component:
-    """Return the named layout, or the only layout that recognizes the files."""
-    if name is not None:
-        return find_layout(name, "--layout")
+def parse_layout(text: str) -> str | dict[str, Any]:
+    """Parse the value of --layout: a name, or an inline table with `kind` and keys."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        table = tomllib.loads(f"layout = {text}")["layout"]
+    except tomllib.TOMLDecodeError as error:
+        raise ArgumentError(
+            "--layout must be the name of a layout, or an inline table of TOML such as '{kind = "
+            f'"dream", shift = true}}\'; got {text} ({explain_toml_error(error)}).'
+        ) from error
+    assert isinstance(table, dict)  # the text begins with a brace
+    return table
+
+
+def read_check_text(file: Path) -> str:
+    """Read the text of --check-text. Raises DataError if it is not a file of UTF-8 text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"--check-text: {file} cannot be read ({first_line(error)}). Name a file of UTF-8 text "
+            "in the language of the model."
+        ) from error
+
+
+def _configure_layout(table: Mapping[str, Any]) -> ComponentSpec:
+    """Return a layout with the keys of a table. Raises ArgumentError for a wrong key."""
+    tree = RecipeTree({"layout": dict(table)}, "--layout")
+    keys = {key: value for key, value in table.items() if key != "kind"}
+    kind = table.get("kind")
+    if not isinstance(kind, str):
+        raise ArgumentError(
+            f"--layout: the table needs the key kind, the name of a layout; got {dict(table)}. "
+            f"Layouts of the installed plugins: {', '.join(list_layouts()) or 'none'}."
+        )
+    component = find_layout(kind, "--layout")
+    model = component.config_class()
+    config = validate_table(model, keys, tree, ("layout",), component, model.model_fields)
+    return ComponentSpec(component, config)
+
+
+def _choose_layout(files: PublishedFiles, given: str | Mapping[str, Any] | None) -> ComponentSpec:
+    """Return the given layout, or the only layout that recognizes the files."""
+    if isinstance(given, Mapping):
+        return _configure_layout(given)
+    if given is not None:
+        return _configure_layout({"kind": given})
     layouts = list_layouts()
     fitting = [
         component for component in layouts.values() if build_layout(component).recognize(files)
     ]
     if len(fitting) == 1:
-        return fitting[0]
+        return _configure_layout({"kind": fitting[0].name})
     if fitting:
         names = ", ".join(component.name for component in fitting)
         raise DataError(
@@ -254,10 +318,10 @@ def _choose_layout(files: PublishedFiles, name: str | None) -> Component:
     )
 
 
-def _read_model(component: Component, files: PublishedFiles) -> Imported:
+def _read_model(layout: Layout, files: PublishedFiles) -> Imported:
     """Read the files with a layout, which must use every tensor."""
     with show_activity("reading the weights"):
-        imported = build_layout(component).read(files)
+        imported = layout.read(files)
     files.tensors.finish()
     return imported
 
@@ -273,7 +337,7 @@ def _choose_tokenizer(
     The table is None if `settings` contain the tokenizer. `given`: folder or name that the caller
     chose.
     """
-    has_setting = any(setting.lstrip().startswith("tokenizer") for setting in settings)
+    has_setting = _sets_tokenizer(settings)
     if has_setting and given is not None:
         raise ArgumentError(
             f"--tokenizer {given} and --set tokenizer both select the tokenizer. Leave one out."
@@ -292,6 +356,30 @@ def _choose_tokenizer(
             "publication. Give its folder or hub name with --tokenizer."
         )
     return given, {"kind": "pretrained", "path": given, "num_tokens": imported.num_tokens}
+
+
+def _sets_tokenizer(settings: Iterable[str]) -> bool:
+    """Return whether a `key=value` text contains the tokenizer."""
+    return any(setting.lstrip().startswith("tokenizer") for setting in settings)
+
+
+def _advise_tokenizer(
+    files: PublishedFiles, imported: Imported, given: str | None, settings: Iterable[str]
+) -> str:
+    """Return sentences that follow the message about a tokenizer that cannot be loaded.
+
+    `given`: value of --tokenizer.
+    """
+    if _sets_tokenizer(settings):
+        return ""
+    if given is not None:
+        is_missing = not Path(given).expanduser().exists()
+        where = f" The folder {given} of --tokenizer does not exist." if is_missing else ""
+        return f"{where} Name another folder with --tokenizer FOLDER."
+    where = "" if files.tokenizer_directory else " The checkpoint has no tokenizer."
+    if files.tokenizer_directory and imported.tokenizer:
+        where = f" The tokenizer {imported.tokenizer} on the hub has the same ids."
+    return f"{where} Give the folder of the tokenizer with --tokenizer FOLDER."
 
 
 def _build_recipe(
@@ -322,12 +410,12 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
-def _build_run(recipe: Recipe, imported: Imported, files: PublishedFiles, place: str) -> Run:
+def _build_run(recipe: Recipe, imported: Imported, files: PublishedFiles, remedy: str) -> Run:
     """Build the model of a recipe with the imported weights.
 
-    `place`: source of the tokenizer, for messages.
+    `remedy`: sentences for the message about a tokenizer that cannot be loaded.
     """
-    tokenizer = _build_tokenizer(recipe, imported, place, files.tokenizer_directory is not None)
+    tokenizer = _build_tokenizer(recipe, imported, remedy)
     # A published vocabulary is flat, so it needs no rows, which would tokenize the whole corpus.
     vocabulary = recipe.vocabulary.build(tokenizer=tokenizer, rows=None, cache=None)
     with show_activity("building the model"):
@@ -338,22 +426,38 @@ def _build_run(recipe: Recipe, imported: Imported, files: PublishedFiles, place:
     return run
 
 
-def _build_tokenizer(
-    recipe: Recipe, imported: Imported, place: str, is_in_folder: bool
-) -> Tokenizer:
+def _check_predictions(
+    run: Run, files: PublishedFiles, layout: ComponentSpec, text: str | None
+) -> MaskedPredictions:
+    """Raise DataError if the model predicts masked tokens no better than a constant guess."""
+    with show_activity("checking the predictions of masked tokens"):
+        found = check_masked_predictions(run, text)
+    if found.problem is None:
+        return found
+    table: dict[str, Any] = {"kind": layout.component.name}
+    if found.better_shift is not None:
+        table["shift"] = found.better_shift < 0
+    elif found.better_mask is not None:
+        table["mask_token"] = found.mask_ids[found.better_mask]
+    remedy = ""
+    if table.keys() <= {"kind", *layout.component.config_class().model_fields} and len(table) > 1:
+        written = ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+        remedy = f" Import it with --layout '{{{written}}}'."
+    raise DataError(
+        f"{files.source}: {found.problem}{remedy} Nothing was written. To import the model as it "
+        "is, leave out this check with --unchecked."
+    )
+
+
+def _build_tokenizer(recipe: Recipe, imported: Imported, remedy: str) -> Tokenizer:
     """Build the tokenizer of a recipe. Raises DataError if it does not fit the network.
 
-    `is_in_folder`: whether the checkpoint has a tokenizer.
+    `remedy`: sentences for the message about a tokenizer that cannot be loaded.
     """
     try:
         tokenizer = RunText(recipe).tokenizer
     except DataError as error:
-        if place == "--set":
-            raise
-        where = "" if is_in_folder else " The checkpoint has no tokenizer."
-        raise DataError(
-            f"{error}{where} Give the folder of the tokenizer with --tokenizer FOLDER."
-        ) from error
+        raise DataError(f"{error}{remedy}") from error
     if tokenizer.num_tokens != imported.num_tokens:
         raise DataError(
             f"The tokenizer has {tokenizer.num_tokens} tokens, but the network has "

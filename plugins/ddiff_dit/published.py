@@ -33,10 +33,9 @@ from .published_config import (
     SettinglessLayout,
     check_equal,
     kind_of,
-    read_count,
     read_hub_sizes,
-    read_value,
     strip_prefix,
+    write_hub_config,
 )
 
 TOKENIZER = "gpt2"  # the published models that have no tokenizer in their folder use this one
@@ -70,14 +69,14 @@ class Bd3lmLayout(SettinglessLayout):
         return files.config.get("model_type") == "bd3lm"
 
     def read(self, files: PublishedFiles) -> Imported:
-        width = read_count(files, "block_size")
+        width = files.read_count("block_size")
         files.tensors.skip("sampling_eps_min", "sampling_eps_max")
         if files.config.get("cross_attn") is False:
             raise DataError(
                 f"{files.source}: the key cross_attn must be true, because blocks attend to the "
                 "clean tokens before them; it is false. This layout does not read such a model."
             )
-        length = read_count(files, "model_length")
+        length = files.read_count("model_length")
         if width == length:
             # One block: the pretrained models from which training with blocks starts.
             return _read_masked(files, {}, {})
@@ -116,20 +115,20 @@ class EpsilonLayout(SettinglessLayout):
         return has_epsilon and not _has_modulation(files.tensors)
 
     def read(self, files: PublishedFiles) -> Imported:
-        epsilon = read_value(files, "training.epsilon")
+        epsilon = files.read_value("training.epsilon")
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
             raise DataError(
                 f"{files.source}: the key training.epsilon must be a number; got {epsilon!r}. Use "
                 "the published configuration."
             )
-        num_tokens = read_count(files, "tokenizer.tokens")
+        num_tokens = files.read_count("tokenizer.tokens")
         sizes = Sizes(
             rows=num_tokens + 1,
-            width=read_count(files, "model.hidden_size"),
-            layers=read_count(files, "model.n_blocks"),
-            heads=read_count(files, "model.n_heads"),
+            width=files.read_count("model.hidden_size"),
+            layers=files.read_count("model.n_blocks"),
+            heads=files.read_count("model.n_heads"),
             condition=0,
-            length=read_count(files, "model.length"),
+            length=files.read_count("model.length"),
         )
         tensors = strip_prefix(files.tensors)
         weights = fold_weights(tensors, sizes, num_tokens=num_tokens, has_modulation=False)
@@ -239,11 +238,11 @@ def _read_sizes(files: PublishedFiles, *, has_modulation: bool = True) -> Sizes:
     rows, *_ = strip_prefix(files.tensors).shape("vocab_embed.embedding")
     return Sizes(
         rows=rows,
-        width=read_count(files, "model.hidden_size"),
-        layers=read_count(files, "model.n_blocks"),
-        heads=read_count(files, "model.n_heads"),
-        condition=read_count(files, "model.cond_dim") if has_modulation else 0,
-        length=read_count(files, "model.length"),
+        width=files.read_count("model.hidden_size"),
+        layers=files.read_count("model.n_blocks"),
+        heads=files.read_count("model.n_heads"),
+        condition=files.read_count("model.cond_dim") if has_modulation else 0,
+        length=files.read_count("model.length"),
     )
 
 
@@ -330,16 +329,8 @@ def _write_masked(source: ExportSource, sizes: Sizes, config: Mapping[str, Any])
 
 
 def _write_config(source: ExportSource, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "vocab_size": sizes.rows,
-        "hidden_dim": sizes.width,
-        "cond_dim": sizes.condition,
-        "n_blocks": sizes.layers,
-        "n_heads": sizes.heads,
-        "model_length": sizes.length,
-        "dropout": source.recipe["denoiser"]["dropout"],
-        "time_conditioning": False,
-    }
+    dropout = source.recipe["denoiser"]["dropout"]
+    return write_hub_config(sizes, dropout, time_conditioning=False)
 
 
 def _check_folds(source: ExportSource, process: str) -> Sizes:

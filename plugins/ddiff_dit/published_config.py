@@ -8,7 +8,6 @@ from typing import Any
 from ddiff import (
     ArgumentError,
     ComponentConfig,
-    DataError,
     Layout,
     PublishedFiles,
     PublishedTensors,
@@ -17,7 +16,6 @@ from ddiff import (
 from .folding import Sizes
 
 PREFIX = "backbone."
-MISSING: Any = object()
 
 
 class SettinglessLayout(Layout):
@@ -37,43 +35,33 @@ def strip_prefix(tensors: PublishedTensors) -> PublishedTensors:
     return tensors.without_prefix(PREFIX) if has_prefix else tensors
 
 
-def read_value(files: PublishedFiles, key: str) -> Any:
-    """Return the value of a dotted key. Raises DataError if it is missing."""
-    value: Any = files.config
-    for part in key.split("."):
-        value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
-    if value is MISSING:
-        raise DataError(
-            f"{files.source}: the configuration has no key {key}, which this layout needs. Use the "
-            "configuration that was published with the weights."
-        )
-    return value
-
-
-def read_count(files: PublishedFiles, key: str) -> int:
-    """Return a positive integer of the configuration. Raises DataError for another value."""
-    value = read_value(files, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DataError(
-            f"{files.source}: the key {key} must be a positive integer; got {value!r}. Use the "
-            "configuration that was published with the weights."
-        )
-    return value
-
-
 def read_hub_sizes(files: PublishedFiles, *, has_modulation: bool = True) -> Sizes:
     """Read the sizes from a configuration of kuleshov-group or s-sahoo on the hub.
 
     `has_modulation`: whether the network embeds sigma.
     """
     return Sizes(
-        rows=read_count(files, "vocab_size"),
-        width=read_count(files, "hidden_dim"),
-        layers=read_count(files, "n_blocks"),
-        heads=read_count(files, "n_heads"),
-        condition=read_count(files, "cond_dim") if has_modulation else 0,
-        length=read_count(files, "model_length"),
+        rows=files.read_count("vocab_size"),
+        width=files.read_count("hidden_dim"),
+        layers=files.read_count("n_blocks"),
+        heads=files.read_count("n_heads"),
+        condition=files.read_count("cond_dim") if has_modulation else 0,
+        length=files.read_count("model_length"),
     )
+
+
+def write_hub_config(sizes: Sizes, dropout: float, *, time_conditioning: bool) -> dict[str, Any]:
+    """Write the keys that `read_hub_sizes` reads, and those that all of these models have."""
+    return {
+        "vocab_size": sizes.rows,
+        "hidden_dim": sizes.width,
+        "cond_dim": sizes.condition,
+        "n_blocks": sizes.layers,
+        "n_heads": sizes.heads,
+        "model_length": sizes.length,
+        "dropout": dropout,
+        "time_conditioning": time_conditioning,
+    }
 
 
 def check_equal(key: str, expected: Any, found: Any) -> None:

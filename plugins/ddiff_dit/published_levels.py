@@ -28,10 +28,9 @@ from .published_config import (
     SettinglessLayout,
     check_equal,
     kind_of,
-    read_count,
     read_hub_sizes,
-    read_value,
     strip_prefix,
+    write_hub_config,
 )
 
 GPT2 = "gpt2"
@@ -135,11 +134,11 @@ class SeddLayout(LevelLayout):
 
     def read_sizes(self, files: PublishedFiles) -> Sizes:
         is_masked = _read_choice(files, "graph.type", ("absorb", "uniform")) == "absorb"
-        return _read_nested_sizes(files, read_count(files, "tokens") + int(is_masked))
+        return _read_nested_sizes(files, files.read_count("tokens") + int(is_masked))
 
     def read_tables(self, files: PublishedFiles, sizes: Sizes) -> dict[str, dict[str, Any]]:
-        graph = read_value(files, "graph.type")
-        scaled = bool(read_value(files, "model.scale_by_sigma"))
+        graph = files.read_value("graph.type")
+        scaled = bool(files.read_value("model.scale_by_sigma"))
         if scaled and graph == "uniform":
             raise DataError(
                 f"{files.source}: the key model.scale_by_sigma must be false with graph.type = "
@@ -149,7 +148,7 @@ class SeddLayout(LevelLayout):
         noise = _read_choice(files, "noise.type", ("loglinear", "geometric"))
         process = {"kind": "sedd", "graph": graph, **LOG_LINEAR}
         if noise == "geometric":
-            ends = {name: read_value(files, f"noise.{name}") for name in ("sigma_min", "sigma_max")}
+            ends = {name: files.read_value(f"noise.{name}") for name in ("sigma_min", "sigma_max")}
             process = {"kind": "sedd", "graph": graph, "noise": noise, **ends}
         return {
             "vocabulary": {"kind": "flat", "mask": graph == "absorb"},
@@ -199,16 +198,16 @@ class GiddLayout(LevelLayout):
 
     def read_sizes(self, files: PublishedFiles) -> Sizes:
         return Sizes(
-            rows=read_count(files, "vocab_size"),
-            width=read_count(files, "hidden_size"),
-            layers=read_count(files, "num_hidden_layers"),
-            heads=read_count(files, "num_attention_heads"),
-            condition=read_count(files, "timestep_cond_dim"),
-            length=read_count(files, "max_seq_len"),
+            rows=files.read_count("vocab_size"),
+            width=files.read_count("hidden_size"),
+            layers=files.read_count("num_hidden_layers"),
+            heads=files.read_count("num_attention_heads"),
+            condition=files.read_count("timestep_cond_dim"),
+            length=files.read_count("max_seq_len"),
         )
 
     def read_tables(self, files: PublishedFiles, sizes: Sizes) -> dict[str, dict[str, Any]]:
-        share = read_value(files, "p_uniform")
+        share = files.read_value("p_uniform")
         return {
             "vocabulary": {"kind": "flat"},
             "process": {"kind": "gidd", "p_uniform": share, "gamma": 1.0, "form": "current"},
@@ -265,7 +264,7 @@ class ConditionedLayout(LevelLayout):
         _check_flag(files, "time_conditioning", config.get("time_conditioning", True), True)
         denoiser = {"head": "tokens", "noise": "sigma", "dropout": config.get("dropout", 0.0)}
         if config.get("cfg"):
-            denoiser["classes"] = read_count(files, "cfg_num_classes")
+            denoiser["classes"] = files.read_count("cfg_num_classes")
         return {
             "vocabulary": {"kind": "flat", "mask": self.mask},
             "process": dict(self.process),
@@ -280,14 +279,7 @@ class ConditionedLayout(LevelLayout):
         _check_level(denoiser, noise="sigma")
         config: dict[str, Any] = {
             "model_type": self.model_type,
-            "vocab_size": sizes.rows,
-            "hidden_dim": sizes.width,
-            "cond_dim": sizes.condition,
-            "n_blocks": sizes.layers,
-            "n_heads": sizes.heads,
-            "model_length": sizes.length,
-            "dropout": denoiser["dropout"],
-            "time_conditioning": True,
+            **write_hub_config(sizes, denoiser["dropout"], time_conditioning=True),
         }
         if denoiser.get("classes"):
             config |= {"cfg": True, "cfg_num_classes": denoiser["classes"]}
@@ -336,10 +328,10 @@ class GammaLayout(LevelLayout):
         return files.config.get("model_type") == "gamma_hybrid" or kind == "QGamma"
 
     def read_sizes(self, files: PublishedFiles) -> Sizes:
-        return _read_nested_sizes(files, read_count(files, "tokenizer.tokens") + 1)
+        return _read_nested_sizes(files, files.read_count("tokenizer.tokens") + 1)
 
     def read_tables(self, files: PublishedFiles, sizes: Sizes) -> dict[str, dict[str, Any]]:
-        gamma = read_value(files, "graph.gamma")
+        gamma = files.read_value("graph.gamma")
         model = files.config["model"]
         for key in ("transformer_sigma_conditioning", "use_timestep_embedding"):
             _check_flag(files, f"model.{key}", model.get(key, True), True)
@@ -394,11 +386,11 @@ def _read_nested_sizes(files: PublishedFiles, rows: int) -> Sizes:
     """Return the sizes in the table `model` of a configuration of the SEDD program."""
     return Sizes(
         rows=rows,
-        width=read_count(files, "model.hidden_size"),
-        layers=read_count(files, "model.n_blocks"),
-        heads=read_count(files, "model.n_heads"),
-        condition=read_count(files, "model.cond_dim"),
-        length=read_count(files, "model.length"),
+        width=files.read_count("model.hidden_size"),
+        layers=files.read_count("model.n_blocks"),
+        heads=files.read_count("model.n_heads"),
+        condition=files.read_count("model.cond_dim"),
+        length=files.read_count("model.length"),
     )
 
 
@@ -414,7 +406,7 @@ def _write_nested_sizes(sizes: Sizes) -> dict[str, Any]:
 
 def _read_choice(files: PublishedFiles, key: str, choices: tuple[str, ...]) -> str:
     """Return the value of a key. Raises DataError for a value that is not among `choices`."""
-    value = read_value(files, key)
+    value = files.read_value(key)
     if value not in choices:
         raise DataError(
             f"{files.source}: the key {key} must be {' or '.join(map(repr, choices))}; got "

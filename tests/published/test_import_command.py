@@ -184,6 +184,14 @@ def test_offline_import_without_tokenizer_names_the_option(folder: Path, ddiff: 
     assert (code, "tokenizer          words, 11 tokens" in out) == (0, True)
 
 
+def test_missing_folder_of_the_tokenizer_option_is_named(folder: Path, ddiff: Command) -> None:
+    write_family(Path("published"), "mdlm")
+    result = ddiff("import", "published", "--out", "runs/mine", "--tokenizer", "nofolder")
+    assert is_refusal(result, "The folder nofolder of --tokenizer does not exist")
+    assert "has no tokenizer" not in result.err
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     ("size", "reason"),
     [(5, "has 5 tokens"), (12, "'[MASK]' with the id 11"), (410, "with the id")],
