@@ -638,8 +638,11 @@ class PretrainedTokenizer:
         with tempfile.TemporaryDirectory() as directory:
             self._tokenizer.save_pretrained(directory)
             files = {}
-            for file in sorted(Path(directory).iterdir()):
-                files[file.name] = base64.b64encode(file.read_bytes()).decode()
+            # Further chat templates are in a folder.
+            for file in sorted(Path(directory).rglob("*")):
+                if file.is_file():
+                    name = file.relative_to(directory).as_posix()
+                    files[name] = base64.b64encode(file.read_bytes()).decode()
         saved: dict[str, Any] = {"kind": "pretrained", "files": files}
         if self._size is not None:
             saved["num_tokens"] = self._size
@@ -649,8 +652,13 @@ class PretrainedTokenizer:
     def restore(cls, saved: dict[str, Any], name: str) -> PretrainedTokenizer:
         with tempfile.TemporaryDirectory() as directory:
             for file, content in saved["files"].items():
-                # Only the last part of the name is used, so that it cannot leave the directory.
-                place = Path(directory) / Path(file).name
+                place = Path(directory) / file
+                if not place.resolve().is_relative_to(Path(directory).resolve()):
+                    raise DataError(
+                        f"load_tokenizer: {name} has a file outside of its folder, {file!r}. Save "
+                        "the tokenizer again."
+                    )
+                place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(base64.b64decode(content, validate=True))
             return cls.from_pretrained(directory, name, saved.get("num_tokens"))
 

@@ -16,4 +16,5 @@ def ddiff_register(registry: Registry) -> None:
     registry.add("layout", "llada", "ddiff_hf.hub_layouts:LladaLayout")
     registry.add("layout", "dream", "ddiff_hf.hub_layouts:DreamLayout")
     registry.add("layout", "llada2", "ddiff_hf.hub_layouts:Llada2Layout")
+    registry.add("layout", "modernbert", "ddiff_hf.hub_layouts:ModernBertLayout")
     registry.add("layout", "a2d", "ddiff_hf.hub_layouts:A2DLayout")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -45,6 +45,8 @@ class PretrainedBackbone(Backbone):
         shift: True: the hidden state of a position is that of the position before it, as in an
             autoregressive model, whose output at position i - 1 predicts the token at position i.
             See `_find_sources`.
+        prediction_head: True: `model` is a masked language model. Its layers after the encoder
+            are applied, without the output matrix.
         pretrained: whether the V tokens start with the first V embeddings of the model, and a node
             of a tree with the mean of the embeddings of its tokens. False: random embeddings.
 
@@ -69,6 +71,9 @@ class PretrainedBackbone(Backbone):
         shift: bool = False
         """true: the output at a position predicts the token at the next position, as in
         autoregressive models and in models that were made from them, such as Dream."""
+        prediction_head: bool = False
+        """true: apply the layers between encoder and output matrix of a masked language model, such
+        as BERT; false: the head reads the last hidden states of the encoder."""
         mask_token: NonNegativeInt | None = None
         """Id of the token whose embedding initializes the mask; by default the mask starts as the
         mean of all tokens."""
@@ -88,10 +93,10 @@ class PretrainedBackbone(Backbone):
     @classmethod
     def build(cls, config: Config, *, vocabulary: Vocabulary, length: int) -> PretrainedBackbone:
         if config.architecture is not None:
-            model = make_model(config.architecture, config.settings)
+            model = make_model(config.architecture, config.settings, config.prediction_head)
             pretrained = False
         else:
-            model = load_model(str(config.path), config.pretrained)
+            model = load_model(str(config.path), config.pretrained, config.prediction_head)
             pretrained = config.pretrained
         return cls(
             model,
@@ -101,6 +106,7 @@ class PretrainedBackbone(Backbone):
             config.mask_token,
             pretrained,
             config.shift,
+            config.prediction_head,
         )
 
     def __init__(
@@ -112,8 +118,10 @@ class PretrainedBackbone(Backbone):
         mask_token: int | None = None,
         pretrained: bool = True,
         shift: bool = False,
+        prediction_head: bool = False,
     ) -> None:
         super().__init__()
+        self.has_prediction_head = prediction_head
         self.bidirectional = bidirectional
         self.is_shifted = shift
         self.width: int = model.config.hidden_size
@@ -130,6 +138,7 @@ class PretrainedBackbone(Backbone):
         parameters = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.takes_cache = "use_cache" in parameters
+        self.local_layers = _find_local_layers(model)
         self.model = model
         embedding = _make_embedding(model, vocabulary, mask_token, pretrained)
         model.set_input_embeddings(embedding)
@@ -154,7 +163,18 @@ class PretrainedBackbone(Backbone):
                 "Set [objective] times.paired = false."
             )
         mask = self._make_mask(ids, positions, context)
-        hidden = self.model(input_ids=ids, attention_mask=mask, **options).last_hidden_state
+        local = self.local_layers
+        masks: Tensor | dict[str, Tensor] = mask
+        if local is not None:
+            near = (positions - positions.unsqueeze(-1)).abs() <= local.distance
+            limited = mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+            # The model chooses the mask of each layer by the type of the layer.
+            masks = limited
+            if local.is_mixed:
+                masks = {"full_attention": mask, "sliding_attention": limited}
+        output = self.model(input_ids=ids, attention_mask=masks, **options)
+        # Without an output matrix, the logits are the hidden states before it.
+        hidden = output.logits if self.has_prediction_head else output.last_hidden_state
         if self.is_shifted:
             sources = _find_sources(ids, context).unsqueeze(-1).expand(hidden.shape)
             hidden = hidden.gather(1, sources)
@@ -186,6 +206,42 @@ class PretrainedBackbone(Backbone):
         return mask.expand(len(ids), -1, -1, -1)
 
 
+class LocalLayers(NamedTuple):
+    """Layers whose positions attend only to near positions.
+
+    distance: largest distance between two positions that attend to each other.
+    is_mixed: whether the model also has layers with full attention.
+    """
+
+    distance: int
+    is_mixed: bool
+
+
+def _find_local_layers(model: PreTrainedModel) -> LocalLayers | None:
+    """Return the local layers of a model, such as those of ModernBERT; None if it has none.
+
+    Raises ArgumentError if the model has layers without attention, which no mask makes
+    bidirectional.
+    """
+    settings = model.config.to_dict()
+    kinds = set(settings.get("layer_types") or ())
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ArgumentError(
+            "PretrainedBackbone: the layers of the model must have full or sliding attention; got "
+            f"layers of the type {', '.join(sorted(unknown))}, whose order of positions no "
+            "attention mask changes. Use another model."
+        )
+    # Without a list of types, all layers have the window of the configuration.
+    if "sliding_attention" not in kinds and (kinds or settings.get("sliding_window") is None):
+        return None
+    window: int = model.config.sliding_window
+    # The window of a decoder contains the position itself.
+    is_decoder = any(vars(module).get("is_causal") for module in model.modules())
+    distance = window - 1 if is_decoder else window
+    return LocalLayers(distance, is_mixed=bool(kinds))
+
+
 def _find_sources(ids: Tensor, context: Context) -> Tensor:
     """Return for each input the number [B or 1,n] of the input whose hidden state predicts it.
 
@@ -215,39 +271,56 @@ def _find_sources(ids: Tensor, context: Context) -> Tensor:
     return source.expand(len(ids), -1)
 
 
-def load_model(path: str, pretrained: bool = True) -> PreTrainedModel:
-    """Load a model of the transformers library without its output layer, in float32.
+def load_model(
+    path: str, pretrained: bool = True, prediction_head: bool = False
+) -> PreTrainedModel:
+    """Load a model of the transformers library without its output matrix, in float32.
 
     `path` is a local directory or a name on the hub. With `pretrained=False` only the architecture
-    is loaded, and weights are random. Code in the repository of the model is never run.
+    is loaded, and weights are random. With `prediction_head=True` the model is a masked language
+    model. Code in the repository of the model is never run.
 
     Raises DataError if there is no model, and ArgumentError if the model is an encoder-decoder.
     """
-    from transformers import AutoConfig, AutoModel  # takes seconds to import
+    from transformers import AutoConfig  # takes seconds to import
 
+    loader = _choose_loader(prediction_head)
     config = load_pretrained(AutoConfig.from_pretrained, path, "model")
     _check_one_stack(config)
     # On the meta device only shapes are needed, and the library refuses to load weights onto it.
     on_meta = torch.get_default_device().type == "meta"
     if pretrained and not on_meta:
-        return load_pretrained(AutoModel.from_pretrained, path, "model", dtype=torch.float32)
+        model = load_pretrained(loader.from_pretrained, path, "model", dtype=torch.float32)
+        return _remove_output_matrix(model) if prediction_head else model
 
     def from_config(path: str, **options: Any) -> PreTrainedModel:
-        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return loader.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
-    model: PreTrainedModel = load_pretrained(from_config, path, "model")
-    return model
+    model = load_pretrained(from_config, path, "model")
+    return _remove_output_matrix(model) if prediction_head else model
 
 
-def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedModel:
+def make_model(
+    architecture: str, settings: Mapping[str, Any], prediction_head: bool = False
+) -> PreTrainedModel:
     """Build a randomly initialized model of the transformers library.
 
     `architecture` is a model type such as "bert", and `settings` are keys of its configuration.
+    With `prediction_head=True` the model is a masked language model without its output matrix.
     Raises ArgumentError if the library has no such type, or the configuration no such key.
     """
-    from transformers import AutoConfig, AutoModel
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
 
+    if prediction_head and architecture not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ArgumentError(
+            "PretrainedBackbone: prediction_head needs a masked language model of the transformers "
+            f'library, such as bert, roberta or modernbert; got "{architecture}". Set '
+            "prediction_head = false."
+        )
     if architecture not in MODEL_MAPPING_NAMES:
         raise ArgumentError(
             "PretrainedBackbone: architecture must be a model type of the transformers library; "
@@ -263,7 +336,29 @@ def make_model(architecture: str, settings: Mapping[str, Any]) -> PreTrainedMode
             f"got the unknown keys {', '.join(unknown)}. Correct or remove them."
         )
     _check_one_stack(config)
-    return AutoModel.from_config(config, dtype=torch.float32)
+    model = _choose_loader(prediction_head).from_config(config, dtype=torch.float32)
+    return _remove_output_matrix(model) if prediction_head else model
+
+
+def _choose_loader(prediction_head: bool) -> Any:
+    """Return the class of the library that loads models with or without a prediction head."""
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if prediction_head else AutoModel
+
+
+def _remove_output_matrix(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace the output matrix of a masked language model by the identity, in place."""
+    matrix = model.get_output_embeddings()
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if child is not matrix:
+                continue
+            setattr(parent, name, nn.Identity())
+            # In the family of BERT, the bias is also a parameter of the parent.
+            if "bias" in dict(parent.named_parameters(recurse=False)):
+                del parent.bias
+    return model
 
 
 def _check_one_stack(config: Any) -> None:
@@ -312,7 +407,8 @@ def _find_first_position(model: PreTrainedModel) -> int:
 
     It is padding id + 1 for RoBERTa and related models, else 0.
     """
-    table = dict(model.named_modules()).get("embeddings.position_embeddings")
-    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-        return int(table.padding_idx) + 1
+    for name, table in model.named_modules():
+        is_positions = name.endswith("embeddings.position_embeddings")
+        if is_positions and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return int(table.padding_idx) + 1
     return 0

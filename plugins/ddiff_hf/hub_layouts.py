@@ -2,8 +2,8 @@
 
 LLaDA (arXiv 2502.09992), Dream (2508.15487), LLaDA2 and models that dllm made from autoregressive
 models (A2D) have repositories with Python code. The networks are those of classes of the library
-(`hub_models.py`) under other names. A layout translates configuration and names, so that no code of
-a repository is run.
+(`hub_models.py`), most of them under other names. A layout translates configuration and names, so
+that no code of a repository is run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .hub_models import HUB_MODELS, HubModel
 
 NO_OUTPUT = -1e4  # logit of the mask token, which is never a clean token
 LONGEST_ROW = 1024  # tokens of a row, unless the model has fewer positions or --set says otherwise
+NOT_OF_THE_NETWORK = ("architectures", "dtype", "transformers_version", "id2label", "label2id")
 SUPPORTED = ("llama", "qwen2", "qwen3", "glm4_moe")
 
 # Keys of the configuration that the library's classes share. Other keys that change the network
@@ -56,6 +57,12 @@ class HubLayout(Layout):
     """Base class of the layouts. A subclass names its entry of the table, and translates names."""
 
     facts: ClassVar[HubModel]
+    embedding: ClassVar[str] = "embed_tokens.weight"
+    """Name of the embedding in the library's class."""
+    has_prediction_head: ClassVar[bool] = False
+    """True for masked language models with layers between encoder and output matrix."""
+    output_bias: ClassVar[str | None] = None
+    """Published name of the biases of the output; None if there are none."""
 
     class Config(ComponentConfig):
         """Facts of a model that differ from those of its architecture."""
@@ -118,6 +125,7 @@ class HubLayout(Layout):
                 "settings": settings,
                 "bidirectional": self.facts.attention != "causal",
                 "shift": shift,
+                "prediction_head": self.has_prediction_head,
                 "head": "tokens",
             },
             "objective": {},
@@ -158,22 +166,26 @@ class HubLayout(Layout):
     ) -> dict[str, Tensor]:
         """Return the state dict of the denoiser."""
         with torch.device("meta"):
-            model = make_model(library, settings)
+            model = make_model(library, settings, self.has_prediction_head)
         weights = {}
         for name, parameter in model.state_dict().items():
             weights[f"backbone.model.{name}"] = self.take(files.tensors, name, parameter.shape)
         # Frequencies of the rotary positions follow from the configuration.
         files.tensors.skip(*(name for name in files.tensors.names if name.endswith("inv_freq")))
-        table = weights.pop("backbone.model.embed_tokens.weight")
+        embedding = f"backbone.model.{self.embedding}"
+        table = weights[embedding]
         if files.tensors.has(self.output_name):
             output = files.tensors.take(self.output_name, *table.shape)
         elif self._is_tied(files):
             output = table.clone()
         else:
             output = files.tensors.take(self.output_name, *table.shape)  # raises an error
-        bias = torch.zeros(len(table), device=table.device)
+        if self.output_bias is None:
+            bias = torch.zeros(len(table), device=table.device)
+        else:
+            bias = files.tensors.take(self.output_bias, len(table)).clone()
         bias[mask] = NO_OUTPUT
-        weights["backbone.model.embed_tokens.weight"] = torch.cat([table, table[mask : mask + 1]])
+        weights[embedding] = torch.cat([table, table[mask : mask + 1]])
         weights["head.table"] = output
         weights["head.bias"] = bias
         return weights
@@ -355,6 +367,54 @@ class A2DLayout(DreamLayout):
                 f"{files.config.get('model_type')!r}. Write a layout for this model."
             )
         return library
+
+
+# ---------------------------------------------------------------------- ModernBERT
+
+
+class ModernBertLayout(HubLayout):
+    """ModernBERT as a masked language model, which dllm trained on conversations."""
+
+    facts = HUB_MODELS["modernbert"]
+    embedding = "model.embeddings.tok_embeddings.weight"
+    has_prediction_head = True
+    output_bias = "decoder.bias"
+
+    @property
+    def output_name(self) -> str:
+        return "decoder.weight"
+
+    def recognize(self, files: PublishedFiles) -> bool:
+        # Other classes, such as classifiers, have no output for tokens.
+        classes = files.config.get("architectures") or ()
+        return super().recognize(files) and any("ForMaskedLM" in name for name in classes)
+
+    def read_settings(self, files: PublishedFiles) -> dict[str, Any]:
+        from transformers import ModernBertConfig
+
+        keys = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+        counts = {key: files.read_count(key) for key in keys}
+        try:
+            # The library translates keys of earlier versions.
+            config = ModernBertConfig.from_dict(dict(files.config)).to_dict()
+        except Exception as error:  # the library has many error classes
+            raise DataError(
+                f"{files.source}: the configuration is not one of ModernBERT ({error}). Use the "
+                "configuration that was published with the weights."
+            ) from error
+        defaults = ModernBertConfig().to_dict()
+        changed = {
+            key: config[key]
+            for key, value in defaults.items()
+            if key not in NOT_OF_THE_NETWORK and config[key] is not None and config[key] != value
+        }
+        return {**changed, **counts}
+
+    def take(self, tensors: PublishedTensors, name: str, shape: torch.Size) -> Tensor:
+        return tensors.take(name, *shape)
+
+    def _is_tied(self, files: PublishedFiles) -> bool:
+        return bool(files.config.get("tie_word_embeddings", True))
 
 
 # ---------------------------------------------------------------------- LLaDA2

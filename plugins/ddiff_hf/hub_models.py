@@ -83,6 +83,17 @@ HUB_MODELS: dict[str, HubModel] = {
         end=STOPPED,
         chat_template="tokenizer_config.json or chat_template.jinja",
     ),
+    "modernbert": HubModel(
+        examples=("dllm-hub/ModernBERT-base-chat-v0.1", "answerdotai/ModernBERT-base"),
+        model_type="modernbert",
+        library="modernbert",
+        mask_token=None,
+        shift=False,
+        attention="full",
+        block=None,
+        end="end token of the chat template",
+        chat_template="chat_template.jinja or tokenizer_config.json",
+    ),
     "a2d": HubModel(
         examples=("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",),
         model_type="a2d-",

@@ -42,6 +42,15 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(
         **SHAPE, intermediate_size=32, max_position_embeddings=32
     ),
+    # In the second layer a position attends to two positions on each side.
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **SHAPE,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        local_attention=4,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+    ),
 }
 # The graph of LLaDA2: groups of experts, and rotary positions of half of each head.
 EXPERTS: dict[str, Any] = {
@@ -123,6 +132,54 @@ def test_hf_hidden_states_of_tokens_are_those_of_the_library(path: str) -> None:
     torch.testing.assert_close(
         model(ids, t, UNPADDED), theirs(input_ids=ids).last_hidden_state, **CLOSE
     )
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_hf_windows_of_decoders_are_kept(bidirectional: bool) -> None:
+    """In one layer of Mistral, a position attends to itself and the two positions before it."""
+    torch.manual_seed(0)
+    settings = SHAPE | {"num_hidden_layers": 1, "sliding_window": 3, "num_key_value_heads": 1}
+    settings["vocab_size"] = TREE.num_states
+    library = make_model("mistral", settings).double().eval()
+    ids, t = inputs()
+    theirs = library(input_ids=ids).last_hidden_state
+    table = library.get_input_embeddings().weight.detach()
+    model = PretrainedBackbone(library, TREE, LENGTH, bidirectional).double().eval()
+    with torch.no_grad():
+        model.table.weight.copy_(table[: TREE.num_states])
+    assert torch.allclose(model(ids, t, UNPADDED), theirs, **CLOSE) != bidirectional
+    seen = moved_by(model, 3)[0]
+    first = 1 if bidirectional else 3
+    place = torch.arange(LENGTH)
+    assert torch.equal(seen, (place >= first) & (place <= 5))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "modernbert"])
+def test_hf_prediction_head_gives_the_states_before_the_output(
+    architecture: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = CONFIGS[architecture]()
+    theirs = transformers.AutoModelForMaskedLM.from_config(config).double().eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), prediction_head=True)
+    backbone = PretrainedBackbone(model, TREE, LENGTH, prediction_head=True).double().eval()
+    ids, t = inputs()
+    ids = torch.where(ids % V == 1, 2, ids % V)  # 1 is the padding id of RoBERTa
+    output = theirs.get_output_embeddings()
+    hidden = backbone(ids, t, UNPADDED)
+    logits = hidden @ output.weight.T + output.bias
+    # The saved weights are float64 and the loaded ones float32, with logits below 1.
+    torch.testing.assert_close(logits, theirs(input_ids=ids).logits, rtol=0.0, atol=1e-5)
+    hidden.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_hf_backbone_refuses_layers_without_attention() -> None:
+    library = make_model("qwen2", SHAPE | {"num_key_value_heads": 1})
+    library.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ArgumentError, match="layers of the type linear_attention"):
+        PretrainedBackbone(library, TREE, LENGTH)
 
 
 def test_hf_backbone_attends_to_every_position_if_bidirectional(path: str) -> None:

@@ -93,7 +93,29 @@ LLADA2 = QWEN | {
     "partial_rotary_factor": 0.5,
     "mask_token_id": MASK,
 }
-CONFIGS = {"llada": LLADA, "dream": DREAM, "llada2": LLADA2, "a2d": A2D}
+# Keys of the configuration as before version 5 of the library.
+MODERNBERT = {
+    "model_type": "modernbert",
+    "architectures": ["ModernBertForMaskedLM"],
+    "vocab_size": V,
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": LENGTH,
+    "local_attention": 8,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 80000.0,
+    "local_rope_theta": 5000.0,
+    "pad_token_id": PAD,
+}
+CONFIGS = {
+    "llada": LLADA,
+    "dream": DREAM,
+    "llada2": LLADA2,
+    "a2d": A2D,
+    "modernbert": MODERNBERT,
+}
 
 
 def write_tokenizer(folder: Path, mask_token: str | None = "[MASK]") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from commands import Command, is_refusal
 from ddiff_hf.hub_models import HUB_MODELS
 from hub_checkpoints import (
@@ -36,6 +37,7 @@ from torch import Tensor
 import ddiff
 from ddiff import DataError
 from ddiff.core.times import Noisy
+from ddiff.data.tokenizer import load_tokenizer
 from ddiff.nn.denoiser import UNPADDED
 
 # Logits are up to 15; another order of the same float32 products changes them by less.
@@ -112,12 +114,37 @@ def test_qwen_import_equals_the_published_network(folder: Path, layout: str) -> 
     assert run.recipe.to_dict()["denoiser"]["shift"] == (layout == "dream")
 
 
+def test_modernbert_import_equals_the_published_network(folder: Path) -> None:
+    """The prediction head, the output biases and the windows of local layers are kept."""
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig.from_dict(CONFIGS["modernbert"])
+    model = transformers.ModernBertForMaskedLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    tensors = {
+        name: value for name, value in model.state_dict().items() if name != "decoder.weight"
+    }
+    run = import_hub(write_checkpoint(Path("modernbert"), CONFIGS["modernbert"], tensors))
+    ids, published = draw_ids()
+    assert_equal_logits(run_logits(run, ids), model(input_ids=published).logits.detach())
+
+
 def test_hub_run_keeps_the_chat_template(folder: Path) -> None:
     model = build_library_model(CONFIGS["dream"])
     run = import_hub(write_checkpoint(Path("dream"), CONFIGS["dream"], published_tensors(model)))
     # Loaded from the run directory, without the folder of the checkpoint.
     assert run.tokenizer.chat_template == CHAT
     assert run.tokenizer.eos_id == EOS
+    # Several named templates are files in a folder.
+    run.tokenizer._tokenizer.chat_template = {"default": CHAT, "tools": "tools"}
+    run.tokenizer.save("named.json")
+    assert load_tokenizer("named.json").chat_template == CHAT
+    content = json.loads(Path("named.json").read_text())
+    content["files"]["../outside"] = ""
+    Path("named.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="a file outside of its folder"):
+        load_tokenizer("named.json")
     assert "end token" in " ".join(json.loads(Path("runs/hub/origin.json").read_text())["notes"])
 
 
