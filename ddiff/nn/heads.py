@@ -89,6 +89,24 @@ class Head(nn.Module, ABC):
         `counts` [V] are the counts of the tokens. One is added to each count.
         """
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits [n,V] of all tokens in id order, from hidden states [n,width].
+
+        Their softmax is the predicted distribution. A head with another parameterization returns
+        its output [n,S] for all states. Training and sampling never make this tensor: they call
+        `total` and `query`.
+        """
+        logits = F.linear(hidden, self.table.to(hidden.dtype))
+        dtype = torch.promote_types(self.table.dtype, torch.float32)
+        return self.sort_by_id(logits.to(dtype) + self.bias)
+
+    def sort_by_id(self, logits: Tensor) -> Tensor:
+        """Convert the logits [n,rows] of all rows of the table to logits of tokens in id order.
+
+        The default returns the logits unchanged.
+        """
+        return logits
+
     def total(self, hidden: Tensor, node: Tensor, fn: HeadCallback) -> tuple[Tensor, ...]:
         """Evaluate a function of the predictions, and sum its first result over all rows.
 
@@ -238,6 +256,16 @@ class TreeHead(Head):
             token_logits = logits(tokens.start, tokens.stop)
             return LogitDistribution(token_logits, self.vocabulary, top, top_is_query_node=True)
         return LevelwiseDistribution(logits, self.vocabulary, top, top_is_query_node=True)
+
+    def sort_by_id(self, logits: Tensor) -> Tensor:
+        if self.kind == "tied":
+            return logits[:, self.vocabulary.position(0, logits.device)]
+
+        def select(start: int, stop: int) -> Tensor:
+            return logits[:, start:stop]
+
+        root = self.vocabulary.root
+        return LevelwiseDistribution(select, self.vocabulary, root).log_mass(0)
 
     def logits_per_row(self, top: int) -> int:
         widths = [places.stop - places.start for places in self.vocabulary.subtree(top)]
