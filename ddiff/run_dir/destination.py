@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ddiff.atomic import open_atomic
+from ddiff.atomic import open_atomic, partial_name
 from ddiff.errors import ArgumentError
 from ddiff.run_dir.files import FILES, RECIPE
 from ddiff.run_dir.location import find_enclosing_checkpoint
@@ -74,6 +76,20 @@ def check_destination(
     return place
 
 
+def check_new_folder(name: str | Path, argument: str) -> Destination:
+    """Check the path of an output folder, which must be local, and new or empty.
+
+    `argument`: option or argument with the path, for messages. Raises ArgumentError.
+    """
+    place = check_destination(name, argument, folder=True)
+    if place.local is None or (place.local.exists() and any(place.local.iterdir())):
+        raise ArgumentError(
+            f"{argument}: the folder must be local, and new or empty; got {name}. Use another "
+            "folder."
+        )
+    return place
+
+
 def write_file(place: Destination, fill: Callable[[IO[bytes]], Any]) -> None:
     """Write a file atomically, with the content that `fill(file)` writes.
 
@@ -91,6 +107,27 @@ def write_file(place: Destination, fill: Callable[[IO[bytes]], Any]) -> None:
 def write_text(place: Destination, text: str) -> None:
     """Write a UTF-8 file atomically."""
     write_file(place, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def write_folder(place: Destination) -> Iterator[Path]:
+    """Context manager that yields a new local folder, and renames it to `place` at the end.
+
+    `place` must not exist or be empty. After an error, the new folder is removed. Raises
+    ArgumentError if the path is not writable.
+    """
+    assert place.local is not None
+    folder = place.local.with_name(partial_name(place.local.name))
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, place.local)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the command line explains a full disk
+        raise unwritable_error(place, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def unwritable_error(place: Destination, error: Exception) -> ArgumentError:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from ddiff import __version__
-from ddiff.atomic import partial_name
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.progress import show_activity
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.resolve import read_recipe
-from ddiff.run_dir.destination import check_destination, unwritable_error, write_file
+from ddiff.run_dir.destination import (
+    Destination,
+    check_destination,
+    check_new_folder,
+    write_file,
+    write_folder,
+)
 from ddiff.run_dir.files import FIELDS, NORMALIZER, RECIPE, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_recorded
 from ddiff.runs.record import open_checkpoints
@@ -106,11 +109,7 @@ def export_published(
     component = find_layout(layout, "--format")
     newest = _open_newest(directory)
     recipe = require_text_recipe(read_recipe(directory / RECIPE), f"--format {layout}")
-    target = check_destination(folder, "export", folder=True).local
-    if target is None or (target.exists() and any(target.iterdir())):
-        raise ArgumentError(
-            f"export: the folder must be local, and new or empty; got {folder}. Use another folder."
-        )
+    place = check_new_folder(folder, "export")
     average = _uses_average(newest, weights)
     with show_activity("exporting the weights"):
         source = ExportSource(
@@ -123,27 +122,20 @@ def export_published(
         except ArgumentError as error:
             reason = str(error).removeprefix("export: ")
             raise ArgumentError(f"export --format {layout}: {reason}") from error
-        _write_published(target, exported)
+        _write_published(place, exported)
     return ExportedRun("ema" if average else "trained", newest.step, tuple(exported.notes))
 
 
-def _write_published(target: Path, exported: Exported) -> None:
+def _write_published(place: Destination, exported: Exported) -> None:
     """Write a folder with configuration and weights. It appears when it is complete."""
     from ddiff.checkpoint.dcp_storage import write_tensors
 
     tensors = {name: tensor.contiguous() for name, tensor in exported.tensors.items()}
-    folder = target.with_name(partial_name(target.name))
-    try:
-        folder.mkdir(parents=True)
+    with write_folder(place) as folder:
         config = json.dumps(dict(exported.config), indent=2) + "\n"
         (folder / "config.json").write_text(config, encoding="utf-8")
         with (folder / "model.safetensors").open("wb") as file:
             write_tensors(file, tensors, {"format": "pt"})
-        os.replace(folder, target)
-    except OSError as error:
-        raise unwritable_error(check_destination(target, "export", folder=True), error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_newest(directory: Path) -> Checkpoint:
