@@ -41,7 +41,7 @@ WEIGHTS = (
 SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 _HUB_NAME = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_TEXTS = ["*.json", "*.yaml", "*.txt", "*.model", "*.jinja"]
+_TEXTS = ["*.json", "*.jsonl", "*.yaml", "*.toml", "*.txt", "*.model", "*.jinja"]
 _MISSING: Any = object()
 
 
@@ -112,7 +112,7 @@ def open_published(source: str | Path) -> PublishedFiles:
     config, config_files = _read_config(directory, weights)
     with show_activity("computing the SHA-256 of the files"):
         digests = {
-            str(file.relative_to(directory)): _compute_digest(file)
+            str(file.relative_to(directory)): compute_digest(file)
             for file in [*config_files, *weights.files]
         }
     has_tokenizer = any(any(directory.glob(pattern)) for pattern in _TOKENIZERS)
@@ -130,6 +130,15 @@ def open_published(source: str | Path) -> PublishedFiles:
 
 
 # ---------------------------------------------------------------------- location
+
+
+def locate(source: str | Path) -> Path:
+    """Return the local folder of a published checkpoint; a hub name is downloaded first.
+
+    `source` is a folder, a file of weights or a hub name, as in `open_published`. Raises DataError
+    if it is neither, or if the download fails.
+    """
+    return _locate(str(source))[0]
 
 
 def _locate(source: str) -> tuple[Path, Path | None, str | None]:
@@ -400,7 +409,8 @@ def _parse_mapping(text: str, parse: Callable[[str], Any], name: str) -> Mapping
 # ---------------------------------------------------------------------- digests
 
 
-def _compute_digest(file: Path) -> FileDigest:
+def compute_digest(file: Path) -> FileDigest:
+    """Return size and SHA-256 of a file."""
     digest = hashlib.sha256()
     size = 0
     with file.open("rb") as stream:

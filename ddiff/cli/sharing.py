@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ddiff.cli.options import RunDir, Settings
+from ddiff.errors import ArgumentError
 
 if TYPE_CHECKING:
     from ddiff.runs.importing import ImportedRun
 
 SAFETENSORS = "safetensors"
+HF = "hf"
+Weights = Literal["auto", "ema", "trained"]
 
 
 def import_checkpoint(
@@ -121,30 +125,60 @@ def _print_import(imported: ImportedRun) -> None:
 def export(
     run_dir: RunDir,
     file: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="FILE",
-            help="Output file NAME.safetensors, a local or fsspec path; with a published format, "
-            "a new folder.",
+            help="Output file NAME.safetensors, a local or fsspec path; with another format, a new "
+            "folder. Not needed with --push.",
         ),
-    ],
+    ] = None,
     weights: Annotated[
-        Literal["auto", "ema", "trained"],
+        Weights,
         typer.Option(
             help="ema: the moving average; trained: the trained weights; auto: ema if the run "
             "has a moving average."
         ),
     ] = "auto",
     format: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FORMAT",
-            help="safetensors: one file with the names of ddiff; or a layout, such as that of a "
-            "published model, which other programs read.",
+            help="safetensors (default): one file with the names of ddiff; hf: a model of the "
+            "transformers library; or a layout, such as that of a published model.",
         ),
-    ] = SAFETENSORS,
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload to this repository on the hub, in the format hf."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; else it is private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --push, list the files and upload nothing.")
+    ] = False,
 ) -> None:
-    """Write all weights of a trained run to one safetensors file, or to a published format."""
+    """Write the weights of a trained run to a file, to a published format, or to the hub."""
+    if push is not None:
+        _push(run_dir, file, weights, format, push, public, dry_run)
+        return
+    if public or dry_run:
+        name = "--public" if public else "--dry-run"
+        raise ArgumentError(f"{name} needs --push OWNER/NAME. Leave {name} out, or add --push.")
+    if file is None:
+        raise ArgumentError(
+            "export: expected the output file or folder; got none. Name a file, such as "
+            "weights.safetensors, or with --format a new folder."
+        )
+    if format == HF:
+        _save(run_dir, file, weights)
+    else:
+        _export_weights(run_dir, file, weights, format or SAFETENSORS)
+
+
+def _export_weights(run_dir: Path, file: str, weights: Weights, format: str) -> None:
     from ddiff.runs.export import export_published, export_run
 
     if format == SAFETENSORS:
@@ -159,3 +193,54 @@ def export(
     )
     for note in exported.notes:
         typer.echo(f"  {note}")
+
+
+def _load(run_dir: Path, weights: Weights) -> Any:
+    """Load a text run with the given weights. Raises ArgumentError for a run of several fields."""
+    from ddiff.recipe.fields_recipe import require_text_recipe
+    from ddiff.runs.loading import load
+
+    settings = [] if weights == "auto" else [f'evaluate.weights="{weights}"']
+    run = load(run_dir, settings=settings)
+    require_text_recipe(run.recipe, f"--format {HF}")
+    return run
+
+
+def _save(run_dir: Path, folder: str, weights: Weights) -> None:
+    saved = _load(run_dir, weights).save_pretrained(folder)
+    typer.echo(
+        f"{folder}: the {saved.weights} weights of step {saved.step} of {run_dir}, as a model of "
+        "transformers"
+    )
+    _print_files(saved.files)
+
+
+def _push(
+    run_dir: Path,
+    file: str | None,
+    weights: Weights,
+    format: str | None,
+    name: str,
+    public: bool,
+    dry_run: bool,
+) -> None:
+    if file is not None:
+        raise ArgumentError(
+            f"--push uploads a folder that it makes; got the output {file}, too. Leave it out, or "
+            "call the command twice."
+        )
+    if format not in (None, HF):
+        raise ArgumentError(f"--push uploads the format {HF}; got --format {format}. Leave it out.")
+    from ddiff.runs.hub.push import check_name
+
+    check_name(name)
+    pushed = _load(run_dir, weights).push_to_hub(name, private=not public, dry_run=dry_run)
+    place = "would be uploaded (dry run)" if pushed.url is None else pushed.url
+    typer.echo(f"{name}: the {pushed.weights} weights of step {pushed.step} of {run_dir}, {place}")
+    _print_files(pushed.files)
+
+
+def _print_files(files: Mapping[str, int]) -> None:
+    width = max(len(name) for name in files)
+    for name, size in files.items():
+        typer.echo(f"  {name:{width}}  {size:>13,} bytes")

@@ -222,6 +222,11 @@ class BytePairTokenizer:
             tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
         return cls(tokenizer.to_str())
 
+    @property
+    def definition(self) -> str:
+        """JSON of the `tokenizers` library."""
+        return self._definition
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return _encode_or_explain(self._encode, texts)
 
@@ -634,9 +639,13 @@ class PretrainedTokenizer:
         found = self._tokenizer.special_tokens_map
         return {name: token for name, token in found.items() if isinstance(token, str)}
 
+    def save_pretrained(self, directory: str) -> None:
+        """Write the files of the tokenizer in the format of the transformers library."""
+        self._tokenizer.save_pretrained(directory)
+
     def save(self, path: str) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            self._tokenizer.save_pretrained(directory)
+            self.save_pretrained(directory)
             files = {}
             # Further chat templates are in a folder.
             for file in sorted(Path(directory).rglob("*")):

@@ -18,7 +18,7 @@ from ddiff import __version__
 from ddiff.atomic import partial_name
 from ddiff.checkpoint.checkpoints import Checkpoints, load_weights
 from ddiff.checkpoint.layout import Imported, Layout
-from ddiff.checkpoint.published_files import PublishedFiles, open_published
+from ddiff.checkpoint.published_files import PublishedFiles, locate, open_published
 from ddiff.data.pretrained import first_line
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.single import SingleBackend
@@ -43,10 +43,12 @@ from ddiff.runs.build import NO_OVERRIDES
 from ddiff.runs.conditioning import check_sampling
 from ddiff.runs.data import RunText
 from ddiff.runs.directory import lock_run_dir
+from ddiff.runs.hub.restore import is_saved_model, read_saved_recipe, write_saved_run
 from ddiff.runs.masked_predictions import MaskedPredictions, check_masked_predictions
 from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.record import record_run, write_run_file
 from ddiff.runs.run import Run
+from ddiff.runs.text_stages import load_run
 from ddiff.training.run_state import RunState
 
 KIND = "layout"
@@ -98,6 +100,8 @@ def import_published(
     The run can be sampled, evaluated, reported and exported like a trained run, and another run can
     start from it with `[train] init = { run = ... }`. The directory appears when it is complete.
 
+    A model that `run.save_pretrained` has written becomes an equal run.
+
     Args:
         source: local folder, file of weights, or hub name OWNER/NAME[@REVISION].
         out: run directory, which must not exist or be empty.
@@ -115,6 +119,10 @@ def import_published(
     """
     directory = Path(out)
     _check_directory(directory, fresh)
+    folder = locate(source)
+    if is_saved_model(folder):
+        _refuse_choices(layout, tokenizer)
+        return _import_saved(folder, str(source), directory, list(settings), fresh)
     files = open_published(source)
     chosen = _choose_layout(files, layout)
     imported = _read_model(chosen.build(), files)
@@ -151,6 +159,46 @@ def import_published(
         length=recipe.length,
         predictions=predictions,
     )
+
+
+# ---------------------------------------------------------------------- saved models
+
+
+def _refuse_choices(layout: str | Mapping[str, Any] | None, tokenizer: str | None) -> None:
+    """Raise ArgumentError for options that a model saved by ddiff determines."""
+    for option, value in (("--layout", layout), ("--tokenizer", tokenizer)):
+        if value is not None:
+            raise ArgumentError(
+                f"{option} {value}: ddiff saved this model with its layout and its tokenizer. "
+                f"Leave {option} out."
+            )
+
+
+def _import_saved(
+    folder: Path, source: str, directory: Path, settings: list[str], fresh: bool
+) -> ImportedRun:
+    """Write the run directory of a model that `save_pretrained` has written to `folder`."""
+    recipe = read_saved_recipe(folder, directory, settings)
+    with lock_run_dir(directory), _replace_directory(directory, fresh) as target:
+        origin = write_saved_run(folder, source, recipe, target)
+        # Loaded before the directory appears, which compares the weights with the network.
+        run = _load_saved(recipe, target)
+    return ImportedRun(
+        directory=directory,
+        origin=origin,
+        parameters=sum(parameter.numel() for parameter in run.denoiser.parameters()),
+        process=str(run.process or type(run.objective).__name__),
+        num_tokens=run.vocabulary.num_tokens,
+        length=recipe.length,
+    )
+
+
+def _load_saved(recipe: Recipe, folder: Path) -> Run:
+    newest = Checkpoints(str(folder / CHECKPOINTS)).newest()
+    assert newest is not None
+    run = load_run(recipe, folder, newest, None)
+    check_sampling(recipe, run.model)
+    return run
 
 
 # ---------------------------------------------------------------------- directory

@@ -13,6 +13,7 @@ from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import RECIPE, RunRecord
 from ddiff.run_dir.identity import check_recorded, recorded_overrides
+from ddiff.runs.hub.restore import find_run
 from ddiff.runs.kinds import ClockSource, find_kind
 from ddiff.runs.record import open_checkpoints
 
@@ -27,7 +28,9 @@ def load(
     """Load a trained run with the weights of its newest checkpoint.
 
     Args:
-        run_dir: directory that `ddiff run` wrote.
+        run_dir: directory that `ddiff run` wrote, folder that `run.save_pretrained` wrote, or
+            name on the hub, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION`. Models are imported
+            into the cache of ddiff.
         process: forward process, required if a process was passed to `ddiff.run`.
         settings: `key=value` texts that override keys of [evaluate] and [sample].
         clock: "found" for the clock in clock.json, which `ddiff clock` writes.
@@ -35,14 +38,14 @@ def load(
     Raises CheckpointError if the run has no complete checkpoint, or if its files do not belong to
     the checkpoint. Raises ArgumentError for a setting outside of [evaluate] and [sample].
     """
-    directory = Path(run_dir)
+    directory = find_run(run_dir)
     newest = open_checkpoints(directory).newest()
     assert newest is not None  # `open_checkpoints` refuses a run without one
     settings = list(settings)
     _check_settings(settings)
     record = RunRecord.read(directory)
     check_recorded(record, newest.state)
-    settings = [f"run_dir={json.dumps(str(run_dir))}", *settings]
+    settings = [f"run_dir={json.dumps(str(directory))}", *settings]
     recipe = read_recipe(directory / RECIPE, settings)
     given = recorded_overrides(record, newest.state)
     if "process" in given and process is None:

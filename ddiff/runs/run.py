@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -64,6 +64,10 @@ from ddiff.runs.sampling import SampleRequest, build_sampler, draw_samples, draw
 from ddiff.runs.trainable import TrainableRun, count_preview_steps
 from ddiff.sampling.editing import EditMode
 from ddiff.sampling.loop import OnStep, Sampler
+
+if TYPE_CHECKING:
+    from ddiff.runs.hub.push import PushedModel
+    from ddiff.runs.hub.save import SavedModel
 
 MOST_COUNTED = 2**22  # training tokens whose bigrams are counted during training
 
@@ -397,6 +401,53 @@ class Run(TrainableRun):
             texts, ratio, mode, conditions, guidance, steps, sampler, settings, seed, batch
         )
         return edit_texts(self.recipe, self.model, self.tokenizer, request, on_step, ranks)
+
+    # ------------------------------------------------------------------ other programs
+
+    def save_pretrained(self, folder: str | Path) -> SavedModel:
+        """Save the run as a model of the transformers library.
+
+        `folder`: new or empty folder, which appears when it is complete. The weights that the run
+        evaluates are saved. The folder has configuration, weights, tokenizer, model card, the
+        network as one Python file that needs only torch and transformers, and the record from which
+        `ddiff.load(folder)` restores an equal run. Raises ArgumentError, which names the reason, if
+        such a file cannot represent the run.
+        """
+        from ddiff.runs.hub.save import save_pretrained
+
+        return save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        message: str | None = None,
+        token: str | None = None,
+        dry_run: bool = False,
+    ) -> PushedModel:
+        """Save the run as `save_pretrained` does, and upload the folder to the hub.
+
+        Args:
+            name: name of the repository, OWNER/NAME. It is created if it does not exist.
+            private: whether a new repository is private.
+            revision: branch to which the files are uploaded; None: the main branch.
+            message: commit message.
+            token: access token; None: that of `hf auth login`. It is never printed.
+            dry_run: list the files without a connection to the hub.
+        """
+        from ddiff.runs.hub.push import push_to_hub
+
+        return push_to_hub(
+            self,
+            name,
+            private=private,
+            revision=revision,
+            message=message,
+            token=token,
+            dry_run=dry_run,
+        )
 
     # ------------------------------------------------------------------ training
 

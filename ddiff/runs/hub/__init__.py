@@ -1,0 +1,1 @@
+"""Saved models of the transformers library, and the Hugging Face hub."""

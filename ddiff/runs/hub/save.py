@@ -1,0 +1,337 @@
+"""Save a text run as a model of the transformers library: `run.save_pretrained`.
+
+The folder contains:
+
+    config.json               settings of the network, and the class in modeling_ddiff.py
+    model.safetensors         weights
+    modeling_ddiff.py         network in one file, which needs only torch and transformers
+    tokenizer.json, ...       tokenizer for `AutoTokenizer`
+    README.md                 model card
+    run/                      recipe and record of the run, for `ddiff.load` and `ddiff import`
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddiff import __version__
+from ddiff.checkpoint.dcp_storage import write_tensors
+from ddiff.core.process import ForwardProcess
+from ddiff.core.schedule import Schedule
+from ddiff.core.times import Noisy
+from ddiff.core.vocabulary import Vocabulary
+from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.nn.denoiser import UNPADDED, Denoiser
+from ddiff.progress import show_activity
+from ddiff.recipe.component import ComponentSpec
+from ddiff.run_dir.destination import Destination, check_new_folder, write_folder
+from ddiff.runs.hub.card import write_card
+from ddiff.runs.hub.record import write_record
+from ddiff.runs.hub.source import Place, generate_source
+from ddiff.runs.hub.tokenizer_files import write_tokenizer
+
+if TYPE_CHECKING:
+    from ddiff.runs.run import Run
+
+MODELING = "modeling_ddiff"
+"""Name of the module with the network."""
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+MODEL_CLASS = "DdiffModel"
+CONFIG_CLASS = "DdiffConfig"
+AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM")
+
+FILES_KEY = "path"
+"""Key of a component that reads files when it is built."""
+
+CHECKED_POSITIONS = 32
+"""Positions of the row whose logits are compared before anything is written."""
+
+TOLERANCE = 1e-4
+"""Largest difference of log-probabilities from those of the samplers, which multiply matrices in
+other chunks."""
+
+HEADER = f"""Network of a discrete diffusion model, for the transformers library.
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    logits = model(input_ids, timesteps=0.5).logits
+
+ddiff {__version__} generated this file from its source code (Apache-2.0). The network needs only
+torch and transformers. Some docstrings refer to parts of ddiff that are not in this file.
+"""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Result of saving a run.
+
+    Attributes:
+        weights: saved weights, "ema" or "trained".
+        step: training step of the weights.
+        files: size in bytes of each file, by its path in the folder.
+    """
+
+    weights: str
+    step: int
+    files: Mapping[str, int]
+
+
+def save_pretrained(run: Run, folder: str | Path) -> SavedModel:
+    """Save a text run as a model of the transformers library.
+
+    Args:
+        run: trained run. The weights that it evaluates are saved.
+        folder: new or empty folder. It appears when it is complete.
+
+    The saved network is compared with that of the run. Raises ArgumentError, which names the
+    reason, if the saved file cannot represent the network or the tokenizer, and CheckpointError if
+    the run has no checkpoint. Nothing is written in these cases.
+    """
+    place = check_new_folder(folder, "save_pretrained")
+    with show_activity("saving the model"):
+        return _write(run, place)
+
+
+def _write(run: Run, place: Destination) -> SavedModel:
+    newest = run.checkpoints.newest()
+    if newest is None:
+        raise CheckpointError(
+            f"save_pretrained: {run.run_dir} has no checkpoint. Train the run before it is saved."
+        )
+    if run.given():
+        raise ArgumentError(
+            "save_pretrained: the run was given components from Python "
+            f"({', '.join(run.given())}), which its recipe does not define. Register them as "
+            "components of a plugin, and name them in the recipe."
+        )
+    text = _generate_modeling(run)
+    config = _describe_model(run)
+    with write_folder(place) as folder:
+        (folder / f"{MODELING}.py").write_text(text, encoding="utf-8")
+        with load_module(folder / f"{MODELING}.py") as module:
+            network = _build_network(run, module, config)
+        # Before config.json, whose unknown type of model transformers would report.
+        write_tokenizer(run.tokenizer, run.vocabulary.mask_id, folder)
+        (folder / CONFIG).write_text(_format_config(network.config), encoding="utf-8")
+        with (folder / WEIGHTS).open("wb") as file:
+            write_tensors(file, network.tensors, {"format": "pt"})
+        record = write_record(run, newest, network.constants, folder)
+        write_card(run, record, folder)
+        files = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    return SavedModel("ema" if run.uses_ema else "trained", newest.step, files)
+
+
+# ---------------------------------------------------------------------- network
+
+
+def _generate_modeling(run: Run) -> str:
+    """Return the source of the file with the network of a run."""
+    specs = {"backbone": run.recipe.denoiser, "head": _require_head(run)}
+    if any(spec.to_dict().get(FILES_KEY) for spec in specs.values()):
+        raise _unsupported(run, f"its key {FILES_KEY} names files that are not in the folder.")
+    roots = [Place("ddiff.runs.hub.modeling", MODEL_CLASS)]
+    entries = []
+    for kind, spec in specs.items():
+        component = spec.component.load()
+        roots.append(Place(component.__module__, component.__name__))
+        entries.append(f'    ("{kind}", "{spec.component.name}"): {component.__name__},')
+    try:
+        text = generate_source(roots, ["generate"], HEADER)
+    except ArgumentError as error:
+        raise _unsupported(run, str(error)) from error
+    table = "\n".join([f"{MODEL_CLASS}.components = {{", *entries, "}"])
+    return f"{text}\n\n{table}\n"
+
+
+def _require_head(run: Run) -> ComponentSpec:
+    assert run.recipe.head is not None  # a recipe of one text has a head
+    return run.recipe.head
+
+
+def _unsupported(run: Run, reason: str) -> ArgumentError:
+    """Return the error for a network that one file cannot represent."""
+    kind = run.recipe.denoiser.component.name
+    return ArgumentError(
+        f"save_pretrained: a file without ddiff cannot have the network of this run, [denoiser] "
+        f'kind = "{kind}": {reason} Use the backbone dit or ddit, or export only the weights: '
+        f"ddiff export {run.run_dir} weights.safetensors. For the backbone hf with a path, "
+        "run.denoiser.backbone.model.save_pretrained(folder) saves the model of transformers."
+    )
+
+
+@contextmanager
+def load_module(path: Path) -> Iterator[ModuleType]:
+    """Context manager that loads the module of a saved model."""
+    name = "_ddiff_saved_model"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Network of a saved model.
+
+    Attributes:
+        tensors: tensors of the file of weights.
+        constants: names of the tensors that are no weights of the run.
+        config: content of config.json.
+    """
+
+    tensors: Mapping[str, Tensor]
+    constants: tuple[str, ...]
+    config: Mapping[str, Any]
+
+
+def _build_network(run: Run, module: ModuleType, config: Mapping[str, Any]) -> _Network:
+    """Build the network of the file, and compare it with that of the run."""
+    contents = vars(module)
+    denoiser = copy.deepcopy(run.denoiser).cpu().eval()
+    denoiser.precision = None
+    settings = contents[CONFIG_CLASS](**config)
+    try:
+        model = contents[MODEL_CLASS](settings).eval()
+    except Exception as error:  # the constructor of a component may raise any error
+        raise _unsupported(run, f"{type(error).__name__}: {error}.") from error
+    own = denoiser.state_dict()
+    # The constants of the file's network are no weights of the run.
+    missing, unexpected = model.denoiser.load_state_dict(own, strict=False)
+    constants = {name for name, _ in denoiser.named_buffers()}
+    if unexpected or set(missing) - constants:
+        names = ", ".join([*unexpected, *missing][:3])
+        raise _unsupported(run, f"the networks have different weights, such as {names}.")
+    _compare(run, model, denoiser)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return _Network(tensors, tuple(missing), json.loads(settings.to_json_string()))
+
+
+@torch.no_grad()
+def _compare(run: Run, model: Any, denoiser: Denoiser) -> None:
+    """Raise ArgumentError unless both networks give the same logits for random states.
+
+    The logits are also compared with the predictions that samplers use.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(run.recipe.length, CHECKED_POSITIONS)
+    ids = torch.randint(run.vocabulary.num_states, (1, length), generator=generator)
+    t = torch.full((1, length), 0.5, dtype=torch.float64)
+    noisy = Noisy(ids, t, torch.zeros_like(ids, dtype=torch.bool))
+    hidden = denoiser.hidden_states(noisy, UNPADDED)
+    expected = denoiser.head(hidden)
+    found = model(ids, timesteps=0.5).logits[0]
+    if not torch.equal(found, expected):
+        raise _unsupported(
+            run, f"its logits differ by {(found - expected).abs().max():g} from those of the run."
+        )
+    node = torch.full((length,), run.vocabulary.root)
+    log_p = denoiser.query_head(hidden, node, lambda prediction, _: prediction.log_mass(0))
+    assert isinstance(log_p, Tensor)
+    logits = expected[:, : run.vocabulary.num_tokens].log_softmax(-1)
+    difference = float((logits.exp() - log_p.exp()).abs().max())
+    if not difference < TOLERANCE:
+        raise _unsupported(
+            run, f"the logits of its head differ by {difference:g} from its predictions."
+        )
+
+
+# ---------------------------------------------------------------------- configuration
+
+
+def _describe_model(run: Run) -> dict[str, Any]:
+    """Return the arguments of the configuration."""
+    recipe = run.recipe
+    vocabulary = run.vocabulary
+    has_tree = vocabulary.num_levels > 1
+    keys = recipe.denoiser_keys.model_dump(mode="json")
+    backbone = recipe.denoiser.to_dict()
+    # The keys of [denoiser] that every backbone has are arguments of the denoiser, not of `build`.
+    config: dict[str, Any] = {
+        "architectures": [MODEL_CLASS],
+        "auto_map": {
+            "AutoConfig": f"{MODELING}.{CONFIG_CLASS}",
+            **dict.fromkeys(AUTO_CLASSES, f"{MODELING}.{MODEL_CLASS}"),
+        },
+        "dtype": "float32",
+        "num_tokens": vocabulary.num_tokens,
+        "has_mask": vocabulary.mask_id is not None,
+        "parents": [level.tolist() for level in vocabulary.parents] if has_tree else None,
+        "length": recipe.length,
+        "backbone": backbone,
+        "head": _require_head(run).to_dict(),
+        "inputs": run.denoiser.inputs,
+        "given": keys["given"] if run.denoiser.inputs == "own" else "rest",
+        "schedule": describe_schedule(run.process),
+        "is_masked_diffusion": is_masked_diffusion(run.process),
+        "sample": recipe.to_dict().get("sample"),
+        "vocab_size": vocabulary.num_states,
+        "hidden_size": run.denoiser.backbone.width,
+        "mask_token_id": vocabulary.mask_id,
+        "eos_token_id": run.tokenizer.eos_id,
+    }
+    return config
+
+
+def _format_config(config: Mapping[str, Any]) -> str:
+    """Return a configuration as JSON with one line per key, because a tree may have many nodes."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def describe_schedule(process: ForwardProcess | None) -> dict[str, Any] | None:
+    """Return kind and settings of the schedule of a process, as `build_schedule` takes them.
+
+    The result is None if the process has no schedule, or one that a saved model cannot have.
+    """
+    # Imported here, because this module imports transformers.
+    from ddiff.runs.hub.modeling import SCHEDULES, build_schedule
+
+    schedule = None if process is None else process.keep_schedule()
+    kind = next((name for name, known in SCHEDULES.items() if type(schedule) is known), None)
+    if process is None or schedule is None or kind is None:
+        return None
+    parameters = inspect.signature(type(schedule)).parameters
+    table = {"kind": kind, **{name: vars(schedule)[name] for name in parameters}}
+    t = torch.linspace(0.0, 1.0, 129, dtype=torch.float64)
+    rebuilt = build_schedule(json.loads(json.dumps(table)))
+    assert isinstance(rebuilt, Schedule)
+    if not torch.equal(rebuilt.alpha(t), process.keep_probability(t)):
+        return None
+    return table
+
+
+def is_masked_diffusion(process: ForwardProcess | None) -> bool:
+    """Return whether a state is either the clean token or the mask, at all times."""
+    if process is None or process.vocabulary.num_levels != 1:
+        return False
+    vocabulary: Vocabulary = process.vocabulary
+    times = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+    certain = torch.full((len(times), vocabulary.num_tokens), -torch.inf, dtype=torch.float64)
+    certain[:, 0] = 0.0
+    marginal = process.log_marginal(certain, times).exp()
+    # All other tokens have probability 0, exactly.
+    return not bool(marginal[:, 1 : vocabulary.num_tokens].any())

@@ -1,0 +1,389 @@
+"""Saved models: equal logits with and without ddiff, and restored runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Command, is_refusal
+from probe import make_inputs
+from safetensors.torch import load_file, save_file
+from saved_runs import RUNS
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+import ddiff as api
+from ddiff import (
+    ArgumentError,
+    BernsteinSchedule,
+    CdfClock,
+    CosineSchedule,
+    DataError,
+    FlatVocabulary,
+    ForwardProcess,
+    GeometricSchedule,
+    LinearSchedule,
+    LogTimeClock,
+    MixtureProcess,
+    PowerSchedule,
+    TreeProcess,
+    mask_distribution,
+    token_distribution,
+)
+from ddiff.plugin.loader import survey_plugins
+from ddiff.recipe.component import ComponentSpec
+from ddiff.runs.hub import save
+from ddiff.runs.hub.modeling import DdiffConfig, DdiffModel, build_schedule
+from ddiff.runs.hub.save import describe_schedule, is_masked_diffusion
+from ddiff.runs.loading import load
+from ddiff.runs.run import Run
+
+importlib.import_module("ddiff.hf")  # registers the model class
+
+NAMES = list(RUNS)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    ids, timesteps = make_inputs(model.config.vocab_size)
+    with torch.no_grad():
+        return model.eval()(ids, timesteps=timesteps).logits
+
+
+@pytest.fixture(scope="session")
+def without_ddiff(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of probe.py: logits of every saved model in a process that cannot import ddiff."""
+    folder = tmp_path_factory.mktemp("probe")
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        "HF_HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+    }
+    script = str(Path(__file__).with_name("probe.py"))
+    output = str(folder / "found.pt")
+    command = [sys.executable, script, str(saved / "saved"), *NAMES, output]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return torch.load(output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_file_and_registered_class_give_equal_logits(
+    place: Path, without_ddiff: dict[str, Any], name: str
+) -> None:
+    folder = place / "saved" / name
+    found = without_ddiff[name]
+    assert found["module"].startswith("transformers_modules.")
+    registered = AutoModel.from_pretrained(folder)
+    assert type(registered) is DdiffModel
+    assert torch.equal(logits_of(registered), found["logits"])
+    assert found["ids"] == load(place / "runs" / name).tokenizer.encode(["the old cat <|eos|>"])[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registered_model_has_the_predictions_of_the_run(place: Path, name: str) -> None:
+    run: Run = load(place / "runs" / name)
+    model = AutoModelForMaskedLM.from_pretrained(place / "saved" / name).eval()
+    ids, timesteps = make_inputs(run.vocabulary.num_states)
+    t = timesteps.unsqueeze(-1).expand(ids.shape)
+    noisy = api.Noisy(ids, t, torch.zeros_like(ids, dtype=torch.bool))
+    rows = torch.arange(ids.numel())
+    node = torch.full_like(rows, run.vocabulary.root)
+    log_p = run.denoiser.eval().query(
+        noisy, api.Context(), rows, node, lambda prediction, _: prediction.log_mass(0)
+    )
+    logits = model(ids, timesteps=timesteps).logits.flatten(0, 1)
+    found = logits[:, : run.vocabulary.num_tokens].log_softmax(-1)
+    # The matrix products have other shapes, so the last bits differ.
+    torch.testing.assert_close(found, log_p, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_depend_on_the_time_that_the_run_reads(place: Path) -> None:
+    for name, reads_time in (("tree", True), ("flat", False), ("score", True)):
+        model = AutoModel.from_pretrained(place / "saved" / name).eval()
+        for parameter in model.parameters():  # two steps leave the modulation at almost 0
+            parameter.data += 0.1
+        ids, _ = make_inputs(model.config.vocab_size)
+        early = model(ids, timesteps=0.1).logits
+        late = model(ids, timesteps=torch.full(ids.shape, 0.9)).logits
+        assert torch.equal(early, late) is not reads_time
+        if reads_time:
+            with pytest.raises(ArgumentError, match="timesteps must be noise times"):
+                model(ids)
+
+
+def test_attention_mask_hides_padding(place: Path) -> None:
+    model = AutoModel.from_pretrained(place / "saved" / "flat").eval()
+    ids, _ = make_inputs(model.config.vocab_size)
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    other = ids.clone()
+    other[:, 6:] = 0
+    first = model(ids, attention_mask=mask).logits[:, :6]
+    second = model(other, attention_mask=mask).logits[:, :6]
+    assert torch.equal(first, second)
+    assert not torch.equal(model(ids).logits[:, :6], model(other).logits[:, :6])
+
+
+def test_logits_have_gradients_for_all_parameters(place: Path) -> None:
+    for name in ("tree", "flat"):
+        model = AutoModel.from_pretrained(place / "saved" / name)
+        ids, timesteps = make_inputs(model.config.vocab_size)
+        logits = model(ids, timesteps=timesteps).logits
+        logits.log_softmax(-1)[..., 0].sum().backward()
+        missing = [key for key, value in model.named_parameters() if value.grad is None]
+        assert missing == []
+
+
+def test_saved_configuration_names_installed_components_only(place: Path) -> None:
+    config = AutoConfig.from_pretrained(place / "saved/flat")
+    config.backbone = {**config.backbone, "kind": "subprocess:Popen"}
+    with pytest.raises(ArgumentError, match="the backbone 'subprocess:Popen'"):
+        DdiffModel(config)
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("name", ["tree", "score"])
+def test_load_of_a_saved_model_gives_an_equal_run(place: Path, name: str) -> None:
+    before: Run = api.load(f"runs/{name}")
+    after: Run = api.load(f"saved/{name}")
+    assert after.run_dir.is_relative_to(place / "cache" / "models")
+    own, theirs = before.denoiser.state_dict(), after.denoiser.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[key], theirs[key]) for key in own)
+    first, second = before.recipe.to_dict(), after.recipe.to_dict()
+    assert first | {"run_dir": ""} == second | {"run_dir": ""}
+    assert (before.step, before.uses_ema) == (after.step, after.uses_ema)
+    assert before.fingerprints() == after.fingerprints()
+    assert before.sample(2, seed=5) == after.sample(2, seed=5)
+    assert before.evaluate()[0] == after.evaluate()[0]
+
+
+def test_saving_a_restored_run_gives_the_same_files(place: Path, tmp_path: Path) -> None:
+    api.load("saved/tree").save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "modeling_ddiff.py", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == Path("saved/tree", name).read_bytes()
+
+
+def test_import_writes_a_run_directory(place: Path, ddiff: Command, tmp_path: Path) -> None:
+    out = str(tmp_path / "imported")
+    code, text, _ = ddiff("import", "saved/tree", "--out", out)
+    assert code == 0
+    assert "hf (saved by ddiff" in text
+    origin = json.loads(Path(out, "origin.json").read_text())
+    assert (origin["step"], origin["is_average"]) == (2, True)
+    code, text, _ = ddiff("sample", out, "--count", "1", "--seed", "3")
+    assert json.loads(text)["ids"] == api.load("runs/tree").sample(1, seed=3)[0]["ids"]
+    assert is_refusal(ddiff("import", "saved/tree", "--out", out), "is not empty")
+    refused = ddiff("import", "saved/tree", "--out", f"{out}2", "--layout", "mdlm")
+    assert is_refusal(refused, "--layout mdlm", "Leave --layout out")
+
+
+def test_damaged_weights_are_refused_and_nothing_is_written(place: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    for path in Path("saved/flat").rglob("*"):
+        if path.is_file():
+            target = copied / path.relative_to("saved/flat")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    tensors = load_file(copied / "model.safetensors")
+    name = tensors.pop("denoiser.head.bias")
+    save_file(tensors, copied / "model.safetensors")
+    assert name is not None
+    with pytest.raises(api.CheckpointError, match=r"head\.bias is missing"):
+        api.import_published(copied, tmp_path / "out")
+    (copied / "model.safetensors").write_bytes(b"12")
+    with pytest.raises(DataError, match="damaged or incomplete"):
+        api.load(copied)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "copy") == []
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_model_card_has_evaluation_with_interval_and_protocol(place: Path) -> None:
+    card = Path("saved/tree/README.md").read_text()
+    record = json.loads(Path("runs/tree/evaluation.json").read_text())
+    figure = record["figures"]["nelbo"]
+    low, high = figure["interval"]
+    assert f"| nelbo | {figure['value']:.5g} | {low:.4g} to {high:.4g} | nats/token |" in card
+    assert "upper bound of the negative log-likelihood" in card
+    assert f'"tokenizer": "{record["protocol"]["tokenizer"]}"' in card
+    assert card.startswith('---\nlibrary_name: transformers\ntags:\n- "ddiff"\n')
+    assert "exponential moving average" in card
+
+
+def test_card_of_other_weights_has_no_evaluation(
+    place: Path, ddiff: Command, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "trained")
+    arguments = ("export", "runs/tree", folder, "--format", "hf", "--weights", "trained")
+    code, out, _ = ddiff(*arguments)
+    assert code == 0
+    assert out.startswith(f"{folder}: the trained weights of step 2 of runs/tree, as a model")
+    assert "These weights were not evaluated" in Path(folder, "README.md").read_text()
+    trained = load_file(Path(folder, "model.safetensors"))
+    own = api.load("runs/tree").checkpoints.read_weights()
+    assert all(torch.equal(trained[f"denoiser.{name}"], own[name]) for name in own)
+
+
+def test_generated_file_imports_torch_and_transformers_only(place: Path) -> None:
+    for name in NAMES:
+        text = Path("saved", name, "modeling_ddiff.py").read_text()
+        lines = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
+        roots = {line.split()[1].partition(".")[0] for line in lines}
+        assert roots - {*sys.stdlib_module_names, "__future__"} == {"torch", "transformers"}
+        assert "\n# ----" in text
+        assert "class Head" in text
+        assert "def total" not in text  # the training is left out
+
+
+def test_save_refuses_used_folders_and_leaves_no_partial_files(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = api.load("runs/flat")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").touch()
+    with pytest.raises(ArgumentError, match="new or empty"):
+        run.save_pretrained(tmp_path / "used")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "write_card", fail)
+    with pytest.raises(OSError, match="No space"):
+        run.save_pretrained(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+def test_save_refuses_a_network_whose_file_gives_other_logits(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = save.generate_source
+
+    def change(*arguments: Any) -> str:
+        text = generate(*arguments)
+        assert text.count("x.shape[-1:]), 1 + scale") == 1
+        return text.replace("x.shape[-1:]), 1 + scale", "x.shape[-1:]), 2 + scale")
+
+    monkeypatch.setattr(save, "generate_source", change)
+    with pytest.raises(ArgumentError, match="its logits differ by"):
+        api.load("runs/flat").save_pretrained(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_backbones_that_read_files(place: Path, tmp_path: Path) -> None:
+    run: Run = api.load("runs/flat")
+    (component,) = [
+        component
+        for component in survey_plugins().registry.components("backbone")
+        if component.name == "hf"
+    ]
+    spec = ComponentSpec(component, component.config_class()(path="downloads/bert"))
+    other = replace(run, recipe=replace(run.recipe, denoiser=spec))
+    with pytest.raises(ArgumentError, match="its key path names files that are not in the folder"):
+        other.save_pretrained(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+FLAT = FlatVocabulary(3)
+PROCESSES: dict[str, tuple[ForwardProcess, str | None, bool]] = {
+    "mdlm": (TreeProcess(FLAT, CdfClock([LinearSchedule()])), "linear", True),
+    "cosine": (TreeProcess(FLAT, CdfClock([CosineSchedule()])), "cosine", True),
+    "power": (TreeProcess(FLAT, CdfClock([PowerSchedule(2.5)])), "power", True),
+    "table": (TreeProcess(FLAT, CdfClock([BernsteinSchedule([0, 0.25, 1])])), "bernstein", True),
+    "masks": (
+        MixtureProcess(FLAT, GeometricSchedule(1e-3, 5.0), mask_distribution(FLAT)),
+        "geometric",
+        True,
+    ),
+    "uniform": (
+        MixtureProcess(FLAT, LinearSchedule(0.01), token_distribution(FLAT)),
+        "linear",
+        False,
+    ),
+    "log-time": (TreeProcess(FLAT, LogTimeClock([1.0])), None, True),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_schedule_of_a_saved_model_equals_that_of_the_process(name: str) -> None:
+    process, kind, is_masked = PROCESSES[name]
+    table = describe_schedule(process)
+    assert is_masked_diffusion(process) is is_masked
+    if kind is None:
+        assert table is None
+        return
+    assert table is not None
+    assert table["kind"] == kind
+    schedule = build_schedule(json.loads(json.dumps(table)))
+    t = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(schedule.alpha(t), process.keep_probability(t))
+
+
+# ---------------------------------------------------------------------- generation
+
+
+def test_generated_file_draws_what_the_registered_class_draws(
+    place: Path, without_ddiff: dict[str, Any]
+) -> None:
+    model = AutoModel.from_pretrained(place / "saved/flat")
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.generate(batch_size=2, steps=4, generator=generator)
+    assert torch.equal(drawn, without_ddiff["flat"]["drawn"])
+    assert int(drawn.max()) < model.config.num_tokens
+    prompt = torch.tensor([5, 6, 7])
+    drawn = model.generate(prompt, batch_size=3, length=6, steps=2)
+    assert drawn.shape == (3, 6)
+    assert torch.equal(drawn[:, :3], prompt.expand(3, 3))
+
+
+def test_generate_refuses_other_processes(place: Path) -> None:
+    model = AutoModel.from_pretrained(place / "saved/tree")
+    with pytest.raises(ArgumentError, match="must be masked diffusion"):
+        model.generate()
+    model = AutoModel.from_pretrained(place / "saved/flat")
+    with pytest.raises(ArgumentError, match="temperature must be above 0"):
+        model.generate(temperature=0.0)
+
+
+def test_generate_draws_the_distribution_of_ancestral_sampling() -> None:
+    steps, count = 3, 30_000
+    torch.manual_seed(0)
+    config = DdiffConfig(
+        num_tokens=3,
+        length=2,
+        backbone={"kind": "dit", "width": 8, "layers": 1, "heads": 1, "time": False},
+        head={"kind": "tokens"},
+        schedule={"kind": "linear", "floor": 0.0},
+        is_masked_diffusion=True,
+    )
+    model = DdiffModel(config).eval()
+    torch.nn.init.normal_(model.denoiser.head.table, std=0.3)
+    torch.nn.init.normal_(model.denoiser.backbone.blocks[0].modulation)
+    mask = 3
+    first_known = [[token, mask] for token in range(3)]
+    second_known = [[mask, token] for token in range(3)]
+    states = torch.tensor([[mask, mask], *first_known, *second_known])
+    with torch.no_grad():
+        p = model(states).logits.softmax(-1)
+    together = p[0, 0].outer(p[0, 1])
+    left_first = p[0, 0].unsqueeze(1) * p[1:4, 1]
+    right_first = p[0, 1].unsqueeze(0) * p[4:7, 0].t()
+    # Under the linear schedule a position moves in each step with the same probability.
+    expected = together / steps + (1 - 1 / steps) * (left_first + right_first) / 2
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.generate(batch_size=count, steps=steps, generator=generator)
+    counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    expected_counts = expected.flatten() * count
+    assert not torch.allclose(left_first, right_first, atol=0.02)
+    # The 99.9 % quantile of chi-square with 8 degrees of freedom is 26.1.
+    assert float(((counts - expected_counts) ** 2 / expected_counts).sum()) < 26.1
