@@ -221,13 +221,22 @@ def test_random_weights_are_refused_unless_unchecked(folder: Path) -> None:
     assert imported.predictions is None
 
 
-def test_block_model_is_checked_with_clean_earlier_blocks(folder: Path, trained: Path) -> None:
-    layout = {"kind": "a2d", "block": 8}
-    imported = ddiff.import_published(
-        trained / "a2d", "runs/blocks", layout=layout, check_text=TEXT
-    )
-    assert imported.predictions is not None
-    assert imported.predictions.accuracy > 0.5
+def test_block_model_is_checked_sampled_and_evaluated(
+    folder: Path, trained: Path, ddiff: Command
+) -> None:
+    """Each block attends to the clean tokens of earlier blocks, as in training."""
+    layout = ("--layout", '{kind = "a2d", block = 8}')
+    text = ("--check-text", str(trained / "text.txt"))
+    done = ddiff("import", str(trained / "a2d"), "--out", "runs/blocks", *layout, *text)
+    assert done.code == 0, done.err
+    sampled = ddiff("sample", "runs/blocks", "--count", "1", "--prompt", "two three")
+    assert sampled.code == 0, sampled.err
+    ids = json.loads(sampled.out)["ids"]
+    follows = [after == (before + 1) % len(WORDS) for before, after in pairwise(ids)]
+    # The model was trained with full attention; 1/12 by chance, with a deviation of 0.035.
+    assert sum(follows) > 0.25 * len(follows)
+    evaluated = ddiff("eval", "runs/blocks", "--data", str(trained / "text.txt"))
+    assert evaluated.code == 0, evaluated.err
 
 
 # ---------------------------------------------------------------------- refusals
@@ -266,6 +275,22 @@ def test_a2d_without_a_mask_token_says_how_to_name_it(folder: Path) -> None:
     source = write_checkpoint(Path("a2d"), CONFIGS["a2d"], tensors, tokenizer=False)
     with pytest.raises(DataError, match="mask_token = 151669"):
         import_hub(source)
+
+
+def test_incomplete_downloads_are_refused(folder: Path, ddiff: Command) -> None:
+    source = write_checkpoint(Path("llada"), CONFIGS["llada"], draw_llada())
+    weights = source / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    command = ("import", str(source), "--out", "runs/new", "--unchecked")
+    assert is_refusal(ddiff(*command), "model.safetensors is damaged or incomplete")
+    weights.write_bytes(whole)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (source / name).unlink(missing_ok=True)
+    assert is_refusal(ddiff(*command), "has no tokenizer", "--tokenizer")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    assert is_refusal(ddiff(*command), "no layout recognizes the files", "'llama'")
+    assert not Path("runs").exists()
 
 
 def test_tokenizer_with_code_names_another_tokenizer(folder: Path) -> None:
