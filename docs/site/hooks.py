@@ -16,7 +16,7 @@ from commonmark import to_python_markdown
 from formulas import replace_formulas
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
-from notebooks import NotebookPage
+from notebook_pages import NotebookPage
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -49,7 +49,7 @@ def find_linked_files(page: Path) -> Iterator[str]:
     """Return the files to which a page links, for example pictures and scripts."""
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         target = (page.parent / link).resolve()
-        if target.is_file() and target.suffix != ".md":
+        if target.is_file() and target.suffix not in (".md", ".ipynb"):
             yield target.relative_to(ROOT).as_posix()
 
 
@@ -65,6 +65,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         page = NotebookPage(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page.markdown))
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
         for name, content in page.pictures.items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))
     for name, text in write_api_pages(ROOT / "ddiff").items():
@@ -74,6 +75,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Write the text of a page in the dialect of the site, with links to the pages of notebooks."""
+    # A link without a folder is that of a notebook page to its own file.
     linked = re.sub(r"(\]\(\S*notebooks/\w+)\.ipynb\)", r"\1.md)", markdown)
     return to_python_markdown(linked)
 

@@ -23,6 +23,7 @@ from ddiff.core.times import Noisy
 from ddiff.core.tree import TreeProcess
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
 from ddiff.errors import ArgumentError
+from ddiff.testing.bound import constant_denoiser
 
 POINTS = 4000
 GRID = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS
@@ -242,6 +243,14 @@ def test_tree_forward_draw_is_the_token_at_time_0_and_the_root_at_1(xi: float) -
 
 
 # ---------------------------------------------------------------------- invalid arguments
+
+
+def test_bound_of_a_single_cluster_with_wrong_parents_is_minus_log_p() -> None:
+    """A level with one node has no wrong parents, and (1 - xi)/(n - 1) is not evaluated there."""
+    single = HierarchicalVocabulary([[0, 0, 0], [0]])
+    chain = TreeProcess(single, LogTimeClock((0.7, 1.0)), xi=0.8)
+    report = constant_denoiser(chain)
+    assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("xi", [0.0, -0.1, 1.5, float("nan"), (0.9, 0.0), (0.9, 0.9, 0.9), ()])

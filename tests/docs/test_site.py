@@ -10,7 +10,7 @@ import pytest
 from api import TITLES, read_public_names, write_api_pages
 from commonmark import to_python_markdown
 from formulas import replace_formulas, to_mathml
-from notebooks import NotebookPage
+from notebook_pages import NotebookPage
 
 import ddiff
 

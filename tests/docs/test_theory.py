@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from functools import reduce
-from pathlib import Path
 
 import pytest
 from formulas import to_mathml
+from named_code import (
+    find_functions,
+    find_laws,
+    find_tests,
+    is_function,
+    is_law,
+    is_test,
+    read_page,
+)
 
-from ddiff.testing.report import Law
-
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
-FUNCTIONS = sorted(set(re.findall(r"`(core\.\w+\.[\w.]+)`", PAGE)))
-TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)))
-LAW_MODULES = "chain|clock|bound|bound_terms|derived_formulas|draws|information|sampler"
-LAWS = sorted(set(re.findall(rf"`((?:{LAW_MODULES}|reverse_process)\.\w+)`", PAGE)))
+PAGE = read_page("theory.md")
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", find_functions(PAGE))
 def test_function_named_by_the_theory_exists(name: str) -> None:
-    module, *attributes = name.removeprefix("core.").split(".")
-    found = reduce(getattr, attributes, importlib.import_module(f"ddiff.core.{module}"))
-    assert callable(found)
+    assert is_function(name)
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", find_laws(PAGE))
 def test_law_named_by_the_theory_is_a_law(name: str) -> None:
-    module, attribute = name.split(".")
-    assert isinstance(getattr(importlib.import_module(f"ddiff.testing.{module}"), attribute), Law)
+    assert is_law(name)
 
 
-@pytest.mark.parametrize(("file", "name"), TESTS)
+@pytest.mark.parametrize(("file", "name"), find_tests(PAGE))
 def test_test_named_by_the_theory_exists(file: str, name: str) -> None:
-    assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
+    assert is_test(file, name)
 
 
 def test_every_displayed_formula_has_code_and_a_comparison() -> None:
