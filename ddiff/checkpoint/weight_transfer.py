@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddiff.core.prediction import segment_logsumexp
 from ddiff.core.vocabulary import Vocabulary
-from ddiff.errors import CheckpointError
+from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head, TokenHead, TreeHead
@@ -102,6 +102,29 @@ def transfer_weights(
         by_token=list(by_token),
         fresh=[name for name in own if name not in transferred],
     )
+
+
+@torch.no_grad()
+def start_from_output(head: Head, output: Tensor) -> None:
+    """Set the output matrix of a head to that of a pretrained model, and its biases to zero.
+
+    `output` [n,width] has one row per token, and possibly unused rows after them. Raises
+    ArgumentError if the head does not have one row per token, or has another width.
+    """
+    num_tokens = head.vocabulary.num_tokens
+    if not _has_token_rows(head):
+        raise ArgumentError(
+            "The output matrix of the model has one row per token, but the head "
+            f'{type(head).__name__} has not. Use [denoiser] head = "tokens" or "tied".'
+        )
+    if len(output) < num_tokens or output.shape[1] != head.width:
+        raise ArgumentError(
+            f"The output matrix of the model has the shape {list(output.shape)}, but the head "
+            f"needs at least {num_tokens} rows of width {head.width}. Use the tokenizer of the "
+            "model."
+        )
+    head.table.copy_(output[_row_order(head, 0)])
+    head.bias.zero_()
 
 
 def _find_state_embeddings(denoiser: Denoiser) -> list[str]:

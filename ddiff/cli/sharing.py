@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SAFETENSORS = "safetensors"
 HF = "hf"
+PEFT = "peft"
 Weights = Literal["auto", "ema", "trained"]
 
 
@@ -144,7 +145,8 @@ def export(
         typer.Option(
             metavar="FORMAT",
             help="safetensors (default): one file with the names of ddiff; hf: a model of the "
-            "transformers library; or a layout, such as that of a published model.",
+            "transformers library; peft: a folder with the LoRA adapters; or a layout, such as "
+            "that of a published model.",
         ),
     ] = None,
     push: Annotated[
@@ -159,6 +161,14 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --push, list the files and upload nothing.")
     ] = False,
+    merged: Annotated[
+        bool,
+        typer.Option(
+            "--merged",
+            help="Merge LoRA adapters into their base. FILE is then a new run directory, or a "
+            "file NAME.safetensors.",
+        ),
+    ] = False,
 ) -> None:
     """Write the weights of a trained run to a file, to a published format, or to the hub."""
     if push is not None:
@@ -172,7 +182,9 @@ def export(
             "export: expected the output file or folder; got none. Name a file, such as "
             "weights.safetensors, or with --format a new folder."
         )
-    if format == HF:
+    if merged or format == PEFT:
+        _export_adapters(run_dir, file, weights, format, merged)
+    elif format == HF:
         _save(run_dir, file, weights)
     else:
         _export_weights(run_dir, file, weights, format or SAFETENSORS)
@@ -244,3 +256,22 @@ def _print_files(files: Mapping[str, int]) -> None:
     width = max(len(name) for name in files)
     for name, size in files.items():
         typer.echo(f"  {name:{width}}  {size:>13,} bytes")
+
+
+def _export_adapters(
+    run_dir: Path, file: str, weights: Weights, format: str | None, merged: bool
+) -> None:
+    """Export a run with LoRA adapters, merged or in the format of peft."""
+    from ddiff.runs.adapter_export import export_adapters, export_merged
+
+    if not merged:
+        step = export_adapters(run_dir, file, weights)
+        typer.echo(f"{file}: the adapters of step {step} of {run_dir}, in the format of peft")
+        return
+    if format not in (None, SAFETENSORS):
+        raise ArgumentError(
+            f"--merged and --format {format} exclude each other. Merge to a new run directory "
+            "first, and export that run."
+        )
+    step = export_merged(run_dir, file, weights)
+    typer.echo(f"{file}: the weights of {run_dir}, with the adapters of step {step} merged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from ddiff.nn.parameterization import (
     Parameterization,
     ParameterizationName,
 )
+
+if TYPE_CHECKING:
+    from ddiff.nn.adapters import Adapters
 
 NUM_ROW_COUNTS = 32
 
@@ -200,6 +203,10 @@ class Backbone(nn.Module):
     """True if keys and values pass through `context.cache`."""
     reads_packed_rows: bool = True
     """False if a row may hold only one document; a run on packed rows is then refused."""
+    is_pretrained: bool = False
+    """True if the backbone is built with trained weights, to which adapters may be added."""
+    library_prefix: str = ""
+    """Beginning of the names, in the denoiser, of the modules of another library's model."""
     is_shifted: bool = False
     """True if the hidden state of a position is that of the position before it."""
     condition_dropout: Mapping[str, float] = MappingProxyType({})
@@ -209,6 +216,15 @@ class Backbone(nn.Module):
 
     def forward(self, ids: Tensor, t: Tensor, context: Context) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def has_pretrained_output(self) -> bool:
+        """True if a head with one row per token starts with the output matrix of a model."""
+        return False
+
+    def pretrained_output(self) -> Tensor | None:
+        """Return this output matrix, with at least V rows; None if the head starts without it."""
+        return None
 
 
 class Denoiser(nn.Module):
@@ -229,6 +245,9 @@ class Denoiser(nn.Module):
 
     precision: torch.dtype | None = None
     """Dtype of matrix products; None: that of the weights. Distributions are at least float32."""
+
+    adapters: Adapters | None = None
+    """Adapters next to frozen weights (`ddiff.nn.adapters`); None: every weight is trained."""
 
     fixed_shapes = False
     """Pad the rows of a step to one of `NUM_ROW_COUNTS` counts: torch.compile sees few shapes."""

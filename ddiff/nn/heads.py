@@ -375,12 +375,12 @@ class _ChunkLogits:
         return torch.stack([logits.isfinite().all() for _, logits in self.computed]).all()
 
     def add_gradients(
-        self, value: Tensor, d_hidden: Tensor, d_table: Tensor, d_bias: Tensor
+        self, value: Tensor, d_hidden: Tensor, d_table: Tensor | None, d_bias: Tensor | None
     ) -> None:
         """Add the gradients of the scalar `value` to three buffers in place.
 
         The buffers are the gradients of the hidden states of this chunk (`d_hidden`), of the whole
-        output matrix (`d_table`) and of all biases (`d_bias`).
+        output matrix (`d_table`) and of all biases (`d_bias`); None for frozen parameters.
         """
         if not value.requires_grad:
             return
@@ -389,10 +389,12 @@ class _ChunkLogits:
         for (rows, _), gradient in zip(self.computed, gradients):
             if gradient is None:
                 continue
-            d_bias[rows] += gradient.sum(0)
+            if d_bias is not None:
+                d_bias[rows] += gradient.sum(0)
             gradient = gradient.to(self.hidden.dtype)
             _add_product(d_hidden, gradient, self._weight(rows))
-            _add_product(d_table[rows], gradient.t(), self.hidden)
+            if d_table is not None:
+                _add_product(d_table[rows], gradient.t(), self.hidden)
 
     def _weight(self, rows: slice) -> Tensor:
         return self.table[rows].to(self.hidden.dtype)
@@ -419,9 +421,9 @@ class _ChunkedSum(torch.autograd.Function):
         order, groups = head._group_rows(node)
         order = order.to(hidden.device, non_blocking=True)
         sorted_hidden = hidden.detach()[order].to(_product_dtype(hidden))
-        buffers: list[Tensor] = []
-        if with_gradient:
-            buffers = [torch.zeros_like(tensor) for tensor in (hidden, table, bias)]
+        d_hidden = torch.zeros_like(hidden) if with_gradient else None
+        d_table = torch.zeros_like(table) if with_gradient and table.requires_grad else None
+        d_bias = torch.zeros_like(bias) if with_gradient and bias.requires_grad else None
         results = []
         with _disable_autocast(hidden.device), torch.set_grad_enabled(with_gradient):
             for top, first, last in head._split_into_chunks(groups):
@@ -430,14 +432,13 @@ class _ChunkedSum(torch.autograd.Function):
                 )
                 prediction = head._predict(logits, top)
                 chunk = _as_tuple(fn(prediction, order[first:last]))
-                if with_gradient:
-                    d_hidden, d_table, d_bias = buffers
+                if d_hidden is not None:
                     logits.add_gradients(chunk[0].sum(), d_hidden[first:last], d_table, d_bias)
                 results.append(tuple(tensor.detach() for tensor in chunk))
                 # Free the logits of this chunk before those of the next chunk are computed.
                 del logits, prediction, chunk
         if with_gradient:
-            ctx.save_for_backward(order, *buffers)
+            ctx.save_for_backward(order, d_hidden, d_table, d_bias)
         rows = _to_row_order(results, order)
         ctx.mark_non_differentiable(*rows)
         return rows[0].sum(), *rows
@@ -447,12 +448,15 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, d_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         order, d_hidden, d_table, d_bias = ctx.saved_tensors
         in_row_order = torch.empty_like(d_hidden).index_copy_(0, order, d_hidden)
-        gradients = [in_row_order, d_table, d_bias]
+        gradients: list[Tensor | None] = [in_row_order, d_table, d_bias]
         # The loss usually is the sum itself, and the factor is 1. On a CPU the test for 1 costs
         # nothing and saves a copy of the gradient of the table. On a GPU it would wait for the
         # device.
         if d_sum.device.type != "cpu" or float(d_sum) != 1.0:
-            gradients = [gradient * d_sum.to(gradient.dtype) for gradient in gradients]
+            gradients = [
+                None if gradient is None else gradient * d_sum.to(gradient.dtype)
+                for gradient in gradients
+            ]
         return *gradients, None, None, None, None
 
 

@@ -95,6 +95,22 @@ class DataKeys(ComponentConfig):
     """Number of tokens in a row."""
 
 
+class LoraKeys(ComponentConfig):
+    """Keys of the recipe table [denoiser.lora]: trained adapters next to frozen weights."""
+
+    rank: PositiveInt = 8
+    """Rank of the adapters."""
+    alpha: PositiveFloat = 16.0
+    """Scale of the adapters, which are multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout of the input of the adapters in training."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Last parts of the names of the linear layers with adapters, such as "q_proj"; by default
+    every linear layer of the blocks."""
+    full: tuple[str, ...] = ()
+    """Last parts of the names of further modules whose weights are trained whole."""
+
+
 class DenoiserKeys(ComponentConfig):
     """Keys of the recipe table [denoiser] that exist for every backbone."""
 
@@ -105,6 +121,9 @@ class DenoiserKeys(ComponentConfig):
     position itself. With "all", plain cross-entropy trains the head, and the engine divides the
     prediction by the likelihood of the position's own state. A head with its own parameterization
     ignores this key."""
+    lora: LoraKeys | None = None
+    """Train LoRA adapters next to the weights of [train] init or of a pretrained backbone, which
+    stay frozen; by default every weight is trained."""
 
 
 class InitKeys(ComponentConfig):

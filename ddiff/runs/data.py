@@ -53,6 +53,13 @@ class RunText:
         self._tokenizer = tokenizer
         self._cache = Cache()
 
+    def with_recipe(self, recipe: Recipe) -> RunText:
+        """Return the same text for another recipe with equal [data] and [tokenizer]."""
+        other = RunText(recipe, self._tokenizer)
+        if "documents" in self.__dict__:
+            other.documents = self.documents
+        return other
+
     @cached_property
     def documents(self) -> Documents | Corpus:
         return build_documents(self.recipe, self._cache)

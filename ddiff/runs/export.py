@@ -58,7 +58,7 @@ def export_run(run_dir: str | Path, file: str | Path, weights: Weights = "auto")
             f"the name; got {file}. Use the name {Path(file).name}.safetensors."
         )
     newest = _open_newest(Path(run_dir))
-    target = check_destination(file, "export", owned=_is_export)
+    target = check_destination(file, "export", owned=is_export)
     average = _uses_average(newest, weights)
     metadata = {
         "format": "pt",
@@ -109,6 +109,11 @@ def export_published(
     component = find_layout(layout, "--format")
     newest = _open_newest(directory)
     recipe = require_text_recipe(read_recipe(directory / RECIPE), f"--format {layout}")
+    if recipe.denoiser_keys.lora is not None:
+        raise ArgumentError(
+            f"--format {layout}: {directory} holds LoRA adapters without their base. Merge them "
+            f"first: `ddiff export {directory} DIR --merged`, and export the run DIR."
+        )
     place = check_new_folder(folder, "export")
     average = _uses_average(newest, weights)
     with show_activity("exporting the weights"):
@@ -165,7 +170,7 @@ def _read_normalizers(run_dir: Path) -> dict[str, Tensor]:
     return found
 
 
-def _is_export(file: IO[bytes]) -> bool:
+def is_export(file: IO[bytes]) -> bool:
     """Return True if a file is a safetensors file with the metadata of an export."""
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length < _LONGEST_HEADER:

@@ -8,17 +8,24 @@ from typing import Any
 import torch
 
 from ddiff.checkpoint.checkpoints import Checkpoint, Checkpoints
-from ddiff.checkpoint.weight_transfer import Parts, TrainedWeights, transfer_weights
+from ddiff.checkpoint.weight_transfer import (
+    Parts,
+    TrainedWeights,
+    start_from_output,
+    transfer_weights,
+)
 from ddiff.clustering.cooccurrence import compute_cooccurrence_embeddings
 from ddiff.clustering.files import load_model_embeddings
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.packing import Rows
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.errors import ArgumentError, CheckpointError, DataError, explain_error
+from ddiff.nn.adapters import remove_adapters
 from ddiff.nn.denoiser import Denoiser
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.keys import InitKeys
+from ddiff.recipe.model import Recipe
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
@@ -37,6 +44,33 @@ def load_initial_weights(
     if init.run is None:
         return load_model_weights(denoiser, tokenizer, str(init.model))
     return load_run_weights(denoiser, tokenizer, init.run, init.parts)
+
+
+def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Load the frozen weights of a denoiser with adapters.
+
+    They are those of the run in [train] init, or of the pretrained backbone. Raises ArgumentError
+    if the recipe names neither.
+    """
+    init = recipe.train.init
+    run_dir = None if init is None else init.run
+    if run_dir is None and not denoiser.backbone.is_pretrained:
+        raise ArgumentError(
+            "[denoiser] lora: adapters need trained weights, which stay frozen; got none. Set "
+            '[train] init = { run = "DIR" }, or use a pretrained backbone ([denoiser] kind = "hf" '
+            "with path)."
+        )
+    with remove_adapters(denoiser):
+        start_pretrained_head(denoiser)
+        if run_dir is not None:
+            load_run_weights(denoiser, tokenizer, run_dir, "all")
+
+
+def start_pretrained_head(denoiser: Denoiser) -> None:
+    """Start the head with the output matrix of a pretrained backbone, if it has one."""
+    output = denoiser.backbone.pretrained_output()
+    if output is not None:
+        start_from_output(denoiser.head, output)
 
 
 def check_source(run_dir: str) -> Path:
@@ -118,6 +152,11 @@ def load_run_weights(
     assert newest is not None  # `check_source` refuses a run without one
     check_recorded(RunRecord.read(directory), newest.state)
     recipe = require_text_recipe(read_recipe(directory / RECIPE), "[train] init")
+    if recipe.denoiser_keys.lora is not None:
+        raise ArgumentError(
+            f"[train] init: {run_dir} holds LoRA adapters without their base. Merge them first: "
+            f"`ddiff export {run_dir} DIR --merged`, and name DIR."
+        )
     saved = load_saved_tokenizer(recipe.tokenizer, str(directory / TOKENIZER))
     theirs = saved.fingerprint
     if theirs != tokenizer.fingerprint:

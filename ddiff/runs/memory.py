@@ -108,6 +108,7 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
     sample = recipe.sample
     processes = recipe.backend_keys.processes
     weight_bytes = 4.0 * count_parameters(denoiser)
+    trained_bytes = 4.0 * count_parameters(denoiser, only_trained=True)
     width = 0
     layers = 0
     if denoiser is not None:
@@ -117,7 +118,8 @@ def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
     positions = train.batch // (train.accumulate * processes) * recipe.length
     sampled = min(sample.batch, sample.count) * recipe.length
     return MemoryNeed(
-        standing=copies * weight_bytes / processes,  # as fsdp shards it; ddp holds more
+        # as fsdp shards it; ddp holds more
+        standing=(weight_bytes + (copies - 1) * trained_bytes) / processes,
         rows=float(positions) * (2.0 * width * layers + TIME_BYTES),  # hidden states in bfloat16
         sampling=weight_bytes
         + float(sampled) * (2.0 * width + TIME_BYTES)
@@ -138,11 +140,15 @@ def total_memory(device: torch.device) -> float:
     return machine
 
 
-def count_parameters(denoiser: nn.Module | None) -> int:
-    """Return the number of parameters, or 0 if the denoiser is not known."""
+def count_parameters(denoiser: nn.Module | None, *, only_trained: bool = False) -> int:
+    """Return the number of (trained) parameters, or 0 if the denoiser is not known."""
     if denoiser is None:
         return 0
-    return sum(parameter.numel() for parameter in denoiser.parameters())
+    return sum(
+        parameter.numel()
+        for parameter in denoiser.parameters()
+        if parameter.requires_grad or not only_trained
+    )
 
 
 def _format_count(count: float) -> str:

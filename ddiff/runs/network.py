@@ -6,6 +6,7 @@ import torch
 
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
+from ddiff.nn.adapters import LoraSettings, add_adapters
 from ddiff.nn.denoiser import Backbone, Denoiser, resolve_precision
 from ddiff.recipe.model import Recipe
 
@@ -34,4 +35,11 @@ def build_denoiser(
     denoiser = Denoiser(backbone, head, given, inputs)
     keys = recipe.backend_keys
     denoiser.precision = resolve_precision(keys.precision, keys.device)
+    lora = recipe.denoiser_keys.lora
+    if lora is not None:
+        init = recipe.train.init
+        # the head belongs to the base if a run or a pretrained model gives its weights
+        has_run = init is not None and init.run is not None
+        has_head = has_run or backbone.has_pretrained_output
+        add_adapters(denoiser, LoraSettings(**lora.model_dump()), trains_head=not has_head)
     return denoiser

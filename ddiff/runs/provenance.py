@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.errors import CheckpointError
+from ddiff.nn.adapters import fingerprint_base
 from ddiff.run_dir.identity import (
     DATA,
     Difference,
@@ -17,13 +18,19 @@ from ddiff.runs.build import Model, Overrides
 from ddiff.runs.data import RunData
 from ddiff.runs.noising import sample_noising
 
+BASE = "base weights"
+"""Name of the fingerprint of the frozen weights to which adapters belong."""
+
 
 def component_fingerprints(data: RunData, model: Model) -> dict[str, str]:
-    """Return the fingerprints of the tokenizer and the vocabulary of a run."""
-    return {
+    """Return the fingerprints of tokenizer, vocabulary and, with adapters, their base."""
+    found = {
         "tokenizer": data.tokenizer.fingerprint,
         "vocabulary": model.vocabulary.fingerprint,
     }
+    if model.denoiser.adapters is not None:
+        found[BASE] = fingerprint_base(model.denoiser)
+    return found
 
 
 def run_fingerprints(data: RunData, model: Model) -> dict[str, str]:
@@ -42,6 +49,15 @@ def check_checkpoint(
     """
     run_dir = Path(data.recipe.run_dir)
     components = component_fingerprints(data, model)
+    if BASE in components:
+        check_fingerprints(
+            run_dir,
+            checkpoint.state,
+            components,
+            f"The adapters of {run_dir} belong to another base. Restore the base from its "
+            "training: the run in [train] init, or the model of [denoiser] path.",
+            [BASE],
+        )
     # the data are not compared, because a run must be loadable without its data
     check_fingerprints(
         run_dir,

@@ -27,6 +27,7 @@ from ddiff.errors import ArgumentError
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.chain_rule import ChainRule
 from ddiff.evaluation.likelihood import Evaluation
+from ddiff.nn.adapters import fingerprint_base
 from ddiff.nn.denoiser import Denoiser
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import TOKENIZER, VOCABULARY
@@ -51,7 +52,12 @@ from ddiff.runs.evaluation import (
     score_validation,
 )
 from ddiff.runs.exact import score_chain_rule
-from ddiff.runs.initial_weights import load_initial_weights, start_from_cooccurrence
+from ddiff.runs.initial_weights import (
+    load_base,
+    load_initial_weights,
+    start_from_cooccurrence,
+    start_pretrained_head,
+)
 from ddiff.runs.noising import sample_noising
 from ddiff.runs.prompts import Template, encode_messages
 from ddiff.runs.provenance import (
@@ -92,9 +98,12 @@ class Run(TrainableRun):
 
         `overrides` contains the objects that replace those of the recipe.
         """
-        model = assemble(text.recipe, vocabulary, device, process=overrides.process)
+        recipe = text.recipe
+        model = assemble(recipe, vocabulary, device, process=overrides.process)
+        if recipe.denoiser_keys.lora is not None:
+            load_base(model.denoiser, recipe, text.tokenizer)
         data = RunData(text, model.denoiser.condition_dropout, model.denoiser.condition_forms)
-        return cls(text.recipe, model, data, overrides)
+        return cls(recipe, model, data, overrides)
 
     def with_clock(self, clock: LevelClock) -> Run:
         """Return the same run with another level clock, for evaluation and sampling.
@@ -465,10 +474,15 @@ class Run(TrainableRun):
         how the embeddings start. Returns a record of the weights that [train] init loads, or None
         if the recipe has no [train] init.
         """
-        counts = self.data.train_rows.token_counts()
-        self.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
+        is_adapted = self.denoiser.adapters is not None  # the base is loaded already
+        if not is_adapted or self.denoiser.head.table.requires_grad:
+            counts = self.data.train_rows.token_counts()
+            self.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
+        if is_adapted:
+            return {"base": fingerprint_base(self.denoiser)}
         if self.recipe.train.embeddings == "cooccurrence":
             start_from_cooccurrence(self.denoiser, self.data.train_rows)
+        start_pretrained_head(self.denoiser)
         init = self.recipe.train.init
         if init is None:
             return None
@@ -517,7 +531,14 @@ class Run(TrainableRun):
         recipe = self.recipe
         data = self.data
         overrides = self.overrides
-        return lambda: Run(recipe, build(), data, overrides)
+
+        def copy() -> Run:
+            model = build()
+            if recipe.denoiser_keys.lora is not None:
+                load_base(model.denoiser, recipe, data.tokenizer)
+            return Run(recipe, model, data, overrides)
+
+        return copy
 
     # ------------------------------------------------------------------ record
 

@@ -118,6 +118,11 @@ def _write(run: Run, place: Destination) -> SavedModel:
             f"({', '.join(run.given())}), which its recipe does not define. Register them as "
             "components of a plugin, and name them in the recipe."
         )
+    if run.denoiser.adapters is not None:
+        raise ArgumentError(
+            f"save_pretrained: {run.run_dir} holds LoRA adapters without their base. Merge them "
+            f"first: `ddiff export {run.run_dir} DIR --merged`, and save the run DIR."
+        )
     text = _generate_modeling(run)
     config = _describe_model(run)
     with write_folder(place) as folder:

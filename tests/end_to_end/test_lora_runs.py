@@ -1,0 +1,195 @@
+"""Runs with LoRA adapters: checkpoints, evaluation, merging, other bases and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Command
+from safetensors import safe_open
+from small import working_in
+from test_chat_runs import RECIPE
+
+import ddiff as api
+from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.nn.denoiser import UNPADDED
+from ddiff.runs.run import Run
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
+
+LORA = """
+extends = "chat.toml"
+name = "lora"
+denoiser = { lora = { rank = 2 } }
+train = { init = { run = "runs/chat" }, optimizer = { kind = "adamw", lr = 0.05 } }
+"""
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Adapters that were trained on the run runs/chat, and that run."""
+    with working_in(tmp_path_factory.mktemp("lora")):
+        Path("chat.toml").write_text(RECIPE)
+        Path("lora.toml").write_text(LORA)
+        api.run("chat.toml")
+        yield api.run("lora.toml")
+
+
+def hidden_states(run: Run) -> torch.Tensor:
+    ids = torch.arange(2 * 56).reshape(2, 56) % run.vocabulary.num_states
+    with torch.no_grad():
+        return run.denoiser.eval().backbone(ids, torch.full(ids.shape, 0.5), UNPADDED)
+
+
+def test_checkpoint_holds_only_adapters_and_the_fingerprint_of_the_base(lora: Run) -> None:
+    newest = lora.checkpoints.newest()
+    assert newest is not None
+    weights = newest.read_weights()
+    assert weights
+    assert all(".lora_" in name for name in weights)
+    assert len(newest.state["fingerprints"]["base weights"]) == 32
+
+
+def test_loaded_adapters_evaluate_to_the_recorded_bound(lora: Run) -> None:
+    recorded = json.loads((lora.run_dir / "evaluation.json").read_text())
+    base = json.loads(Path("runs/chat/evaluation.json").read_text())
+    found, _ = api.load("runs/lora").evaluate()
+    assert found.nelbo_nats_per_token == recorded["nelbo_nats_per_token"]
+    assert recorded["nelbo_nats_per_token"] != base["nelbo_nats_per_token"]
+
+
+def test_adapters_answer_and_report(lora: Run, ddiff: Command) -> None:
+    assert ddiff("sample", "runs/lora", "--message", "Which?", "--steps", "2").code == 0
+    assert ddiff("report", "runs/lora", "--out", "report.html").code == 0
+
+
+def test_merged_run_equals_the_adapters(lora: Run, ddiff: Command) -> None:
+    code, out, err = ddiff("export", "runs/lora", "runs/merged", "--merged")
+    assert code == 0, err
+    assert "merged" in out
+    adapted = api.load("runs/lora")
+    merged = api.load("runs/merged")
+    assert merged.recipe.denoiser_keys.lora is None
+    assert merged.denoiser.adapters is None
+    # float32: W h + B A h and (W + B A) h are rounded differently
+    assert torch.allclose(hidden_states(merged), hidden_states(adapted), rtol=0.0, atol=1e-5)
+    first, _ = adapted.evaluate()
+    second, _ = merged.evaluate()
+    assert abs(first.nelbo_nats_per_token - second.nelbo_nats_per_token) < 1e-4
+    assert merged.sample(message="Which?", steps=2)[0]["message"] == "Which?"
+
+
+def test_merged_weights_are_written_to_one_file(lora: Run, ddiff: Command) -> None:
+    assert ddiff("export", "runs/lora", "merged.safetensors", "--merged").code == 0
+    with safe_open("merged.safetensors", "pt") as file:
+        assert set(file.keys()) == set(api.load("runs/chat").denoiser.state_dict())
+
+
+def test_adapters_are_written_in_the_format_of_peft(lora: Run, ddiff: Command) -> None:
+    assert ddiff("export", "runs/lora", "adapters", "--format", "peft").code == 0
+    config = json.loads(Path("adapters/adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == 2
+    assert config["base_model_name_or_path"] == "runs/chat"
+    with safe_open("adapters/adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert names == {
+        f"base_model.model.{layer}.lora_{each}.weight"
+        for layer in config["target_modules"]
+        for each in "AB"
+    }
+
+
+def test_training_of_adapters_resumes(lora: Run) -> None:
+    shutil.copytree("runs/lora", "runs/more")
+    resumed = api.run("lora.toml", settings=["run_dir=runs/more", "train.steps=8"])
+    lines = Path("runs/more/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(1, 9))
+    assert not torch.equal(hidden_states(resumed), hidden_states(lora))
+
+
+@pytest.fixture
+def other_base(lora: Run) -> Iterator[str]:
+    """Another run in the place of the base."""
+    if not Path("runs/other").is_dir():
+        api.run("chat.toml", settings=["name=other", "seed=1", "train.steps=1"])
+    shutil.move("runs/chat", "runs/kept")
+    shutil.copytree("runs/other", "runs/chat")
+    yield "runs/chat"
+    shutil.rmtree("runs/chat")
+    shutil.move("runs/kept", "runs/chat")
+
+
+def list_files(folder: str) -> dict[str, Any]:
+    return {
+        str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "runs/lora"),
+        ("sample", "runs/lora"),
+        ("export", "runs/lora", "runs/wrong", "--merged"),
+        ("export", "runs/lora", "wrong", "--format", "peft"),
+        ("run", "lora.toml", "--set", "train.steps=9"),
+    ],
+)
+def test_adapters_of_another_base_are_refused_and_nothing_is_written(
+    arguments: tuple[str, ...], other_base: str, ddiff: Command
+) -> None:
+    before = list_files("runs/lora")
+    code, _, err = ddiff(*arguments)
+    assert code != 0
+    assert "base weights: was" in err
+    assert "Traceback" not in err
+    assert list_files("runs/lora") == before
+    assert not Path("runs/wrong").exists()
+    assert not Path("wrong").exists()
+
+
+def test_missing_base_is_named(lora: Run) -> None:
+    shutil.move("runs/chat", "runs/kept")
+    try:
+        with pytest.raises(CheckpointError, match="runs/chat is not a trained run"):
+            api.load("runs/lora")
+    finally:
+        shutil.move("runs/kept", "runs/chat")
+
+
+def test_adapters_without_a_base_are_refused(lora: Run, ddiff: Command) -> None:
+    code, _, err = ddiff("run", "chat.toml", "--set", "name=none", "--set", "denoiser.lora={}")
+    assert code != 0
+    assert "adapters need trained weights" in err
+    assert not Path("runs/none/recipe.toml").exists()
+
+
+def test_run_of_adapters_is_no_base_before_it_is_merged(lora: Run) -> None:
+    with pytest.raises(ArgumentError, match=r"`ddiff export runs/lora DIR --merged`"):
+        api.run("lora.toml", settings=["name=twice", "train.init.run=runs/lora"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("runs/chat", "out", "--merged"), "has no adapters"),
+        (("runs/lora", "runs/chat", "--merged"), "new or empty"),
+        (("runs/lora", "out", "--merged", "--format", "peft"), "exclude each other"),
+        (("runs/lora", "out", "--format", "hf"), "Merge them first"),
+    ],
+)
+def test_wrong_export_of_adapters_is_refused(
+    arguments: tuple[str, ...], expected: str, lora: Run, ddiff: Command
+) -> None:
+    code, _, err = ddiff("export", *arguments)
+    assert code != 0
+    assert expected in " ".join(err.split())
+    assert not Path("out").exists()
