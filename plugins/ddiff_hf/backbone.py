@@ -50,10 +50,13 @@ class PretrainedBackbone(Backbone):
         pretrained: whether the V tokens start with the first V embeddings of the model, and a node
             of a tree with the mean of the embeddings of its tokens. False: random embeddings.
 
+        head_path: path of the model, if the head starts with its output matrix, else None.
+
     Raises ArgumentError if the model has too few positions or embeddings.
     """
 
     reads_time = False
+    library_prefix = "backbone.model."
 
     class Config(ComponentConfig):
         """Settings of the backbone: a model by `path`, or a new one by `architecture`."""
@@ -78,6 +81,10 @@ class PretrainedBackbone(Backbone):
         """Id of the token whose embedding initializes the mask; by default the mask starts as the
         mean of all tokens."""
 
+        pretrained_head: bool = False
+        """Start the head with the output matrix of the model, a decoder with pretrained weights;
+        false: the head starts from token counts."""
+
         @model_validator(mode="after")
         def _check_one_model(self) -> Self:
             both_or_none = (self.path is None) == (self.architecture is None)
@@ -88,6 +95,8 @@ class PretrainedBackbone(Backbone):
                     f"an architecture; got path = {self.path!r}, architecture = "
                     f"{self.architecture!r} and {len(self.settings)} settings"
                 )
+            if self.pretrained_head and (self.path is None or not self.pretrained):
+                raise ValueError("pretrained_head = true needs path, and pretrained = true")
             return self
 
     @classmethod
@@ -107,6 +116,7 @@ class PretrainedBackbone(Backbone):
             pretrained,
             config.shift,
             config.prediction_head,
+            config.path if config.pretrained_head else None,
         )
 
     def __init__(
@@ -119,9 +129,12 @@ class PretrainedBackbone(Backbone):
         pretrained: bool = True,
         shift: bool = False,
         prediction_head: bool = False,
+        head_path: str | None = None,
     ) -> None:
         super().__init__()
         self.has_prediction_head = prediction_head
+        self.is_pretrained = pretrained
+        self.head_path = head_path
         self.bidirectional = bidirectional
         self.is_shifted = shift
         self.width: int = model.config.hidden_size
@@ -179,6 +192,17 @@ class PretrainedBackbone(Backbone):
             sources = _find_sources(ids, context).unsqueeze(-1).expand(hidden.shape)
             hidden = hidden.gather(1, sources)
         return hidden
+
+    @property
+    def has_pretrained_output(self) -> bool:
+        return self.head_path is not None
+
+    def pretrained_output(self) -> Tensor | None:
+        if self.head_path is None:
+            return None
+        if self.model.config.tie_word_embeddings:
+            return self.table.weight.detach()[: self.table.vocabulary.num_tokens]
+        return load_output(self.head_path)
 
     @property
     def table(self) -> StateEmbedding:
@@ -298,6 +322,25 @@ def load_model(
 
     model = load_pretrained(from_config, path, "model")
     return _remove_output_matrix(model) if prediction_head else model
+
+
+def load_output(path: str) -> Tensor:
+    """Return the output matrix [n,width] of a pretrained decoder.
+
+    Raises ArgumentError if the model has no output matrix.
+    """
+    from transformers import AutoModelForCausalLM  # takes seconds to import
+
+    model = load_pretrained(
+        AutoModelForCausalLM.from_pretrained, path, "model", dtype=torch.float32
+    )
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ArgumentError(
+            f"PretrainedBackbone: pretrained_head = true needs a model with an output matrix; got "
+            f"{type(model).__name__} in {path!r}. Leave pretrained_head out."
+        )
+    return output.weight.detach()
 
 
 def make_model(

@@ -36,6 +36,8 @@ ROWS_RECIPES = ["names_small"]
 DIGITS_RECIPES = ["digits_hdlm_small", "digits_mdlm_small"]
 """Recipes of digits as rows of symbols, whose data and tokenizer the tests keep."""
 FIELDS_RECIPES = ["digits_gaussian_small", "digits_small", "latent_small", "shapes_small"]
+PACKAGE_RECIPES = ["a2d_chat_small"]
+"""Recipes of a model in a package; test_a2d.py runs them with a package of the same name."""
 LENGTH = 32  # two windows of the width that the recipes have
 TINY = [
     f'data={{kind="text", files=["train.txt"], validation=["validation.txt"], length={LENGTH}}}',
@@ -80,7 +82,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_list_of_tested_recipes_contains_every_shipped_recipe() -> None:
     shipped = [name for name in find_shipped_recipes() if not name.startswith("paper/")]
-    assert sorted(shipped) == sorted(RECIPES + ROWS_RECIPES + DIGITS_RECIPES + FIELDS_RECIPES)
+    tested = RECIPES + ROWS_RECIPES + DIGITS_RECIPES + FIELDS_RECIPES + PACKAGE_RECIPES
+    assert sorted(shipped) == sorted(tested)
     assert (len(RECIPES), len(DIGITS_RECIPES), len(FIELDS_RECIPES)) == (16, 2, 4)
     assert len(ROWS_RECIPES) == 1
 
