@@ -39,9 +39,12 @@ from ddiff import (
 )
 from ddiff.plugin.loader import survey_plugins
 from ddiff.recipe.component import ComponentSpec
+from ddiff.run_dir.evaluation_record import EvaluationRecord
 from ddiff.runs.hub import save
+from ddiff.runs.hub.card import describe_evaluation
 from ddiff.runs.hub.modeling import DdiffConfig, DdiffModel, build_schedule
-from ddiff.runs.hub.save import describe_schedule, is_masked_diffusion
+from ddiff.runs.hub.save import describe_schedule, is_masked_diffusion, load_module
+from ddiff.runs.hub.source import Place, generate_source
 from ddiff.runs.loading import load
 from ddiff.runs.run import Run
 
@@ -221,6 +224,20 @@ def test_model_card_has_evaluation_with_interval_and_protocol(place: Path) -> No
     assert "exponential moving average" in card
 
 
+def test_card_explains_figures_that_are_no_bounds(place: Path) -> None:
+    tree = json.loads(Path("runs/tree/evaluation.json").read_text())
+    bound = describe_evaluation(EvaluationRecord.from_tree(tree))
+    assert "upper bound of the negative log-likelihood" in bound
+    tree["protocol"]["own_vectors"] = ["style"]
+    own = describe_evaluation(EvaluationRecord.from_tree(tree))
+    assert "no\nbound of the likelihood" in own
+    assert "upper bound" not in own
+    tree = json.loads(Path("runs/tree/evaluation.json").read_text())
+    tree["figures"]["nll"] = tree["figures"].pop("nelbo")
+    exact = describe_evaluation(EvaluationRecord.from_tree(tree))
+    assert "The NLL is the exact negative log-likelihood" in exact
+
+
 def test_card_of_other_weights_has_no_evaluation(
     place: Path, ddiff: Command, tmp_path: Path
 ) -> None:
@@ -244,6 +261,55 @@ def test_generated_file_imports_torch_and_transformers_only(place: Path) -> None
         assert "\n# ----" in text
         assert "class Head" in text
         assert "def total" not in text  # the training is left out
+
+
+def test_generated_file_has_the_conditions_of_the_backbone(tmp_path: Path) -> None:
+    conditions = {
+        "kind": {"classes": 2},
+        "style": {"width": 3, "count": 2, "via": "cross"},
+        "latent": {"width": 4, "via": "tokens"},
+    }
+    config = {
+        "num_tokens": 5,
+        "length": 6,
+        "backbone": {
+            "kind": "dit",
+            "width": 16,
+            "layers": 2,
+            "heads": 2,
+            "conditions": conditions,
+        },
+        "head": {"kind": "tokens"},
+    }
+    roots = [
+        Place("ddiff.runs.hub.modeling", "DdiffModel"),
+        Place("ddiff_dit.dit", "DiT"),
+        Place("ddiff_core.heads", "Tokens"),
+    ]
+    path = tmp_path / "generated.py"
+    path.write_text(generate_source(roots, ["generate"], "Header."))
+    torch.manual_seed(0)
+    registered = DdiffModel(DdiffConfig(**config)).eval()
+    for parameter in registered.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    values = {
+        "kind": torch.tensor([1, -1]),
+        "style": torch.rand(2, 6),
+        "latent": torch.rand(2, 4),
+    }
+    ids = torch.randint(6, (2, 6))
+    with load_module(path) as module, torch.no_grad():
+        module.DdiffModel.components = {
+            ("backbone", "dit"): module.DiT,
+            ("head", "tokens"): module.Tokens,
+        }
+        generated = module.DdiffModel(module.DdiffConfig(**config)).eval()
+        generated.load_state_dict(registered.state_dict())
+        found = generated(ids, timesteps=0.5, conditions=values).logits
+        expected = registered(ids, timesteps=0.5, conditions=values).logits
+        without = generated(ids, timesteps=0.5).logits
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, without)
 
 
 def test_save_refuses_used_folders_and_leaves_no_partial_files(

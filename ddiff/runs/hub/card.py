@@ -54,6 +54,11 @@ The perplexity that is computed from it is an upper bound, too. It is not compar
 likelihood, nor with a bound of another protocol.
 """
 
+_OWN_VECTORS = """
+The network was given vectors that are computed from the text itself. The figure is therefore no
+bound of the likelihood of the text.
+"""
+
 _EXACT = "The NLL is the exact negative log-likelihood of the text."
 
 
@@ -65,7 +70,7 @@ def write_card(run: Run, record: Path, folder: Path) -> None:
         f"# {run.recipe.name}",
         _describe(run, saved),
         _describe_process(run),
-        _describe_evaluation(read_evaluation(record)),
+        describe_evaluation(read_evaluation(record)),
         _LOADING.strip(),
         _describe_record(saved),
     ]
@@ -119,13 +124,19 @@ def _describe_process(run: Run) -> str:
     return f"## Process\n\n```\n{formulas}\n```" if formulas else ""
 
 
-def _describe_evaluation(record: EvaluationRecord | None) -> str:
+def describe_evaluation(record: EvaluationRecord | None) -> str:
+    """Return the section with the figures of an evaluation, their intervals and the protocol.
+
+    `record`: record of the evaluation of the saved weights; None if they were not evaluated.
+    """
     if record is None:
         return "## Evaluation\n\nThese weights were not evaluated before they were saved."
     lines = ["| figure | value | 95 % interval | unit | protocol |", "|---|---|---|---|---|"]
     for name, figure in record.figures.items():
         lines.append(f"| {name} | {_format_figure(figure)} |")
     words = _BOUND if "nelbo" in record.figures else _EXACT
+    if record.protocol.get("own_vectors"):
+        words = _OWN_VECTORS
     protocol = json.dumps(dict(record.protocol), indent=1)
     return "\n\n".join(
         [
