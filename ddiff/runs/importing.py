@@ -134,20 +134,7 @@ def import_published(
     predictions = None
     if imported.must_predict if check is None else check:
         predictions = _check_predictions(run, files, chosen, check_text)
-    origin = OriginRecord(
-        ddiff=__version__,
-        source=files.source,
-        revision=files.revision,
-        layout=f"{chosen.component.name} ({chosen.component.origin})",
-        tokenizer=place,
-        step=files.step,
-        is_average=files.is_average,
-        files={
-            name: ImportedFile(bytes=digest.bytes, sha256=digest.sha256)
-            for name, digest in files.digests.items()
-        },
-        notes=tuple(imported.notes),
-    )
+    origin = _describe_origin(files, chosen.component, imported, place)
     with lock_run_dir(directory), _replace_directory(directory, fresh) as folder:
         _write_run(run, folder, origin)
     return ImportedRun(
@@ -158,6 +145,26 @@ def import_published(
         num_tokens=imported.num_tokens,
         length=recipe.length,
         predictions=predictions,
+    )
+
+
+def _describe_origin(
+    files: PublishedFiles, layout: Component, imported: Imported, tokenizer: str
+) -> OriginRecord:
+    """Return the record of the published files. `tokenizer`: source of the tokenizer."""
+    return OriginRecord(
+        ddiff=__version__,
+        source=files.source,
+        revision=files.revision,
+        layout=f"{layout.name} ({layout.origin})",
+        tokenizer=tokenizer,
+        step=files.step,
+        is_average=files.is_average,
+        files={
+            name: ImportedFile(bytes=digest.bytes, sha256=digest.sha256)
+            for name, digest in files.digests.items()
+        },
+        notes=tuple(imported.notes),
     )
 
 
