@@ -8,7 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,11 @@ def import_published(
     folder = locate(source)
     if is_saved_model(folder):
         _refuse_choices(layout, tokenizer)
+        if check:
+            raise ArgumentError(
+                "--check: a model that ddiff saved is imported without the check of predictions. "
+                "Leave out --check; in Python, call ddiff.check_masked_predictions with the run."
+            )
         return _import_saved(folder, str(source), directory, list(settings), fresh)
     files = open_published(source)
     chosen = _choose_layout(files, layout)
@@ -131,6 +136,8 @@ def import_published(
     recipe = _build_recipe(imported, directory, table, files.step, settings)
     remedy = _advise_tokenizer(files, imported, tokenizer, settings)
     run = _build_run(recipe, imported, files, remedy)
+    # The network has a copy of the weights. For large models, this one is freed before the save.
+    imported = replace(imported, weights={})
     predictions = None
     if imported.must_predict if check is None else check:
         predictions = _check_predictions(run, files, chosen, check_text)

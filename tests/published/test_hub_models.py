@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from commands import Command, is_refusal
+from ddiff_hf.hub_layouts import HubLayout, read_shared_settings
 from ddiff_hf.hub_models import HUB_MODELS
 from hub_checkpoints import (
     CHAT,
@@ -310,6 +312,31 @@ def test_hub_run_is_not_exported_to_its_layout(folder: Path, ddiff: Command) -> 
     done = ddiff("export", "runs/hub", "exported", "--format", "llada")
     assert is_refusal(done, "export --format llada: this layout only reads checkpoints")
     assert not Path("exported").exists()
+
+
+def test_plugin_adds_a_model_by_a_layout(folder: Path) -> None:
+    """A layout of another plugin names its facts, and translates configuration and names."""
+
+    class OwnLayout(HubLayout):
+        facts = dataclasses.replace(HUB_MODELS["dream"], model_type="own", shift=False)
+
+        def read_settings(self, files: ddiff.PublishedFiles) -> dict[str, Any]:
+            return read_shared_settings(files)
+
+        def take(self, tensors: Any, name: str, shape: torch.Size) -> Tensor:
+            return tensors.take(f"model.{name}", *shape)
+
+    tensors = published_tensors(build_library_model(CONFIGS["dream"]))
+    config = CONFIGS["dream"] | {"model_type": "own"}
+    files = ddiff.open_published(write_checkpoint(Path("own"), config, tensors))
+    layout = OwnLayout.build(OwnLayout.Config(block=4))
+    assert layout.recognize(files)
+    imported = layout.read(files)
+    files.tensors.finish()
+    assert imported.must_predict
+    assert imported.recipe["denoiser"]["shift"] is False
+    assert imported.recipe["objective"]["times"] == {"kind": "block", "width": 4}
+    assert torch.equal(imported.weights["head.table"], tensors["lm_head.weight"])
 
 
 def test_documentation_has_the_table_of_hub_models() -> None:
