@@ -19,6 +19,7 @@ from ddiff.core.schedule import LinearSchedule
 from ddiff.core.times import FlatTimes
 from ddiff.core.vocabulary import FlatVocabulary
 from ddiff.data.batch import Batch
+from ddiff.distributed.blocks import recompute_activations
 from ddiff.errors import ArgumentError, DataError
 from ddiff.nn.adapters import (
     LoraSettings,
@@ -197,6 +198,21 @@ def test_missing_peft_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DataError, match=r'pip install "discrete-diffusion\[lora\]"'):
         make_adapted()
+
+
+@pytest.mark.parametrize("make_backbone", [make_dit, make_llama])
+def test_recomputed_activations_give_adapters_the_same_gradients(make_backbone: Any) -> None:
+    gradients = []
+    for recomputes in (False, True):
+        denoiser = make_adapted(make_backbone)
+        if recomputes:
+            recompute_activations(denoiser)
+        train(denoiser, steps=1)
+        found = [parameter.grad for parameter in denoiser.parameters()]
+        gradients.append([gradient for gradient in found if gradient is not None])
+    assert gradients[0]
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_frozen_head_computes_no_gradient_of_its_table() -> None:
