@@ -50,7 +50,7 @@ def complete_checked(incomplete: str) -> list[str]:
     """Complete the argument of `ddiff check`: a component, a plugin, or a recipe file."""
     from ddiff.plugin.loader import survey_plugins
 
-    names = set()
+    names: set[str] = set()
     for component in survey_plugins().registry.components():
         if component.kind in CHECKED_KINDS:
             names.update((component.name, component.plugin))

@@ -219,8 +219,9 @@ class ChatCorpus:
 
     def check_repetitions(self, tokenizer: Tokenizer, length: int, cache: Cache) -> None:
         """Raise DataError if the training examples contain all validation examples."""
-        streams = [self.rows(part, tokenizer, length, cache).tokens for part in (TRAIN, VALIDATION)]
-        check_overlap(find_overlap(*streams), "The conversations")
+        train = self.rows(TRAIN, tokenizer, length, cache).tokens
+        validation = self.rows(VALIDATION, tokenizer, length, cache).tokens
+        check_overlap(find_overlap(train, validation), "The conversations")
 
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> NoReturn:
         """Raise ArgumentError: token shards have no marks of the answers."""
