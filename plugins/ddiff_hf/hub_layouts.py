@@ -137,7 +137,8 @@ class HubLayout(Layout):
         notes = [
             f"The mask is the embedding of the id {mask}. The output for this id is left out, and "
             "the distribution is normalized over the other tokens.",
-            f"An answer ends with the {self.facts.end}.",
+            f"Recorded end of an answer: {self.facts.end}. This was not compared with the program "
+            "of the model.",
         ]
         return Imported(recipe, weights, num_tokens, self.facts.tokenizer, notes, must_predict=True)
 

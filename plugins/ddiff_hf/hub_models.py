@@ -1,7 +1,8 @@
 """Facts about published diffusion models of the transformers library, one entry per architecture.
 
 The weights do not show these facts: a model that is run with another mask id, shift or attention
-gives fluent nonsense and no error.
+gives fluent nonsense and no error. The table follows descriptions of the models. It was not
+compared with their programs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class HubModel:
         attention: "full": every position attends to every position; "block": to its own and to
             earlier blocks; "causal": to earlier positions.
         block: number of positions of a block, for "block".
-        end: end mark of an answer, and the tokens after it.
-        chat_template: file of the repository with the chat template.
+        end: end mark of an answer, and the tokens after it. Only printed and documented.
+        chat_template: file of the repository with the chat template. Only documented.
         tokenizer: hub name of a tokenizer with the same ids, for repositories whose own tokenizer
             needs Python code. None: the tokenizer of the repository.
     """
@@ -45,8 +46,8 @@ class HubModel:
     tokenizer: str | None = None
 
 
-FILLED = "end token (eos_token_id), which fills the rest of the row and is predicted there too"
-STOPPED = "end token (eos_token_id), at which generation stops"
+FILLED = "end mark, repeated to the end of the row"
+STOPPED = "end mark, after which nothing is generated"
 
 HUB_MODELS: dict[str, HubModel] = {
     "llada": HubModel(
@@ -91,7 +92,7 @@ HUB_MODELS: dict[str, HubModel] = {
         shift=False,
         attention="full",
         block=None,
-        end="end token of the chat template",
+        end="end mark of the chat template",
         chat_template="chat_template.jinja or tokenizer_config.json",
     ),
     "a2d": HubModel(

@@ -347,7 +347,7 @@ def test_documentation_has_the_table_of_hub_models() -> None:
         row = [
             f"`{name}`",
             f"`{facts.examples[0]}`",
-            f"`{facts.library or 'rest of the type'}`",
+            f"`{facts.library}`" if facts.library else "see *Class*",
             mask,
             "yes" if facts.shift else "no",
             attention,
