@@ -272,6 +272,7 @@ from .training.losses import TrainingLoss as TrainingLoss
 from .training.objective import DiffusionObjective as DiffusionObjective
 from .training.optimizers import JointOptimizer as JointOptimizer
 from .training.optimizers import adamw as adamw
+from .training.optimizers import adamw_8bit as adamw_8bit
 from .training.optimizers import muon as muon
 from .training.protocols import Backend as Backend
 from .training.protocols import LossTerms as LossTerms

@@ -121,6 +121,10 @@ class Members:
     """Backends only: whether the backend supports several processes."""
     writes: tuple[str, ...] = ()
     """Trackers only: names in the run directory that the tracker writes and `--fresh` deletes."""
+    moment_bytes: float = 4.0
+    """Optimizers only: lower bound of the bytes of the moments of a weight.
+
+    The default is one moment in float32."""
     states: frozenset[str] = frozenset({"tokens"})
     """Processes, heads, losses and samplers: states of a field, "tokens", "vectors", or both.
 

@@ -18,7 +18,7 @@ from torch import nn
 from ddiff.distributed.blocks import find_blocks
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Denoiser
-from ddiff.recipe.model import Recipe
+from ddiff.recipe.model import BaseRecipe, Recipe
 
 TIME_BYTES = 8  # float64 time of each position
 STEP_BYTES = 32  # one Python float in a sampler's list of time steps
@@ -101,30 +101,39 @@ def check_need(
 def estimate_need(recipe: Recipe, denoiser: Denoiser | None) -> MemoryNeed:
     """Return a lower bound of the memory of a run.
 
-    Training needs weights, gradients, one optimizer moment per weight, and the input of each block
-    of the backbone for each row. Sampling needs weights, hidden states, time steps and tokens.
+    Training needs weights, gradients, the moments of the optimizer (`Members.moment_bytes`), and
+    the input of each block of the backbone for each row. Sampling needs weights, hidden states,
+    time steps and tokens.
     """
     train = recipe.train
     sample = recipe.sample
     processes = recipe.backend_keys.processes
     weight_bytes = 4.0 * count_parameters(denoiser)
-    trained_bytes = 4.0 * count_parameters(denoiser, only_trained=True)
+    trained_bytes = training_bytes(recipe) * count_parameters(denoiser, only_trained=True)
     width = 0
     layers = 0
     if denoiser is not None:
         width = int(denoiser.head.width)
         layers = max(1, len(find_blocks(denoiser)))
-    copies = 4 if train.ema else 3
     positions = train.batch // (train.accumulate * processes) * recipe.length
     sampled = min(sample.batch, sample.count) * recipe.length
     return MemoryNeed(
         # as fsdp shards it; ddp holds more
-        standing=(weight_bytes + (copies - 1) * trained_bytes) / processes,
+        standing=(weight_bytes + trained_bytes) / processes,
         rows=float(positions) * (2.0 * width * layers + TIME_BYTES),  # hidden states in bfloat16
         sampling=weight_bytes
         + float(sampled) * (2.0 * width + TIME_BYTES)
         + float(STEP_BYTES) * sample.steps,
     )
+
+
+def training_bytes(recipe: BaseRecipe) -> float:
+    """Return the least bytes that training needs for a trained weight, next to the weight.
+
+    These are its gradient, its moments in the optimizer, and its moving average.
+    """
+    average = 4.0 if recipe.train.ema else 0.0
+    return 4.0 + recipe.optimizer.members.moment_bytes + average
 
 
 def total_memory(device: torch.device) -> float:

@@ -1,10 +1,11 @@
-"""Optimizers: AdamW, and Muon for hidden matrices with AdamW for all other parameters.
+"""Optimizers: AdamW, also with 8-bit moments, and Muon for hidden matrices.
 
 A hidden matrix is a 2-D parameter that is not a table. A table is a parameter whose rows are
 independent, such as one row per token. Tables are the weights of `nn.Embedding`, parameters with
 the attribute `is_table = True`, and all parameters of modules with this attribute (for example
-heads). Muon orthogonalizes the update of each hidden matrix. Tables are trained with AdamW, because
-their rows are used with very different frequencies and AdamW scales each entry separately.
+heads). Muon orthogonalizes the update of each hidden matrix. All other parameters are trained with
+AdamW: the rows of tables are used with very different frequencies, and AdamW scales each entry
+separately.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ddiff.errors import ArgumentError, DataError
 from ddiff.training.protocols import ConditionalOptimizer, Optimizer
 
 # Columns per row from which iterations on the Gram matrix are cheaper. Measured on a CPU thread:
 # 256 x 1024 took 10 ms instead of 18 ms, 256 x 768 9 ms instead of 13 ms.
 GRAM_RATIO = 1.5
+INSTALL_8BIT = 'pip install "discrete-diffusion[8bit]"'
 
 Betas = tuple[float, float]
 Parameters = dict[str, nn.Parameter]
@@ -100,11 +103,38 @@ def adamw(
 
     `decay` selects the parameters with weight decay: "matrices" (hidden matrices only) or "all".
     """
-    hidden, others = split_parameters(module)
-    other_decay = weight_decay if decay == "all" else 0.0
-    groups = [_group(hidden, weight_decay), _group(others, other_decay)]
-    filled = [group for group in groups if group["params"]]
-    return _adamw(filled, lr, betas, eps)
+    return _adamw(_decay_groups(module, weight_decay, decay), lr, betas, eps)
+
+
+def adamw_8bit(
+    module: nn.Module,
+    lr: float = 3e-3,
+    betas: Betas = (0.9, 0.98),
+    weight_decay: float = 0.01,
+    eps: float = 1e-8,
+    decay: Decay = "matrices",
+) -> Optimizer:
+    """Build AdamW with 8-bit moments (arXiv 2110.02861), of the package bitsandbytes.
+
+    The moments have 2 bytes per parameter instead of 8. Parameters with fewer than 4096 numbers
+    keep moments in float32. The arguments are those of `adamw`. Raises DataError if bitsandbytes is
+    not installed, and ArgumentError for sharded parameters.
+    """
+    groups = _decay_groups(module, weight_decay, decay)
+    # bitsandbytes reads the memory of a whole tensor, which a DTensor does not have.
+    if any(_is_sharded(parameter) for group in groups for parameter in group["params"]):
+        raise ArgumentError(
+            "adamw_8bit: expected whole parameters; got sharded ones, which bitsandbytes cannot "
+            'update. Set [backend] kind = "ddp" or "single", or [train] optimizer = "adamw".'
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise DataError(
+            "adamw_8bit: 8-bit moments need the package bitsandbytes, which is not installed "
+            f'({error}). Run `{INSTALL_8BIT}`, or set [train] optimizer = "adamw".'
+        ) from error
+    return AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
 
 
 def muon(
@@ -141,6 +171,14 @@ def muon(
     if others:
         parts["adamw"] = _adamw([_group(others, 0.0)], table_lr, table_betas)
     return JointOptimizer(parts)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float, decay: Decay) -> list[dict[str, Any]]:
+    """Return the parameter groups of AdamW: hidden matrices, and all other parameters."""
+    hidden, others = split_parameters(module)
+    other_decay = weight_decay if decay == "all" else 0.0
+    groups = [_group(hidden, weight_decay), _group(others, other_decay)]
+    return [group for group in groups if group["params"]]
 
 
 def _group(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> dict[str, Any]:

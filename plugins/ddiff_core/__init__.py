@@ -74,7 +74,11 @@ COMPONENTS = {
         "quenched": "ddiff_core.objectives:Quenched",
         "slide": "ddiff_core.objectives:Slide",
     },
-    "optimizer": {"adamw": "ddiff_core.optimizers:AdamW", "muon": "ddiff_core.optimizers:Muon"},
+    "optimizer": {
+        "adamw": "ddiff_core.optimizers:AdamW",
+        "adamw_8bit": "ddiff_core.optimizers:AdamW8bit",
+        "muon": "ddiff_core.optimizers:Muon",
+    },
     "backend": {
         "ddp": "ddiff_core.backends:DataParallel",
         "fsdp": "ddiff_core.backends:FullySharded",

@@ -8,7 +8,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ddiff import ComponentConfig, JointOptimizer, NonNegativeFloat, PositiveFloat, adamw, muon
+from ddiff import (
+    ComponentConfig,
+    JointOptimizer,
+    NonNegativeFloat,
+    Optimizer,
+    PositiveFloat,
+    adamw,
+    adamw_8bit,
+    muon,
+)
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Decay rate of a moving average, in [0, 1)."""
@@ -36,6 +45,21 @@ class AdamW:
     @staticmethod
     def build(config: Config, *, module: nn.Module) -> torch.optim.AdamW:
         return adamw(module, **config.model_dump())
+
+
+class AdamW8bit:
+    """AdamW with 8-bit moments: 2 bytes per parameter instead of 8.
+
+    Needs the package bitsandbytes (`pip install "discrete-diffusion[8bit]"`), and parameters that
+    are not sharded.
+    """
+
+    Config = AdamW.Config
+    moment_bytes = 2.0
+
+    @staticmethod
+    def build(config: AdamW.Config, *, module: nn.Module) -> Optimizer:
+        return adamw_8bit(module, **config.model_dump())
 
 
 class Muon:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from ddiff_core.optimizers import AdamW
+from ddiff_core.optimizers import AdamW, AdamW8bit
 from ddiff_core.optimizers import Muon as MuonComponent
 from torch import Tensor, nn
 from toy import Net
 
 from ddiff.checkpoint.checkpoints import Checkpoints
+from ddiff.errors import ArgumentError, DataError
+from ddiff.recipe.resolve import read_recipe
+from ddiff.runs.memory import training_bytes
 from ddiff.training.optimizers import (
     Muon,
     _iterate_gram,
     _iterate_matrix,
     adamw,
+    adamw_8bit,
     muon,
     orthogonalize,
     split_parameters,
@@ -234,3 +240,103 @@ def test_iterations_on_the_gram_matrix_equal_iterations_on_the_matrix(dtype: tor
     # is therefore larger than float32's rounding error: about 1e-4 of the norm.
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     assert float((result - expected).norm() / expected.norm()) < tolerance
+
+
+# ---------------------------------------------------------------------- 8-bit moments
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the optimizer of bitsandbytes by AdamW of torch, which has the same arguments."""
+    module = ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = torch.optim.AdamW  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+
+
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_adamw_8bit_gets_the_groups_and_settings_of_adamw(stand_in: None, decay: str) -> None:
+    keys = {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.7, "eps": 1e-3, "decay": decay}
+    net = Net()
+    eight = AdamW8bit.build(AdamW8bit.Config(**keys), module=net).param_groups  # type: ignore[arg-type]
+    plain = AdamW.build(AdamW.Config(**keys), module=net).param_groups  # type: ignore[arg-type]
+    assert len(eight) == len(plain) == 2
+    for one, other in zip(eight, plain):
+        assert all(a is b for a, b in zip(one["params"], other["params"], strict=True))
+        for key in ("lr", "betas", "weight_decay", "eps"):
+            assert one[key] == other[key]
+
+
+def test_adamw_8bit_without_bitsandbytes_names_the_command_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(DataError, match=r'pip install "discrete-diffusion\[8bit\]"'):
+        adamw_8bit(Net())
+
+
+def test_adamw_8bit_refuses_sharded_parameters(
+    stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddiff.training.optimizers._is_sharded", lambda tensor: True)
+    with pytest.raises(ArgumentError, match="bitsandbytes cannot update"):
+        adamw_8bit(Net())
+
+
+def test_memory_check_counts_the_two_bytes_of_8_bit_moments() -> None:
+    # gradient, moments and moving average: 4 + 4 + 4 and 4 + 2 + 4 bytes
+    for kind, expected in (("adamw", 12.0), ("adamw_8bit", 10.0)):
+        settings = [f"train.optimizer={kind}", "train.ema=0.9"]
+        assert training_bytes(read_recipe("mdlm_small", settings=settings)) == expected
+
+
+class Wide(nn.Module):
+    """One matrix with 8-bit moments (64 x 64 = 4096 numbers), and a bias with float32 moments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+
+def set_gradients(module: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_adamw_8bit_steps_equal_those_of_adamw_up_to_the_rounding_of_moments() -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    net, other = Wide(), Wide()
+    other.load_state_dict(net.state_dict())
+    start = net.layer.weight.detach().clone()
+    eight, plain = adamw_8bit(net), adamw(other)
+    for step in range(5):
+        set_gradients(net, step)
+        set_gradients(other, step)
+        eight.step()
+        plain.step()
+    state = eight.state[net.layer.weight]  # type: ignore[attr-defined]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    moved = (other.layer.weight - start).norm()
+    # An 8-bit moment has a relative error of a few percent; without updates the ratio would be 1.
+    assert (net.layer.weight - other.layer.weight).norm() < 0.1 * moved
+    torch.testing.assert_close(net.layer.bias, other.layer.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_8bit_resumes_from_a_checkpoint(tmp_path: object) -> None:
+    pytest.importorskip("bitsandbytes")
+    net, other = Wide(), Wide()
+    first, second = adamw_8bit(net), adamw_8bit(other)
+    set_gradients(net, 0)
+    first.step()
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(1, net.state_dict(), {"optimizer": first.state_dict()})
+    found = checkpoints.load(1)
+    found.restore(other)
+    second.load_state_dict(found.read_state()["optimizer"])
+    for module, optimizer in ((net, first), (other, second)):
+        set_gradients(module, 1)
+        optimizer.step()
+    assert torch.equal(net.layer.weight, other.layer.weight)
+    assert torch.equal(net.layer.bias, other.layer.bias)

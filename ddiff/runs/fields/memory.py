@@ -16,6 +16,7 @@ from ddiff.runs.memory import (
     MemoryNeed,
     check_need,
     count_parameters,
+    training_bytes,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def estimate_need(
     train = recipe.train
     sample = recipe.sample
     processes = recipe.backend_keys.processes
-    weight_bytes = 4.0 * count_parameters(denoiser)
+    parameters = count_parameters(denoiser)
+    weight_bytes = 4.0 * parameters
     layers = 0
     hidden = 0  # channels of all positions of a sample
     positions = sum(shape.positions for shape in shapes.values())
@@ -62,11 +64,11 @@ def estimate_need(
         layers = max(1, len(find_blocks(denoiser)))
         for name, shape in shapes.items():
             hidden += shape.positions * denoiser.backbone.widths[name]
-    copies = 4 if train.ema else 3
     rows = train.batch // (train.accumulate * processes)
     sampled = min(sample.batch, sample.count)
     return MemoryNeed(
-        standing=copies * weight_bytes / processes,  # as fsdp shards it; ddp holds more
+        # as fsdp shards it; ddp holds more
+        standing=(weight_bytes + training_bytes(recipe) * parameters) / processes,
         rows=float(rows) * (2.0 * hidden * layers + TIME_BYTES * positions),
         sampling=weight_bytes
         + float(sampled) * (2.0 * hidden + TIME_BYTES * positions)
