@@ -130,7 +130,7 @@ def export(
         typer.Argument(
             metavar="FILE",
             help="Output file NAME.safetensors, a local or fsspec path; with another format, a new "
-            "folder. Not needed with --push.",
+            "folder. Leave it out with --push.",
         ),
     ] = None,
     weights: Annotated[
@@ -247,8 +247,8 @@ def _push(
 
     check_name(name)
     pushed = _load(run_dir, weights).push_to_hub(name, private=not public, dry_run=dry_run)
-    place = "would be uploaded (dry run)" if pushed.url is None else pushed.url
-    typer.echo(f"{name}: the {pushed.weights} weights of step {pushed.step} of {run_dir}, {place}")
+    done = "would be uploaded (dry run)" if pushed.url is None else f"are at {pushed.url}"
+    typer.echo(f"{name}: the {pushed.weights} weights of step {pushed.step} of {run_dir} {done}")
     _print_files(pushed.files)
 
 

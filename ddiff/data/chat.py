@@ -54,8 +54,8 @@ class ChatSettings:
         answer_length: number of tokens of the last answer of every example: its tokens, its end
             mark, and end marks up to this number. None: the answer and its end mark.
         long: rule for an example of more tokens than a row. "cut": the beginning of the prompt is
-            cut, and an example whose answer does not fit is left out. "drop": it is left out.
-            "error": DataError.
+            cut, and an example whose answer does not fit is left out. "drop": the example is left
+            out. "error": DataError.
         pack: whether a training row may hold several examples. Attention never crosses them.
     """
 
@@ -85,7 +85,7 @@ class ChatEncoder:
     """Encoder of conversations with a template and a tokenizer.
 
     Special tokens in the template become their ids. A message with the spelling of a special token
-    is refused (`has_special`), because it could end its own turn.
+    could end its own turn. `has_special` finds it, so that callers can leave it out.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -179,7 +179,7 @@ class ChatEncoder:
 @final
 @dataclass(frozen=True)
 class ChatCorpus:
-    """Conversations of a data set. An alternative to `Documents`, whose rows have marks.
+    """Conversations of a data set. Their rows have marks, unlike those of `Documents`.
 
     `documents` has a column "messages" (`ddiff.data.conversations`).
     """
@@ -226,8 +226,8 @@ class ChatCorpus:
     def shards(self, tokenizer: Tokenizer, cache: Cache) -> NoReturn:
         """Raise ArgumentError: token shards have no marks of the answers."""
         raise ArgumentError(
-            '[data] kind = "chat": conversations have no token shards, since these do not record '
-            "which tokens are answers. `ddiff run` tokenizes them at its start."
+            "[data]: conversations have no token shards, since these do not record which tokens "
+            "are answers. Leave out `ddiff data`: `ddiff run` tokenizes conversations at its start."
         )
 
     def _load(self, part: str, tokenizer: Tokenizer, length: int, cache: Cache) -> _Examples:

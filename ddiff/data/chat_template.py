@@ -1,8 +1,8 @@
 """Chat templates: Jinja templates that write a conversation as one text.
 
 A conversation is a list of messages {"role": ..., "content": ...}. The template is that of a
-pretrained tokenizer, a file, or `DEFAULT_TEMPLATE`. It runs in the sandbox of Jinja, which has no
-access to files or Python objects.
+pretrained tokenizer, a file, or `DEFAULT_TEMPLATE`. It runs in the sandbox of Jinja, which gives no
+access to files and to the internals of Python objects.
 """
 
 from __future__ import annotations

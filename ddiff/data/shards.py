@@ -334,8 +334,8 @@ def stream_from_documents(
 ) -> TokenStream:
     """Build a token stream from the ids [n] of k documents and their ends [k] in `ids`.
 
-    The number of bytes of the text is unknown, and 0. `num_tokens`: number of tokens of the
-    vocabulary.
+    The number of bytes of the text is unknown, and recorded as 0. `num_tokens`: number of tokens of
+    the vocabulary.
     """
     sizes = np.diff(ends, prepend=0)
     record = ShardRecord(

@@ -219,11 +219,14 @@ class Backbone(nn.Module):
 
     @property
     def has_pretrained_output(self) -> bool:
-        """True if a head with one row per token starts with the output matrix of a model."""
+        """True if the head starts with the output matrix of a pretrained model."""
         return False
 
     def pretrained_output(self) -> Tensor | None:
-        """Return this output matrix, with at least V rows; None if the head starts without it."""
+        """Return the output matrix of the pretrained model, with at least V rows.
+
+        None if the head does not start with it.
+        """
         return None
 
 

@@ -175,7 +175,7 @@ def _merged_recipe(recipe: Recipe, target: Path) -> Recipe:
     tree["run_dir"] = str(target)
     tree["denoiser"].pop("lora", None)
     tree["train"].pop("init", None)
-    tree["train"]["ema"] = 0.0  # the weights are merged, of which there is one set
+    tree["train"]["ema"] = 0.0  # there is only one set of merged weights
     tree["evaluate"]["weights"] = "auto"
     text = write_toml(tree, "Recipe of merged adapters")
     return require_text_recipe(parse_recipe(text, "the merged recipe"), "ddiff export --merged")

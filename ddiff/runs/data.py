@@ -71,11 +71,11 @@ class RunText:
         return self.recipe.tokenizer.build(documents=self.documents, cache=self._cache)
 
     def chat_settings(self) -> ChatSettings:
-        """Return the template and the length of answers, of the data or of the trained run.
+        """Return the settings of the conversations, or those in chat.json of the run directory.
 
         A run of other data has the template of its tokenizer, and answers of any length.
         """
-        documents = self.__dict__.get("documents")  # not read only for this
+        documents = self.__dict__.get("documents")  # files are not read for this purpose
         if isinstance(documents, ChatCorpus):
             return documents.settings
         saved = read_json(Path(self.recipe.run_dir) / CHAT, allow_missing=True)

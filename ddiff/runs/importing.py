@@ -195,7 +195,7 @@ def _import_saved(
     recipe = read_saved_recipe(folder, directory, settings)
     with lock_run_dir(directory), _replace_directory(directory, fresh) as target:
         origin = write_saved_run(folder, source, recipe, target)
-        # Loaded before the directory appears, which compares the weights with the network.
+        # Loading compares the weights with the network, before the directory appears.
         run = _load_saved(recipe, target)
     return ImportedRun(
         directory=directory,

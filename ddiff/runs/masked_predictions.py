@@ -1,7 +1,8 @@
 """Check that a masked model predicts the masked tokens of a text better than a constant guess.
 
 A wrong mask id, or logits that are read one position too early or too late, give fluent nonsense
-and no error. The check finds both: it also evaluates the other readings of the same network.
+and no error. The check also reads the output of the positions before and after, and tries other
+mask tokens, so that its message names the mistake.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ LONGEST = 256  # tokens of the text; long enough for context, short enough for l
 SHORTEST = 16
 SPECIAL_TOKENS = 16  # largest number of other mask tokens that are tried
 # An accuracy counts as higher than another one if it exceeds it by 3 standard deviations of the
-# share of correct guesses, so that a model without knowledge passes with a probability of 0.1 %.
+# share of correct guesses. If guesses are independent, a model without knowledge then passes with a
+# probability of about 0.1 %.
 DEVIATIONS = 3.0
 _PLACES = {-1: "before", 1: "after"}
 
@@ -59,7 +61,7 @@ class MaskedPredictions:
 
     @property
     def better_shift(self) -> int | None:
-        """Position, -1 or 1, whose output predicts clearly better; None if there is none."""
+        """Offset, -1 or 1, of an output that predicts clearly better; None if there is none."""
         best = max(self.shifted, key=lambda offset: self.shifted[offset], default=None)
         if best is not None and self._is_better(self.shifted[best], self.accuracy):
             return best
@@ -101,8 +103,8 @@ class MaskedPredictions:
         ]
         others += [f"{value:.0%} with {token!r} as mask" for token, value in self.masks.items()]
         return (
-            f"{found} No other reading is better: {', '.join(others)}. The mask id, the tokenizer "
-            "or the weights are wrong, or the text is unlike that of the training."
+            f"{found} No other position or mask is better: {', '.join(others)}. The mask id, the "
+            "tokenizer or the weights are wrong, or the text is unlike that of the training."
         )
 
     def _is_better(self, accuracy: float, other: float) -> bool:
@@ -175,9 +177,10 @@ def _encode(run: Run, text: str) -> Tensor:
     ids = torch.tensor(run.tokenizer.encode([text])[0][: min(LONGEST, run.recipe.length)])
     if len(ids) < SHORTEST:
         raise ArgumentError(
-            f"check_masked_predictions: the text must have at least {SHORTEST} tokens, and the "
-            f"rows of the run too; got {len(ids)} tokens and rows of {run.recipe.length}. Use a "
-            "longer text (--check-text FILE), or leave out the check (--unchecked)."
+            f"check_masked_predictions: the text and the rows of the run must have at least "
+            f"{SHORTEST} tokens; got {len(ids)} tokens of the text, and rows of "
+            f"{run.recipe.length}. Use a longer text (--check-text FILE), or leave out the check "
+            "(--unchecked)."
         )
     return ids
 

@@ -132,9 +132,9 @@ def encode_messages(
     room = answer_length or length - len(ids)
     if len(ids) + room > length or room < 1:
         raise ArgumentError(
-            f"message: a sample has {length} tokens ([data] length of the run); got a conversation "
-            f"of {len(ids)} tokens, and an answer of {answer_length or 'at least 1'}, {text!r}. "
-            "Shorten the messages, or train with a larger length."
+            f"message: a sample has {length} tokens ([data] length of the run), but the "
+            f"conversation with the last message {text!r} has {len(ids)} tokens, and its answer "
+            f"{answer_length or 'at least 1'}. Shorten the messages, or train with a larger length."
         )
     given = torch.arange(len(ids) + room) < len(ids)
     padded = torch.cat([ids, torch.zeros(room, dtype=torch.long)])

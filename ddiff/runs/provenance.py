@@ -54,8 +54,8 @@ def check_checkpoint(
             run_dir,
             checkpoint.state,
             components,
-            f"The adapters of {run_dir} belong to another base. Restore the base from its "
-            "training: the run in [train] init, or the model of [denoiser] path.",
+            f"The adapters of {run_dir} were trained with other base weights. Restore these: the "
+            "run in [train] init, or the model in [denoiser] path.",
             [BASE],
         )
     # the data are not compared, because a run must be loadable without its data

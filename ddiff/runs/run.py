@@ -365,7 +365,7 @@ class Run(TrainableRun):
         return draw_templates(*arguments, self._open_answers(message), request, on_step, ranks)
 
     def _open_answers(self, message: str | Sequence[str | Sequence[Message]]) -> list[Template]:
-        """Return the templates of messages that are answered."""
+        """Return one template per message, whose answer is sampled."""
         settings = self.data.text.chat_settings()
         encoder = ChatEncoder(self.tokenizer, find_template(self.tokenizer, settings.template))
         conversations = [message] if isinstance(message, str) else message

@@ -68,7 +68,7 @@ def check_component(
     """Check a component, all components of a plugin, or a recipe; print the results.
 
     Returns 0 if all laws hold, else 1. Components that cannot be built without other settings or
-    data are listed as not checked, as long as another component of this name can be checked.
+    data are listed as not checked, if at least one other component can be checked.
 
     Args:
         name: name of the component, of the plugin, or of a recipe file.

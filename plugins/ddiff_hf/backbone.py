@@ -253,8 +253,8 @@ def _find_local_layers(model: PreTrainedModel) -> LocalLayers | None:
     if unknown:
         raise ArgumentError(
             "PretrainedBackbone: the layers of the model must have full or sliding attention; got "
-            f"layers of the type {', '.join(sorted(unknown))}, whose order of positions no "
-            "attention mask changes. Use another model."
+            f"layers of the type {', '.join(sorted(unknown))}, which no attention mask makes "
+            "bidirectional. Use another model."
         )
     # Without a list of types, all layers have the window of the configuration.
     if "sliding_attention" not in kinds and (kinds or settings.get("sliding_window") is None):

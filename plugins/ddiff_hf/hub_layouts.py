@@ -70,9 +70,11 @@ class HubLayout(Layout):
         mask_token: Annotated[int, Field(ge=0)] | None = None
         """Id of the mask; by default `mask_token_id` of the configuration, else as in the table."""
         shift: bool | None = None
-        """True if the output at a position predicts the token at the next position."""
+        """True if the output at a position predicts the token at the next position; by default as
+        in the table."""
         block: Annotated[int, Field(ge=0)] | None = None
-        """Number of positions of a block; 0: every position attends to every position."""
+        """Number of positions of a block; 0: every position attends to every position; by default
+        as in the table."""
 
     @classmethod
     def build(cls, config: Config) -> HubLayout:

@@ -101,7 +101,7 @@ def test_dry_run_lists_files_and_makes_no_request(
     assert code == 0
     first, *listed = out.splitlines()
     assert first == (
-        "owner/tiny: the trained weights of step 2 of runs/flat, would be uploaded (dry run)"
+        "owner/tiny: the trained weights of step 2 of runs/flat would be uploaded (dry run)"
     )
     size = Path("saved/flat/model.safetensors").stat().st_size
     assert [line.split() for line in listed].count(["model.safetensors", f"{size:,}", "bytes"]) == 1

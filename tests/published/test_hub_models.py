@@ -214,7 +214,7 @@ def test_wrong_mask_is_refused_and_named(folder: Path, trained: Path) -> None:
 
 def test_random_weights_are_refused_unless_unchecked(folder: Path) -> None:
     source = write_checkpoint(Path("llada"), CONFIGS["llada"], draw_llada())
-    with pytest.raises(DataError, match="No other reading is better"):
+    with pytest.raises(DataError, match="No other position or mask is better"):
         ddiff.import_published(source, "runs/new", check_text=TEXT)
     assert not Path("runs").exists()
     with pytest.raises(ddiff.ArgumentError, match="at least 16 tokens"):

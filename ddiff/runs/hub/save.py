@@ -62,8 +62,8 @@ CHECKED_POSITIONS = 32
 """Positions of the row whose logits are compared before anything is written."""
 
 TOLERANCE = 1e-4
-"""Largest difference of log-probabilities from those of the samplers, which multiply matrices in
-other chunks."""
+"""Largest difference of probabilities from those of the samplers, which multiply matrices in other
+chunks."""
 
 HEADER = f"""Network of a discrete diffusion model, for the transformers library.
 
@@ -175,8 +175,9 @@ def _unsupported(run: Run, reason: str) -> ArgumentError:
     """Return the error for a network that one file cannot represent."""
     kind = run.recipe.denoiser.component.name
     return ArgumentError(
-        f"save_pretrained: a file without ddiff cannot have the network of this run, [denoiser] "
-        f'kind = "{kind}": {reason} Use the backbone dit or ddit, or export only the weights: '
+        f'save_pretrained: the network of this run, [denoiser] kind = "{kind}", cannot be written '
+        f"as a file that works without ddiff: {reason} Use the backbone dit or ddit, or export "
+        "only the weights: "
         f"ddiff export {run.run_dir} weights.safetensors. For the backbone hf with a path, "
         "run.denoiser.backbone.model.save_pretrained(folder) saves the model of transformers."
     )

@@ -1,10 +1,10 @@
 """One self-contained Python file from the source text of some classes and all they need.
 
 The definitions are copied as they are written, with their comments and docstrings, so that there is
-no second implementation. Methods that cannot be called from the given classes are left out: a
-method is kept if its name is used as an attribute, or for `self.name`, if it is used in a class of
-the same family. Annotations need no definition, because they are not evaluated; the types that they
-name become `Any`.
+no second implementation. Methods that cannot be called from the given classes are left out. A
+method is kept if code that is kept uses its name as an attribute; a use as `self.name` counts only
+in classes of the same family. Annotations need no definition, because they are not evaluated; the
+types that they name become `Any`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENTRIES = ("forward", "backward")
 """Methods that torch calls."""
 
 EXCLUDED = (("ddiff.nn.denoiser", "Denoiser.forward"),)
-"""Methods for the training in ddiff, which a saved model does not call in spite of their names."""
+"""Methods with a name in `ENTRIES` that only the training in ddiff calls."""
 
 UNUSED_METHODS = ("__repr__", "__str__", "__reduce__")
 """Special methods that are left out. The other special methods of a kept class are kept."""
