@@ -125,7 +125,7 @@ def add_adapters(denoiser: Denoiser, settings: LoraSettings, *, trains_head: boo
         ) from error
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number works in alpha / r
         lora_dropout=settings.dropout,
         target_modules=targets,
     )

@@ -13,10 +13,9 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ddiff import (
@@ -24,6 +23,7 @@ from ddiff import (
     DataError,
     Imported,
     Layout,
+    NonNegativeInt,
     PublishedFiles,
     PublishedTensors,
 )
@@ -67,12 +67,12 @@ class HubLayout(Layout):
     class Config(ComponentConfig):
         """Facts of a model that differ from those of its architecture."""
 
-        mask_token: Annotated[int, Field(ge=0)] | None = None
+        mask_token: NonNegativeInt | None = None
         """Id of the mask; by default `mask_token_id` of the configuration, else as in the table."""
         shift: bool | None = None
         """True if the output at a position predicts the token at the next position; by default as
         in the table."""
-        block: Annotated[int, Field(ge=0)] | None = None
+        block: NonNegativeInt | None = None
         """Number of positions of a block; 0: every position attends to every position; by default
         as in the table."""
 

@@ -295,7 +295,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 NOTHING = dict.fromkeys(
-    ("count", "steps", "seed", "batch", "prompt", "infill", "conditions", "guidance", "sampler")
+    (
+        *("count", "steps", "seed", "batch", "prompt", "infill", "message"),
+        *("conditions", "guidance", "sampler"),
+    )
 ) | {"settings": (), "prints_ids": True, "clock": "recipe"}
 
 

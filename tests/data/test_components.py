@@ -12,6 +12,7 @@ import pytest
 import torch
 from corpora import WORDS
 from ddiff_core import COMPONENTS
+from ddiff_core.chat_data import Chat, NumberQuestions
 from ddiff_core.data import (
     Bundled,
     DigitRows,
@@ -70,9 +71,9 @@ def build_clusters(
 
 
 def test_data_component_tests_list_every_registered_data_component() -> None:
-    """Data sets from files of vectors and images are tested in other modules of this folder."""
-    bundled = (Bundled, DigitRows, Names, StandardLibrary)
-    texts = (Files, Hub, JsonLines, Markov, Shards, Symbols, Text)
+    """Conversations and files of vectors and images are tested in other modules of this folder."""
+    bundled = (Bundled, DigitRows, Names, NumberQuestions, StandardLibrary)
+    texts = (Chat, Files, Hub, JsonLines, Markov, Shards, Symbols, Text)
     fields_files = (EncodedTexts, ImageTables, Images, TokenGrids, VectorFiles, VectorShards)
     here = {
         "dataset": (*bundled, *texts, ConditionedVectorFiles, ConditionedVectorShards),

@@ -86,8 +86,8 @@ def test_every_file_of_a_finished_run_is_recognized_as_a_run_file(run_dir: Path)
     )
     # written by other commands, by runs of several fields, and for trackers of results
     others = {"judged.json", "generation.json", "tracked.json", "pareto.json", "pareto.svg"}
-    # written for trees by `ddiff clock`, and for held-out texts with sentences
-    others |= {"clock.json", "gaps.jsonl", "origin.json"}
+    # written for trees by `ddiff clock`, for held-out texts with sentences, and for conversations
+    others |= {"clock.json", "gaps.jsonl", "origin.json", "chat.json"}
     expected = set(FILES) - others
     assert {name for name in files(run_dir) if "/" not in name} == expected
 
