@@ -265,7 +265,7 @@ class _Collection:
             self._use(place.module, _references(statement), None)
 
     def finish(self) -> None:
-        """Keep the members of classes that are used, until no further member is."""
+        """Keep the used members of classes, and repeat until no member is added."""
         found = True
         while found:
             found = False
