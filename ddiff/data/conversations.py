@@ -115,6 +115,26 @@ def check_messages(messages: Any, place: str) -> list[dict[str, str]]:
     return checked
 
 
+def read_conversation_table(paths: Sequence[str]) -> Dataset:
+    """Read the conversations of files into one table with the columns of `read_conversations`.
+
+    Raises DataError as `read_conversations` does.
+    """
+    return _read(paths, ConversationFields(), None)
+
+
+def has_conversations(path: str) -> bool:
+    """Return whether the first record of a parquet or JSON file has the fields of a conversation.
+
+    The names of the fields are the defaults of `ConversationFields`.
+    """
+    fields = ConversationFields()
+    for _, record in _records(path, fields):
+        pair = (record.get(fields.prompt), record.get(fields.response))
+        return record.get(fields.messages) is not None or None not in pair
+    return False
+
+
 def _read(paths: Sequence[str], fields: ConversationFields, cache: Cache | None) -> Dataset:
     if cache is None:
         corpus = build_table_in_memory(_SCHEMA, _batches(paths, fields))
@@ -144,9 +164,7 @@ def _batches(paths: Sequence[str], fields: ConversationFields) -> Iterator[pa.Re
 
 
 def _rows(path: str, fields: ConversationFields) -> Iterator[dict[str, str]]:
-    is_parquet = path.lower().endswith(".parquet")
-    records = _parquet_records(path) if is_parquet else _json_records(path, fields)
-    for place, record in records:
+    for place, record in _records(path, fields):
         messages = check_messages(_find_messages(record, fields, place), place)
         yield _make_row(messages, place)
 
@@ -170,6 +188,11 @@ def _find_messages(record: Record, fields: ConversationFields, place: str) -> An
         {"role": "user", "content": record[fields.prompt]},
         {"role": ASSISTANT, "content": record[fields.response]},
     ]
+
+
+def _records(path: str, fields: ConversationFields) -> Iterator[tuple[str, Record]]:
+    is_parquet = path.lower().endswith(".parquet")
+    return _parquet_records(path) if is_parquet else _json_records(path, fields)
 
 
 def _json_records(path: str, fields: ConversationFields) -> Iterator[tuple[str, Record]]:

@@ -79,7 +79,11 @@ class RunText:
         if isinstance(documents, ChatCorpus):
             return documents.settings
         saved = read_json(Path(self.recipe.run_dir) / CHAT, allow_missing=True)
-        return ChatSettings(saved.get("template"), answer_length=saved.get("answer_length"))
+        return ChatSettings(
+            saved.get("template"),
+            saved.get("answers", ChatSettings.answers),
+            saved.get("answer_length"),
+        )
 
     def save_chat(self, directory: Path) -> None:
         """Write chat.json to a run directory, if the documents are conversations."""
@@ -87,7 +91,11 @@ class RunText:
             return
         settings = self.chat_settings()
         template = find_template(self.tokenizer, settings.template)
-        content = {"template": template.source, "answer_length": settings.answer_length}
+        content = {
+            "template": template.source,
+            "answers": settings.answers,
+            "answer_length": settings.answer_length,
+        }
         write_atomic(directory / CHAT, json.dumps(content, indent=2) + "\n")
 
     @cached_property

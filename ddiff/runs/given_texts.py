@@ -1,7 +1,8 @@
 """Evaluation of a text run on other texts: `ddiff eval RUN --data FILE|RECIPE|NAME`.
 
 The texts are those of files, of a recipe, or of a public test set on the hub. They are tokenized
-with the tokenizer of the run. Results are written to evaluation-NAME.json and never replace
+with the tokenizer of the run. If they are conversations, only answers are scored, given their
+prompts. Results are written to evaluation-NAME.json and never replace
 evaluation.json.
 """
 
@@ -11,23 +12,26 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ddiff.data.cache import Cache
+from ddiff.data.chat import ChatCorpus, ChatSettings
 from ddiff.data.compression import ENDINGS as COMPRESSIONS
 from ddiff.data.compression import open_uncompressed
 from ddiff.data.conditions import Conditions
-from ddiff.data.documents import documents_from_texts, fingerprint_texts
+from ddiff.data.conversations import has_conversations, read_conversation_table
+from ddiff.data.documents import Documents, documents_from_texts, fingerprint_texts
 from ddiff.data.packing import PackedRows, pack_ids, pack_texts
 from ddiff.data.paths import base_name, find_all_files, printable
 from ddiff.data.sources import open_file_source, open_hub_source
 from ddiff.data.symbol_rows import fill_rows
 from ddiff.data.text import text_documents
 from ddiff.data.tokenizer import Tokenizer
+from ddiff.data.tokenizer_workers import VALIDATION
 from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.likelihood import Evaluation
@@ -42,10 +46,11 @@ from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.files import find_shipped_recipes
 from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.destination import Destination, write_text
+from ddiff.run_dir.files import CHAT
 from ddiff.run_dir.location import check_writable
 from ddiff.runs.conditioning import SampleConditions
 from ddiff.runs.data import build_documents
-from ddiff.runs.evaluation import score_rows
+from ddiff.runs.evaluation import PROMPTS, score_rows
 from ddiff.runs.evaluation_header import describe_record
 from ddiff.runs.evaluation_report import find_impossible, print_remarks, print_weights
 from ddiff.runs.kinds import EvaluationOptions
@@ -69,6 +74,8 @@ class GivenTexts:
         protocol: name of the protocol of the figures.
         entropy_rate: entropy of the source in nats per symbol; None if it is unknown.
         program: published program that evaluates the documents; None for our evaluation.
+        conversations: the documents as conversations, of which only answers are scored; None for
+            texts.
     """
 
     name: str
@@ -76,6 +83,7 @@ class GivenTexts:
     protocol: str
     entropy_rate: float | None = None
     program: PublishedProgram | None = None
+    conversations: ChatCorpus | None = None
 
 
 def evaluate_given_texts(
@@ -86,7 +94,7 @@ def evaluate_given_texts(
     The results are written to `target`, by default to evaluation-NAME.json of the run. `ranks`
     divide the batches; only rank 0 prints and writes.
     """
-    given = read_given_texts(options)
+    given = read_given_texts(run, options)
     path = run.run_dir / f"evaluation-{given.name}.json"
     if target is None:
         check_writable(run.run_dir)
@@ -111,20 +119,20 @@ def evaluate_given_texts(
 # ---------------------------------------------------------------------- texts
 
 
-def read_given_texts(options: EvaluationOptions) -> GivenTexts:
+def read_given_texts(run: Run, options: EvaluationOptions) -> GivenTexts:
     """Read the documents that the option --data of `ddiff eval` names.
 
     A name of a protocol is the data set of the protocol on the hub. A name that ends in .toml, or
     is the name of a shipped recipe, is a recipe, whose validation documents are read. Other names
-    are files or globs.
+    are files or globs. For a run of conversations, parquet and JSON files may hold conversations.
     """
     first = options.data[0]
     if first in PROTOCOLS:
         given = _read_test_set(options)
     elif first.endswith(".toml") or first in find_shipped_recipes():
-        given = _read_recipe_texts(options)
+        given = _read_recipe_texts(run, options)
     else:
-        given = _read_files(options)
+        given = _read_files(run, options)
     if not any(given.texts):
         raise DataError(
             f"ddiff eval --data: {', '.join(options.data)} contain no text. Name files with text."
@@ -172,7 +180,7 @@ def _missing_test_set_error(protocol: Protocol, error: DataError) -> DataError:
     )
 
 
-def _read_recipe_texts(options: EvaluationOptions) -> GivenTexts:
+def _read_recipe_texts(run: Run, options: EvaluationOptions) -> GivenTexts:
     name = options.data[0]
     if len(options.data) > 1:
         raise ArgumentError(
@@ -181,16 +189,23 @@ def _read_recipe_texts(options: EvaluationOptions) -> GivenTexts:
         )
     recipe = require_text_recipe(read_recipe(name), "ddiff eval --data")
     documents = build_documents(recipe, Cache())
-    texts = list(documents.validation["text"])
     stem = PurePosixPath(name).stem
+    if isinstance(documents, ChatCorpus):
+        return _give_conversations(run, stem, documents, options)
+    texts = list(documents.validation["text"])
     return _apply_protocol(stem, texts, options, _chosen_protocol(options), documents.entropy_rate)
 
 
-def _read_files(options: EvaluationOptions) -> GivenTexts:
+def _read_files(run: Run, options: EvaluationOptions) -> GivenTexts:
     protocol = _chosen_protocol(options)
     split = options.split if protocol is None else protocol.split
+    paths = find_all_files(options.data)
+    if (run.run_dir / CHAT).is_file():
+        conversations = [path for path in paths if _is_table(path) and has_conversations(path)]
+        if conversations:
+            return _read_conversation_files(run, paths, conversations, options)
     parts = []
-    for path in find_all_files(options.data):
+    for path in paths:
         if _is_table(path):
             parts += _read_column(path, protocol)
             continue
@@ -198,6 +213,40 @@ def _read_files(options: EvaluationOptions) -> GivenTexts:
             for _, text in text_documents(file, printable(path), split):
                 parts.append(text)
     return _apply_protocol(name_files(options.data), parts, options, protocol)
+
+
+def _read_conversation_files(
+    run: Run, paths: Sequence[str], conversations: Sequence[str], options: EvaluationOptions
+) -> GivenTexts:
+    """Read the files `paths`, of which `conversations` hold conversations."""
+    if len(conversations) < len(paths):
+        other = next(path for path in paths if path not in conversations)
+        raise ArgumentError(
+            f"ddiff eval --data: {printable(conversations[0])} holds conversations, of which only "
+            f"answers are scored, but {printable(other)} holds texts. Evaluate them separately."
+        )
+    table = read_conversation_table(paths)
+    corpus = ChatCorpus(Documents(table, table), run.data.text.chat_settings())
+    return _give_conversations(run, name_files(options.data), corpus, options)
+
+
+def _give_conversations(
+    run: Run, stem: str, corpus: ChatCorpus, options: EvaluationOptions
+) -> GivenTexts:
+    """Return conversations to evaluate, with the template and the answer length of the run."""
+    if options.protocol is not None or options.published:
+        name = "--published" if options.published else f"--protocol {options.protocol}"
+        raise ArgumentError(
+            f"ddiff eval {name}: {', '.join(options.data)} are conversations, of which only "
+            f"answers are scored. A protocol needs whole texts. Leave out {name}."
+        )
+    own = run.data.text.chat_settings()
+    settings: ChatSettings = replace(
+        corpus.settings, template=own.template, answer_length=own.answer_length
+    )
+    name = _name_data(stem)
+    texts = list(corpus.validation["text"])
+    return GivenTexts(name, texts, name, conversations=replace(corpus, settings=settings))
 
 
 def name_files(names: Sequence[str]) -> str:
@@ -242,7 +291,7 @@ def _apply_protocol(
     `stem`: name of the data. `parts`: its lines, files or documents. `entropy_rate`: entropy of the
     source, if the data have one.
     """
-    name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "data"
+    name = _name_data(stem)
     program = find_program(options.program) if options.published else None
     texts: Sequence[str] = parts
     if protocol is not None:
@@ -259,6 +308,11 @@ def _apply_protocol(
     )
 
 
+def _name_data(stem: str) -> str:
+    """Return a name of data that can be part of a file name."""
+    return re.sub(r"[^\w.-]+", "_", stem).strip("._") or "data"
+
+
 # ---------------------------------------------------------------------- scores
 
 
@@ -268,6 +322,9 @@ def _score(
     """Return the evaluation, and the number of texts that the tokenizer does not keep."""
     tokenizer = run.tokenizer
     length = run.recipe.length
+    if given.conversations is not None:
+        rows = given.conversations.rows(VALIDATION, tokenizer, length, Cache())
+        return _score_rows(run, given, rows, options, ranks, has_bytes=False), 0
     lossy = count_lossy_texts(given.texts, tokenizer)
     program = given.program
     if program is None:
@@ -276,22 +333,34 @@ def _score(
         check_bytes(texts, rows)
     else:
         rows = _pack_blocks(given.texts, tokenizer, length, program)
+    # the bytes of the text are not those of other tokens
+    has_bytes = lossy == 0 and program is None
+    return _score_rows(run, given, rows, options, ranks, has_bytes), lossy
+
+
+def _score_rows(
+    run: Run,
+    given: GivenTexts,
+    rows: PackedRows,
+    options: EvaluationOptions,
+    ranks: Ranks,
+    has_bytes: bool,
+) -> Evaluation:
     conditions = SampleConditions.parse(run.denoiser, {}, len(given.texts))
     evaluation = score_rows(
         run.model,
         rows,
         run.recipe,
-        tokenizer,
+        run.tokenizer,
         numbers=np.arange(len(rows)),
         draws=run.recipe.evaluate.draws,
         conditions=Conditions(conditions.values),
         until=options.until,
-        published=program,
-        # the bytes of the text are not those of other tokens
-        has_bytes=lossy == 0 and program is None,
+        published=given.program,
+        has_bytes=has_bytes,
         ranks=ranks,
     )
-    return evaluation, lossy
+    return evaluation if given.conversations is None else evaluation.mark_given(PROMPTS)
 
 
 def _pack_blocks(
@@ -341,6 +410,8 @@ def _make_record(
     }
     if given.program is not None:
         protocol["program"] = asdict(given.program)
+    if given.conversations is not None:
+        protocol["answers"] = given.conversations.settings.answers
     weights = "ema" if run.uses_ema else "trained"
     written = {"step": run.step, "weights": weights, **figures, "protocol": protocol}
     written["baselines"] = {}

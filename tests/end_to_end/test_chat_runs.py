@@ -48,6 +48,48 @@ def test_evaluation_of_answers_is_conditional_and_has_no_perplexity(chat: Run) -
     assert found["tokens"] == sum(len(answer) + 1 for answer in ids)
 
 
+def write_conversations(chat: Run, path: str) -> None:
+    """Write the validation conversations of a run as JSON lines, which also have a text."""
+    with Path(path).open("w") as file:
+        for messages in chat.data.documents.validation["messages"]:
+            line = {"text": "other", "messages": json.loads(messages)}
+            file.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["chat.toml", "dialogues.jsonl"])
+def test_given_conversations_have_the_bound_of_their_answers(
+    data: str, chat: Run, ddiff: Command
+) -> None:
+    write_conversations(chat, "dialogues.jsonl")
+    code, out, err = ddiff("eval", str(chat.run_dir), "--data", data)
+    assert code == 0, err
+    assert "no perplexity of a text" in " ".join(out.split())
+    found = json.loads((chat.run_dir / f"evaluation-{Path(data).stem}.json").read_text())
+    recorded = json.loads((chat.run_dir / "evaluation.json").read_text())
+    for key in ("nelbo_nats_per_token", "tokens", "ppl", "bits_per_byte"):
+        assert found[key] == recorded[key]
+    assert found["protocol"]["given"] == "prompts"
+    assert found["protocol"]["answers"] == "last"
+
+
+@pytest.mark.slow
+def test_given_conversations_have_no_protocol_of_texts(chat: Run, ddiff: Command) -> None:
+    code, _, err = ddiff("eval", str(chat.run_dir), "--data", "chat.toml", "--protocol", "ptb")
+    assert code != 0
+    assert "Leave out --protocol ptb" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_given_texts_and_conversations_are_not_mixed(chat: Run, ddiff: Command) -> None:
+    write_conversations(chat, "dialogues.jsonl")
+    Path("plain.txt").write_text("A text.")
+    names = ("--data", "dialogues.jsonl", "--data", "plain.txt")
+    code, _, err = ddiff("eval", str(chat.run_dir), *names)
+    assert code != 0
+    assert "Evaluate them separately" in " ".join(err.split())
+
+
 @pytest.mark.slow
 def test_samples_at_the_end_of_a_run_answer_validation_prompts(chat: Run) -> None:
     lines = [json.loads(line) for line in (chat.run_dir / "samples.jsonl").open()]
