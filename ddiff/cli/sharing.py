@@ -192,11 +192,18 @@ def export(
 
 def _export_weights(run_dir: Path, file: str, weights: Weights, format: str) -> None:
     from ddiff.runs.export import export_published, export_run
+    from ddiff.runs.provenance import BASE
 
     if format == SAFETENSORS:
         metadata = export_run(run_dir, file, weights)
         kind, step = metadata["weights"], metadata["step"]
         typer.echo(f"{file}: the {kind} weights of step {step} of {run_dir}")
+        if f"{BASE} fingerprint" in metadata:  # recorded only for adapters
+            typer.echo(
+                "  The file has only the trained tensors of the LoRA adapters, without their base. "
+                "--merged writes the whole\n  weights with the adapters, and "
+                f"--format {PEFT} a folder for the package peft."
+            )
         return
     exported = export_published(run_dir, Path(file), format, weights)
     typer.echo(

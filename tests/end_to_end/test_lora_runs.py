@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,17 @@ def test_merged_weights_are_written_to_one_file(lora: Run, ddiff: Command) -> No
         assert set(file.keys()) == set(api.load("runs/chat").denoiser.state_dict())
 
 
+def test_export_without_an_option_says_that_the_base_is_missing(lora: Run, ddiff: Command) -> None:
+    code, out, err = ddiff("export", "runs/lora", "plain.safetensors")
+    assert code == 0, err
+    assert "without their base" in out
+    assert "--merged" in out
+    assert "--format peft" in out
+    code, out, err = ddiff("export", "runs/chat", "chat.safetensors")
+    assert code == 0, err
+    assert "base" not in out
+
+
 def test_adapters_are_written_in_the_format_of_peft(lora: Run, ddiff: Command) -> None:
     assert ddiff("export", "runs/lora", "adapters", "--format", "peft").code == 0
     config = json.loads(Path("adapters/adapter_config.json").read_text())
@@ -113,6 +126,27 @@ def test_training_of_adapters_resumes(lora: Run) -> None:
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, 9))
     assert not torch.equal(hidden_states(resumed), hidden_states(lora))
+
+
+def test_sharded_training_of_adapters_equals_that_of_one_process(
+    lora: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 shards adapters and base. Float32 sums of two ranks are added in another order."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = ["run_dir=runs/sharded", "backend.kind=fsdp", "backend.processes=2"]
+    line = [sys.executable, "-m", "ddiff", "run", "lora.toml", "--set", "sample.count=1"]
+    for setting in settings:
+        line += ["--set", setting]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = []
+    for folder in ("runs/lora", "runs/sharded"):
+        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(each)["train_loss"] for each in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert api.load("runs/sharded").checkpoints.read_weights().keys() == (
+        lora.checkpoints.read_weights().keys()
+    )
 
 
 @pytest.fixture
