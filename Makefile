@@ -84,8 +84,14 @@ $(VENV)/.installed_docs: pyproject.toml ci/constraints.txt | $(VENV)/.made
 	$(PIP) -e ".[docs]"
 	@touch $(VENV)/.installed $@
 
+# A working environment without the stamp was made by hand: it may have another torch, so it is neither cleared nor changed.
 $(VENV)/.made:
-	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	@if $(VENV)/bin/python -m pip --version > /dev/null 2>&1; then \
+	    echo "$(VENV) was not made by make, so make leaves it as it is. Name another folder for make: VENV=.venv-make." \
+	         "To let make install into $(VENV), with the tested version of torch: touch $@. To remove it: make clean." >&2; \
+	    exit 2; \
+	fi; \
+	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
 	    command -v "$$python" > /dev/null || continue; \
 	    tried="$$tried $$python ($$($$python --version 2>&1))"; \
 	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \

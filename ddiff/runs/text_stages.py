@@ -101,7 +101,7 @@ def after_training(run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
         filled,
         samples,
         write_judged(run, samples),
-        _describe_samples(run, samples),
+        describe_samples(run, samples),
     )
 
 
@@ -162,8 +162,13 @@ def _sample_once(run: Run, ranks: Ranks) -> list[dict[str, Any]]:
     return samples
 
 
-def _describe_samples(run: Run, samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return the entropy of samples, and the share of their words that held-out text contains."""
+def describe_samples(run: Run, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the entropy of samples, and the share of their words that held-out text contains.
+
+    Of conversations, only the answers are described, without entropy: their lengths differ.
+    """
+    if run.data.is_chat:
+        return _describe_answers(run, [sample["answer"] for sample in samples])
     split = TokenSamples.split([sample["ids"] for sample in samples], run)
     parts = []
     entropy = MeanFigure.of(sample_entropies(split.ids))
@@ -175,6 +180,14 @@ def _describe_samples(run: Run, samples: Sequence[Mapping[str, Any]]) -> str:
         if known is not None:
             parts.append(f"{known.value:.0%} of their words occur in held-out text")
     return ", ".join(parts)
+
+
+def _describe_answers(run: Run, answers: Sequence[str]) -> str:
+    reference = run.data.validation_texts
+    known = None if reference is None else measure_known_words(answers, reference)
+    if known is None:
+        return ""
+    return f"{known.value:.0%} of the words of their answers occur in held-out conversations"
 
 
 def _read_samples(run: Run, step: int) -> list[dict[str, Any]] | None:

@@ -13,6 +13,7 @@ from small import working_in
 import ddiff as api
 from ddiff.errors import ArgumentError
 from ddiff.runs.run import Run
+from ddiff.runs.text_stages import describe_samples
 
 RECIPE = """
 name = "chat"
@@ -149,3 +150,13 @@ def test_data_command_refuses_conversations(chat: Run, ddiff: Command) -> None:
     code, _, err = ddiff("data", "chat.toml")
     assert code != 0
     assert "conversations have no token shards" in err
+
+
+@pytest.mark.slow
+def test_words_of_prompts_are_not_counted_as_words_of_answers(chat: Run) -> None:
+    lines = [json.loads(line) for line in (chat.run_dir / "samples.jsonl").open()]
+    prompt = lines[0]["message"]
+    strange = [{**line, "answer": "qqq zzz"} for line in lines]
+    assert describe_samples(chat, strange).startswith("0% of the words of their answers")
+    known = [{**line, "answer": prompt} for line in lines]
+    assert describe_samples(chat, known).startswith("100% of the words of their answers")

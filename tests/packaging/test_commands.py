@@ -85,6 +85,18 @@ def test_make_uses_newer_python_if_python3_is_too_old(bare_machine: Path) -> Non
     assert not (bare_machine.parent / "clone" / ".venv" / ".made").exists()
 
 
+def test_make_leaves_an_environment_made_by_hand_as_it_is(bare_machine: Path) -> None:
+    """It may have another version of torch, and it is not cleared."""
+    scripts = bare_machine.parent / "clone" / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    write_command(scripts / "python", 'echo "$@" >> "$0.log"; exit 0')
+    done = make(bare_machine, "docs")
+    assert done.returncode != 0
+    assert ".venv was not made by make" in done.stderr
+    assert "VENV=.venv-make" in done.stderr
+    assert (scripts / "python.log").read_text() == "-m pip --version\n"
+
+
 def test_make_names_missing_package_if_python_has_no_venv_module(bare_machine: Path) -> None:
     write_command(
         bare_machine / "python3",
