@@ -147,7 +147,8 @@ def test_hub_run_keeps_the_chat_template(folder: Path) -> None:
     Path("named.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="a file outside of its folder"):
         load_tokenizer("named.json")
-    assert "end token" in " ".join(json.loads(Path("runs/hub/origin.json").read_text())["notes"])
+    notes = " ".join(json.loads(Path("runs/hub/origin.json").read_text())["notes"])
+    assert "end of an answer: end mark, repeated to the end of the row" in notes
 
 
 # ---------------------------------------------------------------------- check of predictions
