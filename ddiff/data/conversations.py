@@ -6,21 +6,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ddiff.data.arrow import build_table_in_memory, read_table, write_table
 from ddiff.data.cache import Cache
 from ddiff.data.chat_template import ASSISTANT, ROLES
 from ddiff.data.compression import open_decompressed
-from ddiff.data.documents import Documents, check_not_empty, file_fingerprint, split_documents
+from ddiff.data.documents import Documents, read_corpus, split_documents
 from ddiff.data.jsonl import check_no_duplicates, json_objects
-from ddiff.data.paths import base_name, find_train_and_validation, open_file, printable
-from ddiff.data.text import RULES, check_text
+from ddiff.data.paths import find_train_and_validation, open_file, printable
+from ddiff.data.text import check_text
 from ddiff.errors import ArgumentError, DataError, shorten
 from ddiff.progress import show_progress
 
@@ -136,22 +134,14 @@ def has_conversations(path: str) -> bool:
 
 
 def _read(paths: Sequence[str], fields: ConversationFields, cache: Cache | None) -> Dataset:
-    if cache is None:
-        corpus = build_table_in_memory(_SCHEMA, _batches(paths, fields))
-    else:
-        inputs = {
-            "files": [[base_name(path), file_fingerprint(path)] for path in paths],
-            "fields": asdict(fields),
-            "rules": RULES,
-        }
-
-        def build(folder: Path) -> None:
-            write_table(_SCHEMA, _batches(paths, fields), folder / "documents.arrow")
-
-        entry = cache.load_or_build("conversations", inputs, build)
-        corpus = read_table(entry / "documents.arrow")
-    check_not_empty(corpus, paths)
-    return corpus
+    return read_corpus(
+        paths,
+        _SCHEMA,
+        lambda: _batches(paths, fields),
+        kind="conversations",
+        settings={"fields": asdict(fields)},
+        cache=cache,
+    )
 
 
 def _batches(paths: Sequence[str], fields: ConversationFields) -> Iterator[pa.RecordBatch]:

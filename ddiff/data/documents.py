@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -224,22 +224,53 @@ def _read(paths: Sequence[str], split: Split, cache: Cache | None) -> Dataset:
     `split` says whether a document is a file, a paragraph or a line. The result is memory-mapped
     from `cache`. If `cache` is None, the result is in memory.
     """
+    return read_corpus(
+        paths,
+        _SCHEMA,
+        lambda: _batches(paths, split),
+        kind="documents",
+        settings={"split": split},
+        cache=cache,
+    )
+
+
+def read_corpus(
+    paths: Sequence[str],
+    schema: pa.Schema,
+    make_batches: Callable[[], Iterable[pa.RecordBatch]],
+    *,
+    kind: str,
+    settings: Mapping[str, Any],
+    cache: Cache | None,
+) -> Dataset:
+    """Read the table of documents in files, memory-mapped from `cache`, or in memory without one.
+
+    Args:
+        paths: the files.
+        schema: columns of the table.
+        make_batches: reads the files.
+        kind: kind of the cache entry.
+        settings: further inputs of the cache entry, on which the batches depend.
+        cache: cache of the table; None: the result is in memory.
+
+    Raises DataError if the files have no document.
+    """
     if cache is None:
-        corpus = build_table_in_memory(_SCHEMA, _batches(paths, split))
+        corpus = build_table_in_memory(schema, make_batches())
     else:
         contents = [[base_name(path), file_fingerprint(path)] for path in paths]
-        inputs = {"files": contents, "split": split, "rules": RULES}
+        inputs = {"files": contents, **settings, "rules": RULES}
 
         def build(folder: Path) -> None:
-            write_table(_SCHEMA, _batches(paths, split), folder / "documents.arrow")
+            write_table(schema, make_batches(), folder / "documents.arrow")
 
-        entry = cache.load_or_build("documents", inputs, build)
+        entry = cache.load_or_build(kind, inputs, build)
         corpus = read_table(entry / "documents.arrow")
-    check_not_empty(corpus, paths)
+    _check_not_empty(corpus, paths)
     return corpus
 
 
-def check_not_empty(corpus: Dataset, paths: Sequence[str]) -> None:
+def _check_not_empty(corpus: Dataset, paths: Sequence[str]) -> None:
     """Raise DataError if no document was read from `paths`."""
     if not len(corpus):
         listed = ", ".join(printable(path) for path in paths[:5])

@@ -7,19 +7,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ddiff.data.arrow import build_table_in_memory, read_table, write_table
 from ddiff.data.cache import Cache
 from ddiff.data.compression import open_uncompressed
-from ddiff.data.documents import Documents, check_not_empty, file_fingerprint, split_documents
+from ddiff.data.documents import Documents, read_corpus, split_documents
 from ddiff.data.paths import base_name, find_train_and_validation, printable
-from ddiff.data.text import RULES, check_text, text_lines
+from ddiff.data.text import check_text, text_lines
 from ddiff.errors import ArgumentError, DataError, suggest
 from ddiff.progress import show_progress
 
@@ -132,24 +130,14 @@ class _Reader:
         )
 
     def read(self, paths: Sequence[str], cache: Cache | None) -> Dataset:
-        if cache is None:
-            corpus = build_table_in_memory(self.schema, self._batches(paths))
-        else:
-            inputs = {
-                "files": [[base_name(path), file_fingerprint(path)] for path in paths],
-                "text": self.text,
-                "labels": self.labels,
-                "vectors": self.vectors,
-                "rules": RULES,
-            }
-
-            def build(folder: Path) -> None:
-                write_table(self.schema, self._batches(paths), folder / "documents.arrow")
-
-            entry = cache.load_or_build("json_lines", inputs, build)
-            corpus = read_table(entry / "documents.arrow")
-        check_not_empty(corpus, paths)
-        return corpus
+        return read_corpus(
+            paths,
+            self.schema,
+            lambda: self._batches(paths),
+            kind="json_lines",
+            settings={"text": self.text, "labels": self.labels, "vectors": self.vectors},
+            cache=cache,
+        )
 
     def check_fields_occur(
         self, corpus: Dataset, paths: Sequence[str], patterns: Sequence[str]
