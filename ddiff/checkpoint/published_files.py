@@ -40,7 +40,10 @@ WEIGHTS = (
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
-_HUB_NAME = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+HUB = "hf://"
+"""Beginning of the name of a model on the hub."""
+
+_HUB_NAME = re.compile(rf"(?:{HUB})?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _TEXTS = ["*.json", "*.jsonl", "*.yaml", "*.toml", "*.txt", "*.model", "*.jinja"]
 _MISSING: Any = object()
 

@@ -127,10 +127,9 @@ def has_conversations(path: str) -> bool:
     The names of the fields are the defaults of `ConversationFields`.
     """
     fields = ConversationFields()
-    for _, record in _records(path, fields):
-        pair = (record.get(fields.prompt), record.get(fields.response))
-        return record.get(fields.messages) is not None or None not in pair
-    return False
+    _, record = next(_records(path, fields), (path, {}))
+    pair = (record.get(fields.prompt), record.get(fields.response))
+    return record.get(fields.messages) is not None or None not in pair
 
 
 def _read(paths: Sequence[str], fields: ConversationFields, cache: Cache | None) -> Dataset:

@@ -18,7 +18,7 @@ from ddiff import __version__
 from ddiff.atomic import partial_name
 from ddiff.checkpoint.checkpoints import Checkpoints, load_weights
 from ddiff.checkpoint.layout import Imported, Layout
-from ddiff.checkpoint.published_files import PublishedFiles, locate, open_published
+from ddiff.checkpoint.published_files import HUB, PublishedFiles, locate, open_published
 from ddiff.data.pretrained import first_line
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.single import SingleBackend
@@ -410,7 +410,7 @@ def _choose_tokenizer(
         # A hub name instead of the folder of its download, which may be deleted.
         given = str(files.tokenizer_directory)
         if files.revision is not None:
-            given = files.source.removeprefix("hf://").partition("@")[0]
+            given = files.source.removeprefix(HUB).partition("@")[0]
     given = given or imported.tokenizer
     if given is None:
         raise DataError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddiff import __version__
 from ddiff.checkpoint.checkpoints import Checkpoints
-from ddiff.checkpoint.published_files import compute_digest, locate
+from ddiff.checkpoint.published_files import HUB, compute_digest, locate
 from ddiff.data.cache import default_root, fingerprint
 from ddiff.data.pretrained import first_line
 from ddiff.errors import DataError
@@ -33,8 +33,6 @@ PREFIX = "denoiser."
 """Beginning of the names of the network's tensors in the folder of a saved model."""
 
 LAYOUT = "hf"
-HUB = "hf://"
-"""Beginning of the name of a model on the hub."""
 
 
 def is_saved_model(folder: Path) -> bool:
