@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, final
 
@@ -98,7 +99,6 @@ class ChatEncoder:
         # the longest first, because one spelling may begin with another one
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._end = None if tokenizer.eos_id is None else spellings[tokenizer.eos_id]
 
     def has_special(self, messages: Sequence[Message]) -> bool:
         """Return whether a message contains the spelling of a special token."""
@@ -138,14 +138,19 @@ class ChatEncoder:
         return [self._split(messages, places[-1:] if answers == "last" else places)]
 
     def encode(self, pieces: Sequence[Piece], ids: Sequence[Sequence[int]]) -> Example:
-        """Join the encoded pieces of an example, and put the end mark after the last answer."""
+        """Join the encoded pieces of an example, which ends with an end mark.
+
+        The end mark is the special token that the template writes after an answer, or else that of
+        the tokenizer.
+        """
         row: list[int] = []
         marks: list[int] = []
         for piece, part in zip(pieces, ids, strict=True):
             row += part
             marks += [ANSWER if piece.is_answer else GIVEN] * len(part)
         end = self.tokenizer.eos_id
-        if end is not None and (not row or row[-1] != end or marks[-1] != ANSWER):
+        has_end = bool(row) and marks[-1] == ANSWER and row[-1] in self._special.values()
+        if end is not None and not has_end:
             row.append(end)
             marks.append(ANSWER)
         return Example(row, marks)
@@ -169,11 +174,11 @@ class ChatEncoder:
         return pieces
 
     def _cut_after_end(self, answer: str) -> str:
-        """Cut the text of the template after the end mark of an answer, such as a line end."""
-        if self._end is None or self._end not in answer:
-            return answer
-        stop = answer.rindex(self._end) + len(self._end)
-        return answer[:stop]
+        """Cut the space that the template writes after the end mark of an answer."""
+        for mark in self._pattern.finditer(answer):
+            if not answer[mark.end() :].strip():
+                return answer[: mark.end()]
+        return answer
 
 
 @final
@@ -237,6 +242,7 @@ class ChatCorpus:
         inputs = {
             "documents": fingerprint_texts(documents.select_columns("text")),
             "tokenizer": tokenizer.fingerprint,
+            "special": fingerprint(list(tokenizer.special_ids)),
             "template": fingerprint([template.source, dict(template.tokens)]),
             "length": length,
             "settings": {**asdict(self.settings), "template": None, "pack": None},
@@ -406,6 +412,17 @@ class _Build:
             f"and {self.counts['special']:,} contain the spelling of a special token. Increase "
             "length or answer_length, or check the template."
         )
+
+
+def read_answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of sampled tokens up to the first special token, the end mark of an answer.
+
+    An answer contains no special token, since messages with special tokens are refused. So every
+    special token ends it, also one that is not the end mark of the tokenizer, such as <|eot_id|>.
+    """
+    special = set(tokenizer.special_ids)
+    answer = list(takewhile(lambda number: number not in special, ids))
+    return tokenizer.decode([answer])[0].strip()
 
 
 def check_answer_length(tokenizer: Tokenizer, answer_length: int | None) -> None:

@@ -523,7 +523,7 @@ class PretrainedTokenizer:
         if self.eos_id not in self._spellings:
             self.eos_id = None
         unused = set(range(self.num_tokens)) - set(self._spellings)
-        special = unused | (set(tokenizer.all_special_ids) & set(self._spellings))
+        special = unused | (_find_special(tokenizer) & set(self._spellings))
         self.special_ids: tuple[int, ...] = tuple(sorted(special))
         identity = ["pretrained", self._definition(), *([] if num_tokens is None else [num_tokens])]
         self.fingerprint = fingerprint(identity)[:16]
@@ -690,6 +690,17 @@ def _fast_backend(tokenizer: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+
+
+def _find_special(tokenizer: Any) -> set[int]:
+    """Return the ids of all tokens that encoded text never contains.
+
+    `all_special_ids` lacks the special tokens that only the file of the tokenizer declares, such as
+    the marks <|start_header_id|> and <|eot_id|> of the turns of Llama 3.
+    """
+    added = tokenizer.added_tokens_decoder
+    declared = {number for number, token in added.items() if token.special}
+    return declared | set(tokenizer.all_special_ids)
 
 
 _KINDS: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ddiff.data.chat import read_answer
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, shorten
@@ -244,15 +245,11 @@ class _BatchSampler:
     def _answer_field(
         self, templates: Sequence[Template], row: int, ids: list[int]
     ) -> dict[str, str]:
-        """Return the answer to a message, up to its end mark."""
+        """Return the answer to a message."""
         start = templates[row].answer if templates else None
         if start is None:
             return {}
-        answer = ids[start:]
-        end = self.tokenizer.eos_id
-        if end is not None and end in answer:
-            answer = answer[: answer.index(end)]
-        return {"answer": self.tokenizer.decode([answer])[0].strip()}
+        return {"answer": read_answer(ids[start:], self.tokenizer)}
 
     def _cut(self, rows: list[list[int]], templates: Sequence[Template]) -> list[list[int]]:
         """Truncate each sample of an infill text to the length of that text.

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from ddiff.data.cache import Cache
-from ddiff.data.chat import ANSWER, FILLER, GIVEN, ChatCorpus, ChatEncoder, ChatSettings
+from ddiff.data.chat import (
+    ANSWER,
+    FILLER,
+    GIVEN,
+    ChatCorpus,
+    ChatEncoder,
+    ChatSettings,
+    read_answer,
+)
 from ddiff.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, find_template
 from ddiff.data.conversations import ConversationFields, conversation_table, read_conversations
 from ddiff.data.documents import Documents
@@ -216,6 +224,66 @@ def test_message_cannot_write_special_tokens(chat_folder: str) -> None:
     encoder = ChatEncoder(tokenizer, find_template(tokenizer))
     assert encoder.has_special(say("ignore<|im_end|>", "x"))
     assert not encoder.has_special(say("ignore", "x"))
+
+
+LLAMA3 = (
+    "{% for message in messages %}<|turn|>{{ message.role }}\n{{ message.content }}<|eot_id|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def turn_marks() -> PretrainedTokenizer:
+    """Tokenizer whose turns end with another token than its texts, like that of Llama 3.
+
+    Only the definition of the tokenizer declares the marks of turns as special.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as Decoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(BPE())
+    fast.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    fast.decoder = Decoder()
+    trainer = BpeTrainer(
+        special_tokens=["<|end|>", "<|turn|>", "<|eot_id|>"],
+        initial_alphabet=ByteLevel.alphabet(),
+    )
+    fast.train_from_iterator(["user assistant system"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>")
+    tokenizer.chat_template = LLAMA3
+    return PretrainedTokenizer(tokenizer)
+
+
+def test_turn_marks_that_the_library_does_not_list_are_special(
+    turn_marks: PretrainedTokenizer,
+) -> None:
+    assert turn_marks.special_ids == (0, 1, 2)
+    (ids,) = turn_marks.encode(["a<|eot_id|>b"])
+    assert not set(ids) & {0, 1, 2}
+    encoder = ChatEncoder(turn_marks, find_template(turn_marks))
+    assert encoder.has_special(say("ignore<|eot_id|>", "x"))
+    assert encoder.encode_prompt(say("hi", "ho")[:1]).count(1) == 2
+
+
+def test_answer_ends_with_the_mark_of_its_turn(turn_marks: PretrainedTokenizer) -> None:
+    encoder = ChatEncoder(turn_marks, find_template(turn_marks))
+    (pieces,) = encoder.split(say("hi", "ho"), "last")
+    example = encoder.encode(pieces, encoder.encode_texts([piece.text for piece in pieces]))
+    scored = [id for id, mark in zip(example.ids, example.marks) if mark == ANSWER]
+    # neither the line end of the template nor a second end mark belongs to the answer
+    assert turn_marks.decode([scored]) == ["ho<|eot_id|>"]
+
+
+def test_sampled_answer_ends_at_any_special_token(turn_marks: PretrainedTokenizer) -> None:
+    ho, junk = turn_marks.encode(["ho", "junk"])
+    assert read_answer([*ho, 2, 0, *junk], turn_marks) == "ho"
+    assert read_answer([*ho, 0, *junk], turn_marks) == "ho"
+    assert read_answer(ho, turn_marks) == "ho"
+    assert read_answer([2, *ho], turn_marks) == ""
 
 
 def test_template_that_rewrites_earlier_messages_is_refused() -> None:
