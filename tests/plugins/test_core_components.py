@@ -11,6 +11,7 @@ from ddiff_core.objectives import Block, Clip, Flat, Quenched, Slide, WindowConf
 
 from ddiff.core.times import FlatTimes, WindowTimes
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary
+from ddiff.plugin.loader import survey_plugins
 from ddiff.sampling.gaussian import DdimSampler, EulerMaruyamaSampler, EulerSampler, HeunSampler
 from ddiff.sampling.grid import Grid, InformationGrid, LogSnrGrid, LoopGrid
 from ddiff.sampling.psi import CapRemasking, ConfidenceRemasking, LoopRemasking, RescaleRemasking
@@ -19,8 +20,16 @@ from ddiff.sampling.shaping import MinP, Temperature, TopK, TopP
 TREE = HierarchicalVocabulary([[0, 1, 0]])
 
 
+SAMPLERS = [
+    component.load()
+    for component in survey_plugins().registry.components()
+    if (component.kind, component.plugin) == ("sampler", "core")
+]
+TOKEN_SAMPLERS = [one for one in SAMPLERS if "vectors" not in getattr(one, "states", ())]
 WITHOUT_STEPS = (samplers.FirstHitting, samplers.EntropyBound)
-"""Samplers whose number of steps is random, so that they do not take `steps`."""
+"""Samplers whose number of steps is random, so that they have neither steps nor a grid."""
+INSIDE = (samplers.SelfCorrection, samplers.Blockwise, samplers.Hyperschedule)
+"""Samplers around another sampler, which has the grid."""
 
 
 def built(component: Any, **settings: Any) -> Any:
@@ -28,23 +37,11 @@ def built(component: Any, **settings: Any) -> Any:
     return component.build(component.Config(**settings), **steps)
 
 
-ON_A_GRID = [
-    samplers.Ancestral,
-    samplers.TauLeaping,
-    samplers.Analytic,
-    samplers.Trapezoidal,
-    samplers.Confidence,
-    samplers.Margin,
-    samplers.Psi,
-    samplers.Remasking,
-    samplers.AdaptiveCorrection,
-    samplers.PredictorCorrector,
-    samplers.OneLevel,
-]
-INSIDE = [samplers.SelfCorrection, samplers.Blockwise, samplers.Hyperschedule]
-
-
-@pytest.mark.parametrize("component", [*ON_A_GRID, *INSIDE], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "component",
+    [one for one in TOKEN_SAMPLERS if one not in WITHOUT_STEPS],
+    ids=lambda one: one.__name__,
+)
 def test_sampler_uses_the_time_grid_in_its_settings(component: Any) -> None:
     for spacing in ("uniform", "cosine", "log"):
         sampler = built(component, grid=spacing)
@@ -52,10 +49,7 @@ def test_sampler_uses_the_time_grid_in_its_settings(component: Any) -> None:
         assert sampler.grid.times() == Grid(spacing, 7).times()
 
 
-EVERY = [*ON_A_GRID, *INSIDE, *WITHOUT_STEPS]
-
-
-@pytest.mark.parametrize("component", EVERY, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("component", TOKEN_SAMPLERS, ids=lambda one: one.__name__)
 def test_sampler_applies_temperature_top_k_top_p_min_p_in_this_order(component: Any) -> None:
     shaped = built(component, temperature=0.5, top_k=3, top_p=0.8, min_p=0.1)
     assert [type(shaper) for shaper in shaped.shapers] == [Temperature, TopK, TopP, MinP]
