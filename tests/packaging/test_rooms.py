@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from code_count import names_and_strings
@@ -106,11 +107,20 @@ def test_plugins_do_not_import_each_other() -> None:
         for plugin in plugins
     }
     assert {name: others - {name} for name, others in used.items() if others - {name}} == {}
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
-        "contracts"
-    ][-1]
+    contract = read_project()["tool"]["importlinter"]["contracts"][-1]
     assert contract["type"] == "independence"
     assert set(contract["modules"]) == set(used)
+
+
+def test_every_plugin_is_registered_and_checked_by_the_import_linter() -> None:
+    plugins = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
+    project = read_project()
+    assert set(project["project"]["entry-points"]["ddiff"].values()) == plugins
+    assert set(project["tool"]["importlinter"]["root_packages"]) == {"ddiff", *plugins}
+
+
+def read_project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def private_uses(source: str) -> list[str]:
