@@ -153,6 +153,19 @@ def test_data_command_refuses_conversations(chat: Run, ddiff: Command) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_saved_model_answers_messages_as_its_run(
+    is_loaded: bool, chat: Run, tmp_path: Path
+) -> None:
+    run = api.load(chat.run_dir) if is_loaded else chat  # only the latter has read its documents
+    run.save_pretrained(tmp_path / "saved")
+    saved = api.load(tmp_path / "saved")
+    assert saved.sample(message="Which?", steps=2) == run.sample(message="Which?", steps=2)
+    loaded = api.load(chat.run_dir)
+    assert saved.data.text.chat_settings() == loaded.data.text.chat_settings()
+
+
+@pytest.mark.slow
 def test_words_of_prompts_are_not_counted_as_words_of_answers(chat: Run) -> None:
     lines = [json.loads(line) for line in (chat.run_dir / "samples.jsonl").open()]
     prompt = lines[0]["message"]

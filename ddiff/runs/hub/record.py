@@ -11,6 +11,7 @@ from ddiff import __version__
 from ddiff.run_dir.command_record import CommandRecord
 from ddiff.run_dir.evaluation_record import EvaluationRecord
 from ddiff.run_dir.files import (
+    CHAT,
     ENVIRONMENT,
     EVALUATION,
     GENERATION,
@@ -30,7 +31,7 @@ FOLDER = "run"
 """Folder of the record in the folder of a saved model."""
 
 RECORD = "saved.json"
-COPIED = (ENVIRONMENT, EVALUATION, GENERATION, SAMPLES, SAMPLING)
+COPIED = (CHAT, ENVIRONMENT, EVALUATION, GENERATION, SAMPLES, SAMPLING)
 """Files of the run directory that are copied, if they exist."""
 
 
