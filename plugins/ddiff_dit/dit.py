@@ -512,8 +512,6 @@ class Modulation(nn.Module):
     linear map that is zero at initialization makes the vectors from the sum.
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         width: int,
@@ -534,9 +532,6 @@ class Modulation(nn.Module):
         for name, condition in conditions.items():
             self.conditions[name] = ConditionEmbedding(name, condition, condition_width)
         self.out = Channels(condition_width, 8 * width)
-        # Not persistent: the frequencies are constants and no part of a checkpoint.
-        frequencies = 2.0 ** torch.linspace(0, 8, TIME_FEATURES // 2)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
         self, t: Tensor, conditions: Mapping[str, Tensor], dtype: torch.dtype
@@ -552,7 +547,9 @@ class Modulation(nn.Module):
     def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         # At least float32: in bfloat16 an angle of 256 radians has an error of half a radian.
         angle_dtype = torch.promote_types(dtype, torch.float32)
-        angle = t.to(angle_dtype).unsqueeze(-1) * self.frequencies
+        # Not a buffer, which would be rounded if the network is loaded in bfloat16.
+        exponents = torch.linspace(0, 8, TIME_FEATURES // 2, dtype=torch.float32, device=t.device)
+        angle = t.to(angle_dtype).unsqueeze(-1) * 2.0**exponents
         return torch.cat([angle.cos(), angle.sin()], -1).to(dtype)
 
 

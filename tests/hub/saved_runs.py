@@ -15,6 +15,13 @@ RUNS = {
         'denoiser={kind="ddit", width=16, layers=1, heads=2, head="score"}',
         'sample.sampler="analytic"',
     ],
+    "decoder": [
+        'plugins=["mdlm", "hf"]',
+        'vocabulary={kind="flat"}',
+        'process={kind="mdlm"}',
+        'denoiser={kind="hf", architecture="llama", settings={hidden_size=16, num_hidden_layers=1, '
+        "num_attention_heads=2, intermediate_size=16, max_position_embeddings=64}}",
+    ],
     "tied": ['denoiser.head="tied"', "denoiser.given=all"],
 }
 """Settings of each run. The first run has an exponential moving average."""

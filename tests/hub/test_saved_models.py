@@ -51,6 +51,8 @@ from ddiff.runs.run import Run
 importlib.import_module("ddiff.hf")  # registers the model class
 
 NAMES = list(RUNS)
+LARGEST_ROUNDING = 0.04
+"""Mean total variation distance of predictions in bfloat16, which has 8 bits of precision."""
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -119,6 +121,33 @@ def test_logits_depend_on_the_time_that_the_run_reads(place: Path) -> None:
         if reads_time:
             with pytest.raises(ArgumentError, match="timesteps must be noise times"):
                 model(ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_changes_predictions_only_by_rounding(
+    place: Path, tmp_path: Path, name: str
+) -> None:
+    """Constants such as the frequencies of the noise time stay in float32.
+
+    In bfloat16, an angle of 256 radians would have an error of up to half a radian.
+    """
+    folder = tmp_path / "strong"
+    model = AutoModel.from_pretrained(place / "saved" / name).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # two steps leave the modulation at almost 0
+            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.copy_(parameter.bfloat16())
+    model.save_pretrained(folder)
+    small = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    ids = torch.randint(model.config.vocab_size, (8, 8))
+    timesteps = torch.rand(ids.shape, dtype=torch.float64)
+    with torch.no_grad():
+        exact = model(ids, timesteps=timesteps).logits.softmax(-1)
+        found = small(ids, timesteps=timesteps).logits.softmax(-1)
+    difference = (exact - found).abs().sum(-1) / 2
+    assert float(difference.mean()) < LARGEST_ROUNDING
 
 
 def test_attention_mask_hides_padding(place: Path) -> None:
@@ -232,6 +261,12 @@ def test_card_explains_figures_that_are_no_bounds(place: Path) -> None:
     own = describe_evaluation(EvaluationRecord.from_tree(tree))
     assert "no\nbound of the likelihood" in own
     assert "upper bound" not in own
+    tree = json.loads(Path("runs/tree/evaluation.json").read_text())
+    tree["protocol"]["given"] = "prompts"
+    given = describe_evaluation(EvaluationRecord.from_tree(tree))
+    assert "upper bound of the conditional negative log-likelihood" in given
+    assert "answers, given their prompts" in given
+    assert "The perplexity" not in given
     tree = json.loads(Path("runs/tree/evaluation.json").read_text())
     tree["figures"]["nll"] = tree["figures"].pop("nelbo")
     exact = describe_evaluation(EvaluationRecord.from_tree(tree))
@@ -419,6 +454,42 @@ def test_generate_refuses_other_processes(place: Path) -> None:
     model = AutoModel.from_pretrained(place / "saved/flat")
     with pytest.raises(ArgumentError, match="temperature must be above 0"):
         model.generate(temperature=0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_generate_reads_the_time_zero_at_given_tokens(steps: int) -> None:
+    """The tokens of a prompt are clean, as for `run.sample` and in training on conversations."""
+    count = 20_000
+    torch.manual_seed(0)
+    config = DdiffConfig(
+        num_tokens=3,
+        length=2,
+        backbone={"kind": "dit", "width": 8, "layers": 1, "heads": 1},
+        head={"kind": "tokens"},
+        schedule={"kind": "linear", "floor": 0.0},
+        is_masked_diffusion=True,
+    )
+    model = DdiffModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    torch.nn.init.normal_(model.denoiser.head.table)
+    states = torch.tensor([[1, 3]])
+    expected = torch.zeros(3)
+    wrong = torch.zeros(3)
+    with torch.no_grad():
+        for step in range(steps):
+            t = 1.0 - step / steps
+            # Under the linear schedule a position moves in each step with the same probability.
+            at_prompt = torch.tensor([[0.0, t]])
+            expected += model(states, timesteps=at_prompt).logits[0, 1].softmax(-1) / steps
+            wrong += model(states, timesteps=t).logits[0, 1].softmax(-1) / steps
+    assert (expected - wrong).abs().sum() > 0.05
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.generate(states[0, :1], batch_size=count, steps=steps, generator=generator)
+    assert bool((drawn[:, 0] == 1).all())
+    counts = torch.bincount(drawn[:, 1], minlength=3)
+    # The 99.9 % quantile of chi-square with 2 degrees of freedom is 13.8.
+    assert float(((counts - expected * count) ** 2 / (expected * count)).sum()) < 13.8
 
 
 def test_generate_draws_the_distribution_of_ancestral_sampling() -> None:

@@ -59,6 +59,17 @@ The network was given vectors that are computed from the text itself. The figure
 bound of the likelihood of the text.
 """
 
+_GIVEN = """
+The figures are those of the answers, given their prompts, in nats per token of the answers. The
+NELBO is an upper bound of the conditional negative log-likelihood, estimated from random times and
+noise. It is no bound of the likelihood of whole texts, and gives no perplexity of a text.
+"""
+
+_GIVEN_EXACT = """
+The figures are those of the answers, given their prompts, in nats per token of the answers. The NLL
+is the exact conditional negative log-likelihood. It gives no perplexity of a text.
+"""
+
 _EXACT = "The NLL is the exact negative log-likelihood of the text."
 
 
@@ -134,7 +145,10 @@ def describe_evaluation(record: EvaluationRecord | None) -> str:
     lines = ["| figure | value | 95 % interval | unit | protocol |", "|---|---|---|---|---|"]
     for name, figure in record.figures.items():
         lines.append(f"| {name} | {_format_figure(figure)} |")
-    words = _BOUND if "nelbo" in record.figures else _EXACT
+    is_bound = "nelbo" in record.figures
+    words = _BOUND if is_bound else _EXACT
+    if record.protocol.get("given"):
+        words = _GIVEN if is_bound else _GIVEN_EXACT
     if record.protocol.get("own_vectors"):
         words = _OWN_VECTORS
     protocol = json.dumps(dict(record.protocol), indent=1)

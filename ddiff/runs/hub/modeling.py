@@ -241,13 +241,16 @@ class DdiffModel(PreTrainedModel):
         """
         schedule = self._require_masked_diffusion(temperature)
         zt = self._start(prompt_ids, batch_size, length or self.config.length)
+        # Given tokens are clean: a network reads the time 0 at their positions, also in training.
+        is_given = zt != self.denoiser.head.vocabulary.root
         steps = steps or int((self.config.sample or {}).get("steps", 64))
         grid = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64, device=zt.device)
         for t, s in pairwise(grid):
             # The last step draws all masks, also if the schedule leaves noise at t = 0.
             stays = schedule.one_minus_alpha(s) / schedule.one_minus_alpha(t)
             stays = torch.where(s > 0.0, stays, 0.0)
-            logits = self(zt, timesteps=t).logits[..., : self.config.num_tokens]
+            timesteps = torch.where(is_given, 0.0, t)
+            logits = self(zt, timesteps=timesteps).logits[..., : self.config.num_tokens]
             probabilities = (logits / temperature).softmax(-1).flatten(0, 1)
             drawn = torch.multinomial(probabilities, 1, generator=generator).view(zt.shape)
             u = torch.rand(zt.shape, dtype=torch.float64, device=zt.device, generator=generator)
