@@ -54,10 +54,19 @@ class Adapters:
     Attributes:
         settings: settings of the adapters.
         layers: name of each layer with an adapter, in the denoiser -> layer of peft.
+        has_new_head: whether the head is trained whole from its initial values, because the base
+            has no weights for it.
     """
 
-    def __init__(self, denoiser: Denoiser, settings: LoraSettings, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: LoraSettings,
+        names: Sequence[str],
+        has_new_head: bool = False,
+    ) -> None:
         self.settings = settings
+        self.has_new_head = has_new_head
         self.layers: dict[str, Any] = {name: denoiser.get_submodule(name) for name in names}
         self.base_fingerprint: str | None = None
         self._is_active = True
@@ -134,7 +143,7 @@ def add_adapters(denoiser: Denoiser, settings: LoraSettings, *, trains_head: boo
     for name, parameter in denoiser.named_parameters():
         is_adapter = f".lora_A.{NAME}." in name or f".lora_B.{NAME}." in name
         parameter.requires_grad_(is_adapter or any(name.startswith(each) for each in whole))
-    denoiser.adapters = Adapters(denoiser, settings, targets)
+    denoiser.adapters = Adapters(denoiser, settings, targets, has_new_head=trains_head)
 
 
 @contextmanager

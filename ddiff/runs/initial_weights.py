@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Load the frozen weights of a denoiser with adapters.
 
     They are those of the run in [train] init, or of the pretrained backbone. Raises ArgumentError
-    if the recipe names neither.
+    if the recipe names neither, or if the head would be frozen at its initial values because that
+    of the run has other rows.
     """
     init = recipe.train.init
     run_dir = None if init is None else init.run
@@ -62,8 +64,23 @@ def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
         )
     with remove_adapters(denoiser):
         start_pretrained_head(denoiser)
-        if run_dir is not None:
-            load_run_weights(denoiser, tokenizer, run_dir, "all")
+        if run_dir is None:
+            return
+        record = load_run_weights(denoiser, tokenizer, run_dir, "all")
+    assert denoiser.adapters is not None, "only for a denoiser with adapters"
+    # The tensors of the run are found for everything but a head with other rows.
+    denoiser.adapters.has_new_head = not _has_head(record)
+    if denoiser.adapters.has_new_head and not denoiser.head.table.requires_grad:
+        raise ArgumentError(
+            f"[denoiser] lora: the head of {run_dir} has other rows than that of this run, so that "
+            "the frozen head would have no trained weights. Use the [denoiser] head and the "
+            '[vocabulary] of that run, or train the head whole: lora.full = ["head"].'
+        )
+
+
+def _has_head(record: Mapping[str, Any]) -> bool:
+    """Return whether the weights of another run contain the head. `record`: their record."""
+    return "head.table" in (*record["whole"], *record["by_word"])
 
 
 def start_pretrained_head(denoiser: Denoiser) -> None:

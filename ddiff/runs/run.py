@@ -474,11 +474,11 @@ class Run(TrainableRun):
         how the embeddings start. Returns a record of the weights that [train] init loads, or None
         if the recipe has no [train] init.
         """
-        is_adapted = self.denoiser.adapters is not None  # the base is loaded already
-        if not is_adapted or self.denoiser.head.table.requires_grad:
+        adapters = self.denoiser.adapters  # their base is loaded already
+        if adapters is None or adapters.has_new_head:
             counts = self.data.train_rows.token_counts()
             self.denoiser.head.start_from_counts(torch.from_numpy(np.array(counts)))
-        if is_adapted:
+        if adapters is not None:
             return {"base": fingerprint_base(self.denoiser)}
         if self.recipe.train.embeddings == "cooccurrence":
             start_from_cooccurrence(self.denoiser, self.data.train_rows)

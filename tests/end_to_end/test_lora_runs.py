@@ -119,6 +119,29 @@ def test_adapters_are_written_in_the_format_of_peft(lora: Run, ddiff: Command) -
     }
 
 
+def test_whole_head_starts_with_the_head_of_the_base(lora: Run) -> None:
+    settings = ["name=whole", "train.steps=1", 'denoiser.lora.full=["head"]']
+    settings += ["train.optimizer.lr=1e-9", "train.checkpoint_every=1", "sample.count=1"]
+    started = api.run("lora.toml", settings=settings).denoiser.head
+    base = api.load("runs/chat").denoiser.head
+    assert (base.bias - base.bias.mean()).abs().max() > 0.1
+    assert torch.allclose(started.bias, base.bias, rtol=0.0, atol=1e-6)
+    assert torch.allclose(started.table, base.table, rtol=0.0, atol=1e-6)
+
+
+def test_frozen_head_without_weights_of_the_base_is_refused(lora: Run) -> None:
+    levelwise = ["name=levels", 'denoiser.head="levelwise"', "train.steps=1", "sample.count=1"]
+    api.run("chat.toml", settings=levelwise)
+    settings = ["name=other_head", "train.init.run=runs/levels", "train.steps=1"]
+    with pytest.raises(ArgumentError, match=r"head of runs/levels.*lora\.full"):
+        api.run("lora.toml", settings=settings)
+    assert not Path("runs/other_head").exists()
+    settings += ['denoiser.lora.full=["head"]', "train.optimizer.lr=1e-9", "sample.count=1"]
+    head = api.run("lora.toml", settings=settings).denoiser.head
+    # the new head starts from the counts of the tokens
+    assert (head.bias - head.bias.mean()).abs().max() > 0.1
+
+
 def test_training_of_adapters_resumes(lora: Run) -> None:
     shutil.copytree("runs/lora", "runs/more")
     resumed = api.run("lora.toml", settings=["run_dir=runs/more", "train.steps=8"])
