@@ -385,7 +385,7 @@ class _Build:
             return None
         self.counts["cut"] += first > 0
         ids = example.ids[first:]
-        marks = example.marks[first:]
+        marks = _mark_rest_as_given(example.marks, first)
         if missing:
             end = self.encoder.tokenizer.eos_id
             assert end is not None, "see check_answer_length"
@@ -423,6 +423,17 @@ def read_answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     special = set(tokenizer.special_ids)
     answer = list(takewhile(lambda number: number not in special, ids))
     return tokenizer.decode([answer])[0].strip()
+
+
+def _mark_rest_as_given(marks: list[int], first: int) -> list[int]:
+    """Return the marks from `first`. The rest of an answer that begins before is not scored."""
+    kept = marks[first:]
+    if first == 0 or marks[first - 1] != ANSWER:
+        return kept
+    rest = 0
+    while rest < len(kept) and kept[rest] == ANSWER:
+        rest += 1
+    return [GIVEN] * rest + kept[rest:]
 
 
 def check_answer_length(tokenizer: Tokenizer, answer_length: int | None) -> None:

@@ -134,6 +134,20 @@ def test_long_prompt_is_cut_at_its_beginning_and_counted(
     assert TOKENIZER.decode([block.ids[0]])[0].endswith(" end\nAssistant: yes<|eos|>")
 
 
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [(0, " two<|eos|> four<|eos|>"), (1, " four<|eos|>"), (4, " four<|eos|>")],
+)
+def test_earlier_answer_is_scored_whole_or_not_at_all(
+    kept: int, expected: str, tmp_path: Path
+) -> None:
+    """`kept`: number of tokens after the cut, from the end of the first answer; 0: no cut."""
+    after = len(TOKENIZER.encode(["\nUser: three?\nAssistant: four"])[0]) + 1
+    length = after + kept if kept else 200
+    found = corpus([TWO_TURNS], answers="all")
+    assert answers_of(found, length, tmp_path) == [expected]
+
+
 @pytest.mark.parametrize("long", ["cut", "drop"])
 def test_answer_that_does_not_fit_is_left_out(long: str, tmp_path: Path) -> None:
     found = corpus([say("a", "y" * 300), say("a", "b")], long=long)
