@@ -142,6 +142,26 @@ def test_frozen_head_without_weights_of_the_base_is_refused(lora: Run) -> None:
     assert (head.bias - head.bias.mean()).abs().max() > 0.1
 
 
+def test_peft_reads_exported_adapters_with_equal_hidden_states(lora: Run, ddiff: Command) -> None:
+    from peft import PeftModel
+
+    dit = '{ kind = "dit", width = 16, layers = 1, heads = 2 }'
+    sizes = "hidden_size = 16, num_attention_heads = 2, num_hidden_layers = 1"
+    llama = f'{{ kind = "hf", architecture = "llama", settings = {{ {sizes} }} }}'
+    recipe = RECIPE.replace(dit, llama).replace('"dit"]', '"hf"]')
+    Path("decoder.toml").write_text(recipe.replace('"chat"', '"decoder"'))
+    api.run("decoder.toml", settings=["train.steps=1", "sample.count=1"])
+    recipe = LORA.replace("chat.toml", "decoder.toml").replace("runs/chat", "runs/decoder")
+    Path("adapted.toml").write_text(recipe)
+    adapted = api.run("adapted.toml", settings=["name=adapted", "sample.count=1"])
+    assert ddiff("export", "runs/adapted", "peft_files", "--format", "peft").code == 0
+    base = api.load("runs/decoder")
+    assert (hidden_states(adapted) - hidden_states(base)).abs().max() > 0.01
+    backbone: Any = base.denoiser.backbone
+    backbone.model = PeftModel.from_pretrained(backbone.model, "peft_files")
+    assert torch.allclose(hidden_states(base), hidden_states(adapted), rtol=0.0, atol=1e-6)
+
+
 def test_training_of_adapters_resumes(lora: Run) -> None:
     shutil.copytree("runs/lora", "runs/more")
     resumed = api.run("lora.toml", settings=["run_dir=runs/more", "train.steps=8"])
