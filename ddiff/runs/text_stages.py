@@ -168,26 +168,28 @@ def describe_samples(run: Run, samples: Sequence[Mapping[str, Any]]) -> str:
     Of conversations, only the answers are described, without entropy: their lengths differ.
     """
     if run.data.is_chat:
-        return _describe_answers(run, [sample["answer"] for sample in samples])
+        answers = [sample["answer"] for sample in samples]
+        words = "the words of their answers"
+        return _describe_known_words(run, answers, words, "held-out conversations")
     split = TokenSamples.split([sample["ids"] for sample in samples], run)
     parts = []
     entropy = MeanFigure.of(sample_entropies(split.ids))
     if entropy is not None:
         parts.append(f"entropy {entropy.value:.2f} nats")
-    reference = run.data.validation_texts
-    if reference is not None and run.tokenizer.unit == "token":
-        known = measure_known_words(split.texts(), reference)
-        if known is not None:
-            parts.append(f"{known.value:.0%} of their words occur in held-out text")
-    return ", ".join(parts)
+    if run.tokenizer.unit == "token":
+        parts.append(_describe_known_words(run, split.texts(), "their words", "held-out text"))
+    return ", ".join(filter(None, parts))
 
 
-def _describe_answers(run: Run, answers: Sequence[str]) -> str:
+def _describe_known_words(run: Run, texts: Sequence[str], words: str, source: str) -> str:
+    """Return the share of the words of texts that occur in the validation texts.
+
+    `words` and `source` name the words and the validation texts. Returns an empty text if the run
+    has no validation texts, or if `texts` have no words.
+    """
     reference = run.data.validation_texts
-    known = None if reference is None else measure_known_words(answers, reference)
-    if known is None:
-        return ""
-    return f"{known.value:.0%} of the words of their answers occur in held-out conversations"
+    known = None if reference is None else measure_known_words(texts, reference)
+    return "" if known is None else f"{known.value:.0%} of {words} occur in {source}"
 
 
 def _read_samples(run: Run, step: int) -> list[dict[str, Any]] | None:
