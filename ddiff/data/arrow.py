@@ -1,30 +1,48 @@
-"""Write tables as Arrow streams and read them as memory-mapped `datasets.Dataset` objects."""
+"""Tables of documents and samples, built from Arrow record batches and memory-mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 
-
-def write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], path: Path) -> None:
-    """Write record batches to a local Arrow stream file, one batch at a time."""
-    with pa.OSFile(str(path), "wb") as sink:
-        _write_batches(schema, batches, sink)
+from ddiff.data.cache import Cache
 
 
-def read_table(path: Path) -> Dataset:
-    """Memory-map the table of an Arrow stream file."""
-    return Dataset.from_file(str(path))
+def load_or_build_table(
+    schema: pa.Schema,
+    make_batches: Callable[[], Iterable[pa.RecordBatch]],
+    *,
+    kind: str,
+    make_inputs: Callable[[], Mapping[str, Any]],
+    cache: Cache | None,
+    file: str = "documents.arrow",
+) -> Dataset:
+    """Return a table, memory-mapped from `cache`, or in memory without one.
 
+    Args:
+        schema: columns of the table.
+        make_batches: returns the rows; called only if the table is not in the cache.
+        kind: kind of the cache entry.
+        make_inputs: returns the inputs of the cache entry, on which the rows depend; called only
+            with a cache.
+        cache: cache of the table; None: the table is built in memory.
+        file: name of the file in the cache entry.
+    """
+    if cache is None:
+        sink = pa.BufferOutputStream()
+        _write_batches(schema, make_batches(), sink)
+        return Dataset.from_buffer(sink.getvalue())
 
-def build_table_in_memory(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Dataset:
-    """Build a table from record batches in memory, without a file."""
-    sink = pa.BufferOutputStream()
-    _write_batches(schema, batches, sink)
-    return Dataset.from_buffer(sink.getvalue())
+    def build(folder: Path) -> None:
+        with pa.OSFile(str(folder / file), "wb") as sink:
+            _write_batches(schema, make_batches(), sink)
+
+    entry = cache.load_or_build(kind, make_inputs(), build)
+    return Dataset.from_file(str(entry / file))
 
 
 def _write_batches(

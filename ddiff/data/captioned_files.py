@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from ddiff.data.arrow import build_table_in_memory, read_table, write_table
+from ddiff.data.arrow import load_or_build_table
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.columns import FieldsDocuments, FieldsTable, TextColumn, TokenColumn, VectorColumn
 from ddiff.data.documents import file_fingerprint
@@ -263,18 +263,17 @@ class _ParquetReader:
             "columns": [self.image, self.caption],
             "rules": list(self.rules),
         }
-        identity = fingerprint(inputs)
-        if cache is None:
-            table = build_table_in_memory(_SCHEMA, self._batches(paths))
-        else:
-
-            def build(folder: Path) -> None:
-                write_table(_SCHEMA, self._batches(paths), folder / "images.arrow")
-
-            table = read_table(cache.load_or_build("images", inputs, build) / "images.arrow")
+        table = load_or_build_table(
+            _SCHEMA,
+            lambda: self._batches(paths),
+            kind="images",
+            make_inputs=lambda: inputs,
+            cache=cache,
+            file="images.arrow",
+        )
         if not len(table):
             raise DataError(f"{', '.join(map(printable, paths))}: no samples. Name other files.")
-        return table, identity
+        return table, fingerprint(inputs)
 
     def _batches(self, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with show_progress(len(paths), "reading images") as bar:

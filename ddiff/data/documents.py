@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Value
 
-from ddiff.data.arrow import build_table_in_memory, read_table, write_table
+from ddiff.data.arrow import load_or_build_table
 from ddiff.data.cache import Cache
 from ddiff.data.compression import open_uncompressed
 from ddiff.data.paths import base_name, find_train_and_validation, open_file, printable
@@ -255,17 +254,14 @@ def read_corpus(
 
     Raises DataError if the files have no document.
     """
-    if cache is None:
-        corpus = build_table_in_memory(schema, make_batches())
-    else:
+
+    def make_inputs() -> Mapping[str, Any]:
         contents = [[base_name(path), file_fingerprint(path)] for path in paths]
-        inputs = {"files": contents, **settings, "rules": RULES}
+        return {"files": contents, **settings, "rules": RULES}
 
-        def build(folder: Path) -> None:
-            write_table(schema, make_batches(), folder / "documents.arrow")
-
-        entry = cache.load_or_build(kind, inputs, build)
-        corpus = read_table(entry / "documents.arrow")
+    corpus = load_or_build_table(
+        schema, make_batches, kind=kind, make_inputs=make_inputs, cache=cache
+    )
     _check_not_empty(corpus, paths)
     return corpus
 

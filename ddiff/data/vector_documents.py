@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ddiff.data.arrow import build_table_in_memory, read_table, write_table
+from ddiff.data.arrow import load_or_build_table
 from ddiff.data.cache import Cache
 from ddiff.data.columns import AT_ONCE, FieldsDocuments, FieldsTable
 from ddiff.data.documents import Documents
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
-
-_TABLE = "documents.arrow"
 
 
 def join_vectors(
@@ -54,15 +51,19 @@ def _join_part(table: FieldsTable, part: str, text: str, vectors: str, cache: Ca
             (vectors, pa.list_(pa.float32())),
         ]
     )
-    batches = _make_batches(table, schema, part, text, vectors)
-    if cache is None:
-        return build_table_in_memory(schema, batches)
-    inputs = {"samples": table.fingerprint, "part": part, "text": text, "vectors": vectors}
-
-    def build(folder: Path) -> None:
-        write_table(schema, batches, folder / _TABLE)
-
-    return read_table(cache.load_or_build("vector_documents", inputs, build) / _TABLE)
+    return load_or_build_table(
+        schema,
+        lambda: _make_batches(table, schema, part, text, vectors),
+        kind="vector_documents",
+        # computed only with a cache, since the fingerprint reads all samples
+        make_inputs=lambda: {
+            "samples": table.fingerprint,
+            "part": part,
+            "text": text,
+            "vectors": vectors,
+        },
+        cache=cache,
+    )
 
 
 def _make_batches(
