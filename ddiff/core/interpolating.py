@@ -44,7 +44,6 @@ from ddiff.core.numerics import (
     find_rows,
     interior,
     log_normalize,
-    multiply_by_weight,
     safe_log,
     to_column,
     where_or_zero,
@@ -353,9 +352,7 @@ class InterpolatingProcess(ForwardProcess):
         zt: Tensor,
         t: Tensor,
     ) -> Tensor:
-        # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
-        weight = self.weight(x0, zt, t)
-        return multiply_by_weight(weight, self.divergence(prediction, x0, zt, t))
+        return self._weighted_divergence(prediction, x0, zt, t)
 
     def decode_nll(
         self,
@@ -612,22 +609,8 @@ class InterpolatingProcess(ForwardProcess):
         # The upper bound is compared before the network runs, so that most rows of a short step
         # need no network evaluation.
         bound = torch.where(arrive > 0, arrive * (1.0 - noise_s) / noise_t, 0.0)
-        zs = zt.clone()
         candidates = find_rows(u[:, 0] < bound)
-        if len(candidates) == 0:
-            return zs
-        z = zt[candidates]
-        zs[candidates] = query(
-            candidates,
-            self.scope(z),
-            self._thin_and_draw,
-            z,
-            t[candidates],
-            s[candidates],
-            arrive[candidates],
-            u[candidates],
-        )
-        return zs
+        return self._replace_rows(query, candidates, self._thin_and_draw, zt, t, s, arrive, u)
 
     def _thin_and_draw(
         self,
@@ -666,24 +649,11 @@ class InterpolatingProcess(ForwardProcess):
         """
         if self.closes_at_clean and bool((t == 0.0).all()):
             return zt.clone()
-        x0 = zt.clone()
         noise = self.noise_at(zt, t)
         is_token = zt < self.vocabulary.num_tokens
         uncertain = find_rows(~is_token | (noise > 0))
-        if len(uncertain) == 0:
-            return x0
-        z = zt[uncertain]
-        x0[uncertain] = query(
-            uncertain,
-            self.scope(z),
-            self._keep_or_draw_token,
-            z,
-            t[uncertain],
-            noise[uncertain],
-            is_token[uncertain],
-            u[uncertain],
-        )
-        return x0
+        draw = self._keep_or_draw_token
+        return self._replace_rows(query, uncertain, draw, zt, t, noise, is_token, u)
 
     def _keep_or_draw_token(
         self,

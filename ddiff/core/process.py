@@ -47,6 +47,7 @@ from ddiff.core.numerics import (
     interior,
     log_normalize,
     may_be_true,
+    multiply_by_weight,
     pick,
     safe_log,
     where_or_zero,
@@ -384,6 +385,18 @@ class ForwardProcess(ABC):
         density = self.density(prediction, x0, zt, t)
         return density / torch.where(weight > 0, weight, 1.0)
 
+    def _weighted_divergence(
+        self,
+        prediction: Prediction,
+        x0: Tensor,
+        zt: Tensor,
+        t: Tensor,
+    ) -> Tensor:
+        """Return weight * divergence [r], the density of families whose `divergence` is exact."""
+        # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
+        weight = self.weight(x0, zt, t)
+        return multiply_by_weight(weight, self.divergence(prediction, x0, zt, t))
+
     def decode_nll(
         self,
         prediction: Prediction,
@@ -598,21 +611,27 @@ class ForwardProcess(ABC):
         overrides of process families first choose the rows that may jump and query the network only
         there.
         """
-        zs = zt.clone()
-        moving = find_rows(s < t)
-        if len(moving) == 0:
-            return zs
-        z = zt[moving]
-        zs[moving] = query(
-            moving,
-            self.scope(z),
-            self._draw_earlier_state,
-            z,
-            t[moving],
-            s[moving],
-            u[moving],
-        )
-        return zs
+        return self._replace_rows(query, find_rows(s < t), self._draw_earlier_state, zt, t, s, u)
+
+    def _replace_rows(
+        self,
+        query: Query,
+        rows: Tensor,
+        draw: Callable[..., Tensor],
+        zt: Tensor,
+        *per_row: Tensor,
+    ) -> Tensor:
+        """Replace z_t by draw(prediction, z_t, *per_row) in `rows`. Other rows are not queried.
+
+        `rows` are indices into `zt` [r] and into the tensors `per_row` [r,...]. If there are none,
+        the network is not run.
+        """
+        drawn = zt.clone()
+        if len(rows):
+            z = zt[rows]
+            values = [value[rows] for value in per_row]
+            drawn[rows] = query(rows, self.scope(z), draw, z, *values)
+        return drawn
 
     def _draw_earlier_state(
         self,

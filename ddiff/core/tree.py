@@ -47,7 +47,6 @@ from ddiff.core.numerics import (
     find_rows,
     interior,
     log_normalize,
-    multiply_by_weight,
     pick,
     to_column,
     where_or_zero,
@@ -287,9 +286,7 @@ class TreeProcess(ForwardProcess):
     ) -> Tensor:
         if isinstance(prediction, Score):
             return super().density(prediction, x0, zt, t)
-        # At weight 0 the divergence may be infinite, and 0 * inf is NaN.
-        weight = self.weight(x0, zt, t)
-        return multiply_by_weight(weight, self.divergence(prediction, x0, zt, t))
+        return self._weighted_divergence(prediction, x0, zt, t)
 
     def decode_nll(
         self,
@@ -478,13 +475,7 @@ class TreeProcess(ForwardProcess):
         not queried.
         """
         moving = find_rows(target < self.vocabulary.level_of(zt))
-        zs = zt.clone()
-        # If no row moves, the network is not run.
-        if len(moving):
-            z = zt[moving]
-            values = [value[moving] for value in per_row]
-            zs[moving] = query(moving, self.scope(z), draw, z, *values)
-        return zs
+        return self._replace_rows(query, moving, draw, zt, *per_row)
 
     @classmethod
     def examples(cls) -> list[ForwardProcess]:
