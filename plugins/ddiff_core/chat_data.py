@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ddiff import ComponentConfig, PositiveInt, Seed
-from ddiff_core.data import HeldOut, Paths
+from ddiff_core.data import HeldOut, Paths, TextFiles
 
 if TYPE_CHECKING:
     from ddiff import Cache, ChatCorpus, ChatSettings
@@ -36,7 +36,7 @@ class ChatKeys(ComponentConfig):
     the tokenizer."""
 
 
-class Chat:
+class Chat(TextFiles):
     """Corpus of conversations in JSON lines or parquet files, also compressed.
 
     A record has the field `messages`, a list of {"role", "content"}, or the fields `prompt` and
@@ -73,14 +73,8 @@ class Chat:
     @staticmethod
     def preview(config: Config) -> None:
         """Raise an error if a file is listed for training and validation, or the template fails."""
-        from ddiff import find_train_and_validation
-
-        find_train_and_validation(config.files, config.validation)
+        TextFiles.preview(config)
         make_settings(config)
-
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
 
 
 class NumberQuestions:

@@ -5,7 +5,7 @@ The modules that read text are imported inside `build`, so that parsing a recipe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,25 @@ HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 # Largest number of symbols of a generated corpus, which is kept in memory.
 MOST_SYMBOLS = 2**30
+
+
+class ListedFiles:
+    """Base of data sets with the keys `files` and `validation`."""
+
+    @staticmethod
+    def reads(config: Any) -> tuple[str, ...]:
+        return config.files + config.validation
+
+
+class TextFiles(ListedFiles):
+    """Base of corpora in files, of which a dry run checks the lists and does not read the text."""
+
+    @staticmethod
+    def preview(config: Any) -> None:
+        """Raise an error if a file is listed for both training and validation."""
+        from ddiff import find_train_and_validation
+
+        find_train_and_validation(config.files, config.validation)
 
 
 class Bundled:
@@ -113,7 +132,7 @@ class StandardLibrary:
         return read_standard_library(held_out=config.held_out)
 
 
-class Text:
+class Text(TextFiles):
     """Corpus of UTF-8 text files."""
 
     class Config(ComponentConfig):
@@ -138,17 +157,8 @@ class Text:
             cache=cache,
         )
 
-    @staticmethod
-    def preview(config: Config) -> None:
-        """Raise an error if a file is listed for both training and validation."""
-        _check_files(config)
 
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
-
-
-class JsonLines:
+class JsonLines(TextFiles):
     """Corpus of JSON lines with texts, and optionally with labels and vectors as conditions."""
 
     class Config(ComponentConfig):
@@ -179,17 +189,8 @@ class JsonLines:
             cache=cache,
         )
 
-    @staticmethod
-    def preview(config: Config) -> None:
-        """Raise an error if a file is listed for both training and validation."""
-        _check_files(config)
 
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
-
-
-class Symbols:
+class Symbols(TextFiles):
     """Corpus of symbol strings, such as DNA or proteins; every line of a file is one row.
 
     Every row must have `[data] length` symbols, or fewer with the key `fill`. The tokenizer must be
@@ -219,21 +220,6 @@ class Symbols:
             cache=cache,
         )
 
-    @staticmethod
-    def preview(config: Config) -> None:
-        """Raise an error if a file is listed for both training and validation."""
-        _check_files(config)
-
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
-
-
-def _check_files(config: Text.Config | JsonLines.Config | Symbols.Config) -> None:
-    from ddiff import find_train_and_validation
-
-    find_train_and_validation(config.files, config.validation)
-
 
 class TokenizedConfig(ComponentConfig):
     """Keys of large corpora, which are tokenized into shards or, with `streaming`, in training."""
@@ -251,7 +237,7 @@ class TokenizedConfig(ComponentConfig):
     """If streaming: number of consecutive rows that are shuffled together."""
 
 
-class Files:
+class Files(ListedFiles):
     """Large corpus in parquet, JSON lines or text files.
 
     The corpus is tokenized once, into memory-mapped shards, or during training if
@@ -285,10 +271,6 @@ class Files:
         train = _open_files(config, config.files)
         validation = _open_files(config, config.validation) if config.validation else None
         return _make_corpus(config, train, validation)
-
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
 
 
 def _open_files(config: Files.Config, files: tuple[str, ...]) -> TextSource:

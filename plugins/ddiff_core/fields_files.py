@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ddiff import ComponentConfig, DataError, PositiveInt
+from ddiff_core.data import HeldOut, ListedFiles, Paths
 
 if TYPE_CHECKING:
     from ddiff import Cache, ColumnShape, Documents, FieldsDocuments, ImageFormat, MissingRules
 
-Paths = Annotated[tuple[str, ...], Field(min_length=1)]
-HeldOut = Annotated[float, Field(gt=0.0, lt=1.0)]
 Missing = Literal["error", "absent"]
 
 
@@ -126,7 +125,7 @@ def _preview_vectors(
     return _describe_vectors(shape.positions, shape.width, config.computed)
 
 
-class EncodedTexts:
+class EncodedTexts(ListedFiles):
     """Texts with the vectors that `ddiff encode` computed: the columns "text" and "latent"."""
 
     class Config(ComponentConfig):
@@ -173,10 +172,6 @@ class EncodedTexts:
 
         vectors = EncodedVectors.open(config.vectors, dim=config.dim, encoder=config.encoder)
         return _describe_vectors(vectors.train.positions, vectors.dim, True)
-
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
 
 
 def _read_texts(config: EncodedTexts.Config, cache: Cache | None) -> Documents:
@@ -313,7 +308,7 @@ class Images:
         return _preview_images(config)
 
 
-class ImageTables:
+class ImageTables(ListedFiles):
     """Images with captions in parquet files: the columns "image" and "text"."""
 
     class Config(ImageConfig):
@@ -345,10 +340,6 @@ class ImageTables:
     def preview(config: Config) -> dict[str, ColumnShape]:
         """Return the description of each column, by name."""
         return _preview_images(config)
-
-    @staticmethod
-    def reads(config: Config) -> tuple[str, ...]:
-        return config.files + config.validation
 
 
 class TokenGrids:
