@@ -33,25 +33,36 @@ def print_measurement(measured: Measurement) -> None:
 
     A warning follows if the first loss differs from the expected first loss.
     """
-    console = make_console()
     recipe = measured.recipe
     ranks = recipe.backend_keys.processes
     rows = plural(recipe.train.batch // ranks, "row", "rows")
-    console.print(
+    heading = [
         f"{recipe.name}, one of {plural(ranks, 'process', 'processes')}, on {measured.device}, "
         f"{rows} of {recipe.length} tokens a step"
-    )
+    ]
     if measured.stand_in:
-        console.print(f"Random tokens replace the text of the recipe: {measured.stand_in}")
-    console.print()
-    console.print(
-        make_table([*_counted_rows(measured), *_timed_rows(measured), *_loss_rows(measured)])
+        heading.append(f"Random tokens replace the text of the recipe: {measured.stand_in}")
+    print_cost(
+        heading,
+        [*_counted_rows(measured), *_timed_rows(measured), *_loss_rows(measured)],
+        make_memory_table(measured.cost.footprint, measured.cost.gathered, ranks),
+        _warning(measured) if measured.is_off else None,
     )
+
+
+def print_cost(
+    heading: Sequence[str], rows: Sequence[Row], memory: Table, warning: str | None
+) -> None:
+    """Print the lines of a heading, the figures, the table of the memory and a warning."""
+    console = make_console()
+    for line in heading:
+        console.print(line)
     console.print()
-    cost = measured.cost
-    console.print(make_memory_table(cost.footprint, cost.gathered, ranks))
-    if measured.is_off:
-        console.print(f"\n{_warning(measured)}")
+    console.print(make_table(rows))
+    console.print()
+    console.print(memory)
+    if warning is not None:
+        console.print(f"\n{warning}")
 
 
 def make_table(rows: Sequence[Row]) -> Table:

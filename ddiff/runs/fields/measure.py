@@ -37,10 +37,9 @@ from ddiff.runs.cost_table import (
     format_bytes,
     format_count,
     format_duration,
-    make_console,
     make_memory_table,
-    make_table,
     plural,
+    print_cost,
 )
 from ddiff.runs.fields.build import FieldsModel, assemble_fields
 from ddiff.runs.fields.data import preview_fields
@@ -328,26 +327,24 @@ def _open_session(recipe: FieldsRecipe) -> tuple[TrainingSession[FieldsRun], str
 
 def print_measurement(measured: FieldsMeasurement) -> None:
     """Print all figures of a measurement."""
-    console = make_console()
     recipe = measured.recipe
     ranks = recipe.backend_keys.processes
     samples = plural(recipe.train.batch // ranks, "sample", "samples")
-    console.print(
+    heading = [
         f"{recipe.name}, one of {plural(ranks, 'process', 'processes')}, on {measured.device}, "
         f"{samples} a step"
-    )
+    ]
     if measured.stand_in:
-        console.print(f"Random values replace the data of the recipe: {measured.stand_in}")
-    console.print()
-    console.print(make_table(_make_rows(measured)))
-    console.print()
-    console.print(make_memory_table(measured.footprint, measured.gathered, ranks))
+        heading.append(f"Random values replace the data of the recipe: {measured.stand_in}")
+    warning = None
     if measured.is_off:
-        console.print(
-            f"\nWARNING: the first loss is {measured.first_loss:.4f}, but the initial predictions "
+        warning = (
+            f"WARNING: the first loss is {measured.first_loss:.4f}, but the initial predictions "
             f"of the heads have the loss {measured.expected_loss:.4f} on the same samples, times "
             "and noise, for any hidden states. Check the loss and its denominators."
         )
+    memory = make_memory_table(measured.footprint, measured.gathered, ranks)
+    print_cost(heading, _make_rows(measured), memory, warning)
 
 
 def _make_rows(measured: FieldsMeasurement) -> list[Row]:
