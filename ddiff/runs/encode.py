@@ -84,18 +84,7 @@ def encode_documents(
             "cache": Cache(),
         },
     )
-    settings = EncodingSettings(
-        encoder=encoder.fingerprint,
-        dim=encoder.dim,
-        data={
-            TRAIN: fingerprint_texts(documents.train),
-            VALIDATION: fingerprint_texts(documents.validation),
-        },
-        shard_size=shard_size,
-        max_samples=max_samples,
-        description=spec.to_dict(),
-        positions=get_positions(encoder),
-    )
+    settings = describe_encoding(spec, encoder, documents, shard_size, max_samples)
     result = EncodingJob(folder, documents, encoder, settings, label=spec.table).run()
     return _summarize(folder, result)
 
@@ -147,6 +136,31 @@ def build_encoder(spec: ComponentSpec, inputs: Mapping[str, Any]) -> Encoder:
             f"per text; got {positions!r}. Fix the encoder."
         )
     return encoder
+
+
+def describe_encoding(
+    spec: ComponentSpec,
+    encoder: Encoder,
+    documents: Documents | Corpus,
+    shard_size: int = SHARD_SIZE,
+    max_samples: int | None = None,
+) -> EncodingSettings:
+    """Return the settings of the vectors of `documents`, on which their folder depends.
+
+    `spec` describes `encoder`; the other arguments are those of `encode_documents`.
+    """
+    return EncodingSettings(
+        encoder=encoder.fingerprint,
+        dim=encoder.dim,
+        data={
+            TRAIN: fingerprint_texts(documents.train),
+            VALIDATION: fingerprint_texts(documents.validation),
+        },
+        shard_size=shard_size,
+        max_samples=max_samples,
+        description=spec.to_dict(),
+        positions=get_positions(encoder),
+    )
 
 
 def resolve_encoder_device(recipe: BaseRecipe) -> torch.device:

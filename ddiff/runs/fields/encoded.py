@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from ddiff.data.cache import Cache, fingerprint
 from ddiff.data.columns import FieldsDocuments, VectorColumn
-from ddiff.data.documents import Documents, documents_from_texts, fingerprint_texts
+from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.data.encoded_vectors import EncodedVectors, EncodingSettings, VectorPart
-from ddiff.data.encoding import EncodingJob, get_positions
+from ddiff.data.encoding import EncodingJob
 from ddiff.data.tokenizer_workers import TRAIN, VALIDATION
 from ddiff.errors import DataError, RecipeError
 from ddiff.recipe.fields_recipe import FieldsRecipe
-from ddiff.runs.encode import SHARD_SIZE, build_encoder, resolve_encoder_device
+from ddiff.runs.encode import build_encoder, describe_encoding, resolve_encoder_device
 from ddiff.runs.fields.values import TextValues
 
 
@@ -58,17 +58,7 @@ def encode_texts(
             "cache": cache,
         },
     )
-    settings = EncodingSettings(
-        encoder=encoder.fingerprint,
-        dim=encoder.dim,
-        data={
-            TRAIN: fingerprint_texts(texts.train),
-            VALIDATION: fingerprint_texts(texts.validation),
-        },
-        shard_size=SHARD_SIZE,
-        description=spec.to_dict(),
-        positions=get_positions(encoder),
-    )
+    settings = describe_encoding(spec, encoder, texts)
     folder = cache.root / "encoded_fields" / settings.fingerprint
     job = EncodingJob(folder, texts, encoder, settings, label=spec.table)
     try:
