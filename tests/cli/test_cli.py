@@ -12,9 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from commands import run_command
 
 import ddiff
-from ddiff.cli import app, main
+from ddiff.cli import app
 from ddiff.plugin.loader import find_installed_plugins, survey_plugins
 from ddiff.plugin.registry import KINDS
 from ddiff.recipe.files import find_shipped_recipes
@@ -45,17 +46,6 @@ for command in sys.argv[1:]:
     answers[command] = [code, sorted(sys.modules)]
 print(json.dumps(answers), file=sys.stderr)
 """
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run `ddiff ARGUMENTS` in this process; return (exit code, stdout, stderr)."""
-    code = 0
-    try:
-        main(list(arguments))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    written = capsys.readouterr()
-    return code, written.out, written.err
 
 
 @pytest.mark.parametrize(
@@ -101,7 +91,7 @@ def test_importing_ddiff_imports_no_submodule():
 
 
 def test_help_option_lists_every_command(capsys):
-    code, out, _ = call(capsys, "--help")
+    code, out, _ = run_command(capsys, "--help")
     assert code == 0
     listed = {word for line in out.splitlines() for word in line.strip("│ ").split()[:1]}
     assert {command.name for command in app.registered_commands} <= listed
@@ -133,14 +123,14 @@ def test_every_command_is_documented_and_every_documented_command_exists():
 
 
 def test_version_option_prints_the_version_of_the_package(capsys):
-    assert call(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
+    assert run_command(capsys, "--version")[1] == f"ddiff {ddiff.__version__}\n"
     assert {plugin.origin.version for plugin in find_installed_plugins()["core"]} == {
         ddiff.__version__
     }
 
 
 def test_plugins_command_lists_all_plugins_and_components(capsys):
-    code, out, _ = call(capsys, "plugins", "--components")
+    code, out, _ = run_command(capsys, "plugins", "--components")
     registry, reports = survey_plugins()
     assert code == 0
     for report in reports:
@@ -153,7 +143,7 @@ def test_plugins_command_lists_all_plugins_and_components(capsys):
 
 @pytest.mark.parametrize("name", list(find_installed_plugins()))
 def test_plugins_command_lists_every_key_of_a_plugin(capsys, name):
-    code, out, _ = call(capsys, "plugins", name)
+    code, out, _ = run_command(capsys, "plugins", name)
     assert code == 0
     blocks = {block.partition(": ")[0]: block for block in out.split("\n\n")}
     for component in survey_plugins().registry.components():
@@ -201,7 +191,7 @@ def test_plugins_command_prints_type_default_and_description_of_keys(capsys, dis
     distribution(
         "shown-dist", "1.0", {"shown": "shown_pkg"}, {"shown_pkg": register, "shown_parts": parts}
     )
-    assert call(capsys, "plugins", "shown")[1].splitlines() == [
+    assert run_command(capsys, "plugins", "shown")[1].splitlines() == [
         '[process] kind = "shown": A process to look at, in two lines.',
         "    rate  number > 0, required. How fast it goes.",
         "    xi    number > 0 and <= 1 or list of number > 0 and <= 1; default 1.0.",
@@ -213,20 +203,20 @@ def test_plugins_command_prints_type_default_and_description_of_keys(capsys, dis
 
 
 def test_plugins_command_suggests_a_name_for_an_unknown_plugin(capsys):
-    code, out, err = call(capsys, "plugins", "hdml")
+    code, out, err = run_command(capsys, "plugins", "hdml")
     assert (code, out) == (2, "")
     assert 'Did you mean "hdlm"?' in err
 
 
 def test_help_of_the_run_command_states_what_a_dry_run_does_not_check(capsys):
-    assert "Not checked" in call(capsys, "run", "--help")[1]
+    assert "Not checked" in run_command(capsys, "run", "--help")[1]
 
 
 def test_plugins_command_reports_broken_plugin_and_lists_working_plugins(capsys, distribution):
     distribution(
         "broken-dist", "0.3", {"broken": "broken_pkg"}, {"broken_pkg": "import does_not_exist"}
     )
-    code, out, err = call(capsys, "plugins")
+    code, out, err = run_command(capsys, "plugins")
     assert code == 2
     assert "broken_pkg, broken-dist 0.3" in out
     assert "core " in out
@@ -234,7 +224,7 @@ def test_plugins_command_reports_broken_plugin_and_lists_working_plugins(capsys,
 
 
 def test_recipes_command_lists_shipped_recipes_with_descriptions(capsys):
-    _, out, _ = call(capsys, "recipes")
+    _, out, _ = run_command(capsys, "recipes")
     lines = dict(line.split("  ", 1) for line in out.splitlines())
     assert [name.strip() for name in lines] == list(find_shipped_recipes())
     assert all(text.strip().endswith(".") for text in lines.values())
@@ -243,7 +233,7 @@ def test_recipes_command_lists_shipped_recipes_with_descriptions(capsys):
 def test_every_shipped_recipe_equals_the_recipe_read_from_its_dry_run_output(capsys, tmp_path):
     assert {"hdlm_small", "hdlm_three_level", "mdlm_small"} <= set(find_shipped_recipes())
     for name in find_shipped_recipes():
-        code, out, err = call(capsys, "run", name, "--dry-run")
+        code, out, err = run_command(capsys, "run", name, "--dry-run")
         if (
             name == "paper/hdlm_small_64_embeddings"
         ):  # this recipe needs the weights of another run, which does not exist here
@@ -258,7 +248,7 @@ def test_every_shipped_recipe_equals_the_recipe_read_from_its_dry_run_output(cap
 
 def test_dry_run_writes_no_files(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    call(capsys, "run", sorted(find_shipped_recipes())[0], "--dry-run")
+    run_command(capsys, "run", sorted(find_shipped_recipes())[0], "--dry-run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,7 +268,7 @@ def test_dry_run_writes_no_files(capsys, tmp_path, monkeypatch):
     ],
 )
 def test_user_error_is_one_paragraph_on_stderr_with_exit_code_2(capsys, arguments, expected):
-    code, out, err = call(capsys, *arguments)
+    code, out, err = run_command(capsys, *arguments)
     assert (code, out) == (2, "")
     assert expected in err
     assert err.count("\n") == 1
@@ -286,7 +276,7 @@ def test_user_error_is_one_paragraph_on_stderr_with_exit_code_2(capsys, argument
 
 
 def test_unknown_option_exits_with_code_2(capsys):
-    code, _, err = call(capsys, "run", "hdlm_small", "--freesh")
+    code, _, err = run_command(capsys, "run", "hdlm_small", "--freesh")
     assert code == 2
     assert "--fresh" in err
 
@@ -328,9 +318,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list:
 def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs):
     from ddiff.runs.kinds import EvaluationOptions
 
-    assert call(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
-    assert call(capsys, "eval", "runs/x", "--set", "evaluate.draws=2", "--until", "0.1")[0] == 0
-    assert call(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
+    assert run_command(capsys, "run", "mdlm_small", "--set", "train.steps=3", "--fresh")[0] == 130
+    assert (
+        run_command(capsys, "eval", "runs/x", "--set", "evaluate.draws=2", "--until", "0.1")[0] == 0
+    )
+    assert run_command(capsys, "sample", "runs/x", "--count", "4", "--seed", "1")[0] == 0
     asked = (
         "--prompt",
         "She",
@@ -343,11 +335,14 @@ def test_commands_pass_arguments_to_functions_and_return_exit_code(capsys, runs)
         "--set",
         "top_k=3",
     )
-    assert call(capsys, "sample", "runs/x", *asked)[0] == 0
+    assert run_command(capsys, "sample", "runs/x", *asked)[0] == 0
     assert (
-        call(capsys, "sample", "runs/x", "--infill", "[MASK:2] a", "--infill", "b [MASK:1]")[0] == 0
+        run_command(capsys, "sample", "runs/x", "--infill", "[MASK:2] a", "--infill", "b [MASK:1]")[
+            0
+        ]
+        == 0
     )
-    assert call(capsys, "check", "toy", "--set", "gamma=0.5", "--set", "xi=0.9")[0] == 1
+    assert run_command(capsys, "check", "toy", "--set", "gamma=0.5", "--set", "xi=0.9")[0] == 1
     assert runs == [
         ("run", "mdlm_small", 3, True),
         ("eval", Path("runs/x"), ["evaluate.draws=2"], EvaluationOptions(until=0.1)),
@@ -405,10 +400,10 @@ def test_dry_run_and_plugins_commands_import_no_slow_library_but_torch(arguments
 
 def test_dry_run_output_ends_with_its_result_as_a_toml_comment(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = call(capsys, "run", "mdlm_small", "--dry-run")[1]
+    out = run_command(capsys, "run", "mdlm_small", "--dry-run")[1]
     assert out.splitlines()[-1].startswith("# fits: ")
     assert tomllib.loads(out)["name"] == "mdlm_small"
-    unknown = call(
+    unknown = run_command(
         capsys, "run", "mdlm_small", "--dry-run", "--set", 'tokenizer={kind="alphabet"}'
     )[1]
     assert unknown.splitlines()[-1].startswith(

@@ -51,7 +51,10 @@ def test_cache_removes_the_directory_of_a_failed_build(tmp_path: Path) -> None:
     assert (Cache(tmp_path).load_or_build("rows", {}, Builder()) / "file").read_text() == "content"
 
 
-def test_cache_ignores_the_unfinished_directory_of_a_killed_build(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", [{}, {"other": 1}], ids=["same entry", "another entry"])
+def test_cache_removes_the_unfinished_directory_of_a_killed_build(
+    tmp_path: Path, inputs: dict[str, int]
+) -> None:
     script = (
         "import os, signal, sys\n"
         "from ddiff.data.cache import Cache\n"
@@ -62,9 +65,12 @@ def test_cache_ignores_the_unfinished_directory_of_a_killed_build(tmp_path: Path
     )
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=os.environ)
     assert ended.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "rows").iterdir())) == 1
     build = Builder()
-    assert (Cache(tmp_path).load_or_build("rows", {}, build) / "file").read_text() == "content"
+    entry = Cache(tmp_path).load_or_build("rows", inputs, build)
+    assert (entry / "file").read_text() == "content"
     assert build.calls == 1
+    assert list((tmp_path / "rows").iterdir()) == [entry]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "unlisted", "not_json"])

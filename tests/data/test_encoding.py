@@ -26,6 +26,7 @@ from hash_encoder import (
     read_files,
     run_job,
 )
+from refusals import message
 
 from ddiff.data.documents import Documents, documents_from_texts
 from ddiff.data.encoded_vectors import EncodedVectors, Moments, read_shard, text_keys
@@ -40,14 +41,6 @@ def done(tmp_path: Path) -> Path:
     folder = tmp_path / "done"
     run_job(folder)
     return folder
-
-
-def message(error: type[Exception], call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        call(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 # ---------------------------------------------------------------------- results
@@ -204,7 +197,7 @@ def test_truncated_shard_is_named_and_encoded_again(
     expected = read_files(done)
     path = done / "train_00004.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    text = message(DataError, EncodedVectors.open, done)
+    text = message(EncodedVectors.open, done)
     assert "train_00004" in text
     assert "ddiff encode" in text
     with caplog.at_level(logging.WARNING):
@@ -221,7 +214,7 @@ def test_changed_bit_of_a_vector_is_found_and_encoded_again(
     content = bytearray(path.read_bytes())
     content[-12] ^= 1
     path.write_bytes(content)
-    assert "train_00001" in message(DataError, EncodedVectors.open, done)
+    assert "train_00001" in message(EncodedVectors.open, done)
     with caplog.at_level(logging.WARNING):
         run_job(done)
     assert "train_00001" in caplog.text
@@ -231,7 +224,7 @@ def test_changed_bit_of_a_vector_is_found_and_encoded_again(
 def test_missing_shard_is_refused_by_the_reader_and_encoded_again(done: Path) -> None:
     expected = read_files(done)
     (done / "validation_00001.safetensors").unlink()
-    assert "validation_00001" in message(DataError, EncodedVectors.open, done)
+    assert "validation_00001" in message(EncodedVectors.open, done)
     assert run_job(done).encoded == 2
     assert read_files(done) == expected
 
@@ -240,7 +233,7 @@ def test_shard_of_other_texts_is_encoded_again(done: Path, tmp_path: Path) -> No
     expected = read_files(done)
     other = done / "train_00001.safetensors"
     other.write_bytes((done / "train_00000.safetensors").read_bytes())
-    assert "another job" in message(DataError, EncodedVectors.open, done)
+    assert "another job" in message(EncodedVectors.open, done)
     assert run_job(done).encoded == 7
     assert read_files(done) == expected
 
@@ -259,7 +252,7 @@ def test_folder_of_another_job_is_refused_with_the_difference(
     done: Path, change: dict[str, Any], difference: str
 ) -> None:
     before = read_files(done)
-    text = message(DataError, run_job, done, **change)
+    text = message(run_job, done, **change)
     assert re.search(difference, text)
     assert "another folder" in text
     assert read_files(done) == before
@@ -277,7 +270,7 @@ def test_job_of_the_same_encoder_in_another_place_keeps_the_folder(done: Path) -
 
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letters").write_text("dear")
-    assert "letters" in message(ArgumentError, run_job, tmp_path)
+    assert "letters" in message(run_job, tmp_path, error=ArgumentError)
     assert [path.name for path in tmp_path.iterdir()] == ["letters"]
 
 
@@ -285,9 +278,9 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_damaged_json_file_is_named(done: Path, name: str) -> None:
     (done / name).write_text('{"format": 1')
     if name == "settings.json":
-        assert name in message(DataError, run_job, done)
+        assert name in message(run_job, done)
     else:
-        assert name in message(DataError, EncodedVectors.open, done)
+        assert name in message(EncodedVectors.open, done)
         run_job(done)  # writes the manifest again
         EncodedVectors.open(done)
 
@@ -296,25 +289,23 @@ def test_damaged_json_file_is_named(done: Path, name: str) -> None:
 
 
 def test_reader_refuses_other_dimension_encoder_and_data(done: Path) -> None:
-    assert "must have 8 dimensions; they have 4" in message(
-        DataError, EncodedVectors.open, done, dim=8
-    )
-    text = message(DataError, EncodedVectors.open, done, encoder="minilm")
+    assert "must have 8 dimensions; they have 4" in message(EncodedVectors.open, done, dim=8)
+    text = message(EncodedVectors.open, done, encoder="minilm")
     assert "fingerprint minilm" in text
     assert "(fingerprint hash)" in text
     data = {"train": "abc"}
-    assert "fingerprint abc" in message(DataError, EncodedVectors.open, done, data=data)
+    assert "fingerprint abc" in message(EncodedVectors.open, done, data=data)
 
 
 def test_reader_refuses_a_folder_without_manifest(done: Path, tmp_path: Path) -> None:
     (done / "manifest.json").unlink()
-    assert "unfinished" in message(DataError, EncodedVectors.open, done)
-    assert "not a folder of encoded vectors" in message(DataError, EncodedVectors.open, tmp_path)
+    assert "unfinished" in message(EncodedVectors.open, done)
+    assert "not a folder of encoded vectors" in message(EncodedVectors.open, tmp_path)
 
 
 @pytest.mark.parametrize("numbers", [[60], [-1], [[1]]])
 def test_reader_refuses_numbers_outside_the_corpus(done: Path, numbers: Any) -> None:
-    assert "0..59" in message(ArgumentError, EncodedVectors.open(done).train.read, numbers)
+    assert "0..59" in message(EncodedVectors.open(done).train.read, numbers, error=ArgumentError)
 
 
 def test_reader_maps_vectors_into_memory(done: Path) -> None:
@@ -351,7 +342,7 @@ def encoder_returning(result: Any) -> HashEncoder:
 def test_wrong_result_of_an_encoder_is_explained(
     tmp_path: Path, result: Any, error: type[Exception], expected: str
 ) -> None:
-    text = message(error, run_job, tmp_path / "made", encoder=encoder_returning(result))
+    text = message(run_job, tmp_path / "made", encoder=encoder_returning(result), error=error)
     assert re.search(expected, text)
     assert not list((tmp_path / "made").glob("*.safetensors*"))
     run_job(tmp_path / "made")  # a correct encoder resumes the job
@@ -412,7 +403,7 @@ def test_token_vectors_resume_after_a_kill_with_equal_files(tmp_path: Path) -> N
 def test_token_vectors_of_other_positions_are_refused(tmp_path: Path) -> None:
     run_word_job(tmp_path / "words")
     job = make_job(tmp_path / "words", word_documents(), HashTokenEncoder(3))
-    assert "positions: was 4, is 3" in message(DataError, job.run)
+    assert "positions: was 4, is 3" in message(job.run)
 
 
 def test_single_vectors_keep_the_first_format(done: Path) -> None:
@@ -432,7 +423,7 @@ class GapEncoder(HashTokenEncoder):
 
 def test_vector_after_a_row_of_nan_is_an_error_of_the_encoder(tmp_path: Path) -> None:
     job = make_job(tmp_path / "words", word_documents(), GapEncoder())
-    assert "a vector after a row of NaN" in message(PluginError, job.run)
+    assert "a vector after a row of NaN" in message(job.run, error=PluginError)
 
 
 def test_damaged_token_shard_is_encoded_again(tmp_path: Path) -> None:
@@ -442,5 +433,5 @@ def test_damaged_token_shard_is_encoded_again(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "checksum is wrong" in message(DataError, EncodedVectors.open, folder)
+    assert "checksum is wrong" in message(EncodedVectors.open, folder)
     run_word_job(folder).verify()

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from refusals import message
 
 from ddiff.data.cache import Cache
 from ddiff.data.captioned_files import MissingRules, read_image_folder, read_image_tables
 from ddiff.data.columns import FieldsDocuments
 from ddiff.data.image_files import ImageFormat, decode_image
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import ArgumentError
 
 COUNT = 12
 GREY = ImageFormat(4, 4, colour="grey", patch=2)
@@ -39,14 +40,6 @@ def encode(pixels: np.ndarray, format: str = "PNG", **options: Any) -> bytes:
 
 def decode(content: bytes, form: ImageFormat) -> np.ndarray:
     return decode_image(io.BytesIO(content), "image.png", form)
-
-
-def message(call: Any, *arguments: Any, error: type[Exception] = DataError, **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        call(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 # ---------------------------------------------------------------------- decoding

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hash_encoder import DIM, HashEncoder, hash_vector, make_documents, run_job
+from refusals import message
 
 from ddiff.data.columns import FieldsDocuments, TextColumn
 from ddiff.data.documents import documents_from_texts, split_documents
@@ -20,7 +21,7 @@ from ddiff.data.paired_vectors import (
     read_vector_files,
     read_vector_shards,
 )
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import ArgumentError
 
 TEXTS = [f"text number {number}" for number in range(40)]
 WIDTH = 3
@@ -32,14 +33,6 @@ def vector_of(number: int) -> np.ndarray:
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
-
-
-def message(call: Any, *arguments: Any, error: type[Exception] = DataError, **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        call(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 def check_pairs(documents: FieldsDocuments, texts: list[str] = TEXTS) -> None:

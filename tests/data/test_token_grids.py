@@ -10,22 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import message
 
 from ddiff.data.columns import FieldsDocuments
 from ddiff.data.token_grids import GridFiles, GridFormat, read_token_grids
-from ddiff.errors import ArgumentError, DataError
+from ddiff.errors import ArgumentError
 
 COUNT = 30
 FORM = GridFormat(2, 3, 50)
 IDS = np.random.default_rng(0).integers(0, 50, (COUNT, 6))
-
-
-def message(*arguments: Any, error: type[Exception] = DataError, **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        read_token_grids(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 def check_ids(documents: FieldsDocuments) -> None:
@@ -82,7 +75,7 @@ def test_validation_ids_are_read_and_compared_with_the_training_ids(tmp_path: Pa
     documents = read_token_grids(train, FORM, validation=held)
     assert (len(documents.train), len(documents.validation)) == (20, 10)
     check_ids(documents)
-    assert "memorization" in message(train, FORM, validation=train)
+    assert "memorization" in message(read_token_grids, train, FORM, validation=train)
 
 
 def test_missing_ids_and_captions_are_refused_or_marked(tmp_path: Path) -> None:
@@ -90,14 +83,14 @@ def test_missing_ids_and_captions_are_refused_or_marked(tmp_path: Path) -> None:
     rows[3]["ids"] = None
     rows[4]["caption"] = ""
     files = write_lines(tmp_path, rows)
-    assert "ids.jsonl line 4 has no ids" in message(files, FORM)
+    assert "ids.jsonl line 4 has no ids" in message(read_token_grids, files, FORM)
     documents = read_token_grids(files, FORM, held_out=0.3, missing="absent")
     counts = [table.missing() for table in (documents.train, documents.validation)]
     assert sum(found["image"] for found in counts) == 1
     assert sum(found["text"] for found in counts) == 1
     rows[3]["caption"] = None
     files = write_lines(tmp_path, rows)
-    assert "neither ids nor a caption" in message(files, FORM, missing="absent")
+    assert "neither ids nor a caption" in message(read_token_grids, files, FORM, missing="absent")
 
 
 @pytest.mark.parametrize(
@@ -113,23 +106,31 @@ def test_missing_ids_and_captions_are_refused_or_marked(tmp_path: Path) -> None:
 def test_row_with_other_ids_is_named(tmp_path: Path, ids: Any, part: str) -> None:
     rows = make_rows()
     rows[7]["ids"] = ids
-    text = message(write_lines(tmp_path, rows), FORM)
+    text = message(read_token_grids, write_lines(tmp_path, rows), FORM)
     assert "ids.jsonl line 8" in text
     assert part in text
 
 
 def test_array_of_another_form_is_refused(tmp_path: Path) -> None:
-    assert "must hold integers [N,6]" in message(write_array(tmp_path, IDS[:, :5]), FORM)
-    assert "must hold integers [N,6]" in message(write_array(tmp_path, IDS * 1.0), FORM)
-    assert "it has 29" in message(write_array(tmp_path, lines=29), FORM)
-    text = message(write_array(tmp_path, IDS + 1), FORM)
+    assert "must hold integers [N,6]" in message(
+        read_token_grids, write_array(tmp_path, IDS[:, :5]), FORM
+    )
+    assert "must hold integers [N,6]" in message(
+        read_token_grids, write_array(tmp_path, IDS * 1.0), FORM
+    )
+    assert "it has 29" in message(read_token_grids, write_array(tmp_path, lines=29), FORM)
+    text = message(read_token_grids, write_array(tmp_path, IDS + 1), FORM)
     assert "0..49" in text
     assert 'Column "image"' in text
 
 
 def test_captions_belong_to_arrays_only(tmp_path: Path) -> None:
     array = write_array(tmp_path)
-    assert "has no captions" in message(GridFiles(array.ids), FORM, error=ArgumentError)
+    assert "has no captions" in message(
+        read_token_grids, GridFiles(array.ids), FORM, error=ArgumentError
+    )
     table = write_lines(tmp_path, make_rows())
     both = GridFiles(table.ids, array.captions)
-    assert "captions is only for ids in a .npy file" in message(both, FORM, error=ArgumentError)
+    assert "captions is only for ids in a .npy file" in message(
+        read_token_grids, both, FORM, error=ArgumentError
+    )

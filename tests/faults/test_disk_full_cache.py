@@ -188,21 +188,6 @@ def test_run_under_a_file_size_limit_prints_a_one_line_error(tmp_path: Path) -> 
     assert not list((tmp_path / "cache").rglob("*.partial*"))
 
 
-def test_cache_build_removes_the_directory_of_a_killed_build(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys\n"
-        "from ddiff.data.cache import Cache\n"
-        "def build(place):\n"
-        "    (place / 'file').write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Cache(sys.argv[1]).load_or_build('rows', {}, build)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)])
-    assert len(list((tmp_path / "rows").iterdir())) == 1
-    entry = Cache(tmp_path).load_or_build("rows", {"other": 1}, lambda place: None)
-    assert list((tmp_path / "rows").iterdir()) == [entry]
-
-
 def test_cache_build_keeps_the_directory_of_another_running_build(tmp_path: Path) -> None:
     def build(place: Path) -> None:
         (place / "file").write_text("half")

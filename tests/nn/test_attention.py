@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ddiff_dit.dit import Condition, DiT
+from networks import randomize_zeros
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,10 +72,7 @@ def backbone(request: pytest.FixtureRequest) -> DiT:
     if request.param == "convolutions":
         options |= {"convolution": 5, "qk_norm": True}
     model = DiT(VOCABULARY, WIDTH, layers=3, heads=2, **options).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
+    randomize_zeros(model)
     return model
 
 

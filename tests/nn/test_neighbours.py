@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ddiff_dit.dit import Condition, DiT
+from networks import randomize_zeros
 from torch import Tensor
 
 from ddiff.core.vocabulary import FlatVocabulary
@@ -179,10 +180,7 @@ def make_model(**options: Any) -> DiT:
     """Make a float64 DiT with random numbers in the parameters that start at zero."""
     torch.manual_seed(0)
     model = DiT(VOCABULARY, 8, layers=2, heads=2, convolution=5, qk_norm=True, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
+    randomize_zeros(model)
     return model.double().eval()
 
 

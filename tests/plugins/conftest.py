@@ -1,4 +1,4 @@
-"""Import path: `exact_windows` of the core tests, the examples and the benchmarks."""
+"""Import path: helpers of the core and network tests, the examples and the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "core"), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+PLACES = ("tests/core", "tests/nn", "examples", "benchmarks")
+sys.path[:0] = [str(ROOT / place) for place in PLACES]

@@ -15,6 +15,7 @@ from ddiff_hybrid.gamma import GammaHybrid
 from ddiff_mdlm.process import MaskedDiffusion
 from ddiff_sedd.head import ScoreHead
 from ddiff_sedd.process import ScoreEntropyDiffusion
+from networks import randomize_zeros
 from torch import Tensor
 
 from ddiff.core.components import MixtureProcess, mask_distribution
@@ -38,10 +39,7 @@ def make(process: ForwardProcess | None = LINEAR, trained: bool = True, **option
     sizes: dict[str, Any] = {"layers": 2, "heads": 2, "condition_width": 6, **options}
     model = DDiT(VOCABULARY, process, WIDTH, **sizes).double().eval()
     if trained:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.3)
+        randomize_zeros(model)
     return model
 
 

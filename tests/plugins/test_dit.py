@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ddiff_dit.dit import SIZES, Condition, DiT, Rotation
+from networks import randomize_zeros
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -32,10 +33,7 @@ def make(time: bool = True, trained: bool = True, **kwargs: float) -> DiT:
     options: dict[str, Any] = {"layers": 2, "heads": 2, "time": time, **kwargs}
     model = DiT(VOCABULARY, WIDTH, **options).double().eval()
     if trained:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.3)
+        randomize_zeros(model)
     return model
 
 

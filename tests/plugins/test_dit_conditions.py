@@ -12,6 +12,7 @@ import pytest
 import torch
 from ddiff_dit.dit import Condition, CrossAttention, DiT, Via
 from ddiff_dit.mmdit import MMDiT, StreamSpec
+from networks import randomize_zeros
 from pydantic import ValidationError
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -67,10 +68,7 @@ def make_model(via: Via, is_trained: bool = True, time: bool = True) -> DiT:
     )
     model = model.double().eval()
     if is_trained:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.3)
+        randomize_zeros(model)
     return model
 
 
