@@ -75,10 +75,12 @@ def evaluate(
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
-        if until is not None or data or protocol or published or program or clock != "recipe":
+        of_texts = until is not None or data or split != "file" or clock != "recipe"
+        if of_texts or protocol or published or program:
             raise ArgumentError(
-                "--generate evaluates samples, so it excludes --until, --data, --protocol, "
-                "--published, --program and --clock. Remove --generate to evaluate a text."
+                "--generate evaluates samples, so it excludes --until, --data, --split, "
+                "--protocol, --published, --program and --clock. Remove --generate to evaluate a "
+                "text."
             )
         launch_for_run(context, run_dir, processes)
         from ddiff.runs.generation import generate_and_evaluate

@@ -79,7 +79,10 @@ def _read_report(run: Run, path: Path, saved: Mapping[str, Any]) -> EvaluationRe
         return None
     try:
         evaluation = Evaluation.from_dict(saved)
-        counted = Baselines(*saved["baselines"].values())
+        # by name, since a program that rewrites the file may change the order of the keys
+        unit = f"per_{evaluation.unit}"
+        baselines = saved["baselines"].items()
+        counted = Baselines(**{name.replace(unit, "per_token"): value for name, value in baselines})
     except (KeyError, TypeError) as error:
         raise damage_error(path, f"a figure of the evaluation is missing ({error})") from error
     return EvaluationReport(evaluation, counted, saved)
@@ -181,6 +184,11 @@ def _check_options(options: EvaluationOptions) -> None:
         raise ArgumentError(
             f"ddiff eval {name}: expected the text in --data; got none. Name the text files, such "
             "as --data test.txt."
+        )
+    if not options.data and options.split != "file":
+        raise ArgumentError(
+            f"ddiff eval --split {options.split}: expected text files in --data, which are split "
+            "into documents; got none. The documents of the validation text are those of [data]."
         )
     if options.clock != "recipe" and options.data:
         raise ArgumentError(

@@ -349,6 +349,17 @@ def test_run_command_refuses_evaluation_json_of_wrong_structure(
     assert is_refusal(answer, "evaluation.json is damaged")
 
 
+def test_run_command_reads_baselines_in_any_order_of_keys(run_dir: Path, ddiff: Command) -> None:
+    before = ddiff(*COMMANDS["run"]).out
+    path = run_dir / "evaluation.json"
+    # sorted by name, the bigram comes before the unigram
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    after = ddiff(*COMMANDS["run"]).out
+    printed = [[line for line in out.splitlines() if "gram" in line] for out in (before, after)]
+    assert printed[0]
+    assert printed[0] == printed[1]
+
+
 def test_compare_accepts_a_run_initialised_from_a_pretrained_model(
     run_dir: Path, ddiff: Command
 ) -> None:

@@ -46,6 +46,15 @@ def test_eval_of_files_counts_the_bytes_of_the_text_and_keeps_evaluation_json(
     assert found["protocol"]["texts_that_the_tokenizer_changes"] == 0
 
 
+@pytest.mark.parametrize("more", [(), ("--generate",)], ids=["bound", "samples"])
+def test_split_without_texts_is_refused(
+    more: tuple[str, ...], run_dir: Path, ddiff: Command
+) -> None:
+    before = files(run_dir)
+    assert is_refusal(ddiff(*EVAL, "--split", "line", *more), "--split", "--data")
+    assert files(run_dir) == before
+
+
 def test_eval_of_the_recipe_of_the_run_gives_the_results_of_the_run(
     run_dir: Path, ddiff: Command
 ) -> None:
