@@ -171,6 +171,7 @@ def test_tested_version_of_torch_is_the_pinned_version() -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "died with signal 4"),
         ("raise ImportError('libcudart.so is missing')", "libcudart.so is missing"),
         ("raise SystemExit(3)", "exit code 3"),
+        ("print('{}'); print('leaving')", "its last line is no result: leaving"),
     ],
 )
 def test_probe_that_hangs_or_dies_is_explained(program: str, message: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ddiff.errors import shorten
+
 State = Literal["ok", "note", "problem"]
 
 
@@ -69,7 +71,11 @@ def read_probe(process: subprocess.Popen[str], seconds: float) -> Any:
     lines = out.splitlines()
     if process.returncode or not lines:
         raise ProbeError(_last_line(err.splitlines()) or f"exit code {process.returncode}")
-    return json.loads(lines[-1])
+    try:
+        return json.loads(lines[-1])
+    except ValueError as error:
+        # a library that prints a line when the process ends
+        raise ProbeError(f"its last line is no result: {shorten(lines[-1])}") from error
 
 
 def _last_line(lines: Sequence[str]) -> str:
@@ -81,7 +87,8 @@ def _last_line(lines: Sequence[str]) -> str:
 def format_bytes(count: float) -> str:
     """Format a number of bytes, as in `2.1 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        # from 999.5 on, three digits would be 1e+03
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
