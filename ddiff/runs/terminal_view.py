@@ -153,7 +153,7 @@ class StateView:
             style = "bold red" if is_correction else "bold" if is_new else ""
             return Text(word, style=style)
         if level == len(self.tree.parents):
-            # a mask that was a token before
+            # red: the position was a token or a node before, and is masked again
             return Text("░", style="red" if is_new else "dim")
         style = STYLES[min(level, len(STYLES) - 1)]
         # Without spaces, so that a line is broken between two nodes and not within a node.

@@ -1,7 +1,7 @@
 """Fields of a JSON request: their types and ranges.
 
 body = read_object(data)
-fields = Fields(body, known={"prompt", "n"}, refused={"logprobs": "..."})
+fields = Fields(body, {"prompt", "n"}, neutral={"user": [""]}, refused={"logprobs": "..."})
 count = fields.integer("n", 1, 32)
 """
 

@@ -38,7 +38,7 @@ class WarmupCosine:
     """Linear warm-up, then a cosine decay of the factor from 1 to `floor` at the last step.
 
     `steps` is the number of steps of the run. During the first `warmup` steps, the factor is
-    (step + 1) / warmup. If `steps <= warmup`, there is no decay.
+    (step + 1) / warmup. If `steps <= warmup`, there is no decay: after the warm-up the factor is 1.
     """
 
     steps: int
@@ -55,6 +55,8 @@ class WarmupCosine:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return (step + 1) / self.warmup
+        if self.steps <= self.warmup:
+            return 1.0
         progress = (step + 1 - self.warmup) / (self.steps - self.warmup)
         angle = math.pi * min(1.0, progress)
         cosine = 0.5 * (1.0 + math.cos(angle))

@@ -31,7 +31,8 @@ def test_warmup_cosine_depends_only_on_step_and_total_steps() -> None:
 
 def test_warmup_cosine_has_no_decay_if_steps_do_not_exceed_warmup() -> None:
     assert [WarmupCosine(steps=2, warmup=4)(step) for step in range(2)] == [0.25, 0.5]
-    assert WarmupCosine(steps=4, warmup=4)(3) == 1.0
+    assert [WarmupCosine(steps=4, warmup=4)(step) for step in (3, 4, 9)] == [1.0, 1.0, 1.0]
+    assert [WarmupCosine(steps=2, warmup=4)(step) for step in (3, 4, 9)] == [1.0, 1.0, 1.0]
 
 
 def test_learning_rate_schedules_refuse_settings_out_of_range() -> None:
