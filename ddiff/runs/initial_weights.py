@@ -31,6 +31,7 @@ from ddiff.recipe.resolve import read_recipe
 from ddiff.run_dir.files import CHECKPOINTS, RECIPE, TOKENIZER, VOCABULARY, RunRecord
 from ddiff.run_dir.identity import check_fingerprints, check_recorded
 from ddiff.runs.saved_tokenizer import load_saved_tokenizer
+from ddiff.runs.trainable import evaluates_ema
 
 COUNTED_TOKENS = 2**24  # tokens of the training text whose co-occurrences are counted
 
@@ -50,7 +51,8 @@ def load_initial_weights(
 def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Load the frozen weights of a denoiser with adapters.
 
-    They are those of the run in [train] init, or of the pretrained backbone. Raises ArgumentError
+    They are those with which the run in [train] init is evaluated, the exponential moving average
+    if it has one, or those of the pretrained backbone. Raises ArgumentError
     if the recipe names neither, or if the head would be frozen at its initial values because that
     of the run has other rows.
     """
@@ -66,7 +68,7 @@ def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
         start_pretrained_head(denoiser)
         if run_dir is None:
             return
-        record = load_run_weights(denoiser, tokenizer, run_dir, "all")
+        record = load_run_weights(denoiser, tokenizer, run_dir, "all", evaluated=True)
     assert denoiser.adapters is not None, "only for a denoiser with adapters"
     # The tensors of the run are found for everything but a head with other rows.
     denoiser.adapters.has_new_head = not _has_head(record)
@@ -157,12 +159,25 @@ def _find_tables(denoiser: Denoiser) -> list[StateEmbedding]:
 
 
 def load_run_weights(
-    denoiser: Denoiser, tokenizer: Tokenizer, run_dir: str, parts: Parts
+    denoiser: Denoiser,
+    tokenizer: Tokenizer,
+    run_dir: str,
+    parts: Parts,
+    *,
+    evaluated: bool = False,
 ) -> dict[str, Any]:
     """Load the weights of another run with the same tokenizer, for [train] init.
 
-    `parts`: "all" for all weights, "embeddings" for only the embeddings of tokens, tree nodes and
-    mask. Raises DataError if the tokenizers differ.
+    Args:
+        denoiser: denoiser that gets the weights.
+        tokenizer: tokenizer of this run.
+        run_dir: directory of the other run.
+        parts: "all" for all weights, "embeddings" for only the embeddings of tokens, tree nodes
+            and mask.
+        evaluated: load the weights with which the run is evaluated, which may be their moving
+            average. Otherwise the trained weights are loaded.
+
+    Raises DataError if the tokenizers differ.
     """
     directory = check_source(run_dir)
     newest = Checkpoints(str(directory / CHECKPOINTS)).newest()
@@ -183,7 +198,7 @@ def load_run_weights(
         )
     vocabulary = Vocabulary.load(str(directory / VOCABULARY))
     _check_components(directory, newest, theirs, vocabulary)
-    weights = newest.read_weights()
+    weights = newest.read_weights(average=evaluated and evaluates_ema(recipe))
     # The head of the other run maps the rows of its table to states. The head is built with the
     # width of that table, which may differ from the width of this run.
     width = denoiser.head.width

@@ -28,6 +28,14 @@ def count_preview_steps(recipe: BaseRecipe) -> int:
     return min(PREVIEW_STEPS, recipe.sample.steps)
 
 
+def evaluates_ema(recipe: BaseRecipe) -> bool:
+    """Return whether a run evaluates and samples with the moving average of its weights."""
+    weights = recipe.evaluate.weights
+    if weights == "auto":
+        return recipe.train.ema > 0.0
+    return weights == "ema"
+
+
 class TrainingData(Protocol):
     """Data of a run, as the training session reads them."""
 
@@ -189,10 +197,7 @@ class TrainableRun(ABC):
     @property
     def uses_ema(self) -> bool:
         """True if evaluation and sampling use the exponential moving average of the weights."""
-        weights = self.recipe.evaluate.weights
-        if weights == "auto":
-            return self.recipe.train.ema > 0.0
-        return weights == "ema"
+        return evaluates_ema(self.recipe)
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load the weights of a checkpoint into the network.

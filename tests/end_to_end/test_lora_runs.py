@@ -19,6 +19,7 @@ from test_chat_runs import RECIPE
 
 import ddiff as api
 from ddiff.errors import ArgumentError, CheckpointError
+from ddiff.nn.adapters import remove_adapters
 from ddiff.nn.denoiser import UNPADDED
 from ddiff.runs.run import Run
 
@@ -127,6 +128,20 @@ def test_whole_head_starts_with_the_head_of_the_base(lora: Run) -> None:
     assert (base.bias - base.bias.mean()).abs().max() > 0.1
     assert torch.allclose(started.bias, base.bias, rtol=0.0, atol=1e-6)
     assert torch.allclose(started.table, base.table, rtol=0.0, atol=1e-6)
+
+
+def test_base_is_the_moving_average_with_which_its_run_is_evaluated(lora: Run) -> None:
+    api.run("chat.toml", settings=["name=averaged", "train.ema=0.5", "sample.count=1"])
+    settings = ["name=on_average", "train.init.run=runs/averaged", "train.steps=1"]
+    adapted = api.run("lora.toml", settings=[*settings, "sample.count=1"]).denoiser
+    base = api.load("runs/averaged")
+    trained = base.checkpoints.read_weights()
+    with remove_adapters(adapted):
+        found = adapted.state_dict()
+        assert all(
+            torch.equal(found[name], value) for name, value in base.denoiser.state_dict().items()
+        )
+    assert not all(torch.equal(found[name], value) for name, value in trained.items())
 
 
 def test_frozen_head_without_weights_of_the_base_is_refused(lora: Run) -> None:
