@@ -83,6 +83,7 @@ class RunText:
             saved.get("template"),
             saved.get("answers", ChatSettings.answers),
             saved.get("answer_length"),
+            saved.get("long", ChatSettings.long),
         )
 
     def save_chat(self, directory: Path) -> None:
@@ -95,6 +96,7 @@ class RunText:
             "template": template.source,
             "answers": settings.answers,
             "answer_length": settings.answer_length,
+            "long": settings.long,
         }
         write_atomic(directory / CHAT, json.dumps(content, indent=2) + "\n")
 

@@ -11,7 +11,11 @@ from commands import Command
 from small import working_in
 
 import ddiff as api
+from ddiff.data.chat import ChatCorpus
 from ddiff.errors import ArgumentError
+from ddiff.recipe.fields_recipe import require_text_recipe
+from ddiff.recipe.resolve import read_recipe
+from ddiff.runs.data import RunText
 from ddiff.runs.run import Run
 from ddiff.runs.text_stages import describe_samples
 
@@ -163,6 +167,18 @@ def test_saved_model_answers_messages_as_its_run(
     assert saved.sample(message="Which?", steps=2) == run.sample(message="Which?", steps=2)
     loaded = api.load(chat.run_dir)
     assert saved.data.text.chat_settings() == loaded.data.text.chat_settings()
+
+
+@pytest.mark.slow
+def test_run_directory_keeps_the_rules_of_conversations(chat: Run, tmp_path: Path) -> None:
+    settings = ['data.long="drop"', 'data.answers="each"', f'run_dir="{tmp_path}"']
+    recipe = require_text_recipe(read_recipe("chat.toml", settings), "test")
+    written = RunText(recipe, chat.tokenizer)
+    assert isinstance(written.documents, ChatCorpus)
+    written.save_chat(tmp_path)
+    read = RunText(recipe, chat.tokenizer).chat_settings()  # has not read its documents
+    for rule in ("answers", "answer_length", "long"):
+        assert getattr(read, rule) == getattr(written.chat_settings(), rule)
 
 
 @pytest.mark.slow
