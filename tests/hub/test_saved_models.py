@@ -16,7 +16,7 @@ import torch
 from commands import Command, is_refusal
 from probe import make_inputs
 from safetensors.torch import load_file, save_file
-from saved_runs import RUNS
+from saved_runs import RUNS, SHORT
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 import ddiff as api
@@ -454,6 +454,17 @@ def test_generate_refuses_other_processes(place: Path) -> None:
     model = AutoModel.from_pretrained(place / "saved/flat")
     with pytest.raises(ArgumentError, match="temperature must be above 0"):
         model.generate(temperature=0.0)
+
+
+def test_generate_refuses_models_of_blocks(place: Path, tmp_path: Path) -> None:
+    """In training, a block attends only to itself and to earlier blocks."""
+    times = 'objective.times={kind="block", width=4}'
+    sampler = 'sample.sampler={kind="blockwise", width=4}'
+    settings = [*SHORT, *RUNS["flat"], times, sampler, f'run_dir="{tmp_path}/run"']
+    api.run("small.toml", settings=settings).save_pretrained(tmp_path / "saved")
+    model = AutoModel.from_pretrained(tmp_path / "saved")
+    with pytest.raises(ArgumentError, match="with one time per sequence"):
+        model.generate()
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -59,6 +59,8 @@ class DdiffConfig(PreTrainedConfig):
         schedule: kind and settings of the schedule alpha(t), the probability that a token has had
             no noise until time t; None if the model has no such schedule.
         is_masked_diffusion: whether a state is either the clean token or the mask.
+        has_one_time: whether all noisy positions of a training sequence had the same noise time and
+            attended to each other; False for a model of blocks.
         sample: table [sample] of the recipe: sampler, number of steps, and so on.
     """
 
@@ -76,6 +78,7 @@ class DdiffConfig(PreTrainedConfig):
         given: str = "rest",
         schedule: dict[str, Any] | None = None,
         is_masked_diffusion: bool = False,
+        has_one_time: bool = True,
         sample: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -89,6 +92,7 @@ class DdiffConfig(PreTrainedConfig):
         self.given = given
         self.schedule = schedule
         self.is_masked_diffusion = is_masked_diffusion
+        self.has_one_time = has_one_time
         self.sample = sample
         super().__init__(**kwargs)
 
@@ -261,10 +265,12 @@ class DdiffModel(PreTrainedModel):
     def _require_masked_diffusion(self, temperature: float) -> Schedule:
         """Return the schedule. Raises ArgumentError if `generate` cannot draw from this model."""
         is_plain = self.config.inputs == "own" and self.config.given == "rest"
+        is_plain = is_plain and self.config.has_one_time
         if self.schedule is None or not self.config.is_masked_diffusion or not is_plain:
             raise ArgumentError(
-                "DdiffModel.generate: the process must be masked diffusion with a schedule; got "
-                "another model. Install ddiff, and draw samples with ddiff.load(folder).sample()."
+                "DdiffModel.generate: the process must be masked diffusion with a schedule, and "
+                "with one time per sequence; got another model. Install ddiff, and draw samples "
+                "with ddiff.load(folder).sample()."
             )
         if not temperature > 0.0:
             raise ArgumentError(

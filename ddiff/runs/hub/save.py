@@ -293,6 +293,7 @@ def _describe_model(run: Run) -> dict[str, Any]:
         "given": keys["given"] if run.denoiser.inputs == "own" else "rest",
         "schedule": describe_schedule(run.process),
         "is_masked_diffusion": is_masked_diffusion(run.process),
+        "has_one_time": _has_one_time(run),
         "sample": recipe.to_dict().get("sample"),
         "vocab_size": vocabulary.num_states,
         "hidden_size": run.denoiser.backbone.width,
@@ -300,6 +301,12 @@ def _describe_model(run: Run) -> dict[str, Any]:
         "eos_token_id": run.tokenizer.eos_id,
     }
     return config
+
+
+def _has_one_time(run: Run) -> bool:
+    """Return whether all noisy positions of a training sequence have the same time."""
+    times = run.model.objective.times
+    return times is not None and times.has_one_time
 
 
 def _format_config(config: Mapping[str, Any]) -> str:
