@@ -6,7 +6,8 @@ A test applies every conformance check of `ddiff.testing` for this kind of compo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ WIDTH = 6  # of the hidden states of checked heads
 LENGTH = 6  # of checked sequences
 VECTOR_WIDTHS = (1, 2)  # of checked processes of vectors
 PIPED_WIDTH = 140  # columns of the table if there is no terminal
+REFUSALS = (ArgumentError, DataError, RecipeError)  # errors with which a component refuses inputs
 
 
 class LabelledReport(NamedTuple):
@@ -79,9 +81,8 @@ def check_component(
     no small test instance of the component can be built with these settings.
     """
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it saves
-    unchecked: dict[Component, DdiffError] = {}
     if is_recipe_name(name):
-        instances = _make_recipe_instances(name, settings)
+        instances, unchecked = _make_recipe_instances(name, settings)
     else:
         components = find_components(name, plugins, bool(settings))
         instances, unchecked = _make_component_instances(components, settings)
@@ -174,17 +175,32 @@ def _make_component_instances(
 ) -> tuple[list[Instance], dict[Component, DdiffError]]:
     """Make the instances of components.
 
-    Returns the instances, and the error of each component that rejects all small instances. If
-    every component rejects them, the first error is raised.
+    The result is that of `_collect_instances`.
+    """
+    makers = [
+        (component, partial(_make_instances, component, settings)) for component in components
+    ]
+    return _collect_instances(makers)
+
+
+def _collect_instances(
+    makers: Iterable[tuple[Component, Callable[[], list[Instance]]]],
+    other: Sequence[Instance] = (),
+) -> tuple[list[Instance], dict[Component, DdiffError]]:
+    """Call the functions that make the instances of components, and add the instances `other`.
+
+    Returns all instances, and the error of each component that rejects all small instances. If
+    there is no instance, the first error is raised.
     """
     made: list[Instance] = []
     rejected: dict[Component, DdiffError] = {}
-    for component in components:
+    for component, make in makers:
         try:
-            made += _make_instances(component, settings)
-        except (ArgumentError, DataError, RecipeError) as error:
+            made += make()
+        except REFUSALS as error:
             rejected[component] = error
-    if not made:
+    made += other
+    if rejected and not made:
         raise next(iter(rejected.values()))
     return made, rejected
 
@@ -203,18 +219,24 @@ def _make_instances(
     return [one._replace(settings=one.settings or given) for one in made]
 
 
-def _make_recipe_instances(name: str, settings: Sequence[str]) -> list[Instance]:
+def _make_recipe_instances(
+    name: str, settings: Sequence[str]
+) -> tuple[list[Instance], dict[Component, DdiffError]]:
     """Make the components and the paths of a recipe that are checked.
 
-    `settings` are "key=value" texts that replace values of the recipe.
+    `settings` are "key=value" texts that replace values of the recipe. The result is that of
+    `_collect_instances`.
     """
     recipe = read_recipe(name, settings)
-    instances = []
-    for spec in list_specs(recipe):
-        instances += MAKERS[spec.component.kind](spec.component, spec, True)
-    for label, path in list_paths(recipe).items():
-        instances.append(Instance(f"{label}: {path}", partial(check_path, path)))
-    return instances
+    paths = [
+        Instance(f"{label}: {path}", partial(check_path, path))
+        for label, path in list_paths(recipe).items()
+    ]
+    makers = [
+        (spec.component, partial(MAKERS[spec.component.kind], spec.component, spec, True))
+        for spec in list_specs(recipe)
+    ]
+    return _collect_instances(makers, paths)
 
 
 def _make_processes(
@@ -444,8 +466,17 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
         task = progress.add_task("", total=None)
         for number, (label, check, _) in enumerate(instances, start=1):
             progress.update(task, description=f"{number}/{len(instances)} {label}")
-            for report in check():
+            for report in _run_check(check):
                 yield LabelledReport(label, report)
+
+
+def _run_check(check: Callable[[], list[LawReport]]) -> list[LawReport]:
+    """Run the checks of an instance. An error of the component is a broken law."""
+    try:
+        return check()
+    except REFUSALS as error:
+        law = "the component accepts the inputs of the checks"
+        return [LawReport(law, math.inf, 0.0, f"an error: {error}", "", 1)]
 
 
 def _print_reports(

@@ -22,7 +22,7 @@ from ddiff.errors import ArgumentError, DataError
 from ddiff.evaluation.judges import TEXT_FIELD, DrawnField, DrawnFields
 from ddiff.plugin.registry import Component
 from ddiff.recipe.component import ComponentSpec
-from ddiff.testing.dataset import check_dataset
+from ddiff.testing.dataset import check_dataset, require_in_memory
 from ddiff.testing.encoder import check_encoder
 from ddiff.testing.instance import Instance
 from ddiff.testing.joint import check_path
@@ -125,16 +125,15 @@ def make_vocabularies(
 def make_datasets(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
     """Make a data set of texts, or of fields, with its settings. `configured` is not used."""
 
-    def build() -> Any:
-        return spec.build(length=LENGTH, seed=SEED, cache=None)
-
-    def build_fields() -> Any:
-        return spec.build(seed=SEED, cache=None)
-
+    inputs: dict[str, Any] = {"seed": SEED, "cache": None}
     if component.kind == "dataset":
-        build()  # a data set that needs files or another length raises an error here
-        return [Instance(component.name, partial(check_dataset, build))]
-    return [Instance(component.name, partial(check_dataset, build_fields, spec.preview()))]
+        inputs["length"] = LENGTH
+    build = partial(spec.build, **inputs)
+    shapes = None if component.kind == "dataset" else spec.preview()
+    # A data set that needs files or other settings raises an error here, before any check.
+    first = build()
+    require_in_memory(first)
+    return [Instance(component.name, partial(check_dataset, build, shapes, first))]
 
 
 def make_encoders(component: Component, spec: ComponentSpec, configured: bool) -> list[Instance]:
@@ -164,20 +163,17 @@ def make_normalizers(component: Component, spec: ComponentSpec, configured: bool
     """Fit a normalizer to vectors with a mean and correlations. `configured` is not used."""
     instances = []
     for width in (2, 5):
-        check = partial(_check_normalizer, spec, example_vectors(width))
+        data = example_vectors(width)
+        normalizer: Normalizer = spec.build(chunks=list(data.split(16)), width=width)
+        load = partial(_load_normalizer, spec, width)
+        check = partial(check_normalizer, normalizer, data, load)
         instances.append(Instance(f"{component.name}, vectors of {width} numbers", check))
     return instances
 
 
-def _check_normalizer(spec: ComponentSpec, data: Tensor) -> list[LawReport]:
-    width = data.shape[1]
-    normalizer: Normalizer = spec.build(chunks=list(data.split(16)), width=width)
-
-    def load(tensors: Mapping[str, Tensor]) -> Normalizer:
-        loaded: Normalizer = spec.load(tensors=tensors, width=width)
-        return loaded
-
-    return check_normalizer(normalizer, data, load)
+def _load_normalizer(spec: ComponentSpec, width: int, tensors: Mapping[str, Tensor]) -> Normalizer:
+    loaded: Normalizer = spec.load(tensors=tensors, width=width)
+    return loaded
 
 
 def example_vectors(width: int) -> Tensor:

@@ -95,19 +95,26 @@ DATASET_LAWS: tuple[Law, ...] = (builds_are_equal, parts_have_texts, columns_are
 def check_dataset(
     build: Callable[[], Documents | FieldsDocuments],
     shapes: Mapping[str, ColumnShape] | None = None,
+    first: Documents | FieldsDocuments | None = None,
 ) -> list[LawReport]:
     """Apply every conformance check of data sets that fit in memory.
 
     Args:
         build: function without arguments that builds the data set, in the same way at every call.
         shapes: description of the columns that `preview` returned; None: there is no preview.
+        first: result of an earlier call of `build`; None: it is called twice.
 
     Raises ArgumentError for a corpus that does not fit in memory.
     """
-    documents = build()
+    documents = build() if first is None else first
+    require_in_memory(documents)
+    return evaluate_laws(DatasetCase(documents, build(), shapes), DATASET_LAWS)
+
+
+def require_in_memory(documents: object) -> None:
+    """Raise ArgumentError for a corpus that need not fit in memory."""
     if not isinstance(documents, Documents | FieldsDocuments):
         raise ArgumentError(
             "check_dataset: build must return Documents or FieldsDocuments; got "
             f"{type(documents).__name__}, which need not fit in memory. Check a smaller data set."
         )
-    return evaluate_laws(DatasetCase(documents, build(), shapes), DATASET_LAWS)

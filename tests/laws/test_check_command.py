@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,3 +245,77 @@ def test_check_command_leaves_out_a_judge_of_the_data_set_with_its_name(
 def test_check_command_refuses_an_encoder_that_needs_a_recipe() -> None:
     with pytest.raises(ArgumentError, match="needs the tokenizer of a recipe"):
         check_component("cooccurrence", [])
+
+
+DATA = """
+from ddiff import hookimpl
+
+@hookimpl
+def ddiff_register(registry):
+    registry.add("dataset", "counted", "data_sets:Counted")
+    registry.add("dataset", "moody", "data_sets:Moody")
+    registry.add("fields_dataset", "fussy", "data_sets:Fussy")
+    registry.add("normalizer", "sullen", "data_sets:Sullen")
+"""
+DATA_SETS = """
+from ddiff import ArgumentError, Documents, documents_from_texts
+
+class Counted:
+    builds = 0
+
+    @classmethod
+    def build(cls, config, *, length):
+        cls.builds += 1
+        texts = documents_from_texts(["a text", "another text"])
+        return Documents(texts, texts)
+
+class Moody(Counted):
+    builds = 0
+
+    @classmethod
+    def build(cls, config, *, length):
+        if cls.builds == 1:
+            raise ArgumentError("moody builds only once.")
+        return super().build(config, length=length)
+
+class Fussy:
+    @staticmethod
+    def build(config):
+        raise ArgumentError("fussy needs a file.")
+
+    @staticmethod
+    def preview(config):
+        return {}
+
+class Sullen:
+    @staticmethod
+    def build(config, *, chunks):
+        raise ArgumentError("sullen needs other vectors.")
+"""
+
+
+@pytest.fixture
+def data_plugin(distribution: Callable[..., Path]) -> None:
+    modules = {"data_plugin": DATA, "data_sets": DATA_SETS}
+    distribution("data-sets", "1.0", {"data_sets_of_a_test": "data_plugin"}, modules)
+
+
+@pytest.mark.usefixtures("data_plugin")
+def test_check_command_builds_a_data_set_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_component("counted", []) == 0
+    assert "dataset: two builds give the same data" in capsys.readouterr().out
+    assert importlib.import_module("data_sets").Counted.builds == 2
+
+
+@pytest.mark.usefixtures("data_plugin")
+def test_check_command_lists_data_sets_and_normalizers_that_refuse(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A data set that fails at its second build is broken, and the others are not checked."""
+    assert check_component("data_sets_of_a_test", []) == 1
+    out = capsys.readouterr().out
+    assert "fields_dataset fussy: fussy needs a file." in out
+    assert "normalizer sullen: sullen needs other vectors." in out
+    assert 'moody: "the component accepts the inputs of the checks" is broken' in out
+    assert "moody builds only once." in out
+    assert "1 broken. 2 component(s) not checked." in out
