@@ -28,7 +28,16 @@ CHECKED_KINDS = (
 )
 """Kinds of components that `ddiff check` checks. `ddiff.testing`, which has them, imports torch."""
 
-NEW_KINDS = ("process", "sampler", "backbone", "tokenizer", "dataset", "metric", "field")
+NEW_KINDS = (
+    "process",
+    "sampler",
+    "backbone",
+    "tokenizer",
+    "vocabulary",
+    "dataset",
+    "metric",
+    "field",
+)
 """Kinds of plugins that `ddiff new plugin` writes, by the names that its help shows."""
 
 

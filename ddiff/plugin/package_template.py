@@ -88,12 +88,16 @@ def _check_kind(kind: str) -> str:
     known = SYNONYMS.get(kind, kind)
     if known in templates:
         return known
-    what = f'there is no kind of plugin "{shorten(kind)}".'
     if known in KINDS:
-        what = f'there is no template for the kind "{kind}"; docs/plugins.md has an example of it.'
+        raise ArgumentError(
+            f'ddiff new plugin: there is no template for the kind "{known}", because a short class '
+            f'is enough. The section "{known}" of docs/plugins.md (docs/plugins.md#{known}) has a '
+            'complete example, and "Parts of a plugin" on the same page shows how to register it. '
+            f"Kinds with templates: {list_kinds()}."
+        )
     raise ArgumentError(
-        f"ddiff new plugin: {what}{suggest(kind, [*templates, *SYNONYMS])} "
-        f"Kinds with templates: {list_kinds()}."
+        f'ddiff new plugin: there is no kind of plugin "{shorten(kind)}".'
+        f"{suggest(kind, [*templates, *SYNONYMS])} Kinds with templates: {list_kinds()}."
     )
 
 

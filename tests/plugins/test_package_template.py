@@ -138,7 +138,7 @@ def test_wheel_of_a_package_installs_lists_and_checks(tmp_path: Path) -> None:
         ("strings", "metric", 'there is a judge "strings"'),
         ("dense_process", "process", "gives the class DenseProcess, which the package uses"),
         ("fresh", "proces", 'no kind of plugin "proces".*Did you mean "process".*judge'),
-        ("fresh", "backend", r"no template for the kind \"backend\"; docs/plugins.md"),
+        ("fresh", "backend", r"no template for the kind \"backend\".*plugins\.md#backend"),
     ],
 )
 def test_wrong_name_or_kind_is_refused_and_nothing_is_written(
@@ -192,3 +192,22 @@ def test_new_command_writes_the_package_and_prints_the_next_commands(
 def test_templates_are_folders_of_registered_kinds() -> None:
     folders = {path.name for path in (ROOT / "templates").iterdir()}
     assert folders - {package_template.COMMON} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(find_templates())))
+def test_kind_without_template_names_its_section_of_the_page(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="no template for the kind") as caught:
+        write_package("fresh", kind, tmp_path / "target")
+    file, _, section = str(caught.value).partition("(")[2].partition(")")[0].partition("#")
+    assert section == kind
+    page = (ROOT / file).read_text(encoding="utf-8")
+    example = page.partition(f"\n### {section}\n")[2].partition("\n### ")[0]
+    assert "```python" in example
+    assert "def build(" in example
+
+
+def test_page_lists_the_kinds_with_a_template() -> None:
+    page = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    sentence = page.partition("The kinds with a template are ")[2].partition(". ")[0]
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert named == {*NEW_KINDS, *SYNONYMS.values()}
