@@ -113,6 +113,37 @@ def test_equal_names_of_two_modules_get_numbers(package: str) -> None:
 
 def test_other_packages_are_refused_by_name(package: str, tmp_path: Path) -> None:
     module = tmp_path / package / "third.py"
-    module.write_text("import numpy as np\n\n\ndef draw():\n    return np.zeros(3)\n")
-    with pytest.raises(ArgumentError, match="needs np of numpy"):
+    module.write_text("import pydantic as pd\n\n\ndef draw():\n    return pd.BaseModel\n")
+    with pytest.raises(ArgumentError, match="needs pd of pydantic"):
         generate_source([Place(f"{package}.third", "draw")], [], "Header.")
+
+
+def test_definitions_of_other_packages_are_not_copied(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "foreign.py").write_text("def double(value):\n    return 2 * value\n")
+    module = tmp_path / package / "third.py"
+    module.write_text("from foreign import double\n\n\ndef run():\n    return double(2)\n")
+    with pytest.raises(ArgumentError, match="needs double of foreign"):
+        generate_source([Place(f"{package}.third", "run")], [], "Header.")
+
+
+def test_footer_has_the_names_of_the_file(package: str) -> None:
+    roots = [Place(f"{package}.{module}", "helper") for module in ("first", "second")]
+
+    def write_table(names: Any) -> str:
+        return "FOUND = [" + ", ".join(names[root] for root in roots) + "]"
+
+    contents = execute(generate_source(roots, [], "Header.", write_table))
+    assert [helper(2) for helper in contents["FOUND"]] == [4.0, -2]
+
+
+def test_modules_that_import_each_other_are_sorted(package: str, tmp_path: Path) -> None:
+    one = "from .two import BASE\n\nHALF = BASE / 2\n\n\nclass One:\n    half = HALF\n"
+    two = "from .one import One\n\nBASE = 4\n\n\ndef make() -> One:\n    return One()\n"
+    for name, text in (("one", one), ("two", two)):
+        (tmp_path / package / f"{name}.py").write_text(
+            f"from __future__ import annotations\n\n{text}"
+        )
+    text = generate_source([Place(f"{package}.two", "make")], [], "Header.")
+    assert execute(text)["make"]().half == 2.0

@@ -12,15 +12,15 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ddiff.errors import ArgumentError
 
-AVAILABLE = ("torch", "transformers")
+AVAILABLE = ("torch", "transformers", "numpy")
 """Packages that a generated file may import, in addition to the standard library."""
 
 REPLACED = {
@@ -29,14 +29,17 @@ REPLACED = {
 }
 """Definitions that are replaced by simpler ones."""
 
+OWN_PACKAGE = "ddiff"
+"""Package whose definitions are copied, in addition to the packages of the roots."""
+
 CHECKS = "pydantic"
 """Package whose decorators mark methods that only check settings; these are left out."""
 
 ENTRIES = ("forward", "backward")
 """Methods that torch calls."""
 
-EXCLUDED = (("ddiff.nn.denoiser", "Denoiser.forward"),)
-"""Methods with a name in `ENTRIES` that only the training in ddiff calls."""
+EXCLUDED = (("ddiff.nn.denoiser", "Denoiser.forward"), ("ddiff.nn.heads", "Head.total"))
+"""Methods that only the training in ddiff calls, although other code uses their names."""
 
 UNUSED_METHODS = ("__repr__", "__str__", "__reduce__")
 """Special methods that are left out. The other special methods of a kept class are kept."""
@@ -60,21 +63,36 @@ class Imported(NamedTuple):
     bound: str
 
 
+T = TypeVar("T")
 Statement = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
 
-def generate_source(roots: Iterable[Place], entries: Iterable[str], header: str) -> str:
+def generate_source(
+    roots: Iterable[Place],
+    entries: Iterable[str],
+    header: str,
+    footer: Callable[[Mapping[Place, str]], str] | None = None,
+) -> str:
     """Return the source of one file with the definitions `roots` and all that they need.
 
-    `entries`: names of the methods that other programs call. `header`: text of the module
-    docstring. Raises ArgumentError, which names the package, if a
-    definition needs a package other than torch and transformers.
+    Args:
+        roots: definitions that other programs use.
+        entries: names of the methods that other programs call.
+        header: text of the module docstring.
+        footer: footer(names) returns the code at the end of the file. `names` has the name of each
+            definition in the file, because equal names of two modules get numbers.
+
+    Raises ArgumentError, which names the package, if a definition needs a package other than those
+    in `AVAILABLE`.
     """
-    collection = _Collection({*ENTRIES, *entries})
+    roots = list(roots)
+    packages = {OWN_PACKAGE, *(_top_package(root.module) for root in roots)}
+    collection = _Collection({*ENTRIES, *entries}, packages)
     for root in roots:
         collection.add(root)
     collection.finish()
-    return collection.write(header)
+    text = collection.write(header)
+    return text if footer is None else f"{text}\n\n{footer(collection.names)}\n"
 
 
 # ---------------------------------------------------------------------- modules
@@ -137,8 +155,12 @@ def _assigned_names(statement: ast.Assign | ast.AnnAssign) -> Iterator[str]:
                 yield node.id
 
 
+def _top_package(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def _is_available(module: str) -> bool:
-    root = module.partition(".")[0]
+    root = _top_package(module)
     return root in sys.stdlib_module_names or root in AVAILABLE
 
 
@@ -240,9 +262,13 @@ class _Class:
 
 
 class _Collection:
-    """Definitions of a generated file, which grow until all names are defined."""
+    """Definitions of a generated file, which grow until all names are defined.
 
-    def __init__(self, entries: set[str]) -> None:
+    Only definitions of `packages` are copied.
+    """
+
+    def __init__(self, entries: set[str], packages: set[str]) -> None:
+        self.packages = packages
         self.modules: dict[str, _Module] = {}
         self.kept: dict[Place, Statement] = {}
         self.classes: dict[Place, _Class] = {}
@@ -250,6 +276,7 @@ class _Collection:
         self.attributes = entries
         self.own: set[tuple[Place, str]] = set()
         self.annotations: dict[str, set[str]] = {}
+        self.used_modules: dict[str, set[str]] = {}
 
     def add(self, place: Place) -> None:
         """Keep a definition, and everything that it needs."""
@@ -361,6 +388,7 @@ class _Collection:
         for name in sorted(references.names):
             found = self._resolve(module, name)
             if isinstance(found, Place):
+                self.used_modules.setdefault(module, set()).add(found.module)
                 self.add(found)
             elif found is not None:
                 self._add_import(found)
@@ -385,7 +413,7 @@ class _Collection:
             replaced = REPLACED.get((imported.module, imported.name))
             if replaced is not None:
                 return Place(*replaced)
-            if not _is_available(imported.module) and imported.module != CHECKS:
+            if _top_package(imported.module) in self.packages:
                 return self._resolve(imported.module, imported.name) or imported
         return imported
 
@@ -393,10 +421,10 @@ class _Collection:
 
     def write(self, header: str) -> str:
         """Return the text of the file."""
-        names = self._choose_names()
+        names = self.names
         body = []
         module = ""
-        for place in self._sort():
+        for place in self.ordered:
             if place.module != module:
                 module = place.module
                 body.append(f"\n\n# {'-' * 70} {module}\n")
@@ -409,11 +437,12 @@ class _Collection:
             parts.append(placeholders)
         return "\n\n".join(parts) + definitions + "\n"
 
-    def _choose_names(self) -> dict[Place, str]:
-        """Return the name of each definition in the file. Equal names get a number."""
+    @cached_property
+    def names(self) -> dict[Place, str]:
+        """Name of each definition in the file. Equal names get a number."""
         names: dict[Place, str] = {}
         taken = {imported.bound for imported in self.imports}
-        for place in self._sort():
+        for place in self.ordered:
             name = place.name
             number = 2
             while name in taken:
@@ -423,47 +452,28 @@ class _Collection:
             names[place] = name
         return names
 
-    def _sort(self) -> list[Place]:
-        """Sort the definitions such that each follows those that it needs when it is executed."""
-        ordered: list[Place] = []
-        seen: set[Place] = set()
+    @cached_property
+    def ordered(self) -> list[Place]:
+        """Definitions, each after those that it needs when it is executed.
 
-        def visit(place: Place) -> None:
-            if place in seen:
-                return
-            seen.add(place)
-            used = _references(*_evaluated_parts(self.kept[place])).names
-            for name in sorted(used):
-                found = self._resolve(place.module, name)
-                if isinstance(found, Place) and found in self.kept:
-                    visit(found)
-            ordered.append(place)
+        Definitions of a module stay together and in their order, as far as this is possible.
+        """
+        modules = _sort_topologically(
+            sorted({place.module for place in self.kept}),
+            lambda module: sorted(self.used_modules.get(module, ())),
+        )
+        rank = {module: number for number, module in enumerate(modules)}
+        preferred = sorted(
+            self.kept, key=lambda place: (rank[place.module], self.kept[place].lineno)
+        )
+        return _sort_topologically(preferred, self._needed_places)
 
-        modules = self._sort_modules()
-        for place in sorted(
-            self.kept, key=lambda each: (modules.index(each.module), self.kept[each].lineno)
-        ):
-            visit(place)
-        return ordered
-
-    def _sort_modules(self) -> list[str]:
-        """Sort the modules such that a module follows those that it imports."""
-        ordered: list[str] = []
-        seen: set[str] = set()
-
-        def visit(module: str) -> None:
-            if module in seen:
-                return
-            seen.add(module)
-            for name in self.modules[module].imports:
-                found = self._resolve(module, name)
-                if isinstance(found, Place) and found.module in self.modules:
-                    visit(found.module)
-            ordered.append(module)
-
-        for module in sorted({place.module for place in self.kept}):
-            visit(module)
-        return ordered
+    def _needed_places(self, place: Place) -> Iterator[Place]:
+        """Yield the kept definitions that must exist when a definition is executed."""
+        for name in sorted(_references(*_evaluated_parts(self.kept[place])).names):
+            found = self._resolve(place.module, name)
+            if isinstance(found, Place) and found in self.kept:
+                yield found
 
     def _copy(self, place: Place, names: dict[Place, str]) -> str:
         """Return the source text of a definition without the members that are not used."""
@@ -558,7 +568,7 @@ class _Collection:
             if module == "__future__":
                 continue
             if name is None:
-                plain.add((module, "" if bound == module.partition(".")[0] else f" as {bound}"))
+                plain.add((module, "" if bound == _top_package(module) else f" as {bound}"))
             else:
                 alias = name if name == bound else f"{name} as {bound}"
                 named.setdefault(module, set()).add(alias)
@@ -570,7 +580,7 @@ class _Collection:
         for is_standard in (True, False):
             texts = []
             for module, text in lines:
-                if (module.partition(".")[0] in sys.stdlib_module_names) == is_standard:
+                if (_top_package(module) in sys.stdlib_module_names) == is_standard:
                     texts.append(text)
             groups.append("\n".join(sorted(texts, key=lambda text: (text[:4] == "from", text))))
         return "\n\n".join(group for group in groups if group)
@@ -590,7 +600,7 @@ class _Collection:
 
     def _write_placeholders(self) -> str:
         """Return assignments of `Any` to types that only annotations name."""
-        defined = set(self._choose_names().values())
+        defined = set(self.names.values())
         defined |= {imported.bound for imported in self.imports}
         defined |= {imported.bound for imported in self._annotation_imports()}
         missing = {name for name, _ in self._annotated()} - defined
@@ -598,6 +608,28 @@ class _Collection:
             return ""
         lines = [f"{name} = Any" for name in sorted(missing)]
         return "\n".join(["# Types that are only used in annotations.", *lines])
+
+
+def _sort_topologically(items: Iterable[T], needed: Callable[[T], Iterable[T]]) -> list[T]:
+    """Sort items such that each follows those that it needs; otherwise their order is kept.
+
+    The items that are needed are added. A cycle is broken at the item that comes first: modules may
+    use each other, which `graphlib.TopologicalSorter` refuses.
+    """
+    ordered: list[T] = []
+    seen: set[T] = set()
+
+    def visit(item: T) -> None:
+        if item in seen:
+            return
+        seen.add(item)
+        for each in needed(item):
+            visit(each)
+        ordered.append(item)
+
+    for item in items:
+        visit(item)
+    return ordered
 
 
 def _roots(*nodes: ast.AST) -> Iterator[str]:
