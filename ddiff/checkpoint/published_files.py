@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -101,21 +101,21 @@ class PublishedFiles:
         return value
 
 
-def open_published(source: str | Path) -> PublishedFiles:
+def open_published(source: str | Path | Location) -> PublishedFiles:
     """Open a published checkpoint.
 
-    `source`: a local folder, a file of weights, or a name on the hub, `OWNER/NAME`,
-    `OWNER/NAME@REVISION` or the same after `hf://`. A local path is preferred to a hub name. Raises
-    DataError, which names the file, if a file is missing, incomplete, damaged, or has pickled
-    objects that could run code.
+    `source`: a local folder, a file of weights, a name on the hub, or the result of `locate`.
+    Raises DataError, which names the file, if a file is missing, incomplete, damaged, or has
+    pickled objects that could run code.
     """
-    name = str(source)
-    directory, weights_file, revision = _locate(name)
-    weights = _read_weights(directory, weights_file, name)
+    location = source if isinstance(source, Location) else locate(source)
+    name = location.source
+    directory = location.directory
+    weights = _read_weights(directory, location.weights_file, name)
     config, config_files = _read_config(directory, weights)
     with show_activity("computing the SHA-256 of the files"):
         digests = {
-            str(file.relative_to(directory)): compute_digest(file)
+            str(file.relative_to(directory)): location.digest(file)
             for file in [*config_files, *weights.files]
         }
     has_tokenizer = any(any(directory.glob(pattern)) for pattern in _TOKENIZERS)
@@ -128,45 +128,70 @@ def open_published(source: str | Path) -> PublishedFiles:
         tokenizer_directory=directory if has_tokenizer else None,
         step=weights.step,
         is_average=weights.is_average,
-        revision=revision,
+        revision=location.revision,
     )
 
 
 # ---------------------------------------------------------------------- location
 
 
-def locate(source: str | Path) -> Path:
+@dataclass(frozen=True)
+class Location:
+    """Local folder of a published checkpoint.
+
+    Attributes:
+        source: folder, file or hub name as the user wrote it.
+        directory: local folder of the files.
+        weights_file: file of weights that `source` names; None if it names a folder.
+        revision: commit of the repository on the hub; None for local files.
+        digests: known digests of files, by name in the folder.
+    """
+
+    source: str
+    directory: Path
+    weights_file: Path | None = None
+    revision: str | None = None
+    digests: Mapping[str, FileDigest] = field(default_factory=dict)
+
+    def digest(self, file: Path) -> FileDigest:
+        """Return size and SHA-256 of a file of the folder; computed if they are not known."""
+        known = self.digests.get(file.relative_to(self.directory).as_posix())
+        return compute_digest(file) if known is None else known
+
+
+def locate(source: str | Path) -> Location:
     """Return the local folder of a published checkpoint; a hub name is downloaded first.
 
-    `source` is a folder, a file of weights or a hub name, as in `open_published`. Raises DataError
-    if it is neither, or if the download fails.
+    `source`: a local folder, a file of weights, or a name on the hub, `OWNER/NAME`,
+    `OWNER/NAME@REVISION` or the same after `hf://`. A local path is preferred to a hub name. Raises
+    DataError if it is none of these, or if the download fails.
     """
-    return _locate(str(source))[0]
-
-
-def _locate(source: str) -> tuple[Path, Path | None, str | None]:
-    """Return the local folder, the file of weights that `source` names, and the hub revision."""
+    source = str(source)
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():
-        return path, None, None
+        return Location(source, path)
     if source.strip() and path.is_file():
         if path.suffix not in SUFFIXES:
             raise DataError(
                 f"{source} is not a file of weights: its name must end in {', '.join(SUFFIXES)}. "
                 "Name the folder of the checkpoint or its file of weights."
             )
-        return path.parent, path, None
+        return Location(source, path.parent, path)
     named = _HUB_NAME.fullmatch(source)
     if named is None or source.startswith((".", "/", "~")):
         raise DataError(
             f"No checkpoint {source!r}: there is no such folder or file, and it is not a name on "
             "the hub (OWNER/NAME). Check the path; relative paths start in the working directory."
         )
-    return _download(named[1], named[2])
+    folder = _download(named[1], named[2])
+    return Location(source, folder, revision=folder.name)
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, Path | None, str | None]:
-    """Download the data files of a repository on the hub. Python files are not downloaded."""
+def _download(name: str, revision: str | None) -> Path:
+    """Download the data files of a repository on the hub, and return their folder.
+
+    The name of the folder is the commit. Python files are not downloaded.
+    """
     # Imported here, because only this function needs the network.
     from huggingface_hub import snapshot_download
 
@@ -184,7 +209,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, Path | None, str |
             "folder either. Check the name and the connection, or download the files on another "
             "machine and name their folder."
         ) from error
-    return folder, None, folder.name
+    return folder
 
 
 # ---------------------------------------------------------------------- weights

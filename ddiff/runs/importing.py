@@ -18,7 +18,7 @@ from ddiff import __version__
 from ddiff.atomic import partial_name
 from ddiff.checkpoint.checkpoints import Checkpoints, load_weights
 from ddiff.checkpoint.layout import Imported, Layout
-from ddiff.checkpoint.published_files import HUB, PublishedFiles, locate, open_published
+from ddiff.checkpoint.published_files import HUB, Location, PublishedFiles, locate, open_published
 from ddiff.data.pretrained import first_line
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.single import SingleBackend
@@ -119,16 +119,16 @@ def import_published(
     """
     directory = Path(out)
     _check_directory(directory, fresh)
-    folder = locate(source)
-    if is_saved_model(folder):
+    location = locate(source)
+    if is_saved_model(location.directory):
         _refuse_choices(layout, tokenizer)
         if check:
             raise ArgumentError(
                 "--check: a model that ddiff saved is imported without the check of predictions. "
                 "Leave out --check; in Python, call ddiff.check_masked_predictions with the run."
             )
-        return _import_saved(folder, str(source), directory, list(settings), fresh)
-    files = open_published(source)
+        return import_saved(location, directory, list(settings), fresh)
+    files = open_published(location)
     chosen = _choose_layout(files, layout)
     imported = _read_model(chosen.build(), files)
     settings = list(settings)
@@ -188,13 +188,13 @@ def _refuse_choices(layout: str | Mapping[str, Any] | None, tokenizer: str | Non
             )
 
 
-def _import_saved(
-    folder: Path, source: str, directory: Path, settings: list[str], fresh: bool
+def import_saved(
+    location: Location, directory: Path, settings: Iterable[str] = (), fresh: bool = False
 ) -> ImportedRun:
-    """Write the run directory of a model that `save_pretrained` has written to `folder`."""
-    recipe = read_saved_recipe(folder, directory, settings)
+    """Write the run directory of a model that `save_pretrained` has written."""
+    recipe = read_saved_recipe(location.directory, directory, settings)
     with lock_run_dir(directory), _replace_directory(directory, fresh) as target:
-        origin = write_saved_run(folder, source, recipe, target)
+        origin = write_saved_run(location, recipe, target)
         # Loading compares the weights with the network, before the directory appears.
         run = _load_saved(recipe, target)
     return ImportedRun(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddiff import __version__
+from ddiff.atomic import write_atomic
+from ddiff.checkpoint.atomic_folder import FileDigest
 from ddiff.checkpoint.checkpoints import Checkpoints
-from ddiff.checkpoint.published_files import HUB, compute_digest, locate
-from ddiff.data.cache import default_root, fingerprint
+from ddiff.checkpoint.published_files import HUB, Location, compute_digest, locate
+from ddiff.data.cache import SMALL, default_root, fingerprint
 from ddiff.data.pretrained import first_line
 from ddiff.errors import DataError
 from ddiff.progress import show_activity
@@ -33,6 +36,8 @@ PREFIX = "denoiser."
 """Beginning of the names of the network's tensors in the folder of a saved model."""
 
 LAYOUT = "hf"
+MODELS = "models"
+"""Folder of imported models in the cache."""
 
 
 def is_saved_model(folder: Path) -> bool:
@@ -50,15 +55,15 @@ def read_saved_recipe(folder: Path, directory: Path, settings: Iterable[str] = (
     return require_text_recipe(recipe, "a saved model")
 
 
-def write_saved_run(folder: Path, source: str, recipe: Recipe, target: Path) -> OriginRecord:
+def write_saved_run(location: Location, recipe: Recipe, target: Path) -> OriginRecord:
     """Write a run directory from the folder of a saved model, and return its origin.
 
     Args:
-        folder: folder of the saved model.
-        source: folder or hub name, as the user wrote it.
+        location: folder of the saved model.
         recipe: recipe of the run.
         target: new folder, which becomes the run directory.
     """
+    folder = location.directory
     record = SavedRecord.read(folder / FOLDER / RECORD)
     weights = read_weights(folder)
     target.mkdir(parents=True)
@@ -67,10 +72,10 @@ def write_saved_run(folder: Path, source: str, recipe: Recipe, target: Path) -> 
         path = folder / FOLDER / name
         if path.is_file():
             shutil.copyfile(path, target / name)
-    digest = compute_digest(folder / WEIGHTS)
+    digest = location.digest(folder / WEIGHTS)
     origin = OriginRecord(
         ddiff=__version__,
-        source=source,
+        source=location.source,
         layout=f"{LAYOUT} (saved by ddiff {record.ddiff})",
         tokenizer=f"{FOLDER}/{TOKENIZER}",
         step=record.step,
@@ -127,14 +132,45 @@ def find_run(run_dir: str | Path) -> Path:
     if not source.startswith(HUB) and not is_saved_model(Path(run_dir)):
         return Path(run_dir)
     # Imported here, because only this branch imports models.
-    from ddiff.runs.importing import import_published
+    from ddiff.runs.importing import import_published, import_saved
 
-    folder = locate(source)
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digests[path.relative_to(folder).as_posix()] = compute_digest(path).sha256
-    directory = default_root() / "models" / fingerprint([__version__, digests])
+    location = locate(source)
+    digests = _read_digests(location)
+    location = replace(location, digests=digests)
+    content = {name: digest.sha256 for name, digest in digests.items()}
+    directory = default_root() / MODELS / fingerprint([__version__, content])
     if not (directory / RECIPE).is_file():
-        import_published(source, directory)
+        if is_saved_model(location.directory):
+            import_saved(location, directory)
+        else:
+            import_published(source, directory)
     return directory
+
+
+def _read_digests(location: Location) -> dict[str, FileDigest]:
+    """Return the digests of all files of a folder, by name.
+
+    Hashing takes seconds per gigabyte. The digest of a large file is therefore taken from the
+    record of an earlier call, if the file has kept its size and its time of modification.
+    """
+    place = default_root() / MODELS / f"{fingerprint(str(location.directory.resolve()))}.json"
+    try:
+        recorded = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recorded = {}
+    record = {}
+    for path in sorted(location.directory.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(location.directory).as_posix()
+            # Read before the content: a file that changes later does not match the record.
+            about = path.stat()
+            modified = [about.st_size, about.st_mtime_ns]
+            known = recorded.get(name)
+            if about.st_size > SMALL and known is not None and known[:2] == modified:
+                record[name] = known
+            else:
+                record[name] = [*modified, compute_digest(path).sha256]
+    if record != recorded:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(place, json.dumps(record))
+    return {name: FileDigest(size, sha256) for name, (size, _, sha256) in record.items()}
