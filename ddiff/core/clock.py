@@ -77,13 +77,6 @@ class LevelClock(SettingsRepr, ABC):
         The matrices are upper triangular, since the level of a position never falls.
         """
 
-    def token_schedule(self) -> Schedule | None:
-        """Return the schedule alpha with alpha(t) = pi_0(t), or None if there is no such schedule.
-
-        pi_0 is the probability that a position is at its token.
-        """
-        return None
-
     def per_time(self, values: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         """Return values(t) [r,...] of a method of this clock, once for equal neighbouring times.
 
@@ -387,9 +380,6 @@ class CdfClock(LevelClock):
         late = alpha[:, 1:] - alpha[:, :-1]
         between = torch.where(cdf[:, :-1] < 0.5, early, late)
         return torch.cat([alpha[:, :1], between, cdf[:, -1:]], -1)
-
-    def token_schedule(self) -> Schedule:
-        return self.schedules[0]
 
     def inflow(self, t: Tensor) -> Tensor:
         return torch.stack([-schedule.d_alpha(interior(t)) for schedule in self.schedules], -1)

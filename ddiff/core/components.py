@@ -212,9 +212,6 @@ class MixtureProcess(ComponentProcess):
     def alpha(self, t: Tensor) -> Tensor:
         return self.schedule.alpha(t)
 
-    def keep_schedule(self) -> Schedule:
-        return self.schedule
-
     def d_alpha(self, t: Tensor) -> Tensor:
         return self.schedule.d_alpha(t)
 

@@ -55,7 +55,6 @@ from ddiff.core.numerics import (
 from ddiff.core.oracle import propagate
 from ddiff.core.prediction import DenseDistribution, Prediction, Score, require_distribution
 from ddiff.core.rng import CounterRng
-from ddiff.core.schedule import Schedule
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError
 
@@ -257,13 +256,6 @@ class ForwardProcess(ABC):
             "had no noise until time t. Define the method, or use a network that reads t "
             '(backbone ddit: noise = "t").'
         )
-
-    def keep_schedule(self) -> Schedule | None:
-        """Return the schedule alpha with alpha(t) = `keep_probability(t)`, bit for bit.
-
-        The result is None if there is no such schedule.
-        """
-        return None
 
     def stay_probability(self, x0: Tensor, t: Tensor) -> Tensor:
         """Return alpha_t = q_t(x | x) [r], the probability that z_t is the clean token x."""

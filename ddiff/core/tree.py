@@ -53,7 +53,7 @@ from ddiff.core.numerics import (
 )
 from ddiff.core.prediction import DenseDistribution, Prediction, Score, require_distribution
 from ddiff.core.process import ForwardProcess, Prior, Query, TrainedPart
-from ddiff.core.schedule import PowerSchedule, Schedule
+from ddiff.core.schedule import PowerSchedule
 from ddiff.core.tree_decoding import DECODING, draw_below
 from ddiff.core.tree_divergence import kl_below, token_nll
 from ddiff.core.tree_kernel import TreeKernel
@@ -113,9 +113,6 @@ class TreeProcess(ForwardProcess):
 
     def keep_probability(self, t: Tensor) -> Tensor:
         return self.clock.pi(t)[:, 0]
-
-    def keep_schedule(self) -> Schedule | None:
-        return self.clock.token_schedule()
 
     @property
     def has_level_paths(self) -> bool:

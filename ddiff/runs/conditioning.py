@@ -181,15 +181,9 @@ class SamplingPlan:
         Raises ArgumentError if the sampler does not support the model, if the guidance weight is
         out of range, or if guidance has no condition.
         """
-        if not 0.0 <= guidance < LARGEST:
-            raise ArgumentError(
-                f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 "
-                "are usual. A very large weight makes sampling almost deterministic."
-            )
+        check_guidance(model.denoiser, conditions, guidance)
         # `generate` makes this check too, but only after a run is trained
         sampler.check_supported(model.process, model.denoiser.parameterization.predicts)
-        if guidance != 1.0:
-            _check_guidance(model.denoiser, conditions, guidance)
         _check_windows(model.objective, sampler, length)
         is_cached = sampler.cached and model.denoiser.caches
         return cls(model, sampler, conditions, guidance, is_cached)
@@ -223,12 +217,20 @@ def check_sampling(recipe: Recipe, model: Model) -> SamplingPlan:
     return SamplingPlan.check(model, sampler, conditions, keys.guidance, recipe.length)
 
 
-def _check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: float) -> None:
-    """Raise ArgumentError unless guidance with the given conditions is possible.
+def check_guidance(denoiser: Denoiser, conditions: SampleConditions, guidance: float) -> None:
+    """Raise ArgumentError for a weight out of range, and if guidance is not possible.
 
-    Guidance compares the distributions with and without the conditions. The model must therefore
-    also have been trained without each condition (with a dropout above 0).
+    A weight of 1 turns guidance off. Guidance compares the distributions with and without the
+    conditions. The model must therefore also have been trained without each condition (with a
+    dropout above 0).
     """
+    if not 0.0 <= guidance < LARGEST:
+        raise ArgumentError(
+            f"guidance: must be a number in [0, {LARGEST:g}); got {guidance}. 1 is off, 2 to 8 "
+            "are usual. A very large weight makes sampling almost deterministic."
+        )
+    if guidance == 1.0:
+        return
     if not conditions.values:
         raise ArgumentError(
             f"guidance: a weight of {guidance} needs a condition; got no condition. Give "
@@ -247,15 +249,9 @@ def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> 
     """Raise ArgumentError if the sampler queries a block diffusion model at all positions at once.
 
     A block diffusion model is trained to predict each block from the clean tokens of the previous
-    blocks. In training, the model never attends to noisy tokens after the predicted block. A model
-    counts as a block diffusion model if its time rule divides a row into several blocks.
+    blocks. In training, the model never attends to noisy tokens after the predicted block.
     """
-    if objective.times is None or not sampler.looks_ahead:
-        return
-    # t = 0.5, because at t = 0 and t = 1 possibly no block is partly noised
-    middle = torch.full((1,), 0.5, dtype=torch.float64)
-    block = objective.times.at(IdentityTime(), middle, length).block
-    if block is not None and bool((block != block[:, :1]).any()):
+    if sampler.looks_ahead and is_trained_in_windows(objective, length):
         raise ArgumentError(
             f"{type(sampler).__name__}: the model of this run was trained in windows from left to "
             "right ([objective] times) and never attended to noise after the current window, but "
@@ -263,3 +259,13 @@ def _check_windows(objective: ModelObjective, sampler: Sampler, length: int) -> 
             "or hyperschedule with the width of the run, or set looks_ahead = False on a custom "
             "sampler that works from left to right."
         )
+
+
+def is_trained_in_windows(objective: ModelObjective, length: int) -> bool:
+    """Return whether the time rule of the training divides a row into several blocks."""
+    if objective.times is None:
+        return False
+    # t = 0.5, because at t = 0 and t = 1 possibly no block is partly noised
+    middle = torch.full((1,), 0.5, dtype=torch.float64)
+    block = objective.times.at(IdentityTime(), middle, length).block
+    return block is not None and bool((block != block[:, :1]).any())

@@ -418,9 +418,9 @@ class Run(TrainableRun):
 
         `folder`: new or empty folder, which appears when it is complete. The weights that the run
         evaluates are saved. The folder has configuration, weights, tokenizer, model card, the
-        network as one Python file that needs only torch and transformers, and the record from which
-        `ddiff.load(folder)` restores an equal run. Raises ArgumentError, which names the reason, if
-        such a file cannot represent the run.
+        network and some samplers as one Python file that needs only torch and transformers, and the
+        record from which `ddiff.load(folder)` restores an equal run. Raises ArgumentError, which
+        names the reason, if such a file cannot represent the run.
         """
         from ddiff.runs.hub.save import save_pretrained
 

@@ -1,4 +1,4 @@
-"""Loads saved models in a Python that cannot import ddiff, and writes their logits.
+"""Loads saved models in a Python that cannot import ddiff, and writes their logits and samples.
 
 python probe.py FOLDER NAME... OUTPUT
 """
@@ -8,6 +8,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "confidence": {
+        "sampler": "confidence",
+        "steps": 3,
+        "by": "top",
+        "temperature": 0.7,
+        "top_p": 0.9,
+    },
+    "misspelt": {"temprature": 0.5},
+    "missing": {"sampler": "psi"},
+}
+"""Arguments of `generate` whose results are written."""
 
 
 class Blocked:
@@ -47,9 +61,12 @@ def main(folder: str, *rest: str) -> None:
                 "module": type(model).__module__,
                 "ids": tokenizer("the old cat <|eos|>")["input_ids"],
             }
-        if name == "flat":
-            generator = torch.Generator().manual_seed(0)
-            found[name]["drawn"] = model.generate(batch_size=2, steps=4, generator=generator)
+        for label, settings in DRAWS.items():
+            try:
+                drawn = model.generate(batch_size=2, seed=5, **settings)
+            except Exception as error:  # the error classes are in the file of the model
+                drawn = f"{type(error).__name__}: {error}"
+            found[name][label] = drawn
     assert not [name for name in sys.modules if name.partition(".")[0] == "ddiff"]
     torch.save(found, output)
 

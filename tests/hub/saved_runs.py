@@ -22,6 +22,17 @@ RUNS = {
         'denoiser={kind="hf", architecture="llama", settings={hidden_size=16, num_hidden_layers=1, '
         "num_attention_heads=2, intermediate_size=16, max_position_embeddings=64}}",
     ],
+    "uniform": [
+        'plugins=["sedd", "dit"]',
+        'vocabulary={kind="flat", mask=false}',
+        'process={kind="sedd", graph="uniform"}',
+        'denoiser.head="tokens"',
+    ],
+    "blocks": [
+        *FLAT,
+        'objective.times={kind="block", width=4}',
+        'sample.sampler={kind="blockwise", width=4}',
+    ],
     "tied": ['denoiser.head="tied"', "denoiser.given=all"],
 }
 """Settings of each run. The first run has an exponential moving average."""

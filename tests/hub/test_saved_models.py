@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,36 +15,23 @@ from typing import Any
 import pytest
 import torch
 from commands import Command, is_refusal
-from probe import make_inputs
+from probe import DRAWS, make_inputs
 from safetensors.torch import load_file, save_file
-from saved_runs import RUNS, SHORT
+from saved_runs import RUNS
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 import ddiff as api
-from ddiff import (
-    ArgumentError,
-    BernsteinSchedule,
-    CdfClock,
-    CosineSchedule,
-    DataError,
-    FlatVocabulary,
-    ForwardProcess,
-    GeometricSchedule,
-    LinearSchedule,
-    LogTimeClock,
-    MixtureProcess,
-    PowerSchedule,
-    TreeProcess,
-    mask_distribution,
-    token_distribution,
-)
+from ddiff import ArgumentError, DataError
+from ddiff.checkpoint import published_files
+from ddiff.checkpoint.published_files import compute_digest, locate
 from ddiff.plugin.loader import survey_plugins
 from ddiff.recipe.component import ComponentSpec
 from ddiff.run_dir.evaluation_record import EvaluationRecord
-from ddiff.runs.hub import save
+from ddiff.runs import importing
+from ddiff.runs.hub import restore, save
 from ddiff.runs.hub.card import describe_evaluation
-from ddiff.runs.hub.modeling import DdiffConfig, DdiffModel, build_schedule
-from ddiff.runs.hub.save import describe_schedule, is_masked_diffusion, load_module
+from ddiff.runs.hub.modeling import DdiffConfig, DdiffModel
+from ddiff.runs.hub.save import load_module
 from ddiff.runs.hub.source import Place, generate_source
 from ddiff.runs.loading import load
 from ddiff.runs.run import Run
@@ -238,6 +226,45 @@ def test_damaged_weights_are_refused_and_nothing_is_written(place: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "copy") == []
 
 
+def test_load_of_a_saved_model_hashes_each_file_once_and_large_files_only_if_modified(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree("saved/flat", folder)
+    monkeypatch.setenv("DDIFF_CACHE", str(tmp_path / "cache"))
+    hashed: list[str] = []
+    located: list[str] = []
+
+    def compute(file: Path) -> Any:
+        hashed.append(file.relative_to(folder).as_posix())
+        return compute_digest(file)
+
+    def find(source: str) -> Any:
+        located.append(source)
+        return locate(source)
+
+    for module in (published_files, restore):
+        monkeypatch.setattr(module, "compute_digest", compute)
+    for module in (importing, restore):
+        monkeypatch.setattr(module, "locate", find)
+    weights = folder / "model.safetensors"
+    monkeypatch.setattr(restore, "SMALL", weights.stat().st_size - 1)
+    first = api.load(folder)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert sorted(hashed) == sorted(names)
+    assert located == [str(folder)]
+    hashed.clear()
+    assert api.load(folder).run_dir == first.run_dir
+    assert weights.name not in hashed
+    assert "config.json" in hashed
+    tensors = load_file(weights)
+    tensors["denoiser.head.bias"] += 1.0
+    save_file(tensors, weights)
+    second = api.load(folder)
+    assert second.run_dir != first.run_dir
+    assert torch.equal(second.denoiser.head.bias, first.denoiser.head.bias + 1.0)
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -287,12 +314,16 @@ def test_card_of_other_weights_has_no_evaluation(
     assert all(torch.equal(trained[f"denoiser.{name}"], own[name]) for name in own)
 
 
-def test_generated_file_imports_torch_and_transformers_only(place: Path) -> None:
+def test_generated_file_imports_torch_numpy_and_transformers_only(place: Path) -> None:
     for name in NAMES:
         text = Path("saved", name, "modeling_ddiff.py").read_text()
         lines = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
         roots = {line.split()[1].partition(".")[0] for line in lines}
-        assert roots - {*sys.stdlib_module_names, "__future__"} == {"torch", "transformers"}
+        assert roots - {*sys.stdlib_module_names, "__future__"} == {
+            "numpy",
+            "torch",
+            "transformers",
+        }
         assert "\n# ----" in text
         assert "class Head" in text
         assert "def total" not in text  # the training is left out
@@ -395,76 +426,113 @@ def test_save_refuses_backbones_that_read_files(place: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-FLAT = FlatVocabulary(3)
-PROCESSES: dict[str, tuple[ForwardProcess, str | None, bool]] = {
-    "mdlm": (TreeProcess(FLAT, CdfClock([LinearSchedule()])), "linear", True),
-    "cosine": (TreeProcess(FLAT, CdfClock([CosineSchedule()])), "cosine", True),
-    "power": (TreeProcess(FLAT, CdfClock([PowerSchedule(2.5)])), "power", True),
-    "table": (TreeProcess(FLAT, CdfClock([BernsteinSchedule([0, 0.25, 1])])), "bernstein", True),
-    "masks": (
-        MixtureProcess(FLAT, GeometricSchedule(1e-3, 5.0), mask_distribution(FLAT)),
-        "geometric",
-        True,
-    ),
-    "uniform": (
-        MixtureProcess(FLAT, LinearSchedule(0.01), token_distribution(FLAT)),
-        "linear",
-        False,
-    ),
-    "log-time": (TreeProcess(FLAT, LogTimeClock([1.0])), None, True),
-}
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_schedule_of_a_saved_model_equals_that_of_the_process(name: str) -> None:
-    process, kind, is_masked = PROCESSES[name]
-    table = describe_schedule(process)
-    assert is_masked_diffusion(process) is is_masked
-    if kind is None:
-        assert table is None
-        return
-    assert table is not None
-    assert table["kind"] == kind
-    schedule = build_schedule(json.loads(json.dumps(table)))
-    t = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(schedule.alpha(t), process.keep_probability(t))
-
-
 # ---------------------------------------------------------------------- generation
 
 
-def test_generated_file_draws_what_the_registered_class_draws(
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_file_draws_the_samples_of_the_run(
+    place: Path, without_ddiff: dict[str, Any], name: str
+) -> None:
+    run: Run = load(place / "runs" / name)
+    found = without_ddiff[name]
+    assert found["recipe"].tolist() == [one["ids"] for one in run.sample(2, seed=5)]
+    registered = AutoModel.from_pretrained(place / "saved" / name)
+    assert torch.equal(registered.generate(batch_size=2, seed=5), found["recipe"])
+    settings = dict(DRAWS["confidence"])
+    keys = {key: settings.pop(key) for key in ("sampler", "steps")}
+    texts = [f"{key}={value}" for key, value in settings.items()]
+    if name in ("score", "uniform", "blocks"):
+        with pytest.raises(ArgumentError):
+            run.sample(2, seed=5, settings=texts, **keys)
+        assert found["confidence"].startswith("ArgumentError: ")
+    else:
+        drawn = run.sample(2, seed=5, settings=texts, **keys)
+        assert found["confidence"].tolist() == [one["ids"] for one in drawn]
+
+
+def test_generate_refuses_what_the_file_lacks_and_names_the_package(
     place: Path, without_ddiff: dict[str, Any]
 ) -> None:
+    found = without_ddiff["flat"]
+    assert (
+        "sampler must be one of ancestral, analytic, confidence, entropy, margin"
+        in found["missing"]
+    )
+    assert "pip install discrete-diffusion" in found["missing"]
+    assert "temprature is no setting of Ancestral.Config" in found["misspelt"]
+    assert 'Did you mean "temperature"?' in found["misspelt"]
+    assert "sampler must be one of blockwise, which" in without_ddiff["blocks"]["confidence"]
+    registered = AutoModel.from_pretrained(place / "saved/blocks")  # has every sampler
+    with pytest.raises(ArgumentError, match="trained in windows from left to right"):
+        registered.generate(sampler="confidence")
+
+
+def test_saved_model_without_its_process_gives_logits_and_refuses_to_generate(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of the process needs a package that the file may not import."""
+    generate = save.generate_source
+
+    def refuse_processes(roots: list[Place], *rest: Any) -> str:
+        if any("MaskedDiffusion" in root for root in roots):
+            raise ArgumentError("A definition needs scipy.")
+        return generate(roots, *rest)
+
+    monkeypatch.setattr(save, "generate_source", refuse_processes)
+    api.load("runs/flat").save_pretrained(tmp_path / "new")
+    config = AutoConfig.from_pretrained(tmp_path / "new")
+    with load_module(tmp_path / "new/modeling_ddiff.py") as module:
+        model = module.DdiffModel(module.DdiffConfig(**config.to_dict())).eval()
+        assert logits_of(model).isfinite().all()
+        with pytest.raises(module.ArgumentError, match="'mdlm' could not be copied") as caught:
+            model.generate()
+    assert "pip install discrete-diffusion" in str(caught.value)
+
+
+def test_generate_keeps_prompts_and_fills_gaps(place: Path) -> None:
+    run: Run = api.load("runs/flat")
     model = AutoModel.from_pretrained(place / "saved/flat")
-    generator = torch.Generator().manual_seed(0)
-    drawn = model.generate(batch_size=2, steps=4, generator=generator)
-    assert torch.equal(drawn, without_ddiff["flat"]["drawn"])
-    assert int(drawn.max()) < model.config.num_tokens
-    prompt = torch.tensor([5, 6, 7])
-    drawn = model.generate(prompt, batch_size=3, length=6, steps=2)
-    assert drawn.shape == (3, 6)
-    assert torch.equal(drawn[:, :3], prompt.expand(3, 3))
+    prompt = run.tokenizer.encode(["the"])[0]
+    drawn = model.generate(torch.tensor(prompt), batch_size=2, seed=3)
+    expected = run.sample(2, seed=3, prompt="the")
+    assert drawn.tolist() == [one["ids"] for one in expected]
+    ids = torch.arange(8).expand(3, 8)
+    kept = torch.tensor([True, False] * 4)
+    filled = model.generate(ids, kept, sampler="confidence", steps=2)
+    assert torch.equal(filled[:, kept], ids[:, kept])
+    assert not torch.equal(filled, ids)
+    with pytest.raises(ArgumentError, match="at most length = 2"):
+        model.generate(torch.arange(3), length=2)
 
 
-def test_generate_refuses_other_processes(place: Path) -> None:
-    model = AutoModel.from_pretrained(place / "saved/tree")
-    with pytest.raises(ArgumentError, match="must be masked diffusion"):
-        model.generate()
-    model = AutoModel.from_pretrained(place / "saved/flat")
-    with pytest.raises(ArgumentError, match="temperature must be above 0"):
-        model.generate(temperature=0.0)
-
-
-def test_generate_refuses_models_of_blocks(place: Path, tmp_path: Path) -> None:
-    """In training, a block attends only to itself and to earlier blocks."""
-    times = 'objective.times={kind="block", width=4}'
-    sampler = 'sample.sampler={kind="blockwise", width=4}'
-    settings = [*SHORT, *RUNS["flat"], times, sampler, f'run_dir="{tmp_path}/run"']
-    api.run("small.toml", settings=settings).save_pretrained(tmp_path / "saved")
-    model = AutoModel.from_pretrained(tmp_path / "saved")
-    with pytest.raises(ArgumentError, match="with one time per sequence"):
-        model.generate()
+def test_generate_uses_conditions_and_guidance() -> None:
+    torch.manual_seed(0)
+    config = DdiffConfig(
+        num_tokens=5,
+        length=6,
+        backbone={
+            "kind": "dit",
+            "width": 16,
+            "layers": 1,
+            "heads": 2,
+            "conditions": {"kind": {"classes": 2, "dropout": 0.1}},
+        },
+        head={"kind": "tokens"},
+        process={"kind": "mdlm"},
+        sample={"sampler": {"kind": "ancestral"}, "steps": 4, "conditions": {"kind": 1}},
+    )
+    model = DdiffModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    with_recipe = model.generate(batch_size=4)
+    assert torch.equal(with_recipe, model.generate(batch_size=4, conditions={"kind": [1] * 4}))
+    other = model.generate(batch_size=4, conditions={"kind": 0})
+    assert not torch.equal(with_recipe, other)
+    assert not torch.equal(other, model.generate(batch_size=4, conditions={"kind": 0}, guidance=5))
+    with pytest.raises(ArgumentError, match='got "kin"'):
+        model.generate(conditions={"kin": 0})
+    with pytest.raises(ArgumentError, match="a weight of 3 needs a condition"):
+        model.generate(conditions={}, guidance=3)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -477,8 +545,8 @@ def test_generate_reads_the_time_zero_at_given_tokens(steps: int) -> None:
         length=2,
         backbone={"kind": "dit", "width": 8, "layers": 1, "heads": 1},
         head={"kind": "tokens"},
-        schedule={"kind": "linear", "floor": 0.0},
-        is_masked_diffusion=True,
+        process={"kind": "mdlm"},
+        sample={"sampler": {"kind": "ancestral"}},
     )
     model = DdiffModel(config).eval()
     for parameter in model.parameters():
@@ -495,8 +563,7 @@ def test_generate_reads_the_time_zero_at_given_tokens(steps: int) -> None:
             expected += model(states, timesteps=at_prompt).logits[0, 1].softmax(-1) / steps
             wrong += model(states, timesteps=t).logits[0, 1].softmax(-1) / steps
     assert (expected - wrong).abs().sum() > 0.05
-    generator = torch.Generator().manual_seed(0)
-    drawn = model.generate(states[0, :1], batch_size=count, steps=steps, generator=generator)
+    drawn = model.generate(states[0, :1], batch_size=count, steps=steps, seed=0)
     assert bool((drawn[:, 0] == 1).all())
     counts = torch.bincount(drawn[:, 1], minlength=3)
     # The 99.9 % quantile of chi-square with 2 degrees of freedom is 13.8.
@@ -511,8 +578,8 @@ def test_generate_draws_the_distribution_of_ancestral_sampling() -> None:
         length=2,
         backbone={"kind": "dit", "width": 8, "layers": 1, "heads": 1, "time": False},
         head={"kind": "tokens"},
-        schedule={"kind": "linear", "floor": 0.0},
-        is_masked_diffusion=True,
+        process={"kind": "mdlm"},
+        sample={"sampler": {"kind": "ancestral"}},
     )
     model = DdiffModel(config).eval()
     torch.nn.init.normal_(model.denoiser.head.table, std=0.3)
@@ -528,8 +595,7 @@ def test_generate_draws_the_distribution_of_ancestral_sampling() -> None:
     right_first = p[0, 1].unsqueeze(0) * p[4:7, 0].t()
     # Under the linear schedule a position moves in each step with the same probability.
     expected = together / steps + (1 - 1 / steps) * (left_first + right_first) / 2
-    generator = torch.Generator().manual_seed(0)
-    drawn = model.generate(batch_size=count, steps=steps, generator=generator)
+    drawn = model.generate(batch_size=count, steps=steps, seed=1)
     counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
     expected_counts = expected.flatten() * count
     assert not torch.allclose(left_first, right_first, atol=0.02)

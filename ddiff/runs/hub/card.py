@@ -29,11 +29,12 @@ folder = "FOLDER"  # or the name on the hub
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 logits = model(input_ids, timesteps=0.5).logits
+ids = model.generate(batch_size=4)
 ```
 
 `input_ids` are noisy states. `timesteps` are noise times in [0, 1], 0 for clean text; a network
 that does not read the time needs none. The docstring of `DdiffModel.forward` describes the other
-inputs.
+inputs, and that of `DdiffModel.generate` the samplers and their settings.
 
 With ddiff, no code of this folder is run, and every sampler and evaluation works:
 

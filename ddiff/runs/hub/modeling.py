@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -19,27 +18,20 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ddiff.core.schedule import (
-    BernsteinSchedule,
-    CosineSchedule,
-    GeometricSchedule,
-    LinearSchedule,
-    PowerSchedule,
-    Schedule,
-)
 from ddiff.core.times import Noisy
 from ddiff.core.vocabulary import FlatVocabulary, HierarchicalVocabulary, Vocabulary
 from ddiff.errors import ArgumentError
 from ddiff.nn.denoiser import Context, Denoiser
+from ddiff.nn.network import as_network
+from ddiff.runs.conditioning import SampleConditions, check_guidance
+from ddiff.sampling.loop import Sampler, generate
+from ddiff.sampling.shaping import guide_network
 
-SCHEDULES: dict[str, Any] = {
-    "linear": LinearSchedule,
-    "cosine": CosineSchedule,
-    "power": PowerSchedule,
-    "geometric": GeometricSchedule,
-    "bernstein": BernsteinSchedule,
-}
-"""Schedules that a saved model can have, by the name in its configuration."""
+OTHER_WAY = (
+    "Install ddiff (pip install discrete-diffusion), and draw samples with "
+    "ddiff.load(folder).sample(), which has every sampler."
+)
+"""Advice for models and samplers that the file of a saved model lacks."""
 
 
 class DdiffConfig(PreTrainedConfig):
@@ -56,11 +48,9 @@ class DdiffConfig(PreTrainedConfig):
         inputs: "own", or "previous" for a network that predicts P(x_i | x_<i) at position i.
         given: "rest" if the logits at position i predict P(x_i | all other states), "all" if they
             predict P(x_i | all states).
-        schedule: kind and settings of the schedule alpha(t), the probability that a token has had
-            no noise until time t; None if the model has no such schedule.
-        is_masked_diffusion: whether a state is either the clean token or the mask.
-        has_one_time: whether all noisy positions of a training sequence had the same noise time and
-            attended to each other; False for a model of blocks.
+        process: kind and keys of the forward process, as in the recipe; None for autoregression.
+        is_windowed: whether the network was trained in windows from left to right, and never
+            attended to noise after a window.
         sample: table [sample] of the recipe: sampler, number of steps, and so on.
     """
 
@@ -76,9 +66,8 @@ class DdiffConfig(PreTrainedConfig):
         head: dict[str, Any] | None = None,
         inputs: str = "own",
         given: str = "rest",
-        schedule: dict[str, Any] | None = None,
-        is_masked_diffusion: bool = False,
-        has_one_time: bool = True,
+        process: dict[str, Any] | None = None,
+        is_windowed: bool = False,
         sample: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -90,22 +79,10 @@ class DdiffConfig(PreTrainedConfig):
         self.head = head
         self.inputs = inputs
         self.given = given
-        self.schedule = schedule
-        self.is_masked_diffusion = is_masked_diffusion
-        self.has_one_time = has_one_time
+        self.process = process
+        self.is_windowed = is_windowed
         self.sample = sample
         super().__init__(**kwargs)
-
-
-class ScheduledProcess:
-    """Part of a forward process that a network reads: the probability of no noise until a time."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def keep_probability(self, t: Tensor) -> Tensor:
-        """Return the probability alpha(t) that a token has had no noise until time t."""
-        return self.schedule.alpha(t)
 
 
 class DdiffModel(PreTrainedModel):
@@ -114,7 +91,8 @@ class DdiffModel(PreTrainedModel):
         model = AutoModel.from_pretrained(folder, trust_remote_code=True)
         logits = model(input_ids, timesteps=0.5).logits
 
-    `components` maps ("backbone", kind) and ("head", kind) to the classes that build the network.
+    `components` maps (role, kind), such as ("backbone", "dit"), to the class that builds this part.
+    The roles are backbone, head, process and sampler.
     """
 
     config_class = DdiffConfig
@@ -127,14 +105,13 @@ class DdiffModel(PreTrainedModel):
         # and would have no values there.
         with torch.device("cpu"):
             vocabulary = build_vocabulary(config)
-            self.schedule = build_schedule(config.schedule)
-        process = None if self.schedule is None else ScheduledProcess(self.schedule)
+            self.process = self._build_process(config, vocabulary)
         backbone = self._build(
             "backbone",
             config.backbone or {},
             vocabulary=vocabulary,
             length=config.length,
-            process=process,
+            process=self.process,
         )
         head = self._build("head", config.head or {}, vocabulary=vocabulary, width=backbone.width)
         # The denoiser checks both texts.
@@ -146,6 +123,13 @@ class DdiffModel(PreTrainedModel):
         for module in self.modules():
             module._non_persistent_buffers_set.clear()
         self.post_init()
+
+    def _build_process(self, config: DdiffConfig, vocabulary: Vocabulary) -> Any:
+        """Return the forward process; None for a model without one, or if its class is missing."""
+        table = config.process
+        if table is None or ("process", table["kind"]) not in self.components:
+            return None
+        return self._build("process", table, vocabulary=vocabulary, width=None)
 
     def _build(self, kind: str, table: Mapping[str, Any], **inputs: Any) -> Any:
         """Build a component from its kind and keys, with the inputs that its `build` names."""
@@ -162,6 +146,13 @@ class DdiffModel(PreTrainedModel):
         parameters = inspect.signature(component.build).parameters
         wanted = {name: value for name, value in inputs.items() if name in parameters}
         return component.build(component.Config(**keys), **wanted)
+
+    @property
+    def has_sampler(self) -> bool:
+        """True if `generate` can draw samples with the sampler of the recipe."""
+        own = (self.config.sample or {}).get("sampler") or {}
+        has_process = (self.process is None) == (self.config.process is None)
+        return has_process and ("sampler", own.get("kind")) in self.components
 
     def _init_weights(self, module: Any) -> None:
         # Constructors initialize their weights; those of a saved model are all in its file.
@@ -223,78 +214,126 @@ class DdiffModel(PreTrainedModel):
     def generate(
         self,
         prompt_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         batch_size: int = 1,
         length: int | None = None,
         steps: int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        sampler: str | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        guidance: float | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """Draw ids [B,L] by ancestral sampling of masked diffusion (arXiv 2406.07524).
+        """Draw sequences of tokens, and return their ids [B,L].
 
-        In a step from time t to s < t, a mask stays a mask with probability
-        (1 - alpha(s)) / (1 - alpha(t)), and else becomes a draw of the predicted distribution. For
-        other processes, samplers and filters, use `ddiff.load(folder).sample`.
+            ids = model.generate(batch_size=4, sampler="confidence", temperature=0.8, top_p=0.95)
+
+        The draws are those of `ddiff.load(folder).sample` with the same settings and seed, if both
+        compute in the same precision. By default everything is as in the table [sample] of the
+        recipe.
 
         Args:
             prompt_ids: [L0] or [B,L0] first tokens, which do not change.
-            batch_size: number of sequences; that of `prompt_ids` if it has two dimensions.
-            length: number of positions; by default that of the training.
-            steps: number of steps; by default that of the recipe.
-            temperature: temperature of the predicted distribution, above 0.
-            generator: random generator of torch, on the device of the model.
+            prompt_mask: [L0] or [B,L0] bool, False at tokens of `prompt_ids` that are drawn again,
+                for example to fill gaps. None: all tokens of `prompt_ids` are kept.
+            batch_size: number B of sequences, unless `prompt_ids` has two dimensions.
+            length: number L of positions; by default that of the training.
+            steps: number of steps, for samplers that have one.
+            seed: seed of the draws.
+            sampler: name of a sampler in `components`, such as "ancestral" or "confidence".
+            conditions: for each condition of the network, a label or a vector for all sequences,
+                or one for each sequence.
+            guidance: weight of classifier-free guidance; 1 is off.
+            settings: settings of the sampler, such as temperature, top_k, top_p and min_p. Another
+                sampler than that of the recipe has its own defaults.
+
+        Raises ArgumentError if an argument is not valid, or if this model cannot be sampled here.
         """
-        schedule = self._require_masked_diffusion(temperature)
-        zt = self._start(prompt_ids, batch_size, length or self.config.length)
-        # Given tokens are clean: a network reads the time 0 at their positions, also in training.
-        is_given = zt != self.denoiser.head.vocabulary.root
-        steps = steps or int((self.config.sample or {}).get("steps", 64))
-        grid = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64, device=zt.device)
-        for t, s in pairwise(grid):
-            # The last step draws all masks, also if the schedule leaves noise at t = 0.
-            stays = schedule.one_minus_alpha(s) / schedule.one_minus_alpha(t)
-            stays = torch.where(s > 0.0, stays, 0.0)
-            timesteps = torch.where(is_given, 0.0, t)
-            logits = self(zt, timesteps=timesteps).logits[..., : self.config.num_tokens]
-            probabilities = (logits / temperature).softmax(-1).flatten(0, 1)
-            drawn = torch.multinomial(probabilities, 1, generator=generator).view(zt.shape)
-            u = torch.rand(zt.shape, dtype=torch.float64, device=zt.device, generator=generator)
-            moves = (zt == self.denoiser.head.vocabulary.root) & (u >= stays)
-            zt = torch.where(moves, drawn, zt)
-        return zt
-
-    def _require_masked_diffusion(self, temperature: float) -> Schedule:
-        """Return the schedule. Raises ArgumentError if `generate` cannot draw from this model."""
-        is_plain = self.config.inputs == "own" and self.config.given == "rest"
-        is_plain = is_plain and self.config.has_one_time
-        if self.schedule is None or not self.config.is_masked_diffusion or not is_plain:
+        if self.config.process is not None and self.process is None:
             raise ArgumentError(
-                "DdiffModel.generate: the process must be masked diffusion with a schedule, and "
-                "with one time per sequence; got another model. Install ddiff, and draw samples "
-                "with ddiff.load(folder).sample()."
+                f"DdiffModel.generate: the process {self.config.process['kind']!r} could not be "
+                f"copied to the file of this model, which therefore gives only logits. {OTHER_WAY}"
             )
-        if not temperature > 0.0:
-            raise ArgumentError(
-                f"DdiffModel.generate: temperature must be above 0; got {temperature}. Use a small "
-                "number, such as 0.01, for nearly the most likely tokens."
-            )
-        return self.schedule
+        defaults = self.config.sample or {}
+        prompt, given = self._frame(prompt_ids, prompt_mask, batch_size, length)
+        steps = int(defaults.get("steps", 64)) if steps is None else steps
+        built = self._build_sampler(sampler, steps, settings)
+        values = defaults.get("conditions", {}) if conditions is None else conditions
+        parsed = SampleConditions.parse(self.denoiser, values, len(prompt)).to(self.device)
+        is_cached = built.cached and self.denoiser.caches
+        network: Any = as_network(
+            self.denoiser, self.process, Context(conditions=parsed.values), is_cached
+        )
+        weight = float(defaults.get("guidance", 1.0)) if guidance is None else guidance
+        check_guidance(self.denoiser, parsed, weight)
+        if weight != 1.0:
+            without = as_network(self.denoiser, self.process, Context(), is_cached)
+            network = guide_network(network, without, weight)
+        return generate(
+            built,
+            self.process,
+            network,
+            index=torch.arange(len(prompt), device=self.device),
+            length=prompt.shape[1],
+            seed=int(defaults.get("seed", 0)) if seed is None else seed,
+            prompt=prompt,
+            prompt_mask=given,
+        ).ids
 
-    def _start(self, prompt_ids: Tensor | None, batch_size: int, length: int) -> Tensor:
-        """Return masks [B,L] that begin with the prompt."""
-        root = self.denoiser.head.vocabulary.root
+    def _build_sampler(self, name: str | None, steps: int, settings: Mapping[str, Any]) -> Sampler:
+        """Build the sampler `name` (None: that of the recipe) with changed settings."""
+        own = dict((self.config.sample or {}).get("sampler") or {})
+        kind = name or str(own.get("kind"))
+        if ("sampler", kind) not in self.components:
+            known = [other for role, other in self.components if role == "sampler"]
+            raise ArgumentError(
+                f"DdiffModel.generate: sampler must be one of {', '.join(known) or '(none)'}, "
+                f"which are in the file of this model; got {kind!r}. {OTHER_WAY}"
+            )
+        inherited = own if kind == own.get("kind") else {"kind": kind}
+        sampler: Sampler = self._build(
+            "sampler",
+            {**inherited, **settings},
+            steps=steps,
+            vocabulary=self.denoiser.head.vocabulary,
+        )
+        sampler.check_supported(self.process, self.denoiser.parameterization.predicts)
+        if self.config.is_windowed and sampler.looks_ahead:
+            raise ArgumentError(
+                f"DdiffModel.generate: the sampler {kind!r} passes all positions to the network at "
+                "once, but this model was trained in windows from left to right. Use the sampler "
+                f"of the recipe, {own.get('kind')!r}."
+            )
+        return sampler
+
+    def _frame(
+        self,
+        prompt_ids: Tensor | None,
+        prompt_mask: Tensor | None,
+        batch_size: int,
+        length: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids [B,L] that begin with the prompt, and a bool [B,L] that marks given tokens."""
+        length = self.config.length if length is None else length
         if prompt_ids is None:
-            return torch.full((batch_size, length), root, device=self.device)
+            prompt_ids = torch.zeros(0, dtype=torch.long)
         prompt = prompt_ids.to(self.device)
         if prompt.dim() == 1:
             prompt = prompt.expand(batch_size, -1)
-        if prompt.shape[1] > length:
+        if prompt.shape[1] > length or length < 1 or len(prompt) < 1:
             raise ArgumentError(
-                f"DdiffModel.generate: prompt_ids must have at most length = {length} tokens; got "
-                f"{prompt.shape[1]}. Pass a shorter prompt or a larger length."
+                "DdiffModel.generate: batch_size and length must be at least 1, and prompt_ids may "
+                f"have at most length = {length} tokens; got {list(prompt.shape)}. Pass a shorter "
+                "prompt or a larger length."
             )
-        zt = torch.full((len(prompt), length), root, device=self.device)
-        zt[:, : prompt.shape[1]] = prompt
-        return zt
+        given = torch.ones_like(prompt, dtype=torch.bool)
+        if prompt_mask is not None:
+            given = prompt_mask.to(self.device).bool().expand(given.shape)
+        ids = torch.zeros(len(prompt), length, dtype=torch.long, device=self.device)
+        ids[:, : prompt.shape[1]] = prompt
+        kept = torch.zeros(ids.shape, dtype=torch.bool, device=self.device)
+        kept[:, : prompt.shape[1]] = given
+        return ids, kept
 
 
 def build_vocabulary(config: DdiffConfig) -> Vocabulary:
@@ -302,12 +341,3 @@ def build_vocabulary(config: DdiffConfig) -> Vocabulary:
     if config.parents is None:
         return FlatVocabulary(config.num_tokens, mask=config.has_mask)
     return HierarchicalVocabulary(config.parents)
-
-
-def build_schedule(table: Mapping[str, Any] | None) -> Schedule | None:
-    """Build a schedule from its kind and settings; None for a model without a schedule."""
-    if table is None:
-        return None
-    settings = dict(table)
-    schedule: Schedule = SCHEDULES[settings.pop("kind")](**settings)
-    return schedule

@@ -11,11 +11,11 @@ from ddiff.plugin.loader import survey_plugins
 from ddiff.plugin.registry import Component
 from ddiff.runs.hub.modeling import DdiffConfig, DdiffModel
 
-KINDS = ("backbone", "head")
+KINDS = ("backbone", "head", "process", "sampler")
 
 
 class InstalledComponents(Mapping[tuple[str, str], Any]):
-    """Classes of the backbones and heads of all installed plugins, by kind and name.
+    """Classes of the components of a model in all installed plugins, by kind and name.
 
     A class is imported when it is looked up. A configuration can therefore only name components
     that a plugin has registered.

@@ -4,7 +4,7 @@ The folder contains:
 
     config.json               settings of the network, and the class in modeling_ddiff.py
     model.safetensors         weights
-    modeling_ddiff.py         network in one file, which needs only torch and transformers
+    modeling_ddiff.py         network and samplers in one file, for torch and transformers
     tokenizer.json, ...       tokenizer for `AutoTokenizer`
     README.md                 model card
     run/                      recipe and record of the run, for `ddiff.load` and `ddiff import`
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,19 +28,19 @@ from torch import Tensor
 
 from ddiff import __version__
 from ddiff.checkpoint.dcp_storage import write_tensors
-from ddiff.core.process import ForwardProcess
-from ddiff.core.schedule import Schedule
 from ddiff.core.times import Noisy
-from ddiff.core.vocabulary import Vocabulary
 from ddiff.errors import ArgumentError, CheckpointError
 from ddiff.nn.denoiser import UNPADDED, Denoiser
+from ddiff.plugin.registry import Component
 from ddiff.progress import show_activity
 from ddiff.recipe.component import ComponentSpec
 from ddiff.run_dir.destination import Destination, check_new_folder, write_folder
+from ddiff.runs.conditioning import SampleConditions, SamplingPlan, is_trained_in_windows
 from ddiff.runs.hub.card import write_card
 from ddiff.runs.hub.record import write_record
 from ddiff.runs.hub.source import Place, generate_source
 from ddiff.runs.hub.tokenizer_files import write_tokenizer
+from ddiff.sampling.loop import generate
 
 if TYPE_CHECKING:
     from ddiff.runs.run import Run
@@ -52,26 +51,36 @@ MODELING = "modeling_ddiff"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 MODEL_CLASS = "DdiffModel"
+METHODS = ("generate", "has_sampler")
+"""Methods of the model that no other code of the file calls."""
+
 CONFIG_CLASS = "DdiffConfig"
 AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM")
 
 FILES_KEY = "path"
 """Key of a component that reads files when it is built."""
 
+SAMPLERS = ("ancestral", "analytic", "confidence", "entropy", "margin")
+"""Samplers in the file of a saved model, in addition to that of the recipe."""
+
 CHECKED_POSITIONS = 32
-"""Positions of the row whose logits are compared before anything is written."""
+"""Positions of the row whose logits and samples are compared before anything is written."""
+
+CHECKED_STEPS = 2
+"""Steps of the sample that is compared."""
 
 TOLERANCE = 1e-4
 """Largest difference of probabilities from those of the samplers, which multiply matrices in other
 chunks."""
 
-HEADER = f"""Network of a discrete diffusion model, for the transformers library.
+HEADER = f"""Network and samplers of a discrete diffusion model, for the transformers library.
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     logits = model(input_ids, timesteps=0.5).logits
+    ids = model.generate(batch_size=4)
 
-ddiff {__version__} generated this file from its source code (Apache-2.0). The network needs only
-torch and transformers. Some docstrings refer to parts of ddiff that are not in this file.
+ddiff {__version__} generated this file from its source code (Apache-2.0). It needs only torch and
+transformers. Some docstrings refer to parts of ddiff that are not in this file.
 """
 
 
@@ -148,22 +157,54 @@ def _write(run: Run, place: Destination) -> SavedModel:
 
 
 def _generate_modeling(run: Run) -> str:
-    """Return the source of the file with the network of a run."""
-    specs = {"backbone": run.recipe.denoiser, "head": _require_head(run)}
-    if any(spec.to_dict().get(FILES_KEY) for spec in specs.values()):
+    """Return the source of the file with the network and the samplers of a run."""
+    network = [run.recipe.denoiser.component, _require_head(run).component]
+    if any(spec.to_dict().get(FILES_KEY) for spec in (run.recipe.denoiser, _require_head(run))):
         raise _unsupported(run, f"its key {FILES_KEY} names files that are not in the folder.")
-    roots = [Place("ddiff.runs.hub.modeling", MODEL_CLASS)]
-    entries = []
-    for kind, spec in specs.items():
-        component = spec.component.load()
-        roots.append(Place(component.__module__, component.__name__))
-        entries.append(f'    ("{kind}", "{spec.component.name}"): {component.__name__},')
+    process = [run.recipe.process.component] if run.recipe.process else []
     try:
-        text = generate_source(roots, ["generate"], HEADER)
-    except ArgumentError as error:
-        raise _unsupported(run, str(error)) from error
-    table = "\n".join([f"{MODEL_CLASS}.components = {{", *entries, "}"])
-    return f"{text}\n\n{table}\n"
+        return _write_modeling([*network, *process, *_find_samplers(run)])
+    except ArgumentError:
+        # A process or a sampler of a plugin may need another package. The file then gives logits.
+        try:
+            return _write_modeling(network)
+        except ArgumentError as error:
+            raise _unsupported(run, str(error)) from error
+
+
+def _write_modeling(components: Iterable[Component]) -> str:
+    """Return the source of the model class with these components and their table."""
+    places = {}
+    for component in components:
+        found = component.load()
+        places[component] = Place(found.__module__, found.__name__)
+
+    def write_table(names: Mapping[Place, str]) -> str:
+        entries = []
+        for component, place in places.items():
+            entries.append(f'    ("{component.kind}", "{component.name}"): {names[place]},')
+        return "\n".join([f"{MODEL_CLASS}.components = {{", *entries, "}"])
+
+    roots = [Place("ddiff.runs.hub.modeling", MODEL_CLASS), *places.values()]
+    return generate_source(roots, METHODS, HEADER, write_table)
+
+
+def _find_samplers(run: Run) -> list[Component]:
+    """Return the sampler of the recipe, and those of `SAMPLERS` that support the model."""
+    own = run.recipe.sampler.component
+    is_windowed = is_trained_in_windows(run.model.objective, run.recipe.length)
+    found = [own]
+    for component in run.recipe.registry.components("sampler"):
+        if component.name in SAMPLERS and component != own:
+            spec = ComponentSpec(component, component.config_class()())
+            try:
+                sampler = spec.build(steps=1, vocabulary=run.vocabulary)
+                sampler.check_supported(run.process, run.denoiser.parameterization.predicts)
+            except ArgumentError:
+                continue
+            if not (is_windowed and sampler.looks_ahead):
+                found.append(component)
+    return found
 
 
 def _require_head(run: Run) -> ComponentSpec:
@@ -232,6 +273,7 @@ def _build_network(run: Run, module: ModuleType, config: Mapping[str, Any]) -> _
         names = ", ".join([*unexpected, *missing][:3])
         raise _unsupported(run, f"the networks have different weights, such as {names}.")
     _compare(run, model, denoiser)
+    _compare_samples(run, model, denoiser)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     return _Network(tensors, tuple(missing), json.loads(settings.to_json_string()))
 
@@ -265,6 +307,29 @@ def _compare(run: Run, model: Any, denoiser: Denoiser) -> None:
         )
 
 
+def _compare_samples(run: Run, model: Any, denoiser: Denoiser) -> None:
+    """Raise ArgumentError unless the file draws the same ids as the run, if it has its sampler."""
+    if not model.has_sampler:
+        return
+    keys = run.recipe.sample
+    own = replace(run.model, denoiser=denoiser, device=torch.device("cpu"))
+    sampler = run.recipe.sampler.build(steps=CHECKED_STEPS, vocabulary=run.vocabulary)
+    conditions = SampleConditions.parse(denoiser, keys.conditions, 1)
+    plan = SamplingPlan.check(own, sampler, conditions, keys.guidance, run.recipe.length)
+    length = min(run.recipe.length, CHECKED_POSITIONS)
+    expected = generate(
+        sampler,
+        run.process,
+        plan.network(slice(0, 1)),
+        index=torch.arange(1),
+        length=length,
+        seed=keys.seed,
+    )
+    found = model.generate(length=length, steps=CHECKED_STEPS)
+    if not torch.equal(found, expected.ids):
+        raise _unsupported(run, "it draws other samples than the run.")
+
+
 # ---------------------------------------------------------------------- configuration
 
 
@@ -291,9 +356,8 @@ def _describe_model(run: Run) -> dict[str, Any]:
         "head": _require_head(run).to_dict(),
         "inputs": run.denoiser.inputs,
         "given": keys["given"] if run.denoiser.inputs == "own" else "rest",
-        "schedule": describe_schedule(run.process),
-        "is_masked_diffusion": is_masked_diffusion(run.process),
-        "has_one_time": _has_one_time(run),
+        "process": recipe.process.to_dict() if recipe.process else None,
+        "is_windowed": is_trained_in_windows(run.model.objective, recipe.length),
         "sample": recipe.to_dict().get("sample"),
         "vocab_size": vocabulary.num_states,
         "hidden_size": run.denoiser.backbone.width,
@@ -303,48 +367,7 @@ def _describe_model(run: Run) -> dict[str, Any]:
     return config
 
 
-def _has_one_time(run: Run) -> bool:
-    """Return whether all noisy positions of a training sequence have the same time."""
-    times = run.model.objective.times
-    return times is not None and times.has_one_time
-
-
 def _format_config(config: Mapping[str, Any]) -> str:
     """Return a configuration as JSON with one line per key, because a tree may have many nodes."""
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def describe_schedule(process: ForwardProcess | None) -> dict[str, Any] | None:
-    """Return kind and settings of the schedule of a process, as `build_schedule` takes them.
-
-    The result is None if the process has no schedule, or one that a saved model cannot have.
-    """
-    # Imported here, because this module imports transformers.
-    from ddiff.runs.hub.modeling import SCHEDULES, build_schedule
-
-    schedule = None if process is None else process.keep_schedule()
-    kind = next((name for name, known in SCHEDULES.items() if type(schedule) is known), None)
-    if process is None or schedule is None or kind is None:
-        return None
-    parameters = inspect.signature(type(schedule)).parameters
-    table = {"kind": kind, **{name: vars(schedule)[name] for name in parameters}}
-    t = torch.linspace(0.0, 1.0, 129, dtype=torch.float64)
-    rebuilt = build_schedule(json.loads(json.dumps(table)))
-    assert isinstance(rebuilt, Schedule)
-    if not torch.equal(rebuilt.alpha(t), process.keep_probability(t)):
-        return None
-    return table
-
-
-def is_masked_diffusion(process: ForwardProcess | None) -> bool:
-    """Return whether a state is either the clean token or the mask, at all times."""
-    if process is None or process.vocabulary.num_levels != 1:
-        return False
-    vocabulary: Vocabulary = process.vocabulary
-    times = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-    certain = torch.full((len(times), vocabulary.num_tokens), -torch.inf, dtype=torch.float64)
-    certain[:, 0] = 0.0
-    marginal = process.log_marginal(certain, times).exp()
-    # All other tokens have probability 0, exactly.
-    return not bool(marginal[:, 1 : vocabulary.num_tokens].any())

@@ -1,7 +1,7 @@
 """Simple replacements of pydantic classes in the source of a saved model.
 
 The settings of a saved model were checked when its recipe was resolved. The program that loads the
-model therefore needs only their values, and not the package pydantic.
+model therefore needs only their names and values, and not the package pydantic.
 """
 
 from __future__ import annotations
@@ -10,14 +10,27 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ddiff.errors import ArgumentError, suggest
+
 _VALUE_TYPE = re.compile(r"dict\[str, (\w+)\]")
 
 
 class ComponentConfig:
-    """Settings as attributes. Class attributes are the defaults."""
+    """Settings as attributes. Class attributes are the defaults.
+
+    Raises ArgumentError for unknown settings: those of a sampler are arguments of `generate`.
+    """
 
     def __init__(self, **settings: Any) -> None:
+        known: dict[str, None] = {}
+        for each in reversed(type(self).__mro__):
+            known |= dict.fromkeys(vars(each).get("__annotations__", {}))
         for name, value in settings.items():
+            if name not in known:
+                raise ArgumentError(
+                    f"{name} is no setting of {type(self).__qualname__}, which has "
+                    f"{', '.join(known) or 'none'}.{suggest(name, known)}"
+                )
             vars(self)[name] = self._build_tables(name, value)
 
     def _build_tables(self, name: str, value: Any) -> Any:
