@@ -469,7 +469,7 @@ class ForwardProcess(ABC):
     def end_needs_network(self, t: Tensor) -> Tensor:
         """Return bool in the shape of t: whether the end terms at time t need a prediction.
 
-        The end terms are `decode_nll` and `closing_kl`. All tokens need one.
+        The end terms are `decode_nll` and `closing_kl`. By default, every position needs one.
         """
         return torch.ones_like(t, dtype=torch.bool)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 from functools import reduce
 from pathlib import Path
 
+import ddiff.testing
 from ddiff.testing.report import Law
 
 ROOT = Path(__file__).parents[2]
-LAW_MODULES = (
-    "chain|clock|bound|bound_terms|derived_formulas|draws|edge_cases|information|reverse_process"
-    "|sampler|schedule"
-)
+LAW_MODULES = "|".join(module.name for module in pkgutil.iter_modules(ddiff.testing.__path__))
 
 
 def read_page(name: str) -> str:
