@@ -78,9 +78,8 @@ def evaluate(
         of_texts = until is not None or data or split != "file" or clock != "recipe"
         if of_texts or protocol or published or program:
             raise ArgumentError(
-                "--generate evaluates samples, so it excludes --until, --data, --split, "
-                "--protocol, --published, --program and --clock. Remove --generate to evaluate a "
-                "text."
+                "--generate evaluates samples, and excludes --until, --data, --split, --protocol, "
+                "--published, --program and --clock. Remove --generate to evaluate a text."
             )
         launch_for_run(context, run_dir, processes)
         from ddiff.runs.generation import generate_and_evaluate
