@@ -26,7 +26,8 @@ WALL_CLOCK = ("seconds", "tokens_per_second")
 class StepRecord:
     """Loss, gradient norm and other figures of one training step.
 
-    `step` counts from 1, `seconds` is wall-clock time, and `metrics` maps names to (sum, count).
+    `step` counts from 1, `seconds` is the wall-clock time since the end of the step before, without
+    evaluations and samples, and `metrics` maps names to (sum, count).
     """
 
     step: int
@@ -131,7 +132,7 @@ def _read_lines(
     except OSError as error:
         raise CheckpointError(
             f"The metrics file {path} cannot be read ({error.strerror or error}). Restore the file "
-            "from a copy, or remove it and start over with --fresh."
+            "from a copy, or start over with `ddiff run` and --fresh."
         ) from error
     whole = 0
     while whole < len(lines) and _step_of(lines[whole]) == whole + 1:
@@ -140,7 +141,7 @@ def _read_lines(
         raise CheckpointError(
             f"{path} has valid lines for only the first {whole} of the {start} training steps "
             "of the checkpoint: the file was changed or removed after training wrote it. "
-            "Restore the file from a copy, or start over with --fresh."
+            "Restore the file from a copy, or start over with `ddiff run` and --fresh."
         )
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -359,3 +360,17 @@ def test_training_with_max_steps_and_resuming_gives_the_same_weights(tmp_path: P
     straight.fit()
     for name, value in weights(straight).items():
         assert torch.equal(weights(third)[name], value)
+
+
+def test_seconds_of_a_step_include_its_own_waiting_time(tmp_path: Path) -> None:
+    """Step results are read late, at the next report: the time must not move to other steps."""
+    waits = [0.0, 0.06, 0.0, 0.12, 0.03, 0.09]
+    at = rows_at(1)
+
+    def wait_and_read(step: int, micro: int) -> Rows:
+        time.sleep(waits[step])
+        return at(step, micro)
+
+    toy_trainer(tmp_path, steps=6, batch_at=wait_and_read, log_every=2).fit()
+    seconds = [line["seconds"] for line in lines(tmp_path)]
+    assert all(found >= wait for found, wait in zip(seconds, waits, strict=True))
