@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,23 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(
     optional = by_name(libraries.check_optional())["tensorboard"]
     assert optional.state == "note"
     assert optional.remedy == "pip install 'discrete-diffusion[tensorboard]'"
+
+
+def test_every_extra_of_users_is_reported_with_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = declared["optional-dependencies"]
+    lines = [f"{line}; extra == '{extra}'" for extra, group in extras.items() for line in group]
+    required = [*declared["dependencies"], *lines]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: required)
+    monkeypatch.setattr(libraries, "find_version", lambda name: None)
+    found = by_name(libraries.check_optional())
+    assert found.keys() == extras.keys() - {"dev"} | {"wandb", "chromium"}
+    assert libraries.EXTRA_USES.keys() == extras.keys() - {"dev"}
+    assert "not installed: peft; needed only for LoRA adapters" in found["lora"].meaning
+    assert found["8bit"].remedy == "pip install 'discrete-diffusion[8bit]'"
+    assert "mkdocs, mkdocs-material, mkdocstrings" in found["docs"].meaning
+    page = (ROOT / "docs/runs.md").read_text()
+    assert f"| {', '.join(f'`{extra}`' for extra in libraries.EXTRA_USES)} | packages" in page
 
 
 def test_other_project_with_the_same_name_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,19 @@ OLDEST_TORCH = (2, 9)
 PROBE_SECONDS = 240.0  # importing torch takes two seconds, and much longer from a network disk
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")  # of the drivers of NVIDIA and AMD
 COMPILERS = ("g++", "clang++", "c++")
+DEVELOPMENT = "dev"
+"""Extra of the packages that only the development of ddiff needs."""
+
+EXTRA_USES = {
+    "tensorboard": '[tracker] kind = "tensorboard"',
+    "lm-eval": "the tasks of lm-evaluation-harness",
+    "lora": "LoRA adapters, [denoiser] lora",
+    "gguf": "models in GGUF files",
+    "8bit": '[train] optimizer = "adamw_8bit"',
+    "serve": "ddiff serve",
+    "docs": "building the pages of the documentation",
+}
+"""Use of each extra of pyproject.toml."""
 
 
 def check_installation() -> Iterator[Finding]:
@@ -61,16 +74,37 @@ def find_version(distribution: str) -> str | None:
 
 def _list_required() -> list[str]:
     """Return the names of the distributions that ddiff requires, without optional ones."""
+    requirements = _read_requirements()
+    if not requirements:  # a source folder on the path
+        return ["torch", "numpy", "transformers", "datasets"]
+    return [name for name, extra in requirements if extra is None]
+
+
+def list_extras() -> dict[str, list[str]]:
+    """Return the extras of ddiff for its users, with the names of their distributions."""
+    extras: dict[str, list[str]] = {}
+    for name, extra in _read_requirements():
+        if extra is not None and extra != DEVELOPMENT:
+            extras.setdefault(extra, []).append(name)
+    return extras
+
+
+def _read_requirements() -> list[tuple[str, str | None]]:
+    """Return the name of each required distribution, and the extra that needs it, or None.
+
+    The result is empty if ddiff is not installed, but a source folder on the path.
+    """
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:  # a source folder on the path
-        return ["torch", "numpy", "transformers", "datasets"]
-    names = []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found: list[tuple[str, str | None]] = []
     for line in lines:
         name = re.match(r"[\w.-]+", line)
-        if name is not None and "extra ==" not in line:
-            names.append(name[0])
-    return names
+        extra = re.search(r"extra == ['\"]([\w.-]+)['\"]", line)
+        if name is not None:
+            found.append((name[0], None if extra is None else extra[1]))
+    return found
 
 
 # ---------------------------------------------------------------------- torch
@@ -276,22 +310,8 @@ def check_plugins() -> Iterator[Finding]:
 def check_optional() -> Iterator[Finding]:
     """Report the optional packages and programs, and what does not work without them."""
     yield _judge_wandb()
-    for name, extra, use in (
-        ("tensorboard", "tensorboard", '[tracker] kind = "tensorboard"'),
-        ("lm_eval", "lm-eval", "the tasks of lm-evaluation-harness"),
-        ("starlette", "serve", "ddiff serve"),
-        ("uvicorn", "serve", "ddiff serve"),
-    ):
-        version = find_version(name)
-        if version is not None:
-            yield Finding(name, "ok", f"{version}, for {use}")
-            continue
-        yield Finding(
-            name,
-            "note",
-            f"not installed; needed only for {use}",
-            f"pip install '{DISTRIBUTION}[{extra}]'",
-        )
+    for extra, packages in list_extras().items():
+        yield _judge_extra(extra, packages)
     programs = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     if programs:
         yield Finding(
@@ -302,6 +322,18 @@ def check_optional() -> Iterator[Finding]:
         )
     else:
         yield Finding("chromium", "ok", "found, for the tests of the report page")
+
+
+def _judge_extra(extra: str, packages: Sequence[str]) -> Finding:
+    """Report whether the packages of an extra of ddiff are installed."""
+    use = EXTRA_USES.get(extra, f"the extra {extra}")
+    versions = {name: find_version(name) for name in packages}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        meaning = f"not installed: {', '.join(missing)}; needed only for {use}"
+        return Finding(extra, "note", meaning, f"pip install '{DISTRIBUTION}[{extra}]'")
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding(extra, "ok", f"{found}, for {use}")
 
 
 def _judge_wandb() -> Finding:
