@@ -141,6 +141,12 @@ _OVERFLOW_TEXTS = (
 _NO_THREADS_TEXTS = ("can't start new thread",)
 
 
+def end_sentence(text: str) -> str:
+    """Return a text with one end mark, such as the message of another library."""
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def explain_error(error: BaseException) -> str | None:
     """Return one paragraph that explains an error of the user, or None for any other error.
 

@@ -20,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ddiff.data.tokenizer import PretrainedTokenizer, Tokenizer
-from ddiff.errors import DataError, explain_error
+from ddiff.errors import DataError, end_sentence, explain_error
 
 ASSISTANT = "assistant"
 ROLES = ("system", "user", ASSISTANT, "tool")
@@ -66,8 +66,8 @@ class ChatTemplate:
         except (TemplateError, TypeError, KeyError) as error:
             raise DataError(
                 f"{self.name} refuses a conversation with the roles "
-                f"{[message['role'] for message in messages]}: {error}. Change the conversations, "
-                "or choose another template."
+                f"{[message['role'] for message in messages]}: {end_sentence(str(error))} Change "
+                "the conversations, or choose another template."
             ) from error
 
     @cached_property
@@ -82,8 +82,8 @@ class ChatTemplate:
             return environment.from_string(self.source)
         except TemplateError as error:
             raise DataError(
-                f"{self.name} is not a Jinja template: {error}. Correct the template, or choose "
-                "another one."
+                f"{self.name} is not a Jinja template: {end_sentence(str(error))} Correct the "
+                "template, or choose another one."
             ) from error
 
 
@@ -114,8 +114,9 @@ def read_template(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"template: {path} cannot be read as a UTF-8 file with a Jinja template "
-            f'({explain_error(error)}). Name a file, or set template = "default".'
+            f"template: {path} cannot be read as a UTF-8 file with a Jinja template: "
+            f"{end_sentence(explain_error(error) or str(error))} Name a file, or set template = "
+            '"default".'
         ) from error
 
 

@@ -68,7 +68,7 @@ def read_conversations(
     corpus = _read(paths, fields, cache)
     if validation_paths:
         return Documents(corpus, _read(validation_paths, fields, cache))
-    return split_documents(corpus, held_out, "by conversation")
+    return split_documents(corpus, held_out, "", "conversation(s)")
 
 
 def conversation_table(conversations: Sequence[Sequence[Mapping[str, str]]]) -> Dataset:
@@ -140,6 +140,7 @@ def _read(paths: Sequence[str], fields: ConversationFields, cache: Cache | None)
         kind="conversations",
         settings={"fields": asdict(fields)},
         cache=cache,
+        content="conversation",
     )
 
 

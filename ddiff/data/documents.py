@@ -164,11 +164,13 @@ def read_text_files(
     return split_documents(corpus, held_out, f"by {split}")
 
 
-def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
+def split_documents(
+    corpus: Dataset, held_out: float, kind: str, items: str = "document(s)"
+) -> Documents:
     """Hold out a fraction `held_out` of the documents, chosen by the hash of the text.
 
-    `kind` names the unit of a document in error messages ("by line"). Raises DataError if the
-    training or the validation part is empty.
+    `items` and `kind` name the documents in error messages: "document(s)" "by line". Raises
+    DataError if the training or the validation part is empty.
     """
     train: list[int] = []
     validation: list[int] = []
@@ -176,10 +178,11 @@ def split_documents(corpus: Dataset, held_out: float, kind: str) -> Documents:
         part = validation if hash_to_unit(text.encode()) < held_out else train
         part.append(number)
     if not train or not validation:
+        counted = " ".join([str(len(corpus)), items, kind]).strip()
         raise DataError(
-            f"{len(corpus)} document(s) {kind} cannot be divided with held_out = {held_out}: "
-            f"{len(train)} for training and {len(validation)} for validation. Name validation "
-            f"files, or choose {_FEWER_PER_DOCUMENT.get(kind, '')}another held_out."
+            f"{counted} cannot be divided with held_out = {held_out}: {len(train)} for training "
+            f"and {len(validation)} for validation. Name validation files, or choose "
+            f"{_FEWER_PER_DOCUMENT.get(kind, '')}another held_out."
         )
     return Documents(corpus.select(train), corpus.select(validation))
 
@@ -241,6 +244,7 @@ def read_corpus(
     kind: str,
     settings: Mapping[str, Any],
     cache: Cache | None,
+    content: str = "text",
 ) -> Dataset:
     """Read the table of documents in files, memory-mapped from `cache`, or in memory without one.
 
@@ -251,6 +255,7 @@ def read_corpus(
         kind: kind of the cache entry.
         settings: further inputs of the cache entry, on which the batches depend.
         cache: cache of the table; None: the result is in memory.
+        content: name of the content of the files in the message about empty files.
 
     Raises DataError if the files have no document.
     """
@@ -262,18 +267,18 @@ def read_corpus(
     corpus = load_or_build_table(
         schema, make_batches, kind=kind, make_inputs=make_inputs, cache=cache
     )
-    _check_not_empty(corpus, paths)
+    _check_not_empty(corpus, paths, content)
     return corpus
 
 
-def _check_not_empty(corpus: Dataset, paths: Sequence[str]) -> None:
+def _check_not_empty(corpus: Dataset, paths: Sequence[str], content: str) -> None:
     """Raise DataError if no document was read from `paths`."""
     if not len(corpus):
         listed = ", ".join(printable(path) for path in paths[:5])
         if len(paths) > 5:
             listed += ", ..."
         raise DataError(
-            f"The corpus is empty: {listed} holds no text. Name files that contain text."
+            f"The corpus is empty: {listed} holds no {content}. Name files that contain {content}."
         )
 
 

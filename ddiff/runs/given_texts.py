@@ -134,8 +134,10 @@ def read_given_texts(run: Run, options: EvaluationOptions) -> GivenTexts:
     else:
         given = _read_files(run, options)
     if not any(given.texts):
+        content = "conversation or text" if (run.run_dir / CHAT).is_file() else "text"
         raise DataError(
-            f"ddiff eval --data: {', '.join(options.data)} contain no text. Name files with text."
+            f"ddiff eval --data: there is no {content} in {', '.join(options.data)}. Name other "
+            "files."
         )
     return given
 

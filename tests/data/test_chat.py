@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ddiff.data.chat import (
     ChatSettings,
     read_answer,
 )
-from ddiff.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, find_template
+from ddiff.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, find_template, read_template
 from ddiff.data.conversations import ConversationFields, conversation_table, read_conversations
 from ddiff.data.documents import Documents
 from ddiff.data.number_questions import make_number_questions
@@ -381,3 +382,34 @@ def test_number_questions_are_distinct_and_correct() -> None:
         assert answer.startswith(f"assistant: {winner} is")
     with pytest.raises(ArgumentError, match="give 180 questions"):
         make_number_questions(180, 1, largest=10)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_file_is_refused_as_one_without_conversations(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"holds no conversation\. Name files that contain conv"):
+        read_conversations([str(path)])
+
+
+def test_few_conversations_that_cannot_be_divided_are_called_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(DataError, match=r"^1 conversation\(s\) cannot be divided"):
+        read_conversations([str(path)])
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ raise_exception('Roles must alternate!') }}", "{{ messages | unknown }}"],
+)
+def test_messages_about_templates_have_single_end_marks(template: str) -> None:
+    with pytest.raises(DataError) as caught:
+        ChatTemplate(template, {}).render(say("a", "b"))
+    assert not re.search(r"[.!?:]\s*[.!?]", str(caught.value))
+
+
+def test_message_about_an_unreadable_template_has_single_end_marks(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Name a file") as caught:
+        read_template(str(tmp_path / "nowhere.jinja"))
+    assert not re.search(r"\.\W*\. ", str(caught.value))

@@ -181,7 +181,7 @@ def test_until_adds_draws_until_the_interval_is_narrow(run_dir: Path, ddiff: Com
     ("options", "expected"),
     [
         (("--data", "missing.txt"), "missing.txt"),
-        (("--data", "empty.txt"), "contain no text"),
+        (("--data", "empty.txt"), "there is no text in empty.txt"),
         (("--data", "tiny.toml", "--data", "a.txt"), "one recipe"),
         (("--protocol", "ptb"), "--data"),
         (("--published",), "--data"),
