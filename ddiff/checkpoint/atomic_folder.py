@@ -261,8 +261,8 @@ class AtomicFolder:
             writer = "an older" if found < FORMAT else "a newer"
             raise CheckpointError(
                 f"{path} has format {found}; this ddiff reads only format {FORMAT}: the checkpoint "
-                f"was written by {writer} version of ddiff. Resume with that version, or start "
-                "over with --fresh."
+                f"was written by {writer} version of ddiff. Use that version, or start over with "
+                "`ddiff run` and --fresh."
             )
         files = marker.get("files")
         if not isinstance(files, dict) or not files:

@@ -425,11 +425,11 @@ class Checkpoints:
         if earlier:
             return (
                 f"Delete the directory {folder} to resume from step {earlier[-1]}, or start over "
-                "with --fresh."
+                "with `ddiff run` and --fresh."
             )
         return (
             f"No earlier checkpoint is left: restore {folder} from a copy, or start over with "
-            "--fresh."
+            "`ddiff run` and --fresh."
         )
 
     def _folder_names(self) -> list[str]:

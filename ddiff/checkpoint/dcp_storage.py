@@ -190,7 +190,7 @@ def _wrong_manifest(path: str, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a manifest that ddiff wrote: {what}. No tensor was read. Restore the "
         "checkpoint from a copy, delete its directory to resume from an earlier checkpoint, or "
-        "start over with --fresh."
+        "start over with `ddiff run` and --fresh."
     )
 
 

@@ -37,8 +37,8 @@ def check_overwriting(contents: Contents, *, warn: bool = False) -> None:
     if warn and contents.foreign:
         print(
             f"{contents.directory} already contains {format_names(contents.foreign)}, which ddiff "
-            "did not write. The run is written to the same directory, and --fresh will refuse to "
-            "empty the directory.",
+            "did not write. The run is written to the same directory, and `ddiff run` with --fresh "
+            "will refuse to empty the directory.",
             file=sys.stderr,
         )
 

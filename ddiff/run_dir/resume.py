@@ -57,7 +57,7 @@ def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
             f"{directory} is a run of {old} steps (train.steps: was {old}, is {new}). To resume, "
             f"set train.steps >= {old}. To use its newest checkpoint, call "
             f"`ddiff eval {directory}`, `ddiff sample {directory}` or "
-            f'ddiff.load("{directory}"). To start over, use --fresh.'
+            f'ddiff.load("{directory}"). To start over, use `ddiff run` with --fresh.'
         )
     lines = "\n".join(f"  {key}: was {old!r}, is {new!r}" for key, old, new in changed)
     tables = {key.split(".")[0] for key, _, _ in changed}
@@ -70,7 +70,7 @@ def _explain_changes(directory: Path, changed: Sequence[Change]) -> str:
     else:
         remedy = (
             "Give the new run another name (--set name=...), or delete the trained run and start "
-            "over with --fresh. On resuming, train.steps may grow, and [backend] and "
-            f"{', '.join(FREE_KEYS[1:])} may change."
+            "over with `ddiff run` and --fresh. On resuming, train.steps may grow, and [backend] "
+            f"and {', '.join(FREE_KEYS[1:])} may change."
         )
     return f"{directory} was made with another recipe. Changed keys:\n{lines}\n{remedy}"

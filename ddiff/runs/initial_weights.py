@@ -85,6 +85,20 @@ def _has_head(record: Mapping[str, Any]) -> bool:
     return "head.table" in (*record["whole"], *record["by_word"])
 
 
+def explain_base(recipe: Recipe) -> str:
+    """Return sentences about the place of the base of trained adapters, and a way to need none."""
+    init = recipe.train.init
+    if init is not None and init.run is not None:
+        place = f"the run {init.run} ([train] init), here {Path(init.run).resolve()}"
+    else:
+        place = f"the pretrained model {recipe.denoiser.to_dict().get('path')} ([denoiser] path)"
+    return (
+        f"The base of the adapters in {recipe.run_dir} is expected in {place}. Restore it there. "
+        f"With its base, `ddiff export {recipe.run_dir} DIR --merged` writes a run that needs no "
+        "base."
+    )
+
+
 def start_pretrained_head(denoiser: Denoiser) -> None:
     """Start the head with the output matrix of a pretrained backbone, if it has one."""
     output = denoiser.backbone.pretrained_output()

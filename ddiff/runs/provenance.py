@@ -16,6 +16,7 @@ from ddiff.run_dir.identity import (
 )
 from ddiff.runs.build import Model, Overrides
 from ddiff.runs.data import RunData
+from ddiff.runs.initial_weights import explain_base
 from ddiff.runs.noising import sample_noising
 
 BASE = "base weights"
@@ -54,8 +55,7 @@ def check_checkpoint(
             run_dir,
             checkpoint.state,
             components,
-            f"The adapters of {run_dir} were trained with other base weights. Restore these: the "
-            "run in [train] init, or the model in [denoiser] path.",
+            f"The adapters were trained with other base weights. {explain_base(data.recipe)}",
             [BASE],
         )
     # the data are not compared, because a run must be loadable without its data

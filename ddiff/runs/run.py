@@ -53,6 +53,7 @@ from ddiff.runs.evaluation import (
 )
 from ddiff.runs.exact import score_chain_rule
 from ddiff.runs.initial_weights import (
+    explain_base,
     load_base,
     load_initial_weights,
     start_from_cooccurrence,
@@ -550,6 +551,9 @@ class Run(TrainableRun):
 
     def given(self) -> dict[str, str]:
         return self.overrides.to_dict()
+
+    def advise_on_differences(self) -> str:
+        return "" if self.denoiser.adapters is None else explain_base(self.recipe)
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
         check_checkpoint(checkpoint, self.data, self.model, self.overrides)

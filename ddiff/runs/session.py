@@ -223,6 +223,7 @@ class TrainingSession(Generic[R]):
                 "given": self.run.given(),
                 "noising": self.run.noising(),
             },
+            advice=self.run.advise_on_differences(),
         )
 
     def build_tracker(self) -> Tracker:

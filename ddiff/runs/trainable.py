@@ -175,6 +175,13 @@ class TrainableRun(ABC):
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError if a checkpoint was trained with other components."""
 
+    def advise_on_differences(self) -> str:
+        """Return sentences for the message that a checkpoint has other components.
+
+        The default is none.
+        """
+        return ""
+
     @abstractmethod
     def save_components(self, directory: Path) -> None:
         """Write the components that `ddiff.load` reads to the run directory."""

@@ -131,8 +131,10 @@ class Provenance:
             resumes only with equal fingerprints.
         made_with: recipe of the run, and components that were given as Python objects (see
             ddiff.run_dir.identity).
+        advice: further sentences of the message that a run cannot resume.
     """
 
     origins: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     made_with: Mapping[str, Any] = field(default_factory=dict)
+    advice: str = ""

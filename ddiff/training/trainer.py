@@ -69,12 +69,14 @@ class _PendingStep:
     """Step that was launched on the device, and whose results the host has not read yet.
 
     `figures` is a tensor [k,2]. Its rows are (gradient norm, tokens), (SIGINT count, SIGTERM
-    count), (loss, 0), and (sum, count) of each metric in `names`.
+    count), (loss, 0), and (sum, count) of each metric in `names`. `launched` is the time at which
+    the launch returned. On a CPU, the step has then been computed.
     """
 
     figures: Tensor
     names: Sequence[str]
     multiplier: float
+    launched: float
     arrived: torch.cuda.Event | None = None  # recorded after the copy of the figures, on a GPU
 
 
@@ -183,14 +185,13 @@ class Trainer:
             raise ArgumentError(
                 f"Trainer: steps must be at least {start.step}, the step of the checkpoint "
                 f"{start.path}; got {self.settings.steps}. Set more steps, or start over with "
-                "--fresh."
+                "`ddiff run` and --fresh."
             )
-        check_fingerprints(
-            start.path,
-            start.state,
-            self.provenance.fingerprints,
-            "Restore the data and settings of the run, or start over with --fresh.",
+        remedy = (
+            "Restore the data and settings of the run, or start over with `ddiff run` and --fresh. "
+            f"{self.provenance.advice}"
         )
+        check_fingerprints(start.path, start.state, self.provenance.fingerprints, remedy.strip())
         check_metrics(self.run_dir, start.step)
 
     # ------------------------------------------------------------------ one step
@@ -228,7 +229,7 @@ class Trainer:
             arrived = torch.cuda.Event()
             arrived.record()
         names = list(totals)[2:]  # after signals and loss
-        return _PendingStep(figures, names, multiplier, arrived)
+        return _PendingStep(figures, names, multiplier, time.monotonic(), arrived)
 
     def _seed_rank(self, step: int) -> None:
         """Seed torch's generator from seed, rank and step, on every rank except rank 0.
@@ -357,7 +358,7 @@ class _Loop:
         self.pending: deque[_PendingStep] = deque()
         self.tokens = 0.0
         self.began = time.monotonic()
-        self.last_read = self.began  # time of the last call of `_read`
+        self.last_end = self.began  # end of the last step, or of a later evaluation or sample
 
     def run(self) -> None:
         console = None if self.backend.rank == 0 else Console(quiet=True, force_terminal=False)
@@ -443,23 +444,25 @@ class _Loop:
 
         This is the only place where the host waits for the device.
         """
+        # On a CPU, the step ended when its launch returned. It may be read much later.
+        ended = pending.launched
         if pending.arrived:
             pending.arrived.synchronize()
+            ended = time.monotonic()
         (grad_norm, items), signals, (loss, _), *pairs = pending.figures.tolist()
         self.state.count_step(math.isfinite(loss) and math.isfinite(grad_norm))
         self.signal = StopSignals.from_counts(signals) or self.signal
-        now = time.monotonic()
         record = StepRecord(
             step=self.state.step,
             loss=loss,
             grad_norm=grad_norm,
             lr_multiplier=pending.multiplier,
             tokens=items,
-            seconds=now - self.last_read,
+            seconds=ended - self.last_end,
             skipped_steps=self.state.skipped_steps,
             metrics=dict(zip(pending.names, map(tuple, pairs))),
         )
-        self.last_read = now
+        self.last_end = ended
         self.state.window.append(record)
         return record
 
@@ -507,7 +510,7 @@ class _Loop:
         if self.backend.rank == 0 and figures:
             self.trainer.tracker.log(self.state.step, figures)
         bar.note(f"step {self.state.step}: {sentence}")
-        self.last_read = time.monotonic()  # tokens per second exclude the evaluation
+        self.last_end = time.monotonic()  # tokens per second exclude the evaluation
         return figures
 
     def _draw_preview(self, bar: Progress) -> None:
@@ -526,7 +529,7 @@ class _Loop:
         # The sample replaces the one before it. An error must stay on the screen.
         display = bar.show if record else bar.note
         display(f"step {self.state.step}: {sentence}")
-        self.last_read = time.monotonic()  # tokens per second exclude the sample
+        self.last_end = time.monotonic()  # tokens per second exclude the sample
 
     @contextmanager
     def _use_weights(self, of_average: bool) -> Iterator[None]:
@@ -571,7 +574,7 @@ class _Loop:
             self._shown_references = {}
             if read is not None and self.backend.rank == 0:
                 self._shown_references = read()
-            self.last_read = time.monotonic()  # tokens per second exclude the computation
+            self.last_end = time.monotonic()  # tokens per second exclude the computation
         return self._shown_references
 
     def _too_many_skipped(self, record: StepRecord) -> str:

@@ -242,6 +242,8 @@ def test_adapters_of_another_base_are_refused_and_nothing_is_written(
     code, _, err = ddiff(*arguments)
     assert code != 0
     assert "base weights: was" in err
+    assert f"here {Path('runs/chat').resolve()}" in err.replace("\n", "")
+    assert "`ddiff export runs/lora DIR --merged` writes a run" in " ".join(err.split())
     assert "Traceback" not in err
     assert list_files("runs/lora") == before
     assert not Path("runs/wrong").exists()
@@ -251,8 +253,10 @@ def test_adapters_of_another_base_are_refused_and_nothing_is_written(
 def test_missing_base_is_named(lora: Run) -> None:
     shutil.move("runs/chat", "runs/kept")
     try:
-        with pytest.raises(CheckpointError, match="runs/chat is not a trained run"):
+        with pytest.raises(CheckpointError, match="runs/chat is not a trained run") as caught:
             api.load("runs/lora")
+        assert f"here {Path('runs/chat').resolve()}" in str(caught.value)
+        assert "`ddiff export runs/lora DIR --merged`" in str(caught.value)
     finally:
         shutil.move("runs/kept", "runs/chat")
 
