@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,7 +63,8 @@ def import_checkpoint(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Text of this check, in the language of the model; by default a bundled novel.",
+            help="Text of this check, in the language of the model; by default a bundled novel. "
+            "With this option, the check is always made.",
         ),
     ] = None,
 ) -> None:
@@ -117,7 +118,7 @@ def _print_import(imported: ImportedRun) -> None:
     for note in origin.notes:
         typer.echo(f"  {note}")
     typer.echo("Next:")
-    typer.echo(f"  ddiff sample {imported.directory} --count 4")
+    typer.echo(f"  ddiff sample {imported.directory} {imported.sample_options}")
     evaluate = f"  ddiff eval {imported.directory}"
     typer.echo(f"{evaluate}              # on the data set of its recipe.toml")
     typer.echo(f"{evaluate} --data FILE  # on your text")
@@ -231,7 +232,7 @@ def _save(run_dir: Path, folder: str, weights: Weights) -> None:
         f"{folder}: the {saved.weights} weights of step {saved.step} of {run_dir}, as a model of "
         "transformers"
     )
-    _print_files(saved.files)
+    _print_files(saved.files, saved.local_paths)
 
 
 def _push(
@@ -256,13 +257,19 @@ def _push(
     pushed = _load(run_dir, weights).push_to_hub(name, private=not public, dry_run=dry_run)
     done = "would be uploaded (dry run)" if pushed.url is None else f"are at {pushed.url}"
     typer.echo(f"{name}: the {pushed.weights} weights of step {pushed.step} of {run_dir} {done}")
-    _print_files(pushed.files)
+    _print_files(pushed.files, pushed.local_paths)
 
 
-def _print_files(files: Mapping[str, int]) -> None:
+def _print_files(files: Mapping[str, int], local_paths: Sequence[str]) -> None:
+    """Print the files of a saved model, and the keys of its recipe with paths of this machine."""
     width = max(len(name) for name in files)
     for name, size in files.items():
         typer.echo(f"  {name:{width}}  {size:>13,} bytes")
+    if local_paths:
+        typer.echo(
+            f"  The saved recipe has paths of this machine: {', '.join(local_paths)}. Read run/ "
+            "before you publish it."
+        )
 
 
 def _export_adapters(

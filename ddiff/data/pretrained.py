@@ -10,7 +10,8 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +56,8 @@ def load_pretrained(
     elif (file := _find_gguf(Path(source))) is not None:
         options["gguf_file"] = file
     try:
-        loaded = load(source, trust_remote_code=False, local_files_only=is_local, **options)
+        with _hide_unnamed_types():
+            loaded = load(source, trust_remote_code=False, local_files_only=is_local, **options)
     except DdiffError:
         raise
     except Exception as error:  # each file format has different error classes
@@ -63,6 +65,26 @@ def load_pretrained(
     if what == "model":
         _warn_of_custom_code(loaded, shown)
     return loaded
+
+
+@contextmanager
+def _hide_unnamed_types() -> Iterator[None]:
+    """Context manager that hides a warning of transformers about a model type without a name.
+
+    To choose the class of a tokenizer, the library reads the configuration of a model. If it does
+    not know the type of the model, it uses a base class, whose type is "", and warns that the types
+    differ. The tokenizer does not depend on it.
+    """
+    logger = logging.getLogger("transformers.configuration_utils")
+    logger.addFilter(_has_named_type)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_has_named_type)
+
+
+def _has_named_type(record: logging.LogRecord) -> bool:
+    return "to instantiate a model of type ``" not in record.getMessage()
 
 
 def _find_package(source: str, what: str) -> str:

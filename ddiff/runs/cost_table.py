@@ -40,6 +40,8 @@ def print_measurement(measured: Measurement) -> None:
         f"{recipe.name}, one of {plural(ranks, 'process', 'processes')}, on {measured.device}, "
         f"{rows} of {recipe.length} tokens a step"
     ]
+    if measured.items != "tokens":
+        heading.append(f"Figures per token count the {measured.items}, and not other positions.")
     if measured.stand_in:
         heading.append(f"Random tokens replace the text of the recipe: {measured.stand_in}")
     print_cost(
@@ -108,7 +110,7 @@ def _timed_rows(measured: Measurement) -> list[Row]:
         per_step += (
             f" x {ranks} processes = {pace.tokens_per_second * ranks:,.0f} without communication"
         )
-    tokens = keys.steps * keys.batch * recipe.length
+    positions = keys.steps * keys.batch * recipe.length
     processes = plural(ranks, "process", "processes")
     return [
         ("tokens/s", f"{pace.tokens_per_second:,.0f}", per_step),
@@ -116,7 +118,7 @@ def _timed_rows(measured: Measurement) -> list[Row]:
         (
             "ETA",
             format_duration(pace.step_seconds * keys.steps),
-            f"for {keys.steps:,} steps, {format_count(tokens)} tokens, with {processes}",
+            f"for {keys.steps:,} steps, {format_count(positions)} positions, with {processes}",
         ),
         (
             "checkpoint",

@@ -188,6 +188,11 @@ class RunData:
         """True if the documents are conversations, of which only answers are scored."""
         return isinstance(self.documents, ChatCorpus)
 
+    @property
+    def counted_items(self) -> str:
+        """Name of the items that are scored and counted, for messages."""
+        return "tokens of answers" if self.is_chat else "tokens"
+
     def first_prompts(self, count: int) -> list[list[Message]]:
         """Return `count` validation conversations up to their last answer, in order.
 

@@ -48,7 +48,7 @@ from ddiff.runs.masked_predictions import MaskedPredictions, check_masked_predic
 from ddiff.runs.provenance import component_fingerprints
 from ddiff.runs.record import record_run, write_run_file
 from ddiff.runs.run import Run
-from ddiff.runs.text_stages import load_run
+from ddiff.runs.text_stages import load_run, suggest_options
 from ddiff.training.run_state import RunState
 
 KIND = "layout"
@@ -73,6 +73,7 @@ class ImportedRun:
         num_tokens: number of tokens.
         length: number of tokens in a row.
         predictions: result of the check of predictions; None if it was left out.
+        sample_options: options of a first `ddiff sample`.
     """
 
     directory: Path
@@ -82,6 +83,7 @@ class ImportedRun:
     num_tokens: int
     length: int
     predictions: MaskedPredictions | None = None
+    sample_options: str = "--count 4"
 
 
 def import_published(
@@ -111,7 +113,7 @@ def import_published(
         settings: `key=value` texts that override keys of the recipe, as `--set` does.
         fresh: replace an existing run in the directory.
         check: refuse a model that predicts masked tokens no better than a constant guess
-            (`check_masked_predictions`); None: if the layout asks for it.
+            (`check_masked_predictions`); None: if the layout asks for it, or with `check_text`.
         check_text: text of this check; None: the beginning of a bundled novel.
 
     Raises DataError if the files are damaged, unknown or incomplete, and CheckpointError if the
@@ -121,13 +123,9 @@ def import_published(
     _check_directory(directory, fresh)
     location = locate(source)
     if is_saved_model(location.directory):
-        _refuse_choices(layout, tokenizer)
-        if check:
-            raise ArgumentError(
-                "--check: a model that ddiff saved is imported without the check of predictions. "
-                "Leave out --check; in Python, call ddiff.check_masked_predictions with the run."
-            )
+        _refuse_choices(layout, tokenizer, check, check_text)
         return import_saved(location, directory, list(settings), fresh)
+    check = _is_check_given(check, check_text)
     files = open_published(location)
     chosen = _choose_layout(files, layout)
     imported = _read_model(chosen.build(), files)
@@ -178,14 +176,44 @@ def _describe_origin(
 # ---------------------------------------------------------------------- saved models
 
 
-def _refuse_choices(layout: str | Mapping[str, Any] | None, tokenizer: str | None) -> None:
+def _refuse_choices(
+    layout: str | Mapping[str, Any] | None,
+    tokenizer: str | None,
+    check: bool | None,
+    check_text: str | None,
+) -> None:
     """Raise ArgumentError for options that a model saved by ddiff determines."""
+    _refuse_check(check, check_text)
     for option, value in (("--layout", layout), ("--tokenizer", tokenizer)):
         if value is not None:
             raise ArgumentError(
                 f"{option} {value}: ddiff saved this model with its layout and its tokenizer. "
                 f"Leave {option} out."
             )
+
+
+def _refuse_check(check: bool | None, text: str | None) -> None:
+    """Raise ArgumentError if the check of predictions is requested for a model saved by ddiff."""
+    option = "--check-text" if text is not None else "--check"
+    if check or text is not None:
+        raise ArgumentError(
+            f"{option}: a model that ddiff saved is imported without the check of predictions, "
+            f"since its record has the mask and the shift. Leave out {option}; in Python, call "
+            "ddiff.check_masked_predictions with the run."
+        )
+
+
+def _is_check_given(check: bool | None, text: str | None) -> bool | None:
+    """Return `check`, or True if only the text of the check is given.
+
+    Raises ArgumentError for the text of a check that is left out.
+    """
+    if check is False and text is not None:
+        raise ArgumentError(
+            "--check-text is the text of the check that --unchecked leaves out. Leave out one of "
+            "these options."
+        )
+    return True if text is not None else check
 
 
 def import_saved(
@@ -204,6 +232,7 @@ def import_saved(
         process=str(run.process or type(run.objective).__name__),
         num_tokens=run.vocabulary.num_tokens,
         length=recipe.length,
+        sample_options=suggest_options(directory, ImportedRun.sample_options),
     )
 
 
@@ -497,9 +526,9 @@ def _check_predictions(
     if found.problem is None:
         return found
     table: dict[str, Any] = {"kind": layout.component.name}
-    if found.better_shift is not None:
-        table["shift"] = found.better_shift < 0
-    elif found.better_mask is not None:
+    if found.needed_shift is not None:
+        table["shift"] = found.needed_shift
+    elif found.better_mask is not None and found.better_shift is None:
         table["mask_token"] = found.mask_ids[found.better_mask]
     remedy = ""
     if table.keys() <= {"kind", *layout.component.config_class().model_fields} and len(table) > 1:

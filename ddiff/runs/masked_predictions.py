@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,7 @@ class MaskedPredictions:
             the position after.
         masks: accuracy with the embedding of another token as mask, by the text of the token.
         mask_ids: ids of the tokens in `masks`.
+        shift: value of [denoiser] shift of the run; None if its backbone has no such key.
     """
 
     accuracy: float
@@ -58,6 +59,7 @@ class MaskedPredictions:
     shifted: Mapping[int, float] = field(default_factory=dict)
     masks: Mapping[str, float] = field(default_factory=dict)
     mask_ids: Mapping[str, int] = field(default_factory=dict)
+    shift: bool | None = None
 
     @property
     def better_shift(self) -> int | None:
@@ -66,6 +68,14 @@ class MaskedPredictions:
         if best is not None and self._is_better(self.shifted[best], self.accuracy):
             return best
         return None
+
+    @property
+    def needed_shift(self) -> bool | None:
+        """Other value of [denoiser] shift that reads the better output; None if no value does."""
+        if self.better_shift is None or self.shift is None:
+            return None
+        needed = self.better_shift < 0
+        return None if needed == self.shift else needed
 
     @property
     def better_mask(self) -> str | None:
@@ -89,8 +99,7 @@ class MaskedPredictions:
         if shift is not None:
             return (
                 f"{found} The output of the position {_PLACES[shift]} the masked token predicts "
-                f"{self.shifted[shift]:.0%}: the shift is wrong, and must be "
-                f"{'true' if shift < 0 else 'false'}."
+                f"{self.shifted[shift]:.0%}: {self._explain_shift()}"
             )
         if mask is not None:
             return (
@@ -105,6 +114,17 @@ class MaskedPredictions:
         return (
             f"{found} No other position or mask is better: {', '.join(others)}. The mask id, the "
             "tokenizer or the weights are wrong, or the text is unlike that of the training."
+        )
+
+    def _explain_shift(self) -> str:
+        """Return a clause about the key that must be changed, if another position is better."""
+        if self.needed_shift is not None:
+            return f"the shift is wrong, and must be {str(self.needed_shift).lower()}."
+        if self.shift is None:
+            return "its logits belong to another position, and its backbone has no key shift."
+        return (
+            "its logits belong to another position, although the shift is "
+            f"{str(self.shift).lower()} already. No value of shift reads this position."
         )
 
     def _is_better(self, accuracy: float, other: float) -> bool:
@@ -143,7 +163,11 @@ def check_masked_predictions(
     accuracy = accuracies.pop(0)
     counts = torch.bincount(ids)
     found = MaskedPredictions(
-        accuracy, float(counts.max() / len(ids)), len(rows), shifted=accuracies
+        accuracy,
+        float(counts.max() / len(ids)),
+        len(rows),
+        shifted=accuracies,
+        shift=run.recipe.denoiser.to_dict().get("shift"),
     )
     candidates = _list_masks(run, has_failed=found.problem is not None)
     masks = {}
@@ -151,9 +175,7 @@ def check_masked_predictions(
         with _ReplacedMask(run, number):
             states = run.denoiser.hidden_states(noisy, UNPADDED)
         masks[token] = _measure(run.denoiser, states[rows], truth)
-    return MaskedPredictions(
-        accuracy, found.unigram, found.count, shifted=accuracies, masks=masks, mask_ids=candidates
-    )
+    return replace(found, masks=masks, mask_ids=candidates)
 
 
 def load_paragraphs() -> str:

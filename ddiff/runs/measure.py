@@ -109,6 +109,7 @@ class Measurement:
     """Measured cost of a recipe.
 
     `stand_in`: reason why random tokens replaced the text; an empty string if the text was used.
+    `items`: name of the items that count as tokens, such as "tokens of answers".
     """
 
     recipe: Recipe
@@ -120,6 +121,7 @@ class Measurement:
     first_loss: float
     initial: InitialLoss | None  # None: the weights of the head do not start at zero
     unigram: float  # nats per token
+    items: str
 
     @property
     def mfu(self) -> float:
@@ -196,6 +198,7 @@ def _measure_session(
         first_loss=steps[0].loss,
         initial=initial,
         unigram=_unigram_entropy(run),
+        items="tokens" if stand_in else run.data.counted_items,
     )
 
 
@@ -468,7 +471,7 @@ def _backbone_flops(session: TrainingSession[Run]) -> float:
     with count_flops() as counter, count_logits(run.denoiser.head) as logits:
         _loss(run.objective, batch, session.rng_at(0, batch), slots=2)
     of_head = 2.0 * run.denoiser.head.width * logits.total
-    return (counter.get_total_flops() - of_head) / int(batch.scored.sum())
+    return (counter.get_total_flops() - of_head) / int(batch.tokens.sum())
 
 
 # ---------------------------------------------------------------------- the first loss
@@ -535,7 +538,7 @@ def _first_step_loss(session: TrainingSession[Run], objective: Objective) -> flo
     """Return the loss of `objective` on the rows, noise times and noise of step 1."""
     keys = session.recipe.train
     batches = [session.run.data.batch_at(0, micro) for micro in range(keys.accumulate)]
-    tokens = sum(int(batch.scored.sum()) for batch in batches)
+    tokens = sum(int(batch.tokens.sum()) for batch in batches)
     losses = [
         _loss(objective, batch, session.rng_at(0, batch), keys.batch, tokens) for batch in batches
     ]
@@ -549,7 +552,7 @@ def _loss(
     """Return the loss of an objective on a batch, in nats per token.
 
     `slots`: number of sequences in the global batch. The sum over tokens is divided by `tokens`. If
-    `tokens` is None, the sum is divided by the number of scored tokens in `batch`.
+    `tokens` is None, the sum is divided by the number of counted tokens in `batch`.
     """
     counts = {}
     for name, count in objective.counts(batch).items():

@@ -92,16 +92,19 @@ def print_summary(
     samples: Sequence[Mapping[str, Any]],
     judged: Mapping[str, Any],
     sample_figures: str,
+    items: str,
+    sample_options: str,
 ) -> None:
     """Print the results of a run: metrics, gaps, samples, paths and suggested commands.
 
     `counted` are the unigram and bigram baselines. `entropy_rate` is the entropy rate of the data,
     or None if it is unknown. `filled` are the gaps in held-out sentences. `judged` is the content
     of judged.json, empty without a judge. `sample_figures` describes the samples, such as
-    "entropy 3.61 nats".
+    "entropy 3.61 nats". `items`: name of the items that `summary.tokens` counts. `sample_options`:
+    options of the suggested `ddiff sample`.
     """
     console = Console(soft_wrap=True, highlight=False)
-    print_heading(console, run_dir, title, denoiser, summary)
+    print_heading(console, run_dir, title, denoiser, summary, items)
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_gaps(filled, console)
     print_samples(samples, sample_figures, console)
@@ -111,7 +114,7 @@ def print_summary(
         written.insert(1, "gaps.jsonl")
     console.print(f"\nWritten to {run_dir}: {', '.join(written)}")
     console.print(
-        f"Next: `ddiff sample {run_dir} --count 4 --steps 128`, `ddiff eval {run_dir}`, or "
+        f"Next: `ddiff sample {run_dir} {sample_options}`, `ddiff eval {run_dir}`, or "
         "`ddiff run` with --set train.steps=N to train longer"
     )
 

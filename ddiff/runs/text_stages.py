@@ -12,11 +12,12 @@ from ddiff.checkpoint.checkpoints import Checkpoint
 from ddiff.core.process import ForwardProcess
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.distributed.ranks import Ranks
-from ddiff.errors import ArgumentError
+from ddiff.errors import ArgumentError, CheckpointError, DdiffError, end_sentence
 from ddiff.evaluation.generation import MeanFigure, measure_known_words
 from ddiff.evaluation.ngrams import sample_entropies
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import (
+    CHAT,
     SAMPLES,
     SAMPLING,
     TOKENIZER,
@@ -29,6 +30,7 @@ from ddiff.runs.build import Overrides, build_process
 from ddiff.runs.data import RunText
 from ddiff.runs.evaluation_report import evaluate_once
 from ddiff.runs.gaps import fill_gaps_once
+from ddiff.runs.initial_weights import explain_base
 from ddiff.runs.memory import check_memory
 from ddiff.runs.meta_device import build_denoiser_on_meta
 from ddiff.runs.record import write_run_file
@@ -74,7 +76,12 @@ def load_run(
     text = RunText(recipe, tokenizer)
     text.check_vocabulary(vocabulary)
     device = build_single_backend(recipe).device
-    run = Run.assemble(text, vocabulary, device, Overrides(process=process))
+    try:
+        run = Run.assemble(text, vocabulary, device, Overrides(process=process))
+    except DdiffError as error:
+        if recipe.denoiser_keys.lora is None:
+            raise
+        raise CheckpointError(f"{end_sentence(str(error))} {explain_base(recipe)}") from error
     run.check_checkpoint(newest)
     run.load_weights(newest)
     return run
@@ -102,6 +109,8 @@ def after_training(run: Run, summary: TrainingSummary, ranks: Ranks) -> None:
         samples,
         write_judged(run, samples),
         describe_samples(run, samples),
+        run.data.counted_items,
+        suggest_options(run.run_dir, "--count 4 --steps 128"),
     )
 
 
@@ -179,6 +188,14 @@ def describe_samples(run: Run, samples: Sequence[Mapping[str, Any]]) -> str:
     if run.tokenizer.unit == "token":
         parts.append(_describe_known_words(run, split.texts(), "their words", "held-out text"))
     return ", ".join(filter(None, parts))
+
+
+def suggest_options(run_dir: Path, otherwise: str) -> str:
+    """Return options of `ddiff sample` for a run: a message for a run of conversations.
+
+    `otherwise`: options for other runs.
+    """
+    return '--message "..."' if (run_dir / CHAT).is_file() else otherwise
 
 
 def _describe_known_words(run: Run, texts: Sequence[str], words: str, source: str) -> str:

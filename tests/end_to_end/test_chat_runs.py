@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers
 from commands import Command
 from small import working_in
 
 import ddiff as api
-from ddiff.data.chat import ChatCorpus
+from ddiff.data.chat import ChatCorpus, ChatEncoder
+from ddiff.data.chat_template import find_template
 from ddiff.errors import ArgumentError
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.recipe.resolve import read_recipe
@@ -147,6 +151,85 @@ def test_message_that_cannot_be_answered_is_refused(message: str, expected: str,
 def test_message_excludes_a_prompt(chat: Run) -> None:
     with pytest.raises(ArgumentError, match="message excludes prompt and infill"):
         chat.sample(message="a", prompt="b")
+
+
+@pytest.mark.slow
+def test_summary_names_answers_and_suggests_a_message(chat: Run, ddiff: Command) -> None:
+    code, out, err = ddiff("run", "chat.toml", "--set", "name=short", "--set", "train.steps=1")
+    assert code == 0, err
+    assert "tokens of answers in" in out
+    assert '`ddiff sample runs/short --message "..."`' in out
+    assert "--count" not in out
+
+
+@pytest.mark.slow
+def test_measured_first_loss_of_answers_is_the_expected_one(chat: Run, ddiff: Command) -> None:
+    """Filled end marks are scored, but are not counted as tokens."""
+    code, out, err = ddiff("run", "chat.toml", "--dry-run", "--measure", "2")
+    assert code == 0, err
+    assert "Figures per token count the tokens of answers" in out
+    assert "WARNING" not in out
+
+
+@pytest.mark.slow
+def test_saved_model_of_conversations_answers_like_its_run(chat: Run, ddiff: Command) -> None:
+    assert ddiff("export", "runs/chat", "saved", "--format", "hf").code == 0
+    expected = chat.sample(message="Which?", steps=2, seed=4)
+    assert api.load("saved").sample(message="Which?", steps=2, seed=4) == expected
+    code, out, _ = ddiff("import", "saved", "--out", "runs/again")
+    assert code == 0
+    assert 'ddiff sample runs/again --message "..."' in out
+    arguments = ("--message", "Which?", "--steps", "2", "--seed", "4")
+    code, out, _ = ddiff("sample", "runs/again", *arguments)
+    assert code == 0
+    assert json.loads(out.splitlines()[0])["ids"] == expected[0]["ids"]
+
+
+@pytest.mark.slow
+def test_saved_tokenizer_gives_the_prompts_of_the_run(chat: Run, tmp_path: Path) -> None:
+    chat.save_pretrained(tmp_path / "saved")
+    importlib.import_module("ddiff.hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "?"},
+    ]
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    encoder = ChatEncoder(chat.tokenizer, find_template(chat.tokenizer))
+    assert ids[0].tolist() == encoder.encode_prompt(turns)
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "gives the prompts of\nddiff, token for token" in card
+    model = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    assert "model.generate(ids, length=ids.shape[1] + 14)" in card
+    answered = model.generate(ids, length=ids.shape[1] + 14, steps=2)
+    assert answered[0, : ids.shape[1]].tolist() == ids[0].tolist()
+
+
+@pytest.mark.slow
+def test_card_of_conversations_says_that_there_is_no_perplexity(chat: Run, tmp_path: Path) -> None:
+    chat.save_pretrained(tmp_path / "saved")
+    card = " ".join((tmp_path / "saved/README.md").read_text().split())
+    assert "those of the answers, given their prompts, in nats per token of the answers" in card
+    assert "neither a perplexity of a text nor bits per byte" in card
+    assert "The perplexity that is computed from it" not in card
+    assert 'run.sample(message="...")' in card
+
+
+@pytest.mark.slow
+def test_card_says_if_transformers_writes_other_prompts(chat: Run, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(chat.run_dir, copied)
+    settings = json.loads((copied / "chat.json").read_text())
+    # the library does not define this variable for the tokenizer of the run
+    settings["template"] = "{{ bos_token is defined }}: {{ messages[0].content }}"
+    (copied / "chat.json").write_text(json.dumps(settings))
+    api.load(copied).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "gives other tokens than ddiff" in card
+    assert "token for token" not in card
 
 
 @pytest.mark.slow

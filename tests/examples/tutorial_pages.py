@@ -24,12 +24,16 @@ from scripts import EXAMPLES
 
 from ddiff.cli import main
 
-TUTORIAL = EXAMPLES.parent / "docs" / "tutorial"
+DOCS = EXAMPLES.parent / "docs"
+TUTORIAL = DOCS / "tutorial"
 
 
 def read_snippets(name: str) -> Iterator[tuple[str, str]]:
-    """Return language and text of every snippet of a tutorial page."""
-    text = (TUTORIAL / f"{name}.md").read_text(encoding="utf-8")
+    """Return language and text of every snippet of a page, of the tutorial or else of docs/."""
+    page = TUTORIAL / f"{name}.md"
+    if not page.is_file():
+        page = DOCS / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
     for token in MarkdownIt("commonmark").parse(text):
         if token.type == "fence":
             yield token.info, token.content

@@ -378,6 +378,39 @@ def test_generated_file_has_the_conditions_of_the_backbone(tmp_path: Path) -> No
     assert not torch.allclose(found, without)
 
 
+def test_documentation_lists_the_files_of_saved_models(place: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/published.md").read_text()
+    section = page.partition("## Export for transformers and the hub\n")[2]
+    table = section.partition("| file | content |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| `{name}` | {text} |" for name, text in save.CONTENTS.items()]
+    for name in NAMES:
+        folder = place / "saved" / name
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        written = {path.relative_to(folder).as_posix() for path in files}
+        assert written <= save.CONTENTS.keys()
+
+
+def test_saved_models_have_no_samples_and_no_arguments_of_commands(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    assert Path("runs/tree/samples.jsonl").is_file()
+    copied = tmp_path / "copied"
+    shutil.copytree("runs/tree", copied)
+    record = json.loads((copied / "evaluation.json").read_text())
+    record["provenance"]["command"] = "ddiff run /home/someone/private.toml"
+    (copied / "evaluation.json").write_text(json.dumps(record))
+    code, out, _ = ddiff("export", str(copied), str(tmp_path / "saved"), "--format", "hf")
+    assert code == 0
+    assert "paths of this machine: run_dir" in out
+    names = {path.name for path in (tmp_path / "saved").rglob("*")}
+    assert not names & {"samples.jsonl", "sampling.json", "metrics.jsonl"}
+    saved = json.loads((tmp_path / "saved/run/evaluation.json").read_text())
+    assert saved["provenance"].pop("command") == "ddiff run"
+    assert saved["provenance"] == {
+        key: value for key, value in record["provenance"].items() if key != "command"
+    }
+
+
 def test_save_refuses_used_folders_and_leaves_no_partial_files(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

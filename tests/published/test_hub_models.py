@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from ddiff import DataError
 from ddiff.core.times import Noisy
 from ddiff.data.tokenizer import load_tokenizer
 from ddiff.nn.denoiser import UNPADDED
+from ddiff.runs.masked_predictions import MaskedPredictions
 
 # Logits are up to 15; another order of the same float32 products changes them by less.
 CLOSE = {"rtol": 0.0, "atol": 5e-5}
@@ -198,6 +200,49 @@ def test_wrong_shift_is_refused_and_named(folder: Path, trained: Path, ddiff: Co
     done = ddiff("import", str(trained / "a2d"), "--layout", '{kind="a2d", shift=true}', *common)
     assert is_refusal(done, "the shift is wrong, and must be false")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("shift", "offset", "needed"),
+    [(False, -1, True), (True, 1, False), (True, -1, None), (False, 1, None), (None, -1, None)],
+)
+def test_shift_is_named_only_if_another_value_helps(
+    shift: bool | None, offset: int, needed: bool | None
+) -> None:
+    accuracies = {-1: 0.1, 1: 0.1, offset: 0.9}
+    found = MaskedPredictions(0.1, 0.1, 40, shifted=accuracies, shift=shift)
+    assert found.needed_shift is needed
+    assert found.problem is not None
+    assert ("the shift is wrong, and must be" in found.problem) is (needed is not None)
+    assert ("already" in found.problem) is (needed is None and shift is not None)
+
+
+def test_check_text_of_a_check_that_is_left_out_is_refused(
+    folder: Path, trained: Path, ddiff: Command
+) -> None:
+    text = str(trained / "text.txt")
+    common = ("--out", "runs/new", "--check-text", text)
+    refused = ddiff("import", str(trained / "a2d"), "--unchecked", *common)
+    assert is_refusal(refused, "--check-text is the text of the check that --unchecked leaves out")
+    assert not Path("runs").exists()
+
+
+def test_import_hides_the_warning_about_a_type_without_a_name(folder: Path, trained: Path) -> None:
+    logger = logging.getLogger("transformers.configuration_utils")
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        import_hub(trained / "dream")
+        assert texts == []
+        logger.warning("another warning")
+        transformers.AutoTokenizer.from_pretrained(str(trained / "dream"), local_files_only=True)
+    finally:
+        logger.removeHandler(handler)
+    # the library still warns those who call it themselves
+    assert texts[0] == "another warning"
+    assert any("to instantiate a model of type ``" in text for text in texts)
 
 
 def test_wrong_mask_is_refused_and_named(folder: Path, trained: Path) -> None:

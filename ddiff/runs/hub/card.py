@@ -13,6 +13,7 @@ from ddiff.run_dir.evaluation_record import EvaluationRecord, Figure
 from ddiff.runs.hub.record import FOLDER, RECORD, SavedRecord, read_evaluation
 
 if TYPE_CHECKING:
+    from ddiff.runs.hub.chat_files import SavedChat
     from ddiff.runs.run import Run
 
 CARD = "README.md"
@@ -42,7 +43,7 @@ With ddiff, no code of this folder is run, and every sampler and evaluation work
 import ddiff
 
 run = ddiff.load("FOLDER")  # or "hf://OWNER/NAME"
-samples = run.sample(4)
+samples = SAMPLE
 ```
 
 `import ddiff.hf` registers the model in transformers, so that `AutoModel` needs no
@@ -55,6 +56,35 @@ The perplexity that is computed from it is an upper bound, too. It is not compar
 likelihood, nor with a bound of another protocol.
 """
 
+_EQUAL_PROMPTS = """
+The tokenizer has the chat template of the training. `apply_chat_template` gives the prompts of
+ddiff, token for token:
+"""
+
+_OTHER_PROMPTS = """
+`chat_template.jinja` is the chat template of the training. With it, `apply_chat_template` of
+transformers gives other tokens than ddiff, or an error. Use ddiff for the prompts of this model.
+"""
+
+_PROMPT = """
+```python
+messages = [{"role": "user", "content": "..."}]
+ids = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+)
+```
+"""
+
+_ANSWER = """
+The method `generate` draws an answer after this prompt, if the file has the samplers of this model:
+"""
+
+_GENERATE = """
+```python
+ids = model.generate(ids, length=LENGTH)
+```
+"""
+
 _OWN_VECTORS = """
 The network was given vectors that are computed from the text itself. The figure is therefore no
 bound of the likelihood of the text.
@@ -63,19 +93,25 @@ bound of the likelihood of the text.
 _GIVEN = """
 The figures are those of the answers, given their prompts, in nats per token of the answers. The
 NELBO is an upper bound of the conditional negative log-likelihood, estimated from random times and
-noise. It is no bound of the likelihood of whole texts, and gives no perplexity of a text.
+noise. It is no bound of the likelihood of whole texts, and gives neither a perplexity of a text nor
+bits per byte.
 """
 
 _GIVEN_EXACT = """
 The figures are those of the answers, given their prompts, in nats per token of the answers. The NLL
-is the exact conditional negative log-likelihood. It gives no perplexity of a text.
+is the exact conditional negative log-likelihood. It gives neither a perplexity of a text nor bits
+per byte.
 """
 
 _EXACT = "The NLL is the exact negative log-likelihood of the text."
 
 
-def write_card(run: Run, record: Path, folder: Path) -> None:
-    """Write README.md to the folder of a saved model. `record`: folder of the record of the run."""
+def write_card(run: Run, record: Path, folder: Path, chat: SavedChat | None) -> None:
+    """Write README.md to the folder of a saved model.
+
+    `record`: folder of the record of the run. `chat`: chat template of a run of conversations.
+    """
+    sample = "run.sample(4)" if chat is None else 'run.sample(message="...")'
     saved = SavedRecord.read(record / RECORD)
     parts = [
         _write_metadata(run),
@@ -83,7 +119,8 @@ def write_card(run: Run, record: Path, folder: Path) -> None:
         _describe(run, saved),
         _describe_process(run),
         describe_evaluation(read_evaluation(record)),
-        _LOADING.strip(),
+        _LOADING.strip().replace("SAMPLE", sample),
+        "" if chat is None else _describe_chat(chat),
         _describe_record(saved),
     ]
     text = "\n\n".join(part for part in parts if part)
@@ -148,8 +185,10 @@ def describe_evaluation(record: EvaluationRecord | None) -> str:
         lines.append(f"| {name} | {_format_figure(figure)} |")
     is_bound = "nelbo" in record.figures
     words = _BOUND if is_bound else _EXACT
+    text = "the training text"
     if record.protocol.get("given"):
         words = _GIVEN if is_bound else _GIVEN_EXACT
+        text = "the answers of the training"
     if record.protocol.get("own_vectors"):
         words = _OWN_VECTORS
     protocol = json.dumps(dict(record.protocol), indent=1)
@@ -158,10 +197,27 @@ def describe_evaluation(record: EvaluationRecord | None) -> str:
             "## Evaluation",
             "\n".join(lines),
             words.strip(),
-            "`unigram` and `bigram` are n-gram models of the training text, for comparison.",
+            f"`unigram` and `bigram` are n-gram models of {text}, for comparison.",
             f"Protocol:\n\n```json\n{protocol}\n```",
         ]
     )
+
+
+def _describe_chat(chat: SavedChat) -> str:
+    """Return the section about prompts and answers of a run of conversations."""
+    answers = "The answer fills the rest of the row."
+    length = "model.config.length"
+    if chat.answer_length is not None:
+        answers = (
+            f"An answer has {chat.answer_length} tokens, and is cut at its first special token."
+        )
+        length = f"ids.shape[1] + {chat.answer_length}"
+    parts = ["## Conversations", answers]
+    if not chat.is_equal:
+        return "\n\n".join([*parts, _OTHER_PROMPTS.strip()])
+    sample = _GENERATE.strip().replace("LENGTH", length)
+    parts += [_EQUAL_PROMPTS.strip(), _PROMPT.strip(), _ANSWER.strip(), sample]
+    return "\n\n".join(parts)
 
 
 def _format_figure(figure: Figure) -> str:

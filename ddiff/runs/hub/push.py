@@ -31,6 +31,7 @@ class PushedModel:
         files: size in bytes of each file, by its path in the repository.
         weights: uploaded weights, "ema" or "trained".
         step: training step of the weights.
+        local_paths: keys of the uploaded recipe with paths of this machine.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PushedModel:
     files: Mapping[str, int]
     weights: str
     step: int
+    local_paths: tuple[str, ...] = ()
 
 
 def push_to_hub(
@@ -64,7 +66,7 @@ def push_to_hub(
             message = message or f"Upload step {saved.step}, saved by ddiff {__version__}"
             with show_activity(f"uploading to {name}"):
                 url = _upload(folder, name, private, revision, message, token)
-    return PushedModel(name, url, saved.files, saved.weights, saved.step)
+    return PushedModel(name, url, saved.files, saved.weights, saved.step, saved.local_paths)
 
 
 def check_name(name: str) -> None:

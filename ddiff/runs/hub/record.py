@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +18,9 @@ from ddiff.run_dir.files import (
     EVALUATION,
     GENERATION,
     RECIPE,
-    SAMPLES,
-    SAMPLING,
+    RECORDS,
+    TOKENIZER,
+    VOCABULARY,
     read_json,
 )
 from ddiff.run_dir.identity import flatten_keys
@@ -25,14 +28,31 @@ from ddiff.runs.record import write_run_file
 
 if TYPE_CHECKING:
     from ddiff.checkpoint.checkpoints import Checkpoint
+    from ddiff.recipe.model import Recipe
     from ddiff.runs.run import Run
 
 FOLDER = "run"
 """Folder of the record in the folder of a saved model."""
 
+_LOCAL = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
+
 RECORD = "saved.json"
-COPIED = (CHAT, ENVIRONMENT, EVALUATION, GENERATION, SAMPLES, SAMPLING)
-"""Files of the run directory that are copied, if they exist."""
+COPIED = (ENVIRONMENT, EVALUATION, GENERATION, CHAT)
+"""Files of the run directory that are copied, if they exist. Samples are not among them: those of
+conversations contain prompts of the validation data."""
+
+CONTENTS = {
+    RECIPE: "recipe, with its paths",
+    TOKENIZER: "tokenizer in the format of ddiff",
+    VOCABULARY: "vocabulary, with its tree",
+    RECORD: "step, kind of the weights, versions of the components, fingerprints, recipe of the "
+    "training",
+    ENVIRONMENT: "versions of Python and torch, kind of machine, `[train] init`",
+    EVALUATION: "likelihood bound with its protocol, without the command line",
+    GENERATION: "figures of `ddiff eval --generate`, if it was called, without the command line",
+    CHAT: "of a run of conversations: chat template and length of the answers",
+}
+"""Description of each file of the record, for the documentation."""
 
 
 class SavedRecord(CommandRecord):
@@ -73,8 +93,11 @@ def write_record(run: Run, newest: Checkpoint, constants: Iterable[str], folder:
     write_run_file(target / RECIPE, run.recipe.to_toml())
     run.save_components(target)
     for name in COPIED:
-        if (run.run_dir / name).is_file():
-            shutil.copyfile(run.run_dir / name, target / name)
+        path = run.run_dir / name
+        if name in RECORDS and path.is_file():
+            write_run_file(target / name, _remove_command(read_json(path)))
+        elif path.is_file():
+            shutil.copyfile(path, target / name)
     made_with = {
         "recipe": flatten_keys(run.recipe.to_dict()),
         "given": run.given(),
@@ -91,6 +114,26 @@ def write_record(run: Run, newest: Checkpoint, constants: Iterable[str], folder:
     )
     write_run_file(target / RECORD, record.to_json())
     return target
+
+
+def _remove_command(record: dict[str, Any]) -> str:
+    """Return a record of figures as JSON, with the name of its command without the arguments."""
+    provenance = dict(record.get("provenance") or {})
+    if "command" in provenance:
+        # The arguments may have paths and names that are not meant for publication.
+        provenance["command"] = " ".join(str(provenance["command"]).split()[:2])
+        record = {**record, "provenance": provenance}
+    return json.dumps(record, indent=2) + "\n"
+
+
+def find_local_paths(recipe: Recipe) -> tuple[str, ...]:
+    """Return the keys of a recipe with paths of this machine: absolute ones, and those of `~`."""
+    found = []
+    for key, value in flatten_keys(recipe.to_dict()).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(each, str) and _LOCAL.match(each) for each in values):
+            found.append(key)
+    return tuple(found)
 
 
 def read_evaluation(record: Path) -> EvaluationRecord | None:

@@ -1,13 +1,6 @@
 """Save a text run as a model of the transformers library: `run.save_pretrained`.
 
-The folder contains:
-
-    config.json               settings of the network, and the class in modeling_ddiff.py
-    model.safetensors         weights
-    modeling_ddiff.py         network and samplers in one file, for torch and transformers
-    tokenizer.json, ...       tokenizer for `AutoTokenizer`
-    README.md                 model card
-    run/                      recipe and record of the run, for `ddiff.load` and `ddiff import`
+`CONTENTS` lists the files of the folder, which `run.push_to_hub` uploads.
 """
 
 from __future__ import annotations
@@ -36,9 +29,12 @@ from ddiff.progress import show_activity
 from ddiff.recipe.component import ComponentSpec
 from ddiff.run_dir.destination import Destination, check_new_folder, write_folder
 from ddiff.runs.conditioning import SampleConditions, SamplingPlan, is_trained_in_windows
-from ddiff.runs.hub.card import write_card
-from ddiff.runs.hub.record import write_record
+from ddiff.runs.hub.card import CARD, write_card
+from ddiff.runs.hub.chat_files import write_chat_template
+from ddiff.runs.hub.record import CONTENTS as RECORD_CONTENTS
+from ddiff.runs.hub.record import FOLDER, find_local_paths, write_record
 from ddiff.runs.hub.source import Place, generate_source
+from ddiff.runs.hub.tokenizer_files import CONTENTS as TOKENIZER_CONTENTS
 from ddiff.runs.hub.tokenizer_files import write_tokenizer
 from ddiff.sampling.loop import generate
 
@@ -56,6 +52,19 @@ METHODS = ("generate", "has_sampler")
 
 CONFIG_CLASS = "DdiffConfig"
 AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM")
+
+CONTENTS = {
+    CONFIG: "settings of the network: backbone, head, vocabulary with its tree, schedule, and the "
+    "table `[sample]` of the recipe",
+    WEIGHTS: "weights (`denoiser.*`) and constants of the network",
+    f"{MODELING}.py": "network, process and samplers in one file, which needs only torch and "
+    "transformers",
+    **TOKENIZER_CONTENTS,
+    CARD: "model card: process, prediction, evaluation with intervals and protocol, loading",
+    **{f"{FOLDER}/{name}": content for name, content in RECORD_CONTENTS.items()},
+}
+"""Description of each file of a saved model, for the documentation. A pretrained tokenizer may add
+files with its vocabulary."""
 
 FILES_KEY = "path"
 """Key of a component that reads files when it is built."""
@@ -92,11 +101,13 @@ class SavedModel:
         weights: saved weights, "ema" or "trained".
         step: training step of the weights.
         files: size in bytes of each file, by its path in the folder.
+        local_paths: keys of the saved recipe with paths of this machine.
     """
 
     weights: str
     step: int
     files: Mapping[str, int]
+    local_paths: tuple[str, ...] = ()
 
 
 def save_pretrained(run: Run, folder: str | Path) -> SavedModel:
@@ -140,17 +151,19 @@ def _write(run: Run, place: Destination) -> SavedModel:
             network = _build_network(run, module, config)
         # Before config.json, whose unknown type of model transformers would report.
         write_tokenizer(run.tokenizer, run.vocabulary.mask_id, folder)
+        chat = write_chat_template(run, folder)
         (folder / CONFIG).write_text(_format_config(network.config), encoding="utf-8")
         with (folder / WEIGHTS).open("wb") as file:
             write_tensors(file, network.tensors, {"format": "pt"})
         record = write_record(run, newest, network.constants, folder)
-        write_card(run, record, folder)
+        write_card(run, record, folder, chat)
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-    return SavedModel("ema" if run.uses_ema else "trained", newest.step, files)
+    kind = "ema" if run.uses_ema else "trained"
+    return SavedModel(kind, newest.step, files, find_local_paths(run.recipe))
 
 
 # ---------------------------------------------------------------------- network

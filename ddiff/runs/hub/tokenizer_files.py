@@ -26,6 +26,17 @@ from ddiff.errors import ArgumentError
 MASK = "<|mask|>"
 """Spelling of the mask, if its id follows the ids of the tokens."""
 
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+CONTENTS = {
+    TOKENIZER_JSON: "tokenizer with the same ids and texts",
+    TOKENIZER_CONFIG: "special tokens; a flat vocabulary has the mask as `mask_token`",
+    CHAT_TEMPLATE: "chat template of a run of conversations, or of a pretrained tokenizer",
+}
+"""Description of each file, for the documentation."""
+
 CHECKED = 512  # ids of the text that is decoded to compare both tokenizers
 
 
@@ -51,9 +62,9 @@ def write_tokenizer(tokenizer: Tokenizer, mask_id: int | None, folder: Path) -> 
         if mask_id == tokenizer.num_tokens:
             built.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
             config["mask_token"] = MASK
-        built.save(str(folder / "tokenizer.json"))
+        built.save(str(folder / TOKENIZER_JSON))
         text = json.dumps(config, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
     _check_decoding(tokenizer, folder)
 
 
