@@ -4,6 +4,9 @@
 
 Each run is compared with the first one. The interval of a difference is over documents (95 %), and
 that of the ratio of perplexities follows from it. All runs must have the same data and tokenizer.
+
+With `--found`, all runs but the first one are evaluated with the clock that `ddiff clock` found for
+them, and only the documents that this search did not use are compared.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", type=Path, help="directory of the run to compare with")
     parser.add_argument("runs", type=Path, nargs="+", help="directories of the other runs")
+    parser.add_argument("--found", action="store_true", help="evaluate RUNS with found clocks")
     given = parser.parse_args()
-    base = score(given.base, 1)
+    base = score(given.base, 1, "recipe" if given.found else None)
     print("| run | nats/token | minus first | 95 % interval | ratio of perplexities |")
     print("| --- | --- | --- | --- | --- |")
     print(f"| {given.base} | {base.mean:.4f} | | | |", flush=True)
     for place in given.runs:
-        found = score(place, 1)
+        found = score(place, 1, "found" if given.found else None)
         difference = found.mean - base.mean
         total = RatioEstimate.of((found.nats - base.nats)[:, None], base.tokens).total
         assert total is not None  # the validation text has several documents
