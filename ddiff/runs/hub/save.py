@@ -54,7 +54,7 @@ CONFIG_CLASS = "DdiffConfig"
 AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM")
 
 CONTENTS = {
-    CONFIG: "settings of the network: backbone, head, vocabulary with its tree, schedule, and the "
+    CONFIG: "settings of the model: backbone, head, process, vocabulary with its tree, and the "
     "table `[sample]` of the recipe",
     WEIGHTS: "weights (`denoiser.*`) and constants of the network",
     f"{MODELING}.py": "network, process and samplers in one file, which needs only torch and "
@@ -79,8 +79,8 @@ CHECKED_STEPS = 2
 """Steps of the sample that is compared."""
 
 TOLERANCE = 1e-4
-"""Largest difference of probabilities from those of the samplers, which multiply matrices in other
-chunks."""
+"""Largest difference between the probabilities of the logits and those that samplers read. They
+are not bitwise equal, because samplers multiply matrices in chunks of other sizes."""
 
 HEADER = f"""Network and samplers of a discrete diffusion model, for the transformers library.
 
@@ -321,7 +321,10 @@ def _compare(run: Run, model: Any, denoiser: Denoiser) -> None:
 
 
 def _compare_samples(run: Run, model: Any, denoiser: Denoiser) -> None:
-    """Raise ArgumentError unless the file draws the same ids as the run, if it has its sampler."""
+    """Raise ArgumentError if the file and the run draw different ids.
+
+    Nothing is compared if the file lacks the process or the sampler of the run.
+    """
     if not model.has_sampler:
         return
     keys = run.recipe.sample
