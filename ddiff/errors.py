@@ -142,7 +142,7 @@ _NO_THREADS_TEXTS = ("can't start new thread",)
 
 
 def end_sentence(text: str) -> str:
-    """Return a text with one end mark, such as the message of another library."""
+    """Add a full stop to a text without an end mark, such as the message of another library."""
     text = text.strip()
     return text if text.endswith((".", "!", "?")) else f"{text}."
 

@@ -73,7 +73,7 @@ def _hide_unnamed_types() -> Iterator[None]:
 
     To choose the class of a tokenizer, the library reads the configuration of a model. If it does
     not know the type of the model, it uses a base class, whose type is "", and warns that the types
-    differ. The tokenizer does not depend on it.
+    differ. The tokenizer does not depend on the type.
     """
     logger = logging.getLogger("transformers.configuration_utils")
     logger.addFilter(_has_named_type)

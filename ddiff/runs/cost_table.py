@@ -55,7 +55,7 @@ def print_measurement(measured: Measurement) -> None:
 def print_cost(
     heading: Sequence[str], rows: Sequence[Row], memory: Table, warning: str | None
 ) -> None:
-    """Print the lines of a heading, the figures, the table of the memory and a warning."""
+    """Print a heading, the figures, the table of the memory, and a warning if there is one."""
     console = make_console()
     for line in heading:
         console.print(line)

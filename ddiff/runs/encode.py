@@ -145,7 +145,7 @@ def describe_encoding(
     shard_size: int = SHARD_SIZE,
     max_samples: int | None = None,
 ) -> EncodingSettings:
-    """Return the settings of the vectors of `documents`, on which their folder depends.
+    """Return the settings of the vectors of `documents`. All vectors of a folder have them.
 
     `spec` describes `encoder`; the other arguments are those of `encode_documents`.
     """

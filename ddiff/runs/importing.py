@@ -113,7 +113,8 @@ def import_published(
         settings: `key=value` texts that override keys of the recipe, as `--set` does.
         fresh: replace an existing run in the directory.
         check: refuse a model that predicts masked tokens no better than a constant guess
-            (`check_masked_predictions`); None: if the layout asks for it, or with `check_text`.
+            (`check_masked_predictions`); None: only if the layout has this check by default, or if
+            `check_text` is given.
         check_text: text of this check; None: the beginning of a bundled novel.
 
     Raises DataError if the files are damaged, unknown or incomplete, and CheckpointError if the

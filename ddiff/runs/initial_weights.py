@@ -51,10 +51,10 @@ def load_initial_weights(
 def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Load the frozen weights of a denoiser with adapters.
 
-    They are those with which the run in [train] init is evaluated, the exponential moving average
-    if it has one, or those of the pretrained backbone. Raises ArgumentError
-    if the recipe names neither, or if the head would be frozen at its initial values because that
-    of the run has other rows.
+    They are the weights with which the run in [train] init is evaluated (the exponential moving
+    average, if it has one), or those of the pretrained backbone. Raises ArgumentError if the recipe
+    names neither. Also raises it if the head of the run has other rows and the head of `denoiser`
+    is frozen, which would then keep its initial values.
     """
     init = recipe.train.init
     run_dir = None if init is None else init.run
@@ -70,7 +70,7 @@ def load_base(denoiser: Denoiser, recipe: Recipe, tokenizer: Tokenizer) -> None:
             return
         record = load_run_weights(denoiser, tokenizer, run_dir, "all", evaluated=True)
     assert denoiser.adapters is not None, "only for a denoiser with adapters"
-    # The tensors of the run are found for everything but a head with other rows.
+    # The run gives all frozen tensors, except those of a head with other rows.
     denoiser.adapters.has_new_head = not _has_head(record)
     if denoiser.adapters.has_new_head and not denoiser.head.table.requires_grad:
         raise ArgumentError(

@@ -245,7 +245,7 @@ class _BatchSampler:
     def _answer_field(
         self, templates: Sequence[Template], row: int, ids: list[int]
     ) -> dict[str, str]:
-        """Return the answer to a message."""
+        """Return the field `answer` of a sample; an empty dict if its prompt is not a message."""
         start = templates[row].answer if templates else None
         if start is None:
             return {}

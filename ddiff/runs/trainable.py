@@ -176,9 +176,9 @@ class TrainableRun(ABC):
         """Raise CheckpointError if a checkpoint was trained with other components."""
 
     def advise_on_differences(self) -> str:
-        """Return sentences for the message that a checkpoint has other components.
+        """Return further sentences for the error about a checkpoint with other components.
 
-        The default is none.
+        By default there are none.
         """
         return ""
 

@@ -471,7 +471,7 @@ def _check_instances(instances: list[Instance]) -> Iterator[LabelledReport]:
 
 
 def _run_check(check: Callable[[], list[LawReport]]) -> list[LawReport]:
-    """Run the checks of an instance. An error of the component is a broken law."""
+    """Run the checks of an instance, and report an error of the component as a broken law."""
     try:
         return check()
     except REFUSALS as error:

@@ -38,7 +38,7 @@ class ListedFiles:
 
 
 class TextFiles(ListedFiles):
-    """Base of corpora in files, of which a dry run checks the lists and does not read the text."""
+    """Base of corpora in files. A dry run checks the lists of files, and reads no text."""
 
     @staticmethod
     def preview(config: Any) -> None:

@@ -379,7 +379,8 @@ def make_model(
             f"got the unknown keys {', '.join(unknown)}. Correct or remove them."
         )
     _check_one_stack(config)
-    # The default dtype is that of a saved model while transformers loads it, for example bfloat16.
+    # While transformers loads a saved model, the default dtype is that of its weights, for example
+    # bfloat16.
     dtype = torch.get_default_dtype()
     model = _choose_loader(prediction_head).from_config(config, dtype=dtype)
     return _remove_output_matrix(model) if prediction_head else model

@@ -517,7 +517,9 @@ def test_saved_model_without_its_process_gives_logits_and_refuses_to_generate(
     with load_module(tmp_path / "new/modeling_ddiff.py") as module:
         model = module.DdiffModel(module.DdiffConfig(**config.to_dict())).eval()
         assert logits_of(model).isfinite().all()
-        with pytest.raises(module.ArgumentError, match="'mdlm' could not be copied") as caught:
+        with pytest.raises(
+            module.ArgumentError, match="'mdlm' and its samplers could not be copied"
+        ) as caught:
             model.generate()
     assert "pip install discrete-diffusion" in str(caught.value)
 

@@ -33,7 +33,7 @@ def test_architecture_page_lists_exactly_the_modules_of_ddiff() -> None:
 
 
 def read_table(sentence: str) -> dict[str, str]:
-    """Return the rows of the table after a sentence, by the name at their beginning."""
+    """Return the rows of the table below a sentence. The keys are the first words of the rows."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     table = page.partition(f"\n{sentence}")[2].split("\n\n")[1]
     return {re.findall(r"\w+", row)[0]: row for row in table.splitlines()[2:]}

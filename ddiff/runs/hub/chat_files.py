@@ -49,8 +49,9 @@ class SavedChat:
 def write_chat_template(run: Run, folder: Path) -> SavedChat | None:
     """Add the chat template of a run to the tokenizer in a folder.
 
-    Returns None for a run of other data than conversations. The tokenizer then reads the spelling
-    of a special token in a text as this token, because the template writes such spellings.
+    The saved tokenizer reads the spelling of a special token in a text as this token, because the
+    template writes such spellings. For a run of other data than conversations, nothing changes, and
+    the result is None.
     """
     if not (run.run_dir / CHAT).is_file():
         return None

@@ -42,7 +42,7 @@ class DdiffConfig(PreTrainedConfig):
         has_mask: whether the last state is a mask.
         parents: for each level below the root of a tree, the index of each node's parent in the
             next level; None for a vocabulary without a tree.
-        length: number of positions of the rows of the training.
+        length: number of positions of a row in training.
         backbone: kind and keys of the backbone, as in the recipe.
         head: kind and keys of the output head, as in the recipe.
         inputs: "own", or "previous" for a network that predicts P(x_i | x_<i) at position i.
@@ -229,8 +229,8 @@ class DdiffModel(PreTrainedModel):
             ids = model.generate(batch_size=4, sampler="confidence", temperature=0.8, top_p=0.95)
 
         The draws are those of `ddiff.load(folder).sample` with the same settings and seed, if both
-        compute in the same precision. By default everything is as in the table [sample] of the
-        recipe.
+        compute in the same precision. Sampler, steps, seed, conditions and guidance are by default
+        those in the table [sample] of the recipe.
 
         Args:
             prompt_ids: [L0] or [B,L0] first tokens, which do not change.
@@ -251,8 +251,9 @@ class DdiffModel(PreTrainedModel):
         """
         if self.config.process is not None and self.process is None:
             raise ArgumentError(
-                f"DdiffModel.generate: the process {self.config.process['kind']!r} could not be "
-                f"copied to the file of this model, which therefore gives only logits. {OTHER_WAY}"
+                f"DdiffModel.generate: the process {self.config.process['kind']!r} and its "
+                "samplers could not be copied to the file of this model, which therefore gives "
+                f"only logits. {OTHER_WAY}"
             )
         defaults = self.config.sample or {}
         prompt, given = self._frame(prompt_ids, prompt_mask, batch_size, length)
