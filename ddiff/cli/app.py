@@ -11,10 +11,9 @@ from typer.core import TyperGroup
 from ddiff import __version__
 from ddiff.cli.output import discard_output
 from ddiff.errors import DataError, PluginError, explain_error
-from ddiff.plugin.registry import describe_error
+from ddiff.plugin.registry import TERMINATED, describe_error
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
-TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(TyperGroup):

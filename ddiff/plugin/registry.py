@@ -80,6 +80,9 @@ class Origin:
         return f"{self.package}, {self.distribution} {self.version}"
 
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status after SIGTERM, with which the commands raise SystemExit."""
+
 UNPACKAGED = Origin(
     plugin="(none)", package="this session", distribution="no distribution", version="0"
 )
@@ -362,7 +365,8 @@ def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[
 
     `convert`: function that returns the PluginError for an exception. A KeyboardInterrupt that the
     plugin raised is converted. A KeyboardInterrupt after Ctrl-C is not converted. To distinguish
-    the two cases, a signal handler records whether SIGINT arrived.
+    the two cases, a signal handler records whether SIGINT arrived. The SystemExit that the commands
+    raise on SIGTERM is not converted either.
     """
     interrupts: list[int] = []
     previous: Any = None
@@ -385,6 +389,8 @@ def convert_errors(convert: Callable[[BaseException], PluginError]) -> Iterator[
         raise
     except BaseException as error:
         if interrupts and isinstance(error, KeyboardInterrupt):
+            raise
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
             raise
         raise convert(error) from error
     finally:

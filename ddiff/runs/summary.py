@@ -30,7 +30,11 @@ def print_start(run: TrainableRun, processes: int, kind: str) -> None:
 
     `processes` is the number of ranks, and `kind` the kind of the backend, such as "ddp".
     """
-    parameters = sum(parameter.numel() for parameter in run.denoiser.parameters())
+    parameters = list(run.denoiser.parameters())
+    size = f"{sum(each.numel() for each in parameters):,} parameters"
+    trained = sum(each.numel() for each in parameters if each.requires_grad)
+    if not all(each.requires_grad for each in parameters):
+        size += f" ({trained:,} trained)"
     weights = _dtype_name(next(run.denoiser.parameters()).dtype)
     products = ""
     if run.precision is not None:
@@ -41,7 +45,7 @@ def print_start(run: TrainableRun, processes: int, kind: str) -> None:
         where = f"{processes} processes ({kind}), each on {device.type}"
     console = _progress_console()
     name = run.recipe.name
-    console.print(f"[bold]{name}[/]: {parameters:,} parameters in {weights}{products}; {where}")
+    console.print(f"[bold]{name}[/]: {size} in {weights}{products}; {where}")
     on_cpu = run.precision == torch.bfloat16 and device.type == "cpu"
     if on_cpu and not has_bfloat16_units():
         console.print(

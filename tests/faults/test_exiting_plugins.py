@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from commands import Command, is_refusal
@@ -184,6 +185,20 @@ def test_convert_errors_does_not_convert_a_real_ctrl_c() -> None:
     with pytest.raises(PluginError, match="KeyboardInterrupt"), convert_errors(refusal):
         raise KeyboardInterrupt
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_convert_errors_does_not_convert_the_exit_on_sigterm() -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit), convert_errors(refusal):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(PluginError, match="SystemExit"), convert_errors(refusal):
+        raise SystemExit(1)
 
 
 def test_convert_errors_converts_system_exit_outside_the_main_thread() -> None:
