@@ -177,9 +177,12 @@ def test_peft_reads_exported_adapters_with_equal_hidden_states(lora: Run, ddiff:
     assert torch.allclose(hidden_states(base), hidden_states(adapted), rtol=0.0, atol=1e-6)
 
 
-def test_training_of_adapters_resumes(lora: Run) -> None:
+def test_training_of_adapters_resumes(lora: Run, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("runs/lora", "runs/more")
+    trained = sum(each.numel() for each in lora.denoiser.parameters() if each.requires_grad)
+    capfd.readouterr()
     resumed = api.run("lora.toml", settings=["run_dir=runs/more", "train.steps=8"])
+    assert f" parameters ({trained:,} trained) in " in capfd.readouterr().err
     lines = Path("runs/more/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, 9))
