@@ -390,6 +390,17 @@ def test_documentation_lists_the_files_of_saved_models(place: Path) -> None:
         assert written <= save.CONTENTS.keys()
 
 
+def test_loading_the_modeling_file_leaves_no_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "modeling_ddiff.py"
+    path.write_text("value = 3\n")
+    with load_module(path) as module:
+        assert module.value == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_saved_models_have_no_samples_and_no_arguments_of_commands(
     place: Path, tmp_path: Path, ddiff: Command
 ) -> None:

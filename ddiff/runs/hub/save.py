@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -239,15 +238,17 @@ def _unsupported(run: Run, reason: str) -> ArgumentError:
 
 @contextmanager
 def load_module(path: Path) -> Iterator[ModuleType]:
-    """Context manager that loads the module of a saved model."""
+    """Context manager that loads the module of a saved model.
+
+    The import machinery would leave bytecode in the folder, which is published.
+    """
     name = "_ddiff_saved_model"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    code = compile(path.read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        exec(code, module.__dict__)
         yield module
     finally:
         del sys.modules[name]
