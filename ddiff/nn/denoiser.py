@@ -531,6 +531,17 @@ def resolve_precision(precision: str, device: str) -> torch.dtype | None:
     return None
 
 
+def count_parameters(module: nn.Module | None, *, only_trained: bool = False) -> int:
+    """Return the number of (trained) parameters, or 0 if the module is not known."""
+    if module is None:
+        return 0
+    return sum(
+        parameter.numel()
+        for parameter in module.parameters()
+        if parameter.requires_grad or not only_trained
+    )
+
+
 def has_bfloat16_units() -> bool:
     """Return whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX).
 

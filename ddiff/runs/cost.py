@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddiff.distributed.blocks import find_blocks
-from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.denoiser import Denoiser, count_parameters
 from ddiff.nn.embedding import StateEmbedding
 from ddiff.nn.heads import Head
 
@@ -51,11 +51,6 @@ class Parameters(NamedTuple):
                 embedding += count_parameters(module)
         head = count_parameters(denoiser.head)
         return cls(count_parameters(denoiser) - embedding - head, embedding, head)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

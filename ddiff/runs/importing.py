@@ -23,6 +23,7 @@ from ddiff.data.pretrained import first_line
 from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.single import SingleBackend
 from ddiff.errors import ArgumentError, CheckpointError, DataError, suggest
+from ddiff.nn.denoiser import count_parameters
 from ddiff.plugin.loader import survey_plugins
 from ddiff.plugin.registry import Component
 from ddiff.progress import show_activity
@@ -146,7 +147,7 @@ def import_published(
     return ImportedRun(
         directory=directory,
         origin=origin,
-        parameters=sum(parameter.numel() for parameter in run.denoiser.parameters()),
+        parameters=count_parameters(run.denoiser),
         process=str(run.process or type(run.objective).__name__),
         num_tokens=imported.num_tokens,
         length=recipe.length,
@@ -229,7 +230,7 @@ def import_saved(
     return ImportedRun(
         directory=directory,
         origin=origin,
-        parameters=sum(parameter.numel() for parameter in run.denoiser.parameters()),
+        parameters=count_parameters(run.denoiser),
         process=str(run.process or type(run.objective).__name__),
         num_tokens=run.vocabulary.num_tokens,
         length=recipe.length,

@@ -27,7 +27,7 @@ from ddiff.data.conditions import Conditions
 from ddiff.data.packing import PackedRows, batch_rows, pack_ids
 from ddiff.data.tokenizer import AlphabetTokenizer
 from ddiff.errors import ArgumentError, DataError
-from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser
+from ddiff.nn.denoiser import UNPADDED, Backbone, Context, Denoiser, count_parameters
 from ddiff.nn.joint_denoiser import JointDenoiser
 from ddiff.recipe.fields_recipe import FieldsRecipe, require_text_recipe
 from ddiff.recipe.model import BaseRecipe, Recipe
@@ -40,7 +40,6 @@ from ddiff.runs.cost import (
     Parameters,
     count_flops,
     count_logits,
-    count_parameters,
     free_bytes,
     gathered_bytes,
     num_bytes,

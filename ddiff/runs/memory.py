@@ -17,7 +17,7 @@ from torch import nn
 
 from ddiff.distributed.blocks import find_blocks
 from ddiff.errors import ArgumentError
-from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.denoiser import Denoiser, count_parameters
 from ddiff.recipe.model import BaseRecipe, Recipe
 
 TIME_BYTES = 8  # float64 time of each position
@@ -147,17 +147,6 @@ def total_memory(device: torch.device) -> float:
     with suppress(OSError, ValueError):  # without a control group, or with the limit "max"
         return min(machine, float(Path("/sys/fs/cgroup/memory.max").read_text()))
     return machine
-
-
-def count_parameters(denoiser: nn.Module | None, *, only_trained: bool = False) -> int:
-    """Return the number of (trained) parameters, or 0 if the denoiser is not known."""
-    if denoiser is None:
-        return 0
-    return sum(
-        parameter.numel()
-        for parameter in denoiser.parameters()
-        if parameter.requires_grad or not only_trained
-    )
 
 
 def _format_count(count: float) -> str:

@@ -14,6 +14,7 @@ from ddiff import __version__
 from ddiff.atomic import write_atomic
 from ddiff.checkpoint.checkpoints import Checkpoints
 from ddiff.errors import CheckpointError, DdiffError, find_disk_full
+from ddiff.nn.denoiser import count_parameters
 from ddiff.recipe.resolve import parse_recipe
 from ddiff.run_dir.files import (
     CHECKPOINTS,
@@ -53,7 +54,7 @@ def record_run(
         **describe_layout(backend),
         "components": run.recipe.origins(),
         "given": run.given(),
-        "parameters": sum(parameter.numel() for parameter in run.denoiser.parameters()),
+        "parameters": count_parameters(run.denoiser),
         "init": init or before.get("init"),
     }
     write_run_file(directory / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")

@@ -28,7 +28,7 @@ from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.chain_rule import ChainRule
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.nn.adapters import fingerprint_base
-from ddiff.nn.denoiser import Denoiser
+from ddiff.nn.denoiser import Denoiser, count_parameters
 from ddiff.recipe.model import Recipe
 from ddiff.run_dir.files import TOKENIZER, VOCABULARY
 from ddiff.run_dir.identity import Difference
@@ -120,7 +120,7 @@ class Run(TrainableRun):
         return replace(self, model=model)
 
     def __repr__(self) -> str:
-        parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
+        parameters = count_parameters(self.denoiser)
         parts = [
             str(self.process or type(self.objective).__name__),
             f"{parameters:,} parameters",

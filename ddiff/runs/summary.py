@@ -14,7 +14,7 @@ from torch import nn
 
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation, TimeBin
-from ddiff.nn.denoiser import Denoiser, has_bfloat16_units
+from ddiff.nn.denoiser import Denoiser, count_parameters, has_bfloat16_units
 from ddiff.runs.findings import print_findings
 from ddiff.runs.gap_table import print_gaps
 from ddiff.runs.gaps import FilledGaps
@@ -30,10 +30,10 @@ def print_start(run: TrainableRun, processes: int, kind: str) -> None:
 
     `processes` is the number of ranks, and `kind` the kind of the backend, such as "ddp".
     """
-    parameters = list(run.denoiser.parameters())
-    size = f"{sum(each.numel() for each in parameters):,} parameters"
-    trained = sum(each.numel() for each in parameters if each.requires_grad)
-    if not all(each.requires_grad for each in parameters):
+    parameters = count_parameters(run.denoiser)
+    trained = count_parameters(run.denoiser, only_trained=True)
+    size = f"{parameters:,} parameters"
+    if trained < parameters:
         size += f" ({trained:,} trained)"
     weights = _dtype_name(next(run.denoiser.parameters()).dtype)
     products = ""
@@ -145,7 +145,7 @@ def print_heading(
         )
     if summary.skipped_steps:
         trained += f", {summary.skipped_steps} steps skipped (not finite)"
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    parameters = count_parameters(denoiser)
     console.print(f"{parameters:,} parameters, step {summary.step}; {trained}\n")
 
 

@@ -21,6 +21,7 @@ from ddiff.core.normalizer import IdentityNormalizer, Normalizer
 from ddiff.core.vocabulary import Vocabulary
 from ddiff.data.fields_batch import FieldBatch, FieldsBatch, token_field, vector_field
 from ddiff.errors import DataError
+from ddiff.nn.denoiser import count_parameters
 from ddiff.nn.joint_denoiser import JointBackbone, JointContext, JointMask, StreamInput
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.backends import build_backend
@@ -28,7 +29,6 @@ from ddiff.runs.cost import (
     TRAINING,
     Footprint,
     count_flops,
-    count_parameters,
     gathered_bytes,
     num_bytes,
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ddiff.distributed.blocks import find_blocks
+from ddiff.nn.denoiser import count_parameters
 from ddiff.nn.joint_denoiser import JointDenoiser
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.memory import (
@@ -15,7 +16,6 @@ from ddiff.runs.memory import (
     TIME_BYTES,
     MemoryNeed,
     check_need,
-    count_parameters,
     training_bytes,
 )
 

@@ -18,6 +18,7 @@ from ddiff.core.field_targets import THROUGH
 from ddiff.core.rng import CounterRng
 from ddiff.data.fields_batch import FieldsBatch
 from ddiff.distributed.ranks import Ranks
+from ddiff.nn.denoiser import count_parameters
 from ddiff.nn.joint_denoiser import JointDenoiser
 from ddiff.recipe.fields_recipe import FieldsRecipe
 from ddiff.runs.fields.build import FieldsModel, assemble_fields, shapes_of
@@ -48,7 +49,7 @@ class FieldsRun(TrainableRun):
     data: RunFields
 
     def __repr__(self) -> str:
-        parameters = sum(parameter.numel() for parameter in self.denoiser.parameters())
+        parameters = count_parameters(self.denoiser)
         parts = [
             f"fields {', '.join(self.model.fields)}",
             f"{parameters:,} parameters",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddiff import __version__
+from ddiff.nn.denoiser import count_parameters
 from ddiff.run_dir.evaluation_record import EvaluationRecord, Figure
 from ddiff.runs.hub.record import FOLDER, RECORD, SavedRecord, read_evaluation
 
@@ -138,7 +139,7 @@ def _write_metadata(run: Run) -> str:
 
 
 def _describe(run: Run, saved: SavedRecord) -> str:
-    parameters = sum(parameter.numel() for parameter in run.denoiser.parameters())
+    parameters = count_parameters(run.denoiser)
     average = ", the exponential moving average" if saved.weights == "ema" else ""
     rows = {
         "process": f"`{run.process}`" if run.process else "none (autoregressive)",

@@ -11,6 +11,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from ddiff.errors import ArgumentError
+from ddiff.nn.denoiser import count_parameters
 from ddiff.runs.lm_eval.price import DOCUMENTS, GENERATIONS, PAIRS, price_requests
 from ddiff.runs.lm_eval.record import describe_job
 from ddiff.runs.lm_eval.scoring import Greedy, Request, RequestScorer, Settings
@@ -100,7 +101,7 @@ class HarnessModel(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return settings and Monte-Carlo errors, which the harness writes to its results."""
-        parameters = sum(weight.numel() for weight in self.run.denoiser.parameters())
+        parameters = count_parameters(self.run.denoiser)
         return {"model_num_parameters": parameters, "ddiff": describe_job(self.scorer)}
 
     def _read(self, instances: Sequence[Instance], kind: str) -> list[Request]:
