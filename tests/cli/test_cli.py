@@ -48,6 +48,17 @@ print(json.dumps(answers), file=sys.stderr)
 """
 
 
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a new process, which must exit with 0."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -64,13 +75,7 @@ def test_help_and_list_commands_take_half_a_second_without_torch(arguments):
     # minimum CPU time of three processes, because other load on the machine increases a timing
     seconds = []
     for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
+        done = run_python(PROBE, *arguments)
         code, cpu, modules = json.loads(done.stderr.splitlines()[-1])
         assert code == 0, done.stderr
         assert not set(HEAVY) & set(modules)
@@ -84,9 +89,7 @@ def test_importing_ddiff_imports_no_submodule():
     heavy = ("ddiff", "torch", "pydantic")
     names = f"name for name in sys.modules if name.startswith({heavy})"
     code = f"import sys, ddiff; print(sorted({names}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = run_python(code)
     assert done.stdout.strip() == "['ddiff']"
 
 
@@ -100,13 +103,7 @@ def test_help_option_lists_every_command(capsys):
 def test_help_of_every_command_needs_no_heavy_library():
     """One process prints the help of all commands, so that the test is fast."""
     names = [command.name for command in app.registered_commands]
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE_ALL, *names],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    done = run_python(PROBE_ALL, *names)
     answers = json.loads(done.stderr.splitlines()[-1])
     assert list(answers) == names
     for name, (code, modules) in answers.items():
