@@ -94,8 +94,8 @@ bound of the likelihood of the text.
 _GIVEN = """
 The figures are those of the answers, given their prompts, in nats per token of the answers. The
 NELBO is an upper bound of the conditional negative log-likelihood, estimated from random times and
-noise. It is no bound of the likelihood of whole texts, and gives neither a perplexity of a text nor
-bits per byte.
+noise. It does not bound the likelihood of whole texts, so that it gives neither a perplexity of a
+text nor bits per byte.
 """
 
 _GIVEN_EXACT = """
