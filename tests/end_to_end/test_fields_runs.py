@@ -191,10 +191,10 @@ def test_bound_of_untrained_denoiser_equals_unigram_entropy_of_the_text() -> Non
     from ddiff.runs.session import TrainingSession
 
     session = TrainingSession.open(
-        package.read_recipe("digits.toml", ["run_dir='new'", "evaluate.samples=1000"])
+        package.read_recipe("digits.toml", ["run_dir='new'", "evaluate.samples=500"])
     )
     session.initialize_weights()
-    found = session.run.evaluate(["text | image"], draws=40)["text | image"].bound
+    found = session.run.evaluate(["text | image"], draws=20)["text | image"].bound
     training, held_out = package.load_digits()
     words = [word for (word,) in training.captions]
     nats = [-np.log(words.count(word) / len(words)) for (word,) in held_out.captions]

@@ -17,6 +17,7 @@ from ddiff.data.documents import documents_from_texts
 from ddiff.data.packing import pack
 from ddiff.data.shards import write_shards
 from ddiff.data.tokenizer import (
+    MOST_TOKENS,
     AlphabetTokenizer,
     BytePairTokenizer,
     PretrainedTokenizer,
@@ -145,8 +146,8 @@ def test_pretrained_tokenizer_refuses_an_empty_vocabulary(tmp_path: Path) -> Non
 
 
 def test_pretrained_tokenizer_refuses_ids_above_the_limit(tmp_path: Path) -> None:
-    folder = save(tmp_path / "d", fast(models.WordLevel({"cat": 0, "dog": 2**30})))
-    with pytest.raises(DataError, match="2 tokens with ids up to 1073741824"):
+    folder = save(tmp_path / "d", fast(models.WordLevel({"cat": 0, "dog": MOST_TOKENS})))
+    with pytest.raises(DataError, match=f"2 tokens with ids up to {MOST_TOKENS}"):
         PretrainedTokenizer.from_pretrained(str(folder))
 
 
