@@ -34,7 +34,7 @@ SMALL = [
     "denoiser.heads=2",
     "denoiser.head_width=8",
     "denoiser.condition_width=8",
-    "backend={kind='single', device='cpu', processes=1}",
+    "backend={kind='single', device='cpu', processes=1, compile=false}",
     "train.steps=2",  # the learning rate of the last step of a cosine schedule is 0
     "train.batch=4",
 ]
