@@ -75,11 +75,11 @@ def evaluate(
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
-        of_texts = until is not None or data or split != "file" or clock != "recipe"
+        of_texts = until is not None or data or split != "file"
         if of_texts or protocol or published or program:
             raise ArgumentError(
                 "--generate evaluates samples, and excludes --until, --data, --split, --protocol, "
-                "--published, --program and --clock. Remove --generate to evaluate a text."
+                "--published and --program. Remove --generate to evaluate a text."
             )
         launch_for_run(context, run_dir, processes)
         from ddiff.runs.generation import generate_and_evaluate
@@ -92,6 +92,7 @@ def evaluate(
             settings=settings or (),
             out=out,
             features=features,
+            clock=clock,
         )
         return
     _refuse_without_generate(

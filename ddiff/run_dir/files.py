@@ -55,11 +55,13 @@ FIELD_SHAPE = "shape.json"
 NORMALIZER = "normalizer.safetensors"
 OTHER_EVALUATIONS = "evaluation-*.json"
 """Pattern of the files with evaluations on other data."""
+OTHER_GENERATIONS = "generation-*.json"
+"""Pattern of the files with figures of samples of other clocks."""
 PICTURES = "samples-*.png"
 """Pattern of the files with pictures of samples."""
 LM_EVALS = "lm-eval-*.json"
 """Pattern of the files with evaluations by the lm-evaluation-harness."""
-PATTERNS = (OTHER_EVALUATIONS, PICTURES, LM_EVALS)
+PATTERNS = (OTHER_EVALUATIONS, OTHER_GENERATIONS, PICTURES, LM_EVALS)
 """Patterns of files of a run whose names depend on the run."""
 
 FILES = (
@@ -91,6 +93,17 @@ RECORDS = (EVALUATION, GENERATION)
 
 HEADER = "Every key of this recipe with its value, as ddiff"
 """Beginning of the comment line at the top of a resolved recipe."""
+
+
+def name_of_clock(record: str, clock_source: str) -> str:
+    """Return the name of a record (`EVALUATION`, `GENERATION`) of a run with a clock.
+
+    The record of the recipe's clock has its plain name.
+    """
+    if clock_source == "recipe":
+        return record
+    return f"{record.removesuffix('.json')}-{clock_source}-clock.json"
+
 
 # ---------------------------------------------------------------------- shapes
 

@@ -17,11 +17,11 @@ from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation
 from ddiff.evaluation.protocols import find_program, find_protocol
 from ddiff.run_dir.destination import Destination, check_destination, write_text
-from ddiff.run_dir.files import EVALUATION, damage_error, read_json
+from ddiff.run_dir.files import EVALUATION, damage_error, name_of_clock, read_json
 from ddiff.run_dir.identity import Difference
 from ddiff.run_dir.location import check_writable
 from ddiff.runs.evaluation_header import describe_record
-from ddiff.runs.kinds import ClockSource, EvaluationOptions, find_kind
+from ddiff.runs.kinds import EvaluationOptions, find_kind
 from ddiff.runs.loading import load
 from ddiff.runs.provenance import changed_data_error, find_changed_data
 from ddiff.runs.record import write_run_file
@@ -93,7 +93,6 @@ def make_report(
     changed_data: bool = False,
     until: float | None = None,
     ranks: Ranks | None = None,
-    clock: ClockSource = "recipe",
 ) -> EvaluationReport:
     """Evaluate a run on its validation text and return the full content of evaluation.json.
 
@@ -103,11 +102,10 @@ def make_report(
         until: draws are added until the half width of the Monte-Carlo interval is at most this;
             None: [evaluate] draws.
         ranks: processes that divide the batches; None: only this process.
-        clock: source of the level clock of the run, which is part of the protocol.
     """
     wanted, protocol = _settings(run)
-    if clock != "recipe":
-        protocol["clock"] = clock
+    if run.clock_source != "recipe":
+        protocol["clock"] = run.clock_source
     if until is not None:
         del protocol["draws"]  # the evaluation decides
     start = time.monotonic()
@@ -207,20 +205,19 @@ def reevaluate(
     target: Destination | None,
     until: float | None,
     ranks: Ranks,
-    clock: ClockSource = "recipe",
 ) -> Evaluation:
     """Evaluate a loaded text run again, write the results and print them (see `evaluate_run`).
 
-    `ranks` divide the batches; only rank 0 writes and prints. The results with another `clock` than
-    that of the recipe are written to evaluation-CLOCK-clock.json.
+    `ranks` divide the batches; only rank 0 writes and prints. The results with another clock than
+    that of the recipe are written to evaluation-SOURCE-clock.json.
     """
-    name = EVALUATION if clock == "recipe" else f"evaluation-{clock}-clock.json"
+    name = name_of_clock(EVALUATION, run.clock_source)
     if target is None:
         check_writable(run.run_dir)  # before an evaluation that may take hours
     changed = ranks.on_first(lambda: _find_changes(run))
     if changed and target is None:
         raise changed_data_error(run.run_dir, changed)
-    report = make_report(run, changed_data=bool(changed), until=until, ranks=ranks, clock=clock)
+    report = make_report(run, changed_data=bool(changed), until=until, ranks=ranks)
     if not ranks.is_first:
         return report.evaluation
     if changed:

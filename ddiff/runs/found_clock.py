@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ddiff.core.clock import CdfClock
 from ddiff.core.schedule import BernsteinSchedule
 from ddiff.errors import CheckpointError
@@ -24,6 +26,6 @@ def apply_found_clock(run: Run) -> Run:
             f"weights of the run are of step {run.step}. Repeat `ddiff clock {run.run_dir}`."
         )
     occupancies = record.find_bound(record.choice).occupancies
-    if occupancies is None:  # the clock of the recipe is the best one
-        return run
-    return run.with_clock(CdfClock([BernsteinSchedule(values) for values in occupancies]))
+    if occupancies is not None:  # None: the clock of the recipe is the best one
+        run = run.with_clock(CdfClock([BernsteinSchedule(values) for values in occupancies]))
+    return replace(run, clock_source="found")

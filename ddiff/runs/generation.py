@@ -22,12 +22,13 @@ from ddiff.evaluation.self_correction import measure_correction
 from ddiff.progress import show_activity
 from ddiff.recipe.fields_recipe import require_text_recipe
 from ddiff.run_dir.destination import Destination, check_destination, write_text
-from ddiff.run_dir.files import GENERATION
+from ddiff.run_dir.files import GENERATION, name_of_clock
 from ddiff.run_dir.generation_record import GenerationRecord
 from ddiff.run_dir.location import check_writable
 from ddiff.runs.generation_header import describe_generation, describe_sampling
 from ddiff.runs.generation_table import print_generation
 from ddiff.runs.judge_run import open_judge
+from ddiff.runs.kinds import ClockSource
 from ddiff.runs.loading import load
 from ddiff.runs.mauve import check_counts, compare_features, compare_texts, open_features
 from ddiff.runs.record import write_run_file
@@ -85,18 +86,20 @@ def generate_and_evaluate(
     settings: Iterable[str] = (),
     out: str | Path | None = None,
     features: str | None = None,
+    clock: ClockSource = "recipe",
 ) -> GenerationReport:
     """Run `ddiff eval --generate`: draw samples, evaluate them, print and write the figures.
 
     The figures are written to generation.json of the run, or to the JSON file `out`. See
     `evaluate_generation` for the other arguments. `settings` are `key=value` texts that override
-    keys of [sample].
+    keys of [sample]. With the `clock` "found", a tree is sampled with the clock that `ddiff clock`
+    found, and the figures are written to generation-found-clock.json.
     """
     target = None
     if out is not None:
         target = check_destination(out, "ddiff eval --out", suffix=".json", owned=_is_generation)
     with connect_ranks() as ranks:
-        run = load(run_dir, settings=settings)
+        run = load(run_dir, settings=settings, clock=clock)
         require_text_recipe(run.recipe, "ddiff eval --generate")
         if target is None:
             check_writable(run.run_dir)  # before samples are drawn
@@ -109,8 +112,8 @@ def generate_and_evaluate(
 
 
 def _write_record(run: Run, record: GenerationReport, target: Destination | None) -> None:
-    """Write the figures to `target`, by default generation.json of the run, and print them."""
-    place = run.run_dir / GENERATION
+    """Write the figures to `target`, by default that of the run, and print them."""
+    place = run.run_dir / name_of_clock(GENERATION, run.clock_source)
     if target is None:
         write_run_file(place, record.to_json())
     else:

@@ -69,8 +69,10 @@ def describe_sampling(run: Run, drawn: Sequence[Mapping[str, Any]]) -> dict[str,
     steps = build_sampler(run.recipe, run.model).steps
     if steps is None and configure_sampler(run.recipe).takes_input("steps"):
         steps = run.recipe.sample.steps  # per block or window, such as those of `blockwise`
+    other_clock = {} if run.clock_source == "recipe" else {"clock": run.clock_source}
     return {
         **run.recipe.to_dict()["sample"],
+        **other_clock,
         "steps": steps,
         "count": len(drawn),
         "length": run.recipe.length,

@@ -119,6 +119,8 @@ def _describe(written: Mapping[str, Any]) -> str:
     if sampling["steps"] is not None:
         text += f", {sampling['steps']} steps"
     text += f", NFE {sampling['nfe']:.4g}"
+    if "clock" in sampling:
+        text += f", {sampling['clock']} clock"
     if "temperature" in sampler:
         text += f", temperature {sampler['temperature']:g}"
     text += f", {sampling['precision']}, seed {sampling['seed']}"

@@ -84,12 +84,17 @@ class Run(TrainableRun):
     """Text recipe with its model and its data.
 
     `ddiff.run` and `ddiff.load` return a run with the weights of the newest checkpoint.
+
+    Attributes:
+        clock_source: source of the level clock of a tree: "recipe", "found" (by `ddiff clock`) or
+            "given" (to `with_clock`). Records of evaluations and samples contain it.
     """
 
     recipe: Recipe
     model: Model
     data: RunData
     overrides: Overrides = NO_OVERRIDES
+    clock_source: str = "recipe"
 
     @classmethod
     def assemble(
@@ -117,7 +122,7 @@ class Run(TrainableRun):
                 f"{self.process}."
             )
         model = replace_process(self.recipe, self.model, self.process.with_clock(clock))
-        return replace(self, model=model)
+        return replace(self, model=model, clock_source="given")
 
     def __repr__(self) -> str:
         parameters = count_parameters(self.denoiser)

@@ -85,7 +85,7 @@ class TextRuns:
             return evaluate_given_texts(run, target, options, ranks)
         from ddiff.runs.evaluation_report import reevaluate
 
-        return reevaluate(run, target, options.until, ranks, options.clock)
+        return reevaluate(run, target, options.until, ranks)
 
     def sample(
         self,

@@ -16,6 +16,7 @@ from ddiff.run_dir.files import (
     GENERATION,
     JUDGED,
     OTHER_EVALUATIONS,
+    OTHER_GENERATIONS,
     PICTURES,
     SAMPLES,
     TRACKED,
@@ -66,7 +67,8 @@ def describe_files(run_dir: Path, tracker: str) -> str:
 
 def _list_files(run_dir: Path) -> Iterator[Path]:
     """Yield the files with results that exist in a run directory."""
-    for pattern in (EVALUATION, OTHER_EVALUATIONS, GENERATION, JUDGED, SAMPLES, PICTURES, REPORT):
+    records = (EVALUATION, OTHER_EVALUATIONS, GENERATION, OTHER_GENERATIONS, JUDGED)
+    for pattern in (*records, SAMPLES, PICTURES, REPORT):
         yield from sorted(run_dir.glob(pattern))
 
 
@@ -92,10 +94,10 @@ def _read_figures(run_dir: Path, step: int) -> Iterator[tuple[str, float]]:
         found = read_json(path)
         if found and found["step"] == step:
             yield from _list_values(path.stem, evaluation_record(found, path).figures)
-    path = run_dir / GENERATION
-    generation = read_json(path)
-    if generation and generation["step"] == step:
-        yield from _list_values("generation", generation_record(generation, path).figures)
+    for path in (run_dir / GENERATION, *sorted(run_dir.glob(OTHER_GENERATIONS))):
+        found = read_json(path)
+        if found and found["step"] == step:
+            yield from _list_values(path.stem, generation_record(found, path).figures)
     judged = read_json(run_dir / JUDGED)
     if judged and judged["step"] == step:
         for target, findings in judged["targets"].items():

@@ -13,8 +13,10 @@ from commands import Command, is_refusal
 from small import FLAT, working_in
 
 import ddiff as api
+from ddiff.core.clock import CdfClock
 from ddiff.core.fixed_prediction import smooth_counts
 from ddiff.core.level_paths import tabulate_path
+from ddiff.core.schedule import BernsteinSchedule
 from ddiff.core.tree import TreeProcess
 from ddiff.data.packing import batch_rows
 from ddiff.errors import ArgumentError, CheckpointError
@@ -24,6 +26,7 @@ from ddiff.evaluation.ratio import RatioEstimate
 from ddiff.progress import show_progress
 from ddiff.run_dir.clock_record import ClockRecord, read_clock
 from ddiff.runs.clock import ClockSearch, find_clock
+from ddiff.runs.evaluation_report import make_report
 from ddiff.runs.run import Run
 
 TEXTS = "\n".join(
@@ -155,6 +158,20 @@ def test_clock_command_writes_a_record_that_evaluation_and_samples_use(
     assert Path("runs/small/evaluation.json").read_text() == before
     done = ddiff("sample", "runs/small", "--clock", "found", "--count", "1")
     assert json.loads(done.out.splitlines()[-1])["nfe"] > 0
+    done = ddiff("eval", "runs/small", "--clock", "found", "--generate", "--count", "2")
+    assert "found clock" in done.out
+    figures = json.loads(Path("runs/small/generation-found-clock.json").read_text())
+    assert figures["sampling"]["clock"] == "found"
+    assert not Path("runs/small/generation.json").exists()
+
+
+def test_records_name_the_clock_of_a_run_with_another_clock(place: Path, small: Run) -> None:
+    schedules = [BernsteinSchedule([0.0, middle, 1.0]) for middle in (0.8, 0.2)]
+    given = small.with_clock(CdfClock(schedules))
+    assert make_report(given).written["protocol"]["clock"] == "given"
+    assert "clock" not in make_report(small).written["protocol"]
+    assert api.evaluate_generation(given, count=2).written["sampling"]["clock"] == "given"
+    assert "clock" not in api.evaluate_generation(small, count=2).written["sampling"]
 
 
 def test_loaded_run_has_the_chosen_clock(place: Path, small: Run, record: ClockRecord) -> None:
