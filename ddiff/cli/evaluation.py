@@ -75,8 +75,7 @@ def evaluate(
     if generate:
         if no_retokenize and judge is None:
             raise ArgumentError("--no-retokenize needs --judge, the model that scores the samples.")
-        of_texts = until is not None or data or split != "file"
-        if of_texts or protocol or published or program:
+        if until is not None or data or split != "file" or protocol or published or program:
             raise ArgumentError(
                 "--generate evaluates samples, and excludes --until, --data, --split, --protocol, "
                 "--published and --program. Remove --generate to evaluate a text."
