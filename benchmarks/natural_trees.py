@@ -41,17 +41,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from natural_data import chorales, genes
 from natural_data.rows import LENGTH, RowFiles, Source, prepare
 from natural_data.trees import format_groups, shuffle_symbols
 from numpy.typing import NDArray
 
 import ddiff
-from ddiff.core.fixed_prediction import smooth_counts
 from ddiff.evaluation.intervals import student95
 from ddiff.evaluation.level_clocks import ReferencedObjective, split_documents
 from ddiff.evaluation.ratio import RatioEstimate
+from ddiff.runs.clock import log_token_frequencies
 from ddiff.runs.evaluation import score_texts
 from ddiff.runs.kinds import ClockSource
 
@@ -226,9 +225,9 @@ def score(place: Path, block: int, clock: ClockSource | None = None) -> Bounds:
     recipe = run.recipe
     model = run.model
     if clock == "found":
-        counts = torch.from_numpy(np.array(run.data.train_rows.token_counts()))
-        objective: Any = ReferencedObjective(run.objective, run.process, smooth_counts(counts))
-        objective.module = run.objective.module
+        log_p = log_token_frequencies(run)
+        objective: Any = ReferencedObjective(run.objective, run.process, log_p)
+        objective.module = run.objective.module  # `score_texts` switches off its dropout
         model = replace(model, objective=objective)
     documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
     texts = documents.validation["text"][:]

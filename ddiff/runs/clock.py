@@ -250,7 +250,7 @@ def _measure(
             texts.batches(texts.measured),
             texts.document[texts.measured],
             points,
-            log_p=_count_tokens(run),
+            log_p=log_token_frequencies(run),
             length=run.recipe.length,
             draws=search.field_draws,
             batch=keys.batch,
@@ -259,7 +259,7 @@ def _measure(
         )
 
 
-def _count_tokens(run: Run) -> Tensor:
+def log_token_frequencies(run: Run) -> Tensor:
     """Return the log-probabilities [V] of the tokens in the training text, on the device."""
     counts = torch.from_numpy(np.array(run.data.train_rows.token_counts()))
     return smooth_counts(counts).to(run.device)
@@ -288,7 +288,7 @@ def _score_clocks(
     keys = run.recipe.evaluate
     times = run.objective.times
     assert times is not None  # checked by `_require_tree`
-    log_p = _count_tokens(run)
+    log_p = log_token_frequencies(run)
     sums: dict[ClockName, DocumentSums] = {}
     draws = dict.fromkeys(clocks, search.draws)
     draws["diagonal"] *= DIAGONAL_DRAWS

@@ -14,7 +14,6 @@ from small import FLAT, working_in
 
 import ddiff as api
 from ddiff.core.clock import CdfClock
-from ddiff.core.fixed_prediction import smooth_counts
 from ddiff.core.level_paths import tabulate_path
 from ddiff.core.schedule import BernsteinSchedule
 from ddiff.core.tree import TreeProcess
@@ -25,7 +24,7 @@ from ddiff.evaluation.likelihood import score_documents
 from ddiff.evaluation.ratio import RatioEstimate
 from ddiff.progress import show_progress
 from ddiff.run_dir.clock_record import ClockRecord, read_clock
-from ddiff.runs.clock import ClockSearch, find_clock
+from ddiff.runs.clock import ClockSearch, find_clock, log_token_frequencies
 from ddiff.runs.evaluation_report import make_report
 from ddiff.runs.run import Run
 
@@ -93,7 +92,7 @@ def measure_along(run: Run, edges: torch.Tensor, seed: int) -> float:
             make_batches(run),
             run.data.validation_rows.first_documents(),
             (edges[1:] + edges[:-1]) / 2.0,
-            log_p=log_counts(run),
+            log_p=log_token_frequencies(run),
             length=run.recipe.length,
             draws=2,
             batch=64,
@@ -110,10 +109,6 @@ def make_batches(run: Run) -> Callable[[np.ndarray], api.Batch]:
     )
 
 
-def log_counts(run: Run) -> torch.Tensor:
-    return smooth_counts(torch.from_numpy(np.array(run.data.train_rows.token_counts())))
-
-
 def test_integral_of_the_field_is_the_bound_of_the_recipe_clock(small: Run) -> None:
     """Both estimates are of the same documents, with independent draws.
 
@@ -128,7 +123,7 @@ def test_integral_of_the_field_is_the_bound_of_the_recipe_clock(small: Run) -> N
     along = np.array([measure_along(small, edges, seed) for seed in range(5)])
     with show_progress(None, "test") as bar:
         sums = score_documents(
-            ReferencedObjective(small.objective, process, log_counts(small)),
+            ReferencedObjective(small.objective, process, log_token_frequencies(small)),
             make_batches(small),
             small.data.validation_rows.first_documents(),
             length=small.recipe.length,
