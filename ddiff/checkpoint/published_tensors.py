@@ -50,7 +50,10 @@ class PublishedTensors:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names in the order of the file. A view without a prefix has only names below it."""
+        """Names of the tensors, in the order of the file.
+
+        A view that `without_prefix` made has only the names with its prefix, without the prefix.
+        """
         return tuple(
             name.removeprefix(self._prefix)
             for name in self._shapes

@@ -23,7 +23,8 @@ from ddiff.distributed.launcher import MISTAKE
 
 def new(
     what: Annotated[
-        Literal["plugin"], typer.Argument(metavar="plugin", help="What to write: a plugin.")
+        Literal["plugin"],
+        typer.Argument(metavar="plugin", help="The word plugin."),
     ],
     name: Annotated[
         str,
@@ -90,7 +91,7 @@ def plugins(
         ),
     ] = None,
     components: Annotated[
-        bool, typer.Option("--components", help="List what each plugin registers.")
+        bool, typer.Option("--components", help="List the components of each plugin.")
     ] = False,
 ) -> None:
     """List the installed plugins, or the components and keys of one plugin.

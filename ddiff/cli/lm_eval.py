@@ -18,8 +18,8 @@ Draws = Annotated[
     typer.Option(
         min=1,
         max=MOST,
-        help="Draws of times and noise per likelihood: 1, or an even number. An exact likelihood "
-        "needs one.",
+        help="Draws of times and noise per likelihood: 1, or an even number. No effect on exact "
+        "likelihoods (autoregressive runs).",
     ),
 ]
 IncludePath = Annotated[

@@ -184,7 +184,10 @@ PromptFile = Annotated[
 ]
 InfillTexts = Annotated[
     list[str] | None,
-    typer.Option(help='Text with gaps, such as "She [MASK:8] to Bath"; may be repeated.'),
+    typer.Option(
+        help='Text with gaps, such as "She [MASK:8] to Bath" with a gap of 8 tokens; may be '
+        "repeated."
+    ),
 ]
 Messages = Annotated[
     list[str] | None,

@@ -214,11 +214,12 @@ class FlatTimes(TimeRule):
 class OccupancyTimes(TimeRule):
     """Time rule of trees in which each sequence has level occupancies near the clock's path.
 
-    A sequence gets a time as by `FlatTimes`, and a detour (`ddiff.core.detour`): its occupancies
-    are (1 - m) F(t) + m H(t), where F(t) are those of the level clock, H is a random extreme path,
-    and m is uniform in [0, spread). The weight of a position at level l is dF_l/dt of the detour,
-    divided by the probability of the level on the detour. The mean loss is therefore the mean of
-    the bounds along random paths near the clock's path, each of which is a bound.
+    The occupancy F_l(t) is the probability that a position has reached level l by time t. The level
+    clock is a path F(t) of the occupancies. Each sequence gets a time as by `FlatTimes`, and a
+    detour from this path (`ddiff.core.detour`), with the occupancies (1 - m) F(t) + m H(t). H is a
+    random extreme path, and m is uniform in [0, spread). The weight of a position at level l is
+    dF_l/dt of the detour, divided by the probability of level l on the detour. Each detour gives a
+    bound, and the mean loss is the mean of these bounds.
 
     A network that is trained in this way is accurate near the path, so that the bound of other
     clocks can be measured. Evaluation (`with_window`) and sampling (`at`) use no detours.

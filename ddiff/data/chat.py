@@ -395,11 +395,15 @@ class _Build:
 
     def _leave_out(self, name: str, total: int, answer: int) -> None:
         if self.settings.long == "error":
+            limit = self.settings.answer_length
+            if limit is not None and answer > limit:
+                raise DataError(
+                    f"{name}: the answer has {answer} tokens, but [data] answer_length = {limit}. "
+                    'Increase answer_length, or set [data] long = "drop".'
+                )
             raise DataError(
-                f"{name} needs {total} tokens, {answer} of them for its answer, but a row has "
-                f"[data] length = {self.length} and an answer at most answer_length = "
-                f"{self.settings.answer_length or self.length} tokens. "
-                'Increase them, or set [data] long = "cut" or "drop".'
+                f"{name} needs {total} tokens, {answer} of them for its answer, but [data] length "
+                f'= {self.length}. Increase length, or set [data] long = "cut" or "drop".'
             )
         self.counts["long"] += 1
         self.shortest = min(self.shortest or answer, answer)

@@ -114,7 +114,9 @@ class StreamedRows:
         cursors: Path | None = None,
     ) -> None:
         if block < 1:
-            raise ArgumentError(f"block must be a number of rows, at least 1; got {block}.")
+            raise ArgumentError(
+                f"StreamedRows: block, a number of rows, must be at least 1; got {block}."
+            )
         self.length = length
         self.head = head
         self.fingerprint = fingerprint

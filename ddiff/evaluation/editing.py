@@ -200,7 +200,10 @@ def _distance_sums(
 def _path(name: str, values: ArrayLike) -> NDArray[np.float64]:
     rows = np.asarray(values, np.float64)
     if rows.ndim != 2 or len(rows) < 2:
-        raise ArgumentError(f"{name}: a path needs at least two points; got shape {rows.shape}.")
+        raise ArgumentError(
+            f"{name}: the path must be an array [n,d] of at least two points; got an array of the "
+            f"shape {list(rows.shape)}."
+        )
     return rows
 
 

@@ -82,7 +82,7 @@ def _read_base(tree: RecipeTree, chain: list[RecipeFile]) -> RecipeFile | None:
     if "extends" not in tree.values:
         return None
     place = tree.locate(("extends",))
-    # deleted, because a merged tree has this key only if `--set` gives it, which is refused
+    # The key is deleted, so that in the merged tree it can only come from `--set`, and is refused.
     name = tree.values.pop("extends")
     if not isinstance(name, str):
         raise RecipeError(

@@ -311,7 +311,7 @@ def _apply_protocol(
 
 
 def _name_data(stem: str) -> str:
-    """Return a name of data that can be part of a file name."""
+    """Return `stem` as a part of a file name, with "_" for all other characters."""
     return re.sub(r"[^\w.-]+", "_", stem).strip("._") or "data"
 
 

@@ -112,7 +112,11 @@ class ResultResponse:
         self._mailbox.events.put_nowait(Disconnected())
 
     async def _next_event(self, deadline: float) -> Event:
-        """Return the next event. After the deadline, this is an error."""
+        """Return the next event.
+
+        Returns `Disconnected` if the client closed the connection, and a `Refusal` with status 504
+        after the deadline.
+        """
         try:
             async with asyncio.timeout_at(deadline):
                 event = await self._mailbox.events.get()

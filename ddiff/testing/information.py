@@ -62,7 +62,7 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
 
     The integral of dt/dtau between two values of tau is compared with the difference of t at these
     values. The error is relative to the difference. A wrong derivative would bias every estimate of
-    the bound. Tolerance 1e-3: the error of Simpson's rule on 2000 panels.
+    the bound. Tolerance 1e-3: the error of Simpson's rule on 2000 pairs of intervals.
     """
     tau = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     t, speed = process.information_time.at(tau)
@@ -72,7 +72,7 @@ def clock_is_a_time_change(process: ForwardProcess) -> Iterator[Gap]:
         {"after tau": tau[:-1]},
     )
     spacing = float(tau[1] - tau[0])
-    # apply Simpson's rule to pairs of panels
+    # Simpson's rule on each pair of neighbouring intervals
     integrals = (speed[:-2:2] + 4.0 * speed[1:-1:2] + speed[2::2]) * spacing / 3.0
     moved = t[2::2] - t[:-2:2]
     yield compare(

@@ -21,12 +21,13 @@ class HubModel:
         examples: names on the hub.
         model_type: `model_type` of the published configuration, or its beginning.
         library: model type of the transformers library that computes the same function. None: the
-            rest of `model_type`.
+            `model_type` of the configuration without this attribute `model_type`, such as "qwen3"
+            for "a2d-qwen3".
         mask_token: id of the mask if the configuration has no `mask_token_id`. None: the mask token
             of the tokenizer.
         shift: whether the output at position i - 1 predicts the token at position i.
-        attention: "full": every position attends to every position; "block": to its own and to
-            earlier blocks; "causal": to earlier positions.
+        attention: "full": every position attends to every position; "block": to all positions
+            of the same and of earlier blocks; "causal": to itself and to earlier positions.
         block: number of positions of a block, for "block".
         end: end mark of an answer, and the tokens after it. Only printed and documented.
         chat_template: file of the repository with the chat template. Only documented.

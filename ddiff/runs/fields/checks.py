@@ -172,9 +172,9 @@ def _build_leg_path(recipe: FieldsRecipe, table: str) -> LegPath:
         found = require_path(path, table)
         if not isinstance(found, LegPath):
             raise ArgumentError(
-                f"{table}: the path must be a LegPath, on which each field moves in one interval "
-                f'of tau or is held; got {type(found).__name__}. Use "shared", "first" or '
-                '"lagged".'
+                f"{table}: on the path, each field must be noised in one interval of tau, or keep "
+                f"one time; got {type(found).__name__}, a rule for training, which has no bound "
+                'and which samplers cannot follow. Use "shared", "first" or "lagged".'
             )
     return found
 

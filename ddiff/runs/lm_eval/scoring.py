@@ -48,7 +48,7 @@ class Settings:
 
     Attributes:
         draws: draws of times and noise per likelihood: 1, or an even number. More draws narrow the
-            Monte-Carlo error. An exact likelihood needs one.
+            Monte-Carlo error. No effect on exact likelihoods.
         seed: seed of times, noise and samples; None: the seeds of [evaluate] and [sample].
         batch: rows per batch; None: [evaluate] batch and [sample] batch. No result depends on it.
         truncate: leave out the beginning of a context that is too long for a row. Otherwise such a

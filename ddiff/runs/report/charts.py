@@ -292,9 +292,12 @@ def _draw_frame(title: str, parts: Sequence[Markup], height: float = HEIGHT) -> 
 
 
 def draw_file(drawing: Markup, legend: Sequence[tuple[str, int]], note: str = "") -> str:
-    """Return a chart as the text of an SVG file, with its style and the names of its colours.
+    """Return a chart as the text of an SVG file with its style, a legend and a note.
 
-    `legend` has pairs (name, number of the colour). `note` is a text below the chart.
+    Args:
+        drawing: the chart.
+        legend: pairs (name, number of the colour).
+        note: text below the chart.
     """
     light = f"svg{{--text:#1b1f24;--muted:#57606a;--line:#d8dee4;{color_variables(LIGHT)}}}"
     dark = f"svg{{--text:#e6edf3;--muted:#9aa5b1;--line:#343c46;{color_variables(DARK)}}}"
