@@ -22,8 +22,9 @@ seed have the same batches, and are evaluated with the same random numbers. The 
 stopped and started again: finished runs are not repeated. It prints Markdown tables. Negative
 differences mean that the tree has the smaller bound. A difference has two 95 % intervals: over
 seeds (Student), and over groups of validation documents, for the mean over the seeds. With
-`--clock`, a second table has the bounds of the found clocks, on the half of the validation
-documents that the search did not use.
+`--clock`, further tables have the bounds of the found clocks, on the half of the validation
+documents that did not determine the path. `ddiff clock` puts every other row into this half, so
+that both halves have rows of the same genes, chorales and writers.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ from natural_data.trees import format_groups, shuffle_symbols
 from numpy.typing import NDArray
 
 import ddiff
+from ddiff.errors import CheckpointError
 from ddiff.evaluation.intervals import student95
 from ddiff.evaluation.level_clocks import ReferencedObjective, split_documents
 from ddiff.evaluation.ratio import RatioEstimate
+from ddiff.run_dir.clock_record import ClockRecord, read_clock
 from ddiff.runs.clock import log_token_frequencies
 from ddiff.runs.evaluation import score_texts
 from ddiff.runs.kinds import ClockSource
@@ -76,12 +79,14 @@ class Compared(NamedTuple):
     Attributes:
         trees: name of each tree -> run. `FLAT` is masked diffusion.
         block: number of consecutive documents that the intervals treat as one. Neighbouring images
-            of digits are of one writer, and neighbouring rows are of one gene or chorale.
-        source: data to download, or None for data that the recipes read.
+            of digits are of one writer, and the validation images are of few writers: intervals
+            over documents are too narrow there.
+        source: data to download, whose rows have groups that the intervals treat as one; None for
+            data that the recipes read.
     """
 
     trees: Mapping[str, Trained]
-    block: int
+    block: int = 1
     source: Source | None = None
 
 
@@ -176,15 +181,15 @@ MUSIC = _compare_symbols(
 )
 
 DATA = {
-    "digits": Compared(DIGITS, 10),
-    "code": Compared(CODE, 1),
-    "dna": Compared(DNA, 8, genes.SOURCE),
-    "music": Compared(MUSIC, 8, chorales.SOURCE),
+    "digits": Compared(DIGITS, block=50),
+    "code": Compared(CODE),
+    "dna": Compared(DNA, source=genes.SOURCE),
+    "music": Compared(MUSIC, source=chorales.SOURCE),
 }
 
 
 class Bounds(NamedTuple):
-    """Nats and tokens of each block of documents, both [D], from one run."""
+    """Nats and tokens of each group of documents, both [G], from one run."""
 
     nats: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -215,11 +220,14 @@ def train(place: Path, trained: Trained, seed: int, settings: Sequence[str]) -> 
     subprocess.run(command, check=True)
 
 
-def score(place: Path, block: int, clock: ClockSource | None = None) -> Bounds:
-    """Evaluate a run on blocks of validation documents, with equal random numbers in all runs.
+def score(place: Path, groups: int | Sequence[int] = 1, clock: ClockSource | None = None) -> Bounds:
+    """Evaluate a run on groups of validation documents, with equal random numbers in all runs.
 
-    With a clock, only the documents that the search of the path did not use are evaluated, with
-    more draws, and for the found clock with the estimate of `ddiff clock`.
+    Args:
+        place: directory of the run.
+        groups: number of consecutive documents in a group, or the group of each document.
+        clock: with a clock, only the documents that did not determine the path of `ddiff clock` are
+            evaluated, with more draws, and for the found clock with the estimate of `ddiff clock`.
     """
     run = ddiff.load(place, clock=clock or "recipe")
     recipe = run.recipe
@@ -231,17 +239,20 @@ def score(place: Path, block: int, clock: ClockSource | None = None) -> Bounds:
         model = replace(model, objective=objective)
     documents = recipe.data.build(length=recipe.length, seed=recipe.seed, cache=None)
     texts = documents.validation["text"][:]
+    numbers = np.arange(len(texts))
+    group_of = numbers // groups if isinstance(groups, int) else np.array(groups)
     if clock is not None:
-        texts = [texts[number] for number in split_documents(np.arange(len(texts)))[1]]
+        numbers = split_documents(numbers)[1]
     draws = DRAWS if clock is None else CLOCK_DRAWS
     nats = []
     tokens = []
-    for start in range(0, len(texts), block):
-        # Every block has other random numbers: their errors would otherwise not average out.
-        evaluate = recipe.evaluate.model_copy(update={"seed": start})
-        block_recipe = replace(recipe, evaluate=evaluate)
-        block_texts = texts[start : start + block]
-        found = score_texts(model, block_recipe, run.tokenizer, block_texts, draws, {})
+    for group in np.unique(group_of[numbers]):
+        places = np.flatnonzero(group_of[numbers] == group)
+        # Every group has other random numbers: their errors would otherwise not average out.
+        evaluate = recipe.evaluate.model_copy(update={"seed": int(places[0])})
+        group_recipe = replace(recipe, evaluate=evaluate)
+        group_texts = [texts[number] for number in numbers[places]]
+        found = score_texts(model, group_recipe, run.tokenizer, group_texts, draws, {})
         nats.append(found.nelbo_nats_per_token * found.tokens)
         tokens.append(found.tokens)
     return Bounds(np.array(nats), np.array(tokens, np.float64))
@@ -278,27 +289,39 @@ def print_table(data: str, bounds: Mapping[str, Sequence[Bounds]], seeds: Sequen
     print(flush=True)
 
 
-def find_clock(place: Path) -> Any:
-    """Return the content of clock.json of a run; `ddiff clock` writes the file if it is missing."""
-    file = place / "clock.json"
-    if not file.exists():
+def find_clock(place: Path) -> ClockRecord:
+    """Return clock.json of a run. `ddiff clock` writes the file if it is missing or out of date.
+
+    Raises SystemExit if the search did not read all documents: `score` would then evaluate some of
+    those that determined the path.
+    """
+    try:
+        run = ddiff.load(place, clock="found")
+    except CheckpointError:
         subprocess.run([sys.executable, "-m", "ddiff", "clock", str(place)], check=True)
-    return json.loads(file.read_text(encoding="utf-8"))
+        run = ddiff.load(place, clock="found")
+    record = read_clock(place)
+    used = record.protocol["measured_documents"] + record.protocol["compared_documents"]
+    count = len(np.unique(run.data.validation_rows.first_documents()))
+    if used != count:
+        raise SystemExit(
+            f"{place / 'clock.json'} is a search with {used} of {count} documents. Repeat "
+            f"`ddiff clock {place}` without --rows."
+        )
+    return record
 
 
 def print_clocks(places: Sequence[Path]) -> None:
-    """Print the bounds of the clocks of runs on the documents that the search did not use."""
-    print("| run | clock | nats/token | minus recipe's clock | 95 % interval |")
-    print("| --- | --- | --- | --- | --- |")
+    """Print the bounds of the clocks of runs on the documents that did not determine the path.
+
+    The intervals of `ddiff clock` are left out, because they take each row as a document.
+    """
+    print("| run | clock | nats/token | minus recipe's clock |")
+    print("| --- | --- | --- | --- |")
     for place in places:
-        for bound in find_clock(place)["bounds"]:
-            change = bound["minus_recipe"]
-            interval = "–"
-            if change["interval"]:
-                low, high = change["interval"]
-                interval = f"{low:+.4f} to {high:+.4f}"
-            values = f"{bound['bound']['value']:.4f} | {change['value']:+.4f} | {interval}"
-            print(f"| {place.name} | {bound['name']} | {values} |")
+        for found in find_clock(place).bounds:
+            change = found.minus_recipe.value
+            print(f"| {place.name} | {found.name} | {found.bound.value:.4f} | {change:+.4f} |")
     print(flush=True)
 
 
@@ -323,9 +346,11 @@ def main() -> None:
 def compare(data: str, compared: Compared, given: argparse.Namespace) -> None:
     """Train and evaluate the trees of a data set, and print the tables."""
     settings = list(given.set)
+    groups: int | Sequence[int] = compared.block
     if compared.source is not None:
         files = prepare(data, compared.source, given.folder / "data")
         settings = [*name_files(files), *settings]
+        groups = files.read_groups()
     trees = dict(itertools.islice(compared.trees.items(), given.first))
     places: dict[str, list[Path]] = {tree: [] for tree in trees}
     # All trees of a seed are trained before the next seed, so that an early table is complete.
@@ -336,14 +361,14 @@ def compare(data: str, compared: Compared, given: argparse.Namespace) -> None:
             places[tree].append(place)
     bounds = {}
     for tree, found in places.items():
-        bounds[tree] = [score(place, compared.block) for place in found]
+        bounds[tree] = [score(place, groups) for place in found]
     print_table(data, bounds, given.seeds)
     if not given.clock:
         return
     print_clocks([place for tree, found in places.items() if tree != FLAT for place in found])
     for tree, found in places.items():
         clock: ClockSource = "recipe" if tree == FLAT else "found"
-        bounds[tree] = [score(place, compared.block, clock) for place in found]
+        bounds[tree] = [score(place, groups, clock) for place in found]
     print_table(f"{data}, found clock, half of the documents", bounds, given.seeds)
 
 

@@ -6,7 +6,7 @@ Each run is compared with the first one. The interval of a difference is over do
 that of the ratio of perplexities follows from it. All runs must have the same data and tokenizer.
 
 With `--found`, all runs but the first one are evaluated with the clock that `ddiff clock` found for
-them, and only the documents that this search did not use are compared.
+them, and only the documents that did not determine its path are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import argparse
 import math
 from pathlib import Path
 
-from natural_trees import score
+import numpy as np
+from natural_trees import find_clock, score
 
 from ddiff.evaluation.ratio import RatioEstimate
 
@@ -26,12 +27,20 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="directories of the other runs")
     parser.add_argument("--found", action="store_true", help="evaluate RUNS with found clocks")
     given = parser.parse_args()
-    base = score(given.base, 1, "recipe" if given.found else None)
+    if given.found:
+        for place in given.runs:
+            find_clock(place)
+    base = score(given.base, clock="recipe" if given.found else None)
     print("| run | nats/token | minus first | 95 % interval | ratio of perplexities |")
     print("| --- | --- | --- | --- | --- |")
     print(f"| {given.base} | {base.mean:.4f} | | | |", flush=True)
     for place in given.runs:
-        found = score(place, 1, "found" if given.found else None)
+        found = score(place, clock="found" if given.found else None)
+        if not np.array_equal(found.tokens, base.tokens):
+            raise SystemExit(
+                f"{place} and {given.base} have different numbers of tokens in the validation "
+                "documents: the runs must have the same data and tokenizer."
+            )
         difference = found.mean - base.mean
         total = RatioEstimate.of((found.nats - base.nats)[:, None], base.tokens).total
         assert total is not None  # the validation text has several documents

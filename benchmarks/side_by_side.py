@@ -55,6 +55,7 @@ def after(name: str, steps: int, parts: str = "all") -> tuple[str, str]:
 # If initial weights may help masked diffusion too, a run of masked diffusion starts from the same
 # weights.
 GAP = (
+    Trained("mdlm_small_seed0", "mdlm_small", ("seed=0",)),
     Trained("mdlm_200", "mdlm_small", ("train.steps=200",)),
     Trained("hdlm_clip", "hdlm_small", ('objective.loss={kind="clip", largest=10.0}',)),
     Trained("hdlm_200_after_mdlm_200", "hdlm_small", after("mdlm_200", 200)),
@@ -72,7 +73,7 @@ GAP = (
 SHORT = "train.steps=200"
 BACKBONE = (
     Trained("short", "mdlm_small", (SHORT,)),
-    Trained("short_seed1", "mdlm_small", (SHORT, "seed=1")),
+    Trained("short_other_seed", "mdlm_small", (SHORT, "seed=1")),
     Trained("short_none", "mdlm_small", (SHORT, "denoiser.convolution=0")),
     Trained("short_width3", "mdlm_small", (SHORT, "denoiser.convolution=3")),
     Trained("short_width7", "mdlm_small", (SHORT, "denoiser.convolution=7")),

@@ -52,29 +52,47 @@ class Source(NamedTuple):
 
 
 class RowFiles(NamedTuple):
-    """Files with one row per line."""
+    """Files with one row per line.
+
+    Attributes:
+        groups: file with the number of the group of each validation row.
+    """
 
     train: Path
     validation: Path
+    groups: Path
+
+    @classmethod
+    def named(cls, folder: Path, name: str) -> RowFiles:
+        return cls(*(folder / f"{name}_{part}.txt" for part in cls._fields))
+
+    def read_groups(self) -> list[int]:
+        """Return the number of the group of each validation row."""
+        return [int(line) for line in self.groups.read_text(encoding="utf-8").split()]
 
 
 def prepare(name: str, source: Source, folder: Path) -> RowFiles:
     """Return the files of the data set `name` in `folder`; write them if they are missing."""
-    files = RowFiles(folder / f"{name}_train.txt", folder / f"{name}_validation.txt")
-    if files.train.exists() and files.validation.exists():
+    files = RowFiles.named(folder, name)
+    if all(file.exists() for file in files):
         return files
     texts = source.read(find_archive(source.package, folder))
     keys = {text_name: source.find_key(text) for text_name, text in texts.items()}
     groups = group_texts(keys, source.stretch)
     held_out = hold_out_groups(groups, {key: len(text) for key, text in texts.items()}, HELD_OUT)
-    train: dict[str, None] = {}  # rows in the order of the texts; repeated rows are written once
-    validation: dict[str, None] = {}
+    group_of = {text: number for number, names in enumerate(groups) for text in names}
+    # Rows in the order of the texts, with the group of their text. Repeated rows are written once.
+    train: dict[str, int] = {}
+    validation: dict[str, int] = {}
     for text_name, text in texts.items():
         part = validation if text_name in held_out else train
-        part.update(dict.fromkeys(cut_rows(text, LENGTH)))
+        for row in cut_rows(text, LENGTH):
+            part.setdefault(row, group_of[text_name])
     write_lines(files.train, list(train))
     # Texts of different groups may share a row that is shorter than the stretch of the groups.
-    write_lines(files.validation, [row for row in validation if row not in train])
+    kept = {row: group for row, group in validation.items() if row not in train}
+    write_lines(files.validation, list(kept))
+    write_lines(files.groups, [str(group) for group in kept.values()])
     print(
         f"{name}: {len(texts)} texts in {len(groups)} groups, {len(held_out)} texts for validation",
         flush=True,

@@ -286,7 +286,7 @@ def clock(
     cells: Annotated[
         int,
         typer.Option(
-            min=1,
+            min=4,
             max=64,
             help="Fineness of the measured points; 6 gives 28 points for a tree with two levels "
             "above the tokens.",

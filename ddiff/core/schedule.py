@@ -173,7 +173,8 @@ class BernsteinSchedule(Schedule):
     The polynomial follows the values at the times k/n and smooths them. It rises, and stays inside
     (0,1) for t in (0,1). If no value of one table is below that of another table of equal length,
     the polynomials are ordered in the same way, strictly if the tables differ. A polynomial of
-    degree at most n has a table of which it is the polynomial.
+    degree at most n has a table of which it is the polynomial, but the values of this table may
+    fall.
 
     Args:
         values: 2 to 17 values at equally spaced times, from 0 at t = 0 to 1 at t = 1.

@@ -24,7 +24,8 @@ class FieldPoint(RecordPart):
     Attributes:
         occupancies: F_1..F_L, the probabilities of having reached each level.
         nats: mean divergence at a position of each level.
-        standard_errors: standard errors of `nats` over documents.
+        standard_errors: standard errors over documents of `nats` minus the divergence of the fixed
+            prediction, which is the part that the search compares.
         positions: number of positions of each level.
     """
 

@@ -61,6 +61,10 @@ from ddiff.training.context import build_context
 FEWEST_DOCUMENTS = 8
 """Smallest number of validation documents: the half that is compared then has 4."""
 
+FEWEST_CELLS = 4
+"""Smallest fineness of the measured points. Polynomials of degree 3 have 10 coefficients for two
+levels and 20 for three; 4 gives 15 and 35 points."""
+
 LARGEST_LATTICE = 1000
 """About the largest number of nodes of the lattice on which the path is searched."""
 
@@ -95,7 +99,12 @@ class ClockSearch:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        counts = {"cells": self.cells, "field_draws": self.field_draws, "draws": self.draws}
+        if self.cells < FEWEST_CELLS:
+            raise ArgumentError(
+                f"ClockSearch: cells must be at least {FEWEST_CELLS}; got {self.cells}. Fewer "
+                "points do not determine the polynomials that are fitted to the field."
+            )
+        counts = {"field_draws": self.field_draws, "draws": self.draws}
         for name, value in counts.items():
             if value < 1:
                 raise ArgumentError(f"ClockSearch: {name} must be at least 1; got {value}.")
@@ -130,6 +139,12 @@ def find_clock(run: str | Path | Run, search: ClockSearch | None = None) -> Cloc
         return find_clock(loaded, search)
     search = search or ClockSearch()
     process = _require_tree(run)
+    if run.clock_source != "recipe":
+        raise ArgumentError(
+            "find_clock: the run must have the clock of its recipe, which is compared with others; "
+            f'got clock_source = "{run.clock_source}". Load the run with '
+            f"ddiff.load({str(run.run_dir)!r})."
+        )
     changed = run.find_changed_data()
     if changed:
         raise changed_data_error(run.run_dir, changed)

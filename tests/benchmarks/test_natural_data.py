@@ -256,6 +256,11 @@ def test_prepared_files_share_no_group_and_no_row(tmp_path: Path) -> None:
     assert len(set(train + validation)) == len(train + validation)
     assert not {row[-1] for row in train} & {row[-1] for row in validation}
     assert {len(row) for row in train + validation} == {rows.LENGTH}
+    groups = files.read_groups()
+    assert len(set(groups)) == 2
+    # A row of 64 letters, or a digit and 63 letters, has the group of its letter.
+    letters = [row[-1] for row in validation]
+    assert len({*zip(groups, letters, strict=True)}) == 2
 
 
 def test_missing_registry_is_explained(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_every_compared_recipe_resolves_and_has_its_own_directory(
     script: ModuleType, data: str, num_tokens: int
 ) -> None:
     compared = script.DATA[data]
-    files = script.RowFiles(Path("train.txt"), Path("validation.txt"))
+    files = script.RowFiles.named(Path("data"), data)
     given = script.name_files(files) if compared.source else ()
     trees = compared.trees
     for tree, trained in trees.items():

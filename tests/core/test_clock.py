@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from ddiff.core.clock import CdfClock, LogTimeClock
-from ddiff.core.schedule import CosineSchedule, LinearSchedule, PowerSchedule, Schedule
+from ddiff.core.schedule import (
+    BernsteinSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    PowerSchedule,
+    Schedule,
+)
 from ddiff.core.times import FlatTimes
 from ddiff.errors import ArgumentError
 from ddiff.testing import assert_laws, check_clock, check_schedule, check_time_rule
@@ -103,6 +109,24 @@ def test_cdf_clock_rejects_schedules_that_cross_near_time_0_or_1(schedules: list
 def test_cdf_clock_accepts_schedules_that_are_equal_at_times_0_and_1() -> None:
     clock = CdfClock([CosineSchedule(), PowerSchedule(1.0), PowerSchedule(1.001)])
     assert float(clock.pi(torch.tensor([0.0, *TIMES, 1.0], dtype=torch.float64)).min()) >= 0.0
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher"),
+    [
+        ([0.0, 0.9, 1.0, 1.0, 1.0, 1.0], [0.0, 0.1, 1.0, 1.0, 1.0, 1.0]),
+        ([0.0, 0.5, 0.6, 0.9, 1.0, 1.0, 1.0], [0.0, 0.1, 0.2, 0.8, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_cdf_clock_accepts_ordered_tables_whose_occupancies_round_to_1(
+    lower: list[float], higher: list[float]
+) -> None:
+    """Both occupancies round to 1 near t = 1, where the order is that of the alphas."""
+    clock = CdfClock([BernsteinSchedule(lower), BernsteinSchedule(higher)])
+    t = torch.tensor([1.0 - 1e-6], dtype=torch.float64)
+    assert float(clock.cdf(t)[0, 0]) == float(clock.cdf(t)[0, 1]) == 1.0
+    assert float(clock.pi(t)[0, 1]) > 0.0
+    assert_laws(check_clock(clock))
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 1.0])

@@ -35,7 +35,7 @@ TEXTS = "\n".join(
     for c in "xyzabcd"
 )
 NEAR = ['objective.times={kind="occupancy"}', "train.steps=12", "denoiser.time=false"]
-SEARCH = ClockSearch(cells=2, draws=2)
+SEARCH = ClockSearch(cells=4, draws=2)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_integral_of_the_field_is_the_bound_of_the_recipe_clock(small: Run) -> N
 def test_clock_command_writes_a_record_that_evaluation_and_samples_use(
     place: Path, ddiff: Command
 ) -> None:
-    done = ddiff("clock", "runs/small", "--cells", "2", "--draws", "1")
+    done = ddiff("clock", "runs/small", "--cells", "4", "--draws", "1")
     assert "Chosen clock" in done.out
     found = read_clock("runs/small")
     assert found.run == "small"
@@ -206,3 +206,8 @@ def test_clock_needs_a_tree_and_eight_documents(place: Path, small: Run, ddiff: 
         find_clock(few)
     with pytest.raises(ArgumentError, match="draws must be at least 1"):
         ClockSearch(draws=0)
+    with pytest.raises(ArgumentError, match="cells must be at least 4"):
+        ClockSearch(cells=3)
+    schedules = [BernsteinSchedule([0.0, middle, 1.0]) for middle in (0.8, 0.2)]
+    with pytest.raises(ArgumentError, match='clock_source = "given"'):
+        find_clock(small.with_clock(CdfClock(schedules)))

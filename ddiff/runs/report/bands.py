@@ -20,7 +20,16 @@ from ddiff.runs.report.run_files import ReportedRun
 FREE = ("name", "seed", "run_dir", "plugins", "backend", "sample", "tracker", "evaluate")
 """Tables and keys of a recipe that may differ from the recipe of a band."""
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep")
-KEPT = ("backend.precision", "evaluate.window", "evaluate.rows", "evaluate.weights")
+KEPT = (
+    "backend.precision",
+    "evaluate.window",
+    "evaluate.rows",
+    "evaluate.weights",
+    # All seeds of a band share the random numbers of the evaluation, so the band does not contain
+    # their error.
+    "evaluate.draws",
+    "evaluate.seed",
+)
 """Keys inside of these tables that must be equal."""
 
 
