@@ -224,10 +224,11 @@ def _require_tree(run: Run) -> TreeProcess:
     """Return the tree process of a run. Raises ArgumentError for other runs."""
     process = run.process
     if not isinstance(process, TreeProcess) or not process.has_level_paths:
+        name = "model without a process" if process is None else type(process).__name__
         raise ArgumentError(
             "find_clock: the process must be a tree of two or more levels above the tokens, such "
-            f"as clusters and a mask; got {process}. With one level, every clock has the same "
-            "bound."
+            f"as clusters and a mask; {run.run_dir} has a {name}. With one level, every clock has "
+            "the same bound."
         )
     times = run.objective.times
     if times is None or not times.has_one_time:

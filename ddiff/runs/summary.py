@@ -15,6 +15,7 @@ from torch import nn
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation, TimeBin
 from ddiff.nn.denoiser import Denoiser, count_parameters, has_bfloat16_units
+from ddiff.run_dir.files import RECIPE
 from ddiff.runs.findings import print_findings
 from ddiff.runs.gap_table import print_gaps
 from ddiff.runs.gaps import FilledGaps
@@ -119,7 +120,7 @@ def print_summary(
     console.print(f"\nWritten to {run_dir}: {', '.join(written)}")
     console.print(
         f"Next: `ddiff sample {run_dir} {sample_options}`, `ddiff eval {run_dir}`, or "
-        "`ddiff run` with --set train.steps=N to train longer"
+        f"`ddiff run {run_dir / RECIPE} --set train.steps={2 * summary.step}` to train longer"
     )
 
 
@@ -179,17 +180,21 @@ def print_evaluation(
     if evaluation.time_bins:
         table.add_row("    of diffusion, by time", *_time_cells(evaluation.time_bins))
     if counted is not None:
-        under = counted.unigram_nats_per_token - evaluation.nelbo_nats_per_token
-        side = f"{abs(under):.4f} {'under' if under >= 0 else 'above'} it"
-        table.add_row(
-            "unigram", f"{counted.unigram_nats_per_token:.4f}", f"the {evaluation.bound} is {side}"
-        )
-        table.add_row("bigram", f"{counted.bigram_nats_per_token:.4f}", "Witten-Bell")
+        table.add_row("unigram", *_baseline_cells(counted.unigram_nats_per_token, evaluation))
+        nats, side = _baseline_cells(counted.bigram_nats_per_token, evaluation)
+        table.add_row("bigram", nats, f"Witten-Bell; {side}")
     if entropy_rate is not None:
         table.add_row(
             "entropy rate", f"{entropy_rate:.4f}", "of the source: a lower limit for every model"
         )
     console.print(table)
+
+
+def _baseline_cells(nats: float, evaluation: Evaluation) -> tuple[str, str]:
+    """Return a baseline in nats per token, and the distance of the bound from it."""
+    under = nats - evaluation.nelbo_nats_per_token
+    side = "under" if under >= 0 else "above"
+    return f"{nats:.4f}", f"the {evaluation.bound} is {abs(under):.4f} {side} it"
 
 
 def _time_cells(bins: Sequence[TimeBin]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
 from ddiff.evaluation.intervals import FEWEST_SHUFFLED
+from ddiff.run_dir.files import RECIPE
 from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
 from ddiff.runs.findings import (
     make_console,
@@ -61,7 +62,8 @@ def print_summary(
     target = run.recipe.sample.targets[-1]
     console.print(
         f"Next: `ddiff sample {run.run_dir} --count 4 --target '{target}'`, `ddiff eval "
-        f"{run.run_dir}`, or `ddiff run` with --set train.steps=N to train longer"
+        f"{run.run_dir}`, or `ddiff run {run.run_dir / RECIPE} --set "
+        f"train.steps={2 * summary.step}` to train longer"
     )
 
 
