@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ddiff.cli.completion import complete_recipe, complete_run_dir, complete_sampler
+from ddiff.run_dir.files import require_run_dir
 
 MOST = 2**31 - 1  # of counts and steps, as in a recipe
 
@@ -19,12 +20,22 @@ RecipeName = Annotated[
         autocompletion=complete_recipe,
     ),
 ]
+
+
+def _check_run_dir(context: typer.Context, run_dir: Path) -> Path:
+    """Raise CheckpointError if there is no such folder, before the command imports torch."""
+    if not context.resilient_parsing and not run_dir.exists():
+        require_run_dir(run_dir)
+    return run_dir
+
+
 RunDir = Annotated[
     Path,
     typer.Argument(
         metavar="RUN_DIR",
         help="A run directory, such as runs/<name>.",
         autocompletion=complete_run_dir,
+        callback=_check_run_dir,
     ),
 ]
 

@@ -85,6 +85,15 @@ def test_help_and_list_commands_take_half_a_second_without_torch(arguments):
     assert min(seconds) < 0.5
 
 
+@pytest.mark.parametrize("command", ["clock", "eval", "sample"])
+def test_missing_run_directory_is_refused_without_torch(command):
+    done = run_python(PROBE, command, "runs/missing")
+    code, _, modules = json.loads(done.stderr.splitlines()[-1])
+    assert code == 2
+    assert "runs/missing is not a run directory: there is no such folder" in done.stderr
+    assert not set(HEAVY) & set(modules)
+
+
 def test_importing_ddiff_imports_no_submodule():
     heavy = ("ddiff", "torch", "pydantic")
     names = f"name for name in sys.modules if name.startswith({heavy})"
