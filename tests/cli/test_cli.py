@@ -288,14 +288,17 @@ def test_unknown_option_exits_with_code_2(capsys):
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list:
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list:
     """List of calls: the functions behind the commands only record their arguments there.
 
     Of the arguments of `sample_run`, only those with another value than the default are recorded.
+    The working directory has an empty folder `runs/x`.
     """
     from ddiff.runs.run import Run
     from ddiff.runs.stages import sample_run
 
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x").mkdir(parents=True)
     calls: list = []
     parameters = (
         inspect.signature(Run.sample).parameters,
