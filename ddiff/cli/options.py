@@ -23,7 +23,7 @@ RecipeName = Annotated[
 
 
 def _check_run_dir(context: typer.Context, run_dir: Path) -> Path:
-    """Raise CheckpointError if there is no such folder, before the command imports torch."""
+    """Return an existing run directory. A missing one raises CheckpointError before torch loads."""
     if not context.resilient_parsing and not run_dir.exists():
         require_run_dir(run_dir)
     return run_dir

@@ -117,10 +117,20 @@ def print_summary(
     written = ["evaluation.json", "samples.jsonl", "metrics.jsonl", "checkpoints/", "recipe.toml"]
     if filled.lines:
         written.insert(1, "gaps.jsonl")
+    print_next_commands(console, run_dir, written, sample_options, summary.step)
+
+
+def print_next_commands(
+    console: Console, run_dir: Path, written: Sequence[str], sample_options: str, step: int
+) -> None:
+    """Print the written files, and commands that use the run or train it longer.
+
+    `sample_options`: options of the suggested `ddiff sample`. `step`: number of training steps.
+    """
     console.print(f"\nWritten to {run_dir}: {', '.join(written)}")
     console.print(
         f"Next: `ddiff sample {run_dir} {sample_options}`, `ddiff eval {run_dir}`, or "
-        f"`ddiff run {run_dir / RECIPE} --set train.steps={2 * summary.step}` to train longer"
+        f"`ddiff run {run_dir / RECIPE} --set train.steps={2 * step}` to train longer"
     )
 
 

@@ -21,8 +21,7 @@ class HubModel:
         examples: names on the hub.
         model_type: `model_type` of the published configuration, or its beginning.
         library: model type of the transformers library that computes the same function. None: the
-            `model_type` of the configuration without this attribute `model_type`, such as "qwen3"
-            for "a2d-qwen3".
+            end of the published `model_type`, such as "qwen3" in "a2d-qwen3".
         mask_token: id of the mask if the configuration has no `mask_token_id`. None: the mask token
             of the tokenizer.
         shift: whether the output at position i - 1 predicts the token at position i.

@@ -11,7 +11,6 @@ from rich.text import Text
 from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
 from ddiff.evaluation.intervals import FEWEST_SHUFFLED
-from ddiff.run_dir.files import RECIPE
 from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
 from ddiff.runs.findings import (
     make_console,
@@ -20,7 +19,7 @@ from ddiff.runs.findings import (
     print_table,
     warn_of_few,
 )
-from ddiff.runs.summary import print_heading
+from ddiff.runs.summary import print_heading, print_next_commands
 from ddiff.training.settings import TrainingSummary
 
 if TYPE_CHECKING:
@@ -58,13 +57,8 @@ def print_summary(
     print_findings(judged, console)
     pictures = {name: values.picture for name, values in run.values.items()}
     print_samples(samples, pictures, console)
-    console.print(f"\nWritten to {run.run_dir}: {', '.join(written)}")
-    target = run.recipe.sample.targets[-1]
-    console.print(
-        f"Next: `ddiff sample {run.run_dir} --count 4 --target '{target}'`, `ddiff eval "
-        f"{run.run_dir}`, or `ddiff run {run.run_dir / RECIPE} --set "
-        f"train.steps={2 * summary.step}` to train longer"
-    )
+    sample_options = f"--count 4 --target '{run.recipe.sample.targets[-1]}'"
+    print_next_commands(console, run.run_dir, written, sample_options, summary.step)
 
 
 def print_bounds(report: Mapping[str, Any], console: Console | None = None) -> None:
