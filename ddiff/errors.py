@@ -66,7 +66,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     if len(name) > LONGEST:
         return ""
-    similar = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    similar = get_close_matches(name, list(known), n=1)
     return f' Did you mean "{similar[0]}"?' if similar else ""
 
 

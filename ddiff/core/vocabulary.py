@@ -192,8 +192,7 @@ class Vocabulary:
         return vocabulary
 
     def __repr__(self) -> str:
-        sizes = " < ".join(str(size) for size in self.level_sizes)
-        return f"{type(self).__name__}({sizes}; {self.fingerprint})"
+        return f"{type(self).__name__}(level_sizes={tuple(self.level_sizes)})"
 
 
 @final
@@ -213,6 +212,9 @@ class FlatVocabulary(Vocabulary):
             raise ArgumentError(f"FlatVocabulary: num_tokens must be at least 1; got {num_tokens}.")
         parents = [torch.zeros(num_tokens, dtype=torch.long)] if mask else []
         super().__init__(num_tokens, parents, tokenizer_fingerprint=tokenizer_fingerprint)
+
+    def __repr__(self) -> str:
+        return f"FlatVocabulary(num_tokens={self.num_tokens}, mask={len(self.level_sizes) > 1})"
 
 
 @final

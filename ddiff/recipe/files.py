@@ -56,7 +56,7 @@ def read_file(name: str, extended_by: str = "", place: str = "") -> RecipeFile:
 
 
 def find_shipped_recipes() -> dict[str, Path]:
-    """Return the paths of the shipped recipes by name.
+    """Return the paths of the shipped recipes by name, recipes in sub-folders last.
 
     The name of a recipe in a sub-folder contains the folder, as in `paper/<name>`.
     """
@@ -65,10 +65,8 @@ def find_shipped_recipes() -> dict[str, Path]:
     folder = package / "_recipes"
     if not folder.is_dir():
         folder = package.parent / "recipes"
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.toml"))
-    }
+    paths = sorted(folder.rglob("*.toml"), key=lambda path: (len(path.parts), path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def _read_text(source: Path | str, name: str, place: str) -> str:

@@ -81,9 +81,10 @@ def assemble(
         process = build_process(recipe, vocabulary)
     if process is not None and process.vocabulary.fingerprint != vocabulary.fingerprint:
         raise ArgumentError(
-            f"process must be on the run's vocabulary {vocabulary}; got a process on "
-            f"{process.vocabulary}. Pass vocabulary as well, or build the process on the run's "
-            "vocabulary."
+            f"process must be on the run's vocabulary {vocabulary} with fingerprint "
+            f"{vocabulary.fingerprint}; got a process on {process.vocabulary} with fingerprint "
+            f"{process.vocabulary.fingerprint}. Pass vocabulary as well, or "
+            "build the process on the run's vocabulary."
         )
     denoiser = None
     if device.type == "meta" and backbone is None:

@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-from rich.console import Console
 from rich.table import Table
 
+from ddiff.console import make_console, print_table
 from ddiff.runs.cost import TRAINING, Footprint
 from ddiff.runs.measure import Measurement
 
 GIB = 2.0**30
 MIB = 2.0**20
-FILE_WIDTH = 130  # columns of a line in a file or pipe, where no terminal breaks it
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 Row = tuple[str, str, str]
 """Name of a figure, value, method of measurement."""
-
-
-def make_console() -> Console:
-    """Return a console for tables; in a file or pipe, lines have a fixed width."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH, highlight=False, markup=False)
-    return console
 
 
 def print_measurement(measured: Measurement) -> None:
@@ -58,13 +49,13 @@ def print_cost(
     """Print a heading, the figures, the table of the memory, and a warning if there is one."""
     console = make_console()
     for line in heading:
-        console.print(line)
+        console.print(line, markup=False)
     console.print()
-    console.print(make_table(rows))
+    print_table(make_table(rows), console)
     console.print()
-    console.print(memory)
+    print_table(memory, console)
     if warning is not None:
-        console.print(f"\n{warning}")
+        console.print(f"\n{warning}", markup=False)
 
 
 def make_table(rows: Sequence[Row]) -> Table:

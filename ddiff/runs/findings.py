@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ddiff.console import make_console, print_table
 from ddiff.evaluation.intervals import FEWEST_SAMPLES
 from ddiff.evaluation.judges import Finding
-
-WIDEST = 160  # columns of a table
 
 
 def describe_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
@@ -46,11 +45,6 @@ def print_findings(judged: Mapping[str, Any], console: Console | None = None) ->
     warn_of_few(counts, console)
 
 
-def make_console() -> Console:
-    """Return a console for results. Lines that are longer than the terminal are not cut."""
-    return Console(soft_wrap=True, highlight=False)
-
-
 def make_table(*titles: str) -> Table:
     """Return a table whose cells are not broken into lines."""
     table = Table(*titles, box=None, pad_edge=False)
@@ -58,12 +52,6 @@ def make_table(*titles: str) -> Table:
         column.no_wrap = True
     table.columns[1].justify = "right"
     return table
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print a table, also if it is wider than the terminal."""
-    wide = Console(width=max(console.width, WIDEST), highlight=False)
-    wide.print(table)
 
 
 def warn_of_few(counts: Sequence[int], console: Console) -> None:

@@ -26,6 +26,8 @@ from ddiff.runs.sampling import (
 from ddiff.runs.trajectory import watch_stage
 from ddiff.sampling.loop import OnStep
 
+FILLING = "filling gaps"  # title of the progress bar
+
 ORIGINAL = "original"
 """Title of the column with the hidden words of documents without a known author."""
 
@@ -66,7 +68,7 @@ def fill_gaps_once(run: Run, ranks: Ranks) -> FilledGaps:
     # decided by one process, because rank 0 may write the file before another rank reads it
     lines = ranks.on_first(lambda: _read_saved(run, gaps))
     if lines is None:
-        with watch_stage(run, "filling gaps", ranks, [len(gap.ids) for gap in gaps]) as on_step:
+        with watch_stage(run, FILLING, ranks, [len(gap.ids) for gap in gaps]) as on_step:
             lines = fill_gaps(run, gaps, ranks, on_step)
         if ranks.is_first:
             content = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
@@ -119,7 +121,9 @@ def fill_gaps(
     temperature = find_temperature(run)
     settings = [] if temperature is None else [f"temperature={temperature}"]
     request = SampleRequest(count=1, settings=settings)
-    drawn = draw_templates(run.recipe, run.model, run.tokenizer, templates, request, on_step, ranks)
+    drawn = draw_templates(
+        run.recipe, run.model, run.tokenizer, templates, request, on_step, ranks, FILLING
+    )
     words = run.tokenizer.decode(
         [sample["ids"][gap.start : gap.stop] for gap, sample in zip(gaps, drawn, strict=True)]
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from ddiff.console import make_console, print_table
 from ddiff.evaluation.intervals import FEWEST_SAMPLES
 from ddiff.evaluation.judges import TEXT_FIELD
 from ddiff.runs.findings import print_findings
@@ -20,7 +20,7 @@ def print_generation(written: Mapping[str, Any]) -> None:
 
     `written` is the content of generation.json.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     table = Table("generated samples", "samples", "held-out text", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -42,7 +42,7 @@ def print_generation(written: Mapping[str, Any]) -> None:
     _add_means(table, "share of words in held-out text", samples, held_out, "known_words")
     _add_mauve(table, written)
     _add_correction(table, written["self_correction"])
-    console.print(table)
+    print_table(table, console)
     console.print(_describe(written))
     if written["findings"] is not None:
         print_findings({"targets": {TEXT_FIELD: written["findings"]}}, console)

@@ -87,11 +87,12 @@ def draw_templates(
     request: SampleRequest,
     on_step: OnStep | None = None,
     ranks: Ranks | None = None,
+    title: str = "sampling",
 ) -> list[dict[str, Any]]:
     """Draw samples that contain the given tokens of templates.
 
     Without templates, every token is sampled. The prompts and infill texts of `request` are not
-    read. `Run.sample` explains the other arguments and the result.
+    read. `title` names the progress bar. `Run.sample` explains the other arguments and the result.
     """
     keys = recipe.sample
     seed = _or_default(request.seed, keys.seed)
@@ -108,7 +109,7 @@ def draw_templates(
     def draw(numbers: slice, report: OnStep) -> list[dict[str, Any]]:
         return writer.draw(numbers, per_sample[numbers], report)
 
-    return draw_batches(plan, draw, total, batch, "sampling", on_step, ranks)
+    return draw_batches(plan, draw, total, batch, title, on_step, ranks)
 
 
 def make_plan(

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ddiff.console import make_console, print_table
 from ddiff.evaluation.baselines import Baselines
 from ddiff.evaluation.likelihood import Evaluation, TimeBin
 from ddiff.nn.denoiser import Denoiser, count_parameters, has_bfloat16_units
@@ -108,7 +109,7 @@ def print_summary(
     "entropy 3.61 nats". `items`: name of the items that `summary.tokens` counts. `sample_options`:
     options of the suggested `ddiff sample`.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console()
     print_heading(console, run_dir, title, denoiser, summary, items)
     print_evaluation(evaluation, counted, entropy_rate, console)
     print_gaps(filled, console)
@@ -172,8 +173,7 @@ def print_evaluation(
     `counted`: unigram and bigram baselines; None if they were not computed. `entropy_rate`: entropy
     rate of the source in nats per symbol; None if it is unknown. `title`: name of the data.
     """
-    # with soft_wrap, a line that is longer than the terminal is not cut
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or make_console()
     table = Table(title, f"nats/{evaluation.unit}", "", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     table.add_row(evaluation.bound, *_bound_cells(evaluation))
@@ -197,7 +197,7 @@ def print_evaluation(
         table.add_row(
             "entropy rate", f"{entropy_rate:.4f}", "of the source: a lower limit for every model"
         )
-    console.print(table)
+    print_table(table, console)
 
 
 def _baseline_cells(nats: float, evaluation: Evaluation) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from ddiff.console import make_console, print_table
 from ddiff.core.clock import LogTimeClock
 from ddiff.core.gaussian import GaussianProcess
 from ddiff.core.process import ForwardProcess
@@ -53,7 +54,6 @@ from ddiff.testing.vector_sampler import check_vector_sampler, find_accepted_vec
 WIDTH = 6  # of the hidden states of checked heads
 LENGTH = 6  # of checked sequences
 VECTOR_WIDTHS = (1, 2)  # of checked processes of vectors
-PIPED_WIDTH = 140  # columns of the table if there is no terminal
 REFUSALS = (ArgumentError, DataError, RecipeError)  # errors with which a component refuses inputs
 
 
@@ -492,8 +492,7 @@ def _print_reports(
         unchecked: components that were not checked, with the reasons.
     """
     worst = _find_worst(reports)
-    # rich assumes 80 columns if there is no terminal, which would wrap the names
-    console = Console() if Console().is_terminal else Console(width=PIPED_WIDTH)
+    console = make_console()
     table = Table(
         "law",
         "largest error",
@@ -512,7 +511,7 @@ def _print_reports(
             escape(label),  # a label may contain the name of a table in brackets
             verdict,
         )
-    console.print(table)
+    print_table(table, console)
     if settings:
         console.print()
     width = max(map(len, settings), default=0)

@@ -232,7 +232,9 @@ def test_plugins_command_reports_broken_plugin_and_lists_working_plugins(capsys,
 def test_recipes_command_lists_shipped_recipes_with_descriptions(capsys):
     _, out, _ = run_command(capsys, "recipes")
     lines = dict(line.split("  ", 1) for line in out.splitlines())
-    assert [name.strip() for name in lines] == list(find_shipped_recipes())
+    names = [name.strip() for name in lines]
+    assert names == list(find_shipped_recipes())
+    assert names == sorted(names, key=lambda name: name.startswith("paper/"))  # small ones first
     assert all(text.strip().endswith(".") for text in lines.values())
 
 

@@ -77,8 +77,10 @@ def test_tokenizer_repr_contains_size_and_fingerprint(
 
 
 def test_vocabulary_and_prior_reprs_contain_their_sizes() -> None:
-    vocabulary = api.FlatVocabulary(5)
-    assert re.fullmatch(r"FlatVocabulary\(5 < 1; [0-9a-f]+\)", repr(vocabulary))
+    assert repr(api.FlatVocabulary(5)) == "FlatVocabulary(num_tokens=5, mask=True)"
+    assert repr(api.FlatVocabulary(5, mask=False)) == "FlatVocabulary(num_tokens=5, mask=False)"
+    tree = api.HierarchicalVocabulary([[0, 0, 1, 1]])
+    assert repr(tree) == "HierarchicalVocabulary(level_sizes=(4, 2, 1))"
     assert repr(api.Prior.point(5, 6)) == "Prior(state 5 of 6)"
 
 

@@ -8,17 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from ddiff.console import make_console, print_table
 from ddiff.data.pictures import Picture
 from ddiff.errors import shorten
 from ddiff.evaluation.intervals import FEWEST_SHUFFLED
 from ddiff.runs.fields.rate import RATE_DISTORTION, list_parts
-from ddiff.runs.findings import (
-    make_console,
-    make_table,
-    print_findings,
-    print_table,
-    warn_of_few,
-)
+from ddiff.runs.findings import make_table, print_findings, warn_of_few
 from ddiff.runs.summary import print_heading, print_next_commands
 from ddiff.training.settings import TrainingSummary
 

@@ -1,0 +1,32 @@
+"""Print results on standard output: lines and tables, on a terminal, in a file or in a pipe."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_UNLIMITED = 100_000  # columns: wider than any table
+
+
+def make_console() -> Console:
+    """Return a console for results. Lines that are longer than the terminal are not cut."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table.
+
+    On a terminal, cells that do not fit are wrapped. In a file or pipe, where rich would assume 80
+    columns, every row is one line. So are the rows of a table whose columns all have `no_wrap`,
+    also on a terminal. Lines have no spaces at their end.
+    """
+    options = console.options
+    is_wrapped = console.is_terminal and not all(column.no_wrap for column in table.columns)
+    if not is_wrapped:
+        unlimited = options.update(width=_UNLIMITED)
+        options = options.update(width=console.measure(table, options=unlimited).maximum)
+    for segments in console.render_lines(table, options):
+        line = Text.assemble(*[(each.text, each.style or "") for each in segments])
+        line.rstrip()
+        console.print(line, soft_wrap=True)
