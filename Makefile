@@ -1,7 +1,7 @@
 # `make run` and `make test` set up a fresh machine: they create .venv with the first Python 3.11 or newer that they find,
 # and install the dependencies into it. Later calls install nothing.
 #
-#   make run            train, evaluate and sample recipes/mdlm_small.toml
+#   make run            train, evaluate and sample recipes/novels_small.toml
 #   make run RECIPE=recipes/hdlm_small.toml SET="--set train.steps=200"
 #   make test           the whole test suite, on two cores
 #   make lint           ruff, mypy, import-linter
@@ -16,7 +16,7 @@
 # Variables: PYTHON=python3.12 selects the Python and VENV=elsewhere the folder; an empty CONSTRAINTS= permits any version
 # of torch in place of the tested version.
 
-RECIPE = recipes/mdlm_small.toml
+RECIPE = recipes/novels_small.toml
 SET =
 PYTHON =
 VENV = .venv
@@ -40,8 +40,10 @@ test lint soak serve-soak fuzz: export HF_HUB_OFFLINE = 1
 test lint soak serve-soak fuzz: export WANDB_MODE = offline
 test lint soak serve-soak fuzz: export TOKENIZERS_PARALLELISM = false
 
+# One process runs all tests of a file, so that costly fixtures of modules are not set up twice. In alphabetical order, no
+# long file is among the last, for which one of the processes would wait.
 test: dev
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: dev
 	$(VENV)/bin/ruff check .
