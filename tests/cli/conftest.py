@@ -1,4 +1,4 @@
-"""Make the helper module `commands` of the end-to-end tests importable."""
+"""Make `startup_time`, and the helper modules of the end-to-end tests, importable."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
+sys.path.insert(0, str(Path(__file__).parent))

@@ -115,10 +115,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Callable[...,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    ("optimizer", "accumulate", "numbers", "allowed"),
-    [("adamw", 1, (2, 4), 1e-6), ("muon", 2, (2, 4), 1e-5)],
+    ("kind", "optimizer", "accumulate", "numbers", "allowed"),
+    [("ddp", "adamw", 1, (2, 4), 1e-6), ("fsdp", "muon", 2, (2, 4), 1e-5)],
 )
 def test_training_does_not_depend_on_the_number_of_ranks(
     tmp_path: Path,

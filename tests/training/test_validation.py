@@ -174,8 +174,7 @@ def test_trained_weights_are_restored_after_an_error_with_ema_weights() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(("kind", "ema"), [("ddp", 0.0), ("fsdp", 0.9)])
 def test_distributed_training_is_bitwise_equal_with_and_without_validation(
     kind: str, ema: float, tmp_path: Path
 ) -> None:
