@@ -1,4 +1,4 @@
-"""Print results on standard output: lines and tables, on a terminal, in a file or in a pipe."""
+"""Print results: lines and tables, on a terminal, in a file or in a pipe."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from rich.text import Text
 _UNLIMITED = 100_000  # columns: wider than any table
 
 
-def make_console() -> Console:
-    """Return a console for results. Lines that are longer than the terminal are not cut."""
-    return Console(soft_wrap=True, highlight=False)
+def make_console(stderr: bool = False) -> Console:
+    """Return a console on which lines that are longer than the terminal are not cut.
+
+    The console prints on standard output or, with `stderr`, on standard error.
+    """
+    return Console(stderr=stderr, soft_wrap=True, highlight=False)
 
 
 def print_table(table: Table, console: Console) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from rich.table import Table
+from rich.text import Text
 
 from ddiff.console import make_console, print_table
 from ddiff.runs.cost import TRAINING, Footprint
@@ -63,7 +64,8 @@ def make_table(rows: Sequence[Row]) -> Table:
     table = Table("", "", "how", box=None, pad_edge=False, show_header=False)
     table.columns[1].justify = "right"
     for row in rows:
-        table.add_row(*row)
+        # Text, since a cell may contain what rich takes for markup
+        table.add_row(*map(Text, row))
     return table
 
 

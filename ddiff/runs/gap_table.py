@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ddiff.console import print_table
 from ddiff.runs.gaps import FilledGaps
 from ddiff.runs.report.gaps import show_gap
 from ddiff.runs.terminal_view import make_printable
@@ -37,11 +38,8 @@ def print_gaps(filled: FilledGaps, console: Console) -> None:
     titles = ("before", "model", filled.title)
     widths = [max(map(cell_len, cells)) for cells in zip(titles, *rows)]
     if console.is_terminal:
-        console.print(_make_table(titles, rows, _fit_widths(widths, console.width)))
-        return
-    for row in [titles, *rows]:
-        cells = [set_cell_size(cell, width) for cell, width in zip(row, widths)]
-        console.print(Text((" " * DISTANCE).join(cells).rstrip()), soft_wrap=True)
+        widths = _fit_widths(widths, console.width)
+    print_table(_make_table(titles, rows, widths), console)
 
 
 def _fit_widths(widths: Sequence[int], width: int) -> list[int]:

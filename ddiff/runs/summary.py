@@ -79,7 +79,7 @@ def print_resume(done: int, steps: int, recorded: int | None) -> None:
 
 def _progress_console() -> Console:
     # standard output is reserved for the summary, which may be piped
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    return make_console(stderr=True)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -517,25 +517,20 @@ def _print_reports(
     width = max(map(len, settings), default=0)
     for label, text in settings.items():
         line = f"{label:{width}}  {text}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False)
     broken = [one for one in worst if not one.report.passed]
     for label, report in broken:
-        console.print(
-            f"\n{label}: {report}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"\n{label}: {report}", markup=False)
     count = len({label for label, _ in reports})
     if unchecked:
         console.print("\nNot checked:")
     for component, error in unchecked.items():
         line = f"{component.kind} {component.name}: {error}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False)
     summary = f"\n{len(worst)} laws on {count} instance(s), {len(broken)} broken."
     if unchecked:
         summary += f" {len(unchecked)} component(s) not checked."
-    console.print(summary, highlight=False)
+    console.print(summary)
 
 
 def _find_worst(reports: list[LabelledReport]) -> list[LabelledReport]:
