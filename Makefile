@@ -40,8 +40,8 @@ test lint soak serve-soak fuzz: export HF_HUB_OFFLINE = 1
 test lint soak serve-soak fuzz: export WANDB_MODE = offline
 test lint soak serve-soak fuzz: export TOKENIZERS_PARALLELISM = false
 
-# One process runs all tests of a file, so that costly fixtures of modules are not set up twice. In alphabetical order, no
-# long file is among the last, for which one of the processes would wait.
+# One process runs all tests of a file, so that costly fixtures of modules are not set up twice. The files run in
+# alphabetical order, which puts no long file last, so that neither process waits for the other one for long.
 test: dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
