@@ -1,4 +1,4 @@
-"""Make `startup_time`, and the helper modules of the end-to-end tests, importable."""
+"""Make `startup`, and the helper modules of the end-to-end tests, importable."""
 
 from __future__ import annotations
 

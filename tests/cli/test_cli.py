@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 from commands import run_command
-from startup_time import is_fast
+from startup import is_fast, start_command
 
 import ddiff
 from ddiff.cli import app
@@ -24,16 +24,6 @@ from ddiff.recipe.resolve import read_recipe
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "wandb", "torchmetrics", "faiss", "numpy")
-PROBE = """
-import json, sys, time
-from ddiff.cli import main
-code = 0
-try:
-    main(sys.argv[1:])
-except SystemExit as stop:
-    code = stop.code or 0
-print(json.dumps([code, time.process_time(), sorted(sys.modules)]), file=sys.stderr)
-"""
 PROBE_ALL = """
 import json, sys
 from ddiff.cli import main
@@ -73,23 +63,18 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_help_and_list_commands_start_fast_and_without_torch(arguments):
-    def measure() -> float:
-        done = run_python(PROBE, *arguments)
-        code, cpu, modules = json.loads(done.stderr.splitlines()[-1])
-        assert code == 0, done.stderr
-        assert not set(HEAVY) & set(modules)
-        return cpu
-
-    assert is_fast(measure)
+    start = start_command(*arguments)
+    assert start.code == 0, start.stderr
+    assert not set(HEAVY) & start.modules
+    assert is_fast(start)
 
 
 @pytest.mark.parametrize("command", ["clock", "eval", "sample"])
 def test_missing_run_directory_is_refused_without_torch(command):
-    done = run_python(PROBE, command, "runs/missing")
-    code, _, modules = json.loads(done.stderr.splitlines()[-1])
-    assert code == 2
-    assert "runs/missing is not a run directory: there is no such folder" in done.stderr
-    assert not set(HEAVY) & set(modules)
+    start = start_command(command, "runs/missing")
+    assert start.code == 2
+    assert "runs/missing is not a run directory: there is no such folder" in start.stderr
+    assert not set(HEAVY) & start.modules
 
 
 def test_importing_ddiff_imports_no_submodule():

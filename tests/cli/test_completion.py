@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from startup_time import is_fast
+from startup import is_fast, start_command
 
 from ddiff.cli.completion import CHECKED_KINDS
 from ddiff.plugin.loader import find_installed_plugins, survey_plugins
@@ -17,13 +16,6 @@ from ddiff.recipe.files import find_shipped_recipes
 from ddiff.testing.check_command import MAKERS
 
 DDIFF = "import sys; sys.argv[0] = 'ddiff'; from ddiff.cli import main; main()"
-WITHOUT_TORCH = f"""
-import atexit, json, sys, time
-def measure():
-    print(json.dumps([time.process_time(), "torch" in sys.modules]), file=sys.stderr)
-atexit.register(measure)
-{DDIFF}
-"""
 SHELLS = {
     "bash": ("complete -o default -F _ddiff_completion ddiff", "_DDIFF_COMPLETE=complete_bash"),
     "zsh": ("compdef _ddiff_completion ddiff", "_DDIFF_COMPLETE=complete_zsh"),
@@ -117,15 +109,12 @@ def test_samplers_and_plugins_are_completed() -> None:
     "line", ["ddiff run h", "ddiff sample r", "ddiff check h", "ddiff sample x --sampler "]
 )
 def test_completion_is_fast_and_without_torch(line: str, runs: Path) -> None:
-    def measure() -> float:
-        variables = {"_DDIFF_COMPLETE": "complete_bash", "COMP_WORDS": line}
-        number = str(len(line.split(" ")) - 1)
-        done = run_ddiff(folder=runs, program=WITHOUT_TORCH, COMP_CWORD=number, **variables)
-        cpu, has_torch = json.loads(done.stderr.splitlines()[-1])
-        assert not has_torch
-        return float(cpu)
-
-    assert is_fast(measure)
+    number = str(len(line.split(" ")) - 1)
+    variables = {"_DDIFF_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": number}
+    start = start_command(folder=runs, **variables)
+    assert start.code == 0, start.stderr
+    assert "torch" not in start.modules
+    assert is_fast(start)
 
 
 def test_broken_plugin_and_invalid_path_print_no_error(tmp_path: Path) -> None:
