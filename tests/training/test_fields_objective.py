@@ -343,6 +343,8 @@ def test_trained_denoiser_bounds_both_conditionals_near_their_entropies() -> Non
     Two tokens and one number (`exact_fields`): H(number | tokens) = 0.727 nats in units of the
     number's deviation, and 1.419 nats without the tokens, for a normal number. The bounds are means
     over 2,048 samples, whose standard errors are below 0.05 nats; 0.1 is allowed below an entropy.
+    For five first weights, the bounds of the number lie between 0.96 and 0.99 at this learning
+    rate (at twice the rate between 0.99 and 1.19), those of the tokens between 0.62 and 0.64.
     """
     mixed = MixedPaths(
         [
@@ -352,7 +354,7 @@ def test_trained_denoiser_bounds_both_conditionals_near_their_entropies() -> Non
         ]
     )
     objective = make_objective(mixed, weight=1.0)
-    optimizer = torch.optim.AdamW(objective.denoiser.parameters(), 4e-3)
+    optimizer = torch.optim.AdamW(objective.denoiser.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 250)
     for step in range(250):
         batch = _draw_exact(128, step)
