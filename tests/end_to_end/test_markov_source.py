@@ -11,7 +11,7 @@ least this entropy. Two claims are tested for every model family:
   model must use the context.
 
 Models in `FIRST` are evaluated after 40 and 200 steps. Models in `OTHERS` are evaluated once, after
-160 steps (320 for uniform noise, 240 for three levels with the loss of the recipe, 60 for
+200 steps (320 for uniform noise, 240 for three levels with the loss of the recipe, 60 for
 autoregression).
 
 A second test needs no training: the exact conditional distributions of the source replace the
@@ -75,7 +75,7 @@ layers = 2
 heads = 2
 
 [train]
-steps = 160
+steps = 200
 batch = 128
 warmup = 20
 optimizer = "muon"
