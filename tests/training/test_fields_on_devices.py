@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,11 @@ def test_recomputed_activations_of_several_fields_give_equal_gradients() -> None
 
 
 @pytest.mark.slow
-def test_compiled_blocks_of_several_fields_give_close_gradients() -> None:
+def test_compiled_blocks_of_several_fields_give_close_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks are traced as one graph; `test_blocks.py` tests the generated code of Inductor."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     objective = make_objective()
     expected = gradients(objective)
     compile_blocks(objective.denoiser)
