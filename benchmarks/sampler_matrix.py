@@ -68,7 +68,7 @@ both tokens independently from their marginals has the distance {far:.3f}.
 | accuracy | meaning |
 |---|---|
 | exact | samples follow the distribution of the network; with uniform noise `first_hitting` has an error of 1e-6 |
-| order n | the error falls as 1/N^n |
+| order n | the error falls as 1/N^n, unless the notes below give another order for the process |
 | heuristic | the error does not vanish for large N, or no proof that it vanishes is known |
 
 In rows marked `score`, the sampler gets scores in place of distributions. A score is the ratio of the marginal probabilities

@@ -20,13 +20,14 @@ def make_console(stderr: bool = False) -> Console:
 def print_table(table: Table, console: Console) -> None:
     """Print a table.
 
-    On a terminal, cells that do not fit are wrapped. In a file or pipe, where rich would assume 80
-    columns, every row is one line. So are the rows of a table whose columns all have `no_wrap`,
-    also on a terminal. Lines have no spaces at their end.
+    On a terminal, cells that do not fit are wrapped. A row is one line in a file or pipe, where
+    rich would assume 80 columns, and in a table whose columns all have `no_wrap`. Lines have no
+    spaces at their end.
     """
     options = console.options
     is_wrapped = console.is_terminal and not all(column.no_wrap for column in table.columns)
     if not is_wrapped:
+        # measured without a limit, so that the table is as wide as its content
         unlimited = options.update(width=_UNLIMITED)
         options = options.update(width=console.measure(table, options=unlimited).maximum)
     for segments in console.render_lines(table, options):

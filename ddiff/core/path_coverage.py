@@ -1,9 +1,9 @@
-"""Which states of the fields a training rule has trained, and which a path asks for.
+"""Check that sampling and evaluation use only states of the fields that occur in training.
 
 A *situation* says which fields move and in which state the others are held, such as "image moves,
 text is clean". Between two neighbouring ends of legs, a path is in one situation. The progress of
 the fields that move then follows a curve. A network predicts well only at joint states that
-occurred in its training, so sampling and evaluation may ask for no other ones:
+occurred in its training, so sampling and evaluation may use no other ones:
 
     require_trained(path, trained, "FieldsRun.sample")
 
@@ -131,14 +131,14 @@ def require_trained(
     lacking: Lacking = (),
     fields: Fields | None = None,
 ) -> None:
-    """Raise ArgumentError if a path asks for joint states that do not occur in training.
+    """Raise ArgumentError if a path uses joint states that do not occur in training.
 
     Args:
         path: path of sampling or evaluation.
         trained: path or rule of training.
         caller: subject of the message, such as `[sample] targets, "image | text"`.
         guidance: for every guided field, the fields that its second prediction leaves out, with
-            their states. The second prediction asks for further situations.
+            their states. The second prediction needs further situations.
         lacking: combinations of fields that some training samples lack.
         fields: fields by name, whose time rules limit independent times; None: no limits.
     """

@@ -388,8 +388,8 @@ def _check_arguments(num_rows: int, draws: int, until: float | None, unit: str) 
         )
     if until is not None and not 0.0 < until < math.inf:
         raise ArgumentError(
-            f"evaluate: until must be a positive half width in nats per {unit}, such as 0.002; got "
-            f"{until}."
+            f"evaluate: until, half the width of the Monte-Carlo interval in nats per {unit}, must "
+            f"be positive and finite, such as 0.002; got {until}."
         )
 
 

@@ -114,7 +114,8 @@ def prepend_inputs(
         facts = PositionFacts(torch.arange(length, device=device).unsqueeze(0))
     if facts.document is not None:
         raise ArgumentError(
-            "prepend_inputs: inputs can only be prepended to rows of one document; got documents."
+            "prepend_inputs: every row must be one document; got rows of several documents "
+            "(facts.document). Leave out the document numbers."
         )
     block = facts.block
     if block is None:

@@ -195,8 +195,8 @@ def _check_options(options: EvaluationOptions) -> None:
         )
     if options.until is not None and not 0.0 < options.until < math.inf:
         raise ArgumentError(
-            "ddiff eval --until: expected a positive half width in nats per token, such as 0.002; "
-            f"got {options.until}."
+            "ddiff eval --until: half the width of the Monte-Carlo interval in nats per token must "
+            f"be positive and finite, such as 0.002; got {options.until}."
         )
 
 

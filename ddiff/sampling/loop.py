@@ -40,7 +40,7 @@ ADVICE: Mapping[States, str] = {
     "tokens": 'Use a sampler of vectors, such as "ddim" or "heun".',
     "vectors": 'Use a sampler of tokens, such as "ancestral".',
 }
-"""What to use instead of a sampler of tokens or of vectors."""
+"""Advice in place of a sampler of tokens or of vectors."""
 
 PREDICTED: Mapping[Predicts, str] = {
     "distribution": "a distribution of tokens",

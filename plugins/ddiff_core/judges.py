@@ -31,7 +31,7 @@ TEXT = "text"
 
 
 class DigitsJudge:
-    """Counts images that show the right digit and words that name it.
+    """Count images that show the right digit and words that name it.
 
     A drawn image has the digit of the nearest image of the validation part, so no training image is
     used. The share of training images that this classifier recognizes is reported too. A word drawn
@@ -58,7 +58,10 @@ class DigitsJudge:
         """Probability that an image and an independent word agree."""
 
     def classify(self, images: NDArray[np.float64]) -> NDArray[np.str_]:
-        """Return the word [N] of the nearest validation image; images are grey values [N,p]."""
+        """Return the word of the validation image that is nearest to each image [N].
+
+        `images`: grey values [N,p].
+        """
         squared = (self._images**2).sum(1) - 2.0 * images @ self._images.T
         return self._words[squared.argmin(1)]
 
@@ -87,7 +90,7 @@ class DigitsJudge:
 
 
 class ShapesJudge:
-    """Counts images and captions of two shapes that fit together, by an exact rule.
+    """Count images and captions of two shapes that fit together, by an exact rule.
 
     An image is right if the source can draw it for its caption. A caption is right if the source
     can draw its image for the caption; some images have two right captions. The chance is the

@@ -50,7 +50,7 @@ class LevelLayout(SettinglessLayout):
 
     @abstractmethod
     def read_sizes(self, files: PublishedFiles) -> Sizes:
-        """Return the sizes that the configuration names."""
+        """Return the sizes of the network, from the configuration."""
 
     @abstractmethod
     def read_tables(self, files: PublishedFiles, sizes: Sizes) -> dict[str, dict[str, Any]]:

@@ -296,7 +296,7 @@ def _choose_max_tokens(
 def _fingerprint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: list[Any]
 ) -> str:
-    """Hash the weights, the tokenizer and the settings. The path of the model does not count."""
+    """Hash weights, configuration, tokenizer and settings. The path of the model is left out."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, weight in sorted(model.state_dict().items()):
         if "pooler" in name:

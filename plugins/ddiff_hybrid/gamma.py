@@ -556,7 +556,7 @@ class GammaHybrid(ForwardProcess):
         if self.redrawing > 0.0:
             log_kept = -torch.log1p(u * torch.expm1(-self.kept.log_alpha(t)))
             log_noise = torch.where(self._is_masked(zt), log_noise, log_kept / self.redrawing)
-        # log_noise is ln(1 - (1 - floor) s), the logarithm of the schedule at the event.
+        # log_noise is ln(1 - (1 - floor) s), the logarithm of `self.noise` at the time s.
         s = -torch.expm1(log_noise) / (1.0 - self.noise.floor)
         # Before the earliest evaluated time a token is clean: no further event.
         token_moves = (self.redrawing > 0.0) & (s >= interior(s))

@@ -45,9 +45,9 @@ def json_file(path: Path, texts: list[str]) -> str:
 
 
 def chunks_of(texts: list[str], at_once: int = 8) -> Any:
-    """Return a source that reads `texts` from memory, `at_once` texts per chunk.
+    """Return a function that yields `texts` in chunks of `at_once` texts.
 
-    A cursor of the source is the number of texts that are already read.
+    Its argument `cursor` is the number of texts to skip.
     """
 
     def chunks(cursor: int | None) -> Iterator[Chunk]:

@@ -190,7 +190,7 @@ def test_autoregressive_run_is_served_from_left_to_right(autoregressive: Run) ->
 
 
 def replay(events: list[dict[str, Any]], index: int) -> list[int | None]:
-    """Return the token ids at the end of the events of one choice."""
+    """Apply all edits of one choice, and return its token ids."""
     ids: list[int | None] = []
     for event in events:
         (choice,) = event["choices"]

@@ -158,7 +158,7 @@ def test_rate_plus_distortion_refuses_samples_without_one_of_the_fields() -> Non
         evaluate_rate_distortion(ExactObjective(), lacking, 2, "text", "latent", 0.5)
 
 
-# ---------------------------------------------------------------------- given fields of others
+# ---------------------------------------------------------------------- fields of other samples
 
 
 def test_error_of_partners_is_not_below_that_of_independent_differences() -> None:

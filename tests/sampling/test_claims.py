@@ -1,4 +1,4 @@
-"""What README and docs/samplers.md state on samplers agrees with measurements."""
+"""Statements of README and docs/samplers.md on samplers agree with measurements."""
 
 from __future__ import annotations
 

@@ -301,7 +301,11 @@ class CostPoint:
 
 
 def compare_costs(records: Sequence[ColoredRecord]) -> tuple[float, list[CostPoint]]:
-    """Return an entropy and the points of all samplers and steps that reach this entropy."""
+    """Return the entropy of the comparison, and the points at which samplers reach it.
+
+    `choose_entropy` selects the entropy. Every sampler with a number of steps has one point, which
+    is interpolated over its temperatures.
+    """
     curves: dict[tuple[str, str, int | None], tuple[ColoredRecord, list[Tradeoff]]] = {}
     for record in records:
         for point in record.points:
