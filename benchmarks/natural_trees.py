@@ -21,10 +21,12 @@ The runs of a data set differ only in the tree and the seed. A tree and masked d
 seed have the same batches, and are evaluated with the same random numbers. The script can be
 stopped and started again: finished runs are not repeated. It prints Markdown tables. Negative
 differences mean that the tree has the smaller bound. A difference has two 95 % intervals: over
-seeds (Student), and over groups of validation documents, for the mean over the seeds. With
-`--clock`, further tables have the bounds of the found clocks, on the half of the validation
-documents that did not determine the path. `ddiff clock` puts every other row into this half, so
-that both halves have rows of the same genes, chorales and writers.
+seeds (Student), and over groups of validation documents, for the mean over the seeds (Student,
+without the correction for skewness of `ddiff eval`). With `--clock`, further tables have the bounds
+of the found clocks, on the half of the validation documents that did not determine the path.
+`ddiff clock` chose the best of two or three clocks on this half, so that these bounds are slightly
+too small. It puts every other row into the half, so that both halves have rows of the same genes,
+chorales and writers.
 """
 
 from __future__ import annotations

@@ -317,3 +317,4 @@ def clock(
     for sentence in describe_choice(record):
         typer.echo(sentence)
     typer.echo(f"Written to {written}")
+    typer.echo(f"Next: `ddiff eval {run_dir} --clock found`, or `ddiff sample` with --clock found")

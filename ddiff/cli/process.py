@@ -28,9 +28,6 @@ LONGEST_MESSAGE = 6000  # characters of an error message
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (entry point `ddiff`). Exit with 2 after a user error."""
-    # OpenMP threads that spin while they wait slow down other processes: 0.4 instead of 1.9 steps
-    # per second on two busy cores. The variable must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if get_rank_info() is not None:
             # DDP warns in each run that every parameter was used, which is the normal case

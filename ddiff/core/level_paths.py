@@ -168,11 +168,12 @@ SLOW_SHARE = 0.01
 def tabulate_path(path: Tensor, means: Tensor) -> Tensor:
     """Return the points [k,L] of a path at which the mean of F_1..F_L has the values `means` [k].
 
-    The path consists of straight segments between its points [n,L].
+    The path consists of straight segments between its points [n,L]. A point may be repeated.
     """
     at_points = path.mean(-1)
     right = torch.searchsorted(at_points, means).clamp(1, len(path) - 1)
     width = at_points[right] - at_points[right - 1]
+    width = width.clamp_min(torch.finfo(width.dtype).tiny)  # 0 / 0 at a repeated point
     share = ((means - at_points[right - 1]) / width).clamp(0.0, 1.0)
     return torch.lerp(path[right - 1], path[right], share.unsqueeze(-1))
 
@@ -181,7 +182,9 @@ def make_path_clock(path: Tensor, inside: LevelClock, share: float) -> CdfClock:
     """Return a level clock whose occupancies follow a path.
 
     At time t, the clock has about the same mean occupancy as the clock `inside`, so that a network
-    which depends on time receives times of the same meaning. The occupancies are Bernstein
+    which depends on time receives times of the same meaning. The deviation is below 0.02 for rates
+    of 1 and 2, but the table of 17 values does not follow very high or low rates: with rates of 20
+    the deviation is 0.14, with rates of 0.05 it is 0.7 near t = 1. The occupancies are Bernstein
     polynomials (`BernsteinSchedule`), which smooth the path. A path may touch the edges F_l =
     F_{l+1}, where rates would be infinite, so that the points of the table are
 

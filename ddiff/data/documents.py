@@ -31,9 +31,9 @@ from ddiff.progress import show_progress
 _SCHEMA = pa.schema([("text", pa.large_string()), ("name", pa.string())])
 _HELD_OUT_NOVEL = "persuasion"
 _CHAPTER = re.compile(r"(?m)^(?:VOLUME [IVX]+\n+)?(?:CHAPTER|Chapter) [0-9IVXL]+$")
-_FEWER_PER_DOCUMENT = {
-    "by file": 'smaller documents (split = "paragraph" or "line"), or ',
-    "by paragraph": 'smaller documents (split = "line"), or ',
+_SMALLER_DOCUMENTS = {
+    "by file": ', or choose smaller documents (split = "paragraph" or "line")',
+    "by paragraph": ', or choose smaller documents (split = "line")',
 }
 
 
@@ -181,8 +181,9 @@ def split_documents(
         counted = " ".join([str(len(corpus)), items, kind]).strip()
         raise DataError(
             f"{counted} cannot be divided with held_out = {held_out}: {len(train)} for training "
-            f"and {len(validation)} for validation. Name validation files, or choose "
-            f"{_FEWER_PER_DOCUMENT.get(kind, '')}another held_out."
+            f"and {len(validation)} for validation. Name validation files"
+            f"{_SMALLER_DOCUMENTS.get(kind, '')}"
+            f"{', or choose another held_out' if len(corpus) > 1 else ''}."
         )
     return Documents(corpus.select(train), corpus.select(validation))
 

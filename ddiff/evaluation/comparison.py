@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.compared_run import PROTOCOL, ComparedRun, Row
+from ddiff.evaluation.compared_run import BOUND_ONLY, PROTOCOL, ComparedRun, Row
 from ddiff.evaluation.generation_comparison import (
     Generated,
     Value,
@@ -29,6 +31,9 @@ from ddiff.evaluation.generation_comparison import (
 )
 from ddiff.evaluation.intervals import student95
 from ddiff.run_dir.destination import check_destination, write_text
+
+_SOME_ROWS = re.compile(r", \d+ of (?P<all>\d+) rows$")
+"""End of the fingerprint of validation rows, some of which were evaluated."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,7 @@ def _common_protocol(reports: Sequence[ComparedRun]) -> dict[str, Any]:
     """
     protocols = {str(report.place): report.protocol() for report in reports}
     common: dict[str, Any] = {}
-    differing: list[str] = []
+    differing: dict[str, dict[str, Any]] = {}
     for name in PROTOCOL:
         found = {}
         for place, protocol in protocols.items():
@@ -276,17 +281,39 @@ def _common_protocol(reports: Sequence[ComparedRun]) -> dict[str, Any]:
         common[name] = next(iter(found.values()), None)
         distinct = {json.dumps(value) for value in found.values()}  # lists have no hash
         if len(distinct) > 1:
-            values = [f"{value} in {place}" for place, value in found.items()]
-            differing.append(f"  {name}: {', '.join(values)}")
+            differing[name] = found
     if differing:
-        lines = "\n".join(differing)
+        lines = "\n".join(
+            f"  {name}: {', '.join(f'{value} in {place}' for place, value in found.items())}"
+            for name, found in differing.items()
+        )
         raise ArgumentError(
             "ddiff compare: these runs were not evaluated alike, so the results are not "
-            f"comparable. Different settings:\n{lines}\n"
-            "Train with the same [data] and [tokenizer]. Window, draws and rows can be changed "
-            "after training, for example with ddiff eval RUN_DIR --set evaluate.draws=4."
+            f"comparable. Different settings:\n{lines}\n{_advise(differing)}"
         )
     return common
+
+
+def _advise(differing: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how the runs can be made comparable, from their values of the differing settings."""
+    keys = {}
+    for name, found in differing.items():
+        values = list(found.values())
+        if name in BOUND_ONLY:
+            keys[f"evaluate.{name}"] = json.dumps(values[0])
+        elif name == "data" and (rows := _count_common_rows(values)):
+            keys["evaluate.rows"] = rows
+        else:
+            return "Train the runs with the same [data] and [tokenizer]."
+    settings = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in keys.items())
+    return f"Evaluate each of the runs again: ddiff eval RUN_DIR {settings}"
+
+
+def _count_common_rows(fingerprints: Sequence[str]) -> str | None:
+    """Return the number of validation rows if evaluations differ only in how many they read."""
+    if len({_SOME_ROWS.sub("", each) for each in fingerprints}) > 1:
+        return None
+    return next(found["all"] for each in fingerprints if (found := _SOME_ROWS.search(each)))
 
 
 def _average_seeds(reports: Sequence[ComparedRun]) -> Row:

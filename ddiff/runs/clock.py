@@ -259,7 +259,7 @@ def _measure(
     points = choose_points(process.clock.num_levels, search.cells)
     keys = run.recipe.evaluate
     total = len(points) * len(texts.measured) * search.field_draws
-    with show_progress(total, "measuring the field of the bound") as bar:
+    with show_progress(total, "1/2 measuring the field of the bound") as bar:
         return measure_field(
             process,
             lambda batch: as_network(run.denoiser, process, build_context(batch)),
@@ -309,7 +309,7 @@ def _score_clocks(
     draws = dict.fromkeys(clocks, search.draws)
     draws["diagonal"] *= DIAGONAL_DRAWS
     total = sum(draws.values()) * len(texts.compared)
-    with show_progress(total, "comparing clocks") as bar:
+    with show_progress(total, "2/2 comparing clocks") as bar:
         for name, clock in clocks.items():
             other = run.with_clock(clock)
             assert isinstance(other.process, TreeProcess)

@@ -95,7 +95,8 @@ def describe_choice(record: ClockRecord) -> list[str]:
     checked = max(record.gains.values())
     sentences = [
         f"Chosen clock: {record.choice}, the smallest of {len(record.bounds)} bounds on "
-        f"{record.protocol['compared_documents']} documents that did not determine the path."
+        f"{record.protocol['compared_documents']} documents that did not determine the path. The "
+        "smallest of several bounds is slightly too small."
     ]
     difference = record.find_bound(record.choice).minus_recipe
     interval = difference.interval

@@ -403,3 +403,15 @@ def test_dry_run_output_ends_with_its_result_as_a_toml_comment(capsys, tmp_path,
     assert unknown.splitlines()[-1].startswith(
         "# fits as far as is known before the tokens are counted: "
     )
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_importing_ddiff_lets_waiting_threads_sleep_unless_the_user_decided(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch reads the variable when it is imported, so it must be set before."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    done = run_python("import ddiff, os; print(os.environ['OMP_WAIT_POLICY'])")
+    assert done.stdout.strip() == (given or "PASSIVE")

@@ -252,6 +252,8 @@ def test_tabulated_points_of_a_path_have_the_given_means() -> None:
     found = tabulate_path(path, means)
     torch.testing.assert_close(found.mean(-1), means)
     torch.testing.assert_close(found[1], torch.tensor([0.2, 0.0], dtype=torch.float64))
+    repeated = path.repeat_interleave(2, 0)
+    torch.testing.assert_close(tabulate_path(repeated, means), found)
 
 
 def test_find_time_inverts_the_mean_occupancy_of_a_clock() -> None:

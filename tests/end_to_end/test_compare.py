@@ -154,7 +154,23 @@ def test_compare_refuses_runs_with_different_evaluation_settings(
     ):
         assert expected in err
     assert "tokenizer: " not in err
+    assert "Train the runs with the same [data] and [tokenizer]." in err
     assert not Path("compare.json").exists()
+
+
+@pytest.mark.slow
+def test_compare_names_the_command_that_evaluates_other_rows_again(
+    place: Path, tmp_path: Path, ddiff: Command
+) -> None:
+    """One evaluation read 3 of 10 rows with 4 draws, the other all rows with 1 draw."""
+    shutil.copytree(place / "flat", tmp_path / "few")
+    evaluation = read(place / "flat/evaluation.json")
+    evaluation["protocol"]["data"] += ", 3 of 10 rows"
+    evaluation["protocol"]["draws"] = 4
+    (tmp_path / "few/evaluation.json").write_text(json.dumps(evaluation))
+    code, _, err = ddiff("compare", str(place / "flat"), str(tmp_path / "few"))
+    assert code == 2
+    assert "ddiff eval RUN_DIR --set evaluate.rows=10 --set evaluate.draws=1" in err
 
 
 @pytest.mark.slow
