@@ -40,14 +40,20 @@ def _make_training_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     if any(line.points for line in losses):
         bands, note = _draw_bands(runs, "train_loss")
         lines = [*losses, *_draw_references(runs)]
-        title = "Training loss, nats per token"
+        title = f"Training loss, nats per {_name_unit(runs)}"
         yield Chart("training-loss", title, "training step", lines, bands=bands, note=note)
     if any(line.points for line in norms):
         title = "Gradient norm (logarithmic)"
         yield Chart("gradient-norm", title, "training step", norms, is_log=True)
     if any(line.points for line in speeds):
-        title = "Training speed, tokens per second"
+        title = f"Training speed, {_name_unit(runs)}s per second"
         yield Chart("speed", title, "training step", speeds)
+
+
+def _name_unit(runs: Sequence[ReportedRun]) -> str:
+    """Return the unit of the bounds: "token", "symbol", or both if the runs differ."""
+    units = {run.bound.unit for run in runs if run.bound is not None}
+    return " or ".join(sorted(units, reverse=True)) or "token"
 
 
 def _read_points(run: ReportedRun, key: str) -> list[Point]:
@@ -143,7 +149,7 @@ def _make_validation_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     if most == 0 or (most == 1 and not bands):
         return
     lines += _draw_references(runs)
-    title = "Validation bound, nats per token"
+    title = f"Validation bound, nats per {_name_unit(runs)}"
     yield Chart("validation-bound", title, "training step", lines, bands=bands, note=note)
 
 
@@ -204,7 +210,7 @@ def _make_bound_charts(runs: Sequence[ReportedRun]) -> Iterator[BarChart]:
     }
     for name, (title, groups) in found.items():
         if groups:
-            yield BarChart(name, title, "nats per token", list(groups.items()))
+            yield BarChart(name, title, f"nats per {_name_unit(runs)}", list(groups.items()))
 
 
 def _make_time_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
@@ -221,7 +227,7 @@ def _make_time_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
             f"Each point is the part of one of {count} equal intervals of information time; 0 is "
             "clean text, 1 the prior. The parts add up to the diffusion term."
         )
-        title = "Diffusion term by time, nats per token"
+        title = f"Diffusion term by time, nats per {_name_unit(runs)}"
         yield Chart("bound-by-time", title, "information time", lines, note=note)
 
 
