@@ -221,7 +221,7 @@ def test_fingerprint_of_packed_rows_depends_on_length_and_key_separate() -> None
 def test_pack_refuses_length_zero_and_empty_documents() -> None:
     with pytest.raises(ArgumentError, match="length"):
         pack(documents_from_texts(TEXTS), TOKENIZER, 0)
-    with pytest.raises(DataError, match="no token"):
+    with pytest.raises(DataError, match="none of which has a token"):
         pack_texts([], TOKENIZER, 8)
 
 

@@ -290,7 +290,7 @@ def test_until_of_an_exact_likelihood_needs_one_draw() -> None:
 
 @pytest.mark.parametrize("until", [0.0, -1.0, math.inf, math.nan])
 def test_evaluate_refuses_a_half_width_that_is_not_positive(until: float) -> None:
-    with pytest.raises(ArgumentError, match="until must be a positive half width"):
+    with pytest.raises(ArgumentError, match="until, half the width of the Monte-Carlo interval"):
         score(Unigram(LAW), words(6, 5), until=until)
 
 
