@@ -312,8 +312,9 @@ def pack_stream(
         raise ArgumentError(f"pack: length must be at least 1; got {length}.")
     if not stream.num_tokens:
         raise DataError(
-            f"pack: expected texts with at least one token; got {stream.num_documents} document(s), "
-            "none of which has a token. Give texts that are not empty."
+            "pack: expected texts with at least one token; got "
+            f"{stream.num_documents} document(s), none of which has a token. Give texts that are "
+            "not empty."
         )
     if tokenizer.unit == "symbol" and (wrong := stream.find_wrong_size(length)) is not None:
         raise DataError(
