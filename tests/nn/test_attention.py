@@ -500,7 +500,7 @@ def test_prefix_inputs_attend_to_each_other_and_all_inputs_attend_to_them(
 
 
 def test_prefix_inputs_before_packed_documents_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="rows of one document"):
+    with pytest.raises(ArgumentError, match="every row must be one document"):
         CONTEXTS["packed"].kernel_mask(torch.empty(BATCH, 2 + LENGTH, WIDTH), WIDTH, num_prefix=2)
 
 
