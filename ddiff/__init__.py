@@ -1,9 +1,8 @@
 """Discrete diffusion framework: a process object determines bound, loss, sampler and evaluation.
 
-Importing the package imports none of its modules. It sets the variable OMP_WAIT_POLICY, if the user
-did not set it. It sets the variable OMP_WAIT_POLICY, if the user
-did not set it. `__init__.pyi` lists the public names, for type
-checkers and for lazy_loader, which imports a name when it is first used.
+Importing the package imports none of its modules, and sets the variable OMP_WAIT_POLICY unless the
+user did. `__init__.pyi` lists the public names, for type checkers and for lazy_loader, which
+imports a name when it is first used.
 """
 
 import os

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ PROTOCOL = (
     "draws",
     "until",
 )
+_SOME_ROWS = re.compile(r", \d+ of (?P<all>\d+) rows$")
 BOUND_ONLY = ("window", "draws", "until")  # an exact likelihood is not integrated over time
 OWN_KEYS = ("name", "run_dir", "seed")  # keys in which the seeds of one recipe may differ
 
@@ -88,6 +90,18 @@ class Row:
     train_seconds: float | None
     sample_seconds: float | None
     generated: Generated | None = None
+
+
+def describe_rows(fingerprint: str, read: int, count: int) -> str:
+    """Return the setting `data` of an evaluation that read some or all of `count` rows."""
+    return fingerprint if read == count else f"{fingerprint}, {read} of {count} rows"
+
+
+def count_common_rows(settings: Sequence[str]) -> str | None:
+    """Return the number of all rows if settings of `describe_rows` differ only in the rows read."""
+    if len({_SOME_ROWS.sub("", each) for each in settings}) > 1:
+        return None
+    return next(found["all"] for each in settings if (found := _SOME_ROWS.search(each)))
 
 
 def select_settings(settings: Mapping[str, Any], bound: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import statistics
 from collections import Counter
@@ -21,7 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddiff.errors import ArgumentError
-from ddiff.evaluation.compared_run import BOUND_ONLY, PROTOCOL, ComparedRun, Row
+from ddiff.evaluation.compared_run import (
+    BOUND_ONLY,
+    PROTOCOL,
+    ComparedRun,
+    Row,
+    count_common_rows,
+)
 from ddiff.evaluation.generation_comparison import (
     Generated,
     Value,
@@ -31,9 +36,6 @@ from ddiff.evaluation.generation_comparison import (
 )
 from ddiff.evaluation.intervals import student95
 from ddiff.run_dir.destination import check_destination, write_text
-
-_SOME_ROWS = re.compile(r", \d+ of (?P<all>\d+) rows$")
-"""End of the fingerprint of validation rows, some of which were evaluated."""
 
 
 @dataclass(frozen=True)
@@ -301,19 +303,12 @@ def _advise(differing: Mapping[str, Mapping[str, Any]]) -> str:
         values = list(found.values())
         if name in BOUND_ONLY:
             keys[f"evaluate.{name}"] = json.dumps(values[0])
-        elif name == "data" and (rows := _count_common_rows(values)):
+        elif name == "data" and (rows := count_common_rows(values)):
             keys["evaluate.rows"] = rows
         else:
             return "Train the runs with the same [data] and [tokenizer]."
     settings = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in keys.items())
     return f"Evaluate each of the runs again: ddiff eval RUN_DIR {settings}"
-
-
-def _count_common_rows(fingerprints: Sequence[str]) -> str | None:
-    """Return the number of validation rows if evaluations differ only in how many they read."""
-    if len({_SOME_ROWS.sub("", each) for each in fingerprints}) > 1:
-        return None
-    return next(found["all"] for each in fingerprints if (found := _SOME_ROWS.search(each)))
 
 
 def _average_seeds(reports: Sequence[ComparedRun]) -> Row:

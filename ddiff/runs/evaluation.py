@@ -22,6 +22,7 @@ from ddiff.data.tokenizer import Tokenizer
 from ddiff.distributed.ranks import Ranks
 from ddiff.errors import ArgumentError, DdiffError
 from ddiff.evaluation.baselines import Baselines, score_baselines
+from ddiff.evaluation.compared_run import describe_rows
 from ddiff.evaluation.likelihood import Evaluation, Scored, evaluate
 from ddiff.evaluation.protocols import PublishedProgram, PublishedTerms
 from ddiff.recipe.model import Recipe
@@ -248,9 +249,7 @@ def evaluation_protocol(data: RunData, recipe: Recipe) -> dict[str, Any]:
     """Return the settings that must be equal in two evaluations that are compared."""
     rows = data.validation_rows
     read = len(evaluated_rows(data, recipe))
-    fingerprint = rows.fingerprint
-    if read < len(rows):
-        fingerprint += f", {read} of {len(rows)} rows"
+    fingerprint = describe_rows(rows.fingerprint, read, len(rows))
     protocol = {
         "window": list(recipe.evaluate.window),
         "tokenizer": data.tokenizer.fingerprint,

@@ -42,6 +42,21 @@ class Start(NamedTuple):
     stderr: str
 
 
+def run_script(
+    code: str, *arguments: str, folder: Path | None = None, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new process, which must exit with 0 if `check` is True."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | variables,
+        timeout=120,
+        check=check,
+    )
+
+
 def start_command(*arguments: str, folder: Path | None = None, **variables: str) -> Start:
     """Run `ddiff` in a new process that counts its function calls."""
     return _start(_DDIFF, arguments, folder, variables)
@@ -60,15 +75,7 @@ def _count_calls_of_libraries() -> int:
 def _start(
     code: str, arguments: tuple[str, ...], folder: Path | None, variables: dict[str, str]
 ) -> Start:
-    done = subprocess.run(
-        [sys.executable, "-c", _COUNT + code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | variables,
-        timeout=120,
-        check=False,
-    )
+    done = run_script(_COUNT + code, *arguments, folder=folder, check=False, **variables)
     *lines, report = done.stderr.splitlines()
     calls, modules = json.loads(report)
     return Start(done.returncode, calls, set(modules), "\n".join(lines))

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 from commands import run_command
-from startup import is_fast, start_command
+from startup import is_fast, run_script, start_command
 
 import ddiff
 from ddiff.cli import app
@@ -37,17 +37,6 @@ for command in sys.argv[1:]:
     answers[command] = [code, sorted(sys.modules)]
 print(json.dumps(answers), file=sys.stderr)
 """
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a new process, which must exit with 0."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +70,7 @@ def test_importing_ddiff_imports_no_submodule():
     heavy = ("ddiff", "torch", "pydantic")
     names = f"name for name in sys.modules if name.startswith({heavy})"
     code = f"import sys, ddiff; print(sorted({names}))"
-    done = run_python(code)
+    done = run_script(code)
     assert done.stdout.strip() == "['ddiff']"
 
 
@@ -95,7 +84,7 @@ def test_help_option_lists_every_command(capsys):
 def test_help_of_every_command_needs_no_heavy_library():
     """One process prints the help of all commands, so that the test is fast."""
     names = [command.name for command in app.registered_commands]
-    done = run_python(PROBE_ALL, *names)
+    done = run_script(PROBE_ALL, *names)
     answers = json.loads(done.stderr.splitlines()[-1])
     assert list(answers) == names
     for name, (code, modules) in answers.items():
@@ -413,5 +402,5 @@ def test_importing_ddiff_lets_waiting_threads_sleep_unless_the_user_decided(
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    done = run_python("import ddiff, os; print(os.environ['OMP_WAIT_POLICY'])")
+    done = run_script("import ddiff, os; print(os.environ['OMP_WAIT_POLICY'])")
     assert done.stdout.strip() == (given or "PASSIVE")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from startup import is_fast, start_command
+from startup import is_fast, run_script, start_command
 
 from ddiff.cli.completion import CHECKED_KINDS
 from ddiff.plugin.loader import find_installed_plugins, survey_plugins
@@ -26,26 +25,18 @@ SHELLS = {
 def run_ddiff(
     *arguments: str, folder: Path | None = None, program: str = DDIFF, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | variables,
-        timeout=120,
-        check=True,
-    )
+    return run_script(program, *arguments, folder=folder, **variables)
+
+
+def make_request(line: str) -> dict[str, str]:
+    """Return the variables with which bash asks for completions of the last word of a line."""
+    number = str(len(line.split(" ")) - 1)
+    return {"_DDIFF_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": number}
 
 
 def complete(line: str, folder: Path | None = None, program: str = DDIFF) -> list[str]:
     """Return the completions of the last word of a line, as bash asks for them."""
-    words = line.split(" ")
-    variables = {
-        "_DDIFF_COMPLETE": "complete_bash",
-        "COMP_WORDS": line,
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    done = run_ddiff(folder=folder, program=program, **variables)
+    done = run_ddiff(folder=folder, program=program, **make_request(line))
     if program == DDIFF:
         assert done.stderr == ""
     return done.stdout.split()
@@ -109,9 +100,7 @@ def test_samplers_and_plugins_are_completed() -> None:
     "line", ["ddiff run h", "ddiff sample r", "ddiff check h", "ddiff sample x --sampler "]
 )
 def test_completion_is_fast_and_without_torch(line: str, runs: Path) -> None:
-    number = str(len(line.split(" ")) - 1)
-    variables = {"_DDIFF_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": number}
-    start = start_command(folder=runs, **variables)
+    start = start_command(folder=runs, **make_request(line))
     assert start.code == 0, start.stderr
     assert "torch" not in start.modules
     assert is_fast(start)

@@ -46,14 +46,14 @@ def _make_training_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
         title = "Gradient norm (logarithmic)"
         yield Chart("gradient-norm", title, "training step", norms, is_log=True)
     if any(line.points for line in speeds):
-        title = f"Training speed, {_name_unit(runs)}s per second"
+        title = f"Training speed, {_name_unit(runs, 's')} per second"
         yield Chart("speed", title, "training step", speeds)
 
 
-def _name_unit(runs: Sequence[ReportedRun]) -> str:
-    """Return the unit of the bounds: "token", "symbol", or both if the runs differ."""
+def _name_unit(runs: Sequence[ReportedRun], ending: str = "") -> str:
+    """Return the unit of the bounds with an ending: "token", "symbol", or both if runs differ."""
     units = {run.bound.unit for run in runs if run.bound is not None}
-    return " or ".join(sorted(units, reverse=True)) or "token"
+    return " or ".join(f"{unit}{ending}" for unit in sorted(units or {"token"}, reverse=True))
 
 
 def _read_points(run: ReportedRun, key: str) -> list[Point]:
